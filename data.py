@@ -1,0 +1,2962 @@
+"""All readers, features, splits, augmentation and synthetic corpora; what the three trainers are fed.
+
+    python data.py percepiano --data DIR                 read, align, cache; report
+    python data.py fetch percepiano --out data/percepiano
+    python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
+"""
+
+
+import argparse
+import csv
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import xml.etree.ElementTree as ET
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import mido
+import numpy as np
+import torch
+from mido.midifiles.meta import KeySignatureError
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.optimize import linear_sum_assignment
+from scipy.special import ndtri
+from tqdm import tqdm
+
+
+class DataError(ValueError):
+    """Bad input, in one line: file, what was found, what was expected, what to do."""
+
+
+# ---------------------------------------------------------------- MusicXML: tables
+
+CORRECTIONS = (  # (what, original, here, reason)
+    ("composer_vec", "Schubert for every piece", "the piece's own, from the creator tag, else from the file name",
+     "a constant carries nothing, and Beethoven's pieces were mislabelled"),
+    ("dynamic[2]", "sf, fz, sfz, sffz, rf, rfz marks are lost", "non-grace notes at the mark get the mark's value of the word table (rf, rfz: entry 3)",
+     "an accent is the strongest local hint at velocity"),
+    ("dynamic, fp", "fp puts p after f out of order; the search then gives p at the mark and f after it",
+     "the list is sorted: f at the mark, p from 0.1 division later; a hairpin beginning at the fp is not cut by its p",
+     "fp means loud, then soft"),
+    ("slur_beam_vec[3:]", "chord notes inherit every beam flag seen anywhere earlier in the file", "a note's own <beam> elements",
+     "a program error"),
+    ("distance_from_recent_tempo", "reset by hairpins and other dynamics", "reset by active relative tempo marks", "swapped lists"),
+    ("tempo words", "a keyword matches inside words (`acc` in staccato)", "keywords match whole words; table words that hold a keyword (riten) are keywords",
+     "staccato is no accelerando"),
+    ("first bar", "a pickup padded by hidden rests lasts a full bar", "the padding is cut; positions count from the first music",
+     "nobody plays the padding: D935 no.3 segments 25, 42, 50 misaligned"),
+    ("bar length", "a bar ends at the cursor after its last element", "a bar ends at the farthest cursor of all parts; an empty bar has its nominal length",
+     "parts stay together, and a trailing backup moves nothing"),
+    ("last bar", "1/240 quarter too long (D960) counts as irregular and gains a beat", "within 0.01 quarter of its nominal length a bar is regular",
+     "rounding of the notation program"),
+    ("ties", "a tied note joins the latest tied note of its pitch in the file", "first choice is one that ends where it begins", "two voices may tie the same pitch"),
+)
+
+COMPOSERS = ("Bach", "Balakirev", "Beethoven", "Brahms", "Chopin", "Debussy", "Glinka", "Haydn", "Liszt", "Mozart", "Prokofiev",
+             "Rachmaninoff", "Ravel", "Schubert", "Schumann", "Scriabin")  # fmt: skip
+
+
+def _word_table(*columns):
+    """Columns of "word value, word value" to {word: (index, value)}, in column order."""
+    table = {}
+    for index, column in enumerate(columns):
+        for entry in filter(None, (e.strip() for e in column.replace("\n", " ").split(","))):
+            word, value = entry.rsplit(" ", 1)
+            table[word] = (index, float(value))
+    return table
+
+
+# Words with capitals or commas of the original's tables can never match and are left out.
+DYNAMIC_WORDS = _word_table(
+    "pppp -1.1, ppp -.9, pp -.7, piano -.4, p -.4, mp -.2, mf .2, f .4, forte .4, ff .7, fff .9, più forte possibile 1",
+    """cresc .7, crescendo .7, allargando .4, dim -.7, diminuendo -.7, decresc -.7, decrescendo -.7, smorz -.4, poco a poco meno f -.2,
+    poco cresc .5, più cresc .85, molto cresc 1, cresc molto 1""",
+    "fz .3, sf .5, sfz .7, ffz .8, sffz .9",
+    """più p -.5, più piano -.5, più pp -.7, più f .5, più forte .5, rf .3, rinf .3, rinforzando .3, rinforzando molto .7,
+    rinforzando assai .6, rinforz assai .6, molto rin .5, con brio .3, con forza .5, con fuoco .7, con più fuoco possibile 1, sotto voce -.5,
+    mezza voce -.3, appassionato .5, più rinforz .5""",
+)
+TEMPO_WORDS = _word_table(
+    """lent -.9, lento -.9, grave -.9, largo -.7, languido -.6, molto languido -.7, adagio -.6, larghetto -.6, adagietto -.55, andante -.5,
+    andantino -.3, mesto -.3, andantino molto -.4, maestoso -.2, accarezzevole -.4, moderato 0, tempo giusto .1, allegretto .3, allegro .5,
+    allegro assai .6, vivace .6, vivacissimo .8, molto vivace .7, vivace assai .7, presto .8, precipitato .8, prestissimo .9,
+    doppio movimento .6, molto allegro .6, allegro molto .6, allegro ma non troppo .4, più presto possibile 1, largo e mesto -.8,
+    non troppo presto .75, andante con moto -.4, allegretto vivace .4, adagio molto -.9, adagio ma non troppo -.5, très grave -1,
+    très lent -1, large -.7, assez vif .6, assez animé .7, d'un rythme souple 0, sehr langsam -.55, sehr innig -.5, innig -.4,
+    leicht und zart .2, sehr lebhaft .6, sehr aufgeregt .6, sehr rasch .8, lebhaftig .5, nicht zu geschwind -.3""",
+    """a tempo 0, im tempo 0, meno mosso -.6, meno vivo -.6, più lento -.5, animato .5, più animato .6, molto animato .8, agitato .4,
+    più mosso .6, stretto .5, appassionato .2, più moderato -.1, più allegro .8, più allegro quasi presto 1, più largo -.5,
+    poco meno mosso -.3, poco più mosso .3, poco più vivace .3, molto agitato .8, tranquillo -.2, meno adagio .2, più adagio -.2,
+    un peau retenu -.3, retenez -.5, plus lent -.5, un peu plus lent -.3, encore plus lent -.5, cédez -.4, un peu retenu -.2,
+    cédez légèrement -.2, mesuré 0, au mouvt 0, reprenez le mouvement 0, en accélérant .3, en animant .6, rapide .6, rapido molto .8,
+    langsamer -.5, etwas langsamer -.3, bewegter .4, schneller .5""",
+    """rit -.5, acc .5, en élargissant beaucoup -.4, accélerez .5, sans ralentir .01, allargando -.2, ritardando -.5, ritar -.5,
+    rallentando -.5, rall -.5, slentando -.3, accel .5, accelerando .5, smorz -.5, string .4, stringendo .4, molto stringendo .7,
+    stringendo molto .7, poco rall -.3, poco rit -.3""",
+    "riten -.5, ritenuto -.5, più riten -.7, poco riten -.3, poco ritenuto -.3",
+    "scherzo 1, menuetto -1, minuetto -1",
+)
+
+
+def _keywords(text):
+    return tuple(word.strip() for word in text.replace("\n", " ").split(","))
+
+
+_DYNAMIC_ABSOLUTE = _keywords("pppp, ppp, pp, p, piano, mp, mf, f, forte, ff, fff, fp, ffp")
+_DYNAMIC_RELATIVE = _keywords("""crescendo, diminuendo, cresc, dim, mezza voce, sf, fz, sfz, rf, rinf, con brio, con forza, con fuoco,
+    smorzando, appassionato, perdendo""")
+_TEMPO_PRIMO = _keywords("""tempo i, tempo primo, erstes tempo, 1er mouvement, 1er mouvt, au mouvtdu début, au mouvement, au mouvt,
+    1o tempo""")
+_TEMPO_ABSOLUTE = _TEMPO_PRIMO + _keywords("""adagio, grave, lento, largo, larghetto, andante, andantino, moderato, allegretto, allegro,
+    vivace, accarezzevole, languido, tempo giusto, mesto, presto, prestissimo, maestoso, lullaby, doppio movimento, agitato, precipitato,
+    leicht und zart, aufgeregt, bewegt, rasch, innig, lebhaft, geschwind, d'un rythme souple, lent, large, vif, animé, scherzo, menuetto,
+    minuetto""")
+_TEMPO_RELATIVE = _keywords("""animato, pesante, veloce, agitato, acc, accel, rit, ritard, ritardando, accelerando, rall, rallentando,
+    ritenuto, string, a tempo, im tempo, stretto, slentando, meno mosso, meno vivo, più mosso, allargando, smorzando, appassionato,
+    perdendo, langsamer, schneller, bewegter, retenu, revenez, cédez, mesuré, élargissant, accélerez, rapide, reprenez le mouvement""")
+_TEMPO_LONG = _keywords("""meno mosso, meno vivo, più mosso, animato, langsamer, schneller, stretto, bewegter, tranquillo, agitato,
+    appassionato""")
+_COMPARATIVES = {"più", "meno", "plus", "moins", "mehr", "bewegter", "langsamer"}
+_ACCENT_MARKS = {"sf": "sf", "fz": "fz", "sfz": "sfz", "sffz": "sffz", "rf": "rf", "rfz": "rf"}
+_SPLIT_MARKS = {"fp": ("f", "p"), "ffp": ("ff", "p"), "sfp": ("sf", "p"), "sfpp": ("sf", "pp"), "sfzp": ("sfz", "p")}  # at, after
+_JUMP = re.compile(r"\s*(d\.\s*[cs]\.|da capo|dal segno)", re.IGNORECASE)
+_MAX_XML = 1 << 27
+_EXPORT = "export the score again as MusicXML"
+
+
+# ---------------------------------------------------------------- MusicXML: the score
+
+@dataclass
+class Score:
+    """One score, one entry per note in the order (onset, graces first and farthest first, pitch descending).
+
+    A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the reference (`tremolo` tells it
+    apart): the strokes between are played notes without a score note. Onsets, durations and grids in quarters.
+    """
+    path: Path
+    pitch: np.ndarray  # (n,) int64, MIDI
+    onset: np.ndarray  # (n,) float64, from the first music (hidden pickup padding cut)
+    duration: np.ndarray  # (n,) float64, 0 for graces
+    voice: np.ndarray  # (n,) int64, the file's voice (>= 1) + 10 * part index
+    staff: np.ndarray  # (n,) int64
+    measure: np.ndarray  # (n,) int64, contiguous
+    beat: np.ndarray  # (n,) int64, contiguous
+    section: np.ndarray  # (n,) int64
+    grace: np.ndarray  # (n,) bool
+    grace_order: np.ndarray  # (n,) int64, -1 next to the main note, -2 before that; 0 otherwise
+    overlapped: np.ndarray  # (n,) bool, the shorter of two notes of one pitch and onset
+    trill: np.ndarray  # (n,) bool
+    arpeggiate: np.ndarray  # (n,) bool
+    tremolo: np.ndarray  # (n,) int64, number of tremolo beams, 0 = none
+    beats: np.ndarray  # positions of beats, of measures, of sections
+    measures: np.ndarray
+    sections: np.ndarray
+    tempo_qpm: float  # quarters per minute at the first note
+    features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
+
+
+# ---------------------------------------------------------------- MusicXML: reading bars
+
+@dataclass
+class _Note:
+    onset: float  # ticks (least common multiple of all divisions), first of the bar, then of the unfolded piece
+    duration: float
+    part: int
+    voice: int
+    staff: int
+    pitch: int = 0  # 0 for rests
+    rest: bool = False
+    hidden: bool = False
+    grace: bool = False
+    grace_order: int = 0
+    after_grace: bool = False
+    chord: bool = False
+    marks: frozenset = frozenset()  # of the entries of `notation`
+    beams: frozenset = frozenset()
+    slurs: tuple = ()  # (type, number)
+    ties: frozenset = frozenset()
+    tremolo: int = 0
+    wavy: frozenset = frozenset()
+    slur_flags: frozenset = frozenset()  # start, stop
+    first: "_Note | None" = None  # the note this one is tied to
+
+    @property
+    def end(self):
+        return self.onset + self.duration
+
+
+@dataclass
+class _Direction:
+    onset: float
+    kind: str  # words, dynamics, or the type of a wedge: crescendo, diminuendo, stop
+    text: str
+    number: str
+    staff: str | None
+    placement: str | None
+    step: float  # ticks of one division
+
+
+@dataclass
+class _Bar:
+    nominal: float  # ticks, by the time signature
+    beats: int
+    beat_type: int
+    implicit: bool
+    division: float = 0.0  # ticks
+    length: float = 0.0
+    notes: list = field(default_factory=list)  # and rests, in file order
+    directions: list = field(default_factory=list)
+    tempi: list = field(default_factory=list)  # (onset, qpm)
+    span: tuple | None = None  # start and end of what is visible, where hidden rests stand beside it
+
+
+class _Reader:
+    """Parses one file; knows how to say what is wrong with it."""
+
+    def __init__(self, path):
+        self.path = path
+        self.where = ""
+
+    def error(self, found, expected, action=_EXPORT):
+        text = f"{self.path}: {self.where}{found}; expected {expected}; {action}"
+        return DataError(" ".join(text.split()))
+
+    def number(self, text, what, low, high, whole=False):
+        """`text` as a number in [low, high], or a DataError."""
+        try:
+            value = int(text) if whole else float(text)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not low <= value <= high:
+            found = f"no {what}" if text is None else f"{what} {str(text)[:40]!r}"
+            raise self.error(found, f"{'an integer' if whole else 'a number'} from {low:g} to {high:g}")
+        return value
+
+    def root(self):
+        """The <score-partwise> element of a .musicxml, .xml or compressed .mxl file."""
+        try:
+            data = Path(self.path).read_bytes()
+        except (OSError, ValueError) as e:
+            raise self.error(f"cannot be read ({e})", "a MusicXML file", "check the path") from e
+        root = self.parse(self.unzip(data) if data[:4] == b"PK\3\4" else data)
+        if root.tag == "score-timewise":
+            raise self.error("<score-timewise>", "<score-partwise>", "convert it to partwise (any notation program does on export)")
+        if root.tag != "score-partwise":
+            raise self.error(f"the root element is <{str(root.tag)[:40]}>", "<score-partwise>")
+        return root
+
+    def parse(self, data):
+        if not data.strip():
+            raise self.error("the file is empty", "MusicXML")
+        if b"<!ENTITY" in data.replace(b"\0", b""):  # entity bombs; UTF-16 too
+            raise self.error("the DOCTYPE declares entities", "MusicXML without them", "remove the declarations")
+        try:
+            return ET.fromstring(data)
+        except (ET.ParseError, ValueError, LookupError) as e:
+            raise self.error(f"not well-formed XML ({e})", "a complete <score-partwise>") from e
+
+    def unzip(self, data):
+        """The score inside a compressed .mxl file, as its META-INF/container.xml names it."""
+        def member(name):
+            info = archive.getinfo(name)
+            if info.file_size > _MAX_XML or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise self.error(f"{name}: {info.file_size} bytes, method {info.compress_type}", f"at most {_MAX_XML}, deflated")
+            return archive.read(info)
+
+        container = "META-INF/container.xml"
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                rootfile = self.parse(member(container)).find(".//rootfile")
+                return member("" if rootfile is None else rootfile.get("full-path", ""))
+        except DataError:
+            raise
+        except (OSError, EOFError, KeyError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile) as e:
+            raise self.error(f"not a readable .mxl archive ({e})", f"a zip file whose {container} names the score") from e
+
+    def parts(self, root):
+        """A list of bars per part, positions relative to the bar."""
+        divisions = {self.number(d.text, "divisions", 1, 1e5, whole=True) for d in root.iter("divisions")}
+        self.ticks = math.lcm(*divisions)  # per quarter
+        if self.ticks > 1e12:
+            raise self.error(f"{len(divisions)} unrelated <divisions>", "divisions with a common multiple up to 1e12")
+        parts = []
+        for index, part in enumerate(root.findall("part")):
+            self.division = self.time = None
+            parts.append([self.bar(m, index) for m in part.findall("measure")])
+        self.where = ""
+        if not parts or not parts[0] or len({len(p) for p in parts}) > 1:
+            raise self.error(f"parts of {[len(p) for p in parts]} measures", "at least one part, all of equal length")
+        for bars in zip(*parts, strict=True):
+            length = max(b.length for b in bars) or bars[0].nominal
+            for b in bars:
+                b.length = length
+        return parts
+
+    def attributes(self, element):
+        if (text := element.findtext("divisions")) is not None:
+            self.division = self.ticks / int(text)
+        if (time := element.find("time")) is not None:
+            beats, types = time.findall("beats"), time.findall("beat-type")
+            if len(beats) != 1 or len(types) != 1:
+                raise self.error(f"a time signature of {len(beats)} <beats> and {len(types)} <beat-type>", "one of each")
+            count = sum(self.number(x, "beats", 1, 128, whole=True) for x in (beats[0].text or "").split("+"))
+            unit = self.number(types[0].text, "beat-type", 1, 64, whole=True)
+            if unit & (unit - 1):
+                raise self.error(f"beat-type {unit}", "a power of two")
+            self.time = count, unit
+
+    def duration(self, element):
+        limit = 1e4 * self.ticks / self.division  # 10000 quarters
+        return self.number(element.findtext("duration"), "duration", 0, limit) * self.division
+
+    def bar(self, measure, part):
+        self.where = f"part {part + 1}, measure {str(measure.get('number'))[:10]}: "
+        for element in itertools.takewhile(lambda e: e.tag != "note", measure):
+            if element.tag == "attributes":
+                self.attributes(element)
+        if self.time is None or self.division is None:
+            missing = "divisions" if self.division is None else "time"
+            raise self.error(f"no <{missing}>", "one in the <attributes> at the start of the first measure")
+        bar = _Bar(self.time[0] * 4 / self.time[1] * self.ticks, *self.time, "implicit" in measure.attrib)
+        cursor = previous = reach = 0.0
+        spans, padded = [], False
+        for element in measure:
+            if element.tag == "note":
+                note = self.note(element, part)
+                note.chord = element.find("chord") is not None
+                if not note.chord:
+                    previous = cursor
+                    cursor += note.duration
+                else:
+                    head = next((n for n in reversed(bar.notes) if n.onset == previous and n.voice == note.voice), note)
+                    note.tremolo = note.tremolo or head.tremolo
+                note.onset = previous
+                if note.rest and note.hidden:
+                    padded = True
+                else:
+                    bar.notes.append(note)
+                    spans.append((note.onset, note.end))
+            elif element.tag in ("backup", "forward"):
+                cursor += self.duration(element) * (1 if element.tag == "forward" else -1)
+                if cursor < -0.1 * self.ticks:
+                    raise self.error("a <backup> to before the bar", "at most the time since its start")
+                cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
+            elif element.tag == "direction":
+                self.direction(element, cursor, bar)
+            elif element.tag == "attributes":
+                self.attributes(element)
+            elif element.tag == "sound":
+                self.tempo(element, cursor, bar)
+            reach = max(reach, cursor)
+        bar.length, bar.division = reach, self.division
+        bar.span = (min(s for s, _ in spans), max(e for _, e in spans)) if padded and spans else None
+        return bar
+
+    def note(self, element, part):
+        voice = self.number(element.findtext("voice", "1"), "voice", 1, 99, whole=True) + 10 * part
+        staff = self.number(element.findtext("staff", "1"), "staff", 1, 99, whole=True)
+        grace = element.find("grace")
+        note = _Note(0.0, 0.0 if grace is not None else self.duration(element), part, voice, staff)
+        note.hidden, note.grace = element.get("print-object") == "no", grace is not None
+        note.rest = element.find("rest") is not None
+        if not note.rest:
+            note.pitch = self.pitch(element.find("pitch"))
+        marks = set()
+        if element.find("cue") is not None:
+            marks.add("cue")
+        if grace is not None and grace.get("slash") == "yes":
+            marks.add("slash")
+        note.beams = frozenset(b.text for b in element.findall("beam"))
+        ties = {t.get("type") for t in element.findall("tie")}
+        slurs, wavy = [], set()
+        for notations in element.findall("notations"):
+            for child in notations:
+                if child.tag == "tied":
+                    ties.add(child.get("type"))
+                elif child.tag == "slur":
+                    slurs.append((child.get("type"), child.get("number", "1")))
+                elif child.tag == "articulations" and len(child):
+                    marks.add(child[0].tag)
+                elif child.tag in ("arpeggiate", "fermata"):
+                    marks.add(child.tag)
+                elif child.tag == "ornaments":
+                    marks |= {"trill-mark"} & {x.tag for x in child}
+                    wavy |= {x.get("type") for x in child.findall("wavy-line")}
+                    if (tremolo := child.find("tremolo")) is not None:
+                        note.tremolo = self.number(tremolo.text or "1", "tremolo", 0, 8, whole=True)
+        note.marks, note.ties, note.slurs, note.wavy = frozenset(marks), frozenset(ties), tuple(slurs), frozenset(wavy)
+        return note
+
+    def pitch(self, element):
+        if element is None:
+            raise self.error("a note without <pitch> or <rest>", "one of them")
+        step = (element.findtext("step") or "").strip()
+        if len(step) != 1 or step not in "CDEFGAB":
+            raise self.error(f"step {step[:10]!r}", "one of C D E F G A B")
+        octave = self.number(element.findtext("octave"), "octave", 0, 9, whole=True)
+        alter = self.number(element.findtext("alter", "0"), "alter", -4, 4)
+        pitch = 12 * (octave + 1) + {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}[step] + round(alter)
+        return self.number(pitch, "pitch", 0, 127, whole=True)
+
+    def tempo(self, sound, onset, bar):
+        if (text := sound.get("tempo")) is not None:
+            bar.tempi.append((onset, self.number(text, "tempo", 1, 2000)))
+
+    def direction(self, element, onset, bar):
+        staff, placement = element.findtext("staff"), element.get("placement")
+        for sound in element.findall("sound"):
+            self.tempo(sound, onset, bar)
+        for child in (c for d in element.findall("direction-type") for c in d):
+            number, found = child.get("number", "1"), []
+            if child.tag == "words":
+                found = [("words", child.text or "")]
+            elif child.tag == "wedge":
+                found = [(child.get("type") or "", "")]
+            elif child.tag == "dynamics":
+                found = [("dynamics", mark.tag) for mark in child]
+            for kind, text in found:
+                bar.directions.append(_Direction(onset, kind, text, number, staff, placement, self.division))
+
+
+# ---------------------------------------------------------------- MusicXML: repeats, padding, ties, graces
+
+def _trim_pickup(bars):
+    """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place."""
+    if any(b.notes and b.span is None for b in bars):
+        return
+    spans = [b.span for b in bars if b.span]
+    if not spans:
+        return
+    low, high = min(s for s, _ in spans), max(e for _, e in spans)
+    for b in bars:
+        for item in b.notes + b.directions:
+            item.onset = min(max(item.onset, low), high) - low
+        b.tempi = [(min(max(t, low), high) - low, qpm) for t, qpm in b.tempi]
+        b.length = high - low or b.length
+
+
+def _play_order(measures, reader):
+    """Indices of the <measure> elements in playing order: repeats, voltas, da capo, dal segno, fine, coda.
+
+    After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas without
+    end or number, jumps to a sign that is not there.
+    """
+    count = len(measures)
+    forward, backward, volta, ending = set(), {}, [None] * count, None
+    signs = {}  # name of a <sound> attribute -> measure index
+    for i, measure in enumerate(measures):
+        reader.where = f"measure {str(measure.get('number'))[:10]}: "
+        for barline in measure.findall("barline"):
+            for e in barline.findall("ending"):
+                if e.get("type") == "start":
+                    if ending:
+                        raise reader.error("a volta inside a volta", "the first one ended before the next begins")
+                    ending = {int(n) for n in re.findall(r"\d{1,2}", e.get("number", ""))}
+                    if not ending:
+                        raise reader.error(f"volta number {e.get('number', '')[:20]!r}", "numbers such as 1 or 1, 2")
+                volta[i] = ending
+                if e.get("type") in ("stop", "discontinue"):
+                    ending = None
+            for repeat in barline.findall("repeat"):
+                if repeat.get("direction") == "forward":
+                    forward.add(i)
+                elif repeat.get("direction") == "backward":
+                    backward[i] = reader.number(repeat.get("times", "2"), "repeat times", 1, 16, whole=True)
+                else:
+                    raise reader.error("a <repeat> without direction", "forward or backward")
+        volta[i] = volta[i] or ending
+        for sound in measure.iter("sound"):
+            for name in {"dacapo", "dalsegno", "fine", "tocoda", "segno", "coda"} & set(sound.attrib):
+                signs.setdefault(name, i)
+    if ending:
+        raise reader.error(f"volta {sorted(ending)} without end", "<ending type='stop'> or 'discontinue'")
+    words = (w.text or "" for m in measures for w in m.iter("words"))
+    if not {"dacapo", "dalsegno"} & set(signs) and (jump := next(filter(_JUMP.match, words), None)):
+        raise reader.error(f"{jump[:20]!r} without a <sound> that says where to", "<sound dacapo=...> or <sound dalsegno=...>")
+    for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
+        if jump in signs and target not in signs:
+            raise reader.error(f"{jump} without {target}", f"a <sound {target}=...>")
+    if not ("dacapo" in signs or "dalsegno" in signs):
+        signs.pop("fine", None), signs.pop("tocoda", None)
+
+    def passes(i):
+        """How often the section with the backward repeat or volta at measure i is played."""
+        total = backward.get(i, 2 if volta[i] else 1)
+        low = i
+        while low > 0 and volta[low] and volta[low - 1]:
+            low -= 1
+        while low < count and volta[low]:
+            total, low = max(total, *volta[low]), low + 1
+        return total
+
+    order, i, start, turn, opened, jumped = [], 0, 0, 1, False, False
+    while i < count:
+        reader.where = f"measure {str(measures[i].get('number'))[:10]}: "
+        if len(order) > 16 * count:
+            raise reader.error("repeats that do not end", "properly closed repeats")
+        if i in forward and i != start:
+            if opened and turn == 1 and not jumped:
+                raise reader.error("a repeat inside a repeat", "the first repeat closed before the next opens", "write it out")
+            start, turn, opened = i, 1, True
+        elif i in forward:
+            opened = True
+        elif volta[i] is None and i and volta[i - 1] is not None:
+            start, turn, opened = i, 1, False
+        if volta[i] and (passes(i) if jumped else turn) not in volta[i]:
+            i += 1
+            continue
+        order.append(i)
+        if i in backward and not jumped:
+            if turn < passes(i):
+                turn, i = turn + 1, start
+                continue
+            if volta[i] is None:
+                start, turn, opened = i + 1, 1, False
+        if jumped and signs.get("fine") == i:
+            break
+        if jumped and signs.get("tocoda") == i and signs["coda"] > i:
+            i = signs["coda"]
+            continue
+        if not jumped and i in (signs.get("dacapo"), signs.get("dalsegno")):
+            jumped, opened, turn = True, False, 1
+            start = i = 0 if signs.get("dacapo") == i else signs["segno"]
+            continue
+        i += 1
+    reader.where = ""
+    return order
+
+
+def _join_ties(notes):
+    """Give each tied continuation its `first` note, which takes its duration; `notes` of one part in file order."""
+    starts = {}
+    for note in notes:
+        candidates = starts.setdefault(note.pitch, [])
+        earlier = [c for c in candidates if c.onset < note.onset] if "stop" in note.ties and not note.grace else []
+        if earlier:
+            note.first = next((c for c in reversed(earlier) if abs(c.end - note.onset) < 1e-6), earlier[-1])
+            note.first.duration += note.duration
+        elif "start" in note.ties:
+            candidates.append(note)
+
+
+def _order_graces(notes):
+    """Set grace_order and after_grace; `notes` in file order."""
+    pending = {}
+    for note in notes:
+        waiting = pending.setdefault(note.voice, [])
+        if note.grace:
+            if waiting and note.chord:
+                waiting[-1].append(note)
+            else:
+                waiting.append([note])
+        elif waiting:
+            for distance, chord in enumerate(reversed(waiting), 1):
+                for grace in chord:
+                    grace.grace_order = -distance
+            note.after_grace = True
+            waiting.clear()
+
+
+def _resolve_slurs(notes):
+    """Set slur_flags and return {voice: [(start, stop)]}; `notes` in file order, those of a tie count as its first note."""
+    opened, done = {}, {}
+    for note in notes:
+        first = note.first or note
+        first.slur_flags |= {kind for kind, _ in note.slurs} & {"start", "stop"}
+        for kind, number in note.slurs:
+            queue = opened.setdefault((first.voice, number), [])
+            if kind == "start":
+                queue.append(first)
+            elif kind == "stop" and queue and (begin := queue.pop(0)).onset < first.onset:
+                done.setdefault(begin.voice, []).append((begin.onset, first.onset))
+    return done
+
+
+def _play_trills(notes):
+    """Trill marks to the highest note of their chord; wavy lines as one long note. Notes in time order, in and out."""
+    for note in [n for n in notes if "trill-mark" in n.marks]:
+        if note.hidden:
+            near = [n for n in notes if n.onset == note.onset and not (n.hidden or n.grace) and abs(n.pitch - note.pitch) < 4]
+        else:
+            near = [n for n in notes if n.onset == note.onset and n.grace == note.grace and n.voice == note.voice and not n.hidden]
+        note.marks -= {"trill-mark"}
+        if near:
+            top = max(near, key=lambda n: n.pitch)
+            top.marks |= {"trill-mark"}
+    notes = [n for n in notes if not n.hidden]
+    dropped, line = set(), {}
+    for i, note in enumerate(notes):
+        if "start" in note.wavy:
+            line[note.voice] = i
+        if "stop" in note.wavy and note.voice in line:
+            first = line.pop(note.voice)
+            notes[first].duration = max(notes[first].duration, note.end - notes[first].onset)
+            dropped |= {j for j in range(first + 1, len(notes)) if notes[j].pitch == notes[first].pitch and notes[j].part == note.part
+                        and notes[first].onset < notes[j].onset < notes[first].end}  # fmt: skip
+    return [n for i, n in enumerate(notes) if i not in dropped]
+
+
+# ---------------------------------------------------------------- MusicXML: words
+
+def _plain(text):
+    return " ".join(re.sub(r"[,.\n\r]", " ", re.sub(r"[()\[\]{}]", "", text.lower())).split())
+
+
+def _contains(text, word):
+    """Whether `word` stands in `text` as whole words."""
+    return f" {word} " in f" {text} "
+
+
+def _with_table(keywords):
+    """Keywords plus the tempo table's words that hold one: whole-word matching must not lose `riten` for `rit`."""
+    return set(keywords) | {w for w in TEMPO_WORDS if any(len(k) > 2 and k in w for k in keywords)}
+
+
+_TEMPO_RELATIVE_WORDS = _with_table(_TEMPO_RELATIVE)
+
+
+def _is_dynamic(text, keywords):
+    text = _plain(text)
+    return any(w in keywords for w in (text, *text.split())) or any(len(k) > 2 and k in text for k in keywords)
+
+
+def _is_tempo(text, keywords):
+    text = _plain(text)
+    return any(_contains(text, k) for k in keywords)
+
+
+def _word_vector(text, table, width, whole):
+    """Entries of the word table found in `text`; `whole`: only as whole words."""
+    text, vector = _plain(text), np.zeros(width)
+    hits = [text] if text in table else [w for w in text.split() if w in table]
+    if text not in table:
+        hits += [w for w in table if len(w) > 4 and (_contains(text, w) if whole else w in text)]
+    for word in hits:
+        if not (len(word) > 4 and any(word in other and word != other for other in hits)):
+            index, value = table[word]
+            vector[index] = value
+    return vector
+
+
+@dataclass
+class _Mark:
+    """An absolute or relative direction in force from `onset`, relative ones until `end`."""
+    onset: float
+    text: str
+    mark: float = 0.0  # where it is printed: the p of an fp is in force a little later
+    end: float = math.inf
+    kind: str = "words"
+    staff: str | None = None
+    placement: str | None = None
+
+
+def _split_words(directions, absolute, relative, matches):
+    """<words> directions into absolute and relative `_Mark`s."""
+    groups = [], []
+    for d in (d for d in directions if d.kind == "words"):
+        is_absolute = matches(d.text, absolute) and not _COMPARATIVES & set(_plain(d.text).split())
+        if is_absolute or matches(d.text, relative):
+            groups[not is_absolute].append(_Mark(d.onset, d.text, d.onset, staff=d.staff, placement=d.placement))
+    return groups
+
+
+def _dynamics(directions):
+    """Absolute marks, relative marks with their ends, accents as (position, word); all in order of position."""
+    absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, _is_dynamic)
+    accents, last_kind = [], {}
+    for i, d in enumerate(directions):
+        if d.kind == "dynamics":
+            now, then = _SPLIT_MARKS.get(d.text, (d.text, None))
+            if now in _ACCENT_MARKS:
+                accents.append((d.onset, _ACCENT_MARKS[now]))
+            elif now in DYNAMIC_WORDS:
+                absolute.append(_Mark(d.onset, now, d.onset))
+            if then:
+                absolute.append(_Mark(d.onset + 0.1 * d.step, then, d.onset))
+        elif d.kind in ("crescendo", "diminuendo"):
+            last_kind[d.number] = d.kind
+            stop_kinds = dict(last_kind)
+            end = math.inf
+            for later in directions[i + 1 :]:
+                if later.kind in ("crescendo", "diminuendo"):
+                    stop_kinds[later.number] = later.kind
+                elif later.kind == "stop" and stop_kinds.get(later.number) == d.kind and later.staff == d.staff:
+                    end = later.onset
+                    break
+            relative.append(_Mark(d.onset, d.kind, d.onset, end, d.kind, d.staff, d.placement))
+    absolute.sort(key=lambda m: m.onset)
+    relative.sort(key=lambda m: m.onset)
+    for mark, following in zip(relative, relative[1:], strict=False):
+        if mark.end == math.inf:
+            mark.end = following.onset
+    # As in the original: cut by the entry after the governing one, which before the first entry is the second; the last is not cut.
+    for mark in relative[:-1]:
+        following = absolute[_governing(absolute, mark.onset) + 1 :]
+        mark.end = min(mark.end, next((a.mark for a in following if a.mark > mark.onset), math.inf))
+    return absolute, relative, accents
+
+
+def _tempi(directions):
+    """Absolute and relative tempo marks in order of position, the relative ones with their ends."""
+    absolute, relative = _split_words(directions, _TEMPO_ABSOLUTE, _TEMPO_RELATIVE_WORDS, _is_tempo)
+    long = [m for m in relative if _is_tempo(m.text, _TEMPO_LONG)]
+    if not (absolute and absolute[0].onset == 0) and long and long[0].onset == 0:
+        absolute.insert(0, _Mark(0.0, long[0].text))
+    for mark in absolute:
+        if _is_tempo(mark.text, _TEMPO_PRIMO):
+            mark.text = absolute[0].text
+    for i, mark in enumerate(relative):
+        peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
+        mark.end = min([m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset], default=math.inf)
+    return absolute, relative
+
+
+def _governing(marks, onset):
+    """Index of the last mark at or before `onset`, 0 if all are later."""
+    return max(bisect_right([m.onset for m in marks], onset) - 1, 0)
+
+
+def _active(marks, note):
+    active = [m for m in marks if m.onset <= note.onset < m.end]
+    if {"crescendo", "diminuendo"} <= {m.kind for m in active}:
+        active = [m for m in active if m.kind == "words" or (m.placement, note.staff) not in (("above", 2), ("below", 1))]
+    return active
+
+
+# ---------------------------------------------------------------- MusicXML: grids and features
+
+def _at(grid, positions):
+    """Index of the last grid entry at or before each position, 0 before the first."""
+    return np.maximum(np.searchsorted(grid, np.asarray(positions) + 1e-6, side="right") - 1, 0)
+
+
+def _contiguous(index):
+    """Lower an ascending index sequence so that it starts at 0 or 1 at most and never jumps by more than 1."""
+    return np.cumsum(np.minimum(np.diff(index, prepend=0), 1)).astype(np.int64)
+
+
+def _beat_grid(bars, starts, ticks):
+    """Beat positions: compound metres count dotted beats; irregular bars are filled from their own start, a pickup backwards."""
+    beats = []
+    for i, (bar, start) in enumerate(zip(bars, starts, strict=True)):
+        count = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}.get(bar.beats, bar.beats)
+        step = bar.nominal / count
+        irregular = abs(bar.length - bar.nominal) > 0.01 * ticks or bar.implicit
+        if irregular:
+            count = math.ceil(bar.length / step - 1e-6)
+        if irregular and i == 0 and len(bars) > 1:
+            beats += [starts[1] - step * k for k in range(count, 0, -1)]
+        else:
+            beats += [b for b in (start + step * k for k in range(count)) if not beats or b > beats[-1]]
+    return np.array(beats)
+
+
+def _beat_importance(b, numerator):
+    """Metrical weight of the position b (0..1 of the bar); "whole" is exact in floating point, as in the original."""
+    def whole(k):
+        return (b * k) % 1 == 0
+
+    rules = (
+        (b == 0, 4), (b == 0.5 and numerator in (2, 4, 6, 12), 3), (abs(b - 1 / 3) < 0.001 and numerator in (3, 9), 2),
+        (whole(4) and numerator in (2, 4), 1), (whole(5) and numerator == 5, 2), (whole(6) and numerator in (3, 6, 12), 1),
+        (whole(8) and numerator in (2, 4), 0.5), (whole(9) and numerator == 9, 1), (whole(12) and numerator in (3, 6, 12), 0.5),
+        (numerator == 7 and (abs(7 * b - 2) < 0.001 or abs(5 * b - 2) < 0.001), 2),
+    )  # fmt: skip
+    return next((float(value) for holds, value in rules if holds), 0.0)
+
+
+def _rests_after(notes, rests):
+    """Per note (row order) the length of the rest (file order) that follows in its voice, and whether it bears a fermata."""
+    merged, used = [], set()
+    for i, rest in enumerate(rests):
+        if i in used:
+            continue
+        end, fermata = rest.end, "fermata" in rest.marks
+        for j in range(i + 1, len(rests) - 1):  # the last rest stays on its own, as in the original
+            if rests[j].voice == rest.voice and rests[j].onset == end:
+                end, fermata = rests[j].end, fermata or "fermata" in rests[j].marks
+                used.add(j)
+            elif rests[j].onset > end:
+                break
+        merged.append((rest, end - rest.onset, fermata))
+    length, held = np.zeros(len(notes)), np.zeros(len(notes))
+    onsets = [n.onset for n in notes]
+    for rest, duration, fermata in merged:
+        for i in range(bisect_right(onsets, rest.onset) - 1, -1, -1):
+            if notes[i].voice != rest.voice:
+                continue
+            if abs(notes[i].end - rest.onset) < 1e-6:
+                length[i], held[i] = duration, fermata
+            elif notes[i].end < rest.onset:
+                break
+    return length, held
+
+
+def _composer_vector(root, path):
+    names = [c.text or "" for c in root.iter("creator") if c.get("type") == "composer"] + [Path(path).name.replace("_", " ")]
+    found = (i for name in names for i, c in enumerate(COMPOSERS) if re.search(rf"\b{c}\b", name, re.IGNORECASE))
+    return np.eye(len(COMPOSERS) + 1)[next(found, len(COMPOSERS))]
+
+
+def _time_vector(numerator, denominator):
+    flags = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}.get(numerator, "00001")
+    units = np.eye(4)[min(max(denominator.bit_length() - 2, 0), 3)]
+    return np.array([*map(float, flags), *units])
+
+
+def read_musicxml(path) -> Score:
+    """Read a MusicXML score (`.musicxml`, `.xml`, or compressed `.mxl`) and compute its features.
+
+    Raises DataError, in one line, for whatever cannot be read as one piece of music: see `_Reader`, `_play_order`.
+    """
+    reader = _Reader(path)
+    root = reader.root()
+    parts = reader.parts(root)
+    order = _play_order(root.find("part").findall("measure"), reader)
+    _trim_pickup([bars[0] for bars in parts])
+    bars = [parts[0][i] for i in order]
+    starts = np.concatenate([[0.0], np.cumsum([b.length for b in bars])])
+    notes, rests, slurs, directions, tempi = [], [], {}, [], []
+    for part in parts:
+        played = [replace(n, onset=n.onset + s) for i, s in zip(order, starts, strict=False) for n in part[i].notes]
+        rests += [n for n in played if n.rest]
+        played = [n for n in played if not n.rest]
+        _join_ties([n for n in played if not n.hidden])
+        slurs |= _resolve_slurs(played)
+        played = [n for n in played if n.first is None]
+        _order_graces([n for n in played if not n.hidden])
+        notes += _play_trills(sorted(played, key=lambda n: n.onset))
+        directions += [replace(d, onset=d.onset + s) for i, s in zip(order, starts, strict=False) for d in part[i].directions]
+        tempi += [(t + s, qpm) for i, s in zip(order, starts, strict=False) for t, qpm in part[i].tempi]
+    if not notes:
+        raise reader.error("no notes", "at least one <note> with <pitch>")
+    notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
+    directions.sort(key=lambda d: d.onset)
+    tempi.sort(key=lambda t: t[0])
+    qpm = next((q for t, q in reversed(tempi) if t <= notes[0].onset), 120.0)
+    return _score(Path(path), reader.ticks, notes, rests, slurs, directions, qpm, bars, starts[:-1], _composer_vector(root, path))
+
+
+def _score(path, ticks, notes, rests, slurs, directions, qpm, bars, starts, composer):
+    """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
+    n = len(notes)
+    onset = np.array([x.onset for x in notes])
+    duration = np.array([x.duration for x in notes])
+    pitch = np.array([x.pitch for x in notes])
+    grace = np.array([x.grace for x in notes])
+
+    dynamics, hairpins, accents = _dynamics(directions)
+    tempo_marks, tempo_changes = _tempi(directions)
+    dynamic, tempo = np.zeros((n, 4)), np.zeros((n, 5))
+    from_dynamic, from_tempo = np.zeros(n), np.zeros(n)
+    sections, before = [], None
+    for i, note in enumerate(notes):
+        level, pace = (m[_governing(m, note.onset)] if m else None for m in (dynamics, tempo_marks))
+        changes = _active(tempo_changes, note)
+        words = " ".join([level.text if level else "", *(m.text for m in _active(hairpins, note))])
+        dynamic[i] = _word_vector(words, DYNAMIC_WORDS, 4, whole=False)
+        for position, accent in accents:
+            if position == note.onset and not note.grace:
+                index, value = DYNAMIC_WORDS[accent]
+                dynamic[i, index] = value
+        tempo[i] = _word_vector(" ".join([pace.text if pace else "", *(m.text for m in changes)]), TEMPO_WORDS, 5, whole=True)
+        from_dynamic[i] = note.onset - (level.onset if level else 0)
+        from_tempo[i] = note.onset - max([pace.onset if pace else 0, *(m.onset for m in changes)])
+        state = (pace and pace.text, [id(m) for m in changes])
+        if state != before:
+            sections.append(note.onset)
+            before = state
+    sections.append(notes[-1].onset + 0.1 * bars[-1].division)
+
+    bar = _at(starts, onset)
+    lengths = np.diff(starts, append=np.nan)
+    lengths[-1] = lengths[-2] if len(bars) > 1 else bars[0].nominal
+    position = (onset - starts[bar]) / lengths[bar]
+    beats = _beat_grid(bars, starts, ticks)
+    last_end = (onset + duration)[min(1, n - 1) :].max() or 1.0
+    graced = {(x.voice, x.onset) for x in notes if x.after_grace}
+    rest_length, rest_fermata = _rests_after(notes, rests)
+    slur_beam, marks = np.zeros((n, 6)), np.zeros((n, 9))
+    overlapped = np.zeros(n, bool)
+    longest = {}
+    names = ("trill-mark", "tenuto", "accent", "staccato", "fermata", "arpeggiate", "strong-accent", "cue", "slash")
+    for i, x in enumerate(notes):
+        flags = set(x.slur_flags)
+        if not flags:
+            for start, stop in slurs.get(x.voice, []):
+                if start <= x.onset <= stop:
+                    flags.add("start" if x.onset == start else "stop" if x.onset == stop else "continue")
+        slur_beam[i] = [f in flags for f in ("start", "continue", "stop")] + [f in x.beams for f in ("begin", "continue", "end")]
+        marks[i] = [name in x.marks for name in names]
+        if not x.grace:
+            other = longest.setdefault((x.part, x.onset, x.pitch), i)
+            if other != i:
+                shorter, longer = (i, other) if x.duration < notes[other].duration else (other, i)
+                overlapped[shorter], longest[x.part, x.onset, x.pitch] = True, longer
+    octave = (pitch // 12 - 1 - 4) / 4
+    features = {
+        "midi_pitch": pitch.astype(float),
+        "duration": duration / ticks,
+        "beat_importance": np.array([_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]),
+        "measure_length": lengths[bar] / ticks,
+        "qpm_primo": np.full(n, math.log10(qpm)),
+        "following_rest": rest_length / ticks,
+        "distance_from_abs_dynamic": from_dynamic / ticks,
+        "distance_from_recent_tempo": from_tempo / ticks,
+        "beat_position": position,
+        "xml_position": onset / last_end,
+        "grace_order": np.array([float(x.grace_order) for x in notes]),
+        "preceded_by_grace_note": np.array([float(not x.grace and (x.voice, x.onset) in graced) for x in notes]),
+        "followed_by_fermata_rest": rest_fermata,
+        "pitch": np.concatenate([octave[:, None], np.eye(12)[pitch % 12]], axis=1),
+        "tempo": tempo,
+        "dynamic": dynamic,
+        "time_sig_vec": np.array([_time_vector(bars[b].beats, bars[b].beat_type) for b in bar]),
+        "slur_beam_vec": slur_beam,
+        "composer_vec": np.tile(composer, (n, 1)),
+        "notation": marks,
+        "tempo_primo": np.tile(tempo[0, :2], (n, 1)),
+    }
+    integers = {name: np.array([getattr(x, name) for x in notes], np.int64) for name in ("voice", "staff", "grace_order", "tremolo")}
+    return Score(
+        path=path, pitch=pitch.astype(np.int64), onset=onset / ticks, duration=duration / ticks, grace=grace, **integers,
+        measure=_contiguous(bar), beat=_contiguous(_at(beats, onset)), section=_at(sections, onset).astype(np.int64),
+        overlapped=overlapped, trill=marks[:, 0] > 0, arpeggiate=marks[:, 5] > 0,
+        beats=beats / ticks, measures=starts / ticks, sections=np.array(sections) / ticks, tempo_qpm=float(qpm), features=features,
+    )  # fmt: skip
+
+
+# -- performances ------------------------------------------------------------------------------------------------------
+
+SUSTAIN, SOFT = 64, 67
+SHORTEST = 1e-3           # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
+LONGEST = 24 * 3600.0     # s; corrupt delta times reach years
+MOST_TICKS = 2 ** 28 - 1  # largest delta time of the MIDI standard (four 7-bit groups)
+MIDO_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+               MemoryError, struct.error, KeySignatureError)
+
+
+@dataclass
+class Performance:
+    """Played notes, sorted by onset (stable), and pedal movements, of one recording.
+
+    pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key release,
+    offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second, value 0..127) in time order.
+    """
+    path: str
+    pitch: np.ndarray
+    velocity: np.ndarray
+    onset: np.ndarray
+    offset: np.ndarray
+    sustain: np.ndarray
+    soft: np.ndarray
+
+
+def read_midi(path: str | Path) -> Performance:
+    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their key and channel.
+
+    A note-on of velocity 0 is a note-off; notes still open at the end of the file end there. Raises DataError.
+    """
+    def refuse(found):
+        found = " ".join(str(found).split())
+        return DataError(f"{path}: {found}; expected a standard MIDI file (type 0 or 1) with notes; "
+                         "export or download it again")
+
+    midi = _parse_midi(path, refuse)
+    events = []
+    for track in midi.tracks:
+        tick = 0
+        for message in track:
+            if message.time > MOST_TICKS:
+                raise refuse(f"a delta time above {MOST_TICKS} ticks")
+            tick += message.time
+            events.append((tick, message))
+    events.sort(key=lambda event: event[0])
+    seconds = _event_seconds(events, midi.ticks_per_beat, refuse)
+    if seconds.size and not seconds[-1] <= LONGEST:
+        raise refuse(f"events up to {seconds[-1]:.3g} s, more than a day")
+
+    notes, pedals, open_notes = [], {SUSTAIN: [], SOFT: []}, {}
+    for now, (_, message) in zip(seconds.tolist(), events, strict=True):
+        if message.type in ("note_on", "note_off"):
+            waiting = open_notes.setdefault((message.channel, message.note), [])
+            if message.type == "note_on" and message.velocity > 0:
+                waiting.append(len(notes))
+                notes.append([message.note, message.velocity, now, seconds[-1]])
+            elif waiting:
+                notes[waiting.pop(0)][3] = now
+        elif message.type == "control_change" and message.control in pedals:
+            pedals[message.control].append((now, message.value))
+    if not notes:
+        raise refuse(f"{len(events)} events and no notes")
+
+    pitch, velocity, onset, offset = np.array(notes).T
+    return Performance(str(path), pitch.astype(np.int64), velocity.astype(np.int64), onset,
+                       np.where(offset > onset, offset, onset + SHORTEST),
+                       *(np.array(pedals[number], float).reshape(-1, 2) for number in (SUSTAIN, SOFT)))
+
+
+def _parse_midi(path, refuse):
+    if not Path(path).is_file():
+        raise refuse("a directory" if Path(path).is_dir() else "no such file")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(12)
+            content = start + file.read() if start[:4] == b"MThd" else b""
+    except OSError as error:
+        raise refuse(error.strerror) from error
+    if not content:
+        raise refuse(f"a file that starts with {start!r}, not b'MThd'" if start else "an empty file")
+    if re.search(rb"[\x80-\xff]{4096}", content):  # mido takes minutes over one endless variable-length number
+        raise refuse("a corrupt MIDI file (4096 bytes above 127 in a row)")
+    try:
+        midi = mido.MidiFile(file=io.BytesIO(content))
+    except MIDO_ERRORS as error:
+        raise refuse(f"a truncated or corrupt MIDI file ({str(error) or 'it ends too early'})") from error
+    if midi.type not in (0, 1):
+        raise refuse(f"MIDI type {midi.type}")
+    return midi
+
+
+def _event_seconds(events, division, refuse):
+    """Seconds of events (tick, message): division ticks per quarter under the tempo map, or SMPTE where negative."""
+    ticks = np.array([tick for tick, _ in events], float)
+    if division < 0:
+        frames, per_frame = -(division >> 8), division & 0xFF
+        if frames not in (24, 25, 29, 30) or per_frame == 0:
+            raise refuse(f"a SMPTE division of {frames} frames and {per_frame} ticks")
+        return ticks / (per_frame * (30 / 1.001 if frames == 29 else frames))
+    if division == 0:
+        raise refuse("a division of 0 ticks per quarter")
+    changes = [(0, 500_000)] + [(tick, message.tempo) for tick, message in events if message.type == "set_tempo"]
+    at, tempo = np.array(changes, float).T
+    starts = np.concatenate([[0.0], np.cumsum(np.diff(at) * tempo[:-1])])
+    current = np.searchsorted(at, ticks, side="right") - 1
+    return (starts[current] + (ticks - at[current]) * tempo[current]) / (division * 1e6)
+
+
+# -- alignment ---------------------------------------------------------------------------------------------------------
+
+# Prices of the Viterbi path: a played key that the chord lacks, a chord left out, any number of chords left out at once,
+# a chord that starts once more; and per unit of price: seconds from one key of a chord to its next, natural logarithm of
+# played over expected interval between chords.
+MISS, SKIP, JUMP, RESTART, LATE, RATIO = 4.0, 1.5, 15.0, 3.5, 0.05, 0.3
+WORST = 5.0                 # highest price of an interval, so that a pause can be paid
+BLUR = 0.05                 # s added to both intervals of the ratio
+STEPS = 4                   # furthest step without a jump, in chords
+WINDOW = 7                  # intervals in the running median of the pace
+PACES = 0.02, 10.0          # s per quarter: fastest, slowest
+TOGETHER = 0.08             # s: keys of a chord this close confirm each other; a time this far off is a slip
+GRACE = 0.08                # s from one grace note to the next
+NEAR = 0.12, 0.2, 0.08      # a note is looked for within .12 s + .2 quarters of its due time, or, where chords
+                            # follow faster, within .08 s + their interval
+
+
+def align(score, performance) -> np.ndarray:
+    """Index of the played note of every score note, -1 where there is none: (n score notes,) int64.
+
+    Notes of several voices that write one key at one time share one played note. A Viterbi path leads the played notes
+    through the score's chords, a robust time map tells when each score note is due, and an assignment per key takes
+    what was played near that time; the last two alternate. Method: HAN.md, "Reading".
+    """
+    if not len(score.pitch) or not len(performance.pitch):
+        return np.full(len(score.pitch), -1, np.int64)
+    position, chord = np.unique(np.round(score.onset, 6), return_inverse=True)
+    keys = np.stack([chord, score.pitch, score.grace_order]).astype(np.int64)
+    (chord, pitch, grace_order), first, shared = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    wide = np.where(np.asarray(score.arpeggiate)[first] | (grace_order < 0), 2, 1)
+
+    span = position[-1] - position[0]
+    pace = np.full(len(position), (performance.onset[-1] - performance.onset[0]) / span if span else 1.0).clip(*PACES)
+    for _ in range(2):
+        played, state = _viterbi(position, pace, pitch, chord, performance)
+        if not len(played):
+            return np.full(len(score.pitch), -1, np.int64)
+        clock, others, pace = _time_map(position, state, performance.onset[played])
+
+    for ask_others in (False, True, False):
+        due = others if ask_others else clock
+        room = np.minimum(NEAR[0] + NEAR[1] * pace, NEAR[2] + _interval(clock)) + np.abs(due - clock)
+        partner = _assign(pitch, due[chord] + GRACE * grace_order, wide * room[chord], performance)
+        steady = (partner >= 0) & (grace_order == 0)
+        if steady.any():
+            clock, others, pace = _time_map(position, chord[steady], performance.onset[partner[steady]])
+    return partner[shared.reshape(-1)]
+
+
+def _viterbi(position, pace, pitch, chord, performance):
+    """Played notes on the best path and their chords: for each chord and key the first one.
+
+    A state is a chord; it remembers when its first note came, so that chords are timed from start to start. Where the
+    opening chord starts again, what came before is dropped: recordings may hold the end of the bar before.
+    """
+    K, P = len(position), len(performance.pitch)
+    member = np.zeros((K, 128), bool)
+    member[chord, pitch] = True
+    hit = member[:, performance.pitch].T
+    clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
+    columns, steps = np.arange(K), np.arange(1, STEPS + 1)[:, None]
+    source = np.maximum(columns - steps, 0)
+    expected = np.log(clock - clock[source] + BLUR)
+    left_out = np.where(columns >= steps, SKIP * (steps - 1), np.inf)
+
+    origin, restart = np.tile(columns.astype(np.int32), (P, 1)), np.zeros(P, bool)
+    best = np.minimum(SKIP * columns, JUMP) + MISS * ~hit[0]
+    entry = np.full(K, performance.onset[0])
+    latest = entry.copy()
+    for j in range(1, P):
+        now = performance.onset[j]
+        interval = np.abs(np.log(now - entry + BLUR)[source] - expected) / RATIO
+        moved = best[source] + np.minimum(interval, WORST) + left_out
+        step = moved.argmin(0)
+        moved, came = moved[step, columns], source[step, columns]
+        lead = best.argmin()
+        leap = (best[lead] + JUMP < moved) & (columns > lead)
+        moved[leap], came[leap] = best[lead] + JUMP, lead
+        again = best + RESTART < moved
+        moved[again], came[again] = best[again] + RESTART, columns[again]
+        moved += MISS * ~hit[j]
+        stayed = best + np.where(hit[j], np.minimum((now - latest) / LATE, MISS), MISS)
+        go = moved < stayed
+        best = np.where(go, moved, stayed)
+        entry[go] = now
+        latest[go | hit[j]] = now
+        origin[j, go] = came[go]
+        restart[j] = go[0]
+
+    state = np.full(P, best.argmin())
+    for j in range(P - 1, 0, -1):
+        state[j - 1] = origin[j, state[j]]
+    begin = np.flatnonzero(restart & (state == 0))[-1:].sum()
+    played = begin + np.flatnonzero(hit[np.arange(begin, P), state[begin:]])
+    first = np.unique(state[played] * 128 + performance.pitch[played], return_index=True)[1]
+    return played[first], state[played[first]]
+
+
+def _time_map(position, chord, onset):
+    """When every chord is due, from the onsets of some notes of the chords: three (K,) arrays.
+
+    Seconds; seconds as the neighbours alone would have it, for chords whose keys do not confirm each other; seconds per
+    quarter. A chord's time is dropped if neither the chords before nor those after lead there and its keys do not
+    confirm each other: so pauses survive and slips do not.
+    """
+    order = np.lexsort((onset, chord))
+    known, start, size = np.unique(chord[order], return_index=True, return_counts=True)
+    onset = onset[order]
+    x, y = position[known], (onset[start + (size - 1) // 2] + onset[start + size // 2]) / 2
+    close = np.abs(onset - np.repeat(y, size)) < TOGETHER
+    sure = np.add.reduceat(close, start, dtype=int) > np.maximum(size // 2, 1)
+    for _ in range(3):
+        if len(x) < 2:
+            break
+        sure &= (np.diff(y, prepend=-np.inf) > 0) & (np.diff(y, append=np.inf) > 0)
+        pace = _running_pace(x, y)
+        good = sure | (np.minimum(_slip(x, y, pace, -1), _slip(x, y, pace, 1)) < TOGETHER)
+        x, y, sure = x[good], y[good], sure[good]
+    if len(x) < 2:
+        clock = onset[0] + position - position[known[0]]
+        return clock, clock, np.ones(len(position))
+
+    pace = np.interp(position, x, _running_pace(x, y))
+    clock = np.interp(position, x, y)
+    clock += pace * (np.minimum(position - x[0], 0) + np.maximum(position - x[-1], 0))
+    between = y.copy()
+    between[1:-1] = y[:-2] + (y[2:] - y[:-2]) * (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+    others = clock.copy()
+    others[np.searchsorted(position, x)] = np.where(sure, y, between)
+    return clock, others, pace
+
+
+def _slip(x, y, pace, side):
+    """Seconds by which each chord misses the time that the three before (side -1) or after (1) lead to.
+
+    Half the expected interval to the nearest of them is free; infinite where there is none.
+    """
+    rank = np.arange(len(x))
+    near = np.clip(rank + side * np.arange(1, 4)[:, None], 0, len(x) - 1)
+    miss = np.abs(np.median(y - y[near] - pace * (x - x[near]), axis=0)) - pace * np.abs(x - x[near[0]]) / 2
+    return np.where(near[0] == rank, np.inf, miss)
+
+
+def _running_pace(x, y):
+    slope = np.pad(np.diff(y) / np.diff(x), (WINDOW // 2, WINDOW // 2 + 1), mode="edge")
+    return np.median(sliding_window_view(slope, WINDOW), axis=1).clip(*PACES)
+
+
+def _interval(clock):
+    """Mean seconds from each chord to its two neighbours."""
+    step = np.abs(np.diff(clock)) if len(clock) > 1 else np.ones(1)
+    return (np.append(step, step[-1:]) + np.append(step[:1], step))[:len(clock)] / 2
+
+
+def _assign(pitch, due, room, performance):
+    """Played note of every score note, -1 for none: per key the best pairs less than `room` seconds from `due`.
+
+    Distances are squared, so that the pairs of one key do not cross.
+    """
+    partner = np.full(len(pitch), -1, np.int64)
+    for key in np.intersect1d(pitch, performance.pitch):
+        rows, columns = np.flatnonzero(pitch == key), np.flatnonzero(performance.pitch == key)
+        distance = np.abs(performance.onset[columns] - due[rows, None]) / room[rows, None]
+        row, column = linear_sum_assignment(np.minimum(distance, 1) ** 2)
+        near = distance[row, column] < 1
+        partner[rows[row[near]]] = columns[column[near]]
+    return partner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns
+
+# Name -> width, in the order of HAN.md.
+SCORE_FEATURES = {
+    "midi_pitch": 1, "duration": 1, "beat_importance": 1, "measure_length": 1, "qpm_primo": 1, "following_rest": 1,
+    "distance_from_abs_dynamic": 1, "distance_from_recent_tempo": 1, "beat_position": 1, "xml_position": 1,
+    "grace_order": 1, "preceded_by_grace_note": 1, "followed_by_fermata_rest": 1, "pitch": 13, "tempo": 5,
+    "dynamic": 4, "time_sig_vec": 9, "slur_beam_vec": 6, "composer_vec": 17, "notation": 9, "tempo_primo": 2,
+}
+PERFORMANCE_FEATURES = dict.fromkeys(
+    ("beat_tempo", "measure_tempo", "section_tempo", "velocity", "onset_deviation", "beat_dynamics",
+     "measure_dynamics", "articulation", "pedal_refresh_time", "pedal_cut_time", "pedal_at_start", "pedal_at_end",
+     "soft_pedal", "pedal_refresh", "pedal_cut", "performance_qpm_primo"), 1)
+RAW_FEATURES = dict.fromkeys(("raw_pitch", "raw_velocity", "raw_onset", "raw_offset"), 1)
+FEATURES = {**SCORE_FEATURES, **PERFORMANCE_FEATURES, **RAW_FEATURES}
+# What a played note without a score note takes from the score note nearest in time: its place, and what is one value
+# per piece. Its other score columns are 0.
+BORROWED_FEATURES = ("beat_position", "xml_position", "measure_length", "qpm_primo", "composer_vec", "tempo_primo",
+                     "performance_qpm_primo")
+
+ANCHOR_GAP = (0.05, 0.01)    # seconds per quarter, seconds: least time between two anchors (1200 qpm)
+CHORD_SPREAD = 0.2           # seconds a chord member may lie from the mean onset
+ARPEGGIO_SPREAD = 1.0        # the same where a member is arpeggiated
+START_VELOCITY = 64          # of score notes before the first matched one
+
+# Deviations from the original's definitions: what, original, here, reason.
+PERFORMANCE_CORRECTIONS = (
+    ("pedal value 0", "makes no entry: after a release the last non-zero value goes on counting",
+     "counts as a release", "a switch-like pedal read 127 from its first press to the end"),
+    ("pedals in several tracks", "tracks concatenated, then searched as if sorted", "events sorted by time",
+     "a binary search needs a sorted list"),
+    ("last onset", "the last chord is never closed, so it is no anchor", "it is an anchor",
+     "a tempo object that ends on the last onset was lost or cut short"),
+    ("last beat and measure, dynamics", "(sum + max) / 2 / count", "(mean + max) / 2, as everywhere else",
+     "its maximum was divided by the number of notes"),
+    ("anchor gap", "0.1 s a quarter + 0.01 s (600 qpm)", "0.05 s a quarter + 0.01 s (1200 qpm)",
+     "swung eighths of the fast D960 mv3 fell below it: 2.3 % of good matches lost, 5 % and more in 250 items"),
+    ("too few anchors for a tempo", "the pipeline fails (9 performances)",
+     "one tempo from the first anchor to the last, or the score's tempo with fewer than two",
+     "a badly aligned item must still be readable"),
+    ("place of extra notes", "counted in matched rows only", "beside the score note nearest in time",
+     "after unmatched score notes they landed too early"),
+    ("extra notes, velocity and pedal columns", "0", "the played note's own", "both are known without a score note"),
+    ("qpm_primo", "the performance's value overwrites the score's",
+     "the score's; the performance's is performance_qpm_primo", "score columns must not tell the performer"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Anchors and tempo
+
+
+def _last_at(entries: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Index of the last sorted entry <= x, or of the first entry where there is none."""
+    return np.maximum(np.searchsorted(entries, x, side="right") - 1, 0)
+
+
+def _settle_chord(onsets: list[float], spread: float) -> tuple[float, list[int]]:
+    """Mean onset of a chord without its outliers, and which members are outliers."""
+    kept, dropped = list(range(len(onsets))), []
+    while True:
+        mean = sum(onsets[i] for i in kept) / len(kept)
+        far = max(kept, key=lambda i: abs(onsets[i] - mean))
+        if abs(onsets[far] - mean) <= spread:
+            return mean, dropped
+        if len(kept) == 2:
+            return mean, dropped + kept
+        kept.remove(far)
+        dropped.append(far)
+
+
+def _clean(score: Score, performance: Performance, match: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop matches that contradict the order of time; fix (quarter, second) anchors, at least two, both increasing."""
+    match = match.copy()
+    rows = np.flatnonzero((match >= 0) & ~score.grace)
+    positions, arpeggio = score.onset[rows].tolist(), score.arpeggiate[rows].tolist()
+    onsets = performance.onset[match[rows]].tolist()
+    anchors, wrong, chord = [], [], []
+    per_quarter, least = ANCHOR_GAP
+
+    def close():
+        position = positions[chord[0]]
+        spread = ARPEGGIO_SPREAD if any(arpeggio[i] for i in chord) else CHORD_SPREAD
+        mean, dropped = _settle_chord([onsets[i] for i in chord], spread)
+        if not anchors or mean > anchors[-1][1] + per_quarter * (position - anchors[-1][0]) + least:
+            anchors.append((position, mean))
+            wrong.extend(chord[i] for i in dropped)
+        else:
+            wrong.extend(chord)
+
+    for i, (position, onset) in enumerate(zip(positions, onsets, strict=True)):
+        if not chord or position == positions[chord[0]]:
+            chord.append(i)
+        elif onset > onsets[chord[0]] + per_quarter * (position - positions[chord[0]]) + least:
+            close()
+            chord = [i]
+        else:
+            wrong += [i, chord[0]]
+    if chord:
+        close()
+    match[rows[wrong]] = -1
+    if not anchors:
+        anchors.append((score.onset[0], performance.onset[0]))
+    if len(anchors) == 1:
+        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.tempo_qpm))
+    return match, np.array(anchors)
+
+
+def _tempo_of_notes(grid: np.ndarray, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tempo objects of a list of positions: start (quarters), start (seconds), quarters per minute."""
+    # A tempo runs from anchor to anchor, so the neighbouring pairs of the list chain up over its distinct anchors.
+    ends = np.unique(_last_at(anchors[:, 0], grid))
+    if len(ends) < 2:
+        ends = np.array([0, len(anchors) - 1])
+    span = np.diff(anchors[ends], axis=0)
+    return anchors[ends[:-1], 0], anchors[ends[:-1], 1], 60 * span[:, 0] / span[:, 1]
+
+
+def _timing(score: Score, performance: Performance, match: np.ndarray, tempi: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Onset deviation (quarters, positive = late) and articulation (log10 of held over written length) by beat tempo."""
+    start, start_time, qpm = (part[_last_at(tempi[0], score.onset)] for part in tempi)
+    late = (performance.onset[match] - start_time) * qpm / 60 - (score.onset - start)
+    deviation = np.where(match >= 0, late, 0.0)
+    held, written = (performance.offset - performance.onset)[match], score.duration * 60 / qpm
+    sounding = (match >= 0) & (held > 0) & (written > 0) & ~score.overlapped & ~score.trill
+    articulation = np.zeros(len(match))
+    articulation[sounding] = np.log10(held[sounding] / written[sounding])
+    return deviation, articulation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dynamics and pedal
+
+
+def _level_dynamics(group: np.ndarray, match: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+    """(mean + max) / 2 of the velocities of the matched notes of a beat or measure, on all its rows: (n,)."""
+    rows = np.flatnonzero(match >= 0)
+    if not len(rows):
+        return np.full(len(group), float(START_VELOCITY))
+    velocity = velocity[match[rows]]
+    first = np.diff(group[rows]) > 0
+    first[:1] |= group[rows[0]] > 0  # as in the original: before the first matched row the group counts as 0
+    starts = np.append(0, np.flatnonzero(first) + 1)
+    mean = np.add.reduceat(velocity, starts) / np.diff(starts, append=len(rows))
+    level = (mean + np.maximum.reduceat(velocity, starts)) / 2
+    return level.repeat(np.diff(np.append(0, rows[starts[1:]]), append=len(group)))
+
+
+def _pedal_depth(value: np.ndarray) -> np.ndarray:
+    """Controller value 0..127 through the original's sigmoid, truncated: 0..126, half at 64."""
+    return np.floor(127 / (1 + np.exp((64 - value) / 8)))
+
+
+def _lowest(curve: np.ndarray, start: np.ndarray, stop: np.ndarray, since: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest value of the entries start..stop-1 and its time after `since`; no time where that is the start's own."""
+    # One number orders by value and then by index, which makes the minimum the first lowest entry; where stop = start
+    # reduceat gives the start's own.
+    key = np.unique(curve[:, 1], return_inverse=True)[1] * len(curve) + np.arange(len(curve))
+    lowest = np.minimum.reduceat(key, np.stack((start, stop), axis=1).ravel())[::2] % len(curve)
+    lower = curve[lowest, 1] < curve[start, 1]
+    return _pedal_depth(curve[lowest, 1]), np.where(lower, curve[lowest, 0] - since, 0.0)
+
+
+def _played_features(performance: Performance) -> dict[str, np.ndarray]:
+    """What is known of every played note without a score: velocity, pedal, raw columns (n played,)."""
+    onset, offset = performance.onset, performance.offset
+    sustain, soft = (np.concatenate((np.zeros((1, 2)), curve)) for curve in (performance.sustain, performance.soft))
+    at_onset, at_offset = _last_at(sustain[:, 0], onset), _last_at(sustain[:, 0], offset)
+    following = np.searchsorted(onset, offset, side="right")
+    at_following = np.append(at_onset, len(sustain) - 1)[following]
+    refresh, refresh_time = _lowest(sustain, at_onset, at_offset, onset)
+    cut, cut_time = _lowest(sustain, at_offset, at_following, offset)
+    cut[0], cut_time[0] = 0, 0  # as in the original
+    return {
+        "velocity": performance.velocity,
+        "pedal_refresh_time": refresh_time, "pedal_cut_time": cut_time,
+        "pedal_at_start": _pedal_depth(sustain[at_onset, 1]), "pedal_at_end": _pedal_depth(sustain[at_offset, 1]),
+        "soft_pedal": _pedal_depth(soft[_last_at(soft[:, 0], onset), 1]),
+        "pedal_refresh": refresh, "pedal_cut": cut,
+        "raw_pitch": performance.pitch, "raw_velocity": performance.velocity, "raw_onset": onset, "raw_offset": offset,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features per note
+
+
+def _features(score: Score, performance: Performance, match: np.ndarray) -> tuple:
+    """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (quarters, s, qpm)."""
+    match, anchors = _clean(score, performance, np.asarray(match))
+    played = _played_features(performance)
+    beat_tempi = _tempo_of_notes(score.beats, anchors)
+    features = {**score.features, "performance_qpm_primo": np.full(len(match), np.log10(beat_tempi[2][:10].mean()))}
+    for name, tempi in (("beat_tempo", beat_tempi), ("measure_tempo", _tempo_of_notes(score.measures, anchors)),
+                        ("section_tempo", _tempo_of_notes(score.sections, anchors))):
+        features[name] = np.log10(tempi[2])[_last_at(tempi[0], score.onset)]
+
+    # Score notes that were not played: these repeat the last played note, the others are 0.
+    before = np.maximum.accumulate(np.where(match >= 0, np.arange(len(match)), -1))
+    for name in ("velocity", "pedal_at_start", "pedal_at_end", "soft_pedal", "pedal_cut"):
+        initial = START_VELOCITY if name == "velocity" else 0
+        features[name] = np.where(before < 0, initial, played[name][match[before]]).astype(np.float64)
+    for name in ("pedal_refresh", "pedal_refresh_time", "pedal_cut_time", *RAW_FEATURES):
+        features[name] = np.where(match < 0, 0.0, played[name][match])
+
+    features["onset_deviation"], features["articulation"] = _timing(score, performance, match, beat_tempi)
+    for name, group in (("beat_dynamics", score.beat), ("measure_dynamics", score.measure)):
+        features[name] = _level_dynamics(group, match, performance.velocity)
+    features["matched"] = (match >= 0).astype(np.float64)
+    return features, played, match, anchors, beat_tempi
+
+
+def note_features(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
+    """Un-normalised features by name, one row per score note.
+
+    `match` (n,) is `align`'s: index of the played note, -1 where none; matches out of time are dropped first. Returns
+    the score features, the performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite:
+    tempi in log10(quarters per minute), onset deviation in quarters, times in seconds. `qpm_primo` is the score's,
+    `performance_qpm_primo` the performance's. Source: sections 3 and 6 of the description of the original features,
+    PERFORMANCE_CORRECTIONS excepted.
+    """
+    return _features(score, performance, match)[0]
+
+
+def note_table(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows a network reads: score notes in order, and played notes without a score note at their place in time.
+
+    Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,) bool. An
+    inserted row has voice 0, its own velocity, pedal and raw columns, BORROWED_FEATURES, beat and measure of the score
+    note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An unmatched score note keeps its voice.
+    """
+    features, played, match, anchors, (_, _, qpm) = _features(score, performance, match)
+    extra = np.setdiff1d(np.arange(len(performance.onset)), match)
+
+    # The score's positions in seconds, prolonged beyond the outer anchors at the outer beat tempi.
+    reach = 10_000.0
+    quarter = np.concatenate(([anchors[0, 0] - reach], anchors[:, 0], [anchors[-1, 0] + reach]))
+    second = np.concatenate(([anchors[0, 1] - reach * 60 / qpm[0]], anchors[:, 1],
+                             [anchors[-1, 1] + reach * 60 / qpm[-1]]))
+    chords, first = np.unique(score.onset, return_index=True)
+    expected = np.interp(chords, quarter, second)
+    nearest = np.searchsorted((expected[1:] + expected[:-1]) / 2, performance.onset[extra])
+    after = performance.onset[extra] >= expected[nearest]
+    slot = np.append(first, len(match))[nearest + after]
+    near = first[nearest]
+
+    x, inserted = [], []
+    for name, width in FEATURES.items():
+        column = features[name].reshape(len(match), width)
+        x.append(column)
+        if name in BORROWED_FEATURES:
+            inserted.append(column[near])
+        elif name in played:
+            inserted.append(played[name][extra, None])
+        else:
+            inserted.append(np.zeros((len(extra), width)))
+    return {
+        "x": np.insert(np.concatenate(x, 1).astype(np.float32), slot, np.concatenate(inserted, 1), axis=0),
+        "voice": np.insert(score.voice, slot, 0),
+        "beat": np.insert(score.beat, slot, score.beat[near]),
+        "measure": np.insert(score.measure, slot, score.measure[near]),
+        "matched": np.insert(match >= 0, slot, False),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics of a whole performance, straight from the MIDI
+# ---------------------------------------------------------------------------------------------------------------
+
+CHORD_GAP = 0.035  # seconds: onsets closer than this to their predecessor belong to one chord
+SPREAD = ("mean", "sd", "q10", "q50", "q90")
+
+
+def _summary(x: np.ndarray) -> list[float]:
+    """Mean, standard deviation and 10 / 50 / 90 % quantiles along the first axis; zeros for an empty array."""
+    if len(x) == 0:
+        return [0.0] * len(SPREAD)
+    return [float(x.mean()), float(x.std()), *np.quantile(x, (0.1, 0.5, 0.9)).tolist()]
+
+
+def _held(events: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Controller value (0-127) in force at each time (s); 0 before the first event."""
+    if len(events) == 0:
+        return np.zeros(len(times))
+    at = np.searchsorted(events[:, 0], times, side="right") - 1
+    return np.where(at >= 0, events[np.maximum(at, 0), 1], 0.0)
+
+
+def _pedal_use(events: np.ndarray, performance, start: float, end: float, name: str) -> dict[str, float]:
+    """How one pedal is used between two times (s): depth, share of time down, presses a second, half-pedalling,
+    share of note onsets and key releases that fall under it."""
+    grid = np.linspace(start, end, max(int((end - start) / 0.02), 2))
+    value = _held(events, grid)
+    down = value >= 64
+    half = (value > 15) & (value < 100)
+    return {
+        f"{name}_depth": value.mean() / 127, f"{name}_depth_sd": value.std() / 127, f"{name}_down": down.mean(),
+        f"{name}_half": half.mean(), f"{name}_presses": (down[1:] & ~down[:-1]).sum() / (end - start),
+        f"{name}_half_presses": ((value[1:] > 15) & (value[:-1] <= 15)).sum() / (end - start),
+        f"{name}_movement": np.abs(np.diff(value)).sum() / 127 / (end - start),
+        f"{name}_at_onset": _held(events, performance.onset).mean() / 127,
+        f"{name}_at_release": _held(events, performance.offset).mean() / 127,
+        f"{name}_onsets_under": (_held(events, performance.onset) >= 64).mean(),
+        f"{name}_releases_under": (_held(events, performance.offset) >= 64).mean(),
+    }
+
+
+def sounding_offset(performance, threshold: float = 64) -> np.ndarray:
+    """(n,) seconds at which each note stops sounding: its release, or later the first time the sustain pedal is under `threshold`."""
+    events = performance.sustain
+    if len(events) == 0:
+        return performance.offset
+    at = np.searchsorted(events[:, 0], performance.offset, side="right") - 1
+    held = (at >= 0) & (events[np.maximum(at, 0), 1] >= threshold)
+    ups = events[events[:, 1] < threshold, 0]
+    nxt = np.searchsorted(ups, performance.offset, side="right")
+    end = max(performance.offset.max(), events[-1, 0])
+    released = np.append(ups, end)[nxt]
+    return np.where(held, np.maximum(released, performance.offset), performance.offset)
+
+
+def performance_statistics(performance) -> dict[str, float]:
+    """What a listener could measure without a score: tempo, dynamics, voicing, touch, pedals and register as
+    means, deviations and quantiles. Times in seconds or log seconds, velocities / 127, pitches in octaves.
+
+    The list follows the pooled statistics that carry a random forest past the published HAN (README, floor row);
+    per-note features of the score alignment do not hold them all."""
+    pitch, velocity = performance.pitch.astype(float), performance.velocity / 127.0
+    onset, offset = performance.onset, performance.offset
+    n, start, end = len(pitch), float(onset.min()), float(max(offset.max(), onset.min() + 0.1))
+    seconds = end - start
+
+    # chords: notes whose onsets follow each other within CHORD_GAP; the chord sounds at its mean onset
+    chord = np.concatenate([[0], np.cumsum(np.diff(onset) > CHORD_GAP)])
+    size = np.bincount(chord)
+    time = np.bincount(chord, onset) / size
+    order = np.lexsort((pitch, chord))
+    bass, top = order[np.cumsum(size) - size], order[np.cumsum(size) - 1]
+    interval = np.log(np.maximum(np.diff(time), 0.01))
+    several = size > 1
+    first = onset[np.cumsum(size) - size]
+    last = onset[np.cumsum(size) - 1]
+    rest = (np.bincount(chord, onset) - onset[top]) / np.maximum(size - 1, 1)
+    loud_rest = (np.bincount(chord, velocity) - velocity[top]) / np.maximum(size - 1, 1)
+
+    # touch: key held against the time to the next chord, and what the pedal adds
+    hold = np.maximum(offset - onset, 0.01)
+    gap = np.append(np.diff(time), max(end - time[-1], 0.05))[chord]
+    sounding = sounding_offset(performance)
+    ring = np.maximum(sounding - onset, 0.01)
+
+    # notes still ringing at each onset, and how many of them rub (a semitone or tone away)
+    alive = (onset[None] < onset[:, None] - CHORD_GAP) & (sounding[None] > onset[:, None] + 0.05)
+    rubbing = alive & np.isin(np.abs(pitch[None] - pitch[:, None]), (1, 2))
+
+    # slow course: 1.5 s windows
+    window = ((time - start) / 1.5).astype(int)
+    count = np.bincount(window)
+    level = (np.bincount(window, np.bincount(chord, velocity) / size) / np.maximum(count, 1))[count > 0]
+    density = np.bincount(((onset - start) / 1.5).astype(int))
+    centred = (onset - onset.mean()) / (onset.std() + 1e-9)
+    pitch_z = (pitch - pitch.mean()) / (pitch.std() + 1e-9)
+    residual = velocity - velocity.mean() - pitch_z * (pitch_z * velocity).mean()
+
+    out = {
+        "seconds": np.log(seconds), "notes": np.log(n), "notes_per_second": np.log(n / seconds), "onsets_per_second": np.log(len(size) / seconds),
+        "chord_share": several.mean(), "chord_size": size.mean(),
+        "level_range": float(np.ptp(level)), "level_sd": level.std(), "level_step": np.abs(np.diff(level)).mean() if len(level) > 1 else 0.0,
+        "density_cv": density.std() / (density.mean() + 1e-9), "velocity_max": velocity.max(), "velocity_min": velocity.min(),
+        "velocity_trend": (centred * velocity).mean() / (velocity.std() + 1e-9), "pitch_velocity": (pitch_z * velocity).mean() / (velocity.std() + 1e-9),
+        "pitch_velocity_slope": (pitch_z * velocity).mean(), "velocity_residual": residual.std(),
+        "interval_trend": float(np.corrcoef(np.arange(len(interval)), interval)[0, 1]) if len(interval) > 2 and interval.std() > 0 else 0.0,
+        "ringing": alive.sum(1).mean(), "ringing_q90": np.quantile(alive.sum(1), 0.9), "rubbing": rubbing.sum(1).mean(),
+        "rubbing_share": (rubbing.sum(1) > 0).mean(), "polyphony": hold.sum() / seconds, "polyphony_pedal": ring.sum() / seconds,
+        "staccato": (hold < 0.5 * gap).mean(), "overlap_share": (hold > gap).mean(), "silence": 1 - _covered(onset, sounding) / (sounding.max() - start),
+    }
+    for name, values in {
+        "interval": interval, "interval_change": np.diff(interval), "interval_change_size": np.abs(np.diff(interval)),
+        "velocity": velocity, "velocity_top": velocity[top], "velocity_bass": velocity[bass], "balance": (velocity[top] - velocity[bass])[several],
+        "voicing": (velocity[top] - loud_rest)[several], "top_step": np.abs(np.diff(velocity[top])), "chord_step": np.diff(np.bincount(chord, velocity) / size),
+        "spread": (last - first)[several], "lead": (rest - onset[top])[several], "hold": np.log(hold), "hold_top": np.log(hold[top]), "hold_bass": np.log(hold[bass]),
+        "legato": np.log(hold / np.maximum(gap, 0.02)), "legato_top": np.log(hold[top] / np.maximum(gap[top], 0.02)), "ring": np.log(ring), "ring_extra": np.log(ring / hold),
+        "register": pitch / 12, "register_top": pitch[top] / 12, "register_bass": pitch[bass] / 12,
+    }.items():
+        out |= {f"{name}_{s}": v for s, v in zip(SPREAD, _summary(values), strict=True)}
+    out |= _pedal_use(performance.sustain, performance, start, end, "sustain")
+    out |= _pedal_use(performance.soft, performance, start, end, "soft")
+    return {k: float(v) for k, v in out.items()}
+
+
+def _covered(onset: np.ndarray, offset: np.ndarray) -> float:
+    """Seconds during which at least one note sounds (notes sorted by onset)."""
+    reach = np.maximum.accumulate(offset)
+    before = np.append(onset[0], reach[:-1])
+    return float(np.maximum(reach - np.maximum(onset, before), 0).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------------
+
+LABELS = (
+    "Timing_Stable_Unstable",
+    "Articulation_Long_Short",
+    "Articulation_Soft_cushioned_Hard_solid",
+    "Pedal_Sparse/dry_Saturated/wet",
+    "Pedal_Clean_Blurred",
+    "Timbre_Even_Colorful",
+    "Timbre_Shallow_Rich",
+    "Timbre_Bright_Dark",
+    "Timbre_Soft_Loud",
+    "Dynamic_Sophisticated/mellow_Raw/crude",
+    "Dynamic_Little_dynamic_range_Large_dynamic_range",
+    "Music_Making_Fast_paced_Slow_paced",
+    "Music_Making_Flat_Spacious",
+    "Music_Making_Disproportioned_Balanced",
+    "Music_Making_Pure_Dramatic/expressive",
+    "Emotion_&_Mood_Optimistic/pleasant_Dark",
+    "Emotion_&_Mood_Low_Energy_High_Energy",
+    "Emotion_&_Mood_Honest_Imaginative",
+    "Interpretation_Unsatisfactory/doubtful_Convincing",
+)
+_NAME = re.compile(r"(\S+)_(\d+)bars_(\d+|Score\d*)_(\d+)")
+
+
+def parse_name(name: str) -> tuple[str, str, str, str]:
+    """Work, bars, player and segment; all text, because segment "09" is not segment "9". Surrounding spaces (one
+    public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form.
+    """
+    match = _NAME.fullmatch(name.strip().removesuffix(".mid"))
+    if match is None:
+        raise DataError(f"{name!r}: not a performance name; expected <work>_<N>bars_<player>_<segment>, "
+                        "player a number or Score, e.g. Schubert_D960_mv2_8bars_3_06; rename the file")
+    return match.groups()
+
+
+def work_of(name: str) -> str:
+    """`Schubert_D960_mv2` of `Schubert_D960_mv2_8bars_3_06`."""
+    return parse_name(name)[0]
+
+
+def player_of(name: str) -> str:
+    """Player number as text, or `Score`, `Score2` for a rendering of the score."""
+    return parse_name(name)[2]
+
+
+def segment_of(name: str) -> str:
+    """Segment key `<work>_<N>bars_<segment>`: the same music, whoever plays."""
+    work, bars, _, segment = parse_name(name)
+    return f"{work}_{bars}bars_{segment}"
+
+
+def score_of(name: str) -> str:
+    """Name (without ending) of the score that a performance plays."""
+    work, bars, _, segment = parse_name(name)
+    return f"{work}_{bars}bars_Score_{segment}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits: from the list of names alone, so that they are the same whatever labels are present
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPLITS = ("segment", "performer", "piece", "random")
+FOLDS = 4
+PIECES = ("Beethoven_WoO80", "Schubert_D935_no.3", "Schubert_D960_mv2", "Schubert_D960_mv3")
+HELD_PERCENT = 15
+TEST_PLAYERS = (1, 2)
+BEETHOVEN_PLAYERS = ("1", "2", "3", "4", "7", "11", "14", "18", "19", "22", "24", "26")
+
+
+def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, list[str]]:
+    """Parts of a corpus: `train`, `valid`, `test`, sorted lists that together hold every name once.
+
+    segment:   test = segments in ascending sha1("segment:" + key) until they hold 15 % of the items; the others,
+               largest first, go to the least-filled of 4 folds; fold k validates. The same for every fold's test.
+    performer: test = player indices 1 and 2 (`player_index`); fold k validates on 2k+3 and 2k+4; no index trains.
+    piece:     fold k tests on the k-th of `PIECES`; validation = segments of the rest, in ascending
+               sha1("segment:" + key), until they hold 15 % of the rest. A corpus with none of those four pieces
+               is cut by its own works, in alphabetical order.
+    random:    as segment, with every performance as its own group, hashed as sha1("random:" + name).
+
+    Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
+    Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r}: unknown; expected one of {', '.join(SPLITS)}")
+    if fold not in range(FOLDS):
+        raise DataError(f"fold {fold!r}: unknown; expected one of {', '.join(map(str, range(FOLDS)))}")
+    names = sorted(names, key=str.strip)
+    for name, count in Counter(name.strip() for name in names).items():
+        if count > 1:
+            raise DataError(f"{name!r}: given {count} times; expected every performance once; drop the copies")
+
+    if split == "segment":
+        test, valid = _grouped_parts(_group(names, segment_of), "segment:", fold)
+    elif split == "random":
+        test, valid = _grouped_parts(_group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold)
+    elif split == "performer":
+        test = {name for name in names if player_index(name) in TEST_PLAYERS}
+        valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
+    else:
+        pieces = _group(names, _piece_of)
+        order = PIECES if set(PIECES) & set(pieces) else tuple(sorted(pieces))
+        test = set(pieces.get(order[fold], ())) if fold < len(order) else set()
+        rest = _group([name for name in names if name not in test], segment_of)
+        valid = _names_in(rest, _held_keys(rest, "segment:"))
+
+    parts = {"train": sorted(set(names) - test - valid), "valid": sorted(valid), "test": sorted(test)}
+    _refuse_empty(parts, f"split {split!r}, fold {fold}, of {len(names)} performances")
+    return parts
+
+
+def player_index(name: str) -> int | None:
+    """Performer index as in the paper's code: the rank among Beethoven's players, Schubert's number itself, 0 for
+    `Score`; None (always training) for `Score2` and for a Beethoven player outside the known twelve."""
+    work, _, player, _ = parse_name(name)
+    if player == "Score":
+        return 0
+    if work.startswith("Beethoven"):
+        return BEETHOVEN_PLAYERS.index(player) if player in BEETHOVEN_PLAYERS else None
+    return int(player) if player.isdigit() else None
+
+
+def _piece_of(name: str) -> str:
+    work = work_of(name)
+    return next((piece for piece in PIECES if f"{work}_".startswith(f"{piece}_")), work)
+
+
+def _group(names: Iterable[str], key_of) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key_of(name), []).append(name)
+    return groups
+
+
+def _names_in(groups: dict[str, list[str]], keys: Iterable[str]) -> set[str]:
+    return {name for key in keys for name in groups[key]}
+
+
+def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
+    total = sum(map(len, groups.values()))
+    keys, held = [], 0
+    for key in sorted(groups, key=lambda key: hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()):
+        if 100 * held >= HELD_PERCENT * total:
+            break
+        keys.append(key)
+        held += len(groups[key])
+    return keys
+
+
+def _grouped_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tuple[set[str], set[str]]:
+    held = _held_keys(groups, prefix)
+    filled: list[list[str]] = [[] for _ in range(FOLDS)]
+    for key in sorted(groups.keys() - set(held), key=lambda key: (-len(groups[key]), key)):
+        min(filled, key=len).extend(groups[key])
+    return _names_in(groups, held), set(filled[fold])
+
+
+def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
+    empty = [part for part, names in parts.items() if not names]
+    if empty:
+        raise DataError(f"{what}: nothing left for {' and '.join(empty)}; expected items in train, valid and test; "
+                        "add performances or choose another split or fold")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared passages: segments cut from the same recording, repeated passages, score renderings of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHARED_RUN = 16
+
+
+def overlaps(performances: dict) -> dict[str, set[str]]:
+    """For every item that shares played notes with others: the names of those others. Items that share none are absent.
+
+    performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of at
+    least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no order of
+    their own. Compared note by note, so no two different runs are ever taken for the same.
+    """
+    owners: dict[bytes, set[str]] = {}
+    for name, performance in performances.items():
+        order = np.lexsort((performance.velocity, performance.pitch, performance.onset))
+        notes = (performance.pitch * 128 + performance.velocity)[order].astype(np.uint16).tobytes()
+        for start in range(0, len(notes) - 2 * SHARED_RUN + 1, 2):
+            owners.setdefault(notes[start : start + 2 * SHARED_RUN], set()).add(name)
+    shared: dict[str, set[str]] = {}
+    for names in owners.values():
+        if len(names) > 1:
+            for name in names:
+                shared.setdefault(name, set()).update(names - {name})
+    return shared
+
+
+def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Parts without what leaks: validation leaves out what shares notes with a test item, training what shares notes
+    with a test item or with an item of the given validation part, one left out there included.
+
+    shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty.
+    """
+    held = {"train": {*parts["valid"], *parts["test"]}, "valid": set(parts["test"]), "test": set()}
+    kept = {part: [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
+            for part, names in parts.items()}
+    _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels and individual ratings
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEAN_FILE = "label_2round_mean_reg_19_with0_rm_highstd0.json"
+STD_FILE = "label_2round_std_reg_19_with0_rm_highstd0.json"
+RATINGS_FILE = "labels/total_2rounds.csv"
+_FETCH_HINT = "run `python data.py fetch percepiano` or give the dataset's folder with --data"
+
+
+def read_labels(root: str | Path, problems: list[str] | None = None,
+                ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
+    """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of `LABELS`, and
+    the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped of spaces.
+
+    The mean file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad entry is
+    described there and left out of both; without, as for a bad file in either case, DataError is raised.
+    """
+    root = Path(root)
+    mean_entries, std_entries = _read_entries(root / MEAN_FILE), _read_entries(root / STD_FILE)
+    means, stds = {}, {}
+    for name in mean_entries | std_entries:
+        try:
+            parse_name(name)
+            for file, entries in ((MEAN_FILE, mean_entries), (STD_FILE, std_entries)):
+                if name not in entries:
+                    raise DataError(f"{root / file}: no key {name!r}; expected the same keys in both label files")
+            mean = _label_row(mean_entries[name], len(LABELS) + 1, f"{root / MEAN_FILE}: {name!r}")
+            std = _label_row(std_entries[name], len(LABELS), f"{root / STD_FILE}: {name!r}")
+        except DataError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            continue
+        means[name], stds[name] = mean, std
+    has_ratings = (root / RATINGS_FILE).is_file()
+    return means, stds, dict(Counter(read_ratings(root)[1].tolist())) if has_ratings else {}
+
+
+def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Individual ratings, one row per rating of one performance: rater ids (n,) int64, performance names (n,) str,
+    ratings (n, 19) float64 from 1 to 7, NaN where a rater gave none (0 or empty in the file).
+
+    Rows with any value above 7 are dropped, as for the published means (checked: the mean over a performance's
+    ratings, / 7, is its entry in the label file). Raises DataError for a missing or broken file.
+    """
+    path = Path(root) / RATINGS_FILE
+    raters, names, ratings = [], [], []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for line, row in enumerate(csv.reader(file), start=1):
+                if line == 1:
+                    if row[:3] != ["user", "dataID", "filename"]:
+                        raise DataError(f"{path}: starts with {row[:3]}; expected user, dataID, filename, 19 ratings")
+                    continue
+                try:
+                    values = [float(value or 0) for value in row[3:22]]
+                    rater, name = int(row[0]), row[2].strip().removesuffix(".wav").strip()
+                except (IndexError, ValueError) as error:
+                    raise DataError(f"{path}: row {line}: {error}; expected user, id, file, 19 ratings") from error
+                if len(values) < len(LABELS) or not min(values) >= 0:
+                    raise DataError(f"{path}: row {line}: {row[3:22]}; expected 19 ratings from 0 to 7")
+                if max(values) <= 7:
+                    raters.append(rater)
+                    names.append(name)
+                    ratings.append(values)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; {_FETCH_HINT}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as CSV ({error}); {_FETCH_HINT}") from error
+    if not names:
+        raise DataError(f"{path}: no rating; expected one row per rating; {_FETCH_HINT}")
+    table = np.array(ratings, dtype=np.float64)
+    table[table == 0] = np.nan
+    return np.array(raters, dtype=np.int64), np.array(names, dtype=str), table
+
+
+def _read_entries(path: Path) -> dict[str, object]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; {_FETCH_HINT}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); {_FETCH_HINT}") from error
+    if not isinstance(entries, dict):
+        raise DataError(f"{path}: holds a {type(entries).__name__}; expected an object of performance names")
+    stripped = {name.strip(): entry for name, entry in entries.items()}
+    if len(stripped) < len(entries):
+        twice = [name for name, count in Counter(name.strip() for name in entries).items() if count > 1]
+        raise DataError(f"{path}: {twice[0]!r} occurs twice but for spaces; expected every performance once")
+    return stripped
+
+
+def _label_row(entry: object, length: int, where: str) -> np.ndarray:
+    if not isinstance(entry, list) or len(entry) != length:
+        found = f"{len(entry)} values" if isinstance(entry, list) else type(entry).__name__
+        raise DataError(f"{where}: {found}; expected a list of {length} numbers")
+    for label, value in zip(LABELS, entry, strict=False):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise DataError(f"{where}: {label} is {value!r}; expected a number from 0 to 1")
+    return np.array(entry[: len(LABELS)], dtype=np.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# PercePiano: the corpus, from files to cached features
+# ---------------------------------------------------------------------------------------------------------------
+
+
+
+MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
+
+
+@dataclass
+class Corpus:
+    """PercePiano in memory. `items`: name -> dict of x (T, F) float32 (un-normalised), voice, beat, measure (T,) int64,
+    matched (T,) bool, match_rate, stats (S,) float32 and, where rated, y, y_std (19,) float32 and raters (int)."""
+
+    root: str
+    synthetic: bool
+    items: dict[str, dict]
+    names: list[str]  # of all files, the unreadable ones too: what is split
+    columns: list[str]
+    stat_names: list[str]
+    shared: dict[str, set[str]]
+    left_out: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    cached: bool = False
+
+
+def column_names(features: dict[str, int]) -> list[str]:
+    """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide one."""
+    return [name if width == 1 else f"{name}:{k}" for name, width in features.items() for k in range(width)]
+
+
+def _extract(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
+    """All performances of one score: (MIDI path, arrays of the item, or the error line)."""
+    score_path, midi_paths = task
+    try:
+        score = read_musicxml(score_path)
+    except DataError as error:
+        return [(path, str(error)) for path in midi_paths]
+    out = []
+    for path in midi_paths:
+        try:
+            performance = read_midi(path)
+            match = align(score, performance)
+            item = note_table(score, performance, match)
+            statistics = performance_statistics(performance)
+            item |= {"match_rate": float((match >= 0).mean()), "stats": np.array(list(statistics.values()), np.float32),
+                     "stat_names": list(statistics), "performance": performance}
+            out.append((path, item))
+        except DataError as error:
+            out.append((path, str(error)))
+    return out
+
+
+def _performance_files(root: Path) -> dict[str, Path]:
+    """name -> MIDI file. One public file name opens with a space; its label does not."""
+    folder = root / "virtuoso/data/all_2rounds"
+    files = {p.stem.strip(): p for p in sorted(folder.glob("*.mid"))}
+    if not files:
+        raise DataError(f"{root}: no performance in virtuoso/data/all_2rounds/*.mid; expected a clone of the PercePiano "
+                        "repository; run `python data.py fetch percepiano` or name another folder with --data")
+    return files
+
+
+def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool = False, workers: int | None = None,
+                    quiet: bool = False) -> Corpus:
+    """Read, align and describe every performance of a PercePiano folder; features come from `cache` when neither the
+    files nor this module have changed since. A bad item is left out and listed in `left_out`; `strict` raises instead."""
+    start, root = time.time(), Path(root)
+    files = _performance_files(root)
+    scores = {name: root / "virtuoso/data/score_xml" / f"{score_of(name)}.musicxml" for name in files}
+    key = hashlib.sha1(Path(__file__).read_bytes())
+    for path in sorted({*files.values(), *scores.values()}):
+        key.update(f"{path.relative_to(root)}\0".encode() + (path.read_bytes() if path.is_file() else b"") + b"\0")
+    store = Path(cache) / f"percepiano-{key.hexdigest()[:16]}.npz"
+    arrays = _load_store(store)
+    cached = arrays is not None
+    if not cached:
+        arrays = _extract_all(files, scores, strict, workers, quiet)
+        write_atomic(store, lambda f: np.savez(f, **arrays))
+    left_out = arrays["left_out"].tolist()
+    if strict and left_out:
+        raise DataError(left_out[0])
+    names, bounds = arrays["names"].tolist(), arrays["bounds"]
+    items = {}
+    for i, name in enumerate(names):
+        part = slice(bounds[i], bounds[i + 1])
+        items[name] = {k: arrays[k][part] for k in ("x", "matched")} | {k: arrays[k][part].astype(np.int64) for k in ("voice", "beat", "measure")}
+        items[name] |= {"name": name, "match_rate": float(arrays["match_rate"][i]), "stats": arrays["stats"][i]}
+    mean, std, raters = read_labels(root, None if strict else left_out)
+    for name in mean.keys() & items.keys():
+        items[name] |= {"y": mean[name].astype(np.float32), "y_std": std[name].astype(np.float32), "raters": raters.get(name, 0)}
+    left_out += [f"{root}: {name} is rated but has no performance to read" for name in sorted(mean.keys() - items.keys() - files.keys())]
+    shared: dict[str, set[str]] = {name: set() for name in names}
+    for i, j in arrays["pairs"]:
+        shared[names[i]].add(names[j])
+        shared[names[j]].add(names[i])
+    return Corpus(str(root), (root / "SYNTHETIC").is_file(), items, sorted(files), column_names(FEATURES), arrays["stat_names"].tolist(), shared, left_out,
+                  time.time() - start, cached)
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as f:
+            write(f)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_store(store: Path) -> dict | None:
+    """The cached arrays, or None where there are none or they cannot be read (then they are made again)."""
+    try:
+        with np.load(io.BytesIO(store.read_bytes())) as z:
+            return {k: z[k] for k in z.files}
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+
+
+def _extract_all(files: dict[str, Path], scores: dict[str, Path], strict: bool, workers: int | None, quiet: bool) -> dict:
+    """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
+    tasks: dict[Path, list[str]] = {}
+    for name, path in files.items():
+        tasks.setdefault(scores[name], []).append(str(path))
+    names = {str(path): name for name, path in files.items()}
+    items, left_out = {}, []
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
+        for results in pool.map(_extract, [(str(s), m) for s, m in tasks.items()]):
+            for path, item in results:
+                if isinstance(item, str):
+                    left_out.append(item)
+                    if strict:
+                        raise DataError(item)
+                else:
+                    items[names[path]] = item
+            bar.update(len(results))
+    if not items:
+        raise DataError(left_out[0] if left_out else "no performance could be read")
+    order = sorted(items)
+    pairs = overlaps({n: items[n]["performance"] for n in order})
+    index = {n: i for i, n in enumerate(order)}
+    return {
+        "names": np.array(order), "bounds": np.cumsum([0, *(len(items[n]["x"]) for n in order)]), "left_out": np.array(left_out, dtype=str),
+        "pairs": np.array([(index[a], index[b]) for a in order for b in pairs.get(a, ()) if a < b], np.int64).reshape(-1, 2),
+        "x": np.concatenate([items[n]["x"] for n in order]), "matched": np.concatenate([items[n]["matched"] for n in order]),
+        **{k: np.concatenate([items[n][k] for n in order]).astype(np.int16) for k in ("voice", "beat", "measure")},
+        "match_rate": np.array([items[n]["match_rate"] for n in order]), "stats": np.stack([items[n]["stats"] for n in order]),
+        "stat_names": np.array(items[order[0]]["stat_names"]),
+    }
+
+
+def percepiano_parts(corpus: Corpus, split: str, fold: int, keep_overlap: bool = False, keep_misaligned: bool = False) -> dict[str, list[str]]:
+    """The names that train, validate and test: the split, less overlapping performances, less (in train) the unrated and
+    the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
+    rated = {name for name, item in corpus.items.items() if "y" in item}
+    parts = split_percepiano(corpus.names, split, fold)
+    if not rated & set(parts["valid"]):
+        parts = _validate_on_more(parts, rated)
+    if not keep_overlap:
+        parts = drop_overlaps(parts, corpus.shared)
+    parts = {part: [n for n in names if n in corpus.items] for part, names in parts.items()}
+    parts["train"] = [n for n in parts["train"] if n in rated and (keep_misaligned or corpus.items[n]["match_rate"] >= MISALIGNED)]
+    for part in ("train", "valid"):
+        if not rated & set(parts[part]):
+            raise DataError(f"{corpus.root}: the {part} part of split {split}, fold {fold} holds no rated performance; expected some; "
+                            "choose another split or fold, or add ratings")
+    return parts
+
+
+def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str, list[str]]:
+    """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" + key) join it
+    until 15 % of what could train validates. (Where test labels are withheld, as in `piece`, the same hashes choose both.)"""
+    train = [n for n in parts["train"] if n in rated]
+    moved: set[str] = set()
+    for key in sorted({segment_of(n) for n in train}, key=lambda k: hashlib.sha1(f"segment:{k}".encode()).hexdigest()):
+        if len(moved) >= 0.15 * len(train):
+            break
+        moved |= {n for n in parts["train"] if segment_of(n) == key}
+    return {"train": sorted(set(parts["train"]) - moved), "valid": sorted({*parts["valid"], *moved}), "test": parts["test"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# HAN: columns, normalisation, augmentation, batches
+# ---------------------------------------------------------------------------------------------------------------
+
+
+
+FEATURE_SETS = {"score": SCORE_FEATURES, "perf": PERFORMANCE_FEATURES | RAW_FEATURES, "full": FEATURES, "midi": RAW_FEATURES}
+Z_SCORED = {"midi_pitch", "duration", "beat_importance", "measure_length", "qpm_primo", "following_rest", "distance_from_abs_dynamic",
+            "distance_from_recent_tempo", *PERFORMANCE_FEATURES, *RAW_FEATURES}
+CLIP = 8.0  # largest z-score
+KEY_SHIFTS = (-5, 7)  # semitones, within the keyboard
+KEYBOARD = (21, 108)
+
+
+def pooled_statistics(item: dict, columns: list[int], features: str = "full") -> np.ndarray:
+    """Mean, deviation and 10 / 50 / 90 % quantiles of note columns over the matched notes, (5 * columns,). With score
+    features over all score notes: which of them were matched tells the performance."""
+    rows = item["voice"] > 0 if features == "score" or not item["matched"].any() else item["matched"]
+    x = item["x"][rows][:, columns].astype(np.float64)
+    return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0)])
+
+
+def _statistics(corpus: Corpus, name: str, info: dict) -> np.ndarray:
+    """What `--pooled` adds to an item: its pooled note columns and, score features apart, the statistics of its MIDI."""
+    item = corpus.items[name]
+    notes = pooled_statistics(item, [corpus.columns.index(c) for c in info["columns"]], info["features"])
+    return notes if info["features"] == "score" else np.concatenate([item["stats"], notes])
+
+
+def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: bool = False) -> dict:
+    """What inference needs to know of the inputs, fitted on the training names only: columns, mean and deviation of the
+    continuous ones over the notes that have them (0 and 1 for flags), and the quantiles of the pooled statistics."""
+    columns = column_names(FEATURE_SETS[features])
+    index = [corpus.columns.index(c) for c in columns]
+    x = np.concatenate([corpus.items[n]["x"][:, index] for n in names]).astype(np.float64)
+    written = np.concatenate([corpus.items[n]["voice"] for n in names]) > 0
+    mean, std = np.zeros(len(columns)), np.ones(len(columns))
+    for k, column in enumerate(columns):
+        if column in Z_SCORED:
+            values = x[:, k] if column in RAW_FEATURES else x[written, k]
+            mean[k], std[k] = values.mean(), values.std() or 1.0
+    info = {"features": features, "columns": columns, "mean": mean.tolist(), "std": std.tolist(), "quantiles": None}
+    if pooled:
+        table = np.stack([_statistics(corpus, n, info) for n in names])
+        info["quantiles"] = torch.from_numpy(np.quantile(table, np.linspace(0, 1, 101), axis=0).astype(np.float32))
+    return info
+
+
+def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+    """(n, S) values to standard-normal scores of their rank among `quantiles` (101, S), within +-2.6."""
+    levels = np.linspace(0, 1, len(quantiles))
+    rank = np.stack([(np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2 for v, q in zip(values.T, quantiles.T, strict=True)], 1)
+    return ndtri(rank.clip(0.005, 0.995)).astype(np.float32)
+
+
+def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
+    """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra notes, which
+    have no score columns, get the mean there."""
+    index = [corpus.columns.index(c) for c in info["columns"]]
+    mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
+    unknown = np.array([c in Z_SCORED and c not in RAW_FEATURES for c in info["columns"]])
+    items = []
+    for name in names:
+        item = dict(corpus.items[name])
+        x = ((item["x"][:, index] - mean) / std).clip(-CLIP, CLIP)
+        x[np.ix_(item["voice"] == 0, unknown)] = 0
+        item |= {"x": x}
+        if info["features"] == "score":  # extra notes would tell the performer
+            item |= {k: item[k][item["voice"] > 0] for k in ("x", "beat", "measure", "matched", "voice")}
+        items.append(item)
+    if info["quantiles"] is not None and names:
+        table = to_normal(np.stack([_statistics(corpus, n, info) for n in names]), info["quantiles"].numpy())
+        items = [item | {"stats": row} for item, row in zip(items, table, strict=True)]
+    return items
+
+
+def shift_key(item: dict, info: dict, semitones: int) -> dict:
+    """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if written in another key."""
+    x, at = item["x"].copy(), {c: k for k, c in enumerate(info["columns"])}
+    for column in {"midi_pitch", "raw_pitch"} & at.keys():
+        rows = item["voice"] > 0 if column == "midi_pitch" else item["x"][:, at["raw_velocity"]] * info["std"][at["raw_velocity"]] + info["mean"][at["raw_velocity"]] > 0.5
+        x[rows, at[column]] += semitones / info["std"][at[column]]
+    if "pitch:0" in at:
+        k, rows = at["pitch:0"], item["voice"] > 0
+        midi = (x[rows, k] * 4 + 5) * 12 + x[rows, k + 1:k + 13].argmax(1) + semitones
+        x[rows, k] = (midi // 12 - 5) / 4
+        x[rows, k + 1:k + 13] = np.eye(12)[midi.astype(int) % 12]
+    return item | {"x": x}
+
+
+def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world: int = 1) -> list[list[int]]:
+    """Shuffled batches of `batch * world` indices of similar length (less padding), the same for the same seed and epoch.
+    Process r takes every world-th from r; with several processes the last batch is filled up with items drawn again."""
+    rng = np.random.default_rng((seed, epoch))
+    size, order = batch * world, rng.permutation(len(lengths))
+    if world > 1:
+        order = np.concatenate([order, rng.choice(order, -len(order) % size)])
+    pools = [order[i:i + 16 * size] for i in range(0, len(order), 16 * size)]
+    order = np.concatenate([pool[np.argsort(np.array(lengths)[pool], kind="stable")] for pool in pools])
+    batches = [order[i:i + size].tolist() for i in range(0, len(order), size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+# a new grid starts where at most this share of the sequences goes on, after at least this many steps
+CUT_SHARE = 0.65
+CUT_STEPS = 12
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches for models.HAN
+#
+# The network works on the notes (beats, measures) of all pieces laid end to end, without padding; only the
+# LSTMs see padded sequences. Everything whose size depends on the data is decided here, so that the forward
+# pass reads sizes from tensor shapes and never waits for the device.
+# ------------------------------------------------------------------------------------------------------------
+def collate_han(items: list[dict]) -> dict:
+    """Joins pieces into one batch for `models.HAN`.
+
+    items: dicts with x (T, F) float32, voice (0 = none), beat, measure (T,); optional y (19,), stats (S,), name.
+    Returns, for B pieces, T notes in the longest, N notes, NB beats, NM measures in all:
+
+    x (B, T, F) zero-padded · lengths (B,) · mask (B, T) True = note · voice, beat, measure (B, T), 0 at padding,
+    beat and measure counted from 0 without gaps in each piece · y (B, 19), stats (B, S) if every item has them ·
+    names (list, None where an item has none).
+
+    piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of each
+    member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
+    {note,voice,beat,measure}_grid0, 1, ... (2, steps, sequences) and _slot (2, members): see `_sequence_grids`.
+    """
+    lengths = np.array([len(item["x"]) for item in items])
+    B, T, N = len(items), int(lengths.max()), int(lengths.sum())
+    piece = np.repeat(np.arange(B), lengths)
+    time = np.arange(N) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    voice = np.concatenate([np.asarray(item["voice"]) for item in items]).astype(np.int64)
+    note_beat, beat_piece, beat_first = _groups(piece, items, "beat")
+    note_measure, measure_piece, measure_first = _groups(piece, items, "measure")
+
+    x = torch.zeros(B, T, items[0]["x"].shape[1])
+    for row, item in zip(x, items, strict=True):
+        row[: len(item["x"])] = torch.as_tensor(item["x"])
+    flat = {
+        "voice": voice,
+        "beat": note_beat - np.searchsorted(beat_piece, piece),
+        "measure": note_measure - np.searchsorted(measure_piece, piece),
+    }
+    padded = {name: np.zeros((B, T), np.int64) for name in flat}
+    for name, values in flat.items():
+        padded[name][piece, time] = values
+
+    batch = {"x": x, "names": [item.get("name") for item in items]}
+    arrays = padded | {
+        "lengths": lengths,
+        "mask": np.arange(T) < lengths[:, None],
+        "piece": piece,
+        "time": time,
+        "voiced": voice > 0,
+        "note_beat": note_beat,
+        "note_measure": note_measure,
+        "beat_measure": note_measure[beat_first],
+        "beat_piece": beat_piece,
+        "measure_piece": measure_piece,
+    }
+    of_voice = np.where(voice > 0, piece * (voice.max() + 1) + voice, -1)
+    keys = {"note": piece, "voice": of_voice, "beat": beat_piece, "measure": measure_piece}
+    for name, key in keys.items():
+        arrays |= _sequence_grids(key, name)
+    batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    for name in ("y", "stats"):
+        if all(item.get(name) is not None for item in items):
+            rows = [torch.as_tensor(item[name], dtype=torch.float32) for item in items]
+            batch[name] = torch.stack(rows)
+    return batch
+
+
+def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Beats or measures counted over the batch: group of each note (N,), piece and first note of each group."""
+    number = np.concatenate([np.asarray(item[name]) for item in items]).astype(np.int64)
+    pairs = np.stack([piece, number], axis=1)
+    unique, first, group = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+    return group.reshape(-1), np.ascontiguousarray(unique[:, 0]), first
+
+
+def _sequence_grids(key: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
+    """Lays the members with the same key, in their order, out as padded sequences; key -1: in no sequence.
+
+    The sequences stand side by side, longest first, and are cut in time where many have ended, so that little
+    padding is computed; an LSTM goes from one piece of the grid to the next with its state. PREFIX_grid0, 1, ...
+    (2, steps, live sequences): member at each position, forward and with every sequence reversed by its own length;
+    padding repeats member 0, harmless since it comes after the sequence and is never read back.
+    PREFIX_slot (2, members): position of each member in the flattened grids of either direction, end to end.
+    """
+    order = np.argsort(key, kind="stable")[np.sum(key < 0) :]
+    sequences = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
+    sequences.sort(key=len, reverse=True)
+    length = np.array([max(len(members), 1) for members in sequences])
+    whole = np.zeros((2, length[0], len(sequences)), np.int64)
+    for s, members in enumerate(sequences):
+        whole[0, : len(members), s] = members
+        whole[1, : len(members), s] = members[::-1]
+
+    cuts = _cuts(length)
+    live = [int((length > start).sum()) for start in cuts[:-1]]
+    grids = [whole[:, a:b, :n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)]
+    slot = np.zeros((2, len(key)), np.int64)
+    filled = [
+        np.arange(b - a)[:, None] + a < length[:n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)
+    ]
+    position = np.flatnonzero(np.concatenate([f.reshape(-1) for f in filled]))
+    for direction in range(2):
+        members = np.concatenate([grid[direction].reshape(-1) for grid in grids])
+        slot[direction, members[position]] = position
+    return {f"{prefix}_grid{k}": grid for k, grid in enumerate(grids)} | {f"{prefix}_slot": slot}
+
+
+def _cuts(length: np.ndarray) -> list[int]:
+    """Times at which to cut sequences of these lengths (longest first): 0, ..., longest."""
+    cuts = [0]
+    rows = len(length)
+    for step in np.unique(length)[:-1]:
+        live = int((length > step).sum())
+        if live <= CUT_SHARE * rows and step - cuts[-1] >= CUT_STEPS:
+            cuts.append(int(step))
+            rows = live
+    return [*cuts, int(length[0])]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Synthetic PercePiano
+# ----------------------------------------------------------------------------------------------------------------
+# Names of the public corpus: (work_<N>bars, players, segment), one list per work.
+_BEETHOVEN = ("thema", "var3", "var4", "var5", "var6", "var8", "var9", "var10", "var12", "var15", "var17", "var18", "var23", "var25")
+_D960_PLAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
+_SYNTH_WORKS = (
+    [(f"Beethoven_WoO80_{variation}_8bars", (1, 2, 3, 4, 7, 11, 14, 18, 19, 22, 24, 26), f"{s}") for s, variation in enumerate(_BEETHOVEN, 1)],
+    [("Schubert_D935_no.3_4bars", (1, 2, 3, 6, 9, 12, 13), f"{s}") for s in range(1, 38, 4)],
+    [("Schubert_D960_mv2_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 18)],
+    [("Schubert_D960_mv3_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 38)],
+)
+_QUESTIONS = ("1_1_1", "2_1_1", "2_2_1", "3_1_1", "3_2_1", "4_1_1", "4_2_1", "4_3_1", "4_4_1_5_2_1", "5_3_1", "5_5_1", "6_1_1",
+              "6_4_1", "6_5_1_5_4_1", "6_6_1_5_1_1", "7_1_1", "7_2_1", "8_1_1", "9_1_1", "9_2_1")
+_CSV_COLUMNS = ["user", "dataID", "filename", *(f"Question_{q}" for q in _QUESTIONS), "message"]
+
+# What a performance is made from, each in units of its own spread (0 = average); _play says what one unit does.
+_LATENTS = ("tempo", "rubato", "noise", "loud", "range", "length", "hard", "voicing", "spread", "pedal", "blur", "soft", "error")
+# Latents move together: how each loads on three styles (energy, freedom, carelessness), so that few examples teach a model much.
+_STYLES = {"tempo": 0, "loud": 0, "hard": 0, "rubato": 1, "range": 1, "spread": 1, "voicing": 1, "noise": 2, "error": 2, "blur": 2}
+_MECHANICAL = {"rubato": -9, "noise": -9, "spread": -9, "error": -9, "voicing": -1.3, "pedal": -3, "soft": -3, "hard": -2}
+_RENDERINGS = {"Score": _MECHANICAL, "Score2": _MECHANICAL | {"pedal": 0.5, "loud": -0.7, "length": 0.6}}
+
+# The known truth: each rating is this weighted sum of the latents, scaled to unit weight; the high end is the last named one.
+# tempo and loud count as heard (with the score's own tempo and dynamics), minor is 1 for a piece in minor and -1 in major.
+RATING_WEIGHTS = {
+    "Timing_Stable_Unstable": dict(noise=0.8, rubato=0.6, error=0.3),
+    "Articulation_Long_Short": dict(length=-1.0, pedal=-0.2),
+    "Articulation_Soft_cushioned_Hard_solid": dict(hard=0.7, loud=0.5, soft=-0.3, length=-0.3),
+    "Pedal_Sparse/dry_Saturated/wet": dict(pedal=1.0, blur=0.2),
+    "Pedal_Clean_Blurred": dict(blur=0.8, pedal=0.5),
+    "Timbre_Even_Colorful": dict(voicing=0.6, range=0.5, soft=0.2),
+    "Timbre_Shallow_Rich": dict(pedal=0.5, loud=0.5, voicing=0.4),
+    "Timbre_Bright_Dark": dict(loud=-0.6, soft=0.5, minor=0.3, tempo=-0.3),
+    "Timbre_Soft_Loud": dict(loud=0.9, hard=0.3, soft=-0.2),
+    "Dynamic_Sophisticated/mellow_Raw/crude": dict(loud=0.5, hard=0.5, noise=0.3, error=0.2),
+    "Dynamic_Little_dynamic_range_Large_dynamic_range": dict(range=0.9, hard=0.3),
+    "Music_Making_Fast_paced_Slow_paced": dict(tempo=-0.9, rubato=0.2),
+    "Music_Making_Flat_Spacious": dict(rubato=0.5, range=0.5, pedal=0.4, tempo=-0.3),
+    "Music_Making_Disproportioned_Balanced": dict(noise=-0.6, error=-0.4, voicing=0.3, blur=-0.3),
+    "Music_Making_Pure_Dramatic/expressive": dict(range=0.6, rubato=0.5, loud=0.3),
+    "Emotion_&_Mood_Optimistic/pleasant_Dark": dict(minor=0.3, tempo=-0.6, soft=0.4, length=0.4),
+    "Emotion_&_Mood_Low_Energy_High_Energy": dict(tempo=0.5, loud=0.7, hard=0.3),
+    "Emotion_&_Mood_Honest_Imaginative": dict(rubato=0.6, voicing=0.4, spread=0.4),
+    "Interpretation_Unsatisfactory/doubtful_Convincing": dict(noise=-0.5, error=-0.3, range=0.4, voicing=0.4, blur=-0.3),
+}
+
+_DIVISIONS = 8  # ticks per quarter
+_METRES = ((3, 4, 8), (2, 2, 16), (4, 4, 8), (6, 8, 12))  # numerator, denominator, ticks of a beat
+_RHYTHMS = {8: ((8,), (8,), (4, 4), (6, 2)), 12: ((12,), (8, 4), (4, 4, 4)), 16: ((16,), (8, 8), (12, 4), (8, 4, 4))}
+_NOTE_TYPES = {2: "16th", 4: "eighth", 6: "eighth.", 8: "quarter", 12: "quarter.", 16: "half", 24: "half.", 32: "whole"}
+_TEMPI = (("Andante", 72), ("Moderato", 92), ("Allegretto", 108), ("Allegro", 126), ("Vivace", 138))
+_LEVELS = {"p": -1.0, "mp": -0.4, "mf": 0.4, "f": 1.0}
+
+
+@dataclass
+class _Event:
+    """A note, chord (several pitches) or rest (none) of one voice; onset and length in ticks; tags: notations by name."""
+    onset: int
+    ticks: int
+    pitches: list[int]
+    voice: int
+    tags: set[str] = field(default_factory=set)
+    grace: int = 0
+
+
+@dataclass
+class _Piece:
+    """bars: lists of events; levels: a dynamic mark per bar or ""; wedge: (bar, +1 or -1) of the hairpin, one bar long."""
+    metre: tuple[int, int, int]
+    fifths: int
+    minor: bool
+    tempo: tuple[str, int]
+    pickup: int  # ticks, 0 for none
+    padded: bool  # the pickup bar is filled up with hidden rests, as in D935 no.3; otherwise it is a short bar
+    rit: bool
+    bars: list[list[_Event]]
+    levels: list[str]
+    wedge: tuple[int, int]
+
+    @property
+    def bar_ticks(self) -> int:
+        return 4 * _DIVISIONS * self.metre[0] // self.metre[1]
+
+
+def _compose(rng: np.random.Generator, bars: int, number: int) -> _Piece:
+    """A piece in one key over a chord per bar; metre and pickup go by its number, so that all kinds occur."""
+    metre, minor, tonic = _METRES[(number + number // 4) % 4], bool(rng.random() < 0.4), int(rng.integers(12))
+    levels = [""] * bars
+    levels[0], levels[bars // 2] = rng.choice(list(_LEVELS), 2, replace=False).tolist()
+    piece = _Piece(metre, (7 * (tonic + 3 * minor) + 5) % 12 - 5, minor, _TEMPI[rng.integers(len(_TEMPI))],
+                   metre[2] if number % 8 in (1, 2) else 0, number % 8 == 1, bool(rng.random() < 0.4), [], levels,
+                   (bars // 2 - 1, int(rng.choice([-1, 1]))))
+    scale = (0, 2, 3, 5, 7, 8, 11) if minor else (0, 2, 4, 5, 7, 9, 11)
+    # Pitches by scale step; step 0 is the tonic in the octave from G2.
+    steps = [43 + (tonic - 43) % 12 + 12 * (step // 7) + scale[step % 7] for step in range(-14, 28)]
+    roots, style, degree = ((0, 3, 4, 0), (0, 5, 3, 4), (0, 1, 4, 0))[rng.integers(3)], int(rng.integers(3)), 14
+    for b in range(bars):
+        start, last = b * piece.bar_ticks, b == bars - 1
+        first = start + piece.bar_ticks - piece.pickup if piece.pickup and b == 0 else start
+        root = 0 if last else roots[b % 4]
+        melody, degree = _melody(rng, piece, first, start + piece.bar_ticks, root, degree, steps, last)
+        events = [_Event(start, first - start, [], v, {"hidden"}) for v in (1, 5) if first > start and piece.padded] + melody
+        if b and rng.random() < 0.15 and not melody[0].grace:
+            before = [e for e in piece.bars[-1] if e.voice == 1][-1]
+            before.tags = (before.tags - {"staccato"}) | {"tie start"}
+            melody[0].tags.add("tie stop")
+            melody[0].pitches = list(before.pitches)
+        if first == start and rng.random() < 0.35:
+            events.append(_Event(start, piece.bar_ticks, [steps[14 + root + 7], steps[14 + root + 9]], 2))
+        chord = [steps[14 + root + d - 7 * (root > 3)] for d in (0, 2, 4)]
+        piece.bars.append(events + ([_Event(first, piece.pickup, [], 5)] if first > start else
+                                    _accompaniment(rng, start, piece, chord, 0 if last else style)))
+    return piece
+
+
+def _melody(rng: np.random.Generator, piece: _Piece, tick: int, end: int, root: int, degree: int, steps: list[int], last: bool) -> tuple[list, int]:
+    """Voice 1 of one bar, a walk over the scale that meets the chord on every beat; and the step where it ends."""
+    melody, beat = [], piece.metre[2]
+    while tick < end:
+        rhythm = (piece.bar_ticks,) if last else _RHYTHMS[beat][rng.integers(len(_RHYTHMS[beat]))]
+        for i, ticks in enumerate(rhythm):
+            degree = int(np.clip(degree + rng.choice([-2, -1, 1, 2]), 10, 19))
+            if i == 0:
+                degree = min((d for d in range(9, 21) if (d - root) % 7 in (0, 2, 4)), key=lambda d: abs(d - degree))
+            event = _Event(tick, ticks, [steps[14 + degree]], 1, {t for t, p in (("staccato", 0.1), ("accent", 0.07)) if rng.random() < p})
+            if len(rhythm) > 1 and max(rhythm) < 8:
+                event.tags.add("beam " + ("begin" if i == 0 else "end" if i == len(rhythm) - 1 else "continue"))
+            event.grace = steps[15 + degree] if ticks >= 8 and rng.random() < 0.06 else 0
+            melody.append(event)
+            tick += ticks
+    if len(melody) > 1 and rng.random() < 0.6:
+        melody[0].tags.add("slur start")
+        melody[-1].tags.add("slur stop")
+    melody[-1].tags.update({"fermata"} if last else ())
+    return melody, degree
+
+
+def _accompaniment(rng: np.random.Generator, start: int, piece: _Piece, chord: list[int], style: int) -> list[_Event]:
+    """Voice 5 of one bar: a held chord (style 0), bass and chords (1) or a broken chord (2)."""
+    if style == 0:
+        return [_Event(start, piece.bar_ticks, chord, 5, {"arpeggiate"} if rng.random() < 0.3 else set())]
+    beat = piece.metre[2]
+    later = range(start + beat, start + piece.bar_ticks, beat)
+    if style == 1:
+        return [_Event(start, beat, [chord[0] - 12], 5),
+                *(_Event(t, beat, chord[1:], 5, {"staccato"} if rng.random() < 0.4 else set()) for t in later)]
+    return [_Event(start, beat, chord[:1], 5), *(_Event(t, beat, [chord[1 + i % 2]], 5) for i, t in enumerate(later))]
+
+
+def _note_xml(event: _Event, index: int, fifths: int, grace: bool = False) -> str:
+    """The index-th note of a chord, or the rest, or the grace note before it."""
+    tags, kind = event.tags, "eighth" if grace else _NOTE_TYPES.get(event.ticks, "")
+    xml = ['<note print-object="no">' if "hidden" in tags else "<note>", '<grace slash="yes"/>' if grace else "", "<chord/>" if index else ""]
+    if event.pitches:
+        pitch = event.grace if grace else event.pitches[index]
+        name = ("C C# D D# E F F# G G# A A# B" if fifths >= 0 else "C Db D Eb E F Gb G Ab A Bb B").split()[pitch % 12]
+        alter = {"#": "<alter>1</alter>", "b": "<alter>-1</alter>"}.get(name[1:], "")
+        xml.append(f"<pitch><step>{name[0]}</step>{alter}<octave>{pitch // 12 - 1}</octave></pitch>")
+    else:
+        xml.append("<rest/>")
+    xml.append("" if grace else f"<duration>{event.ticks}</duration>")
+    ties = [] if grace else [t for t in ("stop", "start") if f"tie {t}" in tags]
+    xml += [f'<tie type="{t}"/>' for t in ties] + [f"<voice>{event.voice}</voice>"]
+    xml.append(f"<type>{kind.rstrip('.')}</type>{'<dot/>' * kind.endswith('.')}" if kind and "hidden" not in tags else "")
+    xml.append(f"<staff>{1 + (event.voice > 4)}</staff>")
+    notations = [f'<tied type="{t}"/>' for t in ties]
+    if index == 0 and not grace:
+        xml += [f'<beam number="1">{t}</beam>' for t in ("begin", "continue", "end") if f"beam {t}" in tags]
+        notations += [f'<slur type="{t}" number="1"/>' for t in ("start", "stop") if f"slur {t}" in tags]
+        notations += [f"<articulations><{t}/></articulations>" for t in ("accent", "staccato") if t in tags]
+        notations += ["<fermata/>"] * ("fermata" in tags)
+    notations += ["<arpeggiate/>"] * ("arpeggiate" in tags)
+    return "".join(xml) + (f"<notations>{''.join(notations)}</notations>" if notations else "") + "</note>\n"
+
+
+def _direction_xml(content: str, tempo: int = 0) -> str:
+    sound = f'<sound tempo="{tempo}"/>' if tempo else ""
+    return f"<direction><direction-type>{content}</direction-type><staff>1</staff>{sound}</direction>\n"
+
+
+def _musicxml(piece: _Piece) -> str:
+    xml = ['<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1">\n<part-list><score-part id="P1">'
+           '<part-name>Piano</part-name></score-part></part-list>\n<part id="P1">\n']
+    for b, events in enumerate(piece.bars):
+        short = ' implicit="yes"' if b == 0 and piece.pickup and not piece.padded else ""
+        xml.append(f'<measure number="{b + 1}"{short}>\n')
+        if b == 0:
+            xml.append(f"<attributes><divisions>{_DIVISIONS}</divisions><key><fifths>{piece.fifths}</fifths></key><time><beats>{piece.metre[0]}</beats>"
+                       f"<beat-type>{piece.metre[1]}</beat-type></time><staves>2</staves></attributes>\n")
+            xml.append(_direction_xml(f"<words>{piece.tempo[0]}</words>", piece.tempo[1]))
+        if piece.levels[b]:
+            xml.append(_direction_xml(f"<dynamics><{piece.levels[b]}/></dynamics>"))
+        if b == piece.wedge[0]:
+            xml.append(_direction_xml(f'<wedge type="{"crescendo" if piece.wedge[1] > 0 else "diminuendo"}" number="1"/>'))
+        if b == len(piece.bars) - 1 and piece.rit:
+            xml.append(_direction_xml("<words>rit.</words>"))
+        for voice in sorted({e.voice for e in events}):
+            line = [e for e in events if e.voice == voice]
+            if voice > 1:
+                xml.append(f"<backup><duration>{sum(e.ticks for e in events if e.voice == 1)}</duration></backup>\n")
+            for event in line:
+                xml += [_note_xml(event, 0, piece.fifths, grace=True)] * (event.grace > 0)
+                xml += [_note_xml(event, i, piece.fifths) for i in range(max(1, len(event.pitches)))]
+            if voice == 1 and b == piece.wedge[0]:
+                xml.append(_direction_xml('<wedge type="stop" number="1"/>'))
+        xml.append("</measure>\n")
+    return "".join(xml) + "</part>\n</score-partwise>\n"
+
+
+def _clock(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> Callable:
+    """Score ticks -> seconds: phrase arch, slow random walk and ritardando around the tempo; the music starts at 0.5 s."""
+    ticks, bars = piece.bar_ticks, len(piece.bars)
+    grid = np.arange(0, bars * ticks + 1, 4)
+    shape = np.sin(np.pi * (grid / (4 * ticks) % 1)) - 0.6 + np.convolve(rng.normal(size=len(grid) + 8), np.ones(9) / 4, "valid")
+    shape -= 2 * piece.rit * np.maximum(0, grid / ticks - bars + 1)
+    octaves = z["tempo"] * 0.3 + 0.1 * np.exp(0.6 * z["rubato"]) * shape
+    seconds = np.concatenate([[0], np.cumsum(4 / _DIVISIONS * 60 / (piece.tempo[1] * 2 ** octaves[:-1]))])
+    seconds += 0.5 - np.interp((ticks - piece.pickup) * (piece.pickup > 0), grid, seconds)
+    return lambda tick: np.interp(tick, grid, seconds)
+
+
+def _velocity(piece: _Piece, event: _Event, z: dict[str, float]) -> float:
+    """Before chance: level, marks and hairpin by range, downbeats and accents by hardness, top voice by voicing."""
+    bar = event.onset // piece.bar_ticks
+    level = _LEVELS[piece.levels[0 if bar < len(piece.bars) // 2 else len(piece.bars) // 2]]
+    level += piece.wedge[1] * (event.onset / piece.bar_ticks - bar) * (bar == piece.wedge[0])
+    level += 0.5 * np.sin(np.pi * (event.onset / (4 * piece.bar_ticks) % 1))
+    stress = (event.onset % piece.bar_ticks == 0) + 1.5 * ("accent" in event.tags)
+    voice = (8 + 6 * z["voicing"]) * (0.6 if event.voice == 1 else -0.4)
+    return 62 + 10 * z["loud"] + 6 * np.exp(0.5 * z["range"]) * level + 6 * np.exp(0.5 * z["hard"]) * stress + voice
+
+
+def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple[list, list]:
+    """Notes [onset s, offset s, pitch, velocity, staff] and controls (s, number, value) of one performance."""
+    clock = _clock(piece, z, rng)
+    jitter, spread, error = (scale * np.exp(0.6 * z[k]) for scale, k in ((0.012, "noise"), (0.012, "spread"), (0.005, "error")))
+    notes, taken, melody = [], set(), None
+    for event in [e for events in piece.bars for e in events if e.pitches]:
+        top, start, end = event.voice == 1, *clock([event.onset, event.onset + event.ticks])
+        if "tie stop" in event.tags:
+            melody[1] = end
+            continue
+        end = start + (end - start) * 0.82 * 2 ** (0.4 * z["length"]) * (0.5 if "staccato" in event.tags else 1)
+        loud = _velocity(piece, event, z)
+        if event.grace:
+            notes.append([start - 0.09, start - 0.01, event.grace, loud - 6, 1])
+        for i, pitch in enumerate(event.pitches):
+            # Below 1 the note is left out, below 2 wrong, below 3 it touches its neighbour. Voices share a key.
+            slip = rng.random() / min(error, 0.02)
+            if (event.onset, pitch) in taken or (slip < 1 and "tie start" not in event.tags):
+                continue
+            taken.add((event.onset, pitch))
+            onset = start + rng.normal() * jitter + i * spread * (1 + 3 * ("arpeggiate" in event.tags)) - 0.8 * spread * top
+            note = [onset, end + rng.normal() * jitter, pitch + 2 * (1 <= slip < 2), loud + 3 * np.exp(0.3 * z["noise"]) * rng.normal(), 1 + (event.voice > 4)]
+            melody = note if top else melody
+            notes += [note, [onset + 0.04, onset + 0.1, pitch + 1, loud - 15, 1]] if 2 <= slip < 3 else [note]
+    next_onset: dict[int, float] = {}
+    for note in sorted(notes, reverse=True):
+        note[1] = max(note[0] + 0.02, min(note[1], next_onset.get(note[2], np.inf) - 0.005))
+        note[3] = int(np.clip(np.rint(note[3]), 5, 125))
+        next_onset[note[2]] = note[0]
+    bars = clock(np.arange(len(piece.bars) + 1) * piece.bar_ticks)
+    return sorted(notes), _pedal(np.maximum(bars, 0.5).tolist(), z, rng)
+
+
+def _pedal(changes: list[float], z: dict[str, float], rng: np.random.Generator) -> list:
+    """One pedal per bar, pressed after and lifted at the change of harmony; blur lifts it late and not fully."""
+    depth, late = np.clip(75 + 25 * z["pedal"], 0, 127), 0.03 + 0.05 * max(0.0, 1 + z["blur"])
+    rest = depth * np.clip(0.15 + 0.25 * z["blur"], 0, 0.9)
+    controls = [(0.0, 67, int(np.clip(25 + 35 * z["soft"], 0, 127)))]
+    for start, end in zip(changes[:-1], changes[1:], strict=True):
+        if end > start and rng.random() < 1 / (1 + np.exp(-1 - 1.5 * z["pedal"])):
+            controls += [(start + late + 0.04, 64, int(depth / 2)), (start + late + 0.08, 64, int(depth)), (end + late, 64, int(rest))]
+        else:
+            controls.append((start + late + 0.04, 64, 0))
+    return [*controls, (changes[-1] + 1, 64, 0)]
+
+
+def _save_midi(path: Path, notes: list, controls: list, staves: tuple = ((1, 2),)) -> None:
+    """One track per group of staves (score renderings have two); 480 ticks per quarter at 120 per minute."""
+    midi = mido.MidiFile(type=int(len(staves) > 1), ticks_per_beat=480)
+    for number, group in enumerate(staves):
+        events = [(t, 0, mido.Message("control_change", control=c, value=v)) for t, c, v in controls if number == 0]
+        for on, off, pitch, velocity, staff in notes:
+            if staff in group:
+                events += [(on, 2, mido.Message("note_on", note=pitch, velocity=velocity)), (off, 1, mido.Message("note_off", note=pitch))]
+        track = mido.MidiTrack([mido.MetaMessage("track_name", name="synthetic"), mido.MetaMessage("set_tempo", tempo=500000)])
+        now = 0
+        for t, _, message in sorted(events, key=lambda e: e[:2]):
+            tick = max(now, round(t * 960))
+            track.append(message.copy(time=tick - now))
+            now = tick
+        midi.tracks.append(track)
+    midi.save(path)
+
+
+def _true_ratings(piece: _Piece, z: dict[str, float], notes: list) -> np.ndarray:
+    """(19,) what raters would agree on, 1..7 before rounding."""
+    heard = {k: float(np.clip(v, -2.2, 2.2)) for k, v in z.items()} | {"minor": 1.0 if piece.minor else -1.0}
+    heard["tempo"] = (np.log2(piece.tempo[1] / 100) + 0.3 * z["tempo"]) / 0.45
+    heard["loud"] = (np.mean([n[3] for n in notes]) - 64) / 11
+    return np.array([4 + 0.75 * sum(w * heard[k] for k, w in row.items()) / np.sqrt(sum(w * w for w in row.values()))
+                     for row in RATING_WEIGHTS.values()])
+
+
+def _rate(truth: np.ndarray, name: str, number: int, bias: np.ndarray, rng: np.random.Generator) -> tuple[list, list, list]:
+    """CSV rows of 11-14 raters of one performance, and the means and deviations that the public JSONs hold for them:
+    rows with a value above 7 dropped, empty = 0, mean over the non-zero ones / 7, deviation over all / 7."""
+    users = rng.choice(len(bias), rng.integers(11, 15), replace=False)
+    votes = np.clip(np.rint(truth + rng.normal(0, 0.15, 19) + bias[users, None] + rng.normal(0, 1.2, (len(users), 19))), 1, 7)
+    votes[rng.random(votes.shape) < 0.003] = 0
+    votes[0, 0] = 8 if rng.random() < 0.15 else votes[0, 0]
+    empty = rng.random(votes.shape) < 0.5
+    rows = [[200 + int(u), number + 1, f"{name}.wav", *("" if v == 0 and e else f"{v:.1f}" for v, e in zip(row, blank, strict=True)), "", ""]
+            for u, row, blank in zip(users, votes, empty, strict=True)]
+    votes = votes[(votes <= 7).all(1)]
+    return rows, (votes.sum(0) / (votes > 0).sum(0) / 7).tolist(), (votes.std(0) / 7).tolist()
+
+
+def _latents(seed: int, player: int, rng: np.random.Generator) -> dict[str, float]:
+    """A player's habits and this performance's own mood, about N(0, 1) each."""
+    habit, count = np.random.default_rng([seed, 1, player]), len(_LATENTS)
+    style = 0.6 * habit.normal(size=3) + 0.8 * rng.normal(size=3)
+    own = 0.6 * habit.normal(size=count) + 0.8 * rng.normal(size=count)
+    return {k: float(0.7 * style[_STYLES[k]] + 0.71 * own[i]) if k in _STYLES else float(own[i]) for i, k in enumerate(_LATENTS)}
+
+
+def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players: int = 12) -> None:
+    """Write a synthetic corpus in the layout of the public PercePiano repository: scores made up by a few rules, played
+    with known habits, rated by RATING_WEIGHTS plus rater noise. Same arguments, same bytes.
+
+    segments: 8..78, taken in turn from the four works; players: most human players per segment, 4..12, besides renderings
+    of the score. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
+    out = Path(out)
+    if not (8 <= segments <= 78 and 4 <= players <= 12):
+        raise DataError(f"{out}: {segments} segments and {players} players asked for; expected 8..78 and 4..12; change the numbers")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        _write_corpus(temporary, seed, segments, players)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
+    folders = {k: root / "virtuoso/data" / k for k in ("all_2rounds", "score_xml", "score_midi")}
+    for folder in [*folders.values(), root / "labels"]:
+        folder.mkdir(parents=True)
+    queues = [list(work) for work in _SYNTH_WORKS]
+    bias, rows, means, stds, indices = np.random.default_rng([seed, 0]).normal(0, 0.4, 40), [], {}, {}, {}
+    for s in range(segments):
+        queue = queues[s % 4] or max(queues, key=len)
+        work, numbers, segment = queue.pop(0)
+        piece = _compose(np.random.default_rng([seed, 2, s]), 4 if "4bars" in work else 8, s)
+        (folders["score_xml"] / f"{work}_Score_{segment}.musicxml").write_text(_musicxml(piece), encoding="utf-8", newline="\n")
+        chosen = [str(n) for n in sorted(np.roll(numbers, -s * players)[:players].tolist())]
+        for player in [*chosen, *(["Score"] if "D960" in work else _RENDERINGS)]:
+            name, number = f"{work}_{player}_{segment}", len(means)
+            rng = np.random.default_rng([seed, 3, s, number])
+            index = indices.setdefault(player, len(indices))
+            human = player not in _RENDERINGS
+            z = _latents(seed, int(player), rng) if human else dict.fromkeys(_LATENTS, 0.0) | _RENDERINGS[player]
+            notes, controls = _play(piece, z, rng)
+            # The public repository has this one file name with a leading space.
+            path = folders["all_2rounds"] / f"{' ' * (name == 'Schubert_D935_no.3_4bars_2_1')}{name}.mid"
+            _save_midi(path, notes, controls, ((1, 2),) if human else ((1,), (2,)))
+            if player == "Score":
+                shutil.copyfile(path, folders["score_midi"] / path.name)
+            item_rows, mean, stds[name] = _rate(_true_ratings(piece, z, notes), name, number, bias, rng)
+            rows += item_rows
+            means[name] = [*mean, index]
+    for kind, table in (("mean", means), ("std", stds)):
+        (root / f"label_2round_{kind}_reg_19_with0_rm_highstd0.json").write_text(json.dumps(table), encoding="utf-8")
+    with (root / "labels/total_2rounds.csv").open("w", encoding="utf-8", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([_CSV_COLUMNS, *rows])
+    (root / "SYNTHETIC").write_text(f"Synthetic stand-in for PercePiano: {segments} made-up segments, {len(means)} performances, seed {seed}. No figure from it says anything about the real data.\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching
+# ---------------------------------------------------------------------------------------------------------------------
+
+SOURCES = {"percepiano": "https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"}
+FETCH_ATTEMPTS = 5
+FETCH_BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
+FETCH_TIMEOUT = 30.0  # seconds without a byte
+_UNPACKED_LIMIT = 2**28  # bytes, held in memory for a moment; the files needed take 20 to 30 MB
+_WANTED = re.compile(r"virtuoso/data/(?:all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
+                     rf"LICENSE|README\.md|{'|'.join(map(re.escape, (MEAN_FILE, STD_FILE, RATINGS_FILE)))}")
+_MANUAL = ("download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give that folder "
+           "with --data")
+
+
+def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
+    """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`.
+
+    The archive grows in `<out>.part`, which a later call resumes where the server allows it, and is checked
+    (`check_percepiano`) before `out` appears. A complete `out` is left alone. Raises DataError: unknown name, no
+    network, wrong or damaged archive (then deleted), full disk, `out` holding something else.
+    """
+    if name not in SOURCES:
+        raise DataError(f"dataset {name!r}: unknown; expected one of {', '.join(SOURCES)}")
+    url, out = url or SOURCES[name], Path(out)
+    if out.name in ("", ".."):
+        raise DataError(f"--out {out}: no folder name; expected the name of a new folder, e.g. data/{name}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        try:
+            count = check_percepiano(out)
+        except DataError as error:
+            found = str(error).split(";")[0]
+            raise DataError(f"{out}: exists but is not complete ({found}); move it away and fetch again") from error
+        print(f"{out}: already complete, {count} performances; nothing fetched")
+        return out
+    part, tag = out.with_name(out.name + ".part"), out.with_name(out.name + ".part.etag")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _download(url, part, tag)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
+            try:
+                root = Path(folder) / "unpacked"
+                _unpack(part, root)
+                count = check_percepiano(root)
+            except DataError as error:
+                part.unlink()
+                tag.unlink(missing_ok=True)
+                found = str(error).split(";")[0].replace(f"{root}{os.sep}", "")
+                raise DataError(f"{url}: not the {name} archive: {found}; deleted it; {_MANUAL}") from error
+            os.replace(root, out)
+        part.unlink()
+        tag.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{error.filename or part}: {error.strerror or error}; expected a writable place with 1 GB "
+                        "free; make room and run the same command again") from error
+    print(f"{out}: {count} performances from {url}")
+    return out
+
+
+def check_percepiano(root: str | Path) -> int:
+    """Number of performances under `root`, after making sure that the labels can be read, that every labelled
+    performance is there, that every performance has its score and that MIDI files are MIDI (not, say, links of a
+    file store). Raises DataError naming the first thing found wrong."""
+    data = Path(root) / "virtuoso" / "data"
+    performances = {path.stem.strip(): path for path in (data / "all_2rounds").glob("*.mid")}
+    scores = {path.stem.strip() for path in (data / "score_xml").glob("*.musicxml")}
+    labelled = read_labels(root)[0]
+    for name in sorted(labelled.keys() | performances.keys()):
+        if name not in performances:
+            raise DataError(f"{data / 'all_2rounds' / name}.mid: missing, though labelled; expected every performance")
+        if score_of(name) not in scores:
+            raise DataError(f"{data / 'score_xml' / score_of(name)}.musicxml: missing; expected the score of {name}")
+        with open(performances[name], "rb") as file:
+            if file.read(4) != b"MThd":
+                raise DataError(f"{performances[name]}: not a MIDI file; expected it to begin with MThd")
+    if not labelled:
+        raise DataError(f"{Path(root) / MEAN_FILE}: no labelled performance; expected at least one")
+    return len(performances)
+
+
+def _download(url: str, part: Path, tag: Path) -> None:
+    for attempt in range(FETCH_ATTEMPTS):
+        if attempt:
+            time.sleep(FETCH_BACKOFF * 2 ** (attempt - 1))
+        try:
+            return _receive(url, part, tag)
+        except urllib.error.HTTPError as error:
+            failure = f"HTTP {error.code} {error.reason}"
+            if error.code == 416:  # asked for more than there is: the part is whole, or of something else
+                if error.headers.get("Content-Range", "") == f"bytes */{part.stat().st_size}":
+                    return None
+                part.unlink()
+            elif error.code < 500 and error.code != 429:
+                break
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
+            failure = str(getattr(error, "reason", error)) or type(error).__name__
+    raise DataError(f"{url}: {failure}; expected the dataset's archive; try again later or {_MANUAL}")
+
+
+def _receive(url: str, part: Path, tag: Path) -> None:
+    have = part.stat().st_size if part.exists() and tag.exists() else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=FETCH_TIMEOUT) as response:
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink()
+            raise ConnectionError("the server answered with another range than asked for")
+        have = have if response.status == 206 else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with (open(part, "ab" if have else "wb") as file,
+              tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name, disable=None) as bar):
+            if not have:
+                tag.unlink(missing_ok=True)
+                if version := response.headers.get("ETag") or response.headers.get("Last-Modified"):
+                    tag.write_text(version)
+            while chunk := _read_response(response):
+                file.write(chunk)
+                have += len(chunk)
+                bar.update(len(chunk))
+    if total is not None and have < total:
+        raise ConnectionError(f"connection cut after {have} of {total} bytes")
+
+
+def _read_response(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(2**16)
+    except OSError as error:  # worth another attempt, which an OSError of the disk is not
+        raise ConnectionError(str(error)) from error
+
+
+def _unpack(archive: Path, root: Path) -> None:
+    with open(archive, "rb") as file:
+        head = file.read(40)
+    if not head.startswith(b"PK"):
+        raise DataError(f"not a zip file, begins with {head!r}")
+    try:
+        with zipfile.ZipFile(archive) as source:
+            # inside the archive's one top folder; matching whole paths leaves no way out of `root`
+            entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
+            wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
+            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in wanted.values()):
+                raise zipfile.BadZipFile("unusual compression")
+            size = sum(entry.file_size for entry in wanted.values())
+            if size > _UNPACKED_LIMIT:
+                raise zipfile.BadZipFile(f"would unpack to {size} bytes, more than {_UNPACKED_LIMIT}")
+            bodies = {path: source.read(entry) for path, entry in wanted.items()}
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"damaged zip file ({error})") from error
+    for path, body in bodies.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(body)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------
+def synthetic_percepiano(cache: str | Path = "cache") -> Path:
+    """The folder of the built-in synthetic corpus, written on first use."""
+    root = Path(cache) / "synthetic-percepiano"
+    if not (root / "SYNTHETIC").is_file():
+        synth_percepiano(root)
+    return root
+
+
+def report_percepiano(corpus: Corpus) -> None:
+    """Print what was read, how well it matches, and what was left out and why."""
+    items = corpus.items
+    rates = np.array([item["match_rate"] for item in items.values()])
+    notes = np.array([len(item["x"]) for item in items.values()])
+    extra = sum(int((item["voice"] == 0).sum()) for item in items.values())
+    unrated = sorted(name for name, item in items.items() if "y" not in item)
+    apart = sorted((name for name in items if items[name]["match_rate"] < MISALIGNED), key=lambda n: items[n]["match_rate"])
+    print(f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(items)} performances of {len({score_of(n) for n in items})} scores, "
+          f"{notes.sum()} notes ({notes.min()} to {notes.max()}, median {np.median(notes):.0f}; {extra} played without a score note)")
+    print(f"match rate: mean {rates.mean():.4f}, 5th percentile {np.quantile(rates, 0.05):.4f}, lowest {rates.min():.4f}; under {MISALIGNED}: {len(apart)}")
+    for name in apart:
+        print(f"  {name} {items[name]['match_rate']:.3f}: kept out of training unless --keep-misaligned")
+    segments = sorted({segment_of(name) for name in unrated})
+    print(f"rated {len(items) - len(unrated)}, unrated {len(unrated)}" + (f" (to predict; segments {', '.join(segments)})" if unrated else ""))
+    print(f"sharing a run of {SHARED_RUN} notes with another: {sum(bool(s) for s in corpus.shared.values())}")
+    print(f"left out: {len(corpus.left_out)}")
+    for line in corpus.left_out:
+        print(f"  {line}")
+    for split in SPLITS:
+        try:
+            counts = [[len(p) for p in percepiano_parts(corpus, split, fold).values()] for fold in range(FOLDS)]
+            print(f"split {split}: train / valid / test by fold " + ", ".join("/".join(map(str, c)) for c in counts))
+        except DataError as error:
+            print(f"split {split}: {error}")
+    print(f"{corpus.seconds:.1f} s, {'from the cache' if corpus.cached else 'extracted'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    p = commands.add_parser("percepiano", parents=[common], help="read, align and cache PercePiano, print a report")
+    p.add_argument("--data", required=True, help="folder in the layout of the public repository")
+    p.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
+    p.add_argument("--strict", action="store_true", help="stop at the first unreadable file (off: leave it out and say so)")
+    p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p = commands.add_parser("fetch", parents=[common], help="download a public dataset")
+    p.add_argument("name", help="percepiano (GitHub archive; also on Zenodo, DOI 10.5281/zenodo.13269612)")
+    p.add_argument("--out", help="folder to make (default: data/NAME)")
+    p.add_argument("--url", help="another address of the same archive")
+    p = commands.add_parser("synth-percepiano", parents=[common], help="write a synthetic corpus in PercePiano's layout")
+    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--seed", type=int, default=7, help="same seed, same bytes (%(default)s)")
+    p.add_argument("--segments", type=int, default=20, help="scores (%(default)s)")
+    p.add_argument("--players", type=int, default=12, help="most players a score (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.command == "percepiano":
+        report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
+    elif args.command == "fetch":
+        print(fetch(args.name, args.out or f"data/{args.name}", args.url))
+    else:
+        synth_percepiano(args.out, args.seed, args.segments, args.players)
+        print(f"wrote a synthetic corpus to {args.out}")
+
+
+def run_script(name: str, function) -> None:
+    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130. `--debug` shows tracebacks."""
+    try:
+        function()
+    except DataError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_script("data.py", main)
