@@ -50,97 +50,90 @@ class DataError(ValueError):
 # ---------------------------------------------------------------- MusicXML: tables
 
 CORRECTIONS = (  # (what, original, here, reason)
-    ("composer_vec", "Schubert for every piece", "the piece's own, from the creator tag, else from the file name",
-     "a constant carries nothing, and Beethoven's pieces were mislabelled"),
-    ("dynamic[2]", "sf, fz, sfz, sffz, rf, rfz marks are lost", "non-grace notes at the mark get the mark's value of the word table (rf, rfz: entry 3)",
-     "an accent is the strongest local hint at velocity"),
-    ("dynamic, fp", "fp puts p after f out of order; the search then gives p at the mark and f after it",
-     "the list is sorted: f at the mark, p from 0.1 division later; a hairpin beginning at the fp is not cut by its p",
-     "fp means loud, then soft"),
-    ("slur_beam_vec[3:]", "chord notes inherit every beam flag seen anywhere earlier in the file", "a note's own <beam> elements",
-     "a program error"),
-    ("distance_from_recent_tempo", "reset by hairpins and other dynamics", "reset by active relative tempo marks", "swapped lists"),
-    ("tempo words", "a keyword matches inside words (`acc` in staccato)", "keywords match whole words; table words that hold a keyword (riten) are keywords",
-     "staccato is no accelerando"),
-    ("first bar", "a pickup padded by hidden rests lasts a full bar", "the padding is cut; positions count from the first music",
-     "nobody plays the padding: D935 no.3 segments 25, 42, 50 misaligned"),
-    ("bar length", "a bar ends at the cursor after its last element", "a bar ends at the farthest cursor of all parts; an empty bar has its nominal length",
-     "parts stay together, and a trailing backup moves nothing"),
-    ("last bar", "1/240 quarter too long (D960) counts as irregular and gains a beat", "within 0.01 quarter of its nominal length a bar is regular",
-     "rounding of the notation program"),
-    ("ties", "a tied note joins the latest tied note of its pitch in the file", "first choice is one that ends where it begins", "two voices may tie the same pitch"),
-)
+    ("composer_vec", "always Schubert", "the piece's own, from the creator tag, else the file name", "Beethoven's pieces were mislabelled"),
+    ("dynamic[2]", "sf, fz, sfz, sffz, rf, rfz marks are lost", "set at the mark's non-grace notes (rf, rfz: entry 3)", "accents tell velocity"),
+    ("dynamic, fp", "listed as p, f; the search gives p at the mark, then f", "f at the mark, p from 0.1 division later", "fp: loud, then soft"),
+    ("slur_beam_vec[3:]", "chord notes inherit all beam flags seen earlier in the file", "a note's own <beam>s", "a program error"),
+    ("distance_from_recent_tempo", "moved by hairpins and other dynamics", "moved by relative tempo marks", "swapped lists"),
+    ("tempo words", "a keyword matches inside words", "whole words; `riten` counts as one", "`acc` in staccato is no accelerando"),
+    ("first bar", "a pickup padded by hidden rests lasts a full bar", "the padding is cut", "D935 no.3 segments 25, 42, 50 misaligned"),
+    ("bar length", "to the cursor after the last element", "to the farthest cursor of all parts", "parts stay together; a trailing backup moves nothing"),
+    ("last bar", "1/240 quarter short (WoO80 var. 18): irregular", "regular within 0.01 quarter", "rounding of the notation program"),
+    ("ties", "joined to the latest tied note of the pitch", "first choice: one that ends where it begins", "two voices may tie one pitch"),
+    ("tremolo", "marked on the first note of a chord", "`Score.tremolo`: the chord's other notes inherit it", "all of them are repeated"),
+)  # fmt: skip
 
 COMPOSERS = ("Bach", "Balakirev", "Beethoven", "Brahms", "Chopin", "Debussy", "Glinka", "Haydn", "Liszt", "Mozart", "Prokofiev",
              "Rachmaninoff", "Ravel", "Schubert", "Schumann", "Scriabin")  # fmt: skip
 
 
+def _keywords(text):
+    return tuple(" ".join(word.split()) for word in text.split(","))
+
+
 def _word_table(*columns):
-    """Columns of "word value, word value" to {word: (index, value)}, in column order."""
-    table = {}
-    for index, column in enumerate(columns):
-        for entry in filter(None, (e.strip() for e in column.replace("\n", " ").split(","))):
-            word, value = entry.rsplit(" ", 1)
-            table[word] = (index, float(value))
-    return table
+    """Columns of "word value, word value" to {word: (column, value)}, in column order."""
+    entries = ((c, *entry.rsplit(" ", 1)) for c, column in enumerate(columns) for entry in _keywords(column))
+    return {word: (c, float(value)) for c, word, value in entries}
 
 
 # Words with capitals or commas of the original's tables can never match and are left out.
 DYNAMIC_WORDS = _word_table(
     "pppp -1.1, ppp -.9, pp -.7, piano -.4, p -.4, mp -.2, mf .2, f .4, forte .4, ff .7, fff .9, più forte possibile 1",
-    """cresc .7, crescendo .7, allargando .4, dim -.7, diminuendo -.7, decresc -.7, decrescendo -.7, smorz -.4, poco a poco meno f -.2,
-    poco cresc .5, più cresc .85, molto cresc 1, cresc molto 1""",
+    """cresc .7, crescendo .7, allargando .4, dim -.7, diminuendo -.7, decresc -.7, decrescendo -.7, smorz -.4,
+    poco a poco meno f -.2, poco cresc .5, più cresc .85, molto cresc 1, cresc molto 1""",
     "fz .3, sf .5, sfz .7, ffz .8, sffz .9",
     """più p -.5, più piano -.5, più pp -.7, più f .5, più forte .5, rf .3, rinf .3, rinforzando .3, rinforzando molto .7,
-    rinforzando assai .6, rinforz assai .6, molto rin .5, con brio .3, con forza .5, con fuoco .7, con più fuoco possibile 1, sotto voce -.5,
-    mezza voce -.3, appassionato .5, più rinforz .5""",
+    rinforzando assai .6, rinforz assai .6, molto rin .5, con brio .3, con forza .5, con fuoco .7, con più fuoco possibile 1,
+    sotto voce -.5, mezza voce -.3, appassionato .5, più rinforz .5""",
 )
 TEMPO_WORDS = _word_table(
-    """lent -.9, lento -.9, grave -.9, largo -.7, languido -.6, molto languido -.7, adagio -.6, larghetto -.6, adagietto -.55, andante -.5,
-    andantino -.3, mesto -.3, andantino molto -.4, maestoso -.2, accarezzevole -.4, moderato 0, tempo giusto .1, allegretto .3, allegro .5,
-    allegro assai .6, vivace .6, vivacissimo .8, molto vivace .7, vivace assai .7, presto .8, precipitato .8, prestissimo .9,
-    doppio movimento .6, molto allegro .6, allegro molto .6, allegro ma non troppo .4, più presto possibile 1, largo e mesto -.8,
-    non troppo presto .75, andante con moto -.4, allegretto vivace .4, adagio molto -.9, adagio ma non troppo -.5, très grave -1,
-    très lent -1, large -.7, assez vif .6, assez animé .7, d'un rythme souple 0, sehr langsam -.55, sehr innig -.5, innig -.4,
-    leicht und zart .2, sehr lebhaft .6, sehr aufgeregt .6, sehr rasch .8, lebhaftig .5, nicht zu geschwind -.3""",
-    """a tempo 0, im tempo 0, meno mosso -.6, meno vivo -.6, più lento -.5, animato .5, più animato .6, molto animato .8, agitato .4,
-    più mosso .6, stretto .5, appassionato .2, più moderato -.1, più allegro .8, più allegro quasi presto 1, più largo -.5,
-    poco meno mosso -.3, poco più mosso .3, poco più vivace .3, molto agitato .8, tranquillo -.2, meno adagio .2, più adagio -.2,
-    un peau retenu -.3, retenez -.5, plus lent -.5, un peu plus lent -.3, encore plus lent -.5, cédez -.4, un peu retenu -.2,
-    cédez légèrement -.2, mesuré 0, au mouvt 0, reprenez le mouvement 0, en accélérant .3, en animant .6, rapide .6, rapido molto .8,
-    langsamer -.5, etwas langsamer -.3, bewegter .4, schneller .5""",
+    """lent -.9, lento -.9, grave -.9, largo -.7, languido -.6, molto languido -.7, adagio -.6, larghetto -.6, adagietto -.55,
+    andante -.5, andantino -.3, mesto -.3, andantino molto -.4, maestoso -.2, accarezzevole -.4, moderato 0, tempo giusto .1,
+    allegretto .3, allegro .5, allegro assai .6, vivace .6, vivacissimo .8, molto vivace .7, vivace assai .7, presto .8,
+    precipitato .8, prestissimo .9, doppio movimento .6, molto allegro .6, allegro molto .6, allegro ma non troppo .4,
+    più presto possibile 1, largo e mesto -.8, non troppo presto .75, andante con moto -.4, allegretto vivace .4, adagio molto -.9,
+    adagio ma non troppo -.5, très grave -1, très lent -1, large -.7, assez vif .6, assez animé .7, d'un rythme souple 0,
+    sehr langsam -.55, sehr innig -.5, innig -.4, leicht und zart .2, sehr lebhaft .6, sehr aufgeregt .6, sehr rasch .8,
+    lebhaftig .5, nicht zu geschwind -.3""",
+    """a tempo 0, im tempo 0, meno mosso -.6, meno vivo -.6, più lento -.5, animato .5, più animato .6, molto animato .8,
+    agitato .4, più mosso .6, stretto .5, appassionato .2, più moderato -.1, più allegro .8, più allegro quasi presto 1,
+    più largo -.5, poco meno mosso -.3, poco più mosso .3, poco più vivace .3, molto agitato .8, tranquillo -.2, meno adagio .2,
+    più adagio -.2, un peau retenu -.3, retenez -.5, plus lent -.5, un peu plus lent -.3, encore plus lent -.5, cédez -.4,
+    un peu retenu -.2, cédez légèrement -.2, mesuré 0, au mouvt 0, reprenez le mouvement 0, en accélérant .3, en animant .6,
+    rapide .6, rapido molto .8, langsamer -.5, etwas langsamer -.3, bewegter .4, schneller .5""",
     """rit -.5, acc .5, en élargissant beaucoup -.4, accélerez .5, sans ralentir .01, allargando -.2, ritardando -.5, ritar -.5,
     rallentando -.5, rall -.5, slentando -.3, accel .5, accelerando .5, smorz -.5, string .4, stringendo .4, molto stringendo .7,
     stringendo molto .7, poco rall -.3, poco rit -.3""",
     "riten -.5, ritenuto -.5, più riten -.7, poco riten -.3, poco ritenuto -.3",
     "scherzo 1, menuetto -1, minuetto -1",
 )
-
-
-def _keywords(text):
-    return tuple(word.strip() for word in text.replace("\n", " ").split(","))
-
-
 _DYNAMIC_ABSOLUTE = _keywords("pppp, ppp, pp, p, piano, mp, mf, f, forte, ff, fff, fp, ffp")
-_DYNAMIC_RELATIVE = _keywords("""crescendo, diminuendo, cresc, dim, mezza voce, sf, fz, sfz, rf, rinf, con brio, con forza, con fuoco,
-    smorzando, appassionato, perdendo""")
+_DYNAMIC_RELATIVE = _keywords("""crescendo, diminuendo, cresc, dim, mezza voce, sf, fz, sfz, rf, rinf, con brio, con forza,
+    con fuoco, smorzando, appassionato, perdendo""")
 _TEMPO_PRIMO = _keywords("""tempo i, tempo primo, erstes tempo, 1er mouvement, 1er mouvt, au mouvtdu début, au mouvement, au mouvt,
     1o tempo""")
-_TEMPO_ABSOLUTE = _TEMPO_PRIMO + _keywords("""adagio, grave, lento, largo, larghetto, andante, andantino, moderato, allegretto, allegro,
-    vivace, accarezzevole, languido, tempo giusto, mesto, presto, prestissimo, maestoso, lullaby, doppio movimento, agitato, precipitato,
-    leicht und zart, aufgeregt, bewegt, rasch, innig, lebhaft, geschwind, d'un rythme souple, lent, large, vif, animé, scherzo, menuetto,
-    minuetto""")
-_TEMPO_RELATIVE = _keywords("""animato, pesante, veloce, agitato, acc, accel, rit, ritard, ritardando, accelerando, rall, rallentando,
-    ritenuto, string, a tempo, im tempo, stretto, slentando, meno mosso, meno vivo, più mosso, allargando, smorzando, appassionato,
-    perdendo, langsamer, schneller, bewegter, retenu, revenez, cédez, mesuré, élargissant, accélerez, rapide, reprenez le mouvement""")
+_TEMPO_ABSOLUTE = _TEMPO_PRIMO + _keywords("""adagio, grave, lento, largo, larghetto, andante, andantino, moderato, allegretto,
+    allegro, vivace, accarezzevole, languido, tempo giusto, mesto, presto, prestissimo, maestoso, lullaby, doppio movimento,
+    agitato, precipitato, leicht und zart, aufgeregt, bewegt, rasch, innig, lebhaft, geschwind, d'un rythme souple, lent, large,
+    vif, animé, scherzo, menuetto, minuetto""")
+_TEMPO_RELATIVE = _keywords("""animato, pesante, veloce, agitato, acc, accel, rit, ritard, ritardando, accelerando, rall,
+    rallentando, ritenuto, string, a tempo, im tempo, stretto, slentando, meno mosso, meno vivo, più mosso, allargando, smorzando,
+    appassionato, perdendo, langsamer, schneller, bewegter, retenu, revenez, cédez, mesuré, élargissant, accélerez, rapide,
+    reprenez le mouvement""")
+# Matching whole words must not lose the table's `riten` for `rit`.
+_TEMPO_RELATIVE += tuple(w for w in TEMPO_WORDS if any(len(k) > 2 and k in w for k in _TEMPO_RELATIVE))
 _TEMPO_LONG = _keywords("""meno mosso, meno vivo, più mosso, animato, langsamer, schneller, stretto, bewegter, tranquillo, agitato,
     appassionato""")
 _COMPARATIVES = {"più", "meno", "plus", "moins", "mehr", "bewegter", "langsamer"}
-_ACCENT_MARKS = {"sf": "sf", "fz": "fz", "sfz": "sfz", "sffz": "sffz", "rf": "rf", "rfz": "rf"}
+_HAIRPINS = ("crescendo", "diminuendo")
+_ACCENTS = {"sf": "sf", "fz": "fz", "sfz": "sfz", "sffz": "sffz", "rf": "rf", "rfz": "rf"}  # mark -> word
 _SPLIT_MARKS = {"fp": ("f", "p"), "ffp": ("ff", "p"), "sfp": ("sf", "p"), "sfpp": ("sf", "pp"), "sfzp": ("sfz", "p")}  # at, after
+_NOTATIONS = ("trill-mark", "tenuto", "accent", "staccato", "fermata", "arpeggiate", "strong-accent", "cue", "slash")
 _JUMP = re.compile(r"\s*(d\.\s*[cs]\.|da capo|dal segno)", re.IGNORECASE)
-_MAX_XML = 1 << 27
-_EXPORT = "export the score again as MusicXML"
+_STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
+_LONGEST = 1000  # quarters, of a note or bar
+_MAX_XML = 1 << 27  # bytes, unpacked
 
 
 # ---------------------------------------------------------------- MusicXML: the score
@@ -178,25 +171,16 @@ class Score:
 
 @dataclass
 class _Note:
-    onset: float  # ticks (least common multiple of all divisions), first of the bar, then of the unfolded piece
+    onset: float  # ticks (least common multiple of all divisions), from the start of the bar, later of the unfolded piece
     duration: float
     part: int
     voice: int
     staff: int
-    pitch: int = 0  # 0 for rests
-    rest: bool = False
-    hidden: bool = False
-    grace: bool = False
+    pitch: int  # 0 for rests
+    marks: frozenset  # rest, grace, chord, hidden, graced, entries of _NOTATIONS, and with a type: "beam begin", "tied stop", ...
+    slurs: tuple  # (type, number)
+    tremolo: int
     grace_order: int = 0
-    after_grace: bool = False
-    chord: bool = False
-    marks: frozenset = frozenset()  # of the entries of `notation`
-    beams: frozenset = frozenset()
-    slurs: tuple = ()  # (type, number)
-    ties: frozenset = frozenset()
-    tremolo: int = 0
-    wavy: frozenset = frozenset()
-    slur_flags: frozenset = frozenset()  # start, stop
     first: "_Note | None" = None  # the note this one is tied to
 
     @property
@@ -206,13 +190,19 @@ class _Note:
 
 @dataclass
 class _Direction:
-    onset: float
-    kind: str  # words, dynamics, or the type of a wedge: crescendo, diminuendo, stop
+    onset: float  # ticks
+    kind: str  # words, dynamics, tempo (text: quarters per minute), or the type of a wedge: crescendo, diminuendo, stop
     text: str
-    number: str
-    staff: str | None
-    placement: str | None
-    step: float  # ticks of one division
+    number: str = "1"
+    staff: str | None = None
+    placement: str | None = None
+    step: float = 0.0  # ticks of one division
+    delay: float = 0.0  # the p of an fp is in force a little later
+    end: float = math.inf  # of a relative one
+
+    @property
+    def start(self):
+        return self.onset + self.delay
 
 
 @dataclass
@@ -225,20 +215,16 @@ class _Bar:
     length: float = 0.0
     notes: list = field(default_factory=list)  # and rests, in file order
     directions: list = field(default_factory=list)
-    tempi: list = field(default_factory=list)  # (onset, qpm)
-    span: tuple | None = None  # start and end of what is visible, where hidden rests stand beside it
 
 
 class _Reader:
     """Parses one file; knows how to say what is wrong with it."""
 
     def __init__(self, path):
-        self.path = path
-        self.where = ""
+        self.path, self.where = path, ""
 
-    def error(self, found, expected, action=_EXPORT):
-        text = f"{self.path}: {self.where}{found}; expected {expected}; {action}"
-        return DataError(" ".join(text.split()))
+    def error(self, found, expected, action="export the score again as MusicXML"):
+        return DataError(" ".join(f"{self.path}: {self.where}{found}; expected {expected}; {action}".split()))
 
     def number(self, text, what, low, high, whole=False):
         """`text` as a number in [low, high], or a DataError."""
@@ -246,10 +232,10 @@ class _Reader:
             value = int(text) if whole else float(text)
         except (TypeError, ValueError):
             value = math.nan
-        if not low <= value <= high:
-            found = f"no {what}" if text is None else f"{what} {str(text)[:40]!r}"
-            raise self.error(found, f"{'an integer' if whole else 'a number'} from {low:g} to {high:g}")
-        return value
+        if low <= value <= high:
+            return value
+        found = f"no {what}" if text is None else f"{what} {str(text)[:40]!r}"
+        raise self.error(found, f"{'an integer' if whole else 'a number'} from {low:g} to {high:g}")
 
     def root(self):
         """The <score-partwise> element of a .musicxml, .xml or compressed .mxl file."""
@@ -257,40 +243,29 @@ class _Reader:
             data = Path(self.path).read_bytes()
         except (OSError, ValueError) as e:
             raise self.error(f"cannot be read ({e})", "a MusicXML file", "check the path") from e
-        root = self.parse(self.unzip(data) if data[:4] == b"PK\3\4" else data)
-        if root.tag == "score-timewise":
-            raise self.error("<score-timewise>", "<score-partwise>", "convert it to partwise (any notation program does on export)")
-        if root.tag != "score-partwise":
-            raise self.error(f"the root element is <{str(root.tag)[:40]}>", "<score-partwise>")
-        return root
-
-    def parse(self, data):
+        if data[:4] == b"PK\3\4":
+            data = self.unzip(data)
         if not data.strip():
             raise self.error("the file is empty", "MusicXML")
         if b"<!ENTITY" in data.replace(b"\0", b""):  # entity bombs; UTF-16 too
             raise self.error("the DOCTYPE declares entities", "MusicXML without them", "remove the declarations")
         try:
-            return ET.fromstring(data)
+            root = ET.fromstring(data)
         except (ET.ParseError, ValueError, LookupError) as e:
             raise self.error(f"not well-formed XML ({e})", "a complete <score-partwise>") from e
+        if root.tag != "score-partwise":
+            raise self.error(f"the root element is <{str(root.tag)[:40]}>", "<score-partwise>", "export as (partwise) MusicXML")
+        return root
 
     def unzip(self, data):
-        """The score inside a compressed .mxl file, as its META-INF/container.xml names it."""
-        def member(name):
-            info = archive.getinfo(name)
-            if info.file_size > _MAX_XML or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise self.error(f"{name}: {info.file_size} bytes, method {info.compress_type}", f"at most {_MAX_XML}, deflated")
-            return archive.read(info)
-
-        container = "META-INF/container.xml"
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                rootfile = self.parse(member(container)).find(".//rootfile")
-                return member("" if rootfile is None else rootfile.get("full-path", ""))
-        except DataError:
-            raise
-        except (OSError, EOFError, KeyError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile) as e:
-            raise self.error(f"not a readable .mxl archive ({e})", f"a zip file whose {container} names the score") from e
+                names = [i.filename for i in archive.infolist() if i.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                         and i.file_size <= _MAX_XML and i.filename.endswith("xml") and not i.filename.startswith("META-INF")]  # fmt: skip
+                (name,) = names
+                return archive.read(name)
+        except (OSError, EOFError, LookupError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile) as e:
+            raise self.error(f"not a readable .mxl archive ({e})", f"a zip file with one score of up to {_MAX_XML} bytes") from e
 
     def parts(self, root):
         """A list of bars per part, positions relative to the bar."""
@@ -305,244 +280,187 @@ class _Reader:
         self.where = ""
         if not parts or not parts[0] or len({len(p) for p in parts}) > 1:
             raise self.error(f"parts of {[len(p) for p in parts]} measures", "at least one part, all of equal length")
-        for bars in zip(*parts, strict=True):
-            length = max(b.length for b in bars) or bars[0].nominal
-            for b in bars:
-                b.length = length
         return parts
 
     def attributes(self, element):
         if (text := element.findtext("divisions")) is not None:
             self.division = self.ticks / int(text)
         if (time := element.find("time")) is not None:
-            beats, types = time.findall("beats"), time.findall("beat-type")
-            if len(beats) != 1 or len(types) != 1:
-                raise self.error(f"a time signature of {len(beats)} <beats> and {len(types)} <beat-type>", "one of each")
-            count = sum(self.number(x, "beats", 1, 128, whole=True) for x in (beats[0].text or "").split("+"))
-            unit = self.number(types[0].text, "beat-type", 1, 64, whole=True)
+            if len(time.findall("beats")) != 1:
+                raise self.error(f"a time signature of {len(time.findall('beats'))} <beats>", "one <beats> and one <beat-type>")
+            count = sum(self.number(x, "beats", 1, 128, whole=True) for x in time.findtext("beats").split("+"))
+            unit = self.number(time.findtext("beat-type"), "beat-type", 1, 64, whole=True)
             if unit & (unit - 1):
                 raise self.error(f"beat-type {unit}", "a power of two")
             self.time = count, unit
 
-    def duration(self, element):
-        limit = 1e4 * self.ticks / self.division  # 10000 quarters
-        return self.number(element.findtext("duration"), "duration", 0, limit) * self.division
+    def duration(self, element, low):
+        return self.number(element.findtext("duration"), "duration", low, _LONGEST * self.ticks / self.division) * self.division
 
     def bar(self, measure, part):
         self.where = f"part {part + 1}, measure {str(measure.get('number'))[:10]}: "
         for element in itertools.takewhile(lambda e: e.tag != "note", measure):
             if element.tag == "attributes":
                 self.attributes(element)
-        if self.time is None or self.division is None:
-            missing = "divisions" if self.division is None else "time"
-            raise self.error(f"no <{missing}>", "one in the <attributes> at the start of the first measure")
+        for name, value in (("divisions", self.division), ("time", self.time)):
+            if value is None:
+                raise self.error(f"no <{name}>", "one in the <attributes> at the start of the first measure")
         bar = _Bar(self.time[0] * 4 / self.time[1] * self.ticks, *self.time, "implicit" in measure.attrib)
-        cursor = previous = reach = 0.0
-        spans, padded = [], False
+        cursor = previous = 0.0
         for element in measure:
             if element.tag == "note":
                 note = self.note(element, part)
-                note.chord = element.find("chord") is not None
-                if not note.chord:
-                    previous = cursor
-                    cursor += note.duration
-                else:
+                if "chord" in note.marks:  # a tremolo may be marked on the first member only
                     head = next((n for n in reversed(bar.notes) if n.onset == previous and n.voice == note.voice), note)
                     note.tremolo = note.tremolo or head.tremolo
-                note.onset = previous
-                if note.rest and note.hidden:
-                    padded = True
                 else:
-                    bar.notes.append(note)
-                    spans.append((note.onset, note.end))
+                    previous = cursor
+                    cursor += note.duration
+                note.onset = previous
+                bar.notes.append(note)
             elif element.tag in ("backup", "forward"):
-                cursor += self.duration(element) * (1 if element.tag == "forward" else -1)
-                if cursor < -0.1 * self.ticks:
-                    raise self.error("a <backup> to before the bar", "at most the time since its start")
-                cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
-            elif element.tag == "direction":
-                self.direction(element, cursor, bar)
+                cursor += self.duration(element, 0) * (1 if element.tag == "forward" else -1)
+            elif element.tag in ("direction", "sound"):
+                self.directions(element, cursor, bar)
             elif element.tag == "attributes":
                 self.attributes(element)
-            elif element.tag == "sound":
-                self.tempo(element, cursor, bar)
-            reach = max(reach, cursor)
-        bar.length, bar.division = reach, self.division
-        bar.span = (min(s for s, _ in spans), max(e for _, e in spans)) if padded and spans else None
+            if not -0.1 <= cursor / self.ticks <= _LONGEST:
+                raise self.error(f"{element.tag} to quarter {cursor / self.ticks:g} of the bar", f"0 to {_LONGEST}")
+            cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
+            bar.length = max(bar.length, cursor)
+        bar.division = self.division
         return bar
 
     def note(self, element, part):
         voice = self.number(element.findtext("voice", "1"), "voice", 1, 99, whole=True) + 10 * part
         staff = self.number(element.findtext("staff", "1"), "staff", 1, 99, whole=True)
-        grace = element.find("grace")
-        note = _Note(0.0, 0.0 if grace is not None else self.duration(element), part, voice, staff)
-        note.hidden, note.grace = element.get("print-object") == "no", grace is not None
-        note.rest = element.find("rest") is not None
-        if not note.rest:
-            note.pitch = self.pitch(element.find("pitch"))
-        marks = set()
-        if element.find("cue") is not None:
-            marks.add("cue")
-        if grace is not None and grace.get("slash") == "yes":
+        marks = {child.tag for child in element} & {"rest", "grace", "chord", "cue"}
+        if element.get("print-object") == "no":
+            marks.add("hidden")
+        if "grace" in marks and element.find("grace").get("slash") == "yes":
             marks.add("slash")
-        note.beams = frozenset(b.text for b in element.findall("beam"))
-        ties = {t.get("type") for t in element.findall("tie")}
-        slurs, wavy = [], set()
-        for notations in element.findall("notations"):
-            for child in notations:
-                if child.tag == "tied":
-                    ties.add(child.get("type"))
-                elif child.tag == "slur":
+        marks |= {f"beam {b.text}" for b in element.findall("beam")} | {f"tied {t.get('type')}" for t in element.findall("tie")}
+        slurs, tremolo = [], 0
+        for child in element.iterfind("notations/*"):
+            if child.tag in ("arpeggiate", "fermata"):
+                marks.add(child.tag)
+            elif child.tag in ("tied", "slur"):
+                marks.add(f"{child.tag} {child.get('type')}")
+                if child.tag == "slur":
                     slurs.append((child.get("type"), child.get("number", "1")))
-                elif child.tag == "articulations" and len(child):
-                    marks.add(child[0].tag)
-                elif child.tag in ("arpeggiate", "fermata"):
-                    marks.add(child.tag)
-                elif child.tag == "ornaments":
-                    marks |= {"trill-mark"} & {x.tag for x in child}
-                    wavy |= {x.get("type") for x in child.findall("wavy-line")}
-                    if (tremolo := child.find("tremolo")) is not None:
-                        note.tremolo = self.number(tremolo.text or "1", "tremolo", 0, 8, whole=True)
-        note.marks, note.ties, note.slurs, note.wavy = frozenset(marks), frozenset(ties), tuple(slurs), frozenset(wavy)
-        return note
+            elif child.tag == "articulations":
+                marks |= {x.tag for x in child[:1]} & set(_NOTATIONS)
+            elif child.tag == "ornaments":
+                marks |= {"trill-mark"} & {x.tag for x in child} | {f"wavy {x.get('type')}" for x in child.findall("wavy-line")}
+                if (strokes := child.find("tremolo")) is not None:
+                    tremolo = self.number(strokes.text or "1", "tremolo", 0, 8, whole=True)
+        pitch = 0 if "rest" in marks else self.pitch(element)
+        duration = 0.0 if "grace" in marks else self.duration(element, 0.001)
+        return _Note(0.0, duration, part, voice, staff, pitch, frozenset(marks), tuple(slurs), tremolo)
 
-    def pitch(self, element):
-        if element is None:
-            raise self.error("a note without <pitch> or <rest>", "one of them")
-        step = (element.findtext("step") or "").strip()
-        if len(step) != 1 or step not in "CDEFGAB":
-            raise self.error(f"step {step[:10]!r}", "one of C D E F G A B")
-        octave = self.number(element.findtext("octave"), "octave", 0, 9, whole=True)
-        alter = self.number(element.findtext("alter", "0"), "alter", -4, 4)
-        pitch = 12 * (octave + 1) + {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}[step] + round(alter)
-        return self.number(pitch, "pitch", 0, 127, whole=True)
+    def pitch(self, note):
+        step = note.findtext("pitch/step", "none").strip()
+        if step not in _STEPS:
+            raise self.error(f"a note of pitch step {step[:10]!r}", f"one of {' '.join(_STEPS)}, or a <rest>")
+        octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, whole=True)
+        alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
+        return self.number(12 * (octave + 1) + _STEPS[step] + round(alter), "pitch", 0, 127)
 
-    def tempo(self, sound, onset, bar):
-        if (text := sound.get("tempo")) is not None:
-            bar.tempi.append((onset, self.number(text, "tempo", 1, 2000)))
-
-    def direction(self, element, onset, bar):
-        staff, placement = element.findtext("staff"), element.get("placement")
-        for sound in element.findall("sound"):
-            self.tempo(sound, onset, bar)
-        for child in (c for d in element.findall("direction-type") for c in d):
-            number, found = child.get("number", "1"), []
-            if child.tag == "words":
-                found = [("words", child.text or "")]
-            elif child.tag == "wedge":
-                found = [(child.get("type") or "", "")]
-            elif child.tag == "dynamics":
-                found = [("dynamics", mark.tag) for mark in child]
-            for kind, text in found:
-                bar.directions.append(_Direction(onset, kind, text, number, staff, placement, self.division))
+    def directions(self, element, onset, bar):
+        for sound in element.iter("sound"):
+            if (tempo := sound.get("tempo")) is not None:
+                bar.directions.append(_Direction(onset, "tempo", self.number(tempo, "tempo", 1, 2000)))
+        for child in element.iterfind("direction-type/*"):
+            found = {"words": [("words", child.text or "")], "wedge": [(child.get("type") or "", "")],
+                     "dynamics": [("dynamics", mark.tag) for mark in child]}.get(child.tag, [])  # fmt: skip
+            staff, placement = element.findtext("staff"), element.get("placement")
+            bar.directions += [_Direction(onset, *f, child.get("number", "1"), staff, placement, self.division) for f in found]
 
 
 # ---------------------------------------------------------------- MusicXML: repeats, padding, ties, graces
 
 def _trim_pickup(bars):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place."""
-    if any(b.notes and b.span is None for b in bars):
+    shown = [[n for n in b.notes if not {"rest", "hidden"} <= n.marks] for b in bars]
+    notes = sum(shown, [])
+    if not notes or any(s and len(s) == len(b.notes) for s, b in zip(shown, bars, strict=True)):
         return
-    spans = [b.span for b in bars if b.span]
-    if not spans:
-        return
-    low, high = min(s for s, _ in spans), max(e for _, e in spans)
+    low, high = min(n.onset for n in notes), max(n.end for n in notes)
     for b in bars:
+        b.length = high - low or b.length
         for item in b.notes + b.directions:
             item.onset = min(max(item.onset, low), high) - low
-        b.tempi = [(min(max(t, low), high) - low, qpm) for t, qpm in b.tempi]
-        b.length = high - low or b.length
+
+
+def _repeat_signs(measures, reader):
+    """Per measure: whether a repeat opens, the times of the repeat that closes (0: none), the numbers of its volta."""
+    forward, times, volta, ending = [], [], [], frozenset()
+    for measure in measures:
+        reader.where = f"measure {str(measure.get('number'))[:10]}: "
+        repeats = {r.get("direction"): r.get("times", "2") for r in measure.iterfind("barline/repeat")}
+        if not set(repeats) <= {"forward", "backward"}:
+            raise reader.error("a <repeat> without direction", "forward or backward")
+        forward.append("forward" in repeats)
+        times.append(reader.number(repeats["backward"], "repeat times", 1, 16, whole=True) if "backward" in repeats else 0)
+        volta.append(ending)
+        for e in measure.iterfind("barline/ending"):
+            if e.get("type") == "start":
+                if ending:
+                    raise reader.error("a volta inside a volta", "the first one ended before the next begins")
+                volta[-1] = ending = frozenset(int(n) for n in re.findall(r"\d+", e.get("number", "")[:40]))
+                if not ending or not ending <= set(range(1, 17)):
+                    raise reader.error(f"volta number {e.get('number', '')[:20]!r}", "numbers such as 1 or 1, 2")
+            elif e.get("type") in ("stop", "discontinue"):
+                ending = frozenset()
+    reader.where = ""
+    if ending:
+        raise reader.error(f"volta {sorted(ending)} without end", "<ending type='stop'> or 'discontinue'")
+    return forward, times, volta
 
 
 def _play_order(measures, reader):
     """Indices of the <measure> elements in playing order: repeats, voltas, da capo, dal segno, fine, coda.
 
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas without
-    end or number, jumps to a sign that is not there.
+    end or number or turn, jumps to a sign that is not there.
     """
-    count = len(measures)
-    forward, backward, volta, ending = set(), {}, [None] * count, None
-    signs = {}  # name of a <sound> attribute -> measure index
-    for i, measure in enumerate(measures):
-        reader.where = f"measure {str(measure.get('number'))[:10]}: "
-        for barline in measure.findall("barline"):
-            for e in barline.findall("ending"):
-                if e.get("type") == "start":
-                    if ending:
-                        raise reader.error("a volta inside a volta", "the first one ended before the next begins")
-                    ending = {int(n) for n in re.findall(r"\d{1,2}", e.get("number", ""))}
-                    if not ending:
-                        raise reader.error(f"volta number {e.get('number', '')[:20]!r}", "numbers such as 1 or 1, 2")
-                volta[i] = ending
-                if e.get("type") in ("stop", "discontinue"):
-                    ending = None
-            for repeat in barline.findall("repeat"):
-                if repeat.get("direction") == "forward":
-                    forward.add(i)
-                elif repeat.get("direction") == "backward":
-                    backward[i] = reader.number(repeat.get("times", "2"), "repeat times", 1, 16, whole=True)
-                else:
-                    raise reader.error("a <repeat> without direction", "forward or backward")
-        volta[i] = volta[i] or ending
-        for sound in measure.iter("sound"):
-            for name in {"dacapo", "dalsegno", "fine", "tocoda", "segno", "coda"} & set(sound.attrib):
-                signs.setdefault(name, i)
-    if ending:
-        raise reader.error(f"volta {sorted(ending)} without end", "<ending type='stop'> or 'discontinue'")
-    words = (w.text or "" for m in measures for w in m.iter("words"))
-    if not {"dacapo", "dalsegno"} & set(signs) and (jump := next(filter(_JUMP.match, words), None)):
-        raise reader.error(f"{jump[:20]!r} without a <sound> that says where to", "<sound dacapo=...> or <sound dalsegno=...>")
+    forward, times, volta = _repeat_signs(measures, reader)
+    order, last, start = [], [], 0  # `last`: with the last turn of each repeat only
+    while start < len(measures):
+        stop = start + 1
+        while stop < len(measures) and not forward[stop] and not (times[stop - 1] and not volta[stop - 1]) and (
+            volta[stop] or not volta[stop - 1]):  # fmt: skip
+            stop += 1
+        block = range(start, stop)
+        turns = max(times[start:stop])
+        if forward[start] and not turns and any(forward[stop:]):
+            raise reader.error("a repeat inside a repeat", "the first repeat closed before the next opens", "write it out")
+        turns = max([turns, *itertools.chain(*volta[start:stop])]) if turns else 1
+        takes = [[i for i in block if not volta[i] or turn in volta[i]] for turn in range(1, turns + 1)]
+        order += itertools.chain(*takes)
+        last += takes[-1]
+        start = stop
+    if len(set(order)) < len(measures):
+        raise reader.error("a volta that is never played", "voltas at the end of a repeat")
+
+    sounds = [(name, i) for i, measure in enumerate(measures) for sound in measure.iter("sound") for name in sound.attrib]
+    signs = dict(reversed(sounds))  # name of a <sound> attribute -> first measure
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
             raise reader.error(f"{jump} without {target}", f"a <sound {target}=...>")
-    if not ("dacapo" in signs or "dalsegno" in signs):
-        signs.pop("fine", None), signs.pop("tocoda", None)
-
-    def passes(i):
-        """How often the section with the backward repeat or volta at measure i is played."""
-        total = backward.get(i, 2 if volta[i] else 1)
-        low = i
-        while low > 0 and volta[low] and volta[low - 1]:
-            low -= 1
-        while low < count and volta[low]:
-            total, low = max(total, *volta[low]), low + 1
-        return total
-
-    order, i, start, turn, opened, jumped = [], 0, 0, 1, False, False
-    while i < count:
-        reader.where = f"measure {str(measures[i].get('number'))[:10]}: "
-        if len(order) > 16 * count:
-            raise reader.error("repeats that do not end", "properly closed repeats")
-        if i in forward and i != start:
-            if opened and turn == 1 and not jumped:
-                raise reader.error("a repeat inside a repeat", "the first repeat closed before the next opens", "write it out")
-            start, turn, opened = i, 1, True
-        elif i in forward:
-            opened = True
-        elif volta[i] is None and i and volta[i - 1] is not None:
-            start, turn, opened = i, 1, False
-        if volta[i] and (passes(i) if jumped else turn) not in volta[i]:
-            i += 1
-            continue
-        order.append(i)
-        if i in backward and not jumped:
-            if turn < passes(i):
-                turn, i = turn + 1, start
-                continue
-            if volta[i] is None:
-                start, turn, opened = i + 1, 1, False
-        if jumped and signs.get("fine") == i:
-            break
-        if jumped and signs.get("tocoda") == i and signs["coda"] > i:
-            i = signs["coda"]
-            continue
-        if not jumped and i in (signs.get("dacapo"), signs.get("dalsegno")):
-            jumped, opened, turn = True, False, 1
-            start = i = 0 if signs.get("dacapo") == i else signs["segno"]
-            continue
-        i += 1
-    reader.where = ""
-    return order
+    jump = min((signs[name] for name in ("dacapo", "dalsegno") if name in signs), default=None)
+    if jump is None:
+        words = (w.text or "" for m in measures for w in m.iter("words"))
+        if written := next(filter(_JUMP.match, words), None):
+            raise reader.error(f"{written[:20]!r} without a <sound> that says where to", "<sound dacapo=...> or <sound dalsegno=...>")
+        return order
+    target = 0 if signs.get("dacapo") == jump else signs["segno"]
+    again = [i for i in last if i >= target]
+    if signs.get("fine") in again:
+        again = again[: again.index(signs["fine"]) + 1]
+    if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
+        again = again[: again.index(signs["tocoda"]) + 1] + [i for i in again if i >= signs["coda"]]
+    return order[: len(order) - order[::-1].index(jump)] + again
 
 
 def _join_ties(notes):
@@ -550,38 +468,37 @@ def _join_ties(notes):
     starts = {}
     for note in notes:
         candidates = starts.setdefault(note.pitch, [])
-        earlier = [c for c in candidates if c.onset < note.onset] if "stop" in note.ties and not note.grace else []
-        if earlier:
+        earlier = [c for c in candidates if c.onset < note.onset]
+        if earlier and "tied stop" in note.marks and "grace" not in note.marks:
             note.first = next((c for c in reversed(earlier) if abs(c.end - note.onset) < 1e-6), earlier[-1])
             note.first.duration += note.duration
-        elif "start" in note.ties:
+        elif "tied start" in note.marks:
             candidates.append(note)
 
 
 def _order_graces(notes):
-    """Set grace_order and after_grace; `notes` in file order."""
+    """Set grace_order and mark main notes as graced; `notes` in file order."""
     pending = {}
     for note in notes:
         waiting = pending.setdefault(note.voice, [])
-        if note.grace:
-            if waiting and note.chord:
-                waiting[-1].append(note)
-            else:
-                waiting.append([note])
+        if "grace" in note.marks:
+            if not waiting or "chord" not in note.marks:
+                waiting.append([])
+            waiting[-1].append(note)
         elif waiting:
             for distance, chord in enumerate(reversed(waiting), 1):
                 for grace in chord:
                     grace.grace_order = -distance
-            note.after_grace = True
+            note.marks |= {"graced"}
             waiting.clear()
 
 
 def _resolve_slurs(notes):
-    """Set slur_flags and return {voice: [(start, stop)]}; `notes` in file order, those of a tie count as its first note."""
+    """Slurs as {voice: [(start, stop)]}; `notes` in file order, those of a tie hand their slurs to its first note."""
     opened, done = {}, {}
     for note in notes:
         first = note.first or note
-        first.slur_flags |= {kind for kind, _ in note.slurs} & {"start", "stop"}
+        first.marks |= note.marks & {"slur start", "slur stop"}
         for kind, number in note.slurs:
             queue = opened.setdefault((first.voice, number), [])
             if kind == "start":
@@ -593,117 +510,83 @@ def _resolve_slurs(notes):
 
 def _play_trills(notes):
     """Trill marks to the highest note of their chord; wavy lines as one long note. Notes in time order, in and out."""
+    shown = [n for n in notes if "hidden" not in n.marks]
     for note in [n for n in notes if "trill-mark" in n.marks]:
-        if note.hidden:
-            near = [n for n in notes if n.onset == note.onset and not (n.hidden or n.grace) and abs(n.pitch - note.pitch) < 4]
+        near = [n for n in shown if n.onset == note.onset]
+        if "hidden" in note.marks:
+            near = [n for n in near if "grace" not in n.marks and abs(n.pitch - note.pitch) < 4]
         else:
-            near = [n for n in notes if n.onset == note.onset and n.grace == note.grace and n.voice == note.voice and not n.hidden]
+            near = [n for n in near if ("grace" in n.marks) == ("grace" in note.marks) and n.voice == note.voice]
         note.marks -= {"trill-mark"}
         if near:
             top = max(near, key=lambda n: n.pitch)
             top.marks |= {"trill-mark"}
-    notes = [n for n in notes if not n.hidden]
-    dropped, line = set(), {}
-    for i, note in enumerate(notes):
-        if "start" in note.wavy:
-            line[note.voice] = i
-        if "stop" in note.wavy and note.voice in line:
-            first = line.pop(note.voice)
-            notes[first].duration = max(notes[first].duration, note.end - notes[first].onset)
-            dropped |= {j for j in range(first + 1, len(notes)) if notes[j].pitch == notes[first].pitch and notes[j].part == note.part
-                        and notes[first].onset < notes[j].onset < notes[first].end}  # fmt: skip
-    return [n for i, n in enumerate(notes) if i not in dropped]
+    lines = {}
+    for note in list(shown):
+        if "wavy start" in note.marks:
+            lines[note.voice] = note
+        if "wavy stop" in note.marks and note.voice in lines:
+            long = lines.pop(note.voice)
+            long.duration = max(long.duration, note.end - long.onset)
+            shown = [n for n in shown if n.pitch != long.pitch or not long.onset < n.onset < long.end]
+    return shown
 
 
 # ---------------------------------------------------------------- MusicXML: words
 
 def _plain(text):
-    return " ".join(re.sub(r"[,.\n\r]", " ", re.sub(r"[()\[\]{}]", "", text.lower())).split())
+    """Lower case, without punctuation, and with a space at both ends, so that " word " finds whole words."""
+    return " ".join(["", *re.sub(r"[,.\n\r]", " ", re.sub(r"[()\[\]{}]", "", text.lower())).split(), ""])
 
 
-def _contains(text, word):
-    """Whether `word` stands in `text` as whole words."""
-    return f" {word} " in f" {text} "
-
-
-def _with_table(keywords):
-    """Keywords plus the tempo table's words that hold one: whole-word matching must not lose `riten` for `rit`."""
-    return set(keywords) | {w for w in TEMPO_WORDS if any(len(k) > 2 and k in w for k in keywords)}
-
-
-_TEMPO_RELATIVE_WORDS = _with_table(_TEMPO_RELATIVE)
-
-
-def _is_dynamic(text, keywords):
+def _matches(text, keywords, whole):
+    """Whether a keyword stands in `text`: as whole words, or (not `whole`, three letters and more) also inside words."""
     text = _plain(text)
-    return any(w in keywords for w in (text, *text.split())) or any(len(k) > 2 and k in text for k in keywords)
+    return any((f" {k} " if whole or len(k) < 3 else k) in text for k in keywords)
 
 
-def _is_tempo(text, keywords):
-    text = _plain(text)
-    return any(_contains(text, k) for k in keywords)
-
-
-def _word_vector(text, table, width, whole):
-    """Entries of the word table found in `text`; `whole`: only as whole words."""
-    text, vector = _plain(text), np.zeros(width)
-    hits = [text] if text in table else [w for w in text.split() if w in table]
-    if text not in table:
-        hits += [w for w in table if len(w) > 4 and (_contains(text, w) if whole else w in text)]
-    for word in hits:
-        if not (len(word) > 4 and any(word in other and word != other for other in hits)):
-            index, value = table[word]
-            vector[index] = value
+def _word_vector(text, table, whole):
+    """The entries of the word table found in `text`, at the table's columns; `whole`: only as whole words."""
+    text, vector = _plain(text), np.zeros(max(column for column, _ in table.values()) + 1)
+    hits = [w for w in text.split() if w in table] + [w for w in table if len(w) > 4 and (f" {w} " if whole else w) in text]
+    for word in [text.strip()] if text.strip() in table else hits:
+        if len(word) < 5 or not any(word in other and word != other for other in hits):
+            column, value = table[word]
+            vector[column] = value
     return vector
 
 
-@dataclass
-class _Mark:
-    """An absolute or relative direction in force from `onset`, relative ones until `end`."""
-    onset: float
-    text: str
-    mark: float = 0.0  # where it is printed: the p of an fp is in force a little later
-    end: float = math.inf
-    kind: str = "words"
-    staff: str | None = None
-    placement: str | None = None
-
-
-def _split_words(directions, absolute, relative, matches):
-    """<words> directions into absolute and relative `_Mark`s."""
+def _split_words(directions, absolute, relative, whole):
+    """Copies of the <words> directions that are absolute, and of those that are relative."""
     groups = [], []
     for d in (d for d in directions if d.kind == "words"):
-        is_absolute = matches(d.text, absolute) and not _COMPARATIVES & set(_plain(d.text).split())
-        if is_absolute or matches(d.text, relative):
-            groups[not is_absolute].append(_Mark(d.onset, d.text, d.onset, staff=d.staff, placement=d.placement))
+        is_absolute = _matches(d.text, absolute, whole) and not _COMPARATIVES & set(_plain(d.text).split())
+        if is_absolute or _matches(d.text, relative, whole):
+            groups[not is_absolute].append(replace(d))
     return groups
 
 
 def _dynamics(directions):
-    """Absolute marks, relative marks with their ends, accents as (position, word); all in order of position."""
-    absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, _is_dynamic)
+    """Absolute marks, relative marks with their ends, accents as (position, column, value); in order of position."""
+    absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
     accents, last_kind = [], {}
-    for i, d in enumerate(directions):
+    for d in directions:
         if d.kind == "dynamics":
             now, then = _SPLIT_MARKS.get(d.text, (d.text, None))
-            if now in _ACCENT_MARKS:
-                accents.append((d.onset, _ACCENT_MARKS[now]))
+            if now in _ACCENTS:
+                accents.append((d.onset, *DYNAMIC_WORDS[_ACCENTS[now]]))
             elif now in DYNAMIC_WORDS:
-                absolute.append(_Mark(d.onset, now, d.onset))
+                absolute.append(replace(d, text=now))
             if then:
-                absolute.append(_Mark(d.onset + 0.1 * d.step, then, d.onset))
-        elif d.kind in ("crescendo", "diminuendo"):
+                absolute.append(replace(d, text=then, delay=0.1 * d.step))
+        elif d.kind in _HAIRPINS:
             last_kind[d.number] = d.kind
-            stop_kinds = dict(last_kind)
-            end = math.inf
-            for later in directions[i + 1 :]:
-                if later.kind in ("crescendo", "diminuendo"):
-                    stop_kinds[later.number] = later.kind
-                elif later.kind == "stop" and stop_kinds.get(later.number) == d.kind and later.staff == d.staff:
-                    end = later.onset
-                    break
-            relative.append(_Mark(d.onset, d.kind, d.onset, end, d.kind, d.staff, d.placement))
-    absolute.sort(key=lambda m: m.onset)
+            relative.append(replace(d, text=d.kind))
+        elif d.kind == "stop":
+            for mark in relative:
+                if mark.end == math.inf and (mark.kind, mark.staff) == (last_kind.get(d.number), d.staff):
+                    mark.end = d.onset
+    absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
     for mark, following in zip(relative, relative[1:], strict=False):
         if mark.end == math.inf:
@@ -711,18 +594,18 @@ def _dynamics(directions):
     # As in the original: cut by the entry after the governing one, which before the first entry is the second; the last is not cut.
     for mark in relative[:-1]:
         following = absolute[_governing(absolute, mark.onset) + 1 :]
-        mark.end = min(mark.end, next((a.mark for a in following if a.mark > mark.onset), math.inf))
+        mark.end = min(mark.end, next((a.onset for a in following if a.onset > mark.onset), math.inf))
     return absolute, relative, accents
 
 
 def _tempi(directions):
     """Absolute and relative tempo marks in order of position, the relative ones with their ends."""
-    absolute, relative = _split_words(directions, _TEMPO_ABSOLUTE, _TEMPO_RELATIVE_WORDS, _is_tempo)
-    long = [m for m in relative if _is_tempo(m.text, _TEMPO_LONG)]
+    absolute, relative = _split_words(directions, _TEMPO_ABSOLUTE, _TEMPO_RELATIVE, whole=True)
+    long = [m for m in relative if _matches(m.text, _TEMPO_LONG, whole=True)]
     if not (absolute and absolute[0].onset == 0) and long and long[0].onset == 0:
-        absolute.insert(0, _Mark(0.0, long[0].text))
+        absolute.insert(0, replace(long[0]))
     for mark in absolute:
-        if _is_tempo(mark.text, _TEMPO_PRIMO):
+        if _matches(mark.text, _TEMPO_PRIMO, whole=True):
             mark.text = absolute[0].text
     for i, mark in enumerate(relative):
         peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
@@ -732,12 +615,12 @@ def _tempi(directions):
 
 def _governing(marks, onset):
     """Index of the last mark at or before `onset`, 0 if all are later."""
-    return max(bisect_right([m.onset for m in marks], onset) - 1, 0)
+    return max(bisect_right([m.start for m in marks], onset) - 1, 0)
 
 
 def _active(marks, note):
     active = [m for m in marks if m.onset <= note.onset < m.end]
-    if {"crescendo", "diminuendo"} <= {m.kind for m in active}:
+    if set(_HAIRPINS) <= {m.kind for m in active}:
         active = [m for m in active if m.kind == "words" or (m.placement, note.staff) not in (("above", 2), ("below", 1))]
     return active
 
@@ -772,21 +655,21 @@ def _beat_grid(bars, starts, ticks):
 
 def _beat_importance(b, numerator):
     """Metrical weight of the position b (0..1 of the bar); "whole" is exact in floating point, as in the original."""
-    def whole(k):
-        return (b * k) % 1 == 0
-
-    rules = (
-        (b == 0, 4), (b == 0.5 and numerator in (2, 4, 6, 12), 3), (abs(b - 1 / 3) < 0.001 and numerator in (3, 9), 2),
-        (whole(4) and numerator in (2, 4), 1), (whole(5) and numerator == 5, 2), (whole(6) and numerator in (3, 6, 12), 1),
-        (whole(8) and numerator in (2, 4), 0.5), (whole(9) and numerator == 9, 1), (whole(12) and numerator in (3, 6, 12), 0.5),
-        (numerator == 7 and (abs(7 * b - 2) < 0.001 or abs(5 * b - 2) < 0.001), 2),
-    )  # fmt: skip
-    return next((float(value) for holds, value in rules if holds), 0.0)
+    if b == 0:
+        return 4.0
+    if b == 0.5 and numerator in (2, 4, 6, 12):
+        return 3.0
+    if numerator in (3, 9) and abs(b - 1 / 3) < 0.001 or numerator == 7 and min(abs(7 * b - 2), abs(5 * b - 2)) < 0.001:
+        return 2.0
+    halves, thirds = ((4, 1.0), (8, 0.5)), ((6, 1.0), (12, 0.5))
+    divided = {2: halves, 4: halves, 3: thirds, 6: thirds, 12: thirds, 5: ((5, 2.0),), 9: ((9, 1.0),)}.get(numerator, ())
+    return next((weight for k, weight in divided if (b * k) % 1 == 0), 0.0)
 
 
 def _rests_after(notes, rests):
     """Per note (row order) the length of the rest (file order) that follows in its voice, and whether it bears a fermata."""
-    merged, used = [], set()
+    length, held, used = np.zeros(len(notes)), np.zeros(len(notes)), set()
+    onsets = [n.onset for n in notes]
     for i, rest in enumerate(rests):
         if i in used:
             continue
@@ -797,18 +680,29 @@ def _rests_after(notes, rests):
                 used.add(j)
             elif rests[j].onset > end:
                 break
-        merged.append((rest, end - rest.onset, fermata))
-    length, held = np.zeros(len(notes)), np.zeros(len(notes))
-    onsets = [n.onset for n in notes]
-    for rest, duration, fermata in merged:
-        for i in range(bisect_right(onsets, rest.onset) - 1, -1, -1):
-            if notes[i].voice != rest.voice:
-                continue
-            if abs(notes[i].end - rest.onset) < 1e-6:
-                length[i], held[i] = duration, fermata
-            elif notes[i].end < rest.onset:
+        for k in range(bisect_right(onsets, rest.onset) - 1, -1, -1):
+            if notes[k].voice == rest.voice and abs(notes[k].end - rest.onset) < 1e-6:
+                length[k], held[k] = end - rest.onset, fermata
+            elif notes[k].voice == rest.voice and notes[k].end < rest.onset:
                 break
     return length, held
+
+
+def _slur_flags(note, slurs):
+    """Whether a slur starts, continues, stops at the note; one with slur elements of its own never continues."""
+    flags = {flag for flag in ("start", "stop") if f"slur {flag}" in note.marks}
+    if not flags:
+        flags = {"start" if note.onset == start else "stop" if note.onset == stop else "continue"
+                 for start, stop in slurs.get(note.voice, []) if start <= note.onset <= stop}  # fmt: skip
+    return [flag in flags for flag in ("start", "continue", "stop")]
+
+
+def _overlapped(notes):
+    unisons = {}
+    for note in (n for n in notes if "grace" not in n.marks):
+        unisons.setdefault((note.part, note.onset, note.pitch), []).append(note)
+    shorter = {id(n) for same in unisons.values() for n in sorted(same, key=lambda n: n.duration)[:-1]}
+    return np.array([id(n) in shorter for n in notes])
 
 
 def _composer_vector(root, path):
@@ -817,10 +711,34 @@ def _composer_vector(root, path):
     return np.eye(len(COMPOSERS) + 1)[next(found, len(COMPOSERS))]
 
 
-def _time_vector(numerator, denominator):
-    flags = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}.get(numerator, "00001")
-    units = np.eye(4)[min(max(denominator.bit_length() - 2, 0), 3)]
-    return np.array([*map(float, flags), *units])
+def _time_vector(bar):
+    flags = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}.get(bar.beats, "00001")
+    return [*map(float, flags), *np.eye(4)[np.clip(bar.beat_type.bit_length() - 2, 0, 3)]]
+
+
+def _direction_features(notes, directions, last_division):
+    """dynamic, tempo, the two distances (ticks), and the positions of sections."""
+    dynamics, hairpins, accents = _dynamics(directions)
+    tempo_marks, tempo_changes = _tempi(directions)
+    rows, sections, before = [], [], None
+    for note in notes:
+        level, pace = (m[_governing(m, note.onset)] if m else _Direction(0.0, "words", "") for m in (dynamics, tempo_marks))
+        changes = _active(tempo_changes, note)
+        dynamic = _word_vector(" ".join(m.text for m in [level, *_active(hairpins, note)]), DYNAMIC_WORDS, whole=False)
+        for position, column, value in accents:
+            if position == note.onset and "grace" not in note.marks:
+                dynamic[column] = value
+        tempo = _word_vector(" ".join(m.text for m in [pace, *changes]), TEMPO_WORDS, whole=True)
+        rows.append((dynamic, tempo, note.onset - level.start, note.onset - max(m.onset for m in [pace, *changes])))
+        state = pace.text, [id(m) for m in changes]
+        if state != before:
+            sections, before = [*sections, note.onset], state
+    return *map(np.array, zip(*rows, strict=True)), np.array([*sections, notes[-1].onset + 0.1 * last_division])
+
+
+def _moved(bars, starts, name):
+    """Copies of the bars' notes or directions, at their positions in the unfolded piece."""
+    return [replace(x, onset=x.onset + s) for bar, s in zip(bars, starts, strict=True) for x in getattr(bar, name)]
 
 
 def read_musicxml(path) -> Score:
@@ -833,115 +751,66 @@ def read_musicxml(path) -> Score:
     parts = reader.parts(root)
     order = _play_order(root.find("part").findall("measure"), reader)
     _trim_pickup([bars[0] for bars in parts])
+    for bars in zip(*parts, strict=True):
+        bars[0].length = max(b.length for b in bars) or bars[0].nominal
     bars = [parts[0][i] for i in order]
-    starts = np.concatenate([[0.0], np.cumsum([b.length for b in bars])])
-    notes, rests, slurs, directions, tempi = [], [], {}, [], []
+    starts = np.cumsum([0.0, *(b.length for b in bars[:-1])])
+    notes, rests, slurs, directions = [], [], {}, []
     for part in parts:
-        played = [replace(n, onset=n.onset + s) for i, s in zip(order, starts, strict=False) for n in part[i].notes]
-        rests += [n for n in played if n.rest]
-        played = [n for n in played if not n.rest]
-        _join_ties([n for n in played if not n.hidden])
+        played = _moved([part[i] for i in order], starts, "notes")
+        rests += [n for n in played if "rest" in n.marks and "hidden" not in n.marks]
+        played = [n for n in played if "rest" not in n.marks]
+        _join_ties([n for n in played if "hidden" not in n.marks])
         slurs |= _resolve_slurs(played)
         played = [n for n in played if n.first is None]
-        _order_graces([n for n in played if not n.hidden])
+        _order_graces([n for n in played if "hidden" not in n.marks])
         notes += _play_trills(sorted(played, key=lambda n: n.onset))
-        directions += [replace(d, onset=d.onset + s) for i, s in zip(order, starts, strict=False) for d in part[i].directions]
-        tempi += [(t + s, qpm) for i, s in zip(order, starts, strict=False) for t, qpm in part[i].tempi]
+        directions += _moved([part[i] for i in order], starts, "directions")
     if not notes:
         raise reader.error("no notes", "at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
-    tempi.sort(key=lambda t: t[0])
-    qpm = next((q for t, q in reversed(tempi) if t <= notes[0].onset), 120.0)
-    return _score(Path(path), reader.ticks, notes, rests, slurs, directions, qpm, bars, starts[:-1], _composer_vector(root, path))
+    return _score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, _composer_vector(root, path))
 
 
-def _score(path, ticks, notes, rests, slurs, directions, qpm, bars, starts, composer):
+def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
     """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
     n = len(notes)
-    onset = np.array([x.onset for x in notes])
-    duration = np.array([x.duration for x in notes])
-    pitch = np.array([x.pitch for x in notes])
-    grace = np.array([x.grace for x in notes])
+    integers = {name: np.array([getattr(x, name) for x in notes], np.int64) for name in ("pitch", "voice", "staff", "grace_order", "tremolo")}
+    pitch, onset, duration = integers["pitch"], np.array([x.onset for x in notes]), np.array([x.duration for x in notes])
+    qpm = next((d.text for d in reversed(directions) if d.kind == "tempo" and d.onset <= notes[0].onset), 120.0)
 
-    dynamics, hairpins, accents = _dynamics(directions)
-    tempo_marks, tempo_changes = _tempi(directions)
-    dynamic, tempo = np.zeros((n, 4)), np.zeros((n, 5))
-    from_dynamic, from_tempo = np.zeros(n), np.zeros(n)
-    sections, before = [], None
-    for i, note in enumerate(notes):
-        level, pace = (m[_governing(m, note.onset)] if m else None for m in (dynamics, tempo_marks))
-        changes = _active(tempo_changes, note)
-        words = " ".join([level.text if level else "", *(m.text for m in _active(hairpins, note))])
-        dynamic[i] = _word_vector(words, DYNAMIC_WORDS, 4, whole=False)
-        for position, accent in accents:
-            if position == note.onset and not note.grace:
-                index, value = DYNAMIC_WORDS[accent]
-                dynamic[i, index] = value
-        tempo[i] = _word_vector(" ".join([pace.text if pace else "", *(m.text for m in changes)]), TEMPO_WORDS, 5, whole=True)
-        from_dynamic[i] = note.onset - (level.onset if level else 0)
-        from_tempo[i] = note.onset - max([pace.onset if pace else 0, *(m.onset for m in changes)])
-        state = (pace and pace.text, [id(m) for m in changes])
-        if state != before:
-            sections.append(note.onset)
-            before = state
-    sections.append(notes[-1].onset + 0.1 * bars[-1].division)
+    def marked(*names):
+        return np.array([[name in x.marks for name in names] for x in notes], float)
 
     bar = _at(starts, onset)
-    lengths = np.diff(starts, append=np.nan)
-    lengths[-1] = lengths[-2] if len(bars) > 1 else bars[0].nominal
+    lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
     position = (onset - starts[bar]) / lengths[bar]
     beats = _beat_grid(bars, starts, ticks)
-    last_end = (onset + duration)[min(1, n - 1) :].max() or 1.0
-    graced = {(x.voice, x.onset) for x in notes if x.after_grace}
+    grace, notation = marked("grace")[:, 0] > 0, marked(*_NOTATIONS)
+    graced = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
     rest_length, rest_fermata = _rests_after(notes, rests)
-    slur_beam, marks = np.zeros((n, 6)), np.zeros((n, 9))
-    overlapped = np.zeros(n, bool)
-    longest = {}
-    names = ("trill-mark", "tenuto", "accent", "staccato", "fermata", "arpeggiate", "strong-accent", "cue", "slash")
-    for i, x in enumerate(notes):
-        flags = set(x.slur_flags)
-        if not flags:
-            for start, stop in slurs.get(x.voice, []):
-                if start <= x.onset <= stop:
-                    flags.add("start" if x.onset == start else "stop" if x.onset == stop else "continue")
-        slur_beam[i] = [f in flags for f in ("start", "continue", "stop")] + [f in x.beams for f in ("begin", "continue", "end")]
-        marks[i] = [name in x.marks for name in names]
-        if not x.grace:
-            other = longest.setdefault((x.part, x.onset, x.pitch), i)
-            if other != i:
-                shorter, longer = (i, other) if x.duration < notes[other].duration else (other, i)
-                overlapped[shorter], longest[x.part, x.onset, x.pitch] = True, longer
-    octave = (pitch // 12 - 1 - 4) / 4
+    dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(notes, directions, bars[-1].division)
     features = {
-        "midi_pitch": pitch.astype(float),
-        "duration": duration / ticks,
+        "midi_pitch": pitch.astype(float), "duration": duration / ticks, "beat_position": position,
         "beat_importance": np.array([_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]),
         "measure_length": lengths[bar] / ticks,
-        "qpm_primo": np.full(n, math.log10(qpm)),
-        "following_rest": rest_length / ticks,
-        "distance_from_abs_dynamic": from_dynamic / ticks,
-        "distance_from_recent_tempo": from_tempo / ticks,
-        "beat_position": position,
-        "xml_position": onset / last_end,
-        "grace_order": np.array([float(x.grace_order) for x in notes]),
-        "preceded_by_grace_note": np.array([float(not x.grace and (x.voice, x.onset) in graced) for x in notes]),
-        "followed_by_fermata_rest": rest_fermata,
-        "pitch": np.concatenate([octave[:, None], np.eye(12)[pitch % 12]], axis=1),
-        "tempo": tempo,
-        "dynamic": dynamic,
-        "time_sig_vec": np.array([_time_vector(bars[b].beats, bars[b].beat_type) for b in bar]),
-        "slur_beam_vec": slur_beam,
+        "qpm_primo": np.full(n, math.log10(qpm)), "following_rest": rest_length / ticks, "followed_by_fermata_rest": rest_fermata,
+        "distance_from_abs_dynamic": from_dynamic / ticks, "distance_from_recent_tempo": from_tempo / ticks,
+        "xml_position": onset / ((onset + duration)[min(1, n - 1) :].max() or 1.0),
+        "grace_order": integers["grace_order"].astype(float),
+        "preceded_by_grace_note": np.array([float(not g and (x.voice, x.onset) in graced) for x, g in zip(notes, grace, strict=True)]),
+        "pitch": np.concatenate([(pitch[:, None] // 12 - 5) / 4, np.eye(12)[pitch % 12]], axis=1),
+        "tempo": tempo, "tempo_primo": np.tile(tempo[0, :2], (n, 1)), "dynamic": dynamic, "notation": notation,
+        "time_sig_vec": np.array([_time_vector(bars[b]) for b in bar]),
+        "slur_beam_vec": np.hstack([[_slur_flags(x, slurs) for x in notes], marked("beam begin", "beam continue", "beam end")]),
         "composer_vec": np.tile(composer, (n, 1)),
-        "notation": marks,
-        "tempo_primo": np.tile(tempo[0, :2], (n, 1)),
-    }
-    integers = {name: np.array([getattr(x, name) for x in notes], np.int64) for name in ("voice", "staff", "grace_order", "tremolo")}
+    }  # fmt: skip
     return Score(
-        path=path, pitch=pitch.astype(np.int64), onset=onset / ticks, duration=duration / ticks, grace=grace, **integers,
+        path=path, onset=onset / ticks, duration=duration / ticks, grace=grace, **integers, overlapped=_overlapped(notes),
         measure=_contiguous(bar), beat=_contiguous(_at(beats, onset)), section=_at(sections, onset).astype(np.int64),
-        overlapped=overlapped, trill=marks[:, 0] > 0, arpeggiate=marks[:, 5] > 0,
-        beats=beats / ticks, measures=starts / ticks, sections=np.array(sections) / ticks, tempo_qpm=float(qpm), features=features,
+        trill=notation[:, 0] > 0, arpeggiate=notation[:, 5] > 0, beats=beats / ticks, measures=starts / ticks,
+        sections=sections / ticks, tempo_qpm=float(qpm), features=features,
     )  # fmt: skip
 
 
@@ -1597,7 +1466,7 @@ def performance_statistics(performance) -> dict[str, float]:
         "interval_trend": float(np.corrcoef(np.arange(len(interval)), interval)[0, 1]) if len(interval) > 2 and interval.std() > 0 else 0.0,
         "ringing": alive.sum(1).mean(), "ringing_q90": np.quantile(alive.sum(1), 0.9), "rubbing": rubbing.sum(1).mean(),
         "rubbing_share": (rubbing.sum(1) > 0).mean(), "polyphony": hold.sum() / seconds, "polyphony_pedal": ring.sum() / seconds,
-        "staccato": (hold < 0.5 * gap).mean(), "overlap_share": (hold > gap).mean(), "silence": 1 - _covered(onset, sounding) / (sounding.max() - start),
+        "staccato": (hold < 0.5 * gap).mean(), "overlap_share": (hold > gap).mean(), "silence": 1 - _covered(onset, sounding) / max(sounding.max() - start, 0.01),
     }
     for name, values in {
         "interval": interval, "interval_change": np.diff(interval), "interval_change_size": np.abs(np.diff(interval)),

@@ -43,6 +43,9 @@ class BiLSTM(nn.Module):
 
     def forward(self, x: Tensor, batch: dict, name: str) -> Tensor:
         """x (M, C) all notes (name "note", "voice"), beats or measures of a collate_han batch -> (M, 2 * hidden)."""
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
+            with torch.autocast("cpu", enabled=False):  # oneDNN has no float16 LSTM
+                return self.forward(x.float(), batch, name)
         grids = [batch[key] for k in range(len(batch)) if (key := f"{name}_grid{k}") in batch]
         slots = batch[f"{name}_slot"]
         for i, pair in enumerate(zip(self.forward_lstm, self.backward_lstm, strict=True)):
@@ -116,7 +119,7 @@ class HAN(nn.Module):
                  stats_size: int = 0):  # fmt: skip
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
-        self.model_args = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         if model not in FORMS or level not in LEVELS:
             raise ValueError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, one of {LEVELS}")
         if size % heads:
@@ -247,10 +250,11 @@ def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
         raise DataError(f"HAN weights: unknown {unknown}, missing {missing}; expected a {form} network, level {level}")
     for name, parameter in model.state_dict().items():
         value = weights[wanted[name]]
-        if value.numel() != parameter.numel() or len(value) != len(parameter):
+        value = value.squeeze(-1) if name.endswith("context_vector") else value
+        if value.shape != parameter.shape:
             shapes = f"{tuple(value.shape)}; expected {tuple(parameter.shape)}"
             raise DataError(f"HAN weights: {wanted[name]} has shape {shapes} from the other weights")
-        parameter.copy_(value.view(parameter.shape))
+        parameter.copy_(value)
     return model
 
 
@@ -314,7 +318,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DataError(f"{path}: unreadable ({_first_line(error)}); {advice}") from error
+        raise DataError(f"{path}: unreadable ({_one_line(error)}); {advice}") from error
     if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT or ckpt.get("task") not in [*MODELS]:
         found = [ckpt.get("format"), ckpt.get("task")] if isinstance(ckpt, dict) else type(ckpt).__name__
         known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
@@ -323,9 +327,9 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path}: model_args and weights disagree ({_first_line(error)}); {advice}") from error
+        raise DataError(f"{path}: model_args and weights disagree ({_one_line(error)}); {advice}") from error
     return model.eval(), ckpt
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up (0: off)")
     g.add_argument("--step-size", type=int, default=3000, help="step: steps between reductions (%(default)s)")
     g.add_argument("--gamma", type=float, default=0.98, help="step: factor of a reduction (%(default)s)")
-    g.add_argument("--epochs", type=int, default=100, help="passes over the training part (%(default)s)")
+    g.add_argument("--epochs", type=int, help="passes over the training part (default: 100; 20 on the built-in synthetic corpus)")
     g.add_argument("--max-steps", type=int, help="stop after so many steps (default: off)")
     g.add_argument("--patience", type=int, default=20, help="stop after so many epochs without a lower validation loss (%(default)s; 0: off)")
     g = p.add_argument_group("run")
@@ -279,7 +279,7 @@ def main(args: argparse.Namespace) -> dict:
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
     lengths = [len(item["x"]) for item in train]
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
-    planned = args.epochs * steps_per_epoch
+    planned = (args.epochs or (100 if args.data else 20)) * steps_per_epoch
     last = min(planned, args.max_steps or planned, 3 if args.diagnose else planned)
     say(f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, split {args.split}, fold {fold}: {len(train)} train, {len(valid)} valid, "
         f"{len(parts['test'])} test items; {len(info['columns'])} columns; {steps_per_epoch} steps an epoch, {planned} planned")

@@ -106,17 +106,17 @@ def test_arpeggio_widens_the_chord():
 
 
 def test_note_too_early_for_its_position_is_dropped_with_the_chord_it_follows():
-    # From 0 s at quarter 1, quarter 2 may come after .11 s: .10 s is too early, .12 s is not. The chord at 1 stays open.
-    dropped, anchors = clean(toy_score([0, 1, 2, 3]), [0.0, 0.5, 0.6, 1.5])
+    # From .5 s at quarter 1, quarter 2 may come after .56 s: .55 s is too early, .57 s is not. The chord at 1 stays open.
+    dropped, anchors = clean(toy_score([0, 1, 2, 3]), [0.0, 0.5, 0.55, 1.5])
     assert dropped == [1, 2]
     assert anchors == [[0, 0.0], [1, 0.5], [3, 1.5]]
-    dropped, anchors = clean(toy_score([0, 1, 2, 3]), [0.0, 0.5, 0.62, 1.5])
+    dropped, anchors = clean(toy_score([0, 1, 2, 3]), [0.0, 0.5, 0.57, 1.5])
     assert dropped == []
     assert len(anchors) == 4
 
 
 def test_chord_whose_mean_lies_before_the_last_anchor_is_dropped():
-    # Quarter 1 has mean .5 from (.4, .6); quarter 2 opens at .55 > .4 + .11, but .55 < .5 + .11.
+    # Quarter 1 has mean .5 from (.4, .6); quarter 2 opens at .55 > .4 + .06, but .55 < .5 + .06.
     dropped, anchors = clean(toy_score([0, 1, 1, 2, 3]), [0.0, 0.4, 0.6, 0.55, 1.0])
     assert dropped == [3]
     np.testing.assert_allclose(anchors, [(0, 0.0), (1, 0.5), (3, 1.0)])

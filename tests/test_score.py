@@ -4,7 +4,7 @@ import random
 import re
 import xml.etree.ElementTree as ET
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -121,21 +121,29 @@ def test_reference(path, scores):
     j = np.array([rows[key].pop(0) for key in zip(s.onset.round(4), s.pitch, s.grace_order, strict=True)])
     assert len(j) == len(d["note_midi_pitch"])
 
-    text = d["note_dynamic_words"][j]
-    untouched = {
-        "dynamic": s.features["dynamic"][:, 2] == 0,
-        # Hairpins move the reference's distance; at 10.0 of this segment two that cancel out in the text still do.
-        "distance_from_recent_tempo": ~np.array([bool(re.search("cresc|dim", t)) for t in text]) & ~((segment == "13") & (s.onset == 10)),
-        "composer_vec": np.full(len(j), "Schubert" in name),
+    n, text = len(j), d["note_dynamic_words"][j]
+    chords = Counter(zip(s.voice, s.onset, s.grace_order, strict=True))
+    # Where CORRECTIONS may change a value: hairpins and other dynamics moved the reference's distance (at 10.0 of segment 13 two
+    # whose texts cancel out), accent marks were lost, notes of chords had the beams of others, Beethoven's pieces were Schubert's.
+    touched = {
+        "dynamic": s.features["dynamic"][:, 2] > 0,
+        "distance_from_recent_tempo": np.array([bool(re.search("cresc|dim", t)) for t in text]) | ((segment == "13") & (s.onset == 10)),
+        "slur_beam_vec": np.array([chords[key] > 1 for key in zip(s.voice, s.onset, s.grace_order, strict=True)]),
+        "composer_vec": np.full(n, "Beethoven" in name),
     }
+    reference = {}
     for feature, mine in s.features.items():
         theirs = d["score_" + feature]
-        theirs = theirs[j] if theirs.shape[:1] == (len(j),) else np.broadcast_to(theirs, mine.shape)
-        if feature == "slur_beam_vec":
-            assert (mine[:, 3:] <= theirs[:, 3:]).all()  # only sticky flags of chord notes are gone
-            mine, theirs = mine[:, :3], theirs[:, :3]
-        wrong = np.abs(mine - theirs).reshape(len(j), -1).max(1) > 1e-4
-        assert not (wrong & untouched.get(feature, True)).any(), feature
+        theirs = reference[feature] = theirs[j] if theirs.shape[:1] == (n,) else np.broadcast_to(theirs, mine.shape)
+        wrong = np.abs(mine - theirs).reshape(n, -1).max(1) > 1e-4
+        assert not (wrong & ~touched.get(feature, np.zeros(n, bool))).any(), feature
+    assert (s.features["composer_vec"].argmax(1) == (2 if "Beethoven" in name else 13)).all()
+    assert (reference["composer_vec"].argmax(1) == 13).all()
+    assert (reference["dynamic"][:, 2] == 0).all()
+    assert (s.features["dynamic"][:, [0, 1, 3]] == reference["dynamic"][:, [0, 1, 3]]).all()
+    assert (s.features["distance_from_recent_tempo"] >= reference["distance_from_recent_tempo"] - 1e-9).all()
+    assert (s.features["slur_beam_vec"][:, :3] == reference["slur_beam_vec"][:, :3]).all()
+    assert (s.features["slur_beam_vec"] <= reference["slur_beam_vec"]).all()  # only flags of other notes are gone
     for mine, theirs in (("voice", "loc_voice"), ("beat", "loc_beat"), ("measure", "loc_measure"), ("section", "loc_section"),
                          ("staff", "note_staff"), ("grace", "note_is_grace"), ("overlapped", "note_is_overlapped"), ("trill", "note_is_trill"),
                          ("arpeggiate", "note_is_arpeggiate"), ("duration", "note_duration_quarter")):  # fmt: skip
@@ -159,8 +167,8 @@ def test_padded_pickups_are_trimmed(scores, segment, pickup, second):
 def test_tremolo_marks_reach_the_whole_chord(scores):
     s = scores["Schubert_D960_mv3_16bars_Score_01.musicxml"]
     assert (s.tremolo > 0).sum() == 27  # 18 marks in the file, on the first note of each chord
-    for onset in np.unique(s.onset[s.tremolo > 0]):
-        assert (s.tremolo[(s.onset == onset) & (s.voice == 5)] == 1).all()
+    for onset, voice in set(zip(s.onset[s.tremolo > 0], s.voice[s.tremolo > 0], strict=True)):
+        assert (s.tremolo[(s.onset == onset) & (s.voice == voice)] == 1).all()
 
 
 # ---------------------------------------------------------------- notes
@@ -200,6 +208,8 @@ def test_two_voices_tie_the_same_pitch(read):
     s = read([first, second])
     assert s.onset.tolist() == [0, 1]
     assert s.duration.sum() == 10  # 16 + 12 + 4 + 8 sixteenths
+    s = read([note(60, 16, notations=start), note(60, 4, voice=2, notations=stop)])  # from one voice into another
+    assert (s.pitch.tolist(), s.duration.tolist(), s.voice.tolist()) == ([60], [5], [1])
 
 
 def test_graces(read):
@@ -298,6 +308,9 @@ A, B, C, D = (note(p, 16) for p in (60, 62, 64, 65))
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + '<sound dacapo="yes"/>', '<sound coda="1"/>' + C], "ab ac"),
     ([A, repeat("forward") + B], "ab"),
+    ([A, ending("1", "start") + B + ending("1", "stop") + repeat("backward"), ending("2", "start") + C + ending("2", "stop"), D + '<sound dacapo="yes"/>'],
+     "ab ac d ac d"),
+    ([repeat("forward") + A + '<sound fine="yes"/>' + repeat("backward"), B + repeat("backward"), C + '<sound dacapo="yes"/>'], "aa bb c a"),
 ])  # fmt: skip
 def test_unfolding(read, measures, played):
     s = read(measures)
@@ -313,6 +326,7 @@ def test_unfolding(read, measures, played):
     ([ending("x", "start") + A + ending("x", "stop")], "volta number"),
     ([ending("1", "start") + A, ending("2", "start") + B + ending("2", "stop")], "volta inside a volta"),
     ([A + repeat("backward", times="x")], "repeat times"),
+    ([A, ending("2", "start") + B + ending("2", "stop"), C], "never played"),
     ([A, B + '<sound dalsegno="1"/>'], "dalsegno without segno"),
     ([A, B + words("D.C. al Fine")], "without a <sound>"),
 ])  # fmt: skip
@@ -374,6 +388,18 @@ def test_bars_of_all_parts_start_together(read):
     assert s.onset.tolist() == [0, 0, 4, 4]
 
 
+def test_bars_are_as_long_as_their_music(read):
+    s = read([A + back(8), "", B])  # the cursor need not return to the end; an empty bar lasts as long as its metre says
+    assert s.onset.tolist() == [0, 8]
+    assert s.measures.tolist() == [0, 4, 8]
+
+
+def test_a_rounded_last_bar_stays_regular(read):
+    fine = "<attributes><divisions>480</divisions></attributes>"
+    assert read([A, fine + note(62, 1922)]).beats.tolist() == list(range(8))  # 1/240 quarter too long
+    assert read([A, fine + note(62, 2000)]).beats.tolist() == list(range(9))
+
+
 def test_metre_changes_in_mid_piece(read):
     change = "<attributes><time><beats>3</beats><beat-type>4</beat-type></time></attributes>"
     s = read([A, change + note(62, 12), note(64, 12)])
@@ -405,6 +431,17 @@ def test_accent_marks_and_fp(read):
     assert dynamic[:, 2].tolist() == [0, 0.5, 0.7, 0.3, 0, 0, 0, 0.5]
     assert dynamic[:, 0].tolist() == [-0.4] * 5 + [0.4, -0.4, -0.4]
     assert s.features["dynamic"][s.grace][0, 2] == 0
+    assert read([n[0] + mark("rfz") + n[1]]).features["dynamic"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0.3]]
+
+
+def test_hairpins_end_at_their_own_stop(read):
+    def wedge(kind, number, placement):
+        return direction(f'<wedge type="{kind}" number="{number}"/>', staff=number, placement=placement)
+
+    n = [note(60 + i, 4) for i in range(4)]
+    s = read([wedge("crescendo", 1, "below") + n[0] + wedge("diminuendo", 2, "above") + n[1] + wedge("stop", 1, "below") + n[2]
+              + wedge("stop", 2, "above") + n[3]])  # fmt: skip
+    assert s.features["dynamic"][:, 1].tolist() == [0.7, -0.7, -0.7, 0]  # where both last, the one below counts for staff 2 only
 
 
 def test_tempo_words_match_whole_words(read):
@@ -432,11 +469,11 @@ def test_hairpins_do_not_move_the_tempo_reference(read):
     ("nothing", [0, 0, 0, 0]),
 ])  # fmt: skip
 def test_word_vector(text, vector):
-    assert data._word_vector(text, data.DYNAMIC_WORDS, 4, whole=False).tolist() == vector
+    assert data._word_vector(text, data.DYNAMIC_WORDS, whole=False).tolist() == vector
 
 
 def test_word_tables_are_complete():
-    assert (len(data.DYNAMIC_WORDS), len(data.TEMPO_WORDS)) == (50, 127)
+    assert (len(data.DYNAMIC_WORDS), len(data.TEMPO_WORDS)) == (50, 123)  # the reference lists 4 more with capitals or commas
     assert data.DYNAMIC_WORDS["poco a poco meno f"] == (1, -0.2)
     assert data.TEMPO_WORDS["d'un rythme souple"] == (0, 0)
 
@@ -474,9 +511,9 @@ def test_compressed_and_utf16_files(tmp_path):
     assert data.read_musicxml(str(path)).pitch.tolist() == [60, 62]
 
 
-def zipped(**members):
+def zipped(compression=zipfile.ZIP_STORED, /, **members):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, text in members.items():
             archive.writestr(name, text)
     return buffer.getvalue()
@@ -493,7 +530,9 @@ BAD = {
     "no parts": (b"<score-partwise/>", r"parts of \[\]"),
     "bomb": (b'<!DOCTYPE s [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><score-partwise>&b;</score-partwise>', "entities"),
     "encoding": (b'<?xml version="1.0" encoding="nonsense"?><score-partwise/>', "not well-formed"),
-    "zip": (zipped(a="b"), "container"),
+    "zip": (zipped(a="b"), "one score"),
+    "two scores": (zipped(**{"a.xml": GOOD, "b.xml": GOOD}), "one score"),
+    "lzma": (zipped(zipfile.ZIP_LZMA, **{"a.xml": GOOD}), "one score"),
     "cut zip": (zipped(**{"META-INF/container.xml": "<a/>"})[:60], "mxl"),
     "no notes": (document([note(None, 16)]).encode(), "no notes"),
     "no divisions": (GOOD.replace("<divisions>4</divisions>", "").encode(), "no <divisions>"),
@@ -504,12 +543,15 @@ BAD = {
     "zero beat-type": (GOOD.replace("<beat-type>4<", "<beat-type>0<").encode(), "beat-type '0'"),
     "odd beat-type": (GOOD.replace("<beat-type>4<", "<beat-type>6<").encode(), "power of two"),
     "senza misura": (re.sub("<time>.*?</time>", "<time><senza-misura/></time>", GOOD).encode(), "0 <beats>"),
-    "no pitch": (re.sub("<pitch>.*?</pitch>", "", GOOD).encode(), "without <pitch>"),
+    "no pitch": (re.sub("<pitch>.*?</pitch>", "", GOOD).encode(), "pitch step 'none'"),
     "no octave": (re.sub("<octave>.*?</octave>", "", GOOD).encode(), "no octave"),
     "step": (GOOD.replace("<step>C<", "<step>H<").encode(), "step 'H'"),
     "NaN": (GOOD.replace("<duration>16<", "<duration>NaN<").encode(), "duration 'NaN'"),
     "negative": (GOOD.replace("<duration>16<", "<duration>-4<").encode(), "duration '-4'"),
     "infinite": (GOOD.replace("<duration>16<", "<duration>1e999<").encode(), "duration '1e999'"),
+    "zero": (GOOD.replace("<duration>16<", "<duration>0<").encode(), "duration '0'"),
+    "endless bar": (document([A * 300]).encode(), "to quarter 1004 of the bar"),
+    "deep": (b"<a>" * 30000 + b"</a>" * 30000, "root element is <a>"),
     "no duration": (GOOD.replace("<duration>16</duration>", "").encode(), "no duration"),
     "backup": (document([A + back(64) + B]).encode(), "backup"),
     "unequal parts": (document([A, B], [A]).encode(), r"parts of \[2, 1\]"),
@@ -557,19 +599,20 @@ def damaged(text, rng):
 
 
 def test_damaged_files_never_raise_anything_else(tmp_path):
-    rng, path, outcomes = random.Random(7), tmp_path / "piece.musicxml", {"read": 0, "refused": 0}
+    rng, path, outcomes, messages = random.Random(7), tmp_path / "piece.musicxml", {"read": 0, "refused": 0}, []
     first = words("Andante") + note(71, None) + note(60, 8, notations='<slur type="start"/><tied type="start"/>') + chord(64, 8) + note(None, 8)
     whole = document(
         [mark("fp") + first + back(16) + note(48, 16, voice=5, staff=2), note(60, 16, notations='<tied type="stop"/>') + repeat("backward"),
          ending("1", "start") + C + ending("1", "stop"), D], [A, B, C, D])  # fmt: skip
-    for _ in range(1500):
+    for _ in range(600):
         path.write_bytes(damaged(whole, rng))
         try:
             s = data.read_musicxml(path)
         except DataError as error:
             outcomes["refused"] += 1
-            assert "\n" not in str(error)
+            messages.append(str(error))
         else:
             outcomes["read"] += 1
             assert all(np.isfinite(v).all() and len(v) == len(s.pitch) for v in s.features.values())
-    assert min(outcomes.values()) > 200
+    assert min(outcomes.values()) > 50
+    assert all(m.startswith(f"{path}: ") and "; expected " in m and "\n" not in m for m in messages)

@@ -1,0 +1,234 @@
+"""The aligner: performances with known truth, made by perturbing scores; real performances; degenerate input."""
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import data
+import data as midi
+import data as scores
+
+SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+CORPUS = SHARED / "percepiano/virtuoso/data"
+REFERENCE = SHARED / "reference/percepiano_features"
+needs_shared = pytest.mark.skipif(not CORPUS.is_dir(), reason="needs ../shared")
+
+
+def make_score(notes):
+    """Score of (onset, pitch, grace_order) triples in the order of Score."""
+    notes = sorted(notes, key=lambda note: (note[0], note[2], -note[1]))
+    onset, pitch, grace_order = (np.array(column) for column in zip(*notes, strict=True))
+    return SimpleNamespace(pitch=pitch.astype(np.int64), onset=onset.astype(float), grace_order=grace_order.astype(np.int64),
+                           arpeggiate=np.zeros(len(pitch), bool))
+
+
+def make_performance(pitch, onset):
+    order = np.argsort(onset, kind="stable")
+    return SimpleNamespace(pitch=np.array(pitch, np.int64)[order], onset=np.array(onset, float)[order])
+
+
+def written_score(seed):
+    """Melody with graces and unisons over repeated chords and a bass, 8 bars of 4/4."""
+    rng, notes, melody = np.random.default_rng(seed), [], 72
+    for step in range(64):
+        melody = int(np.clip(melody + rng.integers(-4, 5), 60, 88))
+        if rng.random() < 0.85:
+            notes.append((step / 2, melody, 0))
+            if rng.random() < 0.15:
+                notes.append((step / 2, melody, 0))
+            if rng.random() < 0.1:
+                notes += [(step / 2, melody + 2, -1), (step / 2, melody + 1, -2)]
+        if step % 2 == 0:
+            notes += [(step / 2, 48 + interval, 0) for interval in ((0, 4, 7), (0, 5, 9), (2, 5, 11))[step // 8 % 3]]
+        if step % 8 == 0:
+            notes.append((step / 2, 36, 0))
+    return make_score(notes)
+
+
+def perform(score, seed, pace=0.6, rubato=0.1, ritardando=0.0, jitter=0.01, left_early=0.0, roll=0.0, wrong=0.0,
+            missing=0.0, extra=0.0, restrike=0.0, cut=(0.0, 0.0), silence=0.0, pause=0.0, grace=0.08):
+    """A performance of the score and, per score note, the true index of its played note (-1: not played)."""
+    rng = np.random.default_rng(seed)
+    position, chord = np.unique(score.onset, return_inverse=True)
+    t = np.linspace(0, 1, len(position))
+    tempo = pace * np.exp(rubato * (np.sin(2 * np.pi * (t * rng.uniform(1, 5) + rng.uniform()))
+                                    + 0.4 * rng.normal(size=len(t))))
+    tempo *= 1 + ritardando * np.clip((t - 0.85) / 0.15, 0, 1)
+    clock = np.append(0, np.cumsum(np.diff(position) * tempo[:-1]))
+    clock[rng.integers(2, len(clock) - 1):] += pause
+    rolled = rng.random(len(position)) < roll
+
+    owners, notes = {}, []
+    for row, (where, key, order) in enumerate(zip(chord, score.pitch, score.grace_order, strict=True)):
+        owner = owners.setdefault((where, key, order), row)
+        if owner < row:
+            continue
+        onset = clock[where] + rng.normal(0, jitter) + grace * order - left_early * (key < 60)
+        if rolled[where]:
+            onset += 0.045 * np.sum(np.unique(score.pitch[chord == where]) < key)
+        inside = cut[0] * clock[-1] <= onset <= (1 - cut[1]) * clock[-1] + 0.2
+        if not inside or rng.random() < missing:
+            continue
+        slip = rng.random() < wrong
+        notes.append((onset, key + rng.choice([-2, -1, 1, 2]) if slip else key, -1 if slip else row))
+        if rng.random() < extra:
+            notes.append((onset + rng.uniform(-0.15, 0.3), key + rng.choice([-12, -5, -2, -1, 1, 2, 5, 12]), -1))
+        if rng.random() < restrike:
+            notes.append((onset + rng.uniform(0.12, 0.2), key, -1))
+    notes.sort()
+    index = {row: played for played, (_, _, row) in enumerate(notes) if row >= 0}
+    truth = np.array([index.get(owners[key], -1) for key in zip(chord, score.pitch, score.grace_order, strict=True)])
+    onset = np.array([note[0] for note in notes])
+    return make_performance([note[1] for note in notes], onset - onset[0] + silence), truth
+
+
+def f1(pairs):
+    """F1 of all (match, truth) pairs together."""
+    match, truth = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    right = np.sum((match == truth) & (truth >= 0))
+    return 2 * right / (np.sum(match >= 0) + np.sum(truth >= 0))
+
+
+PERTURBATIONS = {
+    "plain": {},
+    "rubato and ritardando": {"rubato": 0.3, "ritardando": 1.5},
+    "wrong notes": {"wrong": 0.04},
+    "missing notes": {"missing": 0.05},
+    "extra notes": {"extra": 0.08},
+    "repeated notes": {"restrike": 0.04},
+    "rolled chords": {"roll": 0.3},
+    "left hand early": {"left_early": 0.08, "jitter": 0.02},
+    "late start": {"cut": (0.15, 0.0)},
+    "early end": {"cut": (0.0, 0.15)},
+    "initial silence": {"silence": 5.0},
+    "pause": {"pause": 1.5},
+    "graces on the beat": {"grace": -0.05},
+    "fast": {"pace": 0.25},
+    "slow": {"pace": 1.6},
+    "everything": {"rubato": 0.2, "ritardando": 1.0, "jitter": 0.02, "left_early": 0.04, "roll": 0.1, "wrong": 0.02,
+                   "missing": 0.03, "extra": 0.04, "restrike": 0.02, "silence": 1.0, "pause": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_written_scores_with_known_truth(name):
+    pairs = []
+    for seed in range(6):
+        score = written_score(seed)
+        performance, truth = perform(score, seed, **PERTURBATIONS[name])
+        pairs.append((data.align(score, performance), truth))
+    assert f1(pairs) >= 0.99
+
+
+@needs_shared
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_real_scores_with_known_truth(name):
+    pairs = []
+    for seed, path in enumerate(sorted(REFERENCE.glob("*.npz"))[::3]):
+        original = np.load(path)
+        score = SimpleNamespace(pitch=original["note_midi_pitch"].astype(int), onset=original["note_onset_quarter"],
+                                grace_order=original["score_grace_order"].astype(int),
+                                arpeggiate=original["note_is_arpeggiate"] > 0)
+        pace = {"mv2": 1.3, "mv3": 0.28}.get(path.stem.split("_")[2], 0.7)
+        performance, truth = perform(score, seed, **{"pace": pace, **PERTURBATIONS[name]})
+        pairs.append((data.align(score, performance), truth))
+    assert f1(pairs) >= 0.99
+
+
+def test_unisons_share_one_note_and_never_cross():
+    score = make_score([(0, 60, 0), (0, 60, 0), (1, 62, 0), (1, 62, 0), (1, 60, 0), (2, 60, 0), (2, 62, 0), (3, 60, 0),
+                        (3, 60, 0)])
+    performance = make_performance([60, 62, 60, 62, 60, 60], [0.0, 0.5, 0.51, 1.0, 1.01, 1.5])
+    assert data.align(score, performance).tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 5]
+
+
+def test_repeated_keys_keep_their_order_and_a_left_out_one_stays_empty():
+    score = make_score([(step, 60, 0) for step in range(8)] + [(step, 40 + step, 0) for step in range(8)])
+    onset = [step * 0.5 for step in range(8) if step != 3]
+    performance = make_performance([60] * 7 + list(range(40, 48)), onset + [step * 0.5 for step in range(8)])
+    match = data.align(score, performance)
+    expected = np.where(match >= 0, performance.onset[match], np.nan)[score.pitch == 60]
+    np.testing.assert_allclose(expected, [0, 0.5, 1.0, np.nan, 2.0, 2.5, 3.0, 3.5])
+
+
+def test_a_stray_note_far_from_its_due_time_is_not_taken():
+    score = make_score([(step, 60 + step, 0) for step in range(12)])
+    pitch, onset = [60 + step for step in range(12) if step != 6], [0.5 * step for step in range(12) if step != 6]
+    match = data.align(score, make_performance([*pitch, 66], [*onset, 4.2]))
+    assert match[6] == -1
+    assert np.sum(match >= 0) == 11
+
+
+def test_first_and_last_chord_are_matched_after_a_pause_before_the_end():
+    score = make_score([(step / 2, 60 + step % 7 + interval, 0) for step in range(20) for interval in (0, 12)])
+    performance, truth = perform(score, 0, rubato=0.0)
+    performance.onset[-2:] += 1.5
+    assert data.align(score, performance).tolist() == truth.tolist()
+
+
+@pytest.mark.parametrize(("written", "played", "expected"), [
+    ([], [], []),
+    ([], [60], []),
+    ([60], [], [-1]),
+    ([60, 62], [], [-1, -1]),
+    ([60], [60], [0]),
+    ([60], [61], [-1]),
+    ([60, 62, 64], [61, 63, 65], [-1, -1, -1]),
+    ([60], [60, 62, 64], [0]),
+    ([60, 62, 64], [62], [-1, 0, -1]),
+])
+def test_degenerate_input(written, played, expected):
+    score = SimpleNamespace(pitch=np.array(written, int), onset=np.arange(len(written), dtype=float),
+                            grace_order=np.zeros(len(written), int), arpeggiate=np.zeros(len(written), bool))
+    match = data.align(score, make_performance(played, np.arange(len(played)) * 0.5))
+    assert match.dtype == np.int64
+    assert match.tolist() == expected
+
+
+def test_one_chord_and_notes_all_at_once():
+    chord = make_score([(0, 60, 0), (0, 64, 0), (0, 67, 0)])
+    assert data.align(chord, make_performance([67, 64, 60], [0.0, 0.01, 0.02])).tolist() == [0, 1, 2]
+    score = make_score([(step, 60 + step, 0) for step in range(5)])
+    match = data.align(score, make_performance([60, 61, 62, 63, 64], np.zeros(5)))
+    assert np.all((match == -1) | (match == np.arange(5)))
+
+
+@needs_shared
+def test_agrees_with_the_original_where_that_matched():
+    same = total = 0
+    for path in sorted(REFERENCE.glob("*.npz")):
+        original = np.load(path)
+        score = SimpleNamespace(pitch=original["note_midi_pitch"].astype(int), onset=original["note_onset_quarter"],
+                                grace_order=original["score_grace_order"].astype(int),
+                                arpeggiate=original["note_is_arpeggiate"] > 0)
+        performance = SimpleNamespace(pitch=original["perfnote_midi_pitch"].astype(int),
+                                      onset=original["perfnote_onset_sec"])
+        match, other = data.align(score, performance), original["match"]
+        known = (other >= 0) & (performance.pitch[other] == score.pitch)
+        same, total = same + np.sum(match[known] == other[known]), total + np.sum(known)
+    assert same / total > 0.99
+
+
+@needs_shared
+def test_match_rate_of_real_performances():
+    rates, cache = {}, {}
+    for path in sorted(CORPUS.joinpath("all_2rounds").glob("*.mid"))[::12]:
+        name = re.sub(r"_([^_]+)_([^_]+)$", r"_Score_\2", path.stem.strip())
+        if name not in cache:
+            cache[name] = scores.read_musicxml(CORPUS / "score_xml" / f"{name}.musicxml")
+        performance = midi.read_midi(path)
+        match = data.align(cache[name], performance)
+        hit = match >= 0
+        assert np.array_equal(performance.pitch[match[hit]], cache[name].pitch[hit])
+        rates[path.stem] = hit.mean()
+    assert np.mean(list(rates.values())) >= 0.975
+
+
+@needs_shared
+def test_a_performance_of_other_music_is_not_forced():
+    score = scores.read_musicxml(CORPUS / "score_xml/Beethoven_WoO80_var25_8bars_Score_14.musicxml")
+    performance = midi.read_midi(CORPUS / "all_2rounds/Beethoven_WoO80_var25_8bars_19_14.mid")
+    assert np.mean(data.align(score, performance) >= 0) < 0.6
