@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 import data
-import data as midi
-import data as scores
 
 SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 CORPUS = SHARED / "percepiano/virtuoso/data"
@@ -218,8 +216,8 @@ def test_match_rate_of_real_performances():
     for path in sorted(CORPUS.joinpath("all_2rounds").glob("*.mid"))[::12]:
         name = re.sub(r"_([^_]+)_([^_]+)$", r"_Score_\2", path.stem.strip())
         if name not in cache:
-            cache[name] = scores.read_musicxml(CORPUS / "score_xml" / f"{name}.musicxml")
-        performance = midi.read_midi(path)
+            cache[name] = data.read_musicxml(CORPUS / "score_xml" / f"{name}.musicxml")
+        performance = data.read_midi(path)
         match = data.align(cache[name], performance)
         hit = match >= 0
         assert np.array_equal(performance.pitch[match[hit]], cache[name].pitch[hit])
@@ -229,6 +227,6 @@ def test_match_rate_of_real_performances():
 
 @needs_shared
 def test_a_performance_of_other_music_is_not_forced():
-    score = scores.read_musicxml(CORPUS / "score_xml/Beethoven_WoO80_var25_8bars_Score_14.musicxml")
-    performance = midi.read_midi(CORPUS / "all_2rounds/Beethoven_WoO80_var25_8bars_19_14.mid")
+    score = data.read_musicxml(CORPUS / "score_xml/Beethoven_WoO80_var25_8bars_Score_14.musicxml")
+    performance = data.read_midi(CORPUS / "all_2rounds/Beethoven_WoO80_var25_8bars_19_14.mid")
     assert np.mean(data.align(score, performance) >= 0) < 0.6

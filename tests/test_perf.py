@@ -7,7 +7,7 @@ import mido
 import numpy as np
 import pytest
 
-import data as perf
+import data
 from data import Performance, align, read_midi, read_musicxml
 
 SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
@@ -30,7 +30,7 @@ def toy_score(onset, duration=None, grid=None, bar=4.0, tempo_qpm=120.0, **flags
     beats = np.arange(0.0, onset.max() + 1) if grid is None else np.array(grid, float)
     measures = np.arange(0.0, onset.max() + 1, bar)
     features = {name: 1.0 + np.arange(n * width).reshape((n, width) if width > 1 else n)
-                for name, width in perf.SCORE_FEATURES.items()}
+                for name, width in data.SCORE_FEATURES.items()}
     for name in ("qpm_primo", "composer_vec", "tempo_primo"):
         features[name] = np.full_like(features[name], 2.0)
     arrays = {name: np.array(flags.get(name, np.zeros(n)), bool)
@@ -55,7 +55,7 @@ def oracle_inputs(path):
     with np.load(path, allow_pickle=False) as file:
         ref = dict(file)
     n = len(ref["note_onset_quarter"])
-    features = {name: np.zeros((n, width)) for name, width in perf.SCORE_FEATURES.items()}
+    features = {name: np.zeros((n, width)) for name, width in data.SCORE_FEATURES.items()}
     score = SimpleNamespace(
         onset=ref["note_onset_quarter"], duration=ref["note_duration_quarter"], voice=ref["loc_voice"],
         beat=ref["loc_beat"], measure=ref["loc_measure"], grace=ref["note_is_grace"], trill=ref["note_is_trill"],
@@ -70,7 +70,7 @@ def oracle_inputs(path):
 # -- anchors and cleaning ----------------------------------------------------------------------------------------------
 
 def clean(score, onset):
-    match, anchors = perf._clean(score, toy_performance(onset), np.arange(len(score.onset)))
+    match, anchors = data._clean(score, toy_performance(onset), np.arange(len(score.onset)))
     return (match < 0).nonzero()[0].tolist(), anchors.tolist()
 
 
@@ -126,18 +126,18 @@ def test_fewer_than_two_anchors_fall_back_on_the_score_tempo():
     score = toy_score([2, 3, 4], tempo_qpm=90.0)
     performance = toy_performance([1.0, 2.0, 3.0])
     for match in ([-1, -1, -1], [-1, 1, -1]):
-        features = perf.note_features(score, performance, np.array(match))
+        features = data.note_features(score, performance, np.array(match))
         for name in ("beat_tempo", "measure_tempo", "section_tempo", "performance_qpm_primo"):
             np.testing.assert_allclose(features[name], np.log10(90))
         assert all(np.isfinite(column).all() for column in features.values())
-        assert np.isfinite(perf.note_table(score, performance, np.array(match))["x"]).all()
+        assert np.isfinite(data.note_table(score, performance, np.array(match))["x"]).all()
 
 
 def test_one_note_and_two_anchors_within_one_beat():
-    features = perf.note_features(toy_score([0]), toy_performance([3.0]), np.array([0]))
+    features = data.note_features(toy_score([0]), toy_performance([3.0]), np.array([0]))
     assert features["beat_tempo"] == pytest.approx(np.log10(120))
     assert features["articulation"] == pytest.approx(np.log10(0.4 / 0.5))
-    features = perf.note_features(toy_score([0, 0.5]), toy_performance([1.0, 1.5]), np.array([0, 1]))
+    features = data.note_features(toy_score([0, 0.5]), toy_performance([1.0, 1.5]), np.array([0, 1]))
     np.testing.assert_allclose(features["beat_tempo"], np.log10(60))
 
 
@@ -166,31 +166,31 @@ def test_tempi_against_the_rule_pair_by_pair():
         grid = np.arange(-1, 11, rng.choice([0.5, 1, 2, 3]))
         expected = plain_tempi(grid.tolist(), [tuple(anchor) for anchor in anchors.tolist()])
         if expected:
-            np.testing.assert_allclose(np.stack(perf._tempo_of_notes(grid, anchors), 1), expected)
+            np.testing.assert_allclose(np.stack(data._tempo_of_notes(grid, anchors), 1), expected)
 
 
 def test_tempo_deviation_and_articulation_by_hand():
     # Beats at 60, then 120 qpm; a late half beat; a grace half a quarter early; a rest in the last beat.
     score = toy_score([0, 0.5, 1, 2, 2], [0.5, 0.5, 1, 0, 1], grace=[0, 0, 0, 1, 0])
     performance = toy_performance([0, 0.6, 1, 1.25, 1.5], [0.25, 0.85, 2, 1.4, 2], [10, 30, 50, 70, 90])
-    features = perf.note_features(score, performance, np.arange(5))
+    features = data.note_features(score, performance, np.arange(5))
     np.testing.assert_allclose(features["beat_tempo"], np.log10([60, 60, 120, 120, 120]))
     np.testing.assert_allclose(features["performance_qpm_primo"], np.log10([90] * 5))
     np.testing.assert_allclose(features["onset_deviation"], [0, 0.1, 0, -0.5, 0], atol=1e-12)
     np.testing.assert_allclose(features["articulation"], np.log10([0.5, 0.5, 2, 1, 1]), atol=1e-12)
     np.testing.assert_allclose(features["beat_dynamics"], [25, 25, 50, 85, 85])
     np.testing.assert_allclose(features["measure_dynamics"], [70] * 5)
-    flat = perf.note_features(toy_score([0, 1, 2], overlapped=[1, 0, 0], trill=[0, 1, 0]),
+    flat = data.note_features(toy_score([0, 1, 2], overlapped=[1, 0, 0], trill=[0, 1, 0]),
                               toy_performance([0, 1, 2], [9, 9, 2.25]), np.arange(3))
     np.testing.assert_allclose(flat["articulation"], [0, 0, np.log10(0.25)])
 
 
 def test_unmatched_notes_repeat_the_last_matched_one():
     performance = toy_performance([0.5, 1.5], velocity=[40, 80], sustain=[(1.6, 100)])
-    features = perf.note_features(toy_score([0, 1, 2, 3]), performance, np.array([-1, 0, -1, 1]))
+    features = data.note_features(toy_score([0, 1, 2, 3]), performance, np.array([-1, 0, -1, 1]))
     assert features["velocity"].tolist() == [64, 40, 40, 80]
     assert features["matched"].tolist() == [0, 1, 0, 1]
-    assert features["pedal_at_end"].tolist() == [0, 0, 0, perf._pedal_depth(np.array(100.0))]
+    assert features["pedal_at_end"].tolist() == [0, 0, 0, data._pedal_depth(np.array(100.0))]
     assert features["raw_pitch"].tolist() == [0, 60, 0, 61]
     assert features["raw_onset"].tolist() == [0, 0.5, 0, 1.5]
     assert features["onset_deviation"][[0, 2]].tolist() == [0, 0]
@@ -212,7 +212,7 @@ def test_dynamics_against_a_loop_over_rows():
         if gathered:
             expected[start:] = (np.mean(gathered) + max(gathered)) / 2
         match = np.where(velocity >= 0, np.arange(len(group)), -1)
-        np.testing.assert_allclose(perf._level_dynamics(group, match, velocity), expected)
+        np.testing.assert_allclose(data._level_dynamics(group, match, velocity), expected)
 
 
 # -- pedal -------------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def plain_pedal(performance):
 
 
 def pedal_columns(performance):
-    played = perf._played_features(performance)
+    played = data._played_features(performance)
     return np.stack([played[name] for name in PEDAL], 1)
 
 
@@ -296,7 +296,7 @@ def test_pedals_of_two_tracks_are_merged_in_time(tmp_path):
               mido.Message("control_change", control=64, value=127, time=200)]
     file = mido.MidiFile(ticks_per_beat=500, tracks=[mido.MidiTrack(first), mido.MidiTrack(second)])
     file.save(tmp_path / "two.mid")
-    played = perf._played_features(read_midi(tmp_path / "two.mid"))
+    played = data._played_features(read_midi(tmp_path / "two.mid"))
     assert [played[name][0] for name in ("pedal_at_start", "pedal_refresh", "pedal_at_end")] == [126, 0, 126]
     assert played["pedal_refresh_time"][0] == pytest.approx(0.3)
 
@@ -304,14 +304,14 @@ def test_pedals_of_two_tracks_are_merged_in_time(tmp_path):
 # -- extra notes -------------------------------------------------------------------------------------------------------
 
 def column(table, name):
-    start = sum(width for other, width in list(perf.FEATURES.items())[:list(perf.FEATURES).index(name)])
+    start = sum(width for other, width in list(data.FEATURES.items())[:list(data.FEATURES).index(name)])
     return table["x"][:, start]
 
 
 def test_columns_are_those_of_the_description():
-    assert sum(perf.SCORE_FEATURES.values()) == 78
-    assert sum(perf.FEATURES.values()) == 78 + 16 + 4
-    assert list(perf.FEATURES)[20:23] == ["tempo_primo", "beat_tempo", "measure_tempo"]
+    assert sum(data.SCORE_FEATURES.values()) == 78
+    assert sum(data.FEATURES.values()) == 78 + 16 + 4
+    assert list(data.FEATURES)[20:23] == ["tempo_primo", "beat_tempo", "measure_tempo"]
 
 
 def test_extra_notes_enter_in_time_order():
@@ -319,7 +319,7 @@ def test_extra_notes_enter_in_time_order():
     score = toy_score([0, 1, 2, 3], bar=2.0)
     performance = toy_performance([0.2, 1.1, 3.0, 3.4, 3.6, 4.0, 9.0], velocity=[1, 2, 3, 4, 5, 6, 7],
                                   sustain=[(3.5, 127)])
-    table = perf.note_table(score, performance, np.array([-1, -1, 2, 5]))
+    table = data.note_table(score, performance, np.array([-1, -1, 2, 5]))
     assert column(table, "raw_onset").tolist() == pytest.approx([0.2, 0, 1.1, 0, 3.0, 3.4, 3.6, 4.0, 9.0])
     assert table["voice"].tolist() == [0, 1, 0, 1, 1, 0, 0, 1, 0]
     assert table["matched"].tolist() == [False] * 4 + [True] + [False] * 2 + [True, False]
@@ -338,8 +338,8 @@ def test_extra_notes_enter_in_time_order():
 
 def test_table_without_extra_notes_is_the_features():
     score, performance = toy_score([0, 1, 2]), toy_performance([0, 1, 2])
-    features, table = (make(score, performance, np.arange(3)) for make in (perf.note_features, perf.note_table))
-    for name in perf.FEATURES:
+    features, table = (make(score, performance, np.arange(3)) for make in (data.note_features, data.note_table))
+    for name in data.FEATURES:
         np.testing.assert_allclose(column(table, name), features[name].reshape(3, -1)[:, 0], rtol=1e-6)
     assert table["matched"].all()
 
@@ -348,19 +348,19 @@ def test_table_without_extra_notes_is_the_features():
 
 def last_object(grid, anchors, onset):
     """Rows whose tempo object is the last one: the last onset, an anchor here only, may end it."""
-    start = perf._tempo_of_notes(grid, anchors)[0]
-    return perf._last_at(start, onset) == len(start) - 1
+    start = data._tempo_of_notes(grid, anchors)[0]
+    return data._last_at(start, onset) == len(start) - 1
 
 
 @needs_shared
 @pytest.mark.parametrize("path", ORACLE, ids=lambda path: path.stem)
 def test_equal_to_the_original_on_its_own_alignment(path):
     ref, score, performance = oracle_inputs(path)
-    match, anchors = perf._clean(score, performance, ref["match_before_cleaning"])
+    match, anchors = data._clean(score, performance, ref["match_before_cleaning"])
     np.testing.assert_array_equal(match, ref["match"])
     np.testing.assert_allclose(anchors[:-1], ref["anchors_quarter_sec"])
 
-    features = perf.note_features(score, performance, ref["match_before_cleaning"])
+    features = data.note_features(score, performance, ref["match_before_cleaning"])
     early = (score.beat < score.beat[-1]) & (score.measure < score.measure[-1])
     beat_end = last_object(score.beats, anchors, score.onset)
     same = {"velocity": early, "beat_dynamics": early, "measure_dynamics": early, "beat_tempo": ~beat_end,
@@ -387,7 +387,7 @@ def test_close_to_the_original_before_the_last_beat_and_measure():
     for path in ORACLE:
         ref, score, performance = oracle_inputs(path)
         rows = (ref["match"] >= 0) & (score.beat < score.beat[-1]) & (score.measure < score.measure[-1])
-        features = perf.note_features(score, performance, ref["match_before_cleaning"])
+        features = data.note_features(score, performance, ref["match_before_cleaning"])
         cases.append((features, ref, dict.fromkeys(PLAYED, rows)))
     share, _ = share_equal(cases)
     assert min(share.values()) >= 0.99, share
@@ -411,16 +411,16 @@ def test_close_to_the_original_with_own_reader_and_aligner():
         index[theirs] = np.lexsort((performance.onset, performance.pitch))
         match, cleaned = (np.where(ref[name] < 0, -1, index[ref[name]]) for name in ("match_before_cleaning", "match"))
         early = (score.beat < score.beat[-1]) & (score.measure < score.measure[-1]) & (cleaned >= 0)
-        given.append((perf.note_features(score, performance, match), ref, dict.fromkeys(PLAYED, early)))
+        given.append((data.note_features(score, performance, match), ref, dict.fromkeys(PLAYED, early)))
 
         match = align(score, performance)
-        other = perf._clean(score, performance, match)[0] != cleaned
+        other = data._clean(score, performance, match)[0] != cleaned
         alike = {}
         for kind, group in (("beat", score.beat), ("measure", score.measure)):
             near = np.unique(group[other] + np.array([[-1], [0], [1]]))
             alike[kind] = early & ~np.isin(group, near)
         rows = {name: alike["measure" if "measure" in name else "beat"] for name in PLAYED} | {"velocity": early & ~other}
-        own.append((perf.note_features(score, performance, match), ref, rows))
+        own.append((data.note_features(score, performance, match), ref, rows))
     share, _ = share_equal(given)
     assert min(share.values()) >= 0.99, share
     share, equal = share_equal(own)
@@ -436,7 +436,7 @@ def test_pedal_of_the_original_where_releases_are_left_out():
         recorded = read_midi(MIDI / f"{path.stem}.mid")
         performance.sustain = recorded.sustain[recorded.sustain[:, 1] > 0]
         performance.soft = recorded.soft[recorded.soft[:, 1] > 0]
-        features = perf.note_features(score, performance, ref["match_before_cleaning"])
+        features = data.note_features(score, performance, ref["match_before_cleaning"])
         equal.append([np.abs(features[name] - ref[f"perf_{name}"]) < 1e-3 for name in PEDAL])
     # Not 1: whether an event at the very tick of a note counts hangs on the rounding of two ways to seconds.
     assert np.concatenate(equal, 1).mean(1).min() >= 0.98

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import data
-import data as midi
 from data import DataError
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "percepiano"
@@ -44,7 +43,7 @@ CASES = pytest.mark.parametrize(("split", "fold"), SIZES)
 @pytest.fixture(scope="module")
 def performances():
     files = sorted((SHARED / "virtuoso" / "data" / "all_2rounds").glob("*.mid"))
-    return {path.stem.strip(): midi.read_midi(path) for path in files}
+    return {path.stem.strip(): data.read_midi(path) for path in files}
 
 
 @pytest.fixture(scope="module")
