@@ -248,7 +248,7 @@ class Interrupt:
 def main(args: argparse.Namespace) -> dict:
     """Train one fold, or all four; returns the metrics of the best weights on the validation part."""
     if args.fold == "all":
-        finals = [main(argparse.Namespace(**{**vars(args), "fold": str(k)})) for k in range(data.FOLDS)]
+        finals = [main(argparse.Namespace(**{**vars(args), "fold": str(k), "name": args.name and f"{args.name}_f{k}"})) for k in range(data.FOLDS)]
         scores = np.array([f["valid_r2"] for f in finals])
         print(f"four folds{' (SYNTHETIC)' * finals[0]['synthetic']}: validation R2 {scores.mean():.4f} ± {scores.std():.4f} ({', '.join(f'{s:.4f}' for s in scores)})")
         return {"valid_r2": float(scores.mean()), "valid_r2_std": float(scores.std()), "folds": finals}
