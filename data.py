@@ -61,6 +61,24 @@ CORRECTIONS = (  # (what, original, here, reason)
     ("last bar", "1/240 quarter short (WoO80 var. 18): irregular", "regular within 0.01 quarter", "rounding of the notation program"),
     ("ties", "joined to the latest tied note of the pitch", "first choice: one that ends where it begins", "two voices may tie one pitch"),
     ("tremolo", "marked on the first note of a chord", "`Score.tremolo`: the chord's other notes inherit it", "all of them are repeated"),
+    ("pedal value 0", "makes no entry: after a release the last non-zero value goes on counting",
+     "counts as a release", "a switch-like pedal read 127 from its first press to the end"),
+    ("pedals in several tracks", "tracks concatenated, then searched as if sorted", "events sorted by time",
+     "a binary search needs a sorted list"),
+    ("last onset", "the last chord is never closed, so it is no anchor", "it is an anchor",
+     "a tempo object that ends on the last onset was lost or cut short"),
+    ("last beat and measure, dynamics", "(sum + max) / 2 / count", "(mean + max) / 2, as everywhere else",
+     "its maximum was divided by the number of notes"),
+    ("anchor gap", "0.1 s a quarter + 0.01 s (600 qpm)", "0.05 s a quarter + 0.01 s (1200 qpm)",
+     "swung eighths of the fast D960 mv3 fell below it: 2.3 % of good matches lost, 5 % and more in 250 items"),
+    ("too few anchors for a tempo", "the pipeline fails (9 performances)",
+     "one tempo from the first anchor to the last, or the score's tempo with fewer than two",
+     "a badly aligned item must still be readable"),
+    ("place of extra notes", "counted in matched rows only", "beside the score note nearest in time",
+     "after unmatched score notes they landed too early"),
+    ("extra notes, velocity and pedal columns", "0", "the played note's own", "both are known without a score note"),
+    ("qpm_primo", "the performance's value overwrites the score's",
+     "the score's; the performance's is performance_qpm_primo", "score columns must not tell the performer"),
 )  # fmt: skip
 
 COMPOSERS = ("Bach", "Balakirev", "Beethoven", "Brahms", "Chopin", "Debussy", "Glinka", "Haydn", "Liszt", "Mozart", "Prokofiev",
@@ -1119,26 +1137,6 @@ ARPEGGIO_SPREAD = 1.0        # the same where a member is arpeggiated
 START_VELOCITY = 64          # of score notes before the first matched one
 
 # Deviations from the original's definitions: what, original, here, reason.
-PERFORMANCE_CORRECTIONS = (
-    ("pedal value 0", "makes no entry: after a release the last non-zero value goes on counting",
-     "counts as a release", "a switch-like pedal read 127 from its first press to the end"),
-    ("pedals in several tracks", "tracks concatenated, then searched as if sorted", "events sorted by time",
-     "a binary search needs a sorted list"),
-    ("last onset", "the last chord is never closed, so it is no anchor", "it is an anchor",
-     "a tempo object that ends on the last onset was lost or cut short"),
-    ("last beat and measure, dynamics", "(sum + max) / 2 / count", "(mean + max) / 2, as everywhere else",
-     "its maximum was divided by the number of notes"),
-    ("anchor gap", "0.1 s a quarter + 0.01 s (600 qpm)", "0.05 s a quarter + 0.01 s (1200 qpm)",
-     "swung eighths of the fast D960 mv3 fell below it: 2.3 % of good matches lost, 5 % and more in 250 items"),
-    ("too few anchors for a tempo", "the pipeline fails (9 performances)",
-     "one tempo from the first anchor to the last, or the score's tempo with fewer than two",
-     "a badly aligned item must still be readable"),
-    ("place of extra notes", "counted in matched rows only", "beside the score note nearest in time",
-     "after unmatched score notes they landed too early"),
-    ("extra notes, velocity and pedal columns", "0", "the played note's own", "both are known without a score note"),
-    ("qpm_primo", "the performance's value overwrites the score's",
-     "the score's; the performance's is performance_qpm_primo", "score columns must not tell the performer"),
-)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Anchors and tempo
@@ -1311,7 +1309,7 @@ def note_features(score: Score, performance: Performance, match: np.ndarray) -> 
     the score features, the performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite:
     tempi in log10(quarters per minute), onset deviation in quarters, times in seconds. `qpm_primo` is the score's,
     `performance_qpm_primo` the performance's. Source: sections 3 and 6 of the description of the original features,
-    PERFORMANCE_CORRECTIONS excepted.
+    CORRECTIONS excepted.
     """
     return _features(score, performance, match)[0]
 
