@@ -1852,14 +1852,19 @@ def _extract(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
     return out
 
 
-def _performance_files(root: Path) -> dict[str, Path]:
-    """name -> MIDI file. One public file name opens with a space; its label does not."""
-    folder = root / "virtuoso/data/all_2rounds"
-    files = {p.stem.strip(): p for p in sorted(folder.glob("*.mid"))}
+def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """name -> MIDI file, and a line for every file whose name says nothing. One public name opens with a space; its label does not."""
+    files, foreign = {}, []
+    for path in sorted((root / "virtuoso/data/all_2rounds").glob("*.mid")):
+        try:
+            parse_name(path.stem)
+            files[path.stem.strip()] = path
+        except DataError as error:
+            foreign.append(f"{path}: {error}")
     if not files:
         raise DataError(f"{root}: no performance in virtuoso/data/all_2rounds/*.mid; expected a clone of the PercePiano "
                         "repository; run `python data.py fetch percepiano` or name another folder with --data")
-    return files
+    return files, foreign
 
 
 def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool = False, workers: int | None = None,
@@ -1867,7 +1872,7 @@ def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool 
     """Read, align and describe every performance of a PercePiano folder; features come from `cache` when neither the
     files nor this module have changed since. A bad item is left out and listed in `left_out`; `strict` raises instead."""
     start, root = time.time(), Path(root)
-    files = _performance_files(root)
+    files, foreign = _performance_files(root)
     scores = {name: root / "virtuoso/data/score_xml" / f"{score_of(name)}.musicxml" for name in files}
     key = hashlib.sha1(Path(__file__).read_bytes())
     for path in sorted({*files.values(), *scores.values()}):
@@ -1878,7 +1883,7 @@ def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool 
     if not cached:
         arrays = _extract_all(files, scores, strict, workers, quiet)
         write_atomic(store, lambda f: np.savez(f, **arrays))
-    left_out = arrays["left_out"].tolist()
+    left_out = foreign + arrays["left_out"].tolist()
     if strict and left_out:
         raise DataError(left_out[0])
     names, bounds = arrays["names"].tolist(), arrays["bounds"]
@@ -2819,6 +2824,11 @@ def run_script(name: str, function) -> None:
         if "--debug" in sys.argv:
             raise
         print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
+        if "--debug" in sys.argv:
+            raise
+        print(f"{name}: {error.filename or 'output'}: {error.strerror or error}; nothing half-written is left in its place; make room or name another folder", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -47,6 +47,7 @@ from data import (
     player_of,
     pooled_statistics,
     prepare_han,
+    run_script,
     segment_of,
     synthetic_percepiano,
     write_atomic,
@@ -645,20 +646,14 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Runs one command and returns its figures; bad input is printed in one line and exits with status 2."""
+    """Runs one command and returns its figures."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if argv and not argv[0].startswith("-"):
-            if argv[0] not in COMMANDS:
-                raise DataError(f"unknown command {argv[0]!r}; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate")
-            return COMMANDS[argv[0]](argv[1:])
-        return evaluate(argv)
-    except DataError as error:
-        if "--debug" in argv:
-            raise
-        print(f"eval.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in COMMANDS:
+            raise DataError(f"unknown command {argv[0]!r}; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate")
+        return COMMANDS[argv[0]](argv[1:])
+    return evaluate(argv)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("eval.py", main)

@@ -410,7 +410,8 @@ def main(args: argparse.Namespace) -> dict:
     if "valid_r2" not in best:
         raise data.DataError(f"{folder}: no epoch had a finite validation loss; expected one; lower --lr or look at metrics.jsonl")
     if args.diagnose:
-        print((folder / "metrics.jsonl").read_text())
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            print(json.dumps(json.loads(line), indent=1))
     say(f"best{' (SYNTHETIC)' * corpus.synthetic}: epoch {best['epoch']}, validation R2 {best['valid_r2']:.4f}, loss {best['valid_loss']:.4f}, "
         f"r {best['valid_pearson']:.3f}; {sum(skipped.values())} updates skipped; {time.time() - start:.0f} s; {folder / 'best.pt'}")
     return best | {"synthetic": corpus.synthetic, "folder": str(folder), "skipped": skipped}

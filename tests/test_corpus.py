@@ -248,3 +248,23 @@ def test_overlap_by_pedal_raises_ringing_and_rubbing():
     assert b["ringing"] == pytest.approx(3.5)
     assert b["rubbing"] == pytest.approx(2)
     assert b["ring_extra_mean"] > a["ring_extra_mean"]
+
+
+def test_a_foreign_file_name_is_reported_and_left_out(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "data")
+    midi = next((copy / "virtuoso/data/all_2rounds").glob("*.mid"))
+    shutil.copy(midi, midi.with_name("my own recording.mid"))
+    corpus = data.load_percepiano(copy, tmp_path / "cache", quiet=True)
+    assert len(corpus.left_out) == 1
+    assert "my own recording.mid" in corpus.left_out[0]
+
+
+def test_a_full_disk_is_one_line(capsys, monkeypatch, root, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "cache"))
+
+    monkeypatch.setattr(data, "write_atomic", full)
+    with pytest.raises(SystemExit) as stop:
+        data.run_script("data.py", lambda: data.load_percepiano(root, tmp_path / "cache", quiet=True))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import pearsonr
 from sklearn.metrics import mean_squared_error, r2_score
 
+import data
 import eval as evaluation
 from data import LABELS, DataError, column_names
 from models import HAN, save_checkpoint
@@ -264,7 +265,7 @@ def test_bench_compares_equal_networks(capsys):
 
 def refusal(argv: list[str], capsys) -> str:
     with pytest.raises(SystemExit) as stop:
-        evaluation.main(argv)
+        data.run_script("eval.py", lambda: evaluation.main(argv))
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
