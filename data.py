@@ -2079,11 +2079,11 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
 
 def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world: int = 1) -> list[list[int]]:
     """Shuffled batches of `batch * world` indices of similar length (less padding), the same for the same seed and epoch.
-    Process r takes every world-th from r; with several processes the last batch is filled up with items drawn again."""
+    Process r takes every world-th from r; with several processes the first items of the shuffle come twice to fill the last batch."""
     rng = np.random.default_rng((seed, epoch))
     size, order = batch * world, rng.permutation(len(lengths))
     if world > 1:
-        order = np.concatenate([order, rng.choice(order, -len(order) % size)])
+        order = np.resize(order, -(-len(order) // size) * size)
     pools = [order[i:i + 16 * size] for i in range(0, len(order), 16 * size)]
     order = np.concatenate([pool[np.argsort(np.array(lengths)[pool], kind="stable")] for pool in pools])
     batches = [order[i:i + size].tolist() for i in range(0, len(order), size)]
