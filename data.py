@@ -1731,8 +1731,15 @@ def read_labels(root: str | Path, problems: list[str] | None = None,
             problems.append(str(error))
             continue
         means[name], stds[name] = mean, std
-    has_ratings = (root / RATINGS_FILE).is_file()
-    return means, stds, dict(Counter(read_ratings(root)[1].tolist())) if has_ratings else {}
+    counts = {}
+    if (root / RATINGS_FILE).is_file():
+        try:
+            counts = dict(Counter(read_ratings(root)[1].tolist()))
+        except DataError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return means, stds, counts
 
 
 def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1855,9 +1862,11 @@ def _extract(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
 def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
     """name -> MIDI file, and a line for every file whose name says nothing. One public name opens with a space; its label does not."""
     files, foreign = {}, []
-    for path in sorted((root / "virtuoso/data/all_2rounds").glob("*.mid")):
+    for path in sorted((root / "virtuoso/data/all_2rounds").glob("[!.]*.mid")):
         try:
             parse_name(path.stem)
+            if path.stem.strip() in files:
+                raise DataError(f"a second file of the name {path.stem.strip()!r}; expected one; remove or rename it")
             files[path.stem.strip()] = path
         except DataError as error:
             foreign.append(f"{path}: {error}")
@@ -1921,7 +1930,7 @@ def _load_store(store: Path) -> dict | None:
     try:
         with np.load(io.BytesIO(store.read_bytes())) as z:
             return {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, KeyError):
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, struct.error):
         return None
 
 
@@ -1978,12 +1987,9 @@ def percepiano_parts(corpus: Corpus, split: str, fold: int, keep_overlap: bool =
 def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str, list[str]]:
     """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" + key) join it
     until 15 % of what could train validates. (Where test labels are withheld, as in `piece`, the same hashes choose both.)"""
-    train = [n for n in parts["train"] if n in rated]
-    moved: set[str] = set()
-    for key in sorted({segment_of(n) for n in train}, key=lambda k: hashlib.sha1(f"segment:{k}".encode()).hexdigest()):
-        if len(moved) >= 0.15 * len(train):
-            break
-        moved |= {n for n in parts["train"] if segment_of(n) == key}
+    rated_segments = _group([n for n in parts["train"] if n in rated], segment_of)
+    held = set(_held_keys(rated_segments, "segment:"))
+    moved = {n for n in parts["train"] if segment_of(n) in held}
     return {"train": sorted(set(parts["train"]) - moved), "valid": sorted({*parts["valid"], *moved}), "test": parts["test"]}
 
 
@@ -2045,6 +2051,9 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
 def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra notes, which
     have no score columns, get the mean there."""
+    if unknown := set(info["columns"]) - set(corpus.columns):
+        raise DataError(f"columns {', '.join(sorted(unknown))}: not among those extracted here; expected {corpus.columns[0]}, {corpus.columns[1]}, ...; "
+                        "the checkpoint is of another version: train it again")
     index = [corpus.columns.index(c) for c in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
     unknown = np.array([c in Z_SCORED and c not in RAW_FEATURES for c in info["columns"]])
@@ -2116,6 +2125,10 @@ def collate_han(items: list[dict]) -> dict:
     member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
     {note,voice,beat,measure}_grid0, 1, ... (2, steps, sequences) and _slot (2, members): see `_sequence_grids`.
     """
+    for item in items or [{"x": ()}]:
+        if not len(item["x"]) or any(len(item.get(k, ())) != len(item["x"]) for k in ("voice", "beat", "measure")):
+            raise DataError(f"batch: item {item.get('name')} has {len(item['x'])} notes and {[len(item.get(k, ())) for k in ('voice', 'beat', 'measure')]} places; "
+                            "expected at least one item, and as many voices, beats and measures as notes; check what made it")
     lengths = np.array([len(item["x"]) for item in items])
     B, T, N = len(items), int(lengths.max()), int(lengths.sum())
     piece = np.repeat(np.arange(B), lengths)
@@ -2124,7 +2137,7 @@ def collate_han(items: list[dict]) -> dict:
     note_beat, beat_piece, beat_first = _groups(piece, items, "beat")
     note_measure, measure_piece, measure_first = _groups(piece, items, "measure")
 
-    x = torch.zeros(B, T, items[0]["x"].shape[1])
+    x = torch.zeros(B, T, np.shape(items[0]["x"])[1])
     for row, item in zip(x, items, strict=True):
         row[: len(item["x"])] = torch.as_tensor(item["x"])
     flat = {
@@ -2752,8 +2765,8 @@ def _unpack(archive: Path, root: Path) -> None:
 # Command line
 # ---------------------------------------------------------------------------------------------------------------
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
-    """The folder of the built-in synthetic corpus, written on first use."""
-    root = Path(cache) / "synthetic-percepiano"
+    """The folder of the built-in synthetic corpus, written on first use and again when this module has changed."""
+    root = Path(cache) / f"synthetic-percepiano-{hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]}"
     if not (root / "SYNTHETIC").is_file():
         synth_percepiano(root)
     return root
@@ -2796,14 +2809,14 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--data", required=True, help="folder in the layout of the public repository")
     p.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
     p.add_argument("--strict", action="store_true", help="stop at the first unreadable file (off: leave it out and say so)")
-    p.add_argument("--workers", type=int, help="processes (default: one a core)")
+    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
     p = commands.add_parser("fetch", parents=[common], help="download a public dataset")
     p.add_argument("name", help="percepiano (GitHub archive; also on Zenodo, DOI 10.5281/zenodo.13269612)")
     p.add_argument("--out", help="folder to make (default: data/NAME)")
     p.add_argument("--url", help="another address of the same archive")
     p = commands.add_parser("synth-percepiano", parents=[common], help="write a synthetic corpus in PercePiano's layout")
     p.add_argument("--out", required=True, help="folder to make")
-    p.add_argument("--seed", type=int, default=7, help="same seed, same bytes (%(default)s)")
+    p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
     p.add_argument("--segments", type=int, default=20, help="scores (%(default)s)")
     p.add_argument("--players", type=int, default=12, help="most players a score (%(default)s)")
     args = parser.parse_args(argv)
@@ -2814,6 +2827,17 @@ def main(argv: list[str] | None = None) -> None:
     else:
         synth_percepiano(args.out, args.seed, args.segments, args.players)
         print(f"wrote a synthetic corpus to {args.out}")
+
+
+def number(kind: type, least: float, most: float = float("inf")):
+    """An argparse type: `kind` within [least, most]."""
+    def parse(text: str):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def run_script(name: str, function) -> None:

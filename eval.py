@@ -43,6 +43,7 @@ from data import (
     collate_han,
     column_names,
     load_percepiano,
+    number,
     percepiano_parts,
     player_of,
     pooled_statistics,
@@ -215,7 +216,7 @@ def check_results(path: Path, truth: dict[str, np.ndarray], tolerance: float = 2
         saved = json.loads(path.read_text(encoding="utf-8"))["metrics"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no results ({error!r}); expected a JSON written by --save-results") from error
-    computed = _plain(measure(read_predictions(path.with_suffix(".csv")), truth))
+    computed = json_ready(measure(read_predictions(path.with_suffix(".csv")), truth))
     saved, computed = dict(_leaves(saved)), dict(_leaves(computed))
     for key in sorted(saved.keys() | computed.keys()):
         a, b = saved.get(key), computed.get(key)
@@ -232,12 +233,12 @@ def _leaves(tree: object, key: str = "") -> Iterable[tuple[str, object]]:
         yield key, tree
 
 
-def _plain(tree: object) -> object:
+def json_ready(tree: object) -> object:
     """The same tree for JSON, which has no NaN (None instead); floats to seven digits."""
     if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
+        return {key: json_ready(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_plain(value) for value in tree]
+        return [json_ready(value) for value in tree]
     if isinstance(tree, float):
         return float(f"{tree:.7g}") if np.isfinite(tree) else None
     return tree
@@ -320,7 +321,7 @@ def _finish(records: list[dict], corpus: Corpus, args: argparse.Namespace, split
                  "hardware": hardware(args.device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                  "synthetic": corpus.synthetic, **about, "labels": list(LABELS), "metrics": metrics}
         write_predictions(stem.with_name(stem.name + ".csv"), records)
-        text = json.dumps(_plain(saved), indent=1, allow_nan=False)
+        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
         flat = re.sub(r"\[\s+([^][{}]*?)\s+]", lambda found: f"[{' '.join(found[1].split())}]", text)  # a list of figures is one line
         write_atomic(stem.with_name(stem.name + ".json"), lambda file: file.write((flat + "\n").encode()))
         print(f"saved {stem}.json and .csv ({len(unlabelled)} unlabelled items among the predictions)")
@@ -357,14 +358,17 @@ def _load_fold_models(paths: list[str]) -> tuple[dict[int, list[tuple]], dict]:
         model, ckpt = load_checkpoint(path)
         if ckpt["task"] != "han":
             raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; expected han; give one written by train_han.py")
-        data = ckpt["data"]
+        data = ckpt.get("data")
+        if not isinstance(data, dict) or not isinstance(ckpt.get("args"), dict) or len(data.get("columns", ())) != model.model_args["input_size"]:
+            raise DataError(f"{path}: without args, or without data that describe its {model.model_args['input_size']} columns; expected best.pt of train_han.py; train it again")
         first = first or data
         for key in ("split", "keep_overlap", "synthetic", "labels"):
             if data[key] != first[key]:
                 raise DataError(f"{path}: {key} is {data[key]!r}; {paths[0]} has {first[key]!r}; evaluate them in separate runs")
         if list(data["labels"]) != list(LABELS):
             raise DataError(f"{path}: labels {str(data['labels'])[:60]}; expected the 19 of PercePiano in their order; train it again")
-        kept = {key: ckpt[key] for key in ("data", "args", "step", "epoch", "git_sha")}
+        kept = {key: ckpt.get(key) for key in ("data", "step", "epoch", "git_sha")}
+        kept["args"] = {key: value for key, value in ckpt["args"].items() if key not in ("data", "cache", "out", "resume", "name", "device")}
         folds.setdefault(data["fold"], []).append((model, {"path": str(path), **kept}))
     return dict(sorted(folds.items())), first
 
@@ -374,7 +378,7 @@ def evaluate(argv: list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more folds or seeds")
     parser.add_argument("--part", choices=["valid", "test"], default="valid", help="part to score; --save-results takes both")
-    parser.add_argument("--batch", type=int, default=16, help="items per forward pass")
+    parser.add_argument("--batch", type=number(int, 1), default=16, help="items per forward pass")
     args = _parse(parser, argv)
     folds, data = _load_fold_models(args.ckpt)
     if args.data is None and not data["synthetic"]:
@@ -415,7 +419,7 @@ def floor(argv: list[str]) -> dict:
     parser.add_argument("--features", choices=["full", "score", "perf"], default="full")
     parser.add_argument("--keep-overlap", action="store_true", help="train on notes shared with validation and test too")
     parser.add_argument("--keep-misaligned", action="store_true", help="train on items that do not match their score")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=number(int, 0), default=7)
     args = _parse(parser, argv)
     # Takes a second to import, and only the floor needs it.
     from sklearn.ensemble import ExtraTreesRegressor
@@ -478,8 +482,8 @@ class PlainHAN(nn.Module):
         """embedded (B, T, C), voice (B, T), 0 = none -> (B, T, 2 * size), zeros for voice 0."""
         B, T, _ = embedded.shape
         out = embedded.new_zeros(B, T, 2 * self.voice.hidden_size)
-        for number in range(1, int(voice.max()) + 1):
-            member = voice == number
+        for v in range(1, int(voice.max()) + 1):
+            member = voice == v
             rows = member.any(1).nonzero().squeeze(1)
             if not len(rows):
                 continue
@@ -579,11 +583,11 @@ def bench(argv: list[str]) -> dict:
     """`python eval.py bench`: HAN against the same network written plainly, alternating step by step in one run."""
     parser = argparse.ArgumentParser(prog="eval.py bench", description="Step time of HAN against its plain rendition.")
     parser.add_argument("--task", choices=["han"], default="han")
-    parser.add_argument("--width", type=int, default=256, help="size of the model")
-    parser.add_argument("--batch", type=int, default=8, help="items per step")
+    parser.add_argument("--width", type=number(int, 1), default=256, help="size of the model")
+    parser.add_argument("--batch", type=number(int, 1), default=8, help="items per step")
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast type; off = float32")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each, after 3 of warm-up")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
+    parser.add_argument("--steps", type=number(int, 1), default=20, help="timed steps of each, after 3 of warm-up")
+    parser.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads; 0 = torch's default")
     args = _parse(parser, argv)
 
     if args.threads:

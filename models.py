@@ -121,9 +121,9 @@ class HAN(nn.Module):
         layers = list(layers)  # as a checkpoint holds it
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         if model not in FORMS or level not in LEVELS:
-            raise ValueError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, one of {LEVELS}")
+            raise DataError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, one of {LEVELS}")
         if size % heads:
-            raise ValueError(f"HAN: size {size} is not a multiple of heads {heads}")
+            raise DataError(f"HAN: size {size} is not a multiple of heads {heads}")
         self.level = "note" if model != "han" else level
         note_layers, voice_layers, beat_layers, measure_layers = layers if model == "han" else (sum(layers), 0, 0, 0)
         width = 2 * size  # both directions of an LSTM
@@ -255,7 +255,7 @@ def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
             shapes = f"{tuple(value.shape)}; expected {tuple(parameter.shape)}"
             raise DataError(f"HAN weights: {wanted[name]} has shape {shapes} from the other weights")
         parameter.copy_(value)
-    return model
+    return model.eval()
 
 
 def _layer_count(weights: dict[str, Tensor], part: str) -> int:
@@ -286,11 +286,14 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     plain = _plain({"format": CHECKPOINT_FORMAT, **ckpt}, "ckpt")
-    with temporary.open("wb") as file:
-        torch.save(plain, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(plain, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: object, where: str) -> object:
@@ -314,11 +317,11 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """
     advice = "expected a checkpoint of this repository; give the last.pt or best.pt of a run"
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; {advice}")
+        raise DataError(f"{path}: {'a folder' if Path(path).is_dir() else 'no such file'}; {advice}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise DataError(f"{path}: unreadable ({_one_line(error)}); {advice}") from error
+    except Exception as error:  # torch's own text suggests unsafe loading
+        raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}): cut short, or another kind of file; {advice}") from error
     if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT or ckpt.get("task") not in [*MODELS]:
         found = [ckpt.get("format"), ckpt.get("task")] if isinstance(ckpt, dict) else type(ckpt).__name__
         known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
@@ -328,6 +331,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path}: model_args and weights disagree ({_one_line(error)}); {advice}") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise DataError(f"{path}: weights that are not finite; expected numbers; give an earlier checkpoint")
     return model.eval(), ckpt
 
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from eval import git_state, mse, pearson, predict_han, r2, to_device
+from eval import git_state, json_ready, mse, pearson, predict_han, r2, to_device
 from models import CHECKPOINT_FORMAT, HAN, load_checkpoint, save_checkpoint
 
 # Defaults by preset. paper: what the original trains with. tuned: chosen on the validation parts of folds 0 and 2 (README).
@@ -40,6 +40,11 @@ PRESETS = {
     "tuned": {"pooled": True, "size": 16, "heads": 4, "head_size": 512, "dropout": 0.4, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1.0,
               "schedule": "cosine", "ema": 0.99, "batch": 32, "epochs": 40, "patience": 0},
 }
+
+
+# What a resumed run may do otherwise; every other option comes from its checkpoint.
+FREE_ON_RESUME = {"preset", "data", "cache", "out", "name", "resume", "device", "max_steps", "patience", "log_every", "save_every", "max_skips", "strict",
+                  "diagnose", "tensorboard", "debug"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,51 +58,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--keep-overlap", action="store_true", help="keep training items that share played notes with validation or test (off)")
     g.add_argument("--keep-misaligned", action="store_true", help="keep training items whose match rate is under .6 (off)")
     g.add_argument("--augment", action="store_true", help="shift the key by -5..+7 semitones (off)")
-    g.add_argument("--score-dropout", type=float, default=0.0, help="probability of hiding all score columns of an item (0: off)")
-    g.add_argument("--noise", type=float, default=0.0, help="SD of white noise on the z-scored columns, in SD (0: off)")
+    g.add_argument("--score-dropout", type=data.number(float, 0, 1), default=0.0, help="probability of hiding all score columns of an item (0: off)")
+    g.add_argument("--noise", type=data.number(float, 0), default=0.0, help="SD of white noise on the z-scored columns, in SD (0: off)")
     g.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
     g.add_argument("--strict", action="store_true", help="stop at the first unreadable file instead of leaving it out (off)")
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=["han", "bilstm", "bilstm_sa"], default="han", help="network; bilstm sees raw MIDI columns only (%(default)s)")
     g.add_argument("--level", choices=["note", "beat", "measure", "total_note_cat"], default="total_note_cat", help="what the final attention pools (%(default)s)")
-    g.add_argument("--size", type=int, default=256, help="width of every layer (%(default)s)")
-    g.add_argument("--heads", type=int, default=8, help="attention heads (%(default)s)")
-    g.add_argument("--dropout", type=float, default=0.2, help="dropout between LSTM layers and in the head (%(default)s; 0: off)")
+    g.add_argument("--size", type=data.number(int, 1), default=256, help="width of every layer (%(default)s)")
+    g.add_argument("--heads", type=data.number(int, 1), default=8, help="attention heads (%(default)s)")
+    g.add_argument("--dropout", type=data.number(float, 0, 0.99), default=0.2, help="dropout between LSTM layers and in the head (%(default)s; 0: off)")
     g.add_argument("--pooled", action=argparse.BooleanOptionalAction, default=False, help="pooled statistics of notes and MIDI join the pooled vector before the head (off)")
     g.add_argument("--layernorm", action="store_true", help="LayerNorm after total_note_cat and before the head (off)")
-    g.add_argument("--head-size", type=int, help="hidden width of the head (default: twice --size)")
-    g.add_argument("--head-gain", type=float, default=1.0, help="factor on the initial weights of the last layer (%(default)s: off)")
+    g.add_argument("--head-size", type=data.number(int, 1), help="hidden width of the head (default: twice --size)")
+    g.add_argument("--head-gain", type=data.number(float, 0), default=1.0, help="factor on the initial weights of the last layer (%(default)s: off)")
     g = p.add_argument_group("optimiser")
     g.add_argument("--optimizer", choices=["adam", "adamw"], default="adam", help="adam couples the decay to the gradient (%(default)s)")
-    g.add_argument("--lr", type=float, default=2.5e-5, help="peak learning rate (%(default)s)")
-    g.add_argument("--weight-decay", type=float, default=1e-5, help="(%(default)s; 0: off)")
-    g.add_argument("--batch", type=int, default=8, help="performances a step and process (%(default)s)")
-    g.add_argument("--clip", type=float, default=2.0, help="largest gradient norm (%(default)s; inf: off)")
-    g.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights that are evaluated and saved (0: off)")
+    g.add_argument("--lr", type=data.number(float, 0), default=2.5e-5, help="peak learning rate (%(default)s)")
+    g.add_argument("--weight-decay", type=data.number(float, 0), default=1e-5, help="(%(default)s; 0: off)")
+    g.add_argument("--batch", type=data.number(int, 1), default=8, help="performances a step and process (%(default)s)")
+    g.add_argument("--clip", type=data.number(float, 0), default=2.0, help="largest gradient norm (%(default)s; inf: off)")
+    g.add_argument("--ema", type=data.number(float, 0, 0.99999), default=0.0, help="decay of the averaged weights that are evaluated and saved (0: off)")
     g = p.add_argument_group("schedule")
     g.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step", help="(%(default)s)")
-    g.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up (0: off)")
-    g.add_argument("--step-size", type=int, default=3000, help="step: steps between reductions (%(default)s)")
-    g.add_argument("--gamma", type=float, default=0.98, help="step: factor of a reduction (%(default)s)")
-    g.add_argument("--epochs", type=int, help="passes over the training part (default: 100; 20 on the built-in synthetic corpus)")
-    g.add_argument("--max-steps", type=int, help="stop after so many steps (default: off)")
-    g.add_argument("--patience", type=int, default=20, help="stop after so many epochs without a lower validation loss (%(default)s; 0: off)")
+    g.add_argument("--warmup", type=data.number(int, 0), default=0, help="steps of linear warm-up (0: off)")
+    g.add_argument("--step-size", type=data.number(int, 1), default=3000, help="step: steps between reductions (%(default)s)")
+    g.add_argument("--gamma", type=data.number(float, 0, 1), default=0.98, help="step: factor of a reduction (%(default)s)")
+    g.add_argument("--epochs", type=data.number(int, 1), help="passes over the training part (default: 100; 20 on the built-in synthetic corpus)")
+    g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (default: off)")
+    g.add_argument("--patience", type=data.number(int, 0), default=20, help="stop after so many epochs without a lower validation loss (%(default)s; 0: off)")
     g = p.add_argument_group("run")
     g.add_argument("--name", help="run folder below --out (default: made of preset, features, split, fold and seed)")
     g.add_argument("--out", default="runs/han", help="folder of runs (%(default)s)")
     g.add_argument("--resume", help="last.pt of a stopped run (default: off)")
-    g.add_argument("--seed", type=int, default=7, help="(%(default)s)")
+    g.add_argument("--seed", type=data.number(int, 0), default=7, help="(%(default)s)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s here)")
     g.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (%(default)s)")
-    g.add_argument("--max-skips", type=int, default=20, help="non-finite updates in a row that stop the run (%(default)s)")
-    g.add_argument("--log-every", type=int, default=100, help="steps between log lines and gradient reports (%(default)s)")
-    g.add_argument("--save-every", type=int, default=0, help="steps between extra saves of last.pt (0: each epoch only)")
+    g.add_argument("--max-skips", type=data.number(int, 1), default=20, help="non-finite updates in a row that stop the run (%(default)s)")
+    g.add_argument("--log-every", type=data.number(int, 1), default=100, help="steps between log lines and gradient reports (%(default)s)")
+    g.add_argument("--save-every", type=data.number(int, 0), default=0, help="steps between extra saves of last.pt (0: each epoch only)")
     g.add_argument("--diagnose", action="store_true", help="print activation and gradient reports, stop after the first batches (off)")
     g.add_argument("--tensorboard", action="store_true", help="mirror the metrics where that package is installed (off)")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
-    preset = p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])[0].preset
-    p.set_defaults(**PRESETS[preset])
-    return p.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    p.set_defaults(**PRESETS[known.preset])
+    saved = {k: v for k, v in load_training(known.resume)["args"].items() if k not in FREE_ON_RESUME} if known.resume else {}
+    p.set_defaults(**saved)
+    args = p.parse_args(argv)
+    args.features = "midi" if args.model == "bilstm" else args.features
+    if changed := [f"--{k.replace('_', '-')} {getattr(args, k)} (was {v})" for k, v in saved.items() if getattr(args, k) != v and k != "epochs"]:
+        raise data.DataError(f"{args.resume}: {', '.join(changed)}; expected the options it was trained with; leave them out, or start a new run")
+    if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
+        raise data.DataError(f"--device {args.device}: not available here; expected cpu{', cuda' * torch.cuda.is_available()}")
+    return args
 
 
 def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
@@ -123,8 +137,10 @@ def run_folder(args: argparse.Namespace) -> Path:
 def load_training(path: str) -> dict:
     """The checkpoint to resume from, refused unless it is a whole one of this trainer."""
     _, ckpt = load_checkpoint(path)
-    if ckpt["task"] != "han" or ckpt["optimizer"] is None:
-        raise data.DataError(f"{path}: task {ckpt['task']!r}{'' if ckpt['optimizer'] else ', without optimizer state'}; expected last.pt of train_han.py; name that file")
+    parts = {"args": dict, "data": dict, "optimizer": dict, "rng": dict, "best": dict, "skipped": dict, "step": int}
+    missing = [k for k, kind in parts.items() if not isinstance(ckpt.get(k), kind)]
+    if ckpt["task"] != "han" or missing:
+        raise data.DataError(f"{path}: task {ckpt['task']!r}, without {', '.join(missing) or 'nothing'}; expected a last.pt of train_han.py; name that file")
     return ckpt
 
 
@@ -188,6 +204,15 @@ def evaluate(model: HAN, ema: dict | None, items: list[dict], device: torch.devi
     }
 
 
+def restore(model: HAN, optimizer: torch.optim.Optimizer, ckpt: dict, path: str) -> None:
+    """Weights and optimizer state as saved."""
+    try:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise data.DataError(f"{path}: weights or optimizer state do not fit ({' '.join(str(error).split())[:150]}); expected those of this model; start a new run") from error
+
+
 def rng_state(device: torch.device) -> dict:
     """State of the generators that dropout draws from."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
@@ -208,14 +233,23 @@ def update_ema(ema: dict | None, model: HAN, decay: float) -> None:
         ema[name].lerp_(value, 1 - decay)
 
 
-def suspects(names: list[str], losses: torch.Tensor, world: int) -> list[str]:
-    """Items of this step, over all processes, whose loss is not finite; all of them where each loss is finite."""
+def suspects(names: list[str], losses: torch.Tensor, world: int) -> tuple[list[str], bool]:
+    """Items of this step, over all processes, whose loss is not finite (all items where each loss is finite), and whether there are such."""
     gathered = [list(zip(names, losses.isfinite().tolist(), strict=True))]
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, list(zip(names, losses.isfinite().tolist(), strict=True)))
     items = [item for part in gathered for item in part]
-    return [str(name) for name, finite in items if not finite] or [str(name) for name, _ in items]
+    found = [str(name) for name, finite in items if not finite]
+    return found or [str(name) for name, _ in items], bool(found)
+
+
+def from_main(value, world: int):
+    """The main process's value on every process: all must take the same decisions."""
+    box = [value]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def tensorboard(folder: Path):
@@ -245,14 +279,19 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+def all_folds(args: argparse.Namespace, started_group: bool) -> dict:
+    """One run a fold, in turn; prints mean and deviation of their best validation R2."""
+    finals = [main(argparse.Namespace(**{**vars(args), "fold": str(k), "name": args.name and f"{args.name}_f{k}"})) for k in range(data.FOLDS)]
+    scores = np.array([f["valid_r2"] for f in finals])
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"four folds{' (SYNTHETIC)' * finals[0]['synthetic']}: validation R2 {scores.mean():.4f} ± {scores.std():.4f} ({', '.join(f'{s:.4f}' for s in scores)})")
+    if started_group:
+        dist.destroy_process_group()
+    return {"valid_r2": float(scores.mean()), "valid_r2_std": float(scores.std()), "folds": finals}
+
+
 def main(args: argparse.Namespace) -> dict:
     """Train one fold, or all four; returns the metrics of the best weights on the validation part."""
-    if args.fold == "all":
-        finals = [main(argparse.Namespace(**{**vars(args), "fold": str(k), "name": args.name and f"{args.name}_f{k}"})) for k in range(data.FOLDS)]
-        scores = np.array([f["valid_r2"] for f in finals])
-        print(f"four folds{' (SYNTHETIC)' * finals[0]['synthetic']}: validation R2 {scores.mean():.4f} ± {scores.std():.4f} ({', '.join(f'{s:.4f}' for s in scores)})")
-        return {"valid_r2": float(scores.mean()), "valid_r2_std": float(scores.std()), "folds": finals}
-
     # ---------------------------------------------------------------------------------------- device, DDP, seed
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and world > 1 else args.device)
@@ -261,6 +300,8 @@ def main(args: argparse.Namespace) -> dict:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed + rank)
     say = print if main_process else lambda *a, **k: None
+    if args.fold == "all":
+        return all_folds(args, started_group)
 
     # ---------------------------------------------------------------------------------------- data
     if not main_process:
@@ -274,14 +315,15 @@ def main(args: argparse.Namespace) -> dict:
         say(f"left out: {line}")
     fold, resumed = int(args.fold), load_training(args.resume) if args.resume else None
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
-    features = "midi" if args.model == "bilstm" else args.features
-    info = resumed["data"] if resumed else data.fit_normalisation(corpus, parts["train"], features, args.pooled)
+    if resumed and resumed["data"]["synthetic"] != corpus.synthetic:
+        raise data.DataError(f"{args.resume}: trained on {'synthetic' if resumed['data']['synthetic'] else 'real'} data, {corpus.root} is not; expected the same data; give them with --data")
+    info = resumed["data"] if resumed else data.fit_normalisation(corpus, parts["train"], args.features, args.pooled)
     info |= {"split": args.split, "fold": fold, "keep_overlap": args.keep_overlap, "synthetic": corpus.synthetic, "labels": list(data.LABELS)}
     train = data.prepare_han(corpus, parts["train"], info)
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
     lengths = [len(item["x"]) for item in train]
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
-    planned = (args.epochs or (100 if args.data else 20)) * steps_per_epoch
+    planned = (args.epochs or (20 if corpus.synthetic else 100)) * steps_per_epoch
     last = min(planned, args.max_steps or planned, 3 if args.diagnose else planned)
     say(f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, split {args.split}, fold {fold}: {len(train)} train, {len(valid)} valid, "
         f"{len(parts['test'])} test items; {len(info['columns'])} columns; {steps_per_epoch} steps an epoch, {planned} planned")
@@ -291,8 +333,6 @@ def main(args: argparse.Namespace) -> dict:
                   "model": args.model, "layernorm": args.layernorm, "head_size": args.head_size, "head_gain": args.head_gain,
                   "stats_size": len(train[0]["stats"]) if args.pooled else 0}
     bare_model = HAN(**model_args).to(device)
-    if resumed and resumed["model_args"] != bare_model.model_args:
-        raise data.DataError(f"{args.resume}: holds a model of {resumed['model_args']}; the options give {bare_model.model_args}; resume with the options of its args.json")
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     say(f"HAN ({args.model}, {args.level}): {sum(p.numel() for p in bare_model.parameters()):,} parameters on {device}")
 
@@ -306,14 +346,13 @@ def main(args: argparse.Namespace) -> dict:
     # ---------------------------------------------------------------------------------------- resume
     step, best, skipped, in_a_row = 0, {"valid_loss": math.inf, "epoch": 0}, {"bad": 0, "overflow": 0}, 0
     if resumed:
-        bare_model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        restore(bare_model, optimizer, resumed, args.resume)
         scaler.load_state_dict(resumed["scaler"] or {})
         ema = {k: v.to(device) for k, v in resumed["ema"].items()} if resumed["ema"] else ema
         step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
         restore_rng(resumed["rng"], device, rank)
         say(f"resumed {args.resume} at step {step}")
-    folder = run_folder(args)
+    folder = Path(from_main(str(run_folder(args)), world))
     if main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "args.json").write_text(json.dumps(vars(args) | git_state(), indent=1))
@@ -321,7 +360,7 @@ def main(args: argparse.Namespace) -> dict:
     board = tensorboard(folder) if args.tensorboard and main_process else None
 
     def log(**values) -> None:
-        metrics_file.write(json.dumps({"step": step, "epoch": epoch, "time": round(time.time() - start, 2), **values}) + "\n")
+        metrics_file.write(json.dumps(json_ready({"step": step, "epoch": epoch, "time": round(time.time() - start, 2), **values})) + "\n")
         metrics_file.flush()
         for name in values if board else ():
             if isinstance(values[name], (int, float)):
@@ -369,10 +408,10 @@ def main(args: argparse.Namespace) -> dict:
                     in_a_row = 0
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    overflow = scaler.is_enabled() and bool(losses.isfinite().all()) and scaler.get_scale() > 1
+                    names, bad_loss = suspects(batch["names"], losses, world)
+                    overflow = scaler.is_enabled() and not bad_loss and scaler.get_scale() > 1
                     skipped["overflow" if overflow else "bad"] += 1
                     in_a_row += not overflow
-                    names = suspects(batch["names"], losses, world)
                     log(skip="overflow" if overflow else "bad", names=names, skipped=skipped)
                     if in_a_row >= args.max_skips:
                         raise data.DataError(f"step {step}: {in_a_row} non-finite updates in a row, the last with {', '.join(names)}; expected finite "
@@ -385,7 +424,10 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stop:
                     break
 
-            valid_metrics = evaluate(bare_model, ema, valid, device) | {"epoch": epoch, "step": step}
+            if stop and step % steps_per_epoch:
+                save("last.pt")
+                break
+            valid_metrics = from_main(evaluate(bare_model, ema, valid, device) if main_process else None, world) | {"epoch": epoch, "step": step}
             is_best = valid_metrics["valid_loss"] < best["valid_loss"]
             best = valid_metrics if is_best else best
             log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **valid_metrics)
@@ -409,7 +451,7 @@ def main(args: argparse.Namespace) -> dict:
         raise KeyboardInterrupt
     if "valid_r2" not in best:
         raise data.DataError(f"{folder}: no epoch had a finite validation loss; expected one; lower --lr or look at metrics.jsonl")
-    if args.diagnose:
+    if args.diagnose and main_process:
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             print(json.dumps(json.loads(line), indent=1))
     say(f"best{' (SYNTHETIC)' * corpus.synthetic}: epoch {best['epoch']}, validation R2 {best['valid_r2']:.4f}, loss {best['valid_loss']:.4f}, "

@@ -57,8 +57,12 @@ def test_second_reading_comes_from_the_cache_and_a_change_does_not(root, tmp_pat
     for name, item in first.items.items():
         np.testing.assert_array_equal(item["x"], second.items[name]["x"])
     assert first.shared == second.shared
-    (tmp_path / "cache" / next(p.name for p in (tmp_path / "cache").glob("*.npz"))).write_bytes(b"half a file")
-    assert not data.load_percepiano(copy, tmp_path / "cache", quiet=True).cached
+    store = next((tmp_path / "cache").glob("*.npz"))
+    whole = store.read_bytes()
+    for damaged in (b"", b"half a file", whole[:len(whole) // 2], whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 255]) + whole[len(whole) // 2 + 1:]):
+        store.write_bytes(damaged)
+        assert not data.load_percepiano(copy, tmp_path / "cache", quiet=True).cached
+        assert store.read_bytes() == whole
     midi = sorted((copy / "virtuoso/data/all_2rounds").glob("*.mid"))
     midi[0].write_bytes(midi[1].read_bytes())
     assert not data.load_percepiano(copy, tmp_path / "cache", quiet=True).cached
@@ -268,3 +272,11 @@ def test_a_full_disk_is_one_line(capsys, monkeypatch, root, tmp_path):
         data.run_script("data.py", lambda: data.load_percepiano(root, tmp_path / "cache", quiet=True))
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_batches_refuse_what_does_not_fit():
+    item = {"x": [[0.0, 1.0]] * 3, "voice": [1, 1, 2], "beat": [4, 4, 5], "measure": [1, 1, 1]}
+    assert data.collate_han([item])["x"].shape == (1, 3, 2)
+    for items in ([], [item | {"x": []}], [item | {"voice": [1]}], [{"x": item["x"]}]):
+        with pytest.raises(data.DataError, match="as many voices"):
+            data.collate_han(items)

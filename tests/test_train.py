@@ -85,8 +85,23 @@ def test_resume_refuses_missing_foreign_and_other_models(name, run, tmp_path):
     with pytest.raises(data.DataError, match="foreign.pt"):
         run(name, "--resume", str(tmp_path / "foreign.pt"))
     out = run(name, "--max-steps", "1", "--name", "one")
-    with pytest.raises(data.DataError, match="'size': 16"):
-        run(name, "--size", "32", "--resume", str(Path(out["folder"]) / "last.pt"))
+    for option, value in (("--size", "32"), ("--fold", "1"), ("--fold", "all"), ("--split", "random"), ("--lr", "3")):
+        with pytest.raises(data.DataError, match=rf"{option} {value}.*was"):
+            run(name, option, value, "--resume", str(Path(out["folder"]) / "last.pt"))
+    ckpt = last(out["folder"])
+    for key in ("optimizer", "rng", "args", "data"):
+        torch.save({**ckpt, key: None}, tmp_path / "part.pt")
+        with pytest.raises(data.DataError, match=key):
+            run(name, "--resume", str(tmp_path / "part.pt"))
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_resume_takes_its_options_from_the_checkpoint(name, run, corpus_folder):
+    out = run(name, "--max-steps", "2", "--fold", "1", "--lr", "5e-4", "--name", "fold1")
+    path = str(Path(out["folder"]) / "last.pt")
+    args = TRAINERS[name].parse_args(["--resume", path, "--data", "elsewhere", "--max-steps", "5"])
+    assert (args.fold, args.lr, args.size, args.epochs, args.data, args.max_steps) == ("1", 5e-4, 16, 2, "elsewhere", 5)
+    assert TRAINERS[name].parse_args(["--resume", path, "--epochs", "9"]).epochs == 9
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -128,10 +143,17 @@ def test_nan_in_a_row_stops_with_step_and_names(name, run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_fp16_overflow_is_counted_apart_from_bad_data(name, run):
-    out = run(name, "--amp", "fp16", "--epochs", "1", "--name", "fp16")
-    assert out["skipped"]["bad"] == 0
-    assert math.isfinite(out["valid_loss"])
+def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**60))
+    first = run(name, "--amp", "fp16", "--max-steps", "1", "--name", "first")
+    out = run(name, "--amp", "fp16", "--max-skips", "2", "--max-steps", "6", "--name", "fp16")
+    assert out["skipped"] == {"bad": 0, "overflow": 6}
+    a, b = last(first["folder"]), last(out["folder"])
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    assert b["scaler"]["scale"] == 2.0**54
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**10))
+    assert run(name, "--amp", "fp16", "--max-steps", "3", "--name", "calm")["skipped"] == {"bad": 0, "overflow": 0}
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -186,7 +208,13 @@ def test_learning_rate_is_a_pure_function_of_the_step(name):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_command_line_errors_are_one_line(name, tmp_path):
+def test_command_line_errors_are_one_line(name, tmp_path, capsys):
+    for option in (("--batch", "0"), ("--dropout", "3"), ("--epochs", "0"), ("--lr", "nan"), ("--seed", "-1")):
+        with pytest.raises(SystemExit):
+            TRAINERS[name].parse_args(option)
+        assert f"{option[1]} is not between" in capsys.readouterr().err
+    with pytest.raises(data.DataError, match="expected cpu"):
+        TRAINERS[name].parse_args(["--device", "foo"])
     done = subprocess.run([sys.executable, f"{name}.py", "--data", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -252,6 +280,24 @@ t.data.percepiano_parts = lambda *a: {k: (v[:20] if k == "train" else v) for k, 
     one = last(run(name, *options, "--batch", "4", "--name", "one")["folder"])["model"]
     two = last(tmp_path / "two")["model"]
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_processes_train_all_folds_and_end(name, corpus_folder, tmp_path):
+    done = torchrun(name, corpus_folder, tmp_path, "--batch", "2", "--max-steps", "1", "--fold", "all", "--name", "all")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("four folds (SYNTHETIC)") == 1
+    assert all((tmp_path / f"all_f{k}/best.pt").is_file() for k in range(4))
+
+
+@pytest.mark.slow
+def test_the_main_job_without_data_learns(tmp_path, capsys):
+    """What README's first command does on a fresh machine."""
+    out = train_han.main(train_han.parse_args(["--lr", "2.5e-5", "--fold", "0", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]))
+    assert out["synthetic"]
+    assert out["valid_r2"] > 0.15
+    assert "SYNTHETIC" in capsys.readouterr().out
 
 
 @pytest.mark.slow
