@@ -47,8 +47,9 @@ class DataError(ValueError):
     """Bad input, in one line: file, what was found, what was expected, what to do."""
 
 
-# ---------------------------------------------------------------- MusicXML: tables
-
+# -----------------------------------------------------------------------------------------------------------------
+# MusicXML: tables
+# -----------------------------------------------------------------------------------------------------------------
 CORRECTIONS = (  # (what, original, here, reason)
     ("composer_vec", "always Schubert", "the piece's own, from the creator tag, else the file name", "Beethoven's pieces were mislabelled"),
     ("dynamic[2]", "sf, fz, sfz, sffz, rf, rfz marks are lost", "set at the mark's non-grace notes (rf, rfz: entry 3)", "accents tell velocity"),
@@ -154,8 +155,9 @@ _LONGEST = 1000  # quarters, of a note or bar
 _MAX_XML = 1 << 27  # bytes, unpacked
 
 
-# ---------------------------------------------------------------- MusicXML: the score
-
+# -----------------------------------------------------------------------------------------------------------------
+# MusicXML: the score
+# -----------------------------------------------------------------------------------------------------------------
 @dataclass
 class Score:
     """One score, one entry per note in the order (onset, graces first and farthest first, pitch descending).
@@ -185,8 +187,9 @@ class Score:
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
 
 
-# ---------------------------------------------------------------- MusicXML: reading bars
-
+# -----------------------------------------------------------------------------------------------------------------
+# MusicXML: reading bars
+# -----------------------------------------------------------------------------------------------------------------
 @dataclass
 class _Note:
     onset: float  # ticks (least common multiple of all divisions), from the start of the bar, later of the unfolded piece
@@ -395,8 +398,9 @@ class _Reader:
             bar.directions += [_Direction(onset, *f, child.get("number", "1"), staff, placement, self.division) for f in found]
 
 
-# ---------------------------------------------------------------- MusicXML: repeats, padding, ties, graces
-
+# -----------------------------------------------------------------------------------------------------------------
+# MusicXML: repeats, padding, ties, graces
+# -----------------------------------------------------------------------------------------------------------------
 def _trim_pickup(bars):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place."""
     shown = [[n for n in b.notes if not {"rest", "hidden"} <= n.marks] for b in bars]
@@ -550,8 +554,9 @@ def _play_trills(notes):
     return shown
 
 
-# ---------------------------------------------------------------- MusicXML: words
-
+# -----------------------------------------------------------------------------------------------------------------
+# MusicXML: words
+# -----------------------------------------------------------------------------------------------------------------
 def _plain(text):
     """Lower case, without punctuation, and with a space at both ends, so that " word " finds whole words."""
     return " ".join(["", *re.sub(r"[,.\n\r]", " ", re.sub(r"[()\[\]{}]", "", text.lower())).split(), ""])
@@ -643,8 +648,9 @@ def _active(marks, note):
     return active
 
 
-# ---------------------------------------------------------------- MusicXML: grids and features
-
+# -----------------------------------------------------------------------------------------------------------------
+# MusicXML: grids and features
+# -----------------------------------------------------------------------------------------------------------------
 def _at(grid, positions):
     """Index of the last grid entry at or before each position, 0 before the first."""
     return np.maximum(np.searchsorted(grid, np.asarray(positions) + 1e-6, side="right") - 1, 0)
@@ -832,7 +838,9 @@ def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer)
     )  # fmt: skip
 
 
-# -- performances ------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# Performances
+# -----------------------------------------------------------------------------------------------------------------
 
 SUSTAIN, SOFT = 64, 67
 SHORTEST = 1e-3           # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
@@ -941,7 +949,9 @@ def _event_seconds(events, division, refuse):
     return (starts[current] + (ticks - at[current]) * tempo[current]) / (division * 1e6)
 
 
-# -- alignment ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
+# Alignment
+# -----------------------------------------------------------------------------------------------------------------
 
 # Prices of the Viterbi path: a played key that the chord lacks, a chord left out, any number of chords left out at once,
 # a chord that starts once more; and per unit of price: seconds from one key of a chord to its next, natural logarithm of
@@ -1110,8 +1120,9 @@ def _assign(pitch, due, room, performance):
     return partner
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Columns
+# -----------------------------------------------------------------------------------------------------------------
 
 # Name -> width, in the order of HAN.md.
 SCORE_FEATURES = {
@@ -1138,8 +1149,9 @@ START_VELOCITY = 64          # of score notes before the first matched one
 
 # Deviations from the original's definitions: what, original, here, reason.
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Anchors and tempo
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _last_at(entries: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -1220,8 +1232,9 @@ def _timing(score: Score, performance: Performance, match: np.ndarray, tempi: tu
     return deviation, articulation
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Dynamics and pedal
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _level_dynamics(group: np.ndarray, match: np.ndarray, velocity: np.ndarray) -> np.ndarray:
@@ -1273,8 +1286,9 @@ def _played_features(performance: Performance) -> dict[str, np.ndarray]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Features per note
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def _features(score: Score, performance: Performance, match: np.ndarray) -> tuple:
@@ -1355,9 +1369,9 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Statistics of a whole performance, straight from the MIDI
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 CHORD_GAP = 0.035  # seconds: onsets closer than this to their predecessor belong to one chord
 SPREAD = ("mean", "sd", "q10", "q50", "q90")
@@ -1487,9 +1501,9 @@ def _covered(onset: np.ndarray, offset: np.ndarray) -> float:
     return float(np.maximum(reach - np.maximum(onset, before), 0).sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Names
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 LABELS = (
     "Timing_Stable_Unstable",
@@ -1548,9 +1562,9 @@ def score_of(name: str) -> str:
     return f"{work}_{bars}bars_Score_{segment}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Splits: from the list of names alone, so that they are the same whatever labels are present
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("segment", "performer", "piece", "random")
 FOLDS = 4
@@ -1655,9 +1669,9 @@ def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
                         "add performances or choose another split or fold")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Shared passages: segments cut from the same recording, repeated passages, score renderings of them
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 SHARED_RUN = 16
 
@@ -1696,9 +1710,9 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
     return kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Labels and individual ratings
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 MEAN_FILE = "label_2round_mean_reg_19_with0_rm_highstd0.json"
 STD_FILE = "label_2round_std_reg_19_with0_rm_highstd0.json"
@@ -1806,9 +1820,9 @@ def _label_row(entry: object, length: int, where: str) -> np.ndarray:
     return np.array(entry[: len(LABELS)], dtype=np.float64)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # PercePiano: the corpus, from files to cached features
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 
 
@@ -1993,9 +2007,9 @@ def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str,
     return {"train": sorted(set(parts["train"]) - moved), "valid": sorted({*parts["valid"], *moved}), "test": parts["test"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # HAN: columns, normalisation, augmentation, batches
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 
 
@@ -2099,18 +2113,18 @@ def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world:
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+# -----------------------------------------------------------------------------------------------------------------
+# Batches for models.HAN
+# -----------------------------------------------------------------------------------------------------------------
+# The network works on the notes (beats, measures) of all pieces laid end to end, without padding; only the
+# LSTMs see padded sequences. Everything whose size depends on the data is decided here, so that the forward
+# pass reads sizes from tensor shapes and never waits for the device.
+
 # a new grid starts where at most this share of the sequences goes on, after at least this many steps
 CUT_SHARE = 0.65
 CUT_STEPS = 12
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Batches for models.HAN
-#
-# The network works on the notes (beats, measures) of all pieces laid end to end, without padding; only the
-# LSTMs see padded sequences. Everything whose size depends on the data is decided here, so that the forward
-# pass reads sizes from tensor shapes and never waits for the device.
-# ------------------------------------------------------------------------------------------------------------
 def collate_han(items: list[dict]) -> dict:
     """Joins pieces into one batch for `models.HAN`.
 
@@ -2226,9 +2240,9 @@ def _cuts(length: np.ndarray) -> list[int]:
     return [*cuts, int(length[0])]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Synthetic PercePiano
-# ----------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Names of the public corpus: (work_<N>bars, players, segment), one list per work.
 _BEETHOVEN = ("thema", "var3", "var4", "var5", "var6", "var8", "var9", "var10", "var12", "var15", "var17", "var18", "var23", "var25")
 _D960_PLAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
@@ -2608,9 +2622,9 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
     (root / "SYNTHETIC").write_text(f"Synthetic stand-in for PercePiano: {segments} made-up segments, {len(means)} performances, seed {seed}. No figure from it says anything about the real data.\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Fetching
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 
 SOURCES = {"percepiano": "https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"}
 FETCH_ATTEMPTS = 5
@@ -2761,9 +2775,9 @@ def _unpack(archive: Path, root: Path) -> None:
         (root / path).write_bytes(body)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------------
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
     """The folder of the built-in synthetic corpus, written on first use and again when this module has changed."""
     root = Path(cache) / f"synthetic-percepiano-{hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]}"
