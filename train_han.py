@@ -84,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--warmup", type=data.number(int, 0), default=0, help="steps of linear warm-up (0: off)")
     g.add_argument("--step-size", type=data.number(int, 1), default=3000, help="step: steps between reductions (%(default)s)")
     g.add_argument("--gamma", type=data.number(float, 0, 1), default=0.98, help="step: factor of a reduction (%(default)s)")
-    g.add_argument("--epochs", type=data.number(int, 1), help="passes over the training part (default: 100; 20 on the built-in synthetic corpus)")
+    g.add_argument("--epochs", type=data.number(int, 1), help="passes over the training part (default: 100; 12 on a synthetic corpus)")
     g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (default: off)")
     g.add_argument("--patience", type=data.number(int, 0), default=20, help="stop after so many epochs without a lower validation loss (%(default)s; 0: off)")
     g = p.add_argument_group("run")
@@ -323,7 +323,7 @@ def main(args: argparse.Namespace) -> dict:
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
     lengths = [len(item["x"]) for item in train]
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
-    planned = (args.epochs or (20 if corpus.synthetic else 100)) * steps_per_epoch
+    planned = (args.epochs or (12 if corpus.synthetic else 100)) * steps_per_epoch
     last = min(planned, args.max_steps or planned, 3 if args.diagnose else planned)
     say(f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, split {args.split}, fold {fold}: {len(train)} train, {len(valid)} valid, "
         f"{len(parts['test'])} test items; {len(info['columns'])} columns; {steps_per_epoch} steps an epoch, {planned} planned")
