@@ -2087,16 +2087,22 @@ def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
 
 
 def shift_key(item: dict, info: dict, semitones: int) -> dict:
-    """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if written in another key."""
+    """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if written in another
+    key. A shift that would leave the keyboard is shortened to its end."""
     x, at = item["x"].copy(), {c: k for k, c in enumerate(info["columns"])}
-    for column in {"midi_pitch", "raw_pitch"} & at.keys():
-        rows = item["voice"] > 0 if column == "midi_pitch" else item["x"][:, at["raw_velocity"]] * info["std"][at["raw_velocity"]] + info["mean"][at["raw_velocity"]] > 0.5
-        x[rows, at[column]] += semitones / info["std"][at[column]]
+    raw = {c: item["x"][:, k] * info["std"][k] + info["mean"][k] for c, k in at.items() if c in ("midi_pitch", "raw_pitch", "raw_velocity")}
+    rows = {"midi_pitch": item["voice"] > 0, "raw_pitch": raw["raw_velocity"] > 0.5 if "raw_velocity" in raw else None}
+    pitches = np.concatenate([raw[c][rows[c]] for c in ("midi_pitch", "raw_pitch") if c in at] or [np.empty(0)]).round().astype(int)
+    if len(pitches):
+        semitones = max(min(semitones, KEYBOARD[1] - pitches.max()), KEYBOARD[0] - pitches.min())
+    for column in ("midi_pitch", "raw_pitch"):
+        if column in at:
+            x[rows[column], at[column]] += semitones / info["std"][at[column]]
     if "pitch:0" in at:
-        k, rows = at["pitch:0"], item["voice"] > 0
-        midi = (x[rows, k] * 4 + 5) * 12 + x[rows, k + 1:k + 13].argmax(1) + semitones
-        x[rows, k] = (midi // 12 - 5) / 4
-        x[rows, k + 1:k + 13] = np.eye(12)[midi.astype(int) % 12]
+        k, written = at["pitch:0"], item["voice"] > 0
+        midi = (x[written, k] * 4 + 5) * 12 + x[written, k + 1:k + 13].argmax(1) + semitones
+        x[written, k] = (midi // 12 - 5) / 4
+        x[written, k + 1:k + 13] = np.eye(12)[midi.astype(int) % 12]
     return item | {"x": x}
 
 

@@ -197,6 +197,10 @@ def test_key_shift_moves_pitches_and_nothing_else(corpus):
     pitch = midi(moved, "midi_pitch")[written].round().astype(int)
     np.testing.assert_allclose(moved["x"][written, at("pitch:0")], (pitch // 12 - 1 - 4) / 4)
     np.testing.assert_array_equal(moved["x"][written, at("pitch:1"):at("pitch:12") + 1].argmax(1), pitch % 12)
+    for far, end in ((80, 108), (-80, 21)):
+        edge = data.shift_key(item, info, far)
+        reached = np.concatenate([midi(edge, "midi_pitch")[written], midi(edge, "raw_pitch")[played]]).round()
+        assert (reached.max() if far > 0 else reached.min()) == end
     same = [k for k, c in enumerate(info["columns"]) if c not in ("midi_pitch", "raw_pitch") and not c.startswith("pitch:")]
     np.testing.assert_array_equal(moved["x"][:, same], item["x"][:, same])
 
