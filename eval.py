@@ -5,16 +5,23 @@
     python eval.py --ckpt ... --data DIR --part test --csv predictions.csv    test part; unlabelled items are predicted only
     python eval.py --ckpt ... --data DIR --save-results full                  results/han_full_<split>.json and .csv, both parts
     python eval.py floor --task han --data DIR --fold all                     scikit-learn forest on the same parts
-    python eval.py bench --task han                                           step time against the plain rendition
+    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test    phoneme error rate of a decoder
+    python eval.py bench --task han|decoder                                   step time against the plain rendition
 
 Several checkpoints of one fold (seeds) are averaged. Every figure stands with and without the score renderings
-(players `Score`, `Score2`), with a 95 % bootstrap interval over segments. Without --data the synthetic corpus is used.
+(players `Score`, `Score2`), with a 95 % bootstrap interval over segments. Of several decoders the probabilities are averaged;
+their interval is over trials, and --save-results writes results/decoder_ROW_<part>. Without --data the synthetic corpus is used.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
+import functools
+import gzip
+import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -23,39 +30,60 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from rapidfuzz import process
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.utils.data import DataLoader
 
 from data import (
+    _UNSPOKEN,
     FEATURE_SETS,
     FEATURES,
     LABELS,
+    PHONEMES,
     SPLITS,
     Corpus,
     DataError,
+    SpeechCorpus,
+    add_noise,
     collate_han,
+    collate_speech,
     column_names,
+    frames_needed,
     load_percepiano,
+    map_days,
     number,
+    open_speech,
     percepiano_parts,
+    phonemize,
     player_of,
     pooled_statistics,
     prepare_han,
     run_script,
     segment_of,
+    speech_item,
+    speech_parts,
+    speech_rules,
     synthetic_percepiano,
+    synthetic_speech,
+    time_mask,
     write_atomic,
 )
-from models import HAN, BiLSTM, ContextAttention, load_checkpoint
+from models import HAN, BiLSTM, ContextAttention, GRUDecoder, load_checkpoint, output_frames
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
+TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: median, sd of the log
 MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = 113, 0.67, 420  # notes per PercePiano performance: median, sd of the log, longest
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -350,37 +378,62 @@ def predict_han(model: torch.nn.Module, items: list[dict], device: torch.device,
     return p
 
 
-def _load_fold_models(paths: list[str]) -> tuple[dict[int, list[tuple]], dict]:
+def _load_models(paths: list[str]) -> list[tuple]:
+    """[(path, model, what of the checkpoint is needed), ...], all of one task."""
+    loaded = []
+    for path in paths:
+        model, ckpt = load_checkpoint(path)
+        loaded.append((path, model, {key: ckpt.get(key) for key in ("task", "args", "data", "step", "epoch", "git_sha")}))
+        if ckpt["task"] != loaded[0][2]["task"]:
+            raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; {paths[0]} is of {loaded[0][2]['task']!r}; evaluate them in separate runs")
+    return loaded
+
+
+def _load_fold_models(loaded: list[tuple]) -> tuple[dict[int, list[tuple]], dict]:
     """{fold: [(model, what of the checkpoint is needed), ...]} and the data settings that all must share."""
     folds: dict[int, list[tuple]] = {}
     first = None
-    for path in paths:
-        model, ckpt = load_checkpoint(path)
+    for path, model, ckpt in loaded:
         if ckpt["task"] != "han":
-            raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; expected han; give one written by train_han.py")
-        data = ckpt.get("data")
-        if not isinstance(data, dict) or not isinstance(ckpt.get("args"), dict) or len(data.get("columns", ())) != model.model_args["input_size"]:
+            raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; expected han or decoder; give one written by train_han.py or train_decoder.py")
+        data = ckpt["data"]
+        if not isinstance(data, dict) or not isinstance(ckpt["args"], dict) or len(data.get("columns", ())) != model.model_args["input_size"]:
             raise DataError(f"{path}: without args, or without data that describe its {model.model_args['input_size']} columns; expected best.pt of train_han.py; train it again")
         first = first or data
         for key in ("split", "keep_overlap", "synthetic", "labels"):
             if data[key] != first[key]:
-                raise DataError(f"{path}: {key} is {data[key]!r}; {paths[0]} has {first[key]!r}; evaluate them in separate runs")
+                raise DataError(f"{path}: {key} is {data[key]!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs")
         if list(data["labels"]) != list(LABELS):
             raise DataError(f"{path}: labels {str(data['labels'])[:60]}; expected the 19 of PercePiano in their order; train it again")
-        kept = {key: ckpt.get(key) for key in ("data", "step", "epoch", "git_sha")}
-        kept["args"] = {key: value for key, value in ckpt["args"].items() if key not in ("data", "cache", "out", "resume", "name", "device")}
-        folds.setdefault(data["fold"], []).append((model, {"path": str(path), **kept}))
+        folds.setdefault(data["fold"], []).append((model, {"path": str(path), **ckpt, "args": _own_options(ckpt)}))
     return dict(sorted(folds.items())), first
 
 
+def _own_options(ckpt: dict) -> dict:
+    """The options that a checkpoint was trained with, without those of one machine."""
+    return {key: value for key, value in ckpt["args"].items() if key not in ("data", "cache", "out", "resume", "name", "device")}
+
+
 def evaluate(argv: list[str]) -> dict:
-    """`python eval.py --ckpt ...`: metrics of checkpoints, each on its own fold and split; returns them (see `measure`)."""
+    """`python eval.py --ckpt ...`: metrics of checkpoints, HAN's each on its own fold and split; returns them (see `measure`,
+    for decoders `evaluate_decoder`)."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more folds or seeds")
-    parser.add_argument("--part", choices=["valid", "test"], default="valid", help="part to score; --save-results takes both")
-    parser.add_argument("--batch", type=number(int, 1), default=16, help="items per forward pass")
+    parser.add_argument("--part", choices=["valid", "test", "competition"], default="valid",
+                        help="part to score, competition: decoder only (%(default)s); --save-results of HAN takes valid and test")
+    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass (16; decoder 64)")
+    only_decoder = [parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: refused)"),
+                    *word_options(parser)]
     args = _parse(parser, argv)
-    folds, data = _load_fold_models(args.ckpt)
+    loaded = _load_models(args.ckpt)
+    if loaded[0][2]["task"] == "decoder":
+        args.batch = args.batch or 64
+        return evaluate_decoder(args, loaded)
+    folds, data = _load_fold_models(loaded)
+    args.batch = args.batch or 16
+    given = [a.option_strings[0] for a in only_decoder if getattr(args, a.dest) != a.default] + ["--part competition"] * (args.part == "competition")
+    if given:
+        raise DataError(f"{', '.join(given)}: only for checkpoints of train_decoder.py; {args.ckpt[0]} is of task 'han'; leave it out")
     if args.data is None and not data["synthetic"]:
         raise DataError(f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
     corpus = _load_corpus(args)
@@ -580,20 +633,24 @@ def _timed_step(model: torch.nn.Module, batch: dict, amp: torch.dtype | None, de
 
 
 def bench(argv: list[str]) -> dict:
-    """`python eval.py bench`: HAN against the same network written plainly, alternating step by step in one run."""
-    parser = argparse.ArgumentParser(prog="eval.py bench", description="Step time of HAN against its plain rendition.")
-    parser.add_argument("--task", choices=["han"], default="han")
-    parser.add_argument("--width", type=number(int, 1), default=256, help="size of the model")
-    parser.add_argument("--batch", type=number(int, 1), default=8, help="items per step")
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast type; off = float32")
-    parser.add_argument("--steps", type=number(int, 1), default=20, help="timed steps of each, after 3 of warm-up")
+    """`python eval.py bench`: a network against the same one written plainly, alternating step by step in one run."""
+    parser = argparse.ArgumentParser(prog="eval.py bench", description="Step time of a network against its plain rendition.")
+    parser.add_argument("--task", choices=["han", "decoder"], default="han")
+    parser.add_argument("--width", type=number(int, 1), help="size of the model (256; decoder: hidden 512)")
+    parser.add_argument("--batch", type=number(int, 1), help="items per step (8; decoder 64)")
+    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast type, of the decoder's plain rendition always off; off = float32")
+    parser.add_argument("--steps", type=number(int, 1), help="timed steps of each, after 3 of warm-up (20; decoder 5, after 1)")
     parser.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads; 0 = torch's default")
     args = _parse(parser, argv)
 
+    for key, default in {"han": {"width": 256, "batch": 8, "steps": 20}, "decoder": {"width": 512, "batch": 64, "steps": 5}}[args.task].items():
+        setattr(args, key, getattr(args, key) or default)
     if args.threads:
         torch.set_num_threads(args.threads)
     device, amp = args.device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     torch.manual_seed(7)
+    if args.task == "decoder":
+        return bench_decoder(args, amp)
     model = HAN(input_size=sum(FEATURES.values()), size=args.width).to(device)
     rivals = {"HAN": model, "plain": plain_from_han(model).to(device)}
     batch = to_device(collate_han(random_items(args.batch)), device)
@@ -626,15 +683,730 @@ def bench(argv: list[str]) -> dict:
 # Phoneme error rate
 # -----------------------------------------------------------------------------------------------------------------
 
+SIL = PHONEMES.index("SIL")
+
+
+def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list[list[int]]:
+    """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: one list of ids a trial.
+
+    logits (B, F, 41), of any monotonous scale; frames (B,): valid frames, the rest is padding."""
+    best = torch.as_tensor(logits).argmax(-1).cpu().numpy()
+    decoded = []
+    for row, n in zip(best, torch.as_tensor(frames).tolist(), strict=True):
+        row = row[:n]
+        changes = np.append(True, row[1:] != row[:-1])[:n]
+        decoded.append(row[changes & (row != 0)].tolist())
+    return decoded
+
+
+def edit_counts(reference: Iterable, hypothesis: Iterable) -> tuple[int, int, int]:
+    """(substitutions, deletions, insertions) of a minimal script that turns the reference into the hypothesis."""
+    tags = [tag for tag, _, _ in Levenshtein.editops(list(reference), list(hypothesis)).as_list()]
+    return tags.count("replace"), tags.count("delete"), tags.count("insert")
+
+
+def per_counts(refs: Iterable, hyps: Iterable) -> np.ndarray:
+    """(n, 4) int64 of n trials: substitutions, deletions, insertions, reference length."""
+    rows = [(*edit_counts(ref, hyp), len(ref)) for ref, hyp in zip(refs, hyps, strict=True)]
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def error_rate(counts: np.ndarray) -> float:
+    """Errors of all trials over their labels (micro average) of `per_counts`; NaN where there is no label at all."""
+    total = np.asarray(counts).sum(0)
+    return float(total[:3].sum() / total[3]) if total[3] else float("nan")
+
+
+def trial_bootstrap(counts: np.ndarray, n: int = 1000, seed: int = 7) -> tuple[float, float]:
+    """95 % interval of `error_rate` when trials are drawn with replacement; NaN with fewer than two trials."""
+    counts = np.asarray(counts)
+    if len(counts) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(counts), size=(n, len(counts)))
+    errors, labels = counts[:, :3].sum(1)[drawn].sum(1), counts[:, 3][drawn].sum(1)
+    rates = errors[labels > 0] / labels[labels > 0]
+    if 2 * len(rates) < n:  # as in cluster_bootstrap
+        return float("nan"), float("nan")
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[str]) -> dict:
+    """Phoneme error rate of trials: per, sub, del, ins, labels, trials, per_without_sil (SIL left out on both sides) and
+    by_day {day name: per, sub, del, ins, labels, trials}, all micro-averaged. The trainer logs the same figures.
+
+    refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
+    def figures(counts: np.ndarray) -> dict:
+        sub, dele, ins, labels = counts.sum(0).tolist()
+        return {"per": error_rate(counts), "sub": sub, "del": dele, "ins": ins, "labels": labels, "trials": len(counts)}
+
+    counts, days = per_counts(refs, hyps), np.asarray(days)
+    speech = [[[int(k) for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
+    return {**figures(counts), "per_without_sil": error_rate(per_counts(*speech)),
+            "by_day": {day_names[day]: figures(counts[days == day]) for day in np.unique(days)}}
+
+
+def speech_logits(model: nn.Module, corpus: SpeechCorpus, indices: Iterable[int], days: np.ndarray, device: torch.device,
+                  batch: int = 64) -> list[np.ndarray]:
+    """Log-probabilities (F, 41) float32 of each trial, in the order given; (0, 41) where it is shorter than one window.
+
+    indices: trial numbers; days (corpus days,): the model's index of each day of the corpus, from data.map_days. Batches
+    hold trials of similar length; the model is evaluated without dropout and left in the mode it came in."""
+    indices, training = np.asarray(indices, np.int64), model.training
+    order = np.argsort(corpus.lengths[indices], kind="stable")
+    result: list = [None] * len(indices)
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch):
+            chosen = order[start:start + batch]
+            items = collate_speech([speech_item(corpus, i) for i in indices[chosen]])
+            logits, frames = model(items["x"].to(device), items["lengths"], torch.as_tensor(np.asarray(days))[items["day"]].to(device))
+            log_probs = logits.float().log_softmax(-1).cpu().numpy()
+            for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
+                result[i] = row[:n].copy()
+    model.train(training)
+    return result
+
+
+def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+    """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures of
+    `decoder_scores`, their 95 % interval over trials and the most frequent substitutions; "words" where these were asked for."""
+    data = _shared_settings(loaded)
+    if args.data is None and not data["synthetic"]:
+        raise DataError(f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
+    if not args.data:
+        print("no --data: evaluating on the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq, then --data with its folder")
+    corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
+    for line in corpus.left_out:
+        print(f"left out: {line}")
+    if corpus.channels != data["channels"]:
+        raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} expects {data['channels']}; convert with --channels or give its corpus")
+    parts = speech_parts(corpus, data["valid"])
+    trials = parts[args.part]
+    scored = np.flatnonzero(corpus.labelled[trials] & (args.part != "competition"))
+    if not len(scored) and (not args.submission or args.csv or args.save_results or not len(trials)):
+        raise DataError(f"--part {args.part}: {len(trials)} trials without labels; a phoneme error rate needs them; give --part valid or test, or --submission FILE alone")
+    _say_circumstances(args, loaded, corpus, trials)
+    log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
+    if len(scored):
+        for k in scored:
+            i, row = trials[k], log_probs[k]
+            records.append({"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]], "reference": corpus.labels[i].tolist(),
+                            "hypothesis": ctc_greedy(row[None], [len(row)])[0], "frames": len(row)})
+        refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+        figures = {**decoder_scores(refs, hyps, corpus.day[trials[scored]], corpus.days), "interval": list(trial_bootstrap(per_counts(refs, hyps))),
+                   "unlabelled": len(trials) - len(scored), "too_short": sum(r["frames"] < frames_needed(r["reference"]) for r in records),
+                   "substitutions": substitutions(refs, hyps)}
+        decoder_report(figures, records, args.part)
+    if args.words or args.tune or args.submission:
+        valid = None if not args.tune else (log_probs, trials) if args.part == "valid" else (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
+        figures["words"] = words(log_probs, corpus, trials, args, valid, parts["train"])
+    _write_decoder(figures, records, corpus, args, loaded)
+    return figures
+
+
+def _shared_settings(loaded: list[tuple]) -> dict:
+    """The data settings of checkpoints whose probabilities can be averaged; DataError names the first that differs."""
+    needed = ("days", "channels", "phonemes", "rules", "valid", "synthetic")
+    for path, model, ckpt in loaded:
+        data = ckpt["data"]
+        if not isinstance(ckpt["args"], dict) or not isinstance(data, dict) or not all(key in data for key in needed):
+            raise DataError(f"{path}: without args, or without data that name {', '.join(needed)}, but of task 'decoder'; expected han, or best.pt of train_decoder.py; train it again")
+        if list(data["phonemes"]) != list(PHONEMES) or data["rules"] != speech_rules():
+            raise DataError(f"{path}: phonemes or label rules {data['rules']!r}; expected the 41 of data.PHONEMES and rules {speech_rules()!r}; train it again")
+        first = {**loaded[0][2]["data"], **loaded[0][1].model_args}
+        for key in ("kernel", "stride", "channels", "valid", "synthetic"):
+            if (found := {**data, **model.model_args}[key]) != first[key]:
+                raise DataError(f"{path}: {key} is {found!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs")
+    return loaded[0][2]["data"]
+
+
+def _say_circumstances(args: argparse.Namespace, loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray) -> None:
+    """Which checkpoints, which trials, and what a reader must know before believing the figures."""
+    seeds, data = [ckpt["args"].get("seed") for _, _, ckpt in loaded], loaded[0][2]["data"]
+    print(f"{len(loaded)} checkpoints, probabilities averaged, seeds {seeds}" if len(loaded) > 1
+          else f"{args.ckpt[0]}, seed {seeds[0]}, step {loaded[0][2]['step']}")
+    print("SYNTHETIC corpus: figures say nothing about real speech" if corpus.synthetic else f"real data in {corpus.root}")
+    if corpus.synthetic != data["synthetic"]:
+        print(f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}")
+    if data["valid"] == "test" and args.part in ("valid", "test"):
+        print("the checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result")
+    for path, _, ckpt in loaded:
+        known = ckpt["data"]["days"]
+        for d in np.unique(corpus.day[trials]):
+            if args.day and corpus.days[d] not in known:
+                layer = map_days([corpus.days[d]], known, args.day)[0]
+                print(f"session {corpus.days[d]}: unknown to {path}; " + ("the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"))
+
+
+def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
+    """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day, device, batch."""
+    total: list = []
+    for _, model, ckpt in loaded:
+        used, days = np.unique(corpus.day[trials]), np.full(len(corpus.days), -1)
+        days[used] = map_days([corpus.days[d] for d in used], ckpt["data"]["days"], args.day)
+        each = speech_logits(model.to(args.device), corpus, trials, days, args.device, args.batch)
+        total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
+    return [row - np.float32(np.log(len(loaded))) for row in total]
+
+
+def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
+    """The most frequent [reference phoneme, decoded phoneme, times]."""
+    pairs = Counter((ref[i], hyp[j]) for ref, hyp in zip(refs, hyps, strict=True)
+                    for tag, i, j in Levenshtein.editops(ref, hyp).as_list() if tag == "replace")
+    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
+
+
+def spell(ids: Iterable[int]) -> str:
+    """Phoneme names of class ids, separated by blanks."""
+    return " ".join(PHONEMES[k] for k in ids)
+
+
+def decoder_report(figures: dict, records: list[dict], part: str, samples: int = 5) -> None:
+    """Prints figures of `evaluate_decoder`: totals, a line a day, substitutions, and sample transcripts."""
+    low, high = figures["interval"]
+    interval = f"95 % [{low:.4f}, {high:.4f}]" if np.isfinite(low) else "(too few trials for an interval)"
+    print(f"{part}: {figures['trials']} trials, {figures['labels']} phonemes; PER {figures['per']:.4f} {interval}; sub {figures['sub']} del {figures['del']} "
+          f"ins {figures['ins']}; PER without SIL {figures['per_without_sil']:.4f}")
+    if figures["unlabelled"]:
+        print(f"{figures['unlabelled']} more trials have no label")
+    if figures["too_short"]:
+        print(f"{figures['too_short']} trials have fewer frames than their labels need: they cannot be decoded without error")
+    print(f"{'session':<24}{'trials':>8}{'phonemes':>10}{'PER':>8}{'sub':>7}{'del':>7}{'ins':>7}")
+    for day, f in figures["by_day"].items():
+        print(f"{day:<24}{f['trials']:>8}{f['labels']:>10}{f['per']:>8.4f}{f['sub']:>7}{f['del']:>7}{f['ins']:>7}")
+    print("substitutions, reference > decoded: " + (", ".join(f"{a} > {b} {n}" for a, b, n in figures["substitutions"]) or "none"))
+    for record in (records[i] for i in np.linspace(0, len(records) - 1, min(samples, len(records))).astype(int)):
+        print(f"{record['trial']}\n  reference  {spell(record['reference'])}\n  decoded    {spell(record['hypothesis'])}")
+
+
+def _write_decoder(figures: dict, records: list[dict], corpus: SpeechCorpus, args: argparse.Namespace, loaded: list[tuple]) -> None:
+    """--csv and --save-results: a line a trial with its transcripts and counts, and the figures with their circumstances."""
+    lines = ["trial,day,reference,hypothesis,sub,del,ins,labels"]
+    for record in records:
+        ref, hyp = record["reference"], record["hypothesis"]
+        lines.append(",".join([record["trial"], record["day"], spell(ref), spell(hyp), *map(str, (*edit_counts(ref, hyp), len(ref)))]))
+    stem = Path(args.results_dir) / f"decoder_{args.save_results}_{args.part}"
+    for path in [args.csv, args.save_results and stem.with_name(stem.name + ".csv")]:
+        if path:
+            write_atomic(Path(path), lambda file: file.write(("\n".join(lines) + "\n").encode()))
+            print(f"transcripts of {len(records)} trials in {path}")
+    if args.save_results:
+        used = [{"path": str(path), "epoch": ckpt["epoch"], "step": ckpt["step"], "git_sha": ckpt["git_sha"], "args": _own_options(ckpt)} for path, _, ckpt in loaded]
+        saved = {"task": "decoder", "row": args.save_results, "part": args.part, "command": args.command, **git_state(), "hardware": hardware(args.device),
+                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "synthetic": corpus.synthetic, "valid": loaded[0][2]["data"]["valid"],
+                 "day_rule": args.day, "seeds": [ckpt["args"].get("seed") for _, _, ckpt in loaded], "checkpoints": used, "metrics": figures}
+        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
+        write_atomic(stem.with_name(stem.name + ".json"), lambda file: file.write((text + "\n").encode()))
+        print(f"saved {stem}.json")
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # Words
 # -----------------------------------------------------------------------------------------------------------------
 
+# Search settings to start from: acoustic scale and blank penalty of the public decoders ('24: 256 channels, '25: 512). LM scores
+# are log10: a weight of ln 10 would set them beside the network's natural logarithms as they are. With the transcripts' trigram that
+# deletes words: validation WER .058 against .018 at 1 for a PER of .027, .85 against .62 for one of .51 (synthetic corpus).
+WORD_SETTINGS = {256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)}, 512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)}}
+WORD_GRID = {"lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0), "blank_penalty": tuple(math.log(k) for k in (1, 2, 7, 25, 90)),
+             "acoustic_scale": (0.2, 0.325, 0.5, 0.8, 1.2), "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0)}
+LM_MARKS = ("<s>", "</s>", "<unk>")
+MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
+COMPETITION_SIZE = {(256, 24): (1200, 15)}  # (channels, days) of a corpus -> rows and days of its competition part
+
+
+def spoken_words(text: str) -> list[str]:
+    """Words of a transcript as they are trained on and scored: cleaned as `data.phonemize` does, those without a letter left out."""
+    return [word for word in _UNSPOKEN.sub("", text).replace("--", "").lower().split() if re.search("[a-z]", word)]
+
+
+def read_lexicon(path: str | Path) -> list[tuple[str, tuple[int, ...]]]:
+    """(word, phoneme ids) of lines "word PH PH ...", blanks or a tab between, in the file's order; several lines a word are fine.
+
+    Of the CMU dictionary's habits are understood: stress digits, variants "word(2)", comments after ";;;"; and a SIL at the
+    end. Repeated lines count once and are reported. DataError names the line of a phoneme that is none, or of a word without any."""
+    entries, repeated, ids = {}, [], {name: i for i, name in enumerate(PHONEMES) if name}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}; expected a lexicon, lines of a word and its phonemes") from error
+    for n, line in enumerate(lines, 1):
+        word, *names = line.split() or [";;;"]
+        if word.startswith(";;;"):
+            continue
+        names = [name.rstrip("012") for name in names]
+        names = names[:-1] if names[-1:] == ["SIL"] else names
+        unknown = [name for name in names if name not in ids]
+        if unknown or not names or word.lower() in LM_MARKS:
+            found = f"phoneme {unknown[0]!r}" if unknown else "a language model's own mark" if names else "no phoneme"
+            raise DataError(f"{path}: line {n}, word {word!r}: {found}; expected words and some of {' '.join(ids)}; correct the line")
+        entry = re.sub(r"\(\d+\)$", "", word).lower(), tuple(ids[name] for name in names)
+        if entry in entries:
+            repeated.append(n)
+        entries[entry] = None
+    if not entries:
+        raise DataError(f"{path}: no word in it; expected a lexicon, lines of a word and its phonemes")
+    if repeated:
+        print(f"{path}: {len(repeated)} repeated lines (the first: {repeated[0]}) count once")
+    return list(entries)
+
+
+def training_lexicon(texts: Iterable[str], labels: Iterable) -> list[tuple[str, tuple[int, ...]]]:
+    """(word, phoneme ids) of every word of the transcripts, most frequent first.
+
+    labels: phoneme ids of each transcript. Where they have as many pieces between SILs as there are words, the pieces are the
+    words' pronunciations, so that a homograph keeps all that it was trained with; words only met elsewhere go to `data.phonemize`."""
+    seen, words_seen = Counter(), Counter()
+    for text, ids in zip(texts, labels, strict=True):
+        sentence = spoken_words(text)
+        pieces = [tuple(piece) for piece in bytes(np.asarray(ids).tolist()).split(bytes([SIL])) if piece]
+        words_seen.update(sentence)
+        seen.update(zip(sentence, pieces, strict=True) if len(pieces) == len(sentence) else ())
+    for word in words_seen.keys() - {word for word, _ in seen}:
+        sounds = tuple(k for k in phonemize(word) if k != SIL)
+        seen.update([(word, sounds)] if sounds else [])
+    return sorted(seen, key=lambda entry: (-words_seen[entry[0]], entry[0], -seen[entry], entry[1]))
+
+
+def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[str, ...], list]:
+    """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen & Goodman 1999).
+
+    P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words after h, h' without h's first word,
+    and 1 / V below the unigrams, V the words with </s> and <unk>. An unseen w gets t(h) / (c(h) + t(h)) P(w | h'): the back-off form."""
+    counts: Counter = Counter()
+    for sentence in sentences:
+        padded = ("<s>", *sentence, "</s>")
+        counts.update(padded[i:i + n] for n in range(1, order + 1) for i in range(len(padded) - n + 1))
+    if not counts:
+        raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
+    del counts[("<s>",)]  # given, never predicted
+    tokens, types = Counter(), Counter()
+    for gram, count in counts.items():
+        tokens[gram[:-1]] += count
+        types[gram[:-1]] += 1
+    counts[("<unk>",)] = 0
+    uniform = 1 / sum(len(gram) == 1 for gram in counts)
+    model: dict[tuple[str, ...], list] = {}
+    for gram in sorted(counts, key=lambda gram: (len(gram), gram)):
+        h = gram[:-1]
+        below = model[gram[1:]][0] if h else uniform
+        model[gram] = [(counts[gram] + types[h] * below) / (tokens[h] + types[h]), 1.0]
+    model[("<s>",)] = [1e-99, 1.0]
+    for h in types.keys() - {()}:
+        model[h][1] = types[h] / (tokens[h] + types[h])
+    return model
+
+
+def write_arpa(path: Path, model: dict[tuple[str, ...], list]) -> None:
+    """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight."""
+    orders = range(1, max(map(len, model)) + 1)
+    lines = ["\\data\\", *(f"ngram {n}={sum(len(gram) == n for gram in model)}" for n in orders)]
+    for n in orders:
+        lines += ["", f"\\{n}-grams:"]
+        lines += ["\t".join([f"{math.log10(p):.7f}", " ".join(gram), *([f"{math.log10(b):.7f}"] if n < orders[-1] else [])])
+                  for gram, (p, b) in sorted(model.items()) if len(gram) == n]
+    write_atomic(Path(path), lambda file: file.write("\n".join([*lines, "", "\\end\\", ""]).encode()))
+
+
+def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
+    """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A word's id is its place.
+
+    Where it knows less than half of them they are tried in capitals, as public LMs are written. DataError on a file that is no LM or knows none."""
+    from flashlight.lib.text.decoder.kenlm import KenLM
+    from flashlight.lib.text.dictionary import Dictionary
+
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            head = file.read(1024)
+        if not head.lstrip().startswith(b"\\data\\") and not head.startswith(b"mmap lm http://kheafield.com/code"):
+            raise ValueError(f"begins with {head[:20]!r}")
+        best: tuple = (None, [], 0)
+        for form in (str.lower, str.upper):
+            with _silent_stderr():
+                lm = KenLM(str(path), Dictionary([*map(form, vocabulary), "<unk>"]))
+            start = lm.start(True)  # of no sentence: the score is the unigram's
+            *scores, unknown = (lm.score(start, i)[1] for i in range(len(vocabulary) + 1))
+            known = sum(score != unknown for score in scores)
+            best = (lm, scores, known) if known > best[2] else best
+            if 2 * known >= len(vocabulary):
+                break
+    except (OSError, EOFError, ValueError, RuntimeError) as error:
+        found = " ".join((str(error).splitlines() or [""])[-1].split())
+        raise DataError(f"{path}: {found}; expected an n-gram language model, ARPA or KenLM's binary, of at least two orders") from error
+    if not best[2]:
+        raise DataError(f"{path}: knows none of the lexicon's {len(vocabulary)} words, such as {vocabulary[0]!r}; expected a language model of the same language")
+    return best
+
+
+@contextlib.contextmanager
+def _silent_stderr():
+    """KenLM draws a progress bar on the process's stderr, past Python."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+class WordSearch:
+    """Beam search over a lexicon's trie with an n-gram LM (flashlight's LexiconDecoder, KenLM inside).
+
+    lexicon: (word, phoneme ids without the last SIL), lm: ARPA file. `known`: words that the LM knows, the rest score as <unk>;
+    `dropped`: homophones beyond MOST_HOMOPHONES, the least frequent by the LM."""
+
+    def __init__(self, lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path):
+        try:
+            from flashlight.lib.text import decoder as flashlight
+            from flashlight.lib.text.decoder import kenlm  # noqa: F401
+        except ImportError as error:
+            raise DataError(f"--words: {error}; expected the package ufal-flashlight-text; run `pip install ufal-flashlight-text`") from error
+        self.library, self.words = flashlight, list(dict.fromkeys(word for word, _ in lexicon))
+        self.lm, scores, self.known = load_lm(lm, self.words)
+        number_of = {word: i for i, word in enumerate(self.words)}
+        spoken: dict[tuple[int, ...], list[int]] = {}
+        for word, sounds in lexicon:
+            spoken.setdefault(sounds, []).append(number_of[word])
+        self.dropped = sum(max(0, len(members) - MOST_HOMOPHONES) for members in spoken.values())
+        self.trie = flashlight.Trie(len(PHONEMES), SIL)
+        for sounds, members in spoken.items():
+            for i in sorted(members, key=lambda i: -scores[i])[:MOST_HOMOPHONES]:
+                self.trie.insert([*sounds, SIL], i, scores[i])
+        self.trie.smear(flashlight.SmearingMode.MAX)
+
+    def decode(self, log_probs: np.ndarray, settings: dict) -> list[str]:
+        """Words of one trial: log_probs (F, 41), settings as in `words`. No frame, no word."""
+        if not len(log_probs):
+            return []
+        emissions = settings["acoustic_scale"] * np.asarray(log_probs, np.float32)
+        emissions[:, 0] -= settings["acoustic_scale"] * settings["blank_penalty"]
+        emissions = np.ascontiguousarray(emissions, np.float32)  # its address goes to the library
+        if not np.isfinite(emissions).all():
+            raise DataError("--words: log-probabilities that are not finite; expected those of a trained model; look at its weights")
+        options = self.library.LexiconDecoderOptions(settings["beam"], settings["token_beam"], 25.0, settings["lm_weight"], settings["word_score"],
+                                                     -math.inf, 0.0, False, self.library.CriterionType.CTC)  # fmt: skip
+        decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
+        return [self.words[i] for i in decoder.decode(emissions.ctypes.data, *emissions.shape)[0].words if i >= 0]
+
+
+@contextlib.contextmanager
+def word_decoder(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path, processes: int = 1):
+    """Gives decode(list of log_probs, settings) -> list of sentences, and the WordSearch, for the length of a with block.
+
+    The library holds Python's lock, so threads gain nothing; with processes > 1 each builds a search of its own."""
+    search = WordSearch(lexicon, lm)
+    if processes == 1:
+        yield lambda trials, settings: [search.decode(trial, settings) for trial in trials], search
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start_decoding, (lexicon, lm)) as pool:
+        yield lambda trials, settings: list(pool.map(_decode, trials, [settings] * len(trials), chunksize=4)), search
+
+
+def _start_decoding(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path) -> None:
+    _decode.search = WordSearch(lexicon, lm)
+
+
+def _decode(log_probs: np.ndarray, settings: dict) -> list[str]:
+    return _decode.search.decode(log_probs, settings)
+
+
+def nearest_words(sequences: Iterable[list[int]], lexicon: list[tuple[str, tuple[int, ...]]]) -> list[list[str]]:
+    """The yardstick without LM and search: greedy phoneme ids cut at SIL, for each piece the lexicon's word at the fewest edits,
+    the earlier one of equals (the more frequent, of `training_lexicon`)."""
+    spoken = [bytes(sounds) for _, sounds in lexicon]
+
+    @functools.cache
+    def nearest(piece: bytes) -> str:
+        return lexicon[process.extractOne(piece, spoken, scorer=Levenshtein.distance)[2]][0]
+
+    return [[nearest(piece) for piece in bytes(sequence).split(bytes([SIL])) if piece] for sequence in sequences]
+
+
+def tune_words(decode: Callable, log_probs: list[np.ndarray], references: list[list[str]], settings: dict) -> tuple[dict, dict]:
+    """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after: WER, searches, sentences}).
+
+    One setting after the other takes the value with the fewest errors, what it had among equals, until a round changes none."""
+    tried: dict[tuple, float] = {}
+
+    def wer(candidate: dict) -> float:
+        key = tuple(candidate.values())
+        if key not in tried:
+            tried[key] = error_rate(per_counts(references, decode(log_probs, candidate)))
+        return tried[key]
+
+    if not sum(map(len, references)):
+        raise DataError("--tune: no labelled validation trial; expected some; leave it out or give the settings")
+    before, changed = wer(settings), True
+    while changed:
+        changed = False
+        for name, values in WORD_GRID.items():
+            value = min((settings[name], *values), key=lambda value: wer(settings | {name: value}))
+            changed |= value != settings[name]
+            settings = settings | {name: value}
+    return settings, {"before": before, "after": wer(settings), "searches": len(tried), "sentences": len(references)}
+
+
+def write_submission(path: str | Path, sentences: list[str], corpus, indices: Iterable[int], style: str) -> None:
+    """Writes the sentences of one whole part in the competitions' order: by session name, then by trial number.
+
+    style "24": a sentence a line; "25": columns id (row number from 0) and text. Any part may be written, the '24 test part too,
+    but all of it: DataError where a trial is missing or doubled, or where the '24 competition part is not 1200 rows of 15 days."""
+    indices = np.asarray(indices, np.int64)
+    parts = sorted({corpus.part[i] for i in indices})
+    expected = np.flatnonzero(np.isin(corpus.part, parts))
+    if len(parts) != 1 or len(indices) != len(sentences) or sorted(indices) != expected.tolist():
+        raise DataError(f"{path}: {len(sentences)} sentences for {len(set(indices.tolist()))} of the {len(expected)} trials of part "
+                        f"{' + '.join(map(str, parts)) or 'none'}; expected each trial of one part once; give --part competition or --part test")
+    days = sorted({corpus.days[corpus.day[i]] for i in indices})
+    public = COMPETITION_SIZE.get((corpus.channels, len(corpus.days)))
+    if parts == ["competition"] and not corpus.synthetic and public not in (None, (len(indices), len(days))):
+        raise DataError(f"{path}: {len(indices)} rows of {len(days)} days; the competition takes {public[0]} of {public[1]}; see what the conversion left out")
+    order = sorted(range(len(indices)), key=lambda k: (corpus.days[corpus.day[indices[k]]], indices[k]))
+    rows = [sentences[k] for k in order]
+    lines = ["id,text", *(f"{n},{row}" for n, row in enumerate(rows))] if style == "25" else rows
+    write_atomic(Path(path), lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    print(f"{path}: {len(rows)} sentences of part {parts[0]}, {len(days)} days {days[0]} to {days[-1]}, {rows.count('')} of them empty"
+          + (f"; the conversion left out {len(corpus.left_out)} items: a trial of this part among them moves the rows after it" if corpus.left_out else ""))
+
+
+def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Adds the options of `words`, which runs when --words, --tune or --submission is given, and returns them."""
+    group = parser.add_argument_group("words", "beam search over a lexicon with an n-gram LM (task decoder)")
+    add = group.add_argument
+    return [
+        add("--words", action="store_true", help="report the word error rate beside PER (off)"),
+        add("--tune", action="store_true", help="choose the four settings on the validation part first, and store them in words.json beside the checkpoint (off)"),
+        add("--submission", metavar="FILE", help="write the sentences of the part: FILE.csv as id,text ('25), any other one a line ('24)"),
+        add("--lexicon", metavar="FILE", help="lines of a word and its phonemes (default: the training transcripts' words)"),
+        add("--lm", metavar="FILE", help="ARPA file or KenLM binary (default: Witten-Bell trigram of the training transcripts)"),
+        add("--acoustic-scale", type=number(float, 0, 100), help="factor of the log-probabilities (default: 0.5 with 256 channels, 0.325 with 512)"),
+        add("--blank-penalty", type=number(float, -100, 100), help="taken off blank's log-probability, in nats (default: log 7 with 256 channels, log 90 with 512)"),
+        add("--lm-weight", type=number(float, 0, 100), default=1.0, help="factor of the LM's log10 probability (%(default)s)"),
+        add("--word-score", type=number(float, -100, 100), default=0.0, help="added for every word (%(default)s)"),
+        add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)"),
+        add("--token-beam", type=number(int, 1, 41), default=41, help="phonemes tried a frame (%(default)s: all)"),
+        add("--processes", type=number(int, 1), default=1, help="processes that search (%(default)s)"),
+    ]
+
+
+def word_model(corpus, train: Iterable[int], args: argparse.Namespace) -> tuple[list, Path, str]:
+    """(lexicon, LM file, where they are from): the files given, else made from the transcripts of the trials `train`."""
+    texts = [corpus.text[i] for i in train]
+    lexicon = read_lexicon(args.lexicon) if args.lexicon else training_lexicon(texts, [corpus.labels[i] for i in train])
+    if not lexicon:
+        raise DataError(f"{corpus.root}: no word in the {len(texts)} training transcripts; expected some; give --lexicon FILE and --lm FILE")
+    source = f"{len({word for word, _ in lexicon})} words with {len(lexicon)} pronunciations from {args.lexicon or f'{len(texts)} training transcripts'}"
+    if args.lm:
+        return lexicon, Path(args.lm), f"{source}; LM {args.lm}"
+    sentences = [sentence for sentence in map(spoken_words, texts) if sentence]
+    path = Path(args.cache) / f"trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
+    write_arpa(path, witten_bell(sentences))
+    return lexicon, path, f"{source}; LM Witten-Bell trigram of {len(sentences)} training transcripts, {path}"
+
+
+def words(log_probs: list[np.ndarray], corpus, indices: Iterable[int], args: argparse.Namespace, valid: tuple | None = None,
+          train: Iterable[int] | None = None) -> dict:
+    """Decodes trials into words, prints and returns WER (0 to 1) and what it was got with; writes --submission.
+
+    log_probs: (F, 41) of each trial of indices. valid: (log_probs, indices) of the validation part, for --tune. train: trials whose
+    transcripts make the lexicon and the LM (default: the labelled ones of part "train" in neither indices nor valid). Without any
+    labelled trial there is no WER, and never for the competition part. DataError on unreadable files, on --tune without labels, on an incomplete submission."""
+    indices = np.asarray(indices, np.int64)
+    held_out = {*indices.tolist(), *(np.asarray(valid[1]).tolist() if valid else ())}
+    if train is None:
+        train = [i for i in np.flatnonzero(np.asarray(corpus.part) == "train") if corpus.labelled[i] and i not in held_out]
+    settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam", "token_beam")}
+    settings = {name: WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])[name] if value is None else value for name, value in settings.items()}
+    lexicon, lm, source = word_model(corpus, train, args)
+    figures: dict = {"lexicon": args.lexicon or "training transcripts", "lm": args.lm or "training transcripts"}
+    with word_decoder(lexicon, lm, args.processes) as (decode, search):
+        print(f"words: {source}; it knows {search.known} of the words" + (f"; {search.dropped} homophones left out" if search.dropped else ""))
+        if args.tune:
+            if valid is None:
+                raise DataError("--tune: no validation part here; expected one; leave it out or give the settings")
+            chosen = [k for k, i in enumerate(valid[1]) if corpus.labelled[i]]
+            settings, figures["tuned"] = tune_words(decode, [valid[0][k] for k in chosen], [spoken_words(corpus.text[valid[1][k]]) for k in chosen], settings)
+            _report_tuning(figures["tuned"], settings, args)
+        start = time.perf_counter()
+        sentences = decode(log_probs, settings)
+        figures |= {"settings": settings, "sentences": len(sentences), "ms_per_sentence": 1000 * (time.perf_counter() - start) / max(1, len(sentences))}
+    labelled = [k for k, i in enumerate(indices) if corpus.labelled[i] and corpus.part[i] != "competition"]
+    if labelled:
+        references = [spoken_words(corpus.text[indices[k]]) for k in labelled]
+        greedy = [ctc_greedy(log_probs[k][None], [len(log_probs[k])])[0] for k in labelled]
+        known = {word for word, _ in lexicon}
+        figures["outside_lexicon"] = sum(word not in known for sentence in references for word in sentence)
+        figures |= _word_figures("wer", references, [sentences[k] for k in labelled])
+        figures |= _word_figures("nearest", references, nearest_words(greedy, lexicon))
+        tuned_here = args.tune and {*np.asarray(valid[1]).tolist()} & {*indices.tolist()}
+        _report_words(figures, "; tuned on these very sentences" if tuned_here else "", args.processes)
+        for k in np.unique(np.linspace(0, len(labelled) - 1, 5).astype(int)):
+            print(f"{corpus.ids[indices[labelled[k]]]}\n  reference  {' '.join(references[k])}\n  decoded    {' '.join(sentences[labelled[k]])}")
+    else:
+        print(f"words: {len(sentences)} sentences decoded, none labelled: no WER")
+    if args.submission:
+        write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices,
+                         "25" if str(args.submission).endswith(".csv") else "24")
+    return figures
+
+
+def _word_figures(name: str, references: list[list[str]], hypotheses: list[list[str]]) -> dict:
+    counts = per_counts(references, hypotheses)
+    return {name: error_rate(counts), f"{name}_interval": list(trial_bootstrap(counts)),
+            f"{name}_counts": dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))}
+
+
+def _report_words(figures: dict, remark: str, processes: int) -> None:
+    for name, title in (("wer", "WER, lexicon and LM"), ("nearest", "WER, greedy phonemes to the nearest words")):
+        (low, high), counts = figures[f"{name}_interval"], figures[f"{name}_counts"]
+        print(f"{title:<42} {figures[name]:.4f} 95 % [{low:.4f}, {high:.4f}]  sub {counts['sub']} del {counts['del']} ins {counts['ins']} of {counts['words']} words"
+              + remark * (name == "wer"))
+    print(f"{figures['outside_lexicon']} of the words scored are not in the lexicon; {figures['ms_per_sentence']:.1f} ms a sentence"
+          + f" in {processes} processes, their start included" * (processes > 1))
+
+
+def _report_tuning(tuned: dict, settings: dict, args: argparse.Namespace) -> None:
+    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
+    print(f"tuned on {tuned['sentences']} validation sentences, {tuned['searches']} searches: WER {tuned['before']:.4f} -> {tuned['after']:.4f} there with {flags}")
+    if getattr(args, "ckpt", None):
+        path = Path(args.ckpt[0]).with_name("words.json")
+        text = json.dumps(json_ready({"settings": settings, "tuned": tuned, "lexicon": args.lexicon, "lm": args.lm}), indent=1)
+        write_atomic(path, lambda file: file.write((text + "\n").encode()))
+        print(f"stored in {path}")
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # Bench: decoder
 # -----------------------------------------------------------------------------------------------------------------
+
+
+class PlainGRUDecoder(nn.Module):
+    """The network of `models.GRUDecoder` (one direction, no LayerNorm) with the same weights, as the public baseline computes
+    it: a depthwise filter per channel, windows materialised by unfold, one multi-layer GRU over the padding too."""
+
+    def __init__(self, model: GRUDecoder):
+        super().__init__()
+        sizes = model.model_args
+        if sizes["bidirectional"] or sizes["layer_norm"] or not sizes["smooth_width"]:
+            raise ValueError(f"plain decoder: only one direction, no LayerNorm, with smoothing; got {sizes}")
+        self.register_buffer("smoothing", model.smoothing.detach().repeat(sizes["channels"], 1, 1))
+        self.day_weight, self.day_bias = (nn.Parameter(value.detach().clone()) for value in (model.day_weight, model.day_bias))
+        self.dropout = nn.Dropout(sizes["input_dropout"])
+        self.unfold = nn.Unfold((model.kernel, 1), stride=model.stride)
+        self.gru = nn.GRU(sizes["channels"] * model.kernel, sizes["hidden"], sizes["layers"], batch_first=True, dropout=sizes["dropout"])
+        self.linear = copy.deepcopy(model.linear)
+        with torch.no_grad():
+            for i, (layer,) in enumerate(model.gru):
+                for name, parameter in layer.named_parameters():
+                    getattr(self.gru, name.replace("_l0", f"_l{i}")).copy_(parameter)
+
+    def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) zero-padded, lengths (B,), day (B,) -> logits (B, F, 41), frames (B,)."""
+        taps = self.smoothing.shape[-1]
+        x = functional.pad(x.transpose(1, 2), ((taps - 1) // 2, taps // 2))
+        x = functional.conv1d(x, self.smoothing, groups=x.shape[1]).transpose(1, 2)
+        x = torch.einsum("btc,bcd->btd", x, self.day_weight.index_select(0, day)) + self.day_bias.index_select(0, day).unsqueeze(1)
+        windows = self.unfold(self.dropout(functional.softsign(x)).transpose(1, 2).unsqueeze(3))  # (B, C * kernel, F)
+        hidden, _ = self.gru(windows.transpose(1, 2))
+        return self.linear(hidden), output_frames(lengths, self.unfold.kernel_size[0], self.unfold.stride)
+
+
+def random_speech(trials: int, channels: int = 256, days: int = 24, seed: int = 7) -> SpeechCorpus:
+    """A made-up corpus in memory: noise of about 500 bins a trial, a label for every third frame."""
+    rng = np.random.default_rng(seed)
+    lengths = np.exp(rng.normal(np.log(TRIAL_BINS), BINS_SPREAD, trials)).clip(100, 1200).astype(np.int64)
+    labels = [rng.integers(1, len(PHONEMES), n // 12) for n in lengths]
+    return SpeechCorpus(
+        features=rng.standard_normal((lengths.sum(), channels), np.float32), offsets=np.append(0, lengths.cumsum()),
+        day=rng.integers(days, size=trials), block=np.zeros(trials, np.int64), part=np.full(trials, "train"), labels=labels,
+        text=[""] * trials, ids=[str(i) for i in range(trials)], days=[str(d) for d in range(days)], channels=channels, root=Path("."),
+        synthetic=True, left_out=[], labelled=np.ones(trials, bool))  # fmt: skip
+
+
+class _Trials(torch.utils.data.Dataset):
+    def __init__(self, corpus: SpeechCorpus):
+        self.corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus.ids)
+
+    def __getitem__(self, i: int) -> dict:
+        return speech_item(self.corpus, i)
+
+
+def _fresh_batch(dataset: Iterable, batch: int, step: int, **options) -> object:
+    """The re-tune scripts' habit: a new iterator over the whole set for each step, of which one batch is used."""
+    return next(iter(DataLoader(dataset, batch, shuffle=True, generator=torch.Generator().manual_seed(step), **options)))
+
+
+def _without_lengths(batch: dict, device: torch.device) -> dict:
+    """The batch on the device, but for the lengths: the model and the CTC loss read them on the CPU."""
+    return batch | {key: batch[key].to(device, non_blocking=True) for key in ("x", "day", "labels")}
+
+
+def _decoder_loss(model: nn.Module, batch: dict, x: Tensor, amp: torch.dtype | None, device: torch.device) -> Tensor:
+    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+        logits, frames = model(x, batch["lengths"], batch["day"])
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
+    return functional.ctc_loss(log_probs, batch["labels"], frames, batch["label_lengths"])
+
+
+def _decoder_step(model: nn.Module, optimizer: torch.optim.Optimizer, draw: Callable, amp: torch.dtype | None, device: torch.device) -> tuple:
+    """Seconds of one training step, seconds of it that passed before the batch was there, peak of GPU memory in MiB."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    batch = _without_lengths(draw(), device)
+    loaded = time.perf_counter()
+    x = time_mask(add_noise(batch["x"], batch["lengths"], 0.2, 0.2), batch["lengths"], 1.0, 0.075, 20)
+    _decoder_loss(model, batch, x, amp, device).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, loaded - start, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan")
+
+
+def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
+    """Training steps of GRUDecoder (the trainer's way: one lasting loader, exact lengths) and of PlainGRUDecoder (a fresh
+    iterator per step, windows, padding, float32), in turn, on the same trials, with the same noise, mask and optimiser."""
+    device, warm_up = args.device, 1
+    dataset, model = _Trials(random_speech(4 * args.batch)), GRUDecoder(hidden=args.width).to(device)
+    rivals = {"GRUDecoder": model, "plain": PlainGRUDecoder(model).to(device)}
+    draws = [_fresh_batch(range(len(dataset)), args.batch, step).tolist() for step in range(warm_up + args.steps)]
+    workers = 4 if device.type == "cuda" else 0
+    lasting = iter(DataLoader(dataset, batch_sampler=draws, collate_fn=collate_speech, num_workers=workers, pin_memory=device.type == "cuda"))
+    first = _without_lengths(collate_speech([dataset[i] for i in draws[0]]), device)
+    with torch.no_grad():
+        losses = [float(_decoder_loss(rival.eval(), first, first["x"], None, device)) for rival in rivals.values()]
+    optimizers = {name: torch.optim.AdamW(rival.train().parameters(), lr=1e-3) for name, rival in rivals.items()}
+    taken: dict[str, list] = {name: [] for name in rivals}
+    for step in range(warm_up + args.steps):
+        sources = {"GRUDecoder": lambda: next(lasting), "plain": lambda k=step: _fresh_batch(dataset, args.batch, k, collate_fn=collate_speech)}
+        for name, rival in rivals.items():
+            taken[name].append(_decoder_step(rival, optimizers[name], sources[name], amp if rival is model else None, device))
+    median = {name: np.median(values[warm_up:], axis=0) for name, values in taken.items()}
+    lengths = [dataset.corpus.lengths[draw] for draw in draws[warm_up:]]
+    about = hardware(device)
+    print(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
+          f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}")
+    print(f"batch {args.batch} trials of {np.mean(lengths):.0f} bins on average, longest {np.max(lengths)}; {1 - np.mean(lengths) / np.mean([n.max() for n in lengths]):.0%} "
+          f"of a padded batch is padding; hidden {args.width}, {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps")
+    for name, (seconds, data, memory) in median.items():
+        peak = f", peak {memory:.0f} MiB" if device.type == "cuda" else ""
+        print(f"{name:<10} {1000 * seconds:8.1f} ms/step, of which the batch took {1000 * data:.1f}; {args.batch / seconds:8.1f} trials/s{peak}")
+    ratio, difference = float(median["plain"][0] / median["GRUDecoder"][0]), abs(losses[0] - losses[1])
+    if device.type == "cpu":
+        print(f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(f"ratio plain / GRUDecoder {ratio:.2f}; losses {losses[0]:.6f} and {losses[1]:.6f} differ by {difference:.1e} (float32, eval)")
+    return {"ratio": ratio, "difference": difference, "losses": losses, **{f"{name}_seconds": float(m[0]) for name, m in median.items()}}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -647,10 +1419,10 @@ COMMANDS = {"floor": floor, "bench": bench}
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Options that every command shares, then all of them checked."""
     if "bench" not in parser.prog:
-        parser.add_argument("--data", metavar="DIR", help="PercePiano in its public layout; absent = synthetic corpus")
+        parser.add_argument("--data", metavar="DIR", help="the task's dataset in its public layout; absent = synthetic corpus")
         parser.add_argument("--cache", default="cache", metavar="DIR", help="extracted features")
         parser.add_argument("--csv", metavar="FILE", help="write the predictions here")
-        parser.add_argument("--save-results", metavar="ROW", help="write RESULTS_DIR/han_ROW_<split>.json and .csv of both parts")
+        parser.add_argument("--save-results", metavar="ROW", help="write RESULTS_DIR/han_ROW_<split>.json and .csv of both parts, or decoder_ROW_<part>")
         parser.add_argument("--results-dir", default="results", metavar="DIR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

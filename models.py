@@ -11,10 +11,13 @@ Masks: True = valid. Index tensors come from data.collate_han.
 import os
 import re
 from collections.abc import Mapping
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from data import DataError
 
@@ -273,17 +276,684 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
 # -----------------------------------------------------------------------------------------------------------------
 # Phoneme decoder
 # -----------------------------------------------------------------------------------------------------------------
+def output_frames(lengths, kernel: int, stride: int):
+    """CTC frames of trials of `lengths` bins (int, tensor or array): floor((T - kernel) / stride) + 1, at least 0."""
+    frames = (lengths - kernel) // stride + 1
+    return frames.clip(0) if hasattr(frames, "clip") else max(frames, 0)
+
+
+class GRUDecoder(nn.Module):
+    """Spikes to phoneme logits: smoothing, day layer, overlapping windows, GRU, linear (Willett et al., 2023).
+
+    channels       features per 20 ms bin
+    days           day layers; day -1 stands for their mean
+    hidden, layers width of each GRU direction; GRU layers
+    classes        logits per frame, blank 0 included
+    kernel, stride length and step of the windows, bins
+    dropout        between GRU layers; 0 = off
+    input_dropout  on single values, before they are cut into windows; 0 = off
+    layer_norm     LayerNorm on the output of the last GRU layer
+    smooth_width   SD of the Gaussian smoothing, bins; 0 = off
+    smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, as the public baseline does
+
+    The frames of all trials stand in one array in the order of a PackedSequence: nothing is computed for padding,
+    and the backward direction reads each trial from its own end. A GPU runs cuDNN. On CPU the first layer's input
+    product is a convolution (window_product), since windows overlap 8 times, and PackedGRU runs the recurrence.
+    """
+
+    def __init__(self, channels: int = 256, days: int = 24, hidden: int = 1024, layers: int = 5, classes: int = 41,
+                 kernel: int = 32, stride: int = 4, dropout: float = 0.3, input_dropout: float = 0.0,
+                 bidirectional: bool = False, layer_norm: bool = False, smooth_width: float = 2.0,
+                 smooth_taps: int = 20):  # fmt: skip
+        super().__init__()
+        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        if min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1:
+            raise DataError(f"GRUDecoder: {self.model_args}; expected sizes of at least 1")
+        self.kernel, self.stride = kernel, stride
+        self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
+        self.day_weight = nn.Parameter(torch.eye(channels).repeat(days, 1, 1))
+        self.day_bias = nn.Parameter(torch.zeros(days, channels))
+        directions = 2 if bidirectional else 1
+        sizes = [channels * kernel] + [hidden * directions] * (layers - 1)  # a window: channel * kernel + bin
+        self.gru = nn.ModuleList(nn.ModuleList(nn.GRU(size, hidden) for _ in range(directions)) for size in sizes)
+        self.input_dropout, self.dropout = nn.Dropout(input_dropout), nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(hidden * directions) if layer_norm else nn.Identity()
+        self.linear = nn.Linear(hidden * directions, classes)
+        for name, parameter in self.gru.named_parameters():
+            if "weight_hh" in name:
+                for gate in parameter.data.chunk(3):
+                    nn.init.orthogonal_(gate)
+            elif "weight_ih" in name:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, zero beyond the frames (B,).
+
+        Lengths are read on the CPU: keep them there, or a GPU has to wait. Bins beyond a trial's length are not used.
+        """
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
+            with torch.autocast("cpu", enabled=False):  # no fast kernels for float16, as in BiLSTM
+                return self.forward(x.float(), lengths, day)
+        frames = output_frames(lengths, self.kernel, self.stride)
+        sizes, *index = pack_windows(lengths.cpu(), x.shape[1], self.kernel, self.stride)
+        rows, window, mirror, place = (i.to(x.device, non_blocking=True) for i in index)
+        x = self.day_layer(self.smooth(x, lengths), day).flatten(0, 1).index_select(0, rows)
+        h = self.input_dropout(nn.functional.softsign(x))
+        for i, directions in enumerate(self.gru):
+            h = self.dropout(h) if i else h
+            out = [self.run(directions[0], h, sizes, None if i else window, cut=not i)]
+            for backward in directions[1:]:
+                turned = self.run(backward, h, sizes, mirror if i else window[mirror], cut=not i)
+                out.append(turned.index_select(0, mirror))
+            h = torch.cat(out, dim=1)
+        logits = self.linear(self.norm(h)).float()
+        B, F = len(frames), len(sizes)
+        grid = logits.new_zeros(B * F, logits.shape[1]).index_copy(0, place, logits)
+        return grid.view(B, F, logits.shape[1]), frames
+
+    def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T + 1, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
+        B, T, C = x.shape
+        beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
+        taps = len(self.smoothing)
+        x = nn.functional.pad(x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2), ((taps - 1) // 2, taps // 2 + 1))
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.conv1d(x, self.smoothing.expand(C, 1, taps), groups=C).transpose(1, 2)
+
+    def day_layer(self, x: Tensor, day: Tensor) -> Tensor:
+        """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
+        days = len(self.day_bias)
+        if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
+            raise DataError(f"GRUDecoder: day {sorted({*day.tolist()})}; expected 0 to {days - 1}, or -1 for the mean")
+        day = day.to(x.device, non_blocking=True)
+        weight, bias = (torch.cat([p, p.mean(0, keepdim=True)]) for p in (self.day_weight, self.day_bias))
+        return torch.baddbmm(bias[day].unsqueeze(1), x, weight[day])
+
+    def run(self, gru: nn.GRU, x: Tensor, sizes: Tensor, order: Tensor | None, cut: bool) -> Tensor:
+        """One direction of one layer: x (rows, C), cut into windows or not, in the given order -> (N, hidden)."""
+        if x.device.type != "cpu":
+            return self.run_packed(gru, x, sizes, order, cut)
+        H, weight = gru.hidden_size, gru.weight_ih_l0
+        bias = gru.bias_ih_l0 + nn.functional.pad(gru.bias_hh_l0[: 2 * H], (0, H))
+        if cut:
+            gates = window_product(x, weight.view(3 * H, -1, self.kernel), bias, self.stride)
+        else:
+            gates = nn.functional.linear(x, weight, bias)
+        gates = gates if order is None else gates.index_select(0, order)
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        return PackedGRU.apply(gates.to(weight.dtype), gru.weight_hh_l0, gru.bias_hh_l0[2 * H :], sizes.tolist(), low)
+
+    def run_packed(self, gru: nn.GRU, x: Tensor, sizes: Tensor, order: Tensor | None, cut: bool) -> Tensor:
+        """The same by PyTorch's own GRU on materialised windows, which is the fast form on a GPU."""
+        x = x.unfold(0, self.kernel, self.stride) if cut else x  # (windows, C, kernel)
+        x = x if order is None else x.index_select(0, order).flatten(1)
+        return gru(nn.utils.rnn.PackedSequence(x, sizes))[0].data if len(x) else x.new_zeros(0, gru.hidden_size)
+
+
+def window_product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, splits: int = 2) -> Tensor:
+    """Products of the windows of x (rows, C) with weight (G, C, kernel), by a strided convolution -> (windows, G).
+
+    Where half a kernel is a whole number of strides, 3 convolutions of half the length give every even and odd window
+    instead of 4: with steps of x and of the weight split in even and odd ones, even = We(E - O) + (We + Wo)O and
+    odd = Wo(E' - O) + (We + Wo)O, E' being E one step later (a fast FIR filter; float32 rounding stays as it is).
+    Twice, that leaves 9/16 of the operations. The last window may be a wrong one, beyond the end of x.
+    """
+    if not splits or weight.shape[2] % (2 * stride):
+        return nn.functional.conv1d(x.t().unsqueeze(0), weight, bias, stride)[0].t()
+    x = nn.functional.pad(x, (0, 0, 0, -len(x) % (2 * stride)))
+    even, odd = x.unflatten(0, (-1, 2, stride)).unbind(1)  # (steps, stride, C)
+    by_even, by_odd = (w.flatten(2) for w in weight.unflatten(2, (-1, 2, stride)).unbind(3))
+    both = window_product(odd.flatten(0, 1), by_even + by_odd, bias, stride, splits - 1)
+    first = window_product((even - odd).flatten(0, 1), by_even, None, stride, splits - 1)
+    second = window_product((even.roll(-1, 0) - odd).flatten(0, 1), by_odd, None, stride, splits - 1)
+    return torch.stack([first + both, second + both], dim=1).flatten(0, 1)
+
+
+class PackedGRU(torch.autograd.Function):
+    """The recurrence of a GRU layer over packed sequences; products in `low` precision, states in the weights' own.
+
+    gates (N, 3H): input products with their biases, the recurrent biases of reset and update gate included; weight
+    (3H, H) and bias (H,) of the new gate: recurrent; sizes: sequences alive at each step, never rising -> (N, H).
+    The weight's gradient is one product over all steps, where autograd would make one per step.
+    """
+
+    @staticmethod
+    def forward(ctx, gates: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], low: torch.dtype) -> Tensor:
+        N, H = len(gates), weight.shape[1]
+        out, memory, new, gate = (gates.new_empty(N, width) for width in (H, H, H, 2 * H))  # gate: reset, update
+        transposed, h, end = weight.to(low).t(), gates.new_zeros(max(sizes, default=0), H), 0
+        for size in sizes:
+            now, end = slice(end, end + size), end + size
+            product = torch.mm(h[:size].to(low), transposed).to(h.dtype)
+            torch.sigmoid(product[:, : 2 * H].add_(gates[now, : 2 * H]), out=gate[now])
+            torch.add(product[:, 2 * H :], bias, out=memory[now])
+            torch.tanh(torch.addcmul(gates[now, 2 * H :], gate[now, :H], memory[now]), out=new[now])
+            h = torch.lerp(new[now], h[:size], gate[now, H:], out=out[now])
+        ctx.save_for_backward(weight, out, memory, new, gate)
+        ctx.sizes, ctx.low = sizes, low
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        weight, out, memory, new, gate = ctx.saved_tensors
+        (N, H), reset, update, low = out.shape, gate[:, : out.shape[1]], gate[:, out.shape[1] :], ctx.low
+        first = max(ctx.sizes, default=0)
+        ends = torch.tensor(ctx.sizes, dtype=torch.long).cumsum(0).tolist()
+        starts = zip([0, *ends], ctx.sizes[1:], strict=False)
+        before = torch.cat([out.new_zeros(first, H), *(out[start : start + size] for start, size in starts)])
+        # derivatives of the state by each pre-activation: reset, update, recurrent part of new
+        to_new = (1 - update) * (1 - new * new)
+        slope = torch.stack([to_new * memory * reset * (1 - reset), (before - new) * update * (1 - update), to_new * reset], 1)
+        d_state, d_gates, weight = grad.clone(), slope.view(N, 3 * H), weight.to(low)
+        carried = out.new_zeros(0, H)
+        for end, size in zip(reversed(ends), reversed(ctx.sizes), strict=True):
+            now = slice(end - size, end)
+            d_state[now][: len(carried)] += carried
+            slope[now] *= d_state[now].unsqueeze(1)
+            carried = torch.addcmul(torch.mm(d_gates[now].to(low), weight).to(out.dtype), d_state[now], update[now])
+        d_weight = torch.mm(d_gates[first:].t().to(low), before[first:].to(low)).to(out.dtype)
+        d_bias = slope[:, 2].sum(0)
+        torch.mul(d_state, to_new, out=slope[:, 2])
+        return d_gates, d_weight, d_bias, None, None
+
+
+def gaussian_taps(width: float, taps: int) -> Tensor:
+    """(taps,) normalised Gaussian of SD `width` bins; width 0: no smoothing."""
+    if not width:
+        return torch.ones(1)
+    at = torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2
+    weight = torch.exp(-((at / width) ** 2) / 2)
+    return (weight / weight.sum()).float()
+
+
+def pack_windows(lengths: Tensor, bins: int, kernel: int, stride: int) -> tuple[Tensor, ...]:
+    """Index tensors that bring a batch (B, bins + 1, C) of trials, bin `bins` being empty, into packed windows.
+
+    sizes (F,) trials alive at each frame · rows: bins of all trials in turn, each trial a whole number of strides,
+    beyond its end empty bins · window (N,): window of rows, by step `stride`, of each packed frame · mirror (N,): packed
+    frame at the same place from the other end of its trial · place (N,): trial * F + frame. CPU, int64.
+    """
+    if len(lengths) and lengths.max() > bins:
+        raise DataError(f"GRUDecoder: a length of {int(lengths.max())} bins in a batch of {bins}; expected at most that")
+    frames = output_frames(lengths, kernel, stride)
+    blocks = (frames + max(-(-kernel // stride) - 1, 0)) * (frames > 0)
+    first = blocks.cumsum(0) - blocks
+    trial = torch.repeat_interleave(blocks * stride)
+    offset = torch.arange(len(trial)) - first[trial] * stride
+    rows = torch.cat([trial * (bins + 1) + offset.clip(max=bins), torch.full((kernel,), bins)])  # never less than a window
+    ordered, order = frames.sort(descending=True, stable=True)
+    alive = torch.arange(int(frames.max())).unsqueeze(1) < ordered  # (F, B)
+    time, rank = alive.nonzero(as_tuple=True)
+    number = alive.flatten().cumsum(0).view_as(alive) - 1
+    mirror = number[ordered[rank] - 1 - time, rank]
+    return alive.sum(1), rows, first[order[rank]] + time, mirror, order[rank] * len(alive) + time
+
+
+def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecoder:
+    """Weights of the public baseline (arrays or tensors by its names) as a GRUDecoder; sizes come from the shapes.
+
+    The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or missing name,
+    and a smoothing kernel that differs between channels, raise DataError.
+    """
+    weights = {name.removeprefix("module."): torch.as_tensor(value).float() for name, value in state_dict.items()}
+    weights = {name: value for name, value in weights.items() if not name.startswith("inpLayer")}
+    needed = ("dayWeights", "dayBias", "gaussianSmoother.weight", "gru_decoder.weight_ih_l0", "fc_decoder_out.weight")
+    if missing := [name for name in needed if name not in weights]:
+        raise DataError(f"decoder weights: missing {missing}; expected the state dict of the public baseline")
+    smoothing = weights["gaussianSmoother.weight"].flatten(1)
+    if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
+        raise DataError("decoder weights: gaussianSmoother.weight differs between channels; expected one kernel")
+    days, channels, _ = weights["dayWeights"].shape
+    gates, width = weights["gru_decoder.weight_ih_l0"].shape
+    model = GRUDecoder(
+        channels, days, gates // 3, _layer_count(weights, "gru_decoder"), len(weights["fc_decoder_out.weight"]),
+        width // channels, stride, bidirectional="gru_decoder.weight_ih_l0_reverse" in weights,
+        smooth_taps=smoothing.shape[1],
+    )  # fmt: skip
+    weights |= {"gaussianSmoother.weight": smoothing[0], "dayBias": weights["dayBias"].flatten(1)}
+    wanted = {name: _baseline_name(name) for name in model.state_dict()}
+    if wrong := sorted(weights.keys() ^ set(wanted.values())):
+        raise DataError(f"decoder weights: unknown or missing {wrong}; expected the state dict of the public baseline")
+    for name, parameter in model.state_dict().items():
+        value = weights[wanted[name]]
+        if value.shape != parameter.shape:
+            shapes = f"{tuple(value.shape)}; expected {tuple(parameter.shape)}"
+            raise DataError(f"decoder weights: {wanted[name]} has shape {shapes} from the other weights")
+        parameter.copy_(value)
+    return model.eval()
+
+
+def _baseline_name(name: str) -> str:
+    fixed = {"smoothing": "gaussianSmoother.weight", "day_weight": "dayWeights", "day_bias": "dayBias"}
+    name = re.sub(r"gru\.(\d+)\.0\.(\w+)_l0", r"gru_decoder.\2_l\1", name)
+    name = re.sub(r"gru\.(\d+)\.1\.(\w+)_l0", r"gru_decoder.\2_l\1_reverse", name)
+    return fixed.get(name, name.replace("linear.", "fc_decoder_out."))
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # AST
 # -----------------------------------------------------------------------------------------------------------------
+AST_PRESETS = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+}
+POOLINGS = ("mean", "meanstd", "cls")
+PATCH = 16  # frames and mel bins
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: attention, then an MLP four times as wide (exact GELU). No dropout inside attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+        """x (B, T, C), attend (B, T) tokens that may be seen -> (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        attend = attend if attend is None else attend.view(B, 1, 1, T)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, attend)
+        x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(B, T, C)))
+        hidden = self.dropout(nn.functional.gelu(self.fc1(self.norm2(x))))
+        return x + self.dropout(self.fc2(hidden))
+
+
+class Positions(nn.Module):
+    """Learned positions of a grid of patches: one vector per row plus one per column, or one per patch (`table`)."""
+
+    def __init__(self, freq: int, time: int, width: int, table: bool):
+        super().__init__()
+        self.freq = nn.Parameter(torch.zeros(freq, time if table else 1, width))
+        self.time = None if table else nn.Parameter(torch.zeros(1, time, width))
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, columns: int) -> Tensor:
+        """(freq * columns, width) of the first columns, frequency-major."""
+        grid = self.freq if self.time is None else self.freq + self.time
+        return grid[:, :columns].flatten(0, 1)
+
+
+class GroupedHead(nn.Module):
+    """One head per group of outputs: LayerNorm, linear and GELU make the group's query; a linear layer reads it.
+
+    cross: in between, a transformer block over the queries lets the groups see each other.
+    """
+
+    def __init__(self, size: int, width: int, heads: int, groups: list[list[int]], cross: bool, dropout: float):
+        super().__init__()
+        self.query = nn.ModuleList(nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width), nn.GELU()) for _ in groups)
+        self.cross = nn.Sequential(Block(width, heads, dropout), nn.LayerNorm(width)) if cross else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.read = nn.ModuleList(nn.Linear(width, len(group)) for group in groups)
+        self.register_buffer("place", torch.tensor(sum(groups, [])).argsort(), persistent=False)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """pooled (B, size) -> (B, outputs) in the outputs' own order."""
+        x = self.dropout(self.cross(torch.stack([query(pooled) for query in self.query], dim=1)))  # (B, G, width)
+        return torch.cat([read(x[:, g]) for g, read in enumerate(self.read)], dim=1).index_select(1, self.place)
+
+
+class AST(nn.Module):
+    """Audio Spectrogram Transformer: masked pre-training (num_outputs None) or ratings (Gong et al., 2021 and 2022).
+
+    frames        longest input, 10 ms frames; a shorter one uses the first columns of the positions
+    mel           mel bins; patches are 16 x 16
+    width, depth, heads   of the encoder: AST_PRESETS
+    stride        step of the patches in both axes: 16; 10 (overlap) is for fine-tuning only
+    dropout       after the positions, after the attention and after both layers of each MLP
+    ssast_compat  cls and distillation tokens and one position per patch, as SSAST; otherwise no further token and
+                  positions of row plus column
+    visible_only  pre-training: the encoder sees the visible patches alone, a decoder of decoder_depth blocks, half as
+                  wide, stands between it and the heads (He et al., 2022)
+    checkpointing keeps no activations inside blocks, computes them again for the gradient
+    num_outputs   ratings; None = pre-training
+    pooling       mean | meanstd (mean and standard deviation over the patches) | cls (mean of both tokens)
+    groups        None = LayerNorm and one linear layer; or lists of output numbers: one head each (GroupedHead)
+    cross         heads of groups see each other
+    balance       "uncertainty": log_variance (G,) of the groups, for the trainer's loss; None = no such parameter
+
+    Patches are numbered frequency-major: id = row * columns + column, of the columns of the batch at hand.
+    """
+
+    def __init__(self, frames: int = 1024, mel: int = 128, width: int = 768, depth: int = 12, heads: int = 12,
+                 stride: int = 16, dropout: float = 0.1, ssast_compat: bool = False, visible_only: bool = False,
+                 decoder_depth: int = 2, checkpointing: bool = False, num_outputs: int | None = None,
+                 pooling: str = "mean", groups: list[list[int]] | None = None, cross: bool = False,
+                 balance: str | None = None):  # fmt: skip
+        super().__init__()
+        groups = groups and [[*group] for group in groups]
+        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        _check_ast(**self.model_args)
+        self.stride, self.pooling, self.checkpointing = stride, pooling, checkpointing
+        self.rows, self.columns = self.count(mel), self.count(frames)
+        self.embed = nn.Conv2d(1, width, PATCH, stride)
+        self.position = Positions(self.rows, self.columns, width, table=ssast_compat)
+        # cls and distillation token, and their positions
+        self.extra = nn.Parameter(nn.init.trunc_normal_(torch.empty(2, 2, width), std=0.02)) if ssast_compat else None
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder, self.log_variance = None, None
+        if num_outputs is None:
+            if visible_only:
+                width = width // 2
+                self.narrow, self.decoder_norm = nn.Linear(2 * width, width), nn.LayerNorm(width, eps=1e-6)
+                self.decoder = nn.ModuleList(Block(width, max(heads // 2, 1), dropout) for _ in range(decoder_depth))
+                self.decoder_position = Positions(self.rows, self.columns, width, table=False)
+            self.hidden = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))  # stands for a masked patch
+            for name in ("discriminate", "generate"):
+                head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PATCH * PATCH))
+                setattr(self, name, head)
+        else:
+            size = width * (2 if pooling == "meanstd" else 1)
+            plain = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, num_outputs))
+            self.head = GroupedHead(size, width, heads, groups, cross, dropout) if groups else plain
+            self.log_variance = nn.Parameter(torch.zeros(len(groups))) if balance else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def count(self, length):
+        """Patches along an axis of `length` frames or mel bins (int or tensor): whole ones, at least 1 of a tensor."""
+        count = (length - PATCH) // self.stride + 1
+        return count.clip(min=1) if isinstance(count, Tensor) else count
+
+    def forward(self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, **kw) -> Tensor | dict:
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid.
+
+        With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or without
+        num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
+        """
+        if mask is not None:
+            return self.pretrain_losses(fbank, mask, lengths=lengths, **kw)
+        tokens, valid = self.tokens(fbank, lengths)
+        tokens = self.encode(tokens + self.position(self.grid(fbank)), valid)
+        return tokens if self.model_args["num_outputs"] is None else self.head(self.pool(tokens, valid)).float()
+
+    def grid(self, fbank: Tensor) -> int:
+        """Time columns of a batch; refuses one that this model cannot take."""
+        frames, mel = fbank.shape[1:]
+        if self.count(mel) != self.rows or not 1 <= self.count(frames) <= self.columns:
+            shortest, longest = PATCH, self.model_args["frames"]
+            expected = f"{shortest} to {longest} frames of {self.model_args['mel']} mel bins; cut it into crops"
+            raise DataError(f"AST: input of {frames} frames, {mel} mel bins; expected {expected}")
+        return self.count(frames)
+
+    def tokens(self, fbank: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Patch projections (B, patches, width) and, of given lengths, which ones lie inside (B, patches)."""
+        columns = self.grid(fbank)
+        x = self.embed(fbank.transpose(1, 2).unsqueeze(1)).flatten(2).transpose(1, 2)
+        if lengths is None:
+            return x, None
+        inside = torch.arange(columns, device=x.device) < self.count(lengths.to(x.device)).unsqueeze(1)  # (B, columns)
+        return x, inside.repeat(1, self.rows)
+
+    def encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last norm."""
+        if self.extra is not None:
+            x = torch.cat([self.extra.sum(0).expand(len(x), -1, -1), x], dim=1)
+            valid = valid if valid is None else nn.functional.pad(valid, (2, 0), value=True)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = self.through(block, x, valid)
+        return self.norm(x)
+
+    def through(self, block: Block, x: Tensor, valid: Tensor | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, valid, use_reentrant=False)
+        return block(x, valid)
+
+    def pool(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width, float32."""
+        tokens, extra = tokens.float(), 0 if self.extra is None else 2
+        if self.pooling == "cls":
+            return tokens[:, :2].mean(1)
+        tokens = tokens[:, extra:]
+        valid = tokens.new_ones(tokens.shape[:2]) if valid is None else valid.float()
+        weight = (valid / valid.sum(1, keepdim=True)).unsqueeze(2)
+        mean = (tokens * weight).sum(1)
+        if self.pooling == "mean":
+            return mean
+        variance = ((tokens - mean.unsqueeze(1)).square() * weight).sum(1)
+        return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1)
+
+    def pretrain_losses(self, fbank: Tensor, mask: Tensor, compat: bool = False, lengths: Tensor | None = None,
+                        second: Tensor | None = None) -> dict[str, Tensor]:  # fmt: skip
+        """Both objectives of SSAST on masked patches; the total that is minimised is nce + 10 mse.
+
+        mask (B, N) patch ids, -1 for none (cluster_mask); lengths (B,) valid frames.
+        compat=False is the paper: softmax over the patches for each prediction, and its accuracy; one encoder pass serves both
+        heads. compat=True is the original code: softmax over the predictions for each patch, accuracy by patches of
+        that softmax. second: a mask of its own for the generative head, which takes a second pass, as the original does.
+        Scalars, float32: nce, mse, accuracy · chance: accuracy of guessing · mse_mean: of predicting the batch's
+        mean patch. Averages over the masked patches of a clip, then over clips.
+        """
+        if self.model_args["num_outputs"] is not None or self.stride != PATCH:
+            raise DataError("AST: fine-tuned, or of overlapping patches; expected a pre-training network (num_outputs=None)")
+        hidden, target, there = self.masked(fbank, mask, lengths)
+        out = contrast(self.discriminate(hidden).float(), target, there, compat)
+        if second is not None:
+            hidden, target, there = self.masked(fbank, second, lengths)
+        weight = there.float() / there.sum(1, keepdim=True) / len(fbank)
+        error = (self.generate(hidden).float() - target).square().mean(2)
+        mean = (target * weight.unsqueeze(2)).sum((0, 1))
+        return out | {"mse": (error * weight).sum(), "mse_mean": ((target - mean).square().mean(2) * weight).sum()}
+
+    def masked(self, fbank: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Final tokens (B, N, width) and pixels (B, N, 256) of the masked patches, and which of the N there are."""
+        x, valid = self.tokens(fbank, lengths)
+        (B, T, _), there, ids = x.shape, mask >= 0, mask.clip(min=0)
+        hide = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, mask.remainder(T + 1), True)[:, :T]
+        position = self.position(self.grid(fbank))
+        if self.decoder is None:
+            x = torch.where(hide.unsqueeze(2), self.hidden.to(x.dtype), x)
+            tokens = self.encode(x + position, valid)[:, -T:]
+        else:
+            tokens = self.fill_in(x + position, hide, valid, T - mask.shape[1])
+        return _take(tokens, ids), _take(patches(fbank), ids), there
+
+    def fill_in(self, x: Tensor, hide: Tensor, valid: Tensor | None, visible: int) -> Tensor:
+        """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width)."""
+        T, seen = x.shape[1], ~hide if valid is None else ~hide & valid
+        if valid is not None:
+            visible = int(seen.sum(1).max())
+        order = seen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # (B, T): visible ones first
+        kept, real = order[:, :visible], None if valid is None else seen.gather(1, order)[:, :visible]
+        encoded = self.narrow(self.encode(_take(x, kept), real))  # (B, extra + visible, decoder width)
+        extra = encoded.shape[1] - visible
+        x = _take(encoded[:, extra:], order.argsort(dim=1).clip(max=visible - 1))
+        x = torch.where(seen.unsqueeze(2), x, self.hidden.to(x.dtype))
+        x = torch.cat([encoded[:, :extra], x + self.decoder_position(T // self.rows)], dim=1)
+        valid = valid if valid is None else nn.functional.pad(valid, (extra, 0), value=True)
+        for block in self.decoder:
+            x = self.through(block, x, valid)
+        return self.decoder_norm(x)[:, extra:]
+
+
+def _check_ast(frames: int, mel: int, width: int, heads: int, stride: int, ssast_compat: bool, visible_only: bool,
+               num_outputs: int | None, pooling: str, groups: list | None, cross: bool, balance: str | None, **_) -> None:  # fmt: skip
+    wrong = None
+    if min(frames, mel) < PATCH or stride < 1 or width % heads:
+        wrong = f"frames {frames}, mel {mel}, stride {stride}, width {width}, heads {heads}; expected at least {PATCH} frames and mel bins, heads that divide the width"
+    elif visible_only and (width % 2 or (width // 2) % max(heads // 2, 1)):
+        wrong = f"width {width}, heads {heads}; expected an even width and, for visible_only, half of them to divide half the width"
+    elif pooling not in POOLINGS or (pooling == "cls" and not ssast_compat):
+        wrong = f"pooling {pooling!r}; expected one of {POOLINGS}, cls only with ssast_compat"
+    elif groups is not None and sorted(sum(groups, [])) != [*range(num_outputs or 0)]:
+        wrong = f"groups {groups}; expected each of the {num_outputs} outputs in exactly one"
+    elif balance not in (None, "uncertainty") or ((cross or balance) and not groups):
+        wrong = f"balance {balance!r}, cross {cross}; expected None or 'uncertainty', both only with groups"
+    elif num_outputs is None and stride != PATCH:
+        wrong = f"stride {stride}; expected {PATCH} in pre-training"
+    if wrong:
+        raise DataError(f"AST: {wrong}")
+
+
+def _take(x: Tensor, ids: Tensor) -> Tensor:
+    """x (B, T, C), ids (B, N) -> (B, N, C)."""
+    return x.gather(1, ids.unsqueeze(2).expand(-1, -1, x.shape[2]))
+
+
+def patches(fbank: Tensor) -> Tensor:
+    """fbank (B, frames, mel) -> (B, patches, 256): patches and their pixels frequency-major, as reference/ssast.npz."""
+    x = fbank.float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (B, columns, rows, time, frequency)
+    return x.permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
+
+
+def contrast(predicted: Tensor, target: Tensor, there: Tensor, compat: bool) -> dict[str, Tensor]:
+    """InfoNCE among the masked patches of each clip: predicted, target (B, N, C), there (B, N) -> nce, accuracy, chance.
+
+    Scores are plain dot products. compat: see AST.pretrain_losses.
+    """
+    N, both = there.shape[1], there.unsqueeze(1) & there.unsqueeze(2)
+    weight = there.float() / there.sum(1, keepdim=True) / len(there)
+    with torch.autocast(target.device.type, enabled=False):
+        score = torch.einsum("bic,bjc->bij", target, predicted).masked_fill(~both, -1e30)  # patch i, prediction j
+    own = score.diagonal(dim1=1, dim2=2)
+    axis = 2 if compat else 1
+    nce = ((score.logsumexp(axis) - own) * weight).sum()
+    best = (score.softmax(2) if compat else score).argmax(1)  # patch chosen for each prediction
+    hit = (best == torch.arange(N, device=best.device)).float()
+    return {"nce": nce, "accuracy": (hit * weight).sum(), "chance": (weight / there.sum(1, keepdim=True)).sum()}
+
+
+def cluster_mask(batch: int, freq: int, time: int, count: int, device: torch.device | str | None = None,
+                 generator: torch.Generator | None = None, side: tuple[int, int] = (3, 5),
+                 columns: Tensor | None = None) -> Tensor:  # fmt: skip
+    """(batch, count) ids of patches to mask, in square clusters: id = row * time + column, unique, exactly `count`.
+
+    One side per clip, drawn from `side`. Clusters come one by one at places drawn evenly from all that touch
+    the grid, cut at its edges, until `count` patches are covered; the last cluster gives patches at random. A patch has
+    the same number of places that cover it wherever it stands, so all are equally likely; an order of arrival for every
+    place, and for each patch the first arrival in a window around it, say the same without a loop.
+    columns (batch,): valid time columns; masked are round(count * columns / time) patches among them, the rest is -1.
+    """
+    if not 0 < count <= freq * time:
+        raise DataError(f"cluster_mask: {count} patches of a grid of {freq} x {time}; expected 1 to {freq * time}")
+    rand = partial(torch.rand, dtype=torch.float64, device=device, generator=generator)  # float32 would tie
+    sides = [*range(side[0], side[1] + 1)]
+    arrival = rand(batch, freq + sides[-1] - 1, time + sides[-1] - 1)
+    first = [_earliest(_earliest(arrival[:, : freq + C - 1, : time + C - 1], 1, C), 2, C) for C in sides]
+    drawn = torch.randint(len(sides), (batch,), device=device, generator=generator)
+    first = torch.stack(first)[drawn, torch.arange(batch, device=device)].flatten(1)  # (batch, patches)
+    first = first + 1e-9 * rand(batch, freq * time)
+    if columns is None:
+        return first.topk(count, largest=False, sorted=False).indices
+    columns = columns.to(first.device).unsqueeze(1)
+    inside = torch.arange(time, device=first.device) < columns  # (batch, time)
+    ids = first.masked_fill(~inside.repeat(1, freq), 2.0).topk(count, largest=False).indices
+    counts = (count * columns / time).round().clip(min=1)
+    return ids.masked_fill(torch.arange(count, device=ids.device) >= counts, -1)
+
+
+def _earliest(arrival: Tensor, dim: int, C: int) -> Tensor:
+    return reduce(torch.minimum, (arrival.narrow(dim, k, arrival.shape[dim] - C + 1) for k in range(C)))
+
+
+def adapt_ast(model: AST, **changes) -> AST:
+    """A network with other model_args (frames, stride, num_outputs, pooling, ...) and the weights of `model`.
+
+    Positions are fitted to the new grid; a new head starts afresh, heads that it lacks are left out, anything else must
+    match (DataError). Without ssast_compat positions keep their time: cut, or interpolated where frames or stride
+    ask for more columns. With it as the original does: fewer columns are the table's centre.
+    """
+    new = AST(**(model.model_args | changes))
+    head = ("head.", "log_variance")
+    pretraining = ("hidden", "discriminate.", "generate.", "narrow.", "decoder")
+    old, state = model.state_dict(), new.state_dict()
+    odd = [name for name in old.keys() ^ state.keys() if not name.startswith(head if name in state else (*head, *pretraining))]
+    if odd or any(model.model_args[k] != new.model_args[k] for k in ("width", "heads", "depth", "ssast_compat")):
+        raise DataError(f"AST: cannot become {changes} ({sorted(odd)} would be lost or random); expected the same encoder")
+    covered = min(model.columns, model.count(new.model_args["frames"]))
+    for name, value in state.items():
+        if name in old and "position." in name:
+            grid = old[name] if model.extra is not None else old[name][:, :covered]
+            value.copy_(fit_grid(grid, *value.shape[:2]))
+        elif name in old and old[name].shape == value.shape:
+            value.copy_(old[name])
+        elif name in old and not name.startswith(head):
+            raise DataError(f"AST: {name} has shape {tuple(old[name].shape)}; expected {tuple(value.shape)}")
+    return new.eval()
+
+
+def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """Positions (F, T, C) cut around the centre, or interpolated, to (rows, columns, C): time first, as SSAST."""
+    for dim, size in ((1, columns), (0, rows)):
+        if size < grid.shape[dim]:
+            grid = grid.narrow(dim, grid.shape[dim] // 2 - size // 2, size)
+        elif size > grid.shape[dim]:
+            shape = (size, grid.shape[1]) if dim == 0 else (grid.shape[0], size)
+            grid = nn.functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")[0].permute(1, 2, 0)
+    return grid
+
+
+_SSAST = {"patch_embed.proj": "embed", "mask_embed": "hidden", "cpredlayer": "discriminate"}
+_SSAST |= {"gpredlayer": "generate", "mlp_head": "head"}
+
+
+def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | None = None, **kw) -> AST:
+    """A public SSAST checkpoint of 16 x 16 patches (arrays or tensors by its names) as an AST for input of `frames`.
+
+    num_outputs None: for pre-training; otherwise for ratings, with the checkpoint's `mlp_head.*` where it has one. kw: other
+    model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide. Unknown, missing or
+    misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
+    """
+    weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
+    mel, long = (int(weights.pop(f"p_input_{axis}dim", 0)) for axis in "ft")
+    weights = {name: value.float() for name, value in weights.items() if not name.startswith("v.head")}
+    kernel, table = weights.get("v.patch_embed.proj.weight"), weights.pop("v.pos_embed", None)
+    extra = [weights.pop(f"v.{name}_token", None) for name in ("cls", "dist")]
+    if kernel is None or table is None or any(token is None for token in extra) or kernel.shape[1:] != (1, PATCH, PATCH):
+        shape = None if kernel is None else tuple(kernel.shape)
+        raise DataError(f"SSAST weights: patch projection {shape}; expected (width, 1, {PATCH}, {PATCH}), v.pos_embed, two tokens")
+    width, rows = len(kernel), (mel or 128) // PATCH
+    table, long = table[0], long or (table.shape[1] - 2) // rows * PATCH
+    depth = max((int(name.split(".")[2]) + 1 for name in weights if name.startswith("v.blocks.")), default=0)
+    model = AST(long, mel or 128, width, depth, width // 64, ssast_compat=True)
+    if len(table) != 2 + model.rows * model.columns:
+        raise DataError(f"SSAST weights: {len(table)} positions; expected 2 + {model.rows} x {model.columns}")
+    given = {_ssast_name(name): value for name, value in weights.items()}
+    given["hidden"] = given["hidden"].flatten() if "hidden" in given else model.hidden.detach()
+    given["extra"] = torch.stack([torch.cat(extra, dim=1)[0], table[:2]])
+    given["position.freq"] = table[2:].view_as(model.position.freq)
+    head = {name: given.pop(name) for name in [*given] if name.startswith("head.")}
+    _copy_exactly(model, given, optional=() if num_outputs is None else ("discriminate.", "generate."))
+    if frames != long or num_outputs is not None or kw:
+        model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
+    if head and num_outputs is not None and not kw.get("groups"):
+        _copy_exactly(model.head, {name.removeprefix("head."): value for name, value in head.items()})
+    return model.eval()
+
+
+def _ssast_name(name: str) -> str:
+    name = re.sub(r"^v\.|\battn\.|\bmlp\.", "", name)
+    for original, own in _SSAST.items():
+        name = name.replace(original, own)
+    return name
+
+
+def _copy_exactly(module: nn.Module, given: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
+    own = module.state_dict()
+    if wrong := sorted(name for name in own.keys() ^ given.keys() if not (name in own and name.startswith(optional))):
+        raise DataError(f"SSAST weights: unknown or missing {wrong} (our names); expected an SSAST checkpoint")
+    for name, value in given.items():
+        if value.shape != own[name].shape:
+            raise DataError(f"SSAST weights: {name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)}")
+        own[name].copy_(value)
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # -----------------------------------------------------------------------------------------------------------------
-MODELS = {"han": HAN}
+MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST}
 
 
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:

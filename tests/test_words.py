@@ -1,0 +1,423 @@
+"""eval.py, words: the language model against its definition and KenLM, the search against enumeration, lexicons, submissions."""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+from data import PHONEMES, SPEECH_WORDS, DataError, SpeechCorpus, phonemize
+
+SIL = 40
+NEUTRAL = {"acoustic_scale": 1.0, "blank_penalty": 0.0, "lm_weight": 1.0, "word_score": 0.0, "beam": 100, "token_beam": 41}
+SENTENCES = [s.split() for s in ("we see the boat", "we see the coat", "the boat", "see the sea", "we can see", "the", "the sea can see the boat we see")]
+
+
+def ids(sounds: str) -> tuple[int, ...]:
+    return tuple(PHONEMES.index(name) for name in sounds.split())
+
+
+def frames(classes: str, wrong: dict[int, dict[str, float]] | None = None) -> np.ndarray:
+    """Log-probabilities of one frame a class ("_" is blank): 0.9 on it, unless wrong gives {frame: {class: probability}}."""
+    names = ["_", *PHONEMES[1:]]
+    p = np.full((len(classes.split()), 41), 1e-4)
+    for f, name in enumerate(classes.split()):
+        for other, value in ((wrong or {}).get(f) or {name: 0.9}).items():
+            p[f, names.index(other)] = value
+    return np.log(p / p.sum(1, keepdims=True)).astype(np.float32)
+
+
+def arpa_of(path, sentences) -> str:
+    evaluation.write_arpa(path, evaluation.witten_bell(sentences))
+    return str(path)
+
+
+def search_of(folder, lexicon: dict[str, str], sentences) -> evaluation.WordSearch:
+    return evaluation.WordSearch([(word, ids(sounds)) for word, sounds in lexicon.items()], arpa_of(folder / "lm.arpa", sentences))
+
+
+# --- language model --------------------------------------------------------------------------------------------------
+
+
+def by_definition(sentences, w: str, h: tuple[str, ...]) -> float:
+    """Interpolated Witten-Bell probability of w after h, by counting anew at every call."""
+    after = [("<s>", *s, "</s>")[i + len(h)] for s in sentences for i in range(len(s) + 2 - len(h))
+             if ("<s>", *s, "</s>")[i:i + len(h)] == h and i + len(h) > 0]
+    vocabulary = {w for s in sentences for w in s} | {"</s>", "<unk>"}
+    below = by_definition(sentences, w, h[1:]) if h else 1 / len(vocabulary)
+    return (after.count(w) + len(set(after)) * below) / (len(after) + len(set(after))) if after else below
+
+
+def test_witten_bell_by_hand():
+    model = evaluation.witten_bell([["a", "b"], ["a", "c"]])
+    assert model[("a",)][0] == pytest.approx(0.28)  # (2 + 4 / 5) / (6 + 4)
+    assert model[("<unk>",)][0] == pytest.approx(0.08)
+    assert model[("a", "b")][0] == pytest.approx(0.34)  # (1 + 2 * 0.18) / (2 + 2)
+    assert model[("<s>", "a", "b")][0] == pytest.approx(0.42)
+    assert model[("a",)][1] == pytest.approx(0.5)
+    assert model[("b", "</s>")][1] == 1
+
+
+def test_kenlm_reads_back_the_definition_and_every_context_sums_to_one(tmp_path):
+    vocabulary = sorted({w for s in SENTENCES for w in s})
+    lm, unigrams, known = evaluation.load_lm(arpa_of(tmp_path / "lm.arpa", SENTENCES), vocabulary)
+    assert known == len(vocabulary)
+    assert unigrams == pytest.approx([math.log10(by_definition(SENTENCES, w, ())) for w in vocabulary], abs=1e-5)
+    contexts = [(), *((w,) for w in vocabulary), *itertools.product(vocabulary, repeat=2), ("boat", "coat", "the")]
+    for sentence_start, context in itertools.product((True, False), contexts):
+        state = lm.start(not sentence_start)
+        for w in context:
+            state, _ = lm.score(state, vocabulary.index(w))
+        scores = [lm.score(state, i)[1] for i in range(len(vocabulary) + 1)] + [lm.finish(state)[1]]
+        assert sum(10**score for score in scores) == pytest.approx(1, abs=2e-6), context
+        history = (("<s>",) * sentence_start + context)[-2:]
+        expected = [math.log10(by_definition(SENTENCES, w, history)) for w in (*vocabulary, "<unk>", "</s>")]
+        assert scores == pytest.approx(expected, abs=1e-5), context
+
+
+def test_an_empty_training_text_is_refused():
+    with pytest.raises(DataError, match="language model: no training transcript; expected at least one; give --lm FILE"):
+        evaluation.witten_bell([])
+
+
+GOOD = "\\data\\\nngram 1=4\nngram 2=1\n\n\\1-grams:\n-1\t<unk>\n-99\t<s>\t-0.3\n-1\t</s>\n-0.5\tSEA\t-0.2\n\n\\2-grams:\n-0.1\t<s> SEA\n\n\\end\\\n"
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("", "begins with b''"), ("hello there", "begins with b'hello there'"), ("\\data\\\n", "End of file"), ("PK\x03\x04", "begins with"),
+    (GOOD.replace("-0.5", "x"), "Could not parse \"x\""), (GOOD[:90], "n-gram header"), (GOOD.replace("-99\t<s>\t-0.3", "-1\tq"), "missing <s>"),
+    ("mmap lm http://kheafield.com/code format", "binary file"), (GOOD.replace("SEA", "SHIP"), "knows none of the lexicon's 1 words, such as 'sea'"),
+])  # fmt: skip
+def test_a_file_that_is_no_language_model_is_named(tmp_path, text, found):
+    path = tmp_path / "lm.arpa"
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
+        evaluation.load_lm(path, ["sea"])
+    assert str(error.value).startswith(f"{path}: ")
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_language_model_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.arpa: .*No such file.*expected an n-gram language model"):
+        evaluation.load_lm(tmp_path / "none.arpa", ["sea"])
+
+
+def test_a_language_model_in_capitals_is_understood(tmp_path, capfd):
+    (tmp_path / "lm.arpa").write_text(GOOD)
+    _, scores, known = evaluation.load_lm(tmp_path / "lm.arpa", ["sea", "boat"])
+    assert scores == pytest.approx([-0.5, -1.0])
+    assert known == 1
+    assert capfd.readouterr().err == ""
+
+
+# --- lexicon ---------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_cleaned_as_the_labels_are():
+    assert evaluation.spoken_words("Don't -- stop, it's 5 o'clock - NOW!") == ["don't", "stop", "it's", "o'clock", "now"]
+    assert evaluation.spoken_words(" 7 ? ") == []
+
+
+def test_lexicon_files(tmp_path, capsys):
+    path = tmp_path / "lexicon.txt"
+    path.write_text(";;; comment\nSEA\tS IY1\nread R EH D SIL\nread(2)  R IY1 D\n\nsea S IY\n", encoding="utf-8")
+    assert evaluation.read_lexicon(path) == [("sea", ids("S IY")), ("read", ids("R EH D")), ("read", ids("R IY D"))]
+    assert f"{path}: 1 repeated lines (the first: 6) count once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("sea S IY\nboat B OA T\n", "line 2, word 'boat': phoneme 'OA'; expected words and some of AA AE"), ("sea\n", "line 1, word 'sea': no phoneme"),
+    ("sea SIL\n", "line 1, word 'sea': no phoneme"), ("<unk> AH\n", "line 1, word '<unk>': a language model's own mark"), ("\n\n", "no word in it"), ("", "no word in it"), (b"\xff\xfe", "can't decode"),
+])  # fmt: skip
+def test_bad_lexicons_are_named(tmp_path, text, found):
+    path = tmp_path / "lexicon.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError) as error:
+        evaluation.read_lexicon(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert found in str(error.value)
+
+
+def test_the_training_lexicon_takes_pronunciations_from_the_labels():
+    texts = ["We read.", "we read the music", "very music", "we"]
+    labels = [ids("W IY SIL R EH D SIL"), ids("W IY SIL R IY D SIL DH AH SIL M Y UW Z IH K SIL"), ids("V EH R IY SIL"), ids("SIL W IY SIL SIL")]
+    assert evaluation.training_lexicon(texts, map(np.array, labels)) == [
+        ("we", ids("W IY")), ("music", ids("M Y UW Z IH K")), ("read", ids("R EH D")), ("read", ids("R IY D")), ("the", ids("DH AH")),
+        ("very", ids("V EH R IY")),  # only in a sentence whose labels do not fit its words: from data.phonemize
+    ]  # fmt: skip
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_finds_the_best_of_all_frame_strings(tmp_path, seed):
+    lexicon = {"ba": "B AA", "bob": "B AA B", "bah": "B AA", "a": "AA"}
+    text = ["ba a bob".split(), "a a ba".split(), "bob bah".split(), ["a"]]
+    search = search_of(tmp_path, lexicon, text)
+    rng, classes = np.random.default_rng(seed), [0, *ids("B AA SIL")]
+    log_probs = np.full((8, 41), -60, np.float32)
+    log_probs[:, classes] = np.log(rng.dirichlet([0.6] * 4, 8) + 1e-3)
+    settings = NEUTRAL | {"acoustic_scale": 0.7, "blank_penalty": 0.4, "lm_weight": 0.8, "word_score": 0.3, "beam": 4000}
+    spelled = {}
+    for word, sounds in lexicon.items():
+        spelled.setdefault(ids(sounds), []).append(word)
+    best = (-math.inf, None)
+    for string in itertools.product(classes, repeat=8):
+        tokens = [k for k, _ in itertools.groupby(string) if k]
+        pieces = [tuple(piece) for is_sil, piece in itertools.groupby(tokens, SIL.__eq__) if not is_sil]
+        if (tokens and tokens[-1] != SIL) or not all(piece in spelled for piece in pieces):
+            continue
+        acoustic = 0.7 * (sum(log_probs[f, k] for f, k in enumerate(string)) - 0.4 * string.count(0))
+        for sentence in itertools.product(*(spelled[piece] for piece in pieces)):
+            padded = ("<s>", *sentence, "</s>")
+            lm = sum(math.log10(by_definition(text, padded[i], padded[max(0, i - 2):i])) for i in range(1, len(padded))) if acoustic > best[0] - 3 else -99
+            best = max(best, (acoustic + 0.8 * lm + 0.3 * len(sentence), list(sentence)))
+    assert search.decode(log_probs, settings) == best[1]
+
+
+HEARD = "W _ IY SIL S _ IY SIL DH _ AH SIL K _ OW _ T SIL"
+
+
+@pytest.mark.parametrize(("b", "expected"), [(0.30, "we see the boat"), (0.0003, "we see the coat")])
+def test_the_language_model_overrules_weak_acoustics_and_no_strong_ones(tmp_path, b, expected):
+    lexicon = {"we": "W IY", "see": "S IY", "the": "DH AH", "boat": "B OW T", "coat": "K OW T"}
+    search = search_of(tmp_path, lexicon, [["we", "see", "the", "boat"]] * 9 + [["coat"]])
+    log_probs = frames(HEARD, {12: {"K": 0.6, "B": b}})
+    assert " ".join(search.decode(log_probs, NEUTRAL | {"lm_weight": 0.0})) == "we see the coat"
+    assert " ".join(search.decode(log_probs, NEUTRAL | {"lm_weight": 2.0})) == expected
+
+
+@pytest.mark.parametrize(("heard", "expected"), [("W IY SIL S IY SIL", "we see"), ("DH AH SIL S IY SIL", "the sea")])
+def test_the_language_model_decides_between_homophones(tmp_path, heard, expected):
+    search = search_of(tmp_path, {"sea": "S IY", "see": "S IY", "we": "W IY", "the": "DH AH"}, [["we", "see"], ["the", "sea"]])
+    assert " ".join(search.decode(frames(heard), NEUTRAL)) == expected
+
+
+def test_more_homophones_than_the_trie_holds(tmp_path, capfd):
+    names = [f"aa{letter}" for letter in "abcdefghi"]
+    search = search_of(tmp_path, dict.fromkeys(names, "AA") | {"b": "B"}, [[name] * (k + 1) for k, name in enumerate(names)])
+    assert search.dropped == 3
+    assert search.decode(frames("AA SIL"), NEUTRAL)[0] in names[3:]
+    assert capfd.readouterr().err == ""  # the library would complain of each it drops
+
+
+@pytest.mark.parametrize("heard", ["S IY SIL DH AH SIL", "SIL SIL S S _ IY SIL _ SIL SIL DH AH AH SIL _ _", "_ S _ IY _ SIL _ _ DH AH SIL SIL"])
+def test_silence_and_blanks_anywhere(tmp_path, heard):
+    search = search_of(tmp_path, {"see": "S IY", "the": "DH AH"}, [["see", "the"]])
+    assert search.decode(frames(heard), NEUTRAL) == ["see", "the"]
+
+
+def test_repeated_phonemes_and_words(tmp_path):
+    search = search_of(tmp_path, {"boot": "B UW T", "two": "T UW", "bookkeeper": "B UH K K IY P ER"}, [["boot", "two", "two"], ["bookkeeper"]])
+    assert search.decode(frames("T UW SIL T UW SIL B UW T SIL"), NEUTRAL) == ["two", "two", "boot"]
+    assert search.decode(frames("B UH K _ K IY P ER SIL"), NEUTRAL) == ["bookkeeper"]
+
+
+def test_silence_inside_a_pronunciation(tmp_path):
+    search = search_of(tmp_path, {"do": "D UW", "don't": "D UW SIL N T"}, [["do", "don't"], ["don't"]])
+    assert search.decode(frames("D UW SIL N T SIL"), NEUTRAL) == ["don't"]
+    assert search.decode(frames("D UW SIL D UW SIL"), NEUTRAL) == ["do", "do"]
+
+
+def test_a_word_outside_the_lexicon_costs_no_other_word(tmp_path):
+    search = search_of(tmp_path, {"we": "W IY", "see": "S IY", "ship": "SH IH P"}, [["we", "see"]])  # the LM does not know ship
+    assert search.known == 2
+    assert search.decode(frames("W IY SIL ZH OY ZH SIL S IY SIL"), NEUTRAL) == ["we", "see"]
+    assert search.decode(frames("SH IH P SIL"), NEUTRAL) == ["ship"]
+
+
+@pytest.mark.parametrize(("log_probs", "expected"), [(np.zeros((0, 41), np.float32), []), (frames("_"), []), (frames("_ _ _"), []), (frames("SIL"), [])])
+def test_trials_that_say_nothing(tmp_path, log_probs, expected):
+    assert search_of(tmp_path, {"see": "S IY"}, [["see"]]).decode(log_probs, NEUTRAL) == expected
+
+
+def test_log_probabilities_must_be_finite(tmp_path):
+    log_probs = frames("S IY SIL")
+    log_probs[1, 3] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        search_of(tmp_path, {"see": "S IY"}, [["see"]]).decode(log_probs, NEUTRAL)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashlight.lib.text", None)
+    with pytest.raises(DataError, match="expected the package ufal-flashlight-text; run `pip install ufal-flashlight-text`"):
+        evaluation.WordSearch([("see", ids("S IY"))], "lm.arpa")
+
+
+def test_nearest_words_by_hand():
+    lexicon = [(word, ids(sounds)) for word, sounds in (("sea", "S IY"), ("see", "S IY"), ("boat", "B OW T"), ("the", "DH AH"))]
+    heard = [ids("S IY SIL B OW SIL"), ids("SIL DH DH AH SIL SIL K OW T"), (), (SIL, SIL), ids("ZH SIL")]
+    assert evaluation.nearest_words(heard, lexicon) == [["sea", "boat"], ["the", "boat"], [], [], ["sea"]]
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+CLASSES = {"who": "we you they he she", "verb": "found brought pushed sold heard lost", "det": "the my your his her", "noun": "boat book bridge cookie garden path song"}
+
+
+def made_up(count: int, rng) -> list[str]:
+    """Sentences of a tiny grammar over the built-in words."""
+    draw = {name: words.split() for name, words in CLASSES.items()}
+    order = ("who", "verb", "det", "noun")
+    return [" ".join(rng.choice(draw[name]) for name in order + (("and",) + order) * (rng.random() < 0.4) if name in draw) for _ in range(count)]
+
+
+def heard(labels: list[int], rng, confusion: float) -> np.ndarray:
+    """Posteriors as a decoder might give them: two frames a phoneme and blanks between, with confident mistakes."""
+    logits = rng.normal(0, 1.0, (3 * len(labels) + 1, 41))
+    logits[::3, 0] += 5
+    for k, label in enumerate(labels):
+        wrong = int(rng.integers(1, 41)) if rng.random() < confusion else label
+        logits[3 * k + 1:3 * k + 3, wrong] += 5
+        logits[3 * k + 1:3 * k + 3, label] += 4
+    return (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> tuple[SpeechCorpus, list[np.ndarray]]:
+    """160 trials: 100 to train on, 20 + 20 in blocks kept for validation and test, 20 unlabelled; and what was heard of each."""
+    rng = np.random.default_rng(7)
+    text = made_up(160, rng)
+    labels = [np.array(phonemize(sentence)) for sentence in text]
+    log_probs = [heard(row.tolist(), rng, 0.25) for row in labels]
+    part = np.array(["train"] * 120 + ["test"] * 20 + ["competition"] * 20)
+    labelled, day = part != "competition", np.arange(160) % 3
+    text = [sentence if known else "" for sentence, known in zip(text, labelled, strict=True)]
+    labels = [row if known else row[:0] for row, known in zip(labels, labelled, strict=True)]
+    offsets = np.arange(161) * 2
+    return SpeechCorpus(np.zeros((320, 256), np.float32), offsets, day, day * 0, part, labels, text, [f"trial {i}" for i in range(160)],
+                        ["t12.2022.04.28", "t12.2022.05.05", "t12.2022.06.01"], 256, tmp_path_factory.mktemp("corpus"), True, [], labelled), log_probs  # fmt: skip
+
+
+def options(folder, *given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    added = evaluation.word_options(parser)
+    parser.set_defaults(cache=str(folder), ckpt=[str(folder / "best.pt")])
+    assert all(action.dest in vars(parser.parse_args([])) for action in added)
+    return parser.parse_args(given)
+
+
+def run_words(corpus, folder, part: slice, *given: str, **kw) -> dict:
+    trials = np.arange(160)
+    return evaluation.words(corpus[1][part], corpus[0], trials[part], options(folder, *given), (corpus[1][100:120], trials[100:120]), **kw)
+
+
+def test_wer_is_far_under_the_nearest_words(corpus, tmp_path, capsys):
+    figures = run_words(corpus, tmp_path, slice(120, 140), "--words")
+    assert figures["nearest"] > 0.2
+    assert figures["wer"] < 0.5 * figures["nearest"]
+    assert figures["wer_interval"][0] <= figures["wer"] <= figures["wer_interval"][1] < figures["nearest"]
+    assert figures["wer_counts"]["words"] == sum(len(text.split()) for text in corpus[0].text[120:140])
+    assert figures["settings"]["blank_penalty"] == math.log(7)
+    assert figures["settings"]["acoustic_scale"] == 0.5
+    assert f"WER, lexicon and LM                        {figures['wer']:.4f} 95 %" in capsys.readouterr().out
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_lexicon_and_lm_come_from_the_training_trials_alone(corpus, tmp_path, monkeypatch):
+    def refuse(corpus, train, args):
+        raise DataError(f"trials {train[0]} to {train[-1]}, {len(train)}")
+
+    monkeypatch.setattr(evaluation, "word_model", refuse)
+    with pytest.raises(DataError, match="trials 0 to 99, 100"):
+        run_words(corpus, tmp_path, slice(120, 140), "--words")
+
+
+def test_tuning_is_stored_applied_and_no_worse_on_its_own_part(corpus, tmp_path, capsys):
+    figures = run_words(corpus, tmp_path, slice(120, 140), "--tune", "--acoustic-scale", "0.2", "--lm-weight", "7", "--beam", "10")
+    tuned = figures["tuned"]
+    assert tuned["after"] < tuned["before"]
+    assert tuned["sentences"] == 20
+    stored = json.loads((tmp_path / "words.json").read_text())
+    assert stored["settings"] == pytest.approx(figures["settings"], rel=1e-6)
+    assert figures["settings"]["lm_weight"] < 7
+    chosen = [f"--{name.replace('_', '-')}={value!r}" for name, value in figures["settings"].items()]
+    assert f"--lm-weight {figures['settings']['lm_weight']:.4g}" in capsys.readouterr().out
+    assert run_words(corpus, tmp_path, slice(120, 140), "--words", *chosen)["wer"] == figures["wer"]
+    assert run_words(corpus, tmp_path, slice(100, 120), "--words", *chosen)["wer"] == tuned["after"]
+
+
+def test_coordinate_search_takes_the_best_and_keeps_what_is_as_good():
+    asked = []
+
+    def decode(log_probs, settings):
+        asked.append(settings)
+        wrong = abs(settings["lm_weight"] - 5) + (settings["word_score"] != 1.5)
+        return [["no"] * round(wrong) + ["yes"] * (100 - round(wrong))]
+
+    start = NEUTRAL | {"lm_weight": 2.0, "acoustic_scale": 0.31}
+    settings, tuned = evaluation.tune_words(decode, [None], [["yes"] * 100], start)
+    assert settings == start | {"lm_weight": 5.0, "word_score": 1.5}
+    assert tuned == {"before": 0.04, "after": 0.0, "searches": len(asked), "sentences": 1}
+    assert len({tuple(s.values()) for s in asked}) == len(asked)  # nothing is searched twice
+
+
+def test_tuning_needs_labels():
+    with pytest.raises(DataError, match="--tune: no labelled validation trial"):
+        evaluation.tune_words(lambda log_probs, settings: [], [], [], NEUTRAL)
+
+
+def test_given_lexicon_and_lm_and_words_outside_them(corpus, tmp_path):
+    kept = {word: sounds for word, sounds in SPEECH_WORDS.items() if word in " ".join(CLASSES.values()).split() and word != "bridge"}
+    (tmp_path / "lexicon.txt").write_text("".join(f"{word}\t{sounds}\n" for word, sounds in kept.items()))
+    lm = arpa_of(tmp_path / "lm.arpa", [text.split() for text in corpus[0].text[:100]])
+    figures = run_words(corpus, tmp_path, slice(120, 140), "--words", "--lexicon", str(tmp_path / "lexicon.txt"), "--lm", lm)
+    assert figures["outside_lexicon"] == " ".join(corpus[0].text[120:140]).split().count("bridge") > 0
+    assert figures["wer"] < figures["nearest"]
+    assert figures["lm"] == lm
+
+
+def test_no_training_text_is_refused(corpus, tmp_path):
+    with pytest.raises(DataError, match="no word in the 0 training transcripts; expected some; give --lexicon FILE and --lm FILE"):
+        run_words(corpus, tmp_path, slice(120, 140), "--words", train=[])
+
+
+def test_unlabelled_trials_are_decoded_without_a_rate(corpus, tmp_path, capsys):
+    figures = run_words(corpus, tmp_path, slice(140, 160), "--submission", str(tmp_path / "out.txt"))
+    assert "wer" not in figures
+    lines = (tmp_path / "out.txt").read_text().splitlines()
+    assert len(lines) == 20
+    assert all(line.split()[0] in CLASSES["who"].split() for line in lines)
+    assert "20 sentences decoded, none labelled: no WER" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same(corpus, tmp_path):
+    one, two = (run_words(corpus, tmp_path, slice(120, 140), "--words", "--processes", n) for n in "12")
+    assert one["wer_counts"] == two["wer_counts"]
+
+
+# --- submissions -----------------------------------------------------------------------------------------------------
+
+
+def test_submissions_stand_in_the_competitions_order(corpus, tmp_path, capsys):
+    indices = np.random.default_rng(0).permutation(np.arange(140, 160))
+    sentences = [f"trial {i}" if i != 141 else "" for i in indices]
+    expected = [f"trial {i}" if i != 141 else "" for day in range(3) for i in range(140, 160) if i % 3 == day]
+    evaluation.write_submission(tmp_path / "out.txt", sentences, corpus[0], indices, "24")
+    assert (tmp_path / "out.txt").read_text() == "\n".join(expected) + "\n"
+    evaluation.write_submission(tmp_path / "out.csv", sentences, corpus[0], indices, "25")
+    assert (tmp_path / "out.csv").read_text().splitlines() == ["id,text", *(f"{n},{text}" for n, text in enumerate(expected))]
+    assert "20 sentences of part competition, 3 days t12.2022.04.28 to t12.2022.06.01, 1 of them empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("indices", [range(140, 159), [*range(140, 159), 140], range(120, 160), range(100, 120), []])
+def test_submissions_that_are_no_whole_part_are_refused(corpus, tmp_path, indices):
+    with pytest.raises(DataError, match="expected each trial of one part once"):
+        evaluation.write_submission(tmp_path / "out.txt", ["a"] * len(indices), corpus[0], indices, "24")
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_the_competition_part_of_24_has_1200_rows_of_15_days(corpus, tmp_path):
+    real = replace(corpus[0], synthetic=False, days=[f"t12.2022.{k:02}.01" for k in range(24)])
+    with pytest.raises(DataError, match="20 rows of 3 days; the competition takes 1200 of 15"):
+        evaluation.write_submission(tmp_path / "out.txt", ["a"] * 20, real, range(140, 160), "24")
+    evaluation.write_submission(tmp_path / "test.txt", ["a"] * 20, real, range(120, 140), "24")  # the labelled test part may be written
+    assert (tmp_path / "test.txt").read_text() == "a\n" * 20
