@@ -51,7 +51,9 @@ from data import (
     FEATURE_SETS,
     FEATURES,
     LABELS,
+    MELS,
     PHONEMES,
+    SILENCE,
     SPLITS,
     Corpus,
     DataError,
@@ -63,6 +65,7 @@ from data import (
     frames_needed,
     load_percepiano,
     map_days,
+    normalise_fbank,
     number,
     open_speech,
     percepiano_parts,
@@ -80,7 +83,7 @@ from data import (
     time_mask,
     write_atomic,
 )
-from models import HAN, BiLSTM, ContextAttention, GRUDecoder, load_checkpoint, output_frames
+from models import HAN, PATCH, BiLSTM, ContextAttention, GRUDecoder, load_checkpoint, output_frames
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: median, sd of the log
@@ -1407,6 +1410,57 @@ def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
         print(f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
     print(f"ratio plain / GRUDecoder {ratio:.2f}; losses {losses[0]:.6f} and {losses[1]:.6f} differ by {difference:.1e} (float32, eval)")
     return {"ratio": ratio, "difference": difference, "losses": losses, **{f"{name}_seconds": float(m[0]) for name, m in median.items()}}
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Audio
+# -----------------------------------------------------------------------------------------------------------------
+
+
+def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]:
+    """First frames of evenly spaced crops of `length` that reach both ends of `frames`; as many as cover them unless
+    given. One, at 0, where a single crop holds all."""
+    if frames <= length:
+        return [0]
+    count = crops or math.ceil(frames / length)
+    return np.linspace(0, frames - length, count).round().astype(int).tolist() if count > 1 else [(frames - length) // 2]
+
+
+def predict_ast(model: nn.Module, items: list[dict], info: dict, device: torch.device, batch: int = 8, crops: int | None = None) -> np.ndarray:
+    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given.
+
+    An item longer than the model's frames is the mean over evenly spaced crops (`crop_starts`); crops of a batch are of
+    similar length, padded with silence and their lengths given. info: the checkpoint's data (mean, std, frames, and
+    target_mean, target_std where the ratings were standardised)."""
+    longest = model.model_args.get("frames") or info["frames"]
+    jobs = [(min(int(item["frames"]), longest), i, start) for i, item in enumerate(items) for start in crop_starts(int(item["frames"]), longest, crops)]
+    jobs.sort()
+    total, count = np.zeros((len(items), len(LABELS))), np.zeros((len(items), 1))
+    training, model = model.training, model.to(device).eval()
+    with torch.no_grad():
+        for first in range(0, len(jobs), batch):
+            chosen = jobs[first:first + batch]
+            x = torch.full((len(chosen), max(chosen[-1][0], PATCH), MELS), SILENCE)
+            for row, (length, i, start) in zip(x, chosen, strict=True):
+                row[:length] = torch.as_tensor(np.asarray(items[i]["fbank"][start:start + length], np.float32))
+            lengths = torch.tensor([length for length, _, _ in chosen])
+            out = model(normalise_fbank(x, info["mean"], info["std"]).to(device), lengths.to(device))
+            index = [i for _, i, _ in chosen]
+            np.add.at(total, index, out.double().cpu().numpy())
+            np.add.at(count, index, 1)
+    model.train(training)
+    mean, std = (np.asarray(info.get(key) if info.get(key) is not None else default, np.float64) for key, default in (("target_mean", 0.0), ("target_std", 1.0)))
+    return (total / np.maximum(count, 1) * std + mean).clip(0, 1)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Attention
+# -----------------------------------------------------------------------------------------------------------------
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Bench: AST
+# -----------------------------------------------------------------------------------------------------------------
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -951,6 +951,11 @@ def _copy_exactly(module: nn.Module, given: dict[str, Tensor], optional: tuple[s
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# Baselines on filter banks
+# -----------------------------------------------------------------------------------------------------------------
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # -----------------------------------------------------------------------------------------------------------------
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST}
@@ -1010,7 +1015,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path}: model_args and weights disagree ({_one_line(error)}); {advice}") from error
+        raise DataError(f"{path}: model_args and weights of task {ckpt['task']!r} disagree ({_one_line(error)}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; expected numbers; give an earlier checkpoint")
     return model.eval(), ckpt

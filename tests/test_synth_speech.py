@@ -1,0 +1,209 @@
+"""The synthetic speech corpus: layout, determinism, what its sentences are like, and that its phonemes can be learnt."""
+
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import loadmat
+
+import data
+from data import (
+    SPEECH_WORDS,
+    DataError,
+    collate_speech,
+    convert_speech,
+    frames_needed,
+    open_speech,
+    phonemize,
+    speech_item,
+    speech_parts,
+    synth_speech,
+)
+from eval import ctc_greedy, error_rate, per_counts
+from models import GRUDecoder, output_frames
+
+PARTS = ("train", "test", "competitionHoldOut")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("synth") / "speech"
+    synth_speech(out, days=3, trials=12)
+    return out
+
+
+@pytest.fixture(scope="module")
+def files(root) -> dict[str, list[dict]]:
+    return {part: [loadmat(p) for p in sorted((root / "competitionData" / part).iterdir())] for part in PARTS}
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def sentences(files: dict, part: str) -> list[str]:
+    return [str(text).strip() for file in files[part] for text in file["sentenceText"]]
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, monkeypatch):
+    synth_speech(tmp_path / "a", seed=3, days=1, trials=6)
+    monkeypatch.setattr(time, "asctime", lambda *args: "at another time")  # what SciPy writes into the header
+    for folder, seed in (("b", 3), ("c", 4)):
+        synth_speech(tmp_path / folder, seed=seed, days=1, trials=6)
+    a, b, c = (snapshot(tmp_path / folder) for folder in "abc")
+    assert a == b
+    assert a.keys() == c.keys()
+    assert all(a[name] != c[name] for name in a)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]  # nothing temporary stays behind
+
+
+def test_refuses_full_folder_and_odd_sizes(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(DataError, match=r"not empty; .*--out"):
+        synth_speech(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    for sizes in ({"days": 0}, {"days": 100}, {"trials": 5}, {"trials": 1000}, {"bins": 3.9}, {"bins": 41}, {"bins": float("nan")}):
+        with pytest.raises(DataError, match=r"expected 1\.\.99, 6\.\.999, 4\.\.40"):
+            synth_speech(tmp_path / "new", **sizes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("data._mat_bytes", lambda table: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        synth_speech(tmp_path / "new", days=1, trials=6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layout_is_the_public_one(root, files):
+    assert (root / "SYNTHETIC").read_text().count("\n") == 1
+    names = {part: sorted(p.name for p in (root / "competitionData" / part).iterdir()) for part in PARTS}
+    assert len(names["train"]) == 3
+    assert names["test"] == names["train"]
+    assert set(names["competitionHoldOut"]) < set(names["train"])  # 15 of 24 days in the public data
+    assert all(re.fullmatch(r"t12\.20\d\d\.\d\d\.\d\d\.mat", name) for name in names["train"])
+    for part, count in zip(PARTS, (12, 2, 2), strict=True):
+        for file in files[part]:
+            assert file["sentenceText"].shape == (count,)
+            assert file["blockIdx"].shape == (count, 1)
+            for key, kind in (("tx1", np.uint8), ("tx2", np.uint8), ("tx3", np.uint8), ("tx4", np.uint8), ("spikePow", np.float32)):
+                assert file[key].shape == (1, count)
+                assert {(x.shape, x.dtype) for x in file[key][0]} == {((len(x), 256), np.dtype(kind)) for x in file["tx1"][0]}
+
+
+def test_competition_lacks_three_days_in_eight(tmp_path):
+    synth_speech(tmp_path / "c", days=8, trials=6, bins=4)
+    names = [sorted(p.name for p in (tmp_path / "c/competitionData" / part).iterdir()) for part in PARTS]
+    assert names[0] == names[1]
+    assert names[2] == [name for i, name in enumerate(names[0]) if i not in (0, 3, 7)]
+
+
+def test_stricter_thresholds_are_crossed_less_often(files):
+    for cells in zip(*(files["train"][0][key][0] for key in ("tx1", "tx2", "tx3", "tx4", "spikePow")), strict=True):
+        *counts, power = cells
+        assert all((strict <= loose).all() for loose, strict in zip(counts, counts[1:], strict=False))
+        assert all(0.3 < strict.sum() / loose.sum() < 0.6 for loose, strict in zip(counts, counts[1:], strict=False))
+        assert np.isfinite(power).all()
+        assert (power > 0).all()
+    assert 0.3 < np.mean([x.mean() for x in files["train"][0]["tx1"][0]]) < 1.0  # 15 to 50 crossings a second
+
+
+def test_blocks_hold_together_and_parts_have_their_own(files):
+    for day, file in enumerate(files["train"]):
+        blocks = file["blockIdx"].ravel()
+        assert 3 <= len(set(blocks)) <= 5
+        assert (np.diff(blocks) >= 0).all()
+        assert not set(blocks) & set(files["test"][day]["blockIdx"].ravel())
+
+
+def test_sentences_are_new_in_every_part_and_made_of_the_word_list(files):
+    spoken = sentences(files, "train") + sentences(files, "test")
+    assert len(set(spoken)) == len(spoken) == 3 * 14
+    assert set(sentences(files, "competitionHoldOut")) == {""}
+    rng, used = np.random.default_rng(1), set()
+    texts = [data._sentence(rng, used) for _ in range(2000)]
+    words = Counter(" ".join(texts).split())
+    assert words.keys() == SPEECH_WORDS.keys()  # every word has a place in the templates
+    assert {len(text.split()) for text in texts} <= {5, 6, 7, 8}
+    labels = Counter(i for text in texts for i in phonemize(text))
+    assert labels.keys() == set(range(1, 41))
+    assert min(labels.values()) > 150  # of 60 000: the rarest phoneme can be learnt too
+    seen = set(" ".join(texts[:200]).split())
+    assert np.mean([word in seen for text in texts[200:] for word in text.split()]) > 0.95  # words recur, sentences do not
+
+
+@pytest.mark.parametrize(("bins", "low", "high"), [(7.0, 220, 290), (16.0, 450, 650)])
+def test_trials_are_as_long_as_asked_and_long_enough_for_their_labels(bins, low, high):
+    rng, used, lengths = np.random.default_rng(2), set(), []
+    for _ in range(200):
+        labels = phonemize(data._sentence(rng, used))
+        lengths.append(len(data._trajectory(labels, 7, bins, rng)))
+        assert output_frames(lengths[-1], 32, 4) >= frames_needed(labels)
+    assert low < np.mean(lengths) < high
+
+
+def test_days_drift_apart_slowly():
+    tunings = [weights / np.linalg.norm(weights) for weights, _ in data._day_tunings(7, 8)]
+    near = np.mean([(a * b).sum() for a, b in zip(tunings, tunings[1:], strict=False)])
+    far = (tunings[0] * tunings[7]).sum()
+    assert 0.8 < near < 0.99
+    assert far < near - 0.1
+    assert all(np.array_equal(a, b) for a, b in zip(data._day_tunings(7, 3)[2], data._day_tunings(7, 8)[2], strict=True))  # more days leave the first as they are
+
+
+def test_the_built_in_corpus_is_written_once(tmp_path, monkeypatch):
+    calls = []
+    write = data._write_speech
+    monkeypatch.setattr(data, "_write_speech", lambda root, seed, days, trials, bins: (calls.append((days, trials, bins)), write(root, seed, 1, 6, 4.0)))
+    first = data.synthetic_speech(tmp_path)
+    assert data.synthetic_speech(tmp_path) == first
+    assert calls == [(4, 100, 6.0)]
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+
+
+def test_the_command_writes_it(tmp_path, capsys):
+    data.main(["synth-speech", "--out", str(tmp_path / "c"), "--days", "1", "--trials", "6", "--seed", "3", "--bins-per-phoneme", "5"])
+    assert "wrote a synthetic corpus" in capsys.readouterr().out
+    synth_speech(tmp_path / "same", seed=3, days=1, trials=6, bins=5.0)
+    assert snapshot(tmp_path / "c") == snapshot(tmp_path / "same")
+
+
+def held_out_per(corpus, shuffle: bool) -> float:
+    """PER on the test part of a small GRU after 200 steps; with `shuffle`, every training trial gets another's labels."""
+    parts, rng = speech_parts(corpus, "test"), np.random.default_rng(0)
+    torch.manual_seed(0)
+    items, held = ([speech_item(corpus, i) for i in parts[part]] for part in ("train", "test"))
+    if shuffle:
+        items = [item | {"labels": items[j]["labels"]} for item, j in zip(items, rng.permutation(len(items)), strict=True)]
+    model = GRUDecoder(corpus.channels, len(corpus.days), hidden=64, layers=1, kernel=14, layer_norm=True, smooth_taps=21)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=200, pct_start=0.15)
+    for _ in range(200):
+        batch = collate_speech([items[i] for i in rng.choice(len(items), 6, replace=False)])
+        logits, frames = model(batch["x"] + 0.2 * torch.randn_like(batch["x"]), batch["lengths"], batch["day"])
+        loss = torch.nn.functional.ctc_loss(logits.log_softmax(2).transpose(0, 1), batch["labels"], frames, batch["label_lengths"], zero_infinity=True)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        batch = collate_speech(held)
+        return error_rate(per_counts([item["labels"].tolist() for item in held], ctc_greedy(*model.eval()(batch["x"], batch["lengths"], batch["day"]))))
+
+
+def test_phonemes_are_learnable_and_shuffled_ones_are_not(tmp_path):
+    synth_speech(tmp_path / "in", days=2, trials=60, bins=5.0)
+    convert_speech(tmp_path / "in", tmp_path / "out", channels=128, quiet=True)
+    corpus = open_speech(tmp_path / "out")
+    parts = speech_parts(corpus, "test")
+    held = [corpus.labels[i].tolist() for i in parts["test"]]
+    chance = min(error_rate(per_counts(held, [corpus.labels[i].tolist()] * len(held))) for i in parts["train"])  # the best fixed answer
+    assert 0.65 < chance < 0.75
+    learnt, shuffled = held_out_per(corpus, shuffle=False), held_out_per(corpus, shuffle=True)
+    assert 0.2 < learnt < chance - 0.12
+    assert shuffled > chance - 0.02
