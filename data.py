@@ -4647,6 +4647,155 @@ def report_maestro(maestro: Maestro, same: dict[str, list[str]] | None = None, a
 # -----------------------------------------------------------------------------------------------------------------
 # Audio of PercePiano
 # -----------------------------------------------------------------------------------------------------------------
+# The ratings by what a listener attends to (AST.md); every rating stands in one group.
+LABEL_GROUPS: dict[str, tuple[str, ...]] = {
+    "Timing": ("Timing_Stable_Unstable", "Music_Making_Fast_paced_Slow_paced"),
+    "Dynamics & Articulation": (
+        "Articulation_Long_Short", "Articulation_Soft_cushioned_Hard_solid", "Pedal_Sparse/dry_Saturated/wet", "Pedal_Clean_Blurred",
+        "Timbre_Soft_Loud", "Dynamic_Sophisticated/mellow_Raw/crude", "Dynamic_Little_dynamic_range_Large_dynamic_range"),
+    "Timbre & Space": ("Timbre_Even_Colorful", "Timbre_Shallow_Rich", "Timbre_Bright_Dark", "Music_Making_Flat_Spacious"),
+    "Expression": (
+        "Music_Making_Disproportioned_Balanced", "Music_Making_Pure_Dramatic/expressive", "Emotion_&_Mood_Optimistic/pleasant_Dark",
+        "Emotion_&_Mood_Low_Energy_High_Energy", "Emotion_&_Mood_Honest_Imaginative", "Interpretation_Unsatisfactory/doubtful_Convincing"),
+}
+AUDIO_SHARD = 32  # performances
+
+
+def label_groups() -> list[list[int]]:
+    """LABEL_GROUPS as numbers of LABELS."""
+    return [[LABELS.index(name) for name in names] for names in LABEL_GROUPS.values()]
+
+
+def variant_name(name: str, tempo: float, semitones: int) -> str:
+    """The entry of a performance played `tempo` times as fast and transposed: NAME itself, or e.g. NAME@1.05-2."""
+    return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
+
+
+def percepiano_audio(corpus: Corpus | str | Path, cache: str | Path = "cache", audio: str | Path | None = None,
+                     variants: Iterable[tuple[float, int]] = (), workers: int | None = None, quiet: bool = False) -> FbankStore:
+    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept in float16 under `cache`.
+
+    variants: (tempo factor, semitones) by which every performance is played once more before rendering (`variant_name`).
+    Keyed by the files and the text of this module; parallel; an interrupted call goes on where it stopped. What cannot be
+    read is left out and listed in `left_out`. Raises DataError: no recording at all, variants of recordings.
+    """
+    root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
+    files, left_out, variants = _performance_files(root)[0], [], [(1.0, 0), *variants]
+    if audio is not None:
+        if len(variants) > 1:
+            raise DataError(f"{audio}: tempo and pitch variants of recordings; expected none, they are made on the MIDI before rendering; leave them or --audio out")
+        found = {name: path for name, _, path in audio_files(audio)[0]}
+        left_out = [f"{audio}/{name}.wav: missing; expected the recording of every performance" for name in files.keys() - found.keys()]
+        files = {name: found[name] for name in files if name in found}
+        if not files:
+            raise DataError(f"{audio}: no WAV file named as a performance of {root}; expected e.g. {left_out[0].split(': ')[0]}; name another folder")
+    version, names, tasks = hashlib.sha1(Path(__file__).read_bytes()).digest(), list(files), []
+    prints = {name: hashlib.sha1(path.read_bytes()).digest() for name, path in files.items()}
+    for (tempo, semitones), first in itertools.product(variants, range(0, len(names), AUDIO_SHARD)):
+        members = names[first:first + AUDIO_SHARD]
+        key = hashlib.sha1(version + repr((tempo, semitones, members)).encode() + b"".join(prints[name] for name in members)).hexdigest()[:16]
+        tasks.append((str(Path(cache) / f"percepiano-audio-{key}"), [(variant_name(name, tempo, semitones), str(files[name]), tempo, semitones) for name in members]))
+    todo = [task for task in tasks if _finished_shard(Path(task[0])) is None]
+    with tqdm(total=sum(len(task[1]) for task in todo), desc="audio", unit="file", disable=quiet or None) as bar:
+        for task, _ in _run_parallel(_write_audio_shard, todo, workers):
+            bar.update(len(task[1]))
+    return _open_audio_shards(str(root), [Path(base) for base, _ in tasks], sorted(left_out))
+
+
+def _write_audio_shard(task: tuple[str, list]) -> None:
+    """Energies of some performances as BASE.npy; BASE.json, which says what is inside, is there first."""
+    base, parts, rows, left_out = Path(task[0]), [], [], []
+    for name, path, tempo, semitones in task[1]:
+        try:
+            waveform = read_wav(path) if path.lower().endswith(".wav") else render(transform_performance(read_midi(path), tempo, semitones))
+            x = fbank(torch.from_numpy(waveform)).half().numpy()
+            if not len(x):
+                raise DataError(f"{path}: {len(waveform)} samples; expected at least {FRAME}, one frame; leave the file out")
+            rows.append({"name": name, "frames": len(x)})
+            parts.append(x)
+        except DataError as error:
+            left_out.append(str(error))
+    array = np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)  # an empty array cannot be mapped
+    text = json.dumps({"frames": len(array), "recordings": rows, "left_out": left_out})
+    write_atomic(base.with_suffix(".json"), lambda f: f.write(text.encode()))
+    write_atomic(base.with_suffix(".npy"), lambda f: np.save(f, array))
+
+
+def _open_audio_shards(root: str, bases: list[Path], left_out: list[str]) -> FbankStore:
+    shards, names, frames, place = [], [], [], []
+    for number, base in enumerate(bases):
+        row = _finished_shard(base)
+        if row is None:
+            raise DataError(f"{base}.npy: gone or damaged since it was written; expected it to stay; run the same command again")
+        shards.append(_map_shard(base.with_suffix(".npy"), row["frames"]))
+        left_out += row["left_out"]
+        first = 0
+        for recording in row["recordings"]:
+            names.append(recording["name"])
+            frames.append(recording["frames"])
+            place.append((number, first))
+            first += recording["frames"]
+    if not names:
+        raise DataError(left_out[0])
+    return FbankStore(root, (Path(root) / "SYNTHETIC").is_file(), names, np.array(frames), [""] * len(names), left_out, shards, np.array(place))
+
+
+def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
+    """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank (frames, 128), not
+    normalised, a float16 view of the file that is read where it is sliced, frames, and, where rated, y (19,) float32 in [0, 1]."""
+    if info["labels"] != list(LABELS):
+        raise DataError(f"{corpus.root}: ratings in another order than the model's; expected {', '.join(LABELS[:2])}, ...; train it again")
+    number, items = {name: i for i, name in enumerate(store.names)}, []
+    for name in names:
+        if (i := number.get(name)) is not None:
+            shard, first = store.place[i]
+            item = {"name": name, "fbank": store.shards[shard][first:first + int(store.frames[i])], "frames": int(store.frames[i])}
+            rated = corpus.items[name.partition("@")[0]]
+            items.append(item | ({"y": rated["y"]} if "y" in rated else {}))
+    return items
+
+
+def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> dict[str, list[float]]:
+    """target_mean and target_std (19 each) of these performances. by: "dimension"; "group": one deviation for the ratings of
+    a group (root mean square); "none": 0 and 1."""
+    y = np.stack([corpus.items[name]["y"] for name in names]).astype(np.float64)
+    mean, variance = y.mean(0), y.var(0)
+    for group in label_groups() if by == "group" else ():
+        variance[group] = variance[group].mean()
+    if by == "none":
+        mean, variance = np.zeros_like(mean), np.ones_like(variance)
+    return {"target_mean": mean.tolist(), "target_std": np.sqrt(variance).clip(1e-3).tolist()}
+
+
+def collate_ast(items: list[dict], info: dict) -> dict:
+    """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with silence · lengths (B,)
+    int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have them. items: fbank (frames, 128), name, ..."""
+    lengths = torch.tensor([len(item["fbank"]) for item in items])
+    x = torch.full((len(items), int(lengths.max()), MELS), SILENCE)
+    for row, item in zip(x, items, strict=True):
+        row[:len(item["fbank"])] = torch.as_tensor(np.asarray(item["fbank"], np.float32))
+    batch = {"x": normalise_fbank(x, info["mean"], info["std"]), "lengths": lengths, "names": [item["name"] for item in items]}
+    if all("y" in item for item in items):
+        mean, std = (torch.tensor(info[key]) for key in ("target_mean", "target_std"))
+        batch["y"] = (torch.as_tensor(np.stack([item["y"] for item in items])) - mean) / std
+    if all("weight" in item for item in items):
+        batch["weight"] = torch.as_tensor(np.stack([item["weight"] for item in items]))
+    return batch
+
+
+def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
+    """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without recordings of
+    `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
+    parts = {"train": [i for i, split in enumerate(store.split) if split in ("train", "")],
+             "valid": [i for i, split in enumerate(store.split) if split == "validation"]}
+    if not parts["valid"]:
+        groups = _group(parts["train"], lambda i: segment_of(name) if _NAME.fullmatch(name := store.names[i]) else name)
+        held = {i for key in _held_keys(groups, "pretrain:") for i in groups[key]}
+        parts = {"train": [i for i in parts["train"] if i not in held], "valid": sorted(held)}
+    for part, members in parts.items():
+        if not members:
+            raise DataError(f"{store.root}: no recording to {part} with of {len(store.names)}; expected at least two; add recordings")
+    return parts
 
 
 # -----------------------------------------------------------------------------------------------------------------

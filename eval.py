@@ -20,6 +20,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -1464,10 +1465,73 @@ def predict_ast(model: nn.Module, items: list[dict], info: dict, device: torch.d
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# Training curves
+# -----------------------------------------------------------------------------------------------------------------
+SCORE_KEYS = {"valid_per": "phoneme error rate, validation", "valid_r2": "R2, validation", "valid_accuracy": "NCE accuracy, validation", "valid_loss": "loss, validation"}
+
+
+def read_metrics(run: str | Path) -> list[dict]:
+    """The lines of a run folder's metrics.jsonl. A last line that a kill cut short is left out; DataError for anything else."""
+    path, records = Path(run) / "metrics.jsonl", []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error.strerror if isinstance(error, OSError) else error}; expected the metrics of a run; give a run's folder") from error
+    for n, line in enumerate(lines, 1):
+        try:
+            records.append({"step": int(json.loads(line)["step"]), **json.loads(line)})
+        except (ValueError, KeyError, TypeError) as error:
+            if n < len(lines):
+                raise DataError(f"{path}: line {n} is no log record ({type(error).__name__}); expected a JSON object with a step; give another run") from error
+    if not records:
+        raise DataError(f"{path}: no log record; expected some; let the run reach its first --log-every")
+    return records
+
+
+def curves(argv: list[str]) -> dict:
+    """`python eval.py curves`: score, loss, gradient norm and skipped updates of runs in one picture; returns the best score and skips by run."""
+    parser = argparse.ArgumentParser(prog="eval.py curves", description="Training curves of runs in one picture: score, loss, gradient norm before clipping, skipped updates.")
+    parser.add_argument("--run", nargs="+", required=True, metavar="DIR", help="run folders, such as runs/decoder/NAME")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write (.png, .svg, .pdf)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    if (kind := Path(args.out).suffix.lower()) not in (".png", ".svg", ".pdf"):
+        raise DataError(f"--out {args.out}: a picture of kind {kind or 'none'}; expected .png, .svg or .pdf")
+    runs = {Path(run).name: read_metrics(run) for run in args.run}
+    score = next((key for key in SCORE_KEYS if all(any(key in r for r in records) for records in runs.values())), None)
+    from matplotlib.figure import Figure  # takes a second
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = {key: (figure.add_subplot(2, 2, n), title) for n, (key, title) in enumerate(
+        {score: SCORE_KEYS.get(score, "no evaluation"), "loss": "training loss", "norm": "gradient norm before clipping", "skips": "skipped updates so far"}.items(), 1)}
+    for name, records in runs.items():
+        lines = {key: [(r["step"], r[key]) for r in records if r.get(key) is not None] for key in (score, "loss", "norm")}
+        lines["skips"] = [(r["step"], sum(r["skipped"].values())) for r in records if "skipped" in r]
+        for key, (axes, _) in panels.items():
+            axes.plot(*zip(*lines[key], strict=True) if lines[key] else ([], []), label=name, marker="o" if key == score else None, markersize=3, linewidth=1)
+    for key, (axes, title) in panels.items():
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.set_yscale("log" if key == "norm" else "linear")
+    panels[score][0].legend()
+    file = io.BytesIO()
+    figure.savefig(file, format=kind[1:], dpi=110)
+    write_atomic(Path(args.out), lambda out: out.write(file.getvalue()))
+    better = max if score in ("valid_r2", "valid_accuracy") else min
+    best = {name: better((r[score] for r in records if r.get(score) is not None), default=None) for name, records in runs.items()}
+    for name, records in runs.items():
+        norms = [r["norm"] for r in records if r.get("norm") is not None]
+        skipped = next((r["skipped"] for r in reversed(records) if "skipped" in r), {})
+        print(f"{name:<32} {records[-1]['step']:>7} steps  best {score} {best[name]}  largest logged norm {max(norms, default=math.nan):.3g}  skipped {skipped}")
+    print(f"saved {args.out}")
+    return best
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"floor": floor, "bench": bench}
+COMMANDS = {"floor": floor, "bench": bench, "curves": curves}
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -953,12 +953,72 @@ def _copy_exactly(module: nn.Module, given: dict[str, Tensor], optional: tuple[s
 # -----------------------------------------------------------------------------------------------------------------
 # Baselines on filter banks
 # -----------------------------------------------------------------------------------------------------------------
+class CNN(nn.Module):
+    """Convolutions over the spectrogram, the baseline of AST: four blocks of 3 x 3 convolution, LayerNorm over channels, ReLU and
+    2 x 2 mean pooling, then mean and standard deviation over time, and one hidden layer. Any length from 16 frames on."""
+
+    def __init__(self, mel: int = 128, width: int = 32, num_outputs: int = 19, dropout: float = 0.3):
+        super().__init__()
+        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        sizes = [1, width, 2 * width, 4 * width, 4 * width]
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
+        size = 2 * sizes[-1] * (mel // 16)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(size, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, num_outputs))
+
+    def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32.
+        Padding has no influence: it is zero before every convolution, as what lies beyond the edge."""
+        B, T, _ = fbank.shape
+        lengths = torch.full((B,), T) if lengths is None else lengths
+        x, lengths = fbank.unsqueeze(1), lengths.to(fbank.device)  # (B, C, T, mel)
+        x = x * _inside(T, lengths).view(B, 1, T, 1)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = norm(convolution(x).transpose(1, 3)).transpose(1, 3)
+            x, lengths = nn.functional.avg_pool2d(x.relu(), 2), lengths // 2
+            x = x * _inside(x.shape[2], lengths).view(B, 1, -1, 1)
+        x = x.permute(0, 2, 1, 3).flatten(2).float()  # (B, T / 16, C * mel / 16)
+        return self.head(torch.cat(_mean_and_deviation(x, _inside(x.shape[1], lengths)), dim=1)).float()
+
+
+class PooledMLP(nn.Module):
+    """Two layers on statistics of the whole clip, the least that a network must beat: mean, standard deviation, least and
+    largest value, and mean absolute change from frame to frame of every mel band, and the logarithm of the length: 641 values."""
+
+    def __init__(self, mel: int = 128, width: int = 256, num_outputs: int = 19, dropout: float = 0.3):
+        super().__init__()
+        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.head = nn.Sequential(nn.LayerNorm(5 * mel + 1), nn.Dropout(dropout), nn.Linear(5 * mel + 1, width), nn.GELU(), nn.Dropout(dropout),
+                                  nn.Linear(width, num_outputs))  # fmt: skip
+
+    def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32."""
+        B, T, _ = fbank.shape
+        lengths = torch.full((B,), T) if lengths is None else lengths
+        x, inside = fbank.float(), _inside(T, lengths.to(fbank.device))
+        out = ~inside.unsqueeze(2)
+        change = _mean_and_deviation((x[:, 1:] - x[:, :-1]).abs(), inside[:, 1:])[0]
+        extremes = x.masked_fill(out, torch.inf).amin(1), x.masked_fill(out, -torch.inf).amax(1)
+        seconds = inside.sum(1, keepdim=True) / 100
+        return self.head(torch.cat([*_mean_and_deviation(x, inside), *extremes, change, seconds.log()], dim=1)).float()
+
+
+def _inside(frames: int, lengths: Tensor) -> Tensor:
+    """(B, frames) True where a frame lies before its clip's end."""
+    return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _mean_and_deviation(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the frames inside, of x (B, T, C): both (B, C)."""
+    weight = (inside / inside.sum(1, keepdim=True).clip(min=1)).unsqueeze(2)
+    mean = (x * weight).sum(1)
+    return mean, (((x - mean.unsqueeze(1)).square() * weight).sum(1) + 1e-6).sqrt()
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # -----------------------------------------------------------------------------------------------------------------
-MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST}
+MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
 
 
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:

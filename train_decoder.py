@@ -182,8 +182,10 @@ class Trials(Dataset):
 
 
 def quiet_worker(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; what follows is for the main one to decide."""
+    """Ctrl-C and SIGTERM reach every process of a group; the main one decides what follows, and may need a worker for one more
+    step. The second SIGTERM ends a worker: PyTorch sends that to those which outlive the loader."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def augment(batch: dict, args: argparse.Namespace) -> dict:

@@ -319,14 +319,14 @@ def command(name, corpus, out, *options):
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-@each_trainer
-def test_ctrl_c_ends_the_step_and_saves(name, corpus, tmp_path):
+@pytest.mark.parametrize(("name", "number"), [*((name, signal.SIGINT) for name in TRAINERS), ("train_decoder", signal.SIGTERM)])
+def test_ctrl_c_ends_the_step_and_saves(name, number, corpus, tmp_path):
     process = subprocess.Popen([sys.executable, f"{name}.py", *command(name, corpus, tmp_path, "--name stopped", CASES[name].endless)],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, start_new_session=True)
     deadline = time.time() + 60
     while not (tmp_path / "stopped/last.pt").exists() and time.time() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    os.killpg(process.pid, number)  # as a terminal or a batch system does: the workers get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
