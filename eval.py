@@ -5,6 +5,10 @@
     python eval.py --ckpt ... --data DIR --part test --csv predictions.csv    test part; unlabelled items are predicted only
     python eval.py --ckpt ... --data DIR --save-results full                  results/han_full_<split>.json and .csv, both parts
     python eval.py floor --task han --data DIR --fold all                     scikit-learn forest on the same parts
+    python eval.py --ckpt runs/ast/NAME/best.pt --data DIR                    ratings from audio; a pre-training: its losses
+    python eval.py floor --task ast --data DIR                                ridge regression on log-mel statistics
+    python eval.py compare --a A.csv --b B.csv --data DIR                     paired test of two results or lists of checkpoints
+    python eval.py ceiling --data DIR                                         what the raters' disagreement leaves to reach
     python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test    phoneme error rate of a decoder
     python eval.py bench --task han|decoder                                   step time against the plain rendition
 
@@ -58,6 +62,7 @@ from data import (
     SPLITS,
     Corpus,
     DataError,
+    FbankStore,
     SpeechCorpus,
     add_noise,
     collate_han,
@@ -69,11 +74,15 @@ from data import (
     normalise_fbank,
     number,
     open_speech,
+    percepiano_audio,
     percepiano_parts,
     phonemize,
     player_of,
     pooled_statistics,
+    prepare_ast,
     prepare_han,
+    read_labels,
+    read_ratings,
     run_script,
     segment_of,
     speech_item,
@@ -87,6 +96,7 @@ from data import (
 from models import HAN, PATCH, BiLSTM, ContextAttention, GRUDecoder, load_checkpoint, output_frames
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
+AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
 TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: median, sd of the log
 MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = 113, 0.67, 420  # notes per PercePiano performance: median, sd of the log, longest
 
@@ -134,15 +144,8 @@ def cluster_bootstrap(y: np.ndarray, p: np.ndarray, groups: Iterable[str], stati
     are left out; (NaN, NaN) when fewer than half of the draws remain."""
     y, p = np.asarray(y), np.asarray(p)
     folds = np.zeros(len(y), int) if folds is None else np.asarray(folds)
-    keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
-    members = [np.flatnonzero(inverse == k) for k in range(len(keys))]
-    rng = np.random.default_rng(seed)
     values = []
-    for _ in range(n):
-        drawn = rng.integers(len(keys), size=len(keys))
-        if (drawn == drawn[0]).all():
-            continue
-        rows = np.concatenate([members[k] for k in drawn])
+    for rows in _cluster_draws(groups, n, seed):
         in_fold = [rows[folds[rows] == fold] for fold in np.unique(folds)]
         values.append(np.mean([statistic(y[r], p[r]) if len(r) else np.nan for r in in_fold]))
     values = np.array(values)[np.isfinite(values)]
@@ -150,6 +153,17 @@ def cluster_bootstrap(y: np.ndarray, p: np.ndarray, groups: Iterable[str], stati
         return float("nan"), float("nan")
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _cluster_draws(groups: Iterable[str], n: int, seed: int) -> Iterable[np.ndarray]:
+    """Row numbers of whole groups drawn with replacement, n times, less the draws of a single distinct group."""
+    keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
+    members = [np.flatnonzero(inverse == k) for k in range(len(keys))]
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        drawn = rng.integers(len(keys), size=len(keys))
+        if not (drawn == drawn[0]).all():
+            yield np.concatenate([members[k] for k in drawn])
 
 
 def scores(y: np.ndarray, p: np.ndarray, groups: list[str]) -> dict:
@@ -332,8 +346,9 @@ def _load_corpus(args: argparse.Namespace) -> Corpus:
 
 
 def _finish(records: list[dict], corpus: Corpus, args: argparse.Namespace, split: str, about: dict,
-            default_csv: Path | None = None) -> dict:
-    """Measures, prints and writes predictions (to default_csv when some have no label); returns the metrics."""
+            default_csv: Path | None = None, task: str = "han") -> dict:
+    """Measures, prints and writes predictions (to default_csv when some have no label); returns the metrics. Task ast is
+    tested for significance too."""
     truth = {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
     if args.save_results:
         for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
@@ -342,16 +357,20 @@ def _finish(records: list[dict], corpus: Corpus, args: argparse.Namespace, split
     print(f"split {split}, " + ("SYNTHETIC corpus: figures say nothing about real performances" if corpus.synthetic
                                 else f"real data in {corpus.root}"))
     _print_metrics(metrics)
+    tests = {}
+    if task == "ast":
+        tests["significance"] = significance(records, truth)
+        _print_significance(tests["significance"])
     unlabelled = sorted({name for record in records for name in record["names"] if name not in truth})
     path = args.csv or (default_csv if unlabelled and not args.save_results else None)
     if path:
         write_predictions(path, records)
         print(f"{len(unlabelled)} unlabelled items predicted; all predictions in {path}")
     if args.save_results:
-        stem = Path(args.results_dir) / f"han_{args.save_results}_{split}"
-        saved = {"task": "han", "row": args.save_results, "split": split, "command": args.command, **git_state(),
+        stem = Path(args.results_dir) / f"{task}_{args.save_results}_{split}"
+        saved = {"task": task, "row": args.save_results, "split": split, "command": args.command, **git_state(),
                  "hardware": hardware(args.device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                 "synthetic": corpus.synthetic, **about, "labels": list(LABELS), "metrics": metrics}
+                 "synthetic": corpus.synthetic, **about, "labels": list(LABELS), "metrics": metrics, **tests}
         write_predictions(stem.with_name(stem.name + ".csv"), records)
         text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
         flat = re.sub(r"\[\s+([^][{}]*?)\s+]", lambda found: f"[{' '.join(found[1].split())}]", text)  # a list of figures is one line
@@ -396,15 +415,19 @@ def _load_models(paths: list[str]) -> list[tuple]:
 def _load_fold_models(loaded: list[tuple]) -> tuple[dict[int, list[tuple]], dict]:
     """{fold: [(model, what of the checkpoint is needed), ...]} and the data settings that all must share."""
     folds: dict[int, list[tuple]] = {}
-    first = None
+    first, shared = None, ("split", "keep_overlap", "synthetic", "labels")
     for path, model, ckpt in loaded:
-        if ckpt["task"] != "han":
-            raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; expected han or decoder; give one written by train_han.py or train_decoder.py")
+        if ckpt["task"] not in ("han", *AUDIO_TASKS):
+            raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; expected han, {', '.join(AUDIO_TASKS)} or decoder; give one written by a trainer of this repository")
         data = ckpt["data"]
-        if not isinstance(data, dict) or not isinstance(ckpt["args"], dict) or len(data.get("columns", ())) != model.model_args["input_size"]:
+        if ckpt["task"] in AUDIO_TASKS:
+            shared = (*shared, "audio")
+            if not isinstance(data, dict) or not isinstance(ckpt["args"], dict) or not {*shared, "fold", "mean", "std", "frames"} <= data.keys():
+                raise DataError(f"{path}: without args, or without data of a fine-tuning; expected best.pt of pretrain_ast.py --task finetune, all of one kind; train it again")
+        elif not isinstance(data, dict) or not isinstance(ckpt["args"], dict) or len(data.get("columns", ())) != model.model_args["input_size"]:
             raise DataError(f"{path}: without args, or without data that describe its {model.model_args['input_size']} columns; expected best.pt of train_han.py; train it again")
         first = first or data
-        for key in ("split", "keep_overlap", "synthetic", "labels"):
+        for key in shared:
             if data[key] != first[key]:
                 raise DataError(f"{path}: {key} is {data[key]!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs")
         if list(data["labels"]) != list(LABELS):
@@ -419,82 +442,133 @@ def _own_options(ckpt: dict) -> dict:
 
 
 def evaluate(argv: list[str]) -> dict:
-    """`python eval.py --ckpt ...`: metrics of checkpoints, HAN's each on its own fold and split; returns them (see `measure`,
-    for decoders `evaluate_decoder`)."""
+    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split; returns them (see
+    `measure`; for decoders `evaluate_decoder`, for a pre-training `evaluate_pretraining`)."""
     parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more folds or seeds")
     parser.add_argument("--part", choices=["valid", "test", "competition"], default="valid",
-                        help="part to score, competition: decoder only (%(default)s); --save-results of HAN takes valid and test")
-    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass (16; decoder 64)")
+                        help="part to score, competition: decoder only (%(default)s); --save-results of ratings takes valid and test")
+    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
+    only_audio = audio_options(parser)
     only_decoder = [parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: refused)"),
                     *word_options(parser)]
     args = _parse(parser, argv)
     loaded = _load_models(args.ckpt)
-    if loaded[0][2]["task"] == "decoder":
+    task = loaded[0][2]["task"]
+    _refuse_given(args, only_audio if task not in AUDIO_TASKS else [], "pretrain_ast.py", task)
+    if task == "decoder":
         args.batch = args.batch or 64
         return evaluate_decoder(args, loaded)
+    _refuse_given(args, only_decoder, "train_decoder.py", task, ["--part competition"] * (args.part == "competition"))
+    if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
+        return evaluate_pretraining(args, loaded)
     folds, data = _load_fold_models(loaded)
-    args.batch = args.batch or 16
-    given = [a.option_strings[0] for a in only_decoder if getattr(args, a.dest) != a.default] + ["--part competition"] * (args.part == "competition")
+    corpus = _corpus_of(data, args)
+    records = fold_records(folds, corpus, args, ("valid", "test") if args.save_results else (args.part,))
+    used = [kept for members in folds.values() for _, kept in members]
+    inputs = {"features": data["features"]} if task == "han" else {"model": task, "audio": data["audio"]}
+    about = {"seeds": [kept["args"].get("seed") for kept in used], **inputs,
+             "keep_overlap": data["keep_overlap"],
+             "checkpoints": [{"path": kept["path"], "fold": kept["data"]["fold"], "epoch": kept["epoch"], "step": kept["step"],
+                              "git_sha": kept["git_sha"], "args": kept["args"]} for kept in used]}
+    return _finish(records, corpus, args, data["split"], about, Path(args.ckpt[0]).with_name(f"predictions_{args.part}.csv"), "han" if task == "han" else "ast")
+
+
+def _refuse_given(args: argparse.Namespace, options: list[argparse.Action], trainer: str, task: str, more: Iterable[str] = ()) -> None:
+    given = [option.option_strings[0] for option in options if getattr(args, option.dest) != option.default] + list(more)
     if given:
-        raise DataError(f"{', '.join(given)}: only for checkpoints of train_decoder.py; {args.ckpt[0]} is of task 'han'; leave it out")
+        raise DataError(f"{', '.join(given)}: only for checkpoints of {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
+
+
+def _corpus_of(data: dict, args: argparse.Namespace) -> Corpus:
+    """The corpus of --data, and a line where checkpoints (of data settings `data`) were trained on another kind."""
     if args.data is None and not data["synthetic"]:
         raise DataError(f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
     corpus = _load_corpus(args)
     if corpus.synthetic != data["synthetic"]:
         print(f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}")
-    records = []
+    return corpus
+
+
+def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args: argparse.Namespace, parts: Iterable[str]) -> list[dict]:
+    """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
+    records, kind = [], next(iter(folds.values()))[0][1]
+    store = audio_store(corpus, args, kind["data"]["audio"]) if kind["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
-        keep_misaligned = members[0][1]["args"].get("keep_misaligned", False)
-        parts = percepiano_parts(corpus, data["split"], fold, keep_overlap=data["keep_overlap"], keep_misaligned=keep_misaligned)
+        data, keep_misaligned = members[0][1]["data"], members[0][1]["args"].get("keep_misaligned", False)
+        names = percepiano_parts(corpus, data["split"], fold, keep_overlap=data["keep_overlap"], keep_misaligned=keep_misaligned)
         seeds = [kept["args"].get("seed") for _, kept in members]
         print(f"fold {fold}: " + (f"predictions of {len(members)} checkpoints averaged, seeds {seeds}" if len(members) > 1
                                   else f"{members[0][1]['path']}, seed {seeds[0]}"))
-        for part in ("valid", "test") if args.save_results else (args.part,):
-            p = np.mean([predict_han(model, prepare_han(corpus, parts[part], kept["data"]), args.device, args.batch)
-                         for model, kept in members], axis=0)
-            records.append({"part": part, "fold": fold, "names": parts[part], "p": p})
-    used = [kept for members in folds.values() for _, kept in members]
-    about = {"seeds": [kept["args"].get("seed") for kept in used], "features": data["features"],
-             "keep_overlap": data["keep_overlap"],
-             "checkpoints": [{"path": kept["path"], "fold": kept["data"]["fold"], "epoch": kept["epoch"], "step": kept["step"],
-                              "git_sha": kept["git_sha"], "args": kept["args"]} for kept in used]}
-    return _finish(records, corpus, args, data["split"], about, Path(args.ckpt[0]).with_name(f"predictions_{args.part}.csv"))
+        for part in parts:
+            if store is None:
+                p = [predict_han(model, prepare_han(corpus, names[part], kept["data"]), args.device, args.batch or 16) for model, kept in members]
+            else:
+                names[part] = [name for name in names[part] if name in store.names]
+                p = [predict_ast(model, prepare_ast(corpus, store, names[part], kept["data"]), kept["data"], args.device, args.batch or 8, args.crops)
+                     for model, kept in members]
+            records.append({"part": part, "fold": fold, "names": names[part], "p": np.mean(p, axis=0)})
+    return records
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Floor: a forest on pooled note statistics
+# Floor: a forest or a ridge regression on pooled statistics of the notes or of the spectrogram
 # -----------------------------------------------------------------------------------------------------------------
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: the ExtraTrees of HAN.md on the parts that the trainer uses; returns metrics (see `measure`)."""
-    parser = argparse.ArgumentParser(prog="eval.py floor", description="A scikit-learn forest on pooled note statistics.")
-    parser.add_argument("--task", choices=["han"], default="han")
+    """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note statistics or a
+    ridge regression on log-mel statistics unless asked otherwise; returns metrics (see `measure`)."""
+    parser = argparse.ArgumentParser(prog="eval.py floor", description="Scikit-learn on pooled statistics of the notes (han) or of the spectrogram (ast).")
+    parser.add_argument("--task", choices=["han", "ast"], default="han")
+    parser.add_argument("--model", choices=["ridge", "forest"], help="(forest for han, ridge for ast)")
     parser.add_argument("--split", choices=SPLITS, default="segment")
     parser.add_argument("--fold", choices=["0", "1", "2", "3", "all"], default="all")
-    parser.add_argument("--features", choices=["full", "score", "perf"], default="full")
+    parser.add_argument("--features", choices=["full", "score", "perf"], default="full", help="note features, han only (%(default)s)")
+    parser.add_argument("--audio", metavar="DIR", help="ast: recordings NAME.wav (off: rendered from the MIDI)")
     parser.add_argument("--keep-overlap", action="store_true", help="train on notes shared with validation and test too")
     parser.add_argument("--keep-misaligned", action="store_true", help="train on items that do not match their score")
     parser.add_argument("--seed", type=number(int, 0), default=7)
     args = _parse(parser, argv)
-    # Takes a second to import, and only the floor needs it.
-    from sklearn.ensemble import ExtraTreesRegressor
-
+    if (args.task == "ast" and args.features != "full") or (args.task == "han" and args.audio):
+        raise DataError(f"--features {args.features}, --audio {args.audio} with --task {args.task}: features are of han, audio is of ast; leave it out")
+    args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
-    columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-    statistics = {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
+    if args.task == "ast":
+        store = audio_store(corpus, args)
+        statistics = {name: audio_statistics(store.get(i)) for i, name in enumerate(store.names)}
+    else:
+        columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
+        statistics = {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         parts = percepiano_parts(corpus, args.split, fold, keep_overlap=args.keep_overlap, keep_misaligned=args.keep_misaligned)
-        forest = ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=args.seed, n_jobs=os.cpu_count())
-        forest.fit(np.stack([statistics[name] for name in parts["train"]]),
-                   np.stack([corpus.items[name]["y"] for name in parts["train"]]))
+        parts = {part: [name for name in names if name in statistics] for part, names in parts.items()}
+        x, y = (np.stack([table[name] for name in parts["train"]]) for table in (statistics, {name: item.get("y") for name, item in corpus.items.items()}))
+        fitted = _fit_forest(x, y, args.seed) if args.model == "forest" else _fit_ridge(x, y, [segment_of(name) for name in parts["train"]])
         for part in ("valid", "test"):
-            p = forest.predict(np.stack([statistics[name] for name in parts[part]])) if parts[part] else np.zeros((0, len(LABELS)))
+            p = fitted.predict(np.stack([statistics[name] for name in parts[part]])).clip(0, 1) if parts[part] else np.zeros((0, len(LABELS)))
             records.append({"part": part, "fold": fold, "names": parts[part], "p": p})
-    about = {"seeds": [args.seed], "features": args.features, "keep_overlap": args.keep_overlap}
-    return _finish(records, corpus, args, args.split, about)
+    inputs = {"features": args.features} if args.task == "han" else {"audio": "wav" if args.audio else "rendered"}
+    about = {"seeds": [args.seed], "model": args.model, **inputs, "keep_overlap": args.keep_overlap}
+    return _finish(records, corpus, args, args.split, about, task=args.task)
+
+
+def _fit_forest(x: np.ndarray, y: np.ndarray, seed: int):
+    from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
+
+    return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=seed, n_jobs=os.cpu_count()).fit(x, y)
+
+
+def _fit_ridge(x: np.ndarray, y: np.ndarray, groups: list[str]):
+    """Ridge regression on standardised columns, its strength chosen by cross-validation over whole groups of the training items."""
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    folds = list(GroupKFold(min(5, len(set(groups)))).split(x, y, groups))
+    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=folds)).fit(x, y)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1454,6 +1528,306 @@ def predict_ast(model: nn.Module, items: list[dict], info: dict, device: torch.d
     return (total / np.maximum(count, 1) * std + mean).clip(0, 1)
 
 
+def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [parser.add_argument("--audio", metavar="DIR", help="audio: recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)"),
+            parser.add_argument("--crops", type=number(int, 1), metavar="N", help="audio: crops of an item that is longer than the model's frames (as many as cover it)")]
+
+
+def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
+    """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other (`trained_on`)."""
+    store = percepiano_audio(corpus, args.cache, args.audio)
+    for line in store.left_out:
+        print(f"left out: {line}")
+    kind = "wav" if args.audio else "rendered"
+    if trained_on not in (None, kind):
+        print(f"trained on audio of kind {trained_on}, evaluated on {kind}" + "; recordings: --audio DIR" * (kind == "rendered"))
+    return store
+
+
+def audio_statistics(x: np.ndarray) -> np.ndarray:
+    """Mean, deviation and 10 / 50 / 90 % quantiles over time of every band of x (frames, 128), and seconds: (641,) float64."""
+    x = np.asarray(x, np.float64)
+    return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0), [len(x) / 100]])
+
+
+def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+    """The trainer's own validation figures of one pre-training: its crops and masks, of --data, normalised as the model knows it."""
+    import pretrain_ast  # which imports this module
+
+    (path, model, ckpt), data = loaded[0], loaded[0][2]["data"]
+    if len(loaded) > 1 or args.csv or args.save_results or args.crops:
+        raise DataError(f"{path}: a pre-training, which rates nothing; expected it alone, without --csv, --save-results, --crops; give a fine-tuned best.pt")
+    if args.data is None and not data["synthetic"]:
+        raise DataError(f"{path}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
+    own = {"data": args.data, "audio": args.audio, "cache": args.cache, "device": str(args.device)}
+    settings = argparse.Namespace(**{**vars(pretrain_ast.parse_args([])), **ckpt["args"], **own})
+    _, batches, now = pretrain_ast.pretrain_data(settings, False, print)
+    if now["recordings"] != data["recordings"]:
+        print("other recordings than the model was trained with: some that validate here may have trained it")
+    for batch in batches:
+        batch["x"] = normalise_fbank(batch["x"] * 2 * now["std"] + now["mean"], data["mean"], data["std"])
+    figures = pretrain_ast.validate(model.to(args.device), batches, data, args.device, settings)
+    print("SYNTHETIC corpus: figures say nothing about real recordings" if now["synthetic"] else f"real data in {args.data}")
+    print(f"{path}, step {ckpt['step']}, {sum(len(batch['names']) for batch in batches)} fixed crops that validate")
+    print(f"NCE {figures['valid_nce']:.4f}, accuracy {figures['valid_accuracy']:.4f} (chance {figures['valid_chance']:.4f})")
+    print(f"MSE {figures['valid_mse']:.5f} (of the mean patch {figures['valid_mse_mean']:.5f})")
+    return figures
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Audio: significance
+# -----------------------------------------------------------------------------------------------------------------
+
+
+def _by_fold(statistic: Callable, rows: np.ndarray, folds: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+    """Mean over all folds of statistic(arrays at the rows of that fold); NaN where a fold has no row."""
+    in_fold = [rows[folds[rows] == fold] for fold in np.unique(folds)]
+    if not all(len(r) for r in in_fold):
+        return np.float64(np.nan)
+    return np.mean([statistic(*(array[r] for array in arrays)) for r in in_fold], axis=0)
+
+
+def _percentiles(draws: Iterable, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The finite ones of drawn statistics (scalars or arrays of one shape), and their 2.5 and 97.5 % points; a ValueError
+    where fewer than half of n remain."""
+    draws = np.array([draw for draw in draws if np.isfinite(draw).all()], np.float64)
+    if 2 * len(draws) < n:
+        raise ValueError(f"{len(draws)} of {n} draws tell something; expected at least half: more groups")
+    return draws, np.percentile(draws, [2.5, 97.5], axis=0)
+
+
+def permutation_p(y: np.ndarray, p: np.ndarray, groups: Iterable[str], n: int = 1000, seed: int = 7, folds: np.ndarray | None = None) -> np.ndarray:
+    """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew nothing.
+
+    y, p (n, D); groups (n,). Items of a group are alike on both sides, so items alone must not be exchanged: every group
+    receives the predictions of a whole group of its fold, in random order (cut or repeated where that one is larger or
+    smaller). Folds that hold the same groups are permuted alike. p = (1 + draws as good as the observed) / (1 + n)
+    (Phipson & Smyth, 2010)."""
+    y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
+    folds = np.zeros(len(y), int) if folds is None else np.asarray(folds)
+    keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
+    members = [[rows for k in range(len(keys)) if len(rows := np.flatnonzero((inverse == k) & (folds == fold)))] for fold in np.unique(folds)]
+    present = [[inverse[rows[0]] for rows in fold] for fold in members]
+    everything = np.arange(len(y))
+    observed, as_good = _by_fold(pearson, everything, folds, y, p), np.zeros(y.shape[1], int)
+    rng = np.random.default_rng(seed)
+    largest = max(len(rows) for fold in members for rows in fold)
+    for _ in range(n):
+        order, within = rng.random(len(keys)), rng.random((len(keys), largest))
+        source = np.empty(len(y), int)
+        for rows, groups_here in zip(members, present, strict=True):
+            for k, donor in enumerate(np.argsort(order[groups_here])):
+                shuffled = rows[donor][np.argsort(within[groups_here[donor], :len(rows[donor])])]
+                source[rows[k]] = np.resize(shuffled, len(rows[k]))
+        as_good += _by_fold(pearson, everything, folds, y, p[source]) >= observed - 1e-12
+    return (1 + as_good) / (1 + n)
+
+
+def holm(p: Iterable[float]) -> np.ndarray:
+    """p-values adjusted for their number (Holm, 1979), in the order given: times m, m - 1, ... from the smallest on, never
+    falling, at most 1. NaN stays NaN and does not count."""
+    p = np.asarray(p, np.float64)
+    adjusted, order = np.full(p.shape, np.nan), np.argsort(p)[:np.isfinite(p).sum()]
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return adjusted
+
+
+def paired_bootstrap(y: np.ndarray, pa: np.ndarray, pb: np.ndarray, groups: Iterable[str], statistic: Callable = mean_r2,
+                     folds: np.ndarray | None = None, n: int = 5000, seed: int = 7) -> tuple:
+    """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, when whole groups are drawn
+    with replacement, the same for both; of the statistic's shape. Folds as in `cluster_bootstrap`. p is twice the smaller
+    share of draws on either side of 0, counting the observed one; all NaN but the difference when too few groups remain."""
+    y, pa, pb = (np.asarray(a, np.float64) for a in (y, pa, pb))
+    folds = np.zeros(len(y), int) if folds is None else np.asarray(folds)
+
+    def difference(rows: np.ndarray) -> np.ndarray:
+        return _by_fold(lambda y, a, b: np.asarray(statistic(y, a)) - statistic(y, b), rows, folds, y, pa, pb)
+
+    observed = difference(np.arange(len(y)))
+    try:
+        draws, interval = _percentiles((difference(rows) for rows in _cluster_draws(groups, n, seed)), n)
+    except ValueError:
+        nothing = np.full_like(observed, np.nan)
+        return observed, (nothing, nothing), nothing
+    share = np.minimum((draws <= 0).sum(0) + 1, (draws >= 0).sum(0) + 1) / (len(draws) + 1)
+    return observed, (interval[0], interval[1]), np.minimum(2 * share, 1)
+
+
+def _stacked(records: list[dict], truth: dict[str, np.ndarray], part: str, view: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Names, truth, predictions and folds of all rated items of a part and view, fold after fold."""
+    rows = [(name, truth[name], p, record["fold"]) for record in records if record["part"] == part
+            for name, p in zip(record["names"], record["p"], strict=True)
+            if name in truth and not (view == "no_renderings" and is_rendering(name))]
+    names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
+
+
+def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 1000) -> dict:
+    """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs, cluster bootstrap over
+    segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or the segments are too few}}."""
+    result: dict = {}
+    for part in dict.fromkeys(record["part"] for record in records):
+        result[part] = dict.fromkeys(VIEWS)
+        for view in VIEWS:
+            names, y, p, folds = _stacked(records, truth, part, view)
+            groups = [segment_of(name) for name in names]
+            if len(set(groups)) < 2:
+                continue
+            try:
+                draws = (_by_fold(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), rows, folds, y, p) for rows in _cluster_draws(groups, n, 7))
+                intervals = _percentiles(draws, n)[1]
+            except ValueError:
+                continue
+            chance = permutation_p(y, p, groups, n, folds=folds)
+            result[part][view] = {"pearson_interval": intervals[:, 0].T.tolist(), "r2_interval": intervals[:, 1].T.tolist(),
+                                  "p": chance.tolist(), "p_holm": holm(chance).tolist()}
+    return result
+
+
+def _print_significance(tests: dict) -> None:
+    for part, views in tests.items():
+        shown = {view: figures for view, figures in views.items() if figures}
+        if not shown:
+            continue
+        print(f"{part + ': 95 % interval of r, p by permutation (Holm)':<52}" + "   ".join(f"{VIEWS[view]:<32}" for view in shown).rstrip())
+        for d, label in enumerate(LABELS):
+            cells = [(*figures["pearson_interval"][d], figures["p"][d], figures["p_holm"][d]) for figures in shown.values()]
+            print(f"  {label:<50}" + "   ".join(f"r [{low:6.3f}, {high:6.3f}] {chance:.3f} ({corrected:.3f})" for low, high, chance, corrected in cells))
+
+
+def compare(argv: list[str]) -> dict:
+    """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns its figures."""
+    parser = argparse.ArgumentParser(prog="eval.py compare", description="Is A better than B? Paired cluster bootstrap, Holm over the 19 dimensions.")
+    for side in "ab":
+        parser.add_argument(f"--{side}", nargs="+", required=True, metavar="FILE", help="CSV of --save-results, or best.pt of one or more folds or seeds")
+    parser.add_argument("--part", choices=["valid", "test"], default="valid")
+    parser.add_argument("--metric", choices=["pearson", "r2"], default="pearson")
+    parser.add_argument("--cluster", choices=["segment", "performer"], default="segment", help="what is drawn as a whole (%(default)s)")
+    parser.add_argument("--no-renderings", action="store_true", help="without the score renderings")
+    parser.add_argument("--draws", type=number(int, 100), default=5000, help="(%(default)s)")
+    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass of checkpoints (16; audio 8)")
+    audio_options(parser)
+    args = _parse(parser, argv)
+    (records_a, split_a), (records_b, split_b) = (_compared_records(paths, args) for paths in (args.a, args.b))
+    if split_a and split_b and split_a != split_b:
+        raise DataError(f"{args.a[0]} is of split {split_a}, {args.b[0]} of {split_b}; expected one split; compare rows of the same")
+    truth = read_labels(args.data or synthetic_percepiano(args.cache), [])[0]
+    names, y, pa, pb, folds, apart = _paired(records_a, records_b, truth, args)
+    groups = [segment_of(name) if args.cluster == "segment" else str(player_of(name)) for name in names]
+    metric = {"pearson": pearson, "r2": r2}[args.metric]
+    everything = np.arange(len(y))
+    a, b = (_by_fold(metric, everything, folds, y, p) for p in (pa, pb))
+    difference, (low, high), chance = paired_bootstrap(y, pa, pb, groups, lambda y, p: np.append(v := metric(y, p), v.mean()), folds, args.draws)
+    corrected = holm(chance[:-1])
+    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{args.part}, {len(set(names))} items in {len(np.unique(folds))} folds, {len(set(groups))} clusters ({args.cluster}s), "
+          f"{args.draws} draws" + f"; {apart} items that only one side predicts left out" * bool(apart)
+          + ("" if args.data else "; SYNTHETIC corpus: figures say nothing about real performances"))
+    print(f"{args.metric:<52}     A      B    A - B  95 % interval       p      p (Holm)")
+    for d, label in enumerate([*LABELS, "mean"]):
+        ends = (a[d], b[d]) if d < len(LABELS) else (a.mean(), b.mean())
+        print(f"  {label:<50}{ends[0]:6.3f} {ends[1]:6.3f}  {difference[d]:6.3f} [{low[d]:6.3f}, {high[d]:6.3f}]  {chance[d]:.4f}" + (f"  {corrected[d]:.4f}" if d < len(LABELS) else ""))
+    verdict = _verdict(args.metric, difference, (low, high), chance, corrected)
+    print(verdict)
+    return {"items": len(set(names)), "clusters": len(set(groups)), "a": float(a.mean()), "b": float(b.mean()), "difference": float(difference[-1]),
+            "interval": [float(low[-1]), float(high[-1])], "p": float(chance[-1]), "verdict": verdict,
+            "per_dimension": {"difference": difference[:-1].tolist(), "interval": np.stack([low, high], 1)[:-1].tolist(), "p": chance[:-1].tolist(), "p_holm": corrected.tolist()}}
+
+
+def _verdict(metric: str, difference: np.ndarray, interval: tuple, chance: np.ndarray, corrected: np.ndarray) -> str:
+    clear = [[label for label, d, c in zip(LABELS, difference, corrected, strict=False) if c < 0.05 and sign * d > 0] for sign in (1, -1)]
+    says = "cannot be told from B" if not chance[-1] < 0.05 else "is better than B" if difference[-1] > 0 else "is worse than B"
+    dimensions = "; ".join(f"{word} in {len(names)} of {len(LABELS)} dimensions" + f" ({', '.join(names)})" * bool(names) for word, names in zip(("better", "worse"), clear, strict=True))
+    return (f"A {says}: mean {metric} {difference[-1]:+.4f} [{interval[0][-1]:.4f}, {interval[1][-1]:.4f}], p = {chance[-1]:.4f}; "
+            f"after Holm's correction {dimensions}.")
+
+
+def _compared_records(paths: list[str], args: argparse.Namespace) -> tuple[list[dict], str | None]:
+    """Predictions of one side, and their split where it is known: of checkpoints, or of a CSV from the JSON beside it."""
+    if paths[0].endswith(".csv"):
+        if len(paths) > 1:
+            raise DataError(f"{paths[1]}: a second file beside {paths[0]}; expected one CSV, which holds all folds; leave it out")
+        try:
+            split = json.loads(Path(paths[0]).with_suffix(".json").read_text(encoding="utf-8"))["split"]
+        except (OSError, ValueError, KeyError, TypeError):
+            split = None
+        return read_predictions(Path(paths[0])), split
+    folds, data = _load_fold_models(_load_models(paths))
+    return fold_records(folds, _corpus_of(data, argparse.Namespace(**vars(args), ckpt=paths)), args, (args.part,)), data["split"]
+
+
+def _paired(records_a: list[dict], records_b: list[dict], truth: dict[str, np.ndarray], args: argparse.Namespace) -> tuple:
+    """Names, truth, predictions of A and of B and folds of the rated items that both predict in the same fold; and how many one lacks."""
+    view = "no_renderings" if args.no_renderings else "all"
+    sides = []
+    for records in (records_a, records_b):
+        names, y, p, folds = _stacked(records, truth, args.part, view)
+        sides.append({(int(fold), name): (truth, row) for fold, name, truth, row in zip(folds, names, y, p, strict=True)})
+    both = sorted(sides[0].keys() & sides[1].keys())
+    if len({segment_of(name) for _, name in both}) < 2:
+        raise DataError(f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in the same fold; expected items of at least "
+                        "two segments; give rows of one split, and the --data that they were made with")
+    y, pa, pb = (np.array(column) for column in zip(*((sides[0][k][0], sides[0][k][1], sides[1][k][1]) for k in both), strict=True))
+    return [name for _, name in both], y, pa, pb, np.array([fold for fold, _ in both]), len(sides[0].keys() ^ sides[1].keys())
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Audio: rater ceiling
+# -----------------------------------------------------------------------------------------------------------------
+
+
+def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) -> dict:
+    """What perfect knowledge of every item's true rating would score against the means of the raters there are.
+
+    raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Model: rating = true + rater's own view of the
+    item (variance b) + error of the moment (variance e, from raters who rated an item twice). Both come from the sums of
+    squares within raters and within items (analysis of variance, unbiased for unequal counts). The mean of item i, of which
+    rater j gave m_ij of N_i ratings, then errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i, and
+    R² = 1 - mean(noise_i) / Var(item means), Pearson = sqrt(R²): the reliability of the means and its root.
+    "independent" is R² if every rating were another rater's: noise_i = within-item variance / N_i (HAN.md's ≈ .79).
+    Returns arrays (D,) "r2", "pearson", "independent", "between" (b), "error" (e), "spread" (Var), and "items", "per_item"."""
+    _, item = np.unique(names, return_inverse=True)
+    _, pair = np.unique(np.stack([item, np.unique(raters, return_inverse=True)[1]], 1), axis=0, return_inverse=True)
+    columns = [_ceiling_column(item[there], pair.ravel()[there], column[there]) for column, there in zip(ratings.T, np.isfinite(ratings).T, strict=True)]
+    figures = {key: np.array([column[key] for column in columns]) for key in columns[0]}
+    return {**figures, "pearson": np.sqrt(figures["r2"].clip(min=0)), "items": int(item.max()) + 1, "per_item": len(names) / (int(item.max()) + 1)}
+
+
+def _ceiling_column(item: np.ndarray, pair: np.ndarray, x: np.ndarray) -> dict[str, float]:
+    """`rater_ceiling` of one dimension: item and (item, rater) pair of every rating x."""
+    item, (pair, m) = np.unique(item, return_inverse=True)[1], np.unique(pair, return_inverse=True, return_counts=True)[1:]
+    N, mean = np.bincount(item), np.bincount(item, x) / np.bincount(item)
+    of_pair = np.zeros(len(m), int)
+    of_pair[pair] = item
+    concentration = np.bincount(of_pair, m**2, len(N)) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
+    within_pair, within_item = ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum(), ((x - mean[item]) ** 2).sum()
+    repeats, free = len(x) - len(m), len(x) - len(N)
+    error = within_pair / repeats if repeats else 0.0
+    between = max(0.0, (within_item - error * free) / max((N - concentration).sum(), 1e-12)) if free else np.nan
+    noise, spread = (between * concentration / N + error / N).mean(), mean.var()
+    several = N > 1
+    variance = np.bincount(item, (x - mean[item]) ** 2)[several] / (N[several] - 1)
+    return {"r2": 1 - noise / spread if spread > 0 else np.nan, "independent": 1 - (variance / N[several]).mean() / spread if spread > 0 and several.any() else np.nan,
+            "between": between, "error": error, "spread": spread}
+
+
+def ceiling(argv: list[str]) -> dict:
+    """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score renderings; returns both."""
+    parser = argparse.ArgumentParser(prog="eval.py ceiling", description="What the raters' disagreement leaves to reach: R² and Pearson of perfect knowledge of the true ratings.")
+    args = _parse(parser, argv)
+    root = Path(args.data or synthetic_percepiano(args.cache))
+    raters, names, ratings = read_ratings(root)
+    print(f"{root}" + " (SYNTHETIC: figures say nothing about real raters)" * (root / "SYNTHETIC").is_file())
+    human = np.array([not is_rendering(name) for name in names])
+    views = {view: rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7) for view, chosen in zip(VIEWS, (human | True, human), strict=True)}
+    for view, c in views.items():
+        print(f"{VIEWS[view]}: {c['items']} items, {c['per_item']:.1f} ratings each; mean R2 {c['r2'].mean():.3f}, Pearson {c['pearson'].mean():.3f}; "
+              f"R2 {c['independent'].mean():.3f} if every rating were another rater's")
+    print(f"{'':<52}" + "   ".join(f"{VIEWS[view]:<34}" for view in views).rstrip())
+    for d, label in enumerate(LABELS):
+        print(f"  {label:<50}" + "   ".join(f"R2 {c['r2'][d]:.3f} r {c['pearson'][d]:.3f} (independent {c['independent'][d]:.3f})" for c in views.values()))
+    return views
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # Attention
 # -----------------------------------------------------------------------------------------------------------------
@@ -1531,7 +1905,7 @@ def curves(argv: list[str]) -> dict:
 # Command line
 # -----------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"floor": floor, "bench": bench, "curves": curves}
+COMMANDS = {"floor": floor, "bench": bench, "curves": curves, "ceiling": ceiling, "compare": compare}
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -1539,8 +1913,9 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     if "bench" not in parser.prog:
         parser.add_argument("--data", metavar="DIR", help="the task's dataset in its public layout; absent = synthetic corpus")
         parser.add_argument("--cache", default="cache", metavar="DIR", help="extracted features")
+    if parser.prog.split()[-1] not in ("bench", "ceiling", "compare"):
         parser.add_argument("--csv", metavar="FILE", help="write the predictions here")
-        parser.add_argument("--save-results", metavar="ROW", help="write RESULTS_DIR/han_ROW_<split>.json and .csv of both parts, or decoder_ROW_<part>")
+        parser.add_argument("--save-results", metavar="ROW", help="write RESULTS_DIR/han_ROW_<split> (or ast_) .json and .csv of both parts, or decoder_ROW_<part>")
         parser.add_argument("--results-dir", default="results", metavar="DIR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -183,7 +183,7 @@ def held_out_per(corpus, shuffle: bool) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=200, pct_start=0.15)
     for _ in range(200):
-        batch = collate_speech([items[i] for i in rng.choice(len(items), 6, replace=False)])
+        batch = collate_speech([items[i] for i in rng.choice(len(items), 4, replace=False)])
         logits, frames = model(batch["x"] + 0.2 * torch.randn_like(batch["x"]), batch["lengths"], batch["day"])
         loss = torch.nn.functional.ctc_loss(logits.log_softmax(2).transpose(0, 1), batch["labels"], frames, batch["label_lengths"], zero_infinity=True)
         optimizer.zero_grad()

@@ -323,7 +323,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 def test_ctrl_c_ends_the_step_and_saves(name, number, corpus, tmp_path):
     process = subprocess.Popen([sys.executable, f"{name}.py", *command(name, corpus, tmp_path, "--name stopped", CASES[name].endless)],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, start_new_session=True)
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while not (tmp_path / "stopped/last.pt").exists() and time.time() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, number)  # as a terminal or a batch system does: the workers get it too
