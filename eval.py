@@ -10,7 +10,8 @@
     python eval.py compare --a A.csv --b B.csv --data DIR                     paired test of two results or lists of checkpoints
     python eval.py ceiling --data DIR                                         what the raters' disagreement leaves to reach
     python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test    phoneme error rate of a decoder
-    python eval.py bench --task han|decoder                                   step time against the plain rendition
+    python eval.py --attention out.png --audio FILE.wav --ckpt runs/ast/NAME/best.pt    what an AST looks at; or --midi FILE.mid
+    python eval.py bench --task han|decoder|ast                               step time against the plain rendition
 
 Several checkpoints of one fold (seeds) are averaged. Every figure stands with and without the score renderings
 (players `Score`, `Score2`), with a 95 % bootstrap interval over segments. Of several decoders the probabilities are averaged;
@@ -29,6 +30,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import resource
 import shlex
@@ -53,11 +55,16 @@ from torch.utils.data import DataLoader
 
 from data import (
     _UNSPOKEN,
+    FBANK_MEAN,
+    FBANK_STD,
     FEATURE_SETS,
     FEATURES,
+    FRAME,
+    HOP,
     LABELS,
     MELS,
     PHONEMES,
+    SAMPLE_RATE,
     SILENCE,
     SPLITS,
     Corpus,
@@ -68,6 +75,8 @@ from data import (
     collate_han,
     collate_speech,
     column_names,
+    fbank,
+    fbank_frames,
     frames_needed,
     load_percepiano,
     map_days,
@@ -82,7 +91,10 @@ from data import (
     prepare_ast,
     prepare_han,
     read_labels,
+    read_midi,
     read_ratings,
+    read_wav,
+    render,
     run_script,
     segment_of,
     speech_item,
@@ -93,7 +105,20 @@ from data import (
     time_mask,
     write_atomic,
 )
-from models import HAN, PATCH, BiLSTM, ContextAttention, GRUDecoder, load_checkpoint, output_frames
+from models import (
+    AST,
+    AST_PRESETS,
+    HAN,
+    PATCH,
+    BiLSTM,
+    Block,
+    ContextAttention,
+    GRUDecoder,
+    cluster_mask,
+    load_checkpoint,
+    output_frames,
+    patches,
+)
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
@@ -713,15 +738,22 @@ def _timed_step(model: torch.nn.Module, batch: dict, amp: torch.dtype | None, de
 def bench(argv: list[str]) -> dict:
     """`python eval.py bench`: a network against the same one written plainly, alternating step by step in one run."""
     parser = argparse.ArgumentParser(prog="eval.py bench", description="Step time of a network against its plain rendition.")
-    parser.add_argument("--task", choices=["han", "decoder"], default="han")
+    parser.add_argument("--task", choices=["han", "decoder", "ast"], default="han")
     parser.add_argument("--width", type=number(int, 1), help="size of the model (256; decoder: hidden 512)")
-    parser.add_argument("--batch", type=number(int, 1), help="items per step (8; decoder 64)")
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast type, of the decoder's plain rendition always off; off = float32")
-    parser.add_argument("--steps", type=number(int, 1), help="timed steps of each, after 3 of warm-up (20; decoder 5, after 1)")
+    parser.add_argument("--batch", type=number(int, 1), help="items per step (8; decoder 64; ast 2)")
+    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast type, of the plain decoder and AST always off; off = float32")
+    parser.add_argument("--steps", type=number(int, 1), help="timed steps of each, after 3 of warm-up (20; decoder and ast 5, after 1)")
+    parser.add_argument("--preset", choices=[*AST_PRESETS], help="ast: size of the model (small)")
+    parser.add_argument("--frames", type=number(int, PATCH), help="ast: 10 ms frames of a clip (1024)")
+    parser.add_argument("--visible-only", action="store_true", help="ast: time the encoding of visible patches only as well")
     parser.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads; 0 = torch's default")
     args = _parse(parser, argv)
 
-    for key, default in {"han": {"width": 256, "batch": 8, "steps": 20}, "decoder": {"width": 512, "batch": 64, "steps": 5}}[args.task].items():
+    own = {"han": {"width": 256, "batch": 8, "steps": 20}, "decoder": {"width": 512, "batch": 64, "steps": 5},
+           "ast": {"preset": "small", "frames": 1024, "visible_only": False, "batch": 2, "steps": 5}}[args.task]
+    if foreign := [f"--{key.replace('_', '-')}" for key in ("width", "preset", "frames", "visible_only") if getattr(args, key) and key not in own]:
+        raise DataError(f"bench --task {args.task}: {', '.join(foreign)} given; expected {', '.join(f'--{key}' for key in own)}; leave it out".replace("_", "-"))
+    for key, default in own.items():
         setattr(args, key, getattr(args, key) or default)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -729,6 +761,8 @@ def bench(argv: list[str]) -> dict:
     torch.manual_seed(7)
     if args.task == "decoder":
         return bench_decoder(args, amp)
+    if args.task == "ast":
+        return bench_ast(args, amp)
     model = HAN(input_size=sum(FEATURES.values()), size=args.width).to(device)
     rivals = {"HAN": model, "plain": plain_from_han(model).to(device)}
     batch = to_device(collate_han(random_items(args.batch)), device)
@@ -1832,10 +1866,321 @@ def ceiling(argv: list[str]) -> dict:
 # Attention
 # -----------------------------------------------------------------------------------------------------------------
 
+PICTURE = (16, 6)  # inches of 100 pixels
+HERTZ = (50, 100, 200, 500, 1000, 2000, 4000, 8000)
+QUIETEST = -80  # dB under the loudest value of the spectrogram: white
+
+
+def explicit_block(block: Block, x: Tensor, attend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`block(x, attend)`, and the attention weights (B, H, T, T) that its fused kernel keeps to itself: rows are queries."""
+    B, T, C = x.shape
+    q, k, v = block.qkv(block.norm1(x)).view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+    score = q @ k.transpose(2, 3) / math.sqrt(C // block.heads)
+    if attend is not None:
+        score = score.masked_fill(~attend.view(B, 1, 1, T), -torch.inf)
+    weights = score.softmax(3)
+    x = x + block.dropout(block.proj((weights @ v).transpose(1, 2).reshape(B, T, C)))
+    hidden = block.dropout(functional.gelu(block.fc1(block.norm2(x))))
+    return x + block.dropout(block.fc2(hidden)), weights
+
+
+@torch.no_grad()
+def roll_out(model: AST, clips: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Attention roll-out (Abnar & Zuidema, ACL 2020) of an AST in eval mode: what reaches the pooled tokens from each patch.
+
+    clips (B, frames, mel) normalised, lengths (B,) -> (B, rows, columns) in units of an even share: mean 1 over the valid
+    patches of a clip, 0 at padding. Each layer's weights are averaged over the heads and with the identity, which stands for
+    the residual path, then multiplied through the layers; the rows that the model pools are averaged (cls: both tokens;
+    otherwise, and in pre-training, all valid patches)."""
+    rolled, attend = None, None
+
+    def follow(block: Block, inputs: tuple) -> None:
+        nonlocal rolled, attend
+        x, attend = inputs
+        weights = explicit_block(block, x, attend)[1].mean(1)
+        step = (weights + torch.eye(x.shape[1], device=x.device)) / 2
+        rolled = step if rolled is None else step @ rolled
+
+    hooks = [block.register_forward_pre_hook(follow) for block in model.blocks]
+    try:
+        model(clips, lengths)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    valid = rolled.new_ones(rolled.shape[:2]) if attend is None else attend.to(rolled.dtype)
+    extra = 0 if model.extra is None else 2
+    pooled = torch.arange(valid.shape[1], device=valid.device) < extra
+    query = valid * (pooled if model.pooling == "cls" else ~pooled)
+    share = (query.unsqueeze(1) @ rolled).squeeze(1)[:, extra:]
+    share = share / share.sum(1, keepdim=True) * valid[:, extra:].sum(1, keepdim=True)
+    return share.unflatten(1, (model.rows, -1))
+
+
+def roll_out_file(model: AST, energies: Tensor, device: torch.device) -> tuple[np.ndarray, list[int]]:
+    """energies (frames, mel), normalised, of any length -> shares (rows, columns) of the whole, and the first column of each crop.
+
+    Crops are as long as the model takes and spaced as in `crop_starts`; where two overlap they are averaged. Shares are
+    within crops: 1 is even in each."""
+    model, total = model.to(device).eval(), model.count(len(energies))
+    span = min(total, model.columns)
+    starts = crop_starts(total, span)
+    share, crops = np.zeros((model.rows, total)), np.zeros(total)
+    for start in starts:
+        first = start * model.stride
+        crop = energies[first:first + (span - 1) * model.stride + PATCH]
+        share[:, start:start + span] += roll_out(model, crop[None].to(device))[0].double().cpu().numpy()
+        crops[start:start + span] += 1
+    return share / crops, starts
+
+
+def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
+    """Where frequencies lie on the axis of data.fbank's 128 bands, 0 = the middle of the first; within the bands' edges."""
+    low, high, mel = (1127 * np.log1p(np.asarray(f, float) / 700) for f in (20, SAMPLE_RATE / 2, hertz))
+    return ((mel - low) / (high - low) * (MELS + 1) - 1).clip(-0.5, MELS - 0.5)
+
+
+def draw_attention(out: Path, energies: np.ndarray, share: np.ndarray, starts: list[int], stride: int, title: str) -> None:
+    """Shares (rows, columns) in colour over the spectrogram (frames, 128), natural logarithms of energy, in grey; ticks at
+    the crops' borders. Written as out's suffix says, 1600 x 600 pixels."""
+    # Here, because it takes half a second; without pyplot it asks for no display.
+    from matplotlib.figure import Figure
+    figure = Figure(PICTURE, dpi=100, layout="constrained")
+    axes = figure.subplots()
+    level = 10 / math.log(10) * (energies.T - energies.max())  # dB
+    second = FRAME / SAMPLE_RATE / 2, HOP / SAMPLE_RATE  # middle of frame 0, and the step from frame to frame
+    seconds = [second[0] + second[1] * (np.array(edges) - 0.5) for edges in ((0, len(energies)), stride * np.array([0, share.shape[1]]) + (PATCH - stride) / 2)]
+    bands = [stride * edge + (PATCH - stride) / 2 - 0.5 for edge in (0, len(share))]
+    axes.imshow(level, cmap="gray_r", vmin=QUIETEST, vmax=0, origin="lower", aspect="auto", extent=(*seconds[0], -0.5, MELS - 0.5))
+    low, high = np.percentile(share, [1, 99])
+    shades = axes.imshow(share, cmap="turbo", vmin=low, vmax=high, alpha=0.5, origin="lower", aspect="auto", interpolation="nearest",
+                         extent=(*seconds[1], *bands))
+    axes.set(xlim=(0, seconds[0][1]), ylim=(-0.5, MELS - 0.5), xlabel="time (s)", ylabel="frequency (Hz), mel scale")
+    axes.set_yticks(hertz_to_band(HERTZ), [str(f) if f < 1000 else f"{f // 1000} k" for f in HERTZ])
+    for start in starts[1:]:
+        axes.axvline(seconds[1][0] + start * stride * second[1], color="black", linewidth=1.5, linestyle=":")
+    axes.set_title(title, parse_math=False)
+    bar = figure.colorbar(shades, ax=axes, extend="both", pad=0.01)
+    bar.set_label("attention that reaches the output\n(1 = the same from every patch)")
+    write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:]))
+
+
+def read_piece(args: argparse.Namespace) -> tuple[str, np.ndarray]:
+    """Path and log-mel energies (frames, 128) of --audio, or of --midi as the built-in piano plays it."""
+    path, waveform = (args.audio, read_wav(args.audio)) if args.audio else (args.midi, render(read_midi(args.midi)))
+    if fbank_frames(len(waveform)) < PATCH:
+        shortest = (FRAME + (PATCH - 1) * HOP) / SAMPLE_RATE
+        raise DataError(f"{path}: {len(waveform) / SAMPLE_RATE:.3f} s of sound; expected at least {shortest} s, one patch of {PATCH} frames; give a longer piece")
+    return path, fbank(torch.from_numpy(waveform)).numpy()
+
+
+def check_picture(out: Path) -> None:
+    """Refuses, before anything is computed, a picture that could not be written."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise DataError(f"{out}: a picture of kind {out.suffix!r}; expected .png, .pdf or .svg; name it so")
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{out}: {'a folder' if out.is_dir() else f'no file can be written in {folder}'}; expected a file in a writable folder; name another")
+
+
+def attention(argv: list[str]) -> dict:
+    """`python eval.py --attention OUT`: the roll-out of one AST checkpoint on one file, drawn; returns shares and crops."""
+    parser = argparse.ArgumentParser(prog="eval.py --attention", usage="eval.py --attention OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
+                                     description="Which parts of a piece reach an AST's output, over its spectrogram (1600 x 600).")
+    parser.add_argument("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--audio", metavar="FILE", help="WAV file of any length")
+    source.add_argument("--midi", metavar="FILE", help="MIDI file, played by the built-in piano")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, pre-trained or fine-tuned")
+    args = _parse(parser, argv)
+    out = Path(args.attention)
+    check_picture(out)
+    model, ckpt = load_checkpoint(args.ckpt)
+    data = ckpt.get("data") or {}
+    if not isinstance(model, AST):
+        raise DataError(f"{args.ckpt}: a checkpoint of task {ckpt['task']!r}; expected 'ast', which has attention; give one of pretrain_ast.py")
+    if model.model_args["mel"] != MELS or not {"mean", "std"} <= data.keys():
+        raise DataError(f"{args.ckpt}: for {model.model_args['mel']} mel bands, data with {sorted(data)}; expected {MELS}, mean and std; train it again")
+    path, energies = read_piece(args)
+    share, starts = roll_out_file(model, torch.from_numpy(normalise_fbank(energies, data["mean"], data["std"])).float(), args.device)
+    sizes, kind = model.model_args, "pre-trained" if model.model_args["num_outputs"] is None else "fine-tuned"
+    about = f"{kind} AST {sizes['width']} x {sizes['depth']} x {sizes['heads']}{', synthetic data' * bool(data.get('synthetic'))}"
+    title = f"Attention roll-out of {args.ckpt} ({about})\n{Path(path).name}{', rendered' * bool(args.midi)}: " \
+            f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; darkness: level, {-QUIETEST} dB from white to black"
+    draw_attention(out, energies, share, starts, model.stride, title)
+    print(f"{out}: {share.shape[1]} x {share.shape[0]} patches in {len(starts)} crops, shares {share.min():.3g} to {share.max():.3g} of an even one")
+    return {"share": share, "starts": starts, "frames": len(energies)}
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # Bench: AST
 # -----------------------------------------------------------------------------------------------------------------
+
+MASKED = 400, 512  # patches that SSAST masks, of those of 1024 frames
+
+
+class PlainAST(nn.Module):
+    """Pre-training of `models.AST` with the same weights, as the original code computes it: a pass of the encoder for either
+    objective, attention weights written out, Python loops over the clips."""
+
+    def __init__(self, model: AST):
+        super().__init__()
+        if model.decoder is not None or model.extra is not None or model.model_args["num_outputs"] is not None:
+            raise ValueError(f"plain AST: only pre-training with all patches, without tokens of their own; got {model.model_args}")
+        self.network = copy.deepcopy(model)
+
+    def forward(self, clips: Tensor, mask: Tensor, second: Tensor) -> dict[str, Tensor]:
+        """mask, second: patches (B, N) that the discriminative and the generative head work on -> nce, mse."""
+        nce, mse = [], []
+        hidden, pixels = self.encode(clips, mask)
+        for i, ids in enumerate(mask):
+            score = pixels[i, ids] @ self.network.discriminate(hidden[i, ids]).T  # patch, prediction
+            nce.append(-score.log_softmax(0).diagonal().mean())
+        hidden, pixels = self.encode(clips, second)
+        for i, ids in enumerate(second):
+            mse.append((self.network.generate(hidden[i, ids]) - pixels[i, ids]).square().mean())
+        return {"nce": torch.stack(nce).mean(), "mse": torch.stack(mse).mean()}
+
+    def encode(self, clips: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Final tokens (B, T, width) of the clips with these patches hidden, and the pixels (B, T, 256)."""
+        network = self.network
+        x, _ = network.tokens(clips, None)
+        shown = torch.ones_like(x[..., :1])
+        for i, ids in enumerate(mask):
+            shown[i, ids] = 0
+        x = network.dropout(x * shown + network.hidden * (1 - shown) + network.position(network.grid(clips)))
+        for block in network.blocks:
+            x, _ = explicit_block(block, x)
+        return network.norm(x), patches(clips)
+
+
+def plain_mask(batch: int, rows: int, columns: int, count: int, rng: random.Random) -> Tensor:
+    """Patches to mask (batch, count), a loop over clips as in the original: clusters at random until enough patches are
+    covered, the set of all ids built anew after each; then the surplus is cut off, here at random."""
+    masks = []
+    for _ in range(batch):
+        ids, side = [], rng.randint(3, 5)
+        while len(set(ids)) < count:
+            start = rng.randrange(rows * columns)
+            for i in range(side):
+                for j in range(side):
+                    if start + columns * i + j < rows * columns:
+                        ids.append(start + columns * i + j)
+        masks.append(torch.tensor(rng.sample(sorted(set(ids)), count)))
+    return torch.stack(masks)
+
+
+def pretrain_flops(model: AST, masked: int, passes: int = 1) -> int:
+    """Floating point operations in the matrix products of a clip's step: backward costs as much again for either factor that
+    has a gradient, which pixels have not; what checkpointing or fused kernels compute again is not counted."""
+    def blocks(tokens: int, width: int, depth: int) -> int:
+        return depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+    pixels, width, tokens = PATCH**2, model.model_args["width"], model.rows * model.columns
+    if model.decoder is None:
+        both = passes * blocks(tokens, width, len(model.blocks))
+    else:
+        seen, narrow = tokens - masked, width // 2
+        both = blocks(seen, width, len(model.blocks)) + 2 * seen * width * narrow + blocks(tokens, narrow, len(model.decoder))
+        width = narrow
+    both += 2 * 2 * masked * width * (width + pixels)  # two heads
+    one = passes * 2 * tokens * pixels * model.model_args["width"] + 2 * masked**2 * pixels  # projection of the patches; scores
+    return 3 * both + 2 * one
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square matrix product, the best of 5."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(n, n, device=device).to(dtype), math.inf
+    for _ in range(5):
+        best = min(best, _clock(lambda: a @ a, device)[0])
+    return 2 * n**3 / best
+
+
+def _clock(work: Callable, device: torch.device) -> tuple[float, float, float]:
+    """Seconds, seconds of the process's CPU time, and peak of GPU memory in MiB (NaN on CPU) of one call."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    start, busy = time.perf_counter(), time.process_time()
+    work()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, time.process_time() - busy, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else math.nan
+
+
+def _pretrain_loss(model: nn.Module, clips: Tensor, mask: Tensor, **second: Tensor) -> Tensor:
+    out = model(clips, mask=mask, **second)
+    return out["nce"] + 10 * out["mse"]
+
+
+def _pretrain_step(model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, draw: Callable, amp: torch.dtype | None) -> None:
+    with torch.autocast(clips.device.type, dtype=amp, enabled=amp is not None):
+        loss = _pretrain_loss(model, clips, **draw())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def bench_masks(device: torch.device, batch: int = 64, rounds: int = 5) -> dict:
+    """Milliseconds of SSAST's masks for 64 clips of 1024 frames: cluster_mask and plain_mask, in turn, medians."""
+    rng, (rows, columns, count) = random.Random(7), (8, 64, MASKED[0])
+    ways = {"cluster_mask": lambda: cluster_mask(batch, rows, columns, count, device),
+            "loop": lambda: plain_mask(batch, rows, columns, count, rng).to(device)}
+    taken = [[_clock(way, device)[0] for way in ways.values()] for _ in range(1 + rounds)][1:]
+    fast, slow = (1000 * float(seconds) for seconds in np.median(taken, axis=0))
+    print(f"masks of {batch} clips, {count} of {rows * columns} patches: cluster_mask {fast:.2f} ms, loop {slow:.1f} ms, ratio {slow / fast:.0f}")
+    return {"mask_ms": fast, "plain_mask_ms": slow, "mask_ratio": slow / fast}
+
+
+def bench_ast(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
+    """Pre-training steps of AST (one pass, vectorised masks, fused attention) and of PlainAST (two passes, loops, float32), in
+    turn, on the same clips with optimisers of their own; with --visible-only also of an AST that encodes visible patches only."""
+    device, warm_up, rng = args.device, 1, random.Random(7)
+    model = AST(frames=args.frames, **AST_PRESETS[args.preset]).to(device)
+    rows, columns = model.rows, model.columns
+    N = max(1, round(rows * columns * MASKED[0] / MASKED[1]))
+    clips = normalise_fbank(FBANK_MEAN + FBANK_STD * torch.randn(args.batch, args.frames, MELS)).to(device)
+    rivals = {"AST": model, "plain": PlainAST(model).to(device)}
+    if args.visible_only:
+        rivals["visible"] = AST(frames=args.frames, visible_only=True, **AST_PRESETS[args.preset]).to(device)
+    ours, loop = functools.partial(cluster_mask, args.batch, rows, columns, N, device), functools.partial(plain_mask, args.batch, rows, columns, N, rng)
+    draws = {name: lambda: {"mask": ours()} for name in rivals}
+    draws["plain"] = lambda: {"mask": loop().to(device), "second": loop().to(device)}
+    same = ours()
+    with torch.no_grad():
+        losses = [[float(out[key]) for key in ("nce", "mse")] for out in (model.eval()(clips, mask=same), rivals["plain"].eval()(clips, same, same))]
+    work = {name: args.batch * pretrain_flops(model if name == "plain" else rival, N, 2 if name == "plain" else 1) for name, rival in rivals.items()}
+    optimizers = {name: torch.optim.AdamW(rival.train().parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01) for name, rival in rivals.items()}
+    taken: dict[str, list] = {name: [] for name in rivals}
+    for _ in range(warm_up + args.steps):
+        for name, rival in rivals.items():
+            dtype = None if name == "plain" else amp
+            taken[name].append(_clock(functools.partial(_pretrain_step, rival, optimizers[name], clips, draws[name], dtype), device))
+    median = {name: np.median(values[warm_up:], axis=0) for name, values in taken.items()}
+    peaks = {dtype: matmul_peak(device, dtype) for dtype in {torch.float32, amp or torch.float32}}
+    about = hardware(device)
+    print(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
+          f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}")
+    print(f"batch {args.batch} clips of {args.frames} frames, {N} of {rows * columns} patches masked; {args.preset}, "
+          f"{sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps")
+    for name, (seconds, busy, memory) in median.items():
+        dtype = torch.float32 if name == "plain" or amp is None else amp
+        kept = f", peak {memory:.0f} MiB" if device.type == "cuda" else f", CPU time {1000 * busy:.1f} ms"
+        print(f"{name:<7} {1000 * seconds:8.1f} ms/step {args.batch / seconds:7.2f} clips/s{kept}; {work[name] / 1e9:.1f} GFLOP, {work[name] / seconds / 1e9:.1f} GFLOP/s, "
+              f"{work[name] / seconds / peaks[dtype]:.0%} of the {peaks[dtype] / 1e9:.0f} of a large matrix product in {str(dtype)[6:]}")
+    ratio, busy_ratio, _ = (float(r) for r in median["plain"] / median["AST"])
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    if device.type == "cpu":
+        print(f"peak memory of the process, all networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(f"ratio plain / AST {ratio:.2f} (of CPU time {busy_ratio:.2f}); nce {losses[0][0]:.6f}, mse {losses[0][1]:.6f} differ by at most {difference:.1e} (same masks, float32, eval)")
+    result = {"ratio": ratio, "cpu_ratio": busy_ratio, "difference": difference, "losses": losses, "flops": work, "peaks": {str(d): p for d, p in peaks.items()},
+              **{f"{name}_seconds": float(m[0]) for name, m in median.items()}}
+    if args.visible_only:
+        result["visible_ratio"], result["visible_cpu_ratio"] = (float(r) for r in (median["AST"] / median["visible"])[:2])
+        print(f"ratio AST / visible only {result['visible_ratio']:.2f} (of CPU time {result['visible_cpu_ratio']:.2f})")
+    return result | bench_masks(device)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1910,7 +2255,7 @@ COMMANDS = {"floor": floor, "bench": bench, "curves": curves, "ceiling": ceiling
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Options that every command shares, then all of them checked."""
-    if "bench" not in parser.prog:
+    if not parser.prog.endswith(("bench", "--attention")):
         parser.add_argument("--data", metavar="DIR", help="the task's dataset in its public layout; absent = synthetic corpus")
         parser.add_argument("--cache", default="cache", metavar="DIR", help="extracted features")
     if parser.prog.split()[-1] not in ("bench", "ceiling", "compare"):
@@ -1936,6 +2281,8 @@ def main(argv: list[str] | None = None) -> dict:
         if argv[0] not in COMMANDS:
             raise DataError(f"unknown command {argv[0]!r}; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate")
         return COMMANDS[argv[0]](argv[1:])
+    if any(option.split("=")[0] == "--attention" for option in argv):
+        return attention(argv)
     return evaluate(argv)
 
 

@@ -296,6 +296,8 @@ def main(args: argparse.Namespace) -> dict:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and world > 1 else args.device)
     main_process, started_group = rank == 0, world > 1 and not dist.is_initialized()
+    if device.index is not None:
+        torch.cuda.set_device(device)  # NCCL sends objects from the current device
     if started_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed + rank)

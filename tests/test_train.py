@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import mido
 import numpy as np
 import pytest
 import torch
 
 import data
 import eval as evaluation
+import pretrain_ast
 import train_decoder
 import train_han
 from models import HAN, GRUDecoder, load_checkpoint
@@ -46,6 +48,16 @@ class Case:
     wrong: tuple[str, ...]              # options out of range
     score: tuple[str, Callable]         # key of the final metrics, and where eval.main returns the same
     main_job: tuple[str, str, Callable]  # README's first command, its score's key, what that must reach
+
+
+def quick_percepiano(folder):
+    """A small corpus played eight times as fast, two seconds an item, with the rendered audio beside its MIDI."""
+    data.synth_percepiano(folder, segments=8, players=4)
+    for path in folder.glob("virtuoso/data/all_2rounds/*.mid"):
+        midi = mido.MidiFile(path)
+        midi.ticks_per_beat *= 8
+        midi.save(path)
+        data.write_wav(path.with_suffix(".wav"), data.render(data.read_midi(path)))
 
 
 CASES = {
@@ -77,6 +89,21 @@ CASES = {
         wrong=("--batch 0", "--dropout 3", "--steps 0", "--lr nan", "--seed -1", "--reduce-on-nan 0"),
         score=("valid_per", lambda figures: figures["per"]),
         main_job=("--lr 0.0012", "valid_per", lambda score: score < 0.6)),
+    "pretrain_ast": Case(  # fine-tuning, unless the options say otherwise; more in test_pretrain.py
+        pretrain_ast, quick_percepiano, "percepiano_parts",
+        small="--task finetune --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 2 --lr 1e-3 --warmup 0 --workers 0 --amp off --log-every 2",
+        plain="--dropout 0 --frames 512",
+        overfit="--epochs 80 --eval-every 80 --patience 0 --lr 1e-2 --lr-schedule constant --width 32",
+        exact=("", "--ema 0.9 --variants 1 --noise 0.1 --spec-augment 8 8 --mixup 0.4 --balance dwa --eval-every 2 --batch 8", "--task pretrain --visible-only --micro-batch 3",
+               "--task pretrain --ssast-compat --save-every 1 --eval-every 2"),
+        refused=("--width 32", "--fold 1", "--fold all", "--split random", "--lr 3", "--task pretrain"),
+        kept=("--fold 1 --lr 5e-4", {"fold": "1", "lr": 5e-4, "width": 16, "epochs": 2, "task": "finetune", "pooling": "meanstd"}),
+        switches=("--model cnn", "--model mlp --standardise none", "--cross-groups --balance uncertainty --pooling mean --standardise group", "--ssast-compat --pooling cls",
+                  "--variants 2 --augment-groups tempo=timbre pitch=timing,expression", "--task pretrain --online --two-pass", "--task pretrain --checkpointing --amp bf16"),
+        one_pass="--epochs 1", endless="--epochs 10000 --patience 0",
+        wrong=("--batch 0", "--dropout 3", "--epochs 0", "--lr nan", "--seed -1"),
+        score=("valid_r2", lambda figures: figures["valid"]["all"]["mean"]["r2"]),
+        main_job=("", "valid_accuracy", lambda score: score > 0.1)),
 }
 TRAINERS = {name: case.module for name, case in CASES.items()}
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
@@ -185,11 +212,11 @@ def spoil_first(monkeypatch, name):
     """The training item that is read first holds NaN; returns the list that will hold its name."""
     spoiled = []
 
-    def spoil_han(corpus, names, info):
-        items = whole(corpus, names, info)
+    def spoil_items(*a):
+        items, key = whole(*a), "x" if name == "train_han" else "fbank"
         if not spoiled:
-            items[0]["x"] = items[0]["x"] * np.nan
-            spoiled.append(names[0])
+            items[0][key] = items[0][key] * np.nan
+            spoiled.append(items[0]["name"])
         return items
 
     def spoil_speech(corpus, i):
@@ -199,7 +226,7 @@ def spoil_first(monkeypatch, name):
             spoiled[:] = [item["id"]]
         return item
 
-    function, spoil = {"train_han": ("prepare_han", spoil_han), "train_decoder": ("speech_item", spoil_speech)}[name]
+    function, spoil = {"train_han": ("prepare_han", spoil_items), "pretrain_ast": ("prepare_ast", spoil_items), "train_decoder": ("speech_item", spoil_speech)}[name]
     whole = getattr(data, function)
     monkeypatch.setattr(data, function, spoil)
     return spoiled
