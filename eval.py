@@ -1683,7 +1683,7 @@ def paired_bootstrap(y: np.ndarray, pa: np.ndarray, pb: np.ndarray, groups: Iter
     except ValueError:
         nothing = np.full_like(observed, np.nan)
         return observed, (nothing, nothing), nothing
-    share = np.minimum((draws <= 0).sum(0) + 1, (draws >= 0).sum(0) + 1) / (len(draws) + 1)
+    share = np.minimum((draws < 1e-12).sum(0) + 1, (draws > -1e-12).sum(0) + 1) / (len(draws) + 1)  # a tie but for rounding is one
     return observed, (interval[0], interval[1]), np.minimum(2 * share, 1)
 
 
@@ -1943,6 +1943,7 @@ def draw_attention(out: Path, energies: np.ndarray, share: np.ndarray, starts: l
     """Shares (rows, columns) in colour over the spectrogram (frames, 128), natural logarithms of energy, in grey; ticks at
     the crops' borders. Written as out's suffix says, 1600 x 600 pixels."""
     # Here, because it takes half a second; without pyplot it asks for no display.
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
     figure = Figure(PICTURE, dpi=100, layout="constrained")
     axes = figure.subplots()
@@ -1952,7 +1953,8 @@ def draw_attention(out: Path, energies: np.ndarray, share: np.ndarray, starts: l
     bands = [stride * edge + (PATCH - stride) / 2 - 0.5 for edge in (0, len(share))]
     axes.imshow(level, cmap="gray_r", vmin=QUIETEST, vmax=0, origin="lower", aspect="auto", extent=(*seconds[0], -0.5, MELS - 0.5))
     low, high = np.percentile(share, [1, 99])
-    shades = axes.imshow(share, cmap="turbo", vmin=low, vmax=high, alpha=0.5, origin="lower", aspect="auto", interpolation="nearest",
+    scale = TwoSlopeNorm(1, min(low, 0.999), max(high, 1.001))
+    shades = axes.imshow(share, cmap="coolwarm", norm=scale, alpha=0.6, origin="lower", aspect="auto", interpolation="nearest",
                          extent=(*seconds[1], *bands))
     axes.set(xlim=(0, seconds[0][1]), ylim=(-0.5, MELS - 0.5), xlabel="time (s)", ylabel="frequency (Hz), mel scale")
     axes.set_yticks(hertz_to_band(HERTZ), [str(f) if f < 1000 else f"{f // 1000} k" for f in HERTZ])
