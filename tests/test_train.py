@@ -421,7 +421,7 @@ def test_decoder_presets_hold_the_published_values():
     assert values("baseline", *optimiser) == ["adam", 0.1, 0.02, "constant", 0, 1e-5, True, math.inf, 0.0, "off"]
     assert values("log", *optimiser) == ["adamw", 1e-8, 1.5e-3, "constant", 0, 1e-4, True, 1.0, 0.0, "auto"]
     model = ("dropout", "input_dropout", "layer_norm", "smooth_taps", "white_noise", "time_mask_prob", "time_mask_width", "time_mask_max")
-    assert values("default", *model) == [0.3, 0.1, True, 21, 0.2, 1.0, 0.075, 20]
+    assert values("default", *model) == [0.4, 0.1, True, 21, 0.8, 1.0, 0.075, 20]
     assert values("baseline", *model)[:6] == [0.4, 0.0, False, 20, 0.8, 0.0]
     assert values("log", *model) == [0.3, 0.1, True, 21, 0.2, 0.1, 15, 2]
     assert train_decoder.parse_args(["--preset", "baseline", "--adam-eps", "1e-8"]).adam_eps == 1e-8
