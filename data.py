@@ -12,6 +12,7 @@
 
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -2701,13 +2702,18 @@ def speech_rules() -> str:
     return hashlib.sha1(json.dumps([PHONEMES, _UNSPOKEN.pattern, SPEECH_WORDS]).encode()).hexdigest()[:12]
 
 
+def clean_sentence(text: str) -> str:
+    """What of a transcript counts: letters, hyphens, blanks and apostrophes without "--", in lower case."""
+    return _UNSPOKEN.sub("", text).replace("--", "").lower()
+
+
 def phonemize(text: str) -> list[int]:
     """Class ids (1..39, SIL = 40) of a sentence, by the rules of the public baseline (`neural_seq_decoder`): keep letters,
     hyphens, blanks and apostrophes, drop "--", lower-case; g2p_en; a blank of its output is SIL, stress is dropped, and so is
     what is no phoneme; SIL at the end. A text without a letter has no word and gives [], where the baseline gives one SIL.
 
     Sentences of SPEECH_WORDS alone get the ids that g2p_en would give, without it. DataError where it or its data is missing."""
-    text = _UNSPOKEN.sub("", text).replace("--", "").lower()
+    text = clean_sentence(text)
     words = text.split()
     if not re.search("[a-z]", text):
         return []
@@ -3165,6 +3171,15 @@ def _label_trial(trial: dict, part: str, report: _ConversionReport) -> dict:
     return counts
 
 
+def _spelled_days(days: Iterable[dict], cache: str | Path | None) -> Iterable[dict]:
+    """The same days, their sentences looked up first in the cache of g2p_en's answers, where there is one."""
+    for day in days:
+        if cache and day["part"] != "competition":
+            with contextlib.suppress(DataError):  # without g2p_en it depends on the trial whether that matters
+                phonemize_all([trial.get("text") or "" for trial in day["trials"]], cache)
+        yield day
+
+
 def _convert_day(day: dict, report: _ConversionReport) -> list[dict]:
     """The day's usable trials, standardised and labelled; all else goes to the report."""
     part, where, kept, problems, odd = day["part"], day["where"], [], {}, {}
@@ -3197,14 +3212,14 @@ def _convert_day(day: dict, report: _ConversionReport) -> list[dict]:
 
 
 def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", channels: int | None = None, sessions=None, strict: bool = False,
-                   quiet: bool = False) -> dict:
+                   quiet: bool = False, cache: str | Path | None = None) -> dict:
     """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a folder that can be
     memory-mapped, and returns the report. Features are standardised by block where they did not come so; labels are the file's
     own, or else `phonemize` of the sentence; trials are sorted by part and session and keep the files' order.
 
     features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the label rules), source,
     synthetic, channels, days (sorted sessions), trials (id, part, day, block, labels, text), report. `sessions` (JSON file or
-    dictionary) names the days of a pickle. Written beside `out` and moved there when complete; DataError if `out` is not empty."""
+    dictionary) names the days of a pickle; `cache` keeps what g2p_en said for the next conversion. Written beside `out` and moved there when complete; DataError if `out` is not empty."""
     source, out = Path(source), Path(out)
     if dtype not in ("float32", "float16"):
         raise DataError(f"--dtype {dtype}: unknown; expected float32 or float16")
@@ -3218,7 +3233,7 @@ def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", 
     if sessions is not None and kind != "pickle":
         raise DataError(f"--sessions: {source} is of format {kind}, which names its own sessions; expected with a pickle only; leave the option out")
     report = _ConversionReport(strict)
-    days = {"mat": _mat_days, "pickle": _pickle_days, "hdf5": _hdf5_days}[kind](files, channels, report, sessions)
+    days = _spelled_days({"mat": _mat_days, "pickle": _pickle_days, "hdf5": _hdf5_days}[kind](files, channels, report, sessions), cache)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -3432,7 +3447,7 @@ def open_speech(path: str | Path, cache: str | Path = "cache", strict: bool = Fa
         except DataError:
             if there:  # damaged: made again
                 shutil.rmtree(root, ignore_errors=True)
-            convert_speech(path, root, strict=strict, quiet=quiet)
+            convert_speech(path, root, strict=strict, quiet=quiet, cache=cache)
             corpus = _open_converted(root)
     else:
         corpus = _open_converted(root)
@@ -4528,7 +4543,8 @@ def _recording(root: Path, audio: Path, row: dict) -> Recording:
 
 def _set_parts(root: Path, recordings: list[Recording]) -> None:
     """`part` of every recording. A piece is ASAP's composer and title (less `_repeat`, the same piece with repeats), since the table's
-    titles name one piece in many ways. In the real files the notes confirm it: no other recording shares a piece across the splits."""
+    titles name one piece in many ways. Runs of 16 equal pitches
+    across the splits of the real files showed no other shared piece; sparse textures could hide one."""
     pieces, known = {}, {}
     if (root / "asap_sources.csv").is_file():
         for _, row in _read_table(root / "asap_sources.csv", ("midi_filename", "asap_path", "asap_title", "split_known")):
@@ -5021,6 +5037,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the features; float16 takes half the space (%(default)s)")
     p.add_argument("--channels", type=number(int, 1), help="channels (default: 256, or 512 for HDF5; in .mat files half from tx1, half from spikePow)")
     p.add_argument("--sessions", metavar="FILE.json", help='session names of a pickle\'s days, {"train": [...], "test": [...], "competition": [...]} (off: day00, day01, ...)')
+    p.add_argument("--cache", default="cache", help="folder of g2p_en's answers (%(default)s)")
     p.add_argument("--strict", action="store_true", help="stop at the first unusable file or trial (off: leave it out and say so)")
     p = commands.add_parser("maestro", parents=[common], help="report what of MAESTRO is here and what overlaps with PercePiano")
     p.add_argument("--data", required=True, help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav")
@@ -5046,7 +5063,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "percepiano":
         report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
     elif args.command == "decoder-convert":
-        convert_speech(args.source, args.out, args.dtype, args.channels, args.sessions, args.strict)
+        convert_speech(args.source, args.out, args.dtype, args.channels, args.sessions, args.strict, cache=args.cache)
         report_speech(open_speech(args.out))
     elif args.command == "maestro":
         maestro = read_maestro(args.data, args.strict, args.audio)

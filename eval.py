@@ -54,7 +54,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils.data import DataLoader
 
 from data import (
-    _UNSPOKEN,
     FBANK_MEAN,
     FBANK_STD,
     FEATURE_SETS,
@@ -72,6 +71,7 @@ from data import (
     FbankStore,
     SpeechCorpus,
     add_noise,
+    clean_sentence,
     collate_han,
     collate_speech,
     column_names,
@@ -1031,7 +1031,7 @@ COMPETITION_SIZE = {(256, 24): (1200, 15)}  # (channels, days) of a corpus -> ro
 
 def spoken_words(text: str) -> list[str]:
     """Words of a transcript as they are trained on and scored: cleaned as `data.phonemize` does, those without a letter left out."""
-    return [word for word in _UNSPOKEN.sub("", text).replace("--", "").lower().split() if re.search("[a-z]", word)]
+    return [word for word in clean_sentence(text).split() if re.search("[a-z]", word)]
 
 
 def read_lexicon(path: str | Path) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,6 +1,8 @@
 """All networks, and the checkpoints that rebuild them.
 
     model = HAN(input_size=101); logits = model(data.collate_han(items))     # PercePiano, HAN.md
+    model = GRUDecoder(days=24); logits, frames = model(x, lengths, day)     # intracortical speech, DECODER.md
+    model = AST(num_outputs=19); ratings = model(fbank, lengths)             # piano audio, AST.md
     save_checkpoint("last.pt", ckpt); model, ckpt = load_checkpoint("best.pt")
 
 Shape legend: B batch (pieces) · T time or notes · C channels · H heads · D head width · S sequences (segments)
