@@ -2721,7 +2721,7 @@ def phonemize(text: str) -> list[int]:
         return [_PHONEME_ID[sound] for word in words for sound in [*SPEECH_WORDS[word].split(), "SIL"]]
     if text not in _SPOKEN:
         sounds = [*("SIL" if sound == " " else sound.rstrip("012") for sound in _load_g2p()(text)), "SIL"]
-        _SPOKEN[text] = tuple(_PHONEME_ID[sound] for sound in sounds if sound in _PHONEME_ID)
+        _SPOKEN[text] = tuple(_PHONEME_ID[sound] for sound in sounds if _PHONEME_ID.get(sound))
     return list(_SPOKEN[text])
 
 
@@ -2921,6 +2921,8 @@ def _read_mat(path: Path, spoken: bool, channels: int | None) -> list[dict]:
     for name in _MAT_FIELDS[:2 + spoken]:
         if not isinstance(raw.get(name), np.ndarray):
             raise DataError(f"{path}: field {name}: missing; expected {', '.join(_MAT_FIELDS)}, found {', '.join(k for k in raw if k[:2] != '__') or 'none'}")
+    if spoken and raw["sentenceText"].dtype.kind not in "OSU":
+        raise DataError(f"{path}: field sentenceText: type {raw['sentenceText'].dtype}, shape {raw['sentenceText'].shape}; expected strings, one a trial")
     # cells in a row, a column or flat; a matrix outside any cell is the one trial of a squeezed file
     cells = {name: list(raw[name].ravel()) if raw[name].dtype.kind == "O" else [raw[name]] * (raw[name].size > 0) for name in _MAT_FIELDS[:2]}
     n = len(cells["tx1"])
@@ -3351,6 +3353,21 @@ def speech_item(corpus: SpeechCorpus, i: int) -> dict:
     """Trial i as collate_speech takes it: x (T, C) float32, day, labels (L,) int64, id."""
     x = np.array(corpus.features[corpus.offsets[i]:corpus.offsets[i + 1]], np.float32)
     return {"x": x, "day": int(corpus.day[i]), "labels": corpus.labels[i], "id": corpus.ids[i]}
+
+
+class SpeechTrials(torch.utils.data.Dataset):
+    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for. `days`: the model's index of
+    each day of the corpus (`map_days`)."""
+
+    def __init__(self, corpus: SpeechCorpus, numbers: np.ndarray, days: np.ndarray):
+        self.corpus, self.numbers, self.days = corpus, numbers, days
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, k: int) -> dict:
+        item = speech_item(self.corpus, self.numbers[k])
+        return item | {"day": int(self.days[item["day"]])}
 
 
 def collate_speech(items: list[dict]) -> dict:
@@ -5105,6 +5122,9 @@ def run_script(name: str, function) -> None:
             raise
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(1)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         if "--debug" in sys.argv:
             raise

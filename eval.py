@@ -70,6 +70,7 @@ from data import (
     DataError,
     FbankStore,
     SpeechCorpus,
+    SpeechTrials,
     add_noise,
     clean_sentence,
     collate_han,
@@ -1026,7 +1027,7 @@ WORD_GRID = {"lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0), "blank_penalty":
              "acoustic_scale": (0.2, 0.325, 0.5, 0.8, 1.2), "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0)}
 LM_MARKS = ("<s>", "</s>", "<unk>")
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
-COMPETITION_SIZE = {(256, 24): (1200, 15)}  # (channels, days) of a corpus -> rows and days of its competition part
+COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
 
 
 def spoken_words(text: str) -> list[str]:
@@ -1274,13 +1275,18 @@ def write_submission(path: str | Path, sentences: list[str], corpus, indices: It
         raise DataError(f"{path}: {len(sentences)} sentences for {len(set(indices.tolist()))} of the {len(expected)} trials of part "
                         f"{' + '.join(map(str, parts)) or 'none'}; expected each trial of one part once; give --part competition or --part test")
     days = sorted({corpus.days[corpus.day[i]] for i in indices})
-    public = COMPETITION_SIZE.get((corpus.channels, len(corpus.days)))
-    if parts == ["competition"] and not corpus.synthetic and public not in (None, (len(indices), len(days))):
-        raise DataError(f"{path}: {len(indices)} rows of {len(days)} days; the competition takes {public[0]} of {public[1]}; see what the conversion left out")
+    public = corpus.channels == 256 and not corpus.synthetic and all(day.startswith("t12.") for day in days)
+    if parts == ["competition"] and public and (len(indices), len(days)) != COMPETITION_SIZE:
+        raise DataError(f"{path}: {len(indices)} rows of {len(days)} days; the competition takes {COMPETITION_SIZE[0]} of {COMPETITION_SIZE[1]}; see what the conversion left out")
+    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] == parts[0])
+    if found > len(indices):
+        raise DataError(f"{path}: {len(indices)} rows; the files hold {found} trials of part {parts[0]}, and a row for each is expected; see what the conversion left out")
     order = sorted(range(len(indices)), key=lambda k: (corpus.days[corpus.day[indices[k]]], indices[k]))
     rows = [sentences[k] for k in order]
-    lines = ["id,text", *(f"{n},{row}" for n, row in enumerate(rows))] if style == "25" else rows
-    write_atomic(Path(path), lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("id", "text"), *enumerate(rows)] if style == "25" else [])
+    text.writelines(f"{row}\n" for row in rows if style != "25")
+    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
     print(f"{path}: {len(rows)} sentences of part {parts[0]}, {len(days)} days {days[0]} to {days[-1]}, {rows.count('')} of them empty"
           + (f"; the conversion left out {len(corpus.left_out)} items: a trial of this part among them moves the rows after it" if corpus.left_out else ""))
 
@@ -1291,7 +1297,7 @@ def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     add = group.add_argument
     return [
         add("--words", action="store_true", help="report the word error rate beside PER (off)"),
-        add("--tune", action="store_true", help="choose the four settings on the validation part first, and store them in words.json beside the checkpoint (off)"),
+        add("--tune", action="store_true", help="choose the four settings on the validation part first, and print them (off)"),
         add("--submission", metavar="FILE", help="write the sentences of the part: FILE.csv as id,text ('25), any other one a line ('24)"),
         add("--lexicon", metavar="FILE", help="lines of a word and its phonemes (default: the training transcripts' words)"),
         add("--lm", metavar="FILE", help="ARPA file or KenLM binary (default: Witten-Bell trigram of the training transcripts)"),
@@ -1342,7 +1348,7 @@ def words(log_probs: list[np.ndarray], corpus, indices: Iterable[int], args: arg
                 raise DataError("--tune: no validation part here; expected one; leave it out or give the settings")
             chosen = [k for k, i in enumerate(valid[1]) if corpus.labelled[i]]
             settings, figures["tuned"] = tune_words(decode, [valid[0][k] for k in chosen], [spoken_words(corpus.text[valid[1][k]]) for k in chosen], settings)
-            _report_tuning(figures["tuned"], settings, args)
+            _report_tuning(figures["tuned"], settings)
         start = time.perf_counter()
         sentences = decode(log_probs, settings)
         figures |= {"settings": settings, "sentences": len(sentences), "ms_per_sentence": 1000 * (time.perf_counter() - start) / max(1, len(sentences))}
@@ -1381,14 +1387,9 @@ def _report_words(figures: dict, remark: str, processes: int) -> None:
           + f" in {processes} processes, their start included" * (processes > 1))
 
 
-def _report_tuning(tuned: dict, settings: dict, args: argparse.Namespace) -> None:
+def _report_tuning(tuned: dict, settings: dict) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
     print(f"tuned on {tuned['sentences']} validation sentences, {tuned['searches']} searches: WER {tuned['before']:.4f} -> {tuned['after']:.4f} there with {flags}")
-    if getattr(args, "ckpt", None):
-        path = Path(args.ckpt[0]).with_name("words.json")
-        text = json.dumps(json_ready({"settings": settings, "tuned": tuned, "lexicon": args.lexicon, "lm": args.lm}), indent=1)
-        write_atomic(path, lambda file: file.write((text + "\n").encode()))
-        print(f"stored in {path}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1439,17 +1440,6 @@ def random_speech(trials: int, channels: int = 256, days: int = 24, seed: int = 
         synthetic=True, left_out=[], labelled=np.ones(trials, bool))  # fmt: skip
 
 
-class _Trials(torch.utils.data.Dataset):
-    def __init__(self, corpus: SpeechCorpus):
-        self.corpus = corpus
-
-    def __len__(self) -> int:
-        return len(self.corpus.ids)
-
-    def __getitem__(self, i: int) -> dict:
-        return speech_item(self.corpus, i)
-
-
 def _fresh_batch(dataset: Iterable, batch: int, step: int, **options) -> object:
     """The re-tune scripts' habit: a new iterator over the whole set for each step, of which one batch is used."""
     return next(iter(DataLoader(dataset, batch, shuffle=True, generator=torch.Generator().manual_seed(step), **options)))
@@ -1490,7 +1480,8 @@ def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
     """Training steps of GRUDecoder (the trainer's way: one lasting loader, exact lengths) and of PlainGRUDecoder (a fresh
     iterator per step, windows, padding, float32), in turn, on the same trials, with the same noise, mask and optimiser."""
     device, warm_up = args.device, 1
-    dataset, model = _Trials(random_speech(4 * args.batch)), GRUDecoder(hidden=args.width).to(device)
+    corpus, model = random_speech(4 * args.batch), GRUDecoder(hidden=args.width).to(device)
+    dataset = SpeechTrials(corpus, np.arange(len(corpus.ids)), np.arange(len(corpus.days)))
     rivals = {"GRUDecoder": model, "plain": PlainGRUDecoder(model).to(device)}
     draws = [_fresh_batch(range(len(dataset)), args.batch, step).tolist() for step in range(warm_up + args.steps)]
     workers = 4 if device.type == "cuda" else 0
@@ -2219,7 +2210,8 @@ def curves(argv: list[str]) -> dict:
     args = parser.parse_args(argv)
     if (kind := Path(args.out).suffix.lower()) not in (".png", ".svg", ".pdf"):
         raise DataError(f"--out {args.out}: a picture of kind {kind or 'none'}; expected .png, .svg or .pdf")
-    runs = {Path(run).name: read_metrics(run) for run in args.run}
+    names = [Path(run).name for run in args.run]
+    runs = {run if names.count(name) > 1 else name: read_metrics(run) for run, name in zip(args.run, names, strict=True)}
     score = next((key for key in SCORE_KEYS if all(any(key in r for r in records) for records in runs.values())), None)
     from matplotlib.figure import Figure  # takes a second
     figure = Figure(figsize=(12, 7), layout="constrained")

@@ -165,8 +165,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     saved = {k: v for k, v in load_training(known.resume)["args"].items() if k not in FREE_ON_RESUME} if known.resume else {}
     p.set_defaults(**saved)
     args = p.parse_args(argv)
-    if changed := [f"--{k.replace('_', '-')} {getattr(args, k)} (was {v})" for k, v in saved.items() if getattr(args, k) != v and k != "epochs"]:
+    if changed := [f"--{k.replace('_', '-')} {getattr(args, k)} (was {v})" for k, v in saved.items() if getattr(args, k) != v and k != "epochs" and (k, getattr(args, k)) != ("amp", "auto")]:
         raise data.DataError(f"{args.resume}: {', '.join(changed)}; expected the options it was trained with; leave them out, or start a new run")
+    args.amp = saved.get("amp", args.amp)
     if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
         raise data.DataError(f"--device {args.device}: not available here; expected cpu{', cuda' * torch.cuda.is_available()}")
     augmentation_limits(args)

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -63,7 +63,7 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLES = 3  # transcripts logged by each evaluation
 
 # What a resumed run may do otherwise; every other option comes from its checkpoint.
-FREE_ON_RESUME = {"preset", "data", "cache", "out", "name", "resume", "device", "max_steps", "log_every", "save_every", "eval_every", "max_skips", "strict",
+FREE_ON_RESUME = {"data", "cache", "out", "name", "resume", "device", "max_steps", "log_every", "save_every", "eval_every", "max_skips", "strict",
                   "workers", "tensorboard", "debug"}
 
 
@@ -130,8 +130,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     saved = {k: v for k, v in load_training(known.resume)["args"].items() if k not in FREE_ON_RESUME} if known.resume else {}
     p.set_defaults(**saved)
     args = p.parse_args(argv)
-    if changed := [f"--{k.replace('_', '-')} {getattr(args, k)} (was {v})" for k, v in saved.items() if getattr(args, k) != v and k != "steps"]:
+    if changed := [f"--{k.replace('_', '-')} {getattr(args, k)} (was {v})" for k, v in saved.items() if getattr(args, k) != v and k != "steps" and (k, getattr(args, k)) != ("amp", "auto")]:
         raise data.DataError(f"{args.resume}: {', '.join(changed)}; expected the options it was trained with; leave them out, or start a new run")
+    args.amp = saved.get("amp", args.amp)
     if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
         raise data.DataError(f"--device {args.device}: not available here; expected cpu{', cuda' * torch.cuda.is_available()}")
     return args
@@ -168,19 +169,6 @@ def load_training(path: str) -> dict:
     if ckpt["task"] != "decoder" or missing:
         raise data.DataError(f"{path}: task {ckpt['task']!r}, without {', '.join(missing) or 'nothing'}; expected a last.pt of train_decoder.py; name that file")
     return ckpt
-
-
-class Trials(Dataset):
-    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for."""
-
-    def __init__(self, corpus: data.SpeechCorpus, numbers: np.ndarray):
-        self.corpus, self.numbers = corpus, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, k: int) -> dict:
-        return data.speech_item(self.corpus, self.numbers[k])
 
 
 def quiet_worker(_: int) -> None:
@@ -262,9 +250,9 @@ def memory(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def validate(model: GRUDecoder, corpus: data.SpeechCorpus, trials: np.ndarray, device: torch.device, batch: int) -> dict:
-    """Validation metrics of the model's present weights. Trials too short for their labels count in every error rate, not in the loss."""
-    log_probs = [torch.as_tensor(row) for row in speech_logits(model, corpus, trials, np.arange(len(corpus.days)), device, batch)]
+def validate(model: GRUDecoder, corpus: data.SpeechCorpus, trials: np.ndarray, days: np.ndarray, device: torch.device, batch: int) -> dict:
+    """Validation metrics of the model's present weights; days: its index of each day of the corpus. Trials too short for their labels count in every error rate, not in the loss."""
+    log_probs = [torch.as_tensor(row) for row in speech_logits(model, corpus, trials, days, device, batch)]
     refs, hyps = [corpus.labels[i].tolist() for i in trials], [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
     losses = [float(ctc_losses(row[None], *(torch.tensor([v]) for v in (len(row), ref, len(ref)))))
               for row, ref in zip(log_probs, refs, strict=True) if len(row) >= max(1, data.frames_needed(ref))]
@@ -277,13 +265,13 @@ def validate(model: GRUDecoder, corpus: data.SpeechCorpus, trials: np.ndarray, d
     }
 
 
-def evaluate(model: GRUDecoder, ema: dict | None, corpus: data.SpeechCorpus, trials: np.ndarray, device: torch.device, batch: int) -> dict:
+def evaluate(model: GRUDecoder, ema: dict | None, corpus: data.SpeechCorpus, trials: np.ndarray, days: np.ndarray, device: torch.device, batch: int) -> dict:
     """Validation metrics of the weights that will be used, the averaged ones where there are some; `_raw` are the model's own."""
-    metrics = own = validate(model, corpus, trials, device, batch)
+    metrics = own = validate(model, corpus, trials, days, device, batch)
     if ema:
         raw = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(ema)
-        metrics = validate(model, corpus, trials, device, batch)
+        metrics = validate(model, corpus, trials, days, device, batch)
         model.load_state_dict(raw)
     model.train()
     return metrics | {"valid_per_raw": own["valid_per"], "valid_loss_raw": own["valid_loss"]}
@@ -388,7 +376,9 @@ def main(args: argparse.Namespace) -> dict:
     for line in corpus.left_out:
         say(f"left out: {line}")
     resumed, parts = load_training(args.resume) if args.resume else None, data.speech_parts(corpus, args.valid)
-    info = {"days": corpus.days, "channels": corpus.channels, "phonemes": list(data.PHONEMES), "rules": data.speech_rules(), "valid": args.valid, "synthetic": corpus.synthetic}
+    known = [corpus.days[d] for d in np.unique(corpus.day[parts["train"]])]  # a day layer that nothing trains would stay the identity
+    days = data.map_days(corpus.days, known, "mean")
+    info = {"days": known, "channels": corpus.channels, "phonemes": list(data.PHONEMES), "rules": data.speech_rules(), "valid": args.valid, "synthetic": corpus.synthetic}
     if resumed and (other := [k for k in info if resumed["data"].get(k) != info[k]]):
         raise data.DataError(f"{args.resume}: trained on data of other {', '.join(other)} than {corpus.root}; expected the same data; give them with --data")
     train, valid = parts["train"], parts["valid"]
@@ -402,14 +392,14 @@ def main(args: argparse.Namespace) -> dict:
     lengths, batches = corpus.lengths[train].tolist(), []
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
     workers = min(args.workers, len(os.sched_getaffinity(0)))  # more than cores only get in each other's way
-    loader = DataLoader(Trials(corpus, train), batch_sampler=batches, collate_fn=data.collate_speech, num_workers=workers, persistent_workers=workers > 0,
+    loader = DataLoader(data.SpeechTrials(corpus, train, days), batch_sampler=batches, collate_fn=data.collate_speech, num_workers=workers, persistent_workers=workers > 0,
                         pin_memory=device.type == "cuda", worker_init_fn=quiet_worker, generator=torch.Generator())  # its own: torch's must not depend on it
     planned, last = args.steps, min(args.steps, args.max_steps or args.steps)
-    say(f"{'SYNTHETIC corpus' if corpus.synthetic else corpus.root}, {len(corpus.days)} days: {len(train)} train, {len(valid)} valid, {len(parts['test'])} test trials; "
+    say(f"{'SYNTHETIC corpus' if corpus.synthetic else corpus.root}, {len(known)} of {len(corpus.days)} days to train on: {len(train)} train, {len(valid)} valid, {len(parts['test'])} test trials; "
         f"{steps_per_epoch} steps an epoch, {planned} planned{'; validation IS the test part: its score is no result' * (args.valid == 'test')}")
 
     # ---------------------------------------------------------------------------------------- model
-    model_args = {"channels": corpus.channels, "days": len(corpus.days), "hidden": args.hidden, "layers": args.layers, "classes": len(data.PHONEMES),
+    model_args = {"channels": corpus.channels, "days": len(known), "hidden": args.hidden, "layers": args.layers, "classes": len(data.PHONEMES),
                   "kernel": args.kernel, "stride": args.stride, "dropout": args.dropout, "input_dropout": args.input_dropout,
                   "bidirectional": args.bidirectional, "layer_norm": args.layer_norm, "smooth_width": args.smooth_width, "smooth_taps": args.smooth_taps}
     bare_model = GRUDecoder(**model_args).to(device)
@@ -500,7 +490,7 @@ def main(args: argparse.Namespace) -> dict:
                     log(loss=loss.item(), loss_of_200=float(np.mean(recent)) if recent else math.nan, lr=lr, norm=norm, skipped=skipped,
                         blank_fraction=blank_fraction(logits, frames), memory=memory(device))
                 if step % args.eval_every == 0 or step == last:
-                    valid_metrics = from_main(evaluate(bare_model, ema, corpus, valid, device, args.batch) if main_process else None, world) | {"epoch": epoch, "step": step}
+                    valid_metrics = from_main(evaluate(bare_model, ema, corpus, valid, days, device, args.batch) if main_process else None, world) | {"epoch": epoch, "step": step}
                     is_best = valid_metrics["valid_per"] < best["valid_per"]
                     best = valid_metrics if is_best else best
                     log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **valid_metrics)

@@ -43,7 +43,7 @@ PRESETS = {
 
 
 # What a resumed run may do otherwise; every other option comes from its checkpoint.
-FREE_ON_RESUME = {"preset", "data", "cache", "out", "name", "resume", "device", "max_steps", "patience", "log_every", "save_every", "max_skips", "strict",
+FREE_ON_RESUME = {"data", "cache", "out", "name", "resume", "device", "max_steps", "patience", "log_every", "save_every", "max_skips", "strict",
                   "diagnose", "tensorboard", "debug"}
 
 

@@ -528,14 +528,34 @@ def test_decoder_empty_trials_neither_train_nor_crash(run, monkeypatch):
     assert out["valid_del"] > 0
 
 
-def test_decoder_noise_masks_and_dropout_are_the_options(run, corpus):
-    """Without them two runs of other seeds see the same first batch; with each of them they do not."""
+def test_a_day_without_training_trials_has_no_layer(run, corpus, monkeypatch):
+    """Nothing would train it: the mean of the others stands in for it, and eval.py asks for that to be said."""
+    whole = data.speech_parts
+
+    def without_first_day(speech, *a):
+        parts = whole(speech, *a)
+        return parts | {"train": parts["train"][speech.day[parts["train"]] > 0]}
+
+    monkeypatch.setattr(data, "speech_parts", without_first_day)
+    folder = Path(run("train_decoder", "--name one_day_less")["folder"])
+    _, root, _, cache = corpus("train_decoder")
+    speech = data.open_speech(root, cache)
+    assert last(folder)["data"]["days"] == speech.days[1:]
+    assert last(folder)["model_args"]["days"] == len(speech.days) - 1
+    with pytest.raises(data.DataError, match=speech.days[0]):
+        evaluation.main(["--ckpt", str(folder / "best.pt"), *corpus("train_decoder"), "--device", "cpu"])
+
+
+def test_decoder_noise_and_masks_are_the_options():
+    """Each option alone changes the bins as it says: white noise by its SD, the offset not within a channel, masks to zero."""
     items = [{"x": np.ones((60, 256), np.float32), "day": 0, "labels": np.array([1, 2]), "id": str(k)} for k in range(3)]
     batch = data.collate_speech(items)
     plain = train_decoder.augment(batch, train_decoder.parse_args(CASES["train_decoder"].plain.split()))
     assert torch.equal(plain["x"], batch["x"])
     args = train_decoder.parse_args("--white-noise 0 --offset-noise 0.5 --time-mask-prob 0".split())
     assert train_decoder.augment(batch, args)["x"].std(1).max() < 1e-6
+    args = train_decoder.parse_args("--white-noise 0.5 --offset-noise 0 --time-mask-prob 0".split())
+    assert abs((train_decoder.augment(batch, args)["x"] - batch["x"]).std() - 0.5) < 0.02
     args = train_decoder.parse_args("--white-noise 0 --offset-noise 0".split())
     hidden = (train_decoder.augment(batch, args)["x"] == 0).float().mean()
     assert 0.1 < hidden < 0.8
@@ -600,8 +620,8 @@ def test_decoder_workers_change_nothing(run):
 
 
 def test_decoder_epoch_is_one_pass(run, monkeypatch):
-    read, whole = [], train_decoder.Trials.__getitem__
-    monkeypatch.setattr(train_decoder.Trials, "__getitem__", lambda self, k: read.append(k) or whole(self, k))
+    read, whole = [], data.SpeechTrials.__getitem__
+    monkeypatch.setattr(data.SpeechTrials, "__getitem__", lambda self, k: read.append(k) or whole(self, k))
     run("train_decoder", "--name passes")
     assert len(read) == 32
     assert read[:16] != read[16:]

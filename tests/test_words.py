@@ -330,13 +330,11 @@ def test_lexicon_and_lm_come_from_the_training_trials_alone(corpus, tmp_path, mo
         run_words(corpus, tmp_path, slice(120, 140), "--words")
 
 
-def test_tuning_is_stored_applied_and_no_worse_on_its_own_part(corpus, tmp_path, capsys):
+def test_tuning_is_printed_applied_and_no_worse_on_its_own_part(corpus, tmp_path, capsys):
     figures = run_words(corpus, tmp_path, slice(120, 140), "--tune", "--acoustic-scale", "0.2", "--lm-weight", "7", "--beam", "10")
     tuned = figures["tuned"]
     assert tuned["after"] < tuned["before"]
     assert tuned["sentences"] == 20
-    stored = json.loads((tmp_path / "words.json").read_text())
-    assert stored["settings"] == pytest.approx(figures["settings"], rel=1e-6)
     assert figures["settings"]["lm_weight"] < 7
     chosen = [f"--{name.replace('_', '-')}={value!r}" for name, value in figures["settings"].items()]
     assert f"--lm-weight {figures['settings']['lm_weight']:.4g}" in capsys.readouterr().out
