@@ -2253,7 +2253,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     if not parser.prog.endswith(("bench", "--attention")):
         parser.add_argument("--data", metavar="DIR", help="the task's dataset in its public layout; absent = synthetic corpus")
         parser.add_argument("--cache", default="cache", metavar="DIR", help="extracted features")
-    if parser.prog.split()[-1] not in ("bench", "ceiling", "compare"):
+    if parser.prog.split()[-1] not in ("bench", "ceiling", "compare", "--attention"):
         parser.add_argument("--csv", metavar="FILE", help="write the predictions here")
         parser.add_argument("--save-results", metavar="ROW", help="write RESULTS_DIR/han_ROW_<split> (or ast_) .json and .csv of both parts, or decoder_ROW_<part>")
         parser.add_argument("--results-dir", default="results", metavar="DIR")
