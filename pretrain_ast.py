@@ -63,7 +63,7 @@ from models import (
 TASKS = {"pretrain": {}, "finetune": {"batch": 32, "lr": 2e-4, "epochs": 50, "patience": 10, "layer_decay": 0.8, "pooling": "meanstd"}}
 
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
-BUILT_IN = {"pretrain": {"preset": "tiny", "frames": 128, "batch": 16, "epochs": 2, "lr": 1e-3},
+BUILT_IN = {"pretrain": {"preset": "tiny", "frames": 128, "batch": 16, "epochs": 1, "lr": 1e-3},
             "finetune": {"preset": "tiny", "frames": 256, "batch": 16, "epochs": 6}}
 
 # --ssast-compat: the original's recipe (its run scripts and traintest_mask.py), and its head in fine-tuning.
