@@ -339,9 +339,9 @@ def test_fluidsynth_plays_what_the_piano_plays(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_leaves_whole_files_only(tmp_path):
     notes = [(i * 0.05, i * 0.05 + 2, 30 + i * 7 % 70, 40 + i % 60) for i in range(4000)]
-    write_midi(tmp_path / "00.midi", notes)
-    for i in range(1, 40):
-        shutil.copyfile(tmp_path / "00.midi", tmp_path / f"{i:02}.midi")
+    write_midi(tmp_path / "000.midi", notes)
+    for i in range(1, 300):  # more than a busy machine can render before the signal comes
+        shutil.copyfile(tmp_path / "000.midi", tmp_path / f"{i:03}.midi")
     process = subprocess.Popen([sys.executable, "data.py", "render", "--midi-root", str(tmp_path), "--workers", "2"], cwd=REPOSITORY,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
@@ -352,7 +352,7 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in error
     wavs = list(tmp_path.glob("*.wav"))
-    assert 0 < len(wavs) < 40
+    assert 0 < len(wavs) < 300
     assert len({path.read_bytes() for path in wavs}) == 1
     assert not list(tmp_path.glob(".*"))
 
