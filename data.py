@@ -4207,17 +4207,6 @@ def random_crop(store: FbankStore | AudioStore, i: int, length: int, seed: int, 
     return store.get(i, start, min(start + length, int(store.frames[i])))
 
 
-def fbank_statistics(store: FbankStore, recordings: Iterable[int] | None = None) -> tuple[float, float]:
-    """Mean and standard deviation of all values of some recordings (all unless given), for `normalise_fbank`."""
-    count = total = squares = 0.0
-    for i in range(len(store.names)) if recordings is None else recordings:
-        x = store.get(i).astype(np.float64)
-        count, total, squares = count + x.size, total + x.sum(), squares + np.square(x).sum()
-    if not count:
-        raise DataError(f"{store.root}: no recording to take statistics of; expected at least one")
-    return float(total / count), math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
-
-
 def audio_files(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> tuple[list[tuple[str, str, Path]], list[str]]:
     """(name, split, WAV file) of all recordings of a folder, sorted by name, and a line for each one that lacks its file.
 
