@@ -1870,8 +1870,8 @@ def column_names(features: dict[str, int]) -> list[str]:
     return [name if width == 1 else f"{name}:{k}" for name, width in features.items() for k in range(width)]
 
 
-def _extract(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
-    """All performances of one score: (MIDI path, arrays of the item, or the error line)."""
+def extract_performances(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
+    """All performances of one score: (MIDI path, arrays of the item with its performance and match, or the error line)."""
     score_path, midi_paths = task
     try:
         score = read_musicxml(score_path)
@@ -1885,7 +1885,7 @@ def _extract(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
             item = note_table(score, performance, match)
             statistics = performance_statistics(performance)
             item |= {"match_rate": float((match >= 0).mean()), "stats": np.array(list(statistics.values()), np.float32),
-                     "stat_names": list(statistics), "performance": performance}
+                     "stat_names": list(statistics), "performance": performance, "match": match}
             out.append((path, item))
         except DataError as error:
             out.append((path, str(error)))
@@ -1947,7 +1947,10 @@ def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool 
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file."""
+    """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file. Raises
+    DataError where `path` is a folder or a device, which the move would fail on or replace."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: not an ordinary file; expected the name of a new file or of one to replace; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -1975,7 +1978,7 @@ def _extract_all(files: dict[str, Path], scores: dict[str, Path], strict: bool, 
     names = {str(path): name for name, path in files.items()}
     items, left_out = {}, []
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
-        for results in pool.map(_extract, [(str(s), m) for s, m in tasks.items()]):
+        for results in pool.map(extract_performances, [(str(s), m) for s, m in tasks.items()]):
             for path, item in results:
                 if isinstance(item, str):
                     left_out.append(item)
@@ -2799,7 +2802,7 @@ _READING_ERRORS = (OSError, ValueError, TypeError, LookupError, EOFError, Runtim
                    struct.error, zlib.error, MatReadError)  # what SciPy, h5py and an unpickler raise on damaged files
 
 
-class _ConversionReport:
+class ConversionReport:
     """What a conversion counts and says: a row per part and day, a line for what could not be used and one for what is odd but
     kept. `strict` raises the first line of the former kind."""
 
@@ -2865,7 +2868,7 @@ def _matrix_problem(name: str, value, channels: int, at_least: bool = False) -> 
     return None if len(value) else f"{name}: no bins; expected some"
 
 
-def _unusable_bins(x: np.ndarray) -> str | None:
+def unusable_bins(x: np.ndarray) -> str | None:
     with np.errstate(invalid="ignore", over="ignore"):
         bad = int((~(np.abs(x) < _LARGEST)).any(1).sum())
     return f"{bad} bin{'s' * (bad > 1)} of NaN, infinite or absurd values; expected finite ones" if bad else None
@@ -2882,7 +2885,7 @@ def _class_ids(values, count, where: str) -> np.ndarray | str:
 
 # Each reader yields days, one part and session after the other: part, session, where (for messages) and trials. A trial has x
 # (bins, channels), block, text and labels (None: from the text), or else `problem`.
-def _mat_days(files: list[Path], channels: int | None, report: _ConversionReport, sessions=None):
+def _mat_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
     seen = set()
     for path in files:
         part = next(part for part, folder in _MAT_FOLDERS.items() if folder == path.parent.name)
@@ -2946,7 +2949,7 @@ def _mat_trial(tx: np.ndarray, power: np.ndarray, channels: int | None) -> dict:
     return {"problem": problem} if problem else {"x": np.concatenate([tx[:, :half], power[:, :half]], axis=1)}
 
 
-def _pickle_days(files: list[Path], channels: int | None, report: _ConversionReport, sessions=None):
+def _pickle_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
     path = files[0]
     content = _read_pickle(path)
     parts = {part: list(content[part]) for part in SPEECH_PARTS if isinstance(content.get(part), (list, tuple))} if isinstance(content, dict) else {}
@@ -3000,7 +3003,7 @@ def _read_pickle(path: Path):
                         "make sure where it comes from, and make it again with the baseline's own script") from error
 
 
-def _pickle_sessions(path: Path, content: dict, sessions, report: _ConversionReport) -> dict[str, list[str]]:
+def _pickle_sessions(path: Path, content: dict, sessions, report: ConversionReport) -> dict[str, list[str]]:
     """Session names of each part's days, which the pickle lacks: from `sessions`; else day00, day01... where a part has as many
     days as the parts before it (train and test list the same days in the same order); else the part is left out."""
     given = {} if sessions is None else _session_names(sessions)
@@ -3051,7 +3054,7 @@ def _pickle_trials(day, part: str, where: str, channels: int) -> list[dict]:
     return trials
 
 
-def _hdf5_days(files: list[Path], channels: int | None, report: _ConversionReport, sessions=None):
+def _hdf5_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
     if importlib.util.find_spec("h5py") is None:
         raise DataError(f"{files[0]}: HDF5 is read by the package h5py, which is not installed; run `pip install h5py`")
     days: dict[tuple, list[tuple]] = {}
@@ -3125,7 +3128,7 @@ def _hdf5_trial(group, attrs: dict, part: str, channels: int) -> dict:
     return {"problem": problem, "x": x, "text": _string(np.asarray(text)), "labels": labels}
 
 
-def _standardise(trials: list[dict], where: str, report: _ConversionReport) -> tuple[int, int]:
+def standardise_blocks(trials: list[dict], where: str, report: ConversionReport) -> tuple[int, int]:
     """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel that varies has a
     mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those left as they came."""
     blocks, kept, dead = sorted({trial["block"] for trial in trials}), 0, set()
@@ -3150,7 +3153,7 @@ def _listing(what: str, numbers: list) -> str:
     return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}" + (f", ... ({len(numbers)})" if len(numbers) > 8 else "")
 
 
-def _label_trial(trial: dict, part: str, report: _ConversionReport) -> dict:
+def _label_trial(trial: dict, part: str, report: ConversionReport) -> dict:
     """Sets labels (L,) int64 and text of a trial; returns what is to be counted. Where the file has labels they count, not what
     its text would give."""
     if part == "competition":
@@ -3182,12 +3185,12 @@ def _spelled_days(days: Iterable[dict], cache: str | Path | None) -> Iterable[di
         yield day
 
 
-def _convert_day(day: dict, report: _ConversionReport) -> list[dict]:
+def _convert_day(day: dict, report: ConversionReport) -> list[dict]:
     """The day's usable trials, standardised and labelled; all else goes to the report."""
     part, where, kept, problems, odd = day["part"], day["where"], [], {}, {}
     row = dict.fromkeys(_SPEECH_COUNTS, 0) | {"part": part, "day": day["session"], "found": len(day["trials"])}
     for number, trial in enumerate(day["trials"]):
-        problem = trial.get("problem") or (trial["labels"] if isinstance(trial["labels"], str) else _unusable_bins(trial["x"]))
+        problem = trial.get("problem") or (trial["labels"] if isinstance(trial["labels"], str) else unusable_bins(trial["x"]))
         if problem:
             problems.setdefault(problem, []).append(trial.get("name", number))
             continue
@@ -3207,7 +3210,7 @@ def _convert_day(day: dict, report: _ConversionReport) -> list[dict]:
         report.note(f"{where}: {_listing('trial', numbers)}: {line}")
     if not day["trials"]:
         report.note(f"{where}: an empty day: no trials")
-    row["blocks"], row["standardised"] = _standardise(kept, where, report)
+    row["blocks"], row["standardised"] = standardise_blocks(kept, where, report)
     row |= {"trials": len(kept), "bins": sum(len(t["x"]) for t in kept), "labelled": sum(len(t["labels"]) > 0 for t in kept), "left_out": len(day["trials"]) - len(kept)}
     report.days.append(row)
     return kept
@@ -3234,7 +3237,7 @@ def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", 
         raise DataError(f"--channels {channels}: expected {'an even number, half of them from tx1 and half from spikePow' if kind == 'mat' else '1 or more'}")
     if sessions is not None and kind != "pickle":
         raise DataError(f"--sessions: {source} is of format {kind}, which names its own sessions; expected with a pickle only; leave the option out")
-    report = _ConversionReport(strict)
+    report = ConversionReport(strict)
     days = _spelled_days({"mat": _mat_days, "pickle": _pickle_days, "hdf5": _hdf5_days}[kind](files, channels, report, sessions), cache)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -3267,7 +3270,7 @@ def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", 
     return info["report"]
 
 
-def _write_features(path: Path, days: Iterable[dict], report: _ConversionReport, dtype: str, channels: int) -> tuple[list[dict], list[int]]:
+def _write_features(path: Path, days: Iterable[dict], report: ConversionReport, dtype: str, channels: int) -> tuple[list[dict], list[int]]:
     """Writes a .npy file day by day, so that one day at a time is in memory. Returns all trials without their features, and their bins."""
     trials, lengths = [], []
     with path.open("wb") as file:

@@ -11,6 +11,8 @@
     python eval.py ceiling --data DIR                                         what the raters' disagreement leaves to reach
     python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test    phoneme error rate of a decoder
     python eval.py --attention out.png --audio FILE.wav --ckpt runs/ast/NAME/best.pt    what an AST looks at; or --midi FILE.mid
+    python eval.py predict --ckpt FILE ... --score FILE --midi FILE           ratings of your own files; or --audio, or --speech: phonemes
+    python eval.py report --run runs/han/NAME ... --data DIR --out report.html    one HTML page: curves, scores, worst items, configuration
     python eval.py bench --task han|decoder|ast                               step time against the plain rendition
 
 Several checkpoints of one fold (seeds) are averaged. Every figure stands with and without the score renderings
@@ -22,6 +24,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import difflib
 import functools
 import gzip
 import hashlib
@@ -34,13 +37,17 @@ import random
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
+from html import escape
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,8 +59,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from data import (
+    BIN,
     FBANK_MEAN,
     FBANK_STD,
     FEATURE_SETS,
@@ -62,10 +71,12 @@ from data import (
     HOP,
     LABELS,
     MELS,
+    MISALIGNED,
     PHONEMES,
     SAMPLE_RATE,
     SILENCE,
     SPLITS,
+    ConversionReport,
     Corpus,
     DataError,
     FbankStore,
@@ -76,12 +87,15 @@ from data import (
     collate_han,
     collate_speech,
     column_names,
+    convert_speech,
+    extract_performances,
     fbank,
     fbank_frames,
     frames_needed,
     load_percepiano,
     map_days,
     normalise_fbank,
+    note_features,
     number,
     open_speech,
     percepiano_audio,
@@ -93,6 +107,7 @@ from data import (
     prepare_han,
     read_labels,
     read_midi,
+    read_musicxml,
     read_ratings,
     read_wav,
     render,
@@ -101,9 +116,11 @@ from data import (
     speech_item,
     speech_parts,
     speech_rules,
+    standardise_blocks,
     synthetic_percepiano,
     synthetic_speech,
     time_mask,
+    unusable_bins,
     write_atomic,
 )
 from models import (
@@ -113,9 +130,11 @@ from models import (
     PATCH,
     BiLSTM,
     Block,
+    ClipStatistics,
     ContextAttention,
     GRUDecoder,
     cluster_mask,
+    group_softmax,
     load_checkpoint,
     output_frames,
     patches,
@@ -470,13 +489,21 @@ def _own_options(ckpt: dict) -> dict:
 def evaluate(argv: list[str]) -> dict:
     """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split; returns them (see
     `measure`; for decoders `evaluate_decoder`, for a pre-training `evaluate_pretraining`)."""
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more folds or seeds")
+    parser = Parser(prog="eval.py evaluate", usage="python eval.py [evaluate] --ckpt FILE ... [--data DIR] [options]", description="""\
+Scores checkpoints on data that they did not learn from. What they are (HAN, AST, phoneme decoder) they know themselves.
+
+    python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano             one fold: R2, MSE, Pearson of its validation part
+    python eval.py --ckpt runs/han/*_f?_s7/best.pt --data data/percepiano          four folds, each on its own part, then mean and deviation
+    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test         phoneme error rate, in all and by session
+    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune      word error rate as well
+
+Checkpoints of one fold (seeds) are averaged, and so are decoders. Intervals: 95 %, bootstrap over segments or trials.""")
+    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more folds or seeds (required)")
     parser.add_argument("--part", choices=["valid", "test", "competition"], default="valid",
-                        help="part to score, competition: decoder only (%(default)s); --save-results of ratings takes valid and test")
+                        help="part to score (%(default)s); competition: decoder only; --save-results of ratings takes valid and test")
     parser.add_argument("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
     only_audio = audio_options(parser)
-    only_decoder = [parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: refused)"),
+    only_decoder = [parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: they are refused)"),
                     *word_options(parser)]
     args = _parse(parser, argv)
     loaded = _load_models(args.ckpt)
@@ -545,16 +572,21 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args: argparse.N
 def floor(argv: list[str]) -> dict:
     """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note statistics or a
     ridge regression on log-mel statistics unless asked otherwise; returns metrics (see `measure`)."""
-    parser = argparse.ArgumentParser(prog="eval.py floor", description="Scikit-learn on pooled statistics of the notes (han) or of the spectrogram (ast).")
-    parser.add_argument("--task", choices=["han", "ast"], default="han")
-    parser.add_argument("--model", choices=["ridge", "forest"], help="(forest for han, ridge for ast)")
-    parser.add_argument("--split", choices=SPLITS, default="segment")
-    parser.add_argument("--fold", choices=["0", "1", "2", "3", "all"], default="all")
-    parser.add_argument("--features", choices=["full", "score", "perf"], default="full", help="note features, han only (%(default)s)")
-    parser.add_argument("--audio", metavar="DIR", help="ast: recordings NAME.wav (off: rendered from the MIDI)")
-    parser.add_argument("--keep-overlap", action="store_true", help="train on notes shared with validation and test too")
-    parser.add_argument("--keep-misaligned", action="store_true", help="train on items that do not match their score")
-    parser.add_argument("--seed", type=number(int, 0), default=7)
+    parser = Parser(prog="eval.py floor", usage="python eval.py floor [--task han|ast] [--data DIR] [options]", description="""\
+The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han) or spectrogram (ast), trained and
+scored on the same parts as the trainers use. A minute.
+
+    python eval.py floor --data data/percepiano                       forest on note statistics, four folds
+    python eval.py floor --task ast --data data/percepiano --fold 0   ridge regression on log-mel statistics, one fold""")
+    parser.add_argument("--task", choices=["han", "ast"], default="han", help="han: from score and MIDI, ast: from audio (%(default)s)")
+    parser.add_argument("--model", choices=["ridge", "forest"], help="ridge regression or forest of 150 trees (forest for han, ridge for ast)")
+    parser.add_argument("--split", choices=SPLITS, default="segment", help="what a part never shares with another (%(default)s)")
+    parser.add_argument("--fold", choices=["0", "1", "2", "3", "all"], default="all", help="fold that validates (%(default)s: each once, then their mean)")
+    parser.add_argument("--features", choices=["full", "score", "perf"], default="full", help="han: statistics of score, performance or both (%(default)s)")
+    parser.add_argument("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
+    parser.add_argument("--keep-overlap", action="store_true", help="keep training items that share played notes with validation or test (off)")
+    parser.add_argument("--keep-misaligned", action="store_true", help="keep training items whose match rate is under .6 (off)")
+    parser.add_argument("--seed", type=number(int, 0), default=7, help="of the forest; same seed, same figures (%(default)s)")
     args = _parse(parser, argv)
     if (args.task == "ast" and args.features != "full") or (args.task == "han" and args.audio):
         raise DataError(f"--features {args.features}, --audio {args.audio} with --task {args.task}: features are of han, audio is of ast; leave it out")
@@ -562,7 +594,8 @@ def floor(argv: list[str]) -> dict:
     corpus = _load_corpus(args)
     if args.task == "ast":
         store = audio_store(corpus, args)
-        statistics = {name: audio_statistics(store.get(i)) for i, name in enumerate(store.names)}
+        table = ClipStatistics()
+        statistics = {name: table.values(torch.as_tensor(np.asarray(store.get(i), np.float32))[None])[0].double().numpy() for i, name in enumerate(store.names)}
     else:
         columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
         statistics = {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
@@ -738,16 +771,20 @@ def _timed_step(model: torch.nn.Module, batch: dict, amp: torch.dtype | None, de
 
 def bench(argv: list[str]) -> dict:
     """`python eval.py bench`: a network against the same one written plainly, alternating step by step in one run."""
-    parser = argparse.ArgumentParser(prog="eval.py bench", description="Step time of a network against its plain rendition.")
-    parser.add_argument("--task", choices=["han", "decoder", "ast"], default="han")
+    parser = Parser(prog="eval.py bench", usage="python eval.py bench [--task han|decoder|ast] [options]", description="""\
+Time of a training step, in ms, against the same network written plainly, on made-up data of real size; needs no data set.
+
+    python eval.py bench --task han                            two minutes on two cores
+    python eval.py bench --task decoder --amp bf16 --steps 10""")
+    parser.add_argument("--task", choices=["han", "decoder", "ast"], default="han", help="network to time (%(default)s)")
     parser.add_argument("--width", type=number(int, 1), help="size of the model (256; decoder: hidden 512)")
     parser.add_argument("--batch", type=number(int, 1), help="items per step (8; decoder 64; ast 2)")
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="autocast type, of the plain decoder and AST always off; off = float32")
-    parser.add_argument("--steps", type=number(int, 1), help="timed steps of each, after 3 of warm-up (20; decoder and ast 5, after 1)")
+    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; the plain decoder and AST stay float32 (%(default)s)")
+    parser.add_argument("--steps", type=number(int, 1), help="steps timed of each, after 3 of warm-up (20; decoder and ast 5, after 1); the median counts")
     parser.add_argument("--preset", choices=[*AST_PRESETS], help="ast: size of the model (small)")
-    parser.add_argument("--frames", type=number(int, PATCH), help="ast: 10 ms frames of a clip (1024)")
-    parser.add_argument("--visible-only", action="store_true", help="ast: time the encoding of visible patches only as well")
-    parser.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads; 0 = torch's default")
+    parser.add_argument("--frames", type=number(int, PATCH), help="ast: length of a clip, in frames of 10 ms (1024)")
+    parser.add_argument("--visible-only", action="store_true", help="ast: time the encoding of visible patches only as well (off)")
+    parser.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads (0: torch's default)")
     args = _parse(parser, argv)
 
     own = {"han": {"width": 256, "batch": 8, "steps": 20}, "decoder": {"width": 512, "batch": 64, "steps": 5},
@@ -884,17 +921,8 @@ def speech_logits(model: nn.Module, corpus: SpeechCorpus, indices: Iterable[int]
 def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures of
     `decoder_scores`, their 95 % interval over trials and the most frequent substitutions; "words" where these were asked for."""
-    data = _shared_settings(loaded)
-    if args.data is None and not data["synthetic"]:
-        raise DataError(f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
-    if not args.data:
-        print("no --data: evaluating on the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq, then --data with its folder")
-    corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
-    if corpus.channels != data["channels"]:
-        raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} expects {data['channels']}; convert with --channels or give its corpus")
-    parts = speech_parts(corpus, data["valid"])
+    corpus = _speech_corpus(args, loaded)
+    parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
     trials = parts[args.part]
     scored = np.flatnonzero(corpus.labelled[trials] & (args.part != "competition"))
     if not len(scored) and (not args.submission or args.csv or args.save_results or not len(trials)):
@@ -902,10 +930,7 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     _say_circumstances(args, loaded, corpus, trials)
     log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
     if len(scored):
-        for k in scored:
-            i, row = trials[k], log_probs[k]
-            records.append({"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]], "reference": corpus.labels[i].tolist(),
-                            "hypothesis": ctc_greedy(row[None], [len(row)])[0], "frames": len(row)})
+        records = transcripts([log_probs[k] for k in scored], corpus, trials[scored])
         refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
         figures = {**decoder_scores(refs, hyps, corpus.day[trials[scored]], corpus.days), "interval": list(trial_bootstrap(per_counts(refs, hyps))),
                    "unlabelled": len(trials) - len(scored), "too_short": sum(r["frames"] < frames_needed(r["reference"]) for r in records),
@@ -916,6 +941,27 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
         figures["words"] = words(log_probs, corpus, trials, args, valid, parts["train"])
     _write_decoder(figures, records, corpus, args, loaded)
     return figures
+
+
+def _speech_corpus(args: argparse.Namespace, loaded: list[tuple]) -> SpeechCorpus:
+    """The corpus of --data, which must be given where the decoders learned from real data, and fit them."""
+    data = _shared_settings(loaded)
+    if args.data is None and not data["synthetic"]:
+        raise DataError(f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
+    if not args.data:
+        print("no --data: evaluating on the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq, then --data with its folder")
+    corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
+    for line in corpus.left_out:
+        print(f"left out: {line}")
+    if corpus.channels != data["channels"]:
+        raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} expects {data['channels']}; convert with --channels or give its corpus")
+    return corpus
+
+
+def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
+    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy), "frames"}; log_probs (F, 41) each."""
+    return [{"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]], "reference": corpus.labels[i].tolist(),
+             "hypothesis": ctc_greedy(row[None], [len(row)])[0], "frames": len(row)} for i, row in zip(trials, log_probs, strict=True)]
 
 
 def _shared_settings(loaded: list[tuple]) -> dict:
@@ -1216,15 +1262,19 @@ def word_decoder(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path, pro
         yield lambda trials, settings: [search.decode(trial, settings) for trial in trials], search
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_decoding, (lexicon, lm)) as pool:
-        yield lambda trials, settings: list(pool.map(_decode, trials, [settings] * len(trials), chunksize=4)), search
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: Ctrl-C is answered here alone
+        for _ in range(processes):  # a task starts a worker as long as none is ready
+            pool.submit(int)
+        signal.signal(signal.SIGINT, before)
+        yield lambda trials, settings: list(pool.map(_decode_words, trials, [settings] * len(trials), chunksize=4)), search
 
 
 def _start_decoding(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path) -> None:
-    _decode.search = WordSearch(lexicon, lm)
+    _decode_words.search = WordSearch(lexicon, lm)
 
 
-def _decode(log_probs: np.ndarray, settings: dict) -> list[str]:
-    return _decode.search.decode(log_probs, settings)
+def _decode_words(log_probs: np.ndarray, settings: dict) -> list[str]:
+    return _decode_words.search.decode(log_probs, settings)
 
 
 def nearest_words(sequences: Iterable[list[int]], lexicon: list[tuple[str, tuple[int, ...]]]) -> list[list[str]]:
@@ -1300,7 +1350,7 @@ def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         add("--tune", action="store_true", help="choose the four settings on the validation part first, and print them (off)"),
         add("--submission", metavar="FILE", help="write the sentences of the part: FILE.csv as id,text ('25), any other one a line ('24)"),
         add("--lexicon", metavar="FILE", help="lines of a word and its phonemes (default: the training transcripts' words)"),
-        add("--lm", metavar="FILE", help="ARPA file or KenLM binary (default: Witten-Bell trigram of the training transcripts)"),
+        add("--lm", metavar="FILE", help="n-gram model, ARPA file or KenLM binary (default: Witten-Bell trigram of the training transcripts)"),
         add("--acoustic-scale", type=number(float, 0, 100), help="factor of the log-probabilities (default: 0.5 with 256 channels, 0.325 with 512)"),
         add("--blank-penalty", type=number(float, -100, 100), help="taken off blank's log-probability, in nats (default: log 7 with 256 channels, log 90 with 512)"),
         add("--lm-weight", type=number(float, 0, 100), default=1.0, help="factor of the LM's log10 probability (%(default)s)"),
@@ -1554,8 +1604,8 @@ def predict_ast(model: nn.Module, items: list[dict], info: dict, device: torch.d
 
 
 def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    return [parser.add_argument("--audio", metavar="DIR", help="audio: recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)"),
-            parser.add_argument("--crops", type=number(int, 1), metavar="N", help="audio: crops of an item that is longer than the model's frames (as many as cover it)")]
+    return [parser.add_argument("--audio", metavar="DIR", help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)"),
+            parser.add_argument("--crops", type=number(int, 1), metavar="N", help="audio: crops averaged of an item that is longer than the model's frames (as many as cover it)")]
 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
@@ -1567,12 +1617,6 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}" + "; recordings: --audio DIR" * (kind == "rendered"))
     return store
-
-
-def audio_statistics(x: np.ndarray) -> np.ndarray:
-    """Mean, deviation and 10 / 50 / 90 % quantiles over time of every band of x (frames, 128), and seconds: (641,) float64."""
-    x = np.asarray(x, np.float64)
-    return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0), [len(x) / 100]])
 
 
 def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
@@ -1600,7 +1644,7 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Audio: significance
+# Significance and comparison
 # -----------------------------------------------------------------------------------------------------------------
 
 
@@ -1722,21 +1766,37 @@ def _print_significance(tests: dict) -> None:
 
 def compare(argv: list[str]) -> dict:
     """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns its figures."""
-    parser = argparse.ArgumentParser(prog="eval.py compare", description="Is A better than B? Paired cluster bootstrap, Holm over the 19 dimensions.")
+    parser = Parser(prog="eval.py compare", usage="python eval.py compare --a FILE ... --b FILE ... [--data DIR] [options]", description="""\
+Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence. Of ratings: the difference of
+the mean correlation and of each of the 19, with Holm's correction for their number. Of phoneme decoders: of the phoneme error rate.
+
+    python eval.py compare --a runs/han/ONE/best.pt --b runs/han/OTHER/best.pt --data data/percepiano
+    python eval.py compare --a results/han_full_segment.csv --b results/han_floor_segment.csv --data data/percepiano
+    python eval.py compare --a runs/decoder/ONE/best.pt --b runs/decoder/OTHER/best.pt --data DIR --part test
+
+Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: trials) are drawn with replacement, the same for both.""")
     for side in "ab":
-        parser.add_argument(f"--{side}", nargs="+", required=True, metavar="FILE", help="CSV of --save-results, or best.pt of one or more folds or seeds")
-    parser.add_argument("--part", choices=["valid", "test"], default="valid")
-    parser.add_argument("--metric", choices=["pearson", "r2"], default="pearson")
-    parser.add_argument("--cluster", choices=["segment", "performer"], default="segment", help="what is drawn as a whole (%(default)s)")
-    parser.add_argument("--no-renderings", action="store_true", help="without the score renderings")
-    parser.add_argument("--draws", type=number(int, 100), default=5000, help="(%(default)s)")
-    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass of checkpoints (16; audio 8)")
-    audio_options(parser)
+        parser.add_argument(f"--{side}", nargs="+", required=True, metavar="FILE", help="CSV of --save-results, or best.pt of one or more folds or seeds (required)")
+    parser.add_argument("--part", choices=["valid", "test"], default="valid", help="part to compare on; of decoders' CSVs the one they hold (%(default)s)")
+    parser.add_argument("--draws", type=number(int, 100), default=5000, help="times that the items are drawn; the least p-value is 2 / draws (%(default)s)")
+    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass of checkpoints (16; audio 8; decoder 64)")
+    only_decoder = [parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: they are refused)")]
+    only_ratings = [parser.add_argument("--metric", choices=["pearson", "r2"], default="pearson", help="ratings: correlation, or R2 (%(default)s)"),
+                    parser.add_argument("--cluster", choices=["segment", "performer"], default="segment", help="ratings: what is drawn as a whole (%(default)s)"),
+                    parser.add_argument("--no-renderings", action="store_true", help="ratings: without the score renderings (off)"), *audio_options(parser)]
     args = _parse(parser, argv)
-    (records_a, split_a), (records_b, split_b) = (_compared_records(paths, args) for paths in (args.a, args.b))
+    sides = [_side(paths) for paths in (args.a, args.b)]
+    if sides[0][0] != sides[1][0]:
+        raise DataError(f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates performances; expected two of a kind")
+    args.ckpt = args.a
+    _refuse_given(args, *((only_ratings, "train_han.py and pretrain_ast.py", "decoder") if sides[0][0] else (only_decoder, "train_decoder.py", "ratings")))
+    if sides[0][0]:
+        return compare_decoders(args, [loaded for _, loaded in sides])
+    (records_a, split_a), (records_b, split_b) = (_compared_records(paths, loaded, args) for paths, (_, loaded) in zip((args.a, args.b), sides, strict=True))
     if split_a and split_b and split_a != split_b:
         raise DataError(f"{args.a[0]} is of split {split_a}, {args.b[0]} of {split_b}; expected one split; compare rows of the same")
-    truth = read_labels(args.data or synthetic_percepiano(args.cache), [])[0]
+    root = Path(args.data or synthetic_percepiano(args.cache))
+    truth = read_labels(root, [])[0]
     names, y, pa, pb, folds, apart = _paired(records_a, records_b, truth, args)
     groups = [segment_of(name) if args.cluster == "segment" else str(player_of(name)) for name in names]
     metric = {"pearson": pearson, "r2": r2}[args.metric]
@@ -1746,7 +1806,7 @@ def compare(argv: list[str]) -> dict:
     corrected = holm(chance[:-1])
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{args.part}, {len(set(names))} items in {len(np.unique(folds))} folds, {len(set(groups))} clusters ({args.cluster}s), "
           f"{args.draws} draws" + f"; {apart} items that only one side predicts left out" * bool(apart)
-          + ("" if args.data else "; SYNTHETIC corpus: figures say nothing about real performances"))
+          + "; SYNTHETIC corpus: figures say nothing about real performances" * (root / "SYNTHETIC").is_file())
     print(f"{args.metric:<52}     A      B    A - B  95 % interval       p      p (Holm)")
     for d, label in enumerate([*LABELS, "mean"]):
         ends = (a[d], b[d]) if d < len(LABELS) else (a.mean(), b.mean())
@@ -1766,18 +1826,34 @@ def _verdict(metric: str, difference: np.ndarray, interval: tuple, chance: np.nd
             f"after Holm's correction {dimensions}.")
 
 
-def _compared_records(paths: list[str], args: argparse.Namespace) -> tuple[list[dict], str | None]:
+def _side(paths: list[str]) -> tuple[bool, list[tuple]]:
+    """Of one side of a comparison: whether it is a decoder's, and its checkpoints as `_load_models` gives them, [] where it is a CSV."""
+    if not paths[0].endswith(".csv"):
+        loaded = _load_models(paths)
+        return loaded[0][2]["task"] == "decoder", loaded
+    if len(paths) > 1:
+        raise DataError(f"{paths[1]}: a second file beside {paths[0]}; expected one CSV, which holds all folds or trials; leave it out")
+    try:
+        with open(paths[0], encoding="utf-8", errors="replace") as file:
+            return file.readline(100).startswith("trial,"), []
+    except OSError as error:
+        raise DataError(f"{paths[0]}: {error.strerror}; expected a CSV of --save-results; give an existing file") from error
+
+
+def _saved_beside(path: str, key: str) -> object:
+    """An entry of the JSON that --save-results wrote beside a CSV; None where there is none."""
+    try:
+        return json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _compared_records(paths: list[str], loaded: list[tuple], args: argparse.Namespace) -> tuple[list[dict], str | None]:
     """Predictions of one side, and their split where it is known: of checkpoints, or of a CSV from the JSON beside it."""
-    if paths[0].endswith(".csv"):
-        if len(paths) > 1:
-            raise DataError(f"{paths[1]}: a second file beside {paths[0]}; expected one CSV, which holds all folds; leave it out")
-        try:
-            split = json.loads(Path(paths[0]).with_suffix(".json").read_text(encoding="utf-8"))["split"]
-        except (OSError, ValueError, KeyError, TypeError):
-            split = None
-        return read_predictions(Path(paths[0])), split
-    folds, data = _load_fold_models(_load_models(paths))
-    return fold_records(folds, _corpus_of(data, argparse.Namespace(**vars(args), ckpt=paths)), args, (args.part,)), data["split"]
+    if not loaded:
+        return read_predictions(Path(paths[0])), _saved_beside(paths[0], "split")
+    folds, data = _load_fold_models(loaded)
+    return fold_records(folds, _corpus_of(data, argparse.Namespace(**{**vars(args), "ckpt": paths})), args, (args.part,)), data["split"]
 
 
 def _paired(records_a: list[dict], records_b: list[dict], truth: dict[str, np.ndarray], args: argparse.Namespace) -> tuple:
@@ -1793,6 +1869,52 @@ def _paired(records_a: list[dict], records_b: list[dict], truth: dict[str, np.nd
                         "two segments; give rows of one split, and the --data that they were made with")
     y, pa, pb = (np.array(column) for column in zip(*((sides[0][k][0], sides[0][k][1], sides[1][k][1]) for k in both), strict=True))
     return [name for _, name in both], y, pa, pb, np.array([fold for fold, _ in both]), len(sides[0].keys() ^ sides[1].keys())
+
+
+def read_transcripts(path: str | Path) -> list[dict]:
+    """Reads a decoder's CSV of --save-results: a list of dicts of trial, day, reference and hypothesis (phoneme ids). DataError otherwise."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file, strict=True)
+            return [{"trial": row["trial"], "day": row["day"], **{side: [PHONEMES.index(p) for p in row[side].split()] for side in ("reference", "hypothesis")}} for row in rows]
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path}: {error}; expected columns trial,day,reference,hypothesis of phoneme names, as --save-results writes") from error
+
+
+def _compared_transcripts(paths: list[str], loaded: list[tuple], args: argparse.Namespace) -> tuple[dict[str, dict], bool]:
+    """What one side of decoders made of each labelled trial, by the trial's name, and whether that is a synthetic one."""
+    if not loaded:
+        return {record["trial"]: record for record in read_transcripts(paths[0])}, bool(_saved_beside(paths[0], "synthetic"))
+    own = argparse.Namespace(**{**vars(args), "ckpt": paths, "batch": args.batch or 64})
+    corpus = _speech_corpus(own, loaded)
+    trials = speech_parts(corpus, loaded[0][2]["data"]["valid"])[args.part]
+    trials = trials[corpus.labelled[trials]]
+    _say_circumstances(own, loaded, corpus, trials)
+    return {record["trial"]: record for record in transcripts(mean_logits(loaded, corpus, trials, own), corpus, trials)}, corpus.synthetic
+
+
+def compare_decoders(args: argparse.Namespace, loaded: list[list[tuple]]) -> dict:
+    """Paired test of the phoneme error rates of two decoders on the trials that both decoded; trials are what is drawn."""
+    (a, synthetic), (b, _) = (_compared_transcripts(paths, models, args) for paths, models in zip((args.a, args.b), loaded, strict=True))
+    both = [trial for trial in a if trial in b]
+    if len(both) < 2:
+        raise DataError(f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded; expected at least 2; give results of one part of one corpus")
+    if changed := [trial for trial in both if a[trial]["reference"] != b[trial]["reference"]]:
+        raise DataError(f"{args.b[0]}: the phonemes of {len(changed)} trials, such as {changed[0]}, are not those of {args.a[0]}; expected results of one corpus and one way to phonemes")
+    counts = [per_counts([side[trial]["reference"] for trial in both], [side[trial]["hypothesis"] for trial in both]) for side in (a, b)]
+    difference, (low, high), chance = (np.asarray(v).tolist() for v in paired_bootstrap(
+        counts[0], *counts, np.arange(len(both)), lambda _, side: error_rate(side), n=args.draws))
+    days = np.array([a[trial]["day"] for trial in both])
+    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{len(both)} trials, {counts[0][:, 3].sum()} phonemes, {args.draws} draws"
+          + f"; {len(a.keys() ^ b.keys())} trials that only one side decoded left out" * (a.keys() != b.keys()) + "; SYNTHETIC corpus: figures say nothing about real speech" * synthetic)
+    print(f"{'phoneme error rate':<24}{'trials':>8}{'A':>9}{'B':>9}{'A - B':>9}")
+    for title, rows in (*((day, days == day) for day in np.unique(days)), ("all", days == days)):
+        each = [error_rate(side[rows]) for side in counts]
+        print(f"{title:<24}{rows.sum():>8}{each[0]:>9.4f}{each[1]:>9.4f}{each[0] - each[1]:>+9.4f}")
+    says = "cannot be told from B" if not chance < 0.05 else "is better than B" if difference < 0 else "is worse than B"
+    verdict = f"A {says}: phoneme error rate {each[0]:.4f} against {each[1]:.4f}, difference {difference:+.4f} [{low:.4f}, {high:.4f}], p = {chance:.4f}."
+    print(verdict)
+    return {"trials": len(both), "a": each[0], "b": each[1], "difference": difference, "interval": [low, high], "p": chance, "verdict": verdict}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1837,7 +1959,12 @@ def _ceiling_column(item: np.ndarray, pair: np.ndarray, x: np.ndarray) -> dict[s
 
 def ceiling(argv: list[str]) -> dict:
     """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score renderings; returns both."""
-    parser = argparse.ArgumentParser(prog="eval.py ceiling", description="What the raters' disagreement leaves to reach: R² and Pearson of perfect knowledge of the true ratings.")
+    parser = Parser(prog="eval.py ceiling", usage="python eval.py ceiling [--data DIR] [options]", description="""\
+The most that any model can score: raters disagree, so even somebody who knew every performance's true rating would not predict
+their mean exactly. R2 and Pearson of that somebody, in all and for each of the 19 ratings, from the individual ratings.
+
+    python eval.py ceiling --data data/percepiano
+    python eval.py ceiling                            on the synthetic corpus, as an example""")
     args = _parse(parser, argv)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
@@ -1977,13 +2104,16 @@ def check_picture(out: Path) -> None:
 
 def attention(argv: list[str]) -> dict:
     """`python eval.py --attention OUT`: the roll-out of one AST checkpoint on one file, drawn; returns shares and crops."""
-    parser = argparse.ArgumentParser(prog="eval.py --attention", usage="eval.py --attention OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
-                                     description="Which parts of a piece reach an AST's output, over its spectrogram (1600 x 600).")
-    parser.add_argument("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg")
+    parser = Parser(prog="eval.py --attention", usage="python eval.py --attention OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE", description="""\
+Which parts of a piece reach an AST's output, drawn over its spectrogram (1600 x 600 pixels).
+
+    python eval.py --attention out.png --midi FILE.mid --ckpt runs/ast/NAME/best.pt
+    python eval.py --attention out.pdf --audio FILE.wav --ckpt runs/ast/NAME/best.pt""")
+    parser.add_argument("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--audio", metavar="FILE", help="WAV file of any length")
     source.add_argument("--midi", metavar="FILE", help="MIDI file, played by the built-in piano")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, pre-trained or fine-tuned")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, pre-trained or fine-tuned (required)")
     args = _parse(parser, argv)
     out = Path(args.attention)
     check_picture(out)
@@ -2203,10 +2333,14 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 def curves(argv: list[str]) -> dict:
     """`python eval.py curves`: score, loss, gradient norm and skipped updates of runs in one picture; returns the best score and skips by run."""
-    parser = argparse.ArgumentParser(prog="eval.py curves", description="Training curves of runs in one picture: score, loss, gradient norm before clipping, skipped updates.")
-    parser.add_argument("--run", nargs="+", required=True, metavar="DIR", help="run folders, such as runs/decoder/NAME")
-    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write (.png, .svg, .pdf)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = Parser(prog="eval.py curves", usage="python eval.py curves --run DIR ... --out FILE", description="""\
+How runs went, in one picture: validation score, training loss, gradient norm before clipping, skipped updates, by step.
+
+    python eval.py curves --run runs/han/NAME --out curves.png
+    python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""")
+    parser.add_argument("--run", nargs="+", required=True, metavar="DIR", help="run folders, such as runs/decoder/NAME (required)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     if (kind := Path(args.out).suffix.lower()) not in (".png", ".svg", ".pdf"):
         raise DataError(f"--out {args.out}: a picture of kind {kind or 'none'}; expected .png, .svg or .pdf")
@@ -2245,35 +2379,1472 @@ def curves(argv: list[str]) -> dict:
 # Prediction
 # -----------------------------------------------------------------------------------------------------------------
 
+BAR = 25  # characters of the scale from 0 to 1
+MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
+FILE_KINDS = {"midi": (".mid", ".midi"), "audio": (".wav",)}
+
+
+def _label_group(label: str) -> str:
+    return next((group for group in ("Music_Making", "Emotion_&_Mood") if label.startswith(group)), label.split("_")[0])
+
+
+def _poles(label: str) -> tuple[str, str]:
+    """The two halves of what follows the group in a label's name: either pole has as many words."""
+    words = label.removeprefix(_label_group(label) + "_").split("_")
+    left, right = words[:len(words) // 2], words[len(words) // 2:]
+    return " ".join(left).capitalize(), " ".join(right).capitalize()
+
+
+# What a rating of 0 and a rating of 1 say: the first word of the name, then the second. Not so for the first articulation: its
+# ratings rise with sounding length (r .71 over all, .51 within segments) and pedal (.74, .59), and the dataset's README calls it Short_Long.
+LABEL_POLES = {label: _poles(label) for label in LABELS}
+LABEL_POLES |= {"Articulation_Long_Short": ("Short", "Long"), "Articulation_Soft_cushioned_Hard_solid": ("Soft/cushioned", "Hard/solid")}
+
+
+def predict(argv: list[str]) -> list[dict]:
+    """`python eval.py predict`: ratings or phonemes of files that need not be of any dataset; returns the records of `predict_files`."""
+    parser = Parser(prog="eval.py predict", usage="python eval.py predict --ckpt FILE ... INPUT [options]", description="""\
+Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own: needs a checkpoint and no data set.
+The checkpoint says what is to be given:
+
+    HAN              --score FILE and --midi PATH      both, also where it was trained with --features score or perf
+    AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
+    decoder          --speech PATH                     bins of 20 ms
+
+    python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.musicxml --midi takes/ --csv ratings.csv
+    python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json -
+
+A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""")
+    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more runs of a task, averaged (required)")
+    add = parser.add_argument_group("input").add_argument
+    of_han = [add("--score", nargs="+", metavar="FILE", help="MusicXML; one for all --midi, or as many as --midi, in the same order")]
+    add("--midi", nargs="+", metavar="PATH", help="MIDI files, or folders of them")
+    of_audio = [add("--audio", nargs="+", metavar="PATH", help="WAV files of any rate and length, or folders of them")]
+    of_decoder = [add("--speech", nargs="+", metavar="PATH", help="corpus folder, .mat file of '24, or .npy files (bins, channels) and folders of them"),
+                  add("--day", metavar="DAY", help="day layer: a session's name; or, of unknown sessions, nearest (date in the name) or mean "
+                                                   "(.npy: mean; else: refused)"),
+                  add("--raw", action="store_true", help="take .npy as it is (off: the files of a folder are z-scored together, as blocks in training, "
+                                                         "unless they came so)")]
+    add = parser.add_argument_group("output").add_argument
+    add("--json", metavar="FILE", help="write all predictions and their circumstances; -: standard output, the rest to standard error (off)")
+    add("--csv", metavar="FILE", help="write a line a prediction; - as above (off)")
+    add("--explain", metavar="PATH", help="draw what predictions rest on: FILE.png of one input, or folder of NAME.png (off)")
+    add("--strict", action="store_true", help="stop at the first input that is refused (off: it is reported and counted)")
+    add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
+    args = _parse(parser, argv)
+    for option, path in (("--json", args.json), ("--csv", args.csv)):
+        _check_output(option, path)
+    if args.json == args.csv == "-":
+        raise DataError("--json - --csv -: both on standard output; expected one there; name a file for the other")
+    loaded = _load_models(args.ckpt)
+    task = loaded[0][2]["task"]
+    if task != "han":
+        _refuse_given(args, of_han, "train_han.py", task)
+    if task not in AUDIO_TASKS:
+        _refuse_given(args, of_audio, "pretrain_ast.py", task)
+    if task != "decoder":
+        _refuse_given(args, of_decoder, "train_decoder.py", task)
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr) if "-" in (args.json, args.csv) else contextlib.nullcontext():
+        records, refused = predict_files(loaded, args)
+        print(f"{len(records)} predicted" + f", {len(refused)} refused (see above)" * bool(refused))
+        if not records:
+            raise DataError(f"nothing predicted: all {len(refused)} inputs were refused; expected at least one that can be read; see the lines above")
+        for path, text in ((args.json, _predictions_json), (args.csv, _predictions_csv)):
+            if path == "-":
+                out.write(text(records, refused, loaded, args))
+            elif path:
+                write_atomic(Path(path), lambda file, text=text: file.write(text(records, refused, loaded, args).encode(errors="surrogateescape")))
+                print(f"saved {path}")
+    return records
+
+
+def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
+    """Predictions of all inputs of args in their order, printed as they come, and the line of each that was refused (--strict: raised).
+
+    han, ast: name, path, ratings (19,) in [0, 1]; han also score, match_rate, extra (share of played notes without a score
+    note), notes (of either); ast seconds. decoder: id, path, session, seconds, phonemes (ids), reference (ids; None: unknown), errors (sub, del, ins; None)."""
+    kind, members = _predictors(loaded)
+    jobs = {"han": _han_jobs, "ast": _ast_jobs, "decoder": _decoder_jobs}[kind](loaded, members, args)
+    known, records, refused, taken = _training_ratings(members), [], [], set()
+
+    def refuse(error: DataError) -> None:
+        if args.strict:
+            raise error
+        refused.append(_printable(error))
+        tqdm.write(f"refused: {refused[-1]}")
+
+    _one_picture(args, len(jobs))
+    if kind != "decoder":
+        print(f"predictions of {len(members)} checkpoints averaged" if len(members) > 1 else f"{args.ckpt[0]}, step {loaded[0][2]['step']}")
+        if members[0][1]["data"]["synthetic"]:
+            print("trained on the SYNTHETIC corpus: its ratings say nothing about real performances")
+    for job in tqdm(jobs, desc="predict", unit="file", leave=False, disable=None):
+        try:
+            done = job(refuse)
+        except DataError as error:
+            if len(jobs) == 1:
+                raise
+            refuse(error)
+            continue
+        for record, work in done:
+            tqdm.write(_show_trial(record) if kind == "decoder" else _show_ratings(record, known))
+            if args.explain:
+                picture = _picture_of(args, work["name"], taken)
+                try:
+                    explain(kind, picture, members, work)
+                    tqdm.write(f"drawn: {picture}")
+                except DataError as error:
+                    if args.strict or len(jobs) == len(done) == 1:
+                        raise
+                    tqdm.write(f"no picture: {error}")
+            records.append(record)
+    if labelled := [record for record in records if record.get("errors")]:
+        rate = error_rate(np.array([[*record["errors"], len(record["reference"])] for record in labelled]))
+        seen = any(record["id"].startswith("train/") for record in labelled)
+        print(f"PER of {len(labelled)} labelled trials {rate:.4f}" + " (some of part train, on which the model may have been trained: no result)" * seen)
+    return records, refused
+
+
+def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
+    """han, ast (all audio tasks) or decoder, and [(model, what of the checkpoint is needed), ...]. DataError for a pre-training,
+    and for checkpoints whose predictions cannot be averaged."""
+    for path, model, ckpt in loaded:
+        if ckpt["task"] == "ast" and model.model_args["num_outputs"] is None:
+            raise DataError(f"{path}: a pre-training, which rates nothing; expected a fine-tuned best.pt; "
+                            f"run python pretrain_ast.py --task finetune --init {path} --data DIR")
+    if loaded[0][2]["task"] == "decoder":
+        _shared_settings(loaded)
+        return "decoder", [(model, ckpt) for _, model, ckpt in loaded]
+    folds, _ = _load_fold_models(loaded)
+    return "han" if loaded[0][2]["task"] == "han" else "ast", [member for members in folds.values() for member in members]
+
+
+def _check_output(option: str, path: str | None) -> None:
+    """Refuses, before anything is computed, a file that could not be written."""
+    folder = next(parent for parent in Path(path or "-").absolute().parents if parent.exists())
+    taken = path not in (None, "-") and Path(path).exists() and not Path(path).is_file()  # a folder, or a device, which a rename would replace
+    if path not in (None, "-") and (taken or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
+        raise DataError(f"{option} {path}: {'no ordinary file' if taken else f'no file can be written in {folder}'}; "
+                        "expected a file in a writable folder; name another")
+
+
+def _one_picture(args: argparse.Namespace, count: int) -> None:
+    """Refuses an --explain that is no picture, cannot be written, or is one picture for several inputs."""
+    if args.explain:
+        out = Path(args.explain)
+        is_folder = out.is_dir() or not out.suffix
+        check_picture(out / "name.png" if is_folder else out)
+        if count > 1 and not is_folder:
+            raise DataError(f"--explain {out}: one picture for {count} inputs; expected a folder for them; leave the {out.suffix} out")
+
+
+def _printable(text: object) -> str:
+    """Without the bytes of a file name that are no text."""
+    return str(text).encode(errors="replace").decode()
+
+
+def _picture_of(args: argparse.Namespace, name: str, taken: set[str]) -> Path:
+    """The file of one explanation; inputs of one name get numbers."""
+    out = Path(args.explain)
+    if out.suffix and not out.is_dir():
+        return out
+    name = re.sub(r"[^\w.@+-]", "_", name)
+    name = next(n for k in range(1, len(taken) + 2) if (n := name if k == 1 else f"{name}_{k}") not in taken)
+    taken.add(name)
+    return out / f"{name}.png"
+
+
+def _expand(paths: list[str], suffixes: tuple[str, ...]) -> list[Path]:
+    """The files named, and in place of a folder those in it of such a suffix. DataError for a folder without any."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes and f.name[0] != ".") if path.is_dir() else [path]
+        if not found:
+            raise DataError(f"{path}: a folder without a file of kind {' or '.join(suffixes)}; expected some; name another")
+        files += found
+    return files
+
+
+def _training_ratings(members: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and deviation (19,) of the ratings that trained the models, as far as each checkpoint knows them; else None."""
+    rows = []
+    for _, kept in members:
+        info, standardised = kept["data"], kept["args"].get("standardise") == "dimension"
+        keys = next((keys for keys in (("rating_mean", "rating_std"), ("target_mean", "target_std")) if keys[0] in info), None)
+        if keys and (keys[0] == "rating_mean" or standardised):
+            rows.append([info[key] for key in keys])
+    return tuple(np.mean(rows, axis=0)) if rows else None
+
+
+def _han_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
+    if not args.score or not args.midi:
+        raise DataError(f"{args.ckpt[0]}: of task 'han', which compares a performance with its score; "
+                        "expected --score FILE.musicxml and --midi FILE.mid; give both")
+    if len(args.score) > 1 and len(args.score) != len(args.midi):
+        raise DataError(f"--score names {len(args.score)} files, --midi {len(args.midi)}; expected one score, or as many of both, in the same order")
+    pairs = zip(args.score, [[path] for path in args.midi], strict=True) if len(args.score) > 1 else [(args.score[0], args.midi)]
+    return [functools.partial(_rate_performance, members, args, score, midi) for score, paths in pairs for midi in _expand(paths, FILE_KINDS["midi"])]
+
+
+def _rate_performance(members: list[tuple], args: argparse.Namespace, score: str, midi: Path, refuse: Callable) -> list[tuple[dict, dict]]:
+    """One performance of a score: its record, and what explains it. DataError where the two do not belong together."""
+    ((_, item),) = extract_performances((score, [str(midi)]))
+    if isinstance(item, str):
+        raise DataError(item)
+    name, rate, extra = _printable(midi.stem.strip()), item["match_rate"], float((item["voice"] == 0).sum() / len(item["performance"].pitch))
+    if rate < MISALIGNED:
+        raise DataError(f"{midi}: holds {rate:.0%} of the notes of {score}; expected {MISALIGNED:.0%} or more of the score that was played; "
+                        "is it the wrong piece, another edition or passage, or are repeats left out? Give the score of what is played")
+    item["name"] = name
+    corpus = Corpus(score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
+    p = np.mean([predict_han(model, prepare_han(corpus, [name], kept["data"]), args.device) for model, kept in members], axis=0)[0]
+    record = {"name": name, "path": str(midi), "score": score, "match_rate": rate, "extra": extra, "notes": len(item["x"]), "ratings": p}
+    work = {"name": name, "item": item, "ratings": p}
+    if args.explain:
+        work |= {"score": read_musicxml(score), "performance": item["performance"], "match": item["match"]}
+    return [(record, work)]
+
+
+def _ast_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
+    if bool(args.audio) == bool(args.midi):
+        raise DataError(f"{args.ckpt[0]}: of task {loaded[0][2]['task']!r}, which rates sound; "
+                        "expected --audio FILE.wav, or --midi FILE.mid to be rendered; give one of them")
+    source, trained = "audio" if args.audio else "midi", members[0][1]["data"]["audio"]
+    if trained != (kind := "wav" if args.audio else "rendered"):
+        print(f"trained on audio of kind {trained}, given {kind}: ratings may be off")
+    return [functools.partial(_rate_audio, members, args, source, path) for path in _expand(getattr(args, source), FILE_KINDS[source])]
+
+
+def _rate_audio(members: list[tuple], args: argparse.Namespace, source: str, path: Path, refuse: Callable) -> list[tuple[dict, dict]]:
+    _, energies = read_piece(argparse.Namespace(**{"audio": None, "midi": None, source: str(path)}))
+    name = _printable(path.stem)
+    item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}  # rounded as those that trained the model
+    p = np.mean([predict_ast(model, [item], kept["data"], args.device) for model, kept in members], axis=0)[0]
+    record = {"name": name, "path": str(path), "seconds": len(energies) * HOP / SAMPLE_RATE, "ratings": p}
+    return [(record, {"name": name, "path": str(path), "energies": energies, "ratings": p})]
+
+
+def _decoder_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
+    """A job for each corpus or file, and one for all .npy files of a folder."""
+    if not args.speech or args.midi:
+        raise DataError(f"{args.ckpt[0]}: of task 'decoder', which reads neural activity; expected --speech FILE_OR_FOLDER alone; give that")
+    sources: dict[Path, list[Path]] = {}
+    for path in map(Path, args.speech):
+        inside = sorted(path.glob("[!.]*.npy")) if path.is_dir() and not (path / "trials.json").is_file() else [path] if path.suffix == ".npy" else []
+        folder = path if path.is_dir() or not inside else path.parent
+        sources[folder] = list(dict.fromkeys(sources.get(folder, []) + inside))
+    if args.raw and not any(sources.values()):
+        raise DataError(f"--raw: for .npy files only; given {', '.join(args.speech)}, which a conversion has standardised; leave it out")
+    return [functools.partial(_decode, loaded, args, path, files) for path, files in sources.items()]
+
+
+def _decode(loaded: list[tuple], args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable) -> list[tuple[dict, dict]]:
+    """All trials of a corpus, of a .mat file, or of the .npy files of a folder: records, and what explains them."""
+    channels, stride = loaded[0][2]["data"]["channels"], loaded[0][1].stride
+    if files:
+        corpus = _npy_corpus(source, files, channels, args.raw, refuse)
+        if not corpus.ids:
+            return []
+    else:
+        corpus = _mat_corpus(source, channels, args.strict) if source.suffix == ".mat" else open_speech(source, args.cache, args.strict)
+    if corpus.channels != channels:
+        raise DataError(f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}; give recordings of those")
+    trials, sessions, day, rule = np.arange(len(corpus.ids)), corpus.days, corpus.day, args.day or ("mean" if files else None)
+    if files and rule == "mean":
+        corpus = replace(corpus, day=np.zeros(len(trials), np.int64), days=["of .npy files"])
+    _one_picture(args, len(trials))
+    for line in corpus.left_out:
+        print(f"left out: {line}")
+    if rule not in (None, "nearest", "mean"):
+        corpus, rule = replace(corpus, days=[rule] * len(sessions)), None
+        print(f"{source}: day layer of {args.day} for every trial")
+    settings = argparse.Namespace(ckpt=args.ckpt, device=args.device, day=rule, batch=64, part=None)
+    log_probs = mean_logits(loaded, corpus, trials, settings)
+    _say_circumstances(settings, loaded, corpus, trials)
+    results = []
+    for i, row in enumerate(log_probs):
+        ids, reference = ctc_greedy(row[None], [len(row)])[0], corpus.labels[i].tolist() if corpus.labelled[i] else None
+        record = {"id": corpus.ids[i], "path": corpus.text[i] if files else str(source), "session": sessions[day[i]], "seconds": float(corpus.lengths[i] * BIN),
+                  "phonemes": ids, "reference": reference, "errors": None if reference is None else edit_counts(reference, ids)}
+        results.append((record, {"name": corpus.ids[i], "log_probs": row, "phonemes": ids, "labels": reference, "seconds per frame": stride * BIN}))
+    return results
+
+
+def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
+    """A trial a file; `text` holds the files' paths. Unless raw, the features are z-scored over all of them, as a conversion does
+    with the trials of a block: one that came standardised stays as it is."""
+    trials = []
+    for path in files:
+        try:
+            trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            refuse(error)
+    report, how = ConversionReport(False), "taken as they are (--raw)"
+    if trials and not raw:
+        came_so = standardise_blocks(trials, str(folder), report)[1]
+        how = "standardised when they came" if came_so else f"z-scored {'together, as one block' if len(files) > 1 else 'alone, as a block of its own'}"
+    if trials:
+        print("\n".join([f"{folder}: {len(trials)} .npy trials, {how}", *report.notes]))
+    lengths, nothing = [len(trial["x"]) for trial in trials], [np.zeros(0, np.int64)] * len(trials)
+    names = [_printable(trial["path"].stem) for trial in trials]
+    return SpeechCorpus(
+        features=np.concatenate([np.zeros((0, channels), np.float32), *(trial["x"].astype(np.float32) for trial in trials)]), offsets=np.cumsum([0, *lengths]),
+        day=np.arange(len(trials)), block=np.zeros(len(trials), np.int64), part=np.full(len(trials), ""), labels=nothing, text=[str(t["path"]) for t in trials],
+        ids=names, days=names, channels=channels, root=folder, synthetic=False, left_out=[], labelled=np.zeros(len(trials), bool))  # fmt: skip
+
+
+def _read_trial(path: Path, channels: int) -> np.ndarray:
+    """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
+    wanted = f"expected one trial, numbers (1 to {MOST_BINS} bins of 20 ms, {channels} channels), as np.save writes it; save it so"
+    try:
+        with path.open("rb") as file:
+            start = file.read(6)
+        if start != b"\x93NUMPY":
+            raise ValueError(f"a file that starts with {start!r}, not b'\\x93NUMPY'" if start else "an empty file")
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or ' '.join(str(error).split())[:150] or type(error).__name__}; {wanted}") from error
+    if x.dtype.kind not in "fiu":
+        raise DataError(f"{path}: type {x.dtype}; {wanted}")
+    if x.ndim != 2 or x.shape[1] != channels or not 0 < len(x) <= MOST_BINS:
+        raise DataError(f"{path}: shape {x.shape}{', the other way round' * (x.ndim == 2 and len(x) == channels)}; {wanted}")
+    if found := unusable_bins(x):
+        raise DataError(f"{path}: {found}; leave the trial out or mend it")
+    return np.array(x)
+
+
+def _mat_corpus(path: Path, channels: int, strict: bool) -> SpeechCorpus:
+    """The trials of one .mat file of the '24 layout: with labels where it has sentences (which g2p_en must spell), else without."""
+    refusals = []
+    for part in ("test", "competitionHoldOut"):
+        with tempfile.TemporaryDirectory() as scratch:  # a corpus of this one file; its features stay mapped when the folder goes
+            link = Path(scratch) / part / path.name
+            link.parent.mkdir()
+            link.symlink_to(path.absolute())
+            try:
+                convert_speech(scratch, Path(scratch) / "converted", channels=None if channels == 256 else channels, strict=strict, quiet=True)
+                corpus = open_speech(Path(scratch) / "converted")
+            except DataError as error:
+                refusals.append(str(error).replace(str(link), str(path)))
+                continue
+        for line in refusals:
+            print(f"no labels: {line}")
+        lines = [line.replace(str(link), str(path)) for line in corpus.left_out]
+        synthetic = any((parent / "SYNTHETIC").is_file() for parent in path.absolute().parents[:3])
+        return replace(corpus, root=path, ids=[trial.partition("/")[2] for trial in corpus.ids], left_out=lines, synthetic=synthetic)
+    raise DataError(refusals[0])
+
+
+def _scale(value: float, mean: float | None) -> str:
+    """`....|===o....`: the value among BAR characters from 0 to 1, and its way from the mean."""
+    cells, at = ["."] * BAR, round(value * (BAR - 1))
+    if mean is not None:
+        middle = round(mean * (BAR - 1))
+        cells[min(at, middle):max(at, middle)] = "=" * abs(at - middle)
+        cells[middle] = "|"
+    cells[at] = "o"
+    return "".join(cells)
+
+
+def _show_ratings(record: dict, known: tuple[np.ndarray, np.ndarray] | None) -> str:
+    """The 19 ratings between their poles, at most 100 columns; known: mean and deviation of the training ratings."""
+    if "seconds" in record:
+        lines = [f"\n{record['name']}, {record['seconds']:.1f} s"]
+    else:
+        doubt = ": a longer recording, or another edition?" * (record["extra"] > 0.5)
+        lines = [f"\n{record['name']} with {Path(record['score']).name}",
+                 f"{record['match_rate']:.1%} of the score's notes were found; {record['extra']:.1%} of the played notes are not in it{doubt}"]
+        if record["notes"] > MAX_NOTES:
+            lines.append(f"{record['notes']} notes, where PercePiano's passages of 4 to 16 bars have {MAX_NOTES} at most: cut it into passages")
+    lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value" + "  mean   SD" * (known is not None))
+    for d, (label, value) in enumerate(zip(LABELS, record["ratings"], strict=True)):
+        group, (left, right) = _label_group(label), LABEL_POLES[label]
+        shown = group.replace("_", " ").capitalize() if d == 0 or _label_group(LABELS[d - 1]) != group else ""
+        mean, spread = (known[0][d], known[1][d]) if known else (None, None)
+        lines.append(f"{shown:<14} {left:>23} {_scale(value, mean)} {right:<19}{value:5.2f}" + (f" {mean:5.2f} {spread:4.2f}" if known else ""))
+    return "\n".join(lines)
+
+
+def _show_trial(record: dict) -> str:
+    lines = [f"{record['id']}: {record['seconds']:.2f} s, {len(record['phonemes'])} phonemes"]
+    if record["reference"] is not None:
+        sub, dele, ins = record["errors"]
+        lines[0] += f", PER {(sub + dele + ins) / len(record['reference']):.3f} (sub {sub} del {dele} ins {ins} of {len(record['reference'])})"
+        lines.append(f"  reference  {spell(record['reference'])}")
+    return "\n".join([*lines, f"  decoded    {spell(record['phonemes']) or '(nothing)'}"])
+
+
+def _predictions_json(records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace) -> str:
+    """Predictions, refusals and circumstances: what --json writes."""
+    used = [{"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed"), **{key: ckpt[key] for key in ("task", "step", "git_sha")}}
+            for path, _, ckpt in loaded]
+    saved = {"command": args.command, **git_state(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+             "trained_on_synthetic": loaded[0][2]["data"]["synthetic"], "checkpoints": used}
+    if "ratings" in records[0]:
+        known = _training_ratings([(model, ckpt) for _, model, ckpt in loaded])
+        statistics = known and {label: {"mean": float(mean), "sd": float(spread)} for label, mean, spread in zip(LABELS, *known, strict=True)}
+        saved |= {"poles": {label: list(poles) for label, poles in LABEL_POLES.items()}, "training": statistics}
+        predictions = [record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))} for record in records]
+    else:
+        predictions = [record | {"phonemes": spell(record["phonemes"]), "reference": record["reference"] and spell(record["reference"]),
+                                 "errors": record["errors"] and dict(zip(("sub", "del", "ins"), record["errors"], strict=True))} for record in records]
+    return json.dumps(json_ready(saved | {"predictions": predictions, "refused": refused}), indent=1, allow_nan=False) + "\n"
+
+
+def _predictions_csv(records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace) -> str:
+    """A line a prediction, ratings with six decimals: what --csv writes."""
+    if "ratings" in records[0]:
+        about = [key for key in records[0] if key != "ratings"]
+        rows = [[*about, *LABELS], *([*(record[key] for key in about), *(f"{value:.6f}" for value in record["ratings"])] for record in records)]
+    else:
+        about = ["id", "path", "session", "seconds"]
+        rows = [[*about, "phonemes", "reference", "sub", "del", "ins"]]
+        for record in records:
+            rows.append([*(record[key] for key in about), spell(record["phonemes"]), spell(record["reference"] or ()), *(record["errors"] or ("", "", ""))])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # Explanation
 # -----------------------------------------------------------------------------------------------------------------
 
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = {"measure": "#c7c7c7", "beat": "#0072b2", "beat in measure": "#d55e00", "curve": "#0072b2", "spread": "#9ecae1", "wrong": "#d55e00"}
+ARTICULATION = {"vowels": "IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY", "stops": "P B T D K G CH JH", "fricatives": "F V TH DH S Z SH ZH HH",
+                "sonorants": "M N NG L R W Y", "": "SIL"}  # rows of the decoder's picture: what is confused stands together
+SMOOTH = 0.7, 0.5  # SD of the tempo curve's smoothing: beats, seconds; the longer one counts
+SEEN = 0.05  # classes that never reach this probability are left out
+MOST_BEATS = 150  # that are drawn with lines of their own
+MOST_IN_ROW = 46  # phoneme names side by side
+
+
+def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dict:
+    """Draws what one prediction rests on, 1600 pixels wide, as `predict --explain` asks; returns the figures in the picture.
+
+    kind: task of the checkpoints; members: [(model, what of its checkpoint is needed), ...], averaged; work: what `predict` knows
+    of the file. A network without attention, or a piece of which nothing can be drawn, raises DataError before anything is written."""
+    out = Path(out)
+    check_picture(out)
+    if kind == "decoder":
+        return explain_decoder(out, members, work)
+    return explain_han(out, members, work) if kind == "han" else explain_ast(out, members, work)
+
+
+def explicit_attention(attention: ContextAttention, x: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """`attention(x, group, groups)`, and the weights (M, H) of the members that it keeps to itself: they sum to 1 in each group."""
+    (H, D), M = attention.context_vector.shape, len(x)
+    hidden = torch.tanh(attention.linear(x)).view(M, H, D)
+    weights = group_softmax(torch.einsum("mhd,hd->mh", hidden, attention.context_vector).float(), group, groups)
+    weighted = torch.einsum("mhd,mh->mhd", x.float().view(M, H, D), weights).flatten(1)
+    return weighted.new_zeros(groups, H * D).index_add(0, group, weighted), weights
+
+
+@torch.no_grad()
+def attention_weights(model: HAN, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
+    """{"beat_attention", "measure_attention", "attention": (weights (M, H), group of each member (M,))} of those that a HAN has."""
+    found = {}
+
+    def follow(name: str, module: ContextAttention, inputs: tuple, _) -> None:
+        found[name] = explicit_attention(module, *inputs)[1], inputs[1]
+
+    hooks = [module.register_forward_hook(functools.partial(follow, name)) for name, module in model.named_modules() if isinstance(module, ContextAttention)]
+    try:
+        model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
+    """What the attention of HANs weighs in one un-normalised item, in units of an even share, averaged over heads and members:
+    "note in beat", "note" (rows of the item; NaN where no member reads a row), "beat in measure", "beat" (beats), "measure" (measures).
+    note, beat and measure are weights in the whole piece, summed from what the last attention pools; levels that no member has are absent."""
+    of_beat, of_measure = (np.unique(item[key], return_inverse=True)[1] for key in ("beat", "measure"))
+    measure_of_beat = of_measure[np.unique(of_beat, return_index=True)[1]]
+    corpus, levels = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {}), {}
+    for model, kept in members:
+        batch, own = collate_han(prepare_han(corpus, [item["name"]], kept["data"])), {}
+        read = item["voice"] > 0 if kept["data"]["features"] == "score" else np.ones(len(of_beat), bool)
+        pooled = model.level if model.level in ("beat", "measure") else "note"
+        names = {"beat_attention": "note in beat", "measure_attention": "beat in measure", "attention": pooled}
+        for name, (weights, group) in attention_weights(model.eval(), to_device(batch, next(model.parameters()).device)).items():
+            own[names[name]] = (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
+        if pooled == "note":
+            own |= {"beat": _group_mean(own["note"], of_beat[read]), "measure": _group_mean(own["note"], of_measure[read])}
+        elif pooled == "beat":
+            own["measure"] = _group_mean(own["beat"], measure_of_beat)
+        for level in own.keys() & {"note", "note in beat"}:
+            rows = np.full(len(read), np.nan)
+            rows[read] = own[level]
+            own[level] = rows
+        for level, values in own.items():
+            levels.setdefault(level, []).append(values)
+    counts = {level: np.isfinite(values).sum(0) for level, values in levels.items()}
+    return {level: np.where(counts[level], np.nansum(values, axis=0) / counts[level].clip(1), np.nan) for level, values in levels.items()}
+
+
+def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    return np.bincount(group, values) / np.bincount(group)
+
+
+def time_map(score, performance, match: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quarters, seconds and beat of every chord that was matched, in order of time: mean onsets of the notes whose match
+    `note_features` keeps, graces apart. Refuses a performance without any."""
+    rows = np.flatnonzero((note_features(score, performance, match)["matched"] > 0) & ~score.grace)
+    if not len(rows):
+        raise DataError(f"{performance.path}: no note of {score.path} was found in it; expected a performance of that score; nothing can be drawn")
+    quarter, first, chord = np.unique(score.onset[rows], return_index=True, return_inverse=True)
+    second = _group_mean(performance.onset[match[rows]], chord)
+    later = np.append(True, second[1:] > np.maximum.accumulate(second)[:-1])
+    return quarter[later], second[later], score.beat[rows[first]][later]
+
+
+def clock(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: float) -> np.ndarray:
+    """Seconds of the positions `at` (quarters) by a time map, prolonged at the mean tempo of the piece; of one chord, at `qpm`."""
+    pace = (second[-1] - second[0]) / (quarter[-1] - quarter[0]) if len(quarter) > 1 else 60 / qpm
+    return np.interp(at, quarter, second) + pace * (np.minimum(at - quarter[0], 0) + np.maximum(at - quarter[-1], 0))
+
+
+def tempo_curve(quarter: np.ndarray, second: np.ndarray, beat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Local tempo of a time map: (k + 1,) seconds at which beats begin, (k,) quarters per minute from each to the next, and the same
+    smoothed (quarters over minutes, both weighted by a Gaussian of SMOOTH within a run). NaN where a beat between was not matched."""
+    first = np.unique(beat, return_index=True)[1]
+    begin, length, time, step = second[first], np.diff(quarter[first]), np.diff(second[first]), np.diff(beat[first])
+    run, width = np.cumsum(step > 1), max(SMOOTH[0], SMOOTH[1] / np.median(time)) if len(time) else 1
+    weight = np.exp(-(np.subtract.outer(beat[first[:-1]], beat[first[:-1]]) / width) ** 2 / 2) * (run[:, None] == run) * (step == 1)
+    known = np.where(step == 1, 60.0, np.nan)
+    return begin, known * length / time, known * (weight @ length) / (weight @ time).clip(1e-9)
+
+
+def played_rows(score, item: dict, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, 4) pitch, velocity, onset, offset (seconds) of an item's rows, and which of them sounded; the others stand where
+    `seconds` (of quarters) expects them."""
+    names, written = column_names(FEATURES), item["voice"] > 0
+    notes = item["x"][:, [names.index(f"raw_{key}") for key in ("pitch", "velocity", "onset", "offset")]].astype(float)
+    sounded = item["matched"] | ~written
+    expected = np.stack([score.pitch, 0 * score.onset, seconds(score.onset), seconds(score.onset + score.duration)], 1)
+    notes[~sounded] = expected[~sounded[written]]
+    return notes, sounded
+
+
+def beat_dynamics(notes: np.ndarray, sounded: np.ndarray, of_beat: np.ndarray) -> np.ndarray:
+    """(beats, 2) mean and deviation of the velocities played in each beat, NaN where none was. A key that two voices share counts once."""
+    rows = np.flatnonzero(sounded)
+    rows = rows[np.unique(notes[rows][:, [0, 2]], axis=0, return_index=True)[1]]
+    total = np.stack([np.bincount(of_beat[rows], notes[rows, 1] ** k, of_beat.max() + 1) for k in range(3)])
+    mean, square = total[1:] / np.where(total[0] > 0, total[0], np.nan)
+    return np.stack([mean, np.sqrt((square - mean ** 2).clip(0))], 1)
+
+
+def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
+    """What HANs weigh in one performance, its tempo and its dynamics, over time: see `explain`. work: name, score, performance, match, item.
+
+    Returns levels (`han_attention`), notes and sounded (`played_rows`), edges (seconds at which "beat"s and "measure"s begin, and the end),
+    bars (number of each measure), begin, qpm, smooth (`tempo_curve`), dynamics (`beat_dynamics`)."""
+    score, item = work["score"], {**work["item"], "name": work["name"]}
+    quarter, second, beat = time_map(score, work["performance"], work["match"])
+    seconds = functools.partial(clock, quarter, second, qpm=score.tempo_qpm)
+    levels = han_attention(members, item)
+    if not np.isfinite(levels["measure"]).all():
+        raise DataError(f"{work['name']}: attention weights that are not finite; expected numbers; look for NaN in its features")
+    notes, sounded = played_rows(score, item, seconds)
+    end = max(seconds((score.onset + score.duration).max()), notes[sounded, 2].max())
+    first = {key: score.onset[np.unique(getattr(score, key), return_index=True)[1]] for key in ("beat", "measure")}
+    beats, bars = _at_grid(score.beats, first["beat"]), _at_grid(score.measures, first["measure"])
+    edges = {"beat": np.append(seconds(score.beats[beats]), end), "measure": np.append(seconds(score.measures[bars]), end)}
+    begin, qpm, smooth = tempo_curve(quarter, second, beat)
+    dynamics = beat_dynamics(notes, sounded, np.unique(item["beat"], return_inverse=True)[1])
+    drawn = {"levels": levels, "notes": notes, "sounded": sounded, "edges": edges, "bars": bars + 1,
+             "begin": begin, "qpm": qpm, "smooth": smooth, "dynamics": dynamics}
+    draw_han(out, drawn, *_han_words(members, work, levels))
+    return drawn
+
+
+def _at_grid(grid: np.ndarray, onset: np.ndarray) -> np.ndarray:
+    return (np.searchsorted(grid, onset + 1e-6, side="right") - 1).clip(0)
+
+
+def _han_words(members: list[tuple], work: dict, levels: dict) -> tuple[str, str]:
+    """Title, and the remark beneath."""
+    every = np.concatenate([values[np.isfinite(values)] for values in levels.values()])
+    low, high = np.percentile(every, [2.5, 97.5]) - 1
+    many = f"mean of {len(members)} checkpoints, " if len(members) > 1 else ""
+    title = f"{_short(work['name'])}: attention of HAN, tempo, dynamics ({many}{100 * np.mean(work['match'] >= 0):.0f} % of the written notes found)"
+    remark = f"95 % of the attention's weights differ from an even share by {_percent(low)} to {_percent(high)}" \
+             + (": it hardly prefers anything here." if max(high, -low) < 0.1 else ".")
+    if any(model.model_args["stats_size"] for model, _ in members):
+        remark += "\nAttention is only a part of the explanation: the ratings also rest on statistics of the whole piece (--pooled), " \
+                  "which do not pass through it."
+    return title, remark
+
+
+def draw_han(out: Path, drawn: dict, title: str, remark: str) -> None:
+    """Piano roll, weights of measures and beats, tempo, dynamics over one axis of seconds, 1600 x 1200 pixels: the figures of `explain_han`."""
+    from matplotlib import rc_context  # takes a second
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+    with rc_context({"font.size": 12, "axes.titlesize": 13, "axes.titlelocation": "left"}):
+        figure = Figure((16, 12), dpi=100, layout="constrained")
+        panels = figure.subplots(4, 2, sharex="col", width_ratios=[90, 1], height_ratios=[5, 4, 3, 3])
+        for side in panels[1:, 1]:
+            side.set_axis_off()
+        shades = _draw_roll(panels[0, 0], drawn)
+        figure.colorbar(shades, cax=panels[0, 1], extend="both", format=FuncFormatter(_percent)).set_label("weight against an even share")
+        _draw_levels(panels[1, 0], drawn)
+        _draw_playing(*panels[2:, 0], drawn)
+        _finish_han(panels[:, 0], drawn)
+        figure.suptitle(title, fontsize=16, parse_math=False)
+        figure.supxlabel(remark, fontsize=12, parse_math=False)
+        write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:]))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else name[:57] + "..."
+
+
+def _percent(share: float, _=None) -> str:
+    return "even" if abs(share) < 1e-9 else f"{100 * share:+.3g} %".replace("-", "\N{MINUS SIGN}")
+
+
+def _widen(axes, low: float, high: float) -> None:
+    """Shows at least low..high: rounding errors are no curve."""
+    axes.set_ylim(min(axes.get_ylim()[0], low), max(axes.get_ylim()[1], high))
+
+
+def _width(beats: np.ndarray) -> float:
+    """Of lines, in points: a long piece asks for thin ones."""
+    return 2.5 if len(beats) <= MOST_BEATS else 0.8
+
+
+def _draw_levels(axes, drawn: dict) -> None:
+    levels, edges = drawn["levels"], drawn["edges"]
+    axes.stairs(levels["measure"] - 1, edges["measure"], baseline=0, fill=True, color=COLOURS["measure"], label="measures in the piece")
+    for level, label in (("beat", "beats in the piece"), ("beat in measure", "beats in their measure")):
+        if level in levels:
+            axes.stairs(levels[level] - 1, edges["beat"], baseline=None, color=COLOURS[level], linewidth=_width(edges["beat"]), label=label)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.yaxis.set_major_formatter(_percent)
+    _widen(axes, -0.005, 0.005)
+    axes.set(title="Which measures and beats the attention prefers", ylabel="weight against\nan even share")
+
+
+def _draw_playing(pace, loud, drawn: dict) -> None:
+    begin, edges, played = drawn["begin"], drawn["edges"]["beat"], drawn["notes"][drawn["sounded"]]
+    width = _width(edges)
+    if len(drawn["qpm"]):
+        pace.stairs(drawn["qpm"], begin, baseline=None, color="0.6", linewidth=0.6 * width, label="from beat to beat")
+    pace.plot((begin[1:] + begin[:-1]) / 2, drawn["smooth"], color=COLOURS["curve"], linewidth=width, marker="o", markersize=1.6 * width, label="smoothed")
+    pace.set(title="Tempo", ylabel="quarters per minute")
+    if np.isfinite(drawn["qpm"]).any():
+        _widen(pace, 0.95 * np.nanmin(drawn["qpm"]), 1.05 * np.nanmax(drawn["qpm"]))
+    else:
+        pace.text(0.5, 0.5, "no two beats in succession were found: no tempo", transform=pace.transAxes, ha="center", va="center")
+    mean, spread = drawn["dynamics"].T
+    loud.scatter(played[:, 2], played[:, 1], s=2 * width ** 2, color="0.55", label="played notes")
+    loud.stairs(mean + spread, edges, baseline=mean - spread, fill=True, color=COLOURS["spread"], alpha=0.6, label="mean ± deviation in a beat")
+    loud.stairs(mean, edges, baseline=None, color=COLOURS["curve"], linewidth=width)
+    loud.set(title="Dynamics", ylabel="MIDI velocity", xlabel="time in the performance (s)")
+
+
+def _draw_roll(axes, drawn: dict):
+    """Notes as bars in the colour of their weight; written ones that were not found as dashed outlines. Returns the bars."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import CenteredNorm
+    key = "note in beat" if "note in beat" in drawn["levels"] else "note"
+    notes, sounded, weight = drawn["notes"], drawn["sounded"], drawn["levels"][key] - 1
+    corners = np.stack([notes[:, [x, 0]] + [0, y] for x, y in ((2, -0.5), (2, 0.5), (3, 0.5), (3, -0.5))], 1)
+    furthest = max(0.01, np.nanpercentile(np.abs(weight), 99))
+    bars = PolyCollection(corners[sounded], array=np.ma.masked_invalid(weight[sounded]), cmap="coolwarm",
+                          norm=CenteredNorm(0, furthest), edgecolors="0.3" if len(notes) < 1000 else "face", linewidths=0.5)
+    axes.add_collection(bars)
+    axes.add_collection(PolyCollection(corners[~sounded], facecolors="none", edgecolors="0.3", linewidths=1, linestyles="dashed"))
+    octaves = np.arange(12, 121, 12)
+    axes.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
+    title = f"Which notes of {'each beat' if key != 'note' else 'the piece'} the attention prefers"
+    title += " (dashed: written, but not found)" * (not sounded.all())
+    axes.set(ylim=(notes[:, 0].min() - 2, notes[:, 0].max() + 2), ylabel="pitch", title=title)
+    axes.grid(axis="y", alpha=0.4)
+    return bars
+
+
+def _finish_han(panels: Iterable, drawn: dict) -> None:
+    """Lines at the measures and beats through all panels, numbers of measures on top, legends; of a long piece fewer lines."""
+    edges, bars, notes = drawn["edges"], drawn["bars"], drawn["notes"]
+    every = next((k for k in (1, 2, 5, 10, 20, 50) if len(bars) <= 20 * k), len(bars) // 20)
+    for axes in panels:
+        if len(edges["beat"]) <= MOST_BEATS:
+            axes.vlines(edges["beat"], 0, 1, transform=axes.get_xaxis_transform(), color="0.93", linewidth=0.8, zorder=0)
+        axes.vlines(edges["measure"][::1 if every < 5 else every], 0, 1, transform=axes.get_xaxis_transform(), color="0.7", linewidth=1.2, zorder=0)
+        axes.tick_params(labelbottom=True)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3, frameon=False)
+    panels[0].set_xlim(min(edges["measure"][0], notes[:, 2].min()) - 0.1, max(edges["beat"][-1], notes[:, 3].max()) + 0.1)
+    numbers = panels[0].secondary_xaxis("top")
+    numbers.set_xticks(edges["measure"][:-1:every], [str(bar) for bar in bars[::every]])
+    panels[0].text(-0.01, 1.03, "measure", transform=panels[0].transAxes, ha="right")
+
+
+def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
+    """The attention roll-out of ASTs on one recording: see `explain`, `roll_out_file`. work: energies (frames, 128). Returns shares and crops."""
+    energies, shares = work["energies"], []
+    for model, kept in members:
+        if not isinstance(model, AST):
+            raise DataError(f"{kept['path']}: a checkpoint of task {kept['task']!r}, which has no attention; expected han, ast or decoder; leave --explain out")
+        if model.stride != members[0][0].stride:
+            raise DataError(f"{kept['path']}: patches every {model.stride} frames; {members[0][1]['path']} has them every {members[0][0].stride}; "
+                            "explain one at a time")
+        x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
+        shares.append(roll_out_file(model, x, next(model.parameters()).device))
+    share, starts = np.mean([share for share, _ in shares], axis=0), max((starts for _, starts in shares), key=len)
+    if not np.isfinite(share).all():
+        raise DataError(f"{work['path']}: attention that is not finite; expected numbers; look for NaN in the recording")
+    model, synthetic = members[0][0], ", synthetic training data" * bool(members[0][1]["data"].get("synthetic"))
+    sizes = " x ".join(str(model.model_args[key]) for key in ("width", "depth", "heads"))
+    many = f"mean of {len(members)} checkpoints" if len(members) > 1 else Path(members[0][1]["path"]).parent.name
+    title = f"{_short(work['name'])}: which parts of the sound reach the ratings (attention roll-out of AST {sizes}, {many}{synthetic})\n" \
+            f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; " \
+            f"darkness: level, {-QUIETEST} dB from white to black"
+    draw_attention(out, energies, share, starts, model.stride, title)
+    return {"share": share, "starts": starts}
+
+
+def emissions(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that `ctc_greedy` decodes from (F, 41), and the frame of each: of its run of frames the one where it is most probable."""
+    best = log_probs.argmax(1)
+    starts = np.flatnonzero(np.append(True, best[1:] != best[:-1])[:len(best)])
+    runs = zip(starts, np.append(starts, len(best))[1:], strict=True)
+    peaks = [start + log_probs[start:end, best[start]].argmax() for start, end in runs if best[start]]
+    return best[peaks], np.array(peaks, np.int64)
+
+
+def place_labels(labels: Iterable, decoded: Iterable, times: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where n true labels stand on a time axis low..high: at the decoded class (of m, at `times`) that a minimal edit script pairs them
+    with, those left out evenly between their neighbours. Returns seconds (n,), and which labels (n,) and decoded classes (m,) are right."""
+    labels, decoded = list(labels), list(decoded)
+    known, right, found = {-1: low, len(labels): high}, np.zeros(len(labels), bool), np.zeros(len(decoded), bool)
+    for tag, a, b, c, d in Levenshtein.opcodes(labels, decoded):
+        if tag in ("equal", "replace"):
+            known |= zip(range(a, b), times[c:d], strict=True)
+            right[a:b] = found[c:d] = tag == "equal"
+    return np.interp(np.arange(len(labels)), sorted(known), [known[k] for k in sorted(known)]), right, found
+
+
+def spread_out(at: np.ndarray, room: float, low: float, high: float) -> np.ndarray:
+    """Ascending places moved apart to `room` between neighbours, by the least squares of their shifts, within low..high."""
+    from sklearn.isotonic import IsotonicRegression
+    if not len(at):
+        return at
+    room, steps = min(room, (high - low) / len(at)), np.arange(len(at))
+    apart = IsotonicRegression(y_min=low, y_max=high - room * (len(at) - 1)).fit_transform(steps, at - room * steps)
+    return apart + room * steps
+
+
+def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
+    """Posteriors of the phonemes over time with the decoded and the true string: see `explain`. work: id or name, log_probs (F, 41), labels or
+    None, "seconds per frame". A frame stands at the middle of its window. Returns classes, seconds, labels' seconds and which are right."""
+    name, log_probs, step = work.get("id", work.get("name")), np.asarray(work["log_probs"]), work["seconds per frame"]
+    labels = None if work.get("labels") is None else list(work["labels"])
+    if not len(log_probs) or not np.isfinite(np.exp(log_probs)).all():
+        raise DataError(f"{name}: {len(log_probs)} frames, {np.isnan(log_probs).sum()} values NaN; expected at least one frame of numbers; "
+                        "the trial is shorter than a window, or holds NaN")
+    start = step * (members[0][0].kernel / members[0][0].stride - 1) / 2
+    ids, frames = emissions(log_probs)
+    drawn = {"ids": ids, "times": start + step * (frames + 0.5), "found": np.ones(len(ids), bool), "labels": labels}
+    many = f" (mean of {len(members)} decoders)" if len(members) > 1 else ""
+    title = f"{_short(name)}: probability of each phoneme{many}"
+    if labels is not None:
+        drawn["label_times"], drawn["right"], drawn["found"] = place_labels(labels, ids, drawn["times"], start, start + step * len(log_probs))
+        title += "; of {} phonemes {} substituted, {} left out, {} inserted".format(len(labels), *edit_counts(labels, ids))
+    draw_decoder(out, np.exp(log_probs), start, step, drawn, title)
+    return drawn
+
+
+def draw_decoder(out: Path, probs: np.ndarray, start: float, step: float, drawn: dict, title: str) -> None:
+    """Probabilities (F, 41) as a heat map whose first frame begins at `start` and lasts `step` seconds, decoded classes above, true ones
+    below it: the figures of `explain_decoder`. 1600 x 900 pixels."""
+    from matplotlib import rc_context  # takes a second
+    from matplotlib.figure import Figure
+    with rc_context({"font.size": 12}):
+        figure = Figure((16, 9), dpi=100, layout="constrained")
+        above, heat, below = figure.subplots(3, 1, sharex=True, height_ratios=[1.2, 9, 1.2])
+        figure.get_layout_engine().set(hspace=0, h_pad=0.02)
+        figure.colorbar(_draw_posteriors(heat, probs, start, step, drawn), ax=[above, heat, below], pad=0.01, fraction=0.03).set_label("probability")
+        _draw_string(above, drawn["ids"], drawn["times"], drawn["found"], (0.45, 0), "decoded")
+        if drawn["labels"] is not None:
+            _draw_string(below, drawn["labels"], drawn["label_times"], drawn["right"], (0.55, 1), "true")
+        paired = "; a true phoneme stands where the decoded one is that it pairs with" * bool(drawn["labels"])
+        below.set_xlabel(f"time in the trial (s), middle of each frame's window{paired}")
+        for axes, hidden in ((above, ["left", "right", "top", "bottom"]), (below, ["left", "right", "top"])):
+            axes.set(ylim=(0, 1), yticks=[])
+            axes.spines[hidden].set_visible(False)
+        for axes in (above, heat):
+            axes.tick_params(bottom=False)
+        figure.suptitle(title, fontsize=15, parse_math=False)
+        write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:]))
+
+
+def _draw_posteriors(axes, probs: np.ndarray, start: float, step: float, drawn: dict):
+    """The heat map, sounds of a kind together and the blank last, a ring at every decoded class; classes that stay under SEEN are left out."""
+    seen = probs.max(0) >= SEEN
+    seen[drawn["ids"]] = True
+    rows = [k for names in ARTICULATION.values() for k in map(PHONEMES.index, names.split()) if seen[k]] + [0]
+    end = start + step * len(probs)
+    image = axes.imshow(probs[:, rows].T, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest", extent=(start, end, len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), [PHONEMES[k] or "blank" for k in rows], fontsize=min(12, 320 / len(rows)))
+    axes.set(xlim=(start, end))
+    for kind, names in ARTICULATION.items():
+        inside = [i for i, k in enumerate(rows) if PHONEMES[k] in names.split()]
+        if inside:
+            axes.axhline(inside[-1] + 0.5, color="white", linewidth=1)
+            axes.text(-0.055, np.mean(inside), kind, transform=axes.get_yaxis_transform(), rotation=90, ha="center", va="center")
+    colours = np.where(drawn["found"], "white", COLOURS["wrong"])
+    axes.scatter(drawn["times"], [rows.index(k) for k in drawn["ids"]], s=60, facecolors="none", edgecolors=colours, linewidths=1.5)
+    return image
+
+
+def _draw_string(axes, ids: Iterable, times: np.ndarray, right: np.ndarray, ends: tuple[float, float], what: str) -> None:
+    """Phoneme names beside the heat map, moved apart where they would touch, many in two rows, each with a line to its time; wrong ones
+    in colour and bold. ends: heights of the line, at the name and at the map."""
+    (low, high), rows = axes.get_xlim(), 1 if len(times) <= MOST_IN_ROW else 2
+    room, size = (high - low) / MOST_IN_ROW / rows, min(12, 12 * rows * MOST_IN_ROW / max(len(times), 1))
+    for i, at in enumerate(spread_out(times, room, low + room / 2, high - room / 2)):
+        colour, away = "black" if right[i] else COLOURS["wrong"], (0.2 + 0.25 * (i % rows)) * (1 - 2 * ends[1])
+        axes.plot([at, times[i]], [ends[0] + away - 0.15 * (1 - 2 * ends[1]), ends[1]], color=colour, linewidth=0.8)
+        axes.text(at, ends[0] + away, PHONEMES[ids[i]], color=colour, ha="center", va="center", weight="normal" if right[i] else "bold", fontsize=size)
+    axes.set_ylabel(what, rotation=0, ha="right", va="center")
+
 
 # -----------------------------------------------------------------------------------------------------------------
 # Report
 # -----------------------------------------------------------------------------------------------------------------
+REPORTED = {"han": "HAN: 19 ratings from score and MIDI", "ast": "AST: 19 ratings from audio", "cnn": "CNN: 19 ratings from audio", "mlp": "MLP on pooled spectra: 19 ratings",
+            "pretraining": "AST pre-training: masked patches", "decoder": "Phoneme decoder: neural activity to phonemes"}
+# Means that others published, (name, metric, value) by task and split, or a decoder's channels; there are none per dimension.
+PUBLISHED = {("han", "segment"): [("the published HAN (Park et al. 2024, their piece split)", "R²", 0.397)],
+             ("han", "performer"): [("the published HAN (Park et al. 2024)", "R²", 0.285)],
+             **{("ast", split): [("an earlier AST (86 M parameters, another split)", "Pearson", 0.5285), ("its forest", "Pearson", 0.5869)] for split in SPLITS},
+             ("decoder", 256): [("the public PyTorch baseline", "PER", 0.205)], ("decoder", 512): [("the '25 baseline", "PER", 0.101)]}
+CURVES = {"valid_r2": "R², validation", "valid_pearson": "Pearson r, validation", "valid_per": "phoneme error rate, validation", "valid_accuracy": "NCE accuracy, validation; dashed: chance",
+          "valid_mse": "MSE of pixels, validation; dashed: of the mean patch", "loss": "loss, training", "valid_loss": "loss, validation"}
+DIAGNOSTICS = {"norm": "gradient norm before clipping", "lr": "learning rate", "skipped": "skipped updates so far", "spread": "spread: deviation of predictions / ratings",
+               "valid_blank_fraction": "share of blank frames, validation"}
+DASHED = {"valid_accuracy": "valid_chance", "valid_mse": "valid_mse_mean"}  # drawn beside the key before
+CHOSEN = {"valid": "The weights that are shown were chosen on this validation part: its figures are slightly optimistic.",
+          "test": "Test part: for a final figure; choose between models on the validation part."}
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5a6675; --rule: #d5dae1; --paper: #ffffff; --panel: #f4f6f9; --warn: #9a3412; --warnpaper: #fff1e6;
+  --c0: #1f6fb2; --c1: #c2571a; --c2: #2c8a57; --c3: #9b4fb0; --c4: #a87b06; --c5: #c23a5e; --c6: #138a94; --c7: #6b7280; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #a2adbb; --rule: #39424f; --paper: #12161c; --panel: #1b212a; --warn: #ffb782; --warnpaper: #3a2414;
+  --c0: #6cb2ef; --c1: #f0955a; --c2: #66c795; --c3: #cf92e0; --c4: #d8b04a; --c5: #f0839f; --c6: #5fc6cf; --c7: #a2adbb; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; border-top: 3px solid var(--c0); padding-top: .7rem; }
+h3 { font-size: 1.05rem; margin: 2rem 0 .4rem; } p, ul { max-width: 48rem; } a { color: var(--c0); }
+.verdict { font-size: 1.1rem; font-weight: 600; } .soft, caption, figcaption { color: var(--soft); font-size: .875rem; }
+.warn { background: var(--warnpaper); color: var(--warn); border-left: 4px solid; padding: .5rem .8rem; font-weight: 600; max-width: none; }
+.scroll { overflow-x: auto; margin: .5rem 0 1rem; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: 0 0 .3rem; } caption span { position: sticky; left: 0; display: block; max-width: min(48rem, calc(100vw - 3rem)); } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; } th:first-child, .text { text-align: left; } td.text { white-space: normal; min-width: 6rem; }
+tbody th { font-weight: 500; white-space: normal; min-width: 8rem; } tbody tr.sum > * { font-weight: 700; border-top: 2px solid var(--soft); }
+.figures { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.small { gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); } figure { margin: 0; } .small figcaption { font-size: .75rem; line-height: 1.25; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; stroke: var(--paper); stroke-width: 3px; paint-order: stroke; } svg .frame, svg .grid { fill: none; stroke: var(--rule); }
+svg .line, svg .dash { fill: none; stroke-width: 1.8; stroke-linejoin: round; } svg .dash { stroke-dasharray: 5 4; stroke-width: 1.4; }
+svg .dots, svg .fine { fill: none; stroke-linecap: round; stroke-width: 6; } svg .fine { stroke-width: 3; stroke-opacity: .55; } svg .even { stroke: var(--soft); }
+svg.bar { width: 10rem; } .heat { min-width: 44rem; max-width: 60rem; } .heat text { font-size: 9px; } .heat .cell { fill: var(--c1); }
+.s0 { stroke: var(--c0); color: var(--c0); } .s1 { stroke: var(--c1); color: var(--c1); } .s2 { stroke: var(--c2); color: var(--c2); } .s3 { stroke: var(--c3); color: var(--c3); }
+.s4 { stroke: var(--c4); color: var(--c4); } .s5 { stroke: var(--c5); color: var(--c5); } .s6 { stroke: var(--c6); color: var(--c6); } .s7 { stroke: var(--c7); color: var(--c7); }
+ul.key { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .3rem 0; font-size: .875rem; } ul.key li::before { content: "━ "; font-weight: 700; }
+ul.key span { color: var(--ink); } details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
+.speech { font-family: ui-monospace, monospace; font-size: .875rem; background: var(--panel); padding: .5rem .8rem; margin: .3rem 0; max-width: none; }
+.speech mark { background: none; color: var(--c1); font-weight: 700; } .speech del { color: var(--c5); } .speech ins { color: var(--c3); }
+"""
+
+
+def report(argv: list[str]) -> dict:
+    """`python eval.py report`: one HTML file, nothing outside it, about runs; returns {"verdicts", "figures"}, one of each for every configuration.
+
+    Runs that differ in fold, seed and machine only are one configuration and are evaluated together, as `evaluate` does."""
+    parser = Parser(prog="eval.py report", usage="python eval.py report --run DIR ... --out FILE.html [--data DIR] [options]", description="""\
+One HTML page about training runs, without anything outside it: curves, scores by dimension or day, calibration, worst items,
+confusions, transcripts, diagnostics, configuration. Folds and seeds of one configuration are evaluated together, on their own parts.
+
+    python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
+    python eval.py report --run runs/decoder/NAME --no-data --out report.html            curves and configuration only""")
+    parser.add_argument("--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="page to write, .html (required)")
+    parser.add_argument("--data", metavar="DIR", help="data set in its public layout (off: where the runs were trained from)")
+    parser.add_argument("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
+    parser.add_argument("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
+    parser.add_argument("--audio", metavar="DIR", help="folder of recordings NAME.wav (off: the run's own, else rendered from the MIDI)")
+    parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: they are refused)")
+    parser.add_argument("--results-dir", default="results", metavar="DIR", help="folder of the floors to compare with (%(default)s)")
+    parser.add_argument("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
+    args = _parse(parser, argv)
+    out = Path(args.out)
+    _check_output("--out", args.out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise DataError(f"--out {out}: a file of kind {out.suffix or 'none'}; expected .html; name it so")
+    runs = [read_run(path) for path in dict.fromkeys(args.run)]
+    names = [run["path"].name for run in runs]
+    for run, name in zip(runs, names, strict=True):  # a file name may hold bytes that are no character
+        run["name"] = (name if names.count(name) == 1 else str(run["path"])).encode("utf-8", "replace").decode()
+    corpora = {"speech" if run["kind"] == "decoder" else "pretraining" if run["kind"] == "pretraining" else "ratings" for run in runs} - {"pretraining"}
+    if args.data and len(corpora) > 1:
+        raise DataError(f"--data {args.data}: one data set for runs of {', '.join(sorted(corpora))}; expected runs of one data set with it; write a report for each")
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(_configuration(run), []).append(run)
+    sections = [{"decoder": decoder_section, "pretraining": pretraining_section}.get(group[0]["kind"], rating_section)(group, args) for group in groups.values()]
+    page = _page(list(groups.values()), sections, args)
+    write_atomic(out, lambda file: file.write(page.encode("utf-8", "replace")))
+    for section in sections:
+        print(section["verdict"])
+    print(f"saved {out}, {len(page) / 2**20:.2f} MiB")
+    return {"verdicts": [section["verdict"] for section in sections], "figures": [section["figures"] for section in sections]}
+
+
+def read_run(path: str | Path) -> dict:
+    """A run folder: path, kind (of REPORTED), args, records of metrics.jsonl, loaded (path, model, ckpt) of best.pt or None, notes on what is missing."""
+    path = Path(path)
+    try:
+        options = json.loads((path / "args.json").read_text(encoding="utf-8"))
+        kind = "decoder" if "kernel" in options else "han" if "pooled" in options else "pretraining" if options["task"] == "pretrain" else options["model"]
+        if kind not in REPORTED or not isinstance(options.get("data"), str | None):
+            raise ValueError(f"model {kind!r}, data {options.get('data')!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no options of a run ({_cause(error)}); expected a folder with args.json, as a trainer leaves it; give a run's folder") from error
+    run = {"path": path, "kind": kind, "args": options, "records": [], "loaded": None, "notes": []}
+    for part, read in (("records", read_metrics), ("loaded", lambda path: _load_models([str(path / "best.pt")])[0])):
+        try:
+            run[part] = read(path)
+        except DataError as error:
+            run["notes"].append(str(error))
+    run["records"] = [_logged(record) for record in run["records"] if abs(int(record["step"])) < 10**15]
+    if run["records"] and not (path / "metrics.jsonl").read_bytes().endswith(b"\n"):
+        run["notes"].append(f"{path / 'metrics.jsonl'}: its last line is cut short and left out")
+    return run
+
+
+def _logged(record: dict) -> dict:
+    """What a trainer logs of a record: numbers, None where one is not finite, and a few keys that hold more; the rest may be another program's."""
+    kinds, kept = {"skipped": dict, "activations": dict, "names": list, "flags": list, "skip": str}, {}
+    for key, value in record.items():
+        if isinstance(value, kinds.get(key, int | float | None)):
+            kept[key] = value if key in kinds or value is None or abs(value) < 1e100 else None
+    return kept | {"step": int(record["step"])}
+
+
+def _cause(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__} {error}")[:100]
+
+
+def _title(run: dict) -> str:
+    return REPORTED[run["kind"]].replace("HAN", {"bilstm": "Bi-LSTM", "bilstm_sa": "Bi-LSTM, score-aligned"}.get(run["args"].get("model"), "HAN"))
+
+
+def _configuration(run: dict) -> str:
+    """What runs have in common that are evaluated together: all options but fold, seed and those of one machine."""
+    own = {key: value for key, value in _own_options(run).items() if key not in ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")}
+    return json.dumps([run["kind"], bool(run["args"].get("data")), own], sort_keys=True)
+
+
+def _evaluation(group: list[dict], args: argparse.Namespace) -> tuple[list[tuple], argparse.Namespace | None]:
+    """The loaded checkpoints of a configuration and the options to evaluate them with; None where there is nothing to evaluate or --no-data."""
+    loaded, trained_on = [run["loaded"] for run in group if run["loaded"]], [run["args"].get("data") for run in group]
+    if args.no_data or not loaded:
+        return loaded, None
+    data = args.data or next((path for path in trained_on if path and Path(path).exists()), trained_on[0])
+    if data and not Path(data).exists():
+        raise DataError(f"{group[0]['path']}: trained on {data}, which is not here; expected its data set; give --data DIR, or --no-data for curves and configuration only")
+    own = {"data": data, "audio": args.audio or group[0]["args"].get("audio"), "ckpt": [path for path, _, _ in loaded], "crops": None,
+           "batch": 64 if group[0]["kind"] == "decoder" else None}
+    return loaded, argparse.Namespace(**{**vars(args), **own})
+
+
+# --- pieces of a page: text is escaped here, once ---
+
+
+class _Markup(str):
+    """Text that is HTML already."""
+
+
+def _text(value: object) -> str:
+    """HTML of a value: numbers to three digits, the rest escaped; long names may break after an underline or a slash."""
+    if isinstance(value, _Markup):
+        return value
+    if isinstance(value, float):
+        return f"{value:.3f}" if math.isfinite(value) else "–"
+    return re.sub(r"([_/])", r"\1<wbr>", escape(str(value)))
+
+
+def _table(caption: str, head: list[str], rows: list[list], last_is_sum: bool = False) -> str:
+    """A table that scrolls sideways where it is too wide. Columns that hold words stand to the left, numbers to the right."""
+    kinds = [' class="text"' * any(type(row[k]) is str and bool(re.search(r"[^\W\d]{2}", row[k])) for row in rows) for k in range(len(head))]
+    body = [f'<tr{" class=sum" if last_is_sum and row is rows[-1] else ""}><th scope="row">{_text(row[0])}</th>'
+            + "".join(f"<td{kind}>{_text(value)}</td>" for kind, value in zip(kinds[1:], row[1:], strict=True)) + "</tr>" for row in rows]
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption><span>{_text(caption)}</span></caption><thead><tr>'
+            + "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True)) + f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>")
+
+
+def _figures(pictures: Iterable[tuple[str, str]], kind: str = "") -> str:
+    """Pictures side by side, (SVG, caption) each; those without anything to show left out."""
+    shown = [f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>" for svg, caption in pictures if svg]
+    return f'<div class="figures {kind}">{"".join(shown)}</div>' if shown else '<p class="soft">Nothing logged.</p>'
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{low:.3f}, {high:.3f}]" if np.isfinite(low) else "–"
+
+
+def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
+    """At most six round positions and their labels; log: positions are decimal logarithms."""
+    if log and high - low < 1:
+        return [(math.log10(float(label)), label) for _, label in _ticks(10.0**low, 10.0**high, False)]
+    if log:
+        powers = range(math.ceil(low), math.floor(high) + 1)
+        return [(k, f"{10.0**k:.6g}") for k in powers[::math.ceil(len(powers) / 6)]]
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
+    return [(k * step, f"{k * step:.6g}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _thin(points: np.ndarray, most: int = 500) -> np.ndarray:
+    """At most so many points of a line: the lowest and the highest of each stretch, so that no peak is lost."""
+    if len(points) <= most:
+        return points
+    stretches = np.array_split(np.arange(len(points)), most // 2)
+    y = np.where(np.isfinite(points[:, 1]), points[:, 1], np.inf)
+    return points[sorted({int(rows[k]) for rows in stretches for k in (np.argmin(y[rows]), np.argmax(y[rows]))})]
+
+
+def _chart(title: str, series: list[tuple[str, np.ndarray]], names: tuple[str, str] = ("step", ""), size: tuple[int, int] = (300, 190), log: bool = False,
+           limits: tuple | None = None, numbers: Iterable[tuple] = ()) -> str:
+    """SVG of series (CSS classes, points (n, 2)): `dots` and `fine` are points, all else is a line, broken where it is not finite; "" without any point.
+
+    limits: (left, right, bottom, top); log: of y; numbers: (x, y, text) written beside a point."""
+    series = [(kind, np.column_stack([p[:, 0], np.log10(np.where(p[:, 1] > 0, p[:, 1], np.nan)) if log else p[:, 1]])) for kind, p in series if len(p)]
+    finite = np.concatenate([p[np.isfinite(p).all(1)] for _, p in series] or [np.zeros((0, 2))])
+    if not len(finite):
+        return ""
+    (left, bottom), (right, top) = finite.min(0), finite.max(0)
+    pad = 0.06 * (top - bottom) or 0.06 * abs(top)
+    left, right, bottom, top = limits or (left, right if right > left else left + 1, bottom - pad, top + pad or 1)
+    (width, height), (x0, y0) = size, (46, 8)
+    x1, y1 = width - 8, height - 30
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return x0 + (x - left) / (right - left) * (x1 - x0), y1 - (y - bottom) / (top - bottom) * (y1 - y0)
+
+    parts = [f'<rect class="frame" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}"/>']
+    for value, label in _ticks(bottom, top, log):
+        y = place(left, value)[1]
+        parts.append(f'<path class="grid" d="M{x0} {y:.1f}H{x1}"/><text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for value, label in _ticks(left, right, False):
+        x = place(value, bottom)[0]
+        parts.append(f'<text x="{x:.1f}" y="{y1 + 13}" text-anchor="{"end" if x > x1 - 10 else "middle"}">{label}</text>')
+    parts += [f'<text x="{x1}" y="{height - 3}" text-anchor="end">{escape(names[0])}</text>', f'<text x="{x0 + 4}" y="{y0 + 12}">{escape(names[1])}</text>']
+    for kind, points in series:
+        point, steps, pen = not {"dots", "fine"}.isdisjoint(kind.split()), [], False
+        for x, y in points if point else _thin(points):
+            if np.isfinite(y):
+                steps.append(f"{'L' if pen else 'M'}{'{:.1f} {:.1f}'.format(*place(x, y))}{'h0' * point}")
+            pen = bool(np.isfinite(y)) and not point
+        parts.append(f'<path class="{kind}" d="{"".join(steps)}"/>')
+    parts += [f'<text x="{x - 4:.1f}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>' for x, y, text in ((*place(x, y), text) for x, y, text in numbers)]
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+
+
+def _bar(value: float, interval: Iterable[float], limits: tuple[float, float], reference: float | None = None) -> _Markup:
+    """A value with its interval as a small picture for a table's row; the upright stroke is the reference."""
+    def place(v: float) -> float:
+        return 4 + 152 * (min(max(v, limits[0]), limits[1]) - limits[0]) / (limits[1] - limits[0])
+
+    low, high = interval
+    parts = [f'<path class="grid" d="M{place(v):.1f} 0V16"/>' for v in (limits[0], 0, limits[1]) if limits[0] <= v <= limits[1]]
+    parts += [f'<path class="line s0" d="M{place(low):.1f} 8H{place(high):.1f}"/>'] if np.isfinite(low) else []
+    parts += [f'<path class="dots s0" d="M{place(value):.1f} 8h0"/>'] if np.isfinite(value) else []
+    parts += [f'<path class="line s1" d="M{place(reference):.1f} 2V14"/>'] if reference is not None and np.isfinite(reference) else []
+    return _Markup(f'<svg class="bar" viewBox="0 0 160 16" aria-hidden="true">{"".join(parts)}</svg>')
+
+
+# --- what every section has ---
+
+
+def _history(records: list[dict], key: str) -> np.ndarray:
+    """(n, 2) steps and logged values of one key; of a step that a resumed run took again, the later."""
+    values = {r["step"]: sum(v for v in r[key].values() if isinstance(v, int)) if isinstance(r[key], dict) else r[key] for r in records if key in r}
+    return np.array(sorted(values.items()), np.float64).reshape(-1, 2)
+
+
+def _panels(group: list[dict], panels: dict[str, str]) -> str:
+    """Pictures of logged keys over the steps, a colour a run, and the key to the colours."""
+    key = "".join(f'<li class="s{n % 8}"><span>{_text(run["name"])}</span></li>' for n, run in enumerate(group))
+    pictures = []
+    for name, title in panels.items():
+        series = [(f"{'dash' if dashed else 'line'} s{n % 8}", _history(run["records"], column)) for n, run in enumerate(group)
+                  for dashed, column in enumerate((name, DASHED.get(name))) if column]
+        lone = [(kind.replace("line", "dots"), points) for kind, points in series if len(points) == 1]
+        solid = [points for kind, points in series if kind.startswith("line")]
+        pictures.append((_chart(title, series + lone, log=name == "norm") if any(len(points) for points in solid) else "", title))
+    return f'<ul class="key">{key}</ul>{_figures(pictures)}'
+
+
+def diagnostics(group: list[dict]) -> str:
+    """Gradient norm, learning rate, skipped updates, spread over the steps; what was skipped, by name; the gradient reports' flags."""
+    skips = [[run["name"], str(r["step"]), str(r["skip"]), ", ".join(map(str, r.get("names", [])[:8]))] for run in group for r in run["records"] if "skip" in r]
+    flags = Counter(flag for run in group for r in run["records"] for flag in map(str, r.get("flags", ())))
+    reports = sum("flags" in r for run in group for r in run["records"])
+    lines = [f"{flag} in {n} of {reports} gradient reports" for flag, n in flags.most_common()] + [
+        f"{run['name']}: untrained, predictions spread {r['activations']['std_ratio']:.2f} times as wide as the ratings" for run in group for r in run["records"][:1]
+        if isinstance(r.get("activations", {}).get("std_ratio"), float)]
+    return (f"<h3>Diagnostics</h3>{_panels(group, DIAGNOSTICS)}" + (f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else "")
+            + (_table(f"{len(skips)} skipped updates{', the first 30' * (len(skips) > 30)}", ["run", "step", "kind", "items of the step"], skips[:30]) if skips else "<p>No update was skipped.</p>"))
+
+
+def configuration(group: list[dict]) -> str:
+    """Every option of the runs, one value where all agree."""
+    rows = []
+    for key in dict.fromkeys(key for run in group for key in run["args"]):
+        values = [str(run["args"].get(key, "–")) for run in group]
+        rows.append([key, _Markup("<br>".join(map(_text, values if len(set(values)) > 1 else values[:1])))])
+    return f"<h3>Configuration</h3><details><summary>All {len(rows)} options</summary>{_table('Options; several values: one a run, in order', ['option', 'value'], rows)}</details>"
+
+
+def _against(interval: Iterable[float], name: str, metric: str, value: float) -> str:
+    """How an interval lies to a reference value, in words."""
+    (low, high), (above, below) = interval, ("better", "worse") if metric != "PER" else ("worse", "better")
+    return f"{above if low > value else below if high < value else 'not clearly better or worse'} than {name} ({metric} {value:.4g})"
+
+
+def _best(run: dict) -> tuple[str, float, int]:
+    """(metric, value, step) of the evaluation that the trainer kept, from the metrics alone; NaN without any."""
+    name, better = ("valid_per", "valid_per") if run["kind"] == "decoder" else ("valid_accuracy" if run["kind"] == "pretraining" else "valid_r2", "valid_loss")
+    found = [r for r in run["records"] if r.get(name) is not None and r.get(better) is not None]
+    record = min(found, key=lambda r: r[better], default=None)
+    return {"valid_per": "PER", "valid_accuracy": "NCE accuracy", "valid_r2": "R²"}[name], *((record[name], record["step"]) if record else (math.nan, 0))
+
+
+def _logged_verdict(group: list[dict]) -> str:
+    """The sentence where nothing was evaluated: what the trainer logged."""
+    known = [(run["name"], *_best(run)) for run in group]
+    known = [f"{name} {metric} {value:.3f} at step {step}" for name, metric, value, step in known if np.isfinite(value)]
+    return f"not evaluated here; best validation as logged in training: {', '.join(known) or 'none'}"
+
+
+def _section(group: list[dict], sentence: str, synthetic: bool, figures: object, body: list[str], caution: Iterable[str] = ()) -> dict:
+    """A section: its verdict, the notes on what is missing, curves, results, diagnostics, configuration."""
+    notes = [*(("soft", note) for note in caution), *(("warn", note) for run in group for note in run["notes"])]
+    verdict = f"{_title(group[0]).split(':')[0]}{' (SYNTHETIC)' * synthetic}: {sentence}."
+    return {"verdict": verdict, "synthetic": synthetic, "figures": figures, "html": "".join([
+        f'<p class="verdict">{_text(verdict)}</p>', "".join(f'<p class="{kind}">{_text(note)}</p>' for kind, note in notes),
+        f"<h3>Training curves</h3>{_panels(group, CURVES)}", *body, diagnostics(group), configuration(group)])}
+
+
+def _is_synthetic(group: list[dict]) -> bool:
+    """Whether any run was trained on synthetic data, by its checkpoint, else by an absent --data."""
+    return any(bool((run["loaded"][2]["data"] or {}).get("synthetic")) if run["loaded"] else not run["args"].get("data") for run in group)
+
+
+def pretraining_section(group: list[dict], args: argparse.Namespace) -> dict:
+    """A pre-training: what its metrics hold; it rates nothing."""
+    sentence = _logged_verdict(group).removeprefix("not evaluated here; ")
+    kept = [min((r for r in run["records"] if r.get("valid_loss") is not None), key=lambda r: r["valid_loss"], default={}) for run in group]
+    rows = [[run["name"], str(r["step"]), *(float(r.get(f"valid_{key}") or math.nan) for key in ("loss", "nce", "accuracy", "chance", "mse", "mse_mean"))]
+            for run, r in zip(group, kept, strict=True) if r]
+    if rows:
+        sentence += f" (chance {rows[0][5]:.3f}), MSE {rows[0][6]:.3f} (mean patch {rows[0][7]:.3f})"
+    table = _table("Validation on fixed crops and masks, at the lowest loss", ["run", "step", "loss", "NCE", "accuracy", "chance", "MSE", "MSE of the mean patch"], rows)
+    return _section(group, sentence, _is_synthetic(group), kept, ["<h3>Results</h3>", table])
+
+
+# --- ratings ---
+
+
+def rating_section(group: list[dict], args: argparse.Namespace) -> dict:
+    """Runs that rate: each on its own fold's part, seeds averaged; measured as `evaluate` does."""
+    loaded, own = _evaluation(group, args)
+    if own is None:
+        return _section(group, _logged_verdict(group), _is_synthetic(group), None, [])
+    folds, data = _load_fold_models(loaded)
+    corpus = _corpus_of(data, own)
+    records, truth = fold_records(folds, corpus, own, (own.part,)), {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
+    views, synthetic = measure(records, truth)[own.part], corpus.synthetic or data["synthetic"]
+    caution = [f"Trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}."] * (corpus.synthetic != data["synthetic"])
+    if views["all"] is None:
+        return _section(group, f"no item of part {own.part} has ratings here: nothing to score", synthetic, views, [], caution)
+    names, y, p, fold_of = _stacked(records, truth, own.part, "all")
+    mean, groups = views["all"]["mean"], [segment_of(name) for name in names]
+    intervals = {"R²": mean["r2_interval"], "Pearson": cluster_bootstrap(y, p, groups, lambda y, p: float(pearson(y, p).mean()), folds=fold_of)}
+    floor_row = _floor_of(group[0]["kind"], data, own, [*folds])
+    references = [] if synthetic else PUBLISHED.get(("han" if group[0]["kind"] == "han" else "ast", data["split"]), [])
+    clauses = [f"R² {mean['r2']:.3f} {_interval(*intervals['R²'])}, Pearson {mean['pearson']:.3f} {_interval(*intervals['Pearson'])}: mean of 19 ratings, "
+               f"{'fold' if len(folds) == 1 else 'folds'} {', '.join(map(str, folds))} of split {data['split']}, {'validation' if own.part == 'valid' else own.part} part"]
+    references = ([("the floor", "R²", floor_row["r2"])] if floor_row else []) + references
+    clauses += [_against(intervals[reference[1]], *reference) for reference in references]
+    if unrated := sum(len(record["names"]) for record in records) - len(names):
+        caution.append(f"{unrated} more items have no rating here and are not scored.")
+    caution.append(CHOSEN[own.part])
+    body = [rating_tables(views, own.part, intervals, significance(records, truth)[own.part]["all"], floor_row, references, y, p, fold_of), scatter(y, p, mean),
+            calibration(y, p), extreme_items(names, y, p, fold_of)]
+    return _section(group, "; ".join(clauses), synthetic, views, body, caution)
+
+
+def _floor_of(kind: str, data: dict, args: argparse.Namespace, folds: list[int]) -> dict | None:
+    """The floor of the same inputs, part and folds: {"path", "r2", "per_dimension" (19,)}; None where results hold none."""
+    row = "floor" + {"score": "_score", "perf": "_perf"}.get(data.get("features"), "") + "_keepoverlap" * bool(data["keep_overlap"])
+    path = Path(args.results_dir) / f"{'han' if kind == 'han' else 'ast'}_{row}_{data['split']}.json"
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["synthetic"] != data["synthetic"] or saved.get("audio") != data.get("audio") or saved["labels"] != list(LABELS):
+            return None
+        each = [(saved["metrics"][args.part]["all"] or {"folds": {}})["folds"].get(str(fold)) for fold in folds]
+        return None if None in each else {"path": str(path), "r2": float(np.mean([f["r2"] for f in each])), "per_dimension": np.mean([f["per_dimension"]["r2"] for f in each], axis=0)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no results ({_cause(error)}); expected a floor as --save-results writes it; make it again, or give another --results-dir") from error
+
+
+def _slopes(y: np.ndarray, p: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per dimension, about the means of each fold: slope of the ratings over the predictions, and deviation of predictions over that of ratings."""
+    a, b = (np.concatenate([x[folds == fold] - x[folds == fold].mean(0) for fold in np.unique(folds)]) for x in (p, y))
+    with np.errstate(invalid="ignore", divide="ignore"):  # constant predictions or ratings have none
+        return (a * b).sum(0) / (a**2).sum(0), np.sqrt((a**2).sum(0) / (b**2).sum(0))
+
+
+def rating_tables(views: dict, part: str, intervals: dict, tests: dict | None, floor_row: dict | None, references: list[tuple], y: np.ndarray, p: np.ndarray,
+                  folds: np.ndarray) -> str:
+    """Totals by view and fold, references (name, metric, mean) below them; the 19 dimensions with intervals, the floor beside them."""
+    rows = []
+    for view, figures in views.items():
+        for fold, s in [*figures["folds"].items(), *([("mean", figures["mean"])] if len(figures["folds"]) > 1 else [])] if figures else []:
+            counted = [str(s["items"]), str(s["segments"])] if fold != "mean" else [str(sum(f[key] for f in figures["folds"].values())) for key in ("items", "segments")]
+            rows.append([f"fold {fold}, {VIEWS[view]}" if fold != "mean" else f"mean of the folds, {VIEWS[view]}", *counted, s["r2"], _interval(*s["r2_interval"]), f"{s['mse']:.5f}", s["pearson"]])
+    rows += [[name, "", "", *(["", "", "", f"{value:.4g}"] if metric == "Pearson" else [f"{value:.4g}", "", "", ""])] for name, metric, value in references]
+    totals = _table(f"Part {part}; 95 % intervals by bootstrap over segments", ["", "items", "segments", "R²", "95 %", "MSE", "Pearson"], rows)
+    mean, nothing = views["all"]["mean"], [(math.nan, math.nan)] * len(LABELS)
+    each, r2_intervals, r_intervals = mean["per_dimension"], *((tests or {}).get(key, nothing) for key in ("r2_interval", "pearson_interval"))
+    floors = floor_row["per_dimension"] if floor_row else [math.nan] * len(LABELS)
+    slopes, spreads = _slopes(y, p, folds)
+    low = max(-1.0, min([0.0, *(v for v in each["r2"] if np.isfinite(v))]))
+    rows = [[label, each["r2"][d], _bar(each["r2"][d], r2_intervals[d], (low, 1), floors[d]), _interval(*r2_intervals[d]), *([floors[d]] if floor_row else []), each["pearson"][d],
+             _interval(*r_intervals[d]), tests["p_holm"][d] if tests else math.nan, slopes[d], spreads[d]] for d, label in enumerate(LABELS)]
+    rows.append(["mean", mean["r2"], _bar(mean["r2"], intervals["R²"], (low, 1), floor_row and floor_row["r2"]), _interval(*intervals["R²"]), *([floor_row["r2"]] if floor_row else []),
+                 mean["pearson"], _interval(*intervals["Pearson"]), "", slopes.mean(), spreads.mean()])
+    head = ["dimension", "R²", f"{low:.1g} to 1", "95 %", *(["floor R²"] if floor_row else []), "Pearson r", "95 %", "p (Holm)", "slope", "spread"]
+    about = "Blue: R² and its interval" + (f"; orange: the floor, {floor_row['path']}, same folds. " if floor_row else "; no floor of these inputs and folds in the results. ")
+    about += "Published figures are means only. p: permutation of segments, corrected for 19 tests. Slope: of ratings over predictions, 1 is right, below 1 the predictions are too bold. Spread: deviation of predictions / of ratings."
+    return f"<h3>Results</h3>{totals}<h3>By dimension</h3>{_table('Means over the folds', head, rows, last_is_sum=True)}<p class=\"soft\">{_text(about)}</p>"
+
+
+def scatter(y: np.ndarray, p: np.ndarray, mean: dict) -> str:
+    """Prediction over rating, a small picture a dimension, all to one scale."""
+    low, high = float(min(y.min(), p.min())) - 0.03, float(max(y.max(), p.max())) + 0.03
+    even = ("dash even", np.array([[low, low], [high, high]]))
+    pictures = [(_chart(f"{label}: prediction over rating, r {mean['per_dimension']['pearson'][d]:.2f}", [even, ("fine s0", np.column_stack([y[:, d], p[:, d]]))],
+                        ("rating", "prediction"), (190, 180), limits=(low, high, low, high)), f"{label}, r {mean['per_dimension']['pearson'][d]:.2f}") for d, label in enumerate(LABELS)]
+    return f"<h3>Prediction over rating</h3><p class=\"soft\">{len(y)} items; on the dashed line prediction and rating agree.</p>{_figures(pictures, 'small')}"
+
+
+def calibration(y: np.ndarray, p: np.ndarray, width: float = 0.05) -> str:
+    """Mean rating of predictions that lie in one bin, and the deviation of predictions over that of ratings, a point a dimension."""
+    bins = np.floor(p / width + 1e-9).astype(int)
+    rows = [(b, int((bins == b).sum()), float(p[bins == b].mean()), float(y[bins == b].mean()), float(y[bins == b].std())) for b in np.unique(bins)]
+    points = np.array([[predicted, rated] for _, _, predicted, rated, _ in rows])
+    low, high = points.min() - 0.04, points.max() + 0.06
+    widest = 1.15 * max(p.std(0).max(), y.std(0).max(), 0.01)
+    table = _table("All dimensions together", ["predicted", "count", "mean prediction", "mean rating", "deviation of ratings"],
+                   [[f"{b * width:.2f} to {(b + 1) * width:.2f}", str(n), *rest] for b, n, *rest in rows])
+    slope = float(_slopes(y.reshape(-1, 1), p.reshape(-1, 1), np.zeros(y.size))[0][0])
+    return "<h3>Calibration</h3>" + _figures([
+        (_chart("Mean rating over mean prediction, by bins of the prediction", [("dash even", np.array([[low, low], [high, high]])), ("dots s0", points)],
+                ("mean prediction", "mean rating"), limits=(low, high, low, high), size=(300, 240), numbers=[(*point, str(row[1])) for point, row in zip(points, rows, strict=True)]),
+         f"Mean rating by bins of the prediction, all dimensions, with counts; slope of all ratings over predictions {slope:.2f}"),
+        (_chart("Deviation of predictions over deviation of ratings", [("dash even", np.array([[0, 0], [widest, widest]])), ("dots s0", np.column_stack([y.std(0), p.std(0)]))],
+                ("deviation of ratings", "deviation of predictions"), limits=(0, widest, 0, widest), size=(300, 240)), "Spread, a point a dimension: below the line the predictions vary less than the ratings")]) \
+        + f"<details><summary>Bins</summary>{table}</details>"
+
+
+def extreme_items(names: list[str], y: np.ndarray, p: np.ndarray, folds: np.ndarray, worst: int = 10, best: int = 5) -> str:
+    """The items with the largest and the smallest mean squared error, and the dimension that errs most."""
+    error = (p - y) ** 2
+    order, rows = np.argsort(-error.mean(1), kind="stable"), []
+    for i in [*order[:worst], *order[max(worst, len(order) - best):][::-1]]:
+        d = int(error[i].argmax())
+        rows.append([names[i], str(folds[i]), f"{error[i].mean():.4f}", LABELS[d], p[i, d], y[i, d]])
+    head = ["item", "fold", "MSE", "errs most in", "predicted", "rated"]
+    return f"<h3>Worst and best items</h3>{_table('Worst items first', head, rows[:worst])}{_table('Best items first', head, rows[worst:]) if rows[worst:] else ''}"
+
+
+# --- decoder ---
+
+
+def decoder_section(group: list[dict], args: argparse.Namespace) -> dict:
+    """Decoders of one configuration, probabilities averaged: error rates by day, confusions, transcripts."""
+    loaded, own = _evaluation(group, args)
+    if own is None:
+        return _section(group, _logged_verdict(group), _is_synthetic(group), None, [])
+    corpus, data = _speech_corpus(own, loaded), loaded[0][2]["data"]
+    trials = speech_parts(corpus, data["valid"])[own.part]
+    trials = trials[corpus.labelled[trials]]
+    if not len(trials):
+        raise DataError(f"--part {own.part}: no labelled trial in {corpus.root}; a phoneme error rate needs some; give another part, or --no-data")
+    records = transcripts(mean_logits(loaded, corpus, trials, own), corpus, trials)
+    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+    interval, synthetic = trial_bootstrap(per_counts(refs, hyps)), corpus.synthetic or data["synthetic"]
+    figures = {**decoder_scores(refs, hyps, corpus.day[trials], corpus.days), "interval": list(interval)}
+    sentence = (f"phoneme error rate {figures['per']:.3f} {_interval(*interval)} of {figures['trials']} trials, {'validation' if own.part == 'valid' else own.part} part, {len(figures['by_day'])} days; "
+                f"without SIL {figures['per_without_sil']:.3f}")
+    sentence += "".join(f"; {_against(interval, *reference)}" for reference in PUBLISHED.get(("decoder", corpus.channels), []) if not synthetic)
+    caution = ["The checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result."] * (data["valid"] == "test")
+    caution = caution or [CHOSEN[own.part]]
+    return _section(group, sentence, synthetic, figures, [day_table(figures, records), confusion(records), sample_transcripts(records, dict(zip(corpus.ids, corpus.text, strict=True)))], caution)
+
+
+def day_table(figures: dict, records: list[dict]) -> str:
+    """Error rates by day with intervals over trials."""
+    intervals = {day: trial_bootstrap(per_counts(*([r[side] for r in records if r["day"] == day] for side in ("reference", "hypothesis")))) for day in figures["by_day"]}
+    rates = [f["per"] for f in figures["by_day"].values()]
+    widest = max((rate for rate in [*rates, *(high for _, high in intervals.values())] if np.isfinite(rate)), default=0) or 1
+    rows = [[day, f["per"], _bar(f["per"], low_high, (0, widest), figures["per"]), _interval(*low_high), *(str(f[key]) for key in ("trials", "labels", "sub", "del", "ins"))]
+            for (day, f), low_high in zip([*figures["by_day"].items(), ("all days", figures)], [*intervals.values(), figures["interval"]], strict=True)]
+    head = ["day", "PER", f"0 to {widest:.2g}", "95 %", "trials", "phonemes", "substituted", "deleted", "inserted"]
+    return (f"<h3>Error rate by day</h3>{_table('Phoneme error rate; 95 % intervals by bootstrap over trials', head, rows, last_is_sum=True)}"
+            '<p class="soft">Blue: the rate and its interval; orange: all days together.</p>')
+
+
+def confusion(records: list[dict]) -> str:
+    """Heat map of what reference phonemes became, from minimal edit scripts: substituted, deleted (last column), inserted (last row)."""
+    none, times, spoken = len(PHONEMES), Counter(), Counter(k for r in records for k in r["reference"])
+    for r in records:
+        for tag, i, j in Levenshtein.editops(r["reference"], r["hypothesis"]).as_list():
+            times[r["reference"][i] if tag != "insert" else none, r["hypothesis"][j] if tag != "delete" else none] += 1
+    side, edge, names = 16, 44, [*PHONEMES[1:], "∅"]
+    size, most = edge + side * len(names), max(times.values(), default=1)
+    parts = [f'<rect class="frame" x="{edge}" y="{edge}" width="{side * len(names)}" height="{side * len(names)}"/>']
+    for n, name in enumerate(names):
+        at = edge + side * n + side / 2
+        parts.append(f'<text x="{edge - 5}" y="{at + 3}" text-anchor="end">{name}</text><text transform="translate({at + 3} {edge - 5}) rotate(-90)">{name}</text>'
+                     f'<path class="grid" d="M{edge} {at}H{size}M{at} {edge}V{size}"/>')
+    for (a, b), n in sorted(times.items()):
+        rate = f", {n / spoken[a]:.0%} of {spoken[a]}" if spoken[a] else ""
+        what = f"{names[a - 1]} {'deleted' if b == none else f'decoded as {names[b - 1]}'}" if a != none else f"{names[b - 1]} inserted"
+        parts.append(f'<rect class="cell" x="{edge + side * (b - 1)}" y="{edge + side * (a - 1)}" width="{side}" height="{side}" fill-opacity="{0.12 + 0.88 * n / most:.2f}"><title>{what}: {n} times{rate}</title></rect>')
+    frequent = ", ".join(f"{a} as {b} {n}" for a, b, n in substitutions([r["reference"] for r in records], [r["hypothesis"] for r in records]))
+    return (f'<h3>Confusions</h3><p class="soft">Rows: the reference; columns: what was decoded; ∅: deleted (column) or inserted (row); the darkest cell {most} times. '
+            f'Most frequent: {_text(frequent or "none")}.</p><div class="scroll" tabindex="0" role="region" aria-label="confusion of phonemes">'
+            f'<svg class="heat" viewBox="0 0 {size + 2} {size + 2}" role="img" aria-label="Heat map of decoded over reference phonemes">{"".join(parts)}</svg></div>')
+
+
+def sample_transcripts(records: list[dict], texts: dict[str, str]) -> str:
+    """The best, the median and the worst trial by error rate, edits marked; texts: the sentence of a trial."""
+    rates = [error_rate(per_counts([r["reference"]], [r["hypothesis"]])) for r in records]
+    order = sorted((i for i, rate in enumerate(rates) if np.isfinite(rate)), key=lambda i: rates[i])
+    parts = []
+    for title, k in (("Best", 0), ("Median", len(order) // 2), ("Worst", -1)) if order else ():
+        r = records[order[k]]
+        sides = {side: [PHONEMES[j] for j in r[side]] for side in ("reference", "hypothesis")}
+        for tag, i, j in Levenshtein.editops(r["reference"], r["hypothesis"]).as_list():
+            for side, at, mark in (("reference", i, {"replace": "mark", "delete": "del"}.get(tag)), ("hypothesis", j, {"replace": "mark", "insert": "ins"}.get(tag))):
+                if mark:
+                    sides[side][at] = f"<{mark}>{sides[side][at]}</{mark}>"
+        parts.append(f"<h4>{title}: {_text(r['trial'])}, PER {rates[order[k]]:.3f}</h4>" + (f"<p>“{_text(texts[r['trial']])}”</p>" if texts[r["trial"]] else "")
+                     + "".join(f'<p class="speech">{side}: {" ".join(words) or "(nothing)"}</p>' for side, words in sides.items()))
+    return f'<h3>Transcripts</h3>{"".join(parts)}<p class="soft">Bold: substituted; struck out: deleted; underlined: inserted.</p>'
+
+
+# --- the page ---
+
+
+def _page(groups: list[list[dict]], sections: list[dict], args: argparse.Namespace) -> str:
+    """The whole document: head with verdicts and runs, a section a configuration. Its policy forbids the browser to load anything."""
+    title = f"Report: {', '.join(run['name'] for group in groups for run in group)}"
+    title = title if len(title) < 90 else f"Report on {sum(map(len, groups))} runs"
+    rows, state = [], git_state()
+    for run in (run for group in groups for run in group):
+        metric, value, step = _best(run)
+        sha = str(run["args"].get("git_sha") or "unknown")[:10] + ", uncommitted changes" * bool(run["args"].get("git_dirty"))
+        rows.append([run["name"], run["kind"], str(args.data or run["args"].get("data") or "built-in SYNTHETIC"), str(run["args"].get("fold", "–") if run["kind"] != "pretraining" else "–"), str(run["args"].get("seed", "–")),
+                     str(run["records"][-1]["step"]) if run["records"] else "–", f"{metric} {value:.3f} at step {step}" if np.isfinite(value) else "–", sha])
+    loud = '<p class="warn">SYNTHETIC data: figures marked SYNTHETIC show that the code works; they say nothing about real performances or real speech.</p>'
+    links = "".join(f'<li><a href="#s{n}">{_text(section["verdict"])}</a></li>' for n, section in enumerate(sections, 1))
+    body = "".join(f'<section id="s{n}"><h2>{_text(_title(group[0]))}{" (SYNTHETIC)" * section["synthetic"]}</h2><p class="soft">{_text(", ".join(run["name"] for run in group))}</p>{section["html"]}</section>'
+                   for n, (group, section) in enumerate(zip(groups, sections, strict=True), 1))
+    sha = f"{str(state['git_sha'] or 'unknown')[:10]}{', uncommitted changes' * bool(state['git_dirty'])}"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>{escape(title)}</title><style>{STYLE}</style></head>
+<body><header><h1>{_text(title)}</h1><p class="soft">What training runs learned: curves, scores on the {'validation' if args.part == 'valid' else args.part} part, errors, configuration.
+{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, code at {escape(sha)}.</p>{loud * any(section["synthetic"] for section in sections)}<ul>{links}</ul>
+{_table('Runs; best: the evaluation that the trainer kept', ['run', 'task', 'data', 'fold', 'seed', 'steps', 'best validation', 'trained with code'], rows)}</header>
+<main>{body}</main><footer><p class="soft">{_text(args.command)}</p></footer></body></html>
+"""
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"floor": floor, "bench": bench, "curves": curves, "ceiling": ceiling, "compare": compare}
+COMMANDS = {"evaluate": evaluate, "floor": floor, "bench": bench, "curves": curves, "ceiling": ceiling, "compare": compare, "predict": predict, "report": report}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they stand; N for whole numbers, X for others, TEXT for the rest where an option names nothing better."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), "TEXT")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line (exit code 2): what was wrong, the nearest name or all there are, where to read on."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": HelpFormatter, **settings})
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        for name in (word.split("=")[0] for word in args if word.startswith("--") and not self._subparsers):
+            if not any(option.startswith(name) for option in self._option_string_actions):  # argparse takes unique beginnings
+                self.error(unknown("option", name, [o for o, action in self._option_string_actions.items() if o != "-h" and action.help != argparse.SUPPRESS]))
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown("choice", value, action.choices))
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; `python {self.prog} --help` explains\n")
+
+
+def unknown(kind: str, name: object, names: Iterable) -> str:
+    """Says that a name is none of `names`: with the one that it is a slip of, else with all of them."""
+    bare = {str(n).lstrip("-"): str(n) for n in names}
+    names, near = [*bare.values()], [bare[n] for n in difflib.get_close_matches(str(name).lstrip("-"), bare, 1, 0.7)]
+    parts = [f"did you mean {n}?" for n in near] + [f"expected {', '.join(names)}"] * (kind != "option" or not near)
+    return f"unknown {kind} {str(name)!r}; {' '.join(parts)}"
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Options that every command shares, then all of them checked."""
-    if not parser.prog.endswith(("bench", "--attention")):
-        parser.add_argument("--data", metavar="DIR", help="the task's dataset in its public layout; absent = synthetic corpus")
-        parser.add_argument("--cache", default="cache", metavar="DIR", help="extracted features")
-    if parser.prog.split()[-1] not in ("bench", "ceiling", "compare", "--attention"):
-        parser.add_argument("--csv", metavar="FILE", help="write the predictions here")
-        parser.add_argument("--save-results", metavar="ROW", help="write RESULTS_DIR/han_ROW_<split> (or ast_) .json and .csv of both parts, or decoder_ROW_<part>")
-        parser.add_argument("--results-dir", default="results", metavar="DIR")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if not parser.prog.endswith(("bench", "--attention", "predict", "report")):
+        parser.add_argument("--data", metavar="DIR", help="data set in its public layout (absent: the built-in synthetic corpus)")
+        parser.add_argument("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
+    if parser.prog.split()[-1] not in ("bench", "ceiling", "compare", "--attention", "predict", "report"):
+        parser.add_argument("--csv", metavar="FILE", help="write the predictions here (off)")
+        parser.add_argument("--save-results", metavar="ROW", help="write figures and predictions, TASK_ROW_<split> or decoder_ROW_<part> .json and .csv, into --results-dir (off)")
+        parser.add_argument("--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="where to compute: cpu, cuda, or auto, a GPU where there is one (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     if getattr(args, "save_results", None) and not re.fullmatch(r"[a-z0-9_]+", args.save_results):
         raise DataError(f"--save-results {args.save_results!r}: expected a row name of a-z, 0-9 and _, such as full")
@@ -2287,9 +3858,14 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
 def main(argv: list[str] | None = None) -> dict:
     """Runs one command and returns its figures."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
+    if not argv:
+        raise DataError(f"no command; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate; e.g. python eval.py --ckpt runs/han/NAME/best.pt; --help explains")
+    if argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)} (evaluate is what --ckpt alone does). `python eval.py COMMAND --help` explains each.")
+        return {}
+    if not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
-            raise DataError(f"unknown command {argv[0]!r}; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate")
+            raise DataError(f"{unknown('command', argv[0], COMMANDS)}, or --ckpt FILE ... to evaluate")
         return COMMANDS[argv[0]](argv[1:])
     if any(option.split("=")[0] == "--attention" for option in argv):
         return attention(argv)

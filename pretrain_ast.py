@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from eval import git_state, json_ready, mse, pearson, predict_ast, r2
+from eval import Parser, git_state, json_ready, mse, pearson, predict_ast, r2
 from models import (
     AST,
     AST_PRESETS,
@@ -81,16 +81,16 @@ FREE_ON_RESUME = {"data", "audio", "cache", "out", "name", "resume", "init", "de
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--task", choices=TASKS, default="pretrain", help="masked patches of any recordings, or PercePiano's ratings (%(default)s)")
+    p = Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --task finetune.")
+    p.add_argument("--task", choices=TASKS, default="pretrain", help="pretrain: guess masked patches of any recordings; finetune: learn PercePiano's ratings (%(default)s)")
     p.add_argument("--ssast-compat", action="store_true", help="tokens, positions and objective of SSAST's code, and its recipe as defaults (off)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", help="pretrain: MAESTRO's folder, WAV files or filter banks; finetune: PercePiano (absent: the built-in synthetic corpus)")
-    g.add_argument("--audio", help="folder of the WAV files (pretrain: beside the MIDI; finetune: rendered into the cache)")
+    g.add_argument("--data", metavar="DIR", help="pretrain: MAESTRO's folder, WAV files or filter banks; finetune: PercePiano (absent: the built-in synthetic corpus)")
+    g.add_argument("--audio", metavar="DIR", help="folder of the WAV files (pretrain: beside the MIDI; finetune: rendered into the cache)")
     g.add_argument("--frames", type=data.number(int, 16), default=1024, help="longest input, frames of 10 ms; what is longer is cropped at random (%(default)s)")
     g.add_argument("--audioset-norm", action="store_true", help="normalise by AudioSet's mean and deviation instead of these recordings' (off)")
     g.add_argument("--workers", type=data.number(int, 0), default=4, help="processes that read crops, one a core at most (%(default)s; 0: none)")
-    g.add_argument("--cache", default="cache", help="folder of filter banks, rendered audio, extracted features (%(default)s)")
+    g.add_argument("--cache", metavar="DIR", default="cache", help="folder of filter banks, rendered audio, extracted features (%(default)s)")
     g.add_argument("--strict", action="store_true", help="stop at the first unreadable file instead of leaving it out (off)")
     g = p.add_argument_group("data of --task pretrain")
     g.add_argument("--online", action="store_true", help="filter banks from the recordings at every step, after a change of the waveform (off: computed once)")
@@ -116,39 +116,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--preset", choices=AST_PRESETS, default="base", help="width, depth and heads (%(default)s)")
     for name in ("width", "depth", "heads"):
         g.add_argument(f"--{name}", type=data.number(int, 1), help=argparse.SUPPRESS)
-    g.add_argument("--dropout", type=data.number(float, 0, 0.99), default=0.1, help="(%(default)s; 0: off)")
+    g.add_argument("--dropout", type=data.number(float, 0, 0.99), default=0.1, help="dropout after the patches and in every block (%(default)s; 0: off)")
     g.add_argument("--checkpointing", action="store_true", help="compute activations again for the gradient: less memory, a third more time (off)")
     g.add_argument("--mask", type=data.number(int, 1, 512), default=400, help="pretrain: patches of 512 that are masked (%(default)s)")
     g.add_argument("--visible-only", action="store_true", help="pretrain: the encoder sees the visible patches alone (off)")
     g.add_argument("--two-pass", action="store_true", help="pretrain: a mask and a pass of its own for each objective, as the original (off)")
     g.add_argument("--init", metavar="FILE", help="finetune: checkpoint of this script's pre-training, or of SSAST (default: from scratch)")
-    g.add_argument("--pooling", choices=POOLINGS, default="mean", help="finetune: over patches, or of the cls tokens (finetune: meanstd)")
+    g.add_argument("--pooling", choices=POOLINGS, default="mean", help="finetune: over patches, or of the cls tokens (%(default)s; finetune: meanstd)")
+    g.add_argument("--statistics", action="store_true", help="finetune: the heads see the clip's mel statistics too, as --model mlp (off)")
     g.add_argument("--grouped", action=argparse.BooleanOptionalAction, default=True, help="finetune: one head a group of ratings (on)")
     g.add_argument("--cross-groups", action="store_true", help="finetune: heads attend to each other (off)")
     g.add_argument("--balance", choices=["none", "uncertainty", "dwa"], default="none", help="finetune: weights of the groups: learned, or by how fast each improves (%(default)s)")
     g = p.add_argument_group("optimiser")
     g.add_argument("--optimizer", choices=["adam", "adamw"], default="adamw", help="adam couples the decay to the gradient (%(default)s)")
     g.add_argument("--lr", type=data.number(float, 0), default=1e-4, help="peak learning rate (%(default)s; finetune: 2e-4)")
-    g.add_argument("--beta1", type=data.number(float, 0, 0.9999), default=0.9, help="(%(default)s)")
-    g.add_argument("--weight-decay", type=data.number(float, 0), default=0.01, help="of weight matrices (%(default)s; 0: off)")
-    g.add_argument("--layer-decay", type=data.number(float, 0.01, 1), default=1.0, help="factor on the rate from each layer to the one below (finetune: 0.8; 1: off)")
+    g.add_argument("--beta1", type=data.number(float, 0, 0.9999), default=0.9, help="decay of the mean gradient (%(default)s)")
+    g.add_argument("--weight-decay", type=data.number(float, 0), default=0.01, help="pull of weight matrices towards 0 (%(default)s; 0: off)")
+    g.add_argument("--layer-decay", type=data.number(float, 0.01, 1), default=1.0, help="factor on the rate from each layer to the one below (%(default)s; finetune: 0.8; 1: off)")
     g.add_argument("--batch", type=data.number(int, 1), default=128, help="clips a step and process (%(default)s; finetune: 32)")
     g.add_argument("--micro-batch", type=data.number(int, 1), default=16, help="of these so many at a time, their gradients added up (%(default)s)")
-    g.add_argument("--clip", type=data.number(float, 0), default=1.0, help="largest gradient norm (%(default)s; inf: off)")
+    g.add_argument("--clip", type=data.number(float, 0), default=1.0, help="largest gradient norm; a longer gradient is cut to it (%(default)s; inf: off)")
     g.add_argument("--ema", type=data.number(float, 0, 0.99999), default=0.0, help="decay of the averaged weights that are evaluated and saved (0: off)")
     g = p.add_argument_group("schedule")
-    g.add_argument("--lr-schedule", choices=["cosine", "constant", "plateau"], default="cosine", help="after the warm-up; plateau: halved after two evaluations "
+    g.add_argument("--lr-schedule", choices=["cosine", "constant", "plateau"], default="cosine", help="course of the rate after the warm-up; plateau: halved after two evaluations "
                    "without a better one (%(default)s)")
     g.add_argument("--warmup", type=data.number(float, 0), default=0.1, help="linear warm-up, steps, or under 1 a share of all (%(default)s; 0: off)")
     g.add_argument("--epochs", type=data.number(int, 1), default=100, help="passes over the training part (%(default)s; finetune: 50)")
-    g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (default: off)")
+    g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (off)")
     g.add_argument("--patience", type=data.number(int, 0), default=0, help="stop after so many evaluations without a lower validation loss (0: off; finetune: 10)")
     g = p.add_argument_group("run")
-    g.add_argument("--name", help="run folder below --out (default: made of task, preset or model, split, fold and seed)")
-    g.add_argument("--out", default="runs/ast", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", help="last.pt of a stopped run (default: off)")
-    g.add_argument("--seed", type=data.number(int, 0), default=7, help="(%(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s here)")
+    g.add_argument("--name", metavar="NAME", help="run folder below --out (default: made of task, preset or model, split, fold and seed)")
+    g.add_argument("--out", metavar="DIR", default="runs/ast", help="folder of runs (%(default)s)")
+    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on there, with its options (off)")
+    g.add_argument("--seed", type=data.number(int, 0), default=7, help="of weights, order and noise; same seed, same run on CPU (%(default)s)")
+    g.add_argument("--device", metavar="NAME", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute: cpu or cuda, a GPU (%(default)s here)")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto tries what works on this device (%(default)s)")
     g.add_argument("--compile", action="store_true", help="torch.compile (off)")
     g.add_argument("--max-skips", type=data.number(int, 1), default=20, help="non-finite updates in a row that stop the run (%(default)s)")
@@ -469,7 +470,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         if args.init:
             raise data.DataError(f"--init {args.init}: for --task finetune; expected --resume to go on with a pre-training")
         return AST(args.frames, visible_only=args.visible_only, **sizes, **shared)
-    shared |= {"num_outputs": len(data.LABELS), "pooling": args.pooling, "groups": data.label_groups() if args.grouped else None,
+    shared |= {"num_outputs": len(data.LABELS), "pooling": args.pooling, "statistics": args.statistics, "groups": data.label_groups() if args.grouped else None,
                "cross": args.cross_groups, "balance": "uncertainty" if args.balance == "uncertainty" else None}
     if not args.init:
         return AST(args.frames, **sizes, **shared)
@@ -655,6 +656,9 @@ def main(args: argparse.Namespace) -> dict:
 
     # ---------------------------------------------------------------------------------------- model
     bare_model = build_model(args).to(device).train()
+    if getattr(bare_model, "statistics", None) is not None and not resumed:
+        crops = (data.collate_ast([train[0, k] for k in range(i, min(i + 32, len(train)))], info) for i in range(0, len(train), 32))
+        bare_model.statistics.fit((batch["x"].to(device), batch["lengths"]) for batch in crops)
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
     loss_of = pretrain_loss if args.task == "pretrain" else finetune_loss

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from eval import ctc_greedy, decoder_scores, git_state, json_ready, speech_logits, spell
+from eval import Parser, ctc_greedy, decoder_scores, git_state, json_ready, speech_logits, spell
 from models import CHECKPOINT_FORMAT, GRUDecoder, load_checkpoint, output_frames, save_checkpoint
 
 # Defaults by preset. baseline: the public PyTorch baseline. log: the AdamW re-tune of the change log, which plateaus at a PER of
@@ -68,10 +68,10 @@ FREE_ON_RESUME = {"data", "cache", "out", "name", "resume", "device", "max_steps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=PRESETS, default="default", help="defaults of all options below: the values given here, the public baseline's, the re-tune's (%(default)s)")
+    p = Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --preset NAME.")
+    p.add_argument("--preset", choices=PRESETS, default="default", help="defaults of all options below: the best found here, the public baseline's, or the re-tune's of its change log (%(default)s)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", help="speech corpus (absent: the built-in synthetic corpus, with a smaller network and fewer steps)")
+    g.add_argument("--data", metavar="DIR", help="speech corpus (absent: the built-in synthetic corpus, with a smaller network and fewer steps)")
     g.add_argument("--valid", choices=["blocks", "test"], default="blocks", help="validate on whole blocks taken from train, or on the test part as the baseline does (%(default)s)")
     g.add_argument("--white-noise", type=data.number(float, 0), default=0.8, help="SD of noise per bin and channel, in SD; smoothing leaves .376 of it (%(default)s; 0: off)")
     g.add_argument("--offset-noise", type=data.number(float, 0), default=0.2, help="SD of a constant per trial and channel, in SD (%(default)s; 0: off)")
@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--time-mask-width", type=data.number(float, 0), default=0.075, help="longest span, in bins, or under 1 as a share of the trial (%(default)s)")
     g.add_argument("--time-mask-max", type=data.number(int, 0), default=20, help="spans a trial (%(default)s; 0: off)")
     g.add_argument("--workers", type=data.number(int, 0), default=4, help="processes that read trials, one a core at most (%(default)s; 0: none)")
-    g.add_argument("--cache", default="cache", help="folder of converted corpora (%(default)s)")
+    g.add_argument("--cache", metavar="DIR", default="cache", help="folder of converted corpora (%(default)s)")
     g.add_argument("--strict", action="store_true", help="stop where a trial cannot be read instead of leaving it out (off)")
     g = p.add_argument_group("model")
     g.add_argument("--hidden", type=data.number(int, 1), default=1024, help="width of each GRU direction (%(default)s)")
@@ -97,26 +97,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--lr", type=data.number(float, 0), default=1.2e-3, help="peak learning rate (%(default)s)")
     g.add_argument("--adam-eps", type=data.number(float, 0), default=1e-8, help="adam, adamw: added to the root of the second moment (%(default)s)")
     g.add_argument("--momentum", type=data.number(float, 0, 1), default=0.9, help="sgd: Nesterov momentum (%(default)s; 0: off)")
-    g.add_argument("--weight-decay", type=data.number(float, 0), default=1e-4, help="(%(default)s; 0: off)")
+    g.add_argument("--weight-decay", type=data.number(float, 0), default=1e-4, help="pull of weight matrices towards 0 (%(default)s; 0: off)")
     g.add_argument("--decay-all", action=argparse.BooleanOptionalAction, default=False, help="decay biases, norms and day layers as well (off)")
     g.add_argument("--batch", type=data.number(int, 1), default=64, help="trials a step and process (%(default)s)")
-    g.add_argument("--clip", type=data.number(float, 0), default=1.0, help="largest gradient norm (%(default)s; inf: off)")
+    g.add_argument("--clip", type=data.number(float, 0), default=1.0, help="largest gradient norm; a longer gradient is cut to it (%(default)s; inf: off)")
     g.add_argument("--ema", type=data.number(float, 0, 0.99999), default=0.9995, help="decay of the averaged weights that are evaluated beside the raw ones, and used (%(default)s; 0: off)")
     g = p.add_argument_group("schedule")
-    g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine", "step"], default="cosine", help="after the warm-up (%(default)s)")
+    g.add_argument("--lr-schedule", choices=["constant", "linear", "cosine", "step"], default="cosine", help="course of the rate after the warm-up (%(default)s)")
     g.add_argument("--lr-end", type=data.number(float, 0), default=1e-5, help="linear, cosine: rate of the last step (%(default)s)")
     g.add_argument("--warmup", type=data.number(int, 0), default=500, help="steps of linear warm-up (%(default)s; 0: off)")
     g.add_argument("--step-size", type=data.number(int, 1), default=3000, help="step: steps between reductions (%(default)s)")
     g.add_argument("--gamma", type=data.number(float, 0, 1), default=0.5, help="step: factor of a reduction (%(default)s)")
-    g.add_argument("--reduce-on-nan", type=data.number(float, 0.01, 1), default=1.0, metavar="FACTOR", help="factor on the rate from each non-finite update on (%(default)s: off)")
+    g.add_argument("--reduce-on-nan", type=data.number(float, 0.01, 1), default=1.0, metavar="FACTOR", help="factor on the rate from each non-finite update on (%(default)s; 1: off)")
     g.add_argument("--steps", type=data.number(int, 1), default=10_000, help="updates planned (%(default)s)")
-    g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (default: off)")
+    g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (off)")
     g = p.add_argument_group("run")
-    g.add_argument("--name", help="run folder below --out (default: made of preset, hidden width and seed)")
-    g.add_argument("--out", default="runs/decoder", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", help="last.pt of a stopped run (default: off)")
-    g.add_argument("--seed", type=data.number(int, 0), default=7, help="(%(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s here)")
+    g.add_argument("--name", metavar="NAME", help="run folder below --out (default: made of preset, hidden width and seed)")
+    g.add_argument("--out", metavar="DIR", default="runs/decoder", help="folder of runs (%(default)s)")
+    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on there, with its options (off)")
+    g.add_argument("--seed", type=data.number(int, 0), default=7, help="of weights, order and noise; same seed, same run on CPU (%(default)s)")
+    g.add_argument("--device", metavar="NAME", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute: cpu or cuda, a GPU (%(default)s here)")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto tries what works on this device (%(default)s)")
     g.add_argument("--max-skips", type=data.number(int, 1), default=20, help="non-finite updates in a row that stop the run (%(default)s)")
     g.add_argument("--log-every", type=data.number(int, 1), default=100, help="steps between log lines (%(default)s)")

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from eval import git_state, json_ready, mse, pearson, predict_han, r2, to_device
+from eval import Parser, git_state, json_ready, mse, pearson, predict_han, r2, to_device
 from models import CHECKPOINT_FORMAT, HAN, load_checkpoint, save_checkpoint
 
 # Defaults by preset. paper: what the original trains with. tuned: chosen on the validation parts of folds 0 and 2 (README).
@@ -48,11 +48,11 @@ FREE_ON_RESUME = {"data", "cache", "out", "name", "resume", "device", "max_steps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --preset NAME.")
     p.add_argument("--preset", choices=PRESETS, default="paper", help="defaults of all options below: the published recipe or the best found here (paper)")
     g = p.add_argument_group("data")
-    g.add_argument("--data", help="PercePiano folder (absent: the built-in synthetic corpus)")
-    g.add_argument("--features", choices=data.FEATURE_SETS, default="full", help="columns: score only, performance only, both (%(default)s)")
+    g.add_argument("--data", metavar="DIR", help="PercePiano folder (absent: the built-in synthetic corpus)")
+    g.add_argument("--features", choices=data.FEATURE_SETS, default="full", help="what it sees: score only, performance only, both (full); midi: as --model bilstm (%(default)s)")
     g.add_argument("--split", choices=data.SPLITS, default="segment", help="what a part never shares with another (%(default)s)")
     g.add_argument("--fold", choices=[*"0123", "all"], default="0", help="fold that validates; all: one run a fold, then mean and deviation (%(default)s)")
     g.add_argument("--keep-overlap", action="store_true", help="keep training items that share played notes with validation or test (off)")
@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--augment", action="store_true", help="shift the key by -5..+7 semitones (off)")
     g.add_argument("--score-dropout", type=data.number(float, 0, 1), default=0.0, help="probability of hiding all score columns of an item (0: off)")
     g.add_argument("--noise", type=data.number(float, 0), default=0.0, help="SD of white noise on the z-scored columns, in SD (0: off)")
-    g.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
+    g.add_argument("--cache", metavar="DIR", default="cache", help="folder of extracted features (%(default)s)")
     g.add_argument("--strict", action="store_true", help="stop at the first unreadable file instead of leaving it out (off)")
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=["han", "bilstm", "bilstm_sa"], default="han", help="network; bilstm sees raw MIDI columns only (%(default)s)")
@@ -71,28 +71,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--pooled", action=argparse.BooleanOptionalAction, default=False, help="pooled statistics of notes and MIDI join the pooled vector before the head (off)")
     g.add_argument("--layernorm", action="store_true", help="LayerNorm after total_note_cat and before the head (off)")
     g.add_argument("--head-size", type=data.number(int, 1), help="hidden width of the head (default: twice --size)")
-    g.add_argument("--head-gain", type=data.number(float, 0), default=1.0, help="factor on the initial weights of the last layer (%(default)s: off)")
+    g.add_argument("--head-gain", type=data.number(float, 0), default=1.0, help="factor on the initial weights of the last layer (%(default)s; 1: off)")
     g = p.add_argument_group("optimiser")
     g.add_argument("--optimizer", choices=["adam", "adamw"], default="adam", help="adam couples the decay to the gradient (%(default)s)")
     g.add_argument("--lr", type=data.number(float, 0), default=2.5e-5, help="peak learning rate (%(default)s)")
-    g.add_argument("--weight-decay", type=data.number(float, 0), default=1e-5, help="(%(default)s; 0: off)")
+    g.add_argument("--weight-decay", type=data.number(float, 0), default=1e-5, help="pull of all weights towards 0 (%(default)s; 0: off)")
     g.add_argument("--batch", type=data.number(int, 1), default=8, help="performances a step and process (%(default)s)")
-    g.add_argument("--clip", type=data.number(float, 0), default=2.0, help="largest gradient norm (%(default)s; inf: off)")
+    g.add_argument("--clip", type=data.number(float, 0), default=2.0, help="largest gradient norm; a longer gradient is cut to it (%(default)s; inf: off)")
     g.add_argument("--ema", type=data.number(float, 0, 0.99999), default=0.0, help="decay of the averaged weights that are evaluated and saved (0: off)")
     g = p.add_argument_group("schedule")
-    g.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step", help="(%(default)s)")
+    g.add_argument("--schedule", choices=["step", "cosine", "constant"], default="step", help="course of the rate: stepwise down, half a cosine, or none (%(default)s)")
     g.add_argument("--warmup", type=data.number(int, 0), default=0, help="steps of linear warm-up (0: off)")
     g.add_argument("--step-size", type=data.number(int, 1), default=3000, help="step: steps between reductions (%(default)s)")
     g.add_argument("--gamma", type=data.number(float, 0, 1), default=0.98, help="step: factor of a reduction (%(default)s)")
     g.add_argument("--epochs", type=data.number(int, 1), help="passes over the training part (default: 100; 12 on a synthetic corpus)")
-    g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (default: off)")
+    g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (off)")
     g.add_argument("--patience", type=data.number(int, 0), default=20, help="stop after so many epochs without a lower validation loss (%(default)s; 0: off)")
     g = p.add_argument_group("run")
-    g.add_argument("--name", help="run folder below --out (default: made of preset, features, split, fold and seed)")
-    g.add_argument("--out", default="runs/han", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", help="last.pt of a stopped run (default: off)")
-    g.add_argument("--seed", type=data.number(int, 0), default=7, help="(%(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s here)")
+    g.add_argument("--name", metavar="NAME", help="run folder below --out (default: made of preset, features, split, fold and seed)")
+    g.add_argument("--out", metavar="DIR", default="runs/han", help="folder of runs (%(default)s)")
+    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on there, with its options (off)")
+    g.add_argument("--seed", type=data.number(int, 0), default=7, help="of weights, order and noise; same seed, same run on CPU (%(default)s)")
+    g.add_argument("--device", metavar="NAME", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute: cpu or cuda, a GPU (%(default)s here)")
     g.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (%(default)s)")
     g.add_argument("--max-skips", type=data.number(int, 1), default=20, help="non-finite updates in a row that stop the run (%(default)s)")
     g.add_argument("--log-every", type=data.number(int, 1), default=100, help="steps between log lines and gradient reports (%(default)s)")
@@ -320,6 +320,7 @@ def main(args: argparse.Namespace) -> dict:
     if resumed and resumed["data"]["synthetic"] != corpus.synthetic:
         raise data.DataError(f"{args.resume}: trained on {'synthetic' if resumed['data']['synthetic'] else 'real'} data, {corpus.root} is not; expected the same data; give them with --data")
     info = resumed["data"] if resumed else data.fit_normalisation(corpus, parts["train"], args.features, args.pooled)
+    info |= {key.replace("target", "rating"): value for key, value in data.fit_targets(corpus, parts["train"]).items()}
     info |= {"split": args.split, "fold": fold, "keep_overlap": args.keep_overlap, "synthetic": corpus.synthetic, "labels": list(data.LABELS)}
     train = data.prepare_han(corpus, parts["train"], info)
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)

@@ -288,13 +288,6 @@ def test_floor_hears_the_loudness(corpus, tmp_path, model):
         evaluation.main(["floor", "--task", "ast", "--features", "perf"])
 
 
-def test_statistics_of_a_spectrogram():
-    x = np.zeros((5, 128), np.float16)
-    x[:, 7] = [0, 1, 2, 3, 4]
-    s = evaluation.audio_statistics(x)
-    assert s.shape == (641,)
-    assert s[[7, 135, 263, 391, 519, 640]] == pytest.approx([2, np.sqrt(2), 0.4, 2, 3.6, 0.05])
-
 
 # --- comparison ------------------------------------------------------------------------------------------------------
 

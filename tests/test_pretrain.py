@@ -15,7 +15,7 @@ from scipy.io import wavfile
 
 import data
 import pretrain_ast
-from models import AST, CNN, PooledMLP, load_checkpoint
+from models import AST, CNN, ClipStatistics, PooledMLP, adapt_ast, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--device cpu --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 1 --workers 0 --amp off --log-every 1 --dropout 0".split()
@@ -373,6 +373,27 @@ def test_pooled_statistics_are_numpys():
     expected = np.concatenate([x.mean(0), x.std(0), x.min(0), x.max(0), np.abs(np.diff(x, axis=0)).mean(0), [math.log(0.4)]])
     assert seen[0].shape == (1, 641)
     assert np.allclose(seen[0][0].detach().numpy(), expected, atol=1e-5)
+
+
+def test_fitted_statistics_have_mean_0_and_deviation_1_and_a_bad_clip_counts_for_nothing():
+    table, generator = ClipStatistics(), torch.Generator().manual_seed(3)
+    x, lengths = torch.randn(12, 40, 128, generator=generator), torch.arange(17, 41, 2)
+    x[5, 3] = torch.nan
+    table.fit([(x[:8], lengths[:8]), (x[8:], lengths[8:])])
+    z = (table.values(x, lengths) - table.mean)[torch.arange(12) != 5] / table.std
+    assert float(z.mean(0).abs().max()) < 1e-3
+    assert torch.allclose(z.std(0), torch.ones(641), atol=1e-3)
+
+
+def test_heads_with_statistics_see_the_clip_beside_the_tokens():
+    torch.manual_seed(2)
+    model = AST(64, width=8, depth=1, heads=1, dropout=0.0, num_outputs=19, pooling="meanstd", statistics=True, groups=data.label_groups()).eval()
+    x, seen = torch.randn(2, 64, 128), []
+    model.head.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    model(x)
+    assert torch.equal(seen[0][:, 16:], model.statistics(x))
+    plain = adapt_ast(AST(64, width=8, depth=1, heads=1, visible_only=True), num_outputs=19, visible_only=False, statistics=True)
+    assert plain.head[1].in_features == 8 + 641
 
 
 def test_amp_probe_runs_and_leaves_the_generator_alone():
