@@ -14,6 +14,7 @@
 import argparse
 import contextlib
 import csv
+import difflib
 import functools
 import hashlib
 import http.client
@@ -1977,7 +1978,7 @@ def _extract_all(files: dict[str, Path], scores: dict[str, Path], strict: bool, 
         tasks.setdefault(scores[name], []).append(str(path))
     names = {str(path): name for name, path in files.items()}
     items, left_out = {}, []
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
+    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker) as pool, tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
         for results in pool.map(extract_performances, [(str(s), m) for s, m in tasks.items()]):
             for path, item in results:
                 if isinstance(item, str):
@@ -5016,58 +5017,70 @@ def report_percepiano(corpus: Corpus) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, epilog="`python data.py COMMAND --help` explains each, with examples.")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    p = commands.add_parser("percepiano", parents=[common], help="read, align and cache PercePiano, print a report")
-    p.add_argument("--data", required=True, help="folder in the layout of the public repository")
-    p.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
+
+    def command(name: str, does: str, *examples: str) -> Parser:
+        text = f"{does[0].upper()}{does[1:]}.\n\n" + "\n".join(f"    python data.py {name} {example}" for example in examples)
+        return commands.add_parser(name, parents=[common], help=does, description=text)
+
+    p = command("percepiano", "read PercePiano, align scores and performances, extract and keep the note features, print a report",
+                "--data data/percepiano", "--data data/percepiano --strict --workers 2")
+    p.add_argument("--data", required=True, metavar="DIR", help="folder in the layout of the public repository (required)")
+    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
     p.add_argument("--strict", action="store_true", help="stop at the first unreadable file (off: leave it out and say so)")
     p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = commands.add_parser("fetch", parents=[common], help="download a public dataset")
+    p = command("fetch", "download a public data set, going on where an earlier try stopped", "percepiano", "percepiano --out ~/percepiano")
     p.add_argument("name", help="percepiano (GitHub archive; also on Zenodo, DOI 10.5281/zenodo.13269612)")
-    p.add_argument("--out", help="folder to make (default: data/NAME)")
-    p.add_argument("--url", help="another address of the same archive")
-    p = commands.add_parser("synth-percepiano", parents=[common], help="write a synthetic corpus in PercePiano's layout")
-    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--out", metavar="DIR", help="folder to make (default: data/NAME)")
+    p.add_argument("--url", help="another address of the same archive (default: GitHub's)")
+    p = command("synth-percepiano", "write a synthetic corpus in PercePiano's layout, its ratings made by known rules, to try things on", "--out synth", "--out synth --segments 40 --seed 1")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
     p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
     p.add_argument("--segments", type=int, default=20, help="scores (%(default)s)")
     p.add_argument("--players", type=int, default=12, help="most players a score (%(default)s)")
-    p = commands.add_parser("synth-speech", parents=[common], help="write synthetic intracortical speech in the competition's .mat layout")
-    p.add_argument("--out", required=True, help="folder to make")
+    p = command("synth-speech", "write synthetic intracortical speech in the competition's .mat layout, to try things on", "--out synth", "--out synth --days 2 --trials 30")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
     p.add_argument("--days", type=int, default=8, help="recording days (%(default)s)")
     p.add_argument("--trials", type=int, default=60, help="training sentences a day; a sixth of it for test and for competition (%(default)s)")
     p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
     p.add_argument("--bins-per-phoneme", type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)")
-    p = commands.add_parser("decoder-convert", parents=[common], help="convert intracortical speech into one memory-mappable folder, print a report")
-    p.add_argument("--in", dest="source", required=True, help="folder of competitionData, of the baseline's pickle ptDecoder_ctc or of data_{train,val,test}.hdf5; or the pickle")
-    p.add_argument("--out", required=True, help="folder to make")
+    p = command("decoder-convert", "convert intracortical speech, any of its three public formats, into one memory-mapped folder, print a report",
+                "--in competitionData --out speech", "--in ptDecoder_ctc --out speech --dtype float16")
+    p.add_argument("--in", dest="source", required=True, metavar="PATH",
+                   help="folder of competitionData, of the baseline's pickle ptDecoder_ctc or of data_{train,val,test}.hdf5; or the pickle (required)")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
     p.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the features; float16 takes half the space (%(default)s)")
     p.add_argument("--channels", type=number(int, 1), help="channels (default: 256, or 512 for HDF5; in .mat files half from tx1, half from spikePow)")
     p.add_argument("--sessions", metavar="FILE.json", help='session names of a pickle\'s days, {"train": [...], "test": [...], "competition": [...]} (off: day00, day01, ...)')
-    p.add_argument("--cache", default="cache", help="folder of g2p_en's answers (%(default)s)")
+    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of g2p_en's answers (%(default)s)")
     p.add_argument("--strict", action="store_true", help="stop at the first unusable file or trial (off: leave it out and say so)")
-    p = commands.add_parser("maestro", parents=[common], help="report what of MAESTRO is here and what overlaps with PercePiano")
-    p.add_argument("--data", required=True, help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav")
-    p.add_argument("--audio", help="folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI)")
-    p.add_argument("--percepiano", help="PercePiano's folder: list the recordings that hold its performances (off: no list)")
-    p.add_argument("--cache", default="cache", help="folder of that list (%(default)s)")
+    p = command("maestro", "report what of MAESTRO is here, and what of it holds music of PercePiano", "--data maestro-v3.0.0", "--data maestro-v3.0.0 --percepiano data/percepiano")
+    p.add_argument("--data", required=True, metavar="DIR", help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav (required)")
+    p.add_argument("--audio", metavar="DIR", help="folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)")
+    p.add_argument("--percepiano", metavar="DIR", help="PercePiano's folder: list the recordings that hold its performances (off: no list)")
+    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of that list (%(default)s)")
     p.add_argument("--strict", action="store_true", help="stop at the first bad row (off: leave it out and say so)")
     p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = commands.add_parser("render", parents=[common], help="write the missing .wav beside every .midi or .mid file, as MAESTRO lays them out")
-    p.add_argument("--midi-root", required=True, help="folder with MIDI files, at any depth")
-    p.add_argument("--out", help="write the same tree here (default: beside the MIDI files)")
-    p.add_argument("--soundfont", metavar="FILE.sf2", help="play through the fluidsynth program (default: the built-in piano)")
+    p = command("render", "write the missing .wav beside every .midi or .mid file, played by the built-in piano or a soundfont",
+                "--midi-root maestro-v3.0.0 --out maestro-wav", "--midi-root DIR --soundfont FILE.sf2")
+    p.add_argument("--midi-root", required=True, metavar="DIR", help="folder with MIDI files, at any depth (required)")
+    p.add_argument("--out", metavar="DIR", help="write the same tree here (default: beside the MIDI files)")
+    p.add_argument("--soundfont", metavar="FILE.sf2", help="play through the fluidsynth program (off: the built-in piano)")
     p.add_argument("--workers", type=number(int, 1), help="processes, up to 0.7 GB each (default: one a core)")
     p.add_argument("--sample-rate", type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)")
     p.add_argument("--strict", action="store_true", help="stop at the first unreadable file (off: leave it out and say so)")
-    p = commands.add_parser("fbank", parents=[common], help="compute log-mel energies of all WAV files once")
-    p.add_argument("--data", required=True, help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files")
-    p.add_argument("--audio", help="MAESTRO only: folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI)")
-    p.add_argument("--out", required=True, help="folder of the shards; the same again goes on where it stopped")
+    p = command("fbank", "compute log-mel energies of all WAV files once, into shards that pretrain_ast.py reads",
+                "--data maestro-v3.0.0 --out fbank", "--data maestro-v3.0.0 --audio maestro-wav --out fbank")
+    p.add_argument("--data", required=True, metavar="DIR", help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files (required)")
+    p.add_argument("--audio", metavar="DIR", help="MAESTRO only: folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; the same again goes on where it stopped (required)")
     p.add_argument("--strict", action="store_true", help="stop at the first unreadable or missing file (off: leave it out and say so)")
     p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.error(f"no command; expected {', '.join(commands.choices)}")
     args = parser.parse_args(argv)
     if args.command == "percepiano":
         report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
@@ -5103,6 +5116,45 @@ def number(kind: type, least: float, most: float = float("inf")):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they stand; N for whole numbers, X for others, TEXT for the rest where an option names nothing better."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), "TEXT")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line (exit code 2): what was wrong, the nearest name or all there are, where to read on."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": HelpFormatter, **settings})
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        for name in (word.split("=")[0] for word in args if word.startswith("--") and not self._subparsers):
+            if not any(option.startswith(name) for option in self._option_string_actions):  # argparse takes unique beginnings
+                self.error(unknown("option", name, [o for o, action in self._option_string_actions.items() if o != "-h" and action.help != argparse.SUPPRESS]))
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown("choice", value, action.choices))
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; `python {self.prog} --help` explains\n")
+
+
+def unknown(kind: str, name: object, names: Iterable) -> str:
+    """Says that a name is none of `names`: with the one that it is a slip of, else with all of them."""
+    bare = {str(n).lstrip("-"): str(n) for n in names}
+    names, near = [*bare.values()], [bare[n] for n in difflib.get_close_matches(str(name).lstrip("-"), bare, 1, 0.7)]
+    parts = [f"did you mean {n}?" for n in near] + [f"expected {', '.join(names)}"] * (kind != "option" or not near)
+    return f"unknown {kind} {str(name)!r}; {' '.join(parts)}"
 
 
 def run_script(name: str, function) -> None:

@@ -1,18 +1,18 @@
-"""Measures what the trainers write: metrics, evaluation of checkpoints, baselines and benchmarks.
+"""Measures and uses what the trainers write: evaluation, prediction, reports, comparisons, baselines, benchmarks.
 
     python eval.py --ckpt runs/han/NAME/best.pt --data DIR                    one fold, validation part
     python eval.py --ckpt fold0/best.pt ... fold3/best.pt --data DIR          each on its own fold, then mean and std over folds
     python eval.py --ckpt ... --data DIR --part test --csv predictions.csv    test part; unlabelled items are predicted only
     python eval.py --ckpt ... --data DIR --save-results full                  results/han_full_<split>.json and .csv, both parts
-    python eval.py floor --task han --data DIR --fold all                     scikit-learn forest on the same parts
     python eval.py --ckpt runs/ast/NAME/best.pt --data DIR                    ratings from audio; a pre-training: its losses
-    python eval.py floor --task ast --data DIR                                ridge regression on log-mel statistics
-    python eval.py compare --a A.csv --b B.csv --data DIR                     paired test of two results or lists of checkpoints
-    python eval.py ceiling --data DIR                                         what the raters' disagreement leaves to reach
     python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test    phoneme error rate of a decoder
-    python eval.py --attention out.png --audio FILE.wav --ckpt runs/ast/NAME/best.pt    what an AST looks at; or --midi FILE.mid
     python eval.py predict --ckpt FILE ... --score FILE --midi FILE           ratings of your own files; or --audio, or --speech: phonemes
     python eval.py report --run runs/han/NAME ... --data DIR --out report.html    one HTML page: curves, scores, worst items, configuration
+    python eval.py compare --a A.csv --b B.csv --data DIR                     paired test of two results, or of best.pt files
+    python eval.py ceiling --data DIR                                         what the raters' disagreement leaves to reach
+    python eval.py floor --task han --data DIR                                scikit-learn forest on the same parts; ast: ridge regression
+    python eval.py curves --run runs/han/NAME --out curves.png                score, loss, gradient norm and skipped updates by step
+    python eval.py --attention out.png --audio FILE.wav --ckpt runs/ast/NAME/best.pt    what an AST looks at; or --midi FILE.mid
     python eval.py bench --task han|decoder|ast                               step time against the plain rendition
 
 Several checkpoints of one fold (seeds) are averaged. Every figure stands with and without the score renderings
@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import difflib
 import functools
 import gzip
 import hashlib
@@ -80,6 +79,7 @@ from data import (
     Corpus,
     DataError,
     FbankStore,
+    Parser,
     SpeechCorpus,
     SpeechTrials,
     add_noise,
@@ -120,6 +120,7 @@ from data import (
     synthetic_percepiano,
     synthetic_speech,
     time_mask,
+    unknown,
     unusable_bins,
     write_atomic,
 )
@@ -1262,10 +1263,10 @@ def word_decoder(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path, pro
         yield lambda trials, settings: [search.decode(trial, settings) for trial in trials], search
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_decoding, (lexicon, lm)) as pool:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this: Ctrl-C is answered here alone
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit this: Ctrl-C is answered here alone
         for _ in range(processes):  # a task starts a worker as long as none is ready
             pool.submit(int)
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield lambda trials, settings: list(pool.map(_decode_words, trials, [settings] * len(trials), chunksize=4)), search
 
 
@@ -1764,6 +1765,10 @@ def _print_significance(tests: dict) -> None:
             print(f"  {label:<50}" + "   ".join(f"r [{low:6.3f}, {high:6.3f}] {chance:.3f} ({corrected:.3f})" for low, high, chance, corrected in cells))
 
 
+# With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of 2 / 2**5 > .05 (sign test).
+FEWEST = 6
+
+
 def compare(argv: list[str]) -> dict:
     """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns its figures."""
     parser = Parser(prog="eval.py compare", usage="python eval.py compare --a FILE ... --b FILE ... [--data DIR] [options]", description="""\
@@ -1803,6 +1808,7 @@ Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: tr
     everything = np.arange(len(y))
     a, b = (_by_fold(metric, everything, folds, y, p) for p in (pa, pb))
     difference, (low, high), chance = paired_bootstrap(y, pa, pb, groups, lambda y, p: np.append(v := metric(y, p), v.mean()), folds, args.draws)
+    chance = chance if len(set(groups)) >= FEWEST else np.full_like(chance, np.nan)
     corrected = holm(chance[:-1])
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{args.part}, {len(set(names))} items in {len(np.unique(folds))} folds, {len(set(groups))} clusters ({args.cluster}s), "
           f"{args.draws} draws" + f"; {apart} items that only one side predicts left out" * bool(apart)
@@ -1811,11 +1817,15 @@ Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: tr
     for d, label in enumerate([*LABELS, "mean"]):
         ends = (a[d], b[d]) if d < len(LABELS) else (a.mean(), b.mean())
         print(f"  {label:<50}{ends[0]:6.3f} {ends[1]:6.3f}  {difference[d]:6.3f} [{low[d]:6.3f}, {high[d]:6.3f}]  {chance[d]:.4f}" + (f"  {corrected[d]:.4f}" if d < len(LABELS) else ""))
-    verdict = _verdict(args.metric, difference, (low, high), chance, corrected)
+    verdict = _verdict(args.metric, difference, (low, high), chance, corrected) if np.isfinite(chance[-1]) else _no_verdict(f"mean {args.metric}", difference[-1], len(set(groups)), f"{args.cluster}s")
     print(verdict)
     return {"items": len(set(names)), "clusters": len(set(groups)), "a": float(a.mean()), "b": float(b.mean()), "difference": float(difference[-1]),
             "interval": [float(low[-1]), float(high[-1])], "p": float(chance[-1]), "verdict": verdict,
             "per_dimension": {"difference": difference[:-1].tolist(), "interval": np.stack([low, high], 1)[:-1].tolist(), "p": chance[:-1].tolist(), "p_holm": corrected.tolist()}}
+
+
+def _no_verdict(metric: str, difference: float, count: int, what: str) -> str:
+    return f"A cannot be told from B: {metric} {difference:+.4f}, but {count} {what} are too few for a test."
 
 
 def _verdict(metric: str, difference: np.ndarray, interval: tuple, chance: np.ndarray, corrected: np.ndarray) -> str:
@@ -1904,6 +1914,7 @@ def compare_decoders(args: argparse.Namespace, loaded: list[list[tuple]]) -> dic
     counts = [per_counts([side[trial]["reference"] for trial in both], [side[trial]["hypothesis"] for trial in both]) for side in (a, b)]
     difference, (low, high), chance = (np.asarray(v).tolist() for v in paired_bootstrap(
         counts[0], *counts, np.arange(len(both)), lambda _, side: error_rate(side), n=args.draws))
+    chance = chance if len(both) >= FEWEST else math.nan
     days = np.array([a[trial]["day"] for trial in both])
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{len(both)} trials, {counts[0][:, 3].sum()} phonemes, {args.draws} draws"
           + f"; {len(a.keys() ^ b.keys())} trials that only one side decoded left out" * (a.keys() != b.keys()) + "; SYNTHETIC corpus: figures say nothing about real speech" * synthetic)
@@ -1912,7 +1923,7 @@ def compare_decoders(args: argparse.Namespace, loaded: list[list[tuple]]) -> dic
         each = [error_rate(side[rows]) for side in counts]
         print(f"{title:<24}{rows.sum():>8}{each[0]:>9.4f}{each[1]:>9.4f}{each[0] - each[1]:>+9.4f}")
     says = "cannot be told from B" if not chance < 0.05 else "is better than B" if difference < 0 else "is worse than B"
-    verdict = f"A {says}: phoneme error rate {each[0]:.4f} against {each[1]:.4f}, difference {difference:+.4f} [{low:.4f}, {high:.4f}], p = {chance:.4f}."
+    verdict = _no_verdict("phoneme error rate", difference, len(both), "trials") if not np.isfinite(chance) else f"A {says}: phoneme error rate {each[0]:.4f} against {each[1]:.4f}, difference {difference:+.4f} [{low:.4f}, {high:.4f}], p = {chance:.4f}."
     print(verdict)
     return {"trials": len(both), "a": each[0], "b": each[1], "difference": difference, "interval": [low, high], "p": chance, "verdict": verdict}
 
@@ -3792,46 +3803,7 @@ def _page(groups: list[list[dict]], sections: list[dict], args: argparse.Namespa
 # Command line
 # -----------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"evaluate": evaluate, "floor": floor, "bench": bench, "curves": curves, "ceiling": ceiling, "compare": compare, "predict": predict, "report": report}
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they stand; N for whole numbers, X for others, TEXT for the rest where an option names nothing better."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28)
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), "TEXT")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line (exit code 2): what was wrong, the nearest name or all there are, where to read on."""
-
-    def __init__(self, **settings):
-        super().__init__(**{"formatter_class": HelpFormatter, **settings})
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        for name in (word.split("=")[0] for word in args if word.startswith("--") and not self._subparsers):
-            if not any(option.startswith(name) for option in self._option_string_actions):  # argparse takes unique beginnings
-                self.error(unknown("option", name, [o for o, action in self._option_string_actions.items() if o != "-h" and action.help != argparse.SUPPRESS]))
-        return super().parse_known_args(args, namespace)
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, unknown("choice", value, action.choices))
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}; `python {self.prog} --help` explains\n")
-
-
-def unknown(kind: str, name: object, names: Iterable) -> str:
-    """Says that a name is none of `names`: with the one that it is a slip of, else with all of them."""
-    bare = {str(n).lstrip("-"): str(n) for n in names}
-    names, near = [*bare.values()], [bare[n] for n in difflib.get_close_matches(str(name).lstrip("-"), bare, 1, 0.7)]
-    parts = [f"did you mean {n}?" for n in near] + [f"expected {', '.join(names)}"] * (kind != "option" or not near)
-    return f"unknown {kind} {str(name)!r}; {' '.join(parts)}"
+COMMANDS = {"evaluate": evaluate, "predict": predict, "report": report, "compare": compare, "ceiling": ceiling, "floor": floor, "curves": curves, "bench": bench}
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from eval import Parser, git_state, json_ready, mse, pearson, predict_ast, r2
+from eval import git_state, json_ready, mse, pearson, predict_ast, r2
 from models import (
     AST,
     AST_PRESETS,
@@ -81,7 +81,7 @@ FREE_ON_RESUME = {"data", "audio", "cache", "out", "name", "resume", "init", "de
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --task finetune.")
+    p = data.Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --task finetune.")
     p.add_argument("--task", choices=TASKS, default="pretrain", help="pretrain: guess masked patches of any recordings; finetune: learn PercePiano's ratings (%(default)s)")
     p.add_argument("--ssast-compat", action="store_true", help="tokens, positions and objective of SSAST's code, and its recipe as defaults (off)")
     g = p.add_argument_group("data")

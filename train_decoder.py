@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from eval import Parser, ctc_greedy, decoder_scores, git_state, json_ready, speech_logits, spell
+from eval import ctc_greedy, decoder_scores, git_state, json_ready, speech_logits, spell
 from models import CHECKPOINT_FORMAT, GRUDecoder, load_checkpoint, output_frames, save_checkpoint
 
 # Defaults by preset. baseline: the public PyTorch baseline. log: the AdamW re-tune of the change log, which plateaus at a PER of
@@ -68,7 +68,7 @@ FREE_ON_RESUME = {"data", "cache", "out", "name", "resume", "device", "max_steps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --preset NAME.")
+    p = data.Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --preset NAME.")
     p.add_argument("--preset", choices=PRESETS, default="default", help="defaults of all options below: the best found here, the public baseline's, or the re-tune's of its change log (%(default)s)")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="speech corpus (absent: the built-in synthetic corpus, with a smaller network and fewer steps)")

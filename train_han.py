@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from eval import Parser, git_state, json_ready, mse, pearson, predict_han, r2, to_device
+from eval import git_state, json_ready, mse, pearson, predict_han, r2, to_device
 from models import CHECKPOINT_FORMAT, HAN, load_checkpoint, save_checkpoint
 
 # Defaults by preset. paper: what the original trains with. tuned: chosen on the validation parts of folds 0 and 2 (README).
@@ -48,7 +48,7 @@ FREE_ON_RESUME = {"data", "cache", "out", "name", "resume", "device", "max_steps
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --preset NAME.")
+    p = data.Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --preset NAME.")
     p.add_argument("--preset", choices=PRESETS, default="paper", help="defaults of all options below: the published recipe or the best found here (paper)")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="PercePiano folder (absent: the built-in synthetic corpus)")

@@ -121,6 +121,7 @@ def test_written_scores_with_known_truth(name):
     assert f1(pairs) >= 0.99
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize("name", PERTURBATIONS)
 def test_real_scores_with_known_truth(name):
@@ -210,6 +211,7 @@ def test_agrees_with_the_original_where_that_matched():
     assert same / total > 0.99
 
 
+@pytest.mark.slow
 @needs_shared
 def test_match_rate_of_real_performances():
     rates, cache = {}, {}

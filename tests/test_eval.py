@@ -275,7 +275,7 @@ def refusal(argv: list[str], capsys) -> str:
 def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):
     path, other = checkpoint(tmp_path / "a.pt"), checkpoint(tmp_path / "b.pt", split="piece")
     real = checkpoint(tmp_path / "c.pt", synthetic=False)
-    assert "floor, bench" in refusal(["florr"], capsys)
+    assert "ceiling, floor, curves, bench" in refusal(["florr"], capsys)
     assert "split is 'piece'" in refusal(["--ckpt", path, other], capsys)
     assert "give --data DIR" in refusal(["--ckpt", real], capsys)
     assert "row name" in refusal(["--ckpt", path, "--save-results", "../x"], capsys)

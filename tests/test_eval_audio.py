@@ -292,7 +292,7 @@ def test_floor_hears_the_loudness(corpus, tmp_path, model):
 # --- comparison ------------------------------------------------------------------------------------------------------
 
 
-def results_file(path, corpus, noise: float, split: str = "segment", segments=range(4, 8)) -> str:
+def results_file(path, corpus, noise: float, split: str = "segment", segments=range(9)) -> str:
     rng = np.random.default_rng(int(1000 * noise))
     names = [n for n in corpus.items if int(n[-2:]) in segments]
     p = np.stack([corpus.items[n]["y"] for n in names]) + noise * rng.normal(size=(len(names), 19))
@@ -308,18 +308,22 @@ def test_compare_results_and_checkpoints(corpus, tmp_path, capsys):
     assert result["interval"][0] > 0
     assert "A is better than B: mean pearson +" in result["verdict"]
     assert result["per_dimension"]["p_holm"] == pytest.approx(evaluation.holm(result["per_dimension"]["p"]))
-    assert (result["items"], result["clusters"]) == (16, 4)
-    swapped = evaluation.main(["compare", "--a", bad, "--b", good, "--draws", "300", "--metric", "r2", "--no-renderings", "--cluster", "performer"])
+    assert (result["items"], result["clusters"]) == (36, 9)
+    swapped = evaluation.main(["compare", "--a", bad, "--b", good, "--draws", "300", "--metric", "r2", "--no-renderings"])
     assert "A is worse than B" in swapped["verdict"]
-    assert (swapped["items"], swapped["clusters"]) == (12, 3)
+    assert (swapped["items"], swapped["clusters"]) == (27, 9)
+    by_performer = evaluation.main(["compare", "--a", bad, "--b", good, "--draws", "300", "--metric", "r2", "--no-renderings", "--cluster", "performer"])
+    assert by_performer["difference"] == swapped["difference"]
+    assert by_performer["verdict"] == f"A cannot be told from B: mean r2 {swapped['difference']:+.4f}, but 3 performers are too few for a test."
+    assert np.isnan(by_performer["per_dimension"]["p_holm"]).all()
     capsys.readouterr()
     against = evaluation.main(["compare", "--a", good, "--b", checkpoint(tmp_path / "0.pt"), "--draws", "100", "--device", "cpu"])
     assert against["items"] == 8  # fold 0 of the checkpoint
-    assert "8 items that only one side predicts left out" in capsys.readouterr().out
+    assert "28 items that only one side predicts left out" in capsys.readouterr().out
 
 
 def test_comparisons_that_mean_nothing_are_refused(corpus, tmp_path):
-    a, other = results_file(tmp_path / "a.csv", corpus, 0.1), results_file(tmp_path / "b.csv", corpus, 0.2, "piece")
+    a, other = results_file(tmp_path / "a.csv", corpus, 0.1, segments=range(8)), results_file(tmp_path / "b.csv", corpus, 0.2, "piece")
     apart = results_file(tmp_path / "c.csv", corpus, 0.2, segments=(8,))
     with pytest.raises(DataError, match="of split segment, .* of piece"):
         evaluation.main(["compare", "--a", a, "--b", other])

@@ -230,6 +230,7 @@ def test_the_real_table():
     assert len(maestro.no_audio) == maestro.rows == 519
 
 
+@pytest.mark.slow
 @real_files
 def test_the_real_overlap(tmp_path):
     """As the subset's README lists it: three recordings of D935 no. 3 are PercePiano's players 1, 3 and 6, two more play the piece."""

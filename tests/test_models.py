@@ -619,6 +619,7 @@ models.save_checkpoint(sys.argv[1], {"task": "han", "step": 2, "weights": torch.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["writing", "replacing"])
 def test_kill_during_a_save_leaves_the_previous_file(tmp_path, moment):
     path = tmp_path / "last.pt"

@@ -363,6 +363,79 @@ def test_options_of_one_task_are_refused_for_the_other(corpus, tmp_path, capsys,
     assert "'decoder'; x.pt is of 'han'" in refusal(["--ckpt", "x.pt", "y.pt"], capsys)
 
 
+# --- comparison ------------------------------------------------------------------------------------------------------
+
+
+def transcripts_file(path: Path, hypotheses: list[list[int]], references: list[list[int]] | None = None) -> str:
+    rows = zip(references or [[1, 2, 3, 4]] * len(hypotheses), hypotheses, strict=True)
+    path.write_text("trial,day,reference,hypothesis,sub,del,ins,labels\n" + "".join(
+        f"t{i},{DAYS[i % 2]},{evaluation.spell(ref)},{evaluation.spell(hyp)},0,0,0,0\n" for i, (ref, hyp) in enumerate(rows)))
+    return str(path)
+
+
+def test_decoders_are_compared_by_trial(tmp_path, capsys):
+    """Against a plain loop over draws of trials; B is worse wherever the two differ."""
+    rng = np.random.default_rng(0)
+    errors = [rng.random(20) < share for share in (0.2, 0.6)]
+    errors[1] |= errors[0]
+    paths = [transcripts_file(tmp_path / f"{side}.csv", [[1, 2, 3, 9 if wrong else 4] for wrong in e]) for side, e in zip("ab", errors, strict=True)]
+    result = evaluation.main(["compare", "--a", paths[0], "--b", paths[1], "--draws", "400"])
+    draws, values = np.random.default_rng(7), []
+    for _ in range(400):
+        drawn = draws.integers(20, size=20)
+        values.append(sum(int(errors[0][i]) - int(errors[1][i]) for i in drawn) / 80)
+    assert result["difference"] == pytest.approx((errors[0].sum() - errors[1].sum()) / 80)
+    assert result["interval"] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist(), abs=1e-12)
+    assert result["p"] == pytest.approx(2 / 401)
+    assert (result["trials"], result["a"]) == (20, errors[0].sum() / 80)
+    said = capsys.readouterr().out
+    assert result["verdict"] == said.splitlines()[-1]
+    assert result["verdict"].startswith(f"A is better than B: phoneme error rate {result['a']:.4f} against {result['b']:.4f}")
+    for d in (0, 1):
+        assert f"{DAYS[d]:<24}{10:>8}{errors[0][d::2].sum() / 40:>9.4f}{errors[1][d::2].sum() / 40:>9.4f}" in said
+    assert "A is worse than B" in evaluation.main(["compare", "--a", paths[1], "--b", paths[0], "--draws", "100"])["verdict"]
+
+
+def test_decoder_checkpoints_are_compared_as_they_are_scored(corpus, tmp_path, capsys):
+    paths = [checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (7, 8)]
+    scored = [evaluation.main(["--ckpt", path, "--device", "cpu", "--csv", str(tmp_path / "rows.csv")])["per"] for path in paths]
+    result = evaluation.main(["compare", "--a", *paths[:1], "--b", *paths[1:], "--device", "cpu", "--draws", "100"])
+    assert (result["a"], result["b"]) == pytest.approx(tuple(scored))
+    mixed = evaluation.main(["compare", "--a", paths[0], "--b", str(tmp_path / "rows.csv"), "--device", "cpu", "--draws", "100"])
+    assert (mixed["difference"], mixed["interval"]) == (result["difference"], result["interval"])
+    assert "SYNTHETIC" in capsys.readouterr().out
+    unknown = checkpoint(tmp_path / "c.pt", sizes={"days": 2}, days=DAYS[:2])
+    assert "t12.2022.06.01: unknown to the model" in refusal(["compare", "--a", paths[0], "--b", unknown, "--part", "test"], capsys)
+    assert evaluation.main(["compare", "--a", paths[0], "--b", unknown, "--part", "test", "--device", "cpu", "--day", "mean", "--draws", "100"])["trials"] == 3
+
+
+def test_decoder_comparisons_that_mean_nothing_are_refused(corpus, tmp_path, capsys):
+    a, one = transcripts_file(tmp_path / "a.csv", [[1, 2], [3]]), transcripts_file(tmp_path / "one.csv", [[1, 2]])
+    assert "1 labelled trials that both decoded" in refusal(["compare", "--a", a, "--b", one], capsys)
+    other = transcripts_file(tmp_path / "other.csv", [[1, 2], [3]], [[1, 2, 3, 4], [1]])
+    assert "the phonemes of 1 trials, such as t1, are not those" in refusal(["compare", "--a", a, "--b", other], capsys)
+    assert "--metric: only for checkpoints of train_han.py and pretrain_ast.py" in refusal(["compare", "--a", a, "--b", a, "--metric", "r2"], capsys)
+    assert "expected one CSV" in refusal(["compare", "--a", a, a, "--b", a], capsys)
+    assert "No such file" in refusal(["compare", "--a", a, "--b", str(tmp_path / "none.csv")], capsys)
+    ratings = tmp_path / "ratings.csv"
+    ratings.write_text("name,part,fold\n")
+    assert "one is a decoder's, the other rates performances" in refusal(["compare", "--a", a, "--b", str(ratings)], capsys)
+    assert "--day: only for checkpoints of train_decoder.py" in refusal(["compare", "--a", str(ratings), "--b", str(ratings), "--day", "mean"], capsys)
+    for text in ("trial,day,reference,hypothesis\nx,y,QQ,AA\nz,y,AA,AA\n", "trial,day\nx,y\n", "trial,day,reference,hypothesis\nx\n", 'trial,day,reference,hypothesis\n"x'):
+        (tmp_path / "bad.csv").write_text(text)
+        assert "bad.csv: " in refusal(["compare", "--a", a, "--b", str(tmp_path / "bad.csv")], capsys)
+
+
+def test_few_trials_give_no_verdict(tmp_path):
+    a, b = transcripts_file(tmp_path / "a.csv", [[1, 2], [3]]), transcripts_file(tmp_path / "b.csv", [[1, 2, 3], [3, 4]])
+    result = evaluation.main(["compare", "--a", a, "--b", b])
+    assert result["difference"] == 0.25
+    assert np.isnan(result["p"])
+    assert result["verdict"] == "A cannot be told from B: phoneme error rate +0.2500, but 2 trials are too few for a test."
+    a, b = (transcripts_file(tmp_path / f"{side}6.csv", [[1, 2, 3, last]] * 6) for side, last in (("a", 4), ("b", 5)))
+    assert "A is better than B" in evaluation.main(["compare", "--a", a, "--b", b, "--draws", "100"])["verdict"]
+
+
 # --- bench -----------------------------------------------------------------------------------------------------------
 
 

@@ -393,6 +393,7 @@ def test_close_to_the_original_before_the_last_beat_and_measure():
     assert min(share.values()) >= 0.99, share
 
 
+@pytest.mark.slow
 @needs_shared
 def test_close_to_the_original_with_own_reader_and_aligner():
     """On its alignment everywhere; on the own one where that agrees with it in the beat (measure) and its neighbours."""

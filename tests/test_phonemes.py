@@ -128,18 +128,21 @@ def test_built_in_words_cover_all_phonemes_and_sound_different():
     assert all(re.fullmatch("[a-z']+", word) for word in SPEECH_WORDS)
 
 
+@pytest.mark.slow
 def test_built_in_words_are_as_g2p_says(g2p):
     for word, expected in SPEECH_WORDS.items():
         assert " ".join(s.rstrip("012") for s in g2p(word)) == expected
     assert not SPEECH_WORDS.keys() & g2p.homograph2features.keys()
 
 
+@pytest.mark.slow
 def test_synthetic_sentences_are_as_g2p_says(g2p):
     rng, used = np.random.default_rng(0), set()
     for text in [data._sentence(rng, used) for _ in range(200)]:
         assert sounds(text).split() == [*("SIL" if s == " " else s.rstrip("012") for s in g2p(text)), "SIL"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "expected"), [
     ("Hello, world!", "HH AH L OW SIL W ER L D SIL"),
     ("I refuse to collect the refuse.", "AY SIL R IH F Y UW Z SIL T UW SIL K AH L EH K T SIL DH AH SIL R EH F Y UW Z SIL"),
@@ -174,6 +177,7 @@ for text in ("zebra", "zebras"):
 """
 
 
+@pytest.mark.slow
 def test_without_data_one_error_names_both_remedies_and_nothing_is_downloaded(tmp_path):
     """In a process of its own, as importing g2p_en where NLTK's data is missing goes to the network."""
     run = subprocess.run([sys.executable, "-W", "error", "-c", REFUSING, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=300)

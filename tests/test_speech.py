@@ -143,7 +143,7 @@ def test_mat_files_convert_to_the_written_out_formula(corpus, days):
     assert (totals["found"], totals["trials"], totals["bins"], totals["blocks"], totals["standardised"], totals["labelled"]) == (56, 56, len(corpus.features), 14, 0, 48)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "hdf5 by session", "hdf5 by part"])
+@pytest.mark.parametrize("kind", ["pickle", pytest.param("hdf5 by session", marks=pytest.mark.slow), "hdf5 by part"])
 def test_all_formats_give_identical_arrays(kind, corpus, days, tmp_path):
     if kind == "pickle":
         parts = {"train": "train", "test": "test", "competition": "competitionHoldOut"}

@@ -124,7 +124,7 @@ def test_the_label_reader_reads_it(corpus):
     assert tuple(RATING_WEIGHTS) == tuple(LABELS)
 
 
-@pytest.mark.parametrize(("segments", "players"), [(20, 12), (8, 4)])
+@pytest.mark.parametrize(("segments", "players"), [pytest.param(20, 12, marks=pytest.mark.slow), (8, 4)])
 def test_every_split_and_fold_has_three_parts(tmp_path, segments, players):
     synth_percepiano(tmp_path / "c", segments=segments, players=players)
     names = [p.stem.strip() for p in (tmp_path / "c/virtuoso/data/all_2rounds").glob("*.mid")]
@@ -168,6 +168,7 @@ def test_all_metres_and_both_kinds_of_pickup(corpus):
     assert sum('implicit="yes"' in t for t in texts) >= 2
 
 
+@pytest.mark.slow
 def test_performances_align_with_their_scores(performances, scores):
     rates = {n: float((align(scores[score_name(n)], p) >= 0).mean()) for n, p in performances.items()}
     assert np.mean(list(rates.values())) > 0.96

@@ -196,6 +196,7 @@ def held_out_per(corpus, shuffle: bool) -> float:
         return error_rate(per_counts([item["labels"].tolist() for item in held], ctc_greedy(*model.eval()(batch["x"], batch["lengths"], batch["day"]))))
 
 
+@pytest.mark.slow
 def test_phonemes_are_learnable_and_shuffled_ones_are_not(tmp_path):
     synth_speech(tmp_path / "in", days=2, trials=60, bins=5.0)
     convert_speech(tmp_path / "in", tmp_path / "out", channels=128, quiet=True)

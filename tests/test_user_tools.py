@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,8 +109,8 @@ def test_a_mistyped_option_meets_its_neighbour(tool, capsys):
 
 
 @pytest.mark.parametrize(("argv", "found"), [
-    ([], "no command; expected evaluate, floor, "), (["florr"], "unknown command 'florr'; did you mean floor? expected evaluate, floor, "),
-    (["xyz"], "unknown command 'xyz'; expected evaluate, floor, "), (["floor", "--task", "hann"], "argument --task: unknown choice 'hann'; did you mean han? expected han, ast"),
+    ([], "no command; expected evaluate, predict, "), (["florr"], "unknown command 'florr'; did you mean floor? expected evaluate, predict, "),
+    (["xyz"], "unknown command 'xyz'; expected evaluate, predict, "), (["floor", "--task", "hann"], "argument --task: unknown choice 'hann'; did you mean han? expected han, ast"),
     (["floor", "--seed", "x"], "argument --seed: invalid int value: 'x'"), (["curves"], "the following arguments are required: --run, --out"),
     (["bench", "han"], "unrecognized arguments: han"), (["--chkpt", "x"], "did you mean --ckpt?"), (["floor", "--keep-"], "ambiguous option: --keep- could match --keep-overlap, --keep-misaligned"),
 ])  # fmt: skip
@@ -125,8 +126,8 @@ def test_beginnings_of_options_are_understood():
 # --- every tool on runs of every trainer -----------------------------------------------------------------------------
 
 SETTINGS = {
-    "han": (train_han, "--size 8 --heads 2 --batch 8 --epochs 2 --lr 3e-3 --pooled", {"a": "", "b": "--seed 8 --dropout 0.5"}),
-    "cnn": (pretrain_ast, "--task finetune --model cnn --frames 64 --batch 8 --epochs 1 --lr 1e-3 --workers 0 --amp off", {"a": "", "b": "--seed 8"}),
+    "han": (train_han, "--split random --keep-overlap --size 8 --heads 2 --batch 8 --epochs 2 --lr 3e-3 --pooled", {"a": "", "b": "--seed 8 --dropout 0.5"}),
+    "ast": (pretrain_ast, "--task finetune --split random --keep-overlap --width 16 --depth 1 --heads 2 --frames 64 --batch 8 --epochs 1 --lr 1e-3 --workers 0 --amp off", {"a": "", "b": "--seed 8"}),
     "decoder": (train_decoder, "--hidden 24 --layers 1 --batch 8 --steps 12 --eval-every 6 --warmup 2 --lr 0.01 --workers 0 --amp off", {"a": "", "b": "--seed 8 --kernel 14"}),
 }
 
@@ -136,7 +137,12 @@ def made(tmp_path_factory):
     """Small corpora in their public layouts (piano pieces of two seconds, with their audio) and two short runs a trainer."""
     root = tmp_path_factory.mktemp("tools")
     data.synth_percepiano(root / "piano", segments=8, players=4)
-    for path in root.glob("piano/virtuoso/data/all_2rounds/*.mid"):
+    taken = Counter()
+    for path in sorted(root.glob("piano/virtuoso/data/all_2rounds/*.mid")):
+        taken[data.segment_of(path.stem)] += 1
+        if taken[data.segment_of(path.stem)] > 3:  # three of a segment are enough
+            path.unlink()
+            continue
         midi = mido.MidiFile(path)
         midi.ticks_per_beat *= 8
         midi.save(path)
@@ -161,7 +167,7 @@ def rows(made, tmp_path):
     return read
 
 
-@pytest.mark.parametrize("kind", ["han", "cnn"])
+@pytest.mark.parametrize("kind", ["han", "ast"])
 def test_files_are_rated_as_the_corpus_is(kind, made, rows, tmp_path, capsys):
     expected = {row["name"]: [float(row[label]) for label in LABELS] for row in rows(kind)}
     name = next(iter(expected))
@@ -176,7 +182,7 @@ def test_files_are_rated_as_the_corpus_is(kind, made, rows, tmp_path, capsys):
 def test_trials_are_decoded_as_the_corpus_is(made, rows):
     expected = {row["trial"]: row["hypothesis"] for row in rows("decoder")}
     records = evaluation.main(["predict", "--ckpt", made.best("decoder"), "--speech", str(made.root / "speech"), *made.common])
-    spelt = {record["id"]: " ".join(record["phonemes"]) for record in records}
+    spelt = {record["id"]: evaluation.spell(record["phonemes"]) for record in records}
     assert len(expected) > 2
     assert {trial: spelt[trial] for trial in expected} == expected
 
@@ -186,10 +192,10 @@ def test_report_of_all_runs_stands_alone(made, tmp_path, capsys):
     result = evaluation.main(["report", "--run", *made.runs.values(), "--out", str(out), *made.common])
     page = Page(out.read_text(encoding="utf-8"))  # tags balanced, nothing from outside
     titles = [title for title in page.headings if title]
-    for section, times in (("Training curves", 6), ("Results", 4), ("By dimension", 4), ("Prediction over rating", 4), ("Calibration", 4), ("Worst and best items", 4),
-                           ("Error rate by day", 2), ("Confusions", 2), ("Transcripts", 2), ("Diagnostics", 6), ("Configuration", 6)):
+    for section, times in (("Training curves", 5), ("Results", 3), ("By dimension", 3), ("Prediction over rating", 3), ("Calibration", 3), ("Worst and best items", 3),
+                           ("Error rate by day", 2), ("Confusions", 2), ("Transcripts", 2), ("Diagnostics", 5), ("Configuration", 5)):
         assert titles.count(section) == times, section
-    assert len(result["verdicts"]) == 6
+    assert len(result["verdicts"]) == 5  # seeds of one configuration are one
     assert all(verdict[:20] in page.text for verdict in result["verdicts"])
     assert "SYNTHETIC" in page.text
 
@@ -221,7 +227,7 @@ def test_two_runs_are_compared(kind, made, rows, capsys):
 WRITERS = {
     "evaluate": lambda made, out: ["evaluate", "--ckpt", made.best("han"), *made.data("han"), *made.common, "--csv", f"{out}/x.csv"],
     "floor": lambda made, out: ["floor", "--fold", "0", "--model", "ridge", *made.data("han"), *made.common, "--save-results", "x", "--results-dir", str(out)],
-    "predict": lambda made, out: ["predict", "--ckpt", made.best("cnn"), "--midi", str(next(made.root.glob("piano/virtuoso/data/all_2rounds/*.mid"))), "--device", "cpu", "--csv", f"{out}/x.csv"],
+    "predict": lambda made, out: ["predict", "--ckpt", made.best("ast"), "--midi", str(next(made.root.glob("piano/virtuoso/data/all_2rounds/*.mid"))), "--device", "cpu", "--csv", f"{out}/x.csv"],
     "report": lambda made, out: ["report", "--run", made.runs["decoder", "a"], "--no-data", "--out", f"{out}/x.html", *made.common],
     "curves": lambda made, out: ["curves", "--run", made.runs["decoder", "a"], "--out", f"{out}/x.png"],
 }  # fmt: skip
