@@ -1801,6 +1801,9 @@ Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: tr
     if split_a and split_b and split_a != split_b:
         raise DataError(f"{args.a[0]} is of split {split_a}, {args.b[0]} of {split_b}; expected one split; compare rows of the same")
     root = Path(args.data or synthetic_percepiano(args.cache))
+    for path in (*args.a, *args.b):  # the synthetic corpus has performances of the same names
+        if _saved_beside(path, "synthetic") not in (None, (root / "SYNTHETIC").is_file()):
+            raise DataError(f"{path}: predictions of another corpus than {root}, as the JSON beside it says; expected the ratings that they predict; give --data DIR")
     truth = read_labels(root, [])[0]
     names, y, pa, pb, folds, apart = _paired(records_a, records_b, truth, args)
     groups = [segment_of(name) if args.cluster == "segment" else str(player_of(name)) for name in names]
@@ -1811,7 +1814,7 @@ Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: tr
     chance = chance if len(set(groups)) >= FEWEST else np.full_like(chance, np.nan)
     corrected = holm(chance[:-1])
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{args.part}, {len(set(names))} items in {len(np.unique(folds))} folds, {len(set(groups))} clusters ({args.cluster}s), "
-          f"{args.draws} draws" + f"; {apart} items that only one side predicts left out" * bool(apart)
+          f"{args.draws} draws, so that no p is under {2 / args.draws:.2g}, and {2 * len(LABELS) / args.draws:.2g} after Holm" + f"; {apart} items that only one side predicts left out" * bool(apart)
           + "; SYNTHETIC corpus: figures say nothing about real performances" * (root / "SYNTHETIC").is_file())
     print(f"{args.metric:<52}     A      B    A - B  95 % interval       p      p (Holm)")
     for d, label in enumerate([*LABELS, "mean"]):
@@ -2098,6 +2101,8 @@ def draw_attention(out: Path, energies: np.ndarray, share: np.ndarray, starts: l
 def read_piece(args: argparse.Namespace) -> tuple[str, np.ndarray]:
     """Path and log-mel energies (frames, 128) of --audio, or of --midi as the built-in piano plays it."""
     path, waveform = (args.audio, read_wav(args.audio)) if args.audio else (args.midi, render(read_midi(args.midi)))
+    if len(waveform) and not waveform.any():
+        raise DataError(f"{path}: {len(waveform) / SAMPLE_RATE:.1f} s of digital silence; expected sound; give another file")
     if fbank_frames(len(waveform)) < PATCH:
         shortest = (FRAME + (PATCH - 1) * HOP) / SAMPLE_RATE
         raise DataError(f"{path}: {len(waveform) / SAMPLE_RATE:.3f} s of sound; expected at least {shortest} s, one patch of {PATCH} frames; give a longer piece")
@@ -2512,7 +2517,7 @@ def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[d
             records.append(record)
     if labelled := [record for record in records if record.get("errors")]:
         rate = error_rate(np.array([[*record["errors"], len(record["reference"])] for record in labelled]))
-        seen = any(record["id"].startswith("train/") for record in labelled)
+        seen = any(record["id"].startswith("train/") or Path(record["path"]).parent.name == "train" for record in labelled)
         print(f"PER of {len(labelled)} labelled trials {rate:.4f}" + " (some of part train, on which the model may have been trained: no result)" * seen)
     return records, refused
 
@@ -2621,9 +2626,11 @@ def _ast_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespac
     if bool(args.audio) == bool(args.midi):
         raise DataError(f"{args.ckpt[0]}: of task {loaded[0][2]['task']!r}, which rates sound; "
                         "expected --audio FILE.wav, or --midi FILE.mid to be rendered; give one of them")
+    if args.explain:
+        _need_attention(members)
     source, trained = "audio" if args.audio else "midi", members[0][1]["data"]["audio"]
     if trained != (kind := "wav" if args.audio else "rendered"):
-        print(f"trained on audio of kind {trained}, given {kind}: ratings may be off")
+        print(f"trained on audio of kind {trained}, given {kind}: other noise and rooms than it knows, so its ratings say little; fine-tune with --audio to rate recordings")
     return [functools.partial(_rate_audio, members, args, source, path) for path in _expand(getattr(args, source), FILE_KINDS[source])]
 
 
@@ -3101,12 +3108,17 @@ def _finish_han(panels: Iterable, drawn: dict) -> None:
     panels[0].text(-0.01, 1.03, "measure", transform=panels[0].transAxes, ha="right")
 
 
-def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
-    """The attention roll-out of ASTs on one recording: see `explain`, `roll_out_file`. work: energies (frames, 128). Returns shares and crops."""
-    energies, shares = work["energies"], []
+def _need_attention(members: list[tuple]) -> None:
     for model, kept in members:
         if not isinstance(model, AST):
             raise DataError(f"{kept['path']}: a checkpoint of task {kept['task']!r}, which has no attention; expected han, ast or decoder; leave --explain out")
+
+
+def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
+    """The attention roll-out of ASTs on one recording: see `explain`, `roll_out_file`. work: energies (frames, 128). Returns shares and crops."""
+    energies, shares = work["energies"], []
+    _need_attention(members)
+    for model, kept in members:
         if model.stride != members[0][0].stride:
             raise DataError(f"{kept['path']}: patches every {model.stride} frames; {members[0][1]['path']} has them every {members[0][0].stride}; "
                             "explain one at a time")
@@ -3120,7 +3132,8 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     many = f"mean of {len(members)} checkpoints" if len(members) > 1 else Path(members[0][1]["path"]).parent.name
     title = f"{_short(work['name'])}: which parts of the sound reach the ratings (attention roll-out of AST {sizes}, {many}{synthetic})\n" \
             f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; " \
-            f"darkness: level, {-QUIETEST} dB from white to black"
+            f"darkness: level, {-QUIETEST} dB from white to black" \
+            + "; the ratings also rest on mel statistics (--statistics), which do not pass through it" * any(m.statistics is not None for m, _ in members)
     draw_attention(out, energies, share, starts, model.stride, title)
     return {"share": share, "starts": starts}
 
@@ -3609,7 +3622,7 @@ def rating_section(group: list[dict], args: argparse.Namespace) -> dict:
 
 def _floor_of(kind: str, data: dict, args: argparse.Namespace, folds: list[int]) -> dict | None:
     """The floor of the same inputs, part and folds: {"path", "r2", "per_dimension" (19,)}; None where results hold none."""
-    row = "floor" + {"score": "_score", "perf": "_perf"}.get(data.get("features"), "") + "_keepoverlap" * bool(data["keep_overlap"])
+    row = "floor" + {"score": "_score", "perf": "_perf", "midi": "_midi"}.get(data.get("features"), "") + "_keepoverlap" * bool(data["keep_overlap"])
     path = Path(args.results_dir) / f"{'han' if kind == 'han' else 'ast'}_{row}_{data['split']}.json"
     if not path.is_file():
         return None
@@ -3782,7 +3795,7 @@ def _page(groups: list[list[dict]], sections: list[dict], args: argparse.Namespa
     for run in (run for group in groups for run in group):
         metric, value, step = _best(run)
         sha = str(run["args"].get("git_sha") or "unknown")[:10] + ", uncommitted changes" * bool(run["args"].get("git_dirty"))
-        rows.append([run["name"], run["kind"], str(args.data or run["args"].get("data") or "built-in SYNTHETIC"), str(run["args"].get("fold", "–") if run["kind"] != "pretraining" else "–"), str(run["args"].get("seed", "–")),
+        rows.append([run["name"], run["kind"], str(run["args"].get("data") or "built-in SYNTHETIC"), str(run["args"].get("fold", "–") if run["kind"] != "pretraining" else "–"), str(run["args"].get("seed", "–")),
                      str(run["records"][-1]["step"]) if run["records"] else "–", f"{metric} {value:.3f} at step {step}" if np.isfinite(value) else "–", sha])
     loud = '<p class="warn">SYNTHETIC data: figures marked SYNTHETIC show that the code works; they say nothing about real performances or real speech.</p>'
     links = "".join(f'<li><a href="#s{n}">{_text(section["verdict"])}</a></li>' for n, section in enumerate(sections, 1))

@@ -1,11 +1,13 @@
 """eval.py: attention weights and their roll-out against plain arithmetic, the picture, and the bench of the AST."""
 
 import random
+from types import SimpleNamespace
 
 import mido
 import numpy as np
 import pytest
 import torch
+from scipy.io import wavfile
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -278,3 +280,9 @@ def test_bench_compares_equal_networks(capsys, monkeypatch):
 def test_options_of_another_network_are_refused(capsys):
     assert "--width given; expected --preset, --frames, --visible-only" in refusal(["bench", "--task", "ast", "--width", "8"], capsys)
     assert "--frames, --visible-only given" in refusal(["bench", "--frames", "64", "--visible-only"], capsys)
+
+
+def test_digital_silence_is_no_piece(tmp_path):
+    wavfile.write(tmp_path / "zero.wav", 16000, np.zeros(16000, np.int16))
+    with pytest.raises(data.DataError, match=r"zero.wav: 1.0 s of digital silence"):
+        evaluation.read_piece(SimpleNamespace(audio=str(tmp_path / "zero.wav"), midi=None))
