@@ -28,6 +28,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -578,25 +579,30 @@ The floor that a network has to beat: scikit-learn on statistics of each perform
 scored on the same parts as the trainers use. A minute.
 
     python eval.py floor --data data/percepiano                       forest on note statistics, four folds
-    python eval.py floor --task ast --data data/percepiano --fold 0   ridge regression on log-mel statistics, one fold""")
+    python eval.py floor --task ast --data data/percepiano --fold 0   ridge regression on log-mel statistics, one fold
+    python eval.py floor --task ast --data data/percepiano --probe runs/ast/NAME/best.pt    and on what a pre-trained AST, frozen, makes of it""")
     parser.add_argument("--task", choices=["han", "ast"], default="han", help="han: from score and MIDI, ast: from audio (%(default)s)")
     parser.add_argument("--model", choices=["ridge", "forest"], help="ridge regression or forest of 150 trees (forest for han, ridge for ast)")
     parser.add_argument("--split", choices=SPLITS, default="segment", help="what a part never shares with another (%(default)s)")
     parser.add_argument("--fold", choices=["0", "1", "2", "3", "all"], default="all", help="fold that validates (%(default)s: each once, then their mean)")
     parser.add_argument("--features", choices=["full", "score", "perf"], default="full", help="han: statistics of score, performance or both (%(default)s)")
     parser.add_argument("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
+    parser.add_argument("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join the statistics: linear probing (off)")
     parser.add_argument("--keep-overlap", action="store_true", help="keep training items that share played notes with validation or test (off)")
     parser.add_argument("--keep-misaligned", action="store_true", help="keep training items whose match rate is under .6 (off)")
     parser.add_argument("--seed", type=number(int, 0), default=7, help="of the forest; same seed, same figures (%(default)s)")
     args = _parse(parser, argv)
-    if (args.task == "ast" and args.features != "full") or (args.task == "han" and args.audio):
-        raise DataError(f"--features {args.features}, --audio {args.audio} with --task {args.task}: features are of han, audio is of ast; leave it out")
+    if (args.task == "ast" and args.features != "full") or (args.task == "han" and (args.audio or args.probe)):
+        raise DataError(f"--features {args.features}, --audio {args.audio}, --probe {args.probe} with --task {args.task}: features are of han, audio and probe of ast; leave it out")
     args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
     if args.task == "ast":
         store = audio_store(corpus, args)
         table = ClipStatistics()
         statistics = {name: table.values(torch.as_tensor(np.asarray(store.get(i), np.float32))[None])[0].double().numpy() for i, name in enumerate(store.names)}
+        if args.probe:
+            tokens = frozen_tokens(args.probe, store, args.device)
+            statistics = {name: np.concatenate([row, tokens[name]]) for name, row in statistics.items()}
     else:
         columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
         statistics = {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
@@ -610,7 +616,7 @@ scored on the same parts as the trainers use. A minute.
             p = fitted.predict(np.stack([statistics[name] for name in parts[part]])).clip(0, 1) if parts[part] else np.zeros((0, len(LABELS)))
             records.append({"part": part, "fold": fold, "names": parts[part], "p": p})
     inputs = {"features": args.features} if args.task == "han" else {"audio": "wav" if args.audio else "rendered"}
-    about = {"seeds": [args.seed], "model": args.model, **inputs, "keep_overlap": args.keep_overlap}
+    about = {"seeds": [args.seed], "model": args.model, **inputs, "keep_overlap": args.keep_overlap} | ({"probe": args.probe} if args.probe else {})
     return _finish(records, corpus, args, args.split, about, task=args.task)
 
 
@@ -1607,6 +1613,40 @@ def predict_ast(model: nn.Module, items: list[dict], info: dict, device: torch.d
 def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [parser.add_argument("--audio", metavar="DIR", help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)"),
             parser.add_argument("--crops", type=number(int, 1), metavar="N", help="audio: crops averaged of an item that is longer than the model's frames (as many as cover it)")]
+
+
+def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch: int = 32) -> dict[str, np.ndarray]:
+    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops (`crop_starts`) of the tokens after a
+    quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the precision that it was trained in."""
+    model, ckpt = load_checkpoint(path)
+    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None or not {"mean", "std"} <= (ckpt.get("data") or {}).keys():
+        raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r} that rates, or without mean and std; expected a pre-training, which knows no rating; give its best.pt")
+    sizes, data, found = model.model_args, ckpt["data"], []
+    model = model.to(device).eval()
+    extra, last = 2 if model.extra is not None else 0, sizes["depth"]
+    for level in sorted({max(1, round(last * share / 4)) for share in (1, 2, 3, 4)}):
+        (model.norm if level == last else model.blocks[level - 1]).register_forward_hook(lambda _, __, out: found.append(out[:, extra:].float()))
+    jobs = sorted((min(int(frames), sizes["frames"]), name, start) for name, frames in zip(store.names, store.frames, strict=True) for start in crop_starts(int(frames), sizes["frames"]))
+    number_of, sums, counts = {name: i for i, name in enumerate(store.names)}, {}, Counter()
+    bar = tqdm(total=len(jobs), desc="frozen AST", unit="crop", disable=None)
+    for length, same in ((length, list(group)) for length, group in itertools.groupby(jobs, key=lambda job: job[0])):
+        for first in range(0, len(same), batch):
+            chosen = same[first:first + batch]
+            x = torch.full((len(chosen), max(length, PATCH), MELS), SILENCE)
+            for row, (_, name, start) in zip(x, chosen, strict=True):
+                row[:length] = torch.as_tensor(np.asarray(store.get(number_of[name], start, start + length), np.float32))
+            found.clear()
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16"):
+                tokens, valid = model.tokens(normalise_fbank(x, data["mean"], data["std"]).to(device), None)
+                model.encode(tokens + model.position(model.grid(x)), valid)
+            moments = torch.stack([torch.cat([t.mean(1), t.square().mean(1)], dim=1) for t in found], dim=1).double().cpu().numpy()  # (B, levels, 2 width)
+            for row, (_, name, _) in zip(moments, chosen, strict=True):
+                sums[name] = sums.get(name, 0) + row
+            counts.update(name for _, name, _ in chosen)
+            bar.update(len(chosen))
+    bar.close()
+    W, rows = sizes["width"], {name: total / counts[name] for name, total in sums.items()}
+    return {name: np.concatenate([row[:, :W], np.sqrt((row[:, W:] - row[:, :W] ** 2).clip(1e-6))], axis=1).ravel() for name, row in rows.items()}
 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:

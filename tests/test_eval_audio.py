@@ -332,7 +332,7 @@ def test_comparisons_that_mean_nothing_are_refused(corpus, tmp_path):
         evaluation.main(["compare", "--a", a, "--b", apart])
     with pytest.raises(DataError, match="expected one CSV"):
         evaluation.main(["compare", "--a", a, a, "--b", a])
-    Path(a).with_suffix(".json").write_text(json.dumps({"split": "segment", "synthetic": False}))  # its performances have the synthetic ones' names
+    Path(a).with_suffix(".json").write_text(json.dumps({"split": "segment", "synthetic": True}))  # of performances of the same names
     with pytest.raises(DataError, match="predictions of another corpus"):
         evaluation.main(["compare", "--a", a, "--b", a])
 

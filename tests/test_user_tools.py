@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = {"train_han.py": train_han, "train_decoder.py": train_decoder, "pretrain_ast.py": pretrain_ast}
 TOOLS = {**{name: trainer.parse_args for name, trainer in TRAINERS.items()}, **{f"eval.py {name}": functools.partial(lambda name, argv: evaluation.main([name, *argv]), name)
                                                                                for name in evaluation.COMMANDS}}
+TOOLS |= {f"data.py {name}": functools.partial(lambda name, argv: data.main([name, *argv]), name)
+          for name in ("percepiano", "fetch", "synth-percepiano", "synth-speech", "decoder-convert", "maestro", "render", "fbank")}
 TOOLS["eval.py --attention"] = lambda argv: evaluation.main(["--attention", "a.png", *argv])
 ALTERNATIVES = {"eval.py predict": ("--score", "--midi", "--audio", "--speech"), "eval.py --attention": ("--audio", "--midi")}  # one of them is required
 every_tool = pytest.mark.parametrize("tool", TOOLS)
@@ -65,7 +67,7 @@ def test_help_has_examples_and_fits_a_screen(tool, parser_of):
 @every_tool
 def test_every_option_says_what_it_does_and_its_default(tool, parser_of):
     for action in parser_of(tool)._actions:
-        if action.help in (argparse.SUPPRESS, "show this help message and exit"):
+        if action.help in (argparse.SUPPRESS, "show this help message and exit") or not action.option_strings:
             continue
         assert re.match(r"[\w'.<-]", action.help), action.option_strings
         if action.option_strings[0] in ALTERNATIVES.get(tool, ()):
@@ -116,6 +118,15 @@ def test_a_mistyped_option_meets_its_neighbour(tool, capsys):
 ])  # fmt: skip
 def test_slips_are_refused_in_one_line(argv, found, capsys):
     assert found in refusal("eval.py", lambda: evaluation.main(argv), capsys)
+
+
+@pytest.mark.parametrize(("argv", "found"), [
+    ([], "data.py: no command; expected percepiano, fetch, synth-percepiano, "), (["percepinao"], "unknown choice 'percepinao'; did you mean percepiano? expected percepiano, "),
+    (["render", "--midi_root", "x"], "data.py render: unknown option '--midi_root'; did you mean --midi-root?"), (["fbank"], "data.py fbank: the following arguments are required: --data, --out"),
+])  # fmt: skip
+def test_slips_of_data_are_refused_in_one_line(argv, found, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py"])
+    assert found in refusal("data.py", lambda: data.main(argv), capsys)
 
 
 def test_beginnings_of_options_are_understood():
@@ -282,6 +293,17 @@ def test_real_ctrl_c_reaches_workers_and_leaves_nothing(tmp_path):
     assert (process.returncode, err) == (130, "data.py: interrupted\n")
     assert not (tmp_path / "features").exists() or not list((tmp_path / "features").iterdir())
     assert until(lambda: not workers_of(process), 20)
+
+
+@pytest.mark.slow
+def test_a_kill_takes_the_workers_along(tmp_path):
+    data.synth_percepiano(tmp_path / "piano", segments=40, players=12)
+    process = start([ROOT / "data.py", "percepiano", "--data", "piano", "--cache", "features", "--workers", "2"], tmp_path)
+    assert until(lambda: len(workers_of(process)) >= 2)
+    time.sleep(1)  # they start
+    process.kill()
+    assert until(lambda: not workers_of(process), 60)
+    process.communicate(timeout=60)
 
 
 @pytest.mark.slow
