@@ -289,6 +289,23 @@ def test_floor_hears_the_loudness(corpus, tmp_path, model):
         evaluation.main(["floor", "--task", "ast", "--features", "perf"])
 
 
+def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
+    """Of one depth: mean and deviation of the final tokens over all crops, here by one pass a crop."""
+    bare, store = checkpoint(tmp_path / "bare.pt", num_outputs=None), evaluation.percepiano_audio()
+    tokens, (model, _) = evaluation.frozen_tokens(bare, store, CPU, batch=3), evaluation.load_checkpoint(bare)
+    assert tokens.keys() == set(store.names)
+    for i in (int(store.frames.argmin()), int(store.frames.argmax())):
+        x = normalise_fbank(torch.from_numpy(store.get(i).astype(np.float32)), INFO["mean"], INFO["std"])
+        with torch.no_grad():
+            seen = [model(x[None, start:start + 64])[0].numpy().astype(np.float64) for start in evaluation.crop_starts(len(x), 64)]
+        mean, square = np.mean([t.mean(0) for t in seen], axis=0), np.mean([(t**2).mean(0) for t in seen], axis=0)
+        assert tokens[store.names[i]] == pytest.approx(np.concatenate([mean, np.sqrt(square - mean**2)]), abs=1e-5)
+    result = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--probe", bare, "--save-results", "probe"])
+    assert result["valid"]["all"]["mean"]["r2"] > 0.5
+    assert json.loads((tmp_path / "results/ast_probe_segment.json").read_text())["probe"] == bare
+    with pytest.raises(DataError, match="expected a pre-training, which knows no rating"):
+        evaluation.main(["floor", "--task", "ast", "--probe", checkpoint(tmp_path / "rates.pt")])
+
 
 # --- comparison ------------------------------------------------------------------------------------------------------
 
