@@ -202,7 +202,7 @@ def test_saved_results(corpus, tmp_path):
     assert {"command", "git_sha", "git_dirty", "hardware", "date", "seeds", "synthetic", "metrics"} <= saved.keys()
     assert saved["synthetic"] is True
     assert saved["seeds"] == [7, 7]
-    assert saved["command"].startswith("python eval.py --ckpt")
+    assert saved["command"].startswith("python eval.py evaluate --ckpt")
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     assert evaluation.check_results("out/han_full_segment.json", truth) > 500
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["han_full_segment.csv", "han_full_segment.json"]
