@@ -343,7 +343,8 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     for i in range(1, 300):  # more than a busy machine can render before the signal comes
         shutil.copyfile(tmp_path / "000.midi", tmp_path / f"{i:03}.midi")
     process = subprocess.Popen([sys.executable, "data.py", "render", "--midi-root", str(tmp_path), "--workers", "2"], cwd=REPOSITORY,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
     deadline = time.time() + 120
     while not list(tmp_path.glob("*.wav")) and time.time() < deadline:
         time.sleep(0.01)
