@@ -580,7 +580,7 @@ scored on the same parts as the trainers use. A minute.
 
     python eval.py floor --data data/percepiano                       forest on note statistics, four folds
     python eval.py floor --task ast --data data/percepiano --fold 0   ridge regression on log-mel statistics, one fold
-    python eval.py floor --task ast --data data/percepiano --probe runs/ast/NAME/best.pt    and on what a pre-trained AST, frozen, makes of it""")
+    python eval.py floor --task ast --data data/percepiano --probe best.pt    and on a pre-trained AST's tokens""")
     parser.add_argument("--task", choices=["han", "ast"], default="han", help="han: from score and MIDI, ast: from audio (%(default)s)")
     parser.add_argument("--model", choices=["ridge", "forest"], help="ridge regression or forest of 150 trees (forest for han, ridge for ast)")
     parser.add_argument("--split", choices=SPLITS, default="segment", help="what a part never shares with another (%(default)s)")
