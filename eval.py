@@ -20,6 +20,12 @@ Several checkpoints of one fold (seeds) are averaged. Every figure stands with a
 their interval is over trials, and --save-results writes results/decoder_ROW_<part>. Without --data the synthetic corpus is used.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while torch loads, which takes seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"eval.py: interrupted\n") else 1))
+
 import argparse
 import contextlib
 import copy
@@ -31,13 +37,11 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import re
 import resource
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -2149,13 +2153,19 @@ def read_piece(args: argparse.Namespace) -> tuple[str, np.ndarray]:
     return path, fbank(torch.from_numpy(waveform)).numpy()
 
 
+def check_output(path: Path, option: str = "") -> None:
+    """Refuses, before anything is computed, a file that could not be written, or that writing would replace though it is no file."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    taken = "a folder, no ordinary file" if path.is_dir() else "no ordinary file" if path.exists() and not path.is_file() else None
+    if taken or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"{f'{option} {path}'.strip()}: {taken or f'no file can be written in {folder}'}; expected a file in a writable folder; name another")
+
+
 def check_picture(out: Path) -> None:
-    """Refuses, before anything is computed, a picture that could not be written."""
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if out.suffix not in (".png", ".pdf", ".svg"):
+    """The same of a picture."""
+    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise DataError(f"{out}: a picture of kind {out.suffix!r}; expected .png, .pdf or .svg; name it so")
-    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"{out}: {'a folder' if out.is_dir() else f'no file can be written in {folder}'}; expected a file in a writable folder; name another")
+    check_output(out)
 
 
 def attention(argv: list[str]) -> dict:
@@ -2398,8 +2408,7 @@ How runs went, in one picture: validation score, training loss, gradient norm be
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
-    if (kind := Path(args.out).suffix.lower()) not in (".png", ".svg", ".pdf"):
-        raise DataError(f"--out {args.out}: a picture of kind {kind or 'none'}; expected .png, .svg or .pdf")
+    check_picture(Path(args.out))
     names = [Path(run).name for run in args.run]
     runs = {run if names.count(name) > 1 else name: read_metrics(run) for run, name in zip(args.run, names, strict=True)}
     score = next((key for key in SCORE_KEYS if all(any(key in r for r in records) for records in runs.values())), None)
@@ -2419,7 +2428,7 @@ How runs went, in one picture: validation score, training loss, gradient norm be
         axes.set_yscale("log" if key == "norm" else "linear")
     panels[score][0].legend()
     file = io.BytesIO()
-    figure.savefig(file, format=kind[1:], dpi=110)
+    figure.savefig(file, format=Path(args.out).suffix[1:], dpi=110)
     write_atomic(Path(args.out), lambda out: out.write(file.getvalue()))
     better = max if score in ("valid_r2", "valid_accuracy") else min
     best = {name: better((r[score] for r in records if r.get(score) is not None), default=None) for name, records in runs.items()}
@@ -2489,7 +2498,8 @@ A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings 
     add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
     args = _parse(parser, argv)
     for option, path in (("--json", args.json), ("--csv", args.csv)):
-        _check_output(option, path)
+        if path not in (None, "-"):
+            check_output(Path(path), option)
     if args.json == args.csv == "-":
         raise DataError("--json - --csv -: both on standard output; expected one there; name a file for the other")
     loaded = _load_models(args.ckpt)
@@ -2574,15 +2584,6 @@ def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
         return "decoder", [(model, ckpt) for _, model, ckpt in loaded]
     folds, _ = _load_fold_models(loaded)
     return "han" if loaded[0][2]["task"] == "han" else "ast", [member for members in folds.values() for member in members]
-
-
-def _check_output(option: str, path: str | None) -> None:
-    """Refuses, before anything is computed, a file that could not be written."""
-    folder = next(parent for parent in Path(path or "-").absolute().parents if parent.exists())
-    taken = path not in (None, "-") and Path(path).exists() and not Path(path).is_file()  # a folder, or a device, which a rename would replace
-    if path not in (None, "-") and (taken or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK)):
-        raise DataError(f"{option} {path}: {'no ordinary file' if taken else f'no file can be written in {folder}'}; "
-                        "expected a file in a writable folder; name another")
 
 
 def _one_picture(args: argparse.Namespace, count: int) -> None:
@@ -3352,7 +3353,7 @@ confusions, transcripts, diagnostics, configuration. Folds and seeds of one conf
     parser.add_argument("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv)
     out = Path(args.out)
-    _check_output("--out", args.out)
+    check_output(Path(args.out), "--out")
     if out.suffix.lower() not in (".html", ".htm"):
         raise DataError(f"--out {out}: a file of kind {out.suffix or 'none'}; expected .html; name it so")
     runs = [read_run(path) for path in dict.fromkeys(args.run)]
@@ -3898,4 +3899,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell's background job has
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run_script("eval.py", main)

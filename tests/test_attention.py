@@ -7,6 +7,7 @@ import mido
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from scipy.io import wavfile
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -191,15 +192,6 @@ def test_a_midi_file_is_rendered_and_drawn(tmp_path):
     waveform = data.render(data.read_midi(tmp_path / "a.mid"))
     assert result["frames"] == data.fbank_frames(len(waveform))
     assert (tmp_path / "a.svg").read_bytes()[:5] == b"<?xml"
-
-
-def refusal(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        data.run_script("eval.py", lambda: evaluation.main(argv))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from scipy.stats import pearsonr
 from sklearn.metrics import mean_squared_error, r2_score
 
-import data
 import eval as evaluation
 from data import LABELS, DataError, column_names
 from models import HAN, save_checkpoint
@@ -261,15 +261,6 @@ def test_bench_compares_equal_networks(capsys):
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
-
-
-def refusal(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        data.run_script("eval.py", lambda: evaluation.main(argv))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):

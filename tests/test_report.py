@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 
-import data
 import eval as evaluation
 from data import LABELS, PHONEMES, DataError, SpeechCorpus, column_names, speech_rules
 from models import AST, HAN, GRUDecoder, save_checkpoint
@@ -343,15 +343,6 @@ def test_lines_break_where_nothing_is_finite():
 
 
 # --- writing and refusals --------------------------------------------------------------------------------------------
-
-
-def refusal(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        data.run_script("eval.py", lambda: evaluation.main(argv))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_an_interrupted_report_leaves_the_old_one(corpus, monkeypatch):

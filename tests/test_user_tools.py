@@ -263,6 +263,18 @@ def start(argv: list, folder: Path) -> subprocess.Popen:
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_torch_loads_is_one_line(tmp_path):
+    process = start([ROOT / "eval.py", "ceiling", "--cache", "cache"], tmp_path)
+    deadline = time.time() + 60
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "eval.py: interrupted\n"
+    assert process.returncode == 130
+    assert not list(tmp_path.iterdir())
+
+
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Processes of the same session, this one apart."""
     found = []
