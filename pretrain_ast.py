@@ -60,117 +60,458 @@ from models import (
 )
 
 # Defaults by task; those of the options themselves are the pre-training's.
-TASKS = {"pretrain": {}, "finetune": {"batch": 32, "lr": 2e-4, "epochs": 50, "patience": 10, "layer_decay": 0.8, "pooling": "meanstd"}}
+TASKS = {
+    "pretrain": {},
+    "finetune": {
+        "batch": 32,
+        "lr": 2e-4,
+        "epochs": 50,
+        "patience": 10,
+        "layer_decay": 0.8,
+        "pooling": "meanstd",
+    },
+}
 
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
-BUILT_IN = {"pretrain": {"preset": "tiny", "frames": 128, "batch": 16, "epochs": 1, "lr": 1e-3},
-            "finetune": {"preset": "tiny", "frames": 256, "batch": 16, "epochs": 6}}
+BUILT_IN = {
+    "pretrain": {"preset": "tiny", "frames": 128, "batch": 16, "epochs": 1, "lr": 1e-3},
+    "finetune": {"preset": "tiny", "frames": 256, "batch": 16, "epochs": 6},
+}
 
 # --ssast-compat: the original's recipe (its run scripts and traintest_mask.py), and its head in fine-tuning.
-COMPAT = {"pretrain": {"two_pass": True, "optimizer": "adam", "beta1": 0.95, "weight_decay": 5e-7, "batch": 24, "lr": 1e-4, "lr_schedule": "plateau",
-                       "warmup": 1000, "epochs": 10, "eval_every": 4000, "amp": "off"},
-          "finetune": {"pooling": "mean", "grouped": False}}
+COMPAT = {
+    "pretrain": {
+        "two_pass": True,
+        "optimizer": "adam",
+        "beta1": 0.95,
+        "weight_decay": 5e-7,
+        "batch": 24,
+        "lr": 1e-4,
+        "lr_schedule": "plateau",
+        "warmup": 1000,
+        "epochs": 10,
+        "eval_every": 4000,
+        "amp": "off",
+    },
+    "finetune": {"pooling": "mean", "grouped": False},
+}
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
-GROUPS = {name.split()[0].lower(): group for name, group in zip(data.LABEL_GROUPS, data.label_groups(), strict=True)}
+GROUPS = {
+    name.split()[0].lower(): group for name, group in zip(data.LABEL_GROUPS, data.label_groups(), strict=True)
+}
 
 # What a resumed run may do otherwise; every other option comes from its checkpoint.
-FREE_ON_RESUME = {"data", "audio", "cache", "out", "name", "resume", "init", "device", "max_steps", "patience", "log_every", "save_every", "save_minutes", "max_skips",
-                  "strict", "workers", "compile", "checkpointing", "tensorboard", "debug"}
+FREE_ON_RESUME = {
+    "data",
+    "audio",
+    "cache",
+    "out",
+    "name",
+    "resume",
+    "init",
+    "device",
+    "max_steps",
+    "patience",
+    "log_every",
+    "save_every",
+    "save_minutes",
+    "max_skips",
+    "strict",
+    "workers",
+    "compile",
+    "checkpointing",
+    "tensorboard",
+    "debug",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = data.Parser(usage="python %(prog)s [--data DIR] [options]", description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --task finetune.")
-    p.add_argument("--task", choices=TASKS, default="pretrain", help="pretrain: guess masked patches of any recordings; finetune: learn PercePiano's ratings (%(default)s)")
-    p.add_argument("--ssast-compat", action="store_true", help="tokens, positions and objective of SSAST's code, and its recipe as defaults (off)")
+    p = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python %(prog)s [--data DIR] [options]",
+        description=f"{__doc__}\nIn brackets: the defaults together with the other options given, such as --data DIR or --task finetune.",
+    )
+    p.add_argument(
+        "--task",
+        choices=TASKS,
+        default="pretrain",
+        help="pretrain: guess masked patches of any recordings; finetune: learn PercePiano's ratings (%(default)s)",
+    )
+    p.add_argument(
+        "--ssast-compat",
+        action="store_true",
+        help="tokens, positions and objective of SSAST's code, and its recipe as defaults (off)",
+    )
     g = p.add_argument_group("data")
-    g.add_argument("--data", metavar="DIR", help="pretrain: MAESTRO's folder, WAV files or filter banks; finetune: PercePiano (absent: the built-in synthetic corpus)")
-    g.add_argument("--audio", metavar="DIR", help="folder of the WAV files (pretrain: beside the MIDI; finetune: rendered into the cache)")
-    g.add_argument("--frames", type=data.number(int, 16), default=1024, help="longest input, frames of 10 ms; what is longer is cropped at random (%(default)s)")
-    g.add_argument("--audioset-norm", action="store_true", help="normalise by AudioSet's mean and deviation instead of these recordings' (off)")
-    g.add_argument("--workers", type=data.number(int, 0), default=4, help="processes that read crops, one a core at most (%(default)s; 0: none)")
-    g.add_argument("--cache", metavar="DIR", default="cache", help="folder of filter banks, rendered audio, extracted features (%(default)s)")
-    g.add_argument("--strict", action="store_true", help="stop at the first unreadable file instead of leaving it out (off)")
+    g.add_argument(
+        "--data",
+        metavar="DIR",
+        help="pretrain: MAESTRO's folder, WAV files or filter banks; finetune: PercePiano (absent: the built-in synthetic corpus)",
+    )
+    g.add_argument(
+        "--audio",
+        metavar="DIR",
+        help="folder of the WAV files (pretrain: beside the MIDI; finetune: rendered into the cache)",
+    )
+    g.add_argument(
+        "--frames",
+        type=data.number(int, 16),
+        default=1024,
+        help="longest input, frames of 10 ms; what is longer is cropped at random (%(default)s)",
+    )
+    g.add_argument(
+        "--audioset-norm",
+        action="store_true",
+        help="normalise by AudioSet's mean and deviation instead of these recordings' (off)",
+    )
+    g.add_argument(
+        "--workers",
+        type=data.number(int, 0),
+        default=4,
+        help="processes that read crops, one a core at most (%(default)s; 0: none)",
+    )
+    g.add_argument(
+        "--cache",
+        metavar="DIR",
+        default="cache",
+        help="folder of filter banks, rendered audio, extracted features (%(default)s)",
+    )
+    g.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first unreadable file instead of leaving it out (off)",
+    )
     g = p.add_argument_group("data of --task pretrain")
-    g.add_argument("--online", action="store_true", help="filter banks from the recordings at every step, after a change of the waveform (off: computed once)")
-    g.add_argument("--gain", type=data.number(float, 0, 60), default=6.0, help="online: largest change of level, dB (%(default)s; 0: off)")
-    g.add_argument("--hiss", type=data.number(float, 0, 1), default=0.002, help="online: largest SD of white noise, of full scale (%(default)s; 0: off)")
-    g.add_argument("--exclude-overlap", metavar="PERCEPIANO", help="leave out recordings of music that this folder's performances play (off)")
-    g.add_argument("--valid-crops", type=data.number(int, 1), default=256, help="fixed crops, with fixed masks, that validate (%(default)s)")
+    g.add_argument(
+        "--online",
+        action="store_true",
+        help="filter banks from the recordings at every step, after a change of the waveform (off: computed once)",
+    )
+    g.add_argument(
+        "--gain",
+        type=data.number(float, 0, 60),
+        default=6.0,
+        help="online: largest change of level, dB (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--hiss",
+        type=data.number(float, 0, 1),
+        default=0.002,
+        help="online: largest SD of white noise, of full scale (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--exclude-overlap",
+        metavar="PERCEPIANO",
+        help="leave out recordings of music that this folder's performances play (off)",
+    )
+    g.add_argument(
+        "--valid-crops",
+        type=data.number(int, 1),
+        default=256,
+        help="fixed crops, with fixed masks, that validate (%(default)s)",
+    )
     g = p.add_argument_group("data of --task finetune")
-    g.add_argument("--split", choices=data.SPLITS, default="segment", help="what a part never shares with another (%(default)s)")
-    g.add_argument("--fold", choices=[*"0123", "all"], default="0", help="fold that validates; all: one run a fold, then mean and deviation (%(default)s)")
-    g.add_argument("--keep-overlap", action="store_true", help="keep training items that share played notes with validation or test (off)")
-    g.add_argument("--standardise", choices=["dimension", "group", "none"], default="dimension", help="ratings: each by its own deviation, its group's, or not (%(default)s)")
-    g.add_argument("--variants", type=data.number(int, 0), default=0, help="further renderings of each item, of other tempo and pitch; a step shows one (0: off)")
-    g.add_argument("--tempo", type=data.number(float, 0, 0.2), default=0.05, help="variants: largest change of tempo, as a share (%(default)s; 0: off)")
-    g.add_argument("--pitch", type=data.number(int, 0, 12), default=2, help="variants: largest shift, semitones (%(default)s; 0: off)")
-    g.add_argument("--noise", type=data.number(float, 0), default=0.0, help="SD of white noise on half of the items, normalised (0: off)")
-    g.add_argument("--spec-augment", type=data.number(int, 0), nargs=2, default=[0, 0], metavar=("BANDS", "FRAMES"), help="widest masks on half of the items (0 0: off)")
+    g.add_argument(
+        "--split",
+        choices=data.SPLITS,
+        default="segment",
+        help="what a part never shares with another (%(default)s)",
+    )
+    g.add_argument(
+        "--fold",
+        choices=[*"0123", "all"],
+        default="0",
+        help="fold that validates; all: one run a fold, then mean and deviation (%(default)s)",
+    )
+    g.add_argument(
+        "--keep-overlap",
+        action="store_true",
+        help="keep training items that share played notes with validation or test (off)",
+    )
+    g.add_argument(
+        "--standardise",
+        choices=["dimension", "group", "none"],
+        default="dimension",
+        help="ratings: each by its own deviation, its group's, or not (%(default)s)",
+    )
+    g.add_argument(
+        "--variants",
+        type=data.number(int, 0),
+        default=0,
+        help="further renderings of each item, of other tempo and pitch; a step shows one (0: off)",
+    )
+    g.add_argument(
+        "--tempo",
+        type=data.number(float, 0, 0.2),
+        default=0.05,
+        help="variants: largest change of tempo, as a share (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--pitch",
+        type=data.number(int, 0, 12),
+        default=2,
+        help="variants: largest shift, semitones (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--noise",
+        type=data.number(float, 0),
+        default=0.0,
+        help="SD of white noise on half of the items, normalised (0: off)",
+    )
+    g.add_argument(
+        "--spec-augment",
+        type=data.number(int, 0),
+        nargs=2,
+        default=[0, 0],
+        metavar=("BANDS", "FRAMES"),
+        help="widest masks on half of the items (0 0: off)",
+    )
     g.add_argument("--mixup", type=data.number(float, 0), default=0.0, help="alpha of mixed pairs (0: off)")
-    g.add_argument("--augment-groups", nargs="+", default=[], metavar="KIND=GROUPS", help=f"items changed by {', '.join(AUGMENTATIONS)} count for these groups of "
-                   f"ratings only, e.g. tempo=timbre,expression; groups: {', '.join(GROUPS)} (default: all)")
+    g.add_argument(
+        "--augment-groups",
+        nargs="+",
+        default=[],
+        metavar="KIND=GROUPS",
+        help=f"items changed by {', '.join(AUGMENTATIONS)} count for these groups of "
+        f"ratings only, e.g. tempo=timbre,expression; groups: {', '.join(GROUPS)} (default: all)",
+    )
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=["ast", "cnn", "mlp"], default="ast", help="finetune: network; cnn and mlp are baselines (%(default)s)")
-    g.add_argument("--preset", choices=AST_PRESETS, default="base", help="width, depth and heads (%(default)s)")
+    g.add_argument(
+        "--model",
+        choices=["ast", "cnn", "mlp"],
+        default="ast",
+        help="finetune: network; cnn and mlp are baselines (%(default)s)",
+    )
+    g.add_argument(
+        "--preset", choices=AST_PRESETS, default="base", help="width, depth and heads (%(default)s)"
+    )
     for name in ("width", "depth", "heads"):
         g.add_argument(f"--{name}", type=data.number(int, 1), help=argparse.SUPPRESS)
-    g.add_argument("--dropout", type=data.number(float, 0, 0.99), default=0.1, help="dropout after the patches and in every block (%(default)s; 0: off)")
-    g.add_argument("--checkpointing", action="store_true", help="compute activations again for the gradient: less memory, a third more time (off)")
-    g.add_argument("--mask", type=data.number(int, 1, 512), default=400, help="pretrain: patches of 512 that are masked (%(default)s)")
-    g.add_argument("--visible-only", action="store_true", help="pretrain: the encoder sees the visible patches alone (off)")
-    g.add_argument("--two-pass", action="store_true", help="pretrain: a mask and a pass of its own for each objective, as the original (off)")
-    g.add_argument("--init", metavar="FILE", help="finetune: checkpoint of this script's pre-training, or of SSAST (default: from scratch)")
-    g.add_argument("--pooling", choices=POOLINGS, default="mean", help="finetune: over patches, or of the cls tokens (%(default)s; finetune: meanstd)")
-    g.add_argument("--statistics", action="store_true", help="finetune: the heads see the clip's mel statistics too, as --model mlp (off)")
-    g.add_argument("--grouped", action=argparse.BooleanOptionalAction, default=True, help="finetune: one head a group of ratings (on)")
+    g.add_argument(
+        "--dropout",
+        type=data.number(float, 0, 0.99),
+        default=0.1,
+        help="dropout after the patches and in every block (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute activations again for the gradient: less memory, a third more time (off)",
+    )
+    g.add_argument(
+        "--mask",
+        type=data.number(int, 1, 512),
+        default=400,
+        help="pretrain: patches of 512 that are masked (%(default)s)",
+    )
+    g.add_argument(
+        "--visible-only",
+        action="store_true",
+        help="pretrain: the encoder sees the visible patches alone (off)",
+    )
+    g.add_argument(
+        "--two-pass",
+        action="store_true",
+        help="pretrain: a mask and a pass of its own for each objective, as the original (off)",
+    )
+    g.add_argument(
+        "--init",
+        metavar="FILE",
+        help="finetune: checkpoint of this script's pre-training, or of SSAST (default: from scratch)",
+    )
+    g.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        default="mean",
+        help="finetune: over patches, or of the cls tokens (%(default)s; finetune: meanstd)",
+    )
+    g.add_argument(
+        "--statistics",
+        action="store_true",
+        help="finetune: the heads see the clip's mel statistics too, as --model mlp (off)",
+    )
+    g.add_argument(
+        "--grouped",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="finetune: one head a group of ratings (on)",
+    )
     g.add_argument("--cross-groups", action="store_true", help="finetune: heads attend to each other (off)")
-    g.add_argument("--balance", choices=["none", "uncertainty", "dwa"], default="none", help="finetune: weights of the groups: learned, or by how fast each improves (%(default)s)")
+    g.add_argument(
+        "--balance",
+        choices=["none", "uncertainty", "dwa"],
+        default="none",
+        help="finetune: weights of the groups: learned, or by how fast each improves (%(default)s)",
+    )
     g = p.add_argument_group("optimiser")
-    g.add_argument("--optimizer", choices=["adam", "adamw"], default="adamw", help="adam couples the decay to the gradient (%(default)s)")
-    g.add_argument("--lr", type=data.number(float, 0), default=1e-4, help="peak learning rate (%(default)s; finetune: 2e-4)")
-    g.add_argument("--beta1", type=data.number(float, 0, 0.9999), default=0.9, help="decay of the mean gradient (%(default)s)")
-    g.add_argument("--weight-decay", type=data.number(float, 0), default=0.01, help="pull of weight matrices towards 0 (%(default)s; 0: off)")
-    g.add_argument("--layer-decay", type=data.number(float, 0.01, 1), default=1.0, help="factor on the rate from each layer to the one below (%(default)s; finetune: 0.8; 1: off)")
-    g.add_argument("--batch", type=data.number(int, 1), default=128, help="clips a step and process (%(default)s; finetune: 32)")
-    g.add_argument("--micro-batch", type=data.number(int, 1), default=16, help="of these so many at a time, their gradients added up (%(default)s)")
-    g.add_argument("--clip", type=data.number(float, 0), default=1.0, help="largest gradient norm; a longer gradient is cut to it (%(default)s; inf: off)")
-    g.add_argument("--ema", type=data.number(float, 0, 0.99999), default=0.0, help="decay of the averaged weights that are evaluated and saved (0: off)")
+    g.add_argument(
+        "--optimizer",
+        choices=["adam", "adamw"],
+        default="adamw",
+        help="adam couples the decay to the gradient (%(default)s)",
+    )
+    g.add_argument(
+        "--lr",
+        type=data.number(float, 0),
+        default=1e-4,
+        help="peak learning rate (%(default)s; finetune: 2e-4)",
+    )
+    g.add_argument(
+        "--beta1",
+        type=data.number(float, 0, 0.9999),
+        default=0.9,
+        help="decay of the mean gradient (%(default)s)",
+    )
+    g.add_argument(
+        "--weight-decay",
+        type=data.number(float, 0),
+        default=0.01,
+        help="pull of weight matrices towards 0 (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--layer-decay",
+        type=data.number(float, 0.01, 1),
+        default=1.0,
+        help="factor on the rate from each layer to the one below (%(default)s; finetune: 0.8; 1: off)",
+    )
+    g.add_argument(
+        "--batch",
+        type=data.number(int, 1),
+        default=128,
+        help="clips a step and process (%(default)s; finetune: 32)",
+    )
+    g.add_argument(
+        "--micro-batch",
+        type=data.number(int, 1),
+        default=16,
+        help="of these so many at a time, their gradients added up (%(default)s)",
+    )
+    g.add_argument(
+        "--clip",
+        type=data.number(float, 0),
+        default=1.0,
+        help="largest gradient norm; a longer gradient is cut to it (%(default)s; inf: off)",
+    )
+    g.add_argument(
+        "--ema",
+        type=data.number(float, 0, 0.99999),
+        default=0.0,
+        help="decay of the averaged weights that are evaluated and saved (0: off)",
+    )
     g = p.add_argument_group("schedule")
-    g.add_argument("--lr-schedule", choices=["cosine", "constant", "plateau"], default="cosine", help="course of the rate after the warm-up; plateau: halved after two evaluations "
-                   "without a better one (%(default)s)")
-    g.add_argument("--warmup", type=data.number(float, 0), default=0.1, help="linear warm-up, steps, or under 1 a share of all (%(default)s; 0: off)")
-    g.add_argument("--epochs", type=data.number(int, 1), default=100, help="passes over the training part (%(default)s; finetune: 50)")
+    g.add_argument(
+        "--lr-schedule",
+        choices=["cosine", "constant", "plateau"],
+        default="cosine",
+        help="course of the rate after the warm-up; plateau: halved after two evaluations "
+        "without a better one (%(default)s)",
+    )
+    g.add_argument(
+        "--warmup",
+        type=data.number(float, 0),
+        default=0.1,
+        help="linear warm-up, steps, or under 1 a share of all (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--epochs",
+        type=data.number(int, 1),
+        default=100,
+        help="passes over the training part (%(default)s; finetune: 50)",
+    )
     g.add_argument("--max-steps", type=data.number(int, 1), help="stop after so many steps (off)")
-    g.add_argument("--patience", type=data.number(int, 0), default=0, help="stop after so many evaluations without a lower validation loss (0: off; finetune: 10)")
+    g.add_argument(
+        "--patience",
+        type=data.number(int, 0),
+        default=0,
+        help="stop after so many evaluations without a lower validation loss (0: off; finetune: 10)",
+    )
     g = p.add_argument_group("run")
-    g.add_argument("--name", metavar="NAME", help="run folder below --out (default: made of task, preset or model, split, fold and seed)")
+    g.add_argument(
+        "--name",
+        metavar="NAME",
+        help="run folder below --out (default: made of task, preset or model, split, fold and seed)",
+    )
     g.add_argument("--out", metavar="DIR", default="runs/ast", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on there, with its options (off)")
-    g.add_argument("--seed", type=data.number(int, 0), default=7, help="of weights, order and noise; same seed, same run on CPU (%(default)s)")
-    g.add_argument("--device", metavar="NAME", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute: cpu or cuda, a GPU (%(default)s here)")
-    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto tries what works on this device (%(default)s)")
+    g.add_argument(
+        "--resume", metavar="FILE", help="last.pt of a stopped run: go on there, with its options (off)"
+    )
+    g.add_argument(
+        "--seed",
+        type=data.number(int, 0),
+        default=7,
+        help="of weights, order and noise; same seed, same run on CPU (%(default)s)",
+    )
+    g.add_argument(
+        "--device",
+        metavar="NAME",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute: cpu or cuda, a GPU (%(default)s here)",
+    )
+    g.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="mixed precision; auto tries what works on this device (%(default)s)",
+    )
     g.add_argument("--compile", action="store_true", help="torch.compile (off)")
-    g.add_argument("--max-skips", type=data.number(int, 1), default=20, help="non-finite updates in a row that stop the run (%(default)s)")
-    g.add_argument("--log-every", type=data.number(int, 1), default=20, help="steps between log lines (%(default)s)")
-    g.add_argument("--eval-every", type=data.number(int, 0), default=0, help="steps between evaluations (0: each epoch)")
-    g.add_argument("--save-every", type=data.number(int, 0), default=0, help="steps between extra saves of last.pt (0: each evaluation only)")
-    g.add_argument("--save-minutes", type=data.number(float, 0), default=15.0, help="minutes between extra saves of last.pt (%(default)s; 0: off)")
-    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics where that package is installed (off)")
+    g.add_argument(
+        "--max-skips",
+        type=data.number(int, 1),
+        default=20,
+        help="non-finite updates in a row that stop the run (%(default)s)",
+    )
+    g.add_argument(
+        "--log-every", type=data.number(int, 1), default=20, help="steps between log lines (%(default)s)"
+    )
+    g.add_argument(
+        "--eval-every", type=data.number(int, 0), default=0, help="steps between evaluations (0: each epoch)"
+    )
+    g.add_argument(
+        "--save-every",
+        type=data.number(int, 0),
+        default=0,
+        help="steps between extra saves of last.pt (0: each evaluation only)",
+    )
+    g.add_argument(
+        "--save-minutes",
+        type=data.number(float, 0),
+        default=15.0,
+        help="minutes between extra saves of last.pt (%(default)s; 0: off)",
+    )
+    g.add_argument(
+        "--tensorboard", action="store_true", help="mirror the metrics where that package is installed (off)"
+    )
     g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args(plain := [a for a in argv if a not in ("-h", "--help")])[0]
-    p.set_defaults(**TASKS[known.task] | ({} if known.data else BUILT_IN[known.task]) | (COMPAT[known.task] if known.ssast_compat else {}))
+    p.set_defaults(
+        **TASKS[known.task]
+        | ({} if known.data else BUILT_IN[known.task])
+        | (COMPAT[known.task] if known.ssast_compat else {})
+    )
     p.set_defaults(**AST_PRESETS[p.parse_known_args(plain)[0].preset])
-    saved = {k: v for k, v in load_training(known.resume)["args"].items() if k not in FREE_ON_RESUME} if known.resume else {}
+    saved = (
+        {k: v for k, v in load_training(known.resume)["args"].items() if k not in FREE_ON_RESUME}
+        if known.resume
+        else {}
+    )
     p.set_defaults(**saved)
     args = p.parse_args(argv)
-    if changed := [f"--{k.replace('_', '-')} {getattr(args, k)} (was {v})" for k, v in saved.items() if getattr(args, k) != v and k != "epochs" and (k, getattr(args, k)) != ("amp", "auto")]:
-        raise data.DataError(f"{args.resume}: {', '.join(changed)}; expected the options it was trained with; leave them out, or start a new run")
+    if changed := [
+        f"--{k.replace('_', '-')} {getattr(args, k)} (was {v})"
+        for k, v in saved.items()
+        if getattr(args, k) != v and k != "epochs" and (k, getattr(args, k)) != ("amp", "auto")
+    ]:
+        raise data.DataError(
+            f"{args.resume}: {', '.join(changed)}; expected the options it was trained with; leave them out, or start a new run"
+        )
     args.amp = saved.get("amp", args.amp)
     if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
-        raise data.DataError(f"--device {args.device}: not available here; expected cpu{', cuda' * torch.cuda.is_available()}")
+        raise data.DataError(
+            f"--device {args.device}: not available here; expected cpu{', cuda' * torch.cuda.is_available()}"
+        )
     augmentation_limits(args)
     return args
 
@@ -190,7 +531,11 @@ def run_folder(args: argparse.Namespace) -> Path:
     if args.resume:
         return Path(args.resume).parent
     network = args.preset if args.model == "ast" else args.model
-    name = args.name or (f"pretrain_{network}_s{args.seed}" if args.task == "pretrain" else f"finetune_{network}_{args.split}_f{args.fold}_s{args.seed}")
+    name = args.name or (
+        f"pretrain_{network}_s{args.seed}"
+        if args.task == "pretrain"
+        else f"finetune_{network}_{args.split}_f{args.fold}_s{args.seed}"
+    )
     names = (name if k == 1 else f"{name}_{k}" for k in itertools.count(1))
     return next(folder for n in names if not (folder := Path(args.out) / n).exists())
 
@@ -198,10 +543,21 @@ def run_folder(args: argparse.Namespace) -> Path:
 def load_training(path: str) -> dict:
     """The checkpoint to resume from, refused unless it is a whole one of this trainer."""
     _, ckpt = load_checkpoint(path)
-    parts = {"args": dict, "data": dict, "optimizer": dict, "scheduler": dict, "rng": dict, "best": dict, "skipped": dict, "step": int}
+    parts = {
+        "args": dict,
+        "data": dict,
+        "optimizer": dict,
+        "scheduler": dict,
+        "rng": dict,
+        "best": dict,
+        "skipped": dict,
+        "step": int,
+    }
     missing = [k for k, kind in parts.items() if not isinstance(ckpt.get(k), kind)]
     if ckpt["task"] not in ("ast", "cnn", "mlp") or missing:
-        raise data.DataError(f"{path}: task {ckpt['task']!r}, without {', '.join(missing) or 'nothing'}; expected a last.pt of pretrain_ast.py; name that file")
+        raise data.DataError(
+            f"{path}: task {ckpt['task']!r}, without {', '.join(missing) or 'nothing'}; expected a last.pt of pretrain_ast.py; name that file"
+        )
     return ckpt
 
 
@@ -209,9 +565,20 @@ class Crops(Dataset):
     """Random crops of recordings: of each as many an epoch as it has lengths of --frames. Asked for by (epoch, number), which make
     a crop the same after a resume; `stretch` False leaves the waveform alone."""
 
-    def __init__(self, store: data.FbankStore | data.AudioStore, recordings: list[int], args: argparse.Namespace, stretch: bool = True):
+    def __init__(
+        self,
+        store: data.FbankStore | data.AudioStore,
+        recordings: list[int],
+        args: argparse.Namespace,
+        stretch: bool = True,
+    ):
         counts = np.maximum(np.rint(store.frames[recordings] / args.frames).astype(int), 1)
-        self.store, self.args, self.stretch, self.recordings = store, args, stretch, np.repeat(recordings, counts)
+        self.store, self.args, self.stretch, self.recordings = (
+            store,
+            args,
+            stretch,
+            np.repeat(recordings, counts),
+        )
         self.lengths = np.minimum(store.frames[self.recordings], args.frames).tolist()
 
     def __len__(self) -> int:
@@ -223,8 +590,14 @@ class Crops(Dataset):
         x = data.random_crop(self.store, i, args.frames, args.seed, epoch, k)
         if x.dtype == np.int16:  # --online
             rng = np.random.default_rng((args.seed, epoch, k, 1))
-            loud, hiss = (10 ** (rng.uniform(-args.gain, args.gain) / 20), rng.uniform(0, args.hiss)) if self.stretch else (1, 0)
-            wave = x / np.float32(32768) * np.float32(loud) + rng.standard_normal(len(x), np.float32) * np.float32(hiss)
+            loud, hiss = (
+                (10 ** (rng.uniform(-args.gain, args.gain) / 20), rng.uniform(0, args.hiss))
+                if self.stretch
+                else (1, 0)
+            )
+            wave = x / np.float32(32768) * np.float32(loud) + rng.standard_normal(
+                len(x), np.float32
+            ) * np.float32(hiss)
             x = data.fbank(torch.from_numpy(wave.clip(-1, 1))).numpy()
         start = data.crop_start(int(self.store.frames[i]), args.frames, args.seed, epoch, k)
         return {"name": f"{self.store.names[i]}@{start / 100:.2f}s", "fbank": x}
@@ -233,8 +606,15 @@ class Crops(Dataset):
 class Clips(Dataset):
     """Performances with their ratings, by (epoch, number): one of the versions of each (as played, other tempo and pitch), cropped."""
 
-    def __init__(self, versions: list[list[dict]], variants: list[tuple[float, int]], args: argparse.Namespace):
-        self.versions, self.variants, self.args, self.limits = versions, [(1.0, 0), *variants], args, augmentation_limits(args)
+    def __init__(
+        self, versions: list[list[dict]], variants: list[tuple[float, int]], args: argparse.Namespace
+    ):
+        self.versions, self.variants, self.args, self.limits = (
+            versions,
+            [(1.0, 0), *variants],
+            args,
+            augmentation_limits(args),
+        )
         self.lengths = [min(items[0]["frames"], args.frames) for items in versions]
 
     def __len__(self) -> int:
@@ -245,9 +625,16 @@ class Clips(Dataset):
         item = self.versions[key[1]][version := int(rng.integers(len(self.versions[key[1]])))]
         start = int(rng.integers(max(0, item["frames"] - self.args.frames) + 1))
         weight = np.ones(len(data.LABELS), np.float32)
-        for kind, changed in zip(("tempo", "pitch"), np.not_equal(self.variants[version], (1, 0)), strict=True):
+        for kind, changed in zip(
+            ("tempo", "pitch"), np.not_equal(self.variants[version], (1, 0)), strict=True
+        ):
             weight = weight * self.limits[kind] if changed else weight
-        return {"name": item["name"], "fbank": np.asarray(item["fbank"][start:start + self.args.frames], np.float32), "y": item["y"], "weight": weight}
+        return {
+            "name": item["name"],
+            "fbank": np.asarray(item["fbank"][start : start + self.args.frames], np.float32),
+            "y": item["y"],
+            "weight": weight,
+        }
 
 
 def augmentation_limits(args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -257,8 +644,12 @@ def augmentation_limits(args: argparse.Namespace) -> dict[str, np.ndarray]:
         kind, _, names = option.partition("=")
         groups = names.split(",")
         if kind not in limits or not GROUPS.keys() >= set(groups):
-            raise data.DataError(f"--augment-groups {option}: unknown; expected KIND=GROUP,... of {', '.join(AUGMENTATIONS)} and {', '.join(GROUPS)}")
-        limits[kind] = np.isin(np.arange(len(data.LABELS)), [i for name in groups for i in GROUPS[name]]).astype(np.float32)
+            raise data.DataError(
+                f"--augment-groups {option}: unknown; expected KIND=GROUP,... of {', '.join(AUGMENTATIONS)} and {', '.join(GROUPS)}"
+            )
+        limits[kind] = np.isin(
+            np.arange(len(data.LABELS)), [i for name in groups for i in GROUPS[name]]
+        ).astype(np.float32)
     return limits
 
 
@@ -273,16 +664,28 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
     if args.task == "pretrain" or not (args.noise or any(args.spec_augment) or args.mixup):
         return batch
     x, y, weight, (B, T, M) = batch["x"], batch["y"], batch["weight"], batch["x"].shape
-    lengths, limits = batch["lengths"].to(x.device), {k: torch.as_tensor(v, device=x.device) for k, v in augmentation_limits(args).items()}
+    lengths, limits = (
+        batch["lengths"].to(x.device),
+        {k: torch.as_tensor(v, device=x.device) for k, v in augmentation_limits(args).items()},
+    )
     if args.noise:
         hit = torch.rand(B, 1, device=x.device) < 0.5
-        x, weight = x + args.noise * hit[:, :, None] * torch.randn_like(x), torch.where(hit, weight * limits["noise"], weight)
+        x, weight = (
+            x + args.noise * hit[:, :, None] * torch.randn_like(x),
+            torch.where(hit, weight * limits["noise"], weight),
+        )
     if any(args.spec_augment):
         hit, (bands, frames) = torch.rand(B, 1, device=x.device) < 0.5, args.spec_augment
         hide = span(M, bands, torch.full_like(lengths, M))[:, None] | span(T, frames, lengths)[:, :, None]
-        x, weight = x.masked_fill(hide & hit[:, :, None], 0.0), torch.where(hit, weight * limits["spec"], weight)
+        x, weight = (
+            x.masked_fill(hide & hit[:, :, None], 0.0),
+            torch.where(hit, weight * limits["spec"], weight),
+        )
     if args.mixup:
-        other, share = torch.randperm(B, device=x.device), torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)).to(x.device)
+        other, share = (
+            torch.randperm(B, device=x.device),
+            torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)).to(x.device),
+        )
         x, y = torch.lerp(x[other], x, share[:, :, None]), torch.lerp(y[other], y, share)
         weight, lengths = weight * weight[other] * limits["mixup"], torch.maximum(lengths, lengths[other])
     return batch | {"x": x, "y": y, "weight": weight, "lengths": lengths.cpu()}
@@ -302,28 +705,49 @@ def with_masks(batch: dict, args: argparse.Namespace, generator: torch.Generator
         return batch
     T, whole = batch["x"].shape[1] // 16, bool((batch["lengths"] == batch["x"].shape[1]).all())
     columns = None if whole else (batch["lengths"] // 16).clip(min=1).to(batch["x"].device)
-    draw = lambda: cluster_mask(len(batch["x"]), 8, T, max(1, round(args.mask / 512 * 8 * T)), batch["x"].device, generator, columns=columns)  # noqa: E731
+    draw = lambda: cluster_mask(
+        len(batch["x"]),
+        8,
+        T,
+        max(1, round(args.mask / 512 * 8 * T)),
+        batch["x"].device,
+        generator,
+        columns=columns,
+    )
     return batch | {"mask": draw()} | ({"second": draw()} if args.two_pass else {})
 
 
-def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tuple[dict, float, contextlib.AbstractContextManager]]:
+def micro_batches(
+    batch: dict, size: int, model: torch.nn.Module
+) -> Iterator[tuple[dict, float, contextlib.AbstractContextManager]]:
     """Parts of at most `size` clips, the share of each in the batch, and what its pass runs in: processes exchange gradients at the last."""
     count = len(batch["names"])
     for first in range(0, count, size):
-        part = {k: v[first:first + size] for k, v in batch.items()}
+        part = {k: v[first : first + size] for k, v in batch.items()}
         wait = isinstance(model, DistributedDataParallel) and first + size < count
         yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
 
 
-def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, balance: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def pretrain_loss(
+    model: torch.nn.Module, batch: dict, args: argparse.Namespace, balance: dict
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """NCE + 10 MSE over the masked patches (SSAST, eq. 3); by clip, NaN where the clip itself is not finite; and their figures."""
-    x, lengths = batch["x"], None if bool((batch["lengths"] == batch["x"].shape[1]).all()) else batch["lengths"]
+    x, lengths = (
+        batch["x"],
+        None if bool((batch["lengths"] == batch["x"].shape[1]).all()) else batch["lengths"],
+    )
     out = model(x, lengths, mask=batch["mask"], compat=args.ssast_compat, second=batch.get("second"))
     loss, sound = out["nce"] + 10 * out["mse"], x.isfinite().flatten(1).all(1)
-    return loss, torch.where(sound, loss.detach().nan_to_num(), torch.nan), {k: v.detach() for k, v in out.items()}
+    return (
+        loss,
+        torch.where(sound, loss.detach().nan_to_num(), torch.nan),
+        {k: v.detach() for k, v in out.items()},
+    )
 
 
-def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, balance: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def finetune_loss(
+    model: torch.nn.Module, batch: dict, args: argparse.Namespace, balance: dict
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Squared error of the standardised ratings, by clip, and by group of ratings. balance uncertainty: exp(-s) error + s, s learned
     (Kendall et al., 2018, eq. 7, up to a factor); dwa: weights by the groups' rates of descent (Liu et al., 2019, section 3.3)."""
     error = (model(batch["x"], batch["lengths"]) - batch["y"]).square() * batch["weight"]  # (B, 19)
@@ -343,7 +767,12 @@ def reweigh(balance: dict) -> dict:
     before, weights = balance["before"], np.ones(len(mean))
     if before:
         weights = np.exp(mean / np.maximum(before, 1e-12) / 2)
-    return {"weights": (weights / weights.mean()).tolist(), "sums": [0.0] * len(mean), "count": 0, "before": mean.tolist()}
+    return {
+        "weights": (weights / weights.mean()).tolist(),
+        "sums": [0.0] * len(mean),
+        "count": 0,
+        "before": mean.tolist(),
+    }
 
 
 def probe_amp(kind: str, device: torch.device, width: int, heads: int) -> float:
@@ -374,7 +803,9 @@ def working_amp(args: argparse.Namespace, device: torch.device) -> str:
     float32 by a fifth or more."""
     sizes = (device, args.width, args.heads)
     if args.amp in AMP_TYPES and probe_amp(args.amp, *sizes) == math.inf:
-        raise data.DataError(f"--amp {args.amp}: a transformer block under autocast raises or is not finite on {device}; expected a type that works here; use --amp auto")
+        raise data.DataError(
+            f"--amp {args.amp}: a transformer block under autocast raises or is not finite on {device}; expected a type that works here; use --amp auto"
+        )
     if args.amp != "auto":
         return args.amp
     if device.type == "cuda":
@@ -394,53 +825,112 @@ def pretrain_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     elif (root / "index.json").is_file():
         store = data.open_fbank(root)
     else:
-        key = hashlib.sha1(f"{root.resolve()} {args.audio and Path(args.audio).resolve()}".encode()).hexdigest()[:16]
-        store = data.build_fbank(root, Path(args.cache) / f"fbank-{key}", None, args.strict, quiet, args.audio)
+        key = hashlib.sha1(
+            f"{root.resolve()} {args.audio and Path(args.audio).resolve()}".encode()
+        ).hexdigest()[:16]
+        store = data.build_fbank(
+            root, Path(args.cache) / f"fbank-{key}", None, args.strict, quiet, args.audio
+        )
     parts, excluded = data.pretrain_parts(store), {}
     if args.exclude_overlap:
         maestro = data.read_maestro(root, args.strict, args.audio)
-        excluded = data.maestro_overlaps(maestro, args.exclude_overlap, pieces=True, cache=args.cache, quiet=quiet)
+        excluded = data.maestro_overlaps(
+            maestro, args.exclude_overlap, pieces=True, cache=args.cache, quiet=quiet
+        )
         for line in maestro.unchecked:
             say(f"not compared: {line}")
-        parts = {part: [i for i in members if store.names[i] not in excluded] for part, members in parts.items()}
+        parts = {
+            part: [i for i in members if store.names[i] not in excluded] for part, members in parts.items()
+        }
         say(f"{len(excluded)} recordings of PercePiano's music left out: {', '.join(sorted(excluded))}")
         if not all(parts.values()):
-            raise data.DataError(f"{root}: nothing left to train or validate with; expected other music too; leave --exclude-overlap out")
+            raise data.DataError(
+                f"{root}: nothing left to train or validate with; expected other music too; leave --exclude-overlap out"
+            )
     for line in store.left_out:
         say(f"left out: {line}")
     train, valid = Crops(store, parts["train"], args), Crops(store, parts["valid"], args, stretch=False)
-    info = {"task": "pretrain", "synthetic": store.synthetic, "frames": args.frames, "audio": "wav", "exclude_overlap": bool(args.exclude_overlap),
-            "recordings": fingerprint(store.names, store.frames)} | normalisation(train, args)
-    fixed, generator = np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round().astype(int), torch.Generator().manual_seed(args.seed)
-    batches = [data.collate_ast([valid[0, int(k)] for k in fixed[i:i + args.micro_batch]], info) for i in range(0, len(fixed), args.micro_batch)]
-    say(f"{store.root}{' (SYNTHETIC)' * store.synthetic}: {len(parts['train'])} train, {len(parts['valid'])} valid recordings, {store.frames.sum() / 360_000:.2f} h; "
-        f"{len(train)} crops an epoch; {len(fixed)} fixed ones validate")
+    info = {
+        "task": "pretrain",
+        "synthetic": store.synthetic,
+        "frames": args.frames,
+        "audio": "wav",
+        "exclude_overlap": bool(args.exclude_overlap),
+        "recordings": fingerprint(store.names, store.frames),
+    } | normalisation(train, args)
+    fixed, generator = (
+        np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round().astype(int),
+        torch.Generator().manual_seed(args.seed),
+    )
+    batches = [
+        data.collate_ast([valid[0, int(k)] for k in fixed[i : i + args.micro_batch]], info)
+        for i in range(0, len(fixed), args.micro_batch)
+    ]
+    say(
+        f"{store.root}{' (SYNTHETIC)' * store.synthetic}: {len(parts['train'])} train, {len(parts['valid'])} valid recordings, {store.frames.sum() / 360_000:.2f} h; "
+        f"{len(train)} crops an epoch; {len(fixed)} fixed ones validate"
+    )
     return train, [with_masks(batch, args, generator) for batch in batches], info
 
 
 def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple[Clips, list[dict], dict]:
     """Training clips, validation items, and what goes into the checkpoint."""
     if not args.data:
-        say("no --data: training on the built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, then --data data/percepiano")
-    corpus = data.load_percepiano(args.data or data.synthetic_percepiano(args.cache), args.cache, args.strict, quiet=quiet)
+        say(
+            "no --data: training on the built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, then --data data/percepiano"
+        )
+    corpus = data.load_percepiano(
+        args.data or data.synthetic_percepiano(args.cache), args.cache, args.strict, quiet=quiet
+    )
     rng = np.random.default_rng(args.seed)
-    variants = [(round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3), int(rng.integers(-args.pitch, args.pitch + 1))) for _ in range(args.variants)]
-    store = data.percepiano_audio(corpus, args.cache, args.audio, dict.fromkeys(v for v in variants if v != (1, 0)), quiet=quiet)
+    variants = [
+        (
+            round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3),
+            int(rng.integers(-args.pitch, args.pitch + 1)),
+        )
+        for _ in range(args.variants)
+    ]
+    store = data.percepiano_audio(
+        corpus, args.cache, args.audio, dict.fromkeys(v for v in variants if v != (1, 0)), quiet=quiet
+    )
     for line in corpus.left_out + store.left_out:
         say(f"left out: {line}")
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
-    info = {"task": "finetune", "labels": list(data.LABELS), "split": args.split, "fold": int(args.fold), "keep_overlap": args.keep_overlap, "synthetic": corpus.synthetic,
-            "frames": args.frames, "audio": "wav" if args.audio else "rendered", "recordings": fingerprint(corpus.names, [len(corpus.items)])}
+    info = {
+        "task": "finetune",
+        "labels": list(data.LABELS),
+        "split": args.split,
+        "fold": int(args.fold),
+        "keep_overlap": args.keep_overlap,
+        "synthetic": corpus.synthetic,
+        "frames": args.frames,
+        "audio": "wav" if args.audio else "rendered",
+        "recordings": fingerprint(corpus.names, [len(corpus.items)]),
+    }
     info |= data.fit_targets(corpus, parts["train"], args.standardise)
     items = data.prepare_ast(corpus, store, parts["train"], info)
-    versions = [[item, *data.prepare_ast(corpus, store, [data.variant_name(item["name"], *v) for v in variants], info)] for item in items]
-    valid = data.prepare_ast(corpus, store, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
+    versions = [
+        [
+            item,
+            *data.prepare_ast(corpus, store, [data.variant_name(item["name"], *v) for v in variants], info),
+        ]
+        for item in items
+    ]
+    valid = data.prepare_ast(
+        corpus, store, [name for name in parts["valid"] if "y" in corpus.items[name]], info
+    )
     if not items or not valid:
-        raise data.DataError(f"{corpus.root}: {len(items)} training and {len(valid)} validation items with audio; expected some; add their files to --audio")
+        raise data.DataError(
+            f"{corpus.root}: {len(items)} training and {len(valid)} validation items with audio; expected some; add their files to --audio"
+        )
     train = Clips(versions, variants, args)
     info |= normalisation(train, args)
-    say(f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, {info['audio']} audio, split {args.split}, fold {args.fold}: {len(train)} train, {len(valid)} valid, "
-        f"{len(parts['test'])} test items" + "; variants (tempo, semitones): " * bool(variants) + ", ".join(f"{t:g} {s:+d}" for t, s in variants))
+    say(
+        f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, {info['audio']} audio, split {args.split}, fold {args.fold}: {len(train)} train, {len(valid)} valid, "
+        f"{len(parts['test'])} test items"
+        + "; variants (tempo, semitones): " * bool(variants)
+        + ", ".join(f"{t:g} {s:+d}" for t, s in variants)
+    )
     return train, valid, info
 
 
@@ -462,27 +952,41 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     """The network to train: new, or with the encoder of --init, whose sizes it takes."""
     if args.model != "ast":
         if args.task == "pretrain" or args.init or args.balance == "uncertainty":
-            raise data.DataError(f"--model {args.model}: a baseline; expected --task finetune without --init and --balance uncertainty; leave them out")
+            raise data.DataError(
+                f"--model {args.model}: a baseline; expected --task finetune without --init and --balance uncertainty; leave them out"
+            )
         return {"cnn": CNN, "mlp": PooledMLP}[args.model](num_outputs=len(data.LABELS))
     sizes = {"width": args.width, "depth": args.depth, "heads": args.heads, "ssast_compat": args.ssast_compat}
     shared = {"dropout": args.dropout, "checkpointing": args.checkpointing}
     if args.task == "pretrain":
         if args.init:
-            raise data.DataError(f"--init {args.init}: for --task finetune; expected --resume to go on with a pre-training")
+            raise data.DataError(
+                f"--init {args.init}: for --task finetune; expected --resume to go on with a pre-training"
+            )
         return AST(args.frames, visible_only=args.visible_only, **sizes, **shared)
-    shared |= {"num_outputs": len(data.LABELS), "pooling": args.pooling, "statistics": args.statistics, "groups": data.label_groups() if args.grouped else None,
-               "cross": args.cross_groups, "balance": "uncertainty" if args.balance == "uncertainty" else None}
+    shared |= {
+        "num_outputs": len(data.LABELS),
+        "pooling": args.pooling,
+        "statistics": args.statistics,
+        "groups": data.label_groups() if args.grouped else None,
+        "cross": args.cross_groups,
+        "balance": "uncertainty" if args.balance == "uncertainty" else None,
+    }
     if not args.init:
         return AST(args.frames, **sizes, **shared)
     try:
         saved = torch.load(args.init, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise data.DataError(f"{args.init}: unreadable as a checkpoint ({type(error).__name__}); expected best.pt of a pre-training or an SSAST checkpoint") from error
+        raise data.DataError(
+            f"{args.init}: unreadable as a checkpoint ({type(error).__name__}); expected best.pt of a pre-training or an SSAST checkpoint"
+        ) from error
     if isinstance(saved, dict) and "format" not in saved and any("patch_embed" in str(key) for key in saved):
         return ast_from_ssast(saved, args.frames, **shared)
     model, ckpt = load_checkpoint(args.init)
     if ckpt["task"] != "ast":
-        raise data.DataError(f"{args.init}: task {ckpt['task']!r}; expected a pre-training of pretrain_ast.py or an SSAST checkpoint; name that file")
+        raise data.DataError(
+            f"{args.init}: task {ckpt['task']!r}; expected a pre-training of pretrain_ast.py or an SSAST checkpoint; name that file"
+        )
     return adapt_ast(model, frames=args.frames, visible_only=False, **shared)
 
 
@@ -491,30 +995,63 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
     depth, groups = len(getattr(model, "blocks", ())), {}
     for name, p in model.named_parameters():
         part = name.split(".")
-        level = int(part[1]) + 1 if part[0] == "blocks" else 0 if part[0] in ("embed", "position", "extra") else depth + 1
+        level = (
+            int(part[1]) + 1
+            if part[0] == "blocks"
+            else 0
+            if part[0] in ("embed", "position", "extra")
+            else depth + 1
+        )
         decays = p.ndim > 1 and part[0] not in ("position", "decoder_position", "extra")
         groups.setdefault((level, decays), []).append(p)
-    return [{"params": params, "weight_decay": args.weight_decay * decays, "scale": args.layer_decay ** (depth + 1 - level)} for (level, decays), params in groups.items()]
+    return [
+        {
+            "params": params,
+            "weight_decay": args.weight_decay * decays,
+            "scale": args.layer_decay ** (depth + 1 - level),
+        }
+        for (level, decays), params in groups.items()
+    ]
 
 
-def validate(model: torch.nn.Module, valid: list[dict], info: dict, device: torch.device, args: argparse.Namespace) -> dict:
+def validate(
+    model: torch.nn.Module, valid: list[dict], info: dict, device: torch.device, args: argparse.Namespace
+) -> dict:
     """Validation metrics of the model's present weights: pretrain on fixed crops and masks, finetune on whole items."""
     if args.task == "finetune":
-        prediction, target = predict_ast(model, valid, info, device, args.micro_batch), np.stack([item["y"] for item in valid])
-        return {"valid_loss": float(mse(target, prediction).mean()), "valid_r2": float(r2(target, prediction).mean()), "valid_pearson": float(pearson(target, prediction).mean()),
-                "valid_r2_per_dimension": r2(target, prediction).tolist(), "valid_pearson_per_dimension": pearson(target, prediction).tolist(),
-                "spread": float((prediction.std(0) / target.std(0)).mean())}
+        prediction, target = (
+            predict_ast(model, valid, info, device, args.micro_batch),
+            np.stack([item["y"] for item in valid]),
+        )
+        return {
+            "valid_loss": float(mse(target, prediction).mean()),
+            "valid_r2": float(r2(target, prediction).mean()),
+            "valid_pearson": float(pearson(target, prediction).mean()),
+            "valid_r2_per_dimension": r2(target, prediction).tolist(),
+            "valid_pearson_per_dimension": pearson(target, prediction).tolist(),
+            "spread": float((prediction.std(0) / target.std(0)).mean()),
+        }
     sums: dict[str, float] = {}
     with torch.no_grad():
         for batch in valid:
-            on_device = {k: v.to(device) if isinstance(v, torch.Tensor) and k != "lengths" else v for k, v in batch.items()}
+            on_device = {
+                k: v.to(device) if isinstance(v, torch.Tensor) and k != "lengths" else v
+                for k, v in batch.items()
+            }
             loss, _, figures = pretrain_loss(model.eval(), on_device, args, {})
             for k, v in {"loss": loss, **figures}.items():
                 sums[f"valid_{k}"] = sums.get(f"valid_{k}", 0.0) + float(v) * len(batch["names"])
     return {k: v / sum(len(batch["names"]) for batch in valid) for k, v in sums.items()}
 
 
-def evaluate(model: torch.nn.Module, ema: dict | None, valid: list[dict], info: dict, device: torch.device, args: argparse.Namespace) -> dict:
+def evaluate(
+    model: torch.nn.Module,
+    ema: dict | None,
+    valid: list[dict],
+    info: dict,
+    device: torch.device,
+    args: argparse.Namespace,
+) -> dict:
     """Validation metrics of the averaged weights where there are some, else of the model's own."""
     raw = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(ema or raw)
@@ -528,8 +1065,10 @@ def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
     if "valid_r2" in metrics:
         return f"loss {metrics['valid_loss']:.4f}  R2 {metrics['valid_r2']:7.4f}  r {metrics['valid_pearson']:.3f}  spread {metrics['spread']:.2f}"
-    return (f"loss {metrics['valid_loss']:.4f}  NCE {metrics['valid_nce']:.3f}  accuracy {metrics['valid_accuracy']:.3f} (chance {metrics['valid_chance']:.4f})  "
-            f"MSE {metrics['valid_mse']:.4f} (mean patch {metrics['valid_mse_mean']:.4f})")
+    return (
+        f"loss {metrics['valid_loss']:.4f}  NCE {metrics['valid_nce']:.3f}  accuracy {metrics['valid_accuracy']:.3f} (chance {metrics['valid_chance']:.4f})  "
+        f"MSE {metrics['valid_mse']:.4f} (mean patch {metrics['valid_mse_mean']:.4f})"
+    )
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ckpt: dict, path: str) -> None:
@@ -538,12 +1077,17 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ckpt: dict
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise data.DataError(f"{path}: weights or optimizer state do not fit ({' '.join(str(error).split())[:150]}); expected those of this model; start a new run") from error
+        raise data.DataError(
+            f"{path}: weights or optimizer state do not fit ({' '.join(str(error).split())[:150]}); expected those of this model; start a new run"
+        ) from error
 
 
 def rng_state(device: torch.device) -> dict:
     """State of the generators that dropout, masks and augmentation draw from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
 
 
 def restore_rng(state: dict, device: torch.device, rank: int) -> None:
@@ -585,7 +1129,9 @@ def tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise data.DataError("--tensorboard: the package tensorboard is not installed; expected it; pip install tensorboard, or leave the option out") from error
+        raise data.DataError(
+            "--tensorboard: the package tensorboard is not installed; expected it; pip install tensorboard, or leave the option out"
+        ) from error
     return SummaryWriter(folder)
 
 
@@ -594,7 +1140,9 @@ class Interrupt:
 
     def __init__(self, enabled: bool):
         self.came, self.enabled = False, enabled and threading.current_thread() is threading.main_thread()
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)} if self.enabled else {}
+        self.before = (
+            {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)} if self.enabled else {}
+        )
 
     def note(self, *_) -> None:
         self.came = True
@@ -609,10 +1157,15 @@ class Interrupt:
 
 def all_folds(args: argparse.Namespace, started_group: bool) -> dict:
     """One run a fold, in turn; prints mean and deviation of their best validation R2."""
-    finals = [main(argparse.Namespace(**{**vars(args), "fold": str(k), "name": args.name and f"{args.name}_f{k}"})) for k in range(data.FOLDS)]
+    finals = [
+        main(argparse.Namespace(**{**vars(args), "fold": str(k), "name": args.name and f"{args.name}_f{k}"}))
+        for k in range(data.FOLDS)
+    ]
     scores = np.array([f["valid_r2"] for f in finals])
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"four folds{' (SYNTHETIC)' * finals[0]['synthetic']}: validation R2 {scores.mean():.4f} ± {scores.std():.4f} ({', '.join(f'{s:.4f}' for s in scores)})")
+        print(
+            f"four folds{' (SYNTHETIC)' * finals[0]['synthetic']}: validation R2 {scores.mean():.4f} ± {scores.std():.4f} ({', '.join(f'{s:.4f}' for s in scores)})"
+        )
     if started_group:
         dist.destroy_process_group()
     return {"valid_r2": float(scores.mean()), "valid_r2_std": float(scores.std()), "folds": finals}
@@ -622,12 +1175,16 @@ def main(args: argparse.Namespace) -> dict:
     """Pre-train, or fine-tune one fold or all four; returns the metrics of the best weights on the validation part."""
     # ---------------------------------------------------------------------------------------- device, DDP, seed
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and world > 1 else args.device)
+    device = torch.device(
+        f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and world > 1 else args.device
+    )
     main_process, started_group = rank == 0, world > 1 and not dist.is_initialized()
     if device.index is not None:
         torch.cuda.set_device(device)  # NCCL sends objects from the current device
     if started_group:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))  # the others wait while the cache is made
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12)
+        )  # the others wait while the cache is made
     torch.manual_seed(args.seed + rank)
     say = print if main_process else lambda *a, **k: None
     if args.task == "finetune" and args.fold == "all":
@@ -637,33 +1194,60 @@ def main(args: argparse.Namespace) -> dict:
     if not main_process:
         dist.barrier()  # the main process makes the cache, the others read it
     if not args.data and args.task == "pretrain":
-        say("no --data: training on renderings of the built-in SYNTHETIC corpus; the real one: MAESTRO v3.0.0, then --data with its folder")
-    train, valid, info = (pretrain_data if args.task == "pretrain" else finetune_data)(args, not main_process, say)
+        say(
+            "no --data: training on renderings of the built-in SYNTHETIC corpus; the real one: MAESTRO v3.0.0, then --data with its folder"
+        )
+    train, valid, info = (pretrain_data if args.task == "pretrain" else finetune_data)(
+        args, not main_process, say
+    )
     if main_process and world > 1:
         dist.barrier()
     resumed = load_training(args.resume) if args.resume else None
-    if resumed and (other := [k for k in info if k not in ("mean", "std", "target_mean", "target_std") and resumed["data"].get(k) != info[k]]):
-        raise data.DataError(f"{args.resume}: trained on data of other {', '.join(other)} than {args.data or 'the built-in corpus'}; expected the same data; give them with --data")
+    if resumed and (
+        other := [
+            k
+            for k in info
+            if k not in ("mean", "std", "target_mean", "target_std") and resumed["data"].get(k) != info[k]
+        ]
+    ):
+        raise data.DataError(
+            f"{args.resume}: trained on data of other {', '.join(other)} than {args.data or 'the built-in corpus'}; expected the same data; give them with --data"
+        )
     info = resumed["data"] if resumed else info
     lengths, batches = train.lengths, []
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
     workers = min(args.workers, len(os.sched_getaffinity(0)))  # more than cores only get in each other's way
-    loader = DataLoader(train, batch_sampler=batches, collate_fn=partial(data.collate_ast, info=info), num_workers=workers, persistent_workers=workers > 0,
-                        pin_memory=device.type == "cuda", worker_init_fn=quiet_worker, generator=torch.Generator())  # its own: torch's must not depend on it
+    loader = DataLoader(
+        train,
+        batch_sampler=batches,
+        collate_fn=partial(data.collate_ast, info=info),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),
+    )  # its own: torch's must not depend on it
     planned, eval_every = args.epochs * steps_per_epoch, args.eval_every or steps_per_epoch
     last = min(planned, args.max_steps or planned)
-    say(f"fbank mean {info['mean']:.3f}, std {info['std']:.3f}; {steps_per_epoch} steps an epoch, {planned} planned")
+    say(
+        f"fbank mean {info['mean']:.3f}, std {info['std']:.3f}; {steps_per_epoch} steps an epoch, {planned} planned"
+    )
 
     # ---------------------------------------------------------------------------------------- model
     bare_model = build_model(args).to(device).train()
     if getattr(bare_model, "statistics", None) is not None and not resumed:
-        crops = (data.collate_ast([train[0, k] for k in range(i, min(i + 32, len(train)))], info) for i in range(0, len(train), 32))
+        crops = (
+            data.collate_ast([train[0, k] for k in range(i, min(i + 32, len(train)))], info)
+            for i in range(0, len(train), 32)
+        )
         bare_model.statistics.fit((batch["x"].to(device), batch["lengths"]) for batch in crops)
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
     loss_of = pretrain_loss if args.task == "pretrain" else finetune_loss
     args.amp = from_main(working_amp(args, device), world)
-    say(f"{args.task} {args.model}: {sum(p.numel() for p in bare_model.parameters()):,} parameters on {device}, amp {args.amp}{f', from {args.init}' if args.init else ''}")
+    say(
+        f"{args.task} {args.model}: {sum(p.numel() for p in bare_model.parameters()):,} parameters on {device}, amp {args.amp}{f', from {args.init}' if args.init else ''}"
+    )
 
     # ---------------------------------------------------------------------------------------- optimiser
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
@@ -672,7 +1256,14 @@ def main(args: argparse.Namespace) -> dict:
     ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
 
     # ---------------------------------------------------------------------------------------- resume
-    step, best, skipped, in_a_row, rate, waited = 0, {"valid_loss": math.inf, "step": 0}, {"bad": 0, "overflow": 0}, 0, 1.0, 0
+    step, best, skipped, in_a_row, rate, waited = (
+        0,
+        {"valid_loss": math.inf, "step": 0},
+        {"bad": 0, "overflow": 0},
+        0,
+        1.0,
+        0,
+    )
     balance = {"weights": [1.0] * len(GROUPS), "sums": [0.0] * len(GROUPS), "count": 0, "before": []}
     if resumed:
         restore(bare_model, optimizer, resumed, args.resume)
@@ -690,7 +1281,12 @@ def main(args: argparse.Namespace) -> dict:
     board = tensorboard(folder) if args.tensorboard and main_process else None
 
     def log(**values) -> None:
-        metrics_file.write(json.dumps(json_ready({"step": step, "epoch": epoch, "time": round(time.time() - start, 2), **values})) + "\n")
+        metrics_file.write(
+            json.dumps(
+                json_ready({"step": step, "epoch": epoch, "time": round(time.time() - start, 2), **values})
+            )
+            + "\n"
+        )
         metrics_file.flush()
         for name in values if board else ():
             if isinstance(values[name], (int, float)):
@@ -698,11 +1294,27 @@ def main(args: argparse.Namespace) -> dict:
 
     def save(name: str) -> None:
         if main_process:
-            save_checkpoint(folder / name, {
-                "format": CHECKPOINT_FORMAT, "task": args.model, "model_args": bare_model.model_args, "model": bare_model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scheduler": {"rate": rate, "waited": waited, "balance": balance}, "scaler": scaler.state_dict() if scaler.is_enabled() else None,
-                "ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "rng": rng_state(device), "args": vars(args),
-                "data": info, "git_sha": git_state()["git_sha"]})
+            save_checkpoint(
+                folder / name,
+                {
+                    "format": CHECKPOINT_FORMAT,
+                    "task": args.model,
+                    "model_args": bare_model.model_args,
+                    "model": bare_model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": {"rate": rate, "waited": waited, "balance": balance},
+                    "scaler": scaler.state_dict() if scaler.is_enabled() else None,
+                    "ema": ema,
+                    "step": step,
+                    "epoch": epoch,
+                    "best": best,
+                    "skipped": skipped,
+                    "rng": rng_state(device),
+                    "args": vars(args),
+                    "data": info,
+                    "git_sha": git_state()["git_sha"],
+                },
+            )
 
     # ---------------------------------------------------------------------------------------- loop
     epoch, start, stop = step // steps_per_epoch, time.time(), Interrupt(enabled=world == 1)
@@ -712,9 +1324,26 @@ def main(args: argparse.Namespace) -> dict:
             epoch = step // steps_per_epoch
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:
                 balance = from_main(reweigh(balance), world)
-            batches[:] = [[(epoch, k) for k in b[rank::world]] for b in data.length_batches(lengths, args.batch, args.seed, epoch, world)[step % steps_per_epoch:]]
-            for batch in (bar := tqdm(loader, desc=f"epoch {epoch}", unit="step", leave=False, disable=None if main_process else True)):
-                batch = augment(batch | {k: batch[k].to(device, non_blocking=True) for k in ("x", "y", "weight") if k in batch}, args)
+            batches[:] = [
+                [(epoch, k) for k in b[rank::world]]
+                for b in data.length_batches(lengths, args.batch, args.seed, epoch, world)[
+                    step % steps_per_epoch :
+                ]
+            ]
+            for batch in (
+                bar := tqdm(
+                    loader,
+                    desc=f"epoch {epoch}",
+                    unit="step",
+                    leave=False,
+                    disable=None if main_process else True,
+                )
+            ):
+                batch = augment(
+                    batch
+                    | {k: batch[k].to(device, non_blocking=True) for k in ("x", "y", "weight") if k in batch},
+                    args,
+                )
                 batch, loss, losses, figures = with_masks(batch, args), 0.0, [], {}
 
                 lr = lr_at(step, args, planned) * rate
@@ -740,7 +1369,12 @@ def main(args: argparse.Namespace) -> dict:
                     in_a_row = 0
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                     if args.balance == "dwa":
-                        balance = balance | {"sums": [a + float(b) for a, b in zip(balance["sums"], figures["groups"], strict=True)], "count": balance["count"] + 1}
+                        balance = balance | {
+                            "sums": [
+                                a + float(b) for a, b in zip(balance["sums"], figures["groups"], strict=True)
+                            ],
+                            "count": balance["count"] + 1,
+                        }
                 else:  # the weights stay; the step counter and the learning rate have gone on
                     names, bad_loss = suspects(batch["names"], torch.cat(losses), world)
                     overflow = scaler.is_enabled() and not bad_loss and scaler.get_scale() > 1
@@ -748,22 +1382,38 @@ def main(args: argparse.Namespace) -> dict:
                     in_a_row += not overflow
                     log(skip="overflow" if overflow else "bad", names=names, skipped=skipped)
                     if in_a_row >= args.max_skips:
-                        raise data.DataError(f"step {step}: {in_a_row} non-finite updates in a row, the last with {', '.join(names)}; expected finite "
-                                             "gradients; look at these items, lower --lr, or use --amp off")
+                        raise data.DataError(
+                            f"step {step}: {in_a_row} non-finite updates in a row, the last with {', '.join(names)}; expected finite "
+                            "gradients; look at these items, lower --lr, or use --amp off"
+                        )
                 bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 if step % args.log_every == 0:
-                    log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **{k: v.tolist() for k, v in figures.items()})
+                    log(
+                        loss=loss.item(),
+                        lr=lr,
+                        norm=norm,
+                        skipped=skipped,
+                        **{k: v.tolist() for k, v in figures.items()},
+                    )
                 if step % eval_every == 0 or step == last:
-                    valid_metrics = from_main(evaluate(bare_model, ema, valid, info, device, args) if main_process else None, world) | {"epoch": epoch, "step": step}
+                    valid_metrics = from_main(
+                        evaluate(bare_model, ema, valid, info, device, args) if main_process else None, world
+                    ) | {"epoch": epoch, "step": step}
                     is_best = valid_metrics["valid_loss"] < best["valid_loss"]
                     best, waited = (valid_metrics, 0) if is_best else (best, waited + 1)
                     rate *= 0.5 if args.lr_schedule == "plateau" and waited and waited % 3 == 0 else 1
                     log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **valid_metrics)
-                    say(f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid {summary(valid_metrics)}{'  *' * is_best}")
+                    say(
+                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid {summary(valid_metrics)}{'  *' * is_best}"
+                    )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or (args.save_every and step % args.save_every == 0) or (args.save_minutes and time.time() - saved_at > 60 * args.save_minutes):
+                elif (
+                    stop
+                    or (args.save_every and step % args.save_every == 0)
+                    or (args.save_minutes and time.time() - saved_at > 60 * args.save_minutes)
+                ):
                     save("last.pt")
                     saved_at = time.time()
                 if step == last or stop or (args.patience and waited >= args.patience):
@@ -782,8 +1432,12 @@ def main(args: argparse.Namespace) -> dict:
         say(f"interrupted after step {step}; go on with --resume {folder / 'last.pt'}")
         raise KeyboardInterrupt
     if "epoch" not in best:
-        raise data.DataError(f"{folder}: no evaluation had a finite validation loss; expected one; lower --lr or look at metrics.jsonl")
-    say(f"best{' (SYNTHETIC)' * info['synthetic']}: step {best['step']}, validation {summary(best)}; {sum(skipped.values())} updates skipped; {time.time() - start:.0f} s; {folder / 'best.pt'}")
+        raise data.DataError(
+            f"{folder}: no evaluation had a finite validation loss; expected one; lower --lr or look at metrics.jsonl"
+        )
+    say(
+        f"best{' (SYNTHETIC)' * info['synthetic']}: step {best['step']}, validation {summary(best)}; {sum(skipped.values())} updates skipped; {time.time() - start:.0f} s; {folder / 'best.pt'}"
+    )
     return best | {"synthetic": info["synthetic"], "folder": str(folder), "skipped": skipped}
 
 

@@ -1,4 +1,5 @@
 """The aligner: performances with known truth, made by perturbing scores; real performances; degenerate input."""
+
 import os
 import re
 from pathlib import Path
@@ -19,8 +20,12 @@ def make_score(notes):
     """Score of (onset, pitch, grace_order) triples in the order of Score."""
     notes = sorted(notes, key=lambda note: (note[0], note[2], -note[1]))
     onset, pitch, grace_order = (np.array(column) for column in zip(*notes, strict=True))
-    return SimpleNamespace(pitch=pitch.astype(np.int64), onset=onset.astype(float), grace_order=grace_order.astype(np.int64),
-                           arpeggiate=np.zeros(len(pitch), bool))
+    return SimpleNamespace(
+        pitch=pitch.astype(np.int64),
+        onset=onset.astype(float),
+        grace_order=grace_order.astype(np.int64),
+        arpeggiate=np.zeros(len(pitch), bool),
+    )
 
 
 def make_performance(pitch, onset):
@@ -40,23 +45,42 @@ def written_score(seed):
             if rng.random() < 0.1:
                 notes += [(step / 2, melody + 2, -1), (step / 2, melody + 1, -2)]
         if step % 2 == 0:
-            notes += [(step / 2, 48 + interval, 0) for interval in ((0, 4, 7), (0, 5, 9), (2, 5, 11))[step // 8 % 3]]
+            notes += [
+                (step / 2, 48 + interval, 0) for interval in ((0, 4, 7), (0, 5, 9), (2, 5, 11))[step // 8 % 3]
+            ]
         if step % 8 == 0:
             notes.append((step / 2, 36, 0))
     return make_score(notes)
 
 
-def perform(score, seed, pace=0.6, rubato=0.1, ritardando=0.0, jitter=0.01, left_early=0.0, roll=0.0, wrong=0.0,
-            missing=0.0, extra=0.0, restrike=0.0, cut=(0.0, 0.0), silence=0.0, pause=0.0, grace=0.08):
+def perform(
+    score,
+    seed,
+    pace=0.6,
+    rubato=0.1,
+    ritardando=0.0,
+    jitter=0.01,
+    left_early=0.0,
+    roll=0.0,
+    wrong=0.0,
+    missing=0.0,
+    extra=0.0,
+    restrike=0.0,
+    cut=(0.0, 0.0),
+    silence=0.0,
+    pause=0.0,
+    grace=0.08,
+):
     """A performance of the score and, per score note, the true index of its played note (-1: not played)."""
     rng = np.random.default_rng(seed)
     position, chord = np.unique(score.onset, return_inverse=True)
     t = np.linspace(0, 1, len(position))
-    tempo = pace * np.exp(rubato * (np.sin(2 * np.pi * (t * rng.uniform(1, 5) + rng.uniform()))
-                                    + 0.4 * rng.normal(size=len(t))))
+    tempo = pace * np.exp(
+        rubato * (np.sin(2 * np.pi * (t * rng.uniform(1, 5) + rng.uniform())) + 0.4 * rng.normal(size=len(t)))
+    )
     tempo *= 1 + ritardando * np.clip((t - 0.85) / 0.15, 0, 1)
     clock = np.append(0, np.cumsum(np.diff(position) * tempo[:-1]))
-    clock[rng.integers(2, len(clock) - 1):] += pause
+    clock[rng.integers(2, len(clock) - 1) :] += pause
     rolled = rng.random(len(position)) < roll
 
     owners, notes = {}, []
@@ -73,12 +97,16 @@ def perform(score, seed, pace=0.6, rubato=0.1, ritardando=0.0, jitter=0.01, left
         slip = rng.random() < wrong
         notes.append((onset, key + rng.choice([-2, -1, 1, 2]) if slip else key, -1 if slip else row))
         if rng.random() < extra:
-            notes.append((onset + rng.uniform(-0.15, 0.3), key + rng.choice([-12, -5, -2, -1, 1, 2, 5, 12]), -1))
+            notes.append(
+                (onset + rng.uniform(-0.15, 0.3), key + rng.choice([-12, -5, -2, -1, 1, 2, 5, 12]), -1)
+            )
         if rng.random() < restrike:
             notes.append((onset + rng.uniform(0.12, 0.2), key, -1))
     notes.sort()
     index = {row: played for played, (_, _, row) in enumerate(notes) if row >= 0}
-    truth = np.array([index.get(owners[key], -1) for key in zip(chord, score.pitch, score.grace_order, strict=True)])
+    truth = np.array(
+        [index.get(owners[key], -1) for key in zip(chord, score.pitch, score.grace_order, strict=True)]
+    )
     onset = np.array([note[0] for note in notes])
     return make_performance([note[1] for note in notes], onset - onset[0] + silence), truth
 
@@ -106,8 +134,19 @@ PERTURBATIONS = {
     "graces on the beat": {"grace": -0.05},
     "fast": {"pace": 0.25},
     "slow": {"pace": 1.6},
-    "everything": {"rubato": 0.2, "ritardando": 1.0, "jitter": 0.02, "left_early": 0.04, "roll": 0.1, "wrong": 0.02,
-                   "missing": 0.03, "extra": 0.04, "restrike": 0.02, "silence": 1.0, "pause": 0.5},
+    "everything": {
+        "rubato": 0.2,
+        "ritardando": 1.0,
+        "jitter": 0.02,
+        "left_early": 0.04,
+        "roll": 0.1,
+        "wrong": 0.02,
+        "missing": 0.03,
+        "extra": 0.04,
+        "restrike": 0.02,
+        "silence": 1.0,
+        "pause": 0.5,
+    },
 }
 
 
@@ -128,9 +167,12 @@ def test_real_scores_with_known_truth(name):
     pairs = []
     for seed, path in enumerate(sorted(REFERENCE.glob("*.npz"))[::3]):
         original = np.load(path)
-        score = SimpleNamespace(pitch=original["note_midi_pitch"].astype(int), onset=original["note_onset_quarter"],
-                                grace_order=original["score_grace_order"].astype(int),
-                                arpeggiate=original["note_is_arpeggiate"] > 0)
+        score = SimpleNamespace(
+            pitch=original["note_midi_pitch"].astype(int),
+            onset=original["note_onset_quarter"],
+            grace_order=original["score_grace_order"].astype(int),
+            arpeggiate=original["note_is_arpeggiate"] > 0,
+        )
         pace = {"mv2": 1.3, "mv3": 0.28}.get(path.stem.split("_")[2], 0.7)
         performance, truth = perform(score, seed, **{"pace": pace, **PERTURBATIONS[name]})
         pairs.append((data.align(score, performance), truth))
@@ -138,8 +180,19 @@ def test_real_scores_with_known_truth(name):
 
 
 def test_unisons_share_one_note_and_never_cross():
-    score = make_score([(0, 60, 0), (0, 60, 0), (1, 62, 0), (1, 62, 0), (1, 60, 0), (2, 60, 0), (2, 62, 0), (3, 60, 0),
-                        (3, 60, 0)])
+    score = make_score(
+        [
+            (0, 60, 0),
+            (0, 60, 0),
+            (1, 62, 0),
+            (1, 62, 0),
+            (1, 60, 0),
+            (2, 60, 0),
+            (2, 62, 0),
+            (3, 60, 0),
+            (3, 60, 0),
+        ]
+    )
     performance = make_performance([60, 62, 60, 62, 60, 60], [0.0, 0.5, 0.51, 1.0, 1.01, 1.5])
     assert data.align(score, performance).tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 5]
 
@@ -155,33 +208,45 @@ def test_repeated_keys_keep_their_order_and_a_left_out_one_stays_empty():
 
 def test_a_stray_note_far_from_its_due_time_is_not_taken():
     score = make_score([(step, 60 + step, 0) for step in range(12)])
-    pitch, onset = [60 + step for step in range(12) if step != 6], [0.5 * step for step in range(12) if step != 6]
+    pitch, onset = (
+        [60 + step for step in range(12) if step != 6],
+        [0.5 * step for step in range(12) if step != 6],
+    )
     match = data.align(score, make_performance([*pitch, 66], [*onset, 4.2]))
     assert match[6] == -1
     assert np.sum(match >= 0) == 11
 
 
 def test_first_and_last_chord_are_matched_after_a_pause_before_the_end():
-    score = make_score([(step / 2, 60 + step % 7 + interval, 0) for step in range(20) for interval in (0, 12)])
+    score = make_score(
+        [(step / 2, 60 + step % 7 + interval, 0) for step in range(20) for interval in (0, 12)]
+    )
     performance, truth = perform(score, 0, rubato=0.0)
     performance.onset[-2:] += 1.5
     assert data.align(score, performance).tolist() == truth.tolist()
 
 
-@pytest.mark.parametrize(("written", "played", "expected"), [
-    ([], [], []),
-    ([], [60], []),
-    ([60], [], [-1]),
-    ([60, 62], [], [-1, -1]),
-    ([60], [60], [0]),
-    ([60], [61], [-1]),
-    ([60, 62, 64], [61, 63, 65], [-1, -1, -1]),
-    ([60], [60, 62, 64], [0]),
-    ([60, 62, 64], [62], [-1, 0, -1]),
-])
+@pytest.mark.parametrize(
+    ("written", "played", "expected"),
+    [
+        ([], [], []),
+        ([], [60], []),
+        ([60], [], [-1]),
+        ([60, 62], [], [-1, -1]),
+        ([60], [60], [0]),
+        ([60], [61], [-1]),
+        ([60, 62, 64], [61, 63, 65], [-1, -1, -1]),
+        ([60], [60, 62, 64], [0]),
+        ([60, 62, 64], [62], [-1, 0, -1]),
+    ],
+)
 def test_degenerate_input(written, played, expected):
-    score = SimpleNamespace(pitch=np.array(written, int), onset=np.arange(len(written), dtype=float),
-                            grace_order=np.zeros(len(written), int), arpeggiate=np.zeros(len(written), bool))
+    score = SimpleNamespace(
+        pitch=np.array(written, int),
+        onset=np.arange(len(written), dtype=float),
+        grace_order=np.zeros(len(written), int),
+        arpeggiate=np.zeros(len(written), bool),
+    )
     match = data.align(score, make_performance(played, np.arange(len(played)) * 0.5))
     assert match.dtype == np.int64
     assert match.tolist() == expected
@@ -200,11 +265,15 @@ def test_agrees_with_the_original_where_that_matched():
     same = total = 0
     for path in sorted(REFERENCE.glob("*.npz")):
         original = np.load(path)
-        score = SimpleNamespace(pitch=original["note_midi_pitch"].astype(int), onset=original["note_onset_quarter"],
-                                grace_order=original["score_grace_order"].astype(int),
-                                arpeggiate=original["note_is_arpeggiate"] > 0)
-        performance = SimpleNamespace(pitch=original["perfnote_midi_pitch"].astype(int),
-                                      onset=original["perfnote_onset_sec"])
+        score = SimpleNamespace(
+            pitch=original["note_midi_pitch"].astype(int),
+            onset=original["note_onset_quarter"],
+            grace_order=original["score_grace_order"].astype(int),
+            arpeggiate=original["note_is_arpeggiate"] > 0,
+        )
+        performance = SimpleNamespace(
+            pitch=original["perfnote_midi_pitch"].astype(int), onset=original["perfnote_onset_sec"]
+        )
         match, other = data.align(score, performance), original["match"]
         known = (other >= 0) & (performance.pitch[other] == score.pitch)
         same, total = same + np.sum(match[known] == other[known]), total + np.sum(known)

@@ -64,7 +64,9 @@ def oracle() -> dict[str, Tensor]:
 
 
 def original_weights(oracle: dict, *prefixes: str) -> dict[str, Tensor]:
-    return {key.removeprefix(p): value for p in prefixes for key, value in oracle.items() if key.startswith(p)}
+    return {
+        key.removeprefix(p): value for p in prefixes for key, value in oracle.items() if key.startswith(p)
+    }
 
 
 def test_tokens_and_losses_equal_the_originals(oracle):
@@ -94,7 +96,12 @@ def test_ratings_equal_the_originals(oracle, case, pooling, key):
     assert largest(model.extra[1], oracle[f"ft/{case}/pos_embed"][0, :2]) == 0
     x = oracle["x"][:, :frames].float()
     assert largest(model(x), oracle[f"ft/{case}/{key}"]) < 2e-5
-    assert largest(model(nn.functional.pad(x[1:, :-40], (0, 0, 0, 40)), torch.tensor([frames - 40])), model(x[1:])) > 1e-3
+    assert (
+        largest(
+            model(nn.functional.pad(x[1:, :-40], (0, 0, 0, 40)), torch.tensor([frames - 40])), model(x[1:])
+        )
+        > 1e-3
+    )
     with pytest.raises(DataError, match=f"expected 16 to {frames} frames of 128 mel bins"):
         model(torch.zeros(1, frames + stride, 128))
 
@@ -107,7 +114,10 @@ def test_ratings_equal_the_originals(oracle, case, pooling, key):
         ({"v.blocks.1.mlp.fc1.bias": None}, "missing ['blocks.1.fc1.bias']"),
         ({"v.blocks.0.attn.qkv.gain": torch.ones(1)}, "unknown or missing ['blocks.0.qkv.gain']"),
         ({"v.norm.bias": torch.ones(3)}, "norm.bias has shape (3,); expected (64,)"),
-        ({"v.pos_embed": torch.zeros(1, 9, 64), "p_input_tdim": torch.tensor(32)}, "9 positions; expected 2 + 8 x 2"),
+        (
+            {"v.pos_embed": torch.zeros(1, 9, 64), "p_input_tdim": torch.tensor(32)},
+            "9 positions; expected 2 + 8 x 2",
+        ),
     ],
 )
 def test_foreign_ssast_weights_are_refused(change, message):
@@ -120,28 +130,54 @@ def test_foreign_ssast_weights_are_refused(change, message):
 def ssast_weights(width: int = 64) -> dict[str, Tensor]:
     """A network of two blocks by SSAST's names: 8 x 2 patches."""
     shapes = {"mask_embed": (1, 1, width), "v.cls_token": (1, 1, width), "v.dist_token": (1, 1, width)}
-    shapes |= {"v.pos_embed": (1, 18, width), "v.patch_embed.proj": (width, 1, 16, 16), "v.norm": (width,), "v.head": (7, width)}
+    shapes |= {
+        "v.pos_embed": (1, 18, width),
+        "v.patch_embed.proj": (width, 1, 16, 16),
+        "v.norm": (width,),
+        "v.head": (7, width),
+    }
     shapes |= {f"{name}predlayer.{i}": (n, width) for name in "cg" for i, n in ((0, width), (2, 256))}
     for i in range(2):
-        block = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        block = {
+            "norm1": (width,),
+            "norm2": (width,),
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+        }
         block |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
         shapes |= {f"v.blocks.{i}.{name}": shape for name, shape in block.items()}
     weights = {}
     for name, shape in shapes.items():
         plain = name.endswith("embed") or name.endswith("token")
-        weights |= {name: torch.randn(shape)} if plain else {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[:1])}
+        weights |= (
+            {name: torch.randn(shape)}
+            if plain
+            else {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[:1])}
+        )
     return weights
 
 
 def test_checkpoint_sizes_come_from_shapes():
     model = ast_from_ssast(ssast_weights(), frames=32)
-    expected = {"frames": 32, "mel": 128, "width": 64, "depth": 2, "heads": 1, "ssast_compat": True, "num_outputs": None}
+    expected = {
+        "frames": 32,
+        "mel": 128,
+        "width": 64,
+        "depth": 2,
+        "heads": 1,
+        "ssast_compat": True,
+        "num_outputs": None,
+    }
     assert expected.items() <= model.model_args.items()
     without = {k: v for k, v in ssast_weights().items() if "predlayer" not in k and k != "mask_embed"}
     assert ast_from_ssast(without, 32, 5)(torch.zeros(1, 32, 128)).shape == (1, 5)
     with pytest.raises(DataError, match="discriminate.0.bias"):
         ast_from_ssast(without, 32)
-    head = {"mlp_head.0.weight": torch.ones(64), "mlp_head.0.bias": torch.ones(64), "mlp_head.1.weight": torch.ones(4, 64)}
+    head = {
+        "mlp_head.0.weight": torch.ones(64),
+        "mlp_head.0.bias": torch.ones(64),
+        "mlp_head.1.weight": torch.ones(4, 64),
+    }
     with pytest.raises(DataError, match="1.weight has shape"):
         ast_from_ssast(ssast_weights() | head | {"mlp_head.1.bias": torch.ones(5)}, 32, 5)
 
@@ -180,7 +216,10 @@ def test_patches_are_numbered_frequency_major():
     assert largest(projected, found @ model.embed.weight.flatten(1).T + model.embed.bias) < 1e-5
 
 
-@pytest.mark.parametrize("args", [{}, {"ssast_compat": True}, {"pooling": "meanstd", "stride": 10}, {"groups": GROUPS, "cross": True}])
+@pytest.mark.parametrize(
+    "args",
+    [{}, {"ssast_compat": True}, {"pooling": "meanstd", "stride": 10}, {"groups": GROUPS, "cross": True}],
+)
 def test_ratings_do_not_see_padding_or_batch_mates(args):
     model = small_ast(num_outputs=5, **args)
     lengths = torch.tensor([96, 50, 17, 69])
@@ -196,7 +235,10 @@ def test_ratings_do_not_see_padding_or_batch_mates(args):
         whole = (T - 16) // model.stride * model.stride + 16  # a patch needs all its frames
         other[i, whole:T] = 5.0
         assert largest(model(other, lengths), logits) < 1e-5
-    assert largest(model(nn.functional.pad(x[1:2, :50], (0, 0, 0, 30), value=-1.0), lengths[1:2]), logits[1:2]) < 1e-5
+    assert (
+        largest(model(nn.functional.pad(x[1:2, :50], (0, 0, 0, 30), value=-1.0), lengths[1:2]), logits[1:2])
+        < 1e-5
+    )
 
 
 def test_pooling_by_hand():
@@ -284,7 +326,9 @@ def test_bfloat16_on_cpu_stays_near_float32(args):
         assert found.dtype == torch.float32
         assert 0 < largest(found, expected) < 0.05 * expected.abs().max()
     else:
-        assert all(found[k].item() == pytest.approx(expected[k].item(), rel=0.05) for k in ("nce", "mse", "mse_mean"))
+        assert all(
+            found[k].item() == pytest.approx(expected[k].item(), rel=0.05) for k in ("nce", "mse", "mse_mean")
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -372,14 +416,23 @@ def test_encoder_is_kept_and_positions_fitted(args):
     assert torch.equal(same.encode(tokens, None), old(x))
     short = adapt_ast(old, frames=64, num_outputs=5)
     first = 1 if args.get("ssast_compat") else 0  # the original takes the table's centre
-    assert torch.equal(short.position(4).view(ROWS, 4, -1), old.position(6).view(ROWS, 6, -1)[:, first : first + 4])
+    assert torch.equal(
+        short.position(4).view(ROWS, 4, -1), old.position(6).view(ROWS, 6, -1)[:, first : first + 4]
+    )
     fine = adapt_ast(old, stride=10, num_outputs=5)
     assert fine.position(fine.columns).shape == (4 * 9, 16)
     grid = old.position(COLUMNS).view(ROWS, COLUMNS, -1).permute(2, 0, 1)[None]
     resized = nn.functional.interpolate(grid, (4, 9), mode="bilinear")[0].permute(1, 2, 0).flatten(0, 1)
     assert largest(fine.position(9), resized) < 1e-5
-    assert adapt_ast(old, frames=160).pretrain_losses(make_fbank(160), cluster_mask(2, ROWS, 10, 20)).keys() >= {"nce", "mse"}
-    for changes in ({"width": 32}, {"depth": 3}, {"heads": 4}, {"ssast_compat": not args.get("ssast_compat")}):
+    assert adapt_ast(old, frames=160).pretrain_losses(
+        make_fbank(160), cluster_mask(2, ROWS, 10, 20)
+    ).keys() >= {"nce", "mse"}
+    for changes in (
+        {"width": 32},
+        {"depth": 3},
+        {"heads": 4},
+        {"ssast_compat": not args.get("ssast_compat")},
+    ):
         with pytest.raises(DataError):
             adapt_ast(old, num_outputs=5, **changes)
     with pytest.raises(DataError, match="would be lost or random"):
@@ -387,7 +440,10 @@ def test_encoder_is_kept_and_positions_fitted(args):
 
 
 def test_checkpoint_rebuilds_the_network(tmp_path):
-    model, x = small_ast(num_outputs=5, groups=GROUPS, cross=True, balance="uncertainty", pooling="meanstd"), make_fbank()
+    model, x = (
+        small_ast(num_outputs=5, groups=GROUPS, cross=True, balance="uncertainty", pooling="meanstd"),
+        make_fbank(),
+    )
     ckpt = {"task": "ast", "model_args": model.model_args, "model": model.state_dict(), "ema": None}
     save_checkpoint(tmp_path / "best.pt", ckpt)
     assert torch.equal(load_checkpoint(tmp_path / "best.pt")[0](x), model(x))
@@ -402,12 +458,16 @@ def loop_mask(freq: int, time: int, count: int, rng: random.Random) -> set[int]:
     while len(chosen) < count:
         row, column = rng.randint(1 - side, freq - 1), rng.randint(1 - side, time - 1)
         cells = [(r, c) for r in range(row, row + side) for c in range(column, column + side)]
-        cells = [r * time + c for r, c in cells if 0 <= r < freq and 0 <= c < time and r * time + c not in chosen]
+        cells = [
+            r * time + c for r, c in cells if 0 <= r < freq and 0 <= c < time and r * time + c not in chosen
+        ]
         chosen |= set(rng.sample(cells, min(len(cells), count - len(chosen))))
     return chosen
 
 
-@pytest.mark.parametrize(("freq", "time", "count"), [(8, 64, 400), (8, 62, 387), (2, 3, 6), (1, 1, 1), (8, 64, 512), (8, 6, 1)])
+@pytest.mark.parametrize(
+    ("freq", "time", "count"), [(8, 64, 400), (8, 62, 387), (2, 3, 6), (1, 1, 1), (8, 64, 512), (8, 6, 1)]
+)
 def test_masks_hold_exactly_as_many_patches_as_asked(freq, time, count):
     mask = cluster_mask(50, freq, time, count, generator=torch.Generator().manual_seed(3))
     assert mask.shape == (50, count)
@@ -423,7 +483,9 @@ def test_every_patch_of_the_grid_is_equally_likely():
     masks = [cluster_mask(2000, freq, time, count, generator=generator) for _ in range(n // 2000)]
     rate = torch.bincount(torch.cat(masks).flatten(), minlength=freq * time) / n
     sampling = (count / 512 * (1 - count / 512) / n) ** 0.5
-    assert (rate - count / 512).abs().max() < 0.008 + 4 * sampling  # the exact count leaves corners .006 short
+    assert (
+        rate - count / 512
+    ).abs().max() < 0.008 + 4 * sampling  # the exact count leaves corners .006 short
 
 
 def test_rates_equal_those_of_a_loop_over_clusters():
@@ -440,16 +502,22 @@ def test_rates_equal_those_of_a_loop_over_clusters():
 
 def test_masks_are_square_clusters_that_do_not_wrap():
     for side in (3, 4, 5):
-        mask = cluster_mask(4000, 8, 64, side**2, side=(side, side), generator=torch.Generator().manual_seed(side))
+        mask = cluster_mask(
+            4000, 8, 64, side**2, side=(side, side), generator=torch.Generator().manual_seed(side)
+        )
         row, column = mask // 64, mask % 64
         height, width = (axis.amax(1) - axis.amin(1) + 1 for axis in (row, column))
         whole = ((height == side) & (width == side)).float().mean()
-        inside = (8 - side + 1) * (64 - side + 1) / ((8 + side - 1) * (64 + side - 1))  # places not cut by an edge
+        inside = (
+            (8 - side + 1) * (64 - side + 1) / ((8 + side - 1) * (64 + side - 1))
+        )  # places not cut by an edge
         assert float(whole) == pytest.approx(inside, abs=0.04)
     one = cluster_mask(10000, 8, 64, 1, generator=torch.Generator().manual_seed(0)).flatten()
     assert len(one.unique()) == 512
     # of two neighbours in number, one at the end of a row and one at the start of the next, clusters take either alone
-    many = torch.zeros(4000, 512).scatter(1, cluster_mask(4000, 8, 64, 100, generator=torch.Generator().manual_seed(0)), 1.0)
+    many = torch.zeros(4000, 512).scatter(
+        1, cluster_mask(4000, 8, 64, 100, generator=torch.Generator().manual_seed(0)), 1.0
+    )
     grid = many.view(-1, 8, 64)
     across = torch.corrcoef(torch.stack([grid[:, :-1, -1].flatten(), grid[:, 1:, 0].flatten()]))[0, 1]
     beside = torch.corrcoef(torch.stack([grid[:, :, 30].flatten(), grid[:, :, 31].flatten()]))[0, 1]

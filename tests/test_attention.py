@@ -37,10 +37,21 @@ def small_ast(**args) -> AST:
 
 
 def checkpoint(path, task="ast", statistics=("mean", "std"), **args) -> str:
-    model = small_ast(mel=128, **args) if task == "ast" else GRUDecoder(channels=4, days=1, hidden=4, layers=1)
+    model = (
+        small_ast(mel=128, **args) if task == "ast" else GRUDecoder(channels=4, days=1, hidden=4, layers=1)
+    )
     given = {"mean": data.FBANK_MEAN, "std": data.FBANK_STD, "synthetic": True}
     given = {key: value for key, value in given.items() if key in (*statistics, "synthetic")}
-    save_checkpoint(path, {"task": task, "model_args": model.model_args, "model": model.state_dict(), "args": {}, "data": given})
+    save_checkpoint(
+        path,
+        {
+            "task": task,
+            "model_args": model.model_args,
+            "model": model.state_dict(),
+            "args": {},
+            "data": given,
+        },
+    )
     return str(path)
 
 
@@ -103,14 +114,22 @@ def by_hand(model: AST, clips: Tensor, lengths: list[int] | None = None) -> np.n
     return out
 
 
-@pytest.mark.parametrize("args", [{}, {"num_outputs": 4}, {"num_outputs": 4, "pooling": "meanstd", "stride": 10},
-                                  {"ssast_compat": True}, {"num_outputs": 4, "ssast_compat": True, "pooling": "cls"}])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"num_outputs": 4},
+        {"num_outputs": 4, "pooling": "meanstd", "stride": 10},
+        {"ssast_compat": True},
+        {"num_outputs": 4, "ssast_compat": True, "pooling": "cls"},
+    ],
+)
 @torch.no_grad()
 def test_roll_out_equals_plain_arithmetic(args):
     model, clips, lengths = small_ast(**args), torch.randn(2, 96, 48), [96, 55]
     share = evaluation.roll_out(model, clips, torch.tensor(lengths))
     assert np.abs(share.numpy() - by_hand(model, clips, lengths)).max() < 1e-4
-    assert share[1, :, model.count(55):].abs().max() == 0
+    assert share[1, :, model.count(55) :].abs().max() == 0
     assert share[1, :, : model.count(55)].mean().item() == pytest.approx(1, abs=1e-5)
     assert torch.allclose(evaluation.roll_out(model, clips[:1]), share[:1], atol=1e-4)
     assert share[0].std() > 0.02
@@ -121,14 +140,16 @@ def test_roll_out_of_one_uniform_layer_is_even():
     model = small_ast(depth=1)
     with torch.no_grad():
         model.blocks[0].qkv.weight.zero_()
-    assert torch.allclose(evaluation.roll_out(model, torch.randn(1, 96, 48)), torch.ones(1, ROWS, COLUMNS), atol=1e-5)
+    assert torch.allclose(
+        evaluation.roll_out(model, torch.randn(1, 96, 48)), torch.ones(1, ROWS, COLUMNS), atol=1e-5
+    )
 
 
 def test_long_pieces_are_joined_crop_by_crop():
     model, piece = small_ast(), torch.randn(96 + 40, 48)
     share, starts = evaluation.roll_out_file(model, piece, CPU)
     assert starts == [0, 2]  # 8 columns in crops of 6
-    crops = [evaluation.roll_out(model, piece[None, 16 * s:16 * s + 96])[0].numpy() for s in starts]
+    crops = [evaluation.roll_out(model, piece[None, 16 * s : 16 * s + 96])[0].numpy() for s in starts]
     assert share.shape == (3, 8)
     assert np.allclose(share[:, :2], crops[0][:, :2])
     assert np.allclose(share[:, 2:6], (crops[0][:, 2:] + crops[1][:, :4]) / 2)
@@ -151,14 +172,19 @@ def test_hertz_lie_where_the_filters_are():
 
 def test_colours_and_ticks_stand_where_the_patches_are(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
+
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, format: (self.draw_without_rendering(), figures.append(self)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, file, format: (self.draw_without_rendering(), figures.append(self))
+    )
     energies, share = np.random.default_rng(0).normal(-4, 4, (134, 128)), np.full((12, 12), 0.5)
     share[3, 4] = 6.0
     evaluation.draw_attention(tmp_path / "a.png", energies, share, [0, 6], 10, "cost $5 _{")
     axes, bar = figures[0].axes
     grey, colour = axes.images
-    assert colour.get_extent() == pytest.approx([0.0375, 1.2375, 2.5, 122.5])  # patches of 16 every 10: cells around their middles
+    assert colour.get_extent() == pytest.approx(
+        [0.0375, 1.2375, 2.5, 122.5]
+    )  # patches of 16 every 10: cells around their middles
     assert grey.get_extent() == pytest.approx([0.0075, 1.3475, -0.5, 127.5])
     assert np.asarray(colour.get_array()).argmax() == 3 * 12 + 4
     assert colour.norm.vcenter == 1
@@ -175,7 +201,9 @@ def test_colours_and_ticks_stand_where_the_patches_are(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args", [{}, {"num_outputs": 19, "pooling": "meanstd"}])
 def test_a_wav_file_is_drawn(args, tmp_path, capsys):
     out, ckpt = tmp_path / "new" / "a.png", checkpoint(tmp_path / "best.pt", **args)
-    result = evaluation.main(["--attention", str(out), "--audio", wav(tmp_path / "a.wav", 1.5), "--ckpt", ckpt, "--device", "cpu"])
+    result = evaluation.main(
+        ["--attention", str(out), "--audio", wav(tmp_path / "a.wav", 1.5), "--ckpt", ckpt, "--device", "cpu"]
+    )
     assert size(out) == (1600, 600)
     assert (result["frames"], result["share"].shape, result["starts"]) == (148, (8, 9), [0, 3])
     assert result["share"].mean() == pytest.approx(1, abs=0.2)
@@ -187,7 +215,15 @@ def test_a_midi_file_is_rendered_and_drawn(tmp_path):
     track += [mido.Message("note_on", note=69, velocity=80), mido.Message("note_off", note=69, time=240)]
     file.tracks.append(track)
     file.save(tmp_path / "a.mid")
-    argv = [f"--attention={tmp_path / 'a.svg'}", "--midi", str(tmp_path / "a.mid"), "--ckpt", checkpoint(tmp_path / "best.pt"), "--device", "cpu"]
+    argv = [
+        f"--attention={tmp_path / 'a.svg'}",
+        "--midi",
+        str(tmp_path / "a.mid"),
+        "--ckpt",
+        checkpoint(tmp_path / "best.pt"),
+        "--device",
+        "cpu",
+    ]
     result = evaluation.main(argv)
     waveform = data.render(data.read_midi(tmp_path / "a.mid"))
     assert result["frames"] == data.fbank_frames(len(waveform))
@@ -198,7 +234,9 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
     sound, best, out = wav(tmp_path / "a.wav", 0.5), checkpoint(tmp_path / "best.pt"), str(tmp_path / "a.png")
 
     def call(attention=out, audio=sound, ckpt=best):
-        return refusal(["--attention", attention, "--audio", audio, "--ckpt", ckpt, "--device", "cpu"], capsys)
+        return refusal(
+            ["--attention", attention, "--audio", audio, "--ckpt", ckpt, "--device", "cpu"], capsys
+        )
 
     assert "task 'decoder'; expected 'ast'" in call(ckpt=checkpoint(tmp_path / "d.pt", task="decoder"))
     assert "none.pt: no such file" in call(ckpt=str(tmp_path / "none.pt"))
@@ -209,7 +247,9 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
     assert "kind '.txt'; expected .png" in call(attention=str(tmp_path / "a.txt"))
     (tmp_path / "b.png").mkdir()
     assert "b.png: a folder" in call(attention=str(tmp_path / "b.png"))
-    assert "none.mid" in refusal(["--attention", out, "--midi", str(tmp_path / "none.mid"), "--ckpt", best], capsys)
+    assert "none.mid" in refusal(
+        ["--attention", out, "--midi", str(tmp_path / "none.mid"), "--ckpt", best], capsys
+    )
     assert not (tmp_path / "a.png").exists()
 
 
@@ -224,7 +264,11 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
 
 def test_plain_ast_has_the_same_losses_and_gradients():
     model = small_ast(dropout=0.0)
-    plain, clips, (mask, second) = evaluation.PlainAST(model), torch.randn(2, 96, 48), cluster_mask(4, ROWS, COLUMNS, 13).view(2, 2, 13)
+    plain, clips, (mask, second) = (
+        evaluation.PlainAST(model),
+        torch.randn(2, 96, 48),
+        cluster_mask(4, ROWS, COLUMNS, 13).view(2, 2, 13),
+    )
     losses = [evaluation._pretrain_loss(net, clips, mask, second=second) for net in (model, plain)]
     sum(losses).backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
@@ -240,10 +284,17 @@ def test_plain_ast_refuses_what_it_has_not(args):
 
 @pytest.mark.parametrize("kind", ["AST", "visible", "plain"])
 def test_operations_equal_those_that_torch_counts(kind):
-    model, clips, mask = AST(**SMALL, visible_only=kind == "visible"), torch.randn(2, 96, 48), cluster_mask(2, ROWS, COLUMNS, 14)
+    model, clips, mask = (
+        AST(**SMALL, visible_only=kind == "visible"),
+        torch.randn(2, 96, 48),
+        cluster_mask(2, ROWS, COLUMNS, 14),
+    )
     second = {"second": mask} if kind == "plain" else {}
     network = evaluation.PlainAST(model) if second else model
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch has no count for the fused CPU kernel
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # torch has no count for the fused CPU kernel
         evaluation._pretrain_loss(network, clips, mask, **second).backward()
     assert counter.get_total_flops() == 2 * evaluation.pretrain_flops(model, 14, passes=1 + len(second))
 
@@ -257,12 +308,32 @@ def test_plain_masks_hold_as_many_patches_as_asked():
 def test_bench_compares_equal_networks(capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "AST_PRESETS", {"tiny": {"width": 16, "depth": 2, "heads": 2}})
     monkeypatch.setattr(evaluation, "matmul_peak", lambda device, dtype: 1e12)
-    result = evaluation.main(["bench", "--task", "ast", "--preset", "tiny", "--frames", "64", "--batch", "2", "--steps", "1",
-                              "--amp", "bf16", "--visible-only", "--device", "cpu"])
+    result = evaluation.main(
+        [
+            "bench",
+            "--task",
+            "ast",
+            "--preset",
+            "tiny",
+            "--frames",
+            "64",
+            "--batch",
+            "2",
+            "--steps",
+            "1",
+            "--amp",
+            "bf16",
+            "--visible-only",
+            "--device",
+            "cpu",
+        ]
+    )
     assert result["difference"] < 1e-4
     assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["AST_seconds"])
     assert result["mask_ratio"] == pytest.approx(result["plain_mask_ms"] / result["mask_ms"])
-    assert result["flops"]["AST"] == 2 * evaluation.pretrain_flops(AST(frames=64, width=16, depth=2, heads=2), 25)
+    assert result["flops"]["AST"] == 2 * evaluation.pretrain_flops(
+        AST(frames=64, width=16, depth=2, heads=2), 25
+    )
     out = capsys.readouterr().out
     assert "25 of 32 patches masked" in out
     assert "400 of 512 patches: cluster_mask" in out
@@ -270,7 +341,9 @@ def test_bench_compares_equal_networks(capsys, monkeypatch):
 
 
 def test_options_of_another_network_are_refused(capsys):
-    assert "--width given; expected --preset, --frames, --visible-only" in refusal(["bench", "--task", "ast", "--width", "8"], capsys)
+    assert "--width given; expected --preset, --frames, --visible-only" in refusal(
+        ["bench", "--task", "ast", "--width", "8"], capsys
+    )
     assert "--frames, --visible-only given" in refusal(["bench", "--frames", "64", "--visible-only"], capsys)
 
 

@@ -16,7 +16,14 @@ from data import LABELS, DataError, column_names
 from models import HAN, save_checkpoint
 
 COLUMNS = column_names(evaluation.FEATURES)
-DATA = {"features": "full", "columns": COLUMNS, "labels": list(LABELS), "split": "segment", "keep_overlap": False, "synthetic": True}
+DATA = {
+    "features": "full",
+    "columns": COLUMNS,
+    "labels": list(LABELS),
+    "split": "segment",
+    "keep_overlap": False,
+    "synthetic": True,
+}
 
 
 def ratings(n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -32,8 +39,12 @@ def test_metrics_match_sklearn_and_scipy():
     y, p = ratings()
     assert evaluation.r2(y, p) == pytest.approx(r2_score(y, p, multioutput="raw_values"), abs=1e-12)
     assert evaluation.mean_r2(y, p) == pytest.approx(r2_score(y, p), abs=1e-12)
-    assert evaluation.mse(y, p) == pytest.approx(mean_squared_error(y, p, multioutput="raw_values"), abs=1e-12)
-    assert evaluation.pearson(y, p) == pytest.approx([pearsonr(y[:, d], p[:, d])[0] for d in range(19)], abs=1e-12)
+    assert evaluation.mse(y, p) == pytest.approx(
+        mean_squared_error(y, p, multioutput="raw_values"), abs=1e-12
+    )
+    assert evaluation.pearson(y, p) == pytest.approx(
+        [pearsonr(y[:, d], p[:, d])[0] for d in range(19)], abs=1e-12
+    )
 
 
 def test_metrics_by_hand():
@@ -73,7 +84,9 @@ def test_bootstrap_equals_a_plain_loop():
 
 def test_bootstrap_resamples_whole_segments():
     error = np.repeat([0.0, 1.0], 50)  # two segments: the draws that hold both all give 1/2
-    interval = evaluation.cluster_bootstrap(np.zeros((100, 1)), error[:, None], error, lambda y, p: float(evaluation.mse(y, p).mean()), n=500)
+    interval = evaluation.cluster_bootstrap(
+        np.zeros((100, 1)), error[:, None], error, lambda y, p: float(evaluation.mse(y, p).mean()), n=500
+    )
     assert interval == (0.5, 0.5)
 
 
@@ -85,7 +98,9 @@ def test_bootstrap_without_information_is_nan():
 
 def test_bootstrap_averages_folds_on_one_draw():
     y = np.zeros((4, 1))
-    p = np.array([[0.0], [1.0], [1.0], [0.0]])  # fold 1 mirrors fold 0: their mean never moves while each fold does
+    p = np.array(
+        [[0.0], [1.0], [1.0], [0.0]]
+    )  # fold 1 mirrors fold 0: their mean never moves while each fold does
     folds, groups = np.array([0, 0, 1, 1]), np.array(["a", "b", "a", "b"])
     kept = evaluation.cluster_bootstrap(y, p, groups, lambda y, p: float(p.mean()), folds=folds, n=300)
     assert kept == (0.5, 0.5)
@@ -106,8 +121,16 @@ def corpus(monkeypatch, tmp_path):
             notes = int(rng.integers(12, 30))
             x = rng.normal(0, 0.1, (notes, len(COLUMNS))).astype(np.float32)
             x[:, COLUMNS.index("velocity")] = level = rng.random()
-            items[name] = {"name": name, "x": x, "voice": np.ones(notes, int), "beat": np.arange(notes) // 3, "measure": np.arange(notes) // 9,
-                           "matched": np.ones(notes, bool), "match_rate": 1.0, "stats": np.zeros(2, np.float32)}
+            items[name] = {
+                "name": name,
+                "x": x,
+                "voice": np.ones(notes, int),
+                "beat": np.arange(notes) // 3,
+                "measure": np.arange(notes) // 9,
+                "matched": np.ones(notes, bool),
+                "match_rate": 1.0,
+                "stats": np.zeros(2, np.float32),
+            }
             if segment != 9:
                 items[name]["y"] = np.linspace(0.2 * level, level, 19).astype(np.float32)
     made = SimpleNamespace(root="fake", synthetic=True, items=items, columns=COLUMNS, left_out=[])
@@ -119,7 +142,9 @@ def corpus(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "load_percepiano", lambda *a, **k: made)
     monkeypatch.setattr(evaluation, "synthetic_percepiano", lambda cache: "synthetic")
     monkeypatch.setattr(evaluation, "percepiano_parts", parts)
-    monkeypatch.setattr(evaluation, "prepare_han", lambda corpus, names, data: [corpus.items[n] for n in names])
+    monkeypatch.setattr(
+        evaluation, "prepare_han", lambda corpus, names, data: [corpus.items[n] for n in names]
+    )
     monkeypatch.chdir(tmp_path)
     return made
 
@@ -128,15 +153,29 @@ def checkpoint(path, fold: int = 0, seed: int = 7, task: str = "han", **data) ->
     torch.manual_seed(seed)
     model = HAN(input_size=len(COLUMNS), size=8, heads=2)
     rest = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "rng", "git_sha", "best", "skipped"))
-    save_checkpoint(path, {"format": 1, "task": task, "model_args": model.model_args, "model": model.state_dict(), **rest, "step": 3, "epoch": 1,
-                           "args": {"seed": seed}, "data": {**DATA, "fold": fold, **data}})
+    save_checkpoint(
+        path,
+        {
+            "format": 1,
+            "task": task,
+            "model_args": model.model_args,
+            "model": model.state_dict(),
+            **rest,
+            "step": 3,
+            "epoch": 1,
+            "args": {"seed": seed},
+            "data": {**DATA, "fold": fold, **data},
+        },
+    )
     return str(path)
 
 
 def predicted(path: str, corpus, names: list[str]) -> np.ndarray:
     model, _ = evaluation.load_checkpoint(path)
     with torch.no_grad():
-        return np.stack([torch.sigmoid(model(evaluation.collate_han([corpus.items[n]])))[0].numpy() for n in names])
+        return np.stack(
+            [torch.sigmoid(model(evaluation.collate_han([corpus.items[n]])))[0].numpy() for n in names]
+        )
 
 
 def of_part(corpus, segments: tuple, renderings: bool = True) -> list[str]:
@@ -153,7 +192,9 @@ def test_checkpoints_are_scored_on_their_own_folds(corpus, tmp_path, capsys):
     for path, segments in zip(paths, [(4, 5), (6, 7)], strict=True):
         for view in expected:
             names = of_part(corpus, segments, view == "all")
-            expected[view].append(r2_score([corpus.items[n]["y"] for n in names], predicted(path, corpus, names)))
+            expected[view].append(
+                r2_score([corpus.items[n]["y"] for n in names], predicted(path, corpus, names))
+            )
     for view, values in expected.items():
         assert [fold["r2"] for fold in result[view]["folds"].values()] == pytest.approx(values, abs=1e-5)
         assert result[view]["mean"]["r2"] == pytest.approx(np.mean(values), abs=1e-5)
@@ -169,7 +210,9 @@ def test_seeds_of_one_fold_are_averaged(corpus, tmp_path, capsys):
     names = of_part(corpus, (4, 5))
     p = np.mean([predicted(path, corpus, names) for path in paths], axis=0)
     assert list(result["folds"]) == ["0"]
-    assert result["folds"]["0"]["mse"] == pytest.approx(mean_squared_error([corpus.items[n]["y"] for n in names], p), abs=1e-6)
+    assert result["folds"]["0"]["mse"] == pytest.approx(
+        mean_squared_error([corpus.items[n]["y"] for n in names], p), abs=1e-6
+    )
     assert "2 checkpoints averaged, seeds [7, 8]" in capsys.readouterr().out
 
 
@@ -199,13 +242,25 @@ def test_saved_results(corpus, tmp_path):
     assert [row[1:3] for row in rows if row[0] == first] == [["test", "0"], ["test", "1"]]
     assert all(len(value.split(".")[1]) == 4 for value in rows[1][3:])
     saved = json.loads((tmp_path / "out/han_full_segment.json").read_text())
-    assert {"command", "git_sha", "git_dirty", "hardware", "date", "seeds", "synthetic", "metrics"} <= saved.keys()
+    assert {
+        "command",
+        "git_sha",
+        "git_dirty",
+        "hardware",
+        "date",
+        "seeds",
+        "synthetic",
+        "metrics",
+    } <= saved.keys()
     assert saved["synthetic"] is True
     assert saved["seeds"] == [7, 7]
     assert saved["command"].startswith("python eval.py evaluate --ckpt")
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     assert evaluation.check_results("out/han_full_segment.json", truth) > 500
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["han_full_segment.csv", "han_full_segment.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "han_full_segment.csv",
+        "han_full_segment.json",
+    ]
     saved["metrics"]["valid"]["all"]["mean"]["r2"] += 1e-3
     (tmp_path / "out/han_full_segment.json").write_text(json.dumps(saved))
     with pytest.raises(DataError, match="/valid/all/mean/r2 is"):
@@ -213,14 +268,24 @@ def test_saved_results(corpus, tmp_path):
 
 
 def test_a_leading_space_leaves_the_name(tmp_path):
-    evaluation.write_predictions(tmp_path / "p.csv", [{"part": "valid", "fold": 0, "names": [" b", "a"], "p": np.full((2, 19), 0.12345)}])
+    evaluation.write_predictions(
+        tmp_path / "p.csv",
+        [{"part": "valid", "fold": 0, "names": [" b", "a"], "p": np.full((2, 19), 0.12345)}],
+    )
     record = evaluation.read_predictions(tmp_path / "p.csv")[0]
     assert sorted(record["names"]) == ["a", "b"]
     assert record["p"][0, 0] == pytest.approx(0.1235, abs=1e-4)
 
 
-@pytest.mark.parametrize(("text", "found"), [("", "columns ''"), ("a,b\n", "columns 'a,b'"), ("{head}\nx,valid,0,1\n", "line 2 has 4 fields"),
-                                             ("{head}\nx,valid,zero" + ",1" * 19, "'zero'")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "columns ''"),
+        ("a,b\n", "columns 'a,b'"),
+        ("{head}\nx,valid,0,1\n", "line 2 has 4 fields"),
+        ("{head}\nx,valid,zero" + ",1" * 19, "'zero'"),
+    ],
+)
 def test_bad_predictions_are_refused(tmp_path, text, found):
     path = tmp_path / "p.csv"
     path.write_text(text.format(head=",".join(["name", "part", "fold", *LABELS])))
@@ -243,7 +308,9 @@ def test_floor_learns_what_the_notes_say(corpus, tmp_path):
     assert list(result["valid"]["all"]["folds"]) == ["1"]
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
     assert result["test"]["no_renderings"]["folds"]["1"]["items"] == 3
-    assert evaluation.main(["floor", "--fold", "1", "--features", "score"])["valid"]["all"]["mean"]["r2"] < 0.2
+    assert (
+        evaluation.main(["floor", "--fold", "1", "--features", "score"])["valid"]["all"]["mean"]["r2"] < 0.2
+    )
     assert (tmp_path / "results/han_floor_segment.csv").is_file()
 
 
@@ -254,7 +321,9 @@ def test_pooled_statistics_of_matched_notes():
 
 
 def test_bench_compares_equal_networks(capsys):
-    result = evaluation.main(["bench", "--task", "han", "--width", "16", "--batch", "2", "--steps", "1", "--device", "cpu"])
+    result = evaluation.main(
+        ["bench", "--task", "han", "--width", "16", "--batch", "2", "--steps", "1", "--device", "cpu"]
+    )
     assert result["difference"] < 1e-5
     assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["HAN_seconds"])
     assert "float32" in capsys.readouterr().out

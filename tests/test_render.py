@@ -37,7 +37,7 @@ def level(waveform, start, end) -> float:
 
 
 def centroid(waveform, start=0.0, seconds=0.5) -> float:
-    part = waveform[int(start * RATE):int((start + seconds) * RATE)].astype(float)
+    part = waveform[int(start * RATE) : int((start + seconds) * RATE)].astype(float)
     power = np.abs(np.fft.rfft(part * np.hanning(len(part)))) ** 2
     return float((power * np.fft.rfftfreq(len(part), 1 / RATE)).sum() / power.sum())
 
@@ -67,9 +67,10 @@ def test_louder_is_louder_and_brighter_at_every_step():
 def test_low_notes_last_longer():
     def seconds(key):
         sound = render(play((0, 19, key, 70)))
-        frames = sound[:len(sound) // 800 * 800].reshape(-1, 800)
+        frames = sound[: len(sound) // 800 * 800].reshape(-1, 800)
         power = 10 * np.log10((frames.astype(float) ** 2).mean(1) + 1e-14)
         return np.flatnonzero(power > power.max() - 40)[-1] * 0.05
+
     last = [seconds(key) for key in (24, 48, 72, 96)]
     assert np.all(np.diff(last) < -0.3), last
     assert last[0] > 4
@@ -78,23 +79,32 @@ def test_low_notes_last_longer():
 
 def test_decay_has_two_stages():
     sound = render(play((0, 19, 57, 80)))
-    assert level(sound, 0, 0.2) - level(sound, 1.0, 1.2) > 1.5 * (level(sound, 4, 4.2) - level(sound, 5, 5.2)) > 3
+    assert (
+        level(sound, 0, 0.2) - level(sound, 1.0, 1.2)
+        > 1.5 * (level(sound, 4, 4.2) - level(sound, 5, 5.2))
+        > 3
+    )
 
 
 def test_sustain_pedal_lengthens_and_half_pedal_lies_between():
-    left = {value: level(render(play((0, 0.3, 60, 80), sustain=[(0, value), (2, 0)])), 0.8, 1.0) for value in (0, 30, 50, 64, 127)}
+    left = {
+        value: level(render(play((0, 0.3, 60, 80), sustain=[(0, value), (2, 0)])), 0.8, 1.0)
+        for value in (0, 30, 50, 64, 127)
+    }
     assert left[127] == left[64] > left[50] + 3 > left[30] + 6
     assert left[127] - left[0] > 60
     falls = render(play((0, 0.3, 60, 80), sustain=[(0, 127), (1, 0)]))
     assert level(falls, 0.9, 1.0) - level(falls, 1.2, 1.3) > 40
-    assert np.array_equal(falls[:RATE], render(play((0, 1.0, 60, 80)))[:RATE])  # the pedal holds as the key does
+    assert np.array_equal(
+        falls[:RATE], render(play((0, 1.0, 60, 80)))[:RATE]
+    )  # the pedal holds as the key does
 
 
 def test_pedal_before_release_only_or_after_it_holds_nothing():
     dry = render(play((0, 0.3, 60, 80)))
     assert np.array_equal(render(play((0, 0.3, 60, 80), sustain=[(0.1, 127), (0.2, 0)])), dry)
     late = render(play((0, 0.3, 60, 80), sustain=[(0.9, 127), (1.5, 0)]))
-    assert np.array_equal(late[:len(dry)], dry[:len(late)])
+    assert np.array_equal(late[: len(dry)], dry[: len(late)])
 
 
 def test_pedal_that_stays_down_is_let_go_after_the_end():
@@ -119,9 +129,14 @@ def test_soft_pedal_softens_and_darkens():
 
 def test_a_second_strike_damps_the_first():
     both = render(play((0, 0.2, 60, 110), (0.7, 0.9, 60, 40), sustain=[(0, 127)]))
-    first, second = render(play((0, 0.2, 60, 110), sustain=[(0, 127)])), render(play((0.7, 0.9, 60, 40), sustain=[(0, 127)]))
-    assert np.array_equal(both[:int(0.7 * RATE)], first[:int(0.7 * RATE)])
-    np.testing.assert_allclose(both[int(0.85 * RATE):int(2 * RATE)], second[int(0.85 * RATE):int(2 * RATE)], atol=1e-6)
+    first, second = (
+        render(play((0, 0.2, 60, 110), sustain=[(0, 127)])),
+        render(play((0.7, 0.9, 60, 40), sustain=[(0, 127)])),
+    )
+    assert np.array_equal(both[: int(0.7 * RATE)], first[: int(0.7 * RATE)])
+    np.testing.assert_allclose(
+        both[int(0.85 * RATE) : int(2 * RATE)], second[int(0.85 * RATE) : int(2 * RATE)], atol=1e-6
+    )
 
 
 def test_notes_add_up_without_normalisation():
@@ -130,7 +145,7 @@ def test_notes_add_up_without_normalisation():
     alone = [render(play(note)) for note in notes]
     total = np.zeros(max(map(len, alone)))
     for sound in alone:
-        total[:len(sound)] += sound
+        total[: len(sound)] += sound
     assert np.abs(together).max() < data.KNEE
     np.testing.assert_allclose(together, total, atol=1e-6)
 
@@ -158,7 +173,7 @@ def test_limiter_is_smooth_odd_and_leaves_the_rest():
 
 def test_partials_are_where_stiff_strings_put_them_and_under_nyquist():
     for key in (33, 69, 93):
-        sound = render(play((0, 4, key, 100)))[:3 * RATE].astype(float)
+        sound = render(play((0, 4, key, 100)))[: 3 * RATE].astype(float)
         spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound))))
         bins = np.fft.rfftfreq(len(sound), 1 / RATE)
         stiffness = np.exp(0.0926 * key - 13.64) + np.exp(-0.0847 * key - 5.82)
@@ -170,13 +185,19 @@ def test_partials_are_where_stiff_strings_put_them_and_under_nyquist():
             assert abs(bins[near][spectrum[near].argmax()] - expected) < 2, (key, n)
     for key in (21, 60, 100, 108):  # C8's second partial would fold from 8.6 to 7.4 kHz
         fine, coarse = render(play((0, 1, key, 127)), 32000)[:16000], render(play((0, 1, key, 127)))[:8000]
-        fine, coarse = np.abs(np.fft.rfft(fine * np.hanning(16000)))[:4000] / 2, np.abs(np.fft.rfft(coarse * np.hanning(8000)))[:4000]
+        fine, coarse = (
+            np.abs(np.fft.rfft(fine * np.hanning(16000)))[:4000] / 2,
+            np.abs(np.fft.rfft(coarse * np.hanning(8000)))[:4000],
+        )
         assert np.sum((fine[:3800] - coarse[:3800]) ** 2) < 1e-4 * np.sum(coarse**2)
         assert np.sum(coarse[3900:] ** 2) < 1e-4 * np.sum(coarse**2)
 
 
 def test_same_bytes_every_time():
-    piece = play(*((i * 0.11, i * 0.11 + 0.3, 30 + i * 7 % 60, 20 + i * 13 % 100) for i in range(30)), sustain=[(0.5, 90), (1, 40), (1.5, 100), (2, 0)])
+    piece = play(
+        *((i * 0.11, i * 0.11 + 0.3, 30 + i * 7 % 60, 20 + i * 13 % 100) for i in range(30)),
+        sustain=[(0.5, 90), (1, 40), (1.5, 100), (2, 0)],
+    )
     first = render(piece)
     assert first.dtype == np.float32
     data._tone.cache_clear()
@@ -198,7 +219,12 @@ def test_edges():
     assert 0.3 < np.abs(render(play((0, 1, 60, 127)))).max() < 1
     assert len(render(play((0, 0.001, 60, 64)))) < RATE
     assert len(render(play((0, 1, 60, 64)), 44100)) > 44100
-    for bad in (play((-1, 1, 60, 64)), play((1e6, 1e6 + 1, 60, 64)), play((0, 1, 128, 64)), play((np.nan, 1, 60, 64))):
+    for bad in (
+        play((-1, 1, 60, 64)),
+        play((1e6, 1e6 + 1, 60, 64)),
+        play((0, 1, 128, 64)),
+        play((np.nan, 1, 60, 64)),
+    ):
         with pytest.raises(DataError, match="test: notes from"):
             render(bad)
     with pytest.raises(DataError, match="sample rate 100"):
@@ -216,11 +242,17 @@ def test_transformed_performances():
     assert fast.velocity.tolist() == piece.velocity.tolist()
     assert piece.pitch.tolist() == [60, 64]
     sound = render(fast)
-    assert not sound[:round(0.32 * RATE)].any()
+    assert not sound[: round(0.32 * RATE)].any()
     assert sound[round(0.32 * RATE)] != 0
-    assert transform_performance(play((0, 1, 22, 64), (0, 1, 60, 64)), semitones=-5).pitch.tolist() == [21, 59]  # shortened to the end
+    assert transform_performance(play((0, 1, 22, 64), (0, 1, 60, 64)), semitones=-5).pitch.tolist() == [
+        21,
+        59,
+    ]  # shortened to the end
     assert transform_performance(play((0, 1, 107, 64)), semitones=5).pitch.tolist() == [108]
-    assert transform_performance(play((0, 1, 15, 64), (0, 1, 120, 64)), semitones=3).pitch.tolist() == [15, 120]
+    assert transform_performance(play((0, 1, 15, 64), (0, 1, 120, 64)), semitones=3).pitch.tolist() == [
+        15,
+        120,
+    ]
     assert len(transform_performance(play(), 0.8, -2).pitch) == 0
     for bad in (0, -1, 100, np.nan):
         with pytest.raises(DataError, match="expected a factor"):
@@ -253,7 +285,11 @@ def run(*arguments, capsys):
 
 
 def test_writes_what_is_missing_and_keeps_the_rest(tmp_path, capsys):
-    paths = [write_midi(tmp_path / "2004/a.b.midi"), write_midi(tmp_path / "2006/deep/c.mid"), write_midi(tmp_path / "2006/._c.mid")]
+    paths = [
+        write_midi(tmp_path / "2004/a.b.midi"),
+        write_midi(tmp_path / "2006/deep/c.mid"),
+        write_midi(tmp_path / "2006/._c.mid"),
+    ]
     paths.pop().write_bytes(b"not MIDI, but hidden")
     stale = tmp_path / "2004/.a.b.wav.999999"
     stale.write_bytes(b"half")
@@ -271,12 +307,19 @@ def test_writes_what_is_missing_and_keeps_the_rest(tmp_path, capsys):
     assert (report["rendered"], report["present"], report["failed"]) == (1, 1, [])
     assert wavs[0].read_bytes() == whole
     assert wavs[1].stat().st_mtime_ns == kept
-    assert data.render_folder(tmp_path, quiet=True) == {"rendered": 0, "present": 2, "failed": [], "seconds": 0}
+    assert data.render_folder(tmp_path, quiet=True) == {
+        "rendered": 0,
+        "present": 2,
+        "failed": [],
+        "seconds": 0,
+    }
 
 
 def test_writes_a_mirrored_tree_at_another_rate(tmp_path, capsys):
     write_midi(tmp_path / "in/2004/a.midi")
-    assert "rendered 1 files" in run(tmp_path / "in", "--out", tmp_path / "out", "--sample-rate", "22050", capsys=capsys)
+    assert "rendered 1 files" in run(
+        tmp_path / "in", "--out", tmp_path / "out", "--sample-rate", "22050", capsys=capsys
+    )
     assert wavfile.read(tmp_path / "out/2004/a.wav")[0] == 22050
     assert not list((tmp_path / "in").rglob("*.wav"))
 
@@ -321,7 +364,9 @@ def test_a_soundfont_needs_the_program_and_a_whole_file(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.wav"))
 
 
-@pytest.mark.skipif(not (shutil.which("fluidsynth") and SOUNDFONTS), reason="fluidsynth or a soundfont is not installed")
+@pytest.mark.skipif(
+    not (shutil.which("fluidsynth") and SOUNDFONTS), reason="fluidsynth or a soundfont is not installed"
+)
 def test_fluidsynth_plays_what_the_piano_plays(tmp_path):
     midi = write_midi(tmp_path / "a.midi", [(0.5, 1.5, 60, 80), (2.0, 2.2, 69, 30)])
     report = data.render_folder(tmp_path, soundfont=SOUNDFONTS[0], workers=1, quiet=True)
@@ -342,9 +387,15 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
     write_midi(tmp_path / "000.midi", notes)
     for i in range(1, 300):  # more than a busy machine can render before the signal comes
         shutil.copyfile(tmp_path / "000.midi", tmp_path / f"{i:03}.midi")
-    process = subprocess.Popen([sys.executable, "data.py", "render", "--midi-root", str(tmp_path), "--workers", "2"], cwd=REPOSITORY,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
+    process = subprocess.Popen(
+        [sys.executable, "data.py", "render", "--midi-root", str(tmp_path), "--workers", "2"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a shell's background job ignores it
     deadline = time.time() + 120
     while not list(tmp_path.glob("*.wav")) and time.time() < deadline:
         time.sleep(0.01)
@@ -360,9 +411,16 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path):
 
 def test_midi_messages_reach_the_piano(tmp_path):
     """From the file's bytes to the sound: a soft-pedal event and a held sustain pedal, tempo 60."""
-    track = mido.MidiTrack([mido.MetaMessage("set_tempo", tempo=1_000_000), mido.Message("control_change", control=67, value=127),
-                            mido.Message("control_change", control=64, value=127), mido.Message("note_on", note=60, velocity=80, time=240),
-                            mido.Message("note_off", note=60, time=240), mido.Message("control_change", control=64, value=0, time=480)])
+    track = mido.MidiTrack(
+        [
+            mido.MetaMessage("set_tempo", tempo=1_000_000),
+            mido.Message("control_change", control=67, value=127),
+            mido.Message("control_change", control=64, value=127),
+            mido.Message("note_on", note=60, velocity=80, time=240),
+            mido.Message("note_off", note=60, time=240),
+            mido.Message("control_change", control=64, value=0, time=480),
+        ]
+    )
     midi = mido.MidiFile(ticks_per_beat=480, tracks=[track])
     midi.save(tmp_path / "a.mid")
     expected = render(play((0.5, 1.0, 60, 80), sustain=[(0, 127), (2, 0)], soft=[(0, 127)]))

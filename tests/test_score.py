@@ -88,6 +88,7 @@ def read(tmp_path):
 
 # ---------------------------------------------------------------- the real scores, the reference
 
+
 @pytest.fixture(scope="module")
 def scores():
     return {p.name: data.read_musicxml(p) for p in sorted(SCORES.glob("*.musicxml"))}
@@ -116,7 +117,9 @@ def test_reference(path, scores):
     name = f"{work}_Score_{segment}.musicxml"
     s, d = scores[name], np.load(path)
     rows = defaultdict(list)
-    for j, key in enumerate(zip(d["note_onset_quarter"].round(4), d["note_midi_pitch"], d["score_grace_order"], strict=True)):
+    for j, key in enumerate(
+        zip(d["note_onset_quarter"].round(4), d["note_midi_pitch"], d["score_grace_order"], strict=True)
+    ):
         rows[key].append(j)
     j = np.array([rows[key].pop(0) for key in zip(s.onset.round(4), s.pitch, s.grace_order, strict=True)])
     assert len(j) == len(d["note_midi_pitch"])
@@ -127,14 +130,19 @@ def test_reference(path, scores):
     # whose texts cancel out), accent marks were lost, notes of chords had the beams of others, Beethoven's pieces were Schubert's.
     touched = {
         "dynamic": s.features["dynamic"][:, 2] > 0,
-        "distance_from_recent_tempo": np.array([bool(re.search("cresc|dim", t)) for t in text]) | ((segment == "13") & (s.onset == 10)),
-        "slur_beam_vec": np.array([chords[key] > 1 for key in zip(s.voice, s.onset, s.grace_order, strict=True)]),
+        "distance_from_recent_tempo": np.array([bool(re.search("cresc|dim", t)) for t in text])
+        | ((segment == "13") & (s.onset == 10)),
+        "slur_beam_vec": np.array(
+            [chords[key] > 1 for key in zip(s.voice, s.onset, s.grace_order, strict=True)]
+        ),
         "composer_vec": np.full(n, "Beethoven" in name),
     }
     reference = {}
     for feature, mine in s.features.items():
         theirs = d["score_" + feature]
-        theirs = reference[feature] = theirs[j] if theirs.shape[:1] == (n,) else np.broadcast_to(theirs, mine.shape)
+        theirs = reference[feature] = (
+            theirs[j] if theirs.shape[:1] == (n,) else np.broadcast_to(theirs, mine.shape)
+        )
         wrong = np.abs(mine - theirs).reshape(n, -1).max(1) > 1e-4
         assert not (wrong & ~touched.get(feature, np.zeros(n, bool))).any(), feature
     assert (s.features["composer_vec"].argmax(1) == (2 if "Beethoven" in name else 13)).all()
@@ -143,11 +151,15 @@ def test_reference(path, scores):
     assert (s.features["dynamic"][:, [0, 1, 3]] == reference["dynamic"][:, [0, 1, 3]]).all()
     assert (s.features["distance_from_recent_tempo"] >= reference["distance_from_recent_tempo"] - 1e-9).all()
     assert (s.features["slur_beam_vec"][:, :3] == reference["slur_beam_vec"][:, :3]).all()
-    assert (s.features["slur_beam_vec"] <= reference["slur_beam_vec"]).all()  # only flags of other notes are gone
+    assert (
+        s.features["slur_beam_vec"] <= reference["slur_beam_vec"]
+    ).all()  # only flags of other notes are gone
     for mine, theirs in (("voice", "loc_voice"), ("beat", "loc_beat"), ("measure", "loc_measure"), ("section", "loc_section"),
                          ("staff", "note_staff"), ("grace", "note_is_grace"), ("overlapped", "note_is_overlapped"), ("trill", "note_is_trill"),
                          ("arpeggiate", "note_is_arpeggiate"), ("duration", "note_duration_quarter")):  # fmt: skip
-        np.testing.assert_allclose(getattr(s, mine).astype(float), d[theirs][j].astype(float), atol=1e-9, err_msg=mine)
+        np.testing.assert_allclose(
+            getattr(s, mine).astype(float), d[theirs][j].astype(float), atol=1e-9, err_msg=mine
+        )
     for grid in ("beats", "measures", "sections"):
         np.testing.assert_allclose(getattr(s, grid), d[f"grid_{grid}_quarter"], atol=1e-6)
 
@@ -173,6 +185,7 @@ def test_tremolo_marks_reach_the_whole_chord(scores):
 
 # ---------------------------------------------------------------- notes
 
+
 def test_notes_chords_voices_parts(read):
     s = read(
         [note(60, 8) + chord(64, 8) + note(None, 8) + back(16) + note(48, 16, voice=2, staff=2)],
@@ -192,7 +205,9 @@ def test_ties_join_and_carry_slurs(read):
         [
             note(60, 16, notations=start),
             note(60, 16, notations=stop + start),
-            note(60, 4, notations=stop + '<slur type="start" number="1"/>') + note(62, 4) + note(64, 8, notations='<slur type="stop" number="1"/>'),
+            note(60, 4, notations=stop + '<slur type="start" number="1"/>')
+            + note(62, 4)
+            + note(64, 8, notations='<slur type="stop" number="1"/>'),
             note(65, 16, notations=stop),  # its beginning was cut off: stays
         ]
     )
@@ -208,7 +223,9 @@ def test_two_voices_tie_the_same_pitch(read):
     s = read([first, second])
     assert s.onset.tolist() == [0, 1]
     assert s.duration.sum() == 10  # 16 + 12 + 4 + 8 sixteenths
-    s = read([note(60, 16, notations=start), note(60, 4, voice=2, notations=stop)])  # from one voice into another
+    s = read(
+        [note(60, 16, notations=start), note(60, 4, voice=2, notations=stop)]
+    )  # from one voice into another
     assert (s.pitch.tolist(), s.duration.tolist(), s.voice.tolist()) == ([60], [5], [1])
 
 
@@ -229,7 +246,11 @@ def test_overlapped_is_the_shorter_of_a_unison(read):
     s = read([note(60, 16) + back(16) + note(60, 4, voice=2) + note(62, 12, voice=2)])
     assert s.overlapped.tolist() == [False, True, False]
     s = read([note(60, 16) + back(16) + note(60, 16, voice=2)], [note(60, 4)])
-    assert s.overlapped.tolist() == [True, False, False]  # equal lengths: the earlier row; other parts do not count
+    assert s.overlapped.tolist() == [
+        True,
+        False,
+        False,
+    ]  # equal lengths: the earlier row; other parts do not count
 
 
 def test_cue_notes_stay_hidden_notes_go(read):
@@ -268,7 +289,13 @@ def test_notations(read):
 
 
 def test_beams_of_chord_notes_are_their_own(read):
-    s = read([note(60, 4, extra='<beam number="1">begin</beam>') + note(62, 4, extra='<beam number="1">end</beam>') + chord(65, 4)])
+    s = read(
+        [
+            note(60, 4, extra='<beam number="1">begin</beam>')
+            + note(62, 4, extra='<beam number="1">end</beam>')
+            + chord(65, 4)
+        ]
+    )
     assert s.features["slur_beam_vec"][:, 3:].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
 
 
@@ -343,6 +370,7 @@ def test_parts_unfold_together(read):
 
 # ---------------------------------------------------------------- metres and grids
 
+
 @pytest.mark.parametrize(("time", "length", "beats", "vector", "importance"), [
     ((6, 8), 2, [0, 1.5], [1, 0, 0, 1, 0, 0, 0, 1, 0], [4, 1, 1, 3, 1, 1]),
     ((9, 8), 2, [0, 1.5, 3], [0, 1, 0, 1, 0, 0, 0, 1, 0], [4, 1, 1, 2, 1, 1, 1, 1, 1]),
@@ -361,7 +389,9 @@ def test_metres(read, time, length, beats, vector, importance):
     assert s.measures.tolist() == [0, full]
     assert s.features["time_sig_vec"][0].tolist() == vector
     assert s.features["beat_importance"][: time[0]].tolist() == importance
-    assert s.features["beat_position"][: time[0]].tolist() == pytest.approx([i / time[0] for i in range(time[0])])
+    assert s.features["beat_position"][: time[0]].tolist() == pytest.approx(
+        [i / time[0] for i in range(time[0])]
+    )
 
 
 def test_pickup_counts_beats_backwards(read):
@@ -374,7 +404,10 @@ def test_pickup_counts_beats_backwards(read):
 
 def test_hidden_padding_before_and_after_a_pickup(read):
     hidden = 'print-object="no"'
-    for bar in (note(60, 4) + note(None, 12, attributes=hidden), note(None, 12, attributes=hidden) + note(60, 4)):
+    for bar in (
+        note(60, 4) + note(None, 12, attributes=hidden),
+        note(None, 12, attributes=hidden) + note(60, 4),
+    ):
         s = read([mark("p") + bar, note(62, 16)])
         assert s.onset.tolist() == [0, 1]
         assert s.beats.tolist() == [0, 1, 2, 3, 4]
@@ -389,7 +422,9 @@ def test_bars_of_all_parts_start_together(read):
 
 
 def test_bars_are_as_long_as_their_music(read):
-    s = read([A + back(8), "", B])  # the cursor need not return to the end; an empty bar lasts as long as its metre says
+    s = read(
+        [A + back(8), "", B]
+    )  # the cursor need not return to the end; an empty bar lasts as long as its metre says
     assert s.onset.tolist() == [0, 8]
     assert s.measures.tolist() == [0, 4, 8]
 
@@ -409,6 +444,7 @@ def test_metre_changes_in_mid_piece(read):
 
 # ---------------------------------------------------------------- words
 
+
 def quarters(n=4):
     return "".join(note(60 + i, 4) for i in range(n))
 
@@ -416,7 +452,13 @@ def quarters(n=4):
 def test_dynamics_and_hairpins(read):
     wedge = [direction(f'<wedge type="{t}" number="1"/>') for t in ("crescendo", "stop")]
     n = [note(60 + i, 4) for i in range(4)]
-    s = read([n[0] + mark("p") + n[1] + wedge[0] + n[2] + n[3], wedge[1] + mark("f") + quarters(), words("dim.") + quarters()])
+    s = read(
+        [
+            n[0] + mark("p") + n[1] + wedge[0] + n[2] + n[3],
+            wedge[1] + mark("f") + quarters(),
+            words("dim.") + quarters(),
+        ]
+    )
     dynamic = s.features["dynamic"]
     assert dynamic[:, 0].tolist() == [-0.4] * 4 + [0.4] * 8
     assert dynamic[:, 1].tolist() == [0, 0, 0.7, 0.7] + [0] * 4 + [-0.7] * 4
@@ -441,11 +483,23 @@ def test_hairpins_end_at_their_own_stop(read):
     n = [note(60 + i, 4) for i in range(4)]
     s = read([wedge("crescendo", 1, "below") + n[0] + wedge("diminuendo", 2, "above") + n[1] + wedge("stop", 1, "below") + n[2]
               + wedge("stop", 2, "above") + n[3]])  # fmt: skip
-    assert s.features["dynamic"][:, 1].tolist() == [0.7, -0.7, -0.7, 0]  # where both last, the one below counts for staff 2 only
+    assert s.features["dynamic"][:, 1].tolist() == [
+        0.7,
+        -0.7,
+        -0.7,
+        0,
+    ]  # where both last, the one below counts for staff 2 only
 
 
 def test_tempo_words_match_whole_words(read):
-    s = read([words("Allegro assai") + quarters(), words("sempre staccato") + quarters(), words("riten.") + quarters(), words("a tempo") + quarters()])
+    s = read(
+        [
+            words("Allegro assai") + quarters(),
+            words("sempre staccato") + quarters(),
+            words("riten.") + quarters(),
+            words("a tempo") + quarters(),
+        ]
+    )
     tempo = s.features["tempo"]
     assert tempo[:, 0].tolist() == [0.6] * 16
     assert tempo[:, 2].tolist() == [0] * 16
@@ -457,7 +511,13 @@ def test_tempo_words_match_whole_words(read):
 
 
 def test_hairpins_do_not_move_the_tempo_reference(read):
-    s = read([words("Andante") + quarters(), words("cresc.") + mark("f") + quarters(), words("Tempo I") + quarters()])
+    s = read(
+        [
+            words("Andante") + quarters(),
+            words("cresc.") + mark("f") + quarters(),
+            words("Tempo I") + quarters(),
+        ]
+    )
     assert s.features["distance_from_recent_tempo"].tolist() == [*range(8), *range(4)]
     assert s.features["tempo"][:, 0].tolist() == [-0.5] * 12
 
@@ -473,7 +533,10 @@ def test_word_vector(text, vector):
 
 
 def test_word_tables_are_complete():
-    assert (len(data.DYNAMIC_WORDS), len(data.TEMPO_WORDS)) == (50, 123)  # the reference lists 4 more with capitals or commas
+    assert (len(data.DYNAMIC_WORDS), len(data.TEMPO_WORDS)) == (
+        50,
+        123,
+    )  # the reference lists 4 more with capitals or commas
     assert data.DYNAMIC_WORDS["poco a poco meno f"] == (1, -0.2)
     assert data.TEMPO_WORDS["d'un rythme souple"] == (0, 0)
 
@@ -503,7 +566,10 @@ GOOD = document([A, B])
 def test_compressed_and_utf16_files(tmp_path):
     path = tmp_path / "piece.mxl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("META-INF/container.xml", '<container><rootfiles><rootfile full-path="s.xml"/></rootfiles></container>')
+        archive.writestr(
+            "META-INF/container.xml",
+            '<container><rootfiles><rootfile full-path="s.xml"/></rootfiles></container>',
+        )
         archive.writestr("s.xml", GOOD)
     assert data.read_musicxml(path).pitch.tolist() == [60, 62]
     path = tmp_path / "wide.xml"
@@ -528,7 +594,10 @@ BAD = {
     "midi": (b"MThd\0\0\0\6\0\1\0\2", "not well-formed"),
     "timewise": (b"<score-timewise/>", "score-timewise"),
     "no parts": (b"<score-partwise/>", r"parts of \[\]"),
-    "bomb": (b'<!DOCTYPE s [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><score-partwise>&b;</score-partwise>', "entities"),
+    "bomb": (
+        b'<!DOCTYPE s [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><score-partwise>&b;</score-partwise>',
+        "entities",
+    ),
     "encoding": (b'<?xml version="1.0" encoding="nonsense"?><score-partwise/>', "not well-formed"),
     "zip": (zipped(a="b"), "one score"),
     "two scores": (zipped(**{"a.xml": GOOD, "b.xml": GOOD}), "one score"),
@@ -594,13 +663,26 @@ def damaged(text, rng):
         if kind == 2 and parent is not None:
             parent.remove(child)
         elif child is not None:
-            child.text = rng.choice(["", "0", "-1", "nan", "inf", "1e400", "99999999999", "x", "3+2", "0.5", "7", "1/2", "yes"])
+            child.text = rng.choice(
+                ["", "0", "-1", "nan", "inf", "1e400", "99999999999", "x", "3+2", "0.5", "7", "1/2", "yes"]
+            )
     return ET.tostring(root)
 
 
 def test_damaged_files_never_raise_anything_else(tmp_path):
-    rng, path, outcomes, messages = random.Random(7), tmp_path / "piece.musicxml", {"read": 0, "refused": 0}, []
-    first = words("Andante") + note(71, None) + note(60, 8, notations='<slur type="start"/><tied type="start"/>') + chord(64, 8) + note(None, 8)
+    rng, path, outcomes, messages = (
+        random.Random(7),
+        tmp_path / "piece.musicxml",
+        {"read": 0, "refused": 0},
+        [],
+    )
+    first = (
+        words("Andante")
+        + note(71, None)
+        + note(60, 8, notations='<slur type="start"/><tied type="start"/>')
+        + chord(64, 8)
+        + note(None, 8)
+    )
     whole = document(
         [mark("fp") + first + back(16) + note(48, 16, voice=5, staff=2), note(60, 16, notations='<tied type="stop"/>') + repeat("backward"),
          ending("1", "start") + C + ending("1", "stop"), D], [A, B, C, D])  # fmt: skip

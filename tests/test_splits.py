@@ -58,9 +58,20 @@ def shared(performances):
 
 def small_corpus():
     """Two composers, six works, players 1..11 and the score."""
-    works = ("Beethoven_WoO80_var1", "Beethoven_WoO80_thema", "Schubert_D935_no.3", "Schubert_D960_mv2", "Schubert_D960_mv3")
+    works = (
+        "Beethoven_WoO80_var1",
+        "Beethoven_WoO80_thema",
+        "Schubert_D935_no.3",
+        "Schubert_D960_mv2",
+        "Schubert_D960_mv3",
+    )
     players = (*range(12), "Score")
-    return [f"{work}_8bars_{player}_{segment}" for work in works for player in players for segment in ("01", "2", "13")]
+    return [
+        f"{work}_8bars_{player}_{segment}"
+        for work in works
+        for player in players
+        for segment in ("01", "2", "13")
+    ]
 
 
 def lengths(parts):
@@ -79,8 +90,18 @@ def test_names_are_taken_apart():
     assert data.score_of(name) == "Schubert_D935_no.3_4bars_Score_07"
 
 
-@pytest.mark.parametrize("name", ["", "Schubert", "Schubert_D960_mv2_8bars_06", "Schubert_D960_mv2_8bars_Me_06",
-                                  "Schubert_D960_mv2_bars_1_06", "Schubert_D960_mv2_8bars_1_06.wav", "a b_8bars_1_06"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "Schubert",
+        "Schubert_D960_mv2_8bars_06",
+        "Schubert_D960_mv2_8bars_Me_06",
+        "Schubert_D960_mv2_bars_1_06",
+        "Schubert_D960_mv2_8bars_1_06.wav",
+        "a b_8bars_1_06",
+    ],
+)
 def test_other_names_are_refused(name):
     with pytest.raises(DataError, match="expected <work>_<N>bars_<player>_<segment>") as error:
         data.split_percepiano([*small_corpus(), name], "segment", 0)
@@ -95,10 +116,18 @@ def test_there_are_19_different_labels():
 
 
 def test_player_indices():
-    beethoven = [data.player_index(f"Beethoven_WoO80_var3_8bars_{p}_2") for p in
-                 (1, 2, 3, 4, 7, 11, 14, 18, 19, 22, 24, 26, 5, "Score", "Score2")]
+    beethoven = [
+        data.player_index(f"Beethoven_WoO80_var3_8bars_{p}_2")
+        for p in (1, 2, 3, 4, 7, 11, 14, 18, 19, 22, 24, 26, 5, "Score", "Score2")
+    ]
     assert beethoven == [*range(12), None, 0, None]
-    assert [data.player_index(f"Schubert_D935_no.3_4bars_{p}_2") for p in (1, 12, 13, "Score", "Score2")] == [1, 12, 13, 0, None]
+    assert [data.player_index(f"Schubert_D935_no.3_4bars_{p}_2") for p in (1, 12, 13, "Score", "Score2")] == [
+        1,
+        12,
+        13,
+        0,
+        None,
+    ]
 
 
 # splits
@@ -124,7 +153,9 @@ def test_order_of_the_names_does_not_matter(split, fold):
 def test_surrounding_spaces_change_no_part(split, fold):
     names = small_corpus()
     spaced = data.split_percepiano([f" {name}" for name in names], split, fold)
-    assert {part: [name.strip() for name in kept] for part, kept in spaced.items()} == data.split_percepiano(names, split, fold)
+    assert {part: [name.strip() for name in kept] for part, kept in spaced.items()} == data.split_percepiano(
+        names, split, fold
+    )
 
 
 @pytest.mark.parametrize("split", ["segment", "performer", "random"])
@@ -142,15 +173,27 @@ def test_piece_leaves_one_work_out(fold):
     piece = ("Beethoven_WoO80", "Schubert_D935_no.3", "Schubert_D960_mv2", "Schubert_D960_mv3")[fold]
     parts = data.split_percepiano(small_corpus(), "piece", fold)
     assert parts["test"] == sorted(name for name in small_corpus() if name.startswith(piece))
-    assert not {data.segment_of(name) for name in parts["train"]} & {data.segment_of(name) for name in parts["valid"]}
+    assert not {data.segment_of(name) for name in parts["train"]} & {
+        data.segment_of(name) for name in parts["valid"]
+    }
     rest = len(parts["train"]) + len(parts["valid"])
     assert 0.15 * rest <= len(parts["valid"]) < 0.15 * rest + 13
 
 
 def test_piece_uses_a_foreign_corpus_own_works():
-    names = [f"Etude_{work}_8bars_{player}_{segment}" for work in "dbca" for player in range(5) for segment in range(1, 6)]
+    names = [
+        f"Etude_{work}_8bars_{player}_{segment}"
+        for work in "dbca"
+        for player in range(5)
+        for segment in range(1, 6)
+    ]
     tests = [data.split_percepiano(names, "piece", fold)["test"] for fold in range(4)]
-    assert [{data.work_of(name) for name in test} for test in tests] == [{"Etude_a"}, {"Etude_b"}, {"Etude_c"}, {"Etude_d"}]
+    assert [{data.work_of(name) for name in test} for test in tests] == [
+        {"Etude_a"},
+        {"Etude_b"},
+        {"Etude_c"},
+        {"Etude_d"},
+    ]
 
 
 def test_unknown_split_and_fold_name_the_valid_ones():
@@ -187,7 +230,8 @@ def test_no_group_crosses_parts(names, split, fold):
     assert lengths(parts) == SIZES[split, fold][0]
     if split == "piece":
         assert not {name.split("bars_")[0].split("_var")[0] for name in parts["test"]} & {
-            name.split("bars_")[0].split("_var")[0] for name in parts["train"] + parts["valid"]}
+            name.split("bars_")[0].split("_var")[0] for name in parts["train"] + parts["valid"]
+        }
     key = GROUP_OF["segment" if split == "piece" else split]
     groups = [{key(name) for name in parts[part]} for part in parts]
     assert not groups[0] & groups[1]
@@ -209,10 +253,17 @@ def test_segment_test_part_is_the_withheld_list(names):
 @needs_shared
 def test_performer_parts_by_hand(names):
     parts = data.split_percepiano(names, "performer", 0)
-    players = {part: {(name.split("_")[0], name.split("_")[-2]) for name in names} for part, names in parts.items()}
+    players = {
+        part: {(name.split("_")[0], name.split("_")[-2]) for name in names} for part, names in parts.items()
+    }
     assert players["test"] == {("Beethoven", "2"), ("Beethoven", "3"), ("Schubert", "1"), ("Schubert", "2")}
     assert players["valid"] == {("Beethoven", "4"), ("Beethoven", "7"), ("Schubert", "3"), ("Schubert", "4")}
-    assert {("Beethoven", "1"), ("Beethoven", "Score"), ("Beethoven", "Score2"), ("Schubert", "0")} <= players["train"]
+    assert {
+        ("Beethoven", "1"),
+        ("Beethoven", "Score"),
+        ("Beethoven", "Score2"),
+        ("Schubert", "0"),
+    } <= players["train"]
 
 
 # shared passages
@@ -221,27 +272,35 @@ def test_performer_parts_by_hand(names):
 def notes(numbers, seed=None):
     """A performance of one note per 0.1 s; with a seed, at random times but in the same order."""
     numbers = np.asarray(numbers)
-    onset = np.arange(len(numbers)) * 0.1 if seed is None else np.sort(np.random.default_rng(seed).random(len(numbers)))
+    onset = (
+        np.arange(len(numbers)) * 0.1
+        if seed is None
+        else np.sort(np.random.default_rng(seed).random(len(numbers)))
+    )
     return SimpleNamespace(pitch=numbers // 100, velocity=numbers % 100, onset=onset)
 
 
 def test_overlaps_need_16_notes_in_a_row_with_their_velocities():
     line = np.random.default_rng(0).integers(2000, 9000, size=60)
     other = np.random.default_rng(1).integers(2000, 9000, size=60)
-    found = data.overlaps({
-        "whole": notes(line),
-        "sixteen": notes([*other[:20], *line[30:46], *other[20:30]], seed=3),
-        "fifteen": notes([*other[30:40], *line[10:25], *other[40:60]]),
-        "softer": notes(line - 1),
-        "short": notes(line[:15]),
-    })
+    found = data.overlaps(
+        {
+            "whole": notes(line),
+            "sixteen": notes([*other[:20], *line[30:46], *other[20:30]], seed=3),
+            "fifteen": notes([*other[30:40], *line[10:25], *other[40:60]]),
+            "softer": notes(line - 1),
+            "short": notes(line[:15]),
+        }
+    )
     assert found == {"whole": {"sixteen"}, "sixteen": {"whole"}}
 
 
 def test_overlaps_ignore_the_order_within_a_chord():
     line = np.random.default_rng(0).integers(2000, 9000, size=32)
     onset = np.repeat(np.arange(8.0), 4)
-    shuffled = np.concatenate([chord + np.random.default_rng(i).permutation(4) for i, chord in enumerate(range(0, 32, 4))])
+    shuffled = np.concatenate(
+        [chord + np.random.default_rng(i).permutation(4) for i, chord in enumerate(range(0, 32, 4))]
+    )
     first = SimpleNamespace(pitch=line // 100, velocity=line % 100, onset=onset)
     second = SimpleNamespace(pitch=first.pitch[shuffled], velocity=first.velocity[shuffled], onset=onset + 5)
     assert data.overlaps({"a": first, "b": second}) == {"a": {"b"}, "b": {"a"}}
@@ -276,11 +335,16 @@ def test_no_run_of_16_survives_between_parts(performances, shared, split, fold):
 
     def text(name):
         played = performances[name]
-        order = sorted(range(len(played.pitch)), key=lambda i: (played.onset[i], played.pitch[i], played.velocity[i]))
+        order = sorted(
+            range(len(played.pitch)), key=lambda i: (played.onset[i], played.pitch[i], played.velocity[i])
+        )
         return [f"{played.pitch[i]}:{played.velocity[i]}" for i in order]
 
     texts = {part: [text(name) for name in names] for part, names in parts.items()}
-    seen = {part: {" ".join(line[i : i + 16]) for line in lines for i in range(len(line) - 15)} for part, lines in texts.items()}
+    seen = {
+        part: {" ".join(line[i : i + 16]) for line in lines for i in range(len(line) - 15)}
+        for part, lines in texts.items()
+    }
     assert all(len(runs) > 1000 for runs in seen.values())
     assert not seen["train"] & seen["valid"]
     assert not seen["train"] & seen["test"]
@@ -299,12 +363,16 @@ HEADER = ["user", "dataID", "filename", *(f"q{i}" for i in range(20)), "message"
 
 def write_labels(root, mean=None, std=None, rows=None):
     row = [i / 20 for i in range(19)]
-    (root / MEAN).write_text(json.dumps({f" {NAME}": [*row, 7], NAME.replace("_3_", "_4_"): [*row, 7]} | (mean or {})))
+    (root / MEAN).write_text(
+        json.dumps({f" {NAME}": [*row, 7], NAME.replace("_3_", "_4_"): [*row, 7]} | (mean or {}))
+    )
     (root / STD).write_text(json.dumps({NAME: row, NAME.replace("_3_", "_4_"): row} | (std or {})))
     if rows is not None:
         (root / "labels").mkdir()
         lines = [HEADER, *rows]
-        (root / "labels" / "total_2rounds.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+        (root / "labels" / "total_2rounds.csv").write_text(
+            "".join(",".join(map(str, line)) + "\n" for line in lines)
+        )
 
 
 def test_labels_are_read_without_the_player_index(tmp_path):
@@ -316,21 +384,33 @@ def test_labels_are_read_without_the_player_index(tmp_path):
     assert counts == {}
 
 
-@pytest.mark.parametrize(("file", "entry", "message"), [
-    (MEAN, [0.5] * 19, "19 values; expected a list of 20"),
-    (STD, [0.5] * 20, "20 values; expected a list of 19"),
-    (MEAN, 0.5, "float; expected a list of 20"),
-    (MEAN, [0.5] * 3 + [float("nan")] + [0.5] * 16, "Pedal_Sparse/dry_Saturated/wet is nan; expected a number from 0 to 1"),
-    (MEAN, [float("inf")] + [0.5] * 19, "Timing_Stable_Unstable is inf"),
-    (MEAN, [1.01] + [0.5] * 19, "is 1.01"),
-    (STD, [-0.1] + [0.5] * 18, "is -0.1"),
-    (STD, ["0.5"] + [0.5] * 18, "is '0.5'"),
-    (STD, [True] + [0.5] * 18, "is True"),
-])
+@pytest.mark.parametrize(
+    ("file", "entry", "message"),
+    [
+        (MEAN, [0.5] * 19, "19 values; expected a list of 20"),
+        (STD, [0.5] * 20, "20 values; expected a list of 19"),
+        (MEAN, 0.5, "float; expected a list of 20"),
+        (
+            MEAN,
+            [0.5] * 3 + [float("nan")] + [0.5] * 16,
+            "Pedal_Sparse/dry_Saturated/wet is nan; expected a number from 0 to 1",
+        ),
+        (MEAN, [float("inf")] + [0.5] * 19, "Timing_Stable_Unstable is inf"),
+        (MEAN, [1.01] + [0.5] * 19, "is 1.01"),
+        (STD, [-0.1] + [0.5] * 18, "is -0.1"),
+        (STD, ["0.5"] + [0.5] * 18, "is '0.5'"),
+        (STD, [True] + [0.5] * 18, "is True"),
+    ],
+)
 def test_bad_label_entries_name_file_and_key(tmp_path, file, entry, message):
     bad = NAME.replace("_3_", "_5_")
-    write_labels(tmp_path, **{"mean" if file == MEAN else "std": {bad: entry},
-                              "std" if file == MEAN else "mean": {bad: [0.5] * (19 if file == MEAN else 20)}})
+    write_labels(
+        tmp_path,
+        **{
+            "mean" if file == MEAN else "std": {bad: entry},
+            "std" if file == MEAN else "mean": {bad: [0.5] * (19 if file == MEAN else 20)},
+        },
+    )
     with pytest.raises(DataError) as error:
         data.read_labels(tmp_path)
     assert str(tmp_path / file) in str(error.value)
@@ -344,22 +424,28 @@ def test_bad_label_entries_name_file_and_key(tmp_path, file, entry, message):
 
 @pytest.mark.parametrize("file", [MEAN, STD])
 def test_a_key_of_one_label_file_only_is_a_problem(tmp_path, file):
-    write_labels(tmp_path, **({"std": {"A_8bars_1_1": [0.5] * 19}} if file == MEAN else {"mean": {"A_8bars_1_1": [0.5] * 20}}))
+    write_labels(
+        tmp_path,
+        **({"std": {"A_8bars_1_1": [0.5] * 19}} if file == MEAN else {"mean": {"A_8bars_1_1": [0.5] * 20}}),
+    )
     with pytest.raises(DataError, match=f"{file}: no key 'A_8bars_1_1'"):
         data.read_labels(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "no such file; run `python data.py fetch percepiano`"),
-    (b"", "not readable as JSON"),
-    (b"<!DOCTYPE html><html></html>", "not readable as JSON"),
-    (b"\xff\xfe\x00\x01", "not readable as JSON"),
-    (b'{"a": [0.5, ', "not readable as JSON"),
-    (b"[" * 100_000, "not readable as JSON"),
-    (b"[1, 2]", "holds a list; expected an object"),
-    (b'{"A_8bars_1_1": [], " A_8bars_1_1": []}', "'A_8bars_1_1' occurs twice"),
-    (b'{"abc": []}', "'abc': not a performance name"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; run `python data.py fetch percepiano`"),
+        (b"", "not readable as JSON"),
+        (b"<!DOCTYPE html><html></html>", "not readable as JSON"),
+        (b"\xff\xfe\x00\x01", "not readable as JSON"),
+        (b'{"a": [0.5, ', "not readable as JSON"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b"[1, 2]", "holds a list; expected an object"),
+        (b'{"A_8bars_1_1": [], " A_8bars_1_1": []}', "'A_8bars_1_1' occurs twice"),
+        (b'{"abc": []}', "'abc': not a performance name"),
+    ],
+)
 @pytest.mark.parametrize("file", [MEAN, STD])
 def test_bad_label_files_are_refused(tmp_path, file, content, message):
     write_labels(tmp_path)
@@ -377,12 +463,15 @@ def test_bad_label_files_are_refused(tmp_path, file, content, message):
 
 def test_ratings_by_hand(tmp_path):
     plain = [3.0] * 18
-    write_labels(tmp_path, rows=[
-        [7, 1, f"{NAME}.wav", 1.0, *plain, "", ""],
-        [7, 1, f"{NAME}.wav", "", *plain, 6.0, "message"],
-        [8, 1, f" {NAME}.wav", 0.0, *plain, 6.0, ""],
-        [9, 1, f"{NAME}.wav", 8.0, *plain, "", ""],
-    ])
+    write_labels(
+        tmp_path,
+        rows=[
+            [7, 1, f"{NAME}.wav", 1.0, *plain, "", ""],
+            [7, 1, f"{NAME}.wav", "", *plain, 6.0, "message"],
+            [8, 1, f" {NAME}.wav", 0.0, *plain, 6.0, ""],
+            [9, 1, f"{NAME}.wav", 8.0, *plain, "", ""],
+        ],
+    )
     raters, names, ratings = data.read_ratings(tmp_path)
     assert raters.tolist() == [7, 7, 8]
     assert names.tolist() == [NAME] * 3
@@ -391,8 +480,17 @@ def test_ratings_by_hand(tmp_path):
     assert data.read_labels(tmp_path)[2] == {NAME: 3}
 
 
-@pytest.mark.parametrize("row", [[7, 1], ["x", 1, NAME, *[3] * 19], [7, 1, NAME, *[3] * 18], [7, 1, NAME, "a", *[3] * 18],
-                                 [7, 1, NAME, "nan", *[3] * 18], [7, 1, NAME, -1, *[3] * 18]])
+@pytest.mark.parametrize(
+    "row",
+    [
+        [7, 1],
+        ["x", 1, NAME, *[3] * 19],
+        [7, 1, NAME, *[3] * 18],
+        [7, 1, NAME, "a", *[3] * 18],
+        [7, 1, NAME, "nan", *[3] * 18],
+        [7, 1, NAME, -1, *[3] * 18],
+    ],
+)
 def test_bad_rating_rows_are_named(tmp_path, row):
     write_labels(tmp_path, rows=[[7, 1, NAME, *[3] * 19, "", ""], row])
     with pytest.raises(DataError, match=r"total_2rounds\.csv: row 3: .*expected"):
@@ -403,7 +501,11 @@ def test_other_ratings_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="total_2rounds.csv: no such file"):
         data.read_ratings(tmp_path)
     write_labels(tmp_path, rows=[])
-    for content, message in ((b"<html>", "starts with"), (b"\xff\xfe", "not readable as CSV"), (b"", "no rating")):
+    for content, message in (
+        (b"<html>", "starts with"),
+        (b"\xff\xfe", "not readable as CSV"),
+        (b"", "no rating"),
+    ):
         (tmp_path / "labels" / "total_2rounds.csv").write_bytes(content)
         with pytest.raises(DataError, match=message):
             data.read_ratings(tmp_path)
@@ -415,7 +517,11 @@ def test_ratings_explain_the_public_labels():
     raters, names, ratings = data.read_ratings(SHARED)
     assert (len(mean), len(std), len(counts)) == (1020, 1020, 1020)
     assert (ratings.shape, len(set(raters.tolist()))) == ((12253, 19), 63)
-    assert (min(counts.values()), float(np.median(list(counts.values()))), max(counts.values())) == (4, 14.0, 18)
+    assert (min(counts.values()), float(np.median(list(counts.values()))), max(counts.values())) == (
+        4,
+        14.0,
+        18,
+    )
     for name in mean:
         rows = ratings[names == name]
         np.testing.assert_allclose(np.nanmean(rows, axis=0) / 7, mean[name], atol=1e-6, rtol=0)

@@ -1,4 +1,5 @@
 """The synthetic PercePiano corpus: layout, determinism, readability, and that its ratings can be learnt from the notes."""
+
 import csv
 import json
 import re
@@ -34,7 +35,9 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def performances(corpus) -> dict:
-    return {p.stem.strip(): read_midi(p) for p in sorted((corpus / "virtuoso/data/all_2rounds").glob("*.mid"))}
+    return {
+        p.stem.strip(): read_midi(p) for p in sorted((corpus / "virtuoso/data/all_2rounds").glob("*.mid"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,12 @@ def test_json_follows_from_the_csv_as_in_the_public_readme(corpus):
     std = json.loads((corpus / "label_2round_std_reg_19_with0_rm_highstd0.json").read_text())
     with (corpus / "labels/total_2rounds.csv").open(newline="", encoding="utf-8") as f:
         header, *rows = csv.reader(f)
-    assert (header[2], header[3], header[21], len(header)) == ("filename", "Question_1_1_1", "Question_9_1_1", 24)
+    assert (header[2], header[3], header[21], len(header)) == (
+        "filename",
+        "Question_1_1_1",
+        "Question_9_1_1",
+        24,
+    )
     votes: dict[str, list] = {}
     for row in rows:
         values = [float(v or 0) for v in row[3:22]]
@@ -147,13 +155,32 @@ def test_scores_read_as_written(corpus, scores):
         assert {1, 5} <= set(score.voice)
         assert score.onset.min() == 0  # hidden pickup padding is trimmed
         assert score.tempo_qpm == float(root.find(".//sound[@tempo]").get("tempo"))
-    kinds = {tag for p in (corpus / "virtuoso/data/score_xml").iterdir() for tag in re.findall(r"<([a-z]+)[ />]", p.read_text())}
-    assert {"grace", "chord", "slur", "beam", "staccato", "accent", "wedge", "fermata", "arpeggiate", "tied", "backup"} <= kinds
+    kinds = {
+        tag
+        for p in (corpus / "virtuoso/data/score_xml").iterdir()
+        for tag in re.findall(r"<([a-z]+)[ />]", p.read_text())
+    }
+    assert {
+        "grace",
+        "chord",
+        "slur",
+        "beam",
+        "staccato",
+        "accent",
+        "wedge",
+        "fermata",
+        "arpeggiate",
+        "tied",
+        "backup",
+    } <= kinds
 
 
 @pytest.mark.parametrize(("mark", "level"), [("p", -0.4), ("mp", -0.2), ("mf", 0.2), ("f", 0.4)])
 def test_the_first_dynamic_mark_is_the_first_notes_level(corpus, scores, mark, level):
-    first = {n: ET.parse(corpus / f"virtuoso/data/score_xml/{n}.musicxml").getroot().find(".//dynamics/*").tag for n in scores}
+    first = {
+        n: ET.parse(corpus / f"virtuoso/data/score_xml/{n}.musicxml").getroot().find(".//dynamics/*").tag
+        for n in scores
+    }
     marked = [n for n in scores if first[n] == mark]
     assert marked
     for name in marked:
@@ -179,10 +206,23 @@ def test_performances_align_with_their_scores(performances, scores):
 def statistics(performance) -> list[float]:
     p, seconds = performance, performance.onset[-1] - performance.onset[0]
     top, gaps = p.pitch >= np.median(p.pitch), np.diff(p.onset)
-    pedal = np.array([p.sustain[np.searchsorted(p.sustain[:, 0], t, "right") - 1, 1] if len(p.sustain) else 0 for t in p.onset])
-    return [p.velocity.mean(), p.velocity.std(), len(p.pitch) / seconds, np.log(p.offset - p.onset).mean(),
-            p.velocity[top].mean() - p.velocity[~top].mean(), pedal.mean(), p.soft[:, 1].mean() if len(p.soft) else 0,
-            np.log(1e-3 + gaps[gaps < 0.06]).mean() if (gaps < 0.06).any() else -7, np.mean(p.sustain[:, 1] if len(p.sustain) else 0)]
+    pedal = np.array(
+        [
+            p.sustain[np.searchsorted(p.sustain[:, 0], t, "right") - 1, 1] if len(p.sustain) else 0
+            for t in p.onset
+        ]
+    )
+    return [
+        p.velocity.mean(),
+        p.velocity.std(),
+        len(p.pitch) / seconds,
+        np.log(p.offset - p.onset).mean(),
+        p.velocity[top].mean() - p.velocity[~top].mean(),
+        pedal.mean(),
+        p.soft[:, 1].mean() if len(p.soft) else 0,
+        np.log(1e-3 + gaps[gaps < 0.06]).mean() if (gaps < 0.06).any() else -7,
+        np.mean(p.sustain[:, 1] if len(p.sustain) else 0),
+    ]
 
 
 def test_ratings_are_learnable_and_shuffled_ones_are_not(corpus, performances):

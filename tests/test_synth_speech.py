@@ -66,7 +66,15 @@ def test_refuses_full_folder_and_odd_sizes(tmp_path):
     with pytest.raises(DataError, match=r"not empty; .*--out"):
         synth_speech(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-    for sizes in ({"days": 0}, {"days": 100}, {"trials": 5}, {"trials": 1000}, {"bins": 3.9}, {"bins": 41}, {"bins": float("nan")}):
+    for sizes in (
+        {"days": 0},
+        {"days": 100},
+        {"trials": 5},
+        {"trials": 1000},
+        {"bins": 3.9},
+        {"bins": 41},
+        {"bins": float("nan")},
+    ):
         with pytest.raises(DataError, match=r"expected 1\.\.99, 6\.\.999, 4\.\.40"):
             synth_speech(tmp_path / "new", **sizes)
     assert not (tmp_path / "new").exists()
@@ -90,9 +98,17 @@ def test_layout_is_the_public_one(root, files):
         for file in files[part]:
             assert file["sentenceText"].shape == (count,)
             assert file["blockIdx"].shape == (count, 1)
-            for key, kind in (("tx1", np.uint8), ("tx2", np.uint8), ("tx3", np.uint8), ("tx4", np.uint8), ("spikePow", np.float32)):
+            for key, kind in (
+                ("tx1", np.uint8),
+                ("tx2", np.uint8),
+                ("tx3", np.uint8),
+                ("tx4", np.uint8),
+                ("spikePow", np.float32),
+            ):
                 assert file[key].shape == (1, count)
-                assert {(x.shape, x.dtype) for x in file[key][0]} == {((len(x), 256), np.dtype(kind)) for x in file["tx1"][0]}
+                assert {(x.shape, x.dtype) for x in file[key][0]} == {
+                    ((len(x), 256), np.dtype(kind)) for x in file["tx1"][0]
+                }
 
 
 def test_competition_lacks_three_days_in_eight(tmp_path):
@@ -103,10 +119,14 @@ def test_competition_lacks_three_days_in_eight(tmp_path):
 
 
 def test_stricter_thresholds_are_crossed_less_often(files):
-    for cells in zip(*(files["train"][0][key][0] for key in ("tx1", "tx2", "tx3", "tx4", "spikePow")), strict=True):
+    for cells in zip(
+        *(files["train"][0][key][0] for key in ("tx1", "tx2", "tx3", "tx4", "spikePow")), strict=True
+    ):
         *counts, power = cells
         assert all((strict <= loose).all() for loose, strict in zip(counts, counts[1:], strict=False))
-        assert all(0.3 < strict.sum() / loose.sum() < 0.6 for loose, strict in zip(counts, counts[1:], strict=False))
+        assert all(
+            0.3 < strict.sum() / loose.sum() < 0.6 for loose, strict in zip(counts, counts[1:], strict=False)
+        )
         assert np.isfinite(power).all()
         assert (power > 0).all()
     assert 0.3 < np.mean([x.mean() for x in files["train"][0]["tx1"][0]]) < 1.0  # 15 to 50 crossings a second
@@ -133,7 +153,9 @@ def test_sentences_are_new_in_every_part_and_made_of_the_word_list(files):
     assert labels.keys() == set(range(1, 41))
     assert min(labels.values()) > 150  # of 60 000: the rarest phoneme can be learnt too
     seen = set(" ".join(texts[:200]).split())
-    assert np.mean([word in seen for text in texts[200:] for word in text.split()]) > 0.95  # words recur, sentences do not
+    assert (
+        np.mean([word in seen for text in texts[200:] for word in text.split()]) > 0.95
+    )  # words recur, sentences do not
 
 
 @pytest.mark.parametrize(("bins", "low", "high"), [(7.0, 220, 290), (16.0, 450, 650)])
@@ -152,13 +174,23 @@ def test_days_drift_apart_slowly():
     far = (tunings[0] * tunings[7]).sum()
     assert 0.8 < near < 0.99
     assert far < near - 0.1
-    assert all(np.array_equal(a, b) for a, b in zip(data._day_tunings(7, 3)[2], data._day_tunings(7, 8)[2], strict=True))  # more days leave the first as they are
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(data._day_tunings(7, 3)[2], data._day_tunings(7, 8)[2], strict=True)
+    )  # more days leave the first as they are
 
 
 def test_the_built_in_corpus_is_written_once(tmp_path, monkeypatch):
     calls = []
     write = data._write_speech
-    monkeypatch.setattr(data, "_write_speech", lambda root, seed, days, trials, bins: (calls.append((days, trials, bins)), write(root, seed, 1, 6, 4.0)))
+    monkeypatch.setattr(
+        data,
+        "_write_speech",
+        lambda root, seed, days, trials, bins: (
+            calls.append((days, trials, bins)),
+            write(root, seed, 1, 6, 4.0),
+        ),
+    )
     first = data.synthetic_speech(tmp_path)
     assert data.synthetic_speech(tmp_path) == first
     assert calls == [(4, 100, 6.0)]
@@ -166,7 +198,21 @@ def test_the_built_in_corpus_is_written_once(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_it(tmp_path, capsys):
-    data.main(["synth-speech", "--out", str(tmp_path / "c"), "--days", "1", "--trials", "6", "--seed", "3", "--bins-per-phoneme", "5"])
+    data.main(
+        [
+            "synth-speech",
+            "--out",
+            str(tmp_path / "c"),
+            "--days",
+            "1",
+            "--trials",
+            "6",
+            "--seed",
+            "3",
+            "--bins-per-phoneme",
+            "5",
+        ]
+    )
     assert "wrote a synthetic corpus" in capsys.readouterr().out
     synth_speech(tmp_path / "same", seed=3, days=1, trials=6, bins=5.0)
     assert snapshot(tmp_path / "c") == snapshot(tmp_path / "same")
@@ -178,14 +224,27 @@ def held_out_per(corpus, shuffle: bool) -> float:
     torch.manual_seed(0)
     items, held = ([speech_item(corpus, i) for i in parts[part]] for part in ("train", "test"))
     if shuffle:
-        items = [item | {"labels": items[j]["labels"]} for item, j in zip(items, rng.permutation(len(items)), strict=True)]
-    model = GRUDecoder(corpus.channels, len(corpus.days), hidden=64, layers=1, kernel=14, layer_norm=True, smooth_taps=21)
+        items = [
+            item | {"labels": items[j]["labels"]}
+            for item, j in zip(items, rng.permutation(len(items)), strict=True)
+        ]
+    model = GRUDecoder(
+        corpus.channels, len(corpus.days), hidden=64, layers=1, kernel=14, layer_norm=True, smooth_taps=21
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=200, pct_start=0.15)
     for _ in range(200):
         batch = collate_speech([items[i] for i in rng.choice(len(items), 4, replace=False)])
-        logits, frames = model(batch["x"] + 0.2 * torch.randn_like(batch["x"]), batch["lengths"], batch["day"])
-        loss = torch.nn.functional.ctc_loss(logits.log_softmax(2).transpose(0, 1), batch["labels"], frames, batch["label_lengths"], zero_infinity=True)
+        logits, frames = model(
+            batch["x"] + 0.2 * torch.randn_like(batch["x"]), batch["lengths"], batch["day"]
+        )
+        loss = torch.nn.functional.ctc_loss(
+            logits.log_softmax(2).transpose(0, 1),
+            batch["labels"],
+            frames,
+            batch["label_lengths"],
+            zero_infinity=True,
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,7 +252,12 @@ def held_out_per(corpus, shuffle: bool) -> float:
         schedule.step()
     with torch.no_grad():
         batch = collate_speech(held)
-        return error_rate(per_counts([item["labels"].tolist() for item in held], ctc_greedy(*model.eval()(batch["x"], batch["lengths"], batch["day"]))))
+        return error_rate(
+            per_counts(
+                [item["labels"].tolist() for item in held],
+                ctc_greedy(*model.eval()(batch["x"], batch["lengths"], batch["day"])),
+            )
+        )
 
 
 @pytest.mark.slow
@@ -203,7 +267,9 @@ def test_phonemes_are_learnable_and_shuffled_ones_are_not(tmp_path):
     corpus = open_speech(tmp_path / "out")
     parts = speech_parts(corpus, "test")
     held = [corpus.labels[i].tolist() for i in parts["test"]]
-    chance = min(error_rate(per_counts(held, [corpus.labels[i].tolist()] * len(held))) for i in parts["train"])  # the best fixed answer
+    chance = min(
+        error_rate(per_counts(held, [corpus.labels[i].tolist()] * len(held))) for i in parts["train"]
+    )  # the best fixed answer
     assert 0.65 < chance < 0.75
     learnt, shuffled = held_out_per(corpus, shuffle=False), held_out_per(corpus, shuffle=True)
     assert 0.2 < learnt < chance - 0.12

@@ -34,19 +34,19 @@ class Case:
     """One trainer: its script, a corpus, and the options (written as on a command line) that the shared tests need."""
 
     module: ModuleType
-    corpus: Callable[[Path], None]      # writes it into a new folder
-    parts: str                          # the function of data.py that deals the corpus out
-    small: str                          # a run of seconds with two evaluations, two log points each
-    plain: str                          # nothing random in a step
-    overfit: str                        # 40 steps or more on a batch of four
-    exact: tuple[str, ...]              # option sets of the resume test
-    refused: tuple[str, ...]            # must not change on resume
-    kept: tuple[str, dict]              # come from the checkpoint on resume
-    switches: tuple[str, ...]           # each trains one step
-    one_pass: str                       # every item once at most
+    corpus: Callable[[Path], None]  # writes it into a new folder
+    parts: str  # the function of data.py that deals the corpus out
+    small: str  # a run of seconds with two evaluations, two log points each
+    plain: str  # nothing random in a step
+    overfit: str  # 40 steps or more on a batch of four
+    exact: tuple[str, ...]  # option sets of the resume test
+    refused: tuple[str, ...]  # must not change on resume
+    kept: tuple[str, dict]  # come from the checkpoint on resume
+    switches: tuple[str, ...]  # each trains one step
+    one_pass: str  # every item once at most
     endless: str
-    wrong: tuple[str, ...]              # options out of range
-    score: tuple[str, Callable]         # key of the final metrics, and where eval.main returns the same
+    wrong: tuple[str, ...]  # options out of range
+    score: tuple[str, Callable]  # key of the final metrics, and where eval.main returns the same
     main_job: tuple[str, str, Callable]  # README's first command, its score's key, what that must reach
 
 
@@ -62,48 +62,96 @@ def quick_percepiano(folder):
 
 CASES = {
     "train_han": Case(
-        train_han, lambda folder: data.synth_percepiano(folder, segments=8, players=4), "percepiano_parts",
+        train_han,
+        lambda folder: data.synth_percepiano(folder, segments=8, players=4),
+        "percepiano_parts",
         small="--size 16 --heads 4 --batch 4 --epochs 2 --lr 1e-3 --dropout 0.2 --log-every 2",
         plain="--dropout 0",
         overfit="--epochs 60 --patience 0 --lr 5e-3",
-        exact=("", "--ema 0.9 --optimizer adamw --schedule cosine --warmup 2 --noise 0.1 --augment --score-dropout 0.5 --pooled"),
+        exact=(
+            "",
+            "--ema 0.9 --optimizer adamw --schedule cosine --warmup 2 --noise 0.1 --augment --score-dropout 0.5 --pooled",
+        ),
         refused=("--size 32", "--fold 1", "--fold all", "--split random", "--lr 3"),
         kept=("--fold 1 --lr 5e-4", {"fold": "1", "lr": 5e-4, "size": 16, "epochs": 2}),
-        switches=("--preset tuned --size 16", "--model bilstm", "--model bilstm_sa --level note", "--features score --pooled",
-                  "--features perf --level beat --layernorm", "--level measure --amp bf16"),
-        one_pass="--epochs 1", endless="--epochs 10000 --patience 0",
+        switches=(
+            "--preset tuned --size 16",
+            "--model bilstm",
+            "--model bilstm_sa --level note",
+            "--features score --pooled",
+            "--features perf --level beat --layernorm",
+            "--level measure --amp bf16",
+        ),
+        one_pass="--epochs 1",
+        endless="--epochs 10000 --patience 0",
         wrong=("--batch 0", "--dropout 3", "--epochs 0", "--lr nan", "--seed -1"),
         score=("valid_r2", lambda figures: figures["valid"]["all"]["mean"]["r2"]),
-        main_job=("--lr 2.5e-5 --fold 0", "valid_r2", lambda score: score > 0.15)),
+        main_job=("--lr 2.5e-5 --fold 0", "valid_r2", lambda score: score > 0.15),
+    ),
     "train_decoder": Case(
-        train_decoder, lambda folder: data.synth_speech(folder, days=2, trials=10, bins=5.0), "speech_parts",
+        train_decoder,
+        lambda folder: data.synth_speech(folder, days=2, trials=10, bins=5.0),
+        "speech_parts",
         small="--hidden 16 --layers 2 --batch 4 --steps 8 --eval-every 4 --warmup 2 --log-every 2 --workers 0 --amp off",
         plain="--dropout 0 --input-dropout 0 --white-noise 0 --offset-noise 0 --time-mask-prob 0 --adam-eps 1e-4",  # 1e-8 blows rounding up
         overfit="--steps 40 --eval-every 40 --hidden 64 --lr 1e-2 --ema 0",
-        exact=("", "--ema 0 --optimizer sgd --lr-schedule step --reduce-on-nan 0.5 --bidirectional", "--amp bf16 --preset log --save-every 1"),
+        exact=(
+            "",
+            "--ema 0 --optimizer sgd --lr-schedule step --reduce-on-nan 0.5 --bidirectional",
+            "--amp bf16 --preset log --save-every 1",
+        ),
         refused=("--hidden 32", "--valid test", "--lr 3", "--no-layer-norm", "--amp bf16"),
-        kept=("--preset log --lr 5e-4", {"lr": 5e-4, "hidden": 16, "steps": 8, "lr_schedule": "constant", "time_mask_max": 2}),
-        switches=("--preset baseline --adam-eps 1e-8", "--preset log --bidirectional", "--valid test --amp auto", "--lr-schedule linear --optimizer adam --decay-all",
-                  "--kernel 14 --stride 3 --smooth-width 0 --layers 1", "--optimizer sgd --momentum 0"),
-        one_pass="--max-steps 3", endless="--steps 1000000 --workers 1",
+        kept=(
+            "--preset log --lr 5e-4",
+            {"lr": 5e-4, "hidden": 16, "steps": 8, "lr_schedule": "constant", "time_mask_max": 2},
+        ),
+        switches=(
+            "--preset baseline --adam-eps 1e-8",
+            "--preset log --bidirectional",
+            "--valid test --amp auto",
+            "--lr-schedule linear --optimizer adam --decay-all",
+            "--kernel 14 --stride 3 --smooth-width 0 --layers 1",
+            "--optimizer sgd --momentum 0",
+        ),
+        one_pass="--max-steps 3",
+        endless="--steps 1000000 --workers 1",
         wrong=("--batch 0", "--dropout 3", "--steps 0", "--lr nan", "--seed -1", "--reduce-on-nan 0"),
         score=("valid_per", lambda figures: figures["per"]),
-        main_job=("--lr 0.0012", "valid_per", lambda score: score < 0.6)),
+        main_job=("--lr 0.0012", "valid_per", lambda score: score < 0.6),
+    ),
     "pretrain_ast": Case(  # fine-tuning, unless the options say otherwise; more in test_pretrain.py
-        pretrain_ast, quick_percepiano, "percepiano_parts",
+        pretrain_ast,
+        quick_percepiano,
+        "percepiano_parts",
         small="--task finetune --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 2 --lr 1e-3 --warmup 0 --workers 0 --amp off --log-every 2",
         plain="--dropout 0 --frames 512",
         overfit="--epochs 60 --eval-every 60 --patience 0 --lr 1e-2 --lr-schedule constant --width 32",
-        exact=("", "--ema 0.9 --variants 1 --noise 0.1 --spec-augment 8 8 --mixup 0.4 --balance dwa --eval-every 2 --batch 8", "--task pretrain --visible-only --micro-batch 3",
-               "--task pretrain --ssast-compat --save-every 1 --eval-every 2"),
+        exact=(
+            "",
+            "--ema 0.9 --variants 1 --noise 0.1 --spec-augment 8 8 --mixup 0.4 --balance dwa --eval-every 2 --batch 8",
+            "--task pretrain --visible-only --micro-batch 3",
+            "--task pretrain --ssast-compat --save-every 1 --eval-every 2",
+        ),
         refused=("--width 32", "--fold 1", "--fold all", "--split random", "--lr 3", "--task pretrain"),
-        kept=("--fold 1 --lr 5e-4", {"fold": "1", "lr": 5e-4, "width": 16, "epochs": 2, "task": "finetune", "pooling": "meanstd"}),
-        switches=("--model cnn", "--model mlp --standardise none", "--cross-groups --balance uncertainty --pooling mean --standardise group", "--ssast-compat --pooling cls",
-                  "--variants 2 --augment-groups tempo=timbre pitch=timing,expression", "--task pretrain --online --two-pass", "--task pretrain --checkpointing --amp bf16"),
-        one_pass="--epochs 1", endless="--epochs 10000 --patience 0",
+        kept=(
+            "--fold 1 --lr 5e-4",
+            {"fold": "1", "lr": 5e-4, "width": 16, "epochs": 2, "task": "finetune", "pooling": "meanstd"},
+        ),
+        switches=(
+            "--model cnn",
+            "--model mlp --standardise none",
+            "--cross-groups --balance uncertainty --pooling mean --standardise group",
+            "--ssast-compat --pooling cls",
+            "--variants 2 --augment-groups tempo=timbre pitch=timing,expression",
+            "--task pretrain --online --two-pass",
+            "--task pretrain --checkpointing --amp bf16",
+        ),
+        one_pass="--epochs 1",
+        endless="--epochs 10000 --patience 0",
         wrong=("--batch 0", "--dropout 3", "--epochs 0", "--lr nan", "--seed -1"),
         score=("valid_r2", lambda figures: figures["valid"]["all"]["mean"]["r2"]),
-        main_job=("", "valid_accuracy", lambda score: score > 0.06)),
+        main_job=("", "valid_accuracy", lambda score: score > 0.06),
+    ),
 }
 TRAINERS = {name: case.module for name, case in CASES.items()}
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
@@ -118,15 +166,26 @@ def corpus(tmp_path_factory):
         if not (root / name).exists():
             CASES[name].corpus(root / name)
         return ["--data", str(root / name), "--cache", str(root / f"{name}_cache")]
+
     return options
 
 
 @pytest.fixture
 def run(corpus, tmp_path):
     """Call a trainer with small settings and further options (one string each); returns its final metrics."""
+
     def call(name, *options):
-        argv = [*corpus(name), "--out", str(tmp_path / "runs"), "--device", "cpu", *CASES[name].small.split(), *(" ".join(options).split())]
+        argv = [
+            *corpus(name),
+            "--out",
+            str(tmp_path / "runs"),
+            "--device",
+            "cpu",
+            *CASES[name].small.split(),
+            *(" ".join(options).split()),
+        ]
         return TRAINERS[name].main(TRAINERS[name].parse_args(argv))
+
     return call
 
 
@@ -145,7 +204,11 @@ def resume(folder):
 def train_on(monkeypatch, name, count):
     """Only the first `count` items of the training part."""
     whole = getattr(data, CASES[name].parts)
-    monkeypatch.setattr(data, CASES[name].parts, lambda *a: {k: (v[:count] if k == "train" else v) for k, v in whole(*a).items()})
+    monkeypatch.setattr(
+        data,
+        CASES[name].parts,
+        lambda *a: {k: (v[:count] if k == "train" else v) for k, v in whole(*a).items()},
+    )
 
 
 def spoil_steps(monkeypatch, name):
@@ -162,7 +225,14 @@ def test_overfits_one_batch(name, run, monkeypatch):
     assert losses[-1] < 0.05 * losses[0]
 
 
-@pytest.mark.parametrize(("name", "options"), [pytest.param(name, options, marks=[pytest.mark.slow] if options else []) for name, case in CASES.items() for options in case.exact])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(name, options, marks=[pytest.mark.slow] if options else [])
+        for name, case in CASES.items()
+        for options in case.exact
+    ],
+)
 def test_six_steps_equal_three_and_three(name, run, options):
     whole = run(name, options, "--max-steps 6 --name six")
     half = run(name, options, "--max-steps 3 --name three")
@@ -175,7 +245,9 @@ def test_six_steps_equal_three_and_three(name, run, options):
             assert torch.equal(a[part][key], b[part][key]), key
     for i, state in a["optimizer"]["state"].items():
         for key, value in state.items():
-            assert value is b["optimizer"]["state"][i][key] or torch.equal(value, b["optimizer"]["state"][i][key])
+            assert value is b["optimizer"]["state"][i][key] or torch.equal(
+                value, b["optimizer"]["state"][i][key]
+            )
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
 
 
@@ -227,7 +299,11 @@ def spoil_first(monkeypatch, name):
             spoiled[:] = [item["id"]]
         return item
 
-    function, spoil = {"train_han": ("prepare_han", spoil_items), "pretrain_ast": ("prepare_ast", spoil_items), "train_decoder": ("speech_item", spoil_speech)}[name]
+    function, spoil = {
+        "train_han": ("prepare_han", spoil_items),
+        "pretrain_ast": ("prepare_ast", spoil_items),
+        "train_decoder": ("speech_item", spoil_speech),
+    }[name]
     whole = getattr(data, function)
     monkeypatch.setattr(data, function, spoil)
     return spoiled
@@ -258,11 +334,15 @@ def test_nan_step_leaves_weights_untouched_and_advances(name, run, monkeypatch):
 @each_trainer
 def test_nan_in_a_row_stops_with_step_and_names(name, run, monkeypatch):
     spoil_steps(monkeypatch, name)
-    with pytest.raises(data.DataError, match=r"step 3: 3 non-finite updates in a row, the last with \w\S+, \w"):
+    with pytest.raises(
+        data.DataError, match=r"step 3: 3 non-finite updates in a row, the last with \w\S+, \w"
+    ):
         run(name, "--max-skips 3")
 
 
-@pytest.mark.parametrize("name", ["train_han", pytest.param("train_decoder", marks=pytest.mark.slow), "pretrain_ast"])
+@pytest.mark.parametrize(
+    "name", ["train_han", pytest.param("train_decoder", marks=pytest.mark.slow), "pretrain_ast"]
+)
 def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
     if name == "train_decoder":  # its network has no float16 path on a CPU: here the losses take one
         losses = train_decoder.ctc_losses
@@ -287,7 +367,12 @@ def test_log_keys_and_run_folder(name, run):
     assert len(steps) > 2
     assert all(r.keys() >= LOG_KEYS for r in steps)
     assert sum("valid_loss" in r for r in lines) == 2
-    assert {p.name for p in Path(out["folder"]).iterdir()} == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert {p.name for p in Path(out["folder"]).iterdir()} == {
+        "args.json",
+        "metrics.jsonl",
+        "last.pt",
+        "best.pt",
+    }
     assert json.loads((Path(out["folder"]) / "args.json").read_text())["batch"] == 4
     again = run(name, "--max-steps 1 --name keys")
     assert Path(again["folder"]).name == "keys_2"
@@ -309,11 +394,19 @@ def test_han_checkpoint_carries_what_inference_needs(run):
     info = ckpt["data"]
     assert info["labels"] == list(data.LABELS)
     assert (info["split"], info["fold"], info["synthetic"], info["features"]) == ("segment", 0, True, "full")
-    assert len(info["columns"]) == len(info["mean"]) == len(info["std"]) == model.model_args["input_size"] == sum(data.FEATURES.values())
+    assert (
+        len(info["columns"])
+        == len(info["mean"])
+        == len(info["std"])
+        == model.model_args["input_size"]
+        == len(data.column_names(data.FEATURES))
+    )
     assert info["quantiles"].shape == (101, model.model_args["stats_size"])
 
 
-@pytest.mark.parametrize(("name", "options"), [(name, options) for name, case in CASES.items() for options in case.switches])
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name, case in CASES.items() for options in case.switches]
+)
 def test_every_preset_and_switch_trains_one_step(name, run, options):
     assert math.isfinite(run(name, options, "--max-steps 1 --name switch")["valid_loss"])
 
@@ -334,7 +427,9 @@ def test_command_line_errors_are_one_line(name, tmp_path, capsys):
     with pytest.raises(data.DataError, match="expected cpu"):
         TRAINERS[name].parse_args(["--device", "foo"])
     with pytest.raises(SystemExit) as stop:
-        data.run_script(f"{name}.py", lambda: TRAINERS[name].main(TRAINERS[name].parse_args(["--data", str(tmp_path)])))
+        data.run_script(
+            f"{name}.py", lambda: TRAINERS[name].main(TRAINERS[name].parse_args(["--data", str(tmp_path)]))
+        )
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -344,7 +439,9 @@ def test_command_line_errors_are_one_line(name, tmp_path, capsys):
 @pytest.mark.slow
 @each_trainer
 def test_scripts_refuse_in_one_line(name, tmp_path):
-    done = subprocess.run([sys.executable, f"{name}.py", "--data", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, f"{name}.py", "--data", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert str(tmp_path) in done.stderr
@@ -352,17 +449,38 @@ def test_scripts_refuse_in_one_line(name, tmp_path):
 
 
 def command(name, corpus, out, *options):
-    return [*corpus(name), "--out", str(out), "--device", "cpu", *CASES[name].small.split(), *(" ".join(options).split())]
+    return [
+        *corpus(name),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *CASES[name].small.split(),
+        *(" ".join(options).split()),
+    ]
 
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "number"), [*((name, signal.SIGINT) for name in TRAINERS), ("train_decoder", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("name", "number"), [*((name, signal.SIGINT) for name in TRAINERS), ("train_decoder", signal.SIGTERM)]
+)
 def test_ctrl_c_ends_the_step_and_saves(name, number, corpus, tmp_path):
-    process = subprocess.Popen([sys.executable, f"{name}.py", *command(name, corpus, tmp_path, "--name stopped", CASES[name].endless)],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, start_new_session=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            f"{name}.py",
+            *command(name, corpus, tmp_path, "--name stopped", CASES[name].endless),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+        start_new_session=True,
+    )
     deadline = time.time() + 120
     while not (tmp_path / "stopped/last.pt").exists() and time.time() < deadline:
         time.sleep(0.1)
@@ -389,7 +507,16 @@ def save(value, file):
     whole(value, file)
 torch.save = save
 t.main(t.parse_args(sys.argv[1:]))""")
-    done = subprocess.run([sys.executable, str(tmp_path / "entry.py"), *command(name, corpus, tmp_path / "runs", "--name killed")], cwd=ROOT, env=ONE_THREAD, capture_output=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(tmp_path / "entry.py"),
+            *command(name, corpus, tmp_path / "runs", "--name killed"),
+        ],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+    )
     assert done.returncode == -signal.SIGKILL
     folder = tmp_path / "runs/killed"
     assert last(folder)["step"] == load_checkpoint(folder / "best.pt")[1]["step"] > 0
@@ -397,7 +524,19 @@ t.main(t.parse_args(sys.argv[1:]))""")
     assert not list(folder.glob("*.tmp"))
 
 
-STEP_ORDER = ["lr_at", "autocast", "backward", "unscale_", "clip_grad_norm_", "step", "update", "zero_grad", "log", "evaluate", "save"]
+STEP_ORDER = [
+    "lr_at",
+    "autocast",
+    "backward",
+    "unscale_",
+    "clip_grad_norm_",
+    "step",
+    "update",
+    "zero_grad",
+    "log",
+    "evaluate",
+    "save",
+]
 SECTIONS = ["device, DDP, seed", "data", "model", "optimiser", "resume", "loop", "clean-up"]
 
 
@@ -406,13 +545,35 @@ def test_control_flow_keeps_its_order(name):
     """The step of DESIGN.md, in its order, in the main function of every trainer: the scripts must diff cleanly."""
     text = (ROOT / f"{name}.py").read_text()
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-    assert {"parse_args", "lr_at", "run_folder", "load_training", "augment", "evaluate", "restore", "rng_state", "restore_rng", "update_ema", "suspects",
-            "from_main", "tensorboard", "main"} <= functions.keys()
+    assert {
+        "parse_args",
+        "lr_at",
+        "run_folder",
+        "load_training",
+        "augment",
+        "evaluate",
+        "restore",
+        "rng_state",
+        "restore_rng",
+        "update_ema",
+        "suspects",
+        "from_main",
+        "tensorboard",
+        "main",
+    } <= functions.keys()
     start, end = functions["main"].lineno, functions["main"].end_lineno
     assert end - start < 170
-    assert [line.rpartition("--- ")[2] for line in text.splitlines()[start:end] if line.lstrip().startswith("# ----")] == SECTIONS
+    assert [
+        line.rpartition("--- ")[2]
+        for line in text.splitlines()[start:end]
+        if line.lstrip().startswith("# ----")
+    ] == SECTIONS
     loop = next(node for node in ast.walk(functions["main"]) if isinstance(node, ast.While))
-    calls = sorted((node.lineno, node.col_offset, getattr(node.func, "attr", getattr(node.func, "id", ""))) for node in ast.walk(loop) if isinstance(node, ast.Call))
+    calls = sorted(
+        (node.lineno, node.col_offset, getattr(node.func, "attr", getattr(node.func, "id", "")))
+        for node in ast.walk(loop)
+        if isinstance(node, ast.Call)
+    )
     names = [call for *_, call in calls]
     at = -1
     for wanted in STEP_ORDER:
@@ -425,16 +586,66 @@ def test_control_flow_keeps_its_order(name):
 def test_decoder_presets_hold_the_published_values():
     def values(preset, *names):
         args = train_decoder.parse_args(["--preset", preset, "--data", "DIR"])
-        assert (args.hidden, args.layers, args.kernel, args.stride, args.batch, args.steps, args.smooth_width) == (1024, 5, 32, 4, 64, 10_000, 2.0)
+        assert (
+            args.hidden,
+            args.layers,
+            args.kernel,
+            args.stride,
+            args.batch,
+            args.steps,
+            args.smooth_width,
+        ) == (1024, 5, 32, 4, 64, 10_000, 2.0)
         assert args.offset_noise == 0.2
         assert not args.bidirectional
         return [getattr(args, name) for name in names]
 
-    optimiser = ("optimizer", "adam_eps", "lr", "lr_schedule", "warmup", "weight_decay", "decay_all", "clip", "ema", "amp")
-    assert values("default", *optimiser) == ["adamw", 1e-8, 1.2e-3, "cosine", 500, 1e-4, False, 1.0, 0.9995, "auto"]
-    assert values("baseline", *optimiser) == ["adam", 0.1, 0.02, "constant", 0, 1e-5, True, math.inf, 0.0, "off"]
+    optimiser = (
+        "optimizer",
+        "adam_eps",
+        "lr",
+        "lr_schedule",
+        "warmup",
+        "weight_decay",
+        "decay_all",
+        "clip",
+        "ema",
+        "amp",
+    )
+    assert values("default", *optimiser) == [
+        "adamw",
+        1e-8,
+        1.2e-3,
+        "cosine",
+        500,
+        1e-4,
+        False,
+        1.0,
+        0.9995,
+        "auto",
+    ]
+    assert values("baseline", *optimiser) == [
+        "adam",
+        0.1,
+        0.02,
+        "constant",
+        0,
+        1e-5,
+        True,
+        math.inf,
+        0.0,
+        "off",
+    ]
     assert values("log", *optimiser) == ["adamw", 1e-8, 1.5e-3, "constant", 0, 1e-4, True, 1.0, 0.0, "auto"]
-    model = ("dropout", "input_dropout", "layer_norm", "smooth_taps", "white_noise", "time_mask_prob", "time_mask_width", "time_mask_max")
+    model = (
+        "dropout",
+        "input_dropout",
+        "layer_norm",
+        "smooth_taps",
+        "white_noise",
+        "time_mask_prob",
+        "time_mask_width",
+        "time_mask_max",
+    )
     assert values("default", *model) == [0.4, 0.1, True, 21, 0.8, 1.0, 0.075, 20]
     assert values("baseline", *model)[:6] == [0.4, 0.0, False, 20, 0.8, 0.0]
     assert values("log", *model) == [0.3, 0.1, True, 21, 0.2, 0.1, 15, 2]
@@ -446,9 +657,15 @@ def test_decoder_learning_rate_is_a_pure_function_of_the_step():
         args = train_decoder.parse_args(["--data", "DIR", "--lr", "1", "--lr-end", "0.2", *options])
         return [train_decoder.lr_at(s, args, 110) for s in steps]
 
-    assert rates((0, 9, 10, 60, 110), "--warmup", "10", "--lr-schedule", "cosine") == pytest.approx([0.1, 1, 1, 0.6, 0.2])
-    assert rates((4, 10, 35, 60, 110, 200), "--warmup", "10", "--lr-schedule", "linear") == pytest.approx([0.5, 1, 0.8, 0.6, 0.2, 0.2])
-    assert rates((0, 9, 10, 25), "--warmup", "0", "--lr-schedule", "step", "--step-size", "10", "--gamma", "0.5") == [1, 1, 0.5, 0.25]
+    assert rates((0, 9, 10, 60, 110), "--warmup", "10", "--lr-schedule", "cosine") == pytest.approx(
+        [0.1, 1, 1, 0.6, 0.2]
+    )
+    assert rates((4, 10, 35, 60, 110, 200), "--warmup", "10", "--lr-schedule", "linear") == pytest.approx(
+        [0.5, 1, 0.8, 0.6, 0.2, 0.2]
+    )
+    assert rates(
+        (0, 9, 10, 25), "--warmup", "0", "--lr-schedule", "step", "--step-size", "10", "--gamma", "0.5"
+    ) == [1, 1, 0.5, 0.25]
     assert rates((0, 50, 109), "--warmup", "0", "--lr-schedule", "constant") == [1, 1, 1]
 
 
@@ -458,7 +675,12 @@ def test_decoder_checkpoint_carries_what_inference_needs(run):
     assert isinstance(model, GRUDecoder)
     info = ckpt["data"]
     assert info["phonemes"] == list(data.PHONEMES)
-    assert (info["valid"], info["synthetic"], info["channels"], info["rules"]) == ("blocks", True, 256, data.speech_rules())
+    assert (info["valid"], info["synthetic"], info["channels"], info["rules"]) == (
+        "blocks",
+        True,
+        256,
+        data.speech_rules(),
+    )
     assert len(info["days"]) == model.model_args["days"] == 2
     assert (ckpt["task"], ckpt["scheduler"], ckpt["args"]["amp"]) == ("decoder", {"rate": 1.0}, "off")
 
@@ -471,13 +693,18 @@ def test_decoder_logs_what_an_evaluation_must_say(run):
     assert all(0 <= r["blank_fraction"] <= 1 and r["memory"] > 50 for r in steps)
     assert len({r["loss_of_200"] for r in steps}) == 4
     for r in (r for r in lines if "valid_per" in r):
-        assert r["valid_per"] == pytest.approx((r["valid_sub"] + r["valid_del"] + r["valid_ins"]) / r["valid_labels"], abs=1e-6)
+        assert r["valid_per"] == pytest.approx(
+            (r["valid_sub"] + r["valid_del"] + r["valid_ins"]) / r["valid_labels"], abs=1e-6
+        )
         assert r["valid_per_raw"] > 0
         assert 0 < r["valid_per_without_sil"]
         assert len(r["valid_by_day"]) == 2
         assert sum(day["trials"] for day in r["valid_by_day"].values()) == r["valid_trials"]
         assert len(r["samples"]) == 3
-        assert all(set(s["reference"].split()) <= set(data.PHONEMES) and s["reference"].endswith("SIL") for s in r["samples"])
+        assert all(
+            set(s["reference"].split()) <= set(data.PHONEMES) and s["reference"].endswith("SIL")
+            for s in r["samples"]
+        )
     assert out["valid_per"] == pytest.approx(min(r["valid_per"] for r in lines if "valid_per" in r), abs=1e-6)
 
 
@@ -501,7 +728,9 @@ def test_decoder_reduces_its_rate_after_bad_updates_and_a_resume_keeps_it(run, m
     run("train_decoder", resume(first["folder"]))
     after = [r for r in records(first["folder"]) if r["step"] > 3 and "loss_of_200" in r]
     args = train_decoder.parse_args([*resume(first["folder"]).split()])
-    assert [r["lr"] for r in after] == pytest.approx([0.125 * train_decoder.lr_at(r["step"] - 1, args, 8) for r in after], rel=1e-5)
+    assert [r["lr"] for r in after] == pytest.approx(
+        [0.125 * train_decoder.lr_at(r["step"] - 1, args, 8) for r in after], rel=1e-5
+    )
     assert last(first["folder"])["scheduler"] == {"rate": 0.125}
 
 
@@ -513,13 +742,23 @@ def test_decoder_reports_trials_that_do_not_fit(run, corpus, capsys):
     speech = data.open_speech(folder, cache)
     parts, needed = data.speech_parts(speech), [data.frames_needed(labels) for labels in speech.labels]
     trials = np.concatenate([parts["train"], parts["valid"]])
-    stride = next(s for s in range(1, 50) if sum((speech.lengths[i] - 24) // s + 1 < needed[i] for i in trials) >= len(trials) / 2)
-    short = {part: sum((speech.lengths[i] - 24) // stride + 1 < needed[i] for i in parts[part]) for part in ("train", "valid")}
+    stride = next(
+        s
+        for s in range(1, 50)
+        if sum((speech.lengths[i] - 24) // s + 1 < needed[i] for i in trials) >= len(trials) / 2
+    )
+    short = {
+        part: sum((speech.lengths[i] - 24) // stride + 1 < needed[i] for i in parts[part])
+        for part in ("train", "valid")
+    }
     capsys.readouterr()
     out = run("train_decoder", f"--kernel 24 --stride {stride} --name few")
     said = capsys.readouterr().out
     for part, count in short.items():
-        assert f"{part}: {len(parts[part])} trials, {count} too short for their labels, left out of the loss" in said
+        assert (
+            f"{part}: {len(parts[part])} trials, {count} too short for their labels, left out of the loss"
+            in said
+        )
     assert f"{len(parts['train']) - short['train']} train, {len(parts['valid'])} valid" in said
     assert out["valid_trials"] == len(parts["valid"])
     assert math.isfinite(out["valid_loss"]) == (short["valid"] < len(parts["valid"]))
@@ -532,7 +771,7 @@ def test_decoder_empty_trials_neither_train_nor_crash(run, monkeypatch):
         parts = whole(corpus, *a)
         keep = corpus.lengths
         keep[[parts["train"][0], parts["valid"][0]]] = 0, 20  # no bin at all, and less than a window
-        pieces = [corpus.features[o:o + n] for o, n in zip(corpus.offsets, keep, strict=False)]
+        pieces = [corpus.features[o : o + n] for o, n in zip(corpus.offsets, keep, strict=False)]
         corpus.features, corpus.offsets = np.concatenate(pieces), np.concatenate([[0], np.cumsum(keep)])
         return parts
 
@@ -562,7 +801,10 @@ def test_a_day_without_training_trials_has_no_layer(run, corpus, monkeypatch):
 
 def test_decoder_noise_and_masks_are_the_options():
     """Each option alone changes the bins as it says: white noise by its SD, the offset not within a channel, masks to zero."""
-    items = [{"x": np.ones((60, 256), np.float32), "day": 0, "labels": np.array([1, 2]), "id": str(k)} for k in range(3)]
+    items = [
+        {"x": np.ones((60, 256), np.float32), "day": 0, "labels": np.array([1, 2]), "id": str(k)}
+        for k in range(3)
+    ]
     batch = data.collate_speech(items)
     plain = train_decoder.augment(batch, train_decoder.parse_args(CASES["train_decoder"].plain.split()))
     assert torch.equal(plain["x"], batch["x"])
@@ -581,9 +823,19 @@ def test_decoder_decays_matrices_only(run):
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, kept = train_decoder.parameter_groups(model, args)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0)
-    assert {names[id(p)] for p in decayed["params"]} == {"gru.0.0.weight_ih_l0", "gru.0.0.weight_hh_l0", "gru.1.0.weight_ih_l0", "gru.1.0.weight_hh_l0", "linear.weight"}
-    assert {names[id(p)] for p in kept["params"]} == set(names.values()) - {names[id(p)] for p in decayed["params"]}
-    assert len(train_decoder.parameter_groups(model, train_decoder.parse_args(["--preset", "baseline"]))[0]["params"]) == len(names)
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "gru.0.0.weight_ih_l0",
+        "gru.0.0.weight_hh_l0",
+        "gru.1.0.weight_ih_l0",
+        "gru.1.0.weight_hh_l0",
+        "linear.weight",
+    }
+    assert {names[id(p)] for p in kept["params"]} == set(names.values()) - {
+        names[id(p)] for p in decayed["params"]
+    }
+    assert len(
+        train_decoder.parameter_groups(model, train_decoder.parse_args(["--preset", "baseline"]))[0]["params"]
+    ) == len(names)
 
 
 def test_decoder_loss_is_torchs_mean(monkeypatch):
@@ -591,7 +843,9 @@ def test_decoder_loss_is_torchs_mean(monkeypatch):
     log_probs, labels = torch.randn(3, 30, 41).log_softmax(-1), torch.randint(1, 41, (3, 9))
     frames, counts = torch.tensor([30, 25, 28]), torch.tensor([9, 5, 7])
     mean = torch.nn.functional.ctc_loss(log_probs.transpose(0, 1), labels, frames, counts)
-    assert train_decoder.ctc_losses(log_probs, frames, labels, counts).mean() == pytest.approx(float(mean), rel=1e-6)
+    assert train_decoder.ctc_losses(log_probs, frames, labels, counts).mean() == pytest.approx(
+        float(mean), rel=1e-6
+    )
 
 
 def test_decoder_amp_takes_what_works(monkeypatch):
@@ -655,8 +909,19 @@ def test_decoder_resume_refuses_other_data(run):
 # ---------------------------------------------------------------------------------------------------------------
 def torchrun(name, corpus, out, *options, code=""):
     """Run a trainer in two gloo processes; `code` runs first in each."""
-    (out / "entry.py").write_text(f"import os, sys, torch, numpy as np; torch.set_num_threads(1); import data, {name} as t\n{code}\nt.main(t.parse_args(sys.argv[1:]))")
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(out / "entry.py"), *command(name, corpus, out, *options)]
+    (out / "entry.py").write_text(
+        f"import os, sys, torch, numpy as np; torch.set_num_threads(1); import data, {name} as t\n{code}\nt.main(t.parse_args(sys.argv[1:]))"
+    )
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(out / "entry.py"),
+        *command(name, corpus, out, *options),
+    ]
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ONE_THREAD)
 
 
@@ -687,7 +952,11 @@ def test_two_processes_train_all_folds_and_end(corpus, tmp_path):
 def test_the_main_job_without_data_learns(name, tmp_path, capsys):
     """What README's first command does on a fresh machine."""
     options, key, good = CASES[name].main_job
-    out = TRAINERS[name].main(TRAINERS[name].parse_args([*options.split(), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]))
+    out = TRAINERS[name].main(
+        TRAINERS[name].parse_args(
+            [*options.split(), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+        )
+    )
     assert out["synthetic"]
     assert good(out[key]), out[key]
     assert "SYNTHETIC" in capsys.readouterr().out

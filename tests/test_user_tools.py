@@ -27,12 +27,31 @@ from data import LABELS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = {"train_han.py": train_han, "train_decoder.py": train_decoder, "pretrain_ast.py": pretrain_ast}
-TOOLS = {**{name: trainer.parse_args for name, trainer in TRAINERS.items()}, **{f"eval.py {name}": functools.partial(lambda name, argv: evaluation.main([name, *argv]), name)
-                                                                               for name in evaluation.COMMANDS}}
-TOOLS |= {f"data.py {name}": functools.partial(lambda name, argv: data.main([name, *argv]), name)
-          for name in ("percepiano", "fetch", "synth-percepiano", "synth-speech", "decoder-convert", "maestro", "render", "fbank")}
+TOOLS = {
+    **{name: trainer.parse_args for name, trainer in TRAINERS.items()},
+    **{
+        f"eval.py {name}": functools.partial(lambda name, argv: evaluation.main([name, *argv]), name)
+        for name in evaluation.COMMANDS
+    },
+}
+TOOLS |= {
+    f"data.py {name}": functools.partial(lambda name, argv: data.main([name, *argv]), name)
+    for name in (
+        "percepiano",
+        "fetch",
+        "synth-percepiano",
+        "synth-speech",
+        "decoder-convert",
+        "maestro",
+        "render",
+        "fbank",
+    )
+}
 TOOLS["eval.py --attention"] = lambda argv: evaluation.main(["--attention", "a.png", *argv])
-ALTERNATIVES = {"eval.py predict": ("--score", "--midi", "--audio", "--speech"), "eval.py --attention": ("--audio", "--midi")}  # one of them is required
+ALTERNATIVES = {
+    "eval.py predict": ("--score", "--midi", "--audio", "--speech"),
+    "eval.py --attention": ("--audio", "--midi"),
+}  # one of them is required
 every_tool = pytest.mark.parametrize("tool", TOOLS)
 
 
@@ -51,6 +70,7 @@ def parser_of(monkeypatch):
             TOOLS[tool](["--help"])
         assert stop.value.code == 0
         return caught.pop()
+
     return parser
 
 
@@ -59,7 +79,9 @@ def test_help_has_examples_and_fits_a_screen(tool, parser_of):
     text = parser_of(tool).format_help()
     script = tool.removesuffix(" evaluate")
     assert len(re.findall(rf"^    (?:python|torchrun .*) ?{re.escape(script)}\b", text, re.MULTILINE)) >= 2
-    blocks = re.split(r"\n\n(?=[\w ,*-]+:\n)", text)  # the description with its examples, then a block a group
+    blocks = re.split(
+        r"\n\n(?=[\w ,*-]+:\n)", text
+    )  # the description with its examples, then a block a group
     assert all(len(block.splitlines()) <= 50 for block in blocks)
     assert all(len(line) <= 140 for line in text.splitlines())
 
@@ -78,7 +100,9 @@ def test_every_option_says_what_it_does_and_its_default(tool, parser_of):
         if action.required:
             assert "(required)" in action.help, action.option_strings
         elif action.default not in (None, False, True) and "off)" not in action.help:
-            assert re.search(rf"%\(default\)s|\(.*({re.escape(str(action.default))}|default|absent)", action.help), action.option_strings
+            assert re.search(
+                rf"%\(default\)s|\(.*({re.escape(str(action.default))}|default|absent)", action.help
+            ), action.option_strings
 
 
 def test_overview_names_every_command(capsys):
@@ -131,15 +155,29 @@ def test_slips_of_data_are_refused_in_one_line(argv, found, capsys, monkeypatch)
 
 def test_beginnings_of_options_are_understood():
     assert train_han.parse_args(["--drop", "0.3"]).dropout == 0.3
-    assert pretrain_ast.parse_args(["--task", "finetune", "--width", "64"]).width == 64  # one that --help does not list
+    assert (
+        pretrain_ast.parse_args(["--task", "finetune", "--width", "64"]).width == 64
+    )  # one that --help does not list
 
 
 # --- every tool on runs of every trainer -----------------------------------------------------------------------------
 
 SETTINGS = {
-    "han": (train_han, "--split random --keep-overlap --size 8 --heads 2 --batch 8 --epochs 2 --lr 3e-3 --pooled", {"a": "", "b": "--seed 8 --dropout 0.5"}),
-    "ast": (pretrain_ast, "--task finetune --split random --keep-overlap --width 16 --depth 1 --heads 2 --frames 64 --batch 8 --epochs 1 --lr 1e-3 --workers 0 --amp off", {"a": "", "b": "--seed 8"}),
-    "decoder": (train_decoder, "--hidden 24 --layers 1 --batch 8 --steps 12 --eval-every 6 --warmup 2 --lr 0.01 --workers 0 --amp off", {"a": "", "b": "--seed 8 --kernel 14"}),
+    "han": (
+        train_han,
+        "--split random --keep-overlap --size 8 --heads 2 --batch 8 --epochs 2 --lr 3e-3 --pooled",
+        {"a": "", "b": "--seed 8 --dropout 0.5"},
+    ),
+    "ast": (
+        pretrain_ast,
+        "--task finetune --split random --keep-overlap --width 16 --depth 1 --heads 2 --frames 64 --batch 8 --epochs 1 --lr 1e-3 --workers 0 --amp off",
+        {"a": "", "b": "--seed 8"},
+    ),
+    "decoder": (
+        train_decoder,
+        "--hidden 24 --layers 1 --batch 8 --steps 12 --eval-every 6 --warmup 2 --lr 0.01 --workers 0 --amp off",
+        {"a": "", "b": "--seed 8 --kernel 14"},
+    ),
 }
 
 
@@ -162,19 +200,49 @@ def made(tmp_path_factory):
     for kind, (trainer, options, runs_of_kind) in SETTINGS.items():
         folder = root / ("speech" if kind == "decoder" else "piano")
         for name, more in runs_of_kind.items():
-            argv = ["--data", str(folder), "--cache", str(root / "cache"), "--out", str(root / "runs" / kind), "--name", name, "--log-every", "2", *options.split(), *more.split()]
+            argv = [
+                "--data",
+                str(folder),
+                "--cache",
+                str(root / "cache"),
+                "--out",
+                str(root / "runs" / kind),
+                "--name",
+                name,
+                "--log-every",
+                "2",
+                *options.split(),
+                *more.split(),
+            ]
             runs[kind, name] = trainer.main(trainer.parse_args(argv))["folder"]
-    return SimpleNamespace(root=root, runs=runs, common=["--cache", str(root / "cache"), "--device", "cpu"],
-                           data=lambda kind: ["--data", str(root / ("speech" if kind == "decoder" else "piano"))], best=lambda kind, name="a": str(Path(runs[kind, name]) / "best.pt"))
+    return SimpleNamespace(
+        root=root,
+        runs=runs,
+        common=["--cache", str(root / "cache"), "--device", "cpu"],
+        data=lambda kind: ["--data", str(root / ("speech" if kind == "decoder" else "piano"))],
+        best=lambda kind, name="a": str(Path(runs[kind, name]) / "best.pt"),
+    )
 
 
 @pytest.fixture
 def rows(made, tmp_path):
     """What `evaluate --csv` says of a run: one dict a line."""
+
     def read(kind):
-        evaluation.main(["evaluate", "--ckpt", made.best(kind), *made.data(kind), *made.common, "--csv", str(tmp_path / "rows.csv")])
+        evaluation.main(
+            [
+                "evaluate",
+                "--ckpt",
+                made.best(kind),
+                *made.data(kind),
+                *made.common,
+                "--csv",
+                str(tmp_path / "rows.csv"),
+            ]
+        )
         with open(tmp_path / "rows.csv", newline="") as file:
             return list(csv.DictReader(file))
+
     return read
 
 
@@ -183,8 +251,22 @@ def test_files_are_rated_as_the_corpus_is(kind, made, rows, tmp_path, capsys):
     expected = {row["name"]: [float(row[label]) for label in LABELS] for row in rows(kind)}
     name = next(iter(expected))
     files = made.root / "piano/virtuoso/data"
-    inputs = ["--midi", str(files / f"all_2rounds/{name}.mid")] + ["--score", str(files / f"score_xml/{data.score_of(name)}.musicxml")] * (kind == "han")
-    (record,) = evaluation.main(["predict", "--ckpt", made.best(kind), *inputs, "--explain", str(tmp_path / "why.png"), "--device", "cpu"])
+    inputs = ["--midi", str(files / f"all_2rounds/{name}.mid")] + [
+        "--score",
+        str(files / f"score_xml/{data.score_of(name)}.musicxml"),
+    ] * (kind == "han")
+    (record,) = evaluation.main(
+        [
+            "predict",
+            "--ckpt",
+            made.best(kind),
+            *inputs,
+            "--explain",
+            str(tmp_path / "why.png"),
+            "--device",
+            "cpu",
+        ]
+    )
     assert record["name"] == name
     assert record["ratings"] == pytest.approx(expected[name], abs=6e-5)
     assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
@@ -192,7 +274,9 @@ def test_files_are_rated_as_the_corpus_is(kind, made, rows, tmp_path, capsys):
 
 def test_trials_are_decoded_as_the_corpus_is(made, rows):
     expected = {row["trial"]: row["hypothesis"] for row in rows("decoder")}
-    records = evaluation.main(["predict", "--ckpt", made.best("decoder"), "--speech", str(made.root / "speech"), *made.common])
+    records = evaluation.main(
+        ["predict", "--ckpt", made.best("decoder"), "--speech", str(made.root / "speech"), *made.common]
+    )
     spelt = {record["id"]: evaluation.spell(record["phonemes"]) for record in records}
     assert len(expected) > 2
     assert {trial: spelt[trial] for trial in expected} == expected
@@ -203,8 +287,19 @@ def test_report_of_all_runs_stands_alone(made, tmp_path, capsys):
     result = evaluation.main(["report", "--run", *made.runs.values(), "--out", str(out), *made.common])
     page = Page(out.read_text(encoding="utf-8"))  # tags balanced, nothing from outside
     titles = [title for title in page.headings if title]
-    for section, times in (("Training curves", 5), ("Results", 3), ("By dimension", 3), ("Prediction over rating", 3), ("Calibration", 3), ("Worst and best items", 3),
-                           ("Error rate by day", 2), ("Confusions", 2), ("Transcripts", 2), ("Diagnostics", 5), ("Configuration", 5)):
+    for section, times in (
+        ("Training curves", 5),
+        ("Results", 3),
+        ("By dimension", 3),
+        ("Prediction over rating", 3),
+        ("Calibration", 3),
+        ("Worst and best items", 3),
+        ("Error rate by day", 2),
+        ("Confusions", 2),
+        ("Transcripts", 2),
+        ("Diagnostics", 5),
+        ("Configuration", 5),
+    ):
         assert titles.count(section) == times, section
     assert len(result["verdicts"]) == 5  # seeds of one configuration are one
     assert all(verdict[:20] in page.text for verdict in result["verdicts"])
@@ -214,7 +309,19 @@ def test_report_of_all_runs_stands_alone(made, tmp_path, capsys):
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_two_runs_are_compared(kind, made, rows, capsys):
     """The figures are evaluate's, and the last line is the verdict."""
-    result = evaluation.main(["compare", "--a", made.best(kind), "--b", made.best(kind, "b"), *made.data(kind), *made.common, "--draws", "200"])
+    result = evaluation.main(
+        [
+            "compare",
+            "--a",
+            made.best(kind),
+            "--b",
+            made.best(kind, "b"),
+            *made.data(kind),
+            *made.common,
+            "--draws",
+            "200",
+        ]
+    )
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == result["verdict"]
     assert re.match("A (is better than|is worse than|cannot be told from) B: ", result["verdict"])
@@ -224,11 +331,26 @@ def test_two_runs_are_compared(kind, made, rows, capsys):
     table = rows(kind)
     if kind == "decoder":
         assert result["trials"] == len(table)
-        assert result["a"] == pytest.approx(sum(int(row[key]) for row in table for key in ("sub", "del", "ins")) / sum(int(row["labels"]) for row in table))
+        assert result["a"] == pytest.approx(
+            sum(int(row[key]) for row in table for key in ("sub", "del", "ins"))
+            / sum(int(row["labels"]) for row in table)
+        )
     else:
         assert result["items"] == len(table)
         assert len(result["per_dimension"]["p_holm"]) == 19
-    same = evaluation.main(["compare", "--a", made.best(kind), "--b", made.best(kind), *made.data(kind), *made.common, "--draws", "100"])
+    same = evaluation.main(
+        [
+            "compare",
+            "--a",
+            made.best(kind),
+            "--b",
+            made.best(kind),
+            *made.data(kind),
+            *made.common,
+            "--draws",
+            "100",
+        ]
+    )
     assert same["difference"] == 0
     assert same["verdict"].startswith("A cannot be told from B: ")
 
@@ -259,8 +381,16 @@ def test_ctrl_c_while_writing_leaves_nothing(command, made, tmp_path, monkeypatc
 
 
 def start(argv: list, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 @pytest.mark.slow
@@ -298,7 +428,9 @@ def until(condition, seconds: float = 120) -> bool:
 @pytest.mark.slow
 def test_real_ctrl_c_reaches_workers_and_leaves_nothing(tmp_path):
     data.synth_percepiano(tmp_path / "piano", segments=40, players=12)
-    process = start([ROOT / "data.py", "percepiano", "--data", "piano", "--cache", "features", "--workers", "2"], tmp_path)
+    process = start(
+        [ROOT / "data.py", "percepiano", "--data", "piano", "--cache", "features", "--workers", "2"], tmp_path
+    )
     assert until(lambda: len(workers_of(process)) >= 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     out, err = process.communicate(timeout=120)
@@ -310,7 +442,9 @@ def test_real_ctrl_c_reaches_workers_and_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_a_kill_takes_the_workers_along(tmp_path):
     data.synth_percepiano(tmp_path / "piano", segments=40, players=12)
-    process = start([ROOT / "data.py", "percepiano", "--data", "piano", "--cache", "features", "--workers", "2"], tmp_path)
+    process = start(
+        [ROOT / "data.py", "percepiano", "--data", "piano", "--cache", "features", "--workers", "2"], tmp_path
+    )
     assert until(lambda: len(workers_of(process)) >= 2)
     time.sleep(1)  # they start
     process.kill()
@@ -321,7 +455,19 @@ def test_a_kill_takes_the_workers_along(tmp_path):
 @pytest.mark.slow
 def test_real_ctrl_c_during_a_word_search(made, tmp_path):
     """Workers that a Ctrl-C met while they started once left the command waiting for them for ever."""
-    argv = [ROOT / "eval.py", "--ckpt", made.best("decoder"), *made.data("decoder"), *made.common, "--words", "--tune", "--processes", "2", "--csv", "x.csv"]
+    argv = [
+        ROOT / "eval.py",
+        "--ckpt",
+        made.best("decoder"),
+        *made.data("decoder"),
+        *made.common,
+        "--words",
+        "--tune",
+        "--processes",
+        "2",
+        "--csv",
+        "x.csv",
+    ]
     process = start(argv, tmp_path)
     assert until(lambda: len(workers_of(process)) >= 2)
     os.killpg(process.pid, signal.SIGINT)

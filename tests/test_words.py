@@ -14,8 +14,26 @@ import eval as evaluation
 from data import PHONEMES, SPEECH_WORDS, DataError, SpeechCorpus, phonemize
 
 SIL = 40
-NEUTRAL = {"acoustic_scale": 1.0, "blank_penalty": 0.0, "lm_weight": 1.0, "word_score": 0.0, "beam": 100, "token_beam": 41}
-SENTENCES = [s.split() for s in ("we see the boat", "we see the coat", "the boat", "see the sea", "we can see", "the", "the sea can see the boat we see")]
+NEUTRAL = {
+    "acoustic_scale": 1.0,
+    "blank_penalty": 0.0,
+    "lm_weight": 1.0,
+    "word_score": 0.0,
+    "beam": 100,
+    "token_beam": 41,
+}
+SENTENCES = [
+    s.split()
+    for s in (
+        "we see the boat",
+        "we see the coat",
+        "the boat",
+        "see the sea",
+        "we can see",
+        "the",
+        "the sea can see the boat we see",
+    )
+]
 
 
 def ids(sounds: str) -> tuple[int, ...]:
@@ -38,7 +56,9 @@ def arpa_of(path, sentences) -> str:
 
 
 def search_of(folder, lexicon: dict[str, str], sentences) -> evaluation.WordSearch:
-    return evaluation.WordSearch([(word, ids(sounds)) for word, sounds in lexicon.items()], arpa_of(folder / "lm.arpa", sentences))
+    return evaluation.WordSearch(
+        [(word, ids(sounds)) for word, sounds in lexicon.items()], arpa_of(folder / "lm.arpa", sentences)
+    )
 
 
 # --- language model --------------------------------------------------------------------------------------------------
@@ -46,8 +66,12 @@ def search_of(folder, lexicon: dict[str, str], sentences) -> evaluation.WordSear
 
 def by_definition(sentences, w: str, h: tuple[str, ...]) -> float:
     """Interpolated Witten-Bell probability of w after h, by counting anew at every call."""
-    after = [("<s>", *s, "</s>")[i + len(h)] for s in sentences for i in range(len(s) + 2 - len(h))
-             if ("<s>", *s, "</s>")[i:i + len(h)] == h and i + len(h) > 0]
+    after = [
+        ("<s>", *s, "</s>")[i + len(h)]
+        for s in sentences
+        for i in range(len(s) + 2 - len(h))
+        if ("<s>", *s, "</s>")[i : i + len(h)] == h and i + len(h) > 0
+    ]
     vocabulary = {w for s in sentences for w in s} | {"</s>", "<unk>"}
     below = by_definition(sentences, w, h[1:]) if h else 1 / len(vocabulary)
     return (after.count(w) + len(set(after)) * below) / (len(after) + len(set(after))) if after else below
@@ -67,8 +91,15 @@ def test_kenlm_reads_back_the_definition_and_every_context_sums_to_one(tmp_path)
     vocabulary = sorted({w for s in SENTENCES for w in s})
     lm, unigrams, known = evaluation.load_lm(arpa_of(tmp_path / "lm.arpa", SENTENCES), vocabulary)
     assert known == len(vocabulary)
-    assert unigrams == pytest.approx([math.log10(by_definition(SENTENCES, w, ())) for w in vocabulary], abs=1e-5)
-    contexts = [(), *((w,) for w in vocabulary), *itertools.product(vocabulary, repeat=2), ("boat", "coat", "the")]
+    assert unigrams == pytest.approx(
+        [math.log10(by_definition(SENTENCES, w, ())) for w in vocabulary], abs=1e-5
+    )
+    contexts = [
+        (),
+        *((w,) for w in vocabulary),
+        *itertools.product(vocabulary, repeat=2),
+        ("boat", "coat", "the"),
+    ]
     for sentence_start, context in itertools.product((True, False), contexts):
         state = lm.start(not sentence_start)
         for w in context:
@@ -81,7 +112,9 @@ def test_kenlm_reads_back_the_definition_and_every_context_sums_to_one(tmp_path)
 
 
 def test_an_empty_training_text_is_refused():
-    with pytest.raises(DataError, match="language model: no training transcript; expected at least one; give --lm FILE"):
+    with pytest.raises(
+        DataError, match="language model: no training transcript; expected at least one; give --lm FILE"
+    ):
         evaluation.witten_bell([])
 
 
@@ -120,14 +153,26 @@ def test_a_language_model_in_capitals_is_understood(tmp_path, capfd):
 
 
 def test_words_are_cleaned_as_the_labels_are():
-    assert evaluation.spoken_words("Don't -- stop, it's 5 o'clock - NOW!") == ["don't", "stop", "it's", "o'clock", "now"]
+    assert evaluation.spoken_words("Don't -- stop, it's 5 o'clock - NOW!") == [
+        "don't",
+        "stop",
+        "it's",
+        "o'clock",
+        "now",
+    ]
     assert evaluation.spoken_words(" 7 ? ") == []
 
 
 def test_lexicon_files(tmp_path, capsys):
     path = tmp_path / "lexicon.txt"
-    path.write_text(";;; comment\nSEA\tS IY1\nread R EH D SIL\nread(2)  R IY1 D\n\nsea S IY\n", encoding="utf-8")
-    assert evaluation.read_lexicon(path) == [("sea", ids("S IY")), ("read", ids("R EH D")), ("read", ids("R IY D"))]
+    path.write_text(
+        ";;; comment\nSEA\tS IY1\nread R EH D SIL\nread(2)  R IY1 D\n\nsea S IY\n", encoding="utf-8"
+    )
+    assert evaluation.read_lexicon(path) == [
+        ("sea", ids("S IY")),
+        ("read", ids("R EH D")),
+        ("read", ids("R IY D")),
+    ]
     assert f"{path}: 1 repeated lines (the first: 6) count once" in capsys.readouterr().out
 
 
@@ -146,7 +191,12 @@ def test_bad_lexicons_are_named(tmp_path, text, found):
 
 def test_the_training_lexicon_takes_pronunciations_from_the_labels():
     texts = ["We read.", "we read the music", "very music", "we"]
-    labels = [ids("W IY SIL R EH D SIL"), ids("W IY SIL R IY D SIL DH AH SIL M Y UW Z IH K SIL"), ids("V EH R IY SIL"), ids("SIL W IY SIL SIL")]
+    labels = [
+        ids("W IY SIL R EH D SIL"),
+        ids("W IY SIL R IY D SIL DH AH SIL M Y UW Z IH K SIL"),
+        ids("V EH R IY SIL"),
+        ids("SIL W IY SIL SIL"),
+    ]
     assert evaluation.training_lexicon(texts, map(np.array, labels)) == [
         ("we", ids("W IY")), ("music", ids("M Y UW Z IH K")), ("read", ids("R EH D")), ("read", ids("R IY D")), ("the", ids("DH AH")),
         ("very", ids("V EH R IY")),  # only in a sentence whose labels do not fit its words: from data.phonemize
@@ -164,7 +214,13 @@ def test_the_search_finds_the_best_of_all_frame_strings(tmp_path, seed):
     rng, classes = np.random.default_rng(seed), [0, *ids("B AA SIL")]
     log_probs = np.full((8, 41), -60, np.float32)
     log_probs[:, classes] = np.log(rng.dirichlet([0.6] * 4, 8) + 1e-3)
-    settings = NEUTRAL | {"acoustic_scale": 0.7, "blank_penalty": 0.4, "lm_weight": 0.8, "word_score": 0.3, "beam": 4000}
+    settings = NEUTRAL | {
+        "acoustic_scale": 0.7,
+        "blank_penalty": 0.4,
+        "lm_weight": 0.8,
+        "word_score": 0.3,
+        "beam": 4000,
+    }
     spelled = {}
     for word, sounds in lexicon.items():
         spelled.setdefault(ids(sounds), []).append(word)
@@ -177,7 +233,14 @@ def test_the_search_finds_the_best_of_all_frame_strings(tmp_path, seed):
         acoustic = 0.7 * (sum(log_probs[f, k] for f, k in enumerate(string)) - 0.4 * string.count(0))
         for sentence in itertools.product(*(spelled[piece] for piece in pieces)):
             padded = ("<s>", *sentence, "</s>")
-            lm = sum(math.log10(by_definition(text, padded[i], padded[max(0, i - 2):i])) for i in range(1, len(padded))) if acoustic > best[0] - 3 else -99
+            lm = (
+                sum(
+                    math.log10(by_definition(text, padded[i], padded[max(0, i - 2) : i]))
+                    for i in range(1, len(padded))
+                )
+                if acoustic > best[0] - 3
+                else -99
+            )
             best = max(best, (acoustic + 0.8 * lm + 0.3 * len(sentence), list(sentence)))
     assert search.decode(log_probs, settings) == best[1]
 
@@ -194,28 +257,47 @@ def test_the_language_model_overrules_weak_acoustics_and_no_strong_ones(tmp_path
     assert " ".join(search.decode(log_probs, NEUTRAL | {"lm_weight": 2.0})) == expected
 
 
-@pytest.mark.parametrize(("heard", "expected"), [("W IY SIL S IY SIL", "we see"), ("DH AH SIL S IY SIL", "the sea")])
+@pytest.mark.parametrize(
+    ("heard", "expected"), [("W IY SIL S IY SIL", "we see"), ("DH AH SIL S IY SIL", "the sea")]
+)
 def test_the_language_model_decides_between_homophones(tmp_path, heard, expected):
-    search = search_of(tmp_path, {"sea": "S IY", "see": "S IY", "we": "W IY", "the": "DH AH"}, [["we", "see"], ["the", "sea"]])
+    search = search_of(
+        tmp_path,
+        {"sea": "S IY", "see": "S IY", "we": "W IY", "the": "DH AH"},
+        [["we", "see"], ["the", "sea"]],
+    )
     assert " ".join(search.decode(frames(heard), NEUTRAL)) == expected
 
 
 def test_more_homophones_than_the_trie_holds(tmp_path, capfd):
     names = [f"aa{letter}" for letter in "abcdefghi"]
-    search = search_of(tmp_path, dict.fromkeys(names, "AA") | {"b": "B"}, [[name] * (k + 1) for k, name in enumerate(names)])
+    search = search_of(
+        tmp_path, dict.fromkeys(names, "AA") | {"b": "B"}, [[name] * (k + 1) for k, name in enumerate(names)]
+    )
     assert search.dropped == 3
     assert search.decode(frames("AA SIL"), NEUTRAL)[0] in names[3:]
     assert capfd.readouterr().err == ""  # the library would complain of each it drops
 
 
-@pytest.mark.parametrize("heard", ["S IY SIL DH AH SIL", "SIL SIL S S _ IY SIL _ SIL SIL DH AH AH SIL _ _", "_ S _ IY _ SIL _ _ DH AH SIL SIL"])
+@pytest.mark.parametrize(
+    "heard",
+    [
+        "S IY SIL DH AH SIL",
+        "SIL SIL S S _ IY SIL _ SIL SIL DH AH AH SIL _ _",
+        "_ S _ IY _ SIL _ _ DH AH SIL SIL",
+    ],
+)
 def test_silence_and_blanks_anywhere(tmp_path, heard):
     search = search_of(tmp_path, {"see": "S IY", "the": "DH AH"}, [["see", "the"]])
     assert search.decode(frames(heard), NEUTRAL) == ["see", "the"]
 
 
 def test_repeated_phonemes_and_words(tmp_path):
-    search = search_of(tmp_path, {"boot": "B UW T", "two": "T UW", "bookkeeper": "B UH K K IY P ER"}, [["boot", "two", "two"], ["bookkeeper"]])
+    search = search_of(
+        tmp_path,
+        {"boot": "B UW T", "two": "T UW", "bookkeeper": "B UH K K IY P ER"},
+        [["boot", "two", "two"], ["bookkeeper"]],
+    )
     assert search.decode(frames("T UW SIL T UW SIL B UW T SIL"), NEUTRAL) == ["two", "two", "boot"]
     assert search.decode(frames("B UH K _ K IY P ER SIL"), NEUTRAL) == ["bookkeeper"]
 
@@ -227,13 +309,18 @@ def test_silence_inside_a_pronunciation(tmp_path):
 
 
 def test_a_word_outside_the_lexicon_costs_no_other_word(tmp_path):
-    search = search_of(tmp_path, {"we": "W IY", "see": "S IY", "ship": "SH IH P"}, [["we", "see"]])  # the LM does not know ship
+    search = search_of(
+        tmp_path, {"we": "W IY", "see": "S IY", "ship": "SH IH P"}, [["we", "see"]]
+    )  # the LM does not know ship
     assert search.known == 2
     assert search.decode(frames("W IY SIL ZH OY ZH SIL S IY SIL"), NEUTRAL) == ["we", "see"]
     assert search.decode(frames("SH IH P SIL"), NEUTRAL) == ["ship"]
 
 
-@pytest.mark.parametrize(("log_probs", "expected"), [(np.zeros((0, 41), np.float32), []), (frames("_"), []), (frames("_ _ _"), []), (frames("SIL"), [])])
+@pytest.mark.parametrize(
+    ("log_probs", "expected"),
+    [(np.zeros((0, 41), np.float32), []), (frames("_"), []), (frames("_ _ _"), []), (frames("SIL"), [])],
+)
 def test_trials_that_say_nothing(tmp_path, log_probs, expected):
     assert search_of(tmp_path, {"see": "S IY"}, [["see"]]).decode(log_probs, NEUTRAL) == expected
 
@@ -247,26 +334,43 @@ def test_log_probabilities_must_be_finite(tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashlight.lib.text", None)
-    with pytest.raises(DataError, match="expected the package ufal-flashlight-text; run `pip install ufal-flashlight-text`"):
+    with pytest.raises(
+        DataError, match="expected the package ufal-flashlight-text; run `pip install ufal-flashlight-text`"
+    ):
         evaluation.WordSearch([("see", ids("S IY"))], "lm.arpa")
 
 
 def test_nearest_words_by_hand():
-    lexicon = [(word, ids(sounds)) for word, sounds in (("sea", "S IY"), ("see", "S IY"), ("boat", "B OW T"), ("the", "DH AH"))]
+    lexicon = [
+        (word, ids(sounds))
+        for word, sounds in (("sea", "S IY"), ("see", "S IY"), ("boat", "B OW T"), ("the", "DH AH"))
+    ]
     heard = [ids("S IY SIL B OW SIL"), ids("SIL DH DH AH SIL SIL K OW T"), (), (SIL, SIL), ids("ZH SIL")]
     assert evaluation.nearest_words(heard, lexicon) == [["sea", "boat"], ["the", "boat"], [], [], ["sea"]]
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
 
-CLASSES = {"who": "we you they he she", "verb": "found brought pushed sold heard lost", "det": "the my your his her", "noun": "boat book bridge cookie garden path song"}
+CLASSES = {
+    "who": "we you they he she",
+    "verb": "found brought pushed sold heard lost",
+    "det": "the my your his her",
+    "noun": "boat book bridge cookie garden path song",
+}
 
 
 def made_up(count: int, rng) -> list[str]:
     """Sentences of a tiny grammar over the built-in words."""
     draw = {name: words.split() for name, words in CLASSES.items()}
     order = ("who", "verb", "det", "noun")
-    return [" ".join(rng.choice(draw[name]) for name in order + (("and",) + order) * (rng.random() < 0.4) if name in draw) for _ in range(count)]
+    return [
+        " ".join(
+            rng.choice(draw[name])
+            for name in order + (("and",) + order) * (rng.random() < 0.4)
+            if name in draw
+        )
+        for _ in range(count)
+    ]
 
 
 def heard(labels: list[int], rng, confusion: float) -> np.ndarray:
@@ -275,8 +379,8 @@ def heard(labels: list[int], rng, confusion: float) -> np.ndarray:
     logits[::3, 0] += 5
     for k, label in enumerate(labels):
         wrong = int(rng.integers(1, 41)) if rng.random() < confusion else label
-        logits[3 * k + 1:3 * k + 3, wrong] += 5
-        logits[3 * k + 1:3 * k + 3, label] += 4
+        logits[3 * k + 1 : 3 * k + 3, wrong] += 5
+        logits[3 * k + 1 : 3 * k + 3, label] += 4
     return (logits - np.log(np.exp(logits).sum(1, keepdims=True))).astype(np.float32)
 
 
@@ -306,7 +410,14 @@ def options(folder, *given: str) -> argparse.Namespace:
 
 def run_words(corpus, folder, part: slice, *given: str, **kw) -> dict:
     trials = np.arange(160)
-    return evaluation.words(corpus[1][part], corpus[0], trials[part], options(folder, *given), (corpus[1][100:120], trials[100:120]), **kw)
+    return evaluation.words(
+        corpus[1][part],
+        corpus[0],
+        trials[part],
+        options(folder, *given),
+        (corpus[1][100:120], trials[100:120]),
+        **kw,
+    )
 
 
 def test_wer_is_far_under_the_nearest_words(corpus, tmp_path, capsys):
@@ -331,7 +442,18 @@ def test_lexicon_and_lm_come_from_the_training_trials_alone(corpus, tmp_path, mo
 
 
 def test_tuning_is_printed_applied_and_no_worse_on_its_own_part(corpus, tmp_path, capsys):
-    figures = run_words(corpus, tmp_path, slice(120, 140), "--tune", "--acoustic-scale", "0.2", "--lm-weight", "7", "--beam", "10")
+    figures = run_words(
+        corpus,
+        tmp_path,
+        slice(120, 140),
+        "--tune",
+        "--acoustic-scale",
+        "0.2",
+        "--lm-weight",
+        "7",
+        "--beam",
+        "10",
+    )
     tuned = figures["tuned"]
     assert tuned["after"] < tuned["before"]
     assert tuned["sentences"] == 20
@@ -363,17 +485,26 @@ def test_tuning_needs_labels():
 
 
 def test_given_lexicon_and_lm_and_words_outside_them(corpus, tmp_path):
-    kept = {word: sounds for word, sounds in SPEECH_WORDS.items() if word in " ".join(CLASSES.values()).split() and word != "bridge"}
+    kept = {
+        word: sounds
+        for word, sounds in SPEECH_WORDS.items()
+        if word in " ".join(CLASSES.values()).split() and word != "bridge"
+    }
     (tmp_path / "lexicon.txt").write_text("".join(f"{word}\t{sounds}\n" for word, sounds in kept.items()))
     lm = arpa_of(tmp_path / "lm.arpa", [text.split() for text in corpus[0].text[:100]])
-    figures = run_words(corpus, tmp_path, slice(120, 140), "--words", "--lexicon", str(tmp_path / "lexicon.txt"), "--lm", lm)
+    figures = run_words(
+        corpus, tmp_path, slice(120, 140), "--words", "--lexicon", str(tmp_path / "lexicon.txt"), "--lm", lm
+    )
     assert figures["outside_lexicon"] == " ".join(corpus[0].text[120:140]).split().count("bridge") > 0
     assert figures["wer"] < figures["nearest"]
     assert figures["lm"] == lm
 
 
 def test_no_training_text_is_refused(corpus, tmp_path):
-    with pytest.raises(DataError, match="no word in the 0 training transcripts; expected some; give --lexicon FILE and --lm FILE"):
+    with pytest.raises(
+        DataError,
+        match="no word in the 0 training transcripts; expected some; give --lexicon FILE and --lm FILE",
+    ):
         run_words(corpus, tmp_path, slice(120, 140), "--words", train=[])
 
 
@@ -402,11 +533,19 @@ def test_submissions_stand_in_the_competitions_order(corpus, tmp_path, capsys):
     evaluation.write_submission(tmp_path / "out.txt", sentences, corpus[0], indices, "24")
     assert (tmp_path / "out.txt").read_text() == "\n".join(expected) + "\n"
     evaluation.write_submission(tmp_path / "out.csv", sentences, corpus[0], indices, "25")
-    assert (tmp_path / "out.csv").read_text().splitlines() == ["id,text", *(f"{n},{text}" for n, text in enumerate(expected))]
-    assert "20 sentences of part competition, 3 days t12.2022.04.28 to t12.2022.06.01, 1 of them empty" in capsys.readouterr().out
+    assert (tmp_path / "out.csv").read_text().splitlines() == [
+        "id,text",
+        *(f"{n},{text}" for n, text in enumerate(expected)),
+    ]
+    assert (
+        "20 sentences of part competition, 3 days t12.2022.04.28 to t12.2022.06.01, 1 of them empty"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("indices", [range(140, 159), [*range(140, 159), 140], range(120, 160), range(100, 120), []])
+@pytest.mark.parametrize(
+    "indices", [range(140, 159), [*range(140, 159), 140], range(120, 160), range(100, 120), []]
+)
 def test_submissions_that_are_no_whole_part_are_refused(corpus, tmp_path, indices):
     with pytest.raises(DataError, match="expected each trial of one part once"):
         evaluation.write_submission(tmp_path / "out.txt", ["a"] * len(indices), corpus[0], indices, "24")
@@ -417,5 +556,7 @@ def test_the_competition_part_of_24_has_1200_rows_of_15_days(corpus, tmp_path):
     real = replace(corpus[0], synthetic=False, days=[f"t12.2022.{k:02}.01" for k in range(24)])
     with pytest.raises(DataError, match="20 rows of 3 days; the competition takes 1200 of 15"):
         evaluation.write_submission(tmp_path / "out.txt", ["a"] * 20, real, range(140, 160), "24")
-    evaluation.write_submission(tmp_path / "test.txt", ["a"] * 20, real, range(120, 140), "24")  # the labelled test part may be written
+    evaluation.write_submission(
+        tmp_path / "test.txt", ["a"] * 20, real, range(120, 140), "24"
+    )  # the labelled test part may be written
     assert (tmp_path / "test.txt").read_text() == "a\n" * 20
