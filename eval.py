@@ -3087,9 +3087,9 @@ their mean exactly. R2 and Pearson of that somebody, in all and for each of the 
     return views
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attention: pictures, and the roll-out of an AST
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # One style for every picture here; colours are Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
@@ -3101,7 +3101,6 @@ HOUSE_STYLE = {
     "figure.dpi": 100,
     "font.size": 12,
     "legend.frameon": False,
-    "text.parse_math": False,
 }
 PICTURES = (".png", ".pdf", ".svg")
 HERTZ = (50, 100, 200, 500, 1000, 2000, 4000, 8000)
@@ -3131,6 +3130,11 @@ def inline_figure(figure, alt: str) -> str:
     figure.savefig(file, format="png")
     pixels = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{pixels}">'
+
+
+def plain(text: object) -> str:
+    """At most 60 characters of a name, as matplotlib takes them: without bytes that are no text, and no TeX."""
+    return _printable(text)[:60].replace("$", r"\$")
 
 
 def check_output(path: Path) -> None:
@@ -3213,31 +3217,27 @@ def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
 
 
 def draw_attention(
-    out: Path, energies: np.ndarray, share: np.ndarray, starts: list, stride: int, title: str
+    out: Path, energies: np.ndarray, share: np.ndarray, starts: list[int], stride: int, title: str
 ) -> None:
-    """Shares (rows, columns) in colour over the spectrogram (frames, 128), log energies, in grey; dotted where crops begin."""
+    """Shares (rows, columns) in colour over the spectrogram (frames, 128) in grey; dotted lines where crops begin."""
     from matplotlib.colors import TwoSlopeNorm
 
     decibels = 10 / math.log(10) * (energies.T - energies.max())
     frame = HOP / SAMPLE_RATE
-    begin = (
-        (FRAME - HOP) / 2 / SAMPLE_RATE
-    )  # frame 0 is drawn as wide as a hop, around the middle of its window
     edge = (PATCH - stride) / 2  # a patch is drawn as wide as a stride, around its middle
-    first, last = (begin + frame * (edge + stride * column) for column in (0, share.shape[1]))
-    image = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+    bottom, top = (edge - 0.5 + stride * row for row in (0, len(share)))
+    left, right = (frame * (edge + stride * column) for column in (0, share.shape[1]))
+    low, high = np.percentile(share, [1, 99])
+    shading = {"cmap": "coolwarm", "norm": TwoSlopeNorm(1, min(low, 0.999), max(high, 1.001)), "alpha": 0.6}
+    whole = (0, frame * len(energies), -0.5, MELS - 0.5)
     with new_figure(16, 6) as figure:
         axes = figure.subplots()
-        whole = (begin, begin + frame * len(energies), -0.5, MELS - 0.5)
-        axes.imshow(decibels, cmap="gray_r", vmin=QUIETEST, vmax=0, extent=whole, **image)
-        low, high = np.percentile(share, [1, 99])
-        scale = TwoSlopeNorm(1, min(low, 0.999), max(high, 1.001))
-        cells = (first, last, edge - 0.5, edge - 0.5 + stride * len(share))
-        shades = axes.imshow(share, cmap="coolwarm", norm=scale, alpha=0.6, extent=cells, **image)
-        axes.set(xlim=(0, whole[1]), ylim=whole[2:], xlabel="time (s)", ylabel="frequency (Hz), mel scale")
+        image = functools.partial(axes.imshow, origin="lower", aspect="auto", interpolation="nearest")
+        image(decibels, extent=whole, cmap="gray_r", vmin=QUIETEST, vmax=0)
+        shades = image(share, extent=(left, right, bottom, top), **shading)
+        axes.set(xlim=whole[:2], ylim=whole[2:], xlabel="time (s)", ylabel="frequency (Hz), mel scale")
         axes.set_yticks(hertz_to_band(HERTZ), HERTZ)
-        for start in starts[1:]:
-            axes.axvline(first + start * stride * frame, color="black", linestyle=":")
+        axes.vlines([left + frame * stride * start for start in starts[1:]], *whole[2:], "black", ":")
         axes.set_title(title)
         label = "attention that reaches the output\n(1 = the same from every patch)"
         figure.colorbar(shades, ax=axes, extend="both", pad=0.01, label=label)
@@ -3245,44 +3245,36 @@ def draw_attention(
 
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
-    """Roll-out of ASTs, averaged, on one recording; work: name, path, energies (frames, 128). Returns shares and crops."""
+    """Roll-out of ASTs, averaged, on one recording; work: name, energies (frames, 128). Returns shares and crops."""
+    check_attention(members)
     energies, shares, starts = work["energies"], [], []
-    stride = members[0][0].model_args.get("stride")
     for model, kept in members:
-        check_attention(model, kept)
-        if model.model_args["stride"] != stride:
-            raise DataError(
-                f"{kept['path']}: other patches than {members[0][1]['path']}; explain one at a time"
-            )
-        x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
-        share, own_starts = roll_out_file(model, x, next(model.parameters()).device)
+        x = normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])
+        share, own = roll_out_file(model, torch.from_numpy(x).float(), next(model.parameters()).device)
         shares.append(share)
-        starts = max(starts, own_starts, key=len)
+        starts = max(starts, own, key=len)
     share = np.mean(shares, axis=0)
     if not np.isfinite(share).all():
         raise DataError(
-            f"{work['path']}: attention is not finite; expected numbers; look for NaN in the recording"
+            f"{work['name']}: attention is not finite; expected numbers; look for NaN in the sound"
         )
-    what = f"mean of {len(members)} checkpoints" if len(members) > 1 else members[0][1]["path"]
+    title = f"{plain(work['name'])}: sounds that reach the output: attention roll-out of AST, {len(members)} checkpoints"
     if members[0][1]["data"].get("synthetic"):
-        what += ", SYNTHETIC training data"
-    seconds = len(energies) * HOP / SAMPLE_RATE
-    title = f"{work['name'][:60]}: which sounds reach the output (attention roll-out of AST, {what})\n"
-    title += f"{seconds:.1f} s in {len(starts)} crops; darkness: level, {-QUIETEST} dB from white to black"
-    draw_attention(out, energies, share, starts, model.stride, title)
+        title += ", SYNTHETIC training data"
+    title += f"; darkness: level, {-QUIETEST} dB from white to black"
+    draw_attention(out, energies, share, starts, members[0][0].stride, title)
     return {"share": share, "starts": starts}
 
 
-def check_attention(model: nn.Module, kept: dict) -> None:
-    if (
-        not isinstance(model, AST)
-        or model.model_args["mel"] != MELS
-        or not {"mean", "std"} <= kept["data"].keys()
-    ):
-        raise DataError(
-            f"{kept['path']}: task {kept['task']!r}; expected an AST of {MELS} bands with mean and std in its data, "
-            "which has attention to draw; give another"
-        )
+def check_attention(members: list[tuple]) -> None:
+    """Refuses networks that have no attention to draw, or other patches than the first."""
+    for model, kept in members:
+        known = isinstance(model, AST) and {"mean", "std"} <= kept["data"].keys()
+        if not known or model.model_args["mel"] != MELS or model.stride != members[0][0].stride:
+            raise DataError(
+                f"{kept['path']}: task {kept['task']!r}; expected an AST of {MELS} bands with mean and std in its data, "
+                "of several checkpoints all with one stride; give another"
+            )
 
 
 def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
@@ -3315,16 +3307,15 @@ def attention(argv: list[str]) -> dict:
     out = Path(args.attention)
     check_picture(out)
     model, ckpt = load_checkpoint(args.ckpt)
-    kept = {"path": args.ckpt, "task": ckpt["task"], "data": ckpt.get("data") or {}}
-    check_attention(model, kept)
+    members = [
+        (model.to(args.device), {"path": args.ckpt, "task": ckpt["task"], "data": ckpt.get("data") or {}})
+    ]
+    check_attention(members)
     path = args.audio or args.midi
     energies = read_piece(path, rendered=not args.audio)
-    work = {"name": Path(path).name, "path": path, "energies": energies}
-    drawn = explain_ast(out, [(model.to(args.device), kept)], work)
-    share, starts = drawn["share"], drawn["starts"]
-    print(
-        f"{out}: {share.shape[1]} x {share.shape[0]} patches in {len(starts)} crops, {share.min():.3g} to {share.max():.3g}"
-    )
+    drawn = explain_ast(out, members, {"name": Path(path).name, "energies": energies})
+    rows, columns = drawn["share"].shape
+    print(f"{out}: {columns} x {rows} patches in {len(drawn['starts'])} crops")
     return drawn | {"frames": len(energies)}
 
 
@@ -3566,9 +3557,9 @@ def bench_ast(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
     return result | bench_masks(device)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training curves
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 CURVES = {
     "valid_per": "phoneme error rate, validation",
     **{f"valid_{metric}": f"{metric}, validation" for metric in METRICS},
@@ -3644,10 +3635,9 @@ def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
         for name, records in runs.items():
             points = history(records, key)
             marker = "o" if key.startswith("valid") or len(points) == 1 else None
-            axes.plot(
-                points[:, 0], points[:, 1], label=_printable(name), marker=marker, markersize=3, linewidth=1
-            )
+            axes.plot(points[:, 0], points[:, 1], label=plain(name), marker=marker, markersize=3, linewidth=1)
         axes.set(title=CURVES[key], xlabel="step", yscale="log" if key == "norm" else "linear")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -3695,9 +3685,9 @@ def _run_names(paths: list[str]) -> dict[str, str]:
     return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prediction
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 BAR = 25  # characters of the scale from 0 to 1
 MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
@@ -3997,8 +3987,7 @@ def rate_performance(
 def audio_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
     _check_inputs(args, "ast", bool(args.audio) != bool(args.midi))
     if args.explain:
-        for model, kept in members:
-            check_attention(model, kept)
+        check_attention(members)
     paths, suffixes = (args.audio, (".wav",)) if args.audio else (args.midi, (".mid", ".midi"))
     trained, kind = members[0][1]["data"]["audio"], "wav" if args.audio else "rendered"
     if trained != kind:
@@ -4016,7 +4005,7 @@ def rate_audio(members: list[tuple], args: argparse.Namespace, path: Path, _) ->
     each = [predict_ast(model, [item], kept["data"], args.device) for model, kept in members]
     seconds = len(energies) * HOP / SAMPLE_RATE
     record = {"name": name, "path": str(path), "seconds": seconds, "ratings": np.mean(each, axis=0)[0]}
-    return [(record, {"name": name, "path": str(path), "energies": energies})]
+    return [(record, {"name": name, "energies": energies})]
 
 
 def decoder_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
@@ -4224,6 +4213,17 @@ def _print_labelled(records: list[dict]) -> None:
         print("some are of part train, on which the model may have been trained: no result")
 
 
+def _readable(record: dict) -> dict:
+    """A record as files hold it: ratings by label, phonemes spelt, errors by kind."""
+    if "ratings" in record:
+        return record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))}
+    shown = record | {"phonemes": spell(record["phonemes"])}
+    if record["reference"] is not None:
+        shown["reference"] = spell(record["reference"])
+        shown["errors"] = dict(zip(EDITS, record["errors"], strict=True))
+    return shown
+
+
 def predictions_json(
     records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace
 ) -> str:
@@ -4239,47 +4239,35 @@ def predictions_json(
         "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
         "checkpoints": used,
     }
-    predictions = [dict(record) for record in records]
     if "ratings" in records[0]:
         known = _training_ratings([(model, ckpt) for _, model, ckpt in loaded])
-        saved["poles"] = {label: list(poles) for label, poles in LABEL_POLES.items()}
-        saved["training"] = known and {
-            label: {"mean": float(mean), "sd": float(spread)}
-            for label, mean, spread in zip(LABELS, *known, strict=True)
-        }
-        for prediction in predictions:
-            prediction["ratings"] = dict(zip(LABELS, prediction["ratings"].tolist(), strict=True))
-    else:
-        for prediction in predictions:
-            prediction["phonemes"] = spell(prediction["phonemes"])
-            if prediction["reference"] is not None:
-                prediction["reference"] = spell(prediction["reference"])
-                prediction["errors"] = dict(zip(EDITS, prediction["errors"], strict=True))
-    saved |= {"predictions": predictions, "refused": refused}
+        saved |= {"poles": {label: list(poles) for label, poles in LABEL_POLES.items()}, "training": None}
+        if known:
+            pairs = zip(LABELS, *np.stack(known).tolist(), strict=True)
+            saved["training"] = {label: {"mean": mean, "sd": spread} for label, mean, spread in pairs}
+    saved |= {"predictions": list(map(_readable, records)), "refused": refused}
     return json.dumps(json_ready(saved), indent=1, allow_nan=False) + "\n"
 
 
 def predictions_csv(records: list[dict]) -> str:
     """A line a prediction, ratings with six decimals: what --csv writes."""
-    if "ratings" in records[0]:
-        about = [key for key in records[0] if key != "ratings"]
-        rows = [[*about, *LABELS]]
-        for record in records:
-            rows.append([*(record[key] for key in about), *(f"{value:.6f}" for value in record["ratings"])])
-    else:
-        about = ["id", "path", "session", "seconds"]
-        rows = [[*about, "phonemes", "reference", *EDITS]]
-        for record in records:
-            strings = spell(record["phonemes"]), spell(record["reference"] or ())
-            rows.append([*(record[key] for key in about), *strings, *(record["errors"] or ("", "", ""))])
+    rows = []
+    for record in map(_readable, records):
+        if "ratings" in record:
+            figures = {label: f"{value:.6f}" for label, value in record.pop("ratings").items()}
+        else:
+            figures = record.pop("errors") or dict.fromkeys(EDITS)
+        rows.append(record | figures)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Explanation
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Rows of the decoder's picture: what is confused stands together.
 ARTICULATION = """IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY  P B T D K G CH JH  F V TH DH S Z SH ZH HH  M N NG L R W Y  SIL"""
@@ -4386,20 +4374,19 @@ def seconds_at(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: flo
 def tempo_curve(
     quarter: np.ndarray, second: np.ndarray, beat: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(k + 1,) seconds at which beats begin, (k,) quarters per minute from each to the next, and the same smoothed.
+    """(k + 1,) seconds at which matched beats begin, (k,) quarters per minute from each to the next, and the same smoothed.
 
-    Smoothed: quarters over minutes, both weighted by a Gaussian of SMOOTH within a run. NaN where a beat between is missing."""
-    beat, first = np.unique(beat, return_index=True)
-    begin = second[first]
-    if len(beat) < 2:
-        return begin, np.zeros(0), np.zeros(0)
-    quarters, seconds, missing = np.diff(quarter[first]), np.diff(begin), np.diff(beat) > 1
-    width = max(SMOOTH[0], SMOOTH[1] / np.median(seconds))
-    weight = np.exp(-((np.subtract.outer(beat[:-1], beat[:-1]) / width) ** 2) / 2)
-    run = np.cumsum(missing)
-    weight[(run[:, None] != run) | missing] = 0
-    smooth = (weight @ quarters) / (weight @ seconds).clip(1e-9)
-    return begin, np.where(missing, np.nan, 60 * quarters / seconds), np.where(missing, np.nan, 60 * smooth)
+    Smoothed: quarters over minutes, both by a Gaussian of SMOOTH."""
+    from scipy.ndimage import gaussian_filter1d
+
+    first = np.unique(beat, return_index=True)[1]
+    begin, quarters = second[first], np.diff(quarter[first])
+    minutes = np.diff(begin) / 60
+    if not len(minutes):
+        return begin, minutes, minutes
+    width = max(SMOOTH[0], SMOOTH[1] / 60 / np.median(minutes))
+    smooth = [gaussian_filter1d(steps, width, mode="nearest") for steps in (quarters, minutes)]
+    return begin, quarters / minutes, smooth[0] / smooth[1]
 
 
 def played_rows(score, item: dict, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
@@ -4414,11 +4401,12 @@ def played_rows(score, item: dict, seconds: Callable) -> tuple[np.ndarray, np.nd
 
 
 def beat_dynamics(notes: np.ndarray, sounded: np.ndarray, of_beat: np.ndarray) -> np.ndarray:
-    """(beats, 2) mean and deviation of the velocities played in each beat, NaN where none was. A key that two voices share counts once."""
-    rows = np.flatnonzero(sounded)
-    rows = rows[np.unique(notes[rows][:, [0, 2]], axis=0, return_index=True)[1]]
-    played = [notes[rows[of_beat[rows] == beat], 1] for beat in range(of_beat.max() + 1)]
-    return np.array([(v.mean(), v.std()) if len(v) else (np.nan, np.nan) for v in played])
+    """(beats, 2) mean and deviation of the velocities played in each beat, NaN where none was."""
+    dynamics = np.full((of_beat.max() + 1, 2), np.nan)
+    for beat in np.unique(of_beat[sounded]):
+        velocity = notes[sounded & (of_beat == beat), 1]
+        dynamics[beat] = velocity.mean(), velocity.std()
+    return dynamics
 
 
 def _beginnings(score, key: str, end: float, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
@@ -4450,9 +4438,9 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     drawn["bars"] = bars + 1
     drawn["begin"], drawn["qpm"], drawn["smooth"] = tempo_curve(quarter, second, beat)
     drawn["dynamics"] = beat_dynamics(notes, sounded, np.unique(item["beat"], return_inverse=True)[1])
-    found = 100 * np.mean(work["match"] >= 0)
-    drawn["title"] = f"{work['name'][:60]}: attention of HAN ({len(members)} checkpoints), tempo, dynamics"
-    drawn["title"] += f"; {found:.0f} % of the written notes found"
+    found = np.mean(work["match"] >= 0)
+    drawn["title"] = f"{plain(work['name'])}: attention of HAN ({len(members)} checkpoints), tempo, dynamics"
+    drawn["title"] += f"; {found:.0%} of the written notes found"
     low, high = np.nanpercentile(np.concatenate([*levels.values()]), [2.5, 97.5]) - 1
     drawn["remark"] = f"95 % of the weights differ from an even share by {_percent(low)} to {_percent(high)}."
     if any(model.model_args["stats_size"] for model, _ in members):
@@ -4499,12 +4487,6 @@ def draw_han(out: Path, drawn: dict) -> None:
 
 def _percent(share: float, _=None) -> str:
     return "even" if abs(share) < 1e-9 else f"{100 * share:+.3g} %"
-
-
-def _widen(axes, low: float, high: float) -> None:
-    """Shows at least low..high: rounding errors are no curve."""
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(min(bottom, low), max(top, high))
 
 
 def _draw_roll(axes, drawn: dict):
@@ -4556,14 +4538,15 @@ def _draw_levels(axes, drawn: dict, width: float) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.yaxis.set_major_formatter(_percent)
     axes.set(title="Which measures and beats the attention prefers", ylabel="weight against\nan even share")
-    _widen(axes, -0.005, 0.005)
+    reach = max(0.005, 1.1 * max(abs(limit) for limit in axes.get_ylim()))  # rounding errors are no curve
+    axes.set_ylim(-reach, reach)
 
 
 def _draw_tempo(axes, drawn: dict, width: float) -> None:
     begin, qpm = drawn["begin"], drawn["qpm"]
     axes.set(title="Tempo", ylabel="quarters per minute")
-    if not np.isfinite(qpm).any():
-        axes.set_title("Tempo: no two beats in succession were found")
+    if not len(qpm):
+        axes.set_title("Tempo: no two beats were found")
         return
     axes.stairs(qpm, begin, baseline=None, color="0.6", linewidth=0.6 * width, label="from beat to beat")
     axes.plot(
@@ -4574,7 +4557,7 @@ def _draw_tempo(axes, drawn: dict, width: float) -> None:
         markersize=1.6 * width,
         label="smoothed",
     )
-    _widen(axes, 0.95 * np.nanmin(qpm), 1.05 * np.nanmax(qpm))
+    axes.set_ylim(0.95 * qpm.min(), 1.05 * qpm.max())
 
 
 def _draw_dynamics(axes, drawn: dict, width: float) -> None:
@@ -4602,7 +4585,7 @@ def place_labels(labels: list, decoded: np.ndarray, times: np.ndarray, low: floa
     deleted ones evenly between; and which labels (n,) and decoded classes (m,) are right."""
     known = {-1: low, len(labels): high}
     right, found = np.zeros(len(labels), bool), np.zeros(len(decoded), bool)
-    for tag, a, b, c, d in Levenshtein.opcodes(labels, decoded.tolist()):
+    for tag, a, b, c, d in Levenshtein.opcodes(list(labels), list(decoded)):
         if tag in ("equal", "replace"):
             known.update(zip(range(a, b), times[c:d], strict=True))
             right[a:b] = found[c:d] = tag == "equal"
@@ -4611,24 +4594,24 @@ def place_labels(labels: list, decoded: np.ndarray, times: np.ndarray, low: floa
 
 
 def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
-    """Probabilities of the phonemes over time, decoded and true string beside them; work: name, log_probs (F, 41), labels or None,
-    "seconds per frame". A frame stands at the middle of its window. Returns ids, times, found, labels, label_times, right."""
+    """Probability of the phonemes over time, the decoded string above and the true one below.
+
+    work: name, log_probs (F, 41), labels or None, "seconds per frame". A frame stands at the middle of its window."""
     log_probs, labels, step = work["log_probs"], work["labels"], work["seconds per frame"]
     if not len(log_probs) or np.isnan(log_probs).any():
         raise DataError(
-            f"{work['name']}: {len(log_probs)} frames; expected one or more, of numbers; is the trial too short?"
+            f"{work['name']}: no frames, or NaN; expected numbers; is the trial shorter than a window?"
         )
     model = members[0][0]
     start = step * (model.kernel / model.stride - 1) / 2
     end = start + step * len(log_probs)
     ids, frames = emissions(log_probs)
     times = start + step * (frames + 0.5)
-    label_times, right, found = place_labels(labels or [], ids, times, start, end)
-    if labels is None:
-        found[:] = True
-    probs, seen = np.exp(log_probs), np.exp(log_probs).max(0) >= SEEN
-    seen[ids] = True
-    rows = [k for k in map(PHONEMES.index, ARTICULATION.split()) if seen[k]] + [0]
+    label_times, right, found = place_labels(ids if labels is None else labels, ids, times, start, end)
+    probs = np.exp(log_probs)
+    rows = [k for k in map(PHONEMES.index, ARTICULATION.split()) if probs[:, k].max() >= SEEN or k in ids] + [
+        0
+    ]
     with new_figure(16, 9) as figure:
         axes = figure.subplots()
         extent = (start, end, len(rows) - 0.5, -0.5)
@@ -4640,21 +4623,14 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
         colours = np.where(found, "white", ORANGE)
         axes.scatter(times, [rows.index(k) for k in ids], s=60, facecolors="none", edgecolors=colours)
         _write_phonemes(axes, ids, times, found, 1.01)
-        _write_phonemes(axes, labels or [], label_times, right, -0.11)
-        axes.set_xlabel(
-            "time in the trial (s), middle of each frame's window; above: decoded, below: true\n\n",
-            labelpad=12,
+        if labels is not None:
+            _write_phonemes(axes, labels, label_times, right, -0.11)
+        figure.supxlabel(
+            "time in the trial (s), middle of each frame's window; above: decoded, below: true", fontsize=12
         )
-        figure.suptitle(f"{work['name'][:60]}: probability of each phoneme ({len(members)} checkpoints)")
+        figure.suptitle(f"{plain(work['name'])}: probability of each phoneme ({len(members)} checkpoints)")
         save_figure(figure, out)
-    return {
-        "ids": ids,
-        "times": times,
-        "found": found,
-        "labels": labels,
-        "label_times": label_times,
-        "right": right,
-    }
+    return {"ids": ids, "times": times, "label_times": label_times, "right": right, "found": found}
 
 
 def _write_phonemes(axes, ids: Iterable, times: np.ndarray, right: np.ndarray, height: float) -> None:
@@ -4664,9 +4640,9 @@ def _write_phonemes(axes, ids: Iterable, times: np.ndarray, right: np.ndarray, h
         axes.text(at, height + 0.025 * (i % 3), PHONEMES[k], color="black" if right[i] else ORANGE, **place)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Report
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 REPORTED = {
     "han": "HAN: 19 ratings from score and MIDI",
     "ast": "AST: 19 ratings from audio",
@@ -4871,8 +4847,6 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
             columns[f"{metric}, 95 %"] = [
                 f"[{low:.3f}, {high:.3f}]" for low, high in tests[f"{metric}_interval"]
             ]
-    columns["p (Holm)"] = tests.get("p_holm", [math.nan] * len(LABELS))
-    columns["slope"] = _slopes(y, p).tolist()
     error = (p - y) ** 2
     worst = []
     for i in np.argsort(-error.mean(1), kind="stable")[:10]:
@@ -4882,20 +4856,11 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
         )
     section["html"] = (
         f"<p>{CHOSEN[args.part]}</p><h3>Results</h3>{_table(['fold, view', *METRICS], totals)}<h3>By dimension</h3>"
-        f"<p>Means over the folds. p: permutation of segments, corrected for {len(LABELS)} tests. Slope of ratings over "
-        "predictions: below 1 the predictions are too bold.</p>"
-        f"{_table(['dimension', *columns], list(zip(LABELS, *columns.values(), strict=True)))}"
+        f"{_table(['dimension', *columns], zip(LABELS, *columns.values(), strict=True))}"
         f"<h3>Prediction, rating, calibration</h3>{draw_ratings(y, p)}<h3>Worst items</h3>"
         f"{_table(['item', 'fold', 'mse', 'errs most in', 'predicted', 'rated'], worst)}"
     )
     return section
-
-
-def _slopes(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Slope of the ratings over the predictions, per dimension; NaN of constant predictions."""
-    a, b = p - p.mean(0), y - y.mean(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(0) / (a**2).sum(0)
 
 
 def draw_ratings(y: np.ndarray, p: np.ndarray, bins: int = 12) -> str:
@@ -4998,9 +4963,9 @@ def _page(sections: list[dict], args: argparse.Namespace) -> str:
 """
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "evaluate": evaluate,
