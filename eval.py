@@ -1,23 +1,19 @@
-"""Measures and uses what the trainers write: evaluation, prediction, reports, comparisons, baselines, benchmarks.
+"""Measures and uses what the trainers write: evaluation, prediction, pictures, reports, comparisons, floors.
 
-    python eval.py --ckpt runs/han/NAME/best.pt --data DIR                    one fold, validation part
-    python eval.py --ckpt fold0/best.pt ... fold3/best.pt --data DIR          each on its own fold, then mean and std over folds
-    python eval.py --ckpt ... --data DIR --part test --csv predictions.csv    test part; unlabelled items are predicted only
-    python eval.py --ckpt ... --data DIR --save-results full                  results/han_full_<split>.json and .csv, both parts
-    python eval.py --ckpt runs/ast/NAME/best.pt --data DIR                    ratings from audio; a pre-training: its losses
-    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test    phoneme error rate of a decoder
-    python eval.py predict --ckpt FILE ... --score FILE --midi FILE           ratings of your own files; or --audio, or --speech: phonemes
-    python eval.py report --run runs/han/NAME ... --data DIR --out report.html    one HTML page: curves, scores, worst items, configuration
-    python eval.py compare --a A.csv --b B.csv --data DIR                     paired test of two results, or of best.pt files
-    python eval.py ceiling --data DIR                                         what the raters' disagreement leaves to reach
-    python eval.py floor --task han --data DIR                                scikit-learn forest on the same parts; ast: ridge regression
-    python eval.py curves --run runs/han/NAME --out curves.png                score, loss, gradient norm and skipped updates by step
-    python eval.py --attention out.png --audio FILE.wav --ckpt runs/ast/NAME/best.pt    what an AST looks at; or --midi FILE.mid
-    python eval.py bench --task han|decoder|ast                               step time against the plain rendition
+    python eval.py --ckpt FILE ... [--data DIR]                  scores of checkpoints; folds: mean and std
+    python eval.py --ckpt ... --part test --csv predictions.csv  test part; unlabelled: predicted only
+    python eval.py --ckpt ... --data DIR --save-results full     results/han_full_<split>.json and .csv
+    python eval.py predict --ckpt FILE ... --score S --midi M    your own files; or --audio, or --speech
+    python eval.py report --run DIR ... --out report.html        curves, scores, worst items, configuration
+    python eval.py compare --a A.csv --b B.csv --data DIR        paired test of two results or models
+    python eval.py ceiling --data DIR                            what the raters' disagreement leaves to reach
+    python eval.py floor --task han|ast --data DIR               scikit-learn on the same parts
+    python eval.py curves --run DIR ... --out curves.png         what runs logged, by step
+    python eval.py --attention OUT.png --audio W --ckpt FILE     what an AST looks at; or --midi
+    python eval.py bench --task han|decoder|ast                  step time
 
-Several checkpoints of one fold (seeds) are averaged. Every figure stands with and without the score renderings
-(players `Score`, `Score2`), with a 95 % bootstrap interval over segments. Of several decoders the probabilities are averaged;
-their interval is over trials, and --save-results writes results/decoder_ROW_<part>. Without --data the synthetic corpus is used.
+Checkpoints of one fold (seeds) are averaged, and so are decoders. Figures stand with and without the score
+renderings (players `Score`, `Score2`). Without --data the built-in synthetic corpus is used.
 """
 
 import os
@@ -3109,7 +3105,7 @@ QUIETEST = -80  # dB under the loudest value of the spectrogram: white
 
 @contextlib.contextmanager
 def new_figure(width: float, height: float):
-    """A matplotlib figure of so many inches of 100 pixels, in the style of all pictures here while the block lasts."""
+    """A matplotlib figure of so many inches of 100 pixels; within the block everything has one style."""
     from cycler import cycler
     from matplotlib import (
         rc_context,
@@ -3133,12 +3129,12 @@ def inline_figure(figure, alt: str) -> str:
 
 
 def plain(text: object) -> str:
-    """At most 60 characters of a name, as matplotlib takes them: without bytes that are no text, and no TeX."""
+    """At most 60 characters of a name for matplotlib: without bytes that are no text, and no TeX."""
     return _printable(text)[:60].replace("$", r"\$")
 
 
 def check_output(path: Path) -> None:
-    """Refuses, before anything is computed, a file that cannot be written, or a name that is no ordinary file."""
+    """Refuses, before anything is computed, what cannot be written or is no ordinary file."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
     if not writable or (path.exists() and not path.is_file()):
@@ -3152,7 +3148,7 @@ def check_picture(path: Path) -> None:
 
 
 def explicit_block(block: Block, x: Tensor, attend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`block(x, attend)`, and the attention weights (B, H, T, T) that its fused kernel keeps to itself; rows are queries."""
+    """`block(x, attend)`, and its attention weights (B, H, T, T); rows are queries."""
     B, T, C = x.shape
     q, k, v = block.qkv(block.norm1(x)).view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
     score = q @ k.transpose(2, 3) / math.sqrt(C // block.heads)
@@ -3166,11 +3162,11 @@ def explicit_block(block: Block, x: Tensor, attend: Tensor | None = None) -> tup
 
 @torch.no_grad()
 def roll_out(model: AST, clips: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Attention roll-out (Abnar & Zuidema, ACL 2020) of an AST in eval mode: what reaches its output from each patch.
+    """Attention roll-out (Abnar & Zuidema, ACL 2020) of an AST: what reaches its output from each patch.
 
-    clips (B, frames, mel) normalised, lengths (B,) -> (B, rows, columns), mean 1 over the valid patches of a clip, 0 at
-    padding. Weights are averaged over heads and with the identity (the residual path) and multiplied through the
-    layers; then the rows that the model pools are averaged (cls: both tokens; otherwise all valid patches)."""
+    clips (B, frames, mel) normalised, lengths (B,) -> (B, rows, columns), mean 1 over valid patches, 0 at
+    padding. Weights are averaged over heads and with the identity (the residual path), multiplied through the
+    layers, and averaged over the rows that the model pools (both tokens, or all valid patches)."""
     rolled, attend = None, None
 
     def follow(block: Block, inputs: tuple) -> None:
@@ -3195,7 +3191,7 @@ def roll_out(model: AST, clips: Tensor, lengths: Tensor | None = None) -> Tensor
 
 
 def roll_out_file(model: AST, energies: Tensor, device: torch.device) -> tuple[np.ndarray, list[int]]:
-    """energies (frames, mel), normalised, of any length -> shares (rows, columns), and the first column of each crop.
+    """energies (frames, mel), normalised -> shares (rows, columns), and the first column of each crop.
 
     Crops are as long as the model takes, spaced as in `crop_starts`, and averaged where they overlap."""
     model, total = model.to(device).eval(), model.count(len(energies))
@@ -3211,7 +3207,7 @@ def roll_out_file(model: AST, energies: Tensor, device: torch.device) -> tuple[n
 
 
 def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
-    """Where frequencies lie on the axis of data.fbank's 128 bands, 0 = the middle of the first; within the bands' edges."""
+    """Where frequencies lie on the axis of data.fbank's bands, 0 = the middle of the first."""
     low, high, mel = (1127 * np.log1p(np.asarray(f, float) / 700) for f in (20, SAMPLE_RATE / 2, hertz))
     return ((mel - low) / (high - low) * (MELS + 1) - 1).clip(-0.5, MELS - 0.5)
 
@@ -3219,7 +3215,7 @@ def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
 def draw_attention(
     out: Path, energies: np.ndarray, share: np.ndarray, starts: list[int], stride: int, title: str
 ) -> None:
-    """Shares (rows, columns) in colour over the spectrogram (frames, 128) in grey; dotted lines where crops begin."""
+    """Shares (rows, columns) over the spectrogram (frames, 128) in grey; dotted lines where crops begin."""
     from matplotlib.colors import TwoSlopeNorm
 
     decibels = 10 / math.log(10) * (energies.T - energies.max())
@@ -3245,7 +3241,7 @@ def draw_attention(
 
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
-    """Roll-out of ASTs, averaged, on one recording; work: name, energies (frames, 128). Returns shares and crops."""
+    """Mean roll-out of ASTs on one recording; work: name, energies (frames, 128)."""
     check_attention(members)
     energies, shares, starts = work["energies"], [], []
     for model, kept in members:
@@ -3258,7 +3254,7 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
         raise DataError(
             f"{work['name']}: attention is not finite; expected numbers; look for NaN in the sound"
         )
-    title = f"{plain(work['name'])}: sounds that reach the output: attention roll-out of AST, {len(members)} checkpoints"
+    title = f"{plain(work['name'])}: attention roll-out of AST, {len(members)} checkpoints"
     if members[0][1]["data"].get("synthetic"):
         title += ", SYNTHETIC training data"
     title += f"; darkness: level, {-QUIETEST} dB from white to black"
@@ -3272,8 +3268,8 @@ def check_attention(members: list[tuple]) -> None:
         known = isinstance(model, AST) and {"mean", "std"} <= kept["data"].keys()
         if not known or model.model_args["mel"] != MELS or model.stride != members[0][0].stride:
             raise DataError(
-                f"{kept['path']}: task {kept['task']!r}; expected an AST of {MELS} bands with mean and std in its data, "
-                "of several checkpoints all with one stride; give another"
+                f"{kept['path']}: task {kept['task']!r}; expected ASTs of {MELS} bands and one stride, "
+                "with mean and std in their data; give another"
             )
 
 
@@ -3291,7 +3287,7 @@ def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
 
 
 def attention(argv: list[str]) -> dict:
-    """`python eval.py --attention OUT`: the roll-out of one AST on one file, drawn; returns shares, crops and frames."""
+    """`python eval.py --attention OUT`: the roll-out of one AST on one file."""
     parser = _parser(
         "--attention",
         "OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
@@ -3572,7 +3568,7 @@ CURVES = {
     "lr": "learning rate",
     "skipped": "skipped updates so far",
 }
-# What the trainers choose their best.pt by, in the order in which it is looked for: score shown, and the key that is least.
+# Score shown, and the key by whose least value the trainer chose its best.pt.
 CHOSEN_BY = {
     "valid_per": "valid_per",
     "valid_r2": "valid_loss",
@@ -3582,7 +3578,7 @@ CHOSEN_BY = {
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run folder's metrics.jsonl. A last line that a kill cut short is left out; DataError for anything else."""
+    """The lines of a run folder's metrics.jsonl, less a last one that a kill cut short."""
     path, records = Path(run) / "metrics.jsonl", []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -3643,12 +3639,12 @@ def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
 
 
 def curves(argv: list[str]) -> dict:
-    """`python eval.py curves`: what runs logged in one picture; returns the validation score of each run's best.pt."""
+    """`python eval.py curves`: what runs logged, in one picture; returns their best scores."""
     parser = _parser(
         "curves",
         "--run DIR ... --out FILE",
         """\
-How runs went, in one picture: validation scores, losses, gradient norm before clipping, skipped updates, by step.
+What runs logged, in one picture: validation scores, losses, gradient norm, skipped updates, by step.
 
     python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""",
     )
@@ -3672,7 +3668,7 @@ How runs went, in one picture: validation scores, losses, gradient norm before c
         key, best[name], step = best_validation(records)
         skipped = next((record["skipped"] for record in reversed(records) if "skipped" in record), {})
         print(
-            f"{name}: {records[-1]['step']} steps; best {key} {best[name]:.4f} at step {step}; skipped {skipped}"
+            f"{name}: {records[-1]['step']} steps; {key} {best[name]:.4f} at step {step}; skipped {skipped}"
         )
     print(f"saved {args.out}")
     return best
@@ -3713,8 +3709,8 @@ def _poles(label: str) -> tuple[str, str]:
     return " ".join(words[:middle]).capitalize(), " ".join(words[middle:]).capitalize()
 
 
-# What a rating of 0 and a rating of 1 say. Not in the name's order for the first articulation: its ratings rise with sounding
-# length (r .71) and pedal (.74), and the dataset's README calls it Short_Long.
+# What a rating of 0 and a rating of 1 say. Against the name for the first articulation: its ratings rise with
+# sounding length (r .71) and pedal (.74), and the dataset's README calls it Short_Long.
 LABEL_POLES = {label: _poles(label) for label in LABELS} | {
     "Articulation_Long_Short": ("Short", "Long"),
     "Articulation_Soft_cushioned_Hard_solid": ("Soft/cushioned", "Hard/solid"),
@@ -3722,18 +3718,18 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 
 
 def predict(argv: list[str]) -> list[dict]:
-    """`python eval.py predict`: ratings or phonemes of files of your own; returns the records of `predict_files`."""
+    """`python eval.py predict`: ratings or phonemes of your own files: see `predict_files`."""
     parser = _parser(
         "predict",
         "--ckpt FILE ... INPUT [options]",
         """\
-Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. The checkpoint says which input:
+Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
     HAN              --score FILE and --midi PATH
     AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
-    python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.musicxml --midi takes/ --csv ratings.csv
+    python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json -
 
 A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""",
@@ -3812,10 +3808,10 @@ A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings 
 
 
 def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
-    """Predictions of all inputs in their order, printed as they come, and the line of each refused one (--strict: raised).
+    """Predictions of all inputs, printed as they come, and the line of each refused one (--strict: raised).
 
-    han, ast: name, path, ratings (19,); han also score, match_rate, extra (share of played notes without a score note),
-    notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference (ids or None), errors (sub, del, ins)."""
+    han, ast: name, path, ratings (19,); han also score, match_rate, extra (share of played notes not in the
+    score), notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference, errors."""
     kind, members = _predictors(loaded)
     jobs = {"han": han_jobs, "ast": audio_jobs, "decoder": decoder_jobs}[kind](members, args)
     check_explain(args, len(jobs))
@@ -3859,7 +3855,7 @@ def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[d
 
 
 def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
-    """han, ast (all audio tasks) or decoder, and [(model, what of its checkpoint is needed), ...], whose predictions can be averaged."""
+    """han, ast (all audio tasks) or decoder, and the [(model, its checkpoint), ...] that can be averaged."""
     task = loaded[0][2]["task"]
     if task == "decoder":
         _shared_settings(loaded)
@@ -3867,14 +3863,14 @@ def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
     for path, model, _ in loaded:
         if task == "ast" and model.model_args["num_outputs"] is None:
             raise DataError(
-                f"{path}: a pre-training, which rates nothing; expected best.pt of --task finetune; fine-tune it"
+                f"{path}: a pre-training, which rates nothing; expected best.pt of --task finetune"
             )
     folds, _ = _load_fold_models(loaded)
     return "han" if task == "han" else "ast", list(itertools.chain.from_iterable(folds.values()))
 
 
 def _check_inputs(args: argparse.Namespace, kind: str, complete: bool) -> None:
-    """Refuses inputs that a kind of checkpoint does not take, and too few or too many of those that it takes."""
+    """Refuses inputs that a kind of checkpoint does not take, and incomplete ones."""
     given = {option for options in INPUTS.values() for option in options if getattr(args, option)}
     if not complete or given - set(INPUTS[kind]):
         shown = ", ".join(f"--{option}" for option in sorted(given)) or "none"
@@ -3923,7 +3919,7 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _training_ratings(members: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and deviation (19,) of the ratings that trained the models, as far as each checkpoint knows them; else None."""
+    """Mean and deviation (19,) of the ratings that trained the models, where checkpoints know them."""
     rows = []
     for _, kept in members:
         info = kept["data"]
@@ -3951,14 +3947,14 @@ def han_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
 def rate_performance(
     members: list, args: argparse.Namespace, score: str, midi: Path, _
 ) -> list[tuple[dict, dict]]:
-    """One performance of a score: its record, and what explains it. DataError where the two do not belong together."""
+    """One performance of a score: its record, and what explains it."""
     ((_, item),) = extract_performances((score, [str(midi)]))
     if isinstance(item, str):
         raise DataError(item)
     if item["match_rate"] < MISALIGNED:
         raise DataError(
-            f"{midi}: holds {item['match_rate']:.0%} of the notes of {score}; expected {MISALIGNED:.0%} or more; "
-            "is it another piece, edition or passage, or without the repeats? Give the score of what is played"
+            f"{midi}: holds {item['match_rate']:.0%} of the notes of {score}; "
+            f"expected {MISALIGNED:.0%}; is it another piece, edition or passage?"
         )
     name, extra = (
         _printable(midi.stem.strip()),
@@ -3991,9 +3987,7 @@ def audio_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]
     paths, suffixes = (args.audio, (".wav",)) if args.audio else (args.midi, (".mid", ".midi"))
     trained, kind = members[0][1]["data"]["audio"], "wav" if args.audio else "rendered"
     if trained != kind:
-        print(
-            f"trained on audio of kind {trained}, given {kind}: other noise and rooms, so its ratings say little"
-        )
+        print(f"trained on audio of kind {trained}, given {kind}: its ratings say little")
     files = itertools.chain.from_iterable(_expand(path, suffixes) for path in paths)
     return [functools.partial(rate_audio, members, args, path) for path in files]
 
@@ -4009,7 +4003,7 @@ def rate_audio(members: list[tuple], args: argparse.Namespace, path: Path, _) ->
 
 
 def decoder_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    """A job for each corpus or .mat file, and one for all .npy files of a folder, which are standardised together."""
+    """A job for each corpus or .mat file, and one for the .npy files of a folder, standardised together."""
     _check_inputs(args, "decoder", args.speech)
     sources: dict[Path, list[Path]] = {}
     for path in map(Path, args.speech):
@@ -4027,7 +4021,7 @@ def decoder_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callabl
 def decode(
     members: list, args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable
 ) -> list[tuple]:
-    """All trials of a corpus, of a .mat file, or of the .npy files of a folder: records, and what explains them."""
+    """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
     channels, stride = members[0][1]["data"]["channels"], members[0][0].stride
     if files:
         corpus = _npy_corpus(source, files, channels, args.raw, refuse)
@@ -4037,7 +4031,7 @@ def decode(
         corpus = open_speech(source, args.cache, args.strict)
     if corpus.channels != channels:
         raise DataError(
-            f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}; give recordings of those"
+            f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}; give those"
         )
     check_explain(args, len(corpus.ids))
     for line in corpus.left_out:
@@ -4077,7 +4071,7 @@ def decode(
 
 
 def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
-    """A trial and day a file; `text` holds the files' paths. Unless raw, all are z-scored together, as a block of training."""
+    """A trial and day a file; `text` holds their paths. Unless raw, all are z-scored together, as a block."""
     trials = []
     for path in files:
         try:
@@ -4112,7 +4106,7 @@ def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refus
 
 def _read_trial(path: Path, channels: int) -> np.ndarray:
     """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
-    wanted = f"expected numbers, 1 to {MOST_BINS} bins of 20 ms, {channels} channels, as np.save writes; save it so"
+    wanted = f"expected (1 to {MOST_BINS} bins of 20 ms, {channels} channels), numbers, as np.save writes"
     try:
         x = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
@@ -4126,7 +4120,7 @@ def _read_trial(path: Path, channels: int) -> np.ndarray:
 
 
 def _mat_corpus(path: Path, channels: int, strict: bool) -> SpeechCorpus:
-    """The trials of one .mat file of the '24 layout: with labels where it has sentences (which g2p_en must spell), else without."""
+    """The trials of one .mat file of the '24 layout: with labels where it has sentences, else without."""
     refusals = []
     for part in ("test", "competitionHoldOut"):  # the latter needs no sentences
         with (
@@ -4164,17 +4158,18 @@ def _scale(value: float, mean: float | None) -> str:
 
 
 def _show_ratings(record: dict, known: tuple[np.ndarray, np.ndarray] | None) -> str:
-    """The 19 ratings between their poles, at most 100 columns; known: mean and deviation of the training ratings."""
+    """The ratings between their poles, in 100 columns; known: mean and deviation of the training ratings."""
     if "seconds" in record:
         lines = [f"\n{record['name']}, {record['seconds']:.1f} s"]
     else:
-        found = f"{record['match_rate']:.1%} of the score's notes were found; {record['extra']:.1%} of the played notes are not in it"
+        found = f"{record['match_rate']:.1%} of the score's notes were found; "
+        found += f"{record['extra']:.1%} of the played notes are not in it"
         lines = [f"\n{record['name']} with {Path(record['score']).name}", found]
         if record["extra"] > 0.5:
             lines[-1] += ": a longer recording, or another edition?"
         if record["notes"] > MAX_NOTES:
             lines.append(
-                f"{record['notes']} notes; PercePiano's passages have {MAX_NOTES} at most: cut it into passages"
+                f"{record['notes']} notes, where PercePiano's passages have {MAX_NOTES} at most: cut it"
             )
     lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value")
     if known:
@@ -4270,7 +4265,8 @@ def predictions_csv(records: list[dict]) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 # Rows of the decoder's picture: what is confused stands together.
-ARTICULATION = """IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY  P B T D K G CH JH  F V TH DH S Z SH ZH HH  M N NG L R W Y  SIL"""
+ARTICULATION = """IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY  P B T D K G CH JH
+F V TH DH S Z SH ZH HH  M N NG L R W Y  SIL"""
 SEEN = 0.05  # phonemes that never reach this probability are left out
 SMOOTH = 0.7, 0.5  # SD of the tempo curve's smoothing: beats, seconds; the longer one counts
 MOST_BEATS = 150  # that are drawn with lines of their own
@@ -4279,7 +4275,7 @@ MOST_BEATS = 150  # that are drawn with lines of their own
 def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dict:
     """Draws what one prediction rests on, 1600 pixels wide; returns the figures in the picture.
 
-    kind: han, ast or decoder; members: [(model, what of its checkpoint is needed), ...], averaged; work: what `predict` knows
+    kind: han, ast or decoder; members: [(model, its checkpoint), ...], averaged; work: what `predict` knows
     of the file. DataError, before anything is written, where nothing can be drawn."""
     out = Path(out)
     check_picture(out)
@@ -4287,14 +4283,14 @@ def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dic
 
 
 def context_attention(attention: ContextAttention, x: Tensor, group: Tensor, groups: int) -> Tensor:
-    """The weights (M, H) of its members that `attention(x, group, groups)` keeps to itself: they sum to 1 in each group."""
+    """The weights (M, H) within `attention(x, group, groups)`: they sum to 1 in each group."""
     hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
     return group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
 
 
 @torch.no_grad()
 def attention_weights(model: HAN, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
-    """{"beat_attention", "measure_attention", "attention": (weights (M, H), group of each member (M,))} of those that a HAN has."""
+    """By the name of each ContextAttention of a HAN: weights (M, H), group of each member (M,)."""
     found, hooks = {}, []
     for name, module in model.named_modules():
         if isinstance(module, ContextAttention):
@@ -4314,8 +4310,8 @@ def attention_weights(model: HAN, batch: dict) -> dict[str, tuple[Tensor, Tensor
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     """What HANs weigh in one un-normalised item, in units of an even share, averaged over heads and members.
 
-    "note in beat", "note" (rows of the item; NaN where no member reads a row), "beat in measure", "beat" (beats), "measure"
-    (measures). note, beat and measure are weights in the whole piece, summed from what the last attention pools."""
+    "note in beat", "note" (rows; NaN where no member reads a row), "beat in measure", "beat", "measure".
+    note, beat and measure are weights in the whole piece, summed from what the last attention pools."""
     of_beat, of_measure = (np.unique(item[key], return_inverse=True)[1] for key in ("beat", "measure"))
     measure_of_beat = of_measure[np.unique(of_beat, return_index=True)[1]]
     corpus = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {})
@@ -4365,7 +4361,7 @@ def time_map(score, performance, match: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def seconds_at(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: float) -> np.ndarray:
-    """Seconds of the positions `at` (quarters) by a time map, prolonged at the mean tempo of the piece; of one chord, at `qpm`."""
+    """Seconds of positions (quarters) by a time map, prolonged at its mean tempo; of one chord, at `qpm`."""
     pace = (second[-1] - second[0]) / (quarter[-1] - quarter[0]) if len(quarter) > 1 else 60 / qpm
     inside = np.clip(at, quarter[0], quarter[-1])
     return np.interp(inside, quarter, second) + pace * (at - inside)
@@ -4374,7 +4370,7 @@ def seconds_at(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: flo
 def tempo_curve(
     quarter: np.ndarray, second: np.ndarray, beat: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(k + 1,) seconds at which matched beats begin, (k,) quarters per minute from each to the next, and the same smoothed.
+    """(k + 1,) seconds at which matched beats begin, (k,) quarters per minute between them, and smoothed.
 
     Smoothed: quarters over minutes, both by a Gaussian of SMOOTH."""
     from scipy.ndimage import gaussian_filter1d
@@ -4390,7 +4386,7 @@ def tempo_curve(
 
 
 def played_rows(score, item: dict, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, 4) pitch, velocity, onset, offset (s) of an item's rows, and which sounded; others stand where they are expected."""
+    """(rows, 4) pitch, velocity, onset, offset (s), which sounded; others stand where expected."""
     names, written = column_names(FEATURES), item["voice"] > 0
     columns = [names.index(f"raw_{key}") for key in ("pitch", "velocity", "onset", "offset")]
     notes, sounded = item["x"][:, columns].astype(float), item["matched"] | ~written
@@ -4418,10 +4414,10 @@ def _beginnings(score, key: str, end: float, seconds: Callable) -> tuple[np.ndar
 
 
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
-    """What HANs weigh in one performance, its tempo and dynamics, over time; work: name, score, performance, match, item.
+    """What HANs weigh in a performance, its tempo and dynamics; work: name, score, performance, match, item.
 
-    Returns levels (`han_attention`), notes and sounded (`played_rows`), beats and measures (seconds at which they begin, and the
-    end), bars (number of each measure), begin, qpm, smooth (`tempo_curve`), dynamics (`beat_dynamics`)."""
+    Returns levels (`han_attention`), notes and sounded (`played_rows`), beats and measures (seconds at which they
+    begin, and the end), bars (numbers of measures), begin, qpm, smooth (`tempo_curve`), `beat_dynamics`."""
     score, item = work["score"], work["item"] | {"name": work["name"]}
     quarter, second, beat = time_map(score, work["performance"], work["match"])
     seconds = functools.partial(seconds_at, quarter, second, qpm=score.tempo_qpm)
@@ -4452,7 +4448,7 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
 
 
 def draw_han(out: Path, drawn: dict) -> None:
-    """Piano roll, weights of measures and beats, tempo and dynamics over one axis of seconds, 1600 x 1200 pixels."""
+    """Piano roll, weights of measures and beats, tempo and dynamics over one axis of seconds."""
     with new_figure(16, 12) as figure:
         roll, weights, tempo, dynamics = panels = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
         width = 2.5 if len(drawn["beats"]) <= MOST_BEATS else 0.8  # of lines: a long piece asks for thin ones
@@ -4490,7 +4486,7 @@ def _percent(share: float, _=None) -> str:
 
 
 def _draw_roll(axes, drawn: dict):
-    """Notes as bars in the colour of their weight; written ones that were not found as dashed outlines. Returns the bars."""
+    """Notes as bars in the colour of their weight, those not found dashed. Returns the bars."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import CenteredNorm
 
@@ -4571,7 +4567,7 @@ def _draw_dynamics(axes, drawn: dict, width: float) -> None:
 
 
 def emissions(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Classes that `ctc_greedy` decodes from (F, 41), and the frame of each: of its run of frames the one where it is most probable."""
+    """Classes that `ctc_greedy` decodes from (F, 41), and the most probable frame of each one's run."""
     ids, frames = [], []
     for phoneme, run in itertools.groupby(range(len(log_probs)), log_probs.argmax(1).__getitem__):
         if phoneme:
@@ -4581,8 +4577,8 @@ def emissions(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place_labels(labels: list, decoded: np.ndarray, times: np.ndarray, low: float, high: float) -> tuple:
-    """Seconds (n,) of n true labels within low..high: those of the decoded classes that a minimal edit script pairs them with,
-    deleted ones evenly between; and which labels (n,) and decoded classes (m,) are right."""
+    """Seconds (n,) of n true labels: of the decoded ones that a minimal edit script pairs them with, deleted ones
+    evenly between, within low..high; and which labels (n,) and decoded classes (m,) are right."""
     known = {-1: low, len(labels): high}
     right, found = np.zeros(len(labels), bool), np.zeros(len(decoded), bool)
     for tag, a, b, c, d in Levenshtein.opcodes(list(labels), list(decoded)):
@@ -4596,7 +4592,7 @@ def place_labels(labels: list, decoded: np.ndarray, times: np.ndarray, low: floa
 def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
     """Probability of the phonemes over time, the decoded string above and the true one below.
 
-    work: name, log_probs (F, 41), labels or None, "seconds per frame". A frame stands at the middle of its window."""
+    work: name, log_probs (F, 41), labels or None, "seconds per frame" (at a window's middle)."""
     log_probs, labels, step = work["log_probs"], work["labels"], work["seconds per frame"]
     if not len(log_probs) or np.isnan(log_probs).any():
         raise DataError(
@@ -4652,31 +4648,32 @@ REPORTED = {
     "decoder": "Phoneme decoder: neural activity to phonemes",
 }
 CHOSEN = {
-    "valid": "The weights that are shown were chosen on this validation part: its figures are slightly optimistic.",
+    "valid": "The weights were chosen on this validation part: its figures are slightly optimistic.",
     "test": "Test part: for a final figure; choose between models on the validation part.",
 }
-SYNTHETIC = "SYNTHETIC data: these figures show that the code works; they say nothing about real performances or speech."
+SYNTHETIC = "SYNTHETIC data: figures show that the code works, and nothing about real performances or speech."
 STYLE = """
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: #1c2430; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
 h2 { margin-top: 3rem; border-top: 3px solid #0072b2; } img { max-width: 100%; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; } th, td { padding: .25rem .6rem; border-bottom: 1px solid #d5dae1; text-align: left; }
-.verdict { font-weight: 600; } .warn { background: #fff1e6; color: #9a3412; border-left: 4px solid; padding: .5rem .8rem; }
+table { border-collapse: collapse; font-size: .875rem; } td, th { padding: .2rem .6rem; text-align: left; }
+tr { border-bottom: 1px solid #d5dae1; } .verdict { font-weight: 600; }
+.warn { background: #fff1e6; color: #9a3412; border-left: 4px solid; padding: .5rem .8rem; }
 """
 
 
 def report(argv: list[str]) -> dict:
-    """`python eval.py report`: one HTML file about runs; returns {"verdicts", "figures"}, one of each for every configuration.
+    """`python eval.py report`: an HTML page about runs; returns {"verdicts", "figures"} by configuration.
 
-    Runs that differ in fold, seed and machine only are one configuration and are evaluated together, as `evaluate` does."""
+    Runs that differ in fold, seed and machine only are one configuration and are evaluated together."""
     parser = _parser(
         "report",
         "--run DIR ... --out FILE.html [--data DIR] [options]",
         """\
-One HTML page about training runs: curves, scores by dimension or day, calibration, worst items, confusions, configuration.
+One HTML page about training runs: curves, scores, calibration, worst items, confusions, configuration.
 Folds and seeds of one configuration are evaluated together, on their own parts.
 
     python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
-    python eval.py report --run runs/decoder/NAME --no-data --out report.html            curves and configuration only""",
+    python eval.py report --run runs/decoder/NAME --no-data --out report.html""",
     )
     add = parser.add_argument
     add("--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)")
@@ -4706,7 +4703,7 @@ Folds and seeds of one configuration are evaluated together, on their own parts.
 
 
 def read_run(path: str) -> dict:
-    """A run folder: kind (of REPORTED), args, records of metrics.jsonl, loaded (path, model, ckpt) of best.pt or None, notes."""
+    """A run folder: kind (of REPORTED), title, args, records, loaded (path, model, ckpt) or None, notes."""
     folder = Path(path)
     try:
         options = json.loads((folder / "args.json").read_text(encoding="utf-8"))
@@ -4743,41 +4740,39 @@ def read_run(path: str) -> dict:
 
 
 def _configuration(run: dict) -> str:
-    """What runs have in common that are evaluated together: all options but fold, seed and those of one machine."""
+    """What runs evaluated together have in common: all options but fold, seed and those of one machine."""
     apart = ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")
     own = {key: value for key, value in _own_options(run).items() if key not in apart}
     return json.dumps([run["kind"], bool(run["args"].get("data")), own], sort_keys=True)
 
 
 def _section(group: list[dict], args: argparse.Namespace) -> dict:
-    """One configuration: title, name, verdict, figures, synthetic, html."""
-    kind, title = group[0]["kind"], group[0]["title"]
-    loaded = [run["loaded"] for run in group if run["loaded"]]
-    told = [bool(ckpt["data"].get("synthetic")) for _, _, ckpt in loaded]
-    scored = {
-        "synthetic": any(told) if told else not group[0]["args"].get("data"),
-        "figures": None,
-        "html": "",
-    }
+    """One configuration: title, verdict, synthetic, figures (None where nothing was scored), html."""
+    kind, loaded = group[0]["kind"], [run["loaded"] for run in group if run["loaded"]]
     known = {run["name"]: best_validation(run["records"]) for run in group}
     logged = [f"{name} {key} {value:.3f} at step {step}" for name, (key, value, step) in known.items() if key]
-    scored["sentence"] = f"best validation as logged in training: {', '.join(logged) or 'none'}"
+    scored = {
+        "sentence": f"best validation as logged in training: {', '.join(logged) or 'none'}",
+        "synthetic": loaded[0][2]["data"]["synthetic"] if loaded else not group[0]["args"].get("data"),
+        "figures": None,
+        "parts": {},
+    }
     if loaded and kind != "pretraining" and not args.no_data:
         score = decoder_section if kind == "decoder" else rating_section
         scored = score(loaded, _evaluation_options(group, loaded, args))
-    scored["title"] = f"{title} (SYNTHETIC)" if scored["synthetic"] else title
-    scored["verdict"] = f"{scored['title']}: {scored['sentence']}."
+    title = f"{group[0]['title']} (SYNTHETIC)" if scored["synthetic"] else group[0]["title"]
+    verdict = f"{title}: {scored['sentence']}."
     with new_figure(16, 13) as figure:
         draw_curves(figure, {run["name"]: run["records"] for run in group})
-        logs = inline_figure(figure, "Training curves")
-    notes = [f'<p class="warn">{_text(note)}</p>' for run in group for note in run["notes"]]
+        parts = {"Training curves": inline_figure(figure, "Training curves")} | scored["parts"]
+    parts["Skipped updates"] = _table(["run", "step", "kind", "items"], _skips(group))
     options = dict.fromkeys(key for run in group for key in run["args"])
-    rows = [[key, *(str(run["args"].get(key, "–")) for run in group)] for key in options]
-    scored["html"] = (
-        f'<p class="verdict">{_text(scored["verdict"])}</p>{"".join(notes)}<h3>Training curves</h3>{logs}{_skips(group)}'
-        f"{scored['html']}<h3>Configuration</h3>{_table(['option', *known], rows)}"
-    )
-    return scored
+    rows = [[key, *(run["args"].get(key, "–") for run in group)] for key in options]
+    parts["Configuration"] = _table(["option", *known], rows)
+    notes = "".join(f'<p class="warn">{_text(note)}</p>' for run in group for note in run["notes"])
+    html = "".join(f"<h3>{heading}</h3>{part}" for heading, part in parts.items())
+    html = f'<section><h2>{_text(title)}</h2><p class="verdict">{_text(verdict)}</p>{notes}{html}</section>'
+    return scored | {"verdict": verdict, "html": html}
 
 
 def _evaluation_options(
@@ -4802,17 +4797,16 @@ def _evaluation_options(
     return argparse.Namespace(**(vars(args) | more))
 
 
-def _skips(group: list[dict]) -> str:
-    """What was skipped, and why: at most 30 updates."""
+def _skips(group: list[dict]) -> list[list]:
+    """Run, step, kind and items of the first 30 skipped updates."""
     rows = []
     for run in group:
         for record in run["records"]:
             if "skip" in record:
-                names = ", ".join(map(str, record.get("names", [])[:8]))
-                rows.append([run["name"], record["step"], record["skip"], names])
-    if not rows:
-        return "<p>No update was skipped.</p>"
-    return f"<h3>{len(rows)} skipped updates</h3>{_table(['run', 'step', 'kind', 'items of the step'], rows[:30])}"
+                rows.append(
+                    [run["name"], record["step"], record["skip"], ", ".join(record.get("names", [])[:8])]
+                )
+    return rows[:30]
 
 
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
@@ -4822,24 +4816,19 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
     records = fold_records(folds, corpus, args, (args.part,))
     truth = {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
     views = measure(records, truth)[args.part]
-    section = {"figures": views, "synthetic": corpus.synthetic or data["synthetic"], "html": ""}
+    section = {"figures": views, "synthetic": corpus.synthetic or data["synthetic"], "parts": {}}
     if views["all"] is None:
         return section | {"sentence": f"no item of part {args.part} has ratings here: nothing to score"}
-    names, y, p, fold_of = _stacked(records, truth, args.part, "all")
     mean = views["all"]["mean"]
-    low, high = mean["r2_interval"]
     shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
+    low, high = mean["r2_interval"]
     section["sentence"] = (
-        f"{shown}: mean of {len(LABELS)} ratings, {len(folds)} folds of split {data['split']}, part {args.part}; "
-        f"95 % interval of r2 [{low:.3f}, {high:.3f}]"
+        f"{shown}; 95 % interval of r2 [{low:.3f}, {high:.3f}]; part {args.part} of split {data['split']}, folds {[*folds]}"
     )
     totals = []
     for view, figures in views.items():
-        if figures:
-            rows = figures["folds"] | {"mean": figures["mean"]}
-            totals += [
-                [f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)] for fold, s in rows.items()
-            ]
+        for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items() if figures else ():
+            totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
     columns = {metric: mean["per_dimension"][metric] for metric in METRICS}
     tests = significance(records, truth)[args.part]["all"] or {}
     for metric in METRICS:
@@ -4847,24 +4836,23 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
             columns[f"{metric}, 95 %"] = [
                 f"[{low:.3f}, {high:.3f}]" for low, high in tests[f"{metric}_interval"]
             ]
+    names, y, p, fold_of = _stacked(records, truth, args.part, "all")
     error = (p - y) ** 2
     worst = []
     for i in np.argsort(-error.mean(1), kind="stable")[:10]:
-        d = int(error[i].argmax())
-        worst.append(
-            [names[i], int(fold_of[i]), float(error[i].mean()), LABELS[d], float(p[i, d]), float(y[i, d])]
-        )
-    section["html"] = (
-        f"<p>{CHOSEN[args.part]}</p><h3>Results</h3>{_table(['fold, view', *METRICS], totals)}<h3>By dimension</h3>"
-        f"{_table(['dimension', *columns], zip(LABELS, *columns.values(), strict=True))}"
-        f"<h3>Prediction, rating, calibration</h3>{draw_ratings(y, p)}<h3>Worst items</h3>"
-        f"{_table(['item', 'fold', 'mse', 'errs most in', 'predicted', 'rated'], worst)}"
-    )
+        d = error[i].argmax()
+        worst.append([names[i], fold_of[i], error[i].mean(), LABELS[d], p[i, d], y[i, d]])
+    section["parts"] = {
+        "Results": f"<p>{CHOSEN[args.part]}</p>" + _table(["fold, view", *METRICS], totals),
+        "By dimension": _table(["dimension", *columns], zip(LABELS, *columns.values(), strict=True)),
+        "Prediction, rating, calibration": draw_ratings(y, p),
+        "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
+    }
     return section
 
 
 def draw_ratings(y: np.ndarray, p: np.ndarray, bins: int = 12) -> str:
-    """Prediction over rating, a panel a dimension; in the last one, of all dimensions, the mean rating by bins of the prediction."""
+    """Prediction over rating by dimension; in the last panel the mean rating by bins of all predictions."""
     low, high = min(y.min(), p.min()) - 0.03, max(y.max(), p.max()) + 0.03
     edges = np.linspace(p.min(), p.max(), bins + 1)[1:-1]
     bin_of = np.digitize(p, edges)
@@ -4898,28 +4886,30 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
     low, high = trial_bootstrap(per_counts(refs, hyps))
     figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days) | {"interval": [low, high]}
-    sentence = f"phoneme error rate {figures['per']:.3f} [{low:.3f}, {high:.3f}] of {len(trials)} trials, part {args.part}"
+    rate = f"phoneme error rate {figures['per']:.3f} [{low:.3f}, {high:.3f}]"
     caution = CHOSEN[args.part]
     if data["valid"] == "test":
         caution = "The checkpoint was chosen on the test part (--valid test): its score there is no result."
     keys = ("per", "trials", "labels", *EDITS)
-    days = figures["by_day"] | {"all days": figures}
+    days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = sorted(records, key=lambda r: error_rate(per_counts([r["reference"]], [r["hypothesis"]])))
     samples = []
     for what, record in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        for side in ("reference", "hypothesis"):
-            samples.append([what, record["trial"], side, spell(record[side])])
-    html = (
-        f"<p>{caution}</p><h3>Error rate by day</h3>{_table(['day', *keys], [[day, *(f[k] for k in keys)] for day, f in days.items()])}"
-        f"<h3>Confusions</h3>{draw_confusions(refs, hyps)}{_table(['reference', 'decoded', 'times'], substitutions(refs, hyps))}"
-        f"<h3>Transcripts</h3>{_table(['', 'trial', '', 'phonemes'], samples)}"
-    )
-    synthetic = corpus.synthetic or data["synthetic"]
-    return {"sentence": sentence, "figures": figures, "synthetic": synthetic, "html": html}
+        samples.append([what, record["trial"], spell(record["reference"]), spell(record["hypothesis"])])
+    return {
+        "sentence": f"{rate} of {len(trials)} trials, part {args.part}",
+        "figures": figures,
+        "synthetic": corpus.synthetic or data["synthetic"],
+        "parts": {
+            "Error rate by day": f"<p>{caution}</p>" + _table(["day", *keys], days),
+            "Confusions": draw_confusions(refs, hyps),
+            "Transcripts": _table(["", "trial", "reference", "decoded"], samples),
+        },
+    }
 
 
 def draw_confusions(refs: list, hyps: list) -> str:
-    """Heat map of what reference phonemes became, from minimal edit scripts; ∅: deleted (column) or inserted (row)."""
+    """Heat map of what reference phonemes became; ∅: deleted (column) or inserted (row)."""
     times = np.zeros((len(PHONEMES), len(PHONEMES)))
     for ref, hyp in zip(refs, hyps, strict=True):
         for tag, i, j in Levenshtein.editops(ref, hyp).as_list():
@@ -4943,7 +4933,7 @@ def _text(value: object) -> str:
 
 
 def _table(head: Iterable, rows: Iterable) -> str:
-    lines = ["".join(f'<th scope="col">{_text(name)}</th>' for name in head)]
+    lines = ["".join(f"<th>{_text(name)}</th>" for name in head)]
     lines += ["".join(f"<td>{_text(value)}</td>" for value in row) for row in rows]
     return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
@@ -4951,15 +4941,14 @@ def _table(head: Iterable, rows: Iterable) -> str:
 def _page(sections: list[dict], args: argparse.Namespace) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
     loud = f'<p class="warn">{SYNTHETIC}</p>' if any(section["synthetic"] for section in sections) else ""
-    body = "".join(
-        f"<section><h2>{_text(section['title'])}</h2>{section['html']}</section>" for section in sections
+    made = (
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, code at {git_state()['git_sha']}: {args.command}"
     )
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>Report</title><style>{STYLE}</style></head><body><h1>Report</h1>
-<p>{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, code at {_text(git_state()["git_sha"])}: <code>{_text(args.command)}</code></p>
-{loud}{body}</body></html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Report</title><style>{STYLE}</style></head>
+<body><h1>Report</h1><p>{_text(made)}</p>{loud}{"".join(section["html"] for section in sections)}</body></html>
 """
 
 
@@ -5000,13 +4989,13 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--save-results",
         metavar="ROW",
-        help="write figures and predictions, TASK_ROW_<split or part> .json and .csv, into --results-dir (off)",
+        help="write TASK_ROW_<split or part>.json and .csv into --results-dir (off)",
     )
     add("--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:
-    """The parsed options: the command's own, those that `shared` functions add, and --device and --debug, which all have."""
+    """The parsed options: the command's own, those that `shared` functions add, --device and --debug."""
     for add_options in shared:
         add_options(parser)
     parser.add_argument(
