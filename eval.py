@@ -3633,7 +3633,6 @@ def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
             marker = "o" if key.startswith("valid") or len(points) == 1 else None
             axes.plot(points[:, 0], points[:, 1], label=plain(name), marker=marker, markersize=3, linewidth=1)
         axes.set(title=CURVES[key], xlabel="step", yscale="log" if key == "norm" else "linear")
-        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -4417,7 +4416,7 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo and dynamics; work: name, score, performance, match, item.
 
     Returns levels (`han_attention`), notes and sounded (`played_rows`), beats and measures (seconds at which they
-    begin, and the end), bars (numbers of measures), begin, qpm, smooth (`tempo_curve`), `beat_dynamics`."""
+    begin, and the end), bars (their numbers), begin, qpm, smooth (`tempo_curve`), dynamics."""
     score, item = work["score"], work["item"] | {"name": work["name"]}
     quarter, second, beat = time_map(score, work["performance"], work["match"])
     seconds = functools.partial(seconds_at, quarter, second, qpm=score.tempo_qpm)
@@ -4466,7 +4465,7 @@ def draw_han(out: Path, drawn: dict) -> None:
                 axes.vlines(drawn["beats"], 0, 1, color="0.93", linewidth=0.8, **lines)
             axes.vlines(drawn["measures"][::every], 0, 1, color="0.7", linewidth=1.2, **lines)
             axes.tick_params(labelbottom=True)
-            if axes is not roll:
+            if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3)
         first, last = (
             min(drawn["measures"][0], drawn["notes"][:, 2].min()),
@@ -4577,7 +4576,7 @@ def emissions(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place_labels(labels: list, decoded: np.ndarray, times: np.ndarray, low: float, high: float) -> tuple:
-    """Seconds (n,) of n true labels: of the decoded ones that a minimal edit script pairs them with, deleted ones
+    """Seconds (n,) of n true labels: of the decoded ones that a minimal edit script pairs them with, others
     evenly between, within low..high; and which labels (n,) and decoded classes (m,) are right."""
     known = {-1: low, len(labels): high}
     right, found = np.zeros(len(labels), bool), np.zeros(len(decoded), bool)
@@ -4822,9 +4821,8 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
     mean = views["all"]["mean"]
     shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
     low, high = mean["r2_interval"]
-    section["sentence"] = (
-        f"{shown}; 95 % interval of r2 [{low:.3f}, {high:.3f}]; part {args.part} of split {data['split']}, folds {[*folds]}"
-    )
+    section["sentence"] = f"{shown}; 95 % interval of r2 [{low:.3f}, {high:.3f}]; "
+    section["sentence"] += f"part {args.part} of split {data['split']}, folds {[*folds]}"
     totals = []
     for view, figures in views.items():
         for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items() if figures else ():
@@ -4944,11 +4942,12 @@ def _page(sections: list[dict], args: argparse.Namespace) -> str:
     made = (
         f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, code at {git_state()['git_sha']}: {args.command}"
     )
+    body = "".join(section["html"] for section in sections)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>Report</title><style>{STYLE}</style></head>
-<body><h1>Report</h1><p>{_text(made)}</p>{loud}{"".join(section["html"] for section in sections)}</body></html>
+<title>Report</title><style>{STYLE}</style></head>
+<body><h1>Report</h1><p>{_text(made)}</p>{loud}{body}</body></html>
 """
 
 
