@@ -1,4 +1,4 @@
-"""eval.explain: attention weights against the modules' own output, tempo and dynamics, emissions, pictures."""
+"""eval.explain: attention weights against the modules' own output, tempo and dynamics, emissions."""
 
 import numpy as np
 import pytest
