@@ -3107,9 +3107,7 @@ QUIETEST = -80  # dB under the loudest value of the spectrogram: white
 def new_figure(width: float, height: float):
     """A matplotlib figure of so many inches of 100 pixels; within the block everything has one style."""
     from cycler import cycler
-    from matplotlib import (
-        rc_context,
-    )  # here, because it takes half a second; without pyplot it asks for no display
+    from matplotlib import rc_context  # here: it takes half a second
     from matplotlib.figure import Figure
 
     with rc_context(HOUSE_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
@@ -3251,9 +3249,7 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
         starts = max(starts, own, key=len)
     share = np.mean(shares, axis=0)
     if not np.isfinite(share).all():
-        raise DataError(
-            f"{work['name']}: attention is not finite; expected numbers; look for NaN in the sound"
-        )
+        raise DataError(f"{work['name']}: attention is not finite; expected numbers")
     title = f"{plain(work['name'])}: attention roll-out of AST, {len(members)} checkpoints"
     if members[0][1]["data"].get("synthetic"):
         title += ", SYNTHETIC training data"
@@ -3280,9 +3276,7 @@ def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
         shortest = (FRAME + (PATCH - 1) * HOP) / SAMPLE_RATE
         what = "digital silence" if len(waveform) and not waveform.any() else "sound"
         seconds = len(waveform) / SAMPLE_RATE
-        raise DataError(
-            f"{path}: {seconds:.3f} s of {what}; expected {shortest} s of sound or more; give another file"
-        )
+        raise DataError(f"{path}: {seconds:.3f} s of {what}; expected {shortest} s of sound or more")
     return fbank(torch.from_numpy(waveform)).numpy()
 
 
@@ -3583,9 +3577,7 @@ def read_metrics(run: str | Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); expected a run's metrics; give its folder"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error}); give a run's folder") from error
     for n, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -3648,13 +3640,7 @@ What runs logged, in one picture: validation scores, losses, gradient norm, skip
     python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""",
     )
     add = parser.add_argument
-    add(
-        "--run",
-        nargs="+",
-        required=True,
-        metavar="DIR",
-        help="run folders, such as runs/decoder/NAME (required)",
-    )
+    add("--run", nargs="+", required=True, metavar="DIR", help="run folders, runs/TASK/NAME (required)")
     add("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
     args = _parse(parser, argv)
     check_picture(Path(args.out))
@@ -3666,9 +3652,7 @@ What runs logged, in one picture: validation scores, losses, gradient norm, skip
     for name, records in runs.items():
         key, best[name], step = best_validation(records)
         skipped = next((record["skipped"] for record in reversed(records) if "skipped" in record), {})
-        print(
-            f"{name}: {records[-1]['step']} steps; {key} {best[name]:.4f} at step {step}; skipped {skipped}"
-        )
+        print(f"{name}: {records[-1]['step']} steps; {key} {best[name]:.4f} at {step}; skipped {skipped}")
     print(f"saved {args.out}")
     return best
 
@@ -3734,48 +3718,17 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""",
     )
     add = parser.add_argument
-    add(
-        "--ckpt",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="best.pt of runs of one task, averaged (required)",
-    )
-    add(
-        "--score",
-        nargs="+",
-        metavar="FILE",
-        help="MusicXML: one for all --midi, or as many in the same order",
-    )
+    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one task, averaged (required)")
+    add("--score", nargs="+", metavar="FILE", help="MusicXML: one for all --midi, or one for each")
     add("--midi", nargs="+", metavar="PATH", help="MIDI files, or folders of them")
     add("--audio", nargs="+", metavar="PATH", help="sound files of any rate and length, or folders of them")
-    add(
-        "--speech",
-        nargs="+",
-        metavar="PATH",
-        help="corpus folder, .mat of '24, .npy (bins, channels), folder of .npy",
-    )
-    add(
-        "--day",
-        help="day layer: a session's name; for unknown sessions nearest (in date) or mean (.npy: mean)",
-    )
-    add(
-        "--raw",
-        action="store_true",
-        help="take .npy as it is (off: a folder's are z-scored together, as a block)",
-    )
+    add("--speech", nargs="+", metavar="PATH", help="corpus, .mat of '24, .npy (bins, channels) or folder")
+    add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
+    add("--raw", action="store_true", help="take .npy as it is (off: z-scored together, as a block)")
     add("--json", metavar="FILE", help="write predictions and circumstances; -: standard output (off)")
     add("--csv", metavar="FILE", help="write a line a prediction; -: standard output (off)")
-    add(
-        "--explain",
-        metavar="PATH",
-        help="draw what predictions rest on: FILE.png of one input, or a folder (off)",
-    )
-    add(
-        "--strict",
-        action="store_true",
-        help="stop at the first input that is refused (off: reported and counted)",
-    )
+    add("--explain", metavar="PATH", help="draw what predictions rest on: FILE.png, or a folder (off)")
+    add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
     add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
     args = _parse(parser, argv)
     for path in (args.json, args.csv):
@@ -3861,9 +3814,7 @@ def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
         return task, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded]
     for path, model, _ in loaded:
         if task == "ast" and model.model_args["num_outputs"] is None:
-            raise DataError(
-                f"{path}: a pre-training, which rates nothing; expected best.pt of --task finetune"
-            )
+            raise DataError(f"{path}: a pre-training, which rates nothing; fine-tune it first")
     folds, _ = _load_fold_models(loaded)
     return "han" if task == "han" else "ast", list(itertools.chain.from_iterable(folds.values()))
 
@@ -3874,9 +3825,7 @@ def _check_inputs(args: argparse.Namespace, kind: str, complete: bool) -> None:
     if not complete or given - set(INPUTS[kind]):
         shown = ", ".join(f"--{option}" for option in sorted(given)) or "none"
         wanted = {"han": "--score and --midi", "ast": "--audio or --midi", "decoder": "--speech"}[kind]
-        raise DataError(
-            f"{args.ckpt[0]}: takes {wanted}; given {shown}; give what it takes and leave the rest out"
-        )
+        raise DataError(f"{args.ckpt[0]}: takes {wanted}; given {shown}; give those alone")
 
 
 def check_explain(args: argparse.Namespace, count: int) -> None:
@@ -3887,9 +3836,7 @@ def check_explain(args: argparse.Namespace, count: int) -> None:
     is_folder = out.is_dir() or not out.suffix
     check_picture(out / "name.png" if is_folder else out)
     if count > 1 and not is_folder:
-        raise DataError(
-            f"--explain {out}: one picture for {count} inputs; expected a folder; leave {out.suffix} out"
-        )
+        raise DataError(f"--explain {out}: one picture for {count} inputs; name a folder")
 
 
 def _picture_of(explain_path: str, name: str, taken: Counter) -> Path:
@@ -3933,9 +3880,7 @@ def han_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
     _check_inputs(args, "han", args.score and args.midi)
     scores = args.score if len(args.score) > 1 else args.score * len(args.midi)
     if len(scores) != len(args.midi):
-        raise DataError(
-            f"--score: {len(scores)} files, --midi: {len(args.midi)}; expected one score, or as many of both"
-        )
+        raise DataError(f"--score: {len(scores)} files, --midi: {len(args.midi)}; give one, or one for each")
     jobs = []
     for score, path in zip(scores, args.midi, strict=True):
         for midi in _expand(path, (".mid", ".midi")):
@@ -4029,9 +3974,7 @@ def decode(
     else:
         corpus = open_speech(source, args.cache, args.strict)
     if corpus.channels != channels:
-        raise DataError(
-            f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}; give those"
-        )
+        raise DataError(f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
     check_explain(args, len(corpus.ids))
     for line in corpus.left_out:
         print(f"left out: {line}")
@@ -4167,9 +4110,7 @@ def _show_ratings(record: dict, known: tuple[np.ndarray, np.ndarray] | None) -> 
         if record["extra"] > 0.5:
             lines[-1] += ": a longer recording, or another edition?"
         if record["notes"] > MAX_NOTES:
-            lines.append(
-                f"{record['notes']} notes, where PercePiano's passages have {MAX_NOTES} at most: cut it"
-            )
+            lines.append(f"{record['notes']} notes, PercePiano's passages have {MAX_NOTES} at most: cut it")
     lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value")
     if known:
         lines[-1] += "  mean   SD"
@@ -4350,9 +4291,7 @@ def time_map(score, performance, match: np.ndarray) -> tuple[np.ndarray, np.ndar
     """Quarters, seconds and beat of every chord that was matched, in order of time, graces apart."""
     rows = np.flatnonzero((note_features(score, performance, match)["matched"] > 0) & ~score.grace)
     if not len(rows):
-        raise DataError(
-            f"{performance.path}: no note of {score.path} in it; expected a performance of that score"
-        )
+        raise DataError(f"{performance.path}: no note of {score.path} in it; give a take of it")
     quarter, first, chord = np.unique(score.onset[rows], return_index=True, return_inverse=True)
     second = _group_mean(performance.onset[match[rows]], chord)
     later = np.append(True, second[1:] > np.maximum.accumulate(second)[:-1])
@@ -4422,9 +4361,7 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     seconds = functools.partial(seconds_at, quarter, second, qpm=score.tempo_qpm)
     levels = han_attention(members, item)
     if not np.isfinite(levels["measure"]).all():
-        raise DataError(
-            f"{work['name']}: attention is not finite; expected numbers; look for NaN in its features"
-        )
+        raise DataError(f"{work['name']}: attention is not finite; expected numbers")
     notes, sounded = played_rows(score, item, seconds)
     end = max(seconds((score.onset + score.duration).max()), notes[sounded, 2].max())
     drawn = {"levels": levels, "notes": notes, "sounded": sounded}
@@ -4439,9 +4376,7 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     low, high = np.nanpercentile(np.concatenate([*levels.values()]), [2.5, 97.5]) - 1
     drawn["remark"] = f"95 % of the weights differ from an even share by {_percent(low)} to {_percent(high)}."
     if any(model.model_args["stats_size"] for model, _ in members):
-        drawn["remark"] += (
-            " The ratings also rest on statistics of the whole piece (--pooled), which no attention weighs."
-        )
+        drawn["remark"] += " The ratings also rest on statistics of the whole piece (--pooled)."
     draw_han(out, drawn)
     return drawn
 
@@ -4452,9 +4387,7 @@ def draw_han(out: Path, drawn: dict) -> None:
         roll, weights, tempo, dynamics = panels = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
         width = 2.5 if len(drawn["beats"]) <= MOST_BEATS else 0.8  # of lines: a long piece asks for thin ones
         bars = _draw_roll(roll, drawn)
-        figure.colorbar(
-            bars, ax=roll, extend="both", format=_percent, pad=0.01, label="weight against an even share"
-        )
+        figure.colorbar(bars, ax=roll, extend="both", format=_percent, pad=0.01, label="weight against even")
         _draw_levels(weights, drawn, width)
         _draw_tempo(tempo, drawn, width)
         _draw_dynamics(dynamics, drawn, width)
@@ -4594,9 +4527,7 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
     work: name, log_probs (F, 41), labels or None, "seconds per frame" (at a window's middle)."""
     log_probs, labels, step = work["log_probs"], work["labels"], work["seconds per frame"]
     if not len(log_probs) or np.isnan(log_probs).any():
-        raise DataError(
-            f"{work['name']}: no frames, or NaN; expected numbers; is the trial shorter than a window?"
-        )
+        raise DataError(f"{work['name']}: no frames, or NaN; expected numbers; is the trial too short?")
     model = members[0][0]
     start = step * (model.kernel / model.stride - 1) / 2
     end = start + step * len(log_probs)
@@ -4620,9 +4551,7 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
         _write_phonemes(axes, ids, times, found, 1.01)
         if labels is not None:
             _write_phonemes(axes, labels, label_times, right, -0.11)
-        figure.supxlabel(
-            "time in the trial (s), middle of each frame's window; above: decoded, below: true", fontsize=12
-        )
+        figure.supxlabel("time (s), middle of each frame's window; above: decoded, below: true", fontsize=12)
         figure.suptitle(f"{plain(work['name'])}: probability of each phoneme ({len(members)} checkpoints)")
         save_figure(figure, out)
     return {"ids": ids, "times": times, "label_times": label_times, "right": right, "found": found}
@@ -4721,9 +4650,7 @@ def read_run(path: str) -> dict:
             "loaded": None,
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: no options of a run ({error!r}); expected args.json; give a run's folder"
-        ) from error
+        raise DataError(f"{path}: no options ({error!r}); give a run's folder") from error
     run["notes"] = []
     if options.get("model") in ("bilstm", "bilstm_sa"):
         run["title"] = run["title"].replace("HAN", options["model"])
@@ -4781,9 +4708,7 @@ def _evaluation_options(
     own = group[0]["args"]
     data = args.data or own.get("data")
     if data and not Path(data).exists():
-        raise DataError(
-            f"{group[0]['path']}: trained on {data}, which is not here; give --data DIR, or --no-data"
-        )
+        raise DataError(f"{group[0]['path']}: {data} is not here; give --data DIR, or --no-data")
     paths = [path for path, _, _ in loaded]
     batch = 64 if group[0]["kind"] == "decoder" else None
     more = {
@@ -4877,9 +4802,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
     trials = speech_parts(corpus, data["valid"])[args.part]
     trials = trials[corpus.labelled[trials]]
     if not len(trials):
-        raise DataError(
-            f"--part {args.part}: no labelled trial in {corpus.root}; give another part, or --no-data"
-        )
+        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
     records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
     low, high = trial_bootstrap(per_counts(refs, hyps))
@@ -4939,9 +4862,7 @@ def _table(head: Iterable, rows: Iterable) -> str:
 def _page(sections: list[dict], args: argparse.Namespace) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
     loud = f'<p class="warn">{SYNTHETIC}</p>' if any(section["synthetic"] for section in sections) else ""
-    made = (
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, code at {git_state()['git_sha']}: {args.command}"
-    )
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {args.command}"
     body = "".join(section["html"] for section in sections)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
@@ -4985,11 +4906,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
 def result_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--csv", metavar="FILE", help="write the predictions here (off)")
-    add(
-        "--save-results",
-        metavar="ROW",
-        help="write TASK_ROW_<split or part>.json and .csv into --results-dir (off)",
-    )
+    add("--save-results", metavar="ROW", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)")
 
 
@@ -5028,9 +4945,7 @@ def main(argv: list[str] | None = None) -> dict:
     if command.startswith("-"):
         return evaluate(argv)
     if command not in COMMANDS:
-        raise DataError(
-            f"{command}: expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate; --help explains"
-        )
+        raise DataError(f"{command}: expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate")
     return COMMANDS[command](argv[1:])
 
 
