@@ -4352,7 +4352,7 @@ def _beginnings(score, key: str, end: float, seconds: Callable) -> tuple[np.ndar
 
 
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
-    """What HANs weigh in a performance, its tempo and dynamics; work: name, score, performance, match, item.
+    """What HANs weigh in a performance, its tempo, dynamics; work: name, score, performance, match, item.
 
     Returns levels (`han_attention`), notes and sounded (`played_rows`), beats and measures (seconds at which they
     begin, and the end), bars (their numbers), begin, qpm, smooth (`tempo_curve`), dynamics."""

@@ -34,9 +34,8 @@ DECODED = [*STEPS, {"step": 20, "valid_loss": 2.0, "valid_per": 0.625, "valid_bl
 class Page(HTMLParser):
     """Tags balanced, headings and rows of cells collected, everything that could reach outside refused."""
 
-    def __init__(self, path: str = "r.html"):
+    def __init__(self, text: str):
         super().__init__()
-        text = Path(path).read_text(encoding="utf-8")
         self.open, self.headings, self.rows, self.text = [], [], [], ""
         self.feed(text)
         assert self.open == []
@@ -66,6 +65,10 @@ class Page(HTMLParser):
 
     def row(self, name: str) -> list[str]:
         return next(row for row in self.rows if row[0] == name)
+
+
+def shown() -> Page:
+    return Page(Path("r.html").read_text(encoding="utf-8"))
 
 
 def run(name: str, records: list[dict], **options) -> str:
@@ -116,7 +119,7 @@ def _quick(monkeypatch, request):
 
 @pytest.fixture
 def corpus(monkeypatch, tmp_path):
-    """Segments 2-3 and 4-5 validate in fold 0 and 1; 6-7, test, are unrated; one of four players is a rendering."""
+    """Segments 2-3 and 4-5 validate in fold 0, 1; 6-7, test, are unrated; one of four players is a rendering."""
     rng, items = np.random.default_rng(1), {}
     for segment in range(8):
         for player in ("1", "2", "3", "Score"):
@@ -183,9 +186,9 @@ def test_page_of_ratings_holds_the_figures_of_evaluate(corpus):
     expected = evaluation.main(["--ckpt", *(f"{path}/best.pt" for path in runs), "--device", "cpu"])["valid"]
     made = report(*runs)
     assert made["figures"] == [expected]
-    page, mean = Page(), expected["all"]["mean"]
+    page, mean = shown(), expected["all"]["mean"]
     for heading in ("HAN", "Training curves", "By dimension", "calibration", "Worst items", "Configuration"):
-        assert any(heading in shown for shown in page.headings)
+        assert any(heading in title for title in page.headings)
     assert page.row("mean, all")[1:] == [f"{mean[metric]:.4f}" for metric in evaluation.METRICS]
     for d, label in enumerate(LABELS):
         values = [mean["per_dimension"][metric][d] for metric in evaluation.METRICS]
@@ -210,8 +213,8 @@ def test_a_metric_added_to_the_table_is_on_the_page(corpus, monkeypatch):
     monkeypatch.setitem(evaluation.METRICS, "bias", lambda y, p: (p - y).mean(0))
     monkeypatch.setattr(evaluation, "measure", measured)
     assert "bias 0.125" in report(rating_run("f0"))["verdicts"][0]
-    assert Page().row("mean, all")[-1] == "0.1250"
-    assert "0.2500" in Page().row(LABELS[0])
+    assert shown().row("mean, all")[-1] == "0.1250"
+    assert "0.2500" in shown().row(LABELS[0])
 
 
 def test_worst_items(corpus):
@@ -225,7 +228,7 @@ def test_worst_items(corpus):
     i = int(error.mean(1).argmax())
     d = int(error[i].argmax())
     expected = ["0", f"{error[i].mean():.4f}", LABELS[d], f"{p[i, d]:.4f}", f"{y[i, d]:.4f}"]
-    assert Page().row(names[i])[1:] == expected
+    assert shown().row(names[i])[1:] == expected
 
 
 def test_page_of_a_decoder_holds_the_figures_of_evaluate(speech):
@@ -233,7 +236,7 @@ def test_page_of_a_decoder_holds_the_figures_of_evaluate(speech):
     expected = evaluation.main(["--ckpt", *(f"{path}/best.pt" for path in paths), "--device", "cpu"])
     figures = report(*paths)["figures"][0]
     assert figures == {key: expected[key] for key in figures}
-    page = Page()
+    page = shown()
     for heading in ("Error rate by day", "Confusions", "Transcripts"):
         assert heading in page.headings
     for day, f in figures["by_day"].items():
@@ -248,7 +251,7 @@ def test_page_of_a_pretraining_needs_no_data(tmp_path, monkeypatch):
     model = AST(frames=64, width=16, depth=1, heads=2)
     verdict = report(save(path, "ast", model, {"synthetic": False}))["verdicts"][0]
     assert "p valid_accuracy 0.125 at step 20" in verdict
-    assert "SYNTHETIC" not in Page().text
+    assert "SYNTHETIC" not in shown().text
 
 
 def test_configurations_get_sections_of_their_own(corpus, speech):
@@ -258,7 +261,7 @@ def test_configurations_get_sections_of_their_own(corpus, speech):
     assert made["figures"] == [None] * 3
     assert [verdict.split(":")[0] for verdict in made["verdicts"]] == ["HAN", "Phoneme decoder", "HAN"]
     assert "x valid_r2 0.250 at step 20, y valid_r2 0.250 at step 20" in made["verdicts"][0]
-    assert Page().headings.count("Training curves") == 3
+    assert shown().headings.count("Training curves") == 3
 
 
 def test_what_is_missing_gets_a_line(corpus):
@@ -268,8 +271,8 @@ def test_what_is_missing_gets_a_line(corpus):
         file.write('{"step": 60, "lo')
     report(bare, cut, run("empty", [], pooled=False, model="han", lr=4))
     for line in ("runs/bare/best.pt", "runs/cut/best.pt", "runs/empty/metrics.jsonl", "in training: none"):
-        assert line in Page().text
-    assert Page().headings[0].startswith("bilstm")
+        assert line in shown().text
+    assert shown().headings[0].startswith("bilstm")
 
 
 def test_a_part_without_ratings_is_said(corpus):
@@ -280,7 +283,7 @@ def test_names_are_escaped(corpus):
     path = rating_run('<script>&"$_\udcff')
     change_options(path, name="<img onerror=1>", **{"<b>": ["</table>"]})
     report(path, more=("--no-data",))
-    assert Page().row("<b>")[1] == "['</table>']"
+    assert shown().row("<b>")[1] == "['</table>']"
     assert escape("<script>") in Path("r.html").read_text()
 
 
