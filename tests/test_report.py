@@ -119,7 +119,7 @@ def _quick(monkeypatch, request):
 
 @pytest.fixture
 def corpus(monkeypatch, tmp_path):
-    """Segments 2-3 and 4-5 validate in fold 0, 1; 6-7, test, are unrated; one of four players is a rendering."""
+    """Segments 2-3 and 4-5 validate in fold 0, 1; 6-7, test, are unrated."""
     rng, items = np.random.default_rng(1), {}
     for segment in range(8):
         for player in ("1", "2", "3", "Score"):
