@@ -4679,7 +4679,7 @@ def _section(group: list[dict], args: argparse.Namespace) -> dict:
     logged = [f"{name} {key} {value:.3f} at step {step}" for name, (key, value, step) in known.items() if key]
     scored = {
         "sentence": f"best validation as logged in training: {', '.join(logged) or 'none'}",
-        "synthetic": loaded[0][2]["data"]["synthetic"] if loaded else not group[0]["args"].get("data"),
+        "synthetic": loaded[0][2]["data"].get("synthetic") if loaded else not group[0]["args"].get("data"),
         "figures": None,
         "parts": {},
     }
