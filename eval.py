@@ -3285,7 +3285,11 @@ def attention(argv: list[str]) -> dict:
     parser = _parser(
         "--attention",
         "OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
-        "Which parts of a piece reach an AST's output, drawn over its spectrogram.",
+        """\
+Which parts of a piece reach an AST's output, drawn over its spectrogram.
+
+    python eval.py --attention out.png --midi FILE.mid --ckpt runs/ast/NAME/best.pt
+    python eval.py --attention out.pdf --audio FILE.wav --ckpt runs/ast/NAME/best.pt""",
     )
     add = parser.add_argument
     add("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)")
@@ -3637,6 +3641,7 @@ def curves(argv: list[str]) -> dict:
         """\
 What runs logged, in one picture: validation scores, losses, gradient norm, skipped updates, by step.
 
+    python eval.py curves --run runs/han/NAME --out curves.png
     python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""",
     )
     add = parser.add_argument
@@ -4936,7 +4941,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) 
 def main(argv: list[str] | None = None) -> dict:
     """Runs one command and returns its figures."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv[0] if argv else "no command"
+    command = argv[0] if argv else "no command given"
     if command in ("-h", "--help"):
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}. `python eval.py COMMAND --help` explains each.")
         return {}
