@@ -1,34 +1,30 @@
-"""Measures and uses what the trainers write: evaluation, prediction, reports, comparisons, baselines, benchmarks.
+"""Measures and uses what the trainers write: evaluation, prediction, pictures, reports, comparisons, floors.
 
-    python eval.py --ckpt runs/han/NAME/best.pt --data DIR                    one fold, validation part
-    python eval.py --ckpt fold0/best.pt ... fold3/best.pt --data DIR          each on its own fold, then mean and std over folds
-    python eval.py --ckpt ... --data DIR --part test --csv predictions.csv    test part; unlabelled items are predicted only
-    python eval.py --ckpt ... --data DIR --save-results full                  results/han_full_<split>.json and .csv, both parts
-    python eval.py --ckpt runs/ast/NAME/best.pt --data DIR                    ratings from audio; a pre-training: its losses
-    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test    phoneme error rate of a decoder
-    python eval.py predict --ckpt FILE ... --score FILE --midi FILE           ratings of your own files; or --audio, or --speech: phonemes
-    python eval.py report --run runs/han/NAME ... --data DIR --out report.html    one HTML page: curves, scores, worst items, configuration
-    python eval.py compare --a A.csv --b B.csv --data DIR                     paired test of two results, or of best.pt files
-    python eval.py ceiling --data DIR                                         what the raters' disagreement leaves to reach
-    python eval.py floor --task han --data DIR                                scikit-learn forest on the same parts; ast: ridge regression
-    python eval.py curves --run runs/han/NAME --out curves.png                score, loss, gradient norm and skipped updates by step
-    python eval.py --attention out.png --audio FILE.wav --ckpt runs/ast/NAME/best.pt    what an AST looks at; or --midi FILE.mid
-    python eval.py bench --task han|decoder|ast                               step time against the plain rendition
+    python eval.py --ckpt FILE ... [--data DIR]                  scores of checkpoints; folds: mean and std
+    python eval.py --ckpt ... --part test --csv predictions.csv  test part; unlabelled: predicted only
+    python eval.py --ckpt ... --data DIR --save-results full     results/han_full_<split>.json and .csv
+    python eval.py predict --ckpt FILE ... --score S --midi M    your own files; or --audio, or --speech
+    python eval.py report --run DIR ... --out report.html        curves, scores, worst items, configuration
+    python eval.py compare --a A.csv --b B.csv --data DIR        paired test of two results or models
+    python eval.py ceiling --data DIR                            what the raters' disagreement leaves to reach
+    python eval.py floor --task han|ast --data DIR               scikit-learn on the same parts
+    python eval.py curves --run DIR ... --out curves.png         what runs logged, by step
+    python eval.py --attention OUT.png --audio W --ckpt FILE     what an AST looks at; or --midi
+    python eval.py bench --task han|decoder|ast                  step time
 
-Several checkpoints of one fold (seeds) are averaged. Every figure stands with and without the score renderings
-(players `Score`, `Score2`), with a 95 % bootstrap interval over segments. Of several decoders the probabilities are averaged;
-their interval is over trials, and --save-results writes results/decoder_ROW_<part>. Without --data the synthetic corpus is used.
+Checkpoints of one fold (seeds) are averaged, and so are decoders. Figures stand with and without the score
+renderings (players `Score`, `Score2`). Without --data the built-in synthetic corpus is used.
 """
 
 import os
 import signal
 
-if (
-    __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):  # Ctrl-C while torch loads, which takes seconds
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"eval.py: interrupted\n") else 1))
 
 import argparse
+import base64
 import contextlib
 import copy
 import csv
@@ -42,8 +38,8 @@ import math
 import platform
 import random
 import re
-import resource
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -147,14 +143,14 @@ from models import (
     patches,
 )
 
+with contextlib.suppress(ImportError):  # Windows has none
+    import resource
+
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
 TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: median, sd of the log
-MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = (
-    113,
-    0.67,
-    420,
-)  # notes per PercePiano performance: median, sd of the log, longest
+# Notes per PercePiano performance: median, sd of the log, longest.
+MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = 113, 0.67, 420
 
 # -----------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -651,7 +647,7 @@ Checkpoints of one fold (seeds) are averaged, and so are decoders. Intervals: 95
         ),
         *word_options(parser),
     ]
-    args = _parse(parser, argv)
+    args = _parse(parser, argv, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     _refuse_given(args, only_audio if task not in AUDIO_TASKS else [], "pretrain_ast.py", task)
@@ -840,7 +836,7 @@ scored on the same parts as the trainers use. A minute.
     parser.add_argument(
         "--seed", type=number(int, 0), default=7, help="of the forest; same seed, same figures (%(default)s)"
     )
-    args = _parse(parser, argv)
+    args = _parse(parser, argv, data_options, result_options)
     if (args.task == "ast" and args.features != "full") or (
         args.task == "han" and (args.audio or args.probe)
     ):
@@ -2681,7 +2677,7 @@ Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: tr
         ),
         *audio_options(parser),
     ]
-    args = _parse(parser, argv)
+    args = _parse(parser, argv, data_options)
     sides = [_side(paths) for paths in (args.a, args.b)]
     if sides[0][0] != sides[1][0]:
         raise DataError(
@@ -3045,7 +3041,7 @@ their mean exactly. R2 and Pearson of that somebody, in all and for each of the 
     python eval.py ceiling --data data/percepiano
     python eval.py ceiling                            on the synthetic corpus, as an example""",
     )
-    args = _parse(parser, argv)
+    args = _parse(parser, argv, data_options)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
     print(f"{root}" + " (SYNTHETIC: figures say nothing about real raters)" * (root / "SYNTHETIC").is_file())
@@ -3071,17 +3067,70 @@ their mean exactly. R2 and Pearson of that somebody, in all and for each of the 
     return views
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# Attention
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Attention: pictures, and the roll-out of an AST
+# ------------------------------------------------------------------------------------------------------------
 
-PICTURE = (16, 6)  # inches of 100 pixels
+# One style for every picture here; colours are Okabe and Ito's, which the colour-blind can tell apart.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+BLUE, ORANGE = COLOURS[:2]
+HOUSE_STYLE = {
+    "axes.titlelocation": "left",
+    "axes.titlesize": 13,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "font.size": 12,
+    "legend.frameon": False,
+}
+PICTURES = (".png", ".pdf", ".svg")
 HERTZ = (50, 100, 200, 500, 1000, 2000, 4000, 8000)
 QUIETEST = -80  # dB under the loudest value of the spectrogram: white
 
 
+@contextlib.contextmanager
+def new_figure(width: float, height: float):
+    """A matplotlib figure of so many inches of 100 pixels; within the block everything has one style."""
+    from cycler import cycler
+    from matplotlib import rc_context  # here: it takes half a second
+    from matplotlib.figure import Figure
+
+    with rc_context(HOUSE_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
+        yield Figure((width, height))
+
+
+def save_figure(figure, out: Path) -> None:
+    write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:].lower()))
+
+
+def inline_figure(figure, alt: str) -> str:
+    """The figure as an <img> that holds its own pixels."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    pixels = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{pixels}">'
+
+
+def plain(text: object) -> str:
+    """At most 60 characters of a name for matplotlib: without bytes that are no text, and no TeX."""
+    return _printable(text)[:60].replace("$", r"\$")
+
+
+def check_output(path: Path) -> None:
+    """Refuses, before anything is computed, what cannot be written or is no ordinary file."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if not writable or (path.exists() and not path.is_file()):
+        raise DataError(f"{path}: cannot be written; expected a file in a writable folder; name another")
+
+
+def check_picture(path: Path) -> None:
+    if path.suffix.lower() not in PICTURES:
+        raise DataError(f"{path}: no picture; expected {', '.join(PICTURES)}; name it so")
+    check_output(path)
+
+
 def explicit_block(block: Block, x: Tensor, attend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`block(x, attend)`, and the attention weights (B, H, T, T) that its fused kernel keeps to itself: rows are queries."""
+    """`block(x, attend)`, and its attention weights (B, H, T, T); rows are queries."""
     B, T, C = x.shape
     q, k, v = block.qkv(block.norm1(x)).view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
     score = q @ k.transpose(2, 3) / math.sqrt(C // block.heads)
@@ -3095,19 +3144,17 @@ def explicit_block(block: Block, x: Tensor, attend: Tensor | None = None) -> tup
 
 @torch.no_grad()
 def roll_out(model: AST, clips: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Attention roll-out (Abnar & Zuidema, ACL 2020) of an AST in eval mode: what reaches the pooled tokens from each patch.
+    """Attention roll-out (Abnar & Zuidema, ACL 2020) of an AST: what reaches its output from each patch.
 
-    clips (B, frames, mel) normalised, lengths (B,) -> (B, rows, columns) in units of an even share: mean 1 over the valid
-    patches of a clip, 0 at padding. Each layer's weights are averaged over the heads and with the identity, which stands for
-    the residual path, then multiplied through the layers; the rows that the model pools are averaged (cls: both tokens;
-    otherwise, and in pre-training, all valid patches)."""
+    clips (B, frames, mel) normalised, lengths (B,) -> (B, rows, columns), mean 1 over valid patches, 0 at
+    padding. Weights are averaged over heads and with the identity (the residual path), multiplied through the
+    layers, and averaged over the rows that the model pools (both tokens, or all valid patches)."""
     rolled, attend = None, None
 
     def follow(block: Block, inputs: tuple) -> None:
         nonlocal rolled, attend
         x, attend = inputs
-        weights = explicit_block(block, x, attend)[1].mean(1)
-        step = (weights + torch.eye(x.shape[1], device=x.device)) / 2
+        step = (explicit_block(block, x, attend)[1].mean(1) + torch.eye(x.shape[1], device=x.device)) / 2
         rolled = step if rolled is None else step @ rolled
 
     hooks = [block.register_forward_pre_hook(follow) for block in model.blocks]
@@ -3116,20 +3163,19 @@ def roll_out(model: AST, clips: Tensor, lengths: Tensor | None = None) -> Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    valid = rolled.new_ones(rolled.shape[:2]) if attend is None else attend.to(rolled.dtype)
+    valid = torch.ones_like(rolled[:, 0]) if attend is None else attend.to(rolled.dtype)
     extra = 0 if model.extra is None else 2
-    pooled = torch.arange(valid.shape[1], device=valid.device) < extra
-    query = valid * (pooled if model.pooling == "cls" else ~pooled)
-    share = (query.unsqueeze(1) @ rolled).squeeze(1)[:, extra:]
+    is_extra = torch.arange(valid.shape[1], device=valid.device) < extra
+    pooled = valid * (is_extra if model.pooling == "cls" else ~is_extra)
+    share = (pooled.unsqueeze(1) @ rolled).squeeze(1)[:, extra:]
     share = share / share.sum(1, keepdim=True) * valid[:, extra:].sum(1, keepdim=True)
     return share.unflatten(1, (model.rows, -1))
 
 
 def roll_out_file(model: AST, energies: Tensor, device: torch.device) -> tuple[np.ndarray, list[int]]:
-    """energies (frames, mel), normalised, of any length -> shares (rows, columns) of the whole, and the first column of each crop.
+    """energies (frames, mel), normalised -> shares (rows, columns), and the first column of each crop.
 
-    Crops are as long as the model takes and spaced as in `crop_starts`; where two overlap they are averaged. Shares are
-    within crops: 1 is even in each."""
+    Crops are as long as the model takes, spaced as in `crop_starts`, and averaged where they overlap."""
     model, total = model.to(device).eval(), model.count(len(energies))
     span = min(total, model.columns)
     starts = crop_starts(total, span)
@@ -3143,7 +3189,7 @@ def roll_out_file(model: AST, energies: Tensor, device: torch.device) -> tuple[n
 
 
 def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
-    """Where frequencies lie on the axis of data.fbank's 128 bands, 0 = the middle of the first; within the bands' edges."""
+    """Where frequencies lie on the axis of data.fbank's bands, 0 = the middle of the first."""
     low, high, mel = (1127 * np.log1p(np.asarray(f, float) / 700) for f in (20, SAMPLE_RATE / 2, hertz))
     return ((mel - low) / (high - low) * (MELS + 1) - 1).clip(-0.5, MELS - 0.5)
 
@@ -3151,149 +3197,104 @@ def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
 def draw_attention(
     out: Path, energies: np.ndarray, share: np.ndarray, starts: list[int], stride: int, title: str
 ) -> None:
-    """Shares (rows, columns) in colour over the spectrogram (frames, 128), natural logarithms of energy, in grey; ticks at
-    the crops' borders. Written as out's suffix says, 1600 x 600 pixels."""
-    # Here, because it takes half a second; without pyplot it asks for no display.
+    """Shares (rows, columns) over the spectrogram (frames, 128) in grey; dotted lines where crops begin."""
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure
 
-    figure = Figure(PICTURE, dpi=100, layout="constrained")
-    axes = figure.subplots()
-    level = 10 / math.log(10) * (energies.T - energies.max())  # dB
-    second = FRAME / SAMPLE_RATE / 2, HOP / SAMPLE_RATE  # middle of frame 0, and the step from frame to frame
-    seconds = [
-        second[0] + second[1] * (np.array(edges) - 0.5)
-        for edges in ((0, len(energies)), stride * np.array([0, share.shape[1]]) + (PATCH - stride) / 2)
-    ]
-    bands = [stride * edge + (PATCH - stride) / 2 - 0.5 for edge in (0, len(share))]
-    axes.imshow(
-        level,
-        cmap="gray_r",
-        vmin=QUIETEST,
-        vmax=0,
-        origin="lower",
-        aspect="auto",
-        extent=(*seconds[0], -0.5, MELS - 0.5),
-    )
+    decibels = 10 / math.log(10) * (energies.T - energies.max())
+    frame = HOP / SAMPLE_RATE
+    edge = (PATCH - stride) / 2  # a patch is drawn as wide as a stride, around its middle
+    bottom, top = (edge - 0.5 + stride * row for row in (0, len(share)))
+    left, right = (frame * (edge + stride * column) for column in (0, share.shape[1]))
     low, high = np.percentile(share, [1, 99])
-    scale = TwoSlopeNorm(1, min(low, 0.999), max(high, 1.001))
-    shades = axes.imshow(
-        share,
-        cmap="coolwarm",
-        norm=scale,
-        alpha=0.6,
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-        extent=(*seconds[1], *bands),
-    )
-    axes.set(
-        xlim=(0, seconds[0][1]),
-        ylim=(-0.5, MELS - 0.5),
-        xlabel="time (s)",
-        ylabel="frequency (Hz), mel scale",
-    )
-    axes.set_yticks(hertz_to_band(HERTZ), [str(f) if f < 1000 else f"{f // 1000} k" for f in HERTZ])
-    for start in starts[1:]:
-        axes.axvline(seconds[1][0] + start * stride * second[1], color="black", linewidth=1.5, linestyle=":")
-    axes.set_title(title, parse_math=False)
-    bar = figure.colorbar(shades, ax=axes, extend="both", pad=0.01)
-    bar.set_label("attention that reaches the output\n(1 = the same from every patch)")
-    write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:]))
+    shading = {"cmap": "coolwarm", "norm": TwoSlopeNorm(1, min(low, 0.999), max(high, 1.001)), "alpha": 0.6}
+    whole = (0, frame * len(energies), -0.5, MELS - 0.5)
+    with new_figure(16, 6) as figure:
+        axes = figure.subplots()
+        image = functools.partial(axes.imshow, origin="lower", aspect="auto", interpolation="nearest")
+        image(decibels, extent=whole, cmap="gray_r", vmin=QUIETEST, vmax=0)
+        shades = image(share, extent=(left, right, bottom, top), **shading)
+        axes.set(xlim=whole[:2], ylim=whole[2:], xlabel="time (s)", ylabel="frequency (Hz), mel scale")
+        axes.set_yticks(hertz_to_band(HERTZ), HERTZ)
+        axes.vlines([left + frame * stride * start for start in starts[1:]], *whole[2:], "black", ":")
+        axes.set_title(title)
+        label = "attention that reaches the output\n(1 = the same from every patch)"
+        figure.colorbar(shades, ax=axes, extend="both", pad=0.01, label=label)
+        save_figure(figure, out)
 
 
-def read_piece(args: argparse.Namespace) -> tuple[str, np.ndarray]:
-    """Path and log-mel energies (frames, 128) of --audio, or of --midi as the built-in piano plays it."""
-    path, waveform = (
-        (args.audio, read_wav(args.audio)) if args.audio else (args.midi, render(read_midi(args.midi)))
-    )
-    if len(waveform) and not waveform.any():
-        raise DataError(
-            f"{path}: {len(waveform) / SAMPLE_RATE:.1f} s of digital silence; expected sound; give another file"
-        )
-    if fbank_frames(len(waveform)) < PATCH:
+def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
+    """Mean roll-out of ASTs on one recording; work: name, energies (frames, 128)."""
+    check_attention(members)
+    energies, shares, starts = work["energies"], [], []
+    for model, kept in members:
+        x = normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])
+        share, own = roll_out_file(model, torch.from_numpy(x).float(), next(model.parameters()).device)
+        shares.append(share)
+        starts = max(starts, own, key=len)
+    share = np.mean(shares, axis=0)
+    if not np.isfinite(share).all():
+        raise DataError(f"{work['name']}: attention is not finite; expected numbers")
+    title = f"{plain(work['name'])}: attention roll-out of AST, {len(members)} checkpoints"
+    if members[0][1]["data"].get("synthetic"):
+        title += ", SYNTHETIC training data"
+    title += f"; darkness: level, {-QUIETEST} dB from white to black"
+    draw_attention(out, energies, share, starts, members[0][0].stride, title)
+    return {"share": share, "starts": starts}
+
+
+def check_attention(members: list[tuple]) -> None:
+    """Refuses networks that have no attention to draw, or other patches than the first."""
+    for model, kept in members:
+        known = isinstance(model, AST) and {"mean", "std"} <= kept["data"].keys()
+        if not known or model.model_args["mel"] != MELS or model.stride != members[0][0].stride:
+            raise DataError(
+                f"{kept['path']}: task {kept['task']!r}; expected ASTs of {MELS} bands and one stride, "
+                "with mean and std in their data; give another"
+            )
+
+
+def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
+    """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it."""
+    waveform = render(read_midi(path)) if rendered else read_wav(path)
+    if fbank_frames(len(waveform)) < PATCH or not waveform.any():
         shortest = (FRAME + (PATCH - 1) * HOP) / SAMPLE_RATE
-        raise DataError(
-            f"{path}: {len(waveform) / SAMPLE_RATE:.3f} s of sound; expected at least {shortest} s, one patch of {PATCH} frames; give a longer piece"
-        )
-    return path, fbank(torch.from_numpy(waveform)).numpy()
-
-
-def check_output(path: Path, option: str = "") -> None:
-    """Refuses, before anything is computed, a file that could not be written, or that writing would replace though it is no file."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    taken = (
-        "a folder, no ordinary file"
-        if path.is_dir()
-        else "no ordinary file"
-        if path.exists() and not path.is_file()
-        else None
-    )
-    if taken or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(
-            f"{f'{option} {path}'.strip()}: {taken or f'no file can be written in {folder}'}; expected a file in a writable folder; name another"
-        )
-
-
-def check_picture(out: Path) -> None:
-    """The same of a picture."""
-    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise DataError(f"{out}: a picture of kind {out.suffix!r}; expected .png, .pdf or .svg; name it so")
-    check_output(out)
+        what = "digital silence" if len(waveform) and not waveform.any() else "sound"
+        seconds = len(waveform) / SAMPLE_RATE
+        raise DataError(f"{path}: {seconds:.3f} s of {what}; expected {shortest} s of sound or more")
+    return fbank(torch.from_numpy(waveform)).numpy()
 
 
 def attention(argv: list[str]) -> dict:
-    """`python eval.py --attention OUT`: the roll-out of one AST checkpoint on one file, drawn; returns shares and crops."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py --attention",
-        usage="python eval.py --attention OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
-        description="""\
-Which parts of a piece reach an AST's output, drawn over its spectrogram (1600 x 600 pixels).
+    """`python eval.py --attention OUT`: the roll-out of one AST on one file."""
+    parser = _parser(
+        "--attention",
+        "OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
+        """\
+Which parts of a piece reach an AST's output, drawn over its spectrogram.
 
     python eval.py --attention out.png --midi FILE.mid --ckpt runs/ast/NAME/best.pt
     python eval.py --attention out.pdf --audio FILE.wav --ckpt runs/ast/NAME/best.pt""",
     )
-    parser.add_argument(
-        "--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)"
-    )
+    add = parser.add_argument
+    add("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--audio", metavar="FILE", help="WAV file of any length")
+    source.add_argument("--audio", metavar="FILE", help="sound file of any length")
     source.add_argument("--midi", metavar="FILE", help="MIDI file, played by the built-in piano")
-    parser.add_argument(
-        "--ckpt",
-        required=True,
-        metavar="FILE",
-        help="best.pt of pretrain_ast.py, pre-trained or fine-tuned (required)",
-    )
+    add("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, of either task (required)")
     args = _parse(parser, argv)
     out = Path(args.attention)
     check_picture(out)
     model, ckpt = load_checkpoint(args.ckpt)
-    data = ckpt.get("data") or {}
-    if not isinstance(model, AST):
-        raise DataError(
-            f"{args.ckpt}: a checkpoint of task {ckpt['task']!r}; expected 'ast', which has attention; give one of pretrain_ast.py"
-        )
-    if model.model_args["mel"] != MELS or not {"mean", "std"} <= data.keys():
-        raise DataError(
-            f"{args.ckpt}: for {model.model_args['mel']} mel bands, data with {sorted(data)}; expected {MELS}, mean and std; train it again"
-        )
-    path, energies = read_piece(args)
-    share, starts = roll_out_file(
-        model, torch.from_numpy(normalise_fbank(energies, data["mean"], data["std"])).float(), args.device
-    )
-    sizes, kind = model.model_args, "pre-trained" if model.model_args["num_outputs"] is None else "fine-tuned"
-    about = f"{kind} AST {sizes['width']} x {sizes['depth']} x {sizes['heads']}{', synthetic data' * bool(data.get('synthetic'))}"
-    title = (
-        f"Attention roll-out of {args.ckpt} ({about})\n{Path(path).name}{', rendered' * bool(args.midi)}: "
-        f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; darkness: level, {-QUIETEST} dB from white to black"
-    )
-    draw_attention(out, energies, share, starts, model.stride, title)
-    print(
-        f"{out}: {share.shape[1]} x {share.shape[0]} patches in {len(starts)} crops, shares {share.min():.3g} to {share.max():.3g} of an even one"
-    )
-    return {"share": share, "starts": starts, "frames": len(energies)}
+    members = [
+        (model.to(args.device), {"path": args.ckpt, "task": ckpt["task"], "data": ckpt.get("data") or {}})
+    ]
+    check_attention(members)
+    path = args.audio or args.midi
+    energies = read_piece(path, rendered=not args.audio)
+    drawn = explain_ast(out, members, {"name": Path(path).name, "energies": energies})
+    rows, columns = drawn["share"].shape
+    print(f"{out}: {columns} x {rows} patches in {len(drawn['starts'])} crops")
+    return drawn | {"frames": len(energies)}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -3534,280 +3535,229 @@ def bench_ast(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
     return result | bench_masks(device)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training curves
-# -----------------------------------------------------------------------------------------------------------------
-SCORE_KEYS = {
+# ------------------------------------------------------------------------------------------------------------
+CURVES = {
     "valid_per": "phoneme error rate, validation",
-    "valid_r2": "R2, validation",
+    **{f"valid_{metric}": f"{metric}, validation" for metric in METRICS},
     "valid_accuracy": "NCE accuracy, validation",
+    "loss": "loss, training",
     "valid_loss": "loss, validation",
+    "spread": "deviation of predictions / of ratings",
+    "valid_blank_fraction": "share of blank frames, validation",
+    "norm": "gradient norm before clipping",
+    "lr": "learning rate",
+    "skipped": "skipped updates so far",
+}
+# Score shown, and the key by whose least value the trainer chose its best.pt.
+CHOSEN_BY = {
+    "valid_per": "valid_per",
+    "valid_r2": "valid_loss",
+    "valid_accuracy": "valid_loss",
+    "valid_loss": "valid_loss",
 }
 
 
 def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run folder's metrics.jsonl. A last line that a kill cut short is left out; DataError for anything else."""
+    """The lines of a run folder's metrics.jsonl, less a last one that a kill cut short."""
     path, records = Path(run) / "metrics.jsonl", []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: {error.strerror if isinstance(error, OSError) else error}; expected the metrics of a run; give a run's folder"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error}); give a run's folder") from error
     for n, line in enumerate(lines, 1):
         try:
-            records.append({"step": int(json.loads(line)["step"]), **json.loads(line)})
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
         except (ValueError, KeyError, TypeError) as error:
             if n < len(lines):
-                raise DataError(
-                    f"{path}: line {n} is no log record ({type(error).__name__}); expected a JSON object with a step; give another run"
-                ) from error
+                raise DataError(f"{path}: line {n}: {error!r}; expected a log record with a step") from error
     if not records:
         raise DataError(f"{path}: no log record; expected some; let the run reach its first --log-every")
     return records
 
 
+def history(records: list[dict], key: str) -> np.ndarray:
+    """(n, 2) steps and logged values of one key; of a step that a resumed run took again, the later."""
+    values = {}
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, dict):  # updates skipped, by kind
+            value = sum(value.values())
+        if value is not None:
+            values[record["step"]] = value
+    return np.array(sorted(values.items()), float).reshape(-1, 2)
+
+
+def best_validation(records: list[dict]) -> tuple[str, float, int]:
+    """(key, value, step) of the evaluation that the trainer kept; ("", NaN, 0) without any."""
+    for key, least in CHOSEN_BY.items():
+        found = [r for r in records if r.get(key) is not None and r.get(least) is not None]
+        if found:
+            kept = min(found, key=lambda r: r[least])
+            return key, kept[key], kept["step"]
+    return "", math.nan, 0
+
+
+def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
+    """Everything of CURVES that the runs (name -> records) logged, by step, a colour a run."""
+    shown = [key for key in CURVES if any(len(history(records, key)) for records in runs.values())]
+    panels = figure.subplots(math.ceil(len(shown) / 3) or 1, 3, squeeze=False).flat
+    for axes, key in itertools.zip_longest(panels, shown):
+        if key is None:
+            axes.set_axis_off()
+            continue
+        for name, records in runs.items():
+            points = history(records, key)
+            marker = "o" if key.startswith("valid") or len(points) == 1 else None
+            axes.plot(points[:, 0], points[:, 1], label=plain(name), marker=marker, markersize=3, linewidth=1)
+        axes.set(title=CURVES[key], xlabel="step", yscale="log" if key == "norm" else "linear")
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
 def curves(argv: list[str]) -> dict:
-    """`python eval.py curves`: score, loss, gradient norm and skipped updates of runs in one picture; returns the best score and skips by run."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py curves",
-        usage="python eval.py curves --run DIR ... --out FILE",
-        description="""\
-How runs went, in one picture: validation score, training loss, gradient norm before clipping, skipped updates, by step.
+    """`python eval.py curves`: what runs logged, in one picture; returns their best scores."""
+    parser = _parser(
+        "curves",
+        "--run DIR ... --out FILE",
+        """\
+What runs logged, in one picture: validation scores, losses, gradient norm, skipped updates, by step.
 
     python eval.py curves --run runs/han/NAME --out curves.png
     python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""",
     )
-    parser.add_argument(
-        "--run",
-        nargs="+",
-        required=True,
-        metavar="DIR",
-        help="run folders, such as runs/decoder/NAME (required)",
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--run", nargs="+", required=True, metavar="DIR", help="run folders, runs/TASK/NAME (required)")
+    add("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
+    args = _parse(parser, argv)
     check_picture(Path(args.out))
-    names = [Path(run).name for run in args.run]
-    runs = {
-        run if names.count(name) > 1 else name: read_metrics(run)
-        for run, name in zip(args.run, names, strict=True)
-    }
-    score = next(
-        (key for key in SCORE_KEYS if all(any(key in r for r in records) for records in runs.values())), None
-    )
-    from matplotlib.figure import Figure  # takes a second
-
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    panels = {
-        key: (figure.add_subplot(2, 2, n), title)
-        for n, (key, title) in enumerate(
-            {
-                score: SCORE_KEYS.get(score, "no evaluation"),
-                "loss": "training loss",
-                "norm": "gradient norm before clipping",
-                "skips": "skipped updates so far",
-            }.items(),
-            1,
-        )
-    }
+    runs = {name: read_metrics(path) for name, path in _run_names(args.run).items()}
+    with new_figure(16, 12) as figure:
+        draw_curves(figure, runs)
+        save_figure(figure, Path(args.out))
+    best = {}
     for name, records in runs.items():
-        lines = {
-            key: [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            for key in (score, "loss", "norm")
-        }
-        lines["skips"] = [(r["step"], sum(r["skipped"].values())) for r in records if "skipped" in r]
-        for key, (axes, _) in panels.items():
-            axes.plot(
-                *zip(*lines[key], strict=True) if lines[key] else ([], []),
-                label=name,
-                marker="o" if key == score else None,
-                markersize=3,
-                linewidth=1,
-            )
-    for key, (axes, title) in panels.items():
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.set_yscale("log" if key == "norm" else "linear")
-    panels[score][0].legend()
-    file = io.BytesIO()
-    figure.savefig(file, format=Path(args.out).suffix[1:], dpi=110)
-    write_atomic(Path(args.out), lambda out: out.write(file.getvalue()))
-    better = max if score in ("valid_r2", "valid_accuracy") else min
-    best = {
-        name: better((r[score] for r in records if r.get(score) is not None), default=None)
-        for name, records in runs.items()
-    }
-    for name, records in runs.items():
-        norms = [r["norm"] for r in records if r.get("norm") is not None]
-        skipped = next((r["skipped"] for r in reversed(records) if "skipped" in r), {})
-        print(
-            f"{name:<32} {records[-1]['step']:>7} steps  best {score} {best[name]}  largest logged norm {max(norms, default=math.nan):.3g}  skipped {skipped}"
-        )
+        key, best[name], step = best_validation(records)
+        skipped = next((record["skipped"] for record in reversed(records) if "skipped" in record), {})
+        print(f"{name}: {records[-1]['step']} steps; {key} {best[name]:.4f} at {step}; skipped {skipped}")
     print(f"saved {args.out}")
     return best
 
 
-# -----------------------------------------------------------------------------------------------------------------
+def _run_names(paths: list[str]) -> dict[str, str]:
+    """{name: folder}: the folder's last part, or the whole where two end alike."""
+    paths = list(dict.fromkeys(paths))
+    names = [Path(path).name for path in paths]
+    return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Prediction
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 BAR = 25  # characters of the scale from 0 to 1
 MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
-FILE_KINDS = {"midi": (".mid", ".midi"), "audio": (".wav",)}
+INPUTS = {
+    "han": ("score", "midi"),
+    "ast": ("audio", "midi"),
+    "decoder": ("speech", "day", "raw"),
+}  # options that each takes
+EDITS = ("sub", "del", "ins")
 
 
 def _label_group(label: str) -> str:
-    return next(
-        (group for group in ("Music_Making", "Emotion_&_Mood") if label.startswith(group)),
-        label.split("_")[0],
-    )
+    for group in ("Music_Making", "Emotion_&_Mood"):
+        if label.startswith(group):
+            return group
+    return label.split("_")[0]
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
     words = label.removeprefix(_label_group(label) + "_").split("_")
-    left, right = words[: len(words) // 2], words[len(words) // 2 :]
-    return " ".join(left).capitalize(), " ".join(right).capitalize()
+    middle = len(words) // 2
+    return " ".join(words[:middle]).capitalize(), " ".join(words[middle:]).capitalize()
 
 
-# What a rating of 0 and a rating of 1 say: the first word of the name, then the second. Not so for the first articulation: its
-# ratings rise with sounding length (r .71 over all, .51 within segments) and pedal (.74, .59), and the dataset's README calls it Short_Long.
-LABEL_POLES = {label: _poles(label) for label in LABELS}
-LABEL_POLES |= {
+# What a rating of 0 and a rating of 1 say. Against the name for the first articulation: its ratings rise with
+# sounding length (r .71) and pedal (.74), and the dataset's README calls it Short_Long.
+LABEL_POLES = {label: _poles(label) for label in LABELS} | {
     "Articulation_Long_Short": ("Short", "Long"),
     "Articulation_Soft_cushioned_Hard_solid": ("Soft/cushioned", "Hard/solid"),
 }
 
 
 def predict(argv: list[str]) -> list[dict]:
-    """`python eval.py predict`: ratings or phonemes of files that need not be of any dataset; returns the records of `predict_files`."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py predict",
-        usage="python eval.py predict --ckpt FILE ... INPUT [options]",
-        description="""\
-Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own: needs a checkpoint and no data set.
-The checkpoint says what is to be given:
+    """`python eval.py predict`: ratings or phonemes of your own files: see `predict_files`."""
+    parser = _parser(
+        "predict",
+        "--ckpt FILE ... INPUT [options]",
+        """\
+Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
-    HAN              --score FILE and --midi PATH      both, also where it was trained with --features score or perf
+    HAN              --score FILE and --midi PATH
     AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
-    python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.musicxml --midi takes/ --csv ratings.csv
+    python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json -
 
 A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""",
     )
-    parser.add_argument(
-        "--ckpt",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="best.pt of one or more runs of a task, averaged (required)",
-    )
-    add = parser.add_argument_group("input").add_argument
-    of_han = [
-        add(
-            "--score",
-            nargs="+",
-            metavar="FILE",
-            help="MusicXML; one for all --midi, or as many as --midi, in the same order",
-        )
-    ]
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one task, averaged (required)")
+    add("--score", nargs="+", metavar="FILE", help="MusicXML: one for all --midi, or one for each")
     add("--midi", nargs="+", metavar="PATH", help="MIDI files, or folders of them")
-    of_audio = [
-        add("--audio", nargs="+", metavar="PATH", help="WAV files of any rate and length, or folders of them")
-    ]
-    of_decoder = [
-        add(
-            "--speech",
-            nargs="+",
-            metavar="PATH",
-            help="corpus folder, .mat file of '24, or .npy files (bins, channels) and folders of them",
-        ),
-        add(
-            "--day",
-            metavar="DAY",
-            help="day layer: a session's name; or, of unknown sessions, nearest (date in the name) or mean "
-            "(.npy: mean; else: refused)",
-        ),
-        add(
-            "--raw",
-            action="store_true",
-            help="take .npy as it is (off: the files of a folder are z-scored together, as blocks in training, "
-            "unless they came so)",
-        ),
-    ]
-    add = parser.add_argument_group("output").add_argument
-    add(
-        "--json",
-        metavar="FILE",
-        help="write all predictions and their circumstances; -: standard output, the rest to standard error (off)",
-    )
-    add("--csv", metavar="FILE", help="write a line a prediction; - as above (off)")
-    add(
-        "--explain",
-        metavar="PATH",
-        help="draw what predictions rest on: FILE.png of one input, or folder of NAME.png (off)",
-    )
-    add(
-        "--strict",
-        action="store_true",
-        help="stop at the first input that is refused (off: it is reported and counted)",
-    )
+    add("--audio", nargs="+", metavar="PATH", help="sound files of any rate and length, or folders of them")
+    add("--speech", nargs="+", metavar="PATH", help="corpus, .mat of '24, .npy (bins, channels) or folder")
+    add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
+    add("--raw", action="store_true", help="take .npy as it is (off: z-scored together, as a block)")
+    add("--json", metavar="FILE", help="write predictions and circumstances; -: standard output (off)")
+    add("--csv", metavar="FILE", help="write a line a prediction; -: standard output (off)")
+    add("--explain", metavar="PATH", help="draw what predictions rest on: FILE.png, or a folder (off)")
+    add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
     add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
     args = _parse(parser, argv)
-    for option, path in (("--json", args.json), ("--csv", args.csv)):
-        if path not in (None, "-"):
-            check_output(Path(path), option)
+    for path in (args.json, args.csv):
+        if path and path != "-":
+            check_output(Path(path))
     if args.json == args.csv == "-":
-        raise DataError(
-            "--json - --csv -: both on standard output; expected one there; name a file for the other"
-        )
+        raise DataError("--json - --csv -: both on standard output; expected one; name a file for the other")
     loaded = _load_models(args.ckpt)
-    task = loaded[0][2]["task"]
-    if task != "han":
-        _refuse_given(args, of_han, "train_han.py", task)
-    if task not in AUDIO_TASKS:
-        _refuse_given(args, of_audio, "pretrain_ast.py", task)
-    if task != "decoder":
-        _refuse_given(args, of_decoder, "train_decoder.py", task)
-    out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr) if "-" in (args.json, args.csv) else contextlib.nullcontext():
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if "-" in (args.json, args.csv) else stdout):
         records, refused = predict_files(loaded, args)
-        print(f"{len(records)} predicted" + f", {len(refused)} refused (see above)" * bool(refused))
+        print(f"{len(records)} predicted, {len(refused)} refused")
         if not records:
             raise DataError(
-                f"nothing predicted: all {len(refused)} inputs were refused; expected at least one that can be read; see the lines above"
+                refused[0] if len(refused) == 1 else f"all {len(refused)} inputs were refused: see above"
             )
-        for path, text in ((args.json, _predictions_json), (args.csv, _predictions_csv)):
+        texts = {
+            args.csv: predictions_csv(records),
+            args.json: predictions_json(records, refused, loaded, args),
+        }
+        for path, text in texts.items():
             if path == "-":
-                out.write(text(records, refused, loaded, args))
+                stdout.write(text)
             elif path:
-                write_atomic(
-                    Path(path),
-                    lambda file, text=text: file.write(
-                        text(records, refused, loaded, args).encode(errors="surrogateescape")
-                    ),
-                )
+                content = text.encode(errors="surrogateescape")
+                write_atomic(Path(path), lambda file, content=content: file.write(content))
                 print(f"saved {path}")
     return records
 
 
 def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
-    """Predictions of all inputs of args in their order, printed as they come, and the line of each that was refused (--strict: raised).
+    """Predictions of all inputs, printed as they come, and the line of each refused one (--strict: raised).
 
-    han, ast: name, path, ratings (19,) in [0, 1]; han also score, match_rate, extra (share of played notes without a score
-    note), notes (of either); ast seconds. decoder: id, path, session, seconds, phonemes (ids), reference (ids; None: unknown), errors (sub, del, ins; None)."""
+    han, ast: name, path, ratings (19,); han also score, match_rate, extra (share of played notes not in the
+    score), notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference, errors."""
     kind, members = _predictors(loaded)
-    jobs = {"han": _han_jobs, "ast": _ast_jobs, "decoder": _decoder_jobs}[kind](loaded, members, args)
-    known, records, refused, taken = _training_ratings(members), [], [], set()
+    jobs = {"han": han_jobs, "ast": audio_jobs, "decoder": decoder_jobs}[kind](members, args)
+    check_explain(args, len(jobs))
+    known = _training_ratings(members)
+    records, refused, taken = [], [], Counter()
 
     def refuse(error: DataError) -> None:
         if args.strict:
@@ -3815,10 +3765,9 @@ def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[d
         refused.append(_printable(error))
         tqdm.write(f"refused: {refused[-1]}")
 
-    _one_picture(args, len(jobs))
     if kind != "decoder":
         print(
-            f"predictions of {len(members)} checkpoints averaged"
+            f"{len(members)} checkpoints averaged"
             if len(members) > 1
             else f"{args.ckpt[0]}, step {loaded[0][2]['step']}"
         )
@@ -3828,63 +3777,65 @@ def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[d
         try:
             done = job(refuse)
         except DataError as error:
-            if len(jobs) == 1:
-                raise
             refuse(error)
             continue
         for record, work in done:
+            records.append(record)
             tqdm.write(_show_trial(record) if kind == "decoder" else _show_ratings(record, known))
             if args.explain:
-                picture = _picture_of(args, work["name"], taken)
                 try:
+                    picture = _picture_of(args.explain, work["name"], taken)
                     explain(kind, picture, members, work)
                     tqdm.write(f"drawn: {picture}")
                 except DataError as error:
                     if args.strict or len(jobs) == len(done) == 1:
                         raise
                     tqdm.write(f"no picture: {error}")
-            records.append(record)
-    if labelled := [record for record in records if record.get("errors")]:
-        rate = error_rate(np.array([[*record["errors"], len(record["reference"])] for record in labelled]))
-        seen = any(
-            record["id"].startswith("train/") or Path(record["path"]).parent.name == "train"
-            for record in labelled
-        )
-        print(
-            f"PER of {len(labelled)} labelled trials {rate:.4f}"
-            + " (some of part train, on which the model may have been trained: no result)" * seen
-        )
+    _print_labelled(records)
     return records, refused
 
 
 def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
-    """han, ast (all audio tasks) or decoder, and [(model, what of the checkpoint is needed), ...]. DataError for a pre-training,
-    and for checkpoints whose predictions cannot be averaged."""
-    for path, model, ckpt in loaded:
-        if ckpt["task"] == "ast" and model.model_args["num_outputs"] is None:
-            raise DataError(
-                f"{path}: a pre-training, which rates nothing; expected a fine-tuned best.pt; "
-                f"run python pretrain_ast.py --task finetune --init {path} --data DIR"
-            )
-    if loaded[0][2]["task"] == "decoder":
+    """han, ast (all audio tasks) or decoder, and the [(model, its checkpoint), ...] that can be averaged."""
+    task = loaded[0][2]["task"]
+    if task == "decoder":
         _shared_settings(loaded)
-        return "decoder", [(model, ckpt) for _, model, ckpt in loaded]
+        return task, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded]
+    for path, model, _ in loaded:
+        if task == "ast" and model.model_args["num_outputs"] is None:
+            raise DataError(f"{path}: a pre-training, which rates nothing; fine-tune it first")
     folds, _ = _load_fold_models(loaded)
-    return "han" if loaded[0][2]["task"] == "han" else "ast", [
-        member for members in folds.values() for member in members
-    ]
+    return "han" if task == "han" else "ast", list(itertools.chain.from_iterable(folds.values()))
 
 
-def _one_picture(args: argparse.Namespace, count: int) -> None:
+def _check_inputs(args: argparse.Namespace, kind: str, complete: bool) -> None:
+    """Refuses inputs that a kind of checkpoint does not take, and incomplete ones."""
+    given = {option for options in INPUTS.values() for option in options if getattr(args, option)}
+    if not complete or given - set(INPUTS[kind]):
+        shown = ", ".join(f"--{option}" for option in sorted(given)) or "none"
+        wanted = {"han": "--score and --midi", "ast": "--audio or --midi", "decoder": "--speech"}[kind]
+        raise DataError(f"{args.ckpt[0]}: takes {wanted}; given {shown}; give those alone")
+
+
+def check_explain(args: argparse.Namespace, count: int) -> None:
     """Refuses an --explain that is no picture, cannot be written, or is one picture for several inputs."""
-    if args.explain:
-        out = Path(args.explain)
-        is_folder = out.is_dir() or not out.suffix
-        check_picture(out / "name.png" if is_folder else out)
-        if count > 1 and not is_folder:
-            raise DataError(
-                f"--explain {out}: one picture for {count} inputs; expected a folder for them; leave the {out.suffix} out"
-            )
+    if not args.explain:
+        return
+    out = Path(args.explain)
+    is_folder = out.is_dir() or not out.suffix
+    check_picture(out / "name.png" if is_folder else out)
+    if count > 1 and not is_folder:
+        raise DataError(f"--explain {out}: one picture for {count} inputs; name a folder")
+
+
+def _picture_of(explain_path: str, name: str, taken: Counter) -> Path:
+    """The file of one explanation; inputs of one name get numbers."""
+    out = Path(explain_path)
+    if out.suffix and not out.is_dir():
+        return out
+    name = re.sub(r"[^\w.@+-]", "_", name)
+    taken[name] += 1
+    return out / (f"{name}.png" if taken[name] == 1 else f"{name}_{taken[name]}.png")
 
 
 def _printable(text: object) -> str:
@@ -3892,327 +3843,236 @@ def _printable(text: object) -> str:
     return str(text).encode(errors="replace").decode()
 
 
-def _picture_of(args: argparse.Namespace, name: str, taken: set[str]) -> Path:
-    """The file of one explanation; inputs of one name get numbers."""
-    out = Path(args.explain)
-    if out.suffix and not out.is_dir():
-        return out
-    name = re.sub(r"[^\w.@+-]", "_", name)
-    name = next(n for k in range(1, len(taken) + 2) if (n := name if k == 1 else f"{name}_{k}") not in taken)
-    taken.add(name)
-    return out / f"{name}.png"
-
-
-def _expand(paths: list[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files named, and in place of a folder those in it of such a suffix. DataError for a folder without any."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = (
-            sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes and f.name[0] != ".")
-            if path.is_dir()
-            else [path]
-        )
-        if not found:
-            raise DataError(
-                f"{path}: a folder without a file of kind {' or '.join(suffixes)}; expected some; name another"
-            )
-        files += found
-    return files
+def _expand(path: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The file, or those of a folder with such a suffix; hidden ones left out."""
+    if not Path(path).is_dir():
+        return [Path(path)]
+    found = sorted(f for f in Path(path).iterdir() if f.suffix.lower() in suffixes and f.name[0] != ".")
+    if not found:
+        raise DataError(f"{path}: a folder without {', '.join(suffixes)}; expected some; name another")
+    return found
 
 
 def _training_ratings(members: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and deviation (19,) of the ratings that trained the models, as far as each checkpoint knows them; else None."""
+    """Mean and deviation (19,) of the ratings that trained the models, where checkpoints know them."""
     rows = []
     for _, kept in members:
-        info, standardised = kept["data"], kept["args"].get("standardise") == "dimension"
-        keys = next(
-            (
-                keys
-                for keys in (("rating_mean", "rating_std"), ("target_mean", "target_std"))
-                if keys[0] in info
-            ),
-            None,
-        )
-        if keys and (keys[0] == "rating_mean" or standardised):
-            rows.append([info[key] for key in keys])
+        info = kept["data"]
+        if "rating_mean" in info:
+            rows.append((info["rating_mean"], info["rating_std"]))
+        elif "target_mean" in info and kept["args"].get("standardise") == "dimension":
+            rows.append((info["target_mean"], info["target_std"]))
     return tuple(np.mean(rows, axis=0)) if rows else None
 
 
-def _han_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    if not args.score or not args.midi:
-        raise DataError(
-            f"{args.ckpt[0]}: of task 'han', which compares a performance with its score; "
-            "expected --score FILE.musicxml and --midi FILE.mid; give both"
-        )
-    if len(args.score) > 1 and len(args.score) != len(args.midi):
-        raise DataError(
-            f"--score names {len(args.score)} files, --midi {len(args.midi)}; expected one score, or as many of both, in the same order"
-        )
-    pairs = (
-        zip(args.score, [[path] for path in args.midi], strict=True)
-        if len(args.score) > 1
-        else [(args.score[0], args.midi)]
-    )
-    return [
-        functools.partial(_rate_performance, members, args, score, midi)
-        for score, paths in pairs
-        for midi in _expand(paths, FILE_KINDS["midi"])
-    ]
+def han_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
+    _check_inputs(args, "han", args.score and args.midi)
+    scores = args.score if len(args.score) > 1 else args.score * len(args.midi)
+    if len(scores) != len(args.midi):
+        raise DataError(f"--score: {len(scores)} files, --midi: {len(args.midi)}; give one, or one for each")
+    jobs = []
+    for score, path in zip(scores, args.midi, strict=True):
+        for midi in _expand(path, (".mid", ".midi")):
+            jobs.append(functools.partial(rate_performance, members, args, score, midi))
+    return jobs
 
 
-def _rate_performance(
-    members: list[tuple], args: argparse.Namespace, score: str, midi: Path, refuse: Callable
+def rate_performance(
+    members: list, args: argparse.Namespace, score: str, midi: Path, _
 ) -> list[tuple[dict, dict]]:
-    """One performance of a score: its record, and what explains it. DataError where the two do not belong together."""
+    """One performance of a score: its record, and what explains it."""
     ((_, item),) = extract_performances((score, [str(midi)]))
     if isinstance(item, str):
         raise DataError(item)
-    name, rate, extra = (
+    if item["match_rate"] < MISALIGNED:
+        raise DataError(
+            f"{midi}: holds {item['match_rate']:.0%} of the notes of {score}; "
+            f"expected {MISALIGNED:.0%}; is it another piece, edition or passage?"
+        )
+    name, extra = (
         _printable(midi.stem.strip()),
-        item["match_rate"],
         float((item["voice"] == 0).sum() / len(item["performance"].pitch)),
     )
-    if rate < MISALIGNED:
-        raise DataError(
-            f"{midi}: holds {rate:.0%} of the notes of {score}; expected {MISALIGNED:.0%} or more of the score that was played; "
-            "is it the wrong piece, another edition or passage, or are repeats left out? Give the score of what is played"
-        )
     item["name"] = name
     corpus = Corpus(score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
-    p = np.mean(
-        [
-            predict_han(model, prepare_han(corpus, [name], kept["data"]), args.device)
-            for model, kept in members
-        ],
-        axis=0,
-    )[0]
+    each = [
+        predict_han(model, prepare_han(corpus, [name], kept["data"]), args.device) for model, kept in members
+    ]
     record = {
         "name": name,
         "path": str(midi),
         "score": score,
-        "match_rate": rate,
+        "match_rate": item["match_rate"],
         "extra": extra,
         "notes": len(item["x"]),
-        "ratings": p,
+        "ratings": np.mean(each, axis=0)[0],
     }
-    work = {"name": name, "item": item, "ratings": p}
+    work = {"name": name, "item": item}
     if args.explain:
         work |= {"score": read_musicxml(score), "performance": item["performance"], "match": item["match"]}
     return [(record, work)]
 
 
-def _ast_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    if bool(args.audio) == bool(args.midi):
-        raise DataError(
-            f"{args.ckpt[0]}: of task {loaded[0][2]['task']!r}, which rates sound; "
-            "expected --audio FILE.wav, or --midi FILE.mid to be rendered; give one of them"
-        )
+def audio_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
+    _check_inputs(args, "ast", bool(args.audio) != bool(args.midi))
     if args.explain:
-        _need_attention(members)
-    source, trained = "audio" if args.audio else "midi", members[0][1]["data"]["audio"]
-    if trained != (kind := "wav" if args.audio else "rendered"):
-        print(
-            f"trained on audio of kind {trained}, given {kind}: other noise and rooms than it knows, so its ratings say little; fine-tune with --audio to rate recordings"
-        )
-    return [
-        functools.partial(_rate_audio, members, args, source, path)
-        for path in _expand(getattr(args, source), FILE_KINDS[source])
-    ]
+        check_attention(members)
+    paths, suffixes = (args.audio, (".wav",)) if args.audio else (args.midi, (".mid", ".midi"))
+    trained, kind = members[0][1]["data"]["audio"], "wav" if args.audio else "rendered"
+    if trained != kind:
+        print(f"trained on audio of kind {trained}, given {kind}: its ratings say little")
+    files = itertools.chain.from_iterable(_expand(path, suffixes) for path in paths)
+    return [functools.partial(rate_audio, members, args, path) for path in files]
 
 
-def _rate_audio(
-    members: list[tuple], args: argparse.Namespace, source: str, path: Path, refuse: Callable
-) -> list[tuple[dict, dict]]:
-    _, energies = read_piece(argparse.Namespace(**{"audio": None, "midi": None, source: str(path)}))
-    name = _printable(path.stem)
-    item = {
-        "name": name,
-        "frames": len(energies),
-        "fbank": energies.astype(np.float16),
-    }  # rounded as those that trained the model
-    p = np.mean([predict_ast(model, [item], kept["data"], args.device) for model, kept in members], axis=0)[0]
-    record = {"name": name, "path": str(path), "seconds": len(energies) * HOP / SAMPLE_RATE, "ratings": p}
-    return [(record, {"name": name, "path": str(path), "energies": energies, "ratings": p})]
+def rate_audio(members: list[tuple], args: argparse.Namespace, path: Path, _) -> list[tuple[dict, dict]]:
+    energies, name = read_piece(path, rendered=not args.audio), _printable(path.stem)
+    # Rounded as those that trained the model.
+    item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
+    each = [predict_ast(model, [item], kept["data"], args.device) for model, kept in members]
+    seconds = len(energies) * HOP / SAMPLE_RATE
+    record = {"name": name, "path": str(path), "seconds": seconds, "ratings": np.mean(each, axis=0)[0]}
+    return [(record, {"name": name, "energies": energies})]
 
 
-def _decoder_jobs(loaded: list[tuple], members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    """A job for each corpus or file, and one for all .npy files of a folder."""
-    if not args.speech or args.midi:
-        raise DataError(
-            f"{args.ckpt[0]}: of task 'decoder', which reads neural activity; expected --speech FILE_OR_FOLDER alone; give that"
-        )
+def decoder_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
+    """A job for each corpus or .mat file, and one for the .npy files of a folder, standardised together."""
+    _check_inputs(args, "decoder", args.speech)
     sources: dict[Path, list[Path]] = {}
     for path in map(Path, args.speech):
-        inside = (
-            sorted(path.glob("[!.]*.npy"))
-            if path.is_dir() and not (path / "trials.json").is_file()
-            else [path]
-            if path.suffix == ".npy"
-            else []
-        )
-        folder = path if path.is_dir() or not inside else path.parent
-        sources[folder] = list(dict.fromkeys(sources.get(folder, []) + inside))
+        is_corpus = (path / "trials.json").is_file()
+        inside = sorted(path.glob("[!.]*.npy")) if path.is_dir() and not is_corpus else []
+        if path.suffix == ".npy" and not path.is_dir():
+            sources.setdefault(path.parent, []).append(path)
+        else:
+            sources.setdefault(path, []).extend(inside)
     if args.raw and not any(sources.values()):
-        raise DataError(
-            f"--raw: for .npy files only; given {', '.join(args.speech)}, which a conversion has standardised; leave it out"
-        )
-    return [functools.partial(_decode, loaded, args, path, files) for path, files in sources.items()]
+        raise DataError(f"--raw: for .npy files only; given {', '.join(args.speech)}; leave it out")
+    return [functools.partial(decode, members, args, path, files) for path, files in sources.items()]
 
 
-def _decode(
-    loaded: list[tuple], args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable
-) -> list[tuple[dict, dict]]:
-    """All trials of a corpus, of a .mat file, or of the .npy files of a folder: records, and what explains them."""
-    channels, stride = loaded[0][2]["data"]["channels"], loaded[0][1].stride
+def decode(
+    members: list, args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable
+) -> list[tuple]:
+    """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
+    channels, stride = members[0][1]["data"]["channels"], members[0][0].stride
     if files:
         corpus = _npy_corpus(source, files, channels, args.raw, refuse)
-        if not corpus.ids:
-            return []
+    elif source.suffix == ".mat":
+        corpus = _mat_corpus(source, channels, args.strict)
     else:
-        corpus = (
-            _mat_corpus(source, channels, args.strict)
-            if source.suffix == ".mat"
-            else open_speech(source, args.cache, args.strict)
-        )
+        corpus = open_speech(source, args.cache, args.strict)
     if corpus.channels != channels:
-        raise DataError(
-            f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}; give recordings of those"
-        )
-    trials, sessions, day, rule = (
-        np.arange(len(corpus.ids)),
-        corpus.days,
-        corpus.day,
-        args.day or ("mean" if files else None),
-    )
-    if files and rule == "mean":
-        corpus = replace(corpus, day=np.zeros(len(trials), np.int64), days=["of .npy files"])
-    _one_picture(args, len(trials))
+        raise DataError(f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
+    check_explain(args, len(corpus.ids))
     for line in corpus.left_out:
         print(f"left out: {line}")
-    if rule not in (None, "nearest", "mean"):
-        corpus, rule = replace(corpus, days=[rule] * len(sessions)), None
+    trials, sessions = np.arange(len(corpus.ids)), [corpus.days[d] for d in corpus.day]
+    rule = args.day or ("mean" if files else None)
+    if files and rule == "mean":  # one unknown session, said once
+        corpus = replace(corpus, day=np.zeros_like(corpus.day), days=["of .npy files"])
+    if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
+        corpus, rule = replace(corpus, days=[rule] * len(corpus.days)), None
         print(f"{source}: day layer of {args.day} for every trial")
     settings = argparse.Namespace(ckpt=args.ckpt, device=args.device, day=rule, batch=64, part=None)
-    log_probs = mean_logits(loaded, corpus, trials, settings)
+    loaded = [(kept["path"], model, kept) for model, kept in members]
+    log_probs = mean_logits(loaded, corpus, trials, settings) if len(trials) else []
     _say_circumstances(settings, loaded, corpus, trials)
     results = []
     for i, row in enumerate(log_probs):
-        ids, reference = (
-            ctc_greedy(row[None], [len(row)])[0],
-            corpus.labels[i].tolist() if corpus.labelled[i] else None,
-        )
+        phonemes = ctc_greedy(row[None], [len(row)])[0]
+        reference = corpus.labels[i].tolist() if corpus.labelled[i] else None
         record = {
             "id": corpus.ids[i],
             "path": corpus.text[i] if files else str(source),
-            "session": sessions[day[i]],
+            "session": sessions[i],
             "seconds": float(corpus.lengths[i] * BIN),
-            "phonemes": ids,
+            "phonemes": phonemes,
             "reference": reference,
-            "errors": None if reference is None else edit_counts(reference, ids),
+            "errors": None if reference is None else edit_counts(reference, phonemes),
         }
-        results.append(
-            (
-                record,
-                {
-                    "name": corpus.ids[i],
-                    "log_probs": row,
-                    "phonemes": ids,
-                    "labels": reference,
-                    "seconds per frame": stride * BIN,
-                },
-            )
-        )
+        work = {
+            "name": corpus.ids[i],
+            "log_probs": row,
+            "labels": reference,
+            "seconds per frame": stride * BIN,
+        }
+        results.append((record, work))
     return results
 
 
 def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
-    """A trial a file; `text` holds the files' paths. Unless raw, the features are z-scored over all of them, as a conversion does
-    with the trials of a block: one that came standardised stays as it is."""
+    """A trial and day a file; `text` holds their paths. Unless raw, all are z-scored together, as a block."""
     trials = []
     for path in files:
         try:
             trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
         except DataError as error:
-            if len(files) == 1:
-                raise
             refuse(error)
-    report, how = ConversionReport(False), "taken as they are (--raw)"
+    how = "taken as they are (--raw)"
+    report = ConversionReport(False)
     if trials and not raw:
-        came_so = standardise_blocks(trials, str(folder), report)[1]
-        how = (
-            "standardised when they came"
-            if came_so
-            else f"z-scored {'together, as one block' if len(files) > 1 else 'alone, as a block of its own'}"
-        )
-    if trials:
-        print("\n".join([f"{folder}: {len(trials)} .npy trials, {how}", *report.notes]))
-    lengths, nothing = [len(trial["x"]) for trial in trials], [np.zeros(0, np.int64)] * len(trials)
+        kept = standardise_blocks(trials, str(folder), report)[1]
+        how = "standardised when they came" if kept else "z-scored together, as one block"
+    print(f"{folder}: {len(trials)} .npy trials, {how}", *report.notes, sep="\n")
+    features = [trial["x"].astype(np.float32) for trial in trials]
     names = [_printable(trial["path"].stem) for trial in trials]
     return SpeechCorpus(
-        features=np.concatenate([np.zeros((0, channels), np.float32), *(trial["x"].astype(np.float32) for trial in trials)]), offsets=np.cumsum([0, *lengths]),
-        day=np.arange(len(trials)), block=np.zeros(len(trials), np.int64), part=np.full(len(trials), ""), labels=nothing, text=[str(t["path"]) for t in trials],
-        ids=names, days=names, channels=channels, root=folder, synthetic=False, left_out=[], labelled=np.zeros(len(trials), bool))  # fmt: skip
+        features=np.concatenate([np.zeros((0, channels), np.float32), *features]),
+        offsets=np.cumsum([0, *map(len, features)]),
+        day=np.arange(len(trials)),
+        block=np.zeros(len(trials), np.int64),
+        part=np.full(len(trials), ""),
+        labels=[np.zeros(0, np.int64)] * len(trials),
+        text=[str(trial["path"]) for trial in trials],
+        ids=names,
+        days=names,
+        channels=channels,
+        root=folder,
+        synthetic=False,
+        left_out=[],
+        labelled=np.zeros(len(trials), bool),
+    )
 
 
 def _read_trial(path: Path, channels: int) -> np.ndarray:
     """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
-    wanted = f"expected one trial, numbers (1 to {MOST_BINS} bins of 20 ms, {channels} channels), as np.save writes it; save it so"
+    wanted = f"expected (1 to {MOST_BINS} bins of 20 ms, {channels} channels), numbers, as np.save writes"
     try:
-        with path.open("rb") as file:
-            start = file.read(6)
-        if start != b"\x93NUMPY":
-            raise ValueError(
-                f"a file that starts with {start!r}, not b'\\x93NUMPY'" if start else "an empty file"
-            )
-        x = np.load(path, mmap_mode="r", allow_pickle=False)
+        x = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
-        raise DataError(
-            f"{path}: {getattr(error, 'strerror', None) or ' '.join(str(error).split())[:150] or type(error).__name__}; {wanted}"
-        ) from error
-    if x.dtype.kind not in "fiu":
-        raise DataError(f"{path}: type {x.dtype}; {wanted}")
-    if x.ndim != 2 or x.shape[1] != channels or not 0 < len(x) <= MOST_BINS:
-        raise DataError(
-            f"{path}: shape {x.shape}{', the other way round' * (x.ndim == 2 and len(x) == channels)}; {wanted}"
-        )
-    if found := unusable_bins(x):
-        raise DataError(f"{path}: {found}; leave the trial out or mend it")
+        raise DataError(f"{path}: {' '.join(str(error).split())[:150]}; {wanted}") from error
+    if x.dtype.kind not in "fiu" or x.ndim != 2 or x.shape[1] != channels or not 0 < len(x) <= MOST_BINS:
+        raise DataError(f"{path}: type {x.dtype}, shape {x.shape}; {wanted}")
+    unusable = unusable_bins(x)
+    if unusable:
+        raise DataError(f"{path}: {unusable}; leave the trial out or mend it")
     return np.array(x)
 
 
 def _mat_corpus(path: Path, channels: int, strict: bool) -> SpeechCorpus:
-    """The trials of one .mat file of the '24 layout: with labels where it has sentences (which g2p_en must spell), else without."""
+    """The trials of one .mat file of the '24 layout: with labels where it has sentences, else without."""
     refusals = []
-    for part in ("test", "competitionHoldOut"):
+    for part in ("test", "competitionHoldOut"):  # the latter needs no sentences
         with (
             tempfile.TemporaryDirectory() as scratch
-        ):  # a corpus of this one file; its features stay mapped when the folder goes
-            link = Path(scratch) / part / path.name
-            link.parent.mkdir()
-            link.symlink_to(path.absolute())
+        ):  # its converted features stay mapped when the folder goes
+            copy = Path(scratch) / part / path.name
+            copy.parent.mkdir()
             try:
-                convert_speech(
-                    scratch,
-                    Path(scratch) / "converted",
-                    channels=None if channels == 256 else channels,
-                    strict=strict,
-                    quiet=True,
-                )
-                corpus = open_speech(Path(scratch) / "converted")
-            except DataError as error:
-                refusals.append(str(error).replace(str(link), str(path)))
+                shutil.copyfile(path, copy)
+                asked = None if channels == 256 else channels
+                convert_speech(scratch, f"{scratch}/converted", channels=asked, strict=strict, quiet=True)
+                corpus = open_speech(f"{scratch}/converted")
+            except (DataError, OSError) as error:
+                refusals.append(str(error).replace(str(copy), str(path)))
                 continue
         for line in refusals:
             print(f"no labels: {line}")
-        lines = [line.replace(str(link), str(path)) for line in corpus.left_out]
+        left_out = [line.replace(str(copy), str(path)) for line in corpus.left_out]
+        ids = [trial.partition("/")[2] for trial in corpus.ids]
         synthetic = any((parent / "SYNTHETIC").is_file() for parent in path.absolute().parents[:3])
-        return replace(
-            corpus,
-            root=path,
-            ids=[trial.partition("/")[2] for trial in corpus.ids],
-            left_out=lines,
-            synthetic=synthetic,
-        )
+        return replace(corpus, root=path, ids=ids, left_out=left_out, synthetic=synthetic)
     raise DataError(refusals[0])
 
 
@@ -4221,35 +4081,36 @@ def _scale(value: float, mean: float | None) -> str:
     cells, at = ["."] * BAR, round(value * (BAR - 1))
     if mean is not None:
         middle = round(mean * (BAR - 1))
-        cells[min(at, middle) : max(at, middle)] = "=" * abs(at - middle)
+        low, high = sorted((at, middle))
+        cells[low:high] = ["="] * (high - low)
         cells[middle] = "|"
     cells[at] = "o"
     return "".join(cells)
 
 
 def _show_ratings(record: dict, known: tuple[np.ndarray, np.ndarray] | None) -> str:
-    """The 19 ratings between their poles, at most 100 columns; known: mean and deviation of the training ratings."""
+    """The ratings between their poles, in 100 columns; known: mean and deviation of the training ratings."""
     if "seconds" in record:
         lines = [f"\n{record['name']}, {record['seconds']:.1f} s"]
     else:
-        doubt = ": a longer recording, or another edition?" * (record["extra"] > 0.5)
-        lines = [
-            f"\n{record['name']} with {Path(record['score']).name}",
-            f"{record['match_rate']:.1%} of the score's notes were found; {record['extra']:.1%} of the played notes are not in it{doubt}",
-        ]
+        found = f"{record['match_rate']:.1%} of the score's notes were found; "
+        found += f"{record['extra']:.1%} of the played notes are not in it"
+        lines = [f"\n{record['name']} with {Path(record['score']).name}", found]
+        if record["extra"] > 0.5:
+            lines[-1] += ": a longer recording, or another edition?"
         if record["notes"] > MAX_NOTES:
-            lines.append(
-                f"{record['notes']} notes, where PercePiano's passages of 4 to 16 bars have {MAX_NOTES} at most: cut it into passages"
-            )
-    lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value" + "  mean   SD" * (known is not None))
-    for d, (label, value) in enumerate(zip(LABELS, record["ratings"], strict=True)):
-        group, (left, right) = _label_group(label), LABEL_POLES[label]
-        shown = group.replace("_", " ").capitalize() if d == 0 or _label_group(LABELS[d - 1]) != group else ""
-        mean, spread = (known[0][d], known[1][d]) if known else (None, None)
-        lines.append(
-            f"{shown:<14} {left:>23} {_scale(value, mean)} {right:<19}{value:5.2f}"
-            + (f" {mean:5.2f} {spread:4.2f}" if known else "")
-        )
+            lines.append(f"{record['notes']} notes, PercePiano's passages have {MAX_NOTES} at most: cut it")
+    lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value")
+    if known:
+        lines[-1] += "  mean   SD"
+    last = None
+    for d, (label, (left, right)) in enumerate(LABEL_POLES.items()):
+        group, value = _label_group(label), record["ratings"][d]
+        shown = "" if group == last else group.replace("_", " ").capitalize()
+        last = group
+        mean = known[0][d] if known else None
+        line = f"{shown:<14} {left:>23} {_scale(value, mean)} {right:<19}{value:5.2f}"
+        lines.append(f"{line} {mean:5.2f} {known[1][d]:4.2f}" if known else line)
     return "\n".join(lines)
 
 
@@ -4257,26 +4118,44 @@ def _show_trial(record: dict) -> str:
     lines = [f"{record['id']}: {record['seconds']:.2f} s, {len(record['phonemes'])} phonemes"]
     if record["reference"] is not None:
         sub, dele, ins = record["errors"]
-        lines[0] += (
-            f", PER {(sub + dele + ins) / len(record['reference']):.3f} (sub {sub} del {dele} ins {ins} of {len(record['reference'])})"
-        )
+        rate = (sub + dele + ins) / len(record["reference"])
+        lines[0] += f", PER {rate:.3f} (sub {sub} del {dele} ins {ins} of {len(record['reference'])})"
         lines.append(f"  reference  {spell(record['reference'])}")
     return "\n".join([*lines, f"  decoded    {spell(record['phonemes']) or '(nothing)'}"])
 
 
-def _predictions_json(
+def _print_labelled(records: list[dict]) -> None:
+    """The error rate of those trials that came with their phonemes."""
+    labelled = [record for record in records if record.get("errors")]
+    if labelled:
+        rate = error_rate(np.array([[*record["errors"], len(record["reference"])] for record in labelled]))
+        print(f"PER of {len(labelled)} labelled trials {rate:.4f}")
+    if any(
+        record["id"].startswith("train/") or Path(record["path"]).parent.name == "train"
+        for record in labelled
+    ):
+        print("some are of part train, on which the model may have been trained: no result")
+
+
+def _readable(record: dict) -> dict:
+    """A record as files hold it: ratings by label, phonemes spelt, errors by kind."""
+    if "ratings" in record:
+        return record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))}
+    shown = record | {"phonemes": spell(record["phonemes"])}
+    if record["reference"] is not None:
+        shown["reference"] = spell(record["reference"])
+        shown["errors"] = dict(zip(EDITS, record["errors"], strict=True))
+    return shown
+
+
+def predictions_json(
     records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace
 ) -> str:
     """Predictions, refusals and circumstances: what --json writes."""
-    used = [
-        {
-            "path": str(path),
-            "fold": ckpt["data"].get("fold"),
-            "seed": ckpt["args"].get("seed"),
-            **{key: ckpt[key] for key in ("task", "step", "git_sha")},
-        }
-        for path, _, ckpt in loaded
-    ]
+    used = []
+    for path, _, ckpt in loaded:
+        about = {"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
+        used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
     saved = {
         "command": args.command,
         **git_state(),
@@ -4286,131 +4165,69 @@ def _predictions_json(
     }
     if "ratings" in records[0]:
         known = _training_ratings([(model, ckpt) for _, model, ckpt in loaded])
-        statistics = known and {
-            label: {"mean": float(mean), "sd": float(spread)}
-            for label, mean, spread in zip(LABELS, *known, strict=True)
-        }
-        saved |= {
-            "poles": {label: list(poles) for label, poles in LABEL_POLES.items()},
-            "training": statistics,
-        }
-        predictions = [
-            record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))}
-            for record in records
-        ]
-    else:
-        predictions = [
-            record
-            | {
-                "phonemes": spell(record["phonemes"]),
-                "reference": record["reference"] and spell(record["reference"]),
-                "errors": record["errors"]
-                and dict(zip(("sub", "del", "ins"), record["errors"], strict=True)),
-            }
-            for record in records
-        ]
-    return (
-        json.dumps(
-            json_ready(saved | {"predictions": predictions, "refused": refused}), indent=1, allow_nan=False
-        )
-        + "\n"
-    )
+        saved |= {"poles": {label: list(poles) for label, poles in LABEL_POLES.items()}, "training": None}
+        if known:
+            pairs = zip(LABELS, *np.stack(known).tolist(), strict=True)
+            saved["training"] = {label: {"mean": mean, "sd": spread} for label, mean, spread in pairs}
+    saved |= {"predictions": list(map(_readable, records)), "refused": refused}
+    return json.dumps(json_ready(saved), indent=1, allow_nan=False) + "\n"
 
 
-def _predictions_csv(
-    records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace
-) -> str:
+def predictions_csv(records: list[dict]) -> str:
     """A line a prediction, ratings with six decimals: what --csv writes."""
-    if "ratings" in records[0]:
-        about = [key for key in records[0] if key != "ratings"]
-        rows = [
-            [*about, *LABELS],
-            *(
-                [*(record[key] for key in about), *(f"{value:.6f}" for value in record["ratings"])]
-                for record in records
-            ),
-        ]
-    else:
-        about = ["id", "path", "session", "seconds"]
-        rows = [[*about, "phonemes", "reference", "sub", "del", "ins"]]
-        for record in records:
-            rows.append(
-                [
-                    *(record[key] for key in about),
-                    spell(record["phonemes"]),
-                    spell(record["reference"] or ()),
-                    *(record["errors"] or ("", "", "")),
-                ]
-            )
+    rows = []
+    for record in map(_readable, records):
+        if "ratings" in record:
+            figures = {label: f"{value:.6f}" for label, value in record.pop("ratings").items()}
+        else:
+            figures = record.pop("errors") or dict.fromkeys(EDITS)
+        rows.append(record | figures)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Explanation
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's, which the colour-blind can tell apart.
-COLOURS = {
-    "measure": "#c7c7c7",
-    "beat": "#0072b2",
-    "beat in measure": "#d55e00",
-    "curve": "#0072b2",
-    "spread": "#9ecae1",
-    "wrong": "#d55e00",
-}
-ARTICULATION = {
-    "vowels": "IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY",
-    "stops": "P B T D K G CH JH",
-    "fricatives": "F V TH DH S Z SH ZH HH",
-    "sonorants": "M N NG L R W Y",
-    "": "SIL",
-}  # rows of the decoder's picture: what is confused stands together
+# Rows of the decoder's picture: what is confused stands together.
+ARTICULATION = """IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY  P B T D K G CH JH
+F V TH DH S Z SH ZH HH  M N NG L R W Y  SIL"""
+SEEN = 0.05  # phonemes that never reach this probability are left out
 SMOOTH = 0.7, 0.5  # SD of the tempo curve's smoothing: beats, seconds; the longer one counts
-SEEN = 0.05  # classes that never reach this probability are left out
 MOST_BEATS = 150  # that are drawn with lines of their own
-MOST_IN_ROW = 46  # phoneme names side by side
 
 
 def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dict:
-    """Draws what one prediction rests on, 1600 pixels wide, as `predict --explain` asks; returns the figures in the picture.
+    """Draws what one prediction rests on, 1600 pixels wide; returns the figures in the picture.
 
-    kind: task of the checkpoints; members: [(model, what of its checkpoint is needed), ...], averaged; work: what `predict` knows
-    of the file. A network without attention, or a piece of which nothing can be drawn, raises DataError before anything is written."""
+    kind: han, ast or decoder; members: [(model, its checkpoint), ...], averaged; work: what `predict` knows
+    of the file. DataError, before anything is written, where nothing can be drawn."""
     out = Path(out)
     check_picture(out)
-    if kind == "decoder":
-        return explain_decoder(out, members, work)
-    return explain_han(out, members, work) if kind == "han" else explain_ast(out, members, work)
+    return {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](out, members, work)
 
 
-def explicit_attention(
-    attention: ContextAttention, x: Tensor, group: Tensor, groups: int
-) -> tuple[Tensor, Tensor]:
-    """`attention(x, group, groups)`, and the weights (M, H) of the members that it keeps to itself: they sum to 1 in each group."""
-    (H, D), M = attention.context_vector.shape, len(x)
-    hidden = torch.tanh(attention.linear(x)).view(M, H, D)
-    weights = group_softmax(
-        torch.einsum("mhd,hd->mh", hidden, attention.context_vector).float(), group, groups
-    )
-    weighted = torch.einsum("mhd,mh->mhd", x.float().view(M, H, D), weights).flatten(1)
-    return weighted.new_zeros(groups, H * D).index_add(0, group, weighted), weights
+def context_attention(attention: ContextAttention, x: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The weights (M, H) within `attention(x, group, groups)`: they sum to 1 in each group."""
+    hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
+    return group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
 
 
 @torch.no_grad()
 def attention_weights(model: HAN, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
-    """{"beat_attention", "measure_attention", "attention": (weights (M, H), group of each member (M,))} of those that a HAN has."""
-    found = {}
+    """By the name of each ContextAttention of a HAN: weights (M, H), group of each member (M,)."""
+    found, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, ContextAttention):
 
-    def follow(name: str, module: ContextAttention, inputs: tuple, _) -> None:
-        found[name] = explicit_attention(module, *inputs)[1], inputs[1]
+            def follow(module: ContextAttention, inputs: tuple, name: str = name) -> None:
+                found[name] = context_attention(module, *inputs), inputs[1]
 
-    hooks = [
-        module.register_forward_hook(functools.partial(follow, name))
-        for name, module in model.named_modules()
-        if isinstance(module, ContextAttention)
-    ]
+            hooks.append(module.register_forward_pre_hook(follow))
     try:
         model(batch)
     finally:
@@ -4420,46 +4237,39 @@ def attention_weights(model: HAN, batch: dict) -> dict[str, tuple[Tensor, Tensor
 
 
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
-    """What the attention of HANs weighs in one un-normalised item, in units of an even share, averaged over heads and members:
-    "note in beat", "note" (rows of the item; NaN where no member reads a row), "beat in measure", "beat" (beats), "measure" (measures).
-    note, beat and measure are weights in the whole piece, summed from what the last attention pools; levels that no member has are absent."""
+    """What HANs weigh in one un-normalised item, in units of an even share, averaged over heads and members.
+
+    "note in beat", "note" (rows; NaN where no member reads a row), "beat in measure", "beat", "measure".
+    note, beat and measure are weights in the whole piece, summed from what the last attention pools."""
     of_beat, of_measure = (np.unique(item[key], return_inverse=True)[1] for key in ("beat", "measure"))
     measure_of_beat = of_measure[np.unique(of_beat, return_index=True)[1]]
-    corpus, levels = (
-        Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {}),
-        {},
-    )
+    corpus = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {})
+    levels: dict[str, list] = {}
     for model, kept in members:
-        batch, own = collate_han(prepare_han(corpus, [item["name"]], kept["data"])), {}
-        read = item["voice"] > 0 if kept["data"]["features"] == "score" else np.ones(len(of_beat), bool)
+        batch = collate_han(prepare_han(corpus, [item["name"]], kept["data"]))
+        batch = to_device(batch, next(model.parameters()).device)
         pooled = model.level if model.level in ("beat", "measure") else "note"
         names = {
             "beat_attention": "note in beat",
             "measure_attention": "beat in measure",
             "attention": pooled,
         }
-        for name, (weights, group) in attention_weights(
-            model.eval(), to_device(batch, next(model.parameters()).device)
-        ).items():
+        own = {}
+        for name, (weights, group) in attention_weights(model.eval(), batch).items():
             own[names[name]] = (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
+        read = item["voice"] > 0 if kept["data"]["features"] == "score" else np.full(len(of_beat), True)
         if pooled == "note":
-            own |= {
-                "beat": _group_mean(own["note"], of_beat[read]),
-                "measure": _group_mean(own["note"], of_measure[read]),
-            }
+            own["beat"] = _group_mean(own["note"], of_beat[read])
+            own["measure"] = _group_mean(own["note"], of_measure[read])
         elif pooled == "beat":
             own["measure"] = _group_mean(own["beat"], measure_of_beat)
-        for level in own.keys() & {"note", "note in beat"}:
-            rows = np.full(len(read), np.nan)
-            rows[read] = own[level]
-            own[level] = rows
         for level, values in own.items():
+            if level.startswith("note"):
+                rows = np.full(len(read), np.nan)
+                rows[read] = values
+                values = rows
             levels.setdefault(level, []).append(values)
-    counts = {level: np.isfinite(values).sum(0) for level, values in levels.items()}
-    return {
-        level: np.where(counts[level], np.nansum(values, axis=0) / counts[level].clip(1), np.nan)
-        for level, values in levels.items()
-    }
+    return {level: np.ma.masked_invalid(each).mean(0).filled(np.nan) for level, each in levels.items()}
 
 
 def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -4467,539 +4277,285 @@ def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def time_map(score, performance, match: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quarters, seconds and beat of every chord that was matched, in order of time: mean onsets of the notes whose match
-    `note_features` keeps, graces apart. Refuses a performance without any."""
+    """Quarters, seconds and beat of every chord that was matched, in order of time, graces apart."""
     rows = np.flatnonzero((note_features(score, performance, match)["matched"] > 0) & ~score.grace)
     if not len(rows):
-        raise DataError(
-            f"{performance.path}: no note of {score.path} was found in it; expected a performance of that score; nothing can be drawn"
-        )
+        raise DataError(f"{performance.path}: no note of {score.path} in it; give a take of it")
     quarter, first, chord = np.unique(score.onset[rows], return_index=True, return_inverse=True)
     second = _group_mean(performance.onset[match[rows]], chord)
     later = np.append(True, second[1:] > np.maximum.accumulate(second)[:-1])
     return quarter[later], second[later], score.beat[rows[first]][later]
 
 
-def clock(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: float) -> np.ndarray:
-    """Seconds of the positions `at` (quarters) by a time map, prolonged at the mean tempo of the piece; of one chord, at `qpm`."""
+def seconds_at(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: float) -> np.ndarray:
+    """Seconds of positions (quarters) by a time map, prolonged at its mean tempo; of one chord, at `qpm`."""
     pace = (second[-1] - second[0]) / (quarter[-1] - quarter[0]) if len(quarter) > 1 else 60 / qpm
-    return np.interp(at, quarter, second) + pace * (
-        np.minimum(at - quarter[0], 0) + np.maximum(at - quarter[-1], 0)
-    )
+    inside = np.clip(at, quarter[0], quarter[-1])
+    return np.interp(inside, quarter, second) + pace * (at - inside)
 
 
 def tempo_curve(
     quarter: np.ndarray, second: np.ndarray, beat: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Local tempo of a time map: (k + 1,) seconds at which beats begin, (k,) quarters per minute from each to the next, and the same
-    smoothed (quarters over minutes, both weighted by a Gaussian of SMOOTH within a run). NaN where a beat between was not matched."""
+    """(k + 1,) seconds at which matched beats begin, (k,) quarters per minute between them, and smoothed.
+
+    Smoothed: quarters over minutes, both by a Gaussian of SMOOTH."""
+    from scipy.ndimage import gaussian_filter1d
+
     first = np.unique(beat, return_index=True)[1]
-    begin, length, time, step = (
-        second[first],
-        np.diff(quarter[first]),
-        np.diff(second[first]),
-        np.diff(beat[first]),
-    )
-    run, width = np.cumsum(step > 1), max(SMOOTH[0], SMOOTH[1] / np.median(time)) if len(time) else 1
-    weight = (
-        np.exp(-((np.subtract.outer(beat[first[:-1]], beat[first[:-1]]) / width) ** 2) / 2)
-        * (run[:, None] == run)
-        * (step == 1)
-    )
-    known = np.where(step == 1, 60.0, np.nan)
-    return begin, known * length / time, known * (weight @ length) / (weight @ time).clip(1e-9)
+    begin, quarters = second[first], np.diff(quarter[first])
+    minutes = np.diff(begin) / 60
+    if not len(minutes):
+        return begin, minutes, minutes
+    width = max(SMOOTH[0], SMOOTH[1] / 60 / np.median(minutes))
+    smooth = [gaussian_filter1d(steps, width, mode="nearest") for steps in (quarters, minutes)]
+    return begin, quarters / minutes, smooth[0] / smooth[1]
 
 
 def played_rows(score, item: dict, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, 4) pitch, velocity, onset, offset (seconds) of an item's rows, and which of them sounded; the others stand where
-    `seconds` (of quarters) expects them."""
+    """(rows, 4) pitch, velocity, onset, offset (s), which sounded; others stand where expected."""
     names, written = column_names(FEATURES), item["voice"] > 0
-    notes = item["x"][
-        :, [names.index(f"raw_{key}") for key in ("pitch", "velocity", "onset", "offset")]
-    ].astype(float)
-    sounded = item["matched"] | ~written
-    expected = np.stack(
-        [score.pitch, 0 * score.onset, seconds(score.onset), seconds(score.onset + score.duration)], 1
-    )
+    columns = [names.index(f"raw_{key}") for key in ("pitch", "velocity", "onset", "offset")]
+    notes, sounded = item["x"][:, columns].astype(float), item["matched"] | ~written
+    begin, end = seconds(score.onset), seconds(score.onset + score.duration)
+    expected = np.stack([score.pitch, np.zeros(len(begin)), begin, end], 1)
     notes[~sounded] = expected[~sounded[written]]
     return notes, sounded
 
 
 def beat_dynamics(notes: np.ndarray, sounded: np.ndarray, of_beat: np.ndarray) -> np.ndarray:
-    """(beats, 2) mean and deviation of the velocities played in each beat, NaN where none was. A key that two voices share counts once."""
-    rows = np.flatnonzero(sounded)
-    rows = rows[np.unique(notes[rows][:, [0, 2]], axis=0, return_index=True)[1]]
-    total = np.stack([np.bincount(of_beat[rows], notes[rows, 1] ** k, of_beat.max() + 1) for k in range(3)])
-    mean, square = total[1:] / np.where(total[0] > 0, total[0], np.nan)
-    return np.stack([mean, np.sqrt((square - mean**2).clip(0))], 1)
+    """(beats, 2) mean and deviation of the velocities played in each beat, NaN where none was."""
+    dynamics = np.full((of_beat.max() + 1, 2), np.nan)
+    for beat in np.unique(of_beat[sounded]):
+        velocity = notes[sounded & (of_beat == beat), 1]
+        dynamics[beat] = velocity.mean(), velocity.std()
+    return dynamics
+
+
+def _beginnings(score, key: str, end: float, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds at which the beats or measures that hold notes begin, and the end; and their numbers from 0."""
+    grid = getattr(score, f"{key}s")
+    first = score.onset[np.unique(getattr(score, key), return_index=True)[1]]
+    numbers = (np.searchsorted(grid, first + 1e-6, side="right") - 1).clip(0)
+    return np.append(seconds(grid[numbers]), end), numbers
 
 
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
-    """What HANs weigh in one performance, its tempo and its dynamics, over time: see `explain`. work: name, score, performance, match, item.
+    """What HANs weigh in a performance, its tempo, dynamics; work: name, score, performance, match, item.
 
-    Returns levels (`han_attention`), notes and sounded (`played_rows`), edges (seconds at which "beat"s and "measure"s begin, and the end),
-    bars (number of each measure), begin, qpm, smooth (`tempo_curve`), dynamics (`beat_dynamics`)."""
-    score, item = work["score"], {**work["item"], "name": work["name"]}
+    Returns levels (`han_attention`), notes and sounded (`played_rows`), beats and measures (seconds at which they
+    begin, and the end), bars (their numbers), begin, qpm, smooth (`tempo_curve`), dynamics."""
+    score, item = work["score"], work["item"] | {"name": work["name"]}
     quarter, second, beat = time_map(score, work["performance"], work["match"])
-    seconds = functools.partial(clock, quarter, second, qpm=score.tempo_qpm)
+    seconds = functools.partial(seconds_at, quarter, second, qpm=score.tempo_qpm)
     levels = han_attention(members, item)
     if not np.isfinite(levels["measure"]).all():
-        raise DataError(
-            f"{work['name']}: attention weights that are not finite; expected numbers; look for NaN in its features"
-        )
+        raise DataError(f"{work['name']}: attention is not finite; expected numbers")
     notes, sounded = played_rows(score, item, seconds)
     end = max(seconds((score.onset + score.duration).max()), notes[sounded, 2].max())
-    first = {
-        key: score.onset[np.unique(getattr(score, key), return_index=True)[1]] for key in ("beat", "measure")
-    }
-    beats, bars = _at_grid(score.beats, first["beat"]), _at_grid(score.measures, first["measure"])
-    edges = {
-        "beat": np.append(seconds(score.beats[beats]), end),
-        "measure": np.append(seconds(score.measures[bars]), end),
-    }
-    begin, qpm, smooth = tempo_curve(quarter, second, beat)
-    dynamics = beat_dynamics(notes, sounded, np.unique(item["beat"], return_inverse=True)[1])
-    drawn = {
-        "levels": levels,
-        "notes": notes,
-        "sounded": sounded,
-        "edges": edges,
-        "bars": bars + 1,
-        "begin": begin,
-        "qpm": qpm,
-        "smooth": smooth,
-        "dynamics": dynamics,
-    }
-    draw_han(out, drawn, *_han_words(members, work, levels))
+    drawn = {"levels": levels, "notes": notes, "sounded": sounded}
+    drawn["beats"], _ = _beginnings(score, "beat", end, seconds)
+    drawn["measures"], bars = _beginnings(score, "measure", end, seconds)
+    drawn["bars"] = bars + 1
+    drawn["begin"], drawn["qpm"], drawn["smooth"] = tempo_curve(quarter, second, beat)
+    drawn["dynamics"] = beat_dynamics(notes, sounded, np.unique(item["beat"], return_inverse=True)[1])
+    found = np.mean(work["match"] >= 0)
+    drawn["title"] = f"{plain(work['name'])}: attention of HAN ({len(members)} checkpoints), tempo, dynamics"
+    drawn["title"] += f"; {found:.0%} of the written notes found"
+    low, high = np.nanpercentile(np.concatenate([*levels.values()]), [2.5, 97.5]) - 1
+    drawn["remark"] = f"95 % of the weights differ from an even share by {_percent(low)} to {_percent(high)}."
+    if any(model.model_args["stats_size"] for model, _ in members):
+        drawn["remark"] += " The ratings also rest on statistics of the whole piece (--pooled)."
+    draw_han(out, drawn)
     return drawn
 
 
-def _at_grid(grid: np.ndarray, onset: np.ndarray) -> np.ndarray:
-    return (np.searchsorted(grid, onset + 1e-6, side="right") - 1).clip(0)
-
-
-def _han_words(members: list[tuple], work: dict, levels: dict) -> tuple[str, str]:
-    """Title, and the remark beneath."""
-    every = np.concatenate([values[np.isfinite(values)] for values in levels.values()])
-    low, high = np.percentile(every, [2.5, 97.5]) - 1
-    many = f"mean of {len(members)} checkpoints, " if len(members) > 1 else ""
-    title = f"{_short(work['name'])}: attention of HAN, tempo, dynamics ({many}{100 * np.mean(work['match'] >= 0):.0f} % of the written notes found)"
-    remark = (
-        f"95 % of the attention's weights differ from an even share by {_percent(low)} to {_percent(high)}"
-        + (": it hardly prefers anything here." if max(high, -low) < 0.1 else ".")
-    )
-    if any(model.model_args["stats_size"] for model, _ in members):
-        remark += (
-            "\nAttention is only a part of the explanation: the ratings also rest on statistics of the whole piece (--pooled), "
-            "which do not pass through it."
+def draw_han(out: Path, drawn: dict) -> None:
+    """Piano roll, weights of measures and beats, tempo and dynamics over one axis of seconds."""
+    with new_figure(16, 12) as figure:
+        roll, weights, tempo, dynamics = panels = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+        width = 2.5 if len(drawn["beats"]) <= MOST_BEATS else 0.8  # of lines: a long piece asks for thin ones
+        bars = _draw_roll(roll, drawn)
+        figure.colorbar(bars, ax=roll, extend="both", format=_percent, pad=0.01, label="weight against even")
+        _draw_levels(weights, drawn, width)
+        _draw_tempo(tempo, drawn, width)
+        _draw_dynamics(dynamics, drawn, width)
+        every = math.ceil(len(drawn["bars"]) / 20)  # measures from number to number
+        for axes in panels:
+            lines = {"transform": axes.get_xaxis_transform(), "zorder": 0}
+            if len(drawn["beats"]) <= MOST_BEATS:
+                axes.vlines(drawn["beats"], 0, 1, color="0.93", linewidth=0.8, **lines)
+            axes.vlines(drawn["measures"][::every], 0, 1, color="0.7", linewidth=1.2, **lines)
+            axes.tick_params(labelbottom=True)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3)
+        first, last = (
+            min(drawn["measures"][0], drawn["notes"][:, 2].min()),
+            max(drawn["beats"][-1], drawn["notes"][:, 3].max()),
         )
-    return title, remark
-
-
-def draw_han(out: Path, drawn: dict, title: str, remark: str) -> None:
-    """Piano roll, weights of measures and beats, tempo, dynamics over one axis of seconds, 1600 x 1200 pixels: the figures of `explain_han`."""
-    from matplotlib import rc_context  # takes a second
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    with rc_context({"font.size": 12, "axes.titlesize": 13, "axes.titlelocation": "left"}):
-        figure = Figure((16, 12), dpi=100, layout="constrained")
-        panels = figure.subplots(4, 2, sharex="col", width_ratios=[90, 1], height_ratios=[5, 4, 3, 3])
-        for side in panels[1:, 1]:
-            side.set_axis_off()
-        shades = _draw_roll(panels[0, 0], drawn)
-        figure.colorbar(shades, cax=panels[0, 1], extend="both", format=FuncFormatter(_percent)).set_label(
-            "weight against an even share"
-        )
-        _draw_levels(panels[1, 0], drawn)
-        _draw_playing(*panels[2:, 0], drawn)
-        _finish_han(panels[:, 0], drawn)
-        figure.suptitle(title, fontsize=16, parse_math=False)
-        figure.supxlabel(remark, fontsize=12, parse_math=False)
-        write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:]))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 60 else name[:57] + "..."
+        roll.set_xlim(first - 0.1, last + 0.1)
+        numbers = roll.secondary_xaxis("top")
+        numbers.set_xticks(drawn["measures"][:-1:every], drawn["bars"][::every])
+        roll.text(-0.01, 1.03, "measure", transform=roll.transAxes, ha="right")
+        figure.suptitle(drawn["title"], fontsize=16)
+        figure.supxlabel(drawn["remark"], fontsize=12)
+        save_figure(figure, out)
 
 
 def _percent(share: float, _=None) -> str:
-    return "even" if abs(share) < 1e-9 else f"{100 * share:+.3g} %".replace("-", "\N{MINUS SIGN}")
-
-
-def _widen(axes, low: float, high: float) -> None:
-    """Shows at least low..high: rounding errors are no curve."""
-    axes.set_ylim(min(axes.get_ylim()[0], low), max(axes.get_ylim()[1], high))
-
-
-def _width(beats: np.ndarray) -> float:
-    """Of lines, in points: a long piece asks for thin ones."""
-    return 2.5 if len(beats) <= MOST_BEATS else 0.8
-
-
-def _draw_levels(axes, drawn: dict) -> None:
-    levels, edges = drawn["levels"], drawn["edges"]
-    axes.stairs(
-        levels["measure"] - 1,
-        edges["measure"],
-        baseline=0,
-        fill=True,
-        color=COLOURS["measure"],
-        label="measures in the piece",
-    )
-    for level, label in (("beat", "beats in the piece"), ("beat in measure", "beats in their measure")):
-        if level in levels:
-            axes.stairs(
-                levels[level] - 1,
-                edges["beat"],
-                baseline=None,
-                color=COLOURS[level],
-                linewidth=_width(edges["beat"]),
-                label=label,
-            )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.yaxis.set_major_formatter(_percent)
-    _widen(axes, -0.005, 0.005)
-    axes.set(title="Which measures and beats the attention prefers", ylabel="weight against\nan even share")
-
-
-def _draw_playing(pace, loud, drawn: dict) -> None:
-    begin, edges, played = drawn["begin"], drawn["edges"]["beat"], drawn["notes"][drawn["sounded"]]
-    width = _width(edges)
-    if len(drawn["qpm"]):
-        pace.stairs(
-            drawn["qpm"], begin, baseline=None, color="0.6", linewidth=0.6 * width, label="from beat to beat"
-        )
-    pace.plot(
-        (begin[1:] + begin[:-1]) / 2,
-        drawn["smooth"],
-        color=COLOURS["curve"],
-        linewidth=width,
-        marker="o",
-        markersize=1.6 * width,
-        label="smoothed",
-    )
-    pace.set(title="Tempo", ylabel="quarters per minute")
-    if np.isfinite(drawn["qpm"]).any():
-        _widen(pace, 0.95 * np.nanmin(drawn["qpm"]), 1.05 * np.nanmax(drawn["qpm"]))
-    else:
-        pace.text(
-            0.5,
-            0.5,
-            "no two beats in succession were found: no tempo",
-            transform=pace.transAxes,
-            ha="center",
-            va="center",
-        )
-    mean, spread = drawn["dynamics"].T
-    loud.scatter(played[:, 2], played[:, 1], s=2 * width**2, color="0.55", label="played notes")
-    loud.stairs(
-        mean + spread,
-        edges,
-        baseline=mean - spread,
-        fill=True,
-        color=COLOURS["spread"],
-        alpha=0.6,
-        label="mean ± deviation in a beat",
-    )
-    loud.stairs(mean, edges, baseline=None, color=COLOURS["curve"], linewidth=width)
-    loud.set(title="Dynamics", ylabel="MIDI velocity", xlabel="time in the performance (s)")
+    return "even" if abs(share) < 1e-9 else f"{100 * share:+.3g} %"
 
 
 def _draw_roll(axes, drawn: dict):
-    """Notes as bars in the colour of their weight; written ones that were not found as dashed outlines. Returns the bars."""
+    """Notes as bars in the colour of their weight, those not found dashed. Returns the bars."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import CenteredNorm
 
-    key = "note in beat" if "note in beat" in drawn["levels"] else "note"
-    notes, sounded, weight = drawn["notes"], drawn["sounded"], drawn["levels"][key] - 1
-    corners = np.stack([notes[:, [x, 0]] + [0, y] for x, y in ((2, -0.5), (2, 0.5), (3, 0.5), (3, -0.5))], 1)
-    furthest = max(0.01, np.nanpercentile(np.abs(weight), 99))
+    within = "note in beat" if "note in beat" in drawn["levels"] else "note"
+    notes, sounded, weight = drawn["notes"], drawn["sounded"], drawn["levels"][within] - 1
+    pitch, _, begin, end = notes.T
+    corners = [(begin, pitch - 0.5), (begin, pitch + 0.5), (end, pitch + 0.5), (end, pitch - 0.5)]
+    shapes = np.array(corners).transpose(2, 0, 1)  # (rows, 4, 2)
+    scale = CenteredNorm(0, max(0.01, np.nanpercentile(np.abs(weight), 99)))
+    shades = np.ma.masked_invalid(weight[sounded])
     bars = PolyCollection(
-        corners[sounded],
-        array=np.ma.masked_invalid(weight[sounded]),
-        cmap="coolwarm",
-        norm=CenteredNorm(0, furthest),
-        edgecolors="0.3" if len(notes) < 1000 else "face",
-        linewidths=0.5,
+        shapes[sounded], array=shades, cmap="coolwarm", norm=scale, edgecolors="0.3", linewidths=0.3
     )
     axes.add_collection(bars)
     axes.add_collection(
-        PolyCollection(
-            corners[~sounded], facecolors="none", edgecolors="0.3", linewidths=1, linestyles="dashed"
-        )
+        PolyCollection(shapes[~sounded], facecolors="none", edgecolors="0.3", linestyles="dashed")
     )
     octaves = np.arange(12, 121, 12)
     axes.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
-    title = f"Which notes of {'each beat' if key != 'note' else 'the piece'} the attention prefers"
-    title += " (dashed: written, but not found)" * (not sounded.all())
-    axes.set(ylim=(notes[:, 0].min() - 2, notes[:, 0].max() + 2), ylabel="pitch", title=title)
+    of = "the piece" if within == "note" else "each beat"
+    title = f"Which notes of {of} the attention prefers (dashed: written, but not found)"
+    axes.set(ylim=(pitch.min() - 2, pitch.max() + 2), ylabel="pitch", title=title)
     axes.grid(axis="y", alpha=0.4)
     return bars
 
 
-def _finish_han(panels: Iterable, drawn: dict) -> None:
-    """Lines at the measures and beats through all panels, numbers of measures on top, legends; of a long piece fewer lines."""
-    edges, bars, notes = drawn["edges"], drawn["bars"], drawn["notes"]
-    every = next((k for k in (1, 2, 5, 10, 20, 50) if len(bars) <= 20 * k), len(bars) // 20)
-    for axes in panels:
-        if len(edges["beat"]) <= MOST_BEATS:
-            axes.vlines(
-                edges["beat"],
-                0,
-                1,
-                transform=axes.get_xaxis_transform(),
-                color="0.93",
-                linewidth=0.8,
-                zorder=0,
+def _draw_levels(axes, drawn: dict, width: float) -> None:
+    levels = drawn["levels"]
+    axes.stairs(
+        levels["measure"] - 1,
+        drawn["measures"],
+        baseline=0,
+        fill=True,
+        color="0.8",
+        label="measures in the piece",
+    )
+    for level, label, colour in (
+        ("beat", "beats in the piece", BLUE),
+        ("beat in measure", "beats in their measure", ORANGE),
+    ):
+        if level in levels:
+            axes.stairs(
+                levels[level] - 1, drawn["beats"], baseline=None, color=colour, linewidth=width, label=label
             )
-        axes.vlines(
-            edges["measure"][:: 1 if every < 5 else every],
-            0,
-            1,
-            transform=axes.get_xaxis_transform(),
-            color="0.7",
-            linewidth=1.2,
-            zorder=0,
-        )
-        axes.tick_params(labelbottom=True)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3, frameon=False)
-    panels[0].set_xlim(
-        min(edges["measure"][0], notes[:, 2].min()) - 0.1, max(edges["beat"][-1], notes[:, 3].max()) + 0.1
-    )
-    numbers = panels[0].secondary_xaxis("top")
-    numbers.set_xticks(edges["measure"][:-1:every], [str(bar) for bar in bars[::every]])
-    panels[0].text(-0.01, 1.03, "measure", transform=panels[0].transAxes, ha="right")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.set(title="Which measures and beats the attention prefers", ylabel="weight against\nan even share")
+    reach = max(0.005, 1.1 * max(abs(limit) for limit in axes.get_ylim()))  # rounding errors are no curve
+    axes.set_ylim(-reach, reach)
 
 
-def _need_attention(members: list[tuple]) -> None:
-    for model, kept in members:
-        if not isinstance(model, AST):
-            raise DataError(
-                f"{kept['path']}: a checkpoint of task {kept['task']!r}, which has no attention; expected han, ast or decoder; leave --explain out"
-            )
+def _draw_tempo(axes, drawn: dict, width: float) -> None:
+    begin, qpm = drawn["begin"], drawn["qpm"]
+    axes.set(title="Tempo", ylabel="quarters per minute")
+    if not len(qpm):
+        axes.set_title("Tempo: no two beats were found")
+        return
+    axes.stairs(qpm, begin, baseline=None, color="0.6", linewidth=0.6 * width, label="from beat to beat")
+    axes.plot(
+        (begin[1:] + begin[:-1]) / 2,
+        drawn["smooth"],
+        "o-",
+        linewidth=width,
+        markersize=1.6 * width,
+        label="smoothed",
+    )
+    axes.set_ylim(0.95 * qpm.min(), 1.05 * qpm.max())
 
 
-def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
-    """The attention roll-out of ASTs on one recording: see `explain`, `roll_out_file`. work: energies (frames, 128). Returns shares and crops."""
-    energies, shares = work["energies"], []
-    _need_attention(members)
-    for model, kept in members:
-        if model.stride != members[0][0].stride:
-            raise DataError(
-                f"{kept['path']}: patches every {model.stride} frames; {members[0][1]['path']} has them every {members[0][0].stride}; "
-                "explain one at a time"
-            )
-        x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
-        shares.append(roll_out_file(model, x, next(model.parameters()).device))
-    share, starts = (
-        np.mean([share for share, _ in shares], axis=0),
-        max((starts for _, starts in shares), key=len),
-    )
-    if not np.isfinite(share).all():
-        raise DataError(
-            f"{work['path']}: attention that is not finite; expected numbers; look for NaN in the recording"
-        )
-    model, synthetic = (
-        members[0][0],
-        ", synthetic training data" * bool(members[0][1]["data"].get("synthetic")),
-    )
-    sizes = " x ".join(str(model.model_args[key]) for key in ("width", "depth", "heads"))
-    many = (
-        f"mean of {len(members)} checkpoints" if len(members) > 1 else Path(members[0][1]["path"]).parent.name
-    )
-    title = (
-        f"{_short(work['name'])}: which parts of the sound reach the ratings (attention roll-out of AST {sizes}, {many}{synthetic})\n"
-        f"{len(energies) * HOP / SAMPLE_RATE:.1f} s in {len(starts)} crop{'s, borders dotted' * (len(starts) > 1)}; "
-        f"darkness: level, {-QUIETEST} dB from white to black"
-        + "; the ratings also rest on mel statistics (--statistics), which do not pass through it"
-        * any(m.statistics is not None for m, _ in members)
-    )
-    draw_attention(out, energies, share, starts, model.stride, title)
-    return {"share": share, "starts": starts}
+def _draw_dynamics(axes, drawn: dict, width: float) -> None:
+    mean, spread = drawn["dynamics"].T
+    _, velocity, onset, _ = drawn["notes"][drawn["sounded"]].T
+    axes.scatter(onset, velocity, s=2 * width**2, color="0.55", label="played notes")
+    band = {"baseline": mean - spread, "fill": True, "alpha": 0.3}
+    axes.stairs(mean + spread, drawn["beats"], color=BLUE, label="mean ± deviation in a beat", **band)
+    axes.stairs(mean, drawn["beats"], baseline=None, color=BLUE, linewidth=width)
+    axes.set(title="Dynamics", ylabel="MIDI velocity", xlabel="time in the performance (s)")
 
 
 def emissions(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Classes that `ctc_greedy` decodes from (F, 41), and the frame of each: of its run of frames the one where it is most probable."""
-    best = log_probs.argmax(1)
-    starts = np.flatnonzero(np.append(True, best[1:] != best[:-1])[: len(best)])
-    runs = zip(starts, np.append(starts, len(best))[1:], strict=True)
-    peaks = [start + log_probs[start:end, best[start]].argmax() for start, end in runs if best[start]]
-    return best[peaks], np.array(peaks, np.int64)
+    """Classes that `ctc_greedy` decodes from (F, 41), and the most probable frame of each one's run."""
+    ids, frames = [], []
+    for phoneme, run in itertools.groupby(range(len(log_probs)), log_probs.argmax(1).__getitem__):
+        if phoneme:
+            ids.append(phoneme)
+            frames.append(max(run, key=lambda frame: log_probs[frame, ids[-1]]))
+    return np.array(ids, int), np.array(frames, int)
 
 
-def place_labels(
-    labels: Iterable, decoded: Iterable, times: np.ndarray, low: float, high: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where n true labels stand on a time axis low..high: at the decoded class (of m, at `times`) that a minimal edit script pairs them
-    with, those left out evenly between their neighbours. Returns seconds (n,), and which labels (n,) and decoded classes (m,) are right."""
-    labels, decoded = list(labels), list(decoded)
-    known, right, found = (
-        {-1: low, len(labels): high},
-        np.zeros(len(labels), bool),
-        np.zeros(len(decoded), bool),
-    )
-    for tag, a, b, c, d in Levenshtein.opcodes(labels, decoded):
+def place_labels(labels: list, decoded: np.ndarray, times: np.ndarray, low: float, high: float) -> tuple:
+    """Seconds (n,) of n true labels: of the decoded ones that a minimal edit script pairs them with, others
+    evenly between, within low..high; and which labels (n,) and decoded classes (m,) are right."""
+    known = {-1: low, len(labels): high}
+    right, found = np.zeros(len(labels), bool), np.zeros(len(decoded), bool)
+    for tag, a, b, c, d in Levenshtein.opcodes(list(labels), list(decoded)):
         if tag in ("equal", "replace"):
-            known |= zip(range(a, b), times[c:d], strict=True)
+            known.update(zip(range(a, b), times[c:d], strict=True))
             right[a:b] = found[c:d] = tag == "equal"
-    return np.interp(np.arange(len(labels)), sorted(known), [known[k] for k in sorted(known)]), right, found
-
-
-def spread_out(at: np.ndarray, room: float, low: float, high: float) -> np.ndarray:
-    """Ascending places moved apart to `room` between neighbours, by the least squares of their shifts, within low..high."""
-    from sklearn.isotonic import IsotonicRegression
-
-    if not len(at):
-        return at
-    room, steps = min(room, (high - low) / len(at)), np.arange(len(at))
-    apart = IsotonicRegression(y_min=low, y_max=high - room * (len(at) - 1)).fit_transform(
-        steps, at - room * steps
-    )
-    return apart + room * steps
+    order = sorted(known)
+    return np.interp(np.arange(len(labels)), order, [known[k] for k in order]), right, found
 
 
 def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
-    """Posteriors of the phonemes over time with the decoded and the true string: see `explain`. work: id or name, log_probs (F, 41), labels or
-    None, "seconds per frame". A frame stands at the middle of its window. Returns classes, seconds, labels' seconds and which are right."""
-    name, log_probs, step = (
-        work.get("id", work.get("name")),
-        np.asarray(work["log_probs"]),
-        work["seconds per frame"],
-    )
-    labels = None if work.get("labels") is None else list(work["labels"])
-    if not len(log_probs) or not np.isfinite(np.exp(log_probs)).all():
-        raise DataError(
-            f"{name}: {len(log_probs)} frames, {np.isnan(log_probs).sum()} values NaN; expected at least one frame of numbers; "
-            "the trial is shorter than a window, or holds NaN"
-        )
-    start = step * (members[0][0].kernel / members[0][0].stride - 1) / 2
+    """Probability of the phonemes over time, the decoded string above and the true one below.
+
+    work: name, log_probs (F, 41), labels or None, "seconds per frame" (at a window's middle)."""
+    log_probs, labels, step = work["log_probs"], work["labels"], work["seconds per frame"]
+    if not len(log_probs) or np.isnan(log_probs).any():
+        raise DataError(f"{work['name']}: no frames, or NaN; expected numbers; is the trial too short?")
+    model = members[0][0]
+    start = step * (model.kernel / model.stride - 1) / 2
+    end = start + step * len(log_probs)
     ids, frames = emissions(log_probs)
-    drawn = {
-        "ids": ids,
-        "times": start + step * (frames + 0.5),
-        "found": np.ones(len(ids), bool),
-        "labels": labels,
-    }
-    many = f" (mean of {len(members)} decoders)" if len(members) > 1 else ""
-    title = f"{_short(name)}: probability of each phoneme{many}"
-    if labels is not None:
-        drawn["label_times"], drawn["right"], drawn["found"] = place_labels(
-            labels, ids, drawn["times"], start, start + step * len(log_probs)
+    times = start + step * (frames + 0.5)
+    label_times, right, found = place_labels(ids if labels is None else labels, ids, times, start, end)
+    probs = np.exp(log_probs)
+    rows = [k for k in map(PHONEMES.index, ARTICULATION.split()) if probs[:, k].max() >= SEEN or k in ids] + [
+        0
+    ]
+    with new_figure(16, 9) as figure:
+        axes = figure.subplots()
+        extent = (start, end, len(rows) - 0.5, -0.5)
+        image = axes.imshow(
+            probs[:, rows].T, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent
         )
-        title += "; of {} phonemes {} substituted, {} left out, {} inserted".format(
-            len(labels), *edit_counts(labels, ids)
-        )
-    draw_decoder(out, np.exp(log_probs), start, step, drawn, title)
-    return drawn
+        figure.colorbar(image, ax=axes, pad=0.01, label="probability")
+        axes.set_yticks(range(len(rows)), [PHONEMES[k] or "blank" for k in rows])
+        colours = np.where(found, "white", ORANGE)
+        axes.scatter(times, [rows.index(k) for k in ids], s=60, facecolors="none", edgecolors=colours)
+        _write_phonemes(axes, ids, times, found, 1.01)
+        if labels is not None:
+            _write_phonemes(axes, labels, label_times, right, -0.11)
+        figure.supxlabel("time (s), middle of each frame's window; above: decoded, below: true", fontsize=12)
+        figure.suptitle(f"{plain(work['name'])}: probability of each phoneme ({len(members)} checkpoints)")
+        save_figure(figure, out)
+    return {"ids": ids, "times": times, "label_times": label_times, "right": right, "found": found}
 
 
-def draw_decoder(out: Path, probs: np.ndarray, start: float, step: float, drawn: dict, title: str) -> None:
-    """Probabilities (F, 41) as a heat map whose first frame begins at `start` and lasts `step` seconds, decoded classes above, true ones
-    below it: the figures of `explain_decoder`. 1600 x 900 pixels."""
-    from matplotlib import rc_context  # takes a second
-    from matplotlib.figure import Figure
-
-    with rc_context({"font.size": 12}):
-        figure = Figure((16, 9), dpi=100, layout="constrained")
-        above, heat, below = figure.subplots(3, 1, sharex=True, height_ratios=[1.2, 9, 1.2])
-        figure.get_layout_engine().set(hspace=0, h_pad=0.02)
-        figure.colorbar(
-            _draw_posteriors(heat, probs, start, step, drawn),
-            ax=[above, heat, below],
-            pad=0.01,
-            fraction=0.03,
-        ).set_label("probability")
-        _draw_string(above, drawn["ids"], drawn["times"], drawn["found"], (0.45, 0), "decoded")
-        if drawn["labels"] is not None:
-            _draw_string(below, drawn["labels"], drawn["label_times"], drawn["right"], (0.55, 1), "true")
-        paired = "; a true phoneme stands where the decoded one is that it pairs with" * bool(drawn["labels"])
-        below.set_xlabel(f"time in the trial (s), middle of each frame's window{paired}")
-        for axes, hidden in ((above, ["left", "right", "top", "bottom"]), (below, ["left", "right", "top"])):
-            axes.set(ylim=(0, 1), yticks=[])
-            axes.spines[hidden].set_visible(False)
-        for axes in (above, heat):
-            axes.tick_params(bottom=False)
-        figure.suptitle(title, fontsize=15, parse_math=False)
-        write_atomic(out, lambda file: figure.savefig(file, format=out.suffix[1:]))
+def _write_phonemes(axes, ids: Iterable, times: np.ndarray, right: np.ndarray, height: float) -> None:
+    """Names beside the heat map in three rows, which keep neighbours apart; wrong ones in colour."""
+    for i, (k, at) in enumerate(zip(ids, times, strict=True)):
+        place = {"transform": axes.get_xaxis_transform(), "ha": "center"}
+        axes.text(at, height + 0.025 * (i % 3), PHONEMES[k], color="black" if right[i] else ORANGE, **place)
 
 
-def _draw_posteriors(axes, probs: np.ndarray, start: float, step: float, drawn: dict):
-    """The heat map, sounds of a kind together and the blank last, a ring at every decoded class; classes that stay under SEEN are left out."""
-    seen = probs.max(0) >= SEEN
-    seen[drawn["ids"]] = True
-    rows = [k for names in ARTICULATION.values() for k in map(PHONEMES.index, names.split()) if seen[k]] + [0]
-    end = start + step * len(probs)
-    image = axes.imshow(
-        probs[:, rows].T,
-        vmin=0,
-        vmax=1,
-        cmap="viridis",
-        aspect="auto",
-        interpolation="nearest",
-        extent=(start, end, len(rows) - 0.5, -0.5),
-    )
-    axes.set_yticks(
-        range(len(rows)), [PHONEMES[k] or "blank" for k in rows], fontsize=min(12, 320 / len(rows))
-    )
-    axes.set(xlim=(start, end))
-    for kind, names in ARTICULATION.items():
-        inside = [i for i, k in enumerate(rows) if PHONEMES[k] in names.split()]
-        if inside:
-            axes.axhline(inside[-1] + 0.5, color="white", linewidth=1)
-            axes.text(
-                -0.055,
-                np.mean(inside),
-                kind,
-                transform=axes.get_yaxis_transform(),
-                rotation=90,
-                ha="center",
-                va="center",
-            )
-    colours = np.where(drawn["found"], "white", COLOURS["wrong"])
-    axes.scatter(
-        drawn["times"],
-        [rows.index(k) for k in drawn["ids"]],
-        s=60,
-        facecolors="none",
-        edgecolors=colours,
-        linewidths=1.5,
-    )
-    return image
-
-
-def _draw_string(
-    axes, ids: Iterable, times: np.ndarray, right: np.ndarray, ends: tuple[float, float], what: str
-) -> None:
-    """Phoneme names beside the heat map, moved apart where they would touch, many in two rows, each with a line to its time; wrong ones
-    in colour and bold. ends: heights of the line, at the name and at the map."""
-    (low, high), rows = axes.get_xlim(), 1 if len(times) <= MOST_IN_ROW else 2
-    room, size = (high - low) / MOST_IN_ROW / rows, min(12, 12 * rows * MOST_IN_ROW / max(len(times), 1))
-    for i, at in enumerate(spread_out(times, room, low + room / 2, high - room / 2)):
-        colour, away = (
-            "black" if right[i] else COLOURS["wrong"],
-            (0.2 + 0.25 * (i % rows)) * (1 - 2 * ends[1]),
-        )
-        axes.plot(
-            [at, times[i]], [ends[0] + away - 0.15 * (1 - 2 * ends[1]), ends[1]], color=colour, linewidth=0.8
-        )
-        axes.text(
-            at,
-            ends[0] + away,
-            PHONEMES[ids[i]],
-            color=colour,
-            ha="center",
-            va="center",
-            weight="normal" if right[i] else "bold",
-            fontsize=size,
-        )
-    axes.set_ylabel(what, rotation=0, ha="right", va="center")
-
-
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Report
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 REPORTED = {
     "han": "HAN: 19 ratings from score and MIDI",
     "ast": "AST: 19 ratings from audio",
@@ -5008,1119 +4564,306 @@ REPORTED = {
     "pretraining": "AST pre-training: masked patches",
     "decoder": "Phoneme decoder: neural activity to phonemes",
 }
-# Means that others published, (name, metric, value) by task and split, or a decoder's channels; there are none per dimension.
-PUBLISHED = {
-    ("han", "segment"): [("the published HAN (Park et al. 2024, their piece split)", "R²", 0.397)],
-    ("han", "performer"): [("the published HAN (Park et al. 2024)", "R²", 0.285)],
-    **{
-        ("ast", split): [
-            ("an earlier AST (86 M parameters, another split)", "Pearson", 0.5285),
-            ("its forest", "Pearson", 0.5869),
-        ]
-        for split in SPLITS
-    },
-    ("decoder", 256): [("the public PyTorch baseline", "PER", 0.205)],
-    ("decoder", 512): [("the '25 baseline", "PER", 0.101)],
-}
-CURVES = {
-    "valid_r2": "R², validation",
-    "valid_pearson": "Pearson r, validation",
-    "valid_per": "phoneme error rate, validation",
-    "valid_accuracy": "NCE accuracy, validation; dashed: chance",
-    "valid_mse": "MSE of pixels, validation; dashed: of the mean patch",
-    "loss": "loss, training",
-    "valid_loss": "loss, validation",
-}
-DIAGNOSTICS = {
-    "norm": "gradient norm before clipping",
-    "lr": "learning rate",
-    "skipped": "skipped updates so far",
-    "spread": "spread: deviation of predictions / ratings",
-    "valid_blank_fraction": "share of blank frames, validation",
-}
-DASHED = {"valid_accuracy": "valid_chance", "valid_mse": "valid_mse_mean"}  # drawn beside the key before
 CHOSEN = {
-    "valid": "The weights that are shown were chosen on this validation part: its figures are slightly optimistic.",
+    "valid": "The weights were chosen on this validation part: its figures are slightly optimistic.",
     "test": "Test part: for a final figure; choose between models on the validation part.",
 }
+SYNTHETIC = "SYNTHETIC data: figures show that the code works, and nothing about real performances or speech."
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5a6675; --rule: #d5dae1; --paper: #ffffff; --panel: #f4f6f9; --warn: #9a3412; --warnpaper: #fff1e6;
-  --c0: #1f6fb2; --c1: #c2571a; --c2: #2c8a57; --c3: #9b4fb0; --c4: #a87b06; --c5: #c23a5e; --c6: #138a94; --c7: #6b7280; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #a2adbb; --rule: #39424f; --paper: #12161c; --panel: #1b212a; --warn: #ffb782; --warnpaper: #3a2414;
-  --c0: #6cb2ef; --c1: #f0955a; --c2: #66c795; --c3: #cf92e0; --c4: #d8b04a; --c5: #f0839f; --c6: #5fc6cf; --c7: #a2adbb; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; border-top: 3px solid var(--c0); padding-top: .7rem; }
-h3 { font-size: 1.05rem; margin: 2rem 0 .4rem; } p, ul { max-width: 48rem; } a { color: var(--c0); }
-.verdict { font-size: 1.1rem; font-weight: 600; } .soft, caption, figcaption { color: var(--soft); font-size: .875rem; }
-.warn { background: var(--warnpaper); color: var(--warn); border-left: 4px solid; padding: .5rem .8rem; font-weight: 600; max-width: none; }
-.scroll { overflow-x: auto; margin: .5rem 0 1rem; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: 0 0 .3rem; } caption span { position: sticky; left: 0; display: block; max-width: min(48rem, calc(100vw - 3rem)); } th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; } th:first-child, .text { text-align: left; } td.text { white-space: normal; min-width: 6rem; }
-tbody th { font-weight: 500; white-space: normal; min-width: 8rem; } tbody tr.sum > * { font-weight: 700; border-top: 2px solid var(--soft); }
-.figures { display: grid; gap: 1rem 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
-.small { gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); } figure { margin: 0; } .small figcaption { font-size: .75rem; line-height: 1.25; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; stroke: var(--paper); stroke-width: 3px; paint-order: stroke; } svg .frame, svg .grid { fill: none; stroke: var(--rule); }
-svg .line, svg .dash { fill: none; stroke-width: 1.8; stroke-linejoin: round; } svg .dash { stroke-dasharray: 5 4; stroke-width: 1.4; }
-svg .dots, svg .fine { fill: none; stroke-linecap: round; stroke-width: 6; } svg .fine { stroke-width: 3; stroke-opacity: .55; } svg .even { stroke: var(--soft); }
-svg.bar { width: 10rem; } .heat { min-width: 44rem; max-width: 60rem; } .heat text { font-size: 9px; } .heat .cell { fill: var(--c1); }
-.s0 { stroke: var(--c0); color: var(--c0); } .s1 { stroke: var(--c1); color: var(--c1); } .s2 { stroke: var(--c2); color: var(--c2); } .s3 { stroke: var(--c3); color: var(--c3); }
-.s4 { stroke: var(--c4); color: var(--c4); } .s5 { stroke: var(--c5); color: var(--c5); } .s6 { stroke: var(--c6); color: var(--c6); } .s7 { stroke: var(--c7); color: var(--c7); }
-ul.key { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .3rem 0; font-size: .875rem; } ul.key li::before { content: "━ "; font-weight: 700; }
-ul.key span { color: var(--ink); } details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
-.speech { font-family: ui-monospace, monospace; font-size: .875rem; background: var(--panel); padding: .5rem .8rem; margin: .3rem 0; max-width: none; }
-.speech mark { background: none; color: var(--c1); font-weight: 700; } .speech del { color: var(--c5); } .speech ins { color: var(--c3); }
+body { margin: auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
+h2 { margin-top: 3rem; border-top: 3px solid #0072b2; } img { max-width: 100%; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; } td, th { padding: .2rem .6rem; text-align: left; }
+tr { border-bottom: 1px solid #d5dae1; } .verdict { font-weight: 600; }
+.warn { background: #fff1e6; color: #9a3412; border-left: 4px solid; padding: .5rem .8rem; }
 """
 
 
 def report(argv: list[str]) -> dict:
-    """`python eval.py report`: one HTML file, nothing outside it, about runs; returns {"verdicts", "figures"}, one of each for every configuration.
+    """`python eval.py report`: an HTML page about runs; returns {"verdicts", "figures"} by configuration.
 
-    Runs that differ in fold, seed and machine only are one configuration and are evaluated together, as `evaluate` does."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py report",
-        usage="python eval.py report --run DIR ... --out FILE.html [--data DIR] [options]",
-        description="""\
-One HTML page about training runs, without anything outside it: curves, scores by dimension or day, calibration, worst items,
-confusions, transcripts, diagnostics, configuration. Folds and seeds of one configuration are evaluated together, on their own parts.
+    Runs that differ in fold, seed and machine only are one configuration and are evaluated together."""
+    parser = _parser(
+        "report",
+        "--run DIR ... --out FILE.html [--data DIR] [options]",
+        """\
+One HTML page about training runs: curves, scores, calibration, worst items, confusions, configuration.
+Folds and seeds of one configuration are evaluated together, on their own parts.
 
     python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
-    python eval.py report --run runs/decoder/NAME --no-data --out report.html            curves and configuration only""",
+    python eval.py report --run runs/decoder/NAME --no-data --out report.html""",
     )
-    parser.add_argument(
-        "--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="page to write, .html (required)")
-    parser.add_argument(
-        "--data", metavar="DIR", help="data set in its public layout (off: where the runs were trained from)"
-    )
-    parser.add_argument(
-        "--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)"
-    )
-    parser.add_argument(
-        "--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)"
-    )
-    parser.add_argument(
-        "--audio",
-        metavar="DIR",
-        help="folder of recordings NAME.wav (off: the run's own, else rendered from the MIDI)",
-    )
-    parser.add_argument(
-        "--day",
-        choices=["nearest", "mean"],
-        help="decoder: day layer of sessions unknown to the model (off: they are refused)",
-    )
-    parser.add_argument(
-        "--results-dir",
-        default="results",
-        metavar="DIR",
-        help="folder of the floors to compare with (%(default)s)",
-    )
-    parser.add_argument(
-        "--no-data", action="store_true", help="score nothing: curves and configuration only (off)"
-    )
-    args = _parse(parser, argv)
+    add = parser.add_argument
+    add("--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)")
+    add("--out", required=True, metavar="FILE", help="page to write, .html (required)")
+    add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
+    add("--audio", metavar="DIR", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
+    add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
+    add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
+    args = _parse(parser, argv, data_options)
     out = Path(args.out)
-    check_output(Path(args.out), "--out")
     if out.suffix.lower() not in (".html", ".htm"):
-        raise DataError(f"--out {out}: a file of kind {out.suffix or 'none'}; expected .html; name it so")
-    runs = [read_run(path) for path in dict.fromkeys(args.run)]
-    names = [run["path"].name for run in runs]
-    for run, name in zip(runs, names, strict=True):  # a file name may hold bytes that are no character
-        run["name"] = (
-            (name if names.count(name) == 1 else str(run["path"])).encode("utf-8", "replace").decode()
-        )
-    corpora = {
-        "speech" if run["kind"] == "decoder" else "pretraining" if run["kind"] == "pretraining" else "ratings"
-        for run in runs
-    } - {"pretraining"}
-    if args.data and len(corpora) > 1:
-        raise DataError(
-            f"--data {args.data}: one data set for runs of {', '.join(sorted(corpora))}; expected runs of one data set with it; write a report for each"
-        )
+        raise DataError(f"--out {out}: no page; expected .html; name it so")
+    check_output(out)
     groups: dict[str, list[dict]] = {}
-    for run in runs:
+    for name, path in _run_names(args.run).items():
+        run = read_run(path) | {"name": name}
         groups.setdefault(_configuration(run), []).append(run)
-    sections = [
-        {"decoder": decoder_section, "pretraining": pretraining_section}.get(
-            group[0]["kind"], rating_section
-        )(group, args)
-        for group in groups.values()
-    ]
-    page = _page(list(groups.values()), sections, args)
+    kinds = {group[0]["kind"] == "decoder" for group in groups.values() if group[0]["kind"] != "pretraining"}
+    if args.data and len(kinds) > 1:
+        raise DataError(f"--data {args.data}: one data set for ratings and speech; write a report for each")
+    sections = [_section(group, args) for group in groups.values()]
+    page = _page(sections, args)
     write_atomic(out, lambda file: file.write(page.encode("utf-8", "replace")))
-    for section in sections:
-        print(section["verdict"])
-    print(f"saved {out}, {len(page) / 2**20:.2f} MiB")
-    return {
-        "verdicts": [section["verdict"] for section in sections],
-        "figures": [section["figures"] for section in sections],
-    }
+    verdicts = [section["verdict"] for section in sections]
+    print(*verdicts, f"saved {out}, {len(page) / 2**20:.2f} MiB", sep="\n")
+    return {"verdicts": verdicts, "figures": [section["figures"] for section in sections]}
 
 
-def read_run(path: str | Path) -> dict:
-    """A run folder: path, kind (of REPORTED), args, records of metrics.jsonl, loaded (path, model, ckpt) of best.pt or None, notes on what is missing."""
-    path = Path(path)
+def read_run(path: str) -> dict:
+    """A run folder: kind (of REPORTED), title, args, records, loaded (path, model, ckpt) or None, notes."""
+    folder = Path(path)
     try:
-        options = json.loads((path / "args.json").read_text(encoding="utf-8"))
-        kind = (
-            "decoder"
-            if "kernel" in options
-            else "han"
-            if "pooled" in options
-            else "pretraining"
-            if options["task"] == "pretrain"
-            else options["model"]
-        )
-        if kind not in REPORTED or not isinstance(options.get("data"), str | None):
-            raise ValueError(f"model {kind!r}, data {options.get('data')!r}")
+        options = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        if "kernel" in options:
+            kind = "decoder"
+        elif "pooled" in options:
+            kind = "han"
+        else:
+            kind = "pretraining" if options["task"] == "pretrain" else options["model"]
+        run = {
+            "path": path,
+            "kind": kind,
+            "title": REPORTED[kind],
+            "args": options,
+            "records": [],
+            "loaded": None,
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: no options of a run ({_cause(error)}); expected a folder with args.json, as a trainer leaves it; give a run's folder"
-        ) from error
-    run = {"path": path, "kind": kind, "args": options, "records": [], "loaded": None, "notes": []}
+        raise DataError(f"{path}: no options ({error!r}); give a run's folder") from error
+    run["notes"] = []
+    if options.get("model") in ("bilstm", "bilstm_sa"):
+        run["title"] = run["title"].replace("HAN", options["model"])
     for part, read in (
         ("records", read_metrics),
-        ("loaded", lambda path: _load_models([str(path / "best.pt")])[0]),
+        ("loaded", lambda path: _load_models([f"{path}/best.pt"])[0]),
     ):
         try:
             run[part] = read(path)
         except DataError as error:
             run["notes"].append(str(error))
-    run["records"] = [_logged(record) for record in run["records"] if abs(int(record["step"])) < 10**15]
-    if run["records"] and not (path / "metrics.jsonl").read_bytes().endswith(b"\n"):
-        run["notes"].append(f"{path / 'metrics.jsonl'}: its last line is cut short and left out")
     return run
 
 
-def _logged(record: dict) -> dict:
-    """What a trainer logs of a record: numbers, None where one is not finite, and a few keys that hold more; the rest may be another program's."""
-    kinds, kept = {"skipped": dict, "activations": dict, "names": list, "flags": list, "skip": str}, {}
-    for key, value in record.items():
-        if isinstance(value, kinds.get(key, int | float | None)):
-            kept[key] = value if key in kinds or value is None or abs(value) < 1e100 else None
-    return kept | {"step": int(record["step"])}
-
-
-def _cause(error: Exception) -> str:
-    return (
-        error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__} {error}"
-    )[:100]
-
-
-def _title(run: dict) -> str:
-    return REPORTED[run["kind"]].replace(
-        "HAN",
-        {"bilstm": "Bi-LSTM", "bilstm_sa": "Bi-LSTM, score-aligned"}.get(run["args"].get("model"), "HAN"),
-    )
-
-
 def _configuration(run: dict) -> str:
-    """What runs have in common that are evaluated together: all options but fold, seed and those of one machine."""
-    own = {
-        key: value
-        for key, value in _own_options(run).items()
-        if key not in ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")
-    }
+    """What runs evaluated together have in common: all options but fold, seed and those of one machine."""
+    apart = ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")
+    own = {key: value for key, value in _own_options(run).items() if key not in apart}
     return json.dumps([run["kind"], bool(run["args"].get("data")), own], sort_keys=True)
 
 
-def _evaluation(group: list[dict], args: argparse.Namespace) -> tuple[list[tuple], argparse.Namespace | None]:
-    """The loaded checkpoints of a configuration and the options to evaluate them with; None where there is nothing to evaluate or --no-data."""
-    loaded, trained_on = (
-        [run["loaded"] for run in group if run["loaded"]],
-        [run["args"].get("data") for run in group],
-    )
-    if args.no_data or not loaded:
-        return loaded, None
-    data = args.data or next((path for path in trained_on if path and Path(path).exists()), trained_on[0])
-    if data and not Path(data).exists():
-        raise DataError(
-            f"{group[0]['path']}: trained on {data}, which is not here; expected its data set; give --data DIR, or --no-data for curves and configuration only"
-        )
-    own = {
-        "data": data,
-        "audio": args.audio or group[0]["args"].get("audio"),
-        "ckpt": [path for path, _, _ in loaded],
-        "crops": None,
-        "batch": 64 if group[0]["kind"] == "decoder" else None,
+def _section(group: list[dict], args: argparse.Namespace) -> dict:
+    """One configuration: title, verdict, synthetic, figures (None where nothing was scored), html."""
+    kind, loaded = group[0]["kind"], [run["loaded"] for run in group if run["loaded"]]
+    known = {run["name"]: best_validation(run["records"]) for run in group}
+    logged = [f"{name} {key} {value:.3f} at step {step}" for name, (key, value, step) in known.items() if key]
+    scored = {
+        "sentence": f"best validation as logged in training: {', '.join(logged) or 'none'}",
+        "synthetic": loaded[0][2]["data"].get("synthetic") if loaded else not group[0]["args"].get("data"),
+        "figures": None,
+        "parts": {},
     }
-    return loaded, argparse.Namespace(**{**vars(args), **own})
+    if loaded and kind != "pretraining" and not args.no_data:
+        score = decoder_section if kind == "decoder" else rating_section
+        scored = score(loaded, _evaluation_options(group, loaded, args))
+    title = f"{group[0]['title']} (SYNTHETIC)" if scored["synthetic"] else group[0]["title"]
+    verdict = f"{title}: {scored['sentence']}."
+    with new_figure(16, 13) as figure:
+        draw_curves(figure, {run["name"]: run["records"] for run in group})
+        parts = {"Training curves": inline_figure(figure, "Training curves")} | scored["parts"]
+    parts["Skipped updates"] = _table(["run", "step", "kind", "items"], _skips(group))
+    options = dict.fromkeys(key for run in group for key in run["args"])
+    rows = [[key, *(run["args"].get(key, "–") for run in group)] for key in options]
+    parts["Configuration"] = _table(["option", *known], rows)
+    notes = "".join(f'<p class="warn">{_text(note)}</p>' for run in group for note in run["notes"])
+    html = "".join(f"<h3>{heading}</h3>{part}" for heading, part in parts.items())
+    html = f'<section><h2>{_text(title)}</h2><p class="verdict">{_text(verdict)}</p>{notes}{html}</section>'
+    return scored | {"verdict": verdict, "html": html}
 
 
-# --- pieces of a page: text is escaped here, once ---
+def _evaluation_options(
+    group: list[dict], loaded: list[tuple], args: argparse.Namespace
+) -> argparse.Namespace:
+    """The options with which `evaluate` would score these checkpoints."""
+    own = group[0]["args"]
+    data = args.data or own.get("data")
+    if data and not Path(data).exists():
+        raise DataError(f"{group[0]['path']}: {data} is not here; give --data DIR, or --no-data")
+    paths = [path for path, _, _ in loaded]
+    batch = 64 if group[0]["kind"] == "decoder" else None
+    more = {
+        "data": data,
+        "audio": args.audio or own.get("audio"),
+        "ckpt": paths,
+        "crops": None,
+        "batch": batch,
+    }
+    return argparse.Namespace(**(vars(args) | more))
 
 
-class _Markup(str):
-    """Text that is HTML already."""
+def _skips(group: list[dict]) -> list[list]:
+    """Run, step, kind and items of the first 30 skipped updates."""
+    rows = []
+    for run in group:
+        for record in run["records"]:
+            if "skip" in record:
+                rows.append(
+                    [run["name"], record["step"], record["skip"], ", ".join(record.get("names", [])[:8])]
+                )
+    return rows[:30]
+
+
+def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
+    """Runs that rate: each on its own fold's part, seeds averaged; measured as `evaluate` does."""
+    folds, data = _load_fold_models(loaded)
+    corpus = _corpus_of(data, args)
+    records = fold_records(folds, corpus, args, (args.part,))
+    truth = {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
+    views = measure(records, truth)[args.part]
+    section = {"figures": views, "synthetic": corpus.synthetic or data["synthetic"], "parts": {}}
+    if views["all"] is None:
+        return section | {"sentence": f"no item of part {args.part} has ratings here: nothing to score"}
+    mean = views["all"]["mean"]
+    shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
+    low, high = mean["r2_interval"]
+    section["sentence"] = f"{shown}; 95 % interval of r2 [{low:.3f}, {high:.3f}]; "
+    section["sentence"] += f"part {args.part} of split {data['split']}, folds {[*folds]}"
+    totals = []
+    for view, figures in views.items():
+        for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items() if figures else ():
+            totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
+    columns = {metric: mean["per_dimension"][metric] for metric in METRICS}
+    tests = significance(records, truth)[args.part]["all"] or {}
+    for metric in METRICS:
+        if f"{metric}_interval" in tests:
+            columns[f"{metric}, 95 %"] = [
+                f"[{low:.3f}, {high:.3f}]" for low, high in tests[f"{metric}_interval"]
+            ]
+    names, y, p, fold_of = _stacked(records, truth, args.part, "all")
+    error = (p - y) ** 2
+    worst = []
+    for i in np.argsort(-error.mean(1), kind="stable")[:10]:
+        d = error[i].argmax()
+        worst.append([names[i], fold_of[i], error[i].mean(), LABELS[d], p[i, d], y[i, d]])
+    section["parts"] = {
+        "Results": f"<p>{CHOSEN[args.part]}</p>" + _table(["fold, view", *METRICS], totals),
+        "By dimension": _table(["dimension", *columns], zip(LABELS, *columns.values(), strict=True)),
+        "Prediction, rating, calibration": draw_ratings(y, p),
+        "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
+    }
+    return section
+
+
+def draw_ratings(y: np.ndarray, p: np.ndarray, bins: int = 12) -> str:
+    """Prediction over rating by dimension; in the last panel the mean rating by bins of all predictions."""
+    low, high = min(y.min(), p.min()) - 0.03, max(y.max(), p.max()) + 0.03
+    edges = np.linspace(p.min(), p.max(), bins + 1)[1:-1]
+    bin_of = np.digitize(p, edges)
+    filled = np.unique(bin_of)
+    with new_figure(16, 14) as figure:
+        *panels, last = figure.subplots(4, 5, sharex=True, sharey=True).flat
+        for d, axes in enumerate(panels):
+            axes.plot(y[:, d], p[:, d], ".", alpha=0.5)
+            axes.set_title(LABELS[d].replace("_", " "), fontsize=8)
+        predicted, rated = ([x[bin_of == b].mean() for b in filled] for x in (p, y))
+        last.plot(rated, predicted, "o-", color=ORANGE)
+        last.set_title("all: mean rating by bins of the prediction", fontsize=8)
+        for axes in (*panels, last):
+            axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1)
+            axes.set(xlim=(low, high), ylim=(low, high))
+        figure.supxlabel("rating")
+        figure.supylabel("prediction")
+        return inline_figure(figure, "Prediction over rating by dimension, and calibration")
+
+
+def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
+    """Decoders of one configuration, probabilities averaged: error rates by day, confusions, transcripts."""
+    corpus, data = _speech_corpus(args, loaded), loaded[0][2]["data"]
+    trials = speech_parts(corpus, data["valid"])[args.part]
+    trials = trials[corpus.labelled[trials]]
+    if not len(trials):
+        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
+    records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
+    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+    low, high = trial_bootstrap(per_counts(refs, hyps))
+    figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days) | {"interval": [low, high]}
+    rate = f"phoneme error rate {figures['per']:.3f} [{low:.3f}, {high:.3f}]"
+    caution = CHOSEN[args.part]
+    if data["valid"] == "test":
+        caution = "The checkpoint was chosen on the test part (--valid test): its score there is no result."
+    keys = ("per", "trials", "labels", *EDITS)
+    days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
+    order = sorted(records, key=lambda r: error_rate(per_counts([r["reference"]], [r["hypothesis"]])))
+    samples = []
+    for what, record in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        samples.append([what, record["trial"], spell(record["reference"]), spell(record["hypothesis"])])
+    return {
+        "sentence": f"{rate} of {len(trials)} trials, part {args.part}",
+        "figures": figures,
+        "synthetic": corpus.synthetic or data["synthetic"],
+        "parts": {
+            "Error rate by day": f"<p>{caution}</p>" + _table(["day", *keys], days),
+            "Confusions": draw_confusions(refs, hyps),
+            "Transcripts": _table(["", "trial", "reference", "decoded"], samples),
+        },
+    }
+
+
+def draw_confusions(refs: list, hyps: list) -> str:
+    """Heat map of what reference phonemes became; ∅: deleted (column) or inserted (row)."""
+    times = np.zeros((len(PHONEMES), len(PHONEMES)))
+    for ref, hyp in zip(refs, hyps, strict=True):
+        for tag, i, j in Levenshtein.editops(ref, hyp).as_list():
+            times[0 if tag == "insert" else ref[i], 0 if tag == "delete" else hyp[j]] += 1
+    with new_figure(12, 11) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(times, cmap="Blues", norm="symlog")
+        names = ["∅", *PHONEMES[1:]]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axes.set(xlabel="decoded", ylabel="reference")
+        figure.colorbar(image, ax=axes, label="times")
+        return inline_figure(figure, "Confusions of phonemes")
 
 
 def _text(value: object) -> str:
-    """HTML of a value: numbers to three digits, the rest escaped; long names may break after an underline or a slash."""
-    if isinstance(value, _Markup):
-        return value
+    """HTML of a value: numbers to four digits, NaN as a dash, the rest escaped."""
     if isinstance(value, float):
-        return f"{value:.3f}" if math.isfinite(value) else "–"
-    return re.sub(r"([_/])", r"\1<wbr>", escape(str(value)))
+        return f"{value:.4f}" if math.isfinite(value) else "–"
+    return escape(str(value))
 
 
-def _table(caption: str, head: list[str], rows: list[list], last_is_sum: bool = False) -> str:
-    """A table that scrolls sideways where it is too wide. Columns that hold words stand to the left, numbers to the right."""
-    kinds = [
-        ' class="text"' * any(type(row[k]) is str and bool(re.search(r"[^\W\d]{2}", row[k])) for row in rows)
-        for k in range(len(head))
-    ]
-    body = [
-        f'<tr{" class=sum" if last_is_sum and row is rows[-1] else ""}><th scope="row">{_text(row[0])}</th>'
-        + "".join(f"<td{kind}>{_text(value)}</td>" for kind, value in zip(kinds[1:], row[1:], strict=True))
-        + "</tr>"
-        for row in rows
-    ]
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption><span>{_text(caption)}</span></caption><thead><tr>'
-        + "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, head, strict=True))
-        + f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+def _table(head: Iterable, rows: Iterable) -> str:
+    lines = ["".join(f"<th>{_text(name)}</th>" for name in head)]
+    lines += ["".join(f"<td>{_text(value)}</td>" for value in row) for row in rows]
+    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
-def _figures(pictures: Iterable[tuple[str, str]], kind: str = "") -> str:
-    """Pictures side by side, (SVG, caption) each; those without anything to show left out."""
-    shown = [
-        f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>" for svg, caption in pictures if svg
-    ]
-    return (
-        f'<div class="figures {kind}">{"".join(shown)}</div>'
-        if shown
-        else '<p class="soft">Nothing logged.</p>'
-    )
-
-
-def _interval(low: float, high: float) -> str:
-    return f"[{low:.3f}, {high:.3f}]" if np.isfinite(low) else "–"
-
-
-def _ticks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
-    """At most six round positions and their labels; log: positions are decimal logarithms."""
-    if log and high - low < 1:
-        return [(math.log10(float(label)), label) for _, label in _ticks(10.0**low, 10.0**high, False)]
-    if log:
-        powers = range(math.ceil(low), math.floor(high) + 1)
-        return [(k, f"{10.0**k:.6g}") for k in powers[:: math.ceil(len(powers) / 6)]]
-    step = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
-    return [
-        (k * step, f"{k * step:.6g}")
-        for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
-
-
-def _thin(points: np.ndarray, most: int = 500) -> np.ndarray:
-    """At most so many points of a line: the lowest and the highest of each stretch, so that no peak is lost."""
-    if len(points) <= most:
-        return points
-    stretches = np.array_split(np.arange(len(points)), most // 2)
-    y = np.where(np.isfinite(points[:, 1]), points[:, 1], np.inf)
-    return points[
-        sorted({int(rows[k]) for rows in stretches for k in (np.argmin(y[rows]), np.argmax(y[rows]))})
-    ]
-
-
-def _chart(
-    title: str,
-    series: list[tuple[str, np.ndarray]],
-    names: tuple[str, str] = ("step", ""),
-    size: tuple[int, int] = (300, 190),
-    log: bool = False,
-    limits: tuple | None = None,
-    numbers: Iterable[tuple] = (),
-) -> str:
-    """SVG of series (CSS classes, points (n, 2)): `dots` and `fine` are points, all else is a line, broken where it is not finite; "" without any point.
-
-    limits: (left, right, bottom, top); log: of y; numbers: (x, y, text) written beside a point."""
-    series = [
-        (
-            kind,
-            np.column_stack([p[:, 0], np.log10(np.where(p[:, 1] > 0, p[:, 1], np.nan)) if log else p[:, 1]]),
-        )
-        for kind, p in series
-        if len(p)
-    ]
-    finite = np.concatenate([p[np.isfinite(p).all(1)] for _, p in series] or [np.zeros((0, 2))])
-    if not len(finite):
-        return ""
-    (left, bottom), (right, top) = finite.min(0), finite.max(0)
-    pad = 0.06 * (top - bottom) or 0.06 * abs(top)
-    left, right, bottom, top = limits or (
-        left,
-        right if right > left else left + 1,
-        bottom - pad,
-        top + pad or 1,
-    )
-    (width, height), (x0, y0) = size, (46, 8)
-    x1, y1 = width - 8, height - 30
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return x0 + (x - left) / (right - left) * (x1 - x0), y1 - (y - bottom) / (top - bottom) * (y1 - y0)
-
-    parts = [f'<rect class="frame" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}"/>']
-    for value, label in _ticks(bottom, top, log):
-        y = place(left, value)[1]
-        parts.append(
-            f'<path class="grid" d="M{x0} {y:.1f}H{x1}"/><text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
-        )
-    for value, label in _ticks(left, right, False):
-        x = place(value, bottom)[0]
-        parts.append(
-            f'<text x="{x:.1f}" y="{y1 + 13}" text-anchor="{"end" if x > x1 - 10 else "middle"}">{label}</text>'
-        )
-    parts += [
-        f'<text x="{x1}" y="{height - 3}" text-anchor="end">{escape(names[0])}</text>',
-        f'<text x="{x0 + 4}" y="{y0 + 12}">{escape(names[1])}</text>',
-    ]
-    for kind, points in series:
-        point, steps, pen = not {"dots", "fine"}.isdisjoint(kind.split()), [], False
-        for x, y in points if point else _thin(points):
-            if np.isfinite(y):
-                steps.append(f"{'L' if pen else 'M'}{'{:.1f} {:.1f}'.format(*place(x, y))}{'h0' * point}")
-            pen = bool(np.isfinite(y)) and not point
-        parts.append(f'<path class="{kind}" d="{"".join(steps)}"/>')
-    parts += [
-        f'<text x="{x - 4:.1f}" y="{y - 4:.1f}" text-anchor="end">{escape(text)}</text>'
-        for x, y, text in ((*place(x, y), text) for x, y, text in numbers)
-    ]
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    )
-
-
-def _bar(
-    value: float, interval: Iterable[float], limits: tuple[float, float], reference: float | None = None
-) -> _Markup:
-    """A value with its interval as a small picture for a table's row; the upright stroke is the reference."""
-
-    def place(v: float) -> float:
-        return 4 + 152 * (min(max(v, limits[0]), limits[1]) - limits[0]) / (limits[1] - limits[0])
-
-    low, high = interval
-    parts = [
-        f'<path class="grid" d="M{place(v):.1f} 0V16"/>'
-        for v in (limits[0], 0, limits[1])
-        if limits[0] <= v <= limits[1]
-    ]
-    parts += (
-        [f'<path class="line s0" d="M{place(low):.1f} 8H{place(high):.1f}"/>'] if np.isfinite(low) else []
-    )
-    parts += [f'<path class="dots s0" d="M{place(value):.1f} 8h0"/>'] if np.isfinite(value) else []
-    parts += (
-        [f'<path class="line s1" d="M{place(reference):.1f} 2V14"/>']
-        if reference is not None and np.isfinite(reference)
-        else []
-    )
-    return _Markup(f'<svg class="bar" viewBox="0 0 160 16" aria-hidden="true">{"".join(parts)}</svg>')
-
-
-# --- what every section has ---
-
-
-def _history(records: list[dict], key: str) -> np.ndarray:
-    """(n, 2) steps and logged values of one key; of a step that a resumed run took again, the later."""
-    values = {
-        r["step"]: sum(v for v in r[key].values() if isinstance(v, int))
-        if isinstance(r[key], dict)
-        else r[key]
-        for r in records
-        if key in r
-    }
-    return np.array(sorted(values.items()), np.float64).reshape(-1, 2)
-
-
-def _panels(group: list[dict], panels: dict[str, str]) -> str:
-    """Pictures of logged keys over the steps, a colour a run, and the key to the colours."""
-    key = "".join(
-        f'<li class="s{n % 8}"><span>{_text(run["name"])}</span></li>' for n, run in enumerate(group)
-    )
-    pictures = []
-    for name, title in panels.items():
-        series = [
-            (f"{'dash' if dashed else 'line'} s{n % 8}", _history(run["records"], column))
-            for n, run in enumerate(group)
-            for dashed, column in enumerate((name, DASHED.get(name)))
-            if column
-        ]
-        lone = [(kind.replace("line", "dots"), points) for kind, points in series if len(points) == 1]
-        solid = [points for kind, points in series if kind.startswith("line")]
-        pictures.append(
-            (
-                _chart(title, series + lone, log=name == "norm")
-                if any(len(points) for points in solid)
-                else "",
-                title,
-            )
-        )
-    return f'<ul class="key">{key}</ul>{_figures(pictures)}'
-
-
-def diagnostics(group: list[dict]) -> str:
-    """Gradient norm, learning rate, skipped updates, spread over the steps; what was skipped, by name; the gradient reports' flags."""
-    skips = [
-        [run["name"], str(r["step"]), str(r["skip"]), ", ".join(map(str, r.get("names", [])[:8]))]
-        for run in group
-        for r in run["records"]
-        if "skip" in r
-    ]
-    flags = Counter(flag for run in group for r in run["records"] for flag in map(str, r.get("flags", ())))
-    reports = sum("flags" in r for run in group for r in run["records"])
-    lines = [f"{flag} in {n} of {reports} gradient reports" for flag, n in flags.most_common()] + [
-        f"{run['name']}: untrained, predictions spread {r['activations']['std_ratio']:.2f} times as wide as the ratings"
-        for run in group
-        for r in run["records"][:1]
-        if isinstance(r.get("activations", {}).get("std_ratio"), float)
-    ]
-    return (
-        f"<h3>Diagnostics</h3>{_panels(group, DIAGNOSTICS)}"
-        + (f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else "")
-        + (
-            _table(
-                f"{len(skips)} skipped updates{', the first 30' * (len(skips) > 30)}",
-                ["run", "step", "kind", "items of the step"],
-                skips[:30],
-            )
-            if skips
-            else "<p>No update was skipped.</p>"
-        )
-    )
-
-
-def configuration(group: list[dict]) -> str:
-    """Every option of the runs, one value where all agree."""
-    rows = []
-    for key in dict.fromkeys(key for run in group for key in run["args"]):
-        values = [str(run["args"].get(key, "–")) for run in group]
-        rows.append([key, _Markup("<br>".join(map(_text, values if len(set(values)) > 1 else values[:1])))])
-    return f"<h3>Configuration</h3><details><summary>All {len(rows)} options</summary>{_table('Options; several values: one a run, in order', ['option', 'value'], rows)}</details>"
-
-
-def _against(interval: Iterable[float], name: str, metric: str, value: float) -> str:
-    """How an interval lies to a reference value, in words."""
-    (low, high), (above, below) = interval, ("better", "worse") if metric != "PER" else ("worse", "better")
-    return f"{above if low > value else below if high < value else 'not clearly better or worse'} than {name} ({metric} {value:.4g})"
-
-
-def _best(run: dict) -> tuple[str, float, int]:
-    """(metric, value, step) of the evaluation that the trainer kept, from the metrics alone; NaN without any."""
-    name, better = (
-        ("valid_per", "valid_per")
-        if run["kind"] == "decoder"
-        else ("valid_accuracy" if run["kind"] == "pretraining" else "valid_r2", "valid_loss")
-    )
-    found = [r for r in run["records"] if r.get(name) is not None and r.get(better) is not None]
-    record = min(found, key=lambda r: r[better], default=None)
-    return {"valid_per": "PER", "valid_accuracy": "NCE accuracy", "valid_r2": "R²"}[name], *(
-        (record[name], record["step"]) if record else (math.nan, 0)
-    )
-
-
-def _logged_verdict(group: list[dict]) -> str:
-    """The sentence where nothing was evaluated: what the trainer logged."""
-    known = [(run["name"], *_best(run)) for run in group]
-    known = [
-        f"{name} {metric} {value:.3f} at step {step}"
-        for name, metric, value, step in known
-        if np.isfinite(value)
-    ]
-    return f"not evaluated here; best validation as logged in training: {', '.join(known) or 'none'}"
-
-
-def _section(
-    group: list[dict],
-    sentence: str,
-    synthetic: bool,
-    figures: object,
-    body: list[str],
-    caution: Iterable[str] = (),
-) -> dict:
-    """A section: its verdict, the notes on what is missing, curves, results, diagnostics, configuration."""
-    notes = [
-        *(("soft", note) for note in caution),
-        *(("warn", note) for run in group for note in run["notes"]),
-    ]
-    verdict = f"{_title(group[0]).split(':')[0]}{' (SYNTHETIC)' * synthetic}: {sentence}."
-    return {
-        "verdict": verdict,
-        "synthetic": synthetic,
-        "figures": figures,
-        "html": "".join(
-            [
-                f'<p class="verdict">{_text(verdict)}</p>',
-                "".join(f'<p class="{kind}">{_text(note)}</p>' for kind, note in notes),
-                f"<h3>Training curves</h3>{_panels(group, CURVES)}",
-                *body,
-                diagnostics(group),
-                configuration(group),
-            ]
-        ),
-    }
-
-
-def _is_synthetic(group: list[dict]) -> bool:
-    """Whether any run was trained on synthetic data, by its checkpoint, else by an absent --data."""
-    return any(
-        bool((run["loaded"][2]["data"] or {}).get("synthetic"))
-        if run["loaded"]
-        else not run["args"].get("data")
-        for run in group
-    )
-
-
-def pretraining_section(group: list[dict], args: argparse.Namespace) -> dict:
-    """A pre-training: what its metrics hold; it rates nothing."""
-    sentence = _logged_verdict(group).removeprefix("not evaluated here; ")
-    kept = [
-        min(
-            (r for r in run["records"] if r.get("valid_loss") is not None),
-            key=lambda r: r["valid_loss"],
-            default={},
-        )
-        for run in group
-    ]
-    rows = [
-        [
-            run["name"],
-            str(r["step"]),
-            *(
-                float(r.get(f"valid_{key}") or math.nan)
-                for key in ("loss", "nce", "accuracy", "chance", "mse", "mse_mean")
-            ),
-        ]
-        for run, r in zip(group, kept, strict=True)
-        if r
-    ]
-    if rows:
-        sentence += f" (chance {rows[0][5]:.3f}), MSE {rows[0][6]:.3f} (mean patch {rows[0][7]:.3f})"
-    table = _table(
-        "Validation on fixed crops and masks, at the lowest loss",
-        ["run", "step", "loss", "NCE", "accuracy", "chance", "MSE", "MSE of the mean patch"],
-        rows,
-    )
-    return _section(group, sentence, _is_synthetic(group), kept, ["<h3>Results</h3>", table])
-
-
-# --- ratings ---
-
-
-def rating_section(group: list[dict], args: argparse.Namespace) -> dict:
-    """Runs that rate: each on its own fold's part, seeds averaged; measured as `evaluate` does."""
-    loaded, own = _evaluation(group, args)
-    if own is None:
-        return _section(group, _logged_verdict(group), _is_synthetic(group), None, [])
-    folds, data = _load_fold_models(loaded)
-    corpus = _corpus_of(data, own)
-    records, truth = (
-        fold_records(folds, corpus, own, (own.part,)),
-        {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None},
-    )
-    views, synthetic = measure(records, truth)[own.part], corpus.synthetic or data["synthetic"]
-    caution = [
-        f"Trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}."
-    ] * (corpus.synthetic != data["synthetic"])
-    if views["all"] is None:
-        return _section(
-            group,
-            f"no item of part {own.part} has ratings here: nothing to score",
-            synthetic,
-            views,
-            [],
-            caution,
-        )
-    names, y, p, fold_of = _stacked(records, truth, own.part, "all")
-    mean, groups = views["all"]["mean"], [segment_of(name) for name in names]
-    intervals = {
-        "R²": mean["r2_interval"],
-        "Pearson": cluster_bootstrap(y, p, groups, lambda y, p: float(pearson(y, p).mean()), folds=fold_of),
-    }
-    floor_row = _floor_of(group[0]["kind"], data, own, [*folds])
-    references = (
-        [] if synthetic else PUBLISHED.get(("han" if group[0]["kind"] == "han" else "ast", data["split"]), [])
-    )
-    clauses = [
-        f"R² {mean['r2']:.3f} {_interval(*intervals['R²'])}, Pearson {mean['pearson']:.3f} {_interval(*intervals['Pearson'])}: mean of 19 ratings, "
-        f"{'fold' if len(folds) == 1 else 'folds'} {', '.join(map(str, folds))} of split {data['split']}, {'validation' if own.part == 'valid' else own.part} part"
-    ]
-    references = ([("the floor", "R²", floor_row["r2"])] if floor_row else []) + references
-    clauses += [_against(intervals[reference[1]], *reference) for reference in references]
-    if unrated := sum(len(record["names"]) for record in records) - len(names):
-        caution.append(f"{unrated} more items have no rating here and are not scored.")
-    caution.append(CHOSEN[own.part])
-    body = [
-        rating_tables(
-            views,
-            own.part,
-            intervals,
-            significance(records, truth)[own.part]["all"],
-            floor_row,
-            references,
-            y,
-            p,
-            fold_of,
-        ),
-        scatter(y, p, mean),
-        calibration(y, p),
-        extreme_items(names, y, p, fold_of),
-    ]
-    return _section(group, "; ".join(clauses), synthetic, views, body, caution)
-
-
-def _floor_of(kind: str, data: dict, args: argparse.Namespace, folds: list[int]) -> dict | None:
-    """The floor of the same inputs, part and folds: {"path", "r2", "per_dimension" (19,)}; None where results hold none."""
-    row = (
-        "floor"
-        + {"score": "_score", "perf": "_perf", "midi": "_midi"}.get(data.get("features"), "")
-        + "_keepoverlap" * bool(data["keep_overlap"])
-    )
-    path = Path(args.results_dir) / f"{'han' if kind == 'han' else 'ast'}_{row}_{data['split']}.json"
-    if not path.is_file():
-        return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if (
-            saved["synthetic"] != data["synthetic"]
-            or saved.get("audio") != data.get("audio")
-            or saved["labels"] != list(LABELS)
-        ):
-            return None
-        each = [
-            (saved["metrics"][args.part]["all"] or {"folds": {}})["folds"].get(str(fold)) for fold in folds
-        ]
-        return (
-            None
-            if None in each
-            else {
-                "path": str(path),
-                "r2": float(np.mean([f["r2"] for f in each])),
-                "per_dimension": np.mean([f["per_dimension"]["r2"] for f in each], axis=0),
-            }
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: no results ({_cause(error)}); expected a floor as --save-results writes it; make it again, or give another --results-dir"
-        ) from error
-
-
-def _slopes(y: np.ndarray, p: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per dimension, about the means of each fold: slope of the ratings over the predictions, and deviation of predictions over that of ratings."""
-    a, b = (
-        np.concatenate([x[folds == fold] - x[folds == fold].mean(0) for fold in np.unique(folds)])
-        for x in (p, y)
-    )
-    with np.errstate(invalid="ignore", divide="ignore"):  # constant predictions or ratings have none
-        return (a * b).sum(0) / (a**2).sum(0), np.sqrt((a**2).sum(0) / (b**2).sum(0))
-
-
-def rating_tables(
-    views: dict,
-    part: str,
-    intervals: dict,
-    tests: dict | None,
-    floor_row: dict | None,
-    references: list[tuple],
-    y: np.ndarray,
-    p: np.ndarray,
-    folds: np.ndarray,
-) -> str:
-    """Totals by view and fold, references (name, metric, mean) below them; the 19 dimensions with intervals, the floor beside them."""
-    rows = []
-    for view, figures in views.items():
-        for fold, s in (
-            [*figures["folds"].items(), *([("mean", figures["mean"])] if len(figures["folds"]) > 1 else [])]
-            if figures
-            else []
-        ):
-            counted = (
-                [str(s["items"]), str(s["segments"])]
-                if fold != "mean"
-                else [str(sum(f[key] for f in figures["folds"].values())) for key in ("items", "segments")]
-            )
-            rows.append(
-                [
-                    f"fold {fold}, {VIEWS[view]}" if fold != "mean" else f"mean of the folds, {VIEWS[view]}",
-                    *counted,
-                    s["r2"],
-                    _interval(*s["r2_interval"]),
-                    f"{s['mse']:.5f}",
-                    s["pearson"],
-                ]
-            )
-    rows += [
-        [
-            name,
-            "",
-            "",
-            *(["", "", "", f"{value:.4g}"] if metric == "Pearson" else [f"{value:.4g}", "", "", ""]),
-        ]
-        for name, metric, value in references
-    ]
-    totals = _table(
-        f"Part {part}; 95 % intervals by bootstrap over segments",
-        ["", "items", "segments", "R²", "95 %", "MSE", "Pearson"],
-        rows,
-    )
-    mean, nothing = views["all"]["mean"], [(math.nan, math.nan)] * len(LABELS)
-    each, r2_intervals, r_intervals = (
-        mean["per_dimension"],
-        *((tests or {}).get(key, nothing) for key in ("r2_interval", "pearson_interval")),
-    )
-    floors = floor_row["per_dimension"] if floor_row else [math.nan] * len(LABELS)
-    slopes, spreads = _slopes(y, p, folds)
-    low = max(-1.0, min([0.0, *(v for v in each["r2"] if np.isfinite(v))]))
-    rows = [
-        [
-            label,
-            each["r2"][d],
-            _bar(each["r2"][d], r2_intervals[d], (low, 1), floors[d]),
-            _interval(*r2_intervals[d]),
-            *([floors[d]] if floor_row else []),
-            each["pearson"][d],
-            _interval(*r_intervals[d]),
-            tests["p_holm"][d] if tests else math.nan,
-            slopes[d],
-            spreads[d],
-        ]
-        for d, label in enumerate(LABELS)
-    ]
-    rows.append(
-        [
-            "mean",
-            mean["r2"],
-            _bar(mean["r2"], intervals["R²"], (low, 1), floor_row and floor_row["r2"]),
-            _interval(*intervals["R²"]),
-            *([floor_row["r2"]] if floor_row else []),
-            mean["pearson"],
-            _interval(*intervals["Pearson"]),
-            "",
-            slopes.mean(),
-            spreads.mean(),
-        ]
-    )
-    head = [
-        "dimension",
-        "R²",
-        f"{low:.1g} to 1",
-        "95 %",
-        *(["floor R²"] if floor_row else []),
-        "Pearson r",
-        "95 %",
-        "p (Holm)",
-        "slope",
-        "spread",
-    ]
-    about = "Blue: R² and its interval" + (
-        f"; orange: the floor, {floor_row['path']}, same folds. "
-        if floor_row
-        else "; no floor of these inputs and folds in the results. "
-    )
-    about += "Published figures are means only. p: permutation of segments, corrected for 19 tests. Slope: of ratings over predictions, 1 is right, below 1 the predictions are too bold. Spread: deviation of predictions / of ratings."
-    return f'<h3>Results</h3>{totals}<h3>By dimension</h3>{_table("Means over the folds", head, rows, last_is_sum=True)}<p class="soft">{_text(about)}</p>'
-
-
-def scatter(y: np.ndarray, p: np.ndarray, mean: dict) -> str:
-    """Prediction over rating, a small picture a dimension, all to one scale."""
-    low, high = float(min(y.min(), p.min())) - 0.03, float(max(y.max(), p.max())) + 0.03
-    even = ("dash even", np.array([[low, low], [high, high]]))
-    pictures = [
-        (
-            _chart(
-                f"{label}: prediction over rating, r {mean['per_dimension']['pearson'][d]:.2f}",
-                [even, ("fine s0", np.column_stack([y[:, d], p[:, d]]))],
-                ("rating", "prediction"),
-                (190, 180),
-                limits=(low, high, low, high),
-            ),
-            f"{label}, r {mean['per_dimension']['pearson'][d]:.2f}",
-        )
-        for d, label in enumerate(LABELS)
-    ]
-    return f'<h3>Prediction over rating</h3><p class="soft">{len(y)} items; on the dashed line prediction and rating agree.</p>{_figures(pictures, "small")}'
-
-
-def calibration(y: np.ndarray, p: np.ndarray, width: float = 0.05) -> str:
-    """Mean rating of predictions that lie in one bin, and the deviation of predictions over that of ratings, a point a dimension."""
-    bins = np.floor(p / width + 1e-9).astype(int)
-    rows = [
-        (
-            b,
-            int((bins == b).sum()),
-            float(p[bins == b].mean()),
-            float(y[bins == b].mean()),
-            float(y[bins == b].std()),
-        )
-        for b in np.unique(bins)
-    ]
-    points = np.array([[predicted, rated] for _, _, predicted, rated, _ in rows])
-    low, high = points.min() - 0.04, points.max() + 0.06
-    widest = 1.15 * max(p.std(0).max(), y.std(0).max(), 0.01)
-    table = _table(
-        "All dimensions together",
-        ["predicted", "count", "mean prediction", "mean rating", "deviation of ratings"],
-        [[f"{b * width:.2f} to {(b + 1) * width:.2f}", str(n), *rest] for b, n, *rest in rows],
-    )
-    slope = float(_slopes(y.reshape(-1, 1), p.reshape(-1, 1), np.zeros(y.size))[0][0])
-    return (
-        "<h3>Calibration</h3>"
-        + _figures(
-            [
-                (
-                    _chart(
-                        "Mean rating over mean prediction, by bins of the prediction",
-                        [("dash even", np.array([[low, low], [high, high]])), ("dots s0", points)],
-                        ("mean prediction", "mean rating"),
-                        limits=(low, high, low, high),
-                        size=(300, 240),
-                        numbers=[(*point, str(row[1])) for point, row in zip(points, rows, strict=True)],
-                    ),
-                    f"Mean rating by bins of the prediction, all dimensions, with counts; slope of all ratings over predictions {slope:.2f}",
-                ),
-                (
-                    _chart(
-                        "Deviation of predictions over deviation of ratings",
-                        [
-                            ("dash even", np.array([[0, 0], [widest, widest]])),
-                            ("dots s0", np.column_stack([y.std(0), p.std(0)])),
-                        ],
-                        ("deviation of ratings", "deviation of predictions"),
-                        limits=(0, widest, 0, widest),
-                        size=(300, 240),
-                    ),
-                    "Spread, a point a dimension: below the line the predictions vary less than the ratings",
-                ),
-            ]
-        )
-        + f"<details><summary>Bins</summary>{table}</details>"
-    )
-
-
-def extreme_items(
-    names: list[str], y: np.ndarray, p: np.ndarray, folds: np.ndarray, worst: int = 10, best: int = 5
-) -> str:
-    """The items with the largest and the smallest mean squared error, and the dimension that errs most."""
-    error = (p - y) ** 2
-    order, rows = np.argsort(-error.mean(1), kind="stable"), []
-    for i in [*order[:worst], *order[max(worst, len(order) - best) :][::-1]]:
-        d = int(error[i].argmax())
-        rows.append([names[i], str(folds[i]), f"{error[i].mean():.4f}", LABELS[d], p[i, d], y[i, d]])
-    head = ["item", "fold", "MSE", "errs most in", "predicted", "rated"]
-    return f"<h3>Worst and best items</h3>{_table('Worst items first', head, rows[:worst])}{_table('Best items first', head, rows[worst:]) if rows[worst:] else ''}"
-
-
-# --- decoder ---
-
-
-def decoder_section(group: list[dict], args: argparse.Namespace) -> dict:
-    """Decoders of one configuration, probabilities averaged: error rates by day, confusions, transcripts."""
-    loaded, own = _evaluation(group, args)
-    if own is None:
-        return _section(group, _logged_verdict(group), _is_synthetic(group), None, [])
-    corpus, data = _speech_corpus(own, loaded), loaded[0][2]["data"]
-    trials = speech_parts(corpus, data["valid"])[own.part]
-    trials = trials[corpus.labelled[trials]]
-    if not len(trials):
-        raise DataError(
-            f"--part {own.part}: no labelled trial in {corpus.root}; a phoneme error rate needs some; give another part, or --no-data"
-        )
-    records = transcripts(mean_logits(loaded, corpus, trials, own), corpus, trials)
-    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-    interval, synthetic = trial_bootstrap(per_counts(refs, hyps)), corpus.synthetic or data["synthetic"]
-    figures = {**decoder_scores(refs, hyps, corpus.day[trials], corpus.days), "interval": list(interval)}
-    sentence = (
-        f"phoneme error rate {figures['per']:.3f} {_interval(*interval)} of {figures['trials']} trials, {'validation' if own.part == 'valid' else own.part} part, {len(figures['by_day'])} days; "
-        f"without SIL {figures['per_without_sil']:.3f}"
-    )
-    sentence += "".join(
-        f"; {_against(interval, *reference)}"
-        for reference in PUBLISHED.get(("decoder", corpus.channels), [])
-        if not synthetic
-    )
-    caution = [
-        "The checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result."
-    ] * (data["valid"] == "test")
-    caution = caution or [CHOSEN[own.part]]
-    return _section(
-        group,
-        sentence,
-        synthetic,
-        figures,
-        [
-            day_table(figures, records),
-            confusion(records),
-            sample_transcripts(records, dict(zip(corpus.ids, corpus.text, strict=True))),
-        ],
-        caution,
-    )
-
-
-def day_table(figures: dict, records: list[dict]) -> str:
-    """Error rates by day with intervals over trials."""
-    intervals = {
-        day: trial_bootstrap(
-            per_counts(
-                *([r[side] for r in records if r["day"] == day] for side in ("reference", "hypothesis"))
-            )
-        )
-        for day in figures["by_day"]
-    }
-    rates = [f["per"] for f in figures["by_day"].values()]
-    widest = (
-        max(
-            (rate for rate in [*rates, *(high for _, high in intervals.values())] if np.isfinite(rate)),
-            default=0,
-        )
-        or 1
-    )
-    rows = [
-        [
-            day,
-            f["per"],
-            _bar(f["per"], low_high, (0, widest), figures["per"]),
-            _interval(*low_high),
-            *(str(f[key]) for key in ("trials", "labels", "sub", "del", "ins")),
-        ]
-        for (day, f), low_high in zip(
-            [*figures["by_day"].items(), ("all days", figures)],
-            [*intervals.values(), figures["interval"]],
-            strict=True,
-        )
-    ]
-    head = [
-        "day",
-        "PER",
-        f"0 to {widest:.2g}",
-        "95 %",
-        "trials",
-        "phonemes",
-        "substituted",
-        "deleted",
-        "inserted",
-    ]
-    return (
-        f"<h3>Error rate by day</h3>{_table('Phoneme error rate; 95 % intervals by bootstrap over trials', head, rows, last_is_sum=True)}"
-        '<p class="soft">Blue: the rate and its interval; orange: all days together.</p>'
-    )
-
-
-def confusion(records: list[dict]) -> str:
-    """Heat map of what reference phonemes became, from minimal edit scripts: substituted, deleted (last column), inserted (last row)."""
-    none, times, spoken = len(PHONEMES), Counter(), Counter(k for r in records for k in r["reference"])
-    for r in records:
-        for tag, i, j in Levenshtein.editops(r["reference"], r["hypothesis"]).as_list():
-            times[
-                r["reference"][i] if tag != "insert" else none,
-                r["hypothesis"][j] if tag != "delete" else none,
-            ] += 1
-    side, edge, names = 16, 44, [*PHONEMES[1:], "∅"]
-    size, most = edge + side * len(names), max(times.values(), default=1)
-    parts = [
-        f'<rect class="frame" x="{edge}" y="{edge}" width="{side * len(names)}" height="{side * len(names)}"/>'
-    ]
-    for n, name in enumerate(names):
-        at = edge + side * n + side / 2
-        parts.append(
-            f'<text x="{edge - 5}" y="{at + 3}" text-anchor="end">{name}</text><text transform="translate({at + 3} {edge - 5}) rotate(-90)">{name}</text>'
-            f'<path class="grid" d="M{edge} {at}H{size}M{at} {edge}V{size}"/>'
-        )
-    for (a, b), n in sorted(times.items()):
-        rate = f", {n / spoken[a]:.0%} of {spoken[a]}" if spoken[a] else ""
-        what = (
-            f"{names[a - 1]} {'deleted' if b == none else f'decoded as {names[b - 1]}'}"
-            if a != none
-            else f"{names[b - 1]} inserted"
-        )
-        parts.append(
-            f'<rect class="cell" x="{edge + side * (b - 1)}" y="{edge + side * (a - 1)}" width="{side}" height="{side}" fill-opacity="{0.12 + 0.88 * n / most:.2f}"><title>{what}: {n} times{rate}</title></rect>'
-        )
-    frequent = ", ".join(
-        f"{a} as {b} {n}"
-        for a, b, n in substitutions([r["reference"] for r in records], [r["hypothesis"] for r in records])
-    )
-    return (
-        f'<h3>Confusions</h3><p class="soft">Rows: the reference; columns: what was decoded; ∅: deleted (column) or inserted (row); the darkest cell {most} times. '
-        f'Most frequent: {_text(frequent or "none")}.</p><div class="scroll" tabindex="0" role="region" aria-label="confusion of phonemes">'
-        f'<svg class="heat" viewBox="0 0 {size + 2} {size + 2}" role="img" aria-label="Heat map of decoded over reference phonemes">{"".join(parts)}</svg></div>'
-    )
-
-
-def sample_transcripts(records: list[dict], texts: dict[str, str]) -> str:
-    """The best, the median and the worst trial by error rate, edits marked; texts: the sentence of a trial."""
-    rates = [error_rate(per_counts([r["reference"]], [r["hypothesis"]])) for r in records]
-    order = sorted((i for i, rate in enumerate(rates) if np.isfinite(rate)), key=lambda i: rates[i])
-    parts = []
-    for title, k in (("Best", 0), ("Median", len(order) // 2), ("Worst", -1)) if order else ():
-        r = records[order[k]]
-        sides = {side: [PHONEMES[j] for j in r[side]] for side in ("reference", "hypothesis")}
-        for tag, i, j in Levenshtein.editops(r["reference"], r["hypothesis"]).as_list():
-            for side, at, mark in (
-                ("reference", i, {"replace": "mark", "delete": "del"}.get(tag)),
-                ("hypothesis", j, {"replace": "mark", "insert": "ins"}.get(tag)),
-            ):
-                if mark:
-                    sides[side][at] = f"<{mark}>{sides[side][at]}</{mark}>"
-        parts.append(
-            f"<h4>{title}: {_text(r['trial'])}, PER {rates[order[k]]:.3f}</h4>"
-            + (f"<p>“{_text(texts[r['trial']])}”</p>" if texts[r["trial"]] else "")
-            + "".join(
-                f'<p class="speech">{side}: {" ".join(words) or "(nothing)"}</p>'
-                for side, words in sides.items()
-            )
-        )
-    return f'<h3>Transcripts</h3>{"".join(parts)}<p class="soft">Bold: substituted; struck out: deleted; underlined: inserted.</p>'
-
-
-# --- the page ---
-
-
-def _page(groups: list[list[dict]], sections: list[dict], args: argparse.Namespace) -> str:
-    """The whole document: head with verdicts and runs, a section a configuration. Its policy forbids the browser to load anything."""
-    title = f"Report: {', '.join(run['name'] for group in groups for run in group)}"
-    title = title if len(title) < 90 else f"Report on {sum(map(len, groups))} runs"
-    rows, state = [], git_state()
-    for run in (run for group in groups for run in group):
-        metric, value, step = _best(run)
-        sha = str(run["args"].get("git_sha") or "unknown")[:10] + ", uncommitted changes" * bool(
-            run["args"].get("git_dirty")
-        )
-        rows.append(
-            [
-                run["name"],
-                run["kind"],
-                str(run["args"].get("data") or "built-in SYNTHETIC"),
-                str(run["args"].get("fold", "–") if run["kind"] != "pretraining" else "–"),
-                str(run["args"].get("seed", "–")),
-                str(run["records"][-1]["step"]) if run["records"] else "–",
-                f"{metric} {value:.3f} at step {step}" if np.isfinite(value) else "–",
-                sha,
-            ]
-        )
-    loud = '<p class="warn">SYNTHETIC data: figures marked SYNTHETIC show that the code works; they say nothing about real performances or real speech.</p>'
-    links = "".join(
-        f'<li><a href="#s{n}">{_text(section["verdict"])}</a></li>' for n, section in enumerate(sections, 1)
-    )
-    body = "".join(
-        f'<section id="s{n}"><h2>{_text(_title(group[0]))}{" (SYNTHETIC)" * section["synthetic"]}</h2><p class="soft">{_text(", ".join(run["name"] for run in group))}</p>{section["html"]}</section>'
-        for n, (group, section) in enumerate(zip(groups, sections, strict=True), 1)
-    )
-    sha = f"{str(state['git_sha'] or 'unknown')[:10]}{', uncommitted changes' * bool(state['git_dirty'])}"
+def _page(sections: list[dict], args: argparse.Namespace) -> str:
+    """The whole document. Its policy forbids the browser to load anything."""
+    loud = f'<p class="warn">{SYNTHETIC}</p>' if any(section["synthetic"] for section in sections) else ""
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {args.command}"
+    body = "".join(section["html"] for section in sections)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>{escape(title)}</title><style>{STYLE}</style></head>
-<body><header><h1>{_text(title)}</h1><p class="soft">What training runs learned: curves, scores on the {"validation" if args.part == "valid" else args.part} part, errors, configuration.
-{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, code at {escape(sha)}.</p>{loud * any(section["synthetic"] for section in sections)}<ul>{links}</ul>
-{_table("Runs; best: the evaluation that the trainer kept", ["run", "task", "data", "fold", "seed", "steps", "best validation", "trained with code"], rows)}</header>
-<main>{body}</main><footer><p class="soft">{_text(args.command)}</p></footer></body></html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>Report</title><style>{STYLE}</style></head>
+<body><h1>Report</h1><p>{_text(made)}</p>{loud}{body}</body></html>
 """
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "evaluate": evaluate,
@@ -6134,45 +4877,47 @@ COMMANDS = {
 }
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Options that every command shares, then all of them checked."""
-    if not parser.prog.endswith(("bench", "--attention", "predict", "report")):
-        parser.add_argument(
-            "--data",
-            metavar="DIR",
-            help="data set in its public layout (absent: the built-in synthetic corpus)",
-        )
-        parser.add_argument(
-            "--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)"
-        )
-    if parser.prog.split()[-1] not in ("bench", "ceiling", "compare", "--attention", "predict", "report"):
-        parser.add_argument("--csv", metavar="FILE", help="write the predictions here (off)")
-        parser.add_argument(
-            "--save-results",
-            metavar="ROW",
-            help="write figures and predictions, TASK_ROW_<split> or decoder_ROW_<part> .json and .csv, into --results-dir (off)",
-        )
-        parser.add_argument(
-            "--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)"
-        )
+def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"eval.py {command}",
+        usage=f"python eval.py {command} {usage}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="data set in its public layout (absent: the built-in synthetic corpus)")
+    add("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
+
+
+def result_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--csv", metavar="FILE", help="write the predictions here (off)")
+    add("--save-results", metavar="ROW", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
+    add("--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)")
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:
+    """The parsed options: the command's own, those that `shared` functions add, --device and --debug."""
+    for add_options in shared:
+        add_options(parser)
     parser.add_argument(
         "--device",
         default="auto",
-        metavar="NAME",
-        help="where to compute: cpu, cuda, or auto, a GPU where there is one (%(default)s)",
+        choices=["auto", "cpu", "cuda"],
+        help="where to compute; auto: a GPU where there is one (%(default)s)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
-    if getattr(args, "save_results", None) and not re.fullmatch(r"[a-z0-9_]+", args.save_results):
-        raise DataError(
-            f"--save-results {args.save_results!r}: expected a row name of a-z, 0-9 and _, such as full"
-        )
-    if args.device not in ("auto", "cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
-        raise DataError(
-            f"--device {args.device}: not available here; expected auto, cpu"
-            + ", cuda" * torch.cuda.is_available()
-        )
-    args.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    row = getattr(args, "save_results", None)
+    if row and not re.fullmatch(r"[a-z0-9_]+", row):
+        raise DataError(f"--save-results {row!r}: expected a row name of a-z, 0-9 and _, such as full")
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise DataError("--device cuda: not available here; expected auto or cpu")
+    args.device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
     args.command = "python " + shlex.join([*parser.prog.split(), *argv])
     return args
 
@@ -6180,24 +4925,17 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
 def main(argv: list[str] | None = None) -> dict:
     """Runs one command and returns its figures."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv:
-        raise DataError(
-            f"no command; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate; e.g. python eval.py --ckpt runs/han/NAME/best.pt; --help explains"
-        )
-    if argv[0] in ("-h", "--help"):
-        print(
-            f"{__doc__}\nCommands: {', '.join(COMMANDS)} (evaluate is what --ckpt alone does). `python eval.py COMMAND --help` explains each."
-        )
+    command = argv[0] if argv else "no command given"
+    if command in ("-h", "--help"):
+        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}. `python eval.py COMMAND --help` explains each.")
         return {}
-    if not argv[0].startswith("-"):
-        if argv[0] not in COMMANDS:
-            raise DataError(
-                f"unknown command {argv[0]!r}; expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate"
-            )
-        return COMMANDS[argv[0]](argv[1:])
     if any(option.split("=")[0] == "--attention" for option in argv):
         return attention(argv)
-    return evaluate(argv)
+    if command.startswith("-"):
+        return evaluate(argv)
+    if command not in COMMANDS:
+        raise DataError(f"{command}: expected {', '.join(COMMANDS)}, or --ckpt FILE ... to evaluate")
+    return COMMANDS[command](argv[1:])
 
 
 if __name__ == "__main__":

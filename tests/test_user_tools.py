@@ -291,13 +291,12 @@ def test_report_of_all_runs_stands_alone(made, tmp_path, capsys):
         ("Training curves", 5),
         ("Results", 3),
         ("By dimension", 3),
-        ("Prediction over rating", 3),
-        ("Calibration", 3),
-        ("Worst and best items", 3),
+        ("Prediction, rating, calibration", 3),
+        ("Worst items", 3),
         ("Error rate by day", 2),
         ("Confusions", 2),
         ("Transcripts", 2),
-        ("Diagnostics", 5),
+        ("Skipped updates", 5),
         ("Configuration", 5),
     ):
         assert titles.count(section) == times, section
