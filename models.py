@@ -291,7 +291,7 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
 # Phoneme decoder
 # ------------------------------------------------------------------------------------------------------------
 def output_frames(lengths, kernel: int, stride: int):
-    """CTC frames of trials of `lengths` bins (int, tensor, array): floor((T - kernel) / stride) + 1, least 0."""
+    """CTC frames of trials of `lengths` bins (int, tensor, array): (T - kernel) // stride + 1, at least 0."""
     frames = (lengths - kernel) // stride + 1
     return frames.clip(0) if hasattr(frames, "clip") else max(frames, 0)
 
@@ -306,8 +306,8 @@ class GRUDecoder(nn.Module):
     kernel, stride length and step of the windows, bins
     dropout        between GRU layers; 0 = off
     input_dropout  on single values, before they are cut into windows; 0 = off
-    layer_norm     LayerNorm on the output of the last GRU layer. Synthetic corpus, 4 layers of 128, 200 steps:
-                   phoneme error rate .95 without it, .38 with it, .38 also with one after every layer
+    layer_norm     LayerNorm on the output of the last GRU layer. Synthetic corpus, 4 layers of 128, 200
+                   steps: phoneme error rate .95 without it, .38 with it, .38 with one after every layer
     smooth_width   SD of the Gaussian smoothing, bins; 0 = off
     smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, the public baseline's way
 
@@ -354,7 +354,7 @@ class GRUDecoder(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, zero beyond frames (B,).
+        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, 0 beyond frames (B,).
 
         A trial's logits do not depend on its batch-mates, nor on what stands beyond its length. Lengths are
         read on the CPU: keep them there, or a GPU has to wait.
@@ -394,7 +394,7 @@ class GRUDecoder(nn.Module):
         return torch.baddbmm(bias[day], x, weight[day])
 
     def windows(self, x: Tensor, count: int) -> Tensor:
-        """x (B, T, C) -> its first `count` windows (B, count, C * kernel), a value at channel * kernel + bin."""
+        """x (B, T, C) -> its first `count` windows (B, count, C * kernel), in them channel * kernel + bin."""
         missing = (count - 1) * self.stride + self.kernel - x.shape[1]
         x = nn.functional.pad(x, (0, 0, 0, max(missing, 0)))
         return x.unfold(1, self.kernel, self.stride)[:, :count].flatten(2)
