@@ -3570,8 +3570,8 @@ def _attempt(read, *args):
     """What `read` gives, or its problem."""
     try:
         return read(*args)
-    except DataError as error:
-        return {"problem": str(error)}
+    except ValueError as error:  # ours, or NumPy's about ragged lists
+        return {"problem": _one_line(error)}
 
 
 def _read_mat(path, channels, names):
@@ -3586,7 +3586,10 @@ def _read_mat(path, channels, names):
         raise DataError(
             f"{path}: unreadable ({_one_line(error)}); expected MATLAB 7; fetch it again"
         ) from error
-    columns = [_cells(raw.get(name)) for name in fields]
+    for name in fields:
+        if name not in raw:
+            raise DataError(f"{path}: field {name}: missing; expected {', '.join(fields)}")
+    columns = [_cells(raw[name]) for name in fields]
     counts = [len(values) for values in columns]
     if len(set(counts)) > 1 or not counts[0]:
         raise DataError(f"{path}: {counts} trials in {', '.join(fields)}; expected as many in each, and some")
@@ -3600,7 +3603,7 @@ def _read_mat(path, channels, names):
 def _cells(value):
     """Cells or strings in a row, a column or flat; a matrix outside any cell is the one of a squeezed
     file."""
-    value = np.asarray([] if value is None else value)
+    value = np.asarray(value)
     return [value] if value.size and value.dtype.kind not in "OSU" else list(value.ravel())
 
 
@@ -4086,7 +4089,9 @@ def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> 
             f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
             "trials in some day; test: a labelled test part); use the other, or convert more data"
         )
-    return parts | {"train": np.setdiff1d(train, held), "valid": held}
+    return {"train": np.setdiff1d(train, held), "valid": held} | {
+        k: parts[k] for k in ("test", "competition")
+    }
 
 
 def _held_trials(corpus, trials, seed):
