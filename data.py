@@ -3484,7 +3484,11 @@ def _speech_files(source):
         found[kind] = [path for path in files if re.search(pattern, path.as_posix())]
     kinds = [kind for kind in found if found[kind]]
     if len(kinds) != 1:
-        what = f"holds {' and '.join(kinds) or 'no'} files of speech" if source.exists() else "no such folder"
+        what = (
+            f"holds {' and '.join(kinds) or 'no'} files of speech"
+            if source.exists()
+            else "no such file or folder"
+        )
         raise DataError(
             f"{source}: {what}; expected a folder of train, test and competitionHoldOut/*.mat, of "
             "ptDecoder_ctc or of data_{train,val,test}.hdf5, or a converted one"
@@ -3868,8 +3872,9 @@ def convert_speech(
         for path in files:
             read = functools.partial(_SPEECH_READERS[kind], path, channels, names)
             jobs.append((path, functools.partial(_convert_file, read, folder / f"part{len(jobs)}", dtype)))
-        results = tqdm(_run_jobs(jobs), desc="files", total=len(jobs), unit="file", disable=quiet or None)
-        found = _collect_sessions(results, report, cache)
+        with contextlib.closing(_run_jobs(jobs)) as results:  # closed, nobody writes to the folder any more
+            bar = tqdm(results, desc="files", total=len(jobs), unit="file", disable=quiet or None)
+            found = _collect_sessions(bar, report, cache)
         trials = [trial for session in found for trial in session["trials"]]
         if not trials:
             raise DataError(report.left_out[0] if report.left_out else f"{source}: no trials; expected some")
@@ -4226,26 +4231,17 @@ def time_mask(
 # ------------------------------------------------------------------------------------------------------------
 # Synthetic speech
 # ------------------------------------------------------------------------------------------------------------
+# fmt: off
 _SPEECH_TEMPLATES = (
-    "WHO MODAL DO DET ADJ THING",
-    "WHO DID DET ADJ THING WHEN",
-    "DET ROLE DID DET THING WHERE DET THING",
-    "ASK did DET ROLE DO DET THING",
-    "WHO SAY DET ROLE MODAL DO DET THING",
-    "it's so ADJ WHERE DET THING",
-    "i'm not ADJ but WHO DID DET THING",
-    "please DO DET ADJ THING WHERE DET THING",
-    "let's DO NUM MANY and DET THING",
-    "WHO DID NUM ADJ MANY WHERE DET THING",
-    "DET THING is very ADJ WHEN",
-    "DET THING of DET ROLE is ADJ",
-    "WHEN DET ROLE DID both MANY",
-    "WHO never DID DET ADJ THING",
-    "i don't SAY because DET THING is ADJ",
-    "WHO MODAL DO this THING to DET ROLE",
-    "DET ADJ ROLE DID NUM MANY",
-    "ASK MODAL WHO DO DET THING WHEN",
+    "WHO MODAL DO DET ADJ THING", "WHO DID DET ADJ THING WHEN", "DET ROLE DID DET THING WHERE DET THING",
+    "ASK did DET ROLE DO DET THING", "WHO SAY DET ROLE MODAL DO DET THING", "it's so ADJ WHERE DET THING",
+    "i'm not ADJ but WHO DID DET THING", "please DO DET ADJ THING WHERE DET THING",
+    "let's DO NUM MANY and DET THING", "WHO DID NUM ADJ MANY WHERE DET THING", "DET THING is very ADJ WHEN",
+    "DET THING of DET ROLE is ADJ", "WHEN DET ROLE DID both MANY", "WHO never DID DET ADJ THING",
+    "i don't SAY because DET THING is ADJ", "WHO MODAL DO this THING to DET ROLE",
+    "DET ADJ ROLE DID NUM MANY", "ASK MODAL WHO DO DET THING WHEN",
 )
+# fmt: on
 _SOUND_GROUPS = {  # similar rates; relative duration
     "AA AE AO AW AY EY IY OW OY UW ER": 1.3,
     "AH EH IH UH": 0.9,

@@ -483,7 +483,7 @@ def test_folders_that_do_not_convert(files, options, match, tmp_path):
     with pytest.raises(data.DataError, match=match):
         convert(tmp_path / "in", tmp_path / options.get("out", "out"))
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(data.DataError, match="absent: no such folder"):
+    with pytest.raises(data.DataError, match="absent: no such file"):
         data.open_speech(tmp_path / "absent")
 
 
