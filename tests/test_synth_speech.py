@@ -1,5 +1,6 @@
-"""The synthetic speech corpus: layout, determinism, what its sentences are like, and that its phonemes can be learnt."""
+"""The synthetic speech corpus: layout, determinism, its sentences, and that its phonemes can be learnt."""
 
+import hashlib
 import re
 import time
 from collections import Counter
@@ -27,6 +28,8 @@ from eval import ctc_greedy, error_rate, per_counts
 from models import GRUDecoder, output_frames
 
 PARTS = ("train", "test", "competitionHoldOut")
+VERSION_1 = 1, [169, 263, 164, 228, 204, 189, 215, 203], "508054b6"
+WEIGHTED_1 = 0.00004051
 
 
 @pytest.fixture(scope="module")
@@ -61,30 +64,25 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]  # nothing temporary stays behind
 
 
-def test_refuses_full_folder_and_odd_sizes(tmp_path):
-    (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(DataError, match=r"not empty; .*--out"):
-        synth_speech(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-    for sizes in (
-        {"days": 0},
-        {"days": 100},
-        {"trials": 5},
-        {"trials": 1000},
-        {"bins": 3.9},
-        {"bins": 41},
-        {"bins": float("nan")},
-    ):
-        with pytest.raises(DataError, match=r"expected 1\.\.99, 6\.\.999, 4\.\.40"):
-            synth_speech(tmp_path / "new", **sizes)
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize(
+    "sizes",
+    [{"days": 0}, {"days": 100}, {"trials": 5}, {"trials": 1000}, {"bins": 3.9}, {"bins": float("nan")}],
+)
+def test_odd_sizes_are_refused(sizes, tmp_path):
+    with pytest.raises(DataError, match=r"new: .*expected 1\.\.99, 6\.\.999, 4\.\.40"):
+        synth_speech(tmp_path / "new", **sizes)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("data._mat_bytes", lambda table: (_ for _ in ()).throw(OSError("disk full")))
+def test_a_full_folder_stays_and_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_mat_bytes", lambda table: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         synth_speech(tmp_path / "new", days=1, trials=6)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(DataError, match="not empty; .*--out"):
+        synth_speech(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_layout_is_the_public_one(root, files):
@@ -94,21 +92,15 @@ def test_layout_is_the_public_one(root, files):
     assert names["test"] == names["train"]
     assert set(names["competitionHoldOut"]) < set(names["train"])  # 15 of 24 days in the public data
     assert all(re.fullmatch(r"t12\.20\d\d\.\d\d\.\d\d\.mat", name) for name in names["train"])
+    kinds = dict.fromkeys(("tx1", "tx2", "tx3", "tx4"), np.uint8) | {"spikePow": np.float32}
     for part, count in zip(PARTS, (12, 2, 2), strict=True):
         for file in files[part]:
             assert file["sentenceText"].shape == (count,)
             assert file["blockIdx"].shape == (count, 1)
-            for key, kind in (
-                ("tx1", np.uint8),
-                ("tx2", np.uint8),
-                ("tx3", np.uint8),
-                ("tx4", np.uint8),
-                ("spikePow", np.float32),
-            ):
-                assert file[key].shape == (1, count)
-                assert {(x.shape, x.dtype) for x in file[key][0]} == {
-                    ((len(x), 256), np.dtype(kind)) for x in file["tx1"][0]
-                }
+            for name, kind in kinds.items():
+                assert file[name].shape == (1, count)
+                assert [x.shape for x in file[name][0]] == [(len(x), 256) for x in file["tx1"][0]]
+                assert {x.dtype for x in file[name][0]} == {np.dtype(kind)}
 
 
 def test_competition_lacks_three_days_in_eight(tmp_path):
@@ -119,17 +111,15 @@ def test_competition_lacks_three_days_in_eight(tmp_path):
 
 
 def test_stricter_thresholds_are_crossed_less_often(files):
-    for cells in zip(
-        *(files["train"][0][key][0] for key in ("tx1", "tx2", "tx3", "tx4", "spikePow")), strict=True
-    ):
-        *counts, power = cells
-        assert all((strict <= loose).all() for loose, strict in zip(counts, counts[1:], strict=False))
-        assert all(
-            0.3 < strict.sum() / loose.sum() < 0.6 for loose, strict in zip(counts, counts[1:], strict=False)
-        )
+    day = files["train"][0]
+    fields = [day[name][0] for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")]
+    for *counts, power in zip(*fields, strict=True):
+        for loose, strict in zip(counts, counts[1:], strict=False):
+            assert (strict <= loose).all()
+            assert 0.3 < strict.sum() / loose.sum() < 0.6
         assert np.isfinite(power).all()
         assert (power > 0).all()
-    assert 0.3 < np.mean([x.mean() for x in files["train"][0]["tx1"][0]]) < 1.0  # 15 to 50 crossings a second
+    assert 0.3 < np.mean([x.mean() for x in fields[0]]) < 1.0  # 15 to 50 crossings a second
 
 
 def test_blocks_hold_together_and_parts_have_their_own(files):
@@ -153,9 +143,8 @@ def test_sentences_are_new_in_every_part_and_made_of_the_word_list(files):
     assert labels.keys() == set(range(1, 41))
     assert min(labels.values()) > 150  # of 60 000: the rarest phoneme can be learnt too
     seen = set(" ".join(texts[:200]).split())
-    assert (
-        np.mean([word in seen for text in texts[200:] for word in text.split()]) > 0.95
-    )  # words recur, sentences do not
+    recurring = [word in seen for text in texts[200:] for word in text.split()]
+    assert np.mean(recurring) > 0.95  # words recur, sentences do not
 
 
 @pytest.mark.parametrize(("bins", "low", "high"), [(7.0, 220, 290), (16.0, 450, 650)])
@@ -174,60 +163,46 @@ def test_days_drift_apart_slowly():
     far = (tunings[0] * tunings[7]).sum()
     assert 0.8 < near < 0.99
     assert far < near - 0.1
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(data._day_tunings(7, 3)[2], data._day_tunings(7, 8)[2], strict=True)
-    )  # more days leave the first as they are
+    for one, same in zip(data._day_tunings(7, 3)[2], data._day_tunings(7, 8)[2], strict=True):
+        assert np.array_equal(one, same)  # more days leave the first as they are
 
 
 def test_the_built_in_corpus_is_written_once(tmp_path, monkeypatch):
     calls = []
     write = data._write_speech
-    monkeypatch.setattr(
-        data,
-        "_write_speech",
-        lambda root, seed, days, trials, bins: (
-            calls.append((days, trials, bins)),
-            write(root, seed, 1, 6, 4.0),
-        ),
-    )
+
+    def small(root, seed, days, trials, bins):
+        calls.append((days, trials, bins))
+        write(root, seed, 1, 6, 4.0)
+
+    monkeypatch.setattr(data, "_write_speech", small)
     first = data.synthetic_speech(tmp_path)
     assert data.synthetic_speech(tmp_path) == first
     assert calls == [(4, 100, 6.0)]
     assert [p.name for p in tmp_path.iterdir()] == [first.name]
 
 
-def test_the_command_writes_it(tmp_path, capsys):
-    data.main(
-        [
-            "synth-speech",
-            "--out",
-            str(tmp_path / "c"),
-            "--days",
-            "1",
-            "--trials",
-            "6",
-            "--seed",
-            "3",
-            "--bins-per-phoneme",
-            "5",
-        ]
-    )
-    assert "wrote a synthetic corpus" in capsys.readouterr().out
-    synth_speech(tmp_path / "same", seed=3, days=1, trials=6, bins=5.0)
-    assert snapshot(tmp_path / "c") == snapshot(tmp_path / "same")
+def test_a_changed_corpus_needs_another_version(tmp_path):
+    """Seed 7 as it is converted: whoever changes it raises data.SPEECH_VERSION with these numbers."""
+    options = "--days 1 --trials 6 --seed 7 --bins-per-phoneme 5".split()
+    data.main(["synth-speech", "--out", str(tmp_path / "in"), *options])
+    convert_speech(tmp_path / "in", tmp_path / "out", quiet=True)
+    corpus = open_speech(tmp_path / "out")
+    labels = hashlib.sha1(str([ids.tolist() for ids in corpus.labels]).encode()).hexdigest()[:8]
+    weights = np.sin(np.arange(corpus.features.size)).reshape(corpus.features.shape)
+    found = data.SPEECH_VERSION, corpus.lengths.tolist(), labels
+    assert found == VERSION_1
+    assert float((corpus.features * weights).mean()) == pytest.approx(WEIGHTED_1, abs=1e-6)
 
 
 def held_out_per(corpus, shuffle: bool) -> float:
-    """PER on the test part of a small GRU after 200 steps; with `shuffle`, every training trial gets another's labels."""
+    """PER on the test part of a small GRU after 200 steps; `shuffle`: training labels are another trial's."""
     parts, rng = speech_parts(corpus, "test"), np.random.default_rng(0)
     torch.manual_seed(0)
     items, held = ([speech_item(corpus, i) for i in parts[part]] for part in ("train", "test"))
     if shuffle:
-        items = [
-            item | {"labels": items[j]["labels"]}
-            for item, j in zip(items, rng.permutation(len(items)), strict=True)
-        ]
+        order = rng.permutation(len(items))
+        items = [item | {"labels": items[j]["labels"]} for item, j in zip(items, order, strict=True)]
     model = GRUDecoder(
         corpus.channels, len(corpus.days), hidden=64, layers=1, kernel=14, layer_norm=True, smooth_taps=21
     )
@@ -235,29 +210,21 @@ def held_out_per(corpus, shuffle: bool) -> float:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=200, pct_start=0.15)
     for _ in range(200):
         batch = collate_speech([items[i] for i in rng.choice(len(items), 4, replace=False)])
-        logits, frames = model(
-            batch["x"] + 0.2 * torch.randn_like(batch["x"]), batch["lengths"], batch["day"]
-        )
+        x = batch["x"] + 0.2 * torch.randn_like(batch["x"])
+        logits, frames = model(x, batch["lengths"], batch["day"])
+        scores = logits.log_softmax(2).transpose(0, 1)
         loss = torch.nn.functional.ctc_loss(
-            logits.log_softmax(2).transpose(0, 1),
-            batch["labels"],
-            frames,
-            batch["label_lengths"],
-            zero_infinity=True,
+            scores, batch["labels"], frames, batch["label_lengths"], zero_infinity=True
         )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    batch = collate_speech(held)
     with torch.no_grad():
-        batch = collate_speech(held)
-        return error_rate(
-            per_counts(
-                [item["labels"].tolist() for item in held],
-                ctc_greedy(*model.eval()(batch["x"], batch["lengths"], batch["day"])),
-            )
-        )
+        decoded = ctc_greedy(*model.eval()(batch["x"], batch["lengths"], batch["day"]))
+    return error_rate(per_counts([item["labels"].tolist() for item in held], decoded))
 
 
 @pytest.mark.slow
@@ -267,9 +234,8 @@ def test_phonemes_are_learnable_and_shuffled_ones_are_not(tmp_path):
     corpus = open_speech(tmp_path / "out")
     parts = speech_parts(corpus, "test")
     held = [corpus.labels[i].tolist() for i in parts["test"]]
-    chance = min(
-        error_rate(per_counts(held, [corpus.labels[i].tolist()] * len(held))) for i in parts["train"]
-    )  # the best fixed answer
+    answers = [[corpus.labels[i].tolist()] * len(held) for i in parts["train"]]
+    chance = min(error_rate(per_counts(held, answer)) for answer in answers)  # the best fixed answer
     assert 0.65 < chance < 0.75
     learnt, shuffled = held_out_per(corpus, shuffle=False), held_out_per(corpus, shuffle=True)
     assert 0.2 < learnt < chance - 0.12
