@@ -1804,8 +1804,7 @@ def parse_name(name: str) -> tuple[str, str, str, str]:
     match = _NAME.fullmatch(name.strip().removesuffix(".mid"))
     if match is None:
         raise DataError(
-            f"{name!r}: not a performance name; expected <work>_<N>bars_<player>_<segment>, "
-            "player a number or Score, e.g. Schubert_D960_mv2_8bars_3_06; rename the file"
+            f"{name!r}: not a performance name; expected <work>_<N>bars_<player>_<segment>, player a number or Score"
         )
     return match.groups()
 
@@ -1841,15 +1840,17 @@ FOLDS = 4
 PIECES = ("Beethoven_WoO80", "Schubert_D935_no.3", "Schubert_D960_mv2", "Schubert_D960_mv3")
 HELD_PERCENT = 15
 TEST_PLAYERS = (1, 2)
+# fmt: off
 BEETHOVEN_PLAYERS = ("1", "2", "3", "4", "7", "11", "14", "18", "19", "22", "24", "26")
+# fmt: on
 
 
 def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, list[str]]:
     """Parts of a corpus: `train`, `valid`, `test`, sorted lists that together hold every name once.
 
     segment:   test = segments in ascending sha1("segment:" + key) until they hold 15 % of the items; the others,
-               largest first, go to the least-filled of 4 folds; fold k validates. The same for every fold's test.
-    performer: test = player indices 1 and 2 (`player_index`); fold k validates on 2k+3 and 2k+4; no index trains.
+               largest first, go to the least-filled of 4 folds; fold k validates. The same test part in every fold.
+    performer: test = player indices 1 and 2 (`player_index`); fold k validates on 2k+3 and 2k+4.
     piece:     fold k tests on the k-th of `PIECES`; validation = segments of the rest, in ascending
                sha1("segment:" + key), until they hold 15 % of the rest. A corpus with none of those four pieces
                is cut by its own works, in alphabetical order.
@@ -1858,30 +1859,28 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
     Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
     Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r}: unknown; expected one of {', '.join(SPLITS)}")
-    if fold not in range(FOLDS):
-        raise DataError(f"fold {fold!r}: unknown; expected one of {', '.join(map(str, range(FOLDS)))}")
+    if split not in SPLITS or fold not in range(FOLDS):
+        raise DataError(
+            f"split {split!r}, fold {fold!r}: expected one of {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}"
+        )
     names = sorted(names, key=str.strip)
-    for name, count in Counter(name.strip() for name in names).items():
-        if count > 1:
+    for name, next_name in itertools.pairwise(names):
+        if name.strip() == next_name.strip():
             raise DataError(
-                f"{name!r}: given {count} times; expected every performance once; drop the copies"
+                f"{name.strip()!r}: given twice; expected every performance once; drop the copies"
             )
 
     if split == "segment":
-        test, valid = _grouped_parts(_group(names, segment_of), "segment:", fold)
+        test, valid = _hashed_parts(_group(names, segment_of), "segment:", fold)
     elif split == "random":
-        test, valid = _grouped_parts(
-            _group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold
-        )
+        test, valid = _hashed_parts(_group(names, _bare_name), "random:", fold)
     elif split == "performer":
         test = {name for name in names if player_index(name) in TEST_PLAYERS}
         valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
     else:
-        pieces = _group(names, _piece_of)
-        order = PIECES if set(PIECES) & set(pieces) else tuple(sorted(pieces))
-        test = set(pieces.get(order[fold], ())) if fold < len(order) else set()
+        pieces = {_piece_of(name) for name in names}
+        order = PIECES if pieces & set(PIECES) else sorted(pieces)
+        test = {name for name in names if _piece_of(name) in order[fold : fold + 1]}
         rest = _group([name for name in names if name not in test], segment_of)
         valid = _names_in(rest, _held_keys(rest, "segment:"))
 
@@ -1903,10 +1902,17 @@ def player_index(name: str) -> int | None:
 
 def _piece_of(name: str) -> str:
     work = work_of(name)
-    return next((piece for piece in PIECES if f"{work}_".startswith(f"{piece}_")), work)
+    for piece in PIECES:
+        if f"{work}_".startswith(f"{piece}_"):
+            return piece
+    return work
 
 
-def _group(names: Iterable[str], key_of) -> dict[str, list[str]]:
+def _bare_name(name: str) -> str:
+    return name.strip().removesuffix(".mid")
+
+
+def _group(names: Iterable[str], key_of: Callable) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(key_of(name), []).append(name)
@@ -1918,11 +1924,14 @@ def _names_in(groups: dict[str, list[str]], keys: Iterable[str]) -> set[str]:
 
 
 def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
+    """Groups in ascending sha1(prefix + key) until they hold 15 % of all members."""
+
+    def rank(key: str) -> str:
+        return hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
+
     total = sum(map(len, groups.values()))
     keys, held = [], 0
-    for key in sorted(
-        groups, key=lambda key: hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
-    ):
+    for key in sorted(groups, key=rank):
         if 100 * held >= HELD_PERCENT * total:
             break
         keys.append(key)
@@ -1930,21 +1939,21 @@ def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
     return keys
 
 
-def _grouped_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tuple[set[str], set[str]]:
+def _hashed_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tuple[set[str], set[str]]:
+    """Test and validation names of whole groups, as `split_percepiano` says of segment and random."""
     held = _held_keys(groups, prefix)
-    filled: list[list[str]] = [[] for _ in range(FOLDS)]
+    folds: list[list[str]] = [[] for _ in range(FOLDS)]
     for key in sorted(groups.keys() - set(held), key=lambda key: (-len(groups[key]), key)):
-        min(filled, key=len).extend(groups[key])
-    return _names_in(groups, held), set(filled[fold])
+        min(folds, key=len).extend(groups[key])
+    return _names_in(groups, held), set(folds[fold])
 
 
 def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
-    empty = [part for part, names in parts.items() if not names]
-    if empty:
-        raise DataError(
-            f"{what}: nothing left for {' and '.join(empty)}; expected items in train, valid and test; "
-            "add performances or choose another split or fold"
-        )
+    for part, names in parts.items():
+        if not names:
+            raise DataError(
+                f"{what}: nothing left for {part}; add performances or choose another split or fold"
+            )
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1959,14 +1968,14 @@ def overlaps(performances: dict) -> dict[str, set[str]]:
 
     performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of at
     least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no order of
-    their own. Compared note by note, so no two different runs are ever taken for the same.
+    their own.
     """
     owners: dict[bytes, set[str]] = {}
     for name, performance in performances.items():
         order = np.lexsort((performance.velocity, performance.pitch, performance.onset))
-        notes = (performance.pitch * 128 + performance.velocity)[order].astype(np.uint16).tobytes()
-        for start in range(0, len(notes) - 2 * SHARED_RUN + 1, 2):
-            owners.setdefault(notes[start : start + 2 * SHARED_RUN], set()).add(name)
+        notes = (performance.pitch * 128 + performance.velocity)[order].astype(np.uint16)
+        for start in range(len(notes) - SHARED_RUN + 1):
+            owners.setdefault(notes[start : start + SHARED_RUN].tobytes(), set()).add(name)
     shared: dict[str, set[str]] = {}
     for names in owners.values():
         if len(names) > 1:
@@ -1981,11 +1990,10 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
 
     shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty.
     """
-    held = {"train": {*parts["valid"], *parts["test"]}, "valid": set(parts["test"]), "test": set()}
-    kept = {
-        part: [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
-        for part, names in parts.items()
-    }
+    held = {"train": {*parts["valid"], *parts["test"]}, "valid": {*parts["test"]}, "test": set()}
+    kept = {}
+    for part, names in parts.items():
+        kept[part] = [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
     _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
     return kept
 
@@ -2001,8 +2009,7 @@ _FETCH_HINT = "run `python data.py fetch percepiano` or give the dataset's folde
 
 
 def read_labels(
-    root: str | Path,
-    problems: list[str] | None = None,
+    root: str | Path, problems: list[str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
     """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of `LABELS`, and
     the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped of spaces.
@@ -2012,32 +2019,28 @@ def read_labels(
     """
     root = Path(root)
     mean_entries, std_entries = _read_entries(root / MEAN_FILE), _read_entries(root / STD_FILE)
-    means, stds = {}, {}
+    means, stds, counts = {}, {}, {}
     for name in mean_entries | std_entries:
         try:
             parse_name(name)
-            for file, entries in ((MEAN_FILE, mean_entries), (STD_FILE, std_entries)):
-                if name not in entries:
-                    raise DataError(
-                        f"{root / file}: no key {name!r}; expected the same keys in both label files"
-                    )
-            mean = _label_row(mean_entries[name], len(LABELS) + 1, f"{root / MEAN_FILE}: {name!r}")
-            std = _label_row(std_entries[name], len(LABELS), f"{root / STD_FILE}: {name!r}")
+            mean = _label_row(root / MEAN_FILE, name, mean_entries, len(LABELS) + 1)
+            std = _label_row(root / STD_FILE, name, std_entries, len(LABELS))
         except DataError as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
-            continue
-        means[name], stds[name] = mean, std
-    counts = {}
+            _raise_or_note(error, problems)
+        else:
+            means[name], stds[name] = mean, std
     if (root / RATINGS_FILE).is_file():
         try:
             counts = dict(Counter(read_ratings(root)[1].tolist()))
         except DataError as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
+            _raise_or_note(error, problems)
     return means, stds, counts
+
+
+def _raise_or_note(error: DataError, problems: list[str] | None) -> None:
+    if problems is None:
+        raise error
+    problems.append(str(error))
 
 
 def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2051,75 +2054,84 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     raters, names, ratings = [], [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            for line, row in enumerate(csv.reader(file), start=1):
-                if line == 1:
-                    if row[:3] != ["user", "dataID", "filename"]:
-                        raise DataError(
-                            f"{path}: starts with {row[:3]}; expected user, dataID, filename, 19 ratings"
-                        )
-                    continue
-                try:
-                    values = [float(value or 0) for value in row[3:22]]
-                    rater, name = int(row[0]), row[2].strip().removesuffix(".wav").strip()
-                except (IndexError, ValueError) as error:
-                    raise DataError(
-                        f"{path}: row {line}: {error}; expected user, id, file, 19 ratings"
-                    ) from error
+            rows = csv.reader(file)
+            if next(rows, [])[:3] != ["user", "dataID", "filename"]:
+                raise ValueError("another header")
+            for row in rows:
+                values = [float(value or 0) for value in row[3:22]]
                 if len(values) < len(LABELS) or not min(values) >= 0:
-                    raise DataError(f"{path}: row {line}: {row[3:22]}; expected 19 ratings from 0 to 7")
+                    raise ValueError(f"{row[3:22]}")
                 if max(values) <= 7:
-                    raters.append(rater)
-                    names.append(name)
+                    raters.append(int(row[0]))
+                    names.append(row[2].strip().removesuffix(".wav").strip())
                     ratings.append(values)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; {_FETCH_HINT}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as CSV ({error}); {_FETCH_HINT}") from error
-    if not names:
-        raise DataError(f"{path}: no rating; expected one row per rating; {_FETCH_HINT}")
+            if not names:
+                raise ValueError("no rating")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
+    except (ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path}: line {rows.line_num}: {error}; expected user, dataID, filename and 19 ratings from 0 to 7; {_FETCH_HINT}"
+        ) from error
     table = np.array(ratings, dtype=np.float64)
     table[table == 0] = np.nan
     return np.array(raters, dtype=np.int64), np.array(names, dtype=str), table
 
 
 def _read_entries(path: Path) -> dict[str, object]:
+    """A label file's entries by stripped name."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; {_FETCH_HINT}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); {_FETCH_HINT}") from error
-    if not isinstance(entries, dict):
-        raise DataError(f"{path}: holds a {type(entries).__name__}; expected an object of performance names")
-    stripped = {name.strip(): entry for name, entry in entries.items()}
+        stripped = {name.strip(): entry for name, entry in entries.items()}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON object of performance names ({error}); {_FETCH_HINT}") from error
     if len(stripped) < len(entries):
-        twice = [name for name, count in Counter(name.strip() for name in entries).items() if count > 1]
-        raise DataError(f"{path}: {twice[0]!r} occurs twice but for spaces; expected every performance once")
+        raise DataError(f"{path}: two names differ in spaces only; expected every performance once")
     return stripped
 
 
-def _label_row(entry: object, length: int, where: str) -> np.ndarray:
-    if not isinstance(entry, list) or len(entry) != length:
-        found = f"{len(entry)} values" if isinstance(entry, list) else type(entry).__name__
-        raise DataError(f"{where}: {found}; expected a list of {length} numbers")
-    for label, value in zip(LABELS, entry, strict=False):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise DataError(f"{where}: {label} is {value!r}; expected a number from 0 to 1")
-    return np.array(entry[: len(LABELS)], dtype=np.float64)
+def _label_row(path: Path, name: str, entries: dict, length: int) -> np.ndarray:
+    if name not in entries:
+        raise DataError(f"{path}: no key {name!r}; expected the same keys in both label files")
+    row = entries[name]
+    if not isinstance(row, list) or len(row) != length:
+        raise DataError(f"{path}: {name!r}: expected a list of {length} numbers")
+    for label, value in zip(LABELS, row, strict=False):
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise DataError(f"{path}: {name!r}: {label} is {value!r}; expected a number from 0 to 1")
+    return np.array(row[: len(LABELS)], dtype=np.float64)
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # PercePiano: the corpus, from files to cached features
 # -----------------------------------------------------------------------------------------------------------------
 
-
+FEATURES_VERSION = (
+    1  # count up when `extract_performances` or `overlaps` give other values: caches are made again
+)
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
+MIDI_FOLDER = "virtuoso/data/all_2rounds"
+SCORE_FOLDER = "virtuoso/data/score_xml"
+NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
+# What reading a damaged zip archive, .npz included, can raise.
+ZIP_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass
 class Corpus:
     """PercePiano in memory. `items`: name -> dict of x (T, F) float32 (un-normalised), voice, beat, measure (T,) int64,
-    matched (T,) bool, match_rate, stats (S,) float32 and, where rated, y, y_std (19,) float32 and raters (int)."""
+    matched (T,) bool, match_rate, stats (S,) float32 and, where rated, y (19,) float32."""
 
     root: str
     synthetic: bool
@@ -2129,65 +2141,44 @@ class Corpus:
     stat_names: list[str]
     shared: dict[str, set[str]]
     left_out: list[str] = field(default_factory=list)
-    seconds: float = 0.0
     cached: bool = False
 
 
 def column_names(features: dict[str, Column]) -> list[str]:
     """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide one."""
-    return [
-        name if column.width == 1 else f"{name}:{k}"
-        for name, column in features.items()
-        for k in range(column.width)
-    ]
+    columns = []
+    for name, column in features.items():
+        columns += [name] if column.width == 1 else [f"{name}:{k}" for k in range(column.width)]
+    return columns
 
 
-def extract_performances(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
-    """All performances of one score: (MIDI path, arrays of the item with its performance and match, or the error line)."""
+def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
+    """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its performance
+    and match, or the error line."""
     score_path, midi_paths = task
     try:
         score = read_musicxml(score_path)
     except DataError as error:
         return [(path, str(error)) for path in midi_paths]
-    out = []
+    results = []
     for path in midi_paths:
         try:
-            performance = read_midi(path)
-            match = align(score, performance)
-            item = note_table(score, performance, match)
-            statistics = performance_statistics(performance)
-            item |= {
-                "match_rate": float((match >= 0).mean()),
-                "stats": np.array(list(statistics.values()), np.float32),
-                "stat_names": list(statistics),
-                "performance": performance,
-                "match": match,
-            }
-            out.append((path, item))
+            results.append((path, _extract(score, read_midi(path))))
         except DataError as error:
-            out.append((path, str(error)))
-    return out
+            results.append((path, str(error)))
+    return results
 
 
-def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """name -> MIDI file, and a line for every file whose name says nothing. One public name opens with a space; its label does not."""
-    files, foreign = {}, []
-    for path in sorted((root / "virtuoso/data/all_2rounds").glob("[!.]*.mid")):
-        try:
-            parse_name(path.stem)
-            if path.stem.strip() in files:
-                raise DataError(
-                    f"a second file of the name {path.stem.strip()!r}; expected one; remove or rename it"
-                )
-            files[path.stem.strip()] = path
-        except DataError as error:
-            foreign.append(f"{path}: {error}")
-    if not files:
-        raise DataError(
-            f"{root}: no performance in virtuoso/data/all_2rounds/*.mid; expected a clone of the PercePiano "
-            "repository; run `python data.py fetch percepiano` or name another folder with --data"
-        )
-    return files, foreign
+def _extract(score: Score, performance: Performance) -> dict:
+    match = align(score, performance)
+    statistics = performance_statistics(performance)
+    return note_table(score, performance, match) | {
+        "match_rate": float((match >= 0).mean()),
+        "stats": np.array(list(statistics.values()), np.float32),
+        "stat_names": list(statistics),
+        "performance": performance,
+        "match": match,
+    }
 
 
 def load_percepiano(
@@ -2197,64 +2188,69 @@ def load_percepiano(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Corpus:
-    """Read, align and describe every performance of a PercePiano folder; features come from `cache` when neither the
-    files nor this module have changed since. A bad item is left out and listed in `left_out`; `strict` raises instead."""
-    start, root = time.time(), Path(root)
-    files, foreign = _performance_files(root)
-    scores = {name: root / "virtuoso/data/score_xml" / f"{score_of(name)}.musicxml" for name in files}
-    key = hashlib.sha1(Path(__file__).read_bytes())
-    for path in sorted({*files.values(), *scores.values()}):
-        key.update(
-            f"{path.relative_to(root)}\0".encode() + (path.read_bytes() if path.is_file() else b"") + b"\0"
-        )
-    store = Path(cache) / f"percepiano-{key.hexdigest()[:16]}.npz"
-    arrays = _load_store(store)
+    """Read, align and describe every performance of a PercePiano folder; features come from `cache` where the same files
+    were read before. A bad item is left out and listed in `left_out`; `strict` raises DataError instead."""
+    root = Path(root)
+    files, left_out = _performance_files(root)
+    scores = {name: root / SCORE_FOLDER / f"{score_of(name)}.musicxml" for name in files}
+    prefix = f"percepiano-{hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:8]}"
+    store = Path(cache) / f"{prefix}-{_files_key(root, [*files.values(), *scores.values()])}.npz"
+    arrays = _load_arrays(store)
     cached = arrays is not None
     if not cached:
         arrays = _extract_all(files, scores, strict, workers, quiet)
-        write_atomic(store, lambda f: np.savez(f, **arrays))
-    left_out = foreign + arrays["left_out"].tolist()
-    if strict and left_out:
-        raise DataError(left_out[0])
+        write_atomic(store, lambda file: np.savez(file, **arrays))
+        for other in set(store.parent.glob(f"{prefix}-*.npz")) - {store}:
+            other.unlink(missing_ok=True)
+    left_out += arrays["left_out"].tolist()
     names, bounds = arrays["names"].tolist(), arrays["bounds"]
     items = {}
     for i, name in enumerate(names):
-        part = slice(bounds[i], bounds[i + 1])
-        items[name] = {k: arrays[k][part] for k in ("x", "matched")} | {
-            k: arrays[k][part].astype(np.int64) for k in ("voice", "beat", "measure")
-        }
-        items[name] |= {
-            "name": name,
-            "match_rate": float(arrays["match_rate"][i]),
-            "stats": arrays["stats"][i],
-        }
-    mean, std, raters = read_labels(root, None if strict else left_out)
-    for name in mean.keys() & items.keys():
-        items[name] |= {
-            "y": mean[name].astype(np.float32),
-            "y_std": std[name].astype(np.float32),
-            "raters": raters.get(name, 0),
-        }
-    left_out += [
-        f"{root}: {name} is rated but has no performance to read"
-        for name in sorted(mean.keys() - items.keys() - files.keys())
-    ]
+        items[name] = {key: arrays[key][bounds[i] : bounds[i + 1]] for key in NOTE_ARRAYS}
+        items[name]["name"] = name
+        items[name]["match_rate"] = float(arrays["match_rate"][i])
+        items[name]["stats"] = arrays["stats"][i]
+    ratings = read_labels(root, left_out)[0]
+    for name, rating in sorted(ratings.items()):
+        if name in items:
+            items[name]["y"] = rating.astype(np.float32)
+        elif name not in files:
+            left_out.append(f"{root}: {name} is rated but has no performance to read")
+    if strict and left_out:
+        raise DataError(left_out[0])
     shared: dict[str, set[str]] = {name: set() for name in names}
     for i, j in arrays["pairs"]:
         shared[names[i]].add(names[j])
         shared[names[j]].add(names[i])
-    return Corpus(
-        str(root),
-        (root / "SYNTHETIC").is_file(),
-        items,
-        sorted(files),
-        column_names(FEATURES),
-        arrays["stat_names"].tolist(),
-        shared,
-        left_out,
-        time.time() - start,
-        cached,
-    )
+    synthetic = (root / "SYNTHETIC").is_file()
+    columns, stat_names = column_names(FEATURES), arrays["stat_names"].tolist()
+    return Corpus(str(root), synthetic, items, sorted(files), columns, stat_names, shared, left_out, cached)
+
+
+def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """name -> MIDI file, and a line for every file whose name says nothing or is another's but for spaces."""
+    files, left_out = {}, []
+    for path in sorted((root / MIDI_FOLDER).glob("[!.]*.mid")):
+        name = path.stem.strip()
+        try:
+            parse_name(name)
+        except DataError as error:
+            left_out.append(f"{path}: {error}")
+            continue
+        if name in files:
+            left_out.append(f"{path}: a second file of this name; expected one; remove or rename it")
+        files.setdefault(name, path)
+    if not files:
+        raise DataError(f"{root}: no performance in {MIDI_FOLDER}/*.mid; {_FETCH_HINT}")
+    return files, left_out
+
+
+def _files_key(root: Path, paths: list[Path]) -> str:
+    key = hashlib.sha1(f"features {FEATURES_VERSION}".encode())
+    for path in sorted(set(paths)):
+        content = path.read_bytes() if path.is_file() else b""
+        key.update(f"{path.relative_to(root)} {len(content)} ".encode() + content)
+    return key.hexdigest()[:16]
 
 
 def write_atomic(path: Path, write) -> None:
@@ -2274,12 +2270,12 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_store(store: Path) -> dict | None:
+def _load_arrays(store: Path) -> dict | None:
     """The cached arrays, or None where there are none or they cannot be read (then they are made again)."""
     try:
-        with np.load(io.BytesIO(store.read_bytes())) as z:
-            return {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, struct.error):
+        with np.load(store) as arrays:
+            return dict(arrays)
+    except ZIP_ERRORS:
         return None
 
 
@@ -2287,46 +2283,35 @@ def _extract_all(
     files: dict[str, Path], scores: dict[str, Path], strict: bool, workers: int | None, quiet: bool
 ) -> dict:
     """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
-    tasks: dict[Path, list[str]] = {}
-    for name, path in files.items():
-        tasks.setdefault(scores[name], []).append(str(path))
-    names = {str(path): name for name, path in files.items()}
+    tasks = _group(files.values(), lambda path: scores[path.stem.strip()])
     items, left_out = {}, []
-    with (
-        ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker) as pool,
-        tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar,
-    ):
-        for results in pool.map(extract_performances, [(str(s), m) for s, m in tasks.items()]):
+    with tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
+        for _, results in _run_parallel(extract_performances, list(tasks.items()), workers):
             for path, item in results:
                 if isinstance(item, str):
                     left_out.append(item)
-                    if strict:
-                        raise DataError(item)
                 else:
-                    items[names[path]] = item
+                    items[path.stem.strip()] = item
+            if strict and left_out:
+                raise DataError(left_out[0])
             bar.update(len(results))
     if not items:
-        raise DataError(left_out[0] if left_out else "no performance could be read")
-    order = sorted(items)
-    pairs = overlaps({n: items[n]["performance"] for n in order})
-    index = {n: i for i, n in enumerate(order)}
-    return {
-        "names": np.array(order),
-        "bounds": np.cumsum([0, *(len(items[n]["x"]) for n in order)]),
-        "left_out": np.array(left_out, dtype=str),
-        "pairs": np.array(
-            [(index[a], index[b]) for a in order for b in pairs.get(a, ()) if a < b], np.int64
-        ).reshape(-1, 2),
-        "x": np.concatenate([items[n]["x"] for n in order]),
-        "matched": np.concatenate([items[n]["matched"] for n in order]),
-        **{
-            k: np.concatenate([items[n][k] for n in order]).astype(np.int16)
-            for k in ("voice", "beat", "measure")
-        },
-        "match_rate": np.array([items[n]["match_rate"] for n in order]),
-        "stats": np.stack([items[n]["stats"] for n in order]),
-        "stat_names": np.array(items[order[0]]["stat_names"]),
+        raise DataError(min(left_out))
+    names = sorted(items)
+    shared = overlaps({name: items[name]["performance"] for name in names})
+    pairs = [(i, names.index(b)) for i, a in enumerate(names) for b in shared.get(a, ()) if a < b]
+    arrays = {
+        "names": np.array(names),
+        "bounds": np.cumsum([0, *(len(items[name]["x"]) for name in names)]),
+        "left_out": np.array(sorted(left_out), dtype=str),
+        "pairs": np.array(pairs, np.int64).reshape(-1, 2),
+        "match_rate": np.array([items[name]["match_rate"] for name in names]),
+        "stats": np.stack([items[name]["stats"] for name in names]),
+        "stat_names": np.array(items[names[0]]["stat_names"]),
     }
+    for key in NOTE_ARRAYS:
+        arrays[key] = np.concatenate([items[name][key] for name in names])
+    return arrays
 
 
 def percepiano_parts(
@@ -2340,17 +2325,16 @@ def percepiano_parts(
         parts = _validate_on_more(parts, rated)
     if not keep_overlap:
         parts = drop_overlaps(parts, corpus.shared)
-    parts = {part: [n for n in names if n in corpus.items] for part, names in parts.items()}
+    parts = {part: [name for name in names if name in corpus.items] for part, names in parts.items()}
+    least = 0 if keep_misaligned else MISALIGNED
     parts["train"] = [
-        n
-        for n in parts["train"]
-        if n in rated and (keep_misaligned or corpus.items[n]["match_rate"] >= MISALIGNED)
+        name for name in parts["train"] if name in rated and corpus.items[name]["match_rate"] >= least
     ]
     for part in ("train", "valid"):
         if not rated & set(parts[part]):
             raise DataError(
-                f"{corpus.root}: the {part} part of split {split}, fold {fold} holds no rated performance; expected some; "
-                "choose another split or fold, or add ratings"
+                f"{corpus.root}: no rated performance to {part} with in split {split}, fold {fold}; choose another split "
+                "or fold, or add ratings"
             )
     return parts
 
@@ -2358,9 +2342,9 @@ def percepiano_parts(
 def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str, list[str]]:
     """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" + key) join it
     until 15 % of what could train validates. (Where test labels are withheld, as in `piece`, the same hashes choose both.)"""
-    rated_segments = _group([n for n in parts["train"] if n in rated], segment_of)
+    rated_segments = _group([name for name in parts["train"] if name in rated], segment_of)
     held = set(_held_keys(rated_segments, "segment:"))
-    moved = {n for n in parts["train"] if segment_of(n) in held}
+    moved = {name for name in parts["train"] if segment_of(name) in held}
     return {
         "train": sorted(set(parts["train"]) - moved),
         "valid": sorted({*parts["valid"], *moved}),
@@ -2371,7 +2355,6 @@ def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str,
 # -----------------------------------------------------------------------------------------------------------------
 # HAN: columns, normalisation, augmentation, batches
 # -----------------------------------------------------------------------------------------------------------------
-
 
 FEATURE_SETS = {
     "score": SCORE_FEATURES,
@@ -2387,115 +2370,111 @@ KEYBOARD = (21, 108)
 def pooled_statistics(item: dict, columns: list[int], features: str = "full") -> np.ndarray:
     """Mean, deviation and 10 / 50 / 90 % quantiles of note columns over the matched notes, (5 * columns,). With score
     features over all score notes: which of them were matched tells the performance."""
-    rows = item["voice"] > 0 if features == "score" or not item["matched"].any() else item["matched"]
+    rows = item["matched"]
+    if features == "score" or not rows.any():
+        rows = item["voice"] > 0
     x = item["x"][rows][:, columns].astype(np.float64)
     return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0)])
 
 
-def _statistics(corpus: Corpus, name: str, info: dict) -> np.ndarray:
-    """What `--pooled` adds to an item: its pooled note columns and, score features apart, the statistics of its MIDI."""
-    item = corpus.items[name]
-    notes = pooled_statistics(item, [corpus.columns.index(c) for c in info["columns"]], info["features"])
-    return notes if info["features"] == "score" else np.concatenate([item["stats"], notes])
+def _statistics(corpus: Corpus, names: list[str], info: dict) -> np.ndarray:
+    """What `--pooled` adds to items, (n, S): pooled note columns and, score features apart, the statistics of the MIDI."""
+    columns = [corpus.columns.index(column) for column in info["columns"]]
+    rows = []
+    for name in names:
+        item = corpus.items[name]
+        row = pooled_statistics(item, columns, info["features"])
+        rows.append(row if info["features"] == "score" else np.concatenate([item["stats"], row]))
+    return np.stack(rows)
 
 
 def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: bool = False) -> dict:
     """What inference needs to know of the inputs, fitted on the training names only: columns, mean and deviation of the
-    continuous ones over the notes that have them (0 and 1 for flags), and the quantiles of the pooled statistics."""
+    z-scored ones over the notes that have them (0 and 1 for the others), and the quantiles of the pooled statistics."""
     columns = column_names(FEATURE_SETS[features])
-    index = [corpus.columns.index(c) for c in columns]
-    x = np.concatenate([corpus.items[n]["x"][:, index] for n in names]).astype(np.float64)
-    written = np.concatenate([corpus.items[n]["voice"] for n in names]) > 0
-    mean, std = np.zeros(len(columns)), np.ones(len(columns))
+    x = np.concatenate([corpus.items[name]["x"] for name in names]).astype(np.float64)
+    written = np.concatenate([corpus.items[name]["voice"] for name in names]) > 0
+    mean, std = [0.0] * len(columns), [1.0] * len(columns)
     for k, column in enumerate(columns):
-        declared = FEATURES[column.split(":")[0]]
-        if declared.z_scored:
-            values = x[:, k] if column in RAW_FEATURES else x[written, k]
-            mean[k], std[k] = values.mean(), values.std() or 1.0
-    info = {
-        "features": features,
-        "columns": columns,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-        "quantiles": None,
-    }
+        if _feature(column).z_scored:
+            values = x[:, corpus.columns.index(column)]
+            if column not in RAW_FEATURES:
+                values = values[written]
+            mean[k] = float(values.mean())
+            std[k] = float(values.std()) or 1.0
+    info = {"features": features, "columns": columns, "mean": mean, "std": std, "quantiles": None}
     if pooled:
-        table = np.stack([_statistics(corpus, n, info) for n in names])
-        info["quantiles"] = torch.from_numpy(
-            np.quantile(table, np.linspace(0, 1, 101), axis=0).astype(np.float32)
-        )
+        quantiles = np.quantile(_statistics(corpus, names, info), np.linspace(0, 1, 101), axis=0)
+        info["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
     return info
+
+
+def _feature(column: str) -> Column:
+    """The declaration of the feature that a column of a note table belongs to."""
+    return FEATURES[column.split(":")[0]]
 
 
 def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """(n, S) values to standard-normal scores of their rank among `quantiles` (101, S), within +-2.6."""
     levels = np.linspace(0, 1, len(quantiles))
-    rank = np.stack(
-        [
-            (np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2
-            for v, q in zip(values.T, quantiles.T, strict=True)
-        ],
-        1,
-    )
-    return ndtri(rank.clip(0.005, 0.995)).astype(np.float32)
+    ranks = []
+    for v, q in zip(values.T, quantiles.T, strict=True):
+        # Where quantiles are equal, the middle of the lowest and the highest rank.
+        ranks.append((np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2)
+    return ndtri(np.stack(ranks, 1).clip(0.005, 0.995)).astype(np.float32)
 
 
 def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra notes, which
     have no score columns, get the mean there."""
-    if unknown := set(info["columns"]) - set(corpus.columns):
+    if foreign := sorted(set(info["columns"]) - set(corpus.columns)):
         raise DataError(
-            f"columns {', '.join(sorted(unknown))}: not among those extracted here; expected {corpus.columns[0]}, {corpus.columns[1]}, ...; "
-            "the checkpoint is of another version: train it again"
+            f"column {foreign[0]}: not among those extracted here; the checkpoint is of another version: train it again"
         )
-    index = [corpus.columns.index(c) for c in info["columns"]]
+    index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
-    unknown = np.array(
-        [FEATURES[c.split(":")[0]].z_scored and c not in RAW_FEATURES for c in info["columns"]]
-    )
+    of_score = [_feature(column).z_scored and column not in RAW_FEATURES for column in info["columns"]]
     items = []
     for name in names:
         item = dict(corpus.items[name])
-        x = ((item["x"][:, index] - mean) / std).clip(-CLIP, CLIP)
-        x[np.ix_(item["voice"] == 0, unknown)] = 0
-        item |= {"x": x}
+        item["x"] = ((item["x"][:, index] - mean) / std).clip(-CLIP, CLIP)
+        item["x"][np.ix_(item["voice"] == 0, of_score)] = 0
         if info["features"] == "score":  # extra notes would tell the performer
-            item |= {k: item[k][item["voice"] > 0] for k in ("x", "beat", "measure", "matched", "voice")}
+            written = item["voice"] > 0
+            item |= {key: item[key][written] for key in NOTE_ARRAYS}
         items.append(item)
     if info["quantiles"] is not None and names:
-        table = to_normal(np.stack([_statistics(corpus, n, info) for n in names]), info["quantiles"].numpy())
-        items = [item | {"stats": row} for item, row in zip(items, table, strict=True)]
+        table = to_normal(_statistics(corpus, names, info), info["quantiles"].numpy())
+        for item, row in zip(items, table, strict=True):
+            item["stats"] = row
     return items
 
 
 def shift_key(item: dict, info: dict, semitones: int) -> dict:
     """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if written in another
     key. A shift that would leave the keyboard is shortened to its end."""
-    x, at = item["x"].copy(), {c: k for k, c in enumerate(info["columns"])}
-    raw = {
-        c: item["x"][:, k] * info["std"][k] + info["mean"][k]
-        for c, k in at.items()
-        if c in ("midi_pitch", "raw_pitch", "raw_velocity")
-    }
-    rows = {
-        "midi_pitch": item["voice"] > 0,
-        "raw_pitch": raw["raw_velocity"] > 0.5 if "raw_velocity" in raw else None,
-    }
-    pitches = (
-        np.concatenate([raw[c][rows[c]] for c in ("midi_pitch", "raw_pitch") if c in at] or [np.empty(0)])
-        .round()
-        .astype(int)
-    )
-    if len(pitches):
-        semitones = max(min(semitones, KEYBOARD[1] - pitches.max()), KEYBOARD[0] - pitches.min())
-    for column in ("midi_pitch", "raw_pitch"):
-        if column in at:
-            x[rows[column], at[column]] += semitones / info["std"][at[column]]
-    if "pitch:0" in at:
-        k, written = at["pitch:0"], item["voice"] > 0
-        midi = (x[written, k] * 4 + 5) * 12 + x[written, k + 1 : k + 13].argmax(1) + semitones
-        x[written, k] = (midi // 12 - 5) / 4
-        x[written, k + 1 : k + 13] = np.eye(12)[midi.astype(int) % 12]
+    x = item["x"].copy()
+    at = {column: k for k, column in enumerate(info["columns"])}
+
+    def raw(column: str) -> np.ndarray:
+        k = at[column]
+        return item["x"][:, k] * info["std"][k] + info["mean"][k]
+
+    rows = {}  # where each column of pitches holds one
+    if "midi_pitch" in at:
+        rows["midi_pitch"] = item["voice"] > 0
+    if "raw_pitch" in at:
+        rows["raw_pitch"] = raw("raw_velocity") > 0.5
+    pitches = np.concatenate([raw(column)[held] for column, held in rows.items()]).round().astype(int)
+    semitones = max(min(semitones, KEYBOARD[1] - pitches.max()), KEYBOARD[0] - pitches.min())
+    for column, held in rows.items():
+        x[held, at[column]] += semitones / info["std"][at[column]]
+    if "pitch:0" in at:  # octave, then twelve pitch classes
+        octave, written = at["pitch:0"], item["voice"] > 0
+        classes = slice(octave + 1, octave + 13)
+        pitch = (x[written, octave] * 4 + 5) * 12 + x[written, classes].argmax(1) + semitones
+        x[written, octave] = (pitch // 12 - 5) / 4
+        x[written, classes] = np.eye(12)[pitch.astype(int) % 12]
     return item | {"x": x}
 
 
@@ -2505,10 +2484,12 @@ def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world:
     rng = np.random.default_rng((seed, epoch))
     size, order = batch * world, rng.permutation(len(lengths))
     if world > 1:
-        order = np.resize(order, -(-len(order) // size) * size)
-    pools = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
-    order = np.concatenate([pool[np.argsort(np.array(lengths)[pool], kind="stable")] for pool in pools])
-    batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+        order = np.resize(order, math.ceil(len(order) / size) * size)
+    batches = []
+    for start in range(0, len(order), 16 * size):
+        pool = order[start : start + 16 * size]
+        pool = pool[np.argsort(np.array(lengths)[pool], kind="stable")]
+        batches += [pool[i : i + size].tolist() for i in range(0, len(pool), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -2518,10 +2499,6 @@ def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world:
 # The network works on the notes (beats, measures) of all pieces laid end to end, without padding; only the
 # LSTMs see padded sequences. Everything whose size depends on the data is decided here, so that the forward
 # pass reads sizes from tensor shapes and never waits for the device.
-
-# a new grid starts where at most this share of the sequences goes on, after at least this many steps
-CUT_SHARE = 0.65
-CUT_STEPS = 12
 
 
 def collate_han(items: list[dict]) -> dict:
@@ -2536,40 +2513,35 @@ def collate_han(items: list[dict]) -> dict:
 
     piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of each
     member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
-    {note,voice,beat,measure}_grid0, 1, ... (2, steps, sequences) and _slot (2, members): see `_sequence_grids`.
+    {note,voice,beat,measure}_grid (2, steps, sequences) and _slot (2, members): see `_sequence_grid`.
     """
-    for item in items or [{"x": ()}]:
-        if not len(item["x"]) or any(
-            len(item.get(k, ())) != len(item["x"]) for k in ("voice", "beat", "measure")
-        ):
+    for item in items:
+        if not len(item["x"]) or any(len(item.get(k, ())) != len(item["x"]) for k in NOTE_ARRAYS[:4]):
             raise DataError(
-                f"batch: item {item.get('name')} has {len(item['x'])} notes and {[len(item.get(k, ())) for k in ('voice', 'beat', 'measure')]} places; "
-                "expected at least one item, and as many voices, beats and measures as notes; check what made it"
+                f"batch: item {item.get('name')}: expected at least one note and as many voices, beats and measures"
             )
-    lengths = np.array([len(item["x"]) for item in items])
-    B, T, N = len(items), int(lengths.max()), int(lengths.sum())
+    lengths = np.array([len(item["x"]) for item in items], np.int64)
+    B, T, N = len(items), lengths.max(initial=0), lengths.sum()
     piece = np.repeat(np.arange(B), lengths)
     time = np.arange(N) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    voice = np.concatenate([np.asarray(item["voice"]) for item in items]).astype(np.int64)
+    x = np.zeros((B, T, np.shape(items[0]["x"])[1]), np.float32)
+    x[piece, time] = np.concatenate([item["x"] for item in items])
+    voice = np.concatenate([item["voice"] for item in items]).astype(np.int64)
     note_beat, beat_piece, beat_first = _groups(piece, items, "beat")
-    note_measure, measure_piece, measure_first = _groups(piece, items, "measure")
+    note_measure, measure_piece, _ = _groups(piece, items, "measure")
 
-    x = torch.zeros(B, T, np.shape(items[0]["x"])[1])
-    for row, item in zip(x, items, strict=True):
-        row[: len(item["x"])] = torch.as_tensor(item["x"])
-    flat = {
-        "voice": voice,
-        "beat": note_beat - np.searchsorted(beat_piece, piece),
-        "measure": note_measure - np.searchsorted(measure_piece, piece),
-    }
-    padded = {name: np.zeros((B, T), np.int64) for name in flat}
-    for name, values in flat.items():
-        padded[name][piece, time] = values
+    def padded(values: np.ndarray) -> np.ndarray:
+        table = np.zeros((B, T), np.int64)
+        table[piece, time] = values
+        return table
 
-    batch = {"x": x, "names": [item.get("name") for item in items]}
-    arrays = padded | {
+    arrays = {
+        "x": x,
         "lengths": lengths,
         "mask": np.arange(T) < lengths[:, None],
+        "voice": padded(voice),
+        "beat": padded(note_beat - np.searchsorted(beat_piece, piece)),
+        "measure": padded(note_measure - np.searchsorted(measure_piece, piece)),
         "piece": piece,
         "time": time,
         "voiced": voice > 0,
@@ -2579,629 +2551,249 @@ def collate_han(items: list[dict]) -> dict:
         "beat_piece": beat_piece,
         "measure_piece": measure_piece,
     }
-    of_voice = np.where(voice > 0, piece * (voice.max() + 1) + voice, -1)
-    keys = {"note": piece, "voice": of_voice, "beat": beat_piece, "measure": measure_piece}
-    for name, key in keys.items():
-        arrays |= _sequence_grids(key, name)
-    batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    voice_of_piece = np.where(voice > 0, piece * (voice.max() + 1) + voice, -1)
+    sequences = {"note": piece, "voice": voice_of_piece, "beat": beat_piece, "measure": measure_piece}
+    for name, sequence in sequences.items():
+        arrays |= _sequence_grid(sequence, name)
     for name in ("y", "stats"):
         if all(item.get(name) is not None for item in items):
-            rows = [torch.as_tensor(item[name], dtype=torch.float32) for item in items]
-            batch[name] = torch.stack(rows)
-    return batch
+            arrays[name] = np.stack([np.asarray(item[name], np.float32) for item in items])
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return batch | {"names": [item.get("name") for item in items]}
 
 
 def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Beats or measures counted over the batch: group of each note (N,), piece and first note of each group."""
-    number = np.concatenate([np.asarray(item[name]) for item in items]).astype(np.int64)
-    pairs = np.stack([piece, number], axis=1)
-    unique, first, group = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-    return group.reshape(-1), np.ascontiguousarray(unique[:, 0]), first
+    number = np.concatenate([item[name] for item in items]).astype(np.int64)
+    _, first, group = np.unique(np.stack([piece, number]), axis=1, return_index=True, return_inverse=True)
+    return group.reshape(-1), piece[first], first
 
 
-def _sequence_grids(key: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-    """Lays the members with the same key, in their order, out as padded sequences; key -1: in no sequence.
+def _sequence_grid(sequence: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Lays the members of the same sequence number (-1: in none), in their order, side by side as padded sequences.
 
-    The sequences stand side by side, longest first, and are cut in time where many have ended, so that little
-    padding is computed; an LSTM goes from one piece of the grid to the next with its state. PREFIX_grid0, 1, ...
-    (2, steps, live sequences): member at each position, forward and with every sequence reversed by its own length;
-    padding repeats member 0, harmless since it comes after the sequence and is never read back.
-    PREFIX_slot (2, members): position of each member in the flattened grids of either direction, end to end.
+    NAME_grid (2, steps, sequences): member at each position, forward and with every sequence reversed by its own
+    length; padding repeats member 0, harmless since it comes after the sequence and is never read back.
+    NAME_slot (2, members): position of each member in the flattened grid of either direction.
     """
-    order = np.argsort(key, kind="stable")[np.sum(key < 0) :]
-    sequences = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
-    sequences.sort(key=len, reverse=True)
-    length = np.array([max(len(members), 1) for members in sequences])
-    whole = np.zeros((2, length[0], len(sequences)), np.int64)
-    for s, members in enumerate(sequences):
-        whole[0, : len(members), s] = members
-        whole[1, : len(members), s] = members[::-1]
-
-    cuts = _cuts(length)
-    live = [int((length > start).sum()) for start in cuts[:-1]]
-    grids = [whole[:, a:b, :n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)]
-    slot = np.zeros((2, len(key)), np.int64)
-    filled = [
-        np.arange(b - a)[:, None] + a < length[:n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)
-    ]
-    position = np.flatnonzero(np.concatenate([f.reshape(-1) for f in filled]))
-    for direction in range(2):
-        members = np.concatenate([grid[direction].reshape(-1) for grid in grids])
-        slot[direction, members[position]] = position
-    return {f"{prefix}_grid{k}": grid for k, grid in enumerate(grids)} | {f"{prefix}_slot": slot}
-
-
-def _cuts(length: np.ndarray) -> list[int]:
-    """Times at which to cut sequences of these lengths (longest first): 0, ..., longest."""
-    cuts = [0]
-    rows = len(length)
-    for step in np.unique(length)[:-1]:
-        live = int((length > step).sum())
-        if live <= CUT_SHARE * rows and step - cuts[-1] >= CUT_STEPS:
-            cuts.append(int(step))
-            rows = live
-    return [*cuts, int(length[0])]
+    members = np.argsort(sequence, kind="stable")[np.sum(sequence < 0) :]
+    _, column, length = np.unique(sequence[members], return_inverse=True, return_counts=True)
+    step = np.arange(len(members)) - (np.cumsum(length) - length)[column]
+    columns = max(len(length), 1)
+    grid = np.zeros((2, length.max(initial=1), columns), np.int64)
+    slot = np.zeros((2, len(sequence)), np.int64)
+    for direction, row in enumerate([step, length[column] - 1 - step]):
+        grid[direction, row, column] = members
+        slot[direction, members] = row * columns + column
+    return {f"{name}_grid": grid, f"{name}_slot": slot}
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Synthetic PercePiano
 # -----------------------------------------------------------------------------------------------------------------
-# Names of the public corpus: (work_<N>bars, players, segment), one list per work.
-_BEETHOVEN = (
-    "thema",
-    "var3",
-    "var4",
-    "var5",
-    "var6",
-    "var8",
-    "var9",
-    "var10",
-    "var12",
-    "var15",
-    "var17",
-    "var18",
-    "var23",
-    "var25",
+
+SYNTHETIC_VERSION = (
+    2  # count up when `synth_percepiano` writes other bytes: the built-in corpus is written anew
 )
-_D960_PLAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
-_SYNTH_WORKS = (
-    [
-        (f"Beethoven_WoO80_{variation}_8bars", (1, 2, 3, 4, 7, 11, 14, 18, 19, 22, 24, 26), f"{s}")
-        for s, variation in enumerate(_BEETHOVEN, 1)
-    ],
-    [("Schubert_D935_no.3_4bars", (1, 2, 3, 6, 9, 12, 13), f"{s}") for s in range(1, 38, 4)],
-    [("Schubert_D960_mv2_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 18)],
-    [("Schubert_D960_mv3_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 38)],
+SYNTHETIC_WORKS = (
+    "Beethoven_WoO80_var3_8bars",
+    "Schubert_D935_no.3_4bars",
+    "Schubert_D960_mv2_8bars",
+    "Schubert_D960_mv3_8bars",
 )
-_QUESTIONS = (
-    "1_1_1",
-    "2_1_1",
-    "2_2_1",
-    "3_1_1",
-    "3_2_1",
-    "4_1_1",
-    "4_2_1",
-    "4_3_1",
-    "4_4_1_5_2_1",
-    "5_3_1",
-    "5_5_1",
-    "6_1_1",
-    "6_4_1",
-    "6_5_1_5_4_1",
-    "6_6_1_5_1_1",
-    "7_1_1",
-    "7_2_1",
-    "8_1_1",
-    "9_1_1",
-    "9_2_1",
-)
-_CSV_COLUMNS = ["user", "dataID", "filename", *(f"Question_{q}" for q in _QUESTIONS), "message"]
-
-# What a performance is made from, each in units of its own spread (0 = average); _play says what one unit does.
-_LATENTS = (
-    "tempo",
-    "rubato",
-    "noise",
-    "loud",
-    "range",
-    "length",
-    "hard",
-    "voicing",
-    "spread",
-    "pedal",
-    "blur",
-    "soft",
-    "error",
-)
-# Latents move together: how each loads on three styles (energy, freedom, carelessness), so that few examples teach a model much.
-_STYLES = {
-    "tempo": 0,
-    "loud": 0,
-    "hard": 0,
-    "rubato": 1,
-    "range": 1,
-    "spread": 1,
-    "voicing": 1,
-    "noise": 2,
-    "error": 2,
-    "blur": 2,
+# What a performance is made from, each about N(0, 1), three to a style that they share; `_play` says what one unit does.
+# fmt: off
+LATENTS = ("tempo", "loud", "hard", "rubato", "range", "voicing", "noise", "error", "blur", "length", "pedal", "soft")
+# fmt: on
+# The known truth: what raises (or, with a minus, lowers) each rating, in equal shares. Tempo counts as heard.
+RATING_RULES = {
+    "Timing_Stable_Unstable": "noise rubato error",
+    "Articulation_Long_Short": "-length -pedal",
+    "Articulation_Soft_cushioned_Hard_solid": "hard loud -soft -length",
+    "Pedal_Sparse/dry_Saturated/wet": "pedal blur",
+    "Pedal_Clean_Blurred": "blur pedal",
+    "Timbre_Even_Colorful": "voicing range",
+    "Timbre_Shallow_Rich": "pedal loud voicing",
+    "Timbre_Bright_Dark": "-loud soft -tempo",
+    "Timbre_Soft_Loud": "loud hard -soft",
+    "Dynamic_Sophisticated/mellow_Raw/crude": "loud hard noise error",
+    "Dynamic_Little_dynamic_range_Large_dynamic_range": "range hard",
+    "Music_Making_Fast_paced_Slow_paced": "-tempo",
+    "Music_Making_Flat_Spacious": "rubato range pedal -tempo",
+    "Music_Making_Disproportioned_Balanced": "-noise -error voicing -blur",
+    "Music_Making_Pure_Dramatic/expressive": "range rubato loud",
+    "Emotion_&_Mood_Optimistic/pleasant_Dark": "-tempo soft length",
+    "Emotion_&_Mood_Low_Energy_High_Energy": "tempo loud hard",
+    "Emotion_&_Mood_Honest_Imaginative": "rubato voicing range",
+    "Interpretation_Unsatisfactory/doubtful_Convincing": "-noise -error range voicing -blur",
 }
-_MECHANICAL = {
-    "rubato": -9,
-    "noise": -9,
-    "spread": -9,
-    "error": -9,
-    "voicing": -1.3,
-    "pedal": -3,
-    "soft": -3,
-    "hard": -2,
-}
-_RENDERINGS = {"Score": _MECHANICAL, "Score2": _MECHANICAL | {"pedal": 0.5, "loud": -0.7, "length": 0.6}}
-
-# The known truth: each rating is this weighted sum of the latents, scaled to unit weight; the high end is the last named one.
-# tempo and loud count as heard (with the score's own tempo and dynamics), minor is 1 for a piece in minor and -1 in major.
-RATING_WEIGHTS = {
-    "Timing_Stable_Unstable": dict(noise=0.8, rubato=0.6, error=0.3),
-    "Articulation_Long_Short": dict(length=-1.0, pedal=-0.2),
-    "Articulation_Soft_cushioned_Hard_solid": dict(hard=0.7, loud=0.5, soft=-0.3, length=-0.3),
-    "Pedal_Sparse/dry_Saturated/wet": dict(pedal=1.0, blur=0.2),
-    "Pedal_Clean_Blurred": dict(blur=0.8, pedal=0.5),
-    "Timbre_Even_Colorful": dict(voicing=0.6, range=0.5, soft=0.2),
-    "Timbre_Shallow_Rich": dict(pedal=0.5, loud=0.5, voicing=0.4),
-    "Timbre_Bright_Dark": dict(loud=-0.6, soft=0.5, minor=0.3, tempo=-0.3),
-    "Timbre_Soft_Loud": dict(loud=0.9, hard=0.3, soft=-0.2),
-    "Dynamic_Sophisticated/mellow_Raw/crude": dict(loud=0.5, hard=0.5, noise=0.3, error=0.2),
-    "Dynamic_Little_dynamic_range_Large_dynamic_range": dict(range=0.9, hard=0.3),
-    "Music_Making_Fast_paced_Slow_paced": dict(tempo=-0.9, rubato=0.2),
-    "Music_Making_Flat_Spacious": dict(rubato=0.5, range=0.5, pedal=0.4, tempo=-0.3),
-    "Music_Making_Disproportioned_Balanced": dict(noise=-0.6, error=-0.4, voicing=0.3, blur=-0.3),
-    "Music_Making_Pure_Dramatic/expressive": dict(range=0.6, rubato=0.5, loud=0.3),
-    "Emotion_&_Mood_Optimistic/pleasant_Dark": dict(minor=0.3, tempo=-0.6, soft=0.4, length=0.4),
-    "Emotion_&_Mood_Low_Energy_High_Energy": dict(tempo=0.5, loud=0.7, hard=0.3),
-    "Emotion_&_Mood_Honest_Imaginative": dict(rubato=0.6, voicing=0.4, spread=0.4),
-    "Interpretation_Unsatisfactory/doubtful_Convincing": dict(
-        noise=-0.5, error=-0.3, range=0.4, voicing=0.4, blur=-0.3
-    ),
-}
-
-_DIVISIONS = 8  # ticks per quarter
-_METRES = ((3, 4, 8), (2, 2, 16), (4, 4, 8), (6, 8, 12))  # numerator, denominator, ticks of a beat
-_RHYTHMS = {
-    8: ((8,), (8,), (4, 4), (6, 2)),
-    12: ((12,), (8, 4), (4, 4, 4)),
-    16: ((16,), (8, 8), (12, 4), (8, 4, 4)),
-}
-_NOTE_TYPES = {
-    2: "16th",
-    4: "eighth",
-    6: "eighth.",
-    8: "quarter",
-    12: "quarter.",
-    16: "half",
-    24: "half.",
-    32: "whole",
-}
-_TEMPI = (("Andante", 72), ("Moderato", 92), ("Allegretto", 108), ("Allegro", 126), ("Vivace", 138))
-_LEVELS = {"p": -1.0, "mp": -0.4, "mf": 0.4, "f": 1.0}
+DIVISIONS = 2  # of a quarter in the scores
 
 
-@dataclass
-class _Event:
-    """A note, chord (several pitches) or rest (none) of one voice; onset and length in ticks; tags: notations by name."""
+class _Chord(NamedTuple):
+    """Notes that begin together in one voice (1: melody, 5: accompaniment); onset and duration in quarters."""
 
-    onset: int
-    ticks: int
+    onset: float
+    duration: float
     pitches: list[int]
     voice: int
-    tags: set[str] = field(default_factory=set)
-    grace: int = 0
+    articulation: str = ""
 
 
-@dataclass
-class _Piece:
-    """bars: lists of events; levels: a dynamic mark per bar or ""; wedge: (bar, +1 or -1) of the hairpin, one bar long."""
-
-    metre: tuple[int, int, int]
+class _Piece(NamedTuple):
+    metre: tuple[int, int]
+    bar: float  # quarters
     fifths: int
-    minor: bool
-    tempo: tuple[str, int]
-    pickup: int  # ticks, 0 for none
-    padded: (
-        bool  # the pickup bar is filled up with hidden rests, as in D935 no.3; otherwise it is a short bar
-    )
-    rit: bool
-    bars: list[list[_Event]]
-    levels: list[str]
-    wedge: tuple[int, int]
+    pace: float  # what the score says, in the unit of the latent `tempo`
+    dynamic: str
+    chords: list[_Chord]
 
     @property
-    def bar_ticks(self) -> int:
-        return 4 * _DIVISIONS * self.metre[0] // self.metre[1]
+    def qpm(self) -> int:
+        return round(100 * 2 ** (0.3 * self.pace))
 
 
-def _compose(rng: np.random.Generator, bars: int, number: int) -> _Piece:
-    """A piece in one key over a chord per bar; metre and pickup go by its number, so that all kinds occur."""
-    metre, minor, tonic = _METRES[(number + number // 4) % 4], bool(rng.random() < 0.4), int(rng.integers(12))
-    levels = [""] * bars
-    levels[0], levels[bars // 2] = rng.choice(list(_LEVELS), 2, replace=False).tolist()
-    piece = _Piece(
-        metre,
-        (7 * (tonic + 3 * minor) + 5) % 12 - 5,
-        minor,
-        _TEMPI[rng.integers(len(_TEMPI))],
-        metre[2] if number % 8 in (1, 2) else 0,
-        number % 8 == 1,
-        bool(rng.random() < 0.4),
-        [],
-        levels,
-        (bars // 2 - 1, int(rng.choice([-1, 1]))),
+def _compose(rng: np.random.Generator, bars: int) -> _Piece:
+    """A melody that walks over a scale, above one chord a bar."""
+    beats, beat_type = rng.choice([(2, 4), (3, 4), (4, 4), (6, 8)]).tolist()
+    bar = 4 * beats / beat_type
+    fifths = int(rng.integers(-4, 5))
+    tonic = 60 + 7 * fifths % 12
+    scale = [tonic + octave + step for octave in (-12, 0, 12) for step in (0, 2, 4, 5, 7, 9, 11)]
+    chords, degree = [], 14
+    for number in range(bars):
+        onset, end = number * bar, (number + 1) * bar
+        root = (0, 3, 4, 0)[number % 4]
+        chords.append(_Chord(onset, bar, [scale[root], scale[root + 2], scale[root + 4]], 5))
+        while onset < end:
+            duration = min(float(rng.choice([0.5, 0.5, 1, 1, 1.5])), end - onset)
+            degree = int(np.clip(degree + rng.integers(-2, 3), 9, 20))
+            articulation = str(rng.choice(["", "", "", "", "staccato", "accent"]))
+            chords.append(_Chord(onset, duration, [scale[degree]], 1, articulation))
+            onset += duration
+    return _Piece(
+        (beats, beat_type), bar, fifths, rng.normal(), str(rng.choice(["p", "mp", "mf", "f"])), chords
     )
-    scale = (0, 2, 3, 5, 7, 8, 11) if minor else (0, 2, 4, 5, 7, 9, 11)
-    # Pitches by scale step; step 0 is the tonic in the octave from G2.
-    steps = [43 + (tonic - 43) % 12 + 12 * (step // 7) + scale[step % 7] for step in range(-14, 28)]
-    roots, style, degree = (
-        ((0, 3, 4, 0), (0, 5, 3, 4), (0, 1, 4, 0))[rng.integers(3)],
-        int(rng.integers(3)),
-        14,
-    )
-    for b in range(bars):
-        start, last = b * piece.bar_ticks, b == bars - 1
-        first = start + piece.bar_ticks - piece.pickup if piece.pickup and b == 0 else start
-        root = 0 if last else roots[b % 4]
-        melody, degree = _melody(rng, piece, first, start + piece.bar_ticks, root, degree, steps, last)
-        events = [
-            _Event(start, first - start, [], v, {"hidden"}) for v in (1, 5) if first > start and piece.padded
-        ] + melody
-        if b and rng.random() < 0.15 and not melody[0].grace:
-            before = [e for e in piece.bars[-1] if e.voice == 1][-1]
-            before.tags = (before.tags - {"staccato"}) | {"tie start"}
-            melody[0].tags.add("tie stop")
-            melody[0].pitches = list(before.pitches)
-        if first == start and rng.random() < 0.35:
-            events.append(_Event(start, piece.bar_ticks, [steps[14 + root + 7], steps[14 + root + 9]], 2))
-        chord = [steps[14 + root + d - 7 * (root > 3)] for d in (0, 2, 4)]
-        piece.bars.append(
-            events
-            + (
-                [_Event(first, piece.pickup, [], 5)]
-                if first > start
-                else _accompaniment(rng, start, piece, chord, 0 if last else style)
-            )
-        )
-    return piece
-
-
-def _melody(
-    rng: np.random.Generator,
-    piece: _Piece,
-    tick: int,
-    end: int,
-    root: int,
-    degree: int,
-    steps: list[int],
-    last: bool,
-) -> tuple[list, int]:
-    """Voice 1 of one bar, a walk over the scale that meets the chord on every beat; and the step where it ends."""
-    melody, beat = [], piece.metre[2]
-    while tick < end:
-        rhythm = (piece.bar_ticks,) if last else _RHYTHMS[beat][rng.integers(len(_RHYTHMS[beat]))]
-        for i, ticks in enumerate(rhythm):
-            degree = int(np.clip(degree + rng.choice([-2, -1, 1, 2]), 10, 19))
-            if i == 0:
-                degree = min(
-                    (d for d in range(9, 21) if (d - root) % 7 in (0, 2, 4)), key=lambda d: abs(d - degree)
-                )
-            event = _Event(
-                tick,
-                ticks,
-                [steps[14 + degree]],
-                1,
-                {t for t, p in (("staccato", 0.1), ("accent", 0.07)) if rng.random() < p},
-            )
-            if len(rhythm) > 1 and max(rhythm) < 8:
-                event.tags.add(
-                    "beam " + ("begin" if i == 0 else "end" if i == len(rhythm) - 1 else "continue")
-                )
-            event.grace = steps[15 + degree] if ticks >= 8 and rng.random() < 0.06 else 0
-            melody.append(event)
-            tick += ticks
-    if len(melody) > 1 and rng.random() < 0.6:
-        melody[0].tags.add("slur start")
-        melody[-1].tags.add("slur stop")
-    melody[-1].tags.update({"fermata"} if last else ())
-    return melody, degree
-
-
-def _accompaniment(
-    rng: np.random.Generator, start: int, piece: _Piece, chord: list[int], style: int
-) -> list[_Event]:
-    """Voice 5 of one bar: a held chord (style 0), bass and chords (1) or a broken chord (2)."""
-    if style == 0:
-        return [_Event(start, piece.bar_ticks, chord, 5, {"arpeggiate"} if rng.random() < 0.3 else set())]
-    beat = piece.metre[2]
-    later = range(start + beat, start + piece.bar_ticks, beat)
-    if style == 1:
-        return [
-            _Event(start, beat, [chord[0] - 12], 5),
-            *(_Event(t, beat, chord[1:], 5, {"staccato"} if rng.random() < 0.4 else set()) for t in later),
-        ]
-    return [
-        _Event(start, beat, chord[:1], 5),
-        *(_Event(t, beat, [chord[1 + i % 2]], 5) for i, t in enumerate(later)),
-    ]
-
-
-def _note_xml(event: _Event, index: int, fifths: int, grace: bool = False) -> str:
-    """The index-th note of a chord, or the rest, or the grace note before it."""
-    tags, kind = event.tags, "eighth" if grace else _NOTE_TYPES.get(event.ticks, "")
-    xml = [
-        '<note print-object="no">' if "hidden" in tags else "<note>",
-        '<grace slash="yes"/>' if grace else "",
-        "<chord/>" if index else "",
-    ]
-    if event.pitches:
-        pitch = event.grace if grace else event.pitches[index]
-        name = ("C C# D D# E F F# G G# A A# B" if fifths >= 0 else "C Db D Eb E F Gb G Ab A Bb B").split()[
-            pitch % 12
-        ]
-        alter = {"#": "<alter>1</alter>", "b": "<alter>-1</alter>"}.get(name[1:], "")
-        xml.append(f"<pitch><step>{name[0]}</step>{alter}<octave>{pitch // 12 - 1}</octave></pitch>")
-    else:
-        xml.append("<rest/>")
-    xml.append("" if grace else f"<duration>{event.ticks}</duration>")
-    ties = [] if grace else [t for t in ("stop", "start") if f"tie {t}" in tags]
-    xml += [f'<tie type="{t}"/>' for t in ties] + [f"<voice>{event.voice}</voice>"]
-    xml.append(
-        f"<type>{kind.rstrip('.')}</type>{'<dot/>' * kind.endswith('.')}"
-        if kind and "hidden" not in tags
-        else ""
-    )
-    xml.append(f"<staff>{1 + (event.voice > 4)}</staff>")
-    notations = [f'<tied type="{t}"/>' for t in ties]
-    if index == 0 and not grace:
-        xml += [f'<beam number="1">{t}</beam>' for t in ("begin", "continue", "end") if f"beam {t}" in tags]
-        notations += [f'<slur type="{t}" number="1"/>' for t in ("start", "stop") if f"slur {t}" in tags]
-        notations += [f"<articulations><{t}/></articulations>" for t in ("accent", "staccato") if t in tags]
-        notations += ["<fermata/>"] * ("fermata" in tags)
-    notations += ["<arpeggiate/>"] * ("arpeggiate" in tags)
-    return "".join(xml) + (f"<notations>{''.join(notations)}</notations>" if notations else "") + "</note>\n"
-
-
-def _direction_xml(content: str, tempo: int = 0) -> str:
-    sound = f'<sound tempo="{tempo}"/>' if tempo else ""
-    return f"<direction><direction-type>{content}</direction-type><staff>1</staff>{sound}</direction>\n"
 
 
 def _musicxml(piece: _Piece) -> str:
     xml = [
-        '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1">\n<part-list><score-part id="P1">'
-        '<part-name>Piano</part-name></score-part></part-list>\n<part id="P1">\n'
+        '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1"><part-list><score-part id="P1">'
+        '<part-name>Piano</part-name></score-part></part-list><part id="P1">'
     ]
-    for b, events in enumerate(piece.bars):
-        short = ' implicit="yes"' if b == 0 and piece.pickup and not piece.padded else ""
-        xml.append(f'<measure number="{b + 1}"{short}>\n')
-        if b == 0:
+    for number in range(round(piece.chords[-1].onset // piece.bar) + 1):
+        xml.append(f'<measure number="{number + 1}">')
+        if number == 0:
             xml.append(
-                f"<attributes><divisions>{_DIVISIONS}</divisions><key><fifths>{piece.fifths}</fifths></key><time><beats>{piece.metre[0]}</beats>"
-                f"<beat-type>{piece.metre[1]}</beat-type></time><staves>2</staves></attributes>\n"
+                f"<attributes><divisions>{DIVISIONS}</divisions><key><fifths>{piece.fifths}</fifths></key><time>"
+                f"<beats>{piece.metre[0]}</beats><beat-type>{piece.metre[1]}</beat-type></time><staves>2</staves>"
+                f"</attributes><direction><direction-type><dynamics><{piece.dynamic}/></dynamics></direction-type>"
+                f'<staff>1</staff><sound tempo="{piece.qpm}"/></direction>'
             )
-            xml.append(_direction_xml(f"<words>{piece.tempo[0]}</words>", piece.tempo[1]))
-        if piece.levels[b]:
-            xml.append(_direction_xml(f"<dynamics><{piece.levels[b]}/></dynamics>"))
-        if b == piece.wedge[0]:
-            xml.append(
-                _direction_xml(
-                    f'<wedge type="{"crescendo" if piece.wedge[1] > 0 else "diminuendo"}" number="1"/>'
-                )
-            )
-        if b == len(piece.bars) - 1 and piece.rit:
-            xml.append(_direction_xml("<words>rit.</words>"))
-        for voice in sorted({e.voice for e in events}):
-            line = [e for e in events if e.voice == voice]
-            if voice > 1:
-                xml.append(
-                    f"<backup><duration>{sum(e.ticks for e in events if e.voice == 1)}</duration></backup>\n"
-                )
-            for event in line:
-                xml += [_note_xml(event, 0, piece.fifths, grace=True)] * (event.grace > 0)
-                xml += [_note_xml(event, i, piece.fifths) for i in range(max(1, len(event.pitches)))]
-            if voice == 1 and b == piece.wedge[0]:
-                xml.append(_direction_xml('<wedge type="stop" number="1"/>'))
-        xml.append("</measure>\n")
-    return "".join(xml) + "</part>\n</score-partwise>\n"
+        here = [chord for chord in piece.chords if chord.onset // piece.bar == number]
+        xml += [_chord_xml(chord, piece.fifths < 0) for chord in here if chord.voice == 1]
+        xml.append(f"<backup><duration>{piece.bar * DIVISIONS:.0f}</duration></backup>")
+        xml += [_chord_xml(chord, piece.fifths < 0) for chord in here if chord.voice == 5]
+        xml.append("</measure>")
+    return "\n".join([*xml, "</part></score-partwise>\n"])
 
 
-def _clock(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> Callable:
-    """Score ticks -> seconds: phrase arch, slow random walk and ritardando around the tempo; the music starts at 0.5 s."""
-    ticks, bars = piece.bar_ticks, len(piece.bars)
-    grid = np.arange(0, bars * ticks + 1, 4)
-    shape = (
-        np.sin(np.pi * (grid / (4 * ticks) % 1))
-        - 0.6
-        + np.convolve(rng.normal(size=len(grid) + 8), np.ones(9) / 4, "valid")
-    )
-    shape -= 2 * piece.rit * np.maximum(0, grid / ticks - bars + 1)
-    octaves = z["tempo"] * 0.3 + 0.1 * np.exp(0.6 * z["rubato"]) * shape
-    seconds = np.concatenate([[0], np.cumsum(4 / _DIVISIONS * 60 / (piece.tempo[1] * 2 ** octaves[:-1]))])
-    seconds += 0.5 - np.interp((ticks - piece.pickup) * (piece.pickup > 0), grid, seconds)
-    return lambda tick: np.interp(tick, grid, seconds)
-
-
-def _velocity(piece: _Piece, event: _Event, z: dict[str, float]) -> float:
-    """Before chance: level, marks and hairpin by range, downbeats and accents by hardness, top voice by voicing."""
-    bar = event.onset // piece.bar_ticks
-    level = _LEVELS[piece.levels[0 if bar < len(piece.bars) // 2 else len(piece.bars) // 2]]
-    level += piece.wedge[1] * (event.onset / piece.bar_ticks - bar) * (bar == piece.wedge[0])
-    level += 0.5 * np.sin(np.pi * (event.onset / (4 * piece.bar_ticks) % 1))
-    stress = (event.onset % piece.bar_ticks == 0) + 1.5 * ("accent" in event.tags)
-    voice = (8 + 6 * z["voicing"]) * (0.6 if event.voice == 1 else -0.4)
-    return (
-        62
-        + 10 * z["loud"]
-        + 6 * np.exp(0.5 * z["range"]) * level
-        + 6 * np.exp(0.5 * z["hard"]) * stress
-        + voice
-    )
+def _chord_xml(chord: _Chord, flats: bool) -> str:
+    names = ("C Db D Eb E F Gb G Ab A Bb B" if flats else "C C# D D# E F F# G G# A A# B").split()
+    notations = ""
+    if chord.articulation:
+        notations = f"<notations><articulations><{chord.articulation}/></articulations></notations>"
+    xml, joined = "", ""
+    for pitch in chord.pitches:
+        name = names[pitch % 12]
+        alter = {"#": 1, "b": -1}.get(name[1:], 0)
+        xml += (
+            f"<note>{joined}<pitch><step>{name[0]}</step><alter>{alter}</alter><octave>{pitch // 12 - 1}</octave></pitch>"
+            f"<duration>{chord.duration * DIVISIONS:.0f}</duration><voice>{chord.voice}</voice>"
+            f"<staff>{1 + chord.voice // 5}</staff>{notations}</note>"
+        )
+        joined = "<chord/>"
+    return xml
 
 
 def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple[list, list]:
-    """Notes [onset s, offset s, pitch, velocity, staff] and controls (s, number, value) of one performance."""
-    clock = _clock(piece, z, rng)
-    jitter, spread, error = (
-        scale * np.exp(0.6 * z[k]) for scale, k in ((0.012, "noise"), (0.012, "spread"), (0.005, "error"))
-    )
-    notes, taken, melody = [], set(), None
-    for event in [e for events in piece.bars for e in events if e.pitches]:
-        top, start, end = event.voice == 1, *clock([event.onset, event.onset + event.ticks])
-        if "tie stop" in event.tags:
-            melody[1] = end
-            continue
-        end = start + (end - start) * 0.82 * 2 ** (0.4 * z["length"]) * (
-            0.5 if "staccato" in event.tags else 1
-        )
-        loud = _velocity(piece, event, z)
-        if event.grace:
-            notes.append([start - 0.09, start - 0.01, event.grace, loud - 6, 1])
-        for i, pitch in enumerate(event.pitches):
-            # Below 1 the note is left out, below 2 wrong, below 3 it touches its neighbour. Voices share a key.
-            slip = rng.random() / min(error, 0.02)
-            if (event.onset, pitch) in taken or (slip < 1 and "tie start" not in event.tags):
-                continue
-            taken.add((event.onset, pitch))
-            onset = (
-                start
-                + rng.normal() * jitter
-                + i * spread * (1 + 3 * ("arpeggiate" in event.tags))
-                - 0.8 * spread * top
-            )
-            note = [
-                onset,
-                end + rng.normal() * jitter,
-                pitch + 2 * (1 <= slip < 2),
-                loud + 3 * np.exp(0.3 * z["noise"]) * rng.normal(),
-                1 + (event.voice > 4),
-            ]
-            melody = note if top else melody
-            notes += [note, [onset + 0.04, onset + 0.1, pitch + 1, loud - 15, 1]] if 2 <= slip < 3 else [note]
-    next_onset: dict[int, float] = {}
-    for note in sorted(notes, reverse=True):
-        note[1] = max(note[0] + 0.02, min(note[1], next_onset.get(note[2], np.inf) - 0.005))
-        note[3] = int(np.clip(np.rint(note[3]), 5, 125))
-        next_onset[note[2]] = note[0]
-    bars = clock(np.arange(len(piece.bars) + 1) * piece.bar_ticks)
-    return sorted(notes), _pedal(np.maximum(bars, 0.5).tolist(), z, rng)
+    """Notes (onset s, offset s, pitch, velocity) and controls (s, number, value) of one performance."""
+    quarter = 60 / (piece.qpm * 2 ** (0.3 * z["tempo"]))
+    phrase = np.pi / 2 / piece.bar  # four bars, in radians per quarter
+    swing = min(0.1 * np.exp(0.6 * z["rubato"]), 0.6)
+
+    def clock(onset: float) -> float:
+        return 0.5 + quarter * (onset + swing * np.sin(phrase * onset) / phrase)
+
+    jitter = 0.01 * np.exp(0.6 * z["noise"])
+    notes = []
+    for chord in piece.chords:
+        length = clock(chord.onset + chord.duration) - clock(chord.onset)
+        length *= 0.8 * 2 ** (0.4 * z["length"])
+        if chord.articulation == "staccato":
+            length /= 2
+        level = 64 + 10 * z["loud"] + 7 * np.exp(0.5 * z["range"]) * np.sin(phrase * chord.onset)
+        level += (6 + 5 * z["voicing"]) * (1 if chord.voice == 1 else -0.5)
+        if chord.articulation == "accent" or chord.onset % piece.bar == 0:
+            level += 5 * np.exp(0.5 * z["hard"])
+        for pitch in chord.pitches:
+            onset = clock(chord.onset) + jitter * rng.normal()
+            velocity = np.clip(level + 300 * jitter * rng.normal(), 5, 125)
+            slip = rng.random() / np.exp(0.6 * z["error"])
+            if slip < 0.01:  # a wrong key, or none
+                pitch += 1
+            if slip > 0.005:
+                notes.append((onset, onset + max(length, 0.03), pitch, round(velocity)))
+    return notes, _pedal([clock(number * piece.bar) for number in range(9)], z)
 
 
-def _pedal(changes: list[float], z: dict[str, float], rng: np.random.Generator) -> list:
-    """One pedal per bar, pressed after and lifted at the change of harmony; blur lifts it late and not fully."""
-    depth, late = np.clip(75 + 25 * z["pedal"], 0, 127), 0.03 + 0.05 * max(0.0, 1 + z["blur"])
-    rest = depth * np.clip(0.15 + 0.25 * z["blur"], 0, 0.9)
-    controls = [(0.0, 67, int(np.clip(25 + 35 * z["soft"], 0, 127)))]
-    for start, end in zip(changes[:-1], changes[1:], strict=True):
-        if end > start and rng.random() < 1 / (1 + np.exp(-1 - 1.5 * z["pedal"])):
-            controls += [
-                (start + late + 0.04, 64, int(depth / 2)),
-                (start + late + 0.08, 64, int(depth)),
-                (end + late, 64, int(rest)),
-            ]
-        else:
-            controls.append((start + late + 0.04, 64, 0))
-    return [*controls, (changes[-1] + 1, 64, 0)]
+def _pedal(changes: list[float], z: dict[str, float]) -> list[tuple[float, int, int]]:
+    """One pedal a bar, pressed after the change of harmony; blur lifts it late and not fully."""
+    depth = np.clip(70 + 25 * z["pedal"], 0, 127)
+    rest = depth * np.clip(0.2 + 0.25 * z["blur"], 0, 0.9)
+    late = 0.02 + 0.05 * max(0, 1 + z["blur"])
+    controls = [(0.0, 67, round(np.clip(25 + 35 * z["soft"], 0, 127)))]
+    for change in changes:
+        controls.append((change + late, 64, round(rest)))
+        controls.append((change + late + 0.06, 64, round(depth)))
+    return controls
 
 
-def _save_midi(path: Path, notes: list, controls: list, staves: tuple = ((1, 2),)) -> None:
-    """One track per group of staves (score renderings have two); 480 ticks per quarter at 120 per minute."""
-    midi = mido.MidiFile(type=int(len(staves) > 1), ticks_per_beat=480)
-    for number, group in enumerate(staves):
-        events = [
-            (t, 0, mido.Message("control_change", control=c, value=v)) for t, c, v in controls if number == 0
-        ]
-        for on, off, pitch, velocity, staff in notes:
-            if staff in group:
-                events += [
-                    (on, 2, mido.Message("note_on", note=pitch, velocity=velocity)),
-                    (off, 1, mido.Message("note_off", note=pitch)),
-                ]
-        track = mido.MidiTrack(
-            [mido.MetaMessage("track_name", name="synthetic"), mido.MetaMessage("set_tempo", tempo=500000)]
-        )
-        now = 0
-        for t, _, message in sorted(events, key=lambda e: e[:2]):
-            tick = max(now, round(t * 960))
-            track.append(message.copy(time=tick - now))
-            now = tick
-        midi.tracks.append(track)
-    midi.save(path)
+def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
+    """One track of notes (onset s, offset s, pitch, velocity) and controls (s, number, value)."""
+    messages = [(second, mido.Message("control_change", control=c, value=v)) for second, c, v in controls]
+    for onset, offset, pitch, velocity in notes:
+        messages.append((onset, mido.Message("note_on", note=pitch, velocity=velocity)))
+        messages.append((offset, mido.Message("note_off", note=pitch)))
+    track = mido.MidiTrack()
+    now = 0
+    for second, message in sorted(messages, key=lambda m: m[0]):
+        tick = round(second * 960)  # 480 a quarter, 120 quarters a minute: what MIDI assumes
+        track.append(message.copy(time=tick - now))
+        now = tick
+    mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(path)
 
 
-def _true_ratings(piece: _Piece, z: dict[str, float], notes: list) -> np.ndarray:
-    """(19,) what raters would agree on, 1..7 before rounding."""
-    heard = {k: float(np.clip(v, -2.2, 2.2)) for k, v in z.items()} | {"minor": 1.0 if piece.minor else -1.0}
-    heard["tempo"] = (np.log2(piece.tempo[1] / 100) + 0.3 * z["tempo"]) / 0.45
-    heard["loud"] = (np.mean([n[3] for n in notes]) - 64) / 11
-    return np.array(
-        [
-            4 + 0.75 * sum(w * heard[k] for k, w in row.items()) / np.sqrt(sum(w * w for w in row.values()))
-            for row in RATING_WEIGHTS.values()
-        ]
-    )
-
-
-def _rate(
-    truth: np.ndarray, name: str, number: int, bias: np.ndarray, rng: np.random.Generator
-) -> tuple[list, list, list]:
-    """CSV rows of 11-14 raters of one performance, and the means and deviations that the public JSONs hold for them:
-    rows with a value above 7 dropped, empty = 0, mean over the non-zero ones / 7, deviation over all / 7."""
-    users = rng.choice(len(bias), rng.integers(11, 15), replace=False)
-    votes = np.clip(
-        np.rint(truth + rng.normal(0, 0.15, 19) + bias[users, None] + rng.normal(0, 1.2, (len(users), 19))),
-        1,
-        7,
-    )
-    votes[rng.random(votes.shape) < 0.003] = 0
-    votes[0, 0] = 8 if rng.random() < 0.15 else votes[0, 0]
-    empty = rng.random(votes.shape) < 0.5
-    rows = [
-        [
-            200 + int(u),
-            number + 1,
-            f"{name}.wav",
-            *("" if v == 0 and e else f"{v:.1f}" for v, e in zip(row, blank, strict=True)),
-            "",
-            "",
-        ]
-        for u, row, blank in zip(users, votes, empty, strict=True)
-    ]
-    votes = votes[(votes <= 7).all(1)]
-    return rows, (votes.sum(0) / (votes > 0).sum(0) / 7).tolist(), (votes.std(0) / 7).tolist()
-
-
-def _latents(seed: int, player: int, rng: np.random.Generator) -> dict[str, float]:
-    """A player's habits and this performance's own mood, about N(0, 1) each."""
-    habit, count = np.random.default_rng([seed, 1, player]), len(_LATENTS)
-    style = 0.6 * habit.normal(size=3) + 0.8 * rng.normal(size=3)
-    own = 0.6 * habit.normal(size=count) + 0.8 * rng.normal(size=count)
-    return {
-        k: float(0.7 * style[_STYLES[k]] + 0.71 * own[i]) if k in _STYLES else float(own[i])
-        for i, k in enumerate(_LATENTS)
-    }
+def _true_ratings(z: dict[str, float]) -> np.ndarray:
+    """(19,) what raters would agree on, from 1 to 7, before rounding."""
+    ratings = []
+    for rule in RATING_RULES.values():
+        parts = [-z[word[1:]] if word.startswith("-") else z[word] for word in rule.split()]
+        ratings.append(4 + 0.8 * sum(parts) / math.sqrt(len(parts)))
+    return np.array(ratings)
 
 
 def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players: int = 12) -> None:
     """Write a synthetic corpus in the layout of the public PercePiano repository: scores made up by a few rules, played
-    with known habits, rated by RATING_WEIGHTS plus rater noise. Same arguments, same bytes.
+    with known habits, rated by RATING_RULES plus rater noise. Same arguments, same bytes.
 
-    segments: 8..78, taken in turn from the four works; players: most human players per segment, 4..12, besides renderings
+    segments: 8 or more, taken in turn from the four works; players: human players per segment, 4..12, besides a rendering
     of the score. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
     out = Path(out)
-    if not (8 <= segments <= 78 and 4 <= players <= 12):
-        raise DataError(
-            f"{out}: {segments} segments and {players} players asked for; expected 8..78 and 4..12; change the numbers"
-        )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(
-            f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out"
-        )
+    if segments < 8 or not 4 <= players <= 12:
+        raise DataError(f"{out}: {segments} segments, {players} players; expected 8 or more, and 4 to 12")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; remove it or name another folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -3212,48 +2804,60 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
 
 
 def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
-    folders = {k: root / "virtuoso/data" / k for k in ("all_2rounds", "score_xml", "score_midi")}
-    for folder in [*folders.values(), root / "labels"]:
-        folder.mkdir(parents=True)
-    queues = [list(work) for work in _SYNTH_WORKS]
-    bias, rows, means, stds, indices = np.random.default_rng([seed, 0]).normal(0, 0.4, 40), [], {}, {}, {}
-    for s in range(segments):
-        queue = queues[s % 4] or max(queues, key=len)
-        work, numbers, segment = queue.pop(0)
-        piece = _compose(np.random.default_rng([seed, 2, s]), 4 if "4bars" in work else 8, s)
-        (folders["score_xml"] / f"{work}_Score_{segment}.musicxml").write_text(
-            _musicxml(piece), encoding="utf-8", newline="\n"
-        )
-        chosen = [str(n) for n in sorted(np.roll(numbers, -s * players)[:players].tolist())]
-        for player in [*chosen, *(["Score"] if "D960" in work else _RENDERINGS)]:
-            name, number = f"{work}_{player}_{segment}", len(means)
-            rng = np.random.default_rng([seed, 3, s, number])
-            index = indices.setdefault(player, len(indices))
-            human = player not in _RENDERINGS
-            z = (
-                _latents(seed, int(player), rng)
-                if human
-                else dict.fromkeys(_LATENTS, 0.0) | _RENDERINGS[player]
+    for folder in (MIDI_FOLDER, SCORE_FOLDER, "labels"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    habits = rng.normal(size=(12, 4 + len(LATENTS)))  # of each player: styles, latents
+    bias = rng.normal(0, 0.4, 40)  # of each rater
+    means, stds, votes_table = {}, {}, []
+    for segment in range(segments):
+        work = SYNTHETIC_WORKS[segment % 4]
+        piece = _compose(rng, 4 if "4bars" in work else 8)
+        score = f"{work}_Score_{1 + segment // 4}"
+        (root / SCORE_FOLDER / f"{score}.musicxml").write_bytes(_musicxml(piece).encode())
+        for k in range(players + 1):
+            index = (segment * players + k) % 12
+            if k == players:
+                player = "Score"
+                z = dict.fromkeys(LATENTS, 0.0) | {"rubato": -9.0, "noise": -9.0, "error": -9.0}
+            else:
+                player = BEETHOVEN_PLAYERS[index] if "Beethoven" in work else str(index)
+                mood = 0.6 * habits[index] + 0.8 * rng.normal(size=habits.shape[1])
+                z = dict(zip(LATENTS, 0.7 * np.repeat(mood[:4], 3) + 0.7 * mood[4:], strict=True))
+            name = score.replace("Score", player)
+            _save_midi(root / MIDI_FOLDER / f"{name}.mid", *_play(piece, z, rng))
+            truth = _true_ratings(
+                {key: max(v, -3) for key, v in z.items()} | {"tempo": z["tempo"] + piece.pace}
             )
-            notes, controls = _play(piece, z, rng)
-            # The public repository has this one file name with a leading space.
-            path = folders["all_2rounds"] / f"{' ' * (name == 'Schubert_D935_no.3_4bars_2_1')}{name}.mid"
-            _save_midi(path, notes, controls, ((1, 2),) if human else ((1,), (2,)))
-            if player == "Score":
-                shutil.copyfile(path, folders["score_midi"] / path.name)
-            item_rows, mean, stds[name] = _rate(_true_ratings(piece, z, notes), name, number, bias, rng)
-            rows += item_rows
-            means[name] = [*mean, index]
-    for kind, table in (("mean", means), ("std", stds)):
-        (root / f"label_2round_{kind}_reg_19_with0_rm_highstd0.json").write_text(
-            json.dumps(table), encoding="utf-8"
+            raters = rng.choice(len(bias), 12, replace=False)
+            votes = truth + bias[raters, None] + rng.normal(size=(12, len(LABELS)))
+            votes = votes.round().clip(1, 7)
+            votes[rng.random(votes.shape) < 0.003] = 0  # not given
+            means[name] = [*(votes.sum(0) / (votes > 0).sum(0) / 7), index]
+            stds[name] = (votes.std(0) / 7).tolist()
+            votes_table += [
+                [rater, len(means), f"{name}.wav", *row] for rater, row in zip(raters, votes, strict=True)
+            ]
+    (root / MEAN_FILE).write_text(json.dumps(means))
+    (root / STD_FILE).write_text(json.dumps(stds))
+    with (root / RATINGS_FILE).open("w", newline="") as file:
+        questions = [f"Question_{k}" for k in range(1, len(LABELS) + 1)]
+        csv.writer(file, lineterminator="\n").writerows(
+            [["user", "dataID", "filename", *questions], *votes_table]
         )
-    with (root / "labels/total_2rounds.csv").open("w", encoding="utf-8", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows([_CSV_COLUMNS, *rows])
     (root / "SYNTHETIC").write_text(
-        f"Synthetic stand-in for PercePiano: {segments} made-up segments, {len(means)} performances, seed {seed}. No figure from it says anything about the real data.\n",
-        encoding="utf-8",
+        f"Made up: {segments} segments, {len(means)} performances, seed {seed}. It says nothing about the real data.\n"
     )
+
+
+def synthetic_percepiano(cache: str | Path = "cache") -> Path:
+    """The folder of the built-in synthetic corpus, written on first use."""
+    root = Path(cache) / f"synthetic-percepiano-{SYNTHETIC_VERSION}"
+    if not (root / "SYNTHETIC").is_file():
+        synth_percepiano(root)
+    for stale in set(root.parent.glob("synthetic-percepiano-*")) - {root}:
+        shutil.rmtree(stale, ignore_errors=True)
+    return root
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -6473,14 +6077,6 @@ def _unpack(archive: Path, root: Path) -> None:
 # -----------------------------------------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------------------------------------
-def synthetic_percepiano(cache: str | Path = "cache") -> Path:
-    """The folder of the built-in synthetic corpus, written on first use and again when this module has changed."""
-    root = Path(cache) / f"synthetic-percepiano-{hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]}"
-    if not (root / "SYNTHETIC").is_file():
-        synth_percepiano(root)
-    return root
-
-
 def report_percepiano(corpus: Corpus) -> None:
     """Print what was read, how well it matches, and what was left out and why."""
     items = corpus.items
