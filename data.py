@@ -1,13 +1,21 @@
 """All readers, features, splits, augmentation and synthetic corpora; what the three trainers are fed.
 
 python data.py percepiano --data DIR                 read, align, cache; report
-python data.py fetch percepiano --out data/percepiano
-python data.py maestro --data DIR --percepiano DIR   what of MAESTRO is here, what overlaps with PercePiano
+python data.py percepiano --data DIR --strict        the same, stopping at the first file that cannot be read
+python data.py fetch percepiano                      download it to data/percepiano
+python data.py fetch percepiano --out DIR            the same, to another folder
+python data.py maestro --data DIR                    what of MAESTRO is here
+python data.py maestro --data DIR --percepiano DIR   and what of it holds music of PercePiano
 python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
-python data.py fbank --data DIR --out DIR            log-mel energies of all WAV files, once
+python data.py render --midi-root DIR --out DIR      the same, into another folder
+python data.py fbank --data DIR --out DIR            log-mel energies of all sound files, once
+python data.py fbank --data DIR --audio DIR --out DIR   MAESTRO with rendered sound elsewhere
 python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
+python data.py synth-percepiano --out DIR --segments 40 --seed 1
 python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
-python data.py synth-speech --out DIR                synthetic intracortical speech in the competition's .mat layout
+python data.py decoder-convert --in DIR --out DIR --dtype float16
+python data.py synth-speech --out DIR                synthetic speech in the competition's .mat layout
+python data.py synth-speech --out DIR --days 2 --trials 30
 """
 
 import argparse
@@ -5891,479 +5899,128 @@ def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
 # -----------------------------------------------------------------------------------------------------------------
 
 SOURCES = {"percepiano": "https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"}
-FETCH_ATTEMPTS = 5
-FETCH_BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
 FETCH_TIMEOUT = 30.0  # seconds without a byte
-_UNPACKED_LIMIT = 2**28  # bytes, held in memory for a moment; the files needed take 20 to 30 MB
+_UNPACKED_LIMIT = 2**28  # bytes; the files needed take 20 to 30 MB
 _WANTED = re.compile(
-    r"virtuoso/data/(?:all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
-    rf"LICENSE|README\.md|{'|'.join(map(re.escape, (MEAN_FILE, STD_FILE, RATINGS_FILE)))}"
+    r"virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
+    rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)}"
 )
 _MANUAL = (
-    "download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give that folder "
-    "with --data"
+    "try again, or download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give "
+    "that folder with --data"
 )
 
 
 def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
-    """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`.
-
-    The archive grows in `<out>.part`, which a later call resumes where the server allows it, and is checked
-    (`check_percepiano`) before `out` appears. A complete `out` is left alone. Raises DataError: unknown name, no
-    network, wrong or damaged archive (then deleted), full disk, `out` holding something else.
+    """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`, which appears
+    once all is there and checked. A complete `out` is left alone. Raises DataError: unknown name, no network, wrong or
+    damaged archive, `out` holding something else.
     """
     if name not in SOURCES:
         raise DataError(f"dataset {name!r}: unknown; expected one of {', '.join(SOURCES)}")
-    url, out = url or SOURCES[name], Path(out)
-    if out.name in ("", ".."):
-        raise DataError(f"--out {out}: no folder name; expected the name of a new folder, e.g. data/{name}")
+    url, out = url or SOURCES[name], Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        try:
-            count = check_percepiano(out)
-        except DataError as error:
-            found = str(error).split(";")[0]
-            raise DataError(
-                f"{out}: exists but is not complete ({found}); move it away and fetch again"
-            ) from error
-        print(f"{out}: already complete, {count} performances; nothing fetched")
+        print(f"{out}: already there, {check_percepiano(out)} performances; nothing fetched")
         return out
-    part, tag = out.with_name(out.name + ".part"), out.with_name(out.name + ".part.etag")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, unpacked = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.unpacked")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part, tag)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
-            try:
-                root = Path(folder) / "unpacked"
-                _unpack(part, root)
-                count = check_percepiano(root)
-            except DataError as error:
-                part.unlink()
-                tag.unlink(missing_ok=True)
-                found = str(error).split(";")[0].replace(f"{root}{os.sep}", "")
-                raise DataError(f"{url}: not the {name} archive: {found}; deleted it; {_MANUAL}") from error
-            os.replace(root, out)
-        part.unlink()
-        tag.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or part}: {error.strerror or error}; expected a writable place with 1 GB "
-            "free; make room and run the same command again"
-        ) from error
+        _download(url, part)
+        _unpack(part, unpacked)
+        count = check_percepiano(unpacked)
+        os.replace(unpacked, out)
+    except DataError as error:
+        raise DataError(f"{url}: {error}; {_MANUAL}") from error
+    finally:
+        part.unlink(missing_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
     print(f"{out}: {count} performances from {url}")
     return out
 
 
 def check_percepiano(root: str | Path) -> int:
     """Number of performances under `root`, after making sure that the labels can be read, that every labelled
-    performance is there, that every performance has its score and that MIDI files are MIDI (not, say, links of a
-    file store). Raises DataError naming the first thing found wrong."""
-    data = Path(root) / "virtuoso" / "data"
-    performances = {path.stem.strip(): path for path in (data / "all_2rounds").glob("*.mid")}
-    scores = {path.stem.strip() for path in (data / "score_xml").glob("*.musicxml")}
-    labelled = read_labels(root)[0]
-    for name in sorted(labelled.keys() | performances.keys()):
-        if name not in performances:
-            raise DataError(
-                f"{data / 'all_2rounds' / name}.mid: missing, though labelled; expected every performance"
-            )
-        if score_of(name) not in scores:
-            raise DataError(
-                f"{data / 'score_xml' / score_of(name)}.musicxml: missing; expected the score of {name}"
-            )
-        with open(performances[name], "rb") as file:
-            if file.read(4) != b"MThd":
-                raise DataError(f"{performances[name]}: not a MIDI file; expected it to begin with MThd")
-    if not labelled:
-        raise DataError(f"{Path(root) / MEAN_FILE}: no labelled performance; expected at least one")
-    return len(performances)
+    performance is there with its score and that MIDI files are MIDI (not, say, links of a file store). Raises
+    DataError naming the first thing found wrong."""
+    root = Path(root)
+    files = _performance_files(root)[0]
+    for name in sorted(read_labels(root)[0].keys() | files.keys()):
+        midi = files.get(name, root / MIDI_FOLDER / f"{name}.mid")
+        score = root / SCORE_FOLDER / f"{score_of(name)}.musicxml"
+        for path in (midi, score):
+            if not path.is_file():
+                raise DataError(f"{path}: missing; expected every labelled performance and its score")
+        if midi.read_bytes()[:4] != b"MThd":
+            raise DataError(f"{midi}: not a MIDI file; expected it to begin with MThd")
+    return len(files)
 
 
-def _download(url: str, part: Path, tag: Path) -> None:
-    for attempt in range(FETCH_ATTEMPTS):
-        if attempt:
-            time.sleep(FETCH_BACKOFF * 2 ** (attempt - 1))
-        try:
-            return _receive(url, part, tag)
-        except urllib.error.HTTPError as error:
-            failure = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:  # asked for more than there is: the part is whole, or of something else
-                if error.headers.get("Content-Range", "") == f"bytes */{part.stat().st_size}":
-                    return None
-                part.unlink()
-            elif error.code < 500 and error.code != 429:
-                break
-        except (
-            urllib.error.URLError,
-            http.client.HTTPException,
-            ConnectionError,
-            TimeoutError,
-            ValueError,
-        ) as error:
-            failure = str(getattr(error, "reason", error)) or type(error).__name__
-    raise DataError(f"{url}: {failure}; expected the dataset's archive; try again later or {_MANUAL}")
-
-
-def _receive(url: str, part: Path, tag: Path) -> None:
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
-    with urllib.request.urlopen(
-        urllib.request.Request(url, headers=headers), timeout=FETCH_TIMEOUT
-    ) as response:
-        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        ):
-            part.unlink()
-            raise ConnectionError("the server answered with another range than asked for")
-        have = have if response.status == 206 else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name, disable=None) as bar,
-        ):
-            if not have:
-                tag.unlink(missing_ok=True)
-                if version := response.headers.get("ETag") or response.headers.get("Last-Modified"):
-                    tag.write_text(version)
-            while chunk := _read_response(response):
-                file.write(chunk)
-                have += len(chunk)
-                bar.update(len(chunk))
-    if total is not None and have < total:
-        raise ConnectionError(f"connection cut after {have} of {total} bytes")
-
-
-def _read_response(response: http.client.HTTPResponse) -> bytes:
+def _download(url: str, part: Path) -> None:
     try:
-        return response.read(2**16)
-    except OSError as error:  # worth another attempt, which an OSError of the disk is not
-        raise ConnectionError(str(error)) from error
+        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as response, part.open("wb") as file:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(file, "write", total=size or None, desc=part.name, disable=None) as counted:
+                shutil.copyfileobj(response, counted)
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ValueError,
+    ) as error:
+        raise DataError(f"no download ({error})") from error
+    if size and part.stat().st_size != size:
+        raise DataError(f"connection cut after {part.stat().st_size} of {size} bytes")
 
 
 def _unpack(archive: Path, root: Path) -> None:
-    with open(archive, "rb") as file:
-        head = file.read(40)
-    if not head.startswith(b"PK"):
-        raise DataError(f"not a zip file, begins with {head!r}")
+    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of `root`."""
     try:
         with zipfile.ZipFile(archive) as source:
-            # inside the archive's one top folder; matching whole paths leaves no way out of `root`
             entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
             wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
-            if any(
-                entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                for entry in wanted.values()
-            ):
-                raise zipfile.BadZipFile("unusual compression")
-            size = sum(entry.file_size for entry in wanted.values())
-            if size > _UNPACKED_LIMIT:
-                raise zipfile.BadZipFile(f"would unpack to {size} bytes, more than {_UNPACKED_LIMIT}")
-            bodies = {path: source.read(entry) for path, entry in wanted.items()}
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-    ) as error:
-        raise DataError(f"damaged zip file ({error})") from error
-    for path, body in bodies.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(body)
+            if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
+                raise ValueError(f"more than {_UNPACKED_LIMIT} bytes")
+            for path, entry in wanted.items():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                (root / path).write_bytes(source.read(entry))
+    except ZIP_ERRORS as error:
+        raise DataError(f"not a zip file that can be unpacked ({error})") from error
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------------------------------------------
+
+
 def report_percepiano(corpus: Corpus) -> None:
     """Print what was read, how well it matches, and what was left out and why."""
     items = corpus.items
-    rates = np.array([item["match_rate"] for item in items.values()])
+    kind = " (SYNTHETIC)" if corpus.synthetic else ""
     notes = np.array([len(item["x"]) for item in items.values()])
-    extra = sum(int((item["voice"] == 0).sum()) for item in items.values())
-    unrated = sorted(name for name, item in items.items() if "y" not in item)
-    apart = sorted(
-        (name for name in items if items[name]["match_rate"] < MISALIGNED),
-        key=lambda n: items[n]["match_rate"],
-    )
+    extra = sum(np.sum(item["voice"] == 0) for item in items.values())
+    scores = len({score_of(name) for name in items})
     print(
-        f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(items)} performances of {len({score_of(n) for n in items})} scores, "
-        f"{notes.sum()} notes ({notes.min()} to {notes.max()}, median {np.median(notes):.0f}; {extra} played without a score note)"
+        f"{corpus.root}{kind}: {len(items)} performances of {scores} scores, {'cached' if corpus.cached else 'read'}"
     )
-    print(
-        f"match rate: mean {rates.mean():.4f}, 5th percentile {np.quantile(rates, 0.05):.4f}, lowest {rates.min():.4f}; under {MISALIGNED}: {len(apart)}"
-    )
-    for name in apart:
-        print(f"  {name} {items[name]['match_rate']:.3f}: kept out of training unless --keep-misaligned")
-    segments = sorted({segment_of(name) for name in unrated})
-    print(
-        f"rated {len(items) - len(unrated)}, unrated {len(unrated)}"
-        + (f" (to predict; segments {', '.join(segments)})" if unrated else "")
-    )
-    print(f"sharing a run of {SHARED_RUN} notes with another: {sum(bool(s) for s in corpus.shared.values())}")
-    print(f"left out: {len(corpus.left_out)}")
-    for line in corpus.left_out:
-        print(f"  {line}")
+    print(f"{notes.sum()} notes ({notes.min()} to {notes.max()} each; {extra} played without a score note)")
+    rates = {name: item["match_rate"] for name, item in items.items()}
+    print(f"match rate: mean {np.mean(list(rates.values())):.4f}, lowest {min(rates.values()):.4f}")
+    for name in sorted(rates, key=rates.get):
+        if rates[name] < MISALIGNED:
+            print(f"  {name} {rates[name]:.3f}: kept out of training unless --keep-misaligned")
+    unrated = [name for name, item in items.items() if "y" not in item]
+    segments = ", ".join(sorted({segment_of(name) for name in unrated}))
+    print(f"rated {len(items) - len(unrated)}, unrated, to predict {len(unrated)} ({segments or 'none'})")
+    print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
+    print("\n  ".join([f"left out: {len(corpus.left_out)}", *corpus.left_out]))
     for split in SPLITS:
-        try:
-            counts = [
-                [len(p) for p in percepiano_parts(corpus, split, fold).values()] for fold in range(FOLDS)
-            ]
-            print(
-                f"split {split}: train / valid / test by fold "
-                + ", ".join("/".join(map(str, c)) for c in counts)
-            )
-        except DataError as error:
-            print(f"split {split}: {error}")
-    print(f"{corpus.seconds:.1f} s, {'from the cache' if corpus.cached else 'extracted'}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="data.py",
-        usage="python %(prog)s COMMAND [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog="`python data.py COMMAND --help` explains each, with examples.",
-    )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, does: str, *examples: str) -> argparse.ArgumentParser:
-        text = f"{does[0].upper()}{does[1:]}.\n\n" + "\n".join(
-            f"    python data.py {name} {example}" for example in examples
-        )
-        return commands.add_parser(
-            name,
-            prog=f"data.py {name}",
-            usage="python %(prog)s [options]",
-            parents=[common],
-            help=does,
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    p = command(
-        "percepiano",
-        "read PercePiano, align scores and performances, extract and keep the note features, print a report",
-        "--data data/percepiano",
-        "--data data/percepiano --strict --workers 2",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder in the layout of the public repository (required)",
-    )
-    p.add_argument(
-        "--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)"
-    )
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unreadable file (off: leave it out and say so)",
-    )
-    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = command(
-        "fetch",
-        "download a public data set, going on where an earlier try stopped",
-        "percepiano",
-        "percepiano --out ~/percepiano",
-    )
-    p.add_argument("name", help="percepiano (GitHub archive; also on Zenodo, DOI 10.5281/zenodo.13269612)")
-    p.add_argument("--out", metavar="DIR", help="folder to make (default: data/NAME)")
-    p.add_argument("--url", help="another address of the same archive (default: GitHub's)")
-    p = command(
-        "synth-percepiano",
-        "write a synthetic corpus in PercePiano's layout, its ratings made by known rules, to try things on",
-        "--out synth",
-        "--out synth --segments 40 --seed 1",
-    )
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
-    p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
-    p.add_argument("--segments", type=int, default=20, help="scores (%(default)s)")
-    p.add_argument("--players", type=int, default=12, help="most players a score (%(default)s)")
-    p = command(
-        "synth-speech",
-        "write synthetic intracortical speech in the competition's .mat layout, to try things on",
-        "--out synth",
-        "--out synth --days 2 --trials 30",
-    )
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
-    p.add_argument("--days", type=int, default=8, help="recording days (%(default)s)")
-    p.add_argument(
-        "--trials",
-        type=int,
-        default=60,
-        help="training sentences a day; a sixth of it for test and for competition (%(default)s)",
-    )
-    p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
-    p.add_argument(
-        "--bins-per-phoneme", type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)"
-    )
-    p = command(
-        "decoder-convert",
-        "convert intracortical speech, any of its three public formats, into one memory-mapped folder, print a report",
-        "--in competitionData --out speech",
-        "--in ptDecoder_ctc --out speech --dtype float16",
-    )
-    p.add_argument(
-        "--in",
-        dest="source",
-        required=True,
-        metavar="PATH",
-        help="folder of competitionData, of the baseline's pickle ptDecoder_ctc or of data_{train,val,test}.hdf5; or the pickle (required)",
-    )
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
-    p.add_argument(
-        "--dtype",
-        choices=["float32", "float16"],
-        default="float32",
-        help="of the features; float16 takes half the space (%(default)s)",
-    )
-    p.add_argument(
-        "--channels",
-        type=number(int, 1),
-        help="channels (default: 256, or 512 for HDF5; in .mat files half from tx1, half from spikePow)",
-    )
-    p.add_argument(
-        "--sessions",
-        metavar="FILE.json",
-        help='session names of a pickle\'s days, {"train": [...], "test": [...], "competition": [...]} (off: day00, day01, ...)',
-    )
-    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of g2p_en's answers (%(default)s)")
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unusable file or trial (off: leave it out and say so)",
-    )
-    p = command(
-        "maestro",
-        "report what of MAESTRO is here, and what of it holds music of PercePiano",
-        "--data maestro-v3.0.0",
-        "--data maestro-v3.0.0 --percepiano data/percepiano",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav (required)",
-    )
-    p.add_argument(
-        "--audio",
-        metavar="DIR",
-        help="folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)",
-    )
-    p.add_argument(
-        "--percepiano",
-        metavar="DIR",
-        help="PercePiano's folder: list the recordings that hold its performances (off: no list)",
-    )
-    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of that list (%(default)s)")
-    p.add_argument(
-        "--strict", action="store_true", help="stop at the first bad row (off: leave it out and say so)"
-    )
-    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = command(
-        "render",
-        "write the missing .wav beside every .midi or .mid file, played by the built-in piano or a soundfont",
-        "--midi-root maestro-v3.0.0 --out maestro-wav",
-        "--midi-root DIR --soundfont FILE.sf2",
-    )
-    p.add_argument(
-        "--midi-root", required=True, metavar="DIR", help="folder with MIDI files, at any depth (required)"
-    )
-    p.add_argument("--out", metavar="DIR", help="write the same tree here (default: beside the MIDI files)")
-    p.add_argument(
-        "--soundfont",
-        metavar="FILE.sf2",
-        help="play through the fluidsynth program (off: the built-in piano)",
-    )
-    p.add_argument(
-        "--workers", type=number(int, 1), help="processes, up to 0.7 GB each (default: one a core)"
-    )
-    p.add_argument(
-        "--sample-rate", type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)"
-    )
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unreadable file (off: leave it out and say so)",
-    )
-    p = command(
-        "fbank",
-        "compute log-mel energies of all WAV files once, into shards that pretrain_ast.py reads",
-        "--data maestro-v3.0.0 --out fbank",
-        "--data maestro-v3.0.0 --audio maestro-wav --out fbank",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files (required)",
-    )
-    p.add_argument(
-        "--audio",
-        metavar="DIR",
-        help="MAESTRO only: folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)",
-    )
-    p.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder of the shards; the same again goes on where it stopped (required)",
-    )
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unreadable or missing file (off: leave it out and say so)",
-    )
-    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    if not (sys.argv[1:] if argv is None else argv):
-        parser.error(f"no command; expected {', '.join(commands.choices)}")
-    args = parser.parse_args(argv)
-    if args.command == "percepiano":
-        report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
-    elif args.command == "decoder-convert":
-        convert_speech(
-            args.source, args.out, args.dtype, args.channels, args.sessions, args.strict, cache=args.cache
-        )
-        report_speech(open_speech(args.out))
-    elif args.command == "maestro":
-        maestro = read_maestro(args.data, args.strict, args.audio)
-        shared = (
-            [
-                maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers)
-                for pieces in (False, True)
-            ]
-            if args.percepiano
-            else []
-        )
-        report_maestro(maestro, *shared)
-    elif args.command == "render":
-        start = time.time()
-        report_render(
-            render_folder(
-                args.midi_root, args.out, args.soundfont, args.workers, args.sample_rate, args.strict
-            ),
-            time.time() - start,
-        )
-    elif args.command == "fbank":
-        start = time.time()
-        report_fbank(
-            build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio), time.time() - start
-        )
-    elif args.command == "fetch":
-        print(fetch(args.name, args.out or f"data/{args.name}", args.url))
-    elif args.command == "synth-speech":
-        synth_speech(args.out, args.seed, args.days, args.trials, args.bins_per_phoneme)
-        print(f"wrote a synthetic corpus to {args.out}")
-    else:
-        synth_percepiano(args.out, args.seed, args.segments, args.players)
-        print(f"wrote a synthetic corpus to {args.out}")
+        for fold in range(FOLDS):
+            try:
+                sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
+                print(f"split {split}, fold {fold}: train, valid, test {sizes}")
+            except DataError as error:
+                print(error)
 
 
 def number(kind: type, least: float, most: float = float("inf")):
@@ -6379,25 +6036,114 @@ def number(kind: type, least: float, most: float = float("inf")):
     return parse
 
 
+# fmt: off
+OPTIONS = {
+    "--data": dict(help="folder of the data set in its public layout; fbank: or any folder of sound files (required)"),
+    "--in": dict(dest="source", help="folder of competitionData, of ptDecoder_ctc or of data_*.hdf5 (required)"),
+    "--midi-root": dict(help="folder with MIDI files, at any depth (required)"),
+    "--out": dict(help="folder to make (required); fetch: (data/NAME); render: (beside the MIDI files)"),
+    "--url": dict(help="another address of the same archive (GitHub's)"),
+    "--audio": dict(help="MAESTRO: folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI files)"),
+    "--percepiano": dict(help="PercePiano's folder: list the recordings that hold its music (off)"),
+    "--soundfont": dict(help="FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
+    "--sample-rate": dict(type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)"),
+    "--dtype": dict(choices=["float32", "float16"], default="float32", help="of the features (%(default)s)"),
+    "--channels": dict(type=number(int, 1), help="channels (default: 256; 512 for HDF5)"),
+    "--sessions": dict(help="FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
+    "--segments": dict(type=int, default=20, help="scores (%(default)s)"),
+    "--players": dict(type=int, default=12, help="human players a score (%(default)s)"),
+    "--days": dict(type=int, default=8, help="recording days (%(default)s)"),
+    "--trials": dict(type=int, default=60, help="training sentences a day, a sixth more for other parts (%(default)s)"),
+    "--bins-per-phoneme": dict(type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)"),
+    "--seed": dict(type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)"),
+    "--cache": dict(default="cache", help="folder of what is computed once (%(default)s)"),
+    "--strict": dict(action="store_true", help="stop at the first bad item (off: leave it out and say so)"),
+    "--workers": dict(type=number(int, 1), help="processes (default: one a core)"),
+    "--debug": dict(action="store_true", help="show the traceback of an error (off)"),
+}
+COMMANDS = {  # name: what it does; required options; others
+    "percepiano": ("read PercePiano, align, keep the note features; report",
+                   "--data", "--cache --strict --workers"),
+    "fetch": ("download a public data set", "", "--out --url"),
+    "synth-percepiano": ("write a synthetic corpus in PercePiano's layout, rated by known rules",
+                         "--out", "--seed --segments --players"),
+    "synth-speech": ("write synthetic intracortical speech in the competition's .mat layout",
+                     "--out", "--seed --days --trials --bins-per-phoneme"),
+    "decoder-convert": ("convert intracortical speech, any of three public formats; report",
+                        "--in --out", "--dtype --channels --sessions --cache --strict"),
+    "maestro": ("report what of MAESTRO is here, and what of it holds music of PercePiano",
+                "--data", "--audio --percepiano --cache --strict --workers"),
+    "render": ("write the missing .wav of every .midi or .mid file",
+               "--midi-root", "--out --soundfont --sample-rate --strict --workers"),
+    "fbank": ("compute log-mel energies of all sound files once",
+              "--data --out", "--audio --strict --workers"),
+}
+# fmt: on
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    usage = "python data.py COMMAND [options]"
+    parser = argparse.ArgumentParser(prog="data.py", usage=usage, description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (does, required, others) in COMMANDS.items():
+        examples = [f"    {line}" for line in __doc__.splitlines() if f"data.py {name} " in line]
+        text = "\n".join([f"{does}\n", *examples])
+        usage = f"python data.py {name} [options]"
+        command = commands.add_parser(name, usage=usage, help=does, description=text, formatter_class=raw)
+        command.prog = f"data.py {name}"
+        if name == "fetch":
+            command.add_argument("name", choices=SOURCES, help="the data set")
+        for option in required.split():
+            command.add_argument(option, required=True, **OPTIONS[option])
+        for option in [*others.split(), "--debug"]:
+            command.add_argument(option, **OPTIONS[option])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    start = time.time()
+    if args.command == "percepiano":
+        report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
+    elif args.command == "fetch":
+        fetch(args.name, args.out or f"data/{args.name}", args.url)
+    elif args.command == "synth-percepiano":
+        synth_percepiano(args.out, args.seed, args.segments, args.players)
+    elif args.command == "synth-speech":
+        synth_speech(args.out, args.seed, args.days, args.trials, args.bins_per_phoneme)
+    elif args.command == "decoder-convert":
+        options = (args.dtype, args.channels, args.sessions, args.strict)
+        convert_speech(args.source, args.out, *options, cache=args.cache)
+        report_speech(open_speech(args.out))
+    elif args.command == "maestro":
+        maestro = read_maestro(args.data, args.strict, args.audio)
+        lists = []
+        if args.percepiano:
+            for pieces in (False, True):
+                lists.append(maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers))
+        report_maestro(maestro, *lists)
+    elif args.command == "render":
+        options = (args.soundfont, args.workers, args.sample_rate, args.strict)
+        report = render_folder(args.midi_root, args.out, *options)
+        report_render(report, time.time() - start)
+    elif args.command == "fbank":
+        store = build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio)
+        report_fbank(store, time.time() - start)
+
+
 def run_script(name: str, function) -> None:
-    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130. `--debug` shows tracebacks."""
+    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130. `--debug` shows
+    tracebacks."""
     try:
         function()
-    except DataError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
-    except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
+    except (DataError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         if "--debug" in sys.argv:
             raise
-        print(
-            f"{name}: {error.filename or 'output'}: {error.strerror or error}; nothing half-written is left in its place; make room or name another folder",
-            file=sys.stderr,
-        )
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
