@@ -2635,7 +2635,6 @@ RATING_RULES = {
     "Emotion_&_Mood_Honest_Imaginative": "rubato voicing range",
     "Interpretation_Unsatisfactory/doubtful_Convincing": "-noise -error range voicing -blur",
 }
-DIVISIONS = 2  # of a quarter in the scores
 
 
 class _Chord(NamedTuple):
@@ -2645,43 +2644,38 @@ class _Chord(NamedTuple):
     duration: float
     pitches: list[int]
     voice: int
-    articulation: str = ""
 
 
 class _Piece(NamedTuple):
-    metre: tuple[int, int]
-    bar: float  # quarters
+    bars: int
+    beats: int  # quarters a bar
     fifths: int
     pace: float  # what the score says, in the unit of the latent `tempo`
     dynamic: str
     chords: list[_Chord]
 
-    @property
-    def qpm(self) -> int:
-        return round(100 * 2 ** (0.3 * self.pace))
+
+def _qpm(tempo: float) -> float:
+    return 100 * 2 ** (0.3 * tempo)
 
 
 def _compose(rng: np.random.Generator, bars: int) -> _Piece:
     """A melody that walks over a scale, above one chord a bar."""
-    beats, beat_type = rng.choice([(2, 4), (3, 4), (4, 4), (6, 8)]).tolist()
-    bar = 4 * beats / beat_type
-    fifths = int(rng.integers(-4, 5))
+    beats, fifths = int(rng.integers(2, 5)), int(rng.integers(6))
+    dynamic = ("p", "mp", "mf", "f")[rng.integers(4)]
     tonic = 60 + 7 * fifths % 12
     scale = [tonic + octave + step for octave in (-12, 0, 12) for step in (0, 2, 4, 5, 7, 9, 11)]
     chords, degree = [], 14
-    for number in range(bars):
-        onset, end = number * bar, (number + 1) * bar
-        root = (0, 3, 4, 0)[number % 4]
-        chords.append(_Chord(onset, bar, [scale[root], scale[root + 2], scale[root + 4]], 5))
+    for bar in range(bars):
+        root = (0, 3, 4, 0)[bar % 4]
+        chords.append(_Chord(bar * beats, beats, [scale[root], scale[root + 2], scale[root + 4]], 5))
+        onset, end = bar * beats, (bar + 1) * beats
         while onset < end:
-            duration = min(float(rng.choice([0.5, 0.5, 1, 1, 1.5])), end - onset)
+            duration = min((0.5, 0.5, 1, 1, 1.5)[rng.integers(5)], end - onset)
             degree = int(np.clip(degree + rng.integers(-2, 3), 9, 20))
-            articulation = str(rng.choice(["", "", "", "", "staccato", "accent"]))
-            chords.append(_Chord(onset, duration, [scale[degree]], 1, articulation))
+            chords.append(_Chord(onset, duration, [scale[degree]], 1))
             onset += duration
-    return _Piece(
-        (beats, beat_type), bar, fifths, rng.normal(), str(rng.choice(["p", "mp", "mf", "f"])), chords
-    )
+    return _Piece(bars, beats, fifths, rng.normal(), dynamic, chords)
 
 
 def _musicxml(piece: _Piece) -> str:
@@ -2689,45 +2683,39 @@ def _musicxml(piece: _Piece) -> str:
         '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1"><part-list><score-part id="P1">'
         '<part-name>Piano</part-name></score-part></part-list><part id="P1">'
     ]
-    for number in range(round(piece.chords[-1].onset // piece.bar) + 1):
-        xml.append(f'<measure number="{number + 1}">')
-        if number == 0:
+    for bar in range(piece.bars):
+        xml.append(f'<measure number="{bar + 1}">')
+        if bar == 0:
             xml.append(
-                f"<attributes><divisions>{DIVISIONS}</divisions><key><fifths>{piece.fifths}</fifths></key><time>"
-                f"<beats>{piece.metre[0]}</beats><beat-type>{piece.metre[1]}</beat-type></time><staves>2</staves>"
-                f"</attributes><direction><direction-type><dynamics><{piece.dynamic}/></dynamics></direction-type>"
-                f'<staff>1</staff><sound tempo="{piece.qpm}"/></direction>'
+                f"<attributes><divisions>2</divisions><key><fifths>{piece.fifths}</fifths></key><time>"
+                f"<beats>{piece.beats}</beats><beat-type>4</beat-type></time><staves>2</staves></attributes>"
+                f"<direction><direction-type><dynamics><{piece.dynamic}/></dynamics></direction-type>"
+                f'<staff>1</staff><sound tempo="{_qpm(piece.pace):.0f}"/></direction>'
             )
-        here = [chord for chord in piece.chords if chord.onset // piece.bar == number]
-        xml += [_chord_xml(chord, piece.fifths < 0) for chord in here if chord.voice == 1]
-        xml.append(f"<backup><duration>{piece.bar * DIVISIONS:.0f}</duration></backup>")
-        xml += [_chord_xml(chord, piece.fifths < 0) for chord in here if chord.voice == 5]
+        for voice in (1, 5):
+            for chord in piece.chords:
+                if chord.voice == voice and chord.onset // piece.beats == bar:
+                    xml += [_note_xml(chord, pitch) for pitch in chord.pitches]
+            if voice == 1:
+                xml.append(f"<backup><duration>{2 * piece.beats}</duration></backup>")
         xml.append("</measure>")
     return "\n".join([*xml, "</part></score-partwise>\n"])
 
 
-def _chord_xml(chord: _Chord, flats: bool) -> str:
-    names = ("C Db D Eb E F Gb G Ab A Bb B" if flats else "C C# D D# E F F# G G# A A# B").split()
-    notations = ""
-    if chord.articulation:
-        notations = f"<notations><articulations><{chord.articulation}/></articulations></notations>"
-    xml, joined = "", ""
-    for pitch in chord.pitches:
-        name = names[pitch % 12]
-        alter = {"#": 1, "b": -1}.get(name[1:], 0)
-        xml += (
-            f"<note>{joined}<pitch><step>{name[0]}</step><alter>{alter}</alter><octave>{pitch // 12 - 1}</octave></pitch>"
-            f"<duration>{chord.duration * DIVISIONS:.0f}</duration><voice>{chord.voice}</voice>"
-            f"<staff>{1 + chord.voice // 5}</staff>{notations}</note>"
-        )
-        joined = "<chord/>"
-    return xml
+def _note_xml(chord: _Chord, pitch: int) -> str:
+    name = "C C# D D# E F F# G G# A A# B".split()[pitch % 12]
+    joined = "" if pitch == chord.pitches[0] else "<chord/>"
+    return (
+        f"<note>{joined}<pitch><step>{name[0]}</step><alter>{len(name) - 1}</alter><octave>{pitch // 12 - 1}</octave>"
+        f"</pitch><duration>{2 * chord.duration:.0f}</duration><voice>{chord.voice}</voice>"
+        f"<staff>{1 + chord.voice // 5}</staff></note>"
+    )
 
 
 def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple[list, list]:
     """Notes (onset s, offset s, pitch, velocity) and controls (s, number, value) of one performance."""
-    quarter = 60 / (piece.qpm * 2 ** (0.3 * z["tempo"]))
-    phrase = np.pi / 2 / piece.bar  # four bars, in radians per quarter
+    quarter = 60 / _qpm(piece.pace + z["tempo"])
+    phrase = np.pi / 2 / piece.beats  # four bars, in radians per quarter
     swing = min(0.1 * np.exp(0.6 * z["rubato"]), 0.6)
 
     def clock(onset: float) -> float:
@@ -2737,22 +2725,18 @@ def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple
     notes = []
     for chord in piece.chords:
         length = clock(chord.onset + chord.duration) - clock(chord.onset)
-        length *= 0.8 * 2 ** (0.4 * z["length"])
-        if chord.articulation == "staccato":
-            length /= 2
+        length = max(length * 0.8 * 2 ** (0.4 * z["length"]), 0.03)
         level = 64 + 10 * z["loud"] + 7 * np.exp(0.5 * z["range"]) * np.sin(phrase * chord.onset)
         level += (6 + 5 * z["voicing"]) * (1 if chord.voice == 1 else -0.5)
-        if chord.articulation == "accent" or chord.onset % piece.bar == 0:
+        if chord.onset % piece.beats == 0:
             level += 5 * np.exp(0.5 * z["hard"])
         for pitch in chord.pitches:
             onset = clock(chord.onset) + jitter * rng.normal()
             velocity = np.clip(level + 300 * jitter * rng.normal(), 5, 125)
-            slip = rng.random() / np.exp(0.6 * z["error"])
-            if slip < 0.01:  # a wrong key, or none
+            if rng.random() < 0.01 * np.exp(0.6 * z["error"]):
                 pitch += 1
-            if slip > 0.005:
-                notes.append((onset, onset + max(length, 0.03), pitch, round(velocity)))
-    return notes, _pedal([clock(number * piece.bar) for number in range(9)], z)
+            notes.append((onset, onset + length, pitch, round(velocity)))
+    return notes, _pedal([clock(bar * piece.beats) for bar in range(piece.bars + 1)], z)
 
 
 def _pedal(changes: list[float], z: dict[str, float]) -> list[tuple[float, int, int]]:
@@ -2782,13 +2766,14 @@ def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
     mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(path)
 
 
-def _true_ratings(z: dict[str, float]) -> np.ndarray:
-    """(19,) what raters would agree on, from 1 to 7, before rounding."""
-    ratings = []
+def _rate(z: dict[str, float], bias: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Votes (raters, 19) from 1 to 7, 0 where not given. What all would agree on, 4 + ..., is RATING_RULES'."""
+    truth = []
     for rule in RATING_RULES.values():
         parts = [-z[word[1:]] if word.startswith("-") else z[word] for word in rule.split()]
-        ratings.append(4 + 0.8 * sum(parts) / math.sqrt(len(parts)))
-    return np.array(ratings)
+        truth.append(4 + 0.8 * sum(parts) / math.sqrt(len(parts)))
+    votes = truth + bias[:, None] + rng.normal(size=(len(bias), len(truth)))
+    return votes.round().clip(1, 7) * (rng.random(votes.shape) > 0.003)
 
 
 def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players: int = 12) -> None:
@@ -2816,46 +2801,35 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(seed)
     habits = rng.normal(size=(12, 4 + len(LATENTS)))  # of each player: styles, latents
-    bias = rng.normal(0, 0.4, 40)  # of each rater
-    means, stds, votes_table = {}, {}, []
+    bias = rng.normal(0, 0.4, 12)  # of each rater
+    means, stds, rows = {}, {}, []
     for segment in range(segments):
         work = SYNTHETIC_WORKS[segment % 4]
         piece = _compose(rng, 4 if "4bars" in work else 8)
         score = f"{work}_Score_{1 + segment // 4}"
         (root / SCORE_FOLDER / f"{score}.musicxml").write_bytes(_musicxml(piece).encode())
-        for k in range(players + 1):
+        mechanical = dict.fromkeys(LATENTS, 0.0) | {"rubato": -3.0, "noise": -3.0, "error": -3.0}
+        played = {score: mechanical}
+        for k in range(players):
             index = (segment * players + k) % 12
-            if k == players:
-                player = "Score"
-                z = dict.fromkeys(LATENTS, 0.0) | {"rubato": -9.0, "noise": -9.0, "error": -9.0}
-            else:
-                player = BEETHOVEN_PLAYERS[index] if "Beethoven" in work else str(index)
-                mood = 0.6 * habits[index] + 0.8 * rng.normal(size=habits.shape[1])
-                z = dict(zip(LATENTS, 0.7 * np.repeat(mood[:4], 3) + 0.7 * mood[4:], strict=True))
-            name = score.replace("Score", player)
+            player = BEETHOVEN_PLAYERS[index] if "Beethoven" in work else str(index)
+            mood = 0.6 * habits[index] + 0.8 * rng.normal(size=habits.shape[1])
+            z = 0.7 * np.repeat(mood[:4], 3) + 0.7 * mood[4:]
+            played[score.replace("Score", player)] = dict(zip(LATENTS, z.tolist(), strict=True))
+        for name, z in played.items():
             _save_midi(root / MIDI_FOLDER / f"{name}.mid", *_play(piece, z, rng))
-            truth = _true_ratings(
-                {key: max(v, -3) for key, v in z.items()} | {"tempo": z["tempo"] + piece.pace}
-            )
-            raters = rng.choice(len(bias), 12, replace=False)
-            votes = truth + bias[raters, None] + rng.normal(size=(12, len(LABELS)))
-            votes = votes.round().clip(1, 7)
-            votes[rng.random(votes.shape) < 0.003] = 0  # not given
-            means[name] = [*(votes.sum(0) / (votes > 0).sum(0) / 7), index]
+            votes = _rate(z | {"tempo": z["tempo"] + piece.pace}, bias, rng)
+            means[name] = [*(votes.sum(0) / (votes > 0).sum(0) / 7), 0]  # 0: a player's index, not read
             stds[name] = (votes.std(0) / 7).tolist()
-            votes_table += [
-                [rater, len(means), f"{name}.wav", *row] for rater, row in zip(raters, votes, strict=True)
-            ]
+            rows += [[rater, len(means), f"{name}.wav", *row] for rater, row in enumerate(votes)]
     (root / MEAN_FILE).write_text(json.dumps(means))
     (root / STD_FILE).write_text(json.dumps(stds))
     with (root / RATINGS_FILE).open("w", newline="") as file:
-        questions = [f"Question_{k}" for k in range(1, len(LABELS) + 1)]
-        csv.writer(file, lineterminator="\n").writerows(
-            [["user", "dataID", "filename", *questions], *votes_table]
-        )
-    (root / "SYNTHETIC").write_text(
-        f"Made up: {segments} segments, {len(means)} performances, seed {seed}. It says nothing about the real data.\n"
+        csv.writer(file, lineterminator="\n").writerows([["user", "dataID", "filename", *LABELS], *rows])
+    said = (
+        f"{segments} made-up segments, {len(means)} performances, seed {seed}: nothing here is real data.\n"
     )
+    (root / "SYNTHETIC").write_text(said)
 
 
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
@@ -5968,6 +5942,8 @@ def _download(url: str, part: Path) -> None:
         TimeoutError,
         ValueError,
     ) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise DataError(f"no download ({error})") from error
     if size and part.stat().st_size != size:
         raise DataError(f"connection cut after {part.stat().st_size} of {size} bytes")
