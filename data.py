@@ -2281,7 +2281,7 @@ def write_atomic(path: Path, write) -> None:
 def _load_arrays(store: Path) -> dict | None:
     """The cached arrays, or None where there are none or they cannot be read (then they are made again)."""
     try:
-        with np.load(store) as arrays:
+        with np.load(io.BytesIO(store.read_bytes())) as arrays:
             return dict(arrays)
     except ZIP_ERRORS:
         return None
