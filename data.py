@@ -1297,13 +1297,14 @@ def _assign(pitch, due, room, performance):
     return partner
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Columns
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Column(NamedTuple):
-    """A feature as declared: its columns, whether they are z-scored, and what a played note without a score note holds there."""
+    """A feature as declared: its columns, whether they are z-scored, and what a played note without a score
+    note holds there."""
 
     width: int = 1
     z_scored: bool = False
@@ -1777,9 +1778,9 @@ def _covered(onset: np.ndarray, offset: np.ndarray) -> float:
     return float(np.maximum(reach - np.maximum(onset, before), 0).sum())
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Names
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 LABELS = (
     "Timing_Stable_Unstable",
@@ -1806,14 +1807,12 @@ _NAME = re.compile(r"(\S+)_(\d+)bars_(\d+|Score\d*)_(\d+)")
 
 
 def parse_name(name: str) -> tuple[str, str, str, str]:
-    """Work, bars, player and segment; all text, because segment "09" is not segment "9". Surrounding spaces (one
-    public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form.
+    """Work, bars, player and segment; all text, because segment "09" is not segment "9". Surrounding spaces
+    (one public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form.
     """
     match = _NAME.fullmatch(name.strip().removesuffix(".mid"))
     if match is None:
-        raise DataError(
-            f"{name!r}: not a performance name; expected <work>_<N>bars_<player>_<segment>, player a number or Score"
-        )
+        raise DataError(f"{name!r}: expected <work>_<N>bars_<player>_<segment>, player a number or Score")
     return match.groups()
 
 
@@ -1839,9 +1838,9 @@ def score_of(name: str) -> str:
     return f"{work}_{bars}bars_Score_{segment}"
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Splits: from the list of names alone, so that they are the same whatever labels are present
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("segment", "performer", "piece", "random")
 FOLDS = 4
@@ -1856,12 +1855,13 @@ BEETHOVEN_PLAYERS = ("1", "2", "3", "4", "7", "11", "14", "18", "19", "22", "24"
 def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, list[str]]:
     """Parts of a corpus: `train`, `valid`, `test`, sorted lists that together hold every name once.
 
-    segment:   test = segments in ascending sha1("segment:" + key) until they hold 15 % of the items; the others,
-               largest first, go to the least-filled of 4 folds; fold k validates. The same test part in every fold.
+    segment:   test = segments in ascending sha1("segment:" + key) until they hold 15 % of the items; the
+               others, largest first, go to the least-filled of 4 folds; fold k validates. The same test part
+               in every fold.
     performer: test = player indices 1 and 2 (`player_index`); fold k validates on 2k+3 and 2k+4.
     piece:     fold k tests on the k-th of `PIECES`; validation = segments of the rest, in ascending
-               sha1("segment:" + key), until they hold 15 % of the rest. A corpus with none of those four pieces
-               is cut by its own works, in alphabetical order.
+               sha1("segment:" + key), until they hold 15 % of the rest. A corpus with none of those four
+               pieces is cut by its own works, in alphabetical order.
     random:    as segment, with every performance as its own group, hashed as sha1("random:" + name).
 
     Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
@@ -1869,7 +1869,7 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
     """
     if split not in SPLITS or fold not in range(FOLDS):
         raise DataError(
-            f"split {split!r}, fold {fold!r}: expected one of {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}"
+            f"split {split!r}, fold {fold!r}: expected {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}"
         )
     names = sorted(names, key=str.strip)
     for name, next_name in itertools.pairwise(names):
@@ -1898,8 +1898,8 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
 
 
 def player_index(name: str) -> int | None:
-    """Performer index as in the paper's code: the rank among Beethoven's players, Schubert's number itself, 0 for
-    `Score`; None (always training) for `Score2` and for a Beethoven player outside the known twelve."""
+    """Performer index as in the paper's code: the rank among Beethoven's players, Schubert's number itself, 0
+    for `Score`; None (always training) for `Score2` and for a Beethoven player outside the known twelve."""
     work, _, player, _ = parse_name(name)
     if player == "Score":
         return 0
@@ -1964,19 +1964,20 @@ def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
             )
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shared passages: segments cut from the same recording, repeated passages, score renderings of them
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SHARED_RUN = 16
 
 
 def overlaps(performances: dict) -> dict[str, set[str]]:
-    """For every item that shares played notes with others: the names of those others. Items that share none are absent.
+    """For every item that shares played notes with others: the names of those others. Items that share none
+    are absent.
 
-    performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of at
-    least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no order of
-    their own.
+    performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of
+    at least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no
+    order of their own.
     """
     owners: dict[bytes, set[str]] = {}
     for name, performance in performances.items():
@@ -1993,8 +1994,8 @@ def overlaps(performances: dict) -> dict[str, set[str]]:
 
 
 def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> dict[str, list[str]]:
-    """Parts without what leaks: validation leaves out what shares notes with a test item, training what shares notes
-    with a test item or with an item of the given validation part, one left out there included.
+    """Parts without what leaks: validation leaves out what shares notes with a test item, training what
+    shares notes with a test item or with an item of the given validation part, one left out there included.
 
     shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty.
     """
@@ -2006,9 +2007,9 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
     return kept
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Labels and individual ratings
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MEAN_FILE = "label_2round_mean_reg_19_with0_rm_highstd0.json"
 STD_FILE = "label_2round_std_reg_19_with0_rm_highstd0.json"
@@ -2019,11 +2020,13 @@ _FETCH_HINT = "run `python data.py fetch percepiano` or give the dataset's folde
 def read_labels(
     root: str | Path, problems: list[str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
-    """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of `LABELS`, and
-    the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped of spaces.
+    """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of
+    `LABELS`, and the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped
+    of spaces.
 
-    The mean file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad entry is
-    described there and left out of both; without, as for a bad file in either case, DataError is raised.
+    The mean file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad
+    entry is described there and left out of both; without, as for a bad file in either case, DataError is
+    raised.
     """
     root = Path(root)
     mean_entries, std_entries = _read_entries(root / MEAN_FILE), _read_entries(root / STD_FILE)
@@ -2052,11 +2055,12 @@ def _raise_or_note(error: DataError, problems: list[str] | None) -> None:
 
 
 def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Individual ratings, one row per rating of one performance: rater ids (n,) int64, performance names (n,) str,
-    ratings (n, 19) float64 from 1 to 7, NaN where a rater gave none (0 or empty in the file).
+    """Individual ratings, one row per rating of one performance: rater ids (n,) int64, performance names (n,)
+    str, ratings (n, 19) float64 from 1 to 7, NaN where a rater gave none (0 or empty in the file).
 
-    Rows with any value above 7 are dropped, as for the published means (checked: the mean over a performance's
-    ratings, / 7, is its entry in the label file). Raises DataError for a missing or broken file.
+    Rows with any value above 7 are dropped, as for the published means (checked: the mean over a
+    performance's ratings, / 7, is its entry in the label file). Raises DataError for a missing or broken
+    file.
     """
     path = Path(root) / RATINGS_FILE
     raters, names, ratings = [], [], []
@@ -2079,7 +2083,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
     except (ValueError, csv.Error) as error:
         raise DataError(
-            f"{path}: line {rows.line_num}: {error}; expected user, dataID, filename and 19 ratings from 0 to 7; {_FETCH_HINT}"
+            f"{path}: line {rows.line_num}: {error}; expected user, dataID, filename, 19 ratings from 0 to 7"
         ) from error
     table = np.array(ratings, dtype=np.float64)
     table[table == 0] = np.nan
@@ -2112,13 +2116,11 @@ def _label_row(path: Path, name: str, entries: dict, length: int) -> np.ndarray:
     return np.array(row[: len(LABELS)], dtype=np.float64)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PercePiano: the corpus, from files to cached features
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-FEATURES_VERSION = (
-    1  # count up when `extract_performances` or `overlaps` give other values: caches are made again
-)
+FEATURES_VERSION = 1  # count up when what `_extract_all` gives changes: caches are made again
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
@@ -2138,8 +2140,8 @@ ZIP_ERRORS = (
 
 @dataclass
 class Corpus:
-    """PercePiano in memory. `items`: name -> dict of x (T, F) float32 (un-normalised), voice, beat, measure (T,) int64,
-    matched (T,) bool, match_rate, stats (S,) float32 and, where rated, y (19,) float32."""
+    """PercePiano in memory. `items`: name -> dict of x (T, F) float32 (un-normalised), voice, beat, measure
+    (T,) int64, matched (T,) bool, match_rate, stats (S,) float32 and, where rated, y (19,) float32."""
 
     root: str
     synthetic: bool
@@ -2153,7 +2155,8 @@ class Corpus:
 
 
 def column_names(features: dict[str, Column]) -> list[str]:
-    """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide one."""
+    """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide
+    one."""
     columns = []
     for name, column in features.items():
         columns += [name] if column.width == 1 else [f"{name}:{k}" for k in range(column.width)]
@@ -2161,8 +2164,8 @@ def column_names(features: dict[str, Column]) -> list[str]:
 
 
 def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
-    """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its performance
-    and match, or the error line."""
+    """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its
+    performance and match, or the error line."""
     score_path, midi_paths = task
     try:
         score = read_musicxml(score_path)
@@ -2196,8 +2199,9 @@ def load_percepiano(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Corpus:
-    """Read, align and describe every performance of a PercePiano folder; features come from `cache` where the same files
-    were read before. A bad item is left out and listed in `left_out`; `strict` raises DataError instead."""
+    """Read, align and describe every performance of a PercePiano folder; features come from `cache` where the
+    same files were read before. A bad item is left out and listed in `left_out`; `strict` raises DataError
+    instead."""
     root = Path(root)
     files, left_out = _performance_files(root)
     scores = {name: root / SCORE_FOLDER / f"{score_of(name)}.musicxml" for name in files}
@@ -2227,9 +2231,8 @@ def load_percepiano(
     if strict and left_out:
         raise DataError(left_out[0])
     shared: dict[str, set[str]] = {name: set() for name in names}
-    for i, j in arrays["pairs"]:
-        shared[names[i]].add(names[j])
-        shared[names[j]].add(names[i])
+    for name, other in arrays["shared"].tolist():
+        shared[name].add(other)
     synthetic = (root / "SYNTHETIC").is_file()
     columns, stat_names = column_names(FEATURES), arrays["stat_names"].tolist()
     return Corpus(str(root), synthetic, items, sorted(files), columns, stat_names, shared, left_out, cached)
@@ -2262,12 +2265,10 @@ def _files_key(root: Path, paths: list[Path]) -> str:
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file. Raises
-    DataError where `path` is a folder or a device, which the move would fail on or replace."""
+    """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file.
+    Raises DataError where `path` is a folder or a device, which the move would fail on or replace."""
     if path.exists() and not path.is_file():
-        raise DataError(
-            f"{path}: not an ordinary file; expected the name of a new file or of one to replace; name another"
-        )
+        raise DataError(f"{path}: not an ordinary file; expected a new file or one to replace; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -2307,12 +2308,12 @@ def _extract_all(
         raise DataError(min(left_out))
     names = sorted(items)
     shared = overlaps({name: items[name]["performance"] for name in names})
-    pairs = [(i, names.index(b)) for i, a in enumerate(names) for b in shared.get(a, ()) if a < b]
+    pairs = [(name, other) for name, others in shared.items() for other in sorted(others)]
     arrays = {
         "names": np.array(names),
         "bounds": np.cumsum([0, *(len(items[name]["x"]) for name in names)]),
         "left_out": np.array(sorted(left_out), dtype=str),
-        "pairs": np.array(pairs, np.int64).reshape(-1, 2),
+        "shared": np.array(pairs, dtype=str).reshape(-1, 2),
         "match_rate": np.array([items[name]["match_rate"] for name in names]),
         "stats": np.stack([items[name]["stats"] for name in names]),
         "stat_names": np.array(items[names[0]]["stat_names"]),
@@ -2325,8 +2326,8 @@ def _extract_all(
 def percepiano_parts(
     corpus: Corpus, split: str, fold: int, keep_overlap: bool = False, keep_misaligned: bool = False
 ) -> dict[str, list[str]]:
-    """The names that train, validate and test: the split, less overlapping performances, less (in train) the unrated and
-    the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
+    """The names that train, validate and test: the split, less overlapping performances, less (in train) the
+    unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
     rated = {name for name, item in corpus.items.items() if "y" in item}
     parts = split_percepiano(corpus.names, split, fold)
     if not rated & set(parts["valid"]):
@@ -2341,15 +2342,15 @@ def percepiano_parts(
     for part in ("train", "valid"):
         if not rated & set(parts[part]):
             raise DataError(
-                f"{corpus.root}: no rated performance to {part} with in split {split}, fold {fold}; choose another split "
-                "or fold, or add ratings"
+                f"{corpus.root}: split {split}, fold {fold} holds no rated {part} item; choose another"
             )
     return parts
 
 
 def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str, list[str]]:
-    """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" + key) join it
-    until 15 % of what could train validates. (Where test labels are withheld, as in `piece`, the same hashes choose both.)"""
+    """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:"
+    + key) join it until 15 % of what could train validates. (Where test labels are withheld, as in `piece`,
+    the same hashes choose both.)"""
     rated_segments = _group([name for name in parts["train"] if name in rated], segment_of)
     held = set(_held_keys(rated_segments, "segment:"))
     moved = {name for name in parts["train"] if segment_of(name) in held}
@@ -2360,9 +2361,9 @@ def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str,
     }
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # HAN: columns, normalisation, augmentation, batches
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FEATURE_SETS = {
     "score": SCORE_FEATURES,
@@ -2376,8 +2377,8 @@ KEYBOARD = (21, 108)
 
 
 def pooled_statistics(item: dict, columns: list[int], features: str = "full") -> np.ndarray:
-    """Mean, deviation and 10 / 50 / 90 % quantiles of note columns over the matched notes, (5 * columns,). With score
-    features over all score notes: which of them were matched tells the performance."""
+    """Mean, deviation and 10 / 50 / 90 % quantiles of note columns over the matched notes, (5 * columns,).
+    With score features over all score notes: which of them were matched tells the performance."""
     rows = item["matched"]
     if features == "score" or not rows.any():
         rows = item["voice"] > 0
@@ -2386,7 +2387,8 @@ def pooled_statistics(item: dict, columns: list[int], features: str = "full") ->
 
 
 def _statistics(corpus: Corpus, names: list[str], info: dict) -> np.ndarray:
-    """What `--pooled` adds to items, (n, S): pooled note columns and, score features apart, the statistics of the MIDI."""
+    """What `--pooled` adds to items, (n, S): pooled note columns and, score features apart, the statistics of
+    the MIDI."""
     columns = [corpus.columns.index(column) for column in info["columns"]]
     rows = []
     for name in names:
@@ -2397,8 +2399,9 @@ def _statistics(corpus: Corpus, names: list[str], info: dict) -> np.ndarray:
 
 
 def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: bool = False) -> dict:
-    """What inference needs to know of the inputs, fitted on the training names only: columns, mean and deviation of the
-    z-scored ones over the notes that have them (0 and 1 for the others), and the quantiles of the pooled statistics."""
+    """What inference needs to know of the inputs, fitted on the training names only: columns, mean and
+    deviation of the z-scored ones over the notes that have them (0 and 1 for the others), and the quantiles
+    of the pooled statistics."""
     columns = column_names(FEATURE_SETS[features])
     x = np.concatenate([corpus.items[name]["x"] for name in names]).astype(np.float64)
     written = np.concatenate([corpus.items[name]["voice"] for name in names]) > 0
@@ -2433,11 +2436,11 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
 
 
 def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
-    """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra notes, which
-    have no score columns, get the mean there."""
+    """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra
+    notes, which have no score columns, get the mean there."""
     if foreign := sorted(set(info["columns"]) - set(corpus.columns)):
         raise DataError(
-            f"column {foreign[0]}: not among those extracted here; the checkpoint is of another version: train it again"
+            f"column {foreign[0]}: not extracted here; the checkpoint is of another version; train it again"
         )
     index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
@@ -2459,8 +2462,8 @@ def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
 
 
 def shift_key(item: dict, info: dict, semitones: int) -> dict:
-    """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if written in another
-    key. A shift that would leave the keyboard is shortened to its end."""
+    """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if
+    written in another key. A shift that would leave the keyboard is shortened to its end."""
     x = item["x"].copy()
     at = {column: k for k, column in enumerate(info["columns"])}
 
@@ -2487,8 +2490,9 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
 
 
 def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world: int = 1) -> list[list[int]]:
-    """Shuffled batches of `batch * world` indices of similar length (less padding), the same for the same seed and epoch.
-    Process r takes every world-th from r; with several processes the first items of the shuffle come twice to fill the last batch."""
+    """Shuffled batches of `batch * world` indices of similar length (less padding), the same for the same
+    seed and epoch. Process r takes every world-th from r; with several processes the first items of the
+    shuffle come twice to fill the last batch."""
     rng = np.random.default_rng((seed, epoch))
     size, order = batch * world, rng.permutation(len(lengths))
     if world > 1:
@@ -2501,9 +2505,9 @@ def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world:
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches for models.HAN
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The network works on the notes (beats, measures) of all pieces laid end to end, without padding; only the
 # LSTMs see padded sequences. Everything whose size depends on the data is decided here, so that the forward
 # pass reads sizes from tensor shapes and never waits for the device.
@@ -2512,24 +2516,19 @@ def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world:
 def collate_han(items: list[dict]) -> dict:
     """Joins pieces into one batch for `models.HAN`.
 
-    items: dicts with x (T, F) float32, voice (0 = none), beat, measure (T,); optional y (19,), stats (S,), name.
-    Returns, for B pieces, T notes in the longest, N notes, NB beats, NM measures in all:
+    items: dicts with x (T, F) float32, voice (0 = none), beat, measure (T,); optional y (19,), stats (S,),
+    name. Returns, for B pieces, T notes in the longest, N notes, NB beats, NM measures in all:
 
-    x (B, T, F) zero-padded · lengths (B,) · mask (B, T) True = note · voice, beat, measure (B, T), 0 at padding,
-    beat and measure counted from 0 without gaps in each piece · y (B, 19), stats (B, S) if every item has them ·
-    names (list, None where an item has none).
+    x (B, T, F) zero-padded · lengths (B,) · mask (B, T) True = note · voice, beat, measure (B, T), 0 at
+    padding, beat and measure counted from 0 without gaps in each piece · y (B, 19), stats (B, S) if every
+    item has them · names (list, None where an item has none).
 
-    piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of each
-    member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
-    {note,voice,beat,measure}_grid (2, steps, sequences) and _slot (2, members): see `_sequence_grid`.
+    piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of
+    each member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
+    {note,voice,beat,measure}_grid (2, steps, sequences), _slot (2, members): see `_sequence_grid`.
     """
-    for item in items:
-        if not len(item["x"]) or any(len(item.get(k, ())) != len(item["x"]) for k in NOTE_ARRAYS[:4]):
-            raise DataError(
-                f"batch: item {item.get('name')}: expected at least one note and as many voices, beats and measures"
-            )
-    lengths = np.array([len(item["x"]) for item in items], np.int64)
-    B, T, N = len(items), lengths.max(initial=0), lengths.sum()
+    lengths = np.array([len(item["x"]) for item in items])
+    B, T, N = len(items), lengths.max(), lengths.sum()
     piece = np.repeat(np.arange(B), lengths)
     time = np.arange(N) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     x = np.zeros((B, T, np.shape(items[0]["x"])[1]), np.float32)
@@ -2571,17 +2570,19 @@ def collate_han(items: list[dict]) -> dict:
 
 
 def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Beats or measures counted over the batch: group of each note (N,), piece and first note of each group."""
+    """Beats or measures counted over the batch: group of each note (N,), piece and first note of each
+    group."""
     number = np.concatenate([item[name] for item in items]).astype(np.int64)
     _, first, group = np.unique(np.stack([piece, number]), axis=1, return_index=True, return_inverse=True)
     return group.reshape(-1), piece[first], first
 
 
 def _sequence_grid(sequence: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """Lays the members of the same sequence number (-1: in none), in their order, side by side as padded sequences.
+    """Lays the members of the same sequence number (-1: in none), in their order, side by side as padded
+    sequences.
 
-    NAME_grid (2, steps, sequences): member at each position, forward and with every sequence reversed by its own
-    length; padding repeats member 0, harmless since it comes after the sequence and is never read back.
+    NAME_grid (2, steps, sequences): member at each position, forward and with every sequence reversed by its
+    own length; padding repeats member 0, harmless since it comes after the sequence and is never read back.
     NAME_slot (2, members): position of each member in the flattened grid of either direction.
     """
     members = np.argsort(sequence, kind="stable")[np.sum(sequence < 0) :]
@@ -2596,9 +2597,9 @@ def _sequence_grid(sequence: np.ndarray, name: str) -> dict[str, np.ndarray]:
     return {f"{name}_grid": grid, f"{name}_slot": slot}
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Synthetic PercePiano
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SYNTHETIC_VERSION = (
     2  # count up when `synth_percepiano` writes other bytes: the built-in corpus is written anew
@@ -2609,9 +2610,14 @@ SYNTHETIC_WORKS = (
     "Schubert_D960_mv2_8bars",
     "Schubert_D960_mv3_8bars",
 )
-# What a performance is made from, each about N(0, 1), three to a style that they share; `_play` says what one unit does.
+# What a performance is made from, each about N(0, 1), three to a style; `_play` says what one unit does.
 # fmt: off
-LATENTS = ("tempo", "loud", "hard", "rubato", "range", "voicing", "noise", "error", "blur", "length", "pedal", "soft")
+LATENTS = (
+    "tempo", "loud", "hard",
+    "rubato", "range", "voicing",
+    "noise", "error", "blur",
+    "length", "pedal", "soft",
+)
 # fmt: on
 # The known truth: what raises (or, with a minus, lowers) each rating, in equal shares. Tempo counts as heard.
 RATING_RULES = {
@@ -2638,7 +2644,8 @@ RATING_RULES = {
 
 
 class _Chord(NamedTuple):
-    """Notes that begin together in one voice (1: melody, 5: accompaniment); onset and duration in quarters."""
+    """Notes that begin together in one voice (1: melody, 5: accompaniment); onset and duration in
+    quarters."""
 
     onset: float
     duration: float
@@ -2680,8 +2687,8 @@ def _compose(rng: np.random.Generator, bars: int) -> _Piece:
 
 def _musicxml(piece: _Piece) -> str:
     xml = [
-        '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1"><part-list><score-part id="P1">'
-        '<part-name>Piano</part-name></score-part></part-list><part id="P1">'
+        '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1"><part-list>'
+        '<score-part id="P1"><part-name>Piano</part-name></score-part></part-list><part id="P1">'
     ]
     for bar in range(piece.bars):
         xml.append(f'<measure number="{bar + 1}">')
@@ -2706,9 +2713,9 @@ def _note_xml(chord: _Chord, pitch: int) -> str:
     name = "C C# D D# E F F# G G# A A# B".split()[pitch % 12]
     joined = "" if pitch == chord.pitches[0] else "<chord/>"
     return (
-        f"<note>{joined}<pitch><step>{name[0]}</step><alter>{len(name) - 1}</alter><octave>{pitch // 12 - 1}</octave>"
-        f"</pitch><duration>{2 * chord.duration:.0f}</duration><voice>{chord.voice}</voice>"
-        f"<staff>{1 + chord.voice // 5}</staff></note>"
+        f"<note>{joined}<pitch><step>{name[0]}</step><alter>{len(name) - 1}</alter>"
+        f"<octave>{pitch // 12 - 1}</octave></pitch><duration>{2 * chord.duration:.0f}</duration>"
+        f"<voice>{chord.voice}</voice><staff>{1 + chord.voice // 5}</staff></note>"
     )
 
 
@@ -2767,7 +2774,8 @@ def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
 
 
 def _rate(z: dict[str, float], bias: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Votes (raters, 19) from 1 to 7, 0 where not given. What all would agree on, 4 + ..., is RATING_RULES'."""
+    """Votes (raters, 19) from 1 to 7, 0 where not given. What all would agree on, 4 + ..., is
+    RATING_RULES'."""
     truth = []
     for rule in RATING_RULES.values():
         parts = [-z[word[1:]] if word.startswith("-") else z[word] for word in rule.split()]
@@ -2777,11 +2785,12 @@ def _rate(z: dict[str, float], bias: np.ndarray, rng: np.random.Generator) -> np
 
 
 def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players: int = 12) -> None:
-    """Write a synthetic corpus in the layout of the public PercePiano repository: scores made up by a few rules, played
-    with known habits, rated by RATING_RULES plus rater noise. Same arguments, same bytes.
+    """Write a synthetic corpus in the layout of the public PercePiano repository: scores made up by a few
+    rules, played with known habits, rated by RATING_RULES plus rater noise. Same arguments, same bytes.
 
-    segments: 8 or more, taken in turn from the four works; players: human players per segment, 4..12, besides a rendering
-    of the score. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
+    segments: 8 or more, taken in turn from the four works; players: human players per segment, 4..12, besides
+    a rendering of the score. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an
+    empty folder."""
     out = Path(out)
     if segments < 8 or not 4 <= players <= 12:
         raise DataError(f"{out}: {segments} segments, {players} players; expected 8 or more, and 4 to 12")
@@ -5868,9 +5877,9 @@ def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
     return parts
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fetching
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SOURCES = {"percepiano": "https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"}
 FETCH_TIMEOUT = 30.0  # seconds without a byte
@@ -5886,9 +5895,9 @@ _MANUAL = (
 
 
 def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
-    """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`, which appears
-    once all is there and checked. A complete `out` is left alone. Raises DataError: unknown name, no network, wrong or
-    damaged archive, `out` holding something else.
+    """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`,
+    which appears once all is there and checked. A complete `out` is left alone. Raises DataError: unknown
+    name, no network, wrong or damaged archive, `out` holding something else.
     """
     if name not in SOURCES:
         raise DataError(f"dataset {name!r}: unknown; expected one of {', '.join(SOURCES)}")
@@ -5950,7 +5959,8 @@ def _download(url: str, part: Path) -> None:
 
 
 def _unpack(archive: Path, root: Path) -> None:
-    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of `root`."""
+    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of
+    `root`."""
     try:
         with zipfile.ZipFile(archive) as source:
             entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
@@ -5964,30 +5974,27 @@ def _unpack(archive: Path, root: Path) -> None:
         raise DataError(f"not a zip file that can be unpacked ({error})") from error
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def report_percepiano(corpus: Corpus) -> None:
     """Print what was read, how well it matches, and what was left out and why."""
     items = corpus.items
     kind = " (SYNTHETIC)" if corpus.synthetic else ""
-    notes = np.array([len(item["x"]) for item in items.values()])
-    extra = sum(np.sum(item["voice"] == 0) for item in items.values())
-    scores = len({score_of(name) for name in items})
-    print(
-        f"{corpus.root}{kind}: {len(items)} performances of {scores} scores, {'cached' if corpus.cached else 'read'}"
-    )
-    print(f"{notes.sum()} notes ({notes.min()} to {notes.max()} each; {extra} played without a score note)")
     rates = {name: item["match_rate"] for name, item in items.items()}
+    unrated = [name for name, item in items.items() if "y" not in item]
+    segments = ", ".join(sorted({segment_of(name) for name in unrated}))
+    print(
+        f"{corpus.root}{kind}: {len(items)} performances of {len({score_of(name) for name in items})} scores"
+    )
+    print(f"{sum(len(item['x']) for item in items.values())} notes, {'cached' if corpus.cached else 'read'}")
     print(f"match rate: mean {np.mean(list(rates.values())):.4f}, lowest {min(rates.values()):.4f}")
     for name in sorted(rates, key=rates.get):
         if rates[name] < MISALIGNED:
             print(f"  {name} {rates[name]:.3f}: kept out of training unless --keep-misaligned")
-    unrated = [name for name, item in items.items() if "y" not in item]
-    segments = ", ".join(sorted({segment_of(name) for name in unrated}))
-    print(f"rated {len(items) - len(unrated)}, unrated, to predict {len(unrated)} ({segments or 'none'})")
+    print(f"rated {len(items) - len(unrated)}, unrated, to predict, {len(unrated)} ({segments or 'none'})")
     print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
     print("\n  ".join([f"left out: {len(corpus.left_out)}", *corpus.left_out]))
     for split in SPLITS:
@@ -6014,22 +6021,22 @@ def number(kind: type, least: float, most: float = float("inf")):
 
 # fmt: off
 OPTIONS = {
-    "--data": dict(help="folder of the data set in its public layout; fbank: or any folder of sound files (required)"),
-    "--in": dict(dest="source", help="folder of competitionData, of ptDecoder_ctc or of data_*.hdf5 (required)"),
+    "--data": dict(help="folder of the data set in its public layout; fbank: any sound files (required)"),
+    "--in": dict(dest="source", help="competitionData, ptDecoder_ctc or folder of data_*.hdf5 (required)"),
     "--midi-root": dict(help="folder with MIDI files, at any depth (required)"),
     "--out": dict(help="folder to make (required); fetch: (data/NAME); render: (beside the MIDI files)"),
     "--url": dict(help="another address of the same archive (GitHub's)"),
     "--audio": dict(help="MAESTRO: folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI files)"),
     "--percepiano": dict(help="PercePiano's folder: list the recordings that hold its music (off)"),
     "--soundfont": dict(help="FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
-    "--sample-rate": dict(type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)"),
+    "--sample-rate": dict(type=number(int, 4000, 192_000), default=16000, help="in Hz (%(default)s)"),
     "--dtype": dict(choices=["float32", "float16"], default="float32", help="of the features (%(default)s)"),
     "--channels": dict(type=number(int, 1), help="channels (default: 256; 512 for HDF5)"),
     "--sessions": dict(help="FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
     "--segments": dict(type=int, default=20, help="scores (%(default)s)"),
     "--players": dict(type=int, default=12, help="human players a score (%(default)s)"),
     "--days": dict(type=int, default=8, help="recording days (%(default)s)"),
-    "--trials": dict(type=int, default=60, help="training sentences a day, a sixth more for other parts (%(default)s)"),
+    "--trials": dict(type=int, default=60, help="training sentences a day (%(default)s)"),
     "--bins-per-phoneme": dict(type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)"),
     "--seed": dict(type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)"),
     "--cache": dict(default="cache", help="folder of what is computed once (%(default)s)"),
@@ -6109,8 +6116,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_script(name: str, function) -> None:
-    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130. `--debug` shows
-    tracebacks."""
+    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130.
+    `--debug` shows tracebacks."""
     try:
         function()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough

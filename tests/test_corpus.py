@@ -272,13 +272,6 @@ def test_batches_hold_every_item_once_and_similar_lengths():
     assert set(range(203)) == set(sum(two, []))
 
 
-def test_batches_refuse_what_does_not_fit(capsys):
-    item = {"x": [[0.0, 1.0]] * 3, "voice": [1, 1, 2], "beat": [4, 4, 5], "measure": [1, 1, 1], "name": "it"}
-    assert data.collate_han([item])["beat"].tolist() == [[0, 0, 1]]
-    for wrong in ({"x": []}, {"voice": [1]}, {"beat": ()}):
-        refused(lambda wrong=wrong: data.collate_han([item | wrong]), capsys, "it")
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Statistics of a performance
 # ----------------------------------------------------------------------------------------------------------
