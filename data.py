@@ -2524,7 +2524,7 @@ def collate_han(items: list[dict]) -> dict:
     item has them · names (list, None where an item has none).
 
     piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of
-    each member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
+    each member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) voice > 0 ·
     {note,voice,beat,measure}_grid (2, steps, sequences), _slot (2, members): see `_sequence_grid`.
     """
     lengths = np.array([len(item["x"]) for item in items])
