@@ -1,13 +1,21 @@
 """All readers, features, splits, augmentation and synthetic corpora; what the three trainers are fed.
 
 python data.py percepiano --data DIR                 read, align, cache; report
-python data.py fetch percepiano --out data/percepiano
-python data.py maestro --data DIR --percepiano DIR   what of MAESTRO is here, what overlaps with PercePiano
+python data.py percepiano --data DIR --strict        the same, stopping at the first file that cannot be read
+python data.py fetch percepiano                      download it to data/percepiano
+python data.py fetch percepiano --out DIR            the same, to another folder
+python data.py maestro --data DIR                    what of MAESTRO is here
+python data.py maestro --data DIR --percepiano DIR   and what of it holds music of PercePiano
 python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
-python data.py fbank --data DIR --out DIR            log-mel energies of all WAV files, once
+python data.py render --midi-root DIR --out DIR      the same, into another folder
+python data.py fbank --data DIR --out DIR            log-mel energies of all sound files, once
+python data.py fbank --data DIR --audio DIR --out DIR   MAESTRO with rendered sound elsewhere
 python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
+python data.py synth-percepiano --out DIR --segments 40 --seed 1
 python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
-python data.py synth-speech --out DIR                synthetic intracortical speech in the competition's .mat layout
+python data.py decoder-convert --in DIR --out DIR --dtype float16
+python data.py synth-speech --out DIR                synthetic speech in the competition's .mat layout
+python data.py synth-speech --out DIR --days 2 --trials 30
 """
 
 import argparse
@@ -1288,13 +1296,14 @@ def _assign(pitch, due, room, performance):
     return partner
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Columns
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Column(NamedTuple):
-    """A feature as declared: its columns, whether they are z-scored, and what a played note without a score note holds there."""
+    """A feature as declared: its columns, whether they are z-scored, and what a played note without a score
+    note holds there."""
 
     width: int = 1
     z_scored: bool = False
@@ -1768,9 +1777,9 @@ def _covered(onset: np.ndarray, offset: np.ndarray) -> float:
     return float(np.maximum(reach - np.maximum(onset, before), 0).sum())
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Names
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 LABELS = (
     "Timing_Stable_Unstable",
@@ -1797,15 +1806,12 @@ _NAME = re.compile(r"(\S+)_(\d+)bars_(\d+|Score\d*)_(\d+)")
 
 
 def parse_name(name: str) -> tuple[str, str, str, str]:
-    """Work, bars, player and segment; all text, because segment "09" is not segment "9". Surrounding spaces (one
-    public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form.
+    """Work, bars, player and segment; all text, because segment "09" is not segment "9". Surrounding spaces
+    (one public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form.
     """
     match = _NAME.fullmatch(name.strip().removesuffix(".mid"))
     if match is None:
-        raise DataError(
-            f"{name!r}: not a performance name; expected <work>_<N>bars_<player>_<segment>, "
-            "player a number or Score, e.g. Schubert_D960_mv2_8bars_3_06; rename the file"
-        )
+        raise DataError(f"{name!r}: expected <work>_<N>bars_<player>_<segment>, player a number or Score")
     return match.groups()
 
 
@@ -1831,56 +1837,57 @@ def score_of(name: str) -> str:
     return f"{work}_{bars}bars_Score_{segment}"
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Splits: from the list of names alone, so that they are the same whatever labels are present
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("segment", "performer", "piece", "random")
 FOLDS = 4
 PIECES = ("Beethoven_WoO80", "Schubert_D935_no.3", "Schubert_D960_mv2", "Schubert_D960_mv3")
 HELD_PERCENT = 15
 TEST_PLAYERS = (1, 2)
+# fmt: off
 BEETHOVEN_PLAYERS = ("1", "2", "3", "4", "7", "11", "14", "18", "19", "22", "24", "26")
+# fmt: on
 
 
 def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, list[str]]:
     """Parts of a corpus: `train`, `valid`, `test`, sorted lists that together hold every name once.
 
-    segment:   test = segments in ascending sha1("segment:" + key) until they hold 15 % of the items; the others,
-               largest first, go to the least-filled of 4 folds; fold k validates. The same for every fold's test.
-    performer: test = player indices 1 and 2 (`player_index`); fold k validates on 2k+3 and 2k+4; no index trains.
+    segment:   test = segments in ascending sha1("segment:" + key) until they hold 15 % of the items; the
+               others, largest first, go to the least-filled of 4 folds; fold k validates. The same test part
+               in every fold.
+    performer: test = player indices 1 and 2 (`player_index`); fold k validates on 2k+3 and 2k+4.
     piece:     fold k tests on the k-th of `PIECES`; validation = segments of the rest, in ascending
-               sha1("segment:" + key), until they hold 15 % of the rest. A corpus with none of those four pieces
-               is cut by its own works, in alphabetical order.
+               sha1("segment:" + key), until they hold 15 % of the rest. A corpus with none of those four
+               pieces is cut by its own works, in alphabetical order.
     random:    as segment, with every performance as its own group, hashed as sha1("random:" + name).
 
     Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
     Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r}: unknown; expected one of {', '.join(SPLITS)}")
-    if fold not in range(FOLDS):
-        raise DataError(f"fold {fold!r}: unknown; expected one of {', '.join(map(str, range(FOLDS)))}")
+    if split not in SPLITS or fold not in range(FOLDS):
+        raise DataError(
+            f"split {split!r}, fold {fold!r}: expected {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}"
+        )
     names = sorted(names, key=str.strip)
-    for name, count in Counter(name.strip() for name in names).items():
-        if count > 1:
+    for name, next_name in itertools.pairwise(names):
+        if name.strip() == next_name.strip():
             raise DataError(
-                f"{name!r}: given {count} times; expected every performance once; drop the copies"
+                f"{name.strip()!r}: given twice; expected every performance once; drop the copies"
             )
 
     if split == "segment":
-        test, valid = _grouped_parts(_group(names, segment_of), "segment:", fold)
+        test, valid = _hashed_parts(_group(names, segment_of), "segment:", fold)
     elif split == "random":
-        test, valid = _grouped_parts(
-            _group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold
-        )
+        test, valid = _hashed_parts(_group(names, _bare_name), "random:", fold)
     elif split == "performer":
         test = {name for name in names if player_index(name) in TEST_PLAYERS}
         valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
     else:
-        pieces = _group(names, _piece_of)
-        order = PIECES if set(PIECES) & set(pieces) else tuple(sorted(pieces))
-        test = set(pieces.get(order[fold], ())) if fold < len(order) else set()
+        pieces = {_piece_of(name) for name in names}
+        order = PIECES if pieces & set(PIECES) else sorted(pieces)
+        test = {name for name in names if _piece_of(name) in order[fold : fold + 1]}
         rest = _group([name for name in names if name not in test], segment_of)
         valid = _names_in(rest, _held_keys(rest, "segment:"))
 
@@ -1890,8 +1897,8 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
 
 
 def player_index(name: str) -> int | None:
-    """Performer index as in the paper's code: the rank among Beethoven's players, Schubert's number itself, 0 for
-    `Score`; None (always training) for `Score2` and for a Beethoven player outside the known twelve."""
+    """Performer index as in the paper's code: the rank among Beethoven's players, Schubert's number itself, 0
+    for `Score`; None (always training) for `Score2` and for a Beethoven player outside the known twelve."""
     work, _, player, _ = parse_name(name)
     if player == "Score":
         return 0
@@ -1902,10 +1909,17 @@ def player_index(name: str) -> int | None:
 
 def _piece_of(name: str) -> str:
     work = work_of(name)
-    return next((piece for piece in PIECES if f"{work}_".startswith(f"{piece}_")), work)
+    for piece in PIECES:
+        if f"{work}_".startswith(f"{piece}_"):
+            return piece
+    return work
 
 
-def _group(names: Iterable[str], key_of) -> dict[str, list[str]]:
+def _bare_name(name: str) -> str:
+    return name.strip().removesuffix(".mid")
+
+
+def _group(names: Iterable[str], key_of: Callable) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(key_of(name), []).append(name)
@@ -1917,11 +1931,14 @@ def _names_in(groups: dict[str, list[str]], keys: Iterable[str]) -> set[str]:
 
 
 def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
+    """Groups in ascending sha1(prefix + key) until they hold 15 % of all members."""
+
+    def rank(key: str) -> str:
+        return hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
+
     total = sum(map(len, groups.values()))
     keys, held = [], 0
-    for key in sorted(
-        groups, key=lambda key: hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
-    ):
+    for key in sorted(groups, key=rank):
         if 100 * held >= HELD_PERCENT * total:
             break
         keys.append(key)
@@ -1929,43 +1946,44 @@ def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
     return keys
 
 
-def _grouped_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tuple[set[str], set[str]]:
+def _hashed_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tuple[set[str], set[str]]:
+    """Test and validation names of whole groups, as `split_percepiano` says of segment and random."""
     held = _held_keys(groups, prefix)
-    filled: list[list[str]] = [[] for _ in range(FOLDS)]
+    folds: list[list[str]] = [[] for _ in range(FOLDS)]
     for key in sorted(groups.keys() - set(held), key=lambda key: (-len(groups[key]), key)):
-        min(filled, key=len).extend(groups[key])
-    return _names_in(groups, held), set(filled[fold])
+        min(folds, key=len).extend(groups[key])
+    return _names_in(groups, held), set(folds[fold])
 
 
 def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
-    empty = [part for part, names in parts.items() if not names]
-    if empty:
-        raise DataError(
-            f"{what}: nothing left for {' and '.join(empty)}; expected items in train, valid and test; "
-            "add performances or choose another split or fold"
-        )
+    for part, names in parts.items():
+        if not names:
+            raise DataError(
+                f"{what}: nothing left for {part}; add performances or choose another split or fold"
+            )
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shared passages: segments cut from the same recording, repeated passages, score renderings of them
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SHARED_RUN = 16
 
 
 def overlaps(performances: dict) -> dict[str, set[str]]:
-    """For every item that shares played notes with others: the names of those others. Items that share none are absent.
+    """For every item that shares played notes with others: the names of those others. Items that share none
+    are absent.
 
-    performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of at
-    least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no order of
-    their own. Compared note by note, so no two different runs are ever taken for the same.
+    performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of
+    at least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no
+    order of their own.
     """
     owners: dict[bytes, set[str]] = {}
     for name, performance in performances.items():
         order = np.lexsort((performance.velocity, performance.pitch, performance.onset))
-        notes = (performance.pitch * 128 + performance.velocity)[order].astype(np.uint16).tobytes()
-        for start in range(0, len(notes) - 2 * SHARED_RUN + 1, 2):
-            owners.setdefault(notes[start : start + 2 * SHARED_RUN], set()).add(name)
+        notes = (performance.pitch * 128 + performance.velocity)[order].astype(np.uint16)
+        for start in range(len(notes) - SHARED_RUN + 1):
+            owners.setdefault(notes[start : start + SHARED_RUN].tobytes(), set()).add(name)
     shared: dict[str, set[str]] = {}
     for names in owners.values():
         if len(names) > 1:
@@ -1975,23 +1993,22 @@ def overlaps(performances: dict) -> dict[str, set[str]]:
 
 
 def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> dict[str, list[str]]:
-    """Parts without what leaks: validation leaves out what shares notes with a test item, training what shares notes
-    with a test item or with an item of the given validation part, one left out there included.
+    """Parts without what leaks: validation leaves out what shares notes with a test item, training what
+    shares notes with a test item or with an item of the given validation part, one left out there included.
 
     shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty.
     """
-    held = {"train": {*parts["valid"], *parts["test"]}, "valid": set(parts["test"]), "test": set()}
-    kept = {
-        part: [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
-        for part, names in parts.items()
-    }
+    held = {"train": {*parts["valid"], *parts["test"]}, "valid": {*parts["test"]}, "test": set()}
+    kept = {}
+    for part, names in parts.items():
+        kept[part] = [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
     _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
     return kept
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Labels and individual ratings
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MEAN_FILE = "label_2round_mean_reg_19_with0_rm_highstd0.json"
 STD_FILE = "label_2round_std_reg_19_with0_rm_highstd0.json"
@@ -2000,125 +2017,130 @@ _FETCH_HINT = "run `python data.py fetch percepiano` or give the dataset's folde
 
 
 def read_labels(
-    root: str | Path,
-    problems: list[str] | None = None,
+    root: str | Path, problems: list[str] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
-    """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of `LABELS`, and
-    the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped of spaces.
+    """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of
+    `LABELS`, and the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped
+    of spaces.
 
-    The mean file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad entry is
-    described there and left out of both; without, as for a bad file in either case, DataError is raised.
+    The mean file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad
+    entry is described there and left out of both; without, as for a bad file in either case, DataError is
+    raised.
     """
     root = Path(root)
     mean_entries, std_entries = _read_entries(root / MEAN_FILE), _read_entries(root / STD_FILE)
-    means, stds = {}, {}
+    means, stds, counts = {}, {}, {}
     for name in mean_entries | std_entries:
         try:
             parse_name(name)
-            for file, entries in ((MEAN_FILE, mean_entries), (STD_FILE, std_entries)):
-                if name not in entries:
-                    raise DataError(
-                        f"{root / file}: no key {name!r}; expected the same keys in both label files"
-                    )
-            mean = _label_row(mean_entries[name], len(LABELS) + 1, f"{root / MEAN_FILE}: {name!r}")
-            std = _label_row(std_entries[name], len(LABELS), f"{root / STD_FILE}: {name!r}")
+            mean = _label_row(root / MEAN_FILE, name, mean_entries, len(LABELS) + 1)
+            std = _label_row(root / STD_FILE, name, std_entries, len(LABELS))
         except DataError as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
-            continue
-        means[name], stds[name] = mean, std
-    counts = {}
+            _raise_or_note(error, problems)
+        else:
+            means[name], stds[name] = mean, std
     if (root / RATINGS_FILE).is_file():
         try:
             counts = dict(Counter(read_ratings(root)[1].tolist()))
         except DataError as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
+            _raise_or_note(error, problems)
     return means, stds, counts
 
 
-def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Individual ratings, one row per rating of one performance: rater ids (n,) int64, performance names (n,) str,
-    ratings (n, 19) float64 from 1 to 7, NaN where a rater gave none (0 or empty in the file).
+def _raise_or_note(error: DataError, problems: list[str] | None) -> None:
+    if problems is None:
+        raise error
+    problems.append(str(error))
 
-    Rows with any value above 7 are dropped, as for the published means (checked: the mean over a performance's
-    ratings, / 7, is its entry in the label file). Raises DataError for a missing or broken file.
+
+def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Individual ratings, one row per rating of one performance: rater ids (n,) int64, performance names (n,)
+    str, ratings (n, 19) float64 from 1 to 7, NaN where a rater gave none (0 or empty in the file).
+
+    Rows with any value above 7 are dropped, as for the published means (checked: the mean over a
+    performance's ratings, / 7, is its entry in the label file). Raises DataError for a missing or broken
+    file.
     """
     path = Path(root) / RATINGS_FILE
     raters, names, ratings = [], [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            for line, row in enumerate(csv.reader(file), start=1):
-                if line == 1:
-                    if row[:3] != ["user", "dataID", "filename"]:
-                        raise DataError(
-                            f"{path}: starts with {row[:3]}; expected user, dataID, filename, 19 ratings"
-                        )
-                    continue
-                try:
-                    values = [float(value or 0) for value in row[3:22]]
-                    rater, name = int(row[0]), row[2].strip().removesuffix(".wav").strip()
-                except (IndexError, ValueError) as error:
-                    raise DataError(
-                        f"{path}: row {line}: {error}; expected user, id, file, 19 ratings"
-                    ) from error
+            rows = csv.reader(file)
+            if next(rows, [])[:3] != ["user", "dataID", "filename"]:
+                raise ValueError("another header")
+            for row in rows:
+                values = [float(value or 0) for value in row[3:22]]
                 if len(values) < len(LABELS) or not min(values) >= 0:
-                    raise DataError(f"{path}: row {line}: {row[3:22]}; expected 19 ratings from 0 to 7")
+                    raise ValueError(f"{row[3:22]}")
                 if max(values) <= 7:
-                    raters.append(rater)
-                    names.append(name)
+                    raters.append(int(row[0]))
+                    names.append(row[2].strip().removesuffix(".wav").strip())
                     ratings.append(values)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; {_FETCH_HINT}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as CSV ({error}); {_FETCH_HINT}") from error
-    if not names:
-        raise DataError(f"{path}: no rating; expected one row per rating; {_FETCH_HINT}")
+            if not names:
+                raise ValueError("no rating")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
+    except (ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path}: line {rows.line_num}: {error}; expected user, dataID, filename, 19 ratings from 0 to 7"
+        ) from error
     table = np.array(ratings, dtype=np.float64)
     table[table == 0] = np.nan
     return np.array(raters, dtype=np.int64), np.array(names, dtype=str), table
 
 
 def _read_entries(path: Path) -> dict[str, object]:
+    """A label file's entries by stripped name."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; {_FETCH_HINT}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); {_FETCH_HINT}") from error
-    if not isinstance(entries, dict):
-        raise DataError(f"{path}: holds a {type(entries).__name__}; expected an object of performance names")
-    stripped = {name.strip(): entry for name, entry in entries.items()}
+        stripped = {name.strip(): entry for name, entry in entries.items()}
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON object of performance names ({error}); {_FETCH_HINT}") from error
     if len(stripped) < len(entries):
-        twice = [name for name, count in Counter(name.strip() for name in entries).items() if count > 1]
-        raise DataError(f"{path}: {twice[0]!r} occurs twice but for spaces; expected every performance once")
+        raise DataError(f"{path}: two names differ in spaces only; expected every performance once")
     return stripped
 
 
-def _label_row(entry: object, length: int, where: str) -> np.ndarray:
-    if not isinstance(entry, list) or len(entry) != length:
-        found = f"{len(entry)} values" if isinstance(entry, list) else type(entry).__name__
-        raise DataError(f"{where}: {found}; expected a list of {length} numbers")
-    for label, value in zip(LABELS, entry, strict=False):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise DataError(f"{where}: {label} is {value!r}; expected a number from 0 to 1")
-    return np.array(entry[: len(LABELS)], dtype=np.float64)
+def _label_row(path: Path, name: str, entries: dict, length: int) -> np.ndarray:
+    if name not in entries:
+        raise DataError(f"{path}: no key {name!r}; expected the same keys in both label files")
+    row = entries[name]
+    if not isinstance(row, list) or len(row) != length:
+        raise DataError(f"{path}: {name!r}: expected a list of {length} numbers")
+    for label, value in zip(LABELS, row, strict=False):
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise DataError(f"{path}: {name!r}: {label} is {value!r}; expected a number from 0 to 1")
+    return np.array(row[: len(LABELS)], dtype=np.float64)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PercePiano: the corpus, from files to cached features
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-
+FEATURES_VERSION = 1  # count up when what `_extract_all` gives changes: caches are made again
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
+MIDI_FOLDER = "virtuoso/data/all_2rounds"
+SCORE_FOLDER = "virtuoso/data/score_xml"
+NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
+# What reading a damaged zip archive, .npz included, can raise.
+ZIP_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass
 class Corpus:
-    """PercePiano in memory. `items`: name -> dict of x (T, F) float32 (un-normalised), voice, beat, measure (T,) int64,
-    matched (T,) bool, match_rate, stats (S,) float32 and, where rated, y, y_std (19,) float32 and raters (int)."""
+    """PercePiano in memory. `items`: name -> dict of x (T, F) float32 (un-normalised), voice, beat, measure
+    (T,) int64, matched (T,) bool, match_rate, stats (S,) float32 and, where rated, y (19,) float32."""
 
     root: str
     synthetic: bool
@@ -2128,65 +2150,45 @@ class Corpus:
     stat_names: list[str]
     shared: dict[str, set[str]]
     left_out: list[str] = field(default_factory=list)
-    seconds: float = 0.0
     cached: bool = False
 
 
 def column_names(features: dict[str, Column]) -> list[str]:
-    """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide one."""
-    return [
-        name if column.width == 1 else f"{name}:{k}"
-        for name, column in features.items()
-        for k in range(column.width)
-    ]
+    """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide
+    one."""
+    columns = []
+    for name, column in features.items():
+        columns += [name] if column.width == 1 else [f"{name}:{k}" for k in range(column.width)]
+    return columns
 
 
-def extract_performances(task: tuple[str, list[str]]) -> list[tuple[str, dict | str]]:
-    """All performances of one score: (MIDI path, arrays of the item with its performance and match, or the error line)."""
+def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
+    """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its
+    performance and match, or the error line."""
     score_path, midi_paths = task
     try:
         score = read_musicxml(score_path)
     except DataError as error:
         return [(path, str(error)) for path in midi_paths]
-    out = []
+    results = []
     for path in midi_paths:
         try:
-            performance = read_midi(path)
-            match = align(score, performance)
-            item = note_table(score, performance, match)
-            statistics = performance_statistics(performance)
-            item |= {
-                "match_rate": float((match >= 0).mean()),
-                "stats": np.array(list(statistics.values()), np.float32),
-                "stat_names": list(statistics),
-                "performance": performance,
-                "match": match,
-            }
-            out.append((path, item))
+            results.append((path, _extract(score, read_midi(path))))
         except DataError as error:
-            out.append((path, str(error)))
-    return out
+            results.append((path, str(error)))
+    return results
 
 
-def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """name -> MIDI file, and a line for every file whose name says nothing. One public name opens with a space; its label does not."""
-    files, foreign = {}, []
-    for path in sorted((root / "virtuoso/data/all_2rounds").glob("[!.]*.mid")):
-        try:
-            parse_name(path.stem)
-            if path.stem.strip() in files:
-                raise DataError(
-                    f"a second file of the name {path.stem.strip()!r}; expected one; remove or rename it"
-                )
-            files[path.stem.strip()] = path
-        except DataError as error:
-            foreign.append(f"{path}: {error}")
-    if not files:
-        raise DataError(
-            f"{root}: no performance in virtuoso/data/all_2rounds/*.mid; expected a clone of the PercePiano "
-            "repository; run `python data.py fetch percepiano` or name another folder with --data"
-        )
-    return files, foreign
+def _extract(score: Score, performance: Performance) -> dict:
+    match = align(score, performance)
+    statistics = performance_statistics(performance)
+    return note_table(score, performance, match) | {
+        "match_rate": float((match >= 0).mean()),
+        "stats": np.array(list(statistics.values()), np.float32),
+        "stat_names": list(statistics),
+        "performance": performance,
+        "match": match,
+    }
 
 
 def load_percepiano(
@@ -2196,73 +2198,76 @@ def load_percepiano(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Corpus:
-    """Read, align and describe every performance of a PercePiano folder; features come from `cache` when neither the
-    files nor this module have changed since. A bad item is left out and listed in `left_out`; `strict` raises instead."""
-    start, root = time.time(), Path(root)
-    files, foreign = _performance_files(root)
-    scores = {name: root / "virtuoso/data/score_xml" / f"{score_of(name)}.musicxml" for name in files}
-    key = hashlib.sha1(Path(__file__).read_bytes())
-    for path in sorted({*files.values(), *scores.values()}):
-        key.update(
-            f"{path.relative_to(root)}\0".encode() + (path.read_bytes() if path.is_file() else b"") + b"\0"
-        )
-    store = Path(cache) / f"percepiano-{key.hexdigest()[:16]}.npz"
-    arrays = _load_store(store)
+    """Read, align and describe every performance of a PercePiano folder; features come from `cache` where the
+    same files were read before. A bad item is left out and listed in `left_out`; `strict` raises DataError
+    instead."""
+    root = Path(root)
+    files, left_out = _performance_files(root)
+    scores = {name: root / SCORE_FOLDER / f"{score_of(name)}.musicxml" for name in files}
+    prefix = f"percepiano-{hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:8]}"
+    store = Path(cache) / f"{prefix}-{_files_key(root, [*files.values(), *scores.values()])}.npz"
+    arrays = _load_arrays(store)
     cached = arrays is not None
     if not cached:
         arrays = _extract_all(files, scores, strict, workers, quiet)
-        write_atomic(store, lambda f: np.savez(f, **arrays))
-    left_out = foreign + arrays["left_out"].tolist()
-    if strict and left_out:
-        raise DataError(left_out[0])
+        write_atomic(store, lambda file: np.savez(file, **arrays))
+        for other in set(store.parent.glob(f"{prefix}-*.npz")) - {store}:
+            other.unlink(missing_ok=True)
+    left_out += arrays["left_out"].tolist()
     names, bounds = arrays["names"].tolist(), arrays["bounds"]
     items = {}
     for i, name in enumerate(names):
-        part = slice(bounds[i], bounds[i + 1])
-        items[name] = {k: arrays[k][part] for k in ("x", "matched")} | {
-            k: arrays[k][part].astype(np.int64) for k in ("voice", "beat", "measure")
-        }
-        items[name] |= {
-            "name": name,
-            "match_rate": float(arrays["match_rate"][i]),
-            "stats": arrays["stats"][i],
-        }
-    mean, std, raters = read_labels(root, None if strict else left_out)
-    for name in mean.keys() & items.keys():
-        items[name] |= {
-            "y": mean[name].astype(np.float32),
-            "y_std": std[name].astype(np.float32),
-            "raters": raters.get(name, 0),
-        }
-    left_out += [
-        f"{root}: {name} is rated but has no performance to read"
-        for name in sorted(mean.keys() - items.keys() - files.keys())
-    ]
+        items[name] = {key: arrays[key][bounds[i] : bounds[i + 1]] for key in NOTE_ARRAYS}
+        items[name]["name"] = name
+        items[name]["match_rate"] = float(arrays["match_rate"][i])
+        items[name]["stats"] = arrays["stats"][i]
+    ratings = read_labels(root, left_out)[0]
+    for name, rating in sorted(ratings.items()):
+        if name in items:
+            items[name]["y"] = rating.astype(np.float32)
+        elif name not in files:
+            left_out.append(f"{root}: {name} is rated but has no performance to read")
+    if strict and left_out:
+        raise DataError(left_out[0])
     shared: dict[str, set[str]] = {name: set() for name in names}
-    for i, j in arrays["pairs"]:
-        shared[names[i]].add(names[j])
-        shared[names[j]].add(names[i])
-    return Corpus(
-        str(root),
-        (root / "SYNTHETIC").is_file(),
-        items,
-        sorted(files),
-        column_names(FEATURES),
-        arrays["stat_names"].tolist(),
-        shared,
-        left_out,
-        time.time() - start,
-        cached,
-    )
+    for name, other in arrays["shared"].tolist():
+        shared[name].add(other)
+    synthetic = (root / "SYNTHETIC").is_file()
+    columns, stat_names = column_names(FEATURES), arrays["stat_names"].tolist()
+    return Corpus(str(root), synthetic, items, sorted(files), columns, stat_names, shared, left_out, cached)
+
+
+def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """name -> MIDI file, and a line for every file whose name says nothing or is another's but for spaces."""
+    files, left_out = {}, []
+    for path in sorted((root / MIDI_FOLDER).glob("[!.]*.mid")):
+        name = path.stem.strip()
+        try:
+            parse_name(name)
+        except DataError as error:
+            left_out.append(f"{path}: {error}")
+            continue
+        if name in files:
+            left_out.append(f"{path}: a second file of this name; expected one; remove or rename it")
+        files.setdefault(name, path)
+    if not files:
+        raise DataError(f"{root}: no performance in {MIDI_FOLDER}/*.mid; {_FETCH_HINT}")
+    return files, left_out
+
+
+def _files_key(root: Path, paths: list[Path]) -> str:
+    key = hashlib.sha1(f"features {FEATURES_VERSION}".encode())
+    for path in sorted(set(paths)):
+        content = path.read_bytes() if path.is_file() else b""
+        key.update(f"{path.relative_to(root)} {len(content)} ".encode() + content)
+    return key.hexdigest()[:16]
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file. Raises
-    DataError where `path` is a folder or a device, which the move would fail on or replace."""
+    """Call `write(file)` on a temporary file beside `path`, then move it there: nobody ever sees half a file.
+    Raises DataError where `path` is a folder or a device, which the move would fail on or replace."""
     if path.exists() and not path.is_file():
-        raise DataError(
-            f"{path}: not an ordinary file; expected the name of a new file or of one to replace; name another"
-        )
+        raise DataError(f"{path}: not an ordinary file; expected a new file or one to replace; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -2273,12 +2278,12 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_store(store: Path) -> dict | None:
+def _load_arrays(store: Path) -> dict | None:
     """The cached arrays, or None where there are none or they cannot be read (then they are made again)."""
     try:
-        with np.load(io.BytesIO(store.read_bytes())) as z:
-            return {k: z[k] for k in z.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, struct.error):
+        with np.load(io.BytesIO(store.read_bytes())) as arrays:
+            return dict(arrays)
+    except ZIP_ERRORS:
         return None
 
 
@@ -2286,80 +2291,68 @@ def _extract_all(
     files: dict[str, Path], scores: dict[str, Path], strict: bool, workers: int | None, quiet: bool
 ) -> dict:
     """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
-    tasks: dict[Path, list[str]] = {}
-    for name, path in files.items():
-        tasks.setdefault(scores[name], []).append(str(path))
-    names = {str(path): name for name, path in files.items()}
+    tasks = _group(files.values(), lambda path: scores[path.stem.strip()])
     items, left_out = {}, []
-    with (
-        ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker) as pool,
-        tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar,
-    ):
-        for results in pool.map(extract_performances, [(str(s), m) for s, m in tasks.items()]):
+    with tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
+        for _, results in _run_parallel(extract_performances, list(tasks.items()), workers):
             for path, item in results:
                 if isinstance(item, str):
                     left_out.append(item)
-                    if strict:
-                        raise DataError(item)
                 else:
-                    items[names[path]] = item
+                    items[path.stem.strip()] = item
+            if strict and left_out:
+                raise DataError(left_out[0])
             bar.update(len(results))
     if not items:
-        raise DataError(left_out[0] if left_out else "no performance could be read")
-    order = sorted(items)
-    pairs = overlaps({n: items[n]["performance"] for n in order})
-    index = {n: i for i, n in enumerate(order)}
-    return {
-        "names": np.array(order),
-        "bounds": np.cumsum([0, *(len(items[n]["x"]) for n in order)]),
-        "left_out": np.array(left_out, dtype=str),
-        "pairs": np.array(
-            [(index[a], index[b]) for a in order for b in pairs.get(a, ()) if a < b], np.int64
-        ).reshape(-1, 2),
-        "x": np.concatenate([items[n]["x"] for n in order]),
-        "matched": np.concatenate([items[n]["matched"] for n in order]),
-        **{
-            k: np.concatenate([items[n][k] for n in order]).astype(np.int16)
-            for k in ("voice", "beat", "measure")
-        },
-        "match_rate": np.array([items[n]["match_rate"] for n in order]),
-        "stats": np.stack([items[n]["stats"] for n in order]),
-        "stat_names": np.array(items[order[0]]["stat_names"]),
+        raise DataError(min(left_out))
+    names = sorted(items)
+    shared = overlaps({name: items[name]["performance"] for name in names})
+    pairs = [(name, other) for name, others in shared.items() for other in sorted(others)]
+    arrays = {
+        "names": np.array(names),
+        "bounds": np.cumsum([0, *(len(items[name]["x"]) for name in names)]),
+        "left_out": np.array(sorted(left_out), dtype=str),
+        "shared": np.array(pairs, dtype=str).reshape(-1, 2),
+        "match_rate": np.array([items[name]["match_rate"] for name in names]),
+        "stats": np.stack([items[name]["stats"] for name in names]),
+        "stat_names": np.array(items[names[0]]["stat_names"]),
     }
+    for key in NOTE_ARRAYS:
+        arrays[key] = np.concatenate([items[name][key] for name in names])
+    return arrays
 
 
 def percepiano_parts(
     corpus: Corpus, split: str, fold: int, keep_overlap: bool = False, keep_misaligned: bool = False
 ) -> dict[str, list[str]]:
-    """The names that train, validate and test: the split, less overlapping performances, less (in train) the unrated and
-    the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
+    """The names that train, validate and test: the split, less overlapping performances, less (in train) the
+    unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
     rated = {name for name, item in corpus.items.items() if "y" in item}
     parts = split_percepiano(corpus.names, split, fold)
     if not rated & set(parts["valid"]):
         parts = _validate_on_more(parts, rated)
     if not keep_overlap:
         parts = drop_overlaps(parts, corpus.shared)
-    parts = {part: [n for n in names if n in corpus.items] for part, names in parts.items()}
+    parts = {part: [name for name in names if name in corpus.items] for part, names in parts.items()}
+    least = 0 if keep_misaligned else MISALIGNED
     parts["train"] = [
-        n
-        for n in parts["train"]
-        if n in rated and (keep_misaligned or corpus.items[n]["match_rate"] >= MISALIGNED)
+        name for name in parts["train"] if name in rated and corpus.items[name]["match_rate"] >= least
     ]
     for part in ("train", "valid"):
         if not rated & set(parts[part]):
             raise DataError(
-                f"{corpus.root}: the {part} part of split {split}, fold {fold} holds no rated performance; expected some; "
-                "choose another split or fold, or add ratings"
+                f"{corpus.root}: split {split}, fold {fold} holds no rated {part} item; choose another"
             )
     return parts
 
 
 def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str, list[str]]:
-    """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" + key) join it
-    until 15 % of what could train validates. (Where test labels are withheld, as in `piece`, the same hashes choose both.)"""
-    rated_segments = _group([n for n in parts["train"] if n in rated], segment_of)
+    """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:"
+    + key) join it until 15 % of what could train validates. (Where test labels are withheld, as in `piece`,
+    the same hashes choose both.)"""
+    rated_segments = _group([name for name in parts["train"] if name in rated], segment_of)
     held = set(_held_keys(rated_segments, "segment:"))
-    moved = {n for n in parts["train"] if segment_of(n) in held}
+    moved = {name for name in parts["train"] if segment_of(name) in held}
     return {
         "train": sorted(set(parts["train"]) - moved),
         "valid": sorted({*parts["valid"], *moved}),
@@ -2367,10 +2360,9 @@ def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str,
     }
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # HAN: columns, normalisation, augmentation, batches
-# -----------------------------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------------------------------
 
 FEATURE_SETS = {
     "score": SCORE_FEATURES,
@@ -2384,191 +2376,178 @@ KEYBOARD = (21, 108)
 
 
 def pooled_statistics(item: dict, columns: list[int], features: str = "full") -> np.ndarray:
-    """Mean, deviation and 10 / 50 / 90 % quantiles of note columns over the matched notes, (5 * columns,). With score
-    features over all score notes: which of them were matched tells the performance."""
-    rows = item["voice"] > 0 if features == "score" or not item["matched"].any() else item["matched"]
+    """Mean, deviation and 10 / 50 / 90 % quantiles of note columns over the matched notes, (5 * columns,).
+    With score features over all score notes: which of them were matched tells the performance."""
+    rows = item["matched"]
+    if features == "score" or not rows.any():
+        rows = item["voice"] > 0
     x = item["x"][rows][:, columns].astype(np.float64)
     return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0)])
 
 
-def _statistics(corpus: Corpus, name: str, info: dict) -> np.ndarray:
-    """What `--pooled` adds to an item: its pooled note columns and, score features apart, the statistics of its MIDI."""
-    item = corpus.items[name]
-    notes = pooled_statistics(item, [corpus.columns.index(c) for c in info["columns"]], info["features"])
-    return notes if info["features"] == "score" else np.concatenate([item["stats"], notes])
+def _statistics(corpus: Corpus, names: list[str], info: dict) -> np.ndarray:
+    """What `--pooled` adds to items, (n, S): pooled note columns and, score features apart, the statistics of
+    the MIDI."""
+    columns = [corpus.columns.index(column) for column in info["columns"]]
+    rows = []
+    for name in names:
+        item = corpus.items[name]
+        row = pooled_statistics(item, columns, info["features"])
+        rows.append(row if info["features"] == "score" else np.concatenate([item["stats"], row]))
+    return np.stack(rows)
 
 
 def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: bool = False) -> dict:
-    """What inference needs to know of the inputs, fitted on the training names only: columns, mean and deviation of the
-    continuous ones over the notes that have them (0 and 1 for flags), and the quantiles of the pooled statistics."""
+    """What inference needs to know of the inputs, fitted on the training names only: columns, mean and
+    deviation of the z-scored ones over the notes that have them (0 and 1 for the others), and the quantiles
+    of the pooled statistics."""
     columns = column_names(FEATURE_SETS[features])
-    index = [corpus.columns.index(c) for c in columns]
-    x = np.concatenate([corpus.items[n]["x"][:, index] for n in names]).astype(np.float64)
-    written = np.concatenate([corpus.items[n]["voice"] for n in names]) > 0
-    mean, std = np.zeros(len(columns)), np.ones(len(columns))
+    x = np.concatenate([corpus.items[name]["x"] for name in names]).astype(np.float64)
+    written = np.concatenate([corpus.items[name]["voice"] for name in names]) > 0
+    mean, std = [0.0] * len(columns), [1.0] * len(columns)
     for k, column in enumerate(columns):
-        declared = FEATURES[column.split(":")[0]]
-        if declared.z_scored:
-            values = x[:, k] if column in RAW_FEATURES else x[written, k]
-            mean[k], std[k] = values.mean(), values.std() or 1.0
-    info = {
-        "features": features,
-        "columns": columns,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-        "quantiles": None,
-    }
+        if _feature(column).z_scored:
+            values = x[:, corpus.columns.index(column)]
+            if column not in RAW_FEATURES:
+                values = values[written]
+            mean[k] = float(values.mean())
+            std[k] = float(values.std()) or 1.0
+    info = {"features": features, "columns": columns, "mean": mean, "std": std, "quantiles": None}
     if pooled:
-        table = np.stack([_statistics(corpus, n, info) for n in names])
-        info["quantiles"] = torch.from_numpy(
-            np.quantile(table, np.linspace(0, 1, 101), axis=0).astype(np.float32)
-        )
+        quantiles = np.quantile(_statistics(corpus, names, info), np.linspace(0, 1, 101), axis=0)
+        info["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
     return info
+
+
+def _feature(column: str) -> Column:
+    """The declaration of the feature that a column of a note table belongs to."""
+    return FEATURES[column.split(":")[0]]
 
 
 def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """(n, S) values to standard-normal scores of their rank among `quantiles` (101, S), within +-2.6."""
     levels = np.linspace(0, 1, len(quantiles))
-    rank = np.stack(
-        [
-            (np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2
-            for v, q in zip(values.T, quantiles.T, strict=True)
-        ],
-        1,
-    )
-    return ndtri(rank.clip(0.005, 0.995)).astype(np.float32)
+    ranks = []
+    for v, q in zip(values.T, quantiles.T, strict=True):
+        # Where quantiles are equal, the middle of the lowest and the highest rank.
+        ranks.append((np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2)
+    return ndtri(np.stack(ranks, 1).clip(0.005, 0.995)).astype(np.float32)
 
 
 def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
-    """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra notes, which
-    have no score columns, get the mean there."""
-    if unknown := set(info["columns"]) - set(corpus.columns):
+    """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra
+    notes, which have no score columns, get the mean there."""
+    if foreign := sorted(set(info["columns"]) - set(corpus.columns)):
         raise DataError(
-            f"columns {', '.join(sorted(unknown))}: not among those extracted here; expected {corpus.columns[0]}, {corpus.columns[1]}, ...; "
-            "the checkpoint is of another version: train it again"
+            f"column {foreign[0]}: not extracted here; the checkpoint is of another version; train it again"
         )
-    index = [corpus.columns.index(c) for c in info["columns"]]
+    index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
-    unknown = np.array(
-        [FEATURES[c.split(":")[0]].z_scored and c not in RAW_FEATURES for c in info["columns"]]
-    )
+    of_score = [_feature(column).z_scored and column not in RAW_FEATURES for column in info["columns"]]
     items = []
     for name in names:
         item = dict(corpus.items[name])
-        x = ((item["x"][:, index] - mean) / std).clip(-CLIP, CLIP)
-        x[np.ix_(item["voice"] == 0, unknown)] = 0
-        item |= {"x": x}
+        item["x"] = ((item["x"][:, index] - mean) / std).clip(-CLIP, CLIP)
+        item["x"][np.ix_(item["voice"] == 0, of_score)] = 0
         if info["features"] == "score":  # extra notes would tell the performer
-            item |= {k: item[k][item["voice"] > 0] for k in ("x", "beat", "measure", "matched", "voice")}
+            written = item["voice"] > 0
+            item |= {key: item[key][written] for key in NOTE_ARRAYS}
         items.append(item)
     if info["quantiles"] is not None and names:
-        table = to_normal(np.stack([_statistics(corpus, n, info) for n in names]), info["quantiles"].numpy())
-        items = [item | {"stats": row} for item, row in zip(items, table, strict=True)]
+        table = to_normal(_statistics(corpus, names, info), info["quantiles"].numpy())
+        for item, row in zip(items, table, strict=True):
+            item["stats"] = row
     return items
 
 
 def shift_key(item: dict, info: dict, semitones: int) -> dict:
-    """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if written in another
-    key. A shift that would leave the keyboard is shortened to its end."""
-    x, at = item["x"].copy(), {c: k for k, c in enumerate(info["columns"])}
-    raw = {
-        c: item["x"][:, k] * info["std"][k] + info["mean"][k]
-        for c, k in at.items()
-        if c in ("midi_pitch", "raw_pitch", "raw_velocity")
-    }
-    rows = {
-        "midi_pitch": item["voice"] > 0,
-        "raw_pitch": raw["raw_velocity"] > 0.5 if "raw_velocity" in raw else None,
-    }
-    pitches = (
-        np.concatenate([raw[c][rows[c]] for c in ("midi_pitch", "raw_pitch") if c in at] or [np.empty(0)])
-        .round()
-        .astype(int)
-    )
-    if len(pitches):
-        semitones = max(min(semitones, KEYBOARD[1] - pitches.max()), KEYBOARD[0] - pitches.min())
-    for column in ("midi_pitch", "raw_pitch"):
-        if column in at:
-            x[rows[column], at[column]] += semitones / info["std"][at[column]]
-    if "pitch:0" in at:
-        k, written = at["pitch:0"], item["voice"] > 0
-        midi = (x[written, k] * 4 + 5) * 12 + x[written, k + 1 : k + 13].argmax(1) + semitones
-        x[written, k] = (midi // 12 - 5) / 4
-        x[written, k + 1 : k + 13] = np.eye(12)[midi.astype(int) % 12]
+    """The item transposed: its pitch columns only (midi_pitch, octave, pitch class, played pitch), as if
+    written in another key. A shift that would leave the keyboard is shortened to its end."""
+    x = item["x"].copy()
+    at = {column: k for k, column in enumerate(info["columns"])}
+
+    def raw(column: str) -> np.ndarray:
+        k = at[column]
+        return item["x"][:, k] * info["std"][k] + info["mean"][k]
+
+    rows = {}  # where each column of pitches holds one
+    if "midi_pitch" in at:
+        rows["midi_pitch"] = item["voice"] > 0
+    if "raw_pitch" in at:
+        rows["raw_pitch"] = raw("raw_velocity") > 0.5
+    pitches = np.concatenate([raw(column)[held] for column, held in rows.items()]).round().astype(int)
+    semitones = max(min(semitones, KEYBOARD[1] - pitches.max()), KEYBOARD[0] - pitches.min())
+    for column, held in rows.items():
+        x[held, at[column]] += semitones / info["std"][at[column]]
+    if "pitch:0" in at:  # octave, then twelve pitch classes
+        octave, written = at["pitch:0"], item["voice"] > 0
+        classes = slice(octave + 1, octave + 13)
+        pitch = (x[written, octave] * 4 + 5) * 12 + x[written, classes].argmax(1) + semitones
+        x[written, octave] = (pitch // 12 - 5) / 4
+        x[written, classes] = np.eye(12)[pitch.astype(int) % 12]
     return item | {"x": x}
 
 
 def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world: int = 1) -> list[list[int]]:
-    """Shuffled batches of `batch * world` indices of similar length (less padding), the same for the same seed and epoch.
-    Process r takes every world-th from r; with several processes the first items of the shuffle come twice to fill the last batch."""
+    """Shuffled batches of `batch * world` indices of similar length (less padding), the same for the same
+    seed and epoch. Process r takes every world-th from r; with several processes the first items of the
+    shuffle come twice to fill the last batch."""
     rng = np.random.default_rng((seed, epoch))
     size, order = batch * world, rng.permutation(len(lengths))
     if world > 1:
-        order = np.resize(order, -(-len(order) // size) * size)
-    pools = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
-    order = np.concatenate([pool[np.argsort(np.array(lengths)[pool], kind="stable")] for pool in pools])
-    batches = [order[i : i + size].tolist() for i in range(0, len(order), size)]
+        order = np.resize(order, math.ceil(len(order) / size) * size)
+    batches = []
+    for start in range(0, len(order), 16 * size):
+        pool = order[start : start + 16 * size]
+        pool = pool[np.argsort(np.array(lengths)[pool], kind="stable")]
+        batches += [pool[i : i + size].tolist() for i in range(0, len(pool), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches for models.HAN
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The network works on the notes (beats, measures) of all pieces laid end to end, without padding; only the
 # LSTMs see padded sequences. Everything whose size depends on the data is decided here, so that the forward
 # pass reads sizes from tensor shapes and never waits for the device.
-
-# a new grid starts where at most this share of the sequences goes on, after at least this many steps
-CUT_SHARE = 0.65
-CUT_STEPS = 12
 
 
 def collate_han(items: list[dict]) -> dict:
     """Joins pieces into one batch for `models.HAN`.
 
-    items: dicts with x (T, F) float32, voice (0 = none), beat, measure (T,); optional y (19,), stats (S,), name.
-    Returns, for B pieces, T notes in the longest, N notes, NB beats, NM measures in all:
+    items: dicts with x (T, F) float32, voice (0 = none), beat, measure (T,); optional y (19,), stats (S,),
+    name. Returns, for B pieces, T notes in the longest, N notes, NB beats, NM measures in all:
 
-    x (B, T, F) zero-padded · lengths (B,) · mask (B, T) True = note · voice, beat, measure (B, T), 0 at padding,
-    beat and measure counted from 0 without gaps in each piece · y (B, 19), stats (B, S) if every item has them ·
-    names (list, None where an item has none).
+    x (B, T, F) zero-padded · lengths (B,) · mask (B, T) True = note · voice, beat, measure (B, T), 0 at
+    padding, beat and measure counted from 0 without gaps in each piece · y (B, 19), stats (B, S) if every
+    item has them · names (list, None where an item has none).
 
-    piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of each
-    member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
-    {note,voice,beat,measure}_grid0, 1, ... (2, steps, sequences) and _slot (2, members): see `_sequence_grids`.
+    piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of
+    each member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) voice > 0 ·
+    {note,voice,beat,measure}_grid (2, steps, sequences), _slot (2, members): see `_sequence_grid`.
     """
-    for item in items or [{"x": ()}]:
-        if not len(item["x"]) or any(
-            len(item.get(k, ())) != len(item["x"]) for k in ("voice", "beat", "measure")
-        ):
-            raise DataError(
-                f"batch: item {item.get('name')} has {len(item['x'])} notes and {[len(item.get(k, ())) for k in ('voice', 'beat', 'measure')]} places; "
-                "expected at least one item, and as many voices, beats and measures as notes; check what made it"
-            )
     lengths = np.array([len(item["x"]) for item in items])
-    B, T, N = len(items), int(lengths.max()), int(lengths.sum())
+    B, T, N = len(items), lengths.max(), lengths.sum()
     piece = np.repeat(np.arange(B), lengths)
     time = np.arange(N) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    voice = np.concatenate([np.asarray(item["voice"]) for item in items]).astype(np.int64)
+    x = np.zeros((B, T, np.shape(items[0]["x"])[1]), np.float32)
+    x[piece, time] = np.concatenate([item["x"] for item in items])
+    voice = np.concatenate([item["voice"] for item in items]).astype(np.int64)
     note_beat, beat_piece, beat_first = _groups(piece, items, "beat")
-    note_measure, measure_piece, measure_first = _groups(piece, items, "measure")
+    note_measure, measure_piece, _ = _groups(piece, items, "measure")
 
-    x = torch.zeros(B, T, np.shape(items[0]["x"])[1])
-    for row, item in zip(x, items, strict=True):
-        row[: len(item["x"])] = torch.as_tensor(item["x"])
-    flat = {
-        "voice": voice,
-        "beat": note_beat - np.searchsorted(beat_piece, piece),
-        "measure": note_measure - np.searchsorted(measure_piece, piece),
-    }
-    padded = {name: np.zeros((B, T), np.int64) for name in flat}
-    for name, values in flat.items():
-        padded[name][piece, time] = values
+    def padded(values: np.ndarray) -> np.ndarray:
+        table = np.zeros((B, T), np.int64)
+        table[piece, time] = values
+        return table
 
-    batch = {"x": x, "names": [item.get("name") for item in items]}
-    arrays = padded | {
+    arrays = {
+        "x": x,
         "lengths": lengths,
         "mask": np.arange(T) < lengths[:, None],
+        "voice": padded(voice),
+        "beat": padded(note_beat - np.searchsorted(beat_piece, piece)),
+        "measure": padded(note_measure - np.searchsorted(measure_piece, piece)),
         "piece": piece,
         "time": time,
         "voiced": voice > 0,
@@ -2578,629 +2557,244 @@ def collate_han(items: list[dict]) -> dict:
         "beat_piece": beat_piece,
         "measure_piece": measure_piece,
     }
-    of_voice = np.where(voice > 0, piece * (voice.max() + 1) + voice, -1)
-    keys = {"note": piece, "voice": of_voice, "beat": beat_piece, "measure": measure_piece}
-    for name, key in keys.items():
-        arrays |= _sequence_grids(key, name)
-    batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    voice_of_piece = np.where(voice > 0, piece * (voice.max() + 1) + voice, -1)
+    sequences = {"note": piece, "voice": voice_of_piece, "beat": beat_piece, "measure": measure_piece}
+    for name, sequence in sequences.items():
+        arrays |= _sequence_grid(sequence, name)
     for name in ("y", "stats"):
         if all(item.get(name) is not None for item in items):
-            rows = [torch.as_tensor(item[name], dtype=torch.float32) for item in items]
-            batch[name] = torch.stack(rows)
-    return batch
+            arrays[name] = np.stack([np.asarray(item[name], np.float32) for item in items])
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return batch | {"names": [item.get("name") for item in items]}
 
 
 def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Beats or measures counted over the batch: group of each note (N,), piece and first note of each group."""
-    number = np.concatenate([np.asarray(item[name]) for item in items]).astype(np.int64)
-    pairs = np.stack([piece, number], axis=1)
-    unique, first, group = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-    return group.reshape(-1), np.ascontiguousarray(unique[:, 0]), first
+    """Beats or measures counted over the batch: group of each note (N,), piece and first note of each
+    group."""
+    number = np.concatenate([item[name] for item in items]).astype(np.int64)
+    _, first, group = np.unique(np.stack([piece, number]), axis=1, return_index=True, return_inverse=True)
+    return group.reshape(-1), piece[first], first
 
 
-def _sequence_grids(key: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-    """Lays the members with the same key, in their order, out as padded sequences; key -1: in no sequence.
+def _sequence_grid(sequence: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Lays the members of the same sequence number (-1: in none), in their order, side by side as padded
+    sequences.
 
-    The sequences stand side by side, longest first, and are cut in time where many have ended, so that little
-    padding is computed; an LSTM goes from one piece of the grid to the next with its state. PREFIX_grid0, 1, ...
-    (2, steps, live sequences): member at each position, forward and with every sequence reversed by its own length;
-    padding repeats member 0, harmless since it comes after the sequence and is never read back.
-    PREFIX_slot (2, members): position of each member in the flattened grids of either direction, end to end.
+    NAME_grid (2, steps, sequences): member at each position, forward and with every sequence reversed by its
+    own length; padding repeats member 0, harmless since it comes after the sequence and is never read back.
+    NAME_slot (2, members): position of each member in the flattened grid of either direction.
     """
-    order = np.argsort(key, kind="stable")[np.sum(key < 0) :]
-    sequences = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
-    sequences.sort(key=len, reverse=True)
-    length = np.array([max(len(members), 1) for members in sequences])
-    whole = np.zeros((2, length[0], len(sequences)), np.int64)
-    for s, members in enumerate(sequences):
-        whole[0, : len(members), s] = members
-        whole[1, : len(members), s] = members[::-1]
-
-    cuts = _cuts(length)
-    live = [int((length > start).sum()) for start in cuts[:-1]]
-    grids = [whole[:, a:b, :n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)]
-    slot = np.zeros((2, len(key)), np.int64)
-    filled = [
-        np.arange(b - a)[:, None] + a < length[:n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)
-    ]
-    position = np.flatnonzero(np.concatenate([f.reshape(-1) for f in filled]))
-    for direction in range(2):
-        members = np.concatenate([grid[direction].reshape(-1) for grid in grids])
-        slot[direction, members[position]] = position
-    return {f"{prefix}_grid{k}": grid for k, grid in enumerate(grids)} | {f"{prefix}_slot": slot}
+    members = np.argsort(sequence, kind="stable")[np.sum(sequence < 0) :]
+    _, column, length = np.unique(sequence[members], return_inverse=True, return_counts=True)
+    step = np.arange(len(members)) - (np.cumsum(length) - length)[column]
+    columns = max(len(length), 1)
+    grid = np.zeros((2, length.max(initial=1), columns), np.int64)
+    slot = np.zeros((2, len(sequence)), np.int64)
+    for direction, row in enumerate([step, length[column] - 1 - step]):
+        grid[direction, row, column] = members
+        slot[direction, members] = row * columns + column
+    return {f"{name}_grid": grid, f"{name}_slot": slot}
 
 
-def _cuts(length: np.ndarray) -> list[int]:
-    """Times at which to cut sequences of these lengths (longest first): 0, ..., longest."""
-    cuts = [0]
-    rows = len(length)
-    for step in np.unique(length)[:-1]:
-        live = int((length > step).sum())
-        if live <= CUT_SHARE * rows and step - cuts[-1] >= CUT_STEPS:
-            cuts.append(int(step))
-            rows = live
-    return [*cuts, int(length[0])]
-
-
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Synthetic PercePiano
-# -----------------------------------------------------------------------------------------------------------------
-# Names of the public corpus: (work_<N>bars, players, segment), one list per work.
-_BEETHOVEN = (
-    "thema",
-    "var3",
-    "var4",
-    "var5",
-    "var6",
-    "var8",
-    "var9",
-    "var10",
-    "var12",
-    "var15",
-    "var17",
-    "var18",
-    "var23",
-    "var25",
+# ------------------------------------------------------------------------------------------------------------
+
+SYNTHETIC_VERSION = (
+    2  # count up when `synth_percepiano` writes other bytes: the built-in corpus is written anew
 )
-_D960_PLAYERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12)
-_SYNTH_WORKS = (
-    [
-        (f"Beethoven_WoO80_{variation}_8bars", (1, 2, 3, 4, 7, 11, 14, 18, 19, 22, 24, 26), f"{s}")
-        for s, variation in enumerate(_BEETHOVEN, 1)
-    ],
-    [("Schubert_D935_no.3_4bars", (1, 2, 3, 6, 9, 12, 13), f"{s}") for s in range(1, 38, 4)],
-    [("Schubert_D960_mv2_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 18)],
-    [("Schubert_D960_mv3_8bars", _D960_PLAYERS, f"{s:02d}") for s in range(1, 38)],
+SYNTHETIC_WORKS = (
+    "Beethoven_WoO80_var3_8bars",
+    "Schubert_D935_no.3_4bars",
+    "Schubert_D960_mv2_8bars",
+    "Schubert_D960_mv3_8bars",
 )
-_QUESTIONS = (
-    "1_1_1",
-    "2_1_1",
-    "2_2_1",
-    "3_1_1",
-    "3_2_1",
-    "4_1_1",
-    "4_2_1",
-    "4_3_1",
-    "4_4_1_5_2_1",
-    "5_3_1",
-    "5_5_1",
-    "6_1_1",
-    "6_4_1",
-    "6_5_1_5_4_1",
-    "6_6_1_5_1_1",
-    "7_1_1",
-    "7_2_1",
-    "8_1_1",
-    "9_1_1",
-    "9_2_1",
+# What a performance is made from, each about N(0, 1), three to a style; `_play` says what one unit does.
+# fmt: off
+LATENTS = (
+    "tempo", "loud", "hard",
+    "rubato", "range", "voicing",
+    "noise", "error", "blur",
+    "length", "pedal", "soft",
 )
-_CSV_COLUMNS = ["user", "dataID", "filename", *(f"Question_{q}" for q in _QUESTIONS), "message"]
-
-# What a performance is made from, each in units of its own spread (0 = average); _play says what one unit does.
-_LATENTS = (
-    "tempo",
-    "rubato",
-    "noise",
-    "loud",
-    "range",
-    "length",
-    "hard",
-    "voicing",
-    "spread",
-    "pedal",
-    "blur",
-    "soft",
-    "error",
-)
-# Latents move together: how each loads on three styles (energy, freedom, carelessness), so that few examples teach a model much.
-_STYLES = {
-    "tempo": 0,
-    "loud": 0,
-    "hard": 0,
-    "rubato": 1,
-    "range": 1,
-    "spread": 1,
-    "voicing": 1,
-    "noise": 2,
-    "error": 2,
-    "blur": 2,
-}
-_MECHANICAL = {
-    "rubato": -9,
-    "noise": -9,
-    "spread": -9,
-    "error": -9,
-    "voicing": -1.3,
-    "pedal": -3,
-    "soft": -3,
-    "hard": -2,
-}
-_RENDERINGS = {"Score": _MECHANICAL, "Score2": _MECHANICAL | {"pedal": 0.5, "loud": -0.7, "length": 0.6}}
-
-# The known truth: each rating is this weighted sum of the latents, scaled to unit weight; the high end is the last named one.
-# tempo and loud count as heard (with the score's own tempo and dynamics), minor is 1 for a piece in minor and -1 in major.
-RATING_WEIGHTS = {
-    "Timing_Stable_Unstable": dict(noise=0.8, rubato=0.6, error=0.3),
-    "Articulation_Long_Short": dict(length=-1.0, pedal=-0.2),
-    "Articulation_Soft_cushioned_Hard_solid": dict(hard=0.7, loud=0.5, soft=-0.3, length=-0.3),
-    "Pedal_Sparse/dry_Saturated/wet": dict(pedal=1.0, blur=0.2),
-    "Pedal_Clean_Blurred": dict(blur=0.8, pedal=0.5),
-    "Timbre_Even_Colorful": dict(voicing=0.6, range=0.5, soft=0.2),
-    "Timbre_Shallow_Rich": dict(pedal=0.5, loud=0.5, voicing=0.4),
-    "Timbre_Bright_Dark": dict(loud=-0.6, soft=0.5, minor=0.3, tempo=-0.3),
-    "Timbre_Soft_Loud": dict(loud=0.9, hard=0.3, soft=-0.2),
-    "Dynamic_Sophisticated/mellow_Raw/crude": dict(loud=0.5, hard=0.5, noise=0.3, error=0.2),
-    "Dynamic_Little_dynamic_range_Large_dynamic_range": dict(range=0.9, hard=0.3),
-    "Music_Making_Fast_paced_Slow_paced": dict(tempo=-0.9, rubato=0.2),
-    "Music_Making_Flat_Spacious": dict(rubato=0.5, range=0.5, pedal=0.4, tempo=-0.3),
-    "Music_Making_Disproportioned_Balanced": dict(noise=-0.6, error=-0.4, voicing=0.3, blur=-0.3),
-    "Music_Making_Pure_Dramatic/expressive": dict(range=0.6, rubato=0.5, loud=0.3),
-    "Emotion_&_Mood_Optimistic/pleasant_Dark": dict(minor=0.3, tempo=-0.6, soft=0.4, length=0.4),
-    "Emotion_&_Mood_Low_Energy_High_Energy": dict(tempo=0.5, loud=0.7, hard=0.3),
-    "Emotion_&_Mood_Honest_Imaginative": dict(rubato=0.6, voicing=0.4, spread=0.4),
-    "Interpretation_Unsatisfactory/doubtful_Convincing": dict(
-        noise=-0.5, error=-0.3, range=0.4, voicing=0.4, blur=-0.3
-    ),
+# fmt: on
+# The known truth: what raises (or, with a minus, lowers) each rating, in equal shares. Tempo counts as heard.
+RATING_RULES = {
+    "Timing_Stable_Unstable": "noise rubato error",
+    "Articulation_Long_Short": "-length -pedal",
+    "Articulation_Soft_cushioned_Hard_solid": "hard loud -soft -length",
+    "Pedal_Sparse/dry_Saturated/wet": "pedal blur",
+    "Pedal_Clean_Blurred": "blur pedal",
+    "Timbre_Even_Colorful": "voicing range",
+    "Timbre_Shallow_Rich": "pedal loud voicing",
+    "Timbre_Bright_Dark": "-loud soft -tempo",
+    "Timbre_Soft_Loud": "loud hard -soft",
+    "Dynamic_Sophisticated/mellow_Raw/crude": "loud hard noise error",
+    "Dynamic_Little_dynamic_range_Large_dynamic_range": "range hard",
+    "Music_Making_Fast_paced_Slow_paced": "-tempo",
+    "Music_Making_Flat_Spacious": "rubato range pedal -tempo",
+    "Music_Making_Disproportioned_Balanced": "-noise -error voicing -blur",
+    "Music_Making_Pure_Dramatic/expressive": "range rubato loud",
+    "Emotion_&_Mood_Optimistic/pleasant_Dark": "-tempo soft length",
+    "Emotion_&_Mood_Low_Energy_High_Energy": "tempo loud hard",
+    "Emotion_&_Mood_Honest_Imaginative": "rubato voicing range",
+    "Interpretation_Unsatisfactory/doubtful_Convincing": "-noise -error range voicing -blur",
 }
 
-_DIVISIONS = 8  # ticks per quarter
-_METRES = ((3, 4, 8), (2, 2, 16), (4, 4, 8), (6, 8, 12))  # numerator, denominator, ticks of a beat
-_RHYTHMS = {
-    8: ((8,), (8,), (4, 4), (6, 2)),
-    12: ((12,), (8, 4), (4, 4, 4)),
-    16: ((16,), (8, 8), (12, 4), (8, 4, 4)),
-}
-_NOTE_TYPES = {
-    2: "16th",
-    4: "eighth",
-    6: "eighth.",
-    8: "quarter",
-    12: "quarter.",
-    16: "half",
-    24: "half.",
-    32: "whole",
-}
-_TEMPI = (("Andante", 72), ("Moderato", 92), ("Allegretto", 108), ("Allegro", 126), ("Vivace", 138))
-_LEVELS = {"p": -1.0, "mp": -0.4, "mf": 0.4, "f": 1.0}
 
+class _Chord(NamedTuple):
+    """Notes that begin together in one voice (1: melody, 5: accompaniment); onset and duration in
+    quarters."""
 
-@dataclass
-class _Event:
-    """A note, chord (several pitches) or rest (none) of one voice; onset and length in ticks; tags: notations by name."""
-
-    onset: int
-    ticks: int
+    onset: float
+    duration: float
     pitches: list[int]
     voice: int
-    tags: set[str] = field(default_factory=set)
-    grace: int = 0
 
 
-@dataclass
-class _Piece:
-    """bars: lists of events; levels: a dynamic mark per bar or ""; wedge: (bar, +1 or -1) of the hairpin, one bar long."""
-
-    metre: tuple[int, int, int]
+class _Piece(NamedTuple):
+    bars: int
+    beats: int  # quarters a bar
     fifths: int
-    minor: bool
-    tempo: tuple[str, int]
-    pickup: int  # ticks, 0 for none
-    padded: (
-        bool  # the pickup bar is filled up with hidden rests, as in D935 no.3; otherwise it is a short bar
-    )
-    rit: bool
-    bars: list[list[_Event]]
-    levels: list[str]
-    wedge: tuple[int, int]
-
-    @property
-    def bar_ticks(self) -> int:
-        return 4 * _DIVISIONS * self.metre[0] // self.metre[1]
+    pace: float  # what the score says, in the unit of the latent `tempo`
+    dynamic: str
+    chords: list[_Chord]
 
 
-def _compose(rng: np.random.Generator, bars: int, number: int) -> _Piece:
-    """A piece in one key over a chord per bar; metre and pickup go by its number, so that all kinds occur."""
-    metre, minor, tonic = _METRES[(number + number // 4) % 4], bool(rng.random() < 0.4), int(rng.integers(12))
-    levels = [""] * bars
-    levels[0], levels[bars // 2] = rng.choice(list(_LEVELS), 2, replace=False).tolist()
-    piece = _Piece(
-        metre,
-        (7 * (tonic + 3 * minor) + 5) % 12 - 5,
-        minor,
-        _TEMPI[rng.integers(len(_TEMPI))],
-        metre[2] if number % 8 in (1, 2) else 0,
-        number % 8 == 1,
-        bool(rng.random() < 0.4),
-        [],
-        levels,
-        (bars // 2 - 1, int(rng.choice([-1, 1]))),
-    )
-    scale = (0, 2, 3, 5, 7, 8, 11) if minor else (0, 2, 4, 5, 7, 9, 11)
-    # Pitches by scale step; step 0 is the tonic in the octave from G2.
-    steps = [43 + (tonic - 43) % 12 + 12 * (step // 7) + scale[step % 7] for step in range(-14, 28)]
-    roots, style, degree = (
-        ((0, 3, 4, 0), (0, 5, 3, 4), (0, 1, 4, 0))[rng.integers(3)],
-        int(rng.integers(3)),
-        14,
-    )
-    for b in range(bars):
-        start, last = b * piece.bar_ticks, b == bars - 1
-        first = start + piece.bar_ticks - piece.pickup if piece.pickup and b == 0 else start
-        root = 0 if last else roots[b % 4]
-        melody, degree = _melody(rng, piece, first, start + piece.bar_ticks, root, degree, steps, last)
-        events = [
-            _Event(start, first - start, [], v, {"hidden"}) for v in (1, 5) if first > start and piece.padded
-        ] + melody
-        if b and rng.random() < 0.15 and not melody[0].grace:
-            before = [e for e in piece.bars[-1] if e.voice == 1][-1]
-            before.tags = (before.tags - {"staccato"}) | {"tie start"}
-            melody[0].tags.add("tie stop")
-            melody[0].pitches = list(before.pitches)
-        if first == start and rng.random() < 0.35:
-            events.append(_Event(start, piece.bar_ticks, [steps[14 + root + 7], steps[14 + root + 9]], 2))
-        chord = [steps[14 + root + d - 7 * (root > 3)] for d in (0, 2, 4)]
-        piece.bars.append(
-            events
-            + (
-                [_Event(first, piece.pickup, [], 5)]
-                if first > start
-                else _accompaniment(rng, start, piece, chord, 0 if last else style)
-            )
-        )
-    return piece
+def _qpm(tempo: float) -> float:
+    return 100 * 2 ** (0.3 * tempo)
 
 
-def _melody(
-    rng: np.random.Generator,
-    piece: _Piece,
-    tick: int,
-    end: int,
-    root: int,
-    degree: int,
-    steps: list[int],
-    last: bool,
-) -> tuple[list, int]:
-    """Voice 1 of one bar, a walk over the scale that meets the chord on every beat; and the step where it ends."""
-    melody, beat = [], piece.metre[2]
-    while tick < end:
-        rhythm = (piece.bar_ticks,) if last else _RHYTHMS[beat][rng.integers(len(_RHYTHMS[beat]))]
-        for i, ticks in enumerate(rhythm):
-            degree = int(np.clip(degree + rng.choice([-2, -1, 1, 2]), 10, 19))
-            if i == 0:
-                degree = min(
-                    (d for d in range(9, 21) if (d - root) % 7 in (0, 2, 4)), key=lambda d: abs(d - degree)
-                )
-            event = _Event(
-                tick,
-                ticks,
-                [steps[14 + degree]],
-                1,
-                {t for t, p in (("staccato", 0.1), ("accent", 0.07)) if rng.random() < p},
-            )
-            if len(rhythm) > 1 and max(rhythm) < 8:
-                event.tags.add(
-                    "beam " + ("begin" if i == 0 else "end" if i == len(rhythm) - 1 else "continue")
-                )
-            event.grace = steps[15 + degree] if ticks >= 8 and rng.random() < 0.06 else 0
-            melody.append(event)
-            tick += ticks
-    if len(melody) > 1 and rng.random() < 0.6:
-        melody[0].tags.add("slur start")
-        melody[-1].tags.add("slur stop")
-    melody[-1].tags.update({"fermata"} if last else ())
-    return melody, degree
-
-
-def _accompaniment(
-    rng: np.random.Generator, start: int, piece: _Piece, chord: list[int], style: int
-) -> list[_Event]:
-    """Voice 5 of one bar: a held chord (style 0), bass and chords (1) or a broken chord (2)."""
-    if style == 0:
-        return [_Event(start, piece.bar_ticks, chord, 5, {"arpeggiate"} if rng.random() < 0.3 else set())]
-    beat = piece.metre[2]
-    later = range(start + beat, start + piece.bar_ticks, beat)
-    if style == 1:
-        return [
-            _Event(start, beat, [chord[0] - 12], 5),
-            *(_Event(t, beat, chord[1:], 5, {"staccato"} if rng.random() < 0.4 else set()) for t in later),
-        ]
-    return [
-        _Event(start, beat, chord[:1], 5),
-        *(_Event(t, beat, [chord[1 + i % 2]], 5) for i, t in enumerate(later)),
-    ]
-
-
-def _note_xml(event: _Event, index: int, fifths: int, grace: bool = False) -> str:
-    """The index-th note of a chord, or the rest, or the grace note before it."""
-    tags, kind = event.tags, "eighth" if grace else _NOTE_TYPES.get(event.ticks, "")
-    xml = [
-        '<note print-object="no">' if "hidden" in tags else "<note>",
-        '<grace slash="yes"/>' if grace else "",
-        "<chord/>" if index else "",
-    ]
-    if event.pitches:
-        pitch = event.grace if grace else event.pitches[index]
-        name = ("C C# D D# E F F# G G# A A# B" if fifths >= 0 else "C Db D Eb E F Gb G Ab A Bb B").split()[
-            pitch % 12
-        ]
-        alter = {"#": "<alter>1</alter>", "b": "<alter>-1</alter>"}.get(name[1:], "")
-        xml.append(f"<pitch><step>{name[0]}</step>{alter}<octave>{pitch // 12 - 1}</octave></pitch>")
-    else:
-        xml.append("<rest/>")
-    xml.append("" if grace else f"<duration>{event.ticks}</duration>")
-    ties = [] if grace else [t for t in ("stop", "start") if f"tie {t}" in tags]
-    xml += [f'<tie type="{t}"/>' for t in ties] + [f"<voice>{event.voice}</voice>"]
-    xml.append(
-        f"<type>{kind.rstrip('.')}</type>{'<dot/>' * kind.endswith('.')}"
-        if kind and "hidden" not in tags
-        else ""
-    )
-    xml.append(f"<staff>{1 + (event.voice > 4)}</staff>")
-    notations = [f'<tied type="{t}"/>' for t in ties]
-    if index == 0 and not grace:
-        xml += [f'<beam number="1">{t}</beam>' for t in ("begin", "continue", "end") if f"beam {t}" in tags]
-        notations += [f'<slur type="{t}" number="1"/>' for t in ("start", "stop") if f"slur {t}" in tags]
-        notations += [f"<articulations><{t}/></articulations>" for t in ("accent", "staccato") if t in tags]
-        notations += ["<fermata/>"] * ("fermata" in tags)
-    notations += ["<arpeggiate/>"] * ("arpeggiate" in tags)
-    return "".join(xml) + (f"<notations>{''.join(notations)}</notations>" if notations else "") + "</note>\n"
-
-
-def _direction_xml(content: str, tempo: int = 0) -> str:
-    sound = f'<sound tempo="{tempo}"/>' if tempo else ""
-    return f"<direction><direction-type>{content}</direction-type><staff>1</staff>{sound}</direction>\n"
+def _compose(rng: np.random.Generator, bars: int) -> _Piece:
+    """A melody that walks over a scale, above one chord a bar."""
+    beats, fifths = int(rng.integers(2, 5)), int(rng.integers(6))
+    dynamic = ("p", "mp", "mf", "f")[rng.integers(4)]
+    tonic = 60 + 7 * fifths % 12
+    scale = [tonic + octave + step for octave in (-12, 0, 12) for step in (0, 2, 4, 5, 7, 9, 11)]
+    chords, degree = [], 14
+    for bar in range(bars):
+        root = (0, 3, 4, 0)[bar % 4]
+        chords.append(_Chord(bar * beats, beats, [scale[root], scale[root + 2], scale[root + 4]], 5))
+        onset, end = bar * beats, (bar + 1) * beats
+        while onset < end:
+            duration = min((0.5, 0.5, 1, 1, 1.5)[rng.integers(5)], end - onset)
+            degree = int(np.clip(degree + rng.integers(-2, 3), 9, 20))
+            chords.append(_Chord(onset, duration, [scale[degree]], 1))
+            onset += duration
+    return _Piece(bars, beats, fifths, rng.normal(), dynamic, chords)
 
 
 def _musicxml(piece: _Piece) -> str:
     xml = [
-        '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1">\n<part-list><score-part id="P1">'
-        '<part-name>Piano</part-name></score-part></part-list>\n<part id="P1">\n'
+        '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1"><part-list>'
+        '<score-part id="P1"><part-name>Piano</part-name></score-part></part-list><part id="P1">'
     ]
-    for b, events in enumerate(piece.bars):
-        short = ' implicit="yes"' if b == 0 and piece.pickup and not piece.padded else ""
-        xml.append(f'<measure number="{b + 1}"{short}>\n')
-        if b == 0:
+    for bar in range(piece.bars):
+        xml.append(f'<measure number="{bar + 1}">')
+        if bar == 0:
             xml.append(
-                f"<attributes><divisions>{_DIVISIONS}</divisions><key><fifths>{piece.fifths}</fifths></key><time><beats>{piece.metre[0]}</beats>"
-                f"<beat-type>{piece.metre[1]}</beat-type></time><staves>2</staves></attributes>\n"
+                f"<attributes><divisions>2</divisions><key><fifths>{piece.fifths}</fifths></key><time>"
+                f"<beats>{piece.beats}</beats><beat-type>4</beat-type></time><staves>2</staves></attributes>"
+                f"<direction><direction-type><dynamics><{piece.dynamic}/></dynamics></direction-type>"
+                f'<staff>1</staff><sound tempo="{_qpm(piece.pace):.0f}"/></direction>'
             )
-            xml.append(_direction_xml(f"<words>{piece.tempo[0]}</words>", piece.tempo[1]))
-        if piece.levels[b]:
-            xml.append(_direction_xml(f"<dynamics><{piece.levels[b]}/></dynamics>"))
-        if b == piece.wedge[0]:
-            xml.append(
-                _direction_xml(
-                    f'<wedge type="{"crescendo" if piece.wedge[1] > 0 else "diminuendo"}" number="1"/>'
-                )
-            )
-        if b == len(piece.bars) - 1 and piece.rit:
-            xml.append(_direction_xml("<words>rit.</words>"))
-        for voice in sorted({e.voice for e in events}):
-            line = [e for e in events if e.voice == voice]
-            if voice > 1:
-                xml.append(
-                    f"<backup><duration>{sum(e.ticks for e in events if e.voice == 1)}</duration></backup>\n"
-                )
-            for event in line:
-                xml += [_note_xml(event, 0, piece.fifths, grace=True)] * (event.grace > 0)
-                xml += [_note_xml(event, i, piece.fifths) for i in range(max(1, len(event.pitches)))]
-            if voice == 1 and b == piece.wedge[0]:
-                xml.append(_direction_xml('<wedge type="stop" number="1"/>'))
-        xml.append("</measure>\n")
-    return "".join(xml) + "</part>\n</score-partwise>\n"
+        for voice in (1, 5):
+            for chord in piece.chords:
+                if chord.voice == voice and chord.onset // piece.beats == bar:
+                    xml += [_note_xml(chord, pitch) for pitch in chord.pitches]
+            if voice == 1:
+                xml.append(f"<backup><duration>{2 * piece.beats}</duration></backup>")
+        xml.append("</measure>")
+    return "\n".join([*xml, "</part></score-partwise>\n"])
 
 
-def _clock(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> Callable:
-    """Score ticks -> seconds: phrase arch, slow random walk and ritardando around the tempo; the music starts at 0.5 s."""
-    ticks, bars = piece.bar_ticks, len(piece.bars)
-    grid = np.arange(0, bars * ticks + 1, 4)
-    shape = (
-        np.sin(np.pi * (grid / (4 * ticks) % 1))
-        - 0.6
-        + np.convolve(rng.normal(size=len(grid) + 8), np.ones(9) / 4, "valid")
-    )
-    shape -= 2 * piece.rit * np.maximum(0, grid / ticks - bars + 1)
-    octaves = z["tempo"] * 0.3 + 0.1 * np.exp(0.6 * z["rubato"]) * shape
-    seconds = np.concatenate([[0], np.cumsum(4 / _DIVISIONS * 60 / (piece.tempo[1] * 2 ** octaves[:-1]))])
-    seconds += 0.5 - np.interp((ticks - piece.pickup) * (piece.pickup > 0), grid, seconds)
-    return lambda tick: np.interp(tick, grid, seconds)
-
-
-def _velocity(piece: _Piece, event: _Event, z: dict[str, float]) -> float:
-    """Before chance: level, marks and hairpin by range, downbeats and accents by hardness, top voice by voicing."""
-    bar = event.onset // piece.bar_ticks
-    level = _LEVELS[piece.levels[0 if bar < len(piece.bars) // 2 else len(piece.bars) // 2]]
-    level += piece.wedge[1] * (event.onset / piece.bar_ticks - bar) * (bar == piece.wedge[0])
-    level += 0.5 * np.sin(np.pi * (event.onset / (4 * piece.bar_ticks) % 1))
-    stress = (event.onset % piece.bar_ticks == 0) + 1.5 * ("accent" in event.tags)
-    voice = (8 + 6 * z["voicing"]) * (0.6 if event.voice == 1 else -0.4)
+def _note_xml(chord: _Chord, pitch: int) -> str:
+    name = "C C# D D# E F F# G G# A A# B".split()[pitch % 12]
+    joined = "" if pitch == chord.pitches[0] else "<chord/>"
     return (
-        62
-        + 10 * z["loud"]
-        + 6 * np.exp(0.5 * z["range"]) * level
-        + 6 * np.exp(0.5 * z["hard"]) * stress
-        + voice
+        f"<note>{joined}<pitch><step>{name[0]}</step><alter>{len(name) - 1}</alter>"
+        f"<octave>{pitch // 12 - 1}</octave></pitch><duration>{2 * chord.duration:.0f}</duration>"
+        f"<voice>{chord.voice}</voice><staff>{1 + chord.voice // 5}</staff></note>"
     )
 
 
 def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple[list, list]:
-    """Notes [onset s, offset s, pitch, velocity, staff] and controls (s, number, value) of one performance."""
-    clock = _clock(piece, z, rng)
-    jitter, spread, error = (
-        scale * np.exp(0.6 * z[k]) for scale, k in ((0.012, "noise"), (0.012, "spread"), (0.005, "error"))
-    )
-    notes, taken, melody = [], set(), None
-    for event in [e for events in piece.bars for e in events if e.pitches]:
-        top, start, end = event.voice == 1, *clock([event.onset, event.onset + event.ticks])
-        if "tie stop" in event.tags:
-            melody[1] = end
-            continue
-        end = start + (end - start) * 0.82 * 2 ** (0.4 * z["length"]) * (
-            0.5 if "staccato" in event.tags else 1
-        )
-        loud = _velocity(piece, event, z)
-        if event.grace:
-            notes.append([start - 0.09, start - 0.01, event.grace, loud - 6, 1])
-        for i, pitch in enumerate(event.pitches):
-            # Below 1 the note is left out, below 2 wrong, below 3 it touches its neighbour. Voices share a key.
-            slip = rng.random() / min(error, 0.02)
-            if (event.onset, pitch) in taken or (slip < 1 and "tie start" not in event.tags):
-                continue
-            taken.add((event.onset, pitch))
-            onset = (
-                start
-                + rng.normal() * jitter
-                + i * spread * (1 + 3 * ("arpeggiate" in event.tags))
-                - 0.8 * spread * top
-            )
-            note = [
-                onset,
-                end + rng.normal() * jitter,
-                pitch + 2 * (1 <= slip < 2),
-                loud + 3 * np.exp(0.3 * z["noise"]) * rng.normal(),
-                1 + (event.voice > 4),
-            ]
-            melody = note if top else melody
-            notes += [note, [onset + 0.04, onset + 0.1, pitch + 1, loud - 15, 1]] if 2 <= slip < 3 else [note]
-    next_onset: dict[int, float] = {}
-    for note in sorted(notes, reverse=True):
-        note[1] = max(note[0] + 0.02, min(note[1], next_onset.get(note[2], np.inf) - 0.005))
-        note[3] = int(np.clip(np.rint(note[3]), 5, 125))
-        next_onset[note[2]] = note[0]
-    bars = clock(np.arange(len(piece.bars) + 1) * piece.bar_ticks)
-    return sorted(notes), _pedal(np.maximum(bars, 0.5).tolist(), z, rng)
+    """Notes (onset s, offset s, pitch, velocity) and controls (s, number, value) of one performance."""
+    quarter = 60 / _qpm(piece.pace + z["tempo"])
+    phrase = np.pi / 2 / piece.beats  # four bars, in radians per quarter
+    swing = min(0.1 * np.exp(0.6 * z["rubato"]), 0.6)
+
+    def clock(onset: float) -> float:
+        return 0.5 + quarter * (onset + swing * np.sin(phrase * onset) / phrase)
+
+    jitter = 0.01 * np.exp(0.6 * z["noise"])
+    notes = []
+    for chord in piece.chords:
+        length = clock(chord.onset + chord.duration) - clock(chord.onset)
+        length = max(length * 0.8 * 2 ** (0.4 * z["length"]), 0.03)
+        level = 64 + 10 * z["loud"] + 7 * np.exp(0.5 * z["range"]) * np.sin(phrase * chord.onset)
+        level += (6 + 5 * z["voicing"]) * (1 if chord.voice == 1 else -0.5)
+        if chord.onset % piece.beats == 0:
+            level += 5 * np.exp(0.5 * z["hard"])
+        for pitch in chord.pitches:
+            onset = clock(chord.onset) + jitter * rng.normal()
+            velocity = np.clip(level + 300 * jitter * rng.normal(), 5, 125)
+            if rng.random() < 0.01 * np.exp(0.6 * z["error"]):
+                pitch += 1
+            notes.append((onset, onset + length, pitch, round(velocity)))
+    return notes, _pedal([clock(bar * piece.beats) for bar in range(piece.bars + 1)], z)
 
 
-def _pedal(changes: list[float], z: dict[str, float], rng: np.random.Generator) -> list:
-    """One pedal per bar, pressed after and lifted at the change of harmony; blur lifts it late and not fully."""
-    depth, late = np.clip(75 + 25 * z["pedal"], 0, 127), 0.03 + 0.05 * max(0.0, 1 + z["blur"])
-    rest = depth * np.clip(0.15 + 0.25 * z["blur"], 0, 0.9)
-    controls = [(0.0, 67, int(np.clip(25 + 35 * z["soft"], 0, 127)))]
-    for start, end in zip(changes[:-1], changes[1:], strict=True):
-        if end > start and rng.random() < 1 / (1 + np.exp(-1 - 1.5 * z["pedal"])):
-            controls += [
-                (start + late + 0.04, 64, int(depth / 2)),
-                (start + late + 0.08, 64, int(depth)),
-                (end + late, 64, int(rest)),
-            ]
-        else:
-            controls.append((start + late + 0.04, 64, 0))
-    return [*controls, (changes[-1] + 1, 64, 0)]
+def _pedal(changes: list[float], z: dict[str, float]) -> list[tuple[float, int, int]]:
+    """One pedal a bar, pressed after the change of harmony; blur lifts it late and not fully."""
+    depth = np.clip(70 + 25 * z["pedal"], 0, 127)
+    rest = depth * np.clip(0.2 + 0.25 * z["blur"], 0, 0.9)
+    late = 0.02 + 0.05 * max(0, 1 + z["blur"])
+    controls = [(0.0, 67, round(np.clip(25 + 35 * z["soft"], 0, 127)))]
+    for change in changes:
+        controls.append((change + late, 64, round(rest)))
+        controls.append((change + late + 0.06, 64, round(depth)))
+    return controls
 
 
-def _save_midi(path: Path, notes: list, controls: list, staves: tuple = ((1, 2),)) -> None:
-    """One track per group of staves (score renderings have two); 480 ticks per quarter at 120 per minute."""
-    midi = mido.MidiFile(type=int(len(staves) > 1), ticks_per_beat=480)
-    for number, group in enumerate(staves):
-        events = [
-            (t, 0, mido.Message("control_change", control=c, value=v)) for t, c, v in controls if number == 0
-        ]
-        for on, off, pitch, velocity, staff in notes:
-            if staff in group:
-                events += [
-                    (on, 2, mido.Message("note_on", note=pitch, velocity=velocity)),
-                    (off, 1, mido.Message("note_off", note=pitch)),
-                ]
-        track = mido.MidiTrack(
-            [mido.MetaMessage("track_name", name="synthetic"), mido.MetaMessage("set_tempo", tempo=500000)]
-        )
-        now = 0
-        for t, _, message in sorted(events, key=lambda e: e[:2]):
-            tick = max(now, round(t * 960))
-            track.append(message.copy(time=tick - now))
-            now = tick
-        midi.tracks.append(track)
-    midi.save(path)
+def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
+    """One track of notes (onset s, offset s, pitch, velocity) and controls (s, number, value)."""
+    messages = [(second, mido.Message("control_change", control=c, value=v)) for second, c, v in controls]
+    for onset, offset, pitch, velocity in notes:
+        messages.append((onset, mido.Message("note_on", note=pitch, velocity=velocity)))
+        messages.append((offset, mido.Message("note_off", note=pitch)))
+    track = mido.MidiTrack()
+    now = 0
+    for second, message in sorted(messages, key=lambda m: m[0]):
+        tick = round(second * 960)  # 480 a quarter, 120 quarters a minute: what MIDI assumes
+        track.append(message.copy(time=tick - now))
+        now = tick
+    mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(path)
 
 
-def _true_ratings(piece: _Piece, z: dict[str, float], notes: list) -> np.ndarray:
-    """(19,) what raters would agree on, 1..7 before rounding."""
-    heard = {k: float(np.clip(v, -2.2, 2.2)) for k, v in z.items()} | {"minor": 1.0 if piece.minor else -1.0}
-    heard["tempo"] = (np.log2(piece.tempo[1] / 100) + 0.3 * z["tempo"]) / 0.45
-    heard["loud"] = (np.mean([n[3] for n in notes]) - 64) / 11
-    return np.array(
-        [
-            4 + 0.75 * sum(w * heard[k] for k, w in row.items()) / np.sqrt(sum(w * w for w in row.values()))
-            for row in RATING_WEIGHTS.values()
-        ]
-    )
-
-
-def _rate(
-    truth: np.ndarray, name: str, number: int, bias: np.ndarray, rng: np.random.Generator
-) -> tuple[list, list, list]:
-    """CSV rows of 11-14 raters of one performance, and the means and deviations that the public JSONs hold for them:
-    rows with a value above 7 dropped, empty = 0, mean over the non-zero ones / 7, deviation over all / 7."""
-    users = rng.choice(len(bias), rng.integers(11, 15), replace=False)
-    votes = np.clip(
-        np.rint(truth + rng.normal(0, 0.15, 19) + bias[users, None] + rng.normal(0, 1.2, (len(users), 19))),
-        1,
-        7,
-    )
-    votes[rng.random(votes.shape) < 0.003] = 0
-    votes[0, 0] = 8 if rng.random() < 0.15 else votes[0, 0]
-    empty = rng.random(votes.shape) < 0.5
-    rows = [
-        [
-            200 + int(u),
-            number + 1,
-            f"{name}.wav",
-            *("" if v == 0 and e else f"{v:.1f}" for v, e in zip(row, blank, strict=True)),
-            "",
-            "",
-        ]
-        for u, row, blank in zip(users, votes, empty, strict=True)
-    ]
-    votes = votes[(votes <= 7).all(1)]
-    return rows, (votes.sum(0) / (votes > 0).sum(0) / 7).tolist(), (votes.std(0) / 7).tolist()
-
-
-def _latents(seed: int, player: int, rng: np.random.Generator) -> dict[str, float]:
-    """A player's habits and this performance's own mood, about N(0, 1) each."""
-    habit, count = np.random.default_rng([seed, 1, player]), len(_LATENTS)
-    style = 0.6 * habit.normal(size=3) + 0.8 * rng.normal(size=3)
-    own = 0.6 * habit.normal(size=count) + 0.8 * rng.normal(size=count)
-    return {
-        k: float(0.7 * style[_STYLES[k]] + 0.71 * own[i]) if k in _STYLES else float(own[i])
-        for i, k in enumerate(_LATENTS)
-    }
+def _rate(z: dict[str, float], bias: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Votes (raters, 19) from 1 to 7, 0 where not given. What all would agree on, 4 + ..., is
+    RATING_RULES'."""
+    truth = []
+    for rule in RATING_RULES.values():
+        parts = [-z[word[1:]] if word.startswith("-") else z[word] for word in rule.split()]
+        truth.append(4 + 0.8 * sum(parts) / math.sqrt(len(parts)))
+    votes = truth + bias[:, None] + rng.normal(size=(len(bias), len(truth)))
+    return votes.round().clip(1, 7) * (rng.random(votes.shape) > 0.003)
 
 
 def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players: int = 12) -> None:
-    """Write a synthetic corpus in the layout of the public PercePiano repository: scores made up by a few rules, played
-    with known habits, rated by RATING_WEIGHTS plus rater noise. Same arguments, same bytes.
+    """Write a synthetic corpus in the layout of the public PercePiano repository: scores made up by a few
+    rules, played with known habits, rated by RATING_RULES plus rater noise. Same arguments, same bytes.
 
-    segments: 8..78, taken in turn from the four works; players: most human players per segment, 4..12, besides renderings
-    of the score. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
+    segments: 8 or more, taken in turn from the four works; players: human players per segment, 4..12, besides
+    a rendering of the score. A file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an
+    empty folder."""
     out = Path(out)
-    if not (8 <= segments <= 78 and 4 <= players <= 12):
-        raise DataError(
-            f"{out}: {segments} segments and {players} players asked for; expected 8..78 and 4..12; change the numbers"
-        )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(
-            f"{out}: exists and is not empty; expected a new or empty folder; remove it or name another with --out"
-        )
+    if segments < 8 or not 4 <= players <= 12:
+        raise DataError(f"{out}: {segments} segments, {players} players; expected 8 or more, and 4 to 12")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; remove it or name another folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -3211,48 +2805,49 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
 
 
 def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
-    folders = {k: root / "virtuoso/data" / k for k in ("all_2rounds", "score_xml", "score_midi")}
-    for folder in [*folders.values(), root / "labels"]:
-        folder.mkdir(parents=True)
-    queues = [list(work) for work in _SYNTH_WORKS]
-    bias, rows, means, stds, indices = np.random.default_rng([seed, 0]).normal(0, 0.4, 40), [], {}, {}, {}
-    for s in range(segments):
-        queue = queues[s % 4] or max(queues, key=len)
-        work, numbers, segment = queue.pop(0)
-        piece = _compose(np.random.default_rng([seed, 2, s]), 4 if "4bars" in work else 8, s)
-        (folders["score_xml"] / f"{work}_Score_{segment}.musicxml").write_text(
-            _musicxml(piece), encoding="utf-8", newline="\n"
-        )
-        chosen = [str(n) for n in sorted(np.roll(numbers, -s * players)[:players].tolist())]
-        for player in [*chosen, *(["Score"] if "D960" in work else _RENDERINGS)]:
-            name, number = f"{work}_{player}_{segment}", len(means)
-            rng = np.random.default_rng([seed, 3, s, number])
-            index = indices.setdefault(player, len(indices))
-            human = player not in _RENDERINGS
-            z = (
-                _latents(seed, int(player), rng)
-                if human
-                else dict.fromkeys(_LATENTS, 0.0) | _RENDERINGS[player]
-            )
-            notes, controls = _play(piece, z, rng)
-            # The public repository has this one file name with a leading space.
-            path = folders["all_2rounds"] / f"{' ' * (name == 'Schubert_D935_no.3_4bars_2_1')}{name}.mid"
-            _save_midi(path, notes, controls, ((1, 2),) if human else ((1,), (2,)))
-            if player == "Score":
-                shutil.copyfile(path, folders["score_midi"] / path.name)
-            item_rows, mean, stds[name] = _rate(_true_ratings(piece, z, notes), name, number, bias, rng)
-            rows += item_rows
-            means[name] = [*mean, index]
-    for kind, table in (("mean", means), ("std", stds)):
-        (root / f"label_2round_{kind}_reg_19_with0_rm_highstd0.json").write_text(
-            json.dumps(table), encoding="utf-8"
-        )
-    with (root / "labels/total_2rounds.csv").open("w", encoding="utf-8", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows([_CSV_COLUMNS, *rows])
-    (root / "SYNTHETIC").write_text(
-        f"Synthetic stand-in for PercePiano: {segments} made-up segments, {len(means)} performances, seed {seed}. No figure from it says anything about the real data.\n",
-        encoding="utf-8",
+    for folder in (MIDI_FOLDER, SCORE_FOLDER, "labels"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    habits = rng.normal(size=(12, 4 + len(LATENTS)))  # of each player: styles, latents
+    bias = rng.normal(0, 0.4, 12)  # of each rater
+    means, stds, rows = {}, {}, []
+    for segment in range(segments):
+        work = SYNTHETIC_WORKS[segment % 4]
+        piece = _compose(rng, 4 if "4bars" in work else 8)
+        score = f"{work}_Score_{1 + segment // 4}"
+        (root / SCORE_FOLDER / f"{score}.musicxml").write_bytes(_musicxml(piece).encode())
+        mechanical = dict.fromkeys(LATENTS, 0.0) | {"rubato": -3.0, "noise": -3.0, "error": -3.0}
+        played = {score: mechanical}
+        for k in range(players):
+            index = (segment * players + k) % 12
+            player = BEETHOVEN_PLAYERS[index] if "Beethoven" in work else str(index)
+            mood = 0.6 * habits[index] + 0.8 * rng.normal(size=habits.shape[1])
+            z = 0.7 * np.repeat(mood[:4], 3) + 0.7 * mood[4:]
+            played[score.replace("Score", player)] = dict(zip(LATENTS, z.tolist(), strict=True))
+        for name, z in played.items():
+            _save_midi(root / MIDI_FOLDER / f"{name}.mid", *_play(piece, z, rng))
+            votes = _rate(z | {"tempo": z["tempo"] + piece.pace}, bias, rng)
+            means[name] = [*(votes.sum(0) / (votes > 0).sum(0) / 7), 0]  # 0: a player's index, not read
+            stds[name] = (votes.std(0) / 7).tolist()
+            rows += [[rater, len(means), f"{name}.wav", *row] for rater, row in enumerate(votes)]
+    (root / MEAN_FILE).write_text(json.dumps(means))
+    (root / STD_FILE).write_text(json.dumps(stds))
+    with (root / RATINGS_FILE).open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["user", "dataID", "filename", *LABELS], *rows])
+    said = (
+        f"{segments} made-up segments, {len(means)} performances, seed {seed}: nothing here is real data.\n"
     )
+    (root / "SYNTHETIC").write_text(said)
+
+
+def synthetic_percepiano(cache: str | Path = "cache") -> Path:
+    """The folder of the built-in synthetic corpus, written on first use."""
+    root = Path(cache) / f"synthetic-percepiano-{SYNTHETIC_VERSION}"
+    if not (root / "SYNTHETIC").is_file():
+        synth_percepiano(root)
+    for stale in set(root.parent.glob("synthetic-percepiano-*")) - {root}:
+        shutil.rmtree(stale, ignore_errors=True)
+    return root
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5975,492 +5570,133 @@ def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
     return parts
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fetching
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SOURCES = {"percepiano": "https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"}
-FETCH_ATTEMPTS = 5
-FETCH_BACKOFF = 1.0  # seconds before the second attempt, doubled before each further one
 FETCH_TIMEOUT = 30.0  # seconds without a byte
-_UNPACKED_LIMIT = 2**28  # bytes, held in memory for a moment; the files needed take 20 to 30 MB
+_UNPACKED_LIMIT = 2**28  # bytes; the files needed take 20 to 30 MB
 _WANTED = re.compile(
-    r"virtuoso/data/(?:all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
-    rf"LICENSE|README\.md|{'|'.join(map(re.escape, (MEAN_FILE, STD_FILE, RATINGS_FILE)))}"
+    r"virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
+    rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)}"
 )
 _MANUAL = (
-    "download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give that folder "
-    "with --data"
+    "try again, or download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give "
+    "that folder with --data"
 )
 
 
 def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
-    """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`.
-
-    The archive grows in `<out>.part`, which a later call resumes where the server allows it, and is checked
-    (`check_percepiano`) before `out` appears. A complete `out` is left alone. Raises DataError: unknown name, no
-    network, wrong or damaged archive (then deleted), full disk, `out` holding something else.
+    """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`,
+    which appears once all is there and checked. A complete `out` is left alone. Raises DataError: unknown
+    name, no network, wrong or damaged archive, `out` holding something else.
     """
     if name not in SOURCES:
         raise DataError(f"dataset {name!r}: unknown; expected one of {', '.join(SOURCES)}")
-    url, out = url or SOURCES[name], Path(out)
-    if out.name in ("", ".."):
-        raise DataError(f"--out {out}: no folder name; expected the name of a new folder, e.g. data/{name}")
+    url, out = url or SOURCES[name], Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        try:
-            count = check_percepiano(out)
-        except DataError as error:
-            found = str(error).split(";")[0]
-            raise DataError(
-                f"{out}: exists but is not complete ({found}); move it away and fetch again"
-            ) from error
-        print(f"{out}: already complete, {count} performances; nothing fetched")
+        print(f"{out}: already there, {check_percepiano(out)} performances; nothing fetched")
         return out
-    part, tag = out.with_name(out.name + ".part"), out.with_name(out.name + ".part.etag")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, unpacked = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.unpacked")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part, tag)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
-            try:
-                root = Path(folder) / "unpacked"
-                _unpack(part, root)
-                count = check_percepiano(root)
-            except DataError as error:
-                part.unlink()
-                tag.unlink(missing_ok=True)
-                found = str(error).split(";")[0].replace(f"{root}{os.sep}", "")
-                raise DataError(f"{url}: not the {name} archive: {found}; deleted it; {_MANUAL}") from error
-            os.replace(root, out)
-        part.unlink()
-        tag.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or part}: {error.strerror or error}; expected a writable place with 1 GB "
-            "free; make room and run the same command again"
-        ) from error
+        _download(url, part)
+        _unpack(part, unpacked)
+        count = check_percepiano(unpacked)
+        os.replace(unpacked, out)
+    except DataError as error:
+        raise DataError(f"{url}: {error}; {_MANUAL}") from error
+    finally:
+        part.unlink(missing_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
     print(f"{out}: {count} performances from {url}")
     return out
 
 
 def check_percepiano(root: str | Path) -> int:
     """Number of performances under `root`, after making sure that the labels can be read, that every labelled
-    performance is there, that every performance has its score and that MIDI files are MIDI (not, say, links of a
-    file store). Raises DataError naming the first thing found wrong."""
-    data = Path(root) / "virtuoso" / "data"
-    performances = {path.stem.strip(): path for path in (data / "all_2rounds").glob("*.mid")}
-    scores = {path.stem.strip() for path in (data / "score_xml").glob("*.musicxml")}
-    labelled = read_labels(root)[0]
-    for name in sorted(labelled.keys() | performances.keys()):
-        if name not in performances:
-            raise DataError(
-                f"{data / 'all_2rounds' / name}.mid: missing, though labelled; expected every performance"
-            )
-        if score_of(name) not in scores:
-            raise DataError(
-                f"{data / 'score_xml' / score_of(name)}.musicxml: missing; expected the score of {name}"
-            )
-        with open(performances[name], "rb") as file:
-            if file.read(4) != b"MThd":
-                raise DataError(f"{performances[name]}: not a MIDI file; expected it to begin with MThd")
-    if not labelled:
-        raise DataError(f"{Path(root) / MEAN_FILE}: no labelled performance; expected at least one")
-    return len(performances)
+    performance is there with its score and that MIDI files are MIDI (not, say, links of a file store). Raises
+    DataError naming the first thing found wrong."""
+    root = Path(root)
+    files = _performance_files(root)[0]
+    for name in sorted(read_labels(root)[0].keys() | files.keys()):
+        midi = files.get(name, root / MIDI_FOLDER / f"{name}.mid")
+        score = root / SCORE_FOLDER / f"{score_of(name)}.musicxml"
+        for path in (midi, score):
+            if not path.is_file():
+                raise DataError(f"{path}: missing; expected every labelled performance and its score")
+        if midi.read_bytes()[:4] != b"MThd":
+            raise DataError(f"{midi}: not a MIDI file; expected it to begin with MThd")
+    return len(files)
 
 
-def _download(url: str, part: Path, tag: Path) -> None:
-    for attempt in range(FETCH_ATTEMPTS):
-        if attempt:
-            time.sleep(FETCH_BACKOFF * 2 ** (attempt - 1))
-        try:
-            return _receive(url, part, tag)
-        except urllib.error.HTTPError as error:
-            failure = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:  # asked for more than there is: the part is whole, or of something else
-                if error.headers.get("Content-Range", "") == f"bytes */{part.stat().st_size}":
-                    return None
-                part.unlink()
-            elif error.code < 500 and error.code != 429:
-                break
-        except (
-            urllib.error.URLError,
-            http.client.HTTPException,
-            ConnectionError,
-            TimeoutError,
-            ValueError,
-        ) as error:
-            failure = str(getattr(error, "reason", error)) or type(error).__name__
-    raise DataError(f"{url}: {failure}; expected the dataset's archive; try again later or {_MANUAL}")
-
-
-def _receive(url: str, part: Path, tag: Path) -> None:
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
-    with urllib.request.urlopen(
-        urllib.request.Request(url, headers=headers), timeout=FETCH_TIMEOUT
-    ) as response:
-        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-"
-        ):
-            part.unlink()
-            raise ConnectionError("the server answered with another range than asked for")
-        have = have if response.status == 206 else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name, disable=None) as bar,
-        ):
-            if not have:
-                tag.unlink(missing_ok=True)
-                if version := response.headers.get("ETag") or response.headers.get("Last-Modified"):
-                    tag.write_text(version)
-            while chunk := _read_response(response):
-                file.write(chunk)
-                have += len(chunk)
-                bar.update(len(chunk))
-    if total is not None and have < total:
-        raise ConnectionError(f"connection cut after {have} of {total} bytes")
-
-
-def _read_response(response: http.client.HTTPResponse) -> bytes:
+def _download(url: str, part: Path) -> None:
     try:
-        return response.read(2**16)
-    except OSError as error:  # worth another attempt, which an OSError of the disk is not
-        raise ConnectionError(str(error)) from error
+        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as response, part.open("wb") as file:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(file, "write", total=size or None, desc=part.name, disable=None) as counted:
+                shutil.copyfileobj(response, counted)
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ValueError,
+    ) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise DataError(f"no download ({error})") from error
+    if size and part.stat().st_size != size:
+        raise DataError(f"connection cut after {part.stat().st_size} of {size} bytes")
 
 
 def _unpack(archive: Path, root: Path) -> None:
-    with open(archive, "rb") as file:
-        head = file.read(40)
-    if not head.startswith(b"PK"):
-        raise DataError(f"not a zip file, begins with {head!r}")
+    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of
+    `root`."""
     try:
         with zipfile.ZipFile(archive) as source:
-            # inside the archive's one top folder; matching whole paths leaves no way out of `root`
             entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
             wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
-            if any(
-                entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                for entry in wanted.values()
-            ):
-                raise zipfile.BadZipFile("unusual compression")
-            size = sum(entry.file_size for entry in wanted.values())
-            if size > _UNPACKED_LIMIT:
-                raise zipfile.BadZipFile(f"would unpack to {size} bytes, more than {_UNPACKED_LIMIT}")
-            bodies = {path: source.read(entry) for path, entry in wanted.items()}
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-    ) as error:
-        raise DataError(f"damaged zip file ({error})") from error
-    for path, body in bodies.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(body)
+            if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
+                raise ValueError(f"more than {_UNPACKED_LIMIT} bytes")
+            for path, entry in wanted.items():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                (root / path).write_bytes(source.read(entry))
+    except ZIP_ERRORS as error:
+        raise DataError(f"not a zip file that can be unpacked ({error})") from error
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# -----------------------------------------------------------------------------------------------------------------
-def synthetic_percepiano(cache: str | Path = "cache") -> Path:
-    """The folder of the built-in synthetic corpus, written on first use and again when this module has changed."""
-    root = Path(cache) / f"synthetic-percepiano-{hashlib.sha1(Path(__file__).read_bytes()).hexdigest()[:8]}"
-    if not (root / "SYNTHETIC").is_file():
-        synth_percepiano(root)
-    return root
+# ------------------------------------------------------------------------------------------------------------
 
 
 def report_percepiano(corpus: Corpus) -> None:
     """Print what was read, how well it matches, and what was left out and why."""
     items = corpus.items
-    rates = np.array([item["match_rate"] for item in items.values()])
-    notes = np.array([len(item["x"]) for item in items.values()])
-    extra = sum(int((item["voice"] == 0).sum()) for item in items.values())
-    unrated = sorted(name for name, item in items.items() if "y" not in item)
-    apart = sorted(
-        (name for name in items if items[name]["match_rate"] < MISALIGNED),
-        key=lambda n: items[n]["match_rate"],
-    )
+    kind = " (SYNTHETIC)" if corpus.synthetic else ""
+    rates = {name: item["match_rate"] for name, item in items.items()}
+    unrated = [name for name, item in items.items() if "y" not in item]
+    segments = ", ".join(sorted({segment_of(name) for name in unrated}))
     print(
-        f"{corpus.root}{' (SYNTHETIC)' if corpus.synthetic else ''}: {len(items)} performances of {len({score_of(n) for n in items})} scores, "
-        f"{notes.sum()} notes ({notes.min()} to {notes.max()}, median {np.median(notes):.0f}; {extra} played without a score note)"
+        f"{corpus.root}{kind}: {len(items)} performances of {len({score_of(name) for name in items})} scores"
     )
-    print(
-        f"match rate: mean {rates.mean():.4f}, 5th percentile {np.quantile(rates, 0.05):.4f}, lowest {rates.min():.4f}; under {MISALIGNED}: {len(apart)}"
-    )
-    for name in apart:
-        print(f"  {name} {items[name]['match_rate']:.3f}: kept out of training unless --keep-misaligned")
-    segments = sorted({segment_of(name) for name in unrated})
-    print(
-        f"rated {len(items) - len(unrated)}, unrated {len(unrated)}"
-        + (f" (to predict; segments {', '.join(segments)})" if unrated else "")
-    )
-    print(f"sharing a run of {SHARED_RUN} notes with another: {sum(bool(s) for s in corpus.shared.values())}")
-    print(f"left out: {len(corpus.left_out)}")
-    for line in corpus.left_out:
-        print(f"  {line}")
+    print(f"{sum(len(item['x']) for item in items.values())} notes, {'cached' if corpus.cached else 'read'}")
+    print(f"match rate: mean {np.mean(list(rates.values())):.4f}, lowest {min(rates.values()):.4f}")
+    for name in sorted(rates, key=rates.get):
+        if rates[name] < MISALIGNED:
+            print(f"  {name} {rates[name]:.3f}: kept out of training unless --keep-misaligned")
+    print(f"rated {len(items) - len(unrated)}, unrated, to predict, {len(unrated)} ({segments or 'none'})")
+    print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
+    print("\n  ".join([f"left out: {len(corpus.left_out)}", *corpus.left_out]))
     for split in SPLITS:
-        try:
-            counts = [
-                [len(p) for p in percepiano_parts(corpus, split, fold).values()] for fold in range(FOLDS)
-            ]
-            print(
-                f"split {split}: train / valid / test by fold "
-                + ", ".join("/".join(map(str, c)) for c in counts)
-            )
-        except DataError as error:
-            print(f"split {split}: {error}")
-    print(f"{corpus.seconds:.1f} s, {'from the cache' if corpus.cached else 'extracted'}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="data.py",
-        usage="python %(prog)s COMMAND [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog="`python data.py COMMAND --help` explains each, with examples.",
-    )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, does: str, *examples: str) -> argparse.ArgumentParser:
-        text = f"{does[0].upper()}{does[1:]}.\n\n" + "\n".join(
-            f"    python data.py {name} {example}" for example in examples
-        )
-        return commands.add_parser(
-            name,
-            prog=f"data.py {name}",
-            usage="python %(prog)s [options]",
-            parents=[common],
-            help=does,
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    p = command(
-        "percepiano",
-        "read PercePiano, align scores and performances, extract and keep the note features, print a report",
-        "--data data/percepiano",
-        "--data data/percepiano --strict --workers 2",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder in the layout of the public repository (required)",
-    )
-    p.add_argument(
-        "--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)"
-    )
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unreadable file (off: leave it out and say so)",
-    )
-    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = command(
-        "fetch",
-        "download a public data set, going on where an earlier try stopped",
-        "percepiano",
-        "percepiano --out ~/percepiano",
-    )
-    p.add_argument("name", help="percepiano (GitHub archive; also on Zenodo, DOI 10.5281/zenodo.13269612)")
-    p.add_argument("--out", metavar="DIR", help="folder to make (default: data/NAME)")
-    p.add_argument("--url", help="another address of the same archive (default: GitHub's)")
-    p = command(
-        "synth-percepiano",
-        "write a synthetic corpus in PercePiano's layout, its ratings made by known rules, to try things on",
-        "--out synth",
-        "--out synth --segments 40 --seed 1",
-    )
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
-    p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
-    p.add_argument("--segments", type=int, default=20, help="scores (%(default)s)")
-    p.add_argument("--players", type=int, default=12, help="most players a score (%(default)s)")
-    p = command(
-        "synth-speech",
-        "write synthetic intracortical speech in the competition's .mat layout, to try things on",
-        "--out synth",
-        "--out synth --days 2 --trials 30",
-    )
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
-    p.add_argument("--days", type=int, default=8, help="recording days (%(default)s)")
-    p.add_argument(
-        "--trials",
-        type=int,
-        default=60,
-        help="training sentences a day; a sixth of it for test and for competition (%(default)s)",
-    )
-    p.add_argument("--seed", type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)")
-    p.add_argument(
-        "--bins-per-phoneme", type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)"
-    )
-    p = command(
-        "decoder-convert",
-        "convert intracortical speech, any of its three public formats, into one memory-mapped folder, print a report",
-        "--in competitionData --out speech",
-        "--in ptDecoder_ctc --out speech --dtype float16",
-    )
-    p.add_argument(
-        "--in",
-        dest="source",
-        required=True,
-        metavar="PATH",
-        help="folder of competitionData, of the baseline's pickle ptDecoder_ctc or of data_{train,val,test}.hdf5; or the pickle (required)",
-    )
-    p.add_argument("--out", required=True, metavar="DIR", help="folder to make (required)")
-    p.add_argument(
-        "--dtype",
-        choices=["float32", "float16"],
-        default="float32",
-        help="of the features; float16 takes half the space (%(default)s)",
-    )
-    p.add_argument(
-        "--channels",
-        type=number(int, 1),
-        help="channels (default: 256, or 512 for HDF5; in .mat files half from tx1, half from spikePow)",
-    )
-    p.add_argument(
-        "--sessions",
-        metavar="FILE.json",
-        help='session names of a pickle\'s days, {"train": [...], "test": [...], "competition": [...]} (off: day00, day01, ...)',
-    )
-    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of g2p_en's answers (%(default)s)")
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unusable file or trial (off: leave it out and say so)",
-    )
-    p = command(
-        "maestro",
-        "report what of MAESTRO is here, and what of it holds music of PercePiano",
-        "--data maestro-v3.0.0",
-        "--data maestro-v3.0.0 --percepiano data/percepiano",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder of maestro-v3.0.0.csv and <year>/*.midi, *.wav (required)",
-    )
-    p.add_argument(
-        "--audio",
-        metavar="DIR",
-        help="folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)",
-    )
-    p.add_argument(
-        "--percepiano",
-        metavar="DIR",
-        help="PercePiano's folder: list the recordings that hold its performances (off: no list)",
-    )
-    p.add_argument("--cache", default="cache", metavar="DIR", help="folder of that list (%(default)s)")
-    p.add_argument(
-        "--strict", action="store_true", help="stop at the first bad row (off: leave it out and say so)"
-    )
-    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    p = command(
-        "render",
-        "write the missing .wav beside every .midi or .mid file, played by the built-in piano or a soundfont",
-        "--midi-root maestro-v3.0.0 --out maestro-wav",
-        "--midi-root DIR --soundfont FILE.sf2",
-    )
-    p.add_argument(
-        "--midi-root", required=True, metavar="DIR", help="folder with MIDI files, at any depth (required)"
-    )
-    p.add_argument("--out", metavar="DIR", help="write the same tree here (default: beside the MIDI files)")
-    p.add_argument(
-        "--soundfont",
-        metavar="FILE.sf2",
-        help="play through the fluidsynth program (off: the built-in piano)",
-    )
-    p.add_argument(
-        "--workers", type=number(int, 1), help="processes, up to 0.7 GB each (default: one a core)"
-    )
-    p.add_argument(
-        "--sample-rate", type=number(int, 4000, 192_000), default=16000, help="samples a second (%(default)s)"
-    )
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unreadable file (off: leave it out and say so)",
-    )
-    p = command(
-        "fbank",
-        "compute log-mel energies of all WAV files once, into shards that pretrain_ast.py reads",
-        "--data maestro-v3.0.0 --out fbank",
-        "--data maestro-v3.0.0 --audio maestro-wav --out fbank",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files (required)",
-    )
-    p.add_argument(
-        "--audio",
-        metavar="DIR",
-        help="MAESTRO only: folder of <year>/*.wav, e.g. of `render --out` (default: beside the MIDI)",
-    )
-    p.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder of the shards; the same again goes on where it stopped (required)",
-    )
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first unreadable or missing file (off: leave it out and say so)",
-    )
-    p.add_argument("--workers", type=number(int, 1), help="processes (default: one a core)")
-    if not (sys.argv[1:] if argv is None else argv):
-        parser.error(f"no command; expected {', '.join(commands.choices)}")
-    args = parser.parse_args(argv)
-    if args.command == "percepiano":
-        report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
-    elif args.command == "decoder-convert":
-        convert_speech(
-            args.source, args.out, args.dtype, args.channels, args.sessions, args.strict, cache=args.cache
-        )
-        report_speech(open_speech(args.out))
-    elif args.command == "maestro":
-        maestro = read_maestro(args.data, args.strict, args.audio)
-        shared = (
-            [
-                maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers)
-                for pieces in (False, True)
-            ]
-            if args.percepiano
-            else []
-        )
-        report_maestro(maestro, *shared)
-    elif args.command == "render":
-        start = time.time()
-        report_render(
-            render_folder(
-                args.midi_root, args.out, args.soundfont, args.workers, args.sample_rate, args.strict
-            ),
-            time.time() - start,
-        )
-    elif args.command == "fbank":
-        start = time.time()
-        report_fbank(
-            build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio), time.time() - start
-        )
-    elif args.command == "fetch":
-        print(fetch(args.name, args.out or f"data/{args.name}", args.url))
-    elif args.command == "synth-speech":
-        synth_speech(args.out, args.seed, args.days, args.trials, args.bins_per_phoneme)
-        print(f"wrote a synthetic corpus to {args.out}")
-    else:
-        synth_percepiano(args.out, args.seed, args.segments, args.players)
-        print(f"wrote a synthetic corpus to {args.out}")
+        for fold in range(FOLDS):
+            try:
+                sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
+                print(f"split {split}, fold {fold}: train, valid, test {sizes}")
+            except DataError as error:
+                print(error)
 
 
 def number(kind: type, least: float, most: float = float("inf")):
@@ -6476,25 +5712,114 @@ def number(kind: type, least: float, most: float = float("inf")):
     return parse
 
 
+# fmt: off
+OPTIONS = {
+    "--data": dict(help="folder of the data set in its public layout; fbank: any sound files (required)"),
+    "--in": dict(dest="source", help="competitionData, ptDecoder_ctc or folder of data_*.hdf5 (required)"),
+    "--midi-root": dict(help="folder with MIDI files, at any depth (required)"),
+    "--out": dict(help="folder to make (required); fetch: (data/NAME); render: (beside the MIDI files)"),
+    "--url": dict(help="another address of the same archive (GitHub's)"),
+    "--audio": dict(help="MAESTRO: folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI files)"),
+    "--percepiano": dict(help="PercePiano's folder: list the recordings that hold its music (off)"),
+    "--soundfont": dict(help="FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
+    "--sample-rate": dict(type=number(int, 4000, 192_000), default=16000, help="in Hz (%(default)s)"),
+    "--dtype": dict(choices=["float32", "float16"], default="float32", help="of the features (%(default)s)"),
+    "--channels": dict(type=number(int, 1), help="channels (default: 256; 512 for HDF5)"),
+    "--sessions": dict(help="FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
+    "--segments": dict(type=int, default=20, help="scores (%(default)s)"),
+    "--players": dict(type=int, default=12, help="human players a score (%(default)s)"),
+    "--days": dict(type=int, default=8, help="recording days (%(default)s)"),
+    "--trials": dict(type=int, default=60, help="training sentences a day (%(default)s)"),
+    "--bins-per-phoneme": dict(type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)"),
+    "--seed": dict(type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)"),
+    "--cache": dict(default="cache", help="folder of what is computed once (%(default)s)"),
+    "--strict": dict(action="store_true", help="stop at the first bad item (off: leave it out and say so)"),
+    "--workers": dict(type=number(int, 1), help="processes (default: one a core)"),
+    "--debug": dict(action="store_true", help="show the traceback of an error (off)"),
+}
+COMMANDS = {  # name: what it does; required options; others
+    "percepiano": ("read PercePiano, align, keep the note features; report",
+                   "--data", "--cache --strict --workers"),
+    "fetch": ("download a public data set", "", "--out --url"),
+    "synth-percepiano": ("write a synthetic corpus in PercePiano's layout, rated by known rules",
+                         "--out", "--seed --segments --players"),
+    "synth-speech": ("write synthetic intracortical speech in the competition's .mat layout",
+                     "--out", "--seed --days --trials --bins-per-phoneme"),
+    "decoder-convert": ("convert intracortical speech, any of three public formats; report",
+                        "--in --out", "--dtype --channels --sessions --cache --strict"),
+    "maestro": ("report what of MAESTRO is here, and what of it holds music of PercePiano",
+                "--data", "--audio --percepiano --cache --strict --workers"),
+    "render": ("write the missing .wav of every .midi or .mid file",
+               "--midi-root", "--out --soundfont --sample-rate --strict --workers"),
+    "fbank": ("compute log-mel energies of all sound files once",
+              "--data --out", "--audio --strict --workers"),
+}
+# fmt: on
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    usage = "python data.py COMMAND [options]"
+    parser = argparse.ArgumentParser(prog="data.py", usage=usage, description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (does, required, others) in COMMANDS.items():
+        examples = [f"    {line}" for line in __doc__.splitlines() if f"data.py {name} " in line]
+        text = "\n".join([f"{does}\n", *examples])
+        usage = f"python data.py {name} [options]"
+        command = commands.add_parser(name, usage=usage, help=does, description=text, formatter_class=raw)
+        command.prog = f"data.py {name}"
+        if name == "fetch":
+            command.add_argument("name", choices=SOURCES, help="the data set")
+        for option in required.split():
+            command.add_argument(option, required=True, **OPTIONS[option])
+        for option in [*others.split(), "--debug"]:
+            command.add_argument(option, **OPTIONS[option])
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    start = time.time()
+    if args.command == "percepiano":
+        report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
+    elif args.command == "fetch":
+        fetch(args.name, args.out or f"data/{args.name}", args.url)
+    elif args.command == "synth-percepiano":
+        synth_percepiano(args.out, args.seed, args.segments, args.players)
+    elif args.command == "synth-speech":
+        synth_speech(args.out, args.seed, args.days, args.trials, args.bins_per_phoneme)
+    elif args.command == "decoder-convert":
+        options = (args.dtype, args.channels, args.sessions, args.strict)
+        convert_speech(args.source, args.out, *options, cache=args.cache)
+        report_speech(open_speech(args.out))
+    elif args.command == "maestro":
+        maestro = read_maestro(args.data, args.strict, args.audio)
+        lists = []
+        if args.percepiano:
+            for pieces in (False, True):
+                lists.append(maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers))
+        report_maestro(maestro, *lists)
+    elif args.command == "render":
+        options = (args.soundfont, args.workers, args.sample_rate, args.strict)
+        report = render_folder(args.midi_root, args.out, *options)
+        report_render(report, time.time() - start)
+    elif args.command == "fbank":
+        store = build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio)
+        report_fbank(store, time.time() - start)
+
+
 def run_script(name: str, function) -> None:
-    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130. `--debug` shows tracebacks."""
+    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130.
+    `--debug` shows tracebacks."""
     try:
         function()
-    except DataError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
-    except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
+    except (DataError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         if "--debug" in sys.argv:
             raise
-        print(
-            f"{name}: {error.filename or 'output'}: {error.strerror or error}; nothing half-written is left in its place; make room or name another folder",
-            file=sys.stderr,
-        )
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -63,22 +63,17 @@ class BiLSTM(nn.Module):
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
             with torch.autocast("cpu", enabled=False):  # oneDNN has no float16 LSTM
                 return self.forward(x.float(), batch, name)
-        grids = [batch[key] for k in range(len(batch)) if (key := f"{name}_grid{k}") in batch]
-        slots = batch[f"{name}_slot"]
+        grid, slot = batch[f"{name}_grid"], batch[f"{name}_slot"]
         for i, pair in enumerate(zip(self.forward_lstm, self.backward_lstm, strict=True)):
             x = self.dropout(x) if i else x
-            x = torch.cat([self.run(pair[d], x, [g[d] for g in grids], slots[d]) for d in range(2)], dim=1)
+            x = torch.cat([self.run(pair[d], x, grid[d], slot[d]) for d in range(2)], dim=1)
         return x
 
-    def run(self, lstm: nn.LSTM, x: Tensor, grids: list[Tensor], slot: Tensor) -> Tensor:
-        """One direction of one layer: x (M, C), grids (T, S) in turn, ever fewer S, slot (M,) -> (M, hidden)."""
-        outputs, state = [], None
-        for grid in grids:
-            T, S = grid.shape
-            state = state and tuple(part[:, :S] for part in state)
-            output, state = lstm(x.index_select(0, grid.flatten()).view(T, S, -1), state)
-            outputs.append(output.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, slot)
+    def run(self, lstm: nn.LSTM, x: Tensor, grid: Tensor, slot: Tensor) -> Tensor:
+        """One direction of one layer: x (M, C), grid (T, S), slot (M,) -> (M, hidden)."""
+        T, S = grid.shape
+        output, _ = lstm(x.index_select(0, grid.flatten()).view(T, S, -1))
+        return output.flatten(0, 1).index_select(0, slot)
 
 
 class ContextAttention(nn.Module):

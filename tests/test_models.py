@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from data import DataError, _sequence_grids, collate_han
+from data import DataError, _sequence_grid, collate_han
 from eval import plain_from_han
 from models import HAN, BiLSTM, han_from_percepiano, load_checkpoint, save_checkpoint
 
@@ -265,8 +265,7 @@ def test_bilstm_equals_torch_on_each_sequence():
     part = BiLSTM(5, 6, 3, dropout=0.0)
     key = np.random.default_rng(0).permutation(np.repeat(np.arange(len(lengths)), lengths))
     x = torch.randn(len(key), 5)
-    batch = {name: torch.from_numpy(array.copy()) for name, array in _sequence_grids(key, "note").items()}
-    assert "note_grid1" in batch
+    batch = {name: torch.from_numpy(array.copy()) for name, array in _sequence_grid(key, "note").items()}
     found = part(x, batch, "note")
     for sequence in range(len(lengths)):
         assert largest(found[key == sequence], joined(part)(x[key == sequence])[0]) < 1e-6
@@ -275,7 +274,7 @@ def test_bilstm_equals_torch_on_each_sequence():
 @torch.no_grad()
 def test_dropout_acts_between_lstm_layers_only():
     x, key = torch.randn(6, 5), np.zeros(6, np.int64)
-    batch = {name: torch.from_numpy(array.copy()) for name, array in _sequence_grids(key, "note").items()}
+    batch = {name: torch.from_numpy(array.copy()) for name, array in _sequence_grid(key, "note").items()}
     one, two = BiLSTM(5, 4, 1, dropout=1.0), BiLSTM(5, 4, 2, dropout=1.0)
     assert largest(one(x, batch, "note"), joined(one)(x)[0]) < 1e-6
     silenced = two(x, batch, "note")
@@ -479,41 +478,20 @@ def random_keys() -> list[np.ndarray]:
     return keys
 
 
-def test_sequence_grids_hold_each_member_exactly_once_in_order():
-    several = 0
+def test_sequence_grid_holds_each_member_exactly_once_in_order():
     for key in random_keys():
-        arrays = _sequence_grids(key, "p")
-        grids = [arrays[f"p_grid{k}"] for k in range(len(arrays) - 1)]
-        several += len(grids) > 1
-        widths = [grid.shape[2] for grid in grids]
-        assert widths == sorted(set(widths), reverse=True)
-        steps, members = sum(grid.shape[1] for grid in grids), np.flatnonzero(key >= 0)
+        arrays = _sequence_grid(key, "p")
+        grid, slot, members = arrays["p_grid"], arrays["p_slot"], np.flatnonzero(key >= 0)
+        count, lengths = len(np.unique(key[members])), np.unique(key[members], return_counts=True)[1]
+        assert grid.shape == (2, max(lengths, default=1), max(count, 1))
         for direction in range(2):
-            column = [
-                [m for grid in grids if s < grid.shape[2] for m in grid[direction, :, s]]
-                for s in range(widths[0])
-            ]
-            # where each flat position of the grids stands: sequence and step
-            place = [
-                (s, t)
-                for g, width in zip(grids, widths, strict=True)
-                for t in range(g.shape[1])
-                for s in range(width)
-            ]
-            start = np.repeat(np.cumsum([0] + [g.shape[1] for g in grids])[:-1], [g[0].size for g in grids])
-            slots = arrays["p_slot"][direction, members]
-            assert len(set(slots.tolist())) == len(members)
-            held: dict[int, dict[int, int]] = {}
-            for member, slot in zip(members, slots, strict=True):
-                s, t = place[slot]
-                held.setdefault(s, {})[int(start[slot]) + t] = int(member)
-            assert len(held) == len(np.unique(key[members]))
-            for s, at in held.items():
-                own = np.flatnonzero(key == key[at[0]])[:: -1 if direction else 1].tolist()
-                assert [at[t] for t in range(len(at))] == own  # from step 0 on, without gaps, in order
-                assert column[s][: len(own)] == own
-        assert steps == max(np.unique(key[members], return_counts=True)[1], default=1)
-    assert several > 20
+            assert len(set(slot[direction, members])) == len(members)
+            step, column = np.divmod(slot[direction], grid.shape[2])
+            for sequence in np.unique(key[members]):
+                own = np.flatnonzero(key == sequence)[:: -1 if direction else 1]
+                assert len(set(column[own])) == 1
+                np.testing.assert_array_equal(step[own], np.arange(len(own)))  # in order, without gaps
+                np.testing.assert_array_equal(grid[direction, : len(own), column[own[0]]], own)
 
 
 # ------------------------------------------------------------------------------------------------------------
