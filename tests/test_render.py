@@ -275,7 +275,7 @@ def test_a_real_segment():
 # ------------------------------------------------------------------------------------------------------------
 def write_midi(path, notes=((0, 0.4, 60, 70), (0.5, 0.9, 64, 50))):
     path.parent.mkdir(parents=True, exist_ok=True)
-    data._save_midi(path, [(*note, 1) for note in notes], [(0.1, 64, 127), (0.7, 64, 0)])
+    data._save_midi(path, list(notes), [(0.1, 64, 127), (0.7, 64, 0)])
     return path
 
 
