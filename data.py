@@ -66,7 +66,7 @@ class DataError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# MusicXML: tables. Where a definition differs from the original's, a comment opens with "Unlike the original".
+# MusicXML: tables
 # ------------------------------------------------------------------------------------------------------------
 COMPOSERS = tuple(
     "Bach Balakirev Beethoven Brahms Chopin Debussy Glinka Haydn Liszt Mozart Prokofiev Rachmaninoff Ravel "
@@ -174,8 +174,9 @@ _MAX_XML = 1 << 27  # bytes, unpacked
 class Score:
     """One score, one entry per note in the order (onset, graces first and farthest first, pitch descending).
 
-    A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the reference (`tremolo` tells it
-    apart): the strokes between are played notes without a score note. Onsets, durations and grids in quarters.
+    A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the
+    reference (`tremolo` tells it apart): the strokes between are played notes without a score note.
+    Onsets, durations and grids in quarters.
     """
 
     path: Path
@@ -413,7 +414,8 @@ class _Reader:
 
 
 def _note_marks(element):
-    """rest, grace, chord, cue, hidden, entries of _NOTATIONS, and with a type: "beam begin", "tied stop", ..."""
+    """rest, grace, chord, cue, hidden, entries of _NOTATIONS, and with a type: "beam begin", "tied stop",
+    ..."""
     marks = {child.tag for child in element} & {"rest", "grace", "chord", "cue"}
     marks |= {child.tag for child in element.iterfind("notations/*")} & {"arpeggiate", "fermata"}
     marks |= {child.tag for child in element.iterfind("notations/ornaments/trill-mark")}
@@ -442,7 +444,8 @@ def _chord_tremolo(notes, member):
 def _trim_pickup(bars):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
 
-    Unlike the original, for which a pickup that is padded so lasts a full bar (D935 no.3 segments 25, 42, 50).
+    Unlike the original, for which a pickup that is padded so lasts a full bar (D935 no.3 segments 25, 42,
+    50).
     """
     shown = [[n for n in bar.notes if not {"rest", "hidden"} <= n.marks] for bar in bars]
     music = list(itertools.chain(*shown))
@@ -458,7 +461,8 @@ def _trim_pickup(bars):
 
 
 def _repeat_signs(measures, reader):
-    """Per measure: whether a repeat opens, the turns of the repeat that closes (0: none), the numbers of its volta."""
+    """Per measure: whether a repeat opens, the turns of the repeat that closes (0: none), the numbers of
+    its volta."""
     forward, turns, volta = [], [], []
     inside = frozenset()
     for measure in measures:
@@ -515,8 +519,8 @@ def _unfold_repeats(measures, reader):
 def _play_order(measures, reader):
     """Indices of the <measure> elements in playing order: repeats, voltas, da capo, dal segno, fine, coda.
 
-    After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas without
-    end or number or turn, jumps to a sign that is not there.
+    After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
+    without end or number or turn, jumps to a sign that is not there.
     """
     order, last_turns = _unfold_repeats(measures, reader)
     signs = {}  # attribute of a <sound> -> first measure
@@ -546,7 +550,8 @@ def _play_order(measures, reader):
 
 
 def _join_ties(notes):
-    """Give each tied continuation its `first` note, which takes its duration; `notes` of one part in file order."""
+    """Give each tied continuation its `first` note, which takes its duration; `notes` of one part in file
+    order."""
     starts = {}
     for note in notes:
         candidates = starts.setdefault(note.pitch, [])
@@ -578,7 +583,8 @@ def _order_graces(notes):
 
 
 def _resolve_slurs(notes):
-    """Slurs as {voice: [(start, stop)]}; `notes` in file order, those of a tie hand their slurs to its first note."""
+    """Slurs as {voice: [(start, stop)]}; `notes` in file order, those of a tie hand their slurs to its
+    first note."""
     opened, slurs = {}, {}
     for note in notes:
         first = note.first or note
@@ -595,7 +601,8 @@ def _resolve_slurs(notes):
 
 
 def _raise_trills(notes):
-    """Hand each trill mark to the highest note of its chord, that of a hidden note to a main note near its pitch."""
+    """Hand each trill mark to the highest note of its chord, that of a hidden note to a main note near its
+    pitch."""
     shown = [n for n in notes if "hidden" not in n.marks]
     for note in [n for n in notes if "trill-mark" in n.marks]:
         note.marks -= {"trill-mark"}
@@ -632,7 +639,8 @@ def _spaced(text):
 
 
 def _matches(text, keywords, whole):
-    """Whether a keyword stands in `text`: as whole words, or (not `whole`, three letters and more) inside them."""
+    """Whether a keyword stands in `text`: as whole words, or (not `whole`, three letters and more) inside
+    them."""
     text = _spaced(text)
     return any((f" {k} " if whole or len(k) < 3 else k) in text for k in keywords)
 
@@ -667,14 +675,15 @@ def _split_words(directions, absolute, relative, whole):
 
 
 def _dynamics(directions):
-    """Absolute marks, relative marks with their ends, accents as (position, column, value); in order of position."""
+    """Absolute marks, relative marks with their ends, accents as (position, column, value); in order of
+    position."""
     absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
     accents = []
     wedges = {}  # number -> kind of the last one
     for d in directions:
         if d.kind == "dynamics":
-            # Unlike the original: an fp is f at the mark and p from .1 division later (there p, then f from the next
-            # mark on); accents, which it loses, are set at the mark's notes.
+            # Unlike the original: an fp is f at the mark and p from .1 division later (there p, then f from
+            # the next mark on); accents, which it loses, are set at the mark's notes.
             now, _, then = _SPLIT_MARKS.get(d.text, d.text).partition(" ")
             if now in _ACCENTS:
                 accents.append((d.onset, *DYNAMIC_WORDS[_ACCENTS[now]]))
@@ -694,8 +703,8 @@ def _dynamics(directions):
     for mark, following in itertools.pairwise(relative):
         if mark.end == math.inf:
             mark.end = following.onset
-    # As in the original: cut by the entry after the one in force, which before the first entry is the second; the last
-    # is not cut.
+    # As in the original: cut by the entry after the one in force, which before the first entry is the
+    # second; the last is not cut.
     for mark in relative[:-1]:
         following = absolute[_index_in_force(absolute, mark.onset) + 1 :]
         mark.end = min([mark.end] + [a.onset for a in following if a.onset > mark.onset])
@@ -732,7 +741,8 @@ def _in_force(marks, onset):
 
 
 def _active(marks, note):
-    """Relative marks over the note; where both kinds of hairpin are, those below it count for staff 2 only."""
+    """Relative marks over the note; where both kinds of hairpin are, those below it count for staff 2
+    only."""
     active = [m for m in marks if m.onset <= note.onset < m.end]
     if not set(_HAIRPINS) <= {m.kind for m in active}:
         return active
@@ -749,17 +759,20 @@ def _last_at(entries, x, slack=0.0):
 
 
 def _contiguous(index):
-    """Lower an ascending index sequence so that it starts at 0 or 1 at most and never jumps by more than 1."""
+    """Lower an ascending index sequence so that it starts at 0 or 1 at most and never jumps by more than
+    1."""
     return np.cumsum(np.minimum(np.diff(index, prepend=0), 1)).astype(np.int64)
 
 
 def _beat_grid(bars, starts, ticks):
-    """Beat positions; compound metres count dotted beats. Irregular bars are filled from their start, a pickup backwards."""
+    """Beat positions; compound metres count dotted beats. Irregular bars are filled from their start, a
+    pickup backwards."""
     beats = []
     for i, (bar, start) in enumerate(zip(bars, starts, strict=True)):
         count = _COMPOUND.get(bar.beats, bar.beats)
         step = bar.nominal / count
-        # Unlike the original: rounding (the last bar of WoO80 var. 18 lacks 1/240 quarter) makes no bar irregular.
+        # Unlike the original: rounding (the last bar of WoO80 var. 18 lacks 1/240 quarter) makes no bar
+        # irregular.
         irregular = abs(bar.length - bar.nominal) > 0.01 * ticks or bar.implicit
         if irregular:
             count = math.ceil(bar.length / step - 1e-6)
@@ -771,7 +784,8 @@ def _beat_grid(bars, starts, ticks):
 
 
 def _beat_importance(position, numerator):
-    """Metrical weight of a position (0..1 of the bar); "whole" is exact in floating point, as in the original."""
+    """Metrical weight of a position (0..1 of the bar); "whole" is exact in floating point, as in the
+    original."""
     if position == 0:
         return 4.0
     if position == 0.5 and numerator in (2, 4, 6, 12):
@@ -785,7 +799,8 @@ def _beat_importance(position, numerator):
 
 
 def _rests_after(notes, rests):
-    """Per note (row order) the length of the rest (file order) that follows in its voice, and whether it has a fermata."""
+    """Per note (row order) the length of the rest (file order) that follows in its voice, and whether it
+    has a fermata."""
     length = np.zeros(len(notes))
     fermata = np.zeros(len(notes))
     onsets = [n.onset for n in notes]
@@ -814,7 +829,8 @@ def _rests_after(notes, rests):
 
 
 def _slur_flags(note, slurs):
-    """Whether a slur starts, continues, stops at the note; one with slur elements of its own never continues."""
+    """Whether a slur starts, continues, stops at the note; one with slur elements of its own never
+    continues."""
     flags = {kind for kind in ("start", "stop") if f"slur {kind}" in note.marks}
     if not flags:
         for start, stop in slurs.get(note.voice, []):
@@ -837,7 +853,8 @@ def _overlapped(notes):
 
 
 def _composer_vector(root, path):
-    """One-hot: the first name found in the composer tags, else in the file name. Unlike the original: not always Schubert."""
+    """One-hot: the first name found in the composer tags, else in the file name. Unlike the original: not
+    always Schubert."""
     names = [c.text or "" for c in root.iterfind(".//creator[@type='composer']")]
     for name in [*names, Path(path).name.replace("_", " ")]:
         for i, composer in enumerate(COMPOSERS):
@@ -889,7 +906,8 @@ def _unfolded(bars, starts, name):
 
 
 def _part_notes(bars, starts):
-    """Notes, rests and slurs of one part as unfolded: tied notes joined, graces ordered, trills and wavy lines resolved."""
+    """Notes, rests and slurs of one part as unfolded: tied notes joined, graces ordered, trills and wavy
+    lines resolved."""
     notes = _unfolded(bars, starts, "notes")
     rests = [n for n in notes if "rest" in n.marks and "hidden" not in n.marks]
     notes = [n for n in notes if "rest" not in n.marks]
@@ -905,7 +923,8 @@ def _part_notes(bars, starts):
 def read_musicxml(path: str | Path) -> Score:
     """Read a MusicXML score (`.musicxml`, `.xml`, or compressed `.mxl`) and compute its features.
 
-    Raises DataError, in one line, for whatever cannot be read as one piece of music: see `_Reader`, `_play_order`.
+    Raises DataError, in one line, for whatever cannot be read as one piece of music: see `_Reader`,
+    `_play_order`.
     """
     reader = _Reader(path)
     root = reader.root()
@@ -1016,8 +1035,9 @@ LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
 class Performance:
     """Played notes, sorted by onset (stable), and pedal movements, of one recording.
 
-    pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key release,
-    offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second, value 0..127) in time order.
+    pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key
+    release, offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second,
+    value 0..127) in time order.
     """
 
     path: str
@@ -1030,9 +1050,11 @@ class Performance:
 
 
 def read_midi(path: str | Path) -> Performance:
-    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their key and channel.
+    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their
+    key and channel.
 
-    A note-on of velocity 0 is a note-off; notes still open at the end of the file end there. Raises DataError.
+    A note-on of velocity 0 is a note-off; notes still open at the end of the file end there. Raises
+    DataError.
     """
     try:
         content = Path(path).read_bytes()
@@ -1052,7 +1074,7 @@ def read_midi(path: str | Path) -> Performance:
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
         raise DataError(
-            f"{path}: not readable ({found}); expected a standard MIDI file (type 0 or 1) with notes; "
+            f"{path}: a truncated or corrupt MIDI file, or none ({found}); expected a standard MIDI file (type 0 or 1) with notes; "
             "export or download it again"
         ) from error
     return Performance(
@@ -1067,7 +1089,8 @@ def read_midi(path: str | Path) -> Performance:
 
 
 def _merged_events(tracks):
-    """(tick, message) of all tracks in order of time. Unlike the original, which searches unsorted pedal events."""
+    """(tick, message) of all tracks in order of time. Unlike the original, which searches unsorted pedal
+    events."""
     events = []
     for track in tracks:
         tick = 0
@@ -1078,7 +1101,8 @@ def _merged_events(tracks):
 
 
 def _event_seconds(events, division):
-    """Seconds of events (tick, message): division ticks per quarter under the tempo map, or SMPTE where negative."""
+    """Seconds of events (tick, message): division ticks per quarter under the tempo map, or SMPTE where
+    negative."""
     ticks = np.array([tick for tick, _ in events], float)
     if division < 0:
         frames, per_frame = -(division >> 8), division & 0xFF
@@ -1097,7 +1121,8 @@ def _event_seconds(events, division):
 
 
 def _pair_notes(events, seconds):
-    """[pitch, velocity, onset, offset] of every note by onset, and {controller: [(second, value)]} of the pedals."""
+    """[pitch, velocity, onset, offset] of every note by onset, and {controller: [(second, value)]} of the
+    pedals."""
     notes, open_notes = [], {}
     pedals = {SUSTAIN: [], SOFT: []}
     for now, (_, message) in zip(seconds, events, strict=True):
@@ -1119,9 +1144,9 @@ def _pair_notes(events, seconds):
 # ------------------------------------------------------------------------------------------------------------
 # Alignment
 # ------------------------------------------------------------------------------------------------------------
-# Prices of the Viterbi path: a played key that the chord lacks, a chord left out, any number of chords left out at once,
-# a chord that starts once more; and per unit of price: seconds from one key of a chord to its next, natural logarithm of
-# played over expected interval between chords.
+# Prices of the Viterbi path: a played key that the chord lacks, a chord left out, any number of chords left
+# out at once, a chord that starts once more; and per unit of price: seconds from one key of a chord to its
+# next, natural logarithm of played over expected interval between chords.
 MISS, SKIP, JUMP, RESTART, LATE, RATIO = 4.0, 1.5, 15.0, 3.5, 0.05, 0.3
 WORST = 5.0  # highest price of an interval, so that a pause can be paid
 BLUR = 0.05  # s added to both intervals of the ratio
@@ -1130,17 +1155,18 @@ WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
 GRACE = 0.08  # s from one grace note to the next
-# A note is looked for within .12 s + .2 quarters of its due time, or, where chords follow faster, within .08 s + their
-# interval.
+# A note is looked for within .12 s + .2 quarters of its due time, or, where chords follow faster, within .08
+# s + their interval.
 NEAR = 0.12, 0.2, 0.08
 
 
 def align(score, performance) -> np.ndarray:
     """Index of the played note of every score note, -1 where there is none: (n score notes,) int64.
 
-    Notes of several voices that write one key at one time share one played note. A Viterbi path leads the played notes
-    through the score's chords, a robust time map tells when each score note is due, and an assignment per key takes
-    what was played near that time; the last two alternate. Method: HAN.md, "Reading".
+    Notes of several voices that write one key at one time share one played note. A Viterbi path leads the
+    played notes through the score's chords, a robust time map tells when each score note is due, and an
+    assignment per key takes what was played near that time; the last two alternate. Method: HAN.md,
+    "Reading".
     """
     nothing = np.full(len(score.pitch), -1, np.int64)
     if not len(score.pitch) or not len(performance.pitch):
@@ -1173,7 +1199,8 @@ def align(score, performance) -> np.ndarray:
 def _viterbi(position, pace, pitch, chord, performance):
     """Played notes on the best path and their chords: for each chord and key the first one.
 
-    Where the opening chord starts again, what came before is dropped: recordings may hold the end of the bar before.
+    Where the opening chord starts again, what came before is dropped: recordings may hold the end of the
+    bar before.
     """
     member = np.zeros((len(position), 128), bool)
     member[chord, pitch] = True
@@ -1189,10 +1216,11 @@ def _viterbi(position, pace, pitch, chord, performance):
 
 
 def _cheapest_paths(position, pace, onset, hit):
-    """From each played note back: the chord before (P, K), whether the opening starts anew (P,), and the last chord.
+    """From each played note back: the chord before (P, K), whether the opening starts anew (P,), and the
+    last chord.
 
-    hit (P, K): whether the chord holds the played key. A state is a chord; it remembers when its first note came, so that
-    chords are timed from start to start.
+    hit (P, K): whether the chord holds the played key. A state is a chord; it remembers when its first
+    note came, so that chords are timed from start to start.
     """
     count, chords = hit.shape
     clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
@@ -1233,9 +1261,9 @@ def _cheapest_paths(position, pace, onset, hit):
 def _time_map(position, chord, onset):
     """When every chord is due, from the onsets of some notes of the chords: three (K,) arrays.
 
-    Seconds; seconds as the neighbours alone would have it, for chords whose keys do not confirm each other; seconds per
-    quarter. A chord's time is dropped if neither the chords before nor those after lead there and its keys do not
-    confirm each other: so pauses survive and slips do not.
+    Seconds; seconds as the neighbours alone would have it, for chords whose keys do not confirm each
+    other; seconds per quarter. A chord's time is dropped if neither the chords before nor those after lead
+    there and its keys do not confirm each other: so pauses survive and slips do not.
     """
     order = np.lexsort((onset, chord))
     known, start, size = np.unique(chord[order], return_index=True, return_counts=True)
@@ -1289,7 +1317,8 @@ def _mean_interval(clock):
 
 
 def _assign(pitch, due, room, performance):
-    """Played note of every score note, -1 for none: per key the best pairs less than `room` seconds from `due`.
+    """Played note of every score note, -1 for none: per key the best pairs less than `room` seconds from
+    `due`.
 
     Distances are squared, so that the pairs of one key do not cross.
     """
@@ -1310,7 +1339,8 @@ def _assign(pitch, due, room, performance):
 
 
 class Column(NamedTuple):
-    """A feature as declared: its columns, whether they are z-scored, and what a played note without a score note holds there."""
+    """A feature as declared: its columns, whether they are z-scored, and what a played note without a
+    score note holds there."""
 
     width: int = 1
     z_scored: bool = False
@@ -1373,8 +1403,8 @@ FEATURES = {**SCORE_FEATURES, **PERFORMANCE_FEATURES, **RAW_FEATURES}
 # ------------------------------------------------------------------------------------------------------------
 # Anchors and tempo
 # ------------------------------------------------------------------------------------------------------------
-# Least time from one anchor to the next: seconds per quarter, seconds. Unlike the original's .1: swung eighths of the fast
-# D960 mv3 fall below that, which costs 2.3 % of good matches.
+# Least time from one anchor to the next: seconds per quarter, seconds. Unlike the original's .1: swung
+# eighths of the fast D960 mv3 fall below that, which costs 2.3 % of good matches.
 ANCHOR_GAP = 0.05, 0.01
 CHORD_SPREAD = 0.2  # seconds a chord member may lie from the mean onset
 ARPEGGIO_SPREAD = 1.0  # the same where a member is arpeggiated
@@ -1401,7 +1431,8 @@ def _settle_chord(chord, spread):
 
 
 def _clean(score, performance, match):
-    """Drop matches that contradict the order of time; fix (quarter, second) anchors, at least two, both increasing."""
+    """Drop matches that contradict the order of time; fix (quarter, second) anchors, at least two, both
+    increasing."""
     match = match.copy()
     rows = np.flatnonzero((match >= 0) & ~score.grace)
     chords, anchors, dropped = [], [], []
@@ -1424,7 +1455,8 @@ def _clean(score, performance, match):
         else:
             dropped += members
     match[dropped] = -1
-    # Unlike the original, which fails: with too few anchors the score's tempo, so that a bad item stays readable.
+    # Unlike the original, which fails: with too few anchors the score's tempo, so that a bad item stays
+    # readable.
     if not anchors:
         anchors.append((score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
@@ -1445,7 +1477,8 @@ def _tempo_of_notes(grid, anchors):
 
 
 def _timing(score, performance, match, tempi):
-    """Onset deviation (quarters, positive = late) and articulation (log10 of held over written length) by beat tempo."""
+    """Onset deviation (quarters, positive = late) and articulation (log10 of held over written length) by
+    beat tempo."""
     start, start_time, qpm = (part[_last_at(tempi[0], score.onset)] for part in tempi)
     late = (performance.onset[match] - start_time) * qpm / 60 - (score.onset - start)
     held = (performance.offset - performance.onset)[match]
@@ -1487,9 +1520,10 @@ def _value_held_at(events, times):
 
 
 def _lowest(curve, start, stop, since):
-    """Lowest value of the entries start..stop-1 and its time after `since`; no time where that is the start's own."""
-    # One number orders by value and then by index, which makes the minimum the first lowest entry; where stop = start
-    # reduceat gives the start's own.
+    """Lowest value of the entries start..stop-1 and its time after `since`; no time where that is the
+    start's own."""
+    # One number orders by value and then by index, which makes the minimum the first lowest entry; where
+    # stop = start reduceat gives the start's own.
     key = np.unique(curve[:, 1], return_inverse=True)[1] * len(curve) + np.arange(len(curve))
     lowest = np.minimum.reduceat(key, np.stack((start, stop), axis=1).ravel())[::2] % len(curve)
     lower = curve[lowest, 1] < curve[start, 1]
@@ -1526,12 +1560,14 @@ def _played_features(performance):
 # Features per note
 # ------------------------------------------------------------------------------------------------------------
 def _features(score, performance, match):
-    """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (quarters, s, qpm)."""
+    """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (quarters,
+    s, qpm)."""
     match, anchors = _clean(score, performance, np.asarray(match))
     played = _played_features(performance)
     levels = {"beat": score.beats, "measure": score.measures, "section": score.sections}
     tempi = {level: _tempo_of_notes(grid, anchors) for level, grid in levels.items()}
-    # Unlike the original, where this overwrites the score's qpm_primo: score columns must not tell the performer.
+    # Unlike the original, where this overwrites the score's qpm_primo: score columns must not tell the
+    # performer.
     primo = np.log10(tempi["beat"][2][:10].mean())
     features = {**score.features, "performance_qpm_primo": np.full(len(match), primo)}
     for level, (start, _, qpm) in tempi.items():
@@ -1555,26 +1591,29 @@ def _features(score, performance, match):
 def note_features(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
     """Un-normalised features by name, one row per score note.
 
-    `match` (n,) is `align`'s: index of the played note, -1 where none; matches out of time are dropped first. Returns the
-    score features, the performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite:
-    tempi in log10(quarters per minute), onset deviation in quarters, times in seconds. Source: sections 3 and 6 of the
-    description of the original features; where a definition differs, a comment says "Unlike the original".
+    `match` (n,) is `align`'s: index of the played note, -1 where none; matches out of time are dropped
+    first. Returns the score features, the performance features, the raw columns (0 where unmatched) and
+    `matched` (0 or 1), all finite: tempi in log10(quarters per minute), onset deviation in quarters, times
+    in seconds. Source: sections 3 and 6 of the description of the original features; where a definition
+    differs, a comment says "Unlike the original".
     """
     return _features(score, performance, match)[0]
 
 
 def note_table(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows a network reads: score notes in order, and played notes without a score note at their place in time.
+    """The rows a network reads: score notes in order, and played notes without a score note at their place
+    in time.
 
-    Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,) bool. An
-    inserted row has voice 0, its own velocity, pedal and raw columns, the borrowed columns, beat and measure of the score
-    note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An unmatched score note keeps its voice.
+    Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,)
+    bool. An inserted row has voice 0, its own velocity, pedal and raw columns, the borrowed columns, beat
+    and measure of the score note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An
+    unmatched score note keeps its voice.
     """
     features, played, match, anchors, qpm = _features(score, performance, match)
     extra = np.setdiff1d(np.arange(len(performance.onset)), match)
 
-    # The score's positions in seconds, prolonged beyond the outer anchors at the outer beat tempi. Unlike the original,
-    # which goes by matched rows only: there extra notes land too early after unmatched ones.
+    # The score's positions in seconds, prolonged beyond the outer anchors at the outer beat tempi. Unlike
+    # the original, which goes by matched rows only: there extra notes land too early after unmatched ones.
     reach = 10_000.0
     first_anchor = anchors[0] - (reach, reach * 60 / qpm[0])
     last_anchor = anchors[-1] + (reach, reach * 60 / qpm[-1])
@@ -1618,8 +1657,8 @@ def _summary(x):
 
 
 def _pedal_use(events, performance, start, end, name):
-    """How one pedal is used between two times (s): depth, share of time down, presses a second, half-pedalling,
-    share of note onsets and key releases that fall under it."""
+    """How one pedal is used between two times (s): depth, share of time down, presses a second,
+    half-pedalling, share of note onsets and key releases that fall under it."""
     value = _value_held_at(events, np.linspace(start, end, max(int((end - start) / 0.02), 2)))
     at_onset = _value_held_at(events, performance.onset)
     at_release = _value_held_at(events, performance.offset)
@@ -1642,7 +1681,8 @@ def _pedal_use(events, performance, start, end, name):
 
 
 def sounding_offset(performance) -> np.ndarray:
-    """(n,) seconds at which each note stops sounding: its release, or later when the sustain pedal comes up (under 64)."""
+    """(n,) seconds at which each note stops sounding: its release, or later when the sustain pedal comes
+    up (under 64)."""
     events, offset = performance.sustain, performance.offset
     if not len(events):
         return offset
@@ -1653,7 +1693,8 @@ def sounding_offset(performance) -> np.ndarray:
 
 
 def _ringing(pitch, onset, sounding):
-    """At each onset: how many notes of earlier chords ring on, and how many of these rub (a semitone or tone away)."""
+    """At each onset: how many notes of earlier chords ring on, and how many of these rub (a semitone or
+    tone away)."""
     ringing = (onset[None] < onset[:, None] - CHORD_GAP) & (sounding[None] > onset[:, None] + 0.05)
     rubbing = ringing & np.isin(np.abs(pitch[None] - pitch[:, None]), (1, 2))
     return ringing.sum(1), rubbing.sum(1)
