@@ -146,8 +146,8 @@ _TEMPO_LONG = _keywords("""meno mosso, meno vivo, più mosso, animato, langsamer
     bewegter, tranquillo, agitato, appassionato""")
 _COMPARATIVES = set("più meno plus moins mehr bewegter langsamer".split())
 _HAIRPINS = ("crescendo", "diminuendo")
-_ACCENTS = {"sf": "sf", "fz": "fz", "sfz": "sfz", "sffz": "sffz", "rf": "rf", "rfz": "rf"}  # mark -> word
-_SPLIT_MARKS = dict(fp="f p", ffp="ff p", sfp="sf p", sfpp="sf pp", sfzp="sfz p")  # at the mark, after it
+# Dynamic mark -> word at the mark and, for some, word after it; the others are their own word.
+_MARKS = dict(rfz="rf", fp="f p", ffp="ff p", sfp="sf p", sfpp="sf pp", sfzp="sfz p")
 _NOTATIONS = tuple("trill-mark tenuto accent staccato fermata arpeggiate strong-accent cue slash".split())
 _LINES = (  # what may begin at one note and end at another: name in `_Note.marks`, element
     ("tied", "tie"),
@@ -327,9 +327,10 @@ class _Reader:
         time = element.find("time")
         if time is None:
             return
-        if len(time.findall("beats")) != 1:
-            raise self.error(f"a time signature of {len(time.findall('beats'))} <beats>", "one")
-        beats = sum(self.number(x, "beats", 1, 128, int) for x in time.findtext("beats").split("+"))
+        pairs = time.findall("beats")
+        if len(pairs) != 1:
+            raise self.error(f"a time signature of {len(pairs)} <beats>", "one")
+        beats = sum(self.number(x, "beats", 1, 128, int) for x in (pairs[0].text or "").split("+"))
         beat_type = self.number(time.findtext("beat-type"), "beat-type", 1, 64, int)
         if beat_type not in (1, 2, 4, 8, 16, 32, 64):
             raise self.error(f"beat-type {beat_type}", "a power of two")
@@ -603,7 +604,7 @@ def _resolve_slurs(notes):
 def _raise_trills(notes):
     """Hand each trill mark to the highest note of its chord, that of a hidden note to a main note near its
     pitch."""
-    shown = [n for n in notes if "hidden" not in n.marks]
+    shown = _shown(notes)
     for note in [n for n in notes if "trill-mark" in n.marks]:
         note.marks -= {"trill-mark"}
         chord = [n for n in shown if n.onset == note.onset]
@@ -684,11 +685,12 @@ def _dynamics(directions):
         if d.kind == "dynamics":
             # Unlike the original: an fp is f at the mark and p from .1 division later (there p, then f from
             # the next mark on); accents, which it loses, are set at the mark's notes.
-            now, _, then = _SPLIT_MARKS.get(d.text, d.text).partition(" ")
-            if now in _ACCENTS:
-                accents.append((d.onset, *DYNAMIC_WORDS[_ACCENTS[now]]))
-            elif now in DYNAMIC_WORDS:
+            now, _, then = _MARKS.get(d.text, d.text).partition(" ")
+            column, value = DYNAMIC_WORDS.get(now, (None, 0))
+            if column == 0:
                 absolute.append(replace(d, text=now))
+            elif column:
+                accents.append((d.onset, column, value))
             if then:
                 absolute.append(replace(d, text=then, delay=0.1 * d.step))
         elif d.kind in _HAIRPINS:
@@ -753,7 +755,7 @@ def _active(marks, note):
 # ------------------------------------------------------------------------------------------------------------
 # MusicXML: grids and features
 # ------------------------------------------------------------------------------------------------------------
-def _last_at(entries, x, slack=0.0):
+def _index_at_or_before(entries, x, slack=0.0):
     """Index of the last sorted entry at or (by `slack`) shortly after each x, 0 before the first."""
     return np.maximum(np.searchsorted(entries, np.asarray(x) + slack, side="right") - 1, 0)
 
@@ -897,6 +899,10 @@ def _direction_features(notes, directions, last_division):
     return *map(np.array, zip(*rows, strict=True)), np.array(sections)
 
 
+def _shown(notes):
+    return [n for n in notes if "hidden" not in n.marks]
+
+
 def _unfolded(bars, starts, name):
     """Copies of the bars' notes or directions, at their positions in the unfolded piece."""
     items = []
@@ -905,19 +911,19 @@ def _unfolded(bars, starts, name):
     return items
 
 
-def _part_notes(bars, starts):
-    """Notes, rests and slurs of one part as unfolded: tied notes joined, graces ordered, trills and wavy
-    lines resolved."""
+def _part_notes(bars, starts, rests, slurs):
+    """Notes of one part as unfolded: ties joined, graces ordered, trills and wavy lines resolved. Adds to
+    `rests` and `slurs`."""
     notes = _unfolded(bars, starts, "notes")
-    rests = [n for n in notes if "rest" in n.marks and "hidden" not in n.marks]
+    rests += [n for n in _shown(notes) if "rest" in n.marks]
     notes = [n for n in notes if "rest" not in n.marks]
-    _join_ties([n for n in notes if "hidden" not in n.marks])
-    slurs = _resolve_slurs(notes)
+    _join_ties(_shown(notes))
+    slurs |= _resolve_slurs(notes)
     notes = [n for n in notes if n.first is None]
-    _order_graces([n for n in notes if "hidden" not in n.marks])
+    _order_graces(_shown(notes))
     notes.sort(key=lambda n: n.onset)
     _raise_trills(notes)
-    return _join_wavy_lines([n for n in notes if "hidden" not in n.marks]), rests, slurs
+    return _join_wavy_lines(_shown(notes))
 
 
 def read_musicxml(path: str | Path) -> Score:
@@ -939,34 +945,29 @@ def read_musicxml(path: str | Path) -> Score:
     notes, rests, slurs, directions = [], [], {}, []
     for part in parts:
         played = [part[i] for i in order]
-        part_notes, part_rests, part_slurs = _part_notes(played, starts)
-        notes += part_notes
-        rests += part_rests
-        slurs |= part_slurs
+        notes += _part_notes(played, starts, rests, slurs)
         directions += _unfolded(played, starts, "directions")
     if not notes:
         raise reader.error("no notes", "at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
     composer = _composer_vector(root, path)
-    return _score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
+    return _build_score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
 
 
-def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
+def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
     """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
-    n = len(notes)
-    names = ("pitch", "voice", "staff", "grace_order", "tremolo")
-    integers = {name: np.array([getattr(x, name) for x in notes], np.int64) for name in names}
-    pitch = integers["pitch"]
-    onset = np.array([x.onset for x in notes])
-    duration = np.array([x.duration for x in notes])
-    before = [d.text for d in directions if d.kind == "tempo" and d.onset <= notes[0].onset]
-    qpm = before[-1] if before else 120.0
+    columns = {}
+    for name in ("pitch", "voice", "staff", "grace_order", "tremolo", "onset", "duration"):
+        columns[name] = np.array([getattr(x, name) for x in notes])
+    pitch, onset, duration = columns["pitch"], columns.pop("onset"), columns.pop("duration")
+    tempi = [d.text for d in directions if d.kind == "tempo" and d.onset <= notes[0].onset]
+    qpm = [120.0, *tempi][-1]
 
     def marked(*names):
         return np.array([[name in x.marks for name in names] for x in notes], float)
 
-    bar = _last_at(starts, onset, 1e-6)
+    bar = _index_at_or_before(starts, onset, 1e-6)
     lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
     position = (onset - starts[bar]) / lengths[bar]
     importance = [_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]
@@ -985,32 +986,32 @@ def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer)
         "beat_position": position,
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
-        "qpm_primo": np.full(n, math.log10(qpm)),
+        "qpm_primo": np.full(len(notes), math.log10(qpm)),
         "following_rest": rest_length / ticks,
         "followed_by_fermata_rest": rest_fermata,
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
-        "xml_position": onset / ((onset + duration)[min(1, n - 1) :].max() or 1.0),
-        "grace_order": integers["grace_order"].astype(float),
+        "xml_position": onset / ((onset + duration)[min(1, len(notes) - 1) :].max() or 1.0),
+        "grace_order": columns["grace_order"].astype(float),
         "preceded_by_grace_note": preceded.astype(float),
         "pitch": np.concatenate([(pitch[:, None] // 12 - 5) / 4, np.eye(12)[pitch % 12]], axis=1),
         "tempo": tempo,
-        "tempo_primo": np.tile(tempo[0, :2], (n, 1)),
+        "tempo_primo": np.tile(tempo[0, :2], (len(notes), 1)),
         "dynamic": dynamic,
         "notation": notation,
         "time_sig_vec": np.array([_time_vector(bars[b]) for b in bar]),
         "slur_beam_vec": np.hstack([[_slur_flags(x, slurs) for x in notes], beams]),
-        "composer_vec": np.tile(composer, (n, 1)),
+        "composer_vec": np.tile(composer, (len(notes), 1)),
     }
     beats = _beat_grid(bars, starts, ticks)
     return Score(
         path=path,
         onset=onset / ticks,
         duration=duration / ticks,
-        **integers,
+        **columns,
         measure=_contiguous(bar),
-        beat=_contiguous(_last_at(beats, onset, 1e-6)),
-        section=_last_at(sections, onset, 1e-6).astype(np.int64),
+        beat=_contiguous(_index_at_or_before(beats, onset, 1e-6)),
+        section=_index_at_or_before(sections, onset, 1e-6).astype(np.int64),
         grace=grace,
         overlapped=_overlapped(notes),
         trill=notation[:, 0] > 0,
@@ -1074,8 +1075,8 @@ def read_midi(path: str | Path) -> Performance:
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
         raise DataError(
-            f"{path}: a truncated or corrupt MIDI file, or none ({found}); expected a standard MIDI file (type 0 or 1) with notes; "
-            "export or download it again"
+            f"{path}: a truncated or corrupt MIDI file, or none ({found}); expected a standard MIDI file "
+            "(type 0 or 1) with notes; export or download it again"
         ) from error
     return Performance(
         str(path),
@@ -1229,6 +1230,7 @@ def _cheapest_paths(position, pace, onset, hit):
     source = np.maximum(columns - steps, 0)
     expected = np.log(clock - clock[source] + BLUR)
     left_out = np.where(columns >= steps, SKIP * (steps - 1), np.inf)
+    ways = np.vstack([source, columns, columns])  # steps, a jump, the same chord once more
 
     origin = np.tile(columns.astype(np.int32), (count, 1))
     restart = np.zeros(count, bool)
@@ -1237,23 +1239,19 @@ def _cheapest_paths(position, pace, onset, hit):
     latest = entry.copy()
     for j in range(1, count):
         interval = np.abs(np.log(onset[j] - entry + BLUR)[source] - expected) / RATIO
-        moved = best[source] + np.minimum(interval, WORST) + left_out
-        step = moved.argmin(0)
-        moved, came = moved[step, columns], source[step, columns]
+        stepped = best[source] + np.minimum(interval, WORST) + left_out
         lead = best.argmin()
-        leap = (best[lead] + JUMP < moved) & (columns > lead)
-        moved[leap] = best[lead] + JUMP
-        came[leap] = lead
-        again = best + RESTART < moved
-        moved[again] = best[again] + RESTART
-        came[again] = columns[again]
-        moved += MISS * ~hit[j]
+        ways[STEPS] = lead
+        jumped = np.where(columns > lead, best[lead] + JUMP, np.inf)
+        prices = np.vstack([stepped, jumped, best + RESTART])
+        way = prices.argmin(0)
+        moved = prices[way, columns] + MISS * ~hit[j]
         stayed = best + np.where(hit[j], np.minimum((onset[j] - latest) / LATE, MISS), MISS)
         go = moved < stayed
         best = np.where(go, moved, stayed)
         entry[go] = onset[j]
         latest[go | hit[j]] = onset[j]
-        origin[j, go] = came[go]
+        origin[j, go] = ways[way, columns][go]
         restart[j] = go[0]
     return origin, restart, best.argmin()
 
@@ -1469,7 +1467,7 @@ def _tempo_of_notes(grid, anchors):
 
     A tempo runs from anchor to anchor: the neighbouring pairs of the list chain up over its distinct anchors.
     """
-    ends = np.unique(_last_at(anchors[:, 0], grid))
+    ends = np.unique(_index_at_or_before(anchors[:, 0], grid))
     if len(ends) < 2:
         ends = np.array([0, len(anchors) - 1])
     span = np.diff(anchors[ends], axis=0)
@@ -1479,7 +1477,7 @@ def _tempo_of_notes(grid, anchors):
 def _timing(score, performance, match, tempi):
     """Onset deviation (quarters, positive = late) and articulation (log10 of held over written length) by
     beat tempo."""
-    start, start_time, qpm = (part[_last_at(tempi[0], score.onset)] for part in tempi)
+    start, start_time, qpm = (part[_index_at_or_before(tempi[0], score.onset)] for part in tempi)
     late = (performance.onset[match] - start_time) * qpm / 60 - (score.onset - start)
     held = (performance.offset - performance.onset)[match]
     written = score.duration * 60 / qpm
@@ -1534,8 +1532,8 @@ def _played_features(performance):
     """What is known of every played note without a score: velocity, pedal, raw columns (n played,)."""
     onset, offset = performance.onset, performance.offset
     sustain = np.concatenate((np.zeros((1, 2)), performance.sustain))
-    at_onset = _last_at(sustain[:, 0], onset)
-    at_offset = _last_at(sustain[:, 0], offset)
+    at_onset = _index_at_or_before(sustain[:, 0], onset)
+    at_offset = _index_at_or_before(sustain[:, 0], offset)
     at_next_onset = np.append(at_onset, len(sustain) - 1)[np.searchsorted(onset, offset, side="right")]
     refresh, refresh_time = _lowest(sustain, at_onset, at_offset, onset)
     cut, cut_time = _lowest(sustain, at_offset, at_next_onset, offset)
@@ -1559,7 +1557,7 @@ def _played_features(performance):
 # ------------------------------------------------------------------------------------------------------------
 # Features per note
 # ------------------------------------------------------------------------------------------------------------
-def _features(score, performance, match):
+def _all_features(score, performance, match):
     """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (quarters,
     s, qpm)."""
     match, anchors = _clean(score, performance, np.asarray(match))
@@ -1571,7 +1569,7 @@ def _features(score, performance, match):
     primo = np.log10(tempi["beat"][2][:10].mean())
     features = {**score.features, "performance_qpm_primo": np.full(len(match), primo)}
     for level, (start, _, qpm) in tempi.items():
-        features[f"{level}_tempo"] = np.log10(qpm)[_last_at(start, score.onset)]
+        features[f"{level}_tempo"] = np.log10(qpm)[_index_at_or_before(start, score.onset)]
 
     # Score notes that were not played: these repeat the last played note, the others are 0.
     before = np.maximum.accumulate(np.where(match >= 0, np.arange(len(match)), -1))
@@ -1597,7 +1595,24 @@ def note_features(score: Score, performance: Performance, match: np.ndarray) -> 
     in seconds. Source: sections 3 and 6 of the description of the original features; where a definition
     differs, a comment says "Unlike the original".
     """
-    return _features(score, performance, match)[0]
+    return _all_features(score, performance, match)[0]
+
+
+def _places(onset, seconds, anchors, qpm):
+    """For played notes at `seconds`: before which row of the score they belong, and the row nearest in time.
+
+    The score's positions in seconds are prolonged beyond the outer anchors at the outer beat tempi. Unlike
+    the original, which goes by matched rows only: there extra notes land too early after unmatched ones.
+    """
+    reach = 10_000.0  # quarters
+    first_anchor = anchors[0] - (reach, reach * 60 / qpm[0])
+    last_anchor = anchors[-1] + (reach, reach * 60 / qpm[-1])
+    quarter, second = np.vstack([first_anchor, anchors, last_anchor]).T
+    chords, first = np.unique(onset, return_index=True)
+    expected = np.interp(chords, quarter, second)
+    nearest = np.searchsorted((expected[1:] + expected[:-1]) / 2, seconds)
+    after = seconds >= expected[nearest]
+    return np.append(first, len(onset))[nearest + after], first[nearest]
 
 
 def note_table(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
@@ -1609,22 +1624,10 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     and measure of the score note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An
     unmatched score note keeps its voice.
     """
-    features, played, match, anchors, qpm = _features(score, performance, match)
+    features, played, match, anchors, qpm = _all_features(score, performance, match)
     extra = np.setdiff1d(np.arange(len(performance.onset)), match)
 
-    # The score's positions in seconds, prolonged beyond the outer anchors at the outer beat tempi. Unlike
-    # the original, which goes by matched rows only: there extra notes land too early after unmatched ones.
-    reach = 10_000.0
-    first_anchor = anchors[0] - (reach, reach * 60 / qpm[0])
-    last_anchor = anchors[-1] + (reach, reach * 60 / qpm[-1])
-    quarter, second = np.vstack([first_anchor, anchors, last_anchor]).T
-    chords, first = np.unique(score.onset, return_index=True)
-    expected = np.interp(chords, quarter, second)
-    nearest = np.searchsorted((expected[1:] + expected[:-1]) / 2, performance.onset[extra])
-    after = performance.onset[extra] >= expected[nearest]
-    slot = np.append(first, len(match))[nearest + after]
-    near = first[nearest]
-
+    slot, near = _places(score.onset, performance.onset[extra], anchors, qpm)
     columns, inserted = [], []
     for name, declared in FEATURES.items():
         column = features[name].reshape(len(match), declared.width)
@@ -1707,6 +1710,37 @@ def _covered(onset, offset):
     return np.maximum(reach - np.maximum(onset, before), 0).sum()
 
 
+def _slow_course(onset, time, loudness):
+    """Loudness of chords and number of notes over windows of 1.5 s; onset, time: seconds of notes, of
+    chords."""
+    window = (time / 1.5).astype(int)
+    count = np.bincount(window)
+    level = (np.bincount(window, loudness) / np.maximum(count, 1))[count > 0]
+    density = np.bincount((onset / 1.5).astype(int))
+    return {
+        "level_range": np.ptp(level),
+        "level_sd": level.std(),
+        "level_step": np.abs(np.diff(level)).mean() if len(level) > 1 else 0.0,
+        "density_cv": density.std() / (density.mean() + 1e-9),
+    }
+
+
+def _velocity_course(pitch, velocity, onset):
+    """Extremes of velocity and how it goes with time and pitch."""
+    onset_z = (onset - onset.mean()) / (onset.std() + 1e-9)
+    pitch_z = (pitch - pitch.mean()) / (pitch.std() + 1e-9)
+    slope = (pitch_z * velocity).mean()
+    sd = velocity.std() + 1e-9
+    return {
+        "velocity_max": velocity.max(),
+        "velocity_min": velocity.min(),
+        "velocity_trend": (onset_z * velocity).mean() / sd,
+        "pitch_velocity": slope / sd,
+        "pitch_velocity_slope": slope,
+        "velocity_residual": (velocity - velocity.mean() - pitch_z * slope).std(),
+    }
+
+
 def performance_statistics(performance) -> dict[str, float]:
     """What a listener could measure without a score: tempo, dynamics, voicing, touch, pedals and register as
     means, deviations and quantiles. Times in seconds or log seconds, velocities / 127, pitches in octaves."""
@@ -1739,14 +1773,6 @@ def performance_statistics(performance) -> dict[str, float]:
     ring = np.maximum(sounding - onset, 0.01)
     ringing, rubbing = _ringing(pitch, onset, sounding)
 
-    # slow course: 1.5 s windows
-    window = ((time - start) / 1.5).astype(int)
-    count = np.bincount(window)
-    level = (np.bincount(window, loudness) / np.maximum(count, 1))[count > 0]
-    density = np.bincount(((onset - start) / 1.5).astype(int))
-    onset_z = (onset - onset.mean()) / (onset.std() + 1e-9)
-    pitch_z = (pitch - pitch.mean()) / (pitch.std() + 1e-9)
-    slope = (pitch_z * velocity).mean()
     trend = 0.0
     if len(interval) > 2 and interval.std() > 0:
         trend = np.corrcoef(np.arange(len(interval)), interval)[0, 1]
@@ -1758,16 +1784,8 @@ def performance_statistics(performance) -> dict[str, float]:
         "onsets_per_second": np.log(len(size) / seconds),
         "chord_share": several.mean(),
         "chord_size": size.mean(),
-        "level_range": np.ptp(level),
-        "level_sd": level.std(),
-        "level_step": np.abs(np.diff(level)).mean() if len(level) > 1 else 0.0,
-        "density_cv": density.std() / (density.mean() + 1e-9),
-        "velocity_max": velocity.max(),
-        "velocity_min": velocity.min(),
-        "velocity_trend": (onset_z * velocity).mean() / (velocity.std() + 1e-9),
-        "pitch_velocity": slope / (velocity.std() + 1e-9),
-        "pitch_velocity_slope": slope,
-        "velocity_residual": (velocity - velocity.mean() - pitch_z * slope).std(),
+        **_slow_course(onset - start, time - start, loudness),
+        **_velocity_course(pitch, velocity, onset),
         "interval_trend": trend,
         "ringing": ringing.mean(),
         "ringing_q90": np.quantile(ringing, 0.9),

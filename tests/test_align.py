@@ -1,4 +1,5 @@
-"""The aligner: performances with known truth, made by perturbing scores; real performances; degenerate input."""
+"""The aligner: performances with known truth, made by perturbing scores; real performances; degenerate
+input."""
 
 import os
 import re
@@ -211,7 +212,8 @@ def test_first_and_last_chord_are_matched_after_a_pause_before_the_end():
 
 # fmt: off
 @pytest.mark.parametrize(("written", "played", "expected"), [
-    ([], [], []), ([], [60], []), ([60], [], [-1]), ([60, 62], [], [-1, -1]), ([60], [60], [0]), ([60], [61], [-1]),
+    ([], [], []), ([], [60], []), ([60], [], [-1]), ([60, 62], [], [-1, -1]), ([60], [60], [0]), ([60], [61],
+        [-1]),
     ([60, 62, 64], [61, 63, 65], [-1, -1, -1]), ([60], [60, 62, 64], [0]), ([60, 62, 64], [62], [-1, 0, -1]),
 ])
 # fmt: on

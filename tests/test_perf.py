@@ -15,7 +15,8 @@ ORACLE = sorted((SHARED / "reference/percepiano_features").glob("*.npz"))
 MIDI = SHARED / "percepiano/virtuoso/data/all_2rounds"
 SCORES = SHARED / "percepiano/virtuoso/data/score_xml"
 # fmt: off
-PEDAL = ("pedal_refresh_time", "pedal_cut_time", "pedal_at_start", "pedal_at_end", "soft_pedal", "pedal_refresh",
+PEDAL = ("pedal_refresh_time", "pedal_cut_time", "pedal_at_start", "pedal_at_end", "soft_pedal",
+    "pedal_refresh",
          "pedal_cut")
 PLAYED = ("velocity", "beat_tempo", "measure_tempo", "onset_deviation", "beat_dynamics", "measure_dynamics",
           "articulation")
@@ -23,9 +24,10 @@ PLAYED = ("velocity", "beat_tempo", "measure_tempo", "onset_deviation", "beat_dy
 needs_shared = pytest.mark.skipif(not ORACLE, reason="the reference data are not beside the repository")
 
 
-# -- look-alikes -----------------------------------------------------------------------------------------------------
+# -- look-alikes ---------------------------------------------------------------------------------------------
 def toy_score(onset, duration=None, bar=4.0, tempo_qpm=120.0, **flags):
-    """A score of one voice, beats of a quarter; score features count up from 1, so that copies can be told apart."""
+    """A score of one voice, beats of a quarter; score features count up from 1, so that copies can be told
+    apart."""
     onset = np.array(onset, float)
     n = len(onset)
     beats, measures = np.arange(0.0, onset.max() + 1), np.arange(0.0, onset.max() + 1, bar)
@@ -82,7 +84,7 @@ def oracle_inputs(path):
     return ref, score, Performance(path.stem, *played, *np.zeros((2, 0, 2)))
 
 
-# -- anchors and cleaning ---------------------------------------------------------------------------------------------
+# -- anchors and cleaning ------------------------------------------------------------------------------------
 # (onsets in quarters, flags, onsets in seconds, rows dropped, anchors)
 # fmt: off
 CHORDS = {
@@ -225,7 +227,8 @@ def test_columns_are_those_of_the_description():
 
 
 def test_extra_notes_enter_in_time_order():
-    # Quarters 0..3 at 1..4 s; the first two are not played. Extra: 0.2 s (before all), 1.1, 3.4, 3.6, 9 s (after all).
+    # Quarters 0..3 at 1..4 s; the first two are not played. Extra: 0.2 s (before all), 1.1, 3.4, 3.6, 9 s
+    # (after all).
     score = toy_score([0, 1, 2, 3], bar=2.0)
     performance = toy_performance(
         [0.2, 1.1, 3.0, 3.4, 3.6, 4.0, 9.0], velocity=[1, 2, 3, 4, 5, 6, 7], sustain=[(3.5, 127)]
@@ -266,7 +269,7 @@ def test_table_without_extra_notes_is_the_features():
 def last_object(grid, anchors, onset):
     """Rows whose tempo object is the last one: the last onset, an anchor here only, may end it."""
     start = data._tempo_of_notes(grid, anchors)[0]
-    return data._last_at(start, onset) == len(start) - 1
+    return data._index_at_or_before(start, onset) == len(start) - 1
 
 
 @needs_shared
