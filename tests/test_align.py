@@ -1,5 +1,4 @@
-"""The aligner: performances with known truth, made by perturbing scores; real performances; degenerate
-input."""
+"""The aligner: performances with known truth (perturbed scores), real performances, degenerate input."""
 
 import os
 import re
@@ -63,65 +62,49 @@ def written_score(seed):
     return make_score(notes)
 
 
-def perform(
-    score,
-    seed,
-    *,
-    # fmt: off
-    pace=0.6,
-    rubato=0.1,
-    ritardando=0.0,
-    jitter=0.01,
-    left_early=0.0,
-    roll=0.0,
-    wrong=0.0,
-    missing=0.0,
-    extra=0.0,
-    restrike=0.0,
-    cut=(0.0, 0.0),
-    silence=0.0,
-    pause=0.0,
-    grace=0.08,
-    # fmt: on
-):
+QUIET = "ritardando left_early roll wrong missing extra restrike silence pause".split()
+STYLE = dict.fromkeys(QUIET, 0.0) | dict(pace=0.6, rubato=0.1, jitter=0.01, cut=(0.0, 0.0), grace=0.08)
+
+
+def perform(score, seed, **changes):
     """A performance of the score and, per score note, the true index of its played note (-1: not played)."""
+    style = SimpleNamespace(**STYLE | changes)
     rng = np.random.default_rng(seed)
     position, chord = np.unique(score.onset, return_inverse=True)
     t = np.linspace(0, 1, len(position))
-    tempo = pace * np.exp(
-        rubato * (np.sin(2 * np.pi * (t * rng.uniform(1, 5) + rng.uniform())) + 0.4 * rng.normal(size=len(t)))
-    )
-    tempo *= 1 + ritardando * np.clip((t - 0.85) / 0.15, 0, 1)
+    wave = np.sin(2 * np.pi * (t * rng.uniform(1, 5) + rng.uniform())) + 0.4 * rng.normal(size=len(t))
+    tempo = style.pace * np.exp(style.rubato * wave)
+    tempo *= 1 + style.ritardando * np.clip((t - 0.85) / 0.15, 0, 1)
     clock = np.append(0, np.cumsum(np.diff(position) * tempo[:-1]))
-    clock[rng.integers(2, len(clock) - 1) :] += pause
-    rolled = rng.random(len(position)) < roll
+    clock[rng.integers(2, len(clock) - 1) :] += style.pause
+    rolled = rng.random(len(position)) < style.roll
 
     owners, notes = {}, []
     for row, (where, key, order) in enumerate(zip(chord, score.pitch, score.grace_order, strict=True)):
         owner = owners.setdefault((where, key, order), row)
         if owner < row:
             continue
-        onset = clock[where] + rng.normal(0, jitter) + grace * order - left_early * (key < 60)
+        onset = (
+            clock[where] + rng.normal(0, style.jitter) + style.grace * order - style.left_early * (key < 60)
+        )
         if rolled[where]:
             onset += 0.045 * np.sum(np.unique(score.pitch[chord == where]) < key)
-        inside = cut[0] * clock[-1] <= onset <= (1 - cut[1]) * clock[-1] + 0.2
-        if not inside or rng.random() < missing:
+        inside = style.cut[0] * clock[-1] <= onset <= (1 - style.cut[1]) * clock[-1] + 0.2
+        if not inside or rng.random() < style.missing:
             continue
-        slip = rng.random() < wrong
+        slip = rng.random() < style.wrong
         notes.append((onset, key + rng.choice([-2, -1, 1, 2]) if slip else key, -1 if slip else row))
-        if rng.random() < extra:
-            notes.append(
-                (onset + rng.uniform(-0.15, 0.3), key + rng.choice([-12, -5, -2, -1, 1, 2, 5, 12]), -1)
-            )
-        if rng.random() < restrike:
+        if rng.random() < style.extra:
+            later, other = rng.uniform(-0.15, 0.3), rng.choice([-12, -5, -2, -1, 1, 2, 5, 12])
+            notes.append((onset + later, key + other, -1))
+        if rng.random() < style.restrike:
             notes.append((onset + rng.uniform(0.12, 0.2), key, -1))
     notes.sort()
     index = {row: played for played, (_, _, row) in enumerate(notes) if row >= 0}
-    truth = np.array(
-        [index.get(owners[key], -1) for key in zip(chord, score.pitch, score.grace_order, strict=True)]
-    )
+    keys = zip(chord, score.pitch, score.grace_order, strict=True)
+    truth = np.array([index.get(owners[key], -1) for key in keys])
     onset = np.array([note[0] for note in notes])
-    return make_performance([note[1] for note in notes], onset - onset[0] + silence), truth
+    return make_performance([note[1] for note in notes], onset - onset[0] + style.silence), truth
 
 
 def f1(pairs):
@@ -212,9 +195,9 @@ def test_first_and_last_chord_are_matched_after_a_pause_before_the_end():
 
 # fmt: off
 @pytest.mark.parametrize(("written", "played", "expected"), [
-    ([], [], []), ([], [60], []), ([60], [], [-1]), ([60, 62], [], [-1, -1]), ([60], [60], [0]), ([60], [61],
-        [-1]),
-    ([60, 62, 64], [61, 63, 65], [-1, -1, -1]), ([60], [60, 62, 64], [0]), ([60, 62, 64], [62], [-1, 0, -1]),
+    ([], [], []), ([], [60], []), ([60], [], [-1]), ([60, 62], [], [-1, -1]), ([60], [60], [0]),
+    ([60], [61], [-1]), ([60, 62, 64], [61, 63, 65], [-1, -1, -1]), ([60], [60, 62, 64], [0]),
+    ([60, 62, 64], [62], [-1, 0, -1]),
 ])
 # fmt: on
 def test_degenerate_input(written, played, expected):

@@ -16,8 +16,7 @@ MIDI = SHARED / "percepiano/virtuoso/data/all_2rounds"
 SCORES = SHARED / "percepiano/virtuoso/data/score_xml"
 # fmt: off
 PEDAL = ("pedal_refresh_time", "pedal_cut_time", "pedal_at_start", "pedal_at_end", "soft_pedal",
-    "pedal_refresh",
-         "pedal_cut")
+         "pedal_refresh", "pedal_cut")
 PLAYED = ("velocity", "beat_tempo", "measure_tempo", "onset_deviation", "beat_dynamics", "measure_dynamics",
           "articulation")
 # fmt: on
@@ -26,8 +25,7 @@ needs_shared = pytest.mark.skipif(not ORACLE, reason="the reference data are not
 
 # -- look-alikes ---------------------------------------------------------------------------------------------
 def toy_score(onset, duration=None, bar=4.0, tempo_qpm=120.0, **flags):
-    """A score of one voice, beats of a quarter; score features count up from 1, so that copies can be told
-    apart."""
+    """One voice, beats of a quarter; score features count up from 1, so that copies can be told apart."""
     onset = np.array(onset, float)
     n = len(onset)
     beats, measures = np.arange(0.0, onset.max() + 1), np.arange(0.0, onset.max() + 1, bar)
@@ -227,8 +225,7 @@ def test_columns_are_those_of_the_description():
 
 
 def test_extra_notes_enter_in_time_order():
-    # Quarters 0..3 at 1..4 s; the first two are not played. Extra: 0.2 s (before all), 1.1, 3.4, 3.6, 9 s
-    # (after all).
+    # Quarters 0..3 at 1..4 s; the first two are not played. Extra: .2 s (before all), 1.1, 3.4, 3.6, 9 s.
     score = toy_score([0, 1, 2, 3], bar=2.0)
     performance = toy_performance(
         [0.2, 1.1, 3.0, 3.4, 3.6, 4.0, 9.0], velocity=[1, 2, 3, 4, 5, 6, 7], sustain=[(3.5, 127)]
