@@ -222,6 +222,10 @@ class _Note:
     def end(self):
         return self.onset + self.duration
 
+    @property
+    def is_padding(self):
+        return {"rest", "hidden"} <= self.marks
+
 
 @dataclass
 class _Direction:
@@ -448,9 +452,8 @@ def _trim_pickup(bars):
     Unlike the original, for which a pickup that is padded so lasts a full bar (D935 no.3 segments 25, 42,
     50).
     """
-    shown = [[n for n in bar.notes if not {"rest", "hidden"} <= n.marks] for bar in bars]
-    music = list(itertools.chain(*shown))
-    unpadded = any(notes and len(notes) == len(bar.notes) for notes, bar in zip(shown, bars, strict=True))
+    music = [n for bar in bars for n in bar.notes if not n.is_padding]
+    unpadded = any(bar.notes and not any(n.is_padding for n in bar.notes) for bar in bars)
     if unpadded or not music:
         return
     low = min(n.onset for n in music)
@@ -1409,23 +1412,29 @@ ARPEGGIO_SPREAD = 1.0  # the same where a member is arpeggiated
 START_VELOCITY = 64  # of score notes before the first matched one
 
 
-def _follows(anchor, later):
-    """Whether (quarter, second) `later` is late enough after `anchor` to be played music."""
-    return later[1] > anchor[1] + ANCHOR_GAP[0] * (later[0] - anchor[0]) + ANCHOR_GAP[1]
+class _Onset(NamedTuple):
+    quarter: float
+    second: float
+    row: int = -1  # of the score
+
+    def may_follow(self, anchor):
+        """Whether it is late enough after `anchor` to be played music."""
+        least = ANCHOR_GAP[0] * (self.quarter - anchor.quarter)
+        return self.second > anchor.second + least + ANCHOR_GAP[1]
 
 
 def _settle_chord(chord, spread):
-    """Mean onset of a chord of (quarter, second, row) without its outliers, and the rows of these."""
+    """Mean second of a chord's onsets without outliers, and the rows of these."""
     kept, rows = list(chord), []
     while True:
-        mean = sum(second for _, second, _ in kept) / len(kept)
-        far = max(kept, key=lambda note: abs(note[1] - mean))
-        if abs(far[1] - mean) <= spread:
+        mean = sum(onset.second for onset in kept) / len(kept)
+        far = max(kept, key=lambda onset: abs(onset.second - mean))
+        if abs(far.second - mean) <= spread:
             return mean, rows
         if len(kept) == 2:
-            return mean, [row for *_, row in chord]
+            return mean, [onset.row for onset in chord]
         kept.remove(far)
-        rows.append(far[2])
+        rows.append(far.row)
 
 
 def _clean(score, performance, match):
@@ -1433,21 +1442,22 @@ def _clean(score, performance, match):
     increasing."""
     match = match.copy()
     rows = np.flatnonzero((match >= 0) & ~score.grace)
+    places = zip(score.onset[rows].tolist(), performance.onset[match[rows]].tolist(), rows, strict=True)
     chords, anchors, dropped = [], [], []
-    for note in zip(score.onset[rows].tolist(), performance.onset[match[rows]].tolist(), rows, strict=True):
-        if chords and note[0] == chords[-1][0][0]:
-            chords[-1].append(note)
-        elif not chords or _follows(chords[-1][0], note):
-            chords.append([note])
+    for onset in itertools.starmap(_Onset, places):
+        if chords and onset.quarter == chords[-1][0].quarter:
+            chords[-1].append(onset)
+        elif not chords or onset.may_follow(chords[-1][0]):
+            chords.append([onset])
         else:
-            dropped += [note[2], chords[-1][0][2]]
+            dropped += [onset.row, chords[-1][0].row]
     # Unlike the original, which leaves the last chord open: it is an anchor too.
     for chord in chords:
-        members = [row for *_, row in chord]
+        members = [onset.row for onset in chord]
         spread = ARPEGGIO_SPREAD if score.arpeggiate[members].any() else CHORD_SPREAD
         mean, outliers = _settle_chord(chord, spread)
-        anchor = chord[0][0], mean
-        if not anchors or _follows(anchors[-1], anchor):
+        anchor = _Onset(chord[0].quarter, mean)
+        if not anchors or anchor.may_follow(anchors[-1]):
             anchors.append(anchor)
             dropped += outliers
         else:
@@ -1456,10 +1466,10 @@ def _clean(score, performance, match):
     # Unlike the original, which fails: with too few anchors the score's tempo, so that a bad item stays
     # readable.
     if not anchors:
-        anchors.append((score.onset[0], performance.onset[0]))
+        anchors.append(_Onset(score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
-        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.tempo_qpm))
-    return match, np.array(anchors)
+        anchors.append(_Onset(anchors[0].quarter + 1, anchors[0].second + 60 / score.tempo_qpm))
+    return match, np.array([(anchor.quarter, anchor.second) for anchor in anchors])
 
 
 def _tempo_of_notes(grid, anchors):
