@@ -419,8 +419,7 @@ class _Reader:
 
 
 def _note_marks(element):
-    """rest, grace, chord, cue, hidden, entries of _NOTATIONS, and with a type: "beam begin", "tied stop",
-    ..."""
+    """rest, grace, chord, cue, hidden, entries of _NOTATIONS; with a type "beam begin", "tied stop", ..."""
     marks = {child.tag for child in element} & {"rest", "grace", "chord", "cue"}
     marks |= {child.tag for child in element.iterfind("notations/*")} & {"arpeggiate", "fermata"}
     marks |= {child.tag for child in element.iterfind("notations/ornaments/trill-mark")}
@@ -465,8 +464,7 @@ def _trim_pickup(bars):
 
 
 def _repeat_signs(measures, reader):
-    """Per measure: whether a repeat opens, the turns of the repeat that closes (0: none), the numbers of
-    its volta."""
+    """Per measure: whether a repeat opens, turns of the repeat that closes (0: none), numbers of its volta."""
     forward, turns, volta = [], [], []
     inside = frozenset()
     for measure in measures:
@@ -554,8 +552,7 @@ def _play_order(measures, reader):
 
 
 def _join_ties(notes):
-    """Give each tied continuation its `first` note, which takes its duration; `notes` of one part in file
-    order."""
+    """Give each tied continuation its `first` note, which takes its duration; notes of a part in file order."""
     starts = {}
     for note in notes:
         candidates = starts.setdefault(note.pitch, [])
@@ -587,8 +584,7 @@ def _order_graces(notes):
 
 
 def _resolve_slurs(notes):
-    """Slurs as {voice: [(start, stop)]}; `notes` in file order, those of a tie hand their slurs to its
-    first note."""
+    """Slurs as {voice: [(start, stop)]}; notes in file order, tied ones hand their slurs to the first."""
     opened, slurs = {}, {}
     for note in notes:
         first = note.first or note
@@ -605,8 +601,7 @@ def _resolve_slurs(notes):
 
 
 def _raise_trills(notes):
-    """Hand each trill mark to the highest note of its chord, that of a hidden note to a main note near its
-    pitch."""
+    """Hand each trill mark to the highest note of its chord, a hidden note's to a main note near in pitch."""
     shown = _shown(notes)
     for note in [n for n in notes if "trill-mark" in n.marks]:
         note.marks -= {"trill-mark"}
@@ -643,8 +638,7 @@ def _spaced(text):
 
 
 def _matches(text, keywords, whole):
-    """Whether a keyword stands in `text`: as whole words, or (not `whole`, three letters and more) inside
-    them."""
+    """Whether a keyword stands in `text`: as whole words, or (not `whole`, from three letters) inside them."""
     text = _spaced(text)
     return any((f" {k} " if whole or len(k) < 3 else k) in text for k in keywords)
 
@@ -679,8 +673,7 @@ def _split_words(directions, absolute, relative, whole):
 
 
 def _dynamics(directions):
-    """Absolute marks, relative marks with their ends, accents as (position, column, value); in order of
-    position."""
+    """Absolute marks, relative marks with ends, accents as (position, column, value); by position."""
     absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
     accents = []
     wedges = {}  # number -> kind of the last one
@@ -746,8 +739,7 @@ def _in_force(marks, onset):
 
 
 def _active(marks, note):
-    """Relative marks over the note; where both kinds of hairpin are, those below it count for staff 2
-    only."""
+    """Relative marks over the note; of both kinds of hairpin the lower ones count for staff 2 only."""
     active = [m for m in marks if m.onset <= note.onset < m.end]
     if not set(_HAIRPINS) <= {m.kind for m in active}:
         return active
@@ -764,20 +756,17 @@ def _index_at_or_before(entries, x, slack=0.0):
 
 
 def _contiguous(index):
-    """Lower an ascending index sequence so that it starts at 0 or 1 at most and never jumps by more than
-    1."""
+    """Lower an ascending index sequence so that it starts at 0 or 1 and never jumps by more than 1."""
     return np.cumsum(np.minimum(np.diff(index, prepend=0), 1)).astype(np.int64)
 
 
 def _beat_grid(bars, starts, ticks):
-    """Beat positions; compound metres count dotted beats. Irregular bars are filled from their start, a
-    pickup backwards."""
+    """Beat positions; compound metres count dotted beats; irregular bars from their start, a pickup back."""
     beats = []
     for i, (bar, start) in enumerate(zip(bars, starts, strict=True)):
         count = _COMPOUND.get(bar.beats, bar.beats)
         step = bar.nominal / count
-        # Unlike the original: rounding (the last bar of WoO80 var. 18 lacks 1/240 quarter) makes no bar
-        # irregular.
+        # Unlike the original: 1/240 quarter of rounding (last bar of WoO80 var. 18) is not irregular.
         irregular = abs(bar.length - bar.nominal) > 0.01 * ticks or bar.implicit
         if irregular:
             count = math.ceil(bar.length / step - 1e-6)
@@ -789,8 +778,7 @@ def _beat_grid(bars, starts, ticks):
 
 
 def _beat_importance(position, numerator):
-    """Metrical weight of a position (0..1 of the bar); "whole" is exact in floating point, as in the
-    original."""
+    """Metrical weight of a position (0..1 of the bar), by exact equality in floats as in the original."""
     if position == 0:
         return 4.0
     if position == 0.5 and numerator in (2, 4, 6, 12):
@@ -804,8 +792,7 @@ def _beat_importance(position, numerator):
 
 
 def _rests_after(notes, rests):
-    """Per note (row order) the length of the rest (file order) that follows in its voice, and whether it
-    has a fermata."""
+    """Per note (by row) length of the rest (in file order) after it in its voice, whether under a fermata."""
     length = np.zeros(len(notes))
     fermata = np.zeros(len(notes))
     onsets = [n.onset for n in notes]
@@ -834,8 +821,7 @@ def _rests_after(notes, rests):
 
 
 def _slur_flags(note, slurs):
-    """Whether a slur starts, continues, stops at the note; one with slur elements of its own never
-    continues."""
+    """Whether a slur starts, continues, stops at the note; with slur elements of its own none continues."""
     flags = {kind for kind in ("start", "stop") if f"slur {kind}" in note.marks}
     if not flags:
         for start, stop in slurs.get(note.voice, []):
@@ -858,8 +844,7 @@ def _overlapped(notes):
 
 
 def _composer_vector(root, path):
-    """One-hot: the first name found in the composer tags, else in the file name. Unlike the original: not
-    always Schubert."""
+    """One-hot, by composer tags, else the file name. Unlike the original: not always Schubert."""
     names = [c.text or "" for c in root.iterfind(".//creator[@type='composer']")]
     for name in [*names, Path(path).name.replace("_", " ")]:
         for i, composer in enumerate(COMPOSERS):
@@ -1093,8 +1078,7 @@ def read_midi(path: str | Path) -> Performance:
 
 
 def _merged_events(tracks):
-    """(tick, message) of all tracks in order of time. Unlike the original, which searches unsorted pedal
-    events."""
+    """(tick, message) of all tracks by time. Unlike the original, which searches unsorted pedal events."""
     events = []
     for track in tracks:
         tick = 0
@@ -1105,8 +1089,7 @@ def _merged_events(tracks):
 
 
 def _event_seconds(events, division):
-    """Seconds of events (tick, message): division ticks per quarter under the tempo map, or SMPTE where
-    negative."""
+    """Seconds of (tick, message): division ticks per quarter under the tempo map, SMPTE where negative."""
     ticks = np.array([tick for tick, _ in events], float)
     if division < 0:
         frames, per_frame = -(division >> 8), division & 0xFF
@@ -1125,8 +1108,7 @@ def _event_seconds(events, division):
 
 
 def _pair_notes(events, seconds):
-    """[pitch, velocity, onset, offset] of every note by onset, and {controller: [(second, value)]} of the
-    pedals."""
+    """[pitch, velocity, onset, offset] of each note by onset; {controller: [(second, value)]} of pedals."""
     notes, open_notes = [], {}
     pedals = {SUSTAIN: [], SOFT: []}
     for now, (_, message) in zip(seconds, events, strict=True):
@@ -1159,8 +1141,8 @@ WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
 GRACE = 0.08  # s from one grace note to the next
-# A note is looked for within .12 s + .2 quarters of its due time, or, where chords follow faster, within .08
-# s + their interval.
+# A note is looked for within .12 s + .2 quarters of its due time; where chords follow faster, .08 s + their
+# interval.
 NEAR = 0.12, 0.2, 0.08
 
 
@@ -1438,8 +1420,7 @@ def _settle_chord(chord, spread):
 
 
 def _clean(score, performance, match):
-    """Drop matches that contradict the order of time; fix (quarter, second) anchors, at least two, both
-    increasing."""
+    """Drop matches out of the order of time; fix (quarter, second) anchors, two or more, both increasing."""
     match = match.copy()
     rows = np.flatnonzero((match >= 0) & ~score.grace)
     places = zip(score.onset[rows].tolist(), performance.onset[match[rows]].tolist(), rows, strict=True)
@@ -1463,8 +1444,7 @@ def _clean(score, performance, match):
         else:
             dropped += members
     match[dropped] = -1
-    # Unlike the original, which fails: with too few anchors the score's tempo, so that a bad item stays
-    # readable.
+    # Unlike the original, which fails with too few anchors: the score's tempo; a bad item stays readable.
     if not anchors:
         anchors.append(_Onset(score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
@@ -1485,8 +1465,7 @@ def _tempo_of_notes(grid, anchors):
 
 
 def _timing(score, performance, match, tempi):
-    """Onset deviation (quarters, positive = late) and articulation (log10 of held over written length) by
-    beat tempo."""
+    """By beat tempo: onset deviation (quarters, + late), articulation (log10 of held over written length)."""
     start, start_time, qpm = (part[_index_at_or_before(tempi[0], score.onset)] for part in tempi)
     late = (performance.onset[match] - start_time) * qpm / 60 - (score.onset - start)
     held = (performance.offset - performance.onset)[match]
@@ -1528,8 +1507,7 @@ def _value_held_at(events, times):
 
 
 def _lowest(curve, start, stop, since):
-    """Lowest value of the entries start..stop-1 and its time after `since`; no time where that is the
-    start's own."""
+    """Lowest value of entries start..stop-1 and its time after `since`, 0 where it is the start's own."""
     # One number orders by value and then by index, which makes the minimum the first lowest entry; where
     # stop = start reduceat gives the start's own.
     key = np.unique(curve[:, 1], return_inverse=True)[1] * len(curve) + np.arange(len(curve))
@@ -1568,14 +1546,12 @@ def _played_features(performance):
 # Features per note
 # ------------------------------------------------------------------------------------------------------------
 def _all_features(score, performance, match):
-    """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (quarters,
-    s, qpm)."""
+    """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (qpm)."""
     match, anchors = _clean(score, performance, np.asarray(match))
     played = _played_features(performance)
     levels = {"beat": score.beats, "measure": score.measures, "section": score.sections}
     tempi = {level: _tempo_of_notes(grid, anchors) for level, grid in levels.items()}
-    # Unlike the original, where this overwrites the score's qpm_primo: score columns must not tell the
-    # performer.
+    # Unlike the original, where it overwrites the score's qpm_primo, which must not tell the performer.
     primo = np.log10(tempi["beat"][2][:10].mean())
     features = {**score.features, "performance_qpm_primo": np.full(len(match), primo)}
     for level, (start, _, qpm) in tempi.items():
@@ -1694,8 +1670,7 @@ def _pedal_use(events, performance, start, end, name):
 
 
 def sounding_offset(performance) -> np.ndarray:
-    """(n,) seconds at which each note stops sounding: its release, or later when the sustain pedal comes
-    up (under 64)."""
+    """(n,) seconds at which notes stop sounding: at release, or when the sustain pedal gets under 64."""
     events, offset = performance.sustain, performance.offset
     if not len(events):
         return offset
@@ -1706,8 +1681,7 @@ def sounding_offset(performance) -> np.ndarray:
 
 
 def _ringing(pitch, onset, sounding):
-    """At each onset: how many notes of earlier chords ring on, and how many of these rub (a semitone or
-    tone away)."""
+    """At each onset: number of earlier notes that ring on, and of those that rub (one or two semitones)."""
     ringing = (onset[None] < onset[:, None] - CHORD_GAP) & (sounding[None] > onset[:, None] + 0.05)
     rubbing = ringing & np.isin(np.abs(pitch[None] - pitch[:, None]), (1, 2))
     return ringing.sum(1), rubbing.sum(1)
@@ -1721,8 +1695,7 @@ def _covered(onset, offset):
 
 
 def _slow_course(onset, time, loudness):
-    """Loudness of chords and number of notes over windows of 1.5 s; onset, time: seconds of notes, of
-    chords."""
+    """Loudness of chords and number of notes in windows of 1.5 s; onset, time: of notes, of chords (s)."""
     window = (time / 1.5).astype(int)
     count = np.bincount(window)
     level = (np.bincount(window, loudness) / np.maximum(count, 1))[count > 0]
