@@ -464,7 +464,7 @@ def _trim_pickup(bars):
 
 
 def _repeat_signs(measures, reader):
-    """Per measure: whether a repeat opens, turns of the repeat that closes (0: none), numbers of its volta."""
+    """Per measure: whether a repeat opens, turns of the repeat that closes (0: none), its volta's numbers."""
     forward, turns, volta = [], [], []
     inside = frozenset()
     for measure in measures:
@@ -552,7 +552,7 @@ def _play_order(measures, reader):
 
 
 def _join_ties(notes):
-    """Give each tied continuation its `first` note, which takes its duration; notes of a part in file order."""
+    """Give each tied continuation its `first` note, which grows by it; notes of one part in file order."""
     starts = {}
     for note in notes:
         candidates = starts.setdefault(note.pitch, [])
@@ -638,7 +638,7 @@ def _spaced(text):
 
 
 def _matches(text, keywords, whole):
-    """Whether a keyword stands in `text`: as whole words, or (not `whole`, from three letters) inside them."""
+    """Whether a keyword stands in `text`: as whole words, or (not `whole`, three letters up) inside them."""
     text = _spaced(text)
     return any((f" {k} " if whole or len(k) < 3 else k) in text for k in keywords)
 
