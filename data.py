@@ -59,7 +59,6 @@ from typing import NamedTuple
 import mido
 import numpy as np
 import torch
-from mido.midifiles.meta import KeySignatureError
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.io import loadmat, savemat, wavfile
 from scipy.linalg import expm
@@ -73,43 +72,13 @@ class DataError(ValueError):
     """Bad input, in one line: file, what was found, what was expected, what to do."""
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MusicXML: tables
-# -----------------------------------------------------------------------------------------------------------------
-CORRECTIONS = (  # (what, original, here, reason)
-    ("composer_vec", "always Schubert", "the piece's own, from the creator tag, else the file name", "Beethoven's pieces were mislabelled"),
-    ("dynamic[2]", "sf, fz, sfz, sffz, rf, rfz marks are lost", "set at the mark's non-grace notes (rf, rfz: entry 3)", "accents tell velocity"),
-    ("dynamic, fp", "listed as p, f; the search gives p at the mark, then f", "f at the mark, p from 0.1 division later", "fp: loud, then soft"),
-    ("slur_beam_vec[3:]", "chord notes inherit all beam flags seen earlier in the file", "a note's own <beam>s", "a program error"),
-    ("distance_from_recent_tempo", "moved by hairpins and other dynamics", "moved by relative tempo marks", "swapped lists"),
-    ("tempo words", "a keyword matches inside words", "whole words; `riten` counts as one", "`acc` in staccato is no accelerando"),
-    ("first bar", "a pickup padded by hidden rests lasts a full bar", "the padding is cut", "D935 no.3 segments 25, 42, 50 misaligned"),
-    ("bar length", "to the cursor after the last element", "to the farthest cursor of all parts", "parts stay together; a trailing backup moves nothing"),
-    ("last bar", "1/240 quarter short (WoO80 var. 18): irregular", "regular within 0.01 quarter", "rounding of the notation program"),
-    ("ties", "joined to the latest tied note of the pitch", "first choice: one that ends where it begins", "two voices may tie one pitch"),
-    ("tremolo", "marked on the first note of a chord", "`Score.tremolo`: the chord's other notes inherit it", "all of them are repeated"),
-    ("pedal value 0", "makes no entry: after a release the last non-zero value goes on counting",
-     "counts as a release", "a switch-like pedal read 127 from its first press to the end"),
-    ("pedals in several tracks", "tracks concatenated, then searched as if sorted", "events sorted by time",
-     "a binary search needs a sorted list"),
-    ("last onset", "the last chord is never closed, so it is no anchor", "it is an anchor",
-     "a tempo object that ends on the last onset was lost or cut short"),
-    ("last beat and measure, dynamics", "(sum + max) / 2 / count", "(mean + max) / 2, as everywhere else",
-     "its maximum was divided by the number of notes"),
-    ("anchor gap", "0.1 s a quarter + 0.01 s (600 qpm)", "0.05 s a quarter + 0.01 s (1200 qpm)",
-     "swung eighths of the fast D960 mv3 fell below it: 2.3 % of good matches lost, 5 % and more in 250 items"),
-    ("too few anchors for a tempo", "the pipeline fails (9 performances)",
-     "one tempo from the first anchor to the last, or the score's tempo with fewer than two",
-     "a badly aligned item must still be readable"),
-    ("place of extra notes", "counted in matched rows only", "beside the score note nearest in time",
-     "after unmatched score notes they landed too early"),
-    ("extra notes, velocity and pedal columns", "0", "the played note's own", "both are known without a score note"),
-    ("qpm_primo", "the performance's value overwrites the score's",
-     "the score's; the performance's is performance_qpm_primo", "score columns must not tell the performer"),
-)  # fmt: skip
-
-COMPOSERS = ("Bach", "Balakirev", "Beethoven", "Brahms", "Chopin", "Debussy", "Glinka", "Haydn", "Liszt", "Mozart", "Prokofiev",
-             "Rachmaninoff", "Ravel", "Schubert", "Schumann", "Scriabin")  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+COMPOSERS = tuple(
+    "Bach Balakirev Beethoven Brahms Chopin Debussy Glinka Haydn Liszt Mozart Prokofiev Rachmaninoff Ravel "
+    "Schubert Schumann Scriabin".split()
+)
 
 
 def _keywords(text):
@@ -118,94 +87,103 @@ def _keywords(text):
 
 def _word_table(*columns):
     """Columns of "word value, word value" to {word: (column, value)}, in column order."""
-    entries = ((c, *entry.rsplit(" ", 1)) for c, column in enumerate(columns) for entry in _keywords(column))
-    return {word: (c, float(value)) for c, word, value in entries}
+    table = {}
+    for index, column in enumerate(columns):
+        for entry in _keywords(column):
+            word, value = entry.rsplit(" ", 1)
+            table[word] = index, float(value)
+    return table
 
 
 # Words with capitals or commas of the original's tables can never match and are left out.
 DYNAMIC_WORDS = _word_table(
-    "pppp -1.1, ppp -.9, pp -.7, piano -.4, p -.4, mp -.2, mf .2, f .4, forte .4, ff .7, fff .9, più forte possibile 1",
-    """cresc .7, crescendo .7, allargando .4, dim -.7, diminuendo -.7, decresc -.7, decrescendo -.7, smorz -.4,
-    poco a poco meno f -.2, poco cresc .5, più cresc .85, molto cresc 1, cresc molto 1""",
+    """pppp -1.1, ppp -.9, pp -.7, piano -.4, p -.4, mp -.2, mf .2, f .4, forte .4, ff .7, fff .9,
+    più forte possibile 1""",
+    """cresc .7, crescendo .7, allargando .4, dim -.7, diminuendo -.7, decresc -.7, decrescendo -.7,
+    smorz -.4, poco a poco meno f -.2, poco cresc .5, più cresc .85, molto cresc 1, cresc molto 1""",
     "fz .3, sf .5, sfz .7, ffz .8, sffz .9",
-    """più p -.5, più piano -.5, più pp -.7, più f .5, più forte .5, rf .3, rinf .3, rinforzando .3, rinforzando molto .7,
-    rinforzando assai .6, rinforz assai .6, molto rin .5, con brio .3, con forza .5, con fuoco .7, con più fuoco possibile 1,
-    sotto voce -.5, mezza voce -.3, appassionato .5, più rinforz .5""",
+    """più p -.5, più piano -.5, più pp -.7, più f .5, più forte .5, rf .3, rinf .3, rinforzando .3,
+    rinforzando molto .7, rinforzando assai .6, rinforz assai .6, molto rin .5, con brio .3, con forza .5,
+    con fuoco .7, con più fuoco possibile 1, sotto voce -.5, mezza voce -.3, appassionato .5,
+    più rinforz .5""",
 )
 TEMPO_WORDS = _word_table(
-    """lent -.9, lento -.9, grave -.9, largo -.7, languido -.6, molto languido -.7, adagio -.6, larghetto -.6, adagietto -.55,
-    andante -.5, andantino -.3, mesto -.3, andantino molto -.4, maestoso -.2, accarezzevole -.4, moderato 0, tempo giusto .1,
-    allegretto .3, allegro .5, allegro assai .6, vivace .6, vivacissimo .8, molto vivace .7, vivace assai .7, presto .8,
-    precipitato .8, prestissimo .9, doppio movimento .6, molto allegro .6, allegro molto .6, allegro ma non troppo .4,
-    più presto possibile 1, largo e mesto -.8, non troppo presto .75, andante con moto -.4, allegretto vivace .4, adagio molto -.9,
-    adagio ma non troppo -.5, très grave -1, très lent -1, large -.7, assez vif .6, assez animé .7, d'un rythme souple 0,
-    sehr langsam -.55, sehr innig -.5, innig -.4, leicht und zart .2, sehr lebhaft .6, sehr aufgeregt .6, sehr rasch .8,
+    """lent -.9, lento -.9, grave -.9, largo -.7, languido -.6, molto languido -.7, adagio -.6,
+    larghetto -.6, adagietto -.55, andante -.5, andantino -.3, mesto -.3, andantino molto -.4,
+    maestoso -.2, accarezzevole -.4, moderato 0, tempo giusto .1, allegretto .3, allegro .5,
+    allegro assai .6, vivace .6, vivacissimo .8, molto vivace .7, vivace assai .7, presto .8,
+    precipitato .8, prestissimo .9, doppio movimento .6, molto allegro .6, allegro molto .6,
+    allegro ma non troppo .4, più presto possibile 1, largo e mesto -.8, non troppo presto .75,
+    andante con moto -.4, allegretto vivace .4, adagio molto -.9, adagio ma non troppo -.5, très grave -1,
+    très lent -1, large -.7, assez vif .6, assez animé .7, d'un rythme souple 0, sehr langsam -.55,
+    sehr innig -.5, innig -.4, leicht und zart .2, sehr lebhaft .6, sehr aufgeregt .6, sehr rasch .8,
     lebhaftig .5, nicht zu geschwind -.3""",
-    """a tempo 0, im tempo 0, meno mosso -.6, meno vivo -.6, più lento -.5, animato .5, più animato .6, molto animato .8,
-    agitato .4, più mosso .6, stretto .5, appassionato .2, più moderato -.1, più allegro .8, più allegro quasi presto 1,
-    più largo -.5, poco meno mosso -.3, poco più mosso .3, poco più vivace .3, molto agitato .8, tranquillo -.2, meno adagio .2,
-    più adagio -.2, un peau retenu -.3, retenez -.5, plus lent -.5, un peu plus lent -.3, encore plus lent -.5, cédez -.4,
-    un peu retenu -.2, cédez légèrement -.2, mesuré 0, au mouvt 0, reprenez le mouvement 0, en accélérant .3, en animant .6,
-    rapide .6, rapido molto .8, langsamer -.5, etwas langsamer -.3, bewegter .4, schneller .5""",
-    """rit -.5, acc .5, en élargissant beaucoup -.4, accélerez .5, sans ralentir .01, allargando -.2, ritardando -.5, ritar -.5,
-    rallentando -.5, rall -.5, slentando -.3, accel .5, accelerando .5, smorz -.5, string .4, stringendo .4, molto stringendo .7,
-    stringendo molto .7, poco rall -.3, poco rit -.3""",
+    """a tempo 0, im tempo 0, meno mosso -.6, meno vivo -.6, più lento -.5, animato .5, più animato .6,
+    molto animato .8, agitato .4, più mosso .6, stretto .5, appassionato .2, più moderato -.1,
+    più allegro .8, più allegro quasi presto 1, più largo -.5, poco meno mosso -.3, poco più mosso .3,
+    poco più vivace .3, molto agitato .8, tranquillo -.2, meno adagio .2, più adagio -.2,
+    un peau retenu -.3, retenez -.5, plus lent -.5, un peu plus lent -.3, encore plus lent -.5, cédez -.4,
+    un peu retenu -.2, cédez légèrement -.2, mesuré 0, au mouvt 0, reprenez le mouvement 0,
+    en accélérant .3, en animant .6, rapide .6, rapido molto .8, langsamer -.5, etwas langsamer -.3,
+    bewegter .4, schneller .5""",
+    """rit -.5, acc .5, en élargissant beaucoup -.4, accélerez .5, sans ralentir .01, allargando -.2,
+    ritardando -.5, ritar -.5, rallentando -.5, rall -.5, slentando -.3, accel .5, accelerando .5,
+    smorz -.5, string .4, stringendo .4, molto stringendo .7, stringendo molto .7, poco rall -.3,
+    poco rit -.3""",
     "riten -.5, ritenuto -.5, più riten -.7, poco riten -.3, poco ritenuto -.3",
     "scherzo 1, menuetto -1, minuetto -1",
 )
 _DYNAMIC_ABSOLUTE = _keywords("pppp, ppp, pp, p, piano, mp, mf, f, forte, ff, fff, fp, ffp")
-_DYNAMIC_RELATIVE = _keywords("""crescendo, diminuendo, cresc, dim, mezza voce, sf, fz, sfz, rf, rinf, con brio, con forza,
-    con fuoco, smorzando, appassionato, perdendo""")
-_TEMPO_PRIMO = _keywords("""tempo i, tempo primo, erstes tempo, 1er mouvement, 1er mouvt, au mouvtdu début, au mouvement, au mouvt,
-    1o tempo""")
-_TEMPO_ABSOLUTE = _TEMPO_PRIMO + _keywords("""adagio, grave, lento, largo, larghetto, andante, andantino, moderato, allegretto,
-    allegro, vivace, accarezzevole, languido, tempo giusto, mesto, presto, prestissimo, maestoso, lullaby, doppio movimento,
-    agitato, precipitato, leicht und zart, aufgeregt, bewegt, rasch, innig, lebhaft, geschwind, d'un rythme souple, lent, large,
-    vif, animé, scherzo, menuetto, minuetto""")
-_TEMPO_RELATIVE = _keywords("""animato, pesante, veloce, agitato, acc, accel, rit, ritard, ritardando, accelerando, rall,
-    rallentando, ritenuto, string, a tempo, im tempo, stretto, slentando, meno mosso, meno vivo, più mosso, allargando, smorzando,
-    appassionato, perdendo, langsamer, schneller, bewegter, retenu, revenez, cédez, mesuré, élargissant, accélerez, rapide,
-    reprenez le mouvement""")
+_DYNAMIC_RELATIVE = _keywords("""crescendo, diminuendo, cresc, dim, mezza voce, sf, fz, sfz, rf, rinf,
+    con brio, con forza, con fuoco, smorzando, appassionato, perdendo""")
+_TEMPO_PRIMO = _keywords("""tempo i, tempo primo, erstes tempo, 1er mouvement, 1er mouvt, au mouvtdu début,
+    au mouvement, au mouvt, 1o tempo""")
+_TEMPO_ABSOLUTE = _TEMPO_PRIMO + _keywords("""adagio, grave, lento, largo, larghetto, andante, andantino,
+    moderato, allegretto, allegro, vivace, accarezzevole, languido, tempo giusto, mesto, presto,
+    prestissimo, maestoso, lullaby, doppio movimento, agitato, precipitato, leicht und zart, aufgeregt,
+    bewegt, rasch, innig, lebhaft, geschwind, d'un rythme souple, lent, large, vif, animé, scherzo,
+    menuetto, minuetto""")
+_TEMPO_RELATIVE = _keywords("""animato, pesante, veloce, agitato, acc, accel, rit, ritard, ritardando,
+    accelerando, rall, rallentando, ritenuto, string, a tempo, im tempo, stretto, slentando, meno mosso,
+    meno vivo, più mosso, allargando, smorzando, appassionato, perdendo, langsamer, schneller, bewegter,
+    retenu, revenez, cédez, mesuré, élargissant, accélerez, rapide, reprenez le mouvement""")
 # Matching whole words must not lose the table's `riten` for `rit`.
 _TEMPO_RELATIVE += tuple(w for w in TEMPO_WORDS if any(len(k) > 2 and k in w for k in _TEMPO_RELATIVE))
-_TEMPO_LONG = _keywords("""meno mosso, meno vivo, più mosso, animato, langsamer, schneller, stretto, bewegter, tranquillo, agitato,
-    appassionato""")
-_COMPARATIVES = {"più", "meno", "plus", "moins", "mehr", "bewegter", "langsamer"}
+_TEMPO_LONG = _keywords("""meno mosso, meno vivo, più mosso, animato, langsamer, schneller, stretto,
+    bewegter, tranquillo, agitato, appassionato""")
+_COMPARATIVES = set("più meno plus moins mehr bewegter langsamer".split())
 _HAIRPINS = ("crescendo", "diminuendo")
-_ACCENTS = {"sf": "sf", "fz": "fz", "sfz": "sfz", "sffz": "sffz", "rf": "rf", "rfz": "rf"}  # mark -> word
-_SPLIT_MARKS = {
-    "fp": ("f", "p"),
-    "ffp": ("ff", "p"),
-    "sfp": ("sf", "p"),
-    "sfpp": ("sf", "pp"),
-    "sfzp": ("sfz", "p"),
-}  # at, after
-_NOTATIONS = (
-    "trill-mark",
-    "tenuto",
-    "accent",
-    "staccato",
-    "fermata",
-    "arpeggiate",
-    "strong-accent",
-    "cue",
-    "slash",
+# Dynamic mark -> word at the mark and, for some, word after it; the others are their own word.
+_MARKS = dict(rfz="rf", fp="f p", ffp="ff p", sfp="sf p", sfpp="sf pp", sfzp="sfz p")
+_NOTATIONS = tuple("trill-mark tenuto accent staccato fermata arpeggiate strong-accent cue slash".split())
+_LINES = (  # what may begin at one note and end at another: name in `_Note.marks`, element
+    ("tied", "tie"),
+    ("tied", "notations/tied"),
+    ("slur", "notations/slur"),
+    ("wavy", "notations/ornaments/wavy-line"),
 )
 _JUMP = re.compile(r"\s*(d\.\s*[cs]\.|da capo|dal segno)", re.IGNORECASE)
-_STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
+_STEPS = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
+_COMPOUND = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}  # beats of a compound metre
+_STRONG_BEATS = {3: (1 / 3,), 9: (1 / 3,), 7: (2 / 7, 2 / 5)}  # beats per bar -> positions of weight 2
+_HALVES = (4, 1.0), (8, 0.5)  # parts of the bar, weight of a position at one of them
+_THIRDS = (6, 1.0), (12, 0.5)
+_SUBDIVISIONS = {2: _HALVES, 4: _HALVES, 3: _THIRDS, 6: _THIRDS, 12: _THIRDS, 5: ((5, 2.0),), 9: ((9, 1.0),)}
+_TIME_FLAGS = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}
 _LONGEST = 1000  # quarters, of a note or bar
 _MAX_XML = 1 << 27  # bytes, unpacked
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MusicXML: the score
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Score:
     """One score, one entry per note in the order (onset, graces first and farthest first, pitch descending).
 
-    A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the reference (`tremolo` tells it
-    apart): the strokes between are played notes without a score note. Onsets, durations and grids in quarters.
+    A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the
+    reference (`tremolo` tells it apart): the strokes between are played notes without a score note.
+    Onsets, durations and grids in quarters.
     """
 
     path: Path
@@ -230,18 +208,18 @@ class Score:
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MusicXML: reading bars
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclass
 class _Note:
-    onset: float  # ticks (least common multiple of all divisions), from the start of the bar, later of the unfolded piece
+    onset: float  # ticks (least common multiple of all divisions), in the bar, later in the unfolded piece
     duration: float
     part: int
     voice: int
     staff: int
     pitch: int  # 0 for rests
-    marks: frozenset  # rest, grace, chord, hidden, graced, entries of _NOTATIONS, and with a type: "beam begin", "tied stop", ...
+    marks: frozenset  # see `_note_marks`; and "graced"
     slurs: tuple  # (type, number)
     tremolo: int
     grace_order: int = 0
@@ -251,12 +229,16 @@ class _Note:
     def end(self):
         return self.onset + self.duration
 
+    @property
+    def is_padding(self):
+        return {"rest", "hidden"} <= self.marks
+
 
 @dataclass
 class _Direction:
     onset: float  # ticks
-    kind: str  # words, dynamics, tempo (text: quarters per minute), or the type of a wedge: crescendo, diminuendo, stop
-    text: str
+    kind: str  # words, dynamics, tempo, or the type of a wedge: crescendo, diminuendo, stop
+    text: str = ""  # of a tempo: quarters per minute
     number: str = "1"
     staff: str | None = None
     placement: str | None = None
@@ -282,317 +264,310 @@ class _Bar:
 
 
 class _Reader:
-    """Parses one file; knows how to say what is wrong with it."""
+    """Parses one file; `where` is the place at hand, for the line that says what is wrong."""
 
     def __init__(self, path):
-        self.path, self.where = path, ""
+        self.path = path
+        self.where = ""
 
-    def error(self, found, expected, action="export the score again as MusicXML"):
-        return DataError(" ".join(f"{self.path}: {self.where}{found}; expected {expected}; {action}".split()))
+    def error(self, found, expected):
+        line = f"{self.path}: {self.where}{found}; expected {expected}; export the score again as MusicXML"
+        return DataError(" ".join(line.split()))
 
-    def number(self, text, what, low, high, whole=False):
+    def number(self, text, what, low, high, kind=float):
         """`text` as a number in [low, high], or a DataError."""
         try:
-            value = int(text) if whole else float(text)
+            value = kind(text)
         except (TypeError, ValueError):
             value = math.nan
         if low <= value <= high:
             return value
-        found = f"no {what}" if text is None else f"{what} {str(text)[:40]!r}"
-        raise self.error(found, f"{'an integer' if whole else 'a number'} from {low:g} to {high:g}")
+        raise self.error(f"{what} {text!r:.40}", f"a number ({kind.__name__}) from {low:g} to {high:g}")
 
     def root(self):
         """The <score-partwise> element of a .musicxml, .xml or compressed .mxl file."""
         try:
-            data = Path(self.path).read_bytes()
-        except (OSError, ValueError) as e:
-            raise self.error(f"cannot be read ({e})", "a MusicXML file", "check the path") from e
-        if data[:4] == b"PK\3\4":
-            data = self.unzip(data)
-        if not data.strip():
-            raise self.error("the file is empty", "MusicXML")
-        if b"<!ENTITY" in data.replace(b"\0", b""):  # entity bombs; UTF-16 too
+            content = Path(self.path).read_bytes()
+            if content.startswith(b"PK\3\4"):
+                content = self.unzip(content)
+            if b"<!ENTITY" in content.replace(b"\0", b""):  # entity bombs; UTF-16 too
+                raise ValueError("its DOCTYPE declares entities")
+            root = ET.fromstring(content)
+        except Exception as error:
             raise self.error(
-                "the DOCTYPE declares entities", "MusicXML without them", "remove the declarations"
-            )
-        try:
-            root = ET.fromstring(data)
-        except (ET.ParseError, ValueError, LookupError) as e:
-            raise self.error(f"not well-formed XML ({e})", "a complete <score-partwise>") from e
+                f"cannot be read ({error})", "complete MusicXML, or one score in .mxl"
+            ) from error
         if root.tag != "score-partwise":
-            raise self.error(
-                f"the root element is <{str(root.tag)[:40]}>",
-                "<score-partwise>",
-                "export as (partwise) MusicXML",
-            )
+            raise self.error(f"the root element is <{root.tag!s:.40}>", "<score-partwise>")
         return root
 
-    def unzip(self, data):
-        try:
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                names = [i.filename for i in archive.infolist() if i.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                         and i.file_size <= _MAX_XML and i.filename.endswith("xml") and not i.filename.startswith("META-INF")]  # fmt: skip
-                (name,) = names
-                return archive.read(name)
-        except (
-            OSError,
-            EOFError,
-            LookupError,
-            ValueError,
-            RuntimeError,
-            struct.error,
-            zlib.error,
-            zipfile.BadZipFile,
-        ) as e:
-            raise self.error(
-                f"not a readable .mxl archive ({e})", f"a zip file with one score of up to {_MAX_XML} bytes"
-            ) from e
+    def unzip(self, content):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            scores = [
+                entry
+                for entry in archive.infolist()
+                if entry.filename.endswith("xml")
+                and not entry.filename.startswith("META-INF")
+                and entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                and entry.file_size <= _MAX_XML
+            ]
+            if len(scores) != 1:
+                raise ValueError(f"an archive of {len(scores)} scores")
+            return archive.read(scores[0])
 
     def parts(self, root):
         """A list of bars per part, positions relative to the bar."""
-        divisions = {self.number(d.text, "divisions", 1, 1e5, whole=True) for d in root.iter("divisions")}
+        divisions = {self.number(d.text, "divisions", 1, 1e5, int) for d in root.iter("divisions")}
         self.ticks = math.lcm(*divisions)  # per quarter
         if self.ticks > 1e12:
-            raise self.error(
-                f"{len(divisions)} unrelated <divisions>", "divisions with a common multiple up to 1e12"
-            )
+            raise self.error(f"{len(divisions)} unrelated <divisions>", "a common multiple up to 1e12")
         parts = []
         for index, part in enumerate(root.findall("part")):
-            self.division = self.time = None
-            parts.append([self.bar(m, index) for m in part.findall("measure")])
+            self.division = None
+            self.time = None
+            parts.append([self.bar(measure, index) for measure in part.findall("measure")])
         self.where = ""
-        if not parts or not parts[0] or len({len(p) for p in parts}) > 1:
-            raise self.error(
-                f"parts of {[len(p) for p in parts]} measures", "at least one part, all of equal length"
-            )
+        if len({len(part) for part in parts}) != 1 or not parts[0]:
+            raise self.error(f"parts of {[len(part) for part in parts]} measures", "parts of equal length")
         return parts
 
     def attributes(self, element):
-        if (text := element.findtext("divisions")) is not None:
-            self.division = self.ticks / int(text)
-        if (time := element.find("time")) is not None:
-            if len(time.findall("beats")) != 1:
-                raise self.error(
-                    f"a time signature of {len(time.findall('beats'))} <beats>",
-                    "one <beats> and one <beat-type>",
-                )
-            count = sum(
-                self.number(x, "beats", 1, 128, whole=True) for x in time.findtext("beats").split("+")
-            )
-            unit = self.number(time.findtext("beat-type"), "beat-type", 1, 64, whole=True)
-            if unit & (unit - 1):
-                raise self.error(f"beat-type {unit}", "a power of two")
-            self.time = count, unit
+        divisions = element.findtext("divisions")
+        if divisions is not None:
+            self.division = self.ticks / int(divisions)
+        time = element.find("time")
+        if time is None:
+            return
+        pairs = time.findall("beats")
+        if len(pairs) != 1:
+            raise self.error(f"a time signature of {len(pairs)} <beats>", "one")
+        beats = sum(self.number(x, "beats", 1, 128, int) for x in (pairs[0].text or "").split("+"))
+        beat_type = self.number(time.findtext("beat-type"), "beat-type", 1, 64, int)
+        if beat_type not in (1, 2, 4, 8, 16, 32, 64):
+            raise self.error(f"beat-type {beat_type}", "a power of two")
+        self.time = beats, beat_type
 
-    def duration(self, element, low):
-        return (
-            self.number(element.findtext("duration"), "duration", low, _LONGEST * self.ticks / self.division)
-            * self.division
-        )
+    def duration(self, element, least=0):
+        most = _LONGEST * self.ticks / self.division
+        return self.number(element.findtext("duration"), "duration", least, most) * self.division
 
     def bar(self, measure, part):
-        self.where = f"part {part + 1}, measure {str(measure.get('number'))[:10]}: "
+        """Lay out one <measure>: notes and directions at their positions; as long as the cursor came far."""
+        self.where = f"part {part + 1}, measure {measure.get('number')!s:.10}: "
         for element in itertools.takewhile(lambda e: e.tag != "note", measure):
             if element.tag == "attributes":
                 self.attributes(element)
-        for name, value in (("divisions", self.division), ("time", self.time)):
-            if value is None:
-                raise self.error(f"no <{name}>", "one in the <attributes> at the start of the first measure")
-        bar = _Bar(self.time[0] * 4 / self.time[1] * self.ticks, *self.time, "implicit" in measure.attrib)
-        cursor = previous = 0.0
+        if self.division is None or self.time is None:
+            raise self.error("no <divisions> or no <time>", "both in the first measure's <attributes>")
+        beats, beat_type = self.time
+        bar = _Bar(beats * 4 / beat_type * self.ticks, beats, beat_type, "implicit" in measure.attrib)
+        cursor = chord_onset = 0.0
         for element in measure:
             if element.tag == "note":
                 note = self.note(element, part)
-                if "chord" in note.marks:  # a tremolo may be marked on the first member only
-                    head = next(
-                        (n for n in reversed(bar.notes) if n.onset == previous and n.voice == note.voice),
-                        note,
-                    )
-                    note.tremolo = note.tremolo or head.tremolo
-                else:
-                    previous = cursor
+                if "chord" not in note.marks:
+                    chord_onset = cursor
                     cursor += note.duration
-                note.onset = previous
+                note.onset = chord_onset
+                if "chord" in note.marks and not note.tremolo:
+                    note.tremolo = _chord_tremolo(bar.notes, note)
                 bar.notes.append(note)
-            elif element.tag in ("backup", "forward"):
-                cursor += self.duration(element, 0) * (1 if element.tag == "forward" else -1)
+            elif element.tag == "forward":
+                cursor += self.duration(element)
+            elif element.tag == "backup":
+                cursor -= self.duration(element)
             elif element.tag in ("direction", "sound"):
-                self.directions(element, cursor, bar)
+                bar.directions += self.directions(element, cursor)
             elif element.tag == "attributes":
                 self.attributes(element)
             if not -0.1 <= cursor / self.ticks <= _LONGEST:
-                raise self.error(
-                    f"{element.tag} to quarter {cursor / self.ticks:g} of the bar", f"0 to {_LONGEST}"
-                )
+                raise self.error(f"<{element.tag}> to quarter {cursor / self.ticks:g}", f"0 to {_LONGEST}")
             cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
             bar.length = max(bar.length, cursor)
         bar.division = self.division
         return bar
 
     def note(self, element, part):
-        voice = self.number(element.findtext("voice", "1"), "voice", 1, 99, whole=True) + 10 * part
-        staff = self.number(element.findtext("staff", "1"), "staff", 1, 99, whole=True)
-        marks = {child.tag for child in element} & {"rest", "grace", "chord", "cue"}
-        if element.get("print-object") == "no":
-            marks.add("hidden")
-        if "grace" in marks and element.find("grace").get("slash") == "yes":
-            marks.add("slash")
-        marks |= {f"beam {b.text}" for b in element.findall("beam")} | {
-            f"tied {t.get('type')}" for t in element.findall("tie")
-        }
-        slurs, tremolo = [], 0
-        for child in element.iterfind("notations/*"):
-            if child.tag in ("arpeggiate", "fermata"):
-                marks.add(child.tag)
-            elif child.tag in ("tied", "slur"):
-                marks.add(f"{child.tag} {child.get('type')}")
-                if child.tag == "slur":
-                    slurs.append((child.get("type"), child.get("number", "1")))
-            elif child.tag == "articulations":
-                marks |= {x.tag for x in child[:1]} & set(_NOTATIONS)
-            elif child.tag == "ornaments":
-                marks |= {"trill-mark"} & {x.tag for x in child} | {
-                    f"wavy {x.get('type')}" for x in child.findall("wavy-line")
-                }
-                if (strokes := child.find("tremolo")) is not None:
-                    tremolo = self.number(strokes.text or "1", "tremolo", 0, 8, whole=True)
-        pitch = 0 if "rest" in marks else self.pitch(element)
-        duration = 0.0 if "grace" in marks else self.duration(element, 0.001)
-        return _Note(0.0, duration, part, voice, staff, pitch, frozenset(marks), tuple(slurs), tremolo)
+        """One <note>, at onset 0."""
+        marks = _note_marks(element)
+        strokes = element.find("notations/ornaments/tremolo")
+        return _Note(
+            onset=0.0,
+            duration=0.0 if "grace" in marks else self.duration(element, 0.001),
+            part=part,
+            voice=self.number(element.findtext("voice", "1"), "voice", 1, 99, int) + 10 * part,
+            staff=self.number(element.findtext("staff", "1"), "staff", 1, 99, int),
+            pitch=0 if "rest" in marks else self.pitch(element),
+            marks=marks,
+            slurs=tuple((s.get("type"), s.get("number", "1")) for s in element.iterfind("notations/slur")),
+            tremolo=0 if strokes is None else self.number(strokes.text or "1", "tremolo", 0, 8, int),
+        )
 
     def pitch(self, note):
         step = note.findtext("pitch/step", "none").strip()
         if step not in _STEPS:
-            raise self.error(f"a note of pitch step {step[:10]!r}", f"one of {' '.join(_STEPS)}, or a <rest>")
-        octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, whole=True)
+            raise self.error(f"a note of pitch step {step!r:.12}", f"one of {' '.join(_STEPS)}, or a <rest>")
+        octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, int)
         alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
-        return self.number(12 * (octave + 1) + _STEPS[step] + round(alter), "pitch", 0, 127)
+        return self.number(12 * (octave + 1) + _STEPS[step] + round(alter), "pitch", 0, 127, int)
 
-    def directions(self, element, onset, bar):
+    def directions(self, element, onset):
+        """Tempi, words, hairpins and dynamics of a <direction> or <sound>."""
         for sound in element.iter("sound"):
-            if (tempo := sound.get("tempo")) is not None:
-                bar.directions.append(_Direction(onset, "tempo", self.number(tempo, "tempo", 1, 2000)))
-        for child in element.iterfind("direction-type/*"):
-            found = {"words": [("words", child.text or "")], "wedge": [(child.get("type") or "", "")],
-                     "dynamics": [("dynamics", mark.tag) for mark in child]}.get(child.tag, [])  # fmt: skip
-            staff, placement = element.findtext("staff"), element.get("placement")
-            bar.directions += [
-                _Direction(onset, *f, child.get("number", "1"), staff, placement, self.division)
-                for f in found
-            ]
+            if "tempo" in sound.attrib:
+                yield _Direction(onset, "tempo", self.number(sound.get("tempo"), "tempo", 1, 2000))
+        place = dict(staff=element.findtext("staff"), placement=element.get("placement"), step=self.division)
+        for words in element.iterfind("direction-type/words"):
+            yield _Direction(onset, "words", words.text or "", **place)
+        for wedge in element.iterfind("direction-type/wedge"):
+            yield _Direction(onset, wedge.get("type") or "", number=wedge.get("number", "1"), **place)
+        for mark in element.iterfind("direction-type/dynamics/*"):
+            yield _Direction(onset, "dynamics", mark.tag, **place)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+def _note_marks(element):
+    """rest, grace, chord, cue, hidden, entries of _NOTATIONS; with a type "beam begin", "tied stop", ..."""
+    marks = {child.tag for child in element} & {"rest", "grace", "chord", "cue"}
+    marks |= {child.tag for child in element.iterfind("notations/*")} & {"arpeggiate", "fermata"}
+    marks |= {child.tag for child in element.iterfind("notations/ornaments/trill-mark")}
+    for articulations in element.iterfind("notations/articulations"):
+        marks |= {child.tag for child in articulations[:1]} & set(_NOTATIONS)
+    # Unlike the original: a note of a chord has its own beams, not all that the file has shown before it.
+    marks |= {f"beam {beam.text}" for beam in element.iterfind("beam")}
+    for name, path in _LINES:
+        marks |= {f"{name} {line.get('type')}" for line in element.iterfind(path)}
+    if element.get("print-object") == "no":
+        marks.add("hidden")
+    if element.find("grace[@slash='yes']") is not None:
+        marks.add("slash")
+    return frozenset(marks)
+
+
+def _chord_tremolo(notes, member):
+    """Strokes of the chord that `member` belongs to. Unlike the original, which marks the first note only."""
+    heads = (n.tremolo for n in reversed(notes) if n.onset == member.onset and n.voice == member.voice)
+    return next(heads, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # MusicXML: repeats, padding, ties, graces
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def _trim_pickup(bars):
-    """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place."""
-    shown = [[n for n in b.notes if not {"rest", "hidden"} <= n.marks] for b in bars]
-    notes = sum(shown, [])
-    if not notes or any(s and len(s) == len(b.notes) for s, b in zip(shown, bars, strict=True)):
+    """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
+
+    Unlike the original, for which a pickup that is padded so lasts a full bar (D935 no.3 segments 25, 42,
+    50).
+    """
+    music = [n for bar in bars for n in bar.notes if not n.is_padding]
+    unpadded = any(bar.notes and not any(n.is_padding for n in bar.notes) for bar in bars)
+    if unpadded or not music:
         return
-    low, high = min(n.onset for n in notes), max(n.end for n in notes)
-    for b in bars:
-        b.length = high - low or b.length
-        for item in b.notes + b.directions:
+    low = min(n.onset for n in music)
+    high = max(n.end for n in music)
+    for bar in bars:
+        bar.length = high - low or bar.length
+        for item in bar.notes + bar.directions:
             item.onset = min(max(item.onset, low), high) - low
 
 
 def _repeat_signs(measures, reader):
-    """Per measure: whether a repeat opens, the times of the repeat that closes (0: none), the numbers of its volta."""
-    forward, times, volta, ending = [], [], [], frozenset()
+    """Per measure: whether a repeat opens, turns of the repeat that closes (0: none), its volta's numbers."""
+    forward, turns, volta = [], [], []
+    inside = frozenset()
     for measure in measures:
-        reader.where = f"measure {str(measure.get('number'))[:10]}: "
+        reader.where = f"measure {measure.get('number')!s:.10}: "
         repeats = {r.get("direction"): r.get("times", "2") for r in measure.iterfind("barline/repeat")}
-        if not set(repeats) <= {"forward", "backward"}:
+        if not repeats.keys() <= {"forward", "backward"}:
             raise reader.error("a <repeat> without direction", "forward or backward")
         forward.append("forward" in repeats)
-        times.append(
-            reader.number(repeats["backward"], "repeat times", 1, 16, whole=True)
-            if "backward" in repeats
-            else 0
-        )
-        volta.append(ending)
-        for e in measure.iterfind("barline/ending"):
-            if e.get("type") == "start":
-                if ending:
-                    raise reader.error("a volta inside a volta", "the first one ended before the next begins")
-                volta[-1] = ending = frozenset(int(n) for n in re.findall(r"\d+", e.get("number", "")[:40]))
-                if not ending or not ending <= set(range(1, 17)):
-                    raise reader.error(
-                        f"volta number {e.get('number', '')[:20]!r}", "numbers such as 1 or 1, 2"
-                    )
-            elif e.get("type") in ("stop", "discontinue"):
-                ending = frozenset()
+        turns.append(0)
+        if "backward" in repeats:
+            turns[-1] = reader.number(repeats["backward"], "repeat times", 1, 16, int)
+        volta.append(inside)
+        for ending in measure.iterfind("barline/ending"):
+            if ending.get("type") == "start":
+                number = ending.get("number", "")[:40]
+                numbers = frozenset(map(int, re.findall(r"\d+", number)))
+                if inside or not numbers or not numbers <= set(range(1, 17)):
+                    raise reader.error(f"volta {number!r}", "numbers up to 16, the volta before it ended")
+                volta[-1] = inside = numbers
+            elif ending.get("type") in ("stop", "discontinue"):
+                inside = frozenset()
     reader.where = ""
-    if ending:
-        raise reader.error(f"volta {sorted(ending)} without end", "<ending type='stop'> or 'discontinue'")
-    return forward, times, volta
+    if inside:
+        raise reader.error(f"volta {sorted(inside)} without end", "<ending type='stop'> or 'discontinue'")
+    return forward, turns, volta
+
+
+def _unfold_repeats(measures, reader):
+    """Indices of the measures in playing order, and the same with the last turn of each repeat only."""
+    forward, turns, volta = _repeat_signs(measures, reader)
+    order, last_turns = [], []
+    start = 0
+    while start < len(measures):
+        stop = start + 1
+        while stop < len(measures) and not forward[stop]:
+            if volta[stop - 1] and not volta[stop] or turns[stop - 1] and not volta[stop - 1]:
+                break
+            stop += 1
+        most = max(turns[start:stop])
+        if most:
+            most = max([most, *itertools.chain(*volta[start:stop])])
+        elif forward[start] and any(forward[stop:]):
+            raise reader.error("a repeat inside a repeat", "the first one closed, or written out")
+        for turn in range(1, max(most, 1) + 1):
+            played = [i for i in range(start, stop) if not volta[i] or turn in volta[i]]
+            order += played
+        last_turns += played
+        start = stop
+    if len(set(order)) < len(measures):
+        raise reader.error("a volta that is never played", "voltas at the end of a repeat")
+    return order, last_turns
 
 
 def _play_order(measures, reader):
     """Indices of the <measure> elements in playing order: repeats, voltas, da capo, dal segno, fine, coda.
 
-    After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas without
-    end or number or turn, jumps to a sign that is not there.
+    After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
+    without end or number or turn, jumps to a sign that is not there.
     """
-    forward, times, volta = _repeat_signs(measures, reader)
-    order, last, start = [], [], 0  # `last`: with the last turn of each repeat only
-    while start < len(measures):
-        stop = start + 1
-        while stop < len(measures) and not forward[stop] and not (times[stop - 1] and not volta[stop - 1]) and (
-            volta[stop] or not volta[stop - 1]):  # fmt: skip
-            stop += 1
-        block = range(start, stop)
-        turns = max(times[start:stop])
-        if forward[start] and not turns and any(forward[stop:]):
-            raise reader.error(
-                "a repeat inside a repeat", "the first repeat closed before the next opens", "write it out"
-            )
-        turns = max([turns, *itertools.chain(*volta[start:stop])]) if turns else 1
-        takes = [[i for i in block if not volta[i] or turn in volta[i]] for turn in range(1, turns + 1)]
-        order += itertools.chain(*takes)
-        last += takes[-1]
-        start = stop
-    if len(set(order)) < len(measures):
-        raise reader.error("a volta that is never played", "voltas at the end of a repeat")
-
-    sounds = [
-        (name, i)
-        for i, measure in enumerate(measures)
-        for sound in measure.iter("sound")
-        for name in sound.attrib
-    ]
-    signs = dict(reversed(sounds))  # name of a <sound> attribute -> first measure
+    order, last_turns = _unfold_repeats(measures, reader)
+    signs = {}  # attribute of a <sound> -> first measure
+    for i, measure in enumerate(measures):
+        for sound in measure.iter("sound"):
+            for name in sound.attrib:
+                signs.setdefault(name, i)
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
             raise reader.error(f"{jump} without {target}", f"a <sound {target}=...>")
-    jump = min((signs[name] for name in ("dacapo", "dalsegno") if name in signs), default=None)
-    if jump is None:
-        words = (w.text or "" for m in measures for w in m.iter("words"))
-        if written := next(filter(_JUMP.match, words), None):
-            raise reader.error(
-                f"{written[:20]!r} without a <sound> that says where to",
-                "<sound dacapo=...> or <sound dalsegno=...>",
-            )
+    jumps = [signs[name] for name in ("dacapo", "dalsegno") if name in signs]
+    if not jumps:
+        for words in itertools.chain(*(measure.iter("words") for measure in measures)):
+            if _JUMP.match(words.text or ""):
+                raise reader.error(f"{words.text!r:.20} without a <sound> that says where to", "one")
         return order
+    jump = min(jumps)
     target = 0 if signs.get("dacapo") == jump else signs["segno"]
-    again = [i for i in last if i >= target]
+    again = [i for i in last_turns if i >= target]
     if signs.get("fine") in again:
         again = again[: again.index(signs["fine"]) + 1]
     if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
-        again = again[: again.index(signs["tocoda"]) + 1] + [i for i in again if i >= signs["coda"]]
-    return order[: len(order) - order[::-1].index(jump)] + again
+        to_coda = again.index(signs["tocoda"]) + 1
+        again = again[:to_coda] + [i for i in again if i >= signs["coda"]]
+    last_time = len(order) - order[::-1].index(jump)
+    return order[:last_time] + again
 
 
 def _join_ties(notes):
-    """Give each tied continuation its `first` note, which takes its duration; `notes` of one part in file order."""
+    """Give each tied continuation its `first` note, which grows by it; notes of one part in file order."""
     starts = {}
     for note in notes:
         candidates = starts.setdefault(note.pitch, [])
         earlier = [c for c in candidates if c.onset < note.onset]
         if earlier and "tied stop" in note.marks and "grace" not in note.marks:
-            note.first = next((c for c in reversed(earlier) if abs(c.end - note.onset) < 1e-6), earlier[-1])
+            # Unlike the original, which takes the latest: two voices may tie one pitch.
+            abutting = [c for c in earlier if abs(c.end - note.onset) < 1e-6]
+            note.first = (abutting or earlier)[-1]
             note.first.duration += note.duration
         elif "tied start" in note.marks:
             candidates.append(note)
@@ -600,7 +575,7 @@ def _join_ties(notes):
 
 def _order_graces(notes):
     """Set grace_order and mark main notes as graced; `notes` in file order."""
-    pending = {}
+    pending = {}  # voice -> grace chords
     for note in notes:
         waiting = pending.setdefault(note.voice, [])
         if "grace" in note.marks:
@@ -616,8 +591,8 @@ def _order_graces(notes):
 
 
 def _resolve_slurs(notes):
-    """Slurs as {voice: [(start, stop)]}; `notes` in file order, those of a tie hand their slurs to its first note."""
-    opened, done = {}, {}
+    """Slurs as {voice: [(start, stop)]}; notes in file order, tied ones hand their slurs to the first."""
+    opened, slurs = {}, {}
     for note in notes:
         first = note.first or note
         first.marks |= note.marks & {"slur start", "slur stop"}
@@ -625,58 +600,65 @@ def _resolve_slurs(notes):
             queue = opened.setdefault((first.voice, number), [])
             if kind == "start":
                 queue.append(first)
-            elif kind == "stop" and queue and (begin := queue.pop(0)).onset < first.onset:
-                done.setdefault(begin.voice, []).append((begin.onset, first.onset))
-    return done
+            elif kind == "stop" and queue:
+                begin = queue.pop(0)
+                if begin.onset < first.onset:
+                    slurs.setdefault(begin.voice, []).append((begin.onset, first.onset))
+    return slurs
 
 
-def _play_trills(notes):
-    """Trill marks to the highest note of their chord; wavy lines as one long note. Notes in time order, in and out."""
-    shown = [n for n in notes if "hidden" not in n.marks]
+def _raise_trills(notes):
+    """Hand each trill mark to the highest note of its chord, a hidden note's to a main note near in pitch."""
+    shown = _shown(notes)
     for note in [n for n in notes if "trill-mark" in n.marks]:
-        near = [n for n in shown if n.onset == note.onset]
-        if "hidden" in note.marks:
-            near = [n for n in near if "grace" not in n.marks and abs(n.pitch - note.pitch) < 4]
-        else:
-            near = [
-                n for n in near if ("grace" in n.marks) == ("grace" in note.marks) and n.voice == note.voice
-            ]
         note.marks -= {"trill-mark"}
-        if near:
-            top = max(near, key=lambda n: n.pitch)
+        chord = [n for n in shown if n.onset == note.onset]
+        if "hidden" in note.marks:
+            chord = [n for n in chord if "grace" not in n.marks and abs(n.pitch - note.pitch) < 4]
+        else:
+            grace = "grace" in note.marks
+            chord = [n for n in chord if n.voice == note.voice and ("grace" in n.marks) == grace]
+        if chord:
+            top = max(chord, key=lambda n: n.pitch)
             top.marks |= {"trill-mark"}
-    lines = {}
-    for note in list(shown):
+
+
+def _join_wavy_lines(notes):
+    """The notes, those under a wavy line as one long note; in time order."""
+    begun = {}  # voice -> first note
+    for note in list(notes):
         if "wavy start" in note.marks:
-            lines[note.voice] = note
-        if "wavy stop" in note.marks and note.voice in lines:
-            long = lines.pop(note.voice)
+            begun[note.voice] = note
+        if "wavy stop" in note.marks and note.voice in begun:
+            long = begun.pop(note.voice)
             long.duration = max(long.duration, note.end - long.onset)
-            shown = [n for n in shown if n.pitch != long.pitch or not long.onset < n.onset < long.end]
-    return shown
+            notes = [n for n in notes if n.pitch != long.pitch or not long.onset < n.onset < long.end]
+    return notes
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MusicXML: words
-# -----------------------------------------------------------------------------------------------------------------
-def _plain(text):
-    """Lower case, without punctuation, and with a space at both ends, so that " word " finds whole words."""
+# ------------------------------------------------------------------------------------------------------------
+def _spaced(text):
+    """Lower case, no punctuation, a space at both ends, so that " word " finds whole words."""
     return " ".join(["", *re.sub(r"[,.\n\r]", " ", re.sub(r"[()\[\]{}]", "", text.lower())).split(), ""])
 
 
 def _matches(text, keywords, whole):
-    """Whether a keyword stands in `text`: as whole words, or (not `whole`, three letters and more) also inside words."""
-    text = _plain(text)
+    """Whether a keyword stands in `text`: as whole words, or (not `whole`, three letters up) inside them."""
+    text = _spaced(text)
     return any((f" {k} " if whole or len(k) < 3 else k) in text for k in keywords)
 
 
 def _word_vector(text, table, whole):
     """The entries of the word table found in `text`, at the table's columns; `whole`: only as whole words."""
-    text, vector = _plain(text), np.zeros(max(column for column, _ in table.values()) + 1)
-    hits = [w for w in text.split() if w in table] + [
-        w for w in table if len(w) > 4 and (f" {w} " if whole else w) in text
-    ]
-    for word in [text.strip()] if text.strip() in table else hits:
+    text = _spaced(text)
+    vector = np.zeros(max(column for column, _ in table.values()) + 1)
+    hits = [w for w in text.split() if w in table]
+    hits += [w for w in table if len(w) > 4 and (f" {w} " if whole else w) in text]
+    if text.strip() in table:
+        hits = [text.strip()]
+    for word in hits:
         if len(word) < 5 or not any(word in other and word != other for other in hits):
             column, value = table[word]
             vector[column] = value
@@ -685,99 +667,113 @@ def _word_vector(text, table, whole):
 
 def _split_words(directions, absolute, relative, whole):
     """Copies of the <words> directions that are absolute, and of those that are relative."""
-    groups = [], []
-    for d in (d for d in directions if d.kind == "words"):
-        is_absolute = _matches(d.text, absolute, whole) and not _COMPARATIVES & set(_plain(d.text).split())
-        if is_absolute or _matches(d.text, relative, whole):
-            groups[not is_absolute].append(replace(d))
-    return groups
+    fixed, changing = [], []
+    for words in directions:
+        if words.kind != "words":
+            continue
+        comparative = _COMPARATIVES & set(_spaced(words.text).split())
+        if not comparative and _matches(words.text, absolute, whole):
+            fixed.append(replace(words))
+        elif _matches(words.text, relative, whole):
+            changing.append(replace(words))
+    return fixed, changing
 
 
 def _dynamics(directions):
-    """Absolute marks, relative marks with their ends, accents as (position, column, value); in order of position."""
+    """Absolute marks, relative marks with ends, accents as (position, column, value); by position."""
     absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
-    accents, last_kind = [], {}
+    accents = []
+    wedges = {}  # number -> kind of the last one
     for d in directions:
         if d.kind == "dynamics":
-            now, then = _SPLIT_MARKS.get(d.text, (d.text, None))
-            if now in _ACCENTS:
-                accents.append((d.onset, *DYNAMIC_WORDS[_ACCENTS[now]]))
-            elif now in DYNAMIC_WORDS:
+            # Unlike the original: an fp is f at the mark and p from .1 division later (there p, then f from
+            # the next mark on); accents, which it loses, are set at the mark's notes.
+            now, _, then = _MARKS.get(d.text, d.text).partition(" ")
+            column, value = DYNAMIC_WORDS.get(now, (None, 0))
+            if column == 0:
                 absolute.append(replace(d, text=now))
+            elif column:
+                accents.append((d.onset, column, value))
             if then:
                 absolute.append(replace(d, text=then, delay=0.1 * d.step))
         elif d.kind in _HAIRPINS:
-            last_kind[d.number] = d.kind
+            wedges[d.number] = d.kind
             relative.append(replace(d, text=d.kind))
         elif d.kind == "stop":
             for mark in relative:
-                if mark.end == math.inf and (mark.kind, mark.staff) == (last_kind.get(d.number), d.staff):
+                if mark.end == math.inf and (mark.kind, mark.staff) == (wedges.get(d.number), d.staff):
                     mark.end = d.onset
     absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
-    for mark, following in zip(relative, relative[1:], strict=False):
+    for mark, following in itertools.pairwise(relative):
         if mark.end == math.inf:
             mark.end = following.onset
-    # As in the original: cut by the entry after the governing one, which before the first entry is the second; the last is not cut.
+    # As in the original: cut by the entry after the one in force, which before the first entry is the
+    # second; the last is not cut.
     for mark in relative[:-1]:
-        following = absolute[_governing(absolute, mark.onset) + 1 :]
-        mark.end = min(mark.end, next((a.onset for a in following if a.onset > mark.onset), math.inf))
+        following = absolute[_index_in_force(absolute, mark.onset) + 1 :]
+        mark.end = min([mark.end] + [a.onset for a in following if a.onset > mark.onset])
     return absolute, relative, accents
 
 
 def _tempi(directions):
-    """Absolute and relative tempo marks in order of position, the relative ones with their ends."""
+    """Absolute and relative tempo marks in order of position, the relative ones with their ends.
+
+    Unlike the original: whole words, `acc` in staccato is no accelerando; `riten` counts.
+    """
     absolute, relative = _split_words(directions, _TEMPO_ABSOLUTE, _TEMPO_RELATIVE, whole=True)
     long = [m for m in relative if _matches(m.text, _TEMPO_LONG, whole=True)]
-    if not (absolute and absolute[0].onset == 0) and long and long[0].onset == 0:
+    if long and long[0].onset == 0 and not (absolute and absolute[0].onset == 0):
         absolute.insert(0, replace(long[0]))
     for mark in absolute:
         if _matches(mark.text, _TEMPO_PRIMO, whole=True):
             mark.text = absolute[0].text
     for i, mark in enumerate(relative):
         peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
-        mark.end = min(
-            [m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset],
-            default=math.inf,
-        )
+        ends = [m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset]
+        mark.end = min(ends, default=math.inf)
     return absolute, relative
 
 
-def _governing(marks, onset):
+def _index_in_force(marks, onset):
     """Index of the last mark at or before `onset`, 0 if all are later."""
     return max(bisect_right([m.start for m in marks], onset) - 1, 0)
 
 
+def _in_force(marks, onset):
+    """The last mark at or before `onset`, else the first, else one that says nothing."""
+    return marks[_index_in_force(marks, onset)] if marks else _Direction(0.0, "words")
+
+
 def _active(marks, note):
+    """Relative marks over the note; of both kinds of hairpin the lower ones count for staff 2 only."""
     active = [m for m in marks if m.onset <= note.onset < m.end]
-    if set(_HAIRPINS) <= {m.kind for m in active}:
-        active = [
-            m
-            for m in active
-            if m.kind == "words" or (m.placement, note.staff) not in (("above", 2), ("below", 1))
-        ]
-    return active
+    if not set(_HAIRPINS) <= {m.kind for m in active}:
+        return active
+    foreign = {1: "below", 2: "above"}.get(note.staff, "")
+    return [m for m in active if m.kind == "words" or m.placement != foreign]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MusicXML: grids and features
-# -----------------------------------------------------------------------------------------------------------------
-def _at(grid, positions):
-    """Index of the last grid entry at or before each position, 0 before the first."""
-    return np.maximum(np.searchsorted(grid, np.asarray(positions) + 1e-6, side="right") - 1, 0)
+# ------------------------------------------------------------------------------------------------------------
+def _index_at_or_before(entries, x, slack=0.0):
+    """Index of the last sorted entry at or (by `slack`) shortly after each x, 0 before the first."""
+    return np.maximum(np.searchsorted(entries, np.asarray(x) + slack, side="right") - 1, 0)
 
 
 def _contiguous(index):
-    """Lower an ascending index sequence so that it starts at 0 or 1 at most and never jumps by more than 1."""
+    """Lower an ascending index sequence so that it starts at 0 or 1 and never jumps by more than 1."""
     return np.cumsum(np.minimum(np.diff(index, prepend=0), 1)).astype(np.int64)
 
 
 def _beat_grid(bars, starts, ticks):
-    """Beat positions: compound metres count dotted beats; irregular bars are filled from their own start, a pickup backwards."""
+    """Beat positions; compound metres count dotted beats; irregular bars from their start, a pickup back."""
     beats = []
     for i, (bar, start) in enumerate(zip(bars, starts, strict=True)):
-        count = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}.get(bar.beats, bar.beats)
+        count = _COMPOUND.get(bar.beats, bar.beats)
         step = bar.nominal / count
+        # Unlike the original: 1/240 quarter of rounding (last bar of WoO80 var. 18) is not irregular.
         irregular = abs(bar.length - bar.nominal) > 0.01 * ticks or bar.implicit
         if irregular:
             count = math.ceil(bar.length / step - 1e-6)
@@ -788,233 +784,256 @@ def _beat_grid(bars, starts, ticks):
     return np.array(beats)
 
 
-def _beat_importance(b, numerator):
-    """Metrical weight of the position b (0..1 of the bar); "whole" is exact in floating point, as in the original."""
-    if b == 0:
+def _beat_importance(position, numerator):
+    """Metrical weight of a position (0..1 of the bar), by exact equality in floats as in the original."""
+    if position == 0:
         return 4.0
-    if b == 0.5 and numerator in (2, 4, 6, 12):
+    if position == 0.5 and numerator in (2, 4, 6, 12):
         return 3.0
-    if (
-        numerator in (3, 9)
-        and abs(b - 1 / 3) < 0.001
-        or numerator == 7
-        and min(abs(7 * b - 2), abs(5 * b - 2)) < 0.001
-    ):
+    if any(abs(position - strong) < 0.001 for strong in _STRONG_BEATS.get(numerator, ())):
         return 2.0
-    halves, thirds = ((4, 1.0), (8, 0.5)), ((6, 1.0), (12, 0.5))
-    divided = {2: halves, 4: halves, 3: thirds, 6: thirds, 12: thirds, 5: ((5, 2.0),), 9: ((9, 1.0),)}.get(
-        numerator, ()
-    )
-    return next((weight for k, weight in divided if (b * k) % 1 == 0), 0.0)
+    for parts, weight in _SUBDIVISIONS.get(numerator, ()):
+        if position * parts % 1 == 0:
+            return weight
+    return 0.0
 
 
 def _rests_after(notes, rests):
-    """Per note (row order) the length of the rest (file order) that follows in its voice, and whether it bears a fermata."""
-    length, held, used = np.zeros(len(notes)), np.zeros(len(notes)), set()
+    """Per note (by row) length of the rest (in file order) after it in its voice, whether under a fermata."""
+    length = np.zeros(len(notes))
+    fermata = np.zeros(len(notes))
     onsets = [n.onset for n in notes]
+    merged = set()
     for i, rest in enumerate(rests):
-        if i in used:
+        if i in merged:
             continue
-        end, fermata = rest.end, "fermata" in rest.marks
+        end = rest.end
+        held = "fermata" in rest.marks
         for j in range(i + 1, len(rests) - 1):  # the last rest stays on its own, as in the original
             if rests[j].voice == rest.voice and rests[j].onset == end:
-                end, fermata = rests[j].end, fermata or "fermata" in rests[j].marks
-                used.add(j)
+                end = rests[j].end
+                held |= "fermata" in rests[j].marks
+                merged.add(j)
             elif rests[j].onset > end:
                 break
         for k in range(bisect_right(onsets, rest.onset) - 1, -1, -1):
-            if notes[k].voice == rest.voice and abs(notes[k].end - rest.onset) < 1e-6:
-                length[k], held[k] = end - rest.onset, fermata
-            elif notes[k].voice == rest.voice and notes[k].end < rest.onset:
+            if notes[k].voice != rest.voice:
+                continue
+            if abs(notes[k].end - rest.onset) < 1e-6:
+                length[k] = end - rest.onset
+                fermata[k] = held
+            elif notes[k].end < rest.onset:
                 break
-    return length, held
+    return length, fermata
 
 
 def _slur_flags(note, slurs):
-    """Whether a slur starts, continues, stops at the note; one with slur elements of its own never continues."""
-    flags = {flag for flag in ("start", "stop") if f"slur {flag}" in note.marks}
+    """Whether a slur starts, continues, stops at the note; with slur elements of its own none continues."""
+    flags = {kind for kind in ("start", "stop") if f"slur {kind}" in note.marks}
     if not flags:
-        flags = {"start" if note.onset == start else "stop" if note.onset == stop else "continue"
-                 for start, stop in slurs.get(note.voice, []) if start <= note.onset <= stop}  # fmt: skip
-    return [flag in flags for flag in ("start", "continue", "stop")]
+        for start, stop in slurs.get(note.voice, []):
+            if start <= note.onset <= stop:
+                flags.add({start: "start", stop: "stop"}.get(note.onset, "continue"))
+    return [kind in flags for kind in ("start", "continue", "stop")]
 
 
 def _overlapped(notes):
+    """Whether a longer (or as long, later) note of the same part begins at the same time on the same key."""
     unisons = {}
-    for note in (n for n in notes if "grace" not in n.marks):
-        unisons.setdefault((note.part, note.onset, note.pitch), []).append(note)
-    shorter = {id(n) for same in unisons.values() for n in sorted(same, key=lambda n: n.duration)[:-1]}
-    return np.array([id(n) in shorter for n in notes])
+    for row, note in enumerate(notes):
+        if "grace" not in note.marks:
+            unisons.setdefault((note.part, note.onset, note.pitch), []).append(row)
+    overlapped = np.zeros(len(notes), bool)
+    for rows in unisons.values():
+        rows.sort(key=lambda row: notes[row].duration)
+        overlapped[rows[:-1]] = True
+    return overlapped
 
 
 def _composer_vector(root, path):
-    names = [c.text or "" for c in root.iter("creator") if c.get("type") == "composer"] + [
-        Path(path).name.replace("_", " ")
-    ]
-    found = (
-        i for name in names for i, c in enumerate(COMPOSERS) if re.search(rf"\b{c}\b", name, re.IGNORECASE)
-    )
-    return np.eye(len(COMPOSERS) + 1)[next(found, len(COMPOSERS))]
+    """One-hot, by composer tags, else the file name. Unlike the original: not always Schubert."""
+    names = [c.text or "" for c in root.iterfind(".//creator[@type='composer']")]
+    for name in [*names, Path(path).name.replace("_", " ")]:
+        for i, composer in enumerate(COMPOSERS):
+            if re.search(rf"\b{composer}\b", name, re.IGNORECASE):
+                return np.eye(len(COMPOSERS) + 1)[i]
+    return np.eye(len(COMPOSERS) + 1)[-1]
 
 
 def _time_vector(bar):
-    flags = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}.get(
-        bar.beats, "00001"
-    )
-    return [*map(float, flags), *np.eye(4)[np.clip(bar.beat_type.bit_length() - 2, 0, 3)]]
+    flags = _TIME_FLAGS.get(bar.beats, "00001")
+    unit = np.clip(bar.beat_type.bit_length() - 2, 0, 3)
+    return [*map(float, flags), *np.eye(4)[unit]]
 
 
 def _direction_features(notes, directions, last_division):
-    """dynamic, tempo, the two distances (ticks), and the positions of sections."""
+    """dynamic, tempo, the distances from their marks (ticks), and the positions of sections."""
     dynamics, hairpins, accents = _dynamics(directions)
-    tempo_marks, tempo_changes = _tempi(directions)
-    rows, sections, before = [], [], None
+    tempi, changes = _tempi(directions)
+    rows, sections = [], []
+    before = None
     for note in notes:
-        level, pace = (
-            m[_governing(m, note.onset)] if m else _Direction(0.0, "words", "")
-            for m in (dynamics, tempo_marks)
-        )
-        changes = _active(tempo_changes, note)
-        dynamic = _word_vector(
-            " ".join(m.text for m in [level, *_active(hairpins, note)]), DYNAMIC_WORDS, whole=False
-        )
+        level = _in_force(dynamics, note.onset)
+        words = [m.text for m in [level, *_active(hairpins, note)]]
+        dynamic = _word_vector(" ".join(words), DYNAMIC_WORDS, whole=False)
         for position, column, value in accents:
             if position == note.onset and "grace" not in note.marks:
                 dynamic[column] = value
-        tempo = _word_vector(" ".join(m.text for m in [pace, *changes]), TEMPO_WORDS, whole=True)
-        rows.append(
-            (dynamic, tempo, note.onset - level.start, note.onset - max(m.onset for m in [pace, *changes]))
-        )
-        state = pace.text, [id(m) for m in changes]
-        if state != before:
-            sections, before = [*sections, note.onset], state
-    return *map(np.array, zip(*rows, strict=True)), np.array(
-        [*sections, notes[-1].onset + 0.1 * last_division]
-    )
+        pace = _in_force(tempi, note.onset)
+        active = _active(changes, note)
+        words = [m.text for m in [pace, *active]]
+        tempo = _word_vector(" ".join(words), TEMPO_WORDS, whole=True)
+        # Unlike the original, which takes hairpins and other dynamics for relative tempo marks.
+        recent = max(m.onset for m in [pace, *active])
+        rows.append((dynamic, tempo, note.onset - level.start, note.onset - recent))
+        now = pace.text, [id(m) for m in active]
+        if now != before:
+            sections.append(note.onset)
+        before = now
+    sections.append(notes[-1].onset + 0.1 * last_division)
+    return *map(np.array, zip(*rows, strict=True)), np.array(sections)
 
 
-def _moved(bars, starts, name):
+def _shown(notes):
+    return [n for n in notes if "hidden" not in n.marks]
+
+
+def _unfolded(bars, starts, name):
     """Copies of the bars' notes or directions, at their positions in the unfolded piece."""
-    return [
-        replace(x, onset=x.onset + s) for bar, s in zip(bars, starts, strict=True) for x in getattr(bar, name)
-    ]
+    items = []
+    for bar, start in zip(bars, starts, strict=True):
+        items += [replace(item, onset=item.onset + start) for item in getattr(bar, name)]
+    return items
 
 
-def read_musicxml(path) -> Score:
+def _part_notes(bars, starts, rests, slurs):
+    """Notes of one part as unfolded: ties joined, graces ordered, trills and wavy lines resolved. Adds to
+    `rests` and `slurs`."""
+    notes = _unfolded(bars, starts, "notes")
+    rests += [n for n in _shown(notes) if "rest" in n.marks]
+    notes = [n for n in notes if "rest" not in n.marks]
+    _join_ties(_shown(notes))
+    slurs |= _resolve_slurs(notes)
+    notes = [n for n in notes if n.first is None]
+    _order_graces(_shown(notes))
+    notes.sort(key=lambda n: n.onset)
+    _raise_trills(notes)
+    return _join_wavy_lines(_shown(notes))
+
+
+def read_musicxml(path: str | Path) -> Score:
     """Read a MusicXML score (`.musicxml`, `.xml`, or compressed `.mxl`) and compute its features.
 
-    Raises DataError, in one line, for whatever cannot be read as one piece of music: see `_Reader`, `_play_order`.
+    Raises DataError, in one line, for whatever cannot be read as one piece of music: see `_Reader`,
+    `_play_order`.
     """
     reader = _Reader(path)
     root = reader.root()
     parts = reader.parts(root)
     order = _play_order(root.find("part").findall("measure"), reader)
     _trim_pickup([bars[0] for bars in parts])
+    # Unlike the original, where a bar lasts to the cursor after its last element: parts stay together.
     for bars in zip(*parts, strict=True):
-        bars[0].length = max(b.length for b in bars) or bars[0].nominal
+        bars[0].length = max(bar.length for bar in bars) or bars[0].nominal
     bars = [parts[0][i] for i in order]
-    starts = np.cumsum([0.0, *(b.length for b in bars[:-1])])
+    starts = np.cumsum([0.0, *(bar.length for bar in bars[:-1])])
     notes, rests, slurs, directions = [], [], {}, []
     for part in parts:
-        played = _moved([part[i] for i in order], starts, "notes")
-        rests += [n for n in played if "rest" in n.marks and "hidden" not in n.marks]
-        played = [n for n in played if "rest" not in n.marks]
-        _join_ties([n for n in played if "hidden" not in n.marks])
-        slurs |= _resolve_slurs(played)
-        played = [n for n in played if n.first is None]
-        _order_graces([n for n in played if "hidden" not in n.marks])
-        notes += _play_trills(sorted(played, key=lambda n: n.onset))
-        directions += _moved([part[i] for i in order], starts, "directions")
+        played = [part[i] for i in order]
+        notes += _part_notes(played, starts, rests, slurs)
+        directions += _unfolded(played, starts, "directions")
     if not notes:
         raise reader.error("no notes", "at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
-    return _score(
-        Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, _composer_vector(root, path)
-    )
+    composer = _composer_vector(root, path)
+    return _build_score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
 
 
-def _score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
+def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
     """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
-    n = len(notes)
-    integers = {
-        name: np.array([getattr(x, name) for x in notes], np.int64)
-        for name in ("pitch", "voice", "staff", "grace_order", "tremolo")
-    }
-    pitch, onset, duration = (
-        integers["pitch"],
-        np.array([x.onset for x in notes]),
-        np.array([x.duration for x in notes]),
-    )
-    qpm = next(
-        (d.text for d in reversed(directions) if d.kind == "tempo" and d.onset <= notes[0].onset), 120.0
-    )
+    columns = {}
+    for name in ("pitch", "voice", "staff", "grace_order", "tremolo", "onset", "duration"):
+        columns[name] = np.array([getattr(x, name) for x in notes])
+    pitch, onset, duration = columns["pitch"], columns.pop("onset"), columns.pop("duration")
+    tempi = [d.text for d in directions if d.kind == "tempo" and d.onset <= notes[0].onset]
+    qpm = [120.0, *tempi][-1]
 
     def marked(*names):
         return np.array([[name in x.marks for name in names] for x in notes], float)
 
-    bar = _at(starts, onset)
+    bar = _index_at_or_before(starts, onset, 1e-6)
     lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
     position = (onset - starts[bar]) / lengths[bar]
-    beats = _beat_grid(bars, starts, ticks)
-    grace, notation = marked("grace")[:, 0] > 0, marked(*_NOTATIONS)
-    graced = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
+    importance = [_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]
+    grace = marked("grace")[:, 0] > 0
+    notation = marked(*_NOTATIONS)
+    main_notes = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
+    preceded = np.array([(x.voice, x.onset) in main_notes for x in notes]) & ~grace
     rest_length, rest_fermata = _rests_after(notes, rests)
     dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
         notes, directions, bars[-1].division
     )
+    beams = marked("beam begin", "beam continue", "beam end")
     features = {
-        "midi_pitch": pitch.astype(float), "duration": duration / ticks, "beat_position": position,
-        "beat_importance": np.array([_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]),
+        "midi_pitch": pitch.astype(float),
+        "duration": duration / ticks,
+        "beat_position": position,
+        "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
-        "qpm_primo": np.full(n, math.log10(qpm)), "following_rest": rest_length / ticks, "followed_by_fermata_rest": rest_fermata,
-        "distance_from_abs_dynamic": from_dynamic / ticks, "distance_from_recent_tempo": from_tempo / ticks,
-        "xml_position": onset / ((onset + duration)[min(1, n - 1) :].max() or 1.0),
-        "grace_order": integers["grace_order"].astype(float),
-        "preceded_by_grace_note": np.array([float(not g and (x.voice, x.onset) in graced) for x, g in zip(notes, grace, strict=True)]),
+        "qpm_primo": np.full(len(notes), math.log10(qpm)),
+        "following_rest": rest_length / ticks,
+        "followed_by_fermata_rest": rest_fermata,
+        "distance_from_abs_dynamic": from_dynamic / ticks,
+        "distance_from_recent_tempo": from_tempo / ticks,
+        "xml_position": onset / ((onset + duration)[min(1, len(notes) - 1) :].max() or 1.0),
+        "grace_order": columns["grace_order"].astype(float),
+        "preceded_by_grace_note": preceded.astype(float),
         "pitch": np.concatenate([(pitch[:, None] // 12 - 5) / 4, np.eye(12)[pitch % 12]], axis=1),
-        "tempo": tempo, "tempo_primo": np.tile(tempo[0, :2], (n, 1)), "dynamic": dynamic, "notation": notation,
+        "tempo": tempo,
+        "tempo_primo": np.tile(tempo[0, :2], (len(notes), 1)),
+        "dynamic": dynamic,
+        "notation": notation,
         "time_sig_vec": np.array([_time_vector(bars[b]) for b in bar]),
-        "slur_beam_vec": np.hstack([[_slur_flags(x, slurs) for x in notes], marked("beam begin", "beam continue", "beam end")]),
-        "composer_vec": np.tile(composer, (n, 1)),
-    }  # fmt: skip
+        "slur_beam_vec": np.hstack([[_slur_flags(x, slurs) for x in notes], beams]),
+        "composer_vec": np.tile(composer, (len(notes), 1)),
+    }
+    beats = _beat_grid(bars, starts, ticks)
     return Score(
-        path=path, onset=onset / ticks, duration=duration / ticks, grace=grace, **integers, overlapped=_overlapped(notes),
-        measure=_contiguous(bar), beat=_contiguous(_at(beats, onset)), section=_at(sections, onset).astype(np.int64),
-        trill=notation[:, 0] > 0, arpeggiate=notation[:, 5] > 0, beats=beats / ticks, measures=starts / ticks,
-        sections=sections / ticks, tempo_qpm=float(qpm), features=features,
-    )  # fmt: skip
+        path=path,
+        onset=onset / ticks,
+        duration=duration / ticks,
+        **columns,
+        measure=_contiguous(bar),
+        beat=_contiguous(_index_at_or_before(beats, onset, 1e-6)),
+        section=_index_at_or_before(sections, onset, 1e-6).astype(np.int64),
+        grace=grace,
+        overlapped=_overlapped(notes),
+        trill=notation[:, 0] > 0,
+        arpeggiate=notation[:, 5] > 0,
+        beats=beats / ticks,
+        measures=starts / ticks,
+        sections=sections / ticks,
+        tempo_qpm=float(qpm),
+        features=features,
+    )
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Performances
-# -----------------------------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------------------------------
 SUSTAIN, SOFT = 64, 67
 SHORTEST = 1e-3  # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
 LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
-MOST_TICKS = 2**28 - 1  # largest delta time of the MIDI standard (four 7-bit groups)
-MIDO_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-    struct.error,
-    KeySignatureError,
-)
 
 
 @dataclass
 class Performance:
     """Played notes, sorted by onset (stable), and pedal movements, of one recording.
 
-    pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key release,
-    offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second, value 0..127) in time order.
+    pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key
+    release, offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second,
+    value 0..127) in time order.
     """
 
     path: str
@@ -1027,34 +1046,79 @@ class Performance:
 
 
 def read_midi(path: str | Path) -> Performance:
-    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their key and channel.
+    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their
+    key and channel.
 
-    A note-on of velocity 0 is a note-off; notes still open at the end of the file end there. Raises DataError.
+    A note-on of velocity 0 is a note-off; notes still open at the end of the file end there. Raises
+    DataError.
     """
+    try:
+        content = Path(path).read_bytes()
+        if not content.startswith(b"MThd"):
+            raise ValueError(f"it starts with {content[:12]!r}")
+        if re.search(rb"[\x80-\xff]{4096}", content):  # mido takes minutes over one endless number
+            raise ValueError("4096 bytes above 127 in a row")
+        midi = mido.MidiFile(file=io.BytesIO(content))
+        if midi.type not in (0, 1):
+            raise ValueError(f"type {midi.type}")
+        events = _merged_events(midi.tracks)
+        seconds = _event_seconds(events, midi.ticks_per_beat)
+        if seconds.max(initial=0) > LONGEST:
+            raise ValueError(f"events up to {seconds[-1]:.3g} s, more than a day")
+        notes, pedals = _pair_notes(events, seconds.tolist())
+        pitch, velocity, onset, offset = np.array(notes).T
+    except Exception as error:
+        found = " ".join(str(error).split()) or "it ends too early"
+        raise DataError(
+            f"{path}: a truncated or corrupt MIDI file, or none ({found}); expected a standard MIDI file "
+            "(type 0 or 1) with notes; export or download it again"
+        ) from error
+    return Performance(
+        str(path),
+        pitch.astype(np.int64),
+        velocity.astype(np.int64),
+        onset,
+        np.where(offset > onset, offset, onset + SHORTEST),
+        np.array(pedals[SUSTAIN], float).reshape(-1, 2),
+        np.array(pedals[SOFT], float).reshape(-1, 2),
+    )
 
-    def refuse(found):
-        found = " ".join(str(found).split())
-        return DataError(
-            f"{path}: {found}; expected a standard MIDI file (type 0 or 1) with notes; "
-            "export or download it again"
-        )
 
-    midi = _parse_midi(path, refuse)
+def _merged_events(tracks):
+    """(tick, message) of all tracks by time. Unlike the original, which searches unsorted pedal events."""
     events = []
-    for track in midi.tracks:
+    for track in tracks:
         tick = 0
         for message in track:
-            if message.time > MOST_TICKS:
-                raise refuse(f"a delta time above {MOST_TICKS} ticks")
             tick += message.time
             events.append((tick, message))
-    events.sort(key=lambda event: event[0])
-    seconds = _event_seconds(events, midi.ticks_per_beat, refuse)
-    if seconds.size and not seconds[-1] <= LONGEST:
-        raise refuse(f"events up to {seconds[-1]:.3g} s, more than a day")
+    return sorted(events, key=lambda event: event[0])
 
-    notes, pedals, open_notes = [], {SUSTAIN: [], SOFT: []}, {}
-    for now, (_, message) in zip(seconds.tolist(), events, strict=True):
+
+def _event_seconds(events, division):
+    """Seconds of (tick, message): division ticks per quarter under the tempo map, SMPTE where negative."""
+    ticks = np.array([tick for tick, _ in events], float)
+    if division < 0:
+        frames, per_frame = -(division >> 8), division & 0xFF
+        rate = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}.get(frames)
+        if not rate or not per_frame:
+            raise ValueError(f"a SMPTE division of {frames} frames and {per_frame} ticks")
+        return ticks / (per_frame * rate)
+    if division == 0:
+        raise ValueError("a division of 0 ticks per quarter")
+    changes = [(0, 500_000)]
+    changes += [(tick, message.tempo) for tick, message in events if message.type == "set_tempo"]
+    at, tempo = np.array(changes, float).T
+    starts = np.concatenate([[0.0], np.cumsum(np.diff(at) * tempo[:-1])])
+    current = np.searchsorted(at, ticks, side="right") - 1
+    return (starts[current] + (ticks - at[current]) * tempo[current]) / (division * 1e6)
+
+
+def _pair_notes(events, seconds):
+    """[pitch, velocity, onset, offset] of each note by onset; {controller: [(second, value)]} of pedals."""
+    notes, open_notes = [], {}
+    pedals = {SUSTAIN: [], SOFT: []}
+    for now, (_, message) in zip(seconds, events, strict=True):
         if message.type in ("note_on", "note_off"):
             waiting = open_notes.setdefault((message.channel, message.note), [])
             if message.type == "note_on" and message.velocity > 0:
@@ -1063,71 +1127,19 @@ def read_midi(path: str | Path) -> Performance:
             elif waiting:
                 notes[waiting.pop(0)][3] = now
         elif message.type == "control_change" and message.control in pedals:
+            # Unlike the original: value 0 counts, so that a switch-like pedal is released.
             pedals[message.control].append((now, message.value))
     if not notes:
-        raise refuse(f"{len(events)} events and no notes")
-
-    pitch, velocity, onset, offset = np.array(notes).T
-    return Performance(
-        str(path),
-        pitch.astype(np.int64),
-        velocity.astype(np.int64),
-        onset,
-        np.where(offset > onset, offset, onset + SHORTEST),
-        *(np.array(pedals[number], float).reshape(-1, 2) for number in (SUSTAIN, SOFT)),
-    )
+        raise ValueError(f"{len(events)} events and no notes")
+    return notes, pedals
 
 
-def _parse_midi(path, refuse):
-    if not Path(path).is_file():
-        raise refuse("a directory" if Path(path).is_dir() else "no such file")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(12)
-            content = start + file.read() if start[:4] == b"MThd" else b""
-    except OSError as error:
-        raise refuse(error.strerror) from error
-    if not content:
-        raise refuse(f"a file that starts with {start!r}, not b'MThd'" if start else "an empty file")
-    if re.search(
-        rb"[\x80-\xff]{4096}", content
-    ):  # mido takes minutes over one endless variable-length number
-        raise refuse("a corrupt MIDI file (4096 bytes above 127 in a row)")
-    try:
-        midi = mido.MidiFile(file=io.BytesIO(content))
-    except MIDO_ERRORS as error:
-        raise refuse(f"a truncated or corrupt MIDI file ({str(error) or 'it ends too early'})") from error
-    if midi.type not in (0, 1):
-        raise refuse(f"MIDI type {midi.type}")
-    return midi
-
-
-def _event_seconds(events, division, refuse):
-    """Seconds of events (tick, message): division ticks per quarter under the tempo map, or SMPTE where negative."""
-    ticks = np.array([tick for tick, _ in events], float)
-    if division < 0:
-        frames, per_frame = -(division >> 8), division & 0xFF
-        if frames not in (24, 25, 29, 30) or per_frame == 0:
-            raise refuse(f"a SMPTE division of {frames} frames and {per_frame} ticks")
-        return ticks / (per_frame * (30 / 1.001 if frames == 29 else frames))
-    if division == 0:
-        raise refuse("a division of 0 ticks per quarter")
-    changes = [(0, 500_000)] + [
-        (tick, message.tempo) for tick, message in events if message.type == "set_tempo"
-    ]
-    at, tempo = np.array(changes, float).T
-    starts = np.concatenate([[0.0], np.cumsum(np.diff(at) * tempo[:-1])])
-    current = np.searchsorted(at, ticks, side="right") - 1
-    return (starts[current] + (ticks - at[current]) * tempo[current]) / (division * 1e6)
-
-
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Alignment
-# -----------------------------------------------------------------------------------------------------------------
-
-# Prices of the Viterbi path: a played key that the chord lacks, a chord left out, any number of chords left out at once,
-# a chord that starts once more; and per unit of price: seconds from one key of a chord to its next, natural logarithm of
-# played over expected interval between chords.
+# ------------------------------------------------------------------------------------------------------------
+# Prices of the Viterbi path: a played key that the chord lacks, a chord left out, any number of chords left
+# out at once, a chord that starts once more; and per unit of price: seconds from one key of a chord to its
+# next, natural logarithm of played over expected interval between chords.
 MISS, SKIP, JUMP, RESTART, LATE, RATIO = 4.0, 1.5, 15.0, 3.5, 0.05, 0.3
 WORST = 5.0  # highest price of an interval, so that a pause can be paid
 BLUR = 0.05  # s added to both intervals of the ratio
@@ -1136,39 +1148,40 @@ WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
 GRACE = 0.08  # s from one grace note to the next
-NEAR = 0.12, 0.2, 0.08  # a note is looked for within .12 s + .2 quarters of its due time, or, where chords
-# follow faster, within .08 s + their interval
+# A note is looked for within .12 s + .2 quarters of its due time; where chords follow faster, .08 s + their
+# interval.
+NEAR = 0.12, 0.2, 0.08
 
 
 def align(score, performance) -> np.ndarray:
     """Index of the played note of every score note, -1 where there is none: (n score notes,) int64.
 
-    Notes of several voices that write one key at one time share one played note. A Viterbi path leads the played notes
-    through the score's chords, a robust time map tells when each score note is due, and an assignment per key takes
-    what was played near that time; the last two alternate. Method: HAN.md, "Reading".
+    Notes of several voices that write one key at one time share one played note. A Viterbi path leads the
+    played notes through the score's chords, a robust time map tells when each score note is due, and an
+    assignment per key takes what was played near that time; the last two alternate. Method: HAN.md,
+    "Reading".
     """
+    nothing = np.full(len(score.pitch), -1, np.int64)
     if not len(score.pitch) or not len(performance.pitch):
-        return np.full(len(score.pitch), -1, np.int64)
+        return nothing
     position, chord = np.unique(np.round(score.onset, 6), return_inverse=True)
     keys = np.stack([chord, score.pitch, score.grace_order]).astype(np.int64)
-    (chord, pitch, grace_order), first, shared = np.unique(
-        keys, axis=1, return_index=True, return_inverse=True
-    )
+    unique, first, shared = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    chord, pitch, grace_order = unique
     wide = np.where(np.asarray(score.arpeggiate)[first] | (grace_order < 0), 2, 1)
 
     span = position[-1] - position[0]
-    pace = np.full(
-        len(position), (performance.onset[-1] - performance.onset[0]) / span if span else 1.0
-    ).clip(*PACES)
+    mean_pace = (performance.onset[-1] - performance.onset[0]) / span if span else 1.0
+    pace = np.full(len(position), mean_pace).clip(*PACES)
     for _ in range(2):
         played, state = _viterbi(position, pace, pitch, chord, performance)
         if not len(played):
-            return np.full(len(score.pitch), -1, np.int64)
+            return nothing
         clock, others, pace = _time_map(position, state, performance.onset[played])
 
     for ask_others in (False, True, False):
         due = others if ask_others else clock
-        room = np.minimum(NEAR[0] + NEAR[1] * pace, NEAR[2] + _interval(clock)) + np.abs(due - clock)
+        room = np.minimum(NEAR[0] + NEAR[1] * pace, NEAR[2] + _mean_interval(clock)) + np.abs(due - clock)
         partner = _assign(pitch, due[chord] + GRACE * grace_order, wide * room[chord], performance)
         steady = (partner >= 0) & (grace_order == 0)
         if steady.any():
@@ -1179,63 +1192,74 @@ def align(score, performance) -> np.ndarray:
 def _viterbi(position, pace, pitch, chord, performance):
     """Played notes on the best path and their chords: for each chord and key the first one.
 
-    A state is a chord; it remembers when its first note came, so that chords are timed from start to start. Where the
-    opening chord starts again, what came before is dropped: recordings may hold the end of the bar before.
+    Where the opening chord starts again, what came before is dropped: recordings may hold the end of the
+    bar before.
     """
-    K, P = len(position), len(performance.pitch)
-    member = np.zeros((K, 128), bool)
+    member = np.zeros((len(position), 128), bool)
     member[chord, pitch] = True
     hit = member[:, performance.pitch].T
+    origin, restart, last = _cheapest_paths(position, pace, performance.onset, hit)
+    state = np.full(len(hit), last)
+    for j in range(len(hit) - 1, 0, -1):
+        state[j - 1] = origin[j, state[j]]
+    begin = np.flatnonzero(restart & (state == 0))[-1:].sum()
+    played = begin + np.flatnonzero(hit[np.arange(begin, len(hit)), state[begin:]])
+    first = np.unique(state[played] * 128 + performance.pitch[played], return_index=True)[1]
+    return played[first], state[played[first]]
+
+
+def _cheapest_paths(position, pace, onset, hit):
+    """From each played note back: the chord before (P, K), whether the opening starts anew (P,), and the
+    last chord.
+
+    hit (P, K): whether the chord holds the played key. A state is a chord; it remembers when its first
+    note came, so that chords are timed from start to start.
+    """
+    count, chords = hit.shape
     clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
-    columns, steps = np.arange(K), np.arange(1, STEPS + 1)[:, None]
+    columns = np.arange(chords)
+    steps = np.arange(1, STEPS + 1)[:, None]
     source = np.maximum(columns - steps, 0)
     expected = np.log(clock - clock[source] + BLUR)
     left_out = np.where(columns >= steps, SKIP * (steps - 1), np.inf)
+    ways = np.vstack([source, columns, columns])  # steps, a jump, the same chord once more
 
-    origin, restart = np.tile(columns.astype(np.int32), (P, 1)), np.zeros(P, bool)
+    origin = np.tile(columns.astype(np.int32), (count, 1))
+    restart = np.zeros(count, bool)
     best = np.minimum(SKIP * columns, JUMP) + MISS * ~hit[0]
-    entry = np.full(K, performance.onset[0])
+    entry = np.full(chords, onset[0])  # first and latest note of each chord on its path
     latest = entry.copy()
-    for j in range(1, P):
-        now = performance.onset[j]
-        interval = np.abs(np.log(now - entry + BLUR)[source] - expected) / RATIO
-        moved = best[source] + np.minimum(interval, WORST) + left_out
-        step = moved.argmin(0)
-        moved, came = moved[step, columns], source[step, columns]
+    for j in range(1, count):
+        interval = np.abs(np.log(onset[j] - entry + BLUR)[source] - expected) / RATIO
+        stepped = best[source] + np.minimum(interval, WORST) + left_out
         lead = best.argmin()
-        leap = (best[lead] + JUMP < moved) & (columns > lead)
-        moved[leap], came[leap] = best[lead] + JUMP, lead
-        again = best + RESTART < moved
-        moved[again], came[again] = best[again] + RESTART, columns[again]
-        moved += MISS * ~hit[j]
-        stayed = best + np.where(hit[j], np.minimum((now - latest) / LATE, MISS), MISS)
+        ways[STEPS] = lead
+        jumped = np.where(columns > lead, best[lead] + JUMP, np.inf)
+        prices = np.vstack([stepped, jumped, best + RESTART])
+        way = prices.argmin(0)
+        moved = prices[way, columns] + MISS * ~hit[j]
+        stayed = best + np.where(hit[j], np.minimum((onset[j] - latest) / LATE, MISS), MISS)
         go = moved < stayed
         best = np.where(go, moved, stayed)
-        entry[go] = now
-        latest[go | hit[j]] = now
-        origin[j, go] = came[go]
+        entry[go] = onset[j]
+        latest[go | hit[j]] = onset[j]
+        origin[j, go] = ways[way, columns][go]
         restart[j] = go[0]
-
-    state = np.full(P, best.argmin())
-    for j in range(P - 1, 0, -1):
-        state[j - 1] = origin[j, state[j]]
-    begin = np.flatnonzero(restart & (state == 0))[-1:].sum()
-    played = begin + np.flatnonzero(hit[np.arange(begin, P), state[begin:]])
-    first = np.unique(state[played] * 128 + performance.pitch[played], return_index=True)[1]
-    return played[first], state[played[first]]
+    return origin, restart, best.argmin()
 
 
 def _time_map(position, chord, onset):
     """When every chord is due, from the onsets of some notes of the chords: three (K,) arrays.
 
-    Seconds; seconds as the neighbours alone would have it, for chords whose keys do not confirm each other; seconds per
-    quarter. A chord's time is dropped if neither the chords before nor those after lead there and its keys do not
-    confirm each other: so pauses survive and slips do not.
+    Seconds; seconds as the neighbours alone would have it, for chords whose keys do not confirm each
+    other; seconds per quarter. A chord's time is dropped if neither the chords before nor those after lead
+    there and its keys do not confirm each other: so pauses survive and slips do not.
     """
     order = np.lexsort((onset, chord))
     known, start, size = np.unique(chord[order], return_index=True, return_counts=True)
     onset = onset[order]
-    x, y = position[known], (onset[start + (size - 1) // 2] + onset[start + size // 2]) / 2
+    x = position[known]
+    y = (onset[start + (size - 1) // 2] + onset[start + size // 2]) / 2
     close = np.abs(onset - np.repeat(y, size)) < TOGETHER
     sure = np.add.reduceat(close, start, dtype=int) > np.maximum(size // 2, 1)
     for _ in range(3):
@@ -1271,24 +1295,27 @@ def _slip(x, y, pace, side):
 
 
 def _running_pace(x, y):
+    """Seconds per quarter around each chord: running median."""
     slope = np.pad(np.diff(y) / np.diff(x), (WINDOW // 2, WINDOW // 2 + 1), mode="edge")
     return np.median(sliding_window_view(slope, WINDOW), axis=1).clip(*PACES)
 
 
-def _interval(clock):
+def _mean_interval(clock):
     """Mean seconds from each chord to its two neighbours."""
     step = np.abs(np.diff(clock)) if len(clock) > 1 else np.ones(1)
     return (np.append(step, step[-1:]) + np.append(step[:1], step))[: len(clock)] / 2
 
 
 def _assign(pitch, due, room, performance):
-    """Played note of every score note, -1 for none: per key the best pairs less than `room` seconds from `due`.
+    """Played note of every score note, -1 for none: per key the best pairs less than `room` seconds from
+    `due`.
 
     Distances are squared, so that the pairs of one key do not cross.
     """
     partner = np.full(len(pitch), -1, np.int64)
     for key in np.intersect1d(pitch, performance.pitch):
-        rows, columns = np.flatnonzero(pitch == key), np.flatnonzero(performance.pitch == key)
+        rows = np.flatnonzero(pitch == key)
+        columns = np.flatnonzero(performance.pitch == key)
         distance = np.abs(performance.onset[columns] - due[rows, None]) / room[rows, None]
         row, column = linear_sum_assignment(np.minimum(distance, 1) ** 2)
         near = distance[row, column] < 1
@@ -1362,153 +1389,157 @@ RAW_FEATURES = {  # of every played note, score note or not
 }
 FEATURES = {**SCORE_FEATURES, **PERFORMANCE_FEATURES, **RAW_FEATURES}
 
-ANCHOR_GAP = (0.05, 0.01)  # seconds per quarter, seconds: least time between two anchors (1200 qpm)
+
+# ------------------------------------------------------------------------------------------------------------
+# Anchors and tempo
+# ------------------------------------------------------------------------------------------------------------
+# Least time from one anchor to the next: seconds per quarter, seconds. Unlike the original's .1: swung
+# eighths of the fast D960 mv3 fall below that, which costs 2.3 % of good matches.
+ANCHOR_GAP = 0.05, 0.01
 CHORD_SPREAD = 0.2  # seconds a chord member may lie from the mean onset
 ARPEGGIO_SPREAD = 1.0  # the same where a member is arpeggiated
 START_VELOCITY = 64  # of score notes before the first matched one
 
-# Deviations from the original's definitions: what, original, here, reason.
 
-# -----------------------------------------------------------------------------------------------------------------
-# Anchors and tempo
-# -----------------------------------------------------------------------------------------------------------------
+class _Onset(NamedTuple):
+    quarter: float
+    second: float
+    row: int = -1  # of the score
+
+    def may_follow(self, anchor):
+        """Whether it is late enough after `anchor` to be played music."""
+        least = ANCHOR_GAP[0] * (self.quarter - anchor.quarter)
+        return self.second > anchor.second + least + ANCHOR_GAP[1]
 
 
-def _last_at(entries: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Index of the last sorted entry <= x, or of the first entry where there is none."""
-    return np.maximum(np.searchsorted(entries, x, side="right") - 1, 0)
-
-
-def _settle_chord(onsets: list[float], spread: float) -> tuple[float, list[int]]:
-    """Mean onset of a chord without its outliers, and which members are outliers."""
-    kept, dropped = list(range(len(onsets))), []
+def _settle_chord(chord, spread):
+    """Mean second of a chord's onsets without outliers, and the rows of these."""
+    kept, rows = list(chord), []
     while True:
-        mean = sum(onsets[i] for i in kept) / len(kept)
-        far = max(kept, key=lambda i: abs(onsets[i] - mean))
-        if abs(onsets[far] - mean) <= spread:
-            return mean, dropped
+        mean = sum(onset.second for onset in kept) / len(kept)
+        far = max(kept, key=lambda onset: abs(onset.second - mean))
+        if abs(far.second - mean) <= spread:
+            return mean, rows
         if len(kept) == 2:
-            return mean, dropped + kept
+            return mean, [onset.row for onset in chord]
         kept.remove(far)
-        dropped.append(far)
+        rows.append(far.row)
 
 
-def _clean(score: Score, performance: Performance, match: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop matches that contradict the order of time; fix (quarter, second) anchors, at least two, both increasing."""
+def _clean(score, performance, match):
+    """Drop matches out of the order of time; fix (quarter, second) anchors, two or more, both increasing."""
     match = match.copy()
     rows = np.flatnonzero((match >= 0) & ~score.grace)
-    positions, arpeggio = score.onset[rows].tolist(), score.arpeggiate[rows].tolist()
-    onsets = performance.onset[match[rows]].tolist()
-    anchors, wrong, chord = [], [], []
-    per_quarter, least = ANCHOR_GAP
-
-    def close():
-        position = positions[chord[0]]
-        spread = ARPEGGIO_SPREAD if any(arpeggio[i] for i in chord) else CHORD_SPREAD
-        mean, dropped = _settle_chord([onsets[i] for i in chord], spread)
-        if not anchors or mean > anchors[-1][1] + per_quarter * (position - anchors[-1][0]) + least:
-            anchors.append((position, mean))
-            wrong.extend(chord[i] for i in dropped)
+    places = zip(score.onset[rows].tolist(), performance.onset[match[rows]].tolist(), rows, strict=True)
+    chords, anchors, dropped = [], [], []
+    for onset in itertools.starmap(_Onset, places):
+        if chords and onset.quarter == chords[-1][0].quarter:
+            chords[-1].append(onset)
+        elif not chords or onset.may_follow(chords[-1][0]):
+            chords.append([onset])
         else:
-            wrong.extend(chord)
-
-    for i, (position, onset) in enumerate(zip(positions, onsets, strict=True)):
-        if not chord or position == positions[chord[0]]:
-            chord.append(i)
-        elif onset > onsets[chord[0]] + per_quarter * (position - positions[chord[0]]) + least:
-            close()
-            chord = [i]
+            dropped += [onset.row, chords[-1][0].row]
+    # Unlike the original, which leaves the last chord open: it is an anchor too.
+    for chord in chords:
+        members = [onset.row for onset in chord]
+        spread = ARPEGGIO_SPREAD if score.arpeggiate[members].any() else CHORD_SPREAD
+        mean, outliers = _settle_chord(chord, spread)
+        anchor = _Onset(chord[0].quarter, mean)
+        if not anchors or anchor.may_follow(anchors[-1]):
+            anchors.append(anchor)
+            dropped += outliers
         else:
-            wrong += [i, chord[0]]
-    if chord:
-        close()
-    match[rows[wrong]] = -1
+            dropped += members
+    match[dropped] = -1
+    # Unlike the original, which fails with too few anchors: the score's tempo; a bad item stays readable.
     if not anchors:
-        anchors.append((score.onset[0], performance.onset[0]))
+        anchors.append(_Onset(score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
-        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.tempo_qpm))
-    return match, np.array(anchors)
+        anchors.append(_Onset(anchors[0].quarter + 1, anchors[0].second + 60 / score.tempo_qpm))
+    return match, np.array([(anchor.quarter, anchor.second) for anchor in anchors])
 
 
-def _tempo_of_notes(grid: np.ndarray, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tempo objects of a list of positions: start (quarters), start (seconds), quarters per minute."""
-    # A tempo runs from anchor to anchor, so the neighbouring pairs of the list chain up over its distinct anchors.
-    ends = np.unique(_last_at(anchors[:, 0], grid))
+def _tempo_of_notes(grid, anchors):
+    """Tempo objects of a list of positions: start (quarters), start (seconds), quarters per minute.
+
+    A tempo runs from anchor to anchor: the neighbouring pairs of the list chain up over its distinct anchors.
+    """
+    ends = np.unique(_index_at_or_before(anchors[:, 0], grid))
     if len(ends) < 2:
         ends = np.array([0, len(anchors) - 1])
     span = np.diff(anchors[ends], axis=0)
     return anchors[ends[:-1], 0], anchors[ends[:-1], 1], 60 * span[:, 0] / span[:, 1]
 
 
-def _timing(
-    score: Score, performance: Performance, match: np.ndarray, tempi: tuple
-) -> tuple[np.ndarray, np.ndarray]:
-    """Onset deviation (quarters, positive = late) and articulation (log10 of held over written length) by beat tempo."""
-    start, start_time, qpm = (part[_last_at(tempi[0], score.onset)] for part in tempi)
+def _timing(score, performance, match, tempi):
+    """By beat tempo: onset deviation (quarters, + late), articulation (log10 of held over written length)."""
+    start, start_time, qpm = (part[_index_at_or_before(tempi[0], score.onset)] for part in tempi)
     late = (performance.onset[match] - start_time) * qpm / 60 - (score.onset - start)
-    deviation = np.where(match >= 0, late, 0.0)
-    held, written = (performance.offset - performance.onset)[match], score.duration * 60 / qpm
+    held = (performance.offset - performance.onset)[match]
+    written = score.duration * 60 / qpm
     sounding = (match >= 0) & (held > 0) & (written > 0) & ~score.overlapped & ~score.trill
     articulation = np.zeros(len(match))
     articulation[sounding] = np.log10(held[sounding] / written[sounding])
-    return deviation, articulation
+    return np.where(match >= 0, late, 0.0), articulation
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Dynamics and pedal
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+def _level_dynamics(group, match, velocity):
+    """(mean + max) / 2 of the velocities of the matched notes of a beat or measure, on all its rows: (n,).
 
-
-def _level_dynamics(group: np.ndarray, match: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """(mean + max) / 2 of the velocities of the matched notes of a beat or measure, on all its rows: (n,)."""
+    Unlike the original, which halves the last beat's and measure's maximum by their count.
+    """
     rows = np.flatnonzero(match >= 0)
     if not len(rows):
         return np.full(len(group), float(START_VELOCITY))
     velocity = velocity[match[rows]]
-    first = np.diff(group[rows]) > 0
-    first[:1] |= group[rows[0]] > 0  # as in the original: before the first matched row the group counts as 0
-    starts = np.append(0, np.flatnonzero(first) + 1)
+    begins = np.diff(group[rows]) > 0
+    begins[:1] |= group[rows[0]] > 0  # as in the original: before the first matched row the group counts as 0
+    starts = np.append(0, np.flatnonzero(begins) + 1)
     mean = np.add.reduceat(velocity, starts) / np.diff(starts, append=len(rows))
     level = (mean + np.maximum.reduceat(velocity, starts)) / 2
     return level.repeat(np.diff(np.append(0, rows[starts[1:]]), append=len(group)))
 
 
-def _pedal_depth(value: np.ndarray) -> np.ndarray:
+def _pedal_depth(value):
     """Controller value 0..127 through the original's sigmoid, truncated: 0..126, half at 64."""
     return np.floor(127 / (1 + np.exp((64 - value) / 8)))
 
 
-def _lowest(
-    curve: np.ndarray, start: np.ndarray, stop: np.ndarray, since: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest value of the entries start..stop-1 and its time after `since`; no time where that is the start's own."""
-    # One number orders by value and then by index, which makes the minimum the first lowest entry; where stop = start
-    # reduceat gives the start's own.
+def _value_held_at(events, times):
+    """Controller value (0-127) in force at each time (s); 0 before the first event."""
+    return np.append(0, events[:, 1])[np.searchsorted(events[:, 0], times, side="right")]
+
+
+def _lowest(curve, start, stop, since):
+    """Lowest value of entries start..stop-1 and its time after `since`, 0 where it is the start's own."""
+    # One number orders by value and then by index, which makes the minimum the first lowest entry; where
+    # stop = start reduceat gives the start's own.
     key = np.unique(curve[:, 1], return_inverse=True)[1] * len(curve) + np.arange(len(curve))
     lowest = np.minimum.reduceat(key, np.stack((start, stop), axis=1).ravel())[::2] % len(curve)
     lower = curve[lowest, 1] < curve[start, 1]
     return _pedal_depth(curve[lowest, 1]), np.where(lower, curve[lowest, 0] - since, 0.0)
 
 
-def _played_features(performance: Performance) -> dict[str, np.ndarray]:
+def _played_features(performance):
     """What is known of every played note without a score: velocity, pedal, raw columns (n played,)."""
     onset, offset = performance.onset, performance.offset
-    sustain, soft = (
-        np.concatenate((np.zeros((1, 2)), curve)) for curve in (performance.sustain, performance.soft)
-    )
-    at_onset, at_offset = _last_at(sustain[:, 0], onset), _last_at(sustain[:, 0], offset)
-    following = np.searchsorted(onset, offset, side="right")
-    at_following = np.append(at_onset, len(sustain) - 1)[following]
+    sustain = np.concatenate((np.zeros((1, 2)), performance.sustain))
+    at_onset = _index_at_or_before(sustain[:, 0], onset)
+    at_offset = _index_at_or_before(sustain[:, 0], offset)
+    at_next_onset = np.append(at_onset, len(sustain) - 1)[np.searchsorted(onset, offset, side="right")]
     refresh, refresh_time = _lowest(sustain, at_onset, at_offset, onset)
-    cut, cut_time = _lowest(sustain, at_offset, at_following, offset)
-    cut[0], cut_time[0] = 0, 0  # as in the original
+    cut, cut_time = _lowest(sustain, at_offset, at_next_onset, offset)
+    cut[0] = cut_time[0] = 0  # as in the original
     return {
         "velocity": performance.velocity,
         "pedal_refresh_time": refresh_time,
         "pedal_cut_time": cut_time,
         "pedal_at_start": _pedal_depth(sustain[at_onset, 1]),
         "pedal_at_end": _pedal_depth(sustain[at_offset, 1]),
-        "soft_pedal": _pedal_depth(soft[_last_at(soft[:, 0], onset), 1]),
+        "soft_pedal": _pedal_depth(_value_held_at(performance.soft, onset)),
         "pedal_refresh": refresh,
         "pedal_cut": cut,
         "raw_pitch": performance.pitch,
@@ -1518,89 +1549,90 @@ def _played_features(performance: Performance) -> dict[str, np.ndarray]:
     }
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Features per note
-# -----------------------------------------------------------------------------------------------------------------
-
-
-def _features(score: Score, performance: Performance, match: np.ndarray) -> tuple:
-    """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (quarters, s, qpm)."""
+# ------------------------------------------------------------------------------------------------------------
+def _all_features(score, performance, match):
+    """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (qpm)."""
     match, anchors = _clean(score, performance, np.asarray(match))
     played = _played_features(performance)
-    beat_tempi = _tempo_of_notes(score.beats, anchors)
-    features = {
-        **score.features,
-        "performance_qpm_primo": np.full(len(match), np.log10(beat_tempi[2][:10].mean())),
-    }
-    for name, tempi in (
-        ("beat_tempo", beat_tempi),
-        ("measure_tempo", _tempo_of_notes(score.measures, anchors)),
-        ("section_tempo", _tempo_of_notes(score.sections, anchors)),
-    ):
-        features[name] = np.log10(tempi[2])[_last_at(tempi[0], score.onset)]
+    levels = {"beat": score.beats, "measure": score.measures, "section": score.sections}
+    tempi = {level: _tempo_of_notes(grid, anchors) for level, grid in levels.items()}
+    # Unlike the original, where it overwrites the score's qpm_primo, which must not tell the performer.
+    primo = np.log10(tempi["beat"][2][:10].mean())
+    features = {**score.features, "performance_qpm_primo": np.full(len(match), primo)}
+    for level, (start, _, qpm) in tempi.items():
+        features[f"{level}_tempo"] = np.log10(qpm)[_index_at_or_before(start, score.onset)]
 
     # Score notes that were not played: these repeat the last played note, the others are 0.
     before = np.maximum.accumulate(np.where(match >= 0, np.arange(len(match)), -1))
     for name in ("velocity", "pedal_at_start", "pedal_at_end", "soft_pedal", "pedal_cut"):
-        initial = START_VELOCITY if name == "velocity" else 0
-        features[name] = np.where(before < 0, initial, played[name][match[before]]).astype(np.float64)
+        initial = START_VELOCITY if name == "velocity" else 0.0
+        features[name] = np.where(before < 0, initial, played[name][match[before]]).astype(float)
     for name in ("pedal_refresh", "pedal_refresh_time", "pedal_cut_time", *RAW_FEATURES):
         features[name] = np.where(match < 0, 0.0, played[name][match])
 
-    features["onset_deviation"], features["articulation"] = _timing(score, performance, match, beat_tempi)
-    for name, group in (("beat_dynamics", score.beat), ("measure_dynamics", score.measure)):
-        features[name] = _level_dynamics(group, match, performance.velocity)
-    features["matched"] = (match >= 0).astype(np.float64)
-    return features, played, match, anchors, beat_tempi
+    features["onset_deviation"], features["articulation"] = _timing(score, performance, match, tempi["beat"])
+    features["beat_dynamics"] = _level_dynamics(score.beat, match, performance.velocity)
+    features["measure_dynamics"] = _level_dynamics(score.measure, match, performance.velocity)
+    features["matched"] = (match >= 0).astype(float)
+    return features, played, match, anchors, tempi["beat"][2]
 
 
 def note_features(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
     """Un-normalised features by name, one row per score note.
 
-    `match` (n,) is `align`'s: index of the played note, -1 where none; matches out of time are dropped first. Returns
-    the score features, the performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite:
-    tempi in log10(quarters per minute), onset deviation in quarters, times in seconds. `qpm_primo` is the score's,
-    `performance_qpm_primo` the performance's. Source: sections 3 and 6 of the description of the original features,
-    CORRECTIONS excepted.
+    `match` (n,) is `align`'s: index of the played note, -1 where none; matches out of time are dropped
+    first. Returns the score features, the performance features, the raw columns (0 where unmatched) and
+    `matched` (0 or 1), all finite: tempi in log10(quarters per minute), onset deviation in quarters, times
+    in seconds. Source: sections 3 and 6 of the description of the original features; where a definition
+    differs, a comment says "Unlike the original".
     """
-    return _features(score, performance, match)[0]
+    return _all_features(score, performance, match)[0]
+
+
+def _places(onset, seconds, anchors, qpm):
+    """For played notes at `seconds`: before which row of the score they belong, and the row nearest in time.
+
+    The score's positions in seconds are prolonged beyond the outer anchors at the outer beat tempi. Unlike
+    the original, which goes by matched rows only: there extra notes land too early after unmatched ones.
+    """
+    reach = 10_000.0  # quarters
+    first_anchor = anchors[0] - (reach, reach * 60 / qpm[0])
+    last_anchor = anchors[-1] + (reach, reach * 60 / qpm[-1])
+    quarter, second = np.vstack([first_anchor, anchors, last_anchor]).T
+    chords, first = np.unique(onset, return_index=True)
+    expected = np.interp(chords, quarter, second)
+    nearest = np.searchsorted((expected[1:] + expected[:-1]) / 2, seconds)
+    after = seconds >= expected[nearest]
+    return np.append(first, len(onset))[nearest + after], first[nearest]
 
 
 def note_table(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows a network reads: score notes in order, and played notes without a score note at their place in time.
+    """The rows a network reads: score notes in order, and played notes without a score note at their place
+    in time.
 
-    Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,) bool. An
-    inserted row has voice 0, its own velocity, pedal and raw columns, the borrowed columns, beat and measure of the score
-    note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An unmatched score note keeps its voice.
+    Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,)
+    bool. An inserted row has voice 0, its own velocity, pedal and raw columns, the borrowed columns, beat
+    and measure of the score note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An
+    unmatched score note keeps its voice.
     """
-    features, played, match, anchors, (_, _, qpm) = _features(score, performance, match)
+    features, played, match, anchors, qpm = _all_features(score, performance, match)
     extra = np.setdiff1d(np.arange(len(performance.onset)), match)
 
-    # The score's positions in seconds, prolonged beyond the outer anchors at the outer beat tempi.
-    reach = 10_000.0
-    quarter = np.concatenate(([anchors[0, 0] - reach], anchors[:, 0], [anchors[-1, 0] + reach]))
-    second = np.concatenate(
-        ([anchors[0, 1] - reach * 60 / qpm[0]], anchors[:, 1], [anchors[-1, 1] + reach * 60 / qpm[-1]])
-    )
-    chords, first = np.unique(score.onset, return_index=True)
-    expected = np.interp(chords, quarter, second)
-    nearest = np.searchsorted((expected[1:] + expected[:-1]) / 2, performance.onset[extra])
-    after = performance.onset[extra] >= expected[nearest]
-    slot = np.append(first, len(match))[nearest + after]
-    near = first[nearest]
-
-    x, inserted = [], []
+    slot, near = _places(score.onset, performance.onset[extra], anchors, qpm)
+    columns, inserted = [], []
     for name, declared in FEATURES.items():
         column = features[name].reshape(len(match), declared.width)
-        x.append(column)
+        columns.append(column)
         if declared.borrowed:
             inserted.append(column[near])
-        elif name in played:
+        elif name in played:  # unlike the original, which has velocity and pedal columns 0 here
             inserted.append(played[name][extra, None])
         else:
             inserted.append(np.zeros((len(extra), declared.width)))
     return {
-        "x": np.insert(np.concatenate(x, 1).astype(np.float32), slot, np.concatenate(inserted, 1), axis=0),
+        "x": np.insert(np.hstack(columns).astype(np.float32), slot, np.hstack(inserted), axis=0),
         "voice": np.insert(score.voice, slot, 0),
         "beat": np.insert(score.beat, slot, score.beat[near]),
         "measure": np.insert(score.measure, slot, score.measure[near]),
@@ -1608,139 +1640,154 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     }
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics of a whole performance, straight from the MIDI
-# -----------------------------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------------------------------------------------
 CHORD_GAP = 0.035  # seconds: onsets closer than this to their predecessor belong to one chord
 SPREAD = ("mean", "sd", "q10", "q50", "q90")
 
 
-def _summary(x: np.ndarray) -> list[float]:
-    """Mean, standard deviation and 10 / 50 / 90 % quantiles along the first axis; zeros for an empty array."""
-    if len(x) == 0:
-        return [0.0] * len(SPREAD)
-    return [float(x.mean()), float(x.std()), *np.quantile(x, (0.1, 0.5, 0.9)).tolist()]
+def _summary(x):
+    """Mean, standard deviation and 10 / 50 / 90 % quantiles; zeros for an empty array."""
+    return [x.mean(), x.std(), *np.quantile(x, (0.1, 0.5, 0.9))] if len(x) else [0.0] * len(SPREAD)
 
 
-def _held(events: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Controller value (0-127) in force at each time (s); 0 before the first event."""
-    if len(events) == 0:
-        return np.zeros(len(times))
-    at = np.searchsorted(events[:, 0], times, side="right") - 1
-    return np.where(at >= 0, events[np.maximum(at, 0), 1], 0.0)
-
-
-def _pedal_use(events: np.ndarray, performance, start: float, end: float, name: str) -> dict[str, float]:
-    """How one pedal is used between two times (s): depth, share of time down, presses a second, half-pedalling,
-    share of note onsets and key releases that fall under it."""
-    grid = np.linspace(start, end, max(int((end - start) / 0.02), 2))
-    value = _held(events, grid)
+def _pedal_use(events, performance, start, end, name):
+    """How one pedal is used between two times (s): depth, share of time down, presses a second,
+    half-pedalling, share of note onsets and key releases that fall under it."""
+    value = _value_held_at(events, np.linspace(start, end, max(int((end - start) / 0.02), 2)))
+    at_onset = _value_held_at(events, performance.onset)
+    at_release = _value_held_at(events, performance.offset)
     down = value >= 64
-    half = (value > 15) & (value < 100)
+    touched = value > 15
+    use = {
+        "depth": value.mean() / 127,
+        "depth_sd": value.std() / 127,
+        "down": down.mean(),
+        "half": (touched & (value < 100)).mean(),
+        "presses": (down[1:] & ~down[:-1]).sum() / (end - start),
+        "half_presses": (touched[1:] & ~touched[:-1]).sum() / (end - start),
+        "movement": np.abs(np.diff(value)).sum() / 127 / (end - start),
+        "at_onset": at_onset.mean() / 127,
+        "at_release": at_release.mean() / 127,
+        "onsets_under": (at_onset >= 64).mean(),
+        "releases_under": (at_release >= 64).mean(),
+    }
+    return {f"{name}_{key}": share for key, share in use.items()}
+
+
+def sounding_offset(performance) -> np.ndarray:
+    """(n,) seconds at which notes stop sounding: at release, or when the sustain pedal gets under 64."""
+    events, offset = performance.sustain, performance.offset
+    if not len(events):
+        return offset
+    ups = events[events[:, 1] < 64, 0]
+    end = max(offset.max(), events[-1, 0])
+    released = np.append(ups, end)[np.searchsorted(ups, offset, side="right")]
+    return np.where(_value_held_at(events, offset) >= 64, np.maximum(released, offset), offset)
+
+
+def _ringing(pitch, onset, sounding):
+    """At each onset: number of earlier notes that ring on, and of those that rub (one or two semitones)."""
+    ringing = (onset[None] < onset[:, None] - CHORD_GAP) & (sounding[None] > onset[:, None] + 0.05)
+    rubbing = ringing & np.isin(np.abs(pitch[None] - pitch[:, None]), (1, 2))
+    return ringing.sum(1), rubbing.sum(1)
+
+
+def _covered(onset, offset):
+    """Seconds during which at least one note sounds (notes sorted by onset)."""
+    reach = np.maximum.accumulate(offset)
+    before = np.append(onset[0], reach[:-1])
+    return np.maximum(reach - np.maximum(onset, before), 0).sum()
+
+
+def _slow_course(onset, time, loudness):
+    """Loudness of chords and number of notes in windows of 1.5 s; onset, time: of notes, of chords (s)."""
+    window = (time / 1.5).astype(int)
+    count = np.bincount(window)
+    level = (np.bincount(window, loudness) / np.maximum(count, 1))[count > 0]
+    density = np.bincount((onset / 1.5).astype(int))
     return {
-        f"{name}_depth": value.mean() / 127,
-        f"{name}_depth_sd": value.std() / 127,
-        f"{name}_down": down.mean(),
-        f"{name}_half": half.mean(),
-        f"{name}_presses": (down[1:] & ~down[:-1]).sum() / (end - start),
-        f"{name}_half_presses": ((value[1:] > 15) & (value[:-1] <= 15)).sum() / (end - start),
-        f"{name}_movement": np.abs(np.diff(value)).sum() / 127 / (end - start),
-        f"{name}_at_onset": _held(events, performance.onset).mean() / 127,
-        f"{name}_at_release": _held(events, performance.offset).mean() / 127,
-        f"{name}_onsets_under": (_held(events, performance.onset) >= 64).mean(),
-        f"{name}_releases_under": (_held(events, performance.offset) >= 64).mean(),
+        "level_range": np.ptp(level),
+        "level_sd": level.std(),
+        "level_step": np.abs(np.diff(level)).mean() if len(level) > 1 else 0.0,
+        "density_cv": density.std() / (density.mean() + 1e-9),
     }
 
 
-def sounding_offset(performance, threshold: float = 64) -> np.ndarray:
-    """(n,) seconds at which each note stops sounding: its release, or later the first time the sustain pedal is under `threshold`."""
-    events = performance.sustain
-    if len(events) == 0:
-        return performance.offset
-    at = np.searchsorted(events[:, 0], performance.offset, side="right") - 1
-    held = (at >= 0) & (events[np.maximum(at, 0), 1] >= threshold)
-    ups = events[events[:, 1] < threshold, 0]
-    nxt = np.searchsorted(ups, performance.offset, side="right")
-    end = max(performance.offset.max(), events[-1, 0])
-    released = np.append(ups, end)[nxt]
-    return np.where(held, np.maximum(released, performance.offset), performance.offset)
+def _velocity_course(pitch, velocity, onset):
+    """Extremes of velocity and how it goes with time and pitch."""
+    onset_z = (onset - onset.mean()) / (onset.std() + 1e-9)
+    pitch_z = (pitch - pitch.mean()) / (pitch.std() + 1e-9)
+    slope = (pitch_z * velocity).mean()
+    sd = velocity.std() + 1e-9
+    return {
+        "velocity_max": velocity.max(),
+        "velocity_min": velocity.min(),
+        "velocity_trend": (onset_z * velocity).mean() / sd,
+        "pitch_velocity": slope / sd,
+        "pitch_velocity_slope": slope,
+        "velocity_residual": (velocity - velocity.mean() - pitch_z * slope).std(),
+    }
 
 
 def performance_statistics(performance) -> dict[str, float]:
     """What a listener could measure without a score: tempo, dynamics, voicing, touch, pedals and register as
-    means, deviations and quantiles. Times in seconds or log seconds, velocities / 127, pitches in octaves.
-
-    The list follows the pooled statistics that carry a random forest past the published HAN (README, floor row);
-    per-note features of the score alignment do not hold them all."""
+    means, deviations and quantiles. Times in seconds or log seconds, velocities / 127, pitches in octaves."""
     pitch, velocity = performance.pitch.astype(float), performance.velocity / 127.0
     onset, offset = performance.onset, performance.offset
-    n, start, end = len(pitch), float(onset.min()), float(max(offset.max(), onset.min() + 0.1))
+    start = onset.min()
+    end = max(offset.max(), start + 0.1)
     seconds = end - start
 
     # chords: notes whose onsets follow each other within CHORD_GAP; the chord sounds at its mean onset
-    chord = np.concatenate([[0], np.cumsum(np.diff(onset) > CHORD_GAP)])
+    chord = np.append(0, np.cumsum(np.diff(onset) > CHORD_GAP))
     size = np.bincount(chord)
-    time = np.bincount(chord, onset) / size
-    order = np.lexsort((pitch, chord))
-    bass, top = order[np.cumsum(size) - size], order[np.cumsum(size) - 1]
-    interval = np.log(np.maximum(np.diff(time), 0.01))
     several = size > 1
-    first = onset[np.cumsum(size) - size]
-    last = onset[np.cumsum(size) - 1]
-    rest = (np.bincount(chord, onset) - onset[top]) / np.maximum(size - 1, 1)
-    loud_rest = (np.bincount(chord, velocity) - velocity[top]) / np.maximum(size - 1, 1)
+    time = np.bincount(chord, onset) / size
+    loudness = np.bincount(chord, velocity) / size
+    interval = np.log(np.maximum(np.diff(time), 0.01))
+    last = np.cumsum(size) - 1
+    first = last - size + 1
+    by_pitch = np.lexsort((pitch, chord))
+    bass, top = by_pitch[first], by_pitch[last]
+    others = np.maximum(size - 1, 1)
+    onset_of_others = (np.bincount(chord, onset) - onset[top]) / others
+    velocity_of_others = (np.bincount(chord, velocity) - velocity[top]) / others
 
     # touch: key held against the time to the next chord, and what the pedal adds
     hold = np.maximum(offset - onset, 0.01)
     gap = np.append(np.diff(time), max(end - time[-1], 0.05))[chord]
+    legato = np.log(hold / np.maximum(gap, 0.02))
     sounding = sounding_offset(performance)
     ring = np.maximum(sounding - onset, 0.01)
+    ringing, rubbing = _ringing(pitch, onset, sounding)
 
-    # notes still ringing at each onset, and how many of them rub (a semitone or tone away)
-    alive = (onset[None] < onset[:, None] - CHORD_GAP) & (sounding[None] > onset[:, None] + 0.05)
-    rubbing = alive & np.isin(np.abs(pitch[None] - pitch[:, None]), (1, 2))
-
-    # slow course: 1.5 s windows
-    window = ((time - start) / 1.5).astype(int)
-    count = np.bincount(window)
-    level = (np.bincount(window, np.bincount(chord, velocity) / size) / np.maximum(count, 1))[count > 0]
-    density = np.bincount(((onset - start) / 1.5).astype(int))
-    centred = (onset - onset.mean()) / (onset.std() + 1e-9)
-    pitch_z = (pitch - pitch.mean()) / (pitch.std() + 1e-9)
-    residual = velocity - velocity.mean() - pitch_z * (pitch_z * velocity).mean()
+    trend = 0.0
+    if len(interval) > 2 and interval.std() > 0:
+        trend = np.corrcoef(np.arange(len(interval)), interval)[0, 1]
 
     out = {
         "seconds": np.log(seconds),
-        "notes": np.log(n),
-        "notes_per_second": np.log(n / seconds),
+        "notes": np.log(len(pitch)),
+        "notes_per_second": np.log(len(pitch) / seconds),
         "onsets_per_second": np.log(len(size) / seconds),
         "chord_share": several.mean(),
         "chord_size": size.mean(),
-        "level_range": float(np.ptp(level)),
-        "level_sd": level.std(),
-        "level_step": np.abs(np.diff(level)).mean() if len(level) > 1 else 0.0,
-        "density_cv": density.std() / (density.mean() + 1e-9),
-        "velocity_max": velocity.max(),
-        "velocity_min": velocity.min(),
-        "velocity_trend": (centred * velocity).mean() / (velocity.std() + 1e-9),
-        "pitch_velocity": (pitch_z * velocity).mean() / (velocity.std() + 1e-9),
-        "pitch_velocity_slope": (pitch_z * velocity).mean(),
-        "velocity_residual": residual.std(),
-        "interval_trend": float(np.corrcoef(np.arange(len(interval)), interval)[0, 1])
-        if len(interval) > 2 and interval.std() > 0
-        else 0.0,
-        "ringing": alive.sum(1).mean(),
-        "ringing_q90": np.quantile(alive.sum(1), 0.9),
-        "rubbing": rubbing.sum(1).mean(),
-        "rubbing_share": (rubbing.sum(1) > 0).mean(),
+        **_slow_course(onset - start, time - start, loudness),
+        **_velocity_course(pitch, velocity, onset),
+        "interval_trend": trend,
+        "ringing": ringing.mean(),
+        "ringing_q90": np.quantile(ringing, 0.9),
+        "rubbing": rubbing.mean(),
+        "rubbing_share": (rubbing > 0).mean(),
         "polyphony": hold.sum() / seconds,
         "polyphony_pedal": ring.sum() / seconds,
         "staccato": (hold < 0.5 * gap).mean(),
         "overlap_share": (hold > gap).mean(),
         "silence": 1 - _covered(onset, sounding) / max(sounding.max() - start, 0.01),
     }
-    for name, values in {
+    summarised = {
         "interval": interval,
         "interval_change": np.diff(interval),
         "interval_change_size": np.abs(np.diff(interval)),
@@ -1748,33 +1795,28 @@ def performance_statistics(performance) -> dict[str, float]:
         "velocity_top": velocity[top],
         "velocity_bass": velocity[bass],
         "balance": (velocity[top] - velocity[bass])[several],
-        "voicing": (velocity[top] - loud_rest)[several],
+        "voicing": (velocity[top] - velocity_of_others)[several],
         "top_step": np.abs(np.diff(velocity[top])),
-        "chord_step": np.diff(np.bincount(chord, velocity) / size),
-        "spread": (last - first)[several],
-        "lead": (rest - onset[top])[several],
+        "chord_step": np.diff(loudness),
+        "spread": (onset[last] - onset[first])[several],
+        "lead": (onset_of_others - onset[top])[several],
         "hold": np.log(hold),
         "hold_top": np.log(hold[top]),
         "hold_bass": np.log(hold[bass]),
-        "legato": np.log(hold / np.maximum(gap, 0.02)),
-        "legato_top": np.log(hold[top] / np.maximum(gap[top], 0.02)),
+        "legato": legato,
+        "legato_top": legato[top],
         "ring": np.log(ring),
         "ring_extra": np.log(ring / hold),
         "register": pitch / 12,
         "register_top": pitch[top] / 12,
         "register_bass": pitch[bass] / 12,
-    }.items():
-        out |= {f"{name}_{s}": v for s, v in zip(SPREAD, _summary(values), strict=True)}
+    }
+    for name, values in summarised.items():
+        for part, value in zip(SPREAD, _summary(values), strict=True):
+            out[f"{name}_{part}"] = value
     out |= _pedal_use(performance.sustain, performance, start, end, "sustain")
     out |= _pedal_use(performance.soft, performance, start, end, "soft")
-    return {k: float(v) for k, v in out.items()}
-
-
-def _covered(onset: np.ndarray, offset: np.ndarray) -> float:
-    """Seconds during which at least one note sounds (notes sorted by onset)."""
-    reach = np.maximum.accumulate(offset)
-    before = np.append(onset[0], reach[:-1])
-    return float(np.maximum(reach - np.maximum(onset, before), 0).sum())
+    return {name: float(value) for name, value in out.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4179,7 +4221,7 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
         again[i] = struck.get(pitch[i], np.inf)
         struck[pitch[i]] = onset[i]
 
-    soft = _held(performance.soft, onset) / 127
+    soft = _value_held_at(performance.soft, onset) / 127
     loud = _gain(VELOCITY_STEP * (velocity.clip(1, 127) - 64) - UNA_CORDA[0] * soft)
     layer = ((velocity - UNA_CORDA[1] * soft - 1) / 126).clip(0, 0.9999) * (VELOCITY_LAYERS - 1)
     start = np.rint(onset * sample_rate).astype(np.int64)

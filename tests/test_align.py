@@ -1,4 +1,4 @@
-"""The aligner: performances with known truth, made by perturbing scores; real performances; degenerate input."""
+"""The aligner: performances with known truth (perturbed scores), real performances, degenerate input."""
 
 import os
 import re
@@ -18,13 +18,23 @@ needs_shared = pytest.mark.skipif(not CORPUS.is_dir(), reason="needs ../shared")
 
 def make_score(notes):
     """Score of (onset, pitch, grace_order) triples in the order of Score."""
-    notes = sorted(notes, key=lambda note: (note[0], note[2], -note[1]))
-    onset, pitch, grace_order = (np.array(column) for column in zip(*notes, strict=True))
+    notes = np.reshape(sorted(notes, key=lambda note: (note[0], note[2], -note[1])), (-1, 3))
+    onset, pitch, grace_order = notes.T
     return SimpleNamespace(
         pitch=pitch.astype(np.int64),
         onset=onset.astype(float),
         grace_order=grace_order.astype(np.int64),
         arpeggiate=np.zeros(len(pitch), bool),
+    )
+
+
+def original_score(original):
+    """The notes of a score as the original read them."""
+    return SimpleNamespace(
+        pitch=original["note_midi_pitch"].astype(int),
+        onset=original["note_onset_quarter"],
+        grace_order=original["score_grace_order"].astype(int),
+        arpeggiate=original["note_is_arpeggiate"] > 0,
     )
 
 
@@ -45,70 +55,56 @@ def written_score(seed):
             if rng.random() < 0.1:
                 notes += [(step / 2, melody + 2, -1), (step / 2, melody + 1, -2)]
         if step % 2 == 0:
-            notes += [
-                (step / 2, 48 + interval, 0) for interval in ((0, 4, 7), (0, 5, 9), (2, 5, 11))[step // 8 % 3]
-            ]
+            triad = ((0, 4, 7), (0, 5, 9), (2, 5, 11))[step // 8 % 3]
+            notes += [(step / 2, 48 + interval, 0) for interval in triad]
         if step % 8 == 0:
             notes.append((step / 2, 36, 0))
     return make_score(notes)
 
 
-def perform(
-    score,
-    seed,
-    pace=0.6,
-    rubato=0.1,
-    ritardando=0.0,
-    jitter=0.01,
-    left_early=0.0,
-    roll=0.0,
-    wrong=0.0,
-    missing=0.0,
-    extra=0.0,
-    restrike=0.0,
-    cut=(0.0, 0.0),
-    silence=0.0,
-    pause=0.0,
-    grace=0.08,
-):
+QUIET = "ritardando left_early roll wrong missing extra restrike silence pause".split()
+STYLE = dict.fromkeys(QUIET, 0.0) | dict(pace=0.6, rubato=0.1, jitter=0.01, cut=(0.0, 0.0), grace=0.08)
+
+
+def perform(score, seed, **changes):
     """A performance of the score and, per score note, the true index of its played note (-1: not played)."""
+    style = SimpleNamespace(**STYLE | changes)
     rng = np.random.default_rng(seed)
     position, chord = np.unique(score.onset, return_inverse=True)
     t = np.linspace(0, 1, len(position))
-    tempo = pace * np.exp(
-        rubato * (np.sin(2 * np.pi * (t * rng.uniform(1, 5) + rng.uniform())) + 0.4 * rng.normal(size=len(t)))
-    )
-    tempo *= 1 + ritardando * np.clip((t - 0.85) / 0.15, 0, 1)
+    wave = np.sin(2 * np.pi * (t * rng.uniform(1, 5) + rng.uniform())) + 0.4 * rng.normal(size=len(t))
+    tempo = style.pace * np.exp(style.rubato * wave)
+    tempo *= 1 + style.ritardando * np.clip((t - 0.85) / 0.15, 0, 1)
     clock = np.append(0, np.cumsum(np.diff(position) * tempo[:-1]))
-    clock[rng.integers(2, len(clock) - 1) :] += pause
-    rolled = rng.random(len(position)) < roll
+    clock[rng.integers(2, len(clock) - 1) :] += style.pause
+    rolled = rng.random(len(position)) < style.roll
 
     owners, notes = {}, []
     for row, (where, key, order) in enumerate(zip(chord, score.pitch, score.grace_order, strict=True)):
         owner = owners.setdefault((where, key, order), row)
         if owner < row:
             continue
-        onset = clock[where] + rng.normal(0, jitter) + grace * order - left_early * (key < 60)
+        onset = (
+            clock[where] + rng.normal(0, style.jitter) + style.grace * order - style.left_early * (key < 60)
+        )
         if rolled[where]:
             onset += 0.045 * np.sum(np.unique(score.pitch[chord == where]) < key)
-        inside = cut[0] * clock[-1] <= onset <= (1 - cut[1]) * clock[-1] + 0.2
-        if not inside or rng.random() < missing:
+        inside = style.cut[0] * clock[-1] <= onset <= (1 - style.cut[1]) * clock[-1] + 0.2
+        if not inside or rng.random() < style.missing:
             continue
-        slip = rng.random() < wrong
+        slip = rng.random() < style.wrong
         notes.append((onset, key + rng.choice([-2, -1, 1, 2]) if slip else key, -1 if slip else row))
-        if rng.random() < extra:
-            notes.append(
-                (onset + rng.uniform(-0.15, 0.3), key + rng.choice([-12, -5, -2, -1, 1, 2, 5, 12]), -1)
-            )
-        if rng.random() < restrike:
+        if rng.random() < style.extra:
+            later, other = rng.uniform(-0.15, 0.3), rng.choice([-12, -5, -2, -1, 1, 2, 5, 12])
+            notes.append((onset + later, key + other, -1))
+        if rng.random() < style.restrike:
             notes.append((onset + rng.uniform(0.12, 0.2), key, -1))
     notes.sort()
     index = {row: played for played, (_, _, row) in enumerate(notes) if row >= 0}
-    truth = np.array(
-        [index.get(owners[key], -1) for key in zip(chord, score.pitch, score.grace_order, strict=True)]
-    )
+    keys = zip(chord, score.pitch, score.grace_order, strict=True)
+    truth = np.array([index.get(owners[key], -1) for key in keys])
     onset = np.array([note[0] for note in notes])
-    return make_performance([note[1] for note in notes], onset - onset[0] + silence), truth
+    return make_performance([note[1] for note in notes], onset - onset[0] + style.silence), truth
 
 
 def f1(pairs):
@@ -134,19 +130,8 @@ PERTURBATIONS = {
     "graces on the beat": {"grace": -0.05},
     "fast": {"pace": 0.25},
     "slow": {"pace": 1.6},
-    "everything": {
-        "rubato": 0.2,
-        "ritardando": 1.0,
-        "jitter": 0.02,
-        "left_early": 0.04,
-        "roll": 0.1,
-        "wrong": 0.02,
-        "missing": 0.03,
-        "extra": 0.04,
-        "restrike": 0.02,
-        "silence": 1.0,
-        "pause": 0.5,
-    },
+    "everything": dict(rubato=0.2, ritardando=1.0, jitter=0.02, left_early=0.04, roll=0.1, wrong=0.02)
+    | dict(missing=0.03, extra=0.04, restrike=0.02, silence=1.0, pause=0.5),
 }
 
 
@@ -167,12 +152,7 @@ def test_real_scores_with_known_truth(name):
     pairs = []
     for seed, path in enumerate(sorted(REFERENCE.glob("*.npz"))[::3]):
         original = np.load(path)
-        score = SimpleNamespace(
-            pitch=original["note_midi_pitch"].astype(int),
-            onset=original["note_onset_quarter"],
-            grace_order=original["score_grace_order"].astype(int),
-            arpeggiate=original["note_is_arpeggiate"] > 0,
-        )
+        score = original_score(original)
         pace = {"mv2": 1.3, "mv3": 0.28}.get(path.stem.split("_")[2], 0.7)
         performance, truth = perform(score, seed, **{"pace": pace, **PERTURBATIONS[name]})
         pairs.append((data.align(score, performance), truth))
@@ -180,19 +160,8 @@ def test_real_scores_with_known_truth(name):
 
 
 def test_unisons_share_one_note_and_never_cross():
-    score = make_score(
-        [
-            (0, 60, 0),
-            (0, 60, 0),
-            (1, 62, 0),
-            (1, 62, 0),
-            (1, 60, 0),
-            (2, 60, 0),
-            (2, 62, 0),
-            (3, 60, 0),
-            (3, 60, 0),
-        ]
-    )
+    keys = [(60, 60), (62, 62, 60), (60, 62), (60, 60)]
+    score = make_score([(beat, key, 0) for beat, chord in enumerate(keys) for key in chord])
     performance = make_performance([60, 62, 60, 62, 60, 60], [0.0, 0.5, 0.51, 1.0, 1.01, 1.5])
     assert data.align(score, performance).tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 5]
 
@@ -208,10 +177,8 @@ def test_repeated_keys_keep_their_order_and_a_left_out_one_stays_empty():
 
 def test_a_stray_note_far_from_its_due_time_is_not_taken():
     score = make_score([(step, 60 + step, 0) for step in range(12)])
-    pitch, onset = (
-        [60 + step for step in range(12) if step != 6],
-        [0.5 * step for step in range(12) if step != 6],
-    )
+    pitch = [60 + step for step in range(12) if step != 6]
+    onset = [0.5 * step for step in range(12) if step != 6]
     match = data.align(score, make_performance([*pitch, 66], [*onset, 4.2]))
     assert match[6] == -1
     assert np.sum(match >= 0) == 11
@@ -226,27 +193,15 @@ def test_first_and_last_chord_are_matched_after_a_pause_before_the_end():
     assert data.align(score, performance).tolist() == truth.tolist()
 
 
-@pytest.mark.parametrize(
-    ("written", "played", "expected"),
-    [
-        ([], [], []),
-        ([], [60], []),
-        ([60], [], [-1]),
-        ([60, 62], [], [-1, -1]),
-        ([60], [60], [0]),
-        ([60], [61], [-1]),
-        ([60, 62, 64], [61, 63, 65], [-1, -1, -1]),
-        ([60], [60, 62, 64], [0]),
-        ([60, 62, 64], [62], [-1, 0, -1]),
-    ],
-)
+# fmt: off
+@pytest.mark.parametrize(("written", "played", "expected"), [
+    ([], [], []), ([], [60], []), ([60], [], [-1]), ([60, 62], [], [-1, -1]), ([60], [60], [0]),
+    ([60], [61], [-1]), ([60, 62, 64], [61, 63, 65], [-1, -1, -1]), ([60], [60, 62, 64], [0]),
+    ([60, 62, 64], [62], [-1, 0, -1]),
+])
+# fmt: on
 def test_degenerate_input(written, played, expected):
-    score = SimpleNamespace(
-        pitch=np.array(written, int),
-        onset=np.arange(len(written), dtype=float),
-        grace_order=np.zeros(len(written), int),
-        arpeggiate=np.zeros(len(written), bool),
-    )
+    score = make_score([(beat, key, 0) for beat, key in enumerate(written)])
     match = data.align(score, make_performance(played, np.arange(len(played)) * 0.5))
     assert match.dtype == np.int64
     assert match.tolist() == expected
@@ -265,12 +220,7 @@ def test_agrees_with_the_original_where_that_matched():
     same = total = 0
     for path in sorted(REFERENCE.glob("*.npz")):
         original = np.load(path)
-        score = SimpleNamespace(
-            pitch=original["note_midi_pitch"].astype(int),
-            onset=original["note_onset_quarter"],
-            grace_order=original["score_grace_order"].astype(int),
-            arpeggiate=original["note_is_arpeggiate"] > 0,
-        )
+        score = original_score(original)
         performance = SimpleNamespace(
             pitch=original["perfnote_midi_pitch"].astype(int), onset=original["perfnote_onset_sec"]
         )
