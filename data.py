@@ -2519,10 +2519,6 @@ def length_batches(lengths: list[int], batch: int, seed: int, epoch: int, world:
 # LSTMs see padded sequences. Everything whose size depends on the data is decided here, so that the forward
 # pass reads sizes from tensor shapes and never waits for the device.
 
-# a new grid starts where at most this share of the sequences goes on, after at least this many steps
-CUT_SHARE = 0.65
-CUT_STEPS = 12
-
 
 def collate_han(items: list[dict]) -> dict:
     """Joins pieces into one batch for `models.HAN`.
@@ -2536,7 +2532,7 @@ def collate_han(items: list[dict]) -> dict:
 
     piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of each
     member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) True = voice > 0 ·
-    {note,voice,beat,measure}_grid0, 1, ... (2, steps, sequences) and _slot (2, members): see `_sequence_grids`.
+    {note,voice,beat,measure}_grid (2, steps, sequences) and _slot (2, members): see `_sequence_grid`.
     """
     for item in items or [{"x": ()}]:
         if not len(item["x"]) or any(
@@ -2582,7 +2578,7 @@ def collate_han(items: list[dict]) -> dict:
     of_voice = np.where(voice > 0, piece * (voice.max() + 1) + voice, -1)
     keys = {"note": piece, "voice": of_voice, "beat": beat_piece, "measure": measure_piece}
     for name, key in keys.items():
-        arrays |= _sequence_grids(key, name)
+        arrays |= _sequence_grid(key, name)
     batch |= {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     for name in ("y", "stats"):
         if all(item.get(name) is not None for item in items):
@@ -2599,48 +2595,23 @@ def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray
     return group.reshape(-1), np.ascontiguousarray(unique[:, 0]), first
 
 
-def _sequence_grids(key: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-    """Lays the members with the same key, in their order, out as padded sequences; key -1: in no sequence.
+def _sequence_grid(sequence: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Lays the members of the same sequence number (-1: in none), in their order, side by side as padded sequences.
 
-    The sequences stand side by side, longest first, and are cut in time where many have ended, so that little
-    padding is computed; an LSTM goes from one piece of the grid to the next with its state. PREFIX_grid0, 1, ...
-    (2, steps, live sequences): member at each position, forward and with every sequence reversed by its own length;
-    padding repeats member 0, harmless since it comes after the sequence and is never read back.
-    PREFIX_slot (2, members): position of each member in the flattened grids of either direction, end to end.
+    NAME_grid (2, steps, sequences): member at each position, forward and with every sequence reversed by its own
+    length; padding repeats member 0, harmless since it comes after the sequence and is never read back.
+    NAME_slot (2, members): position of each member in the flattened grid of either direction.
     """
-    order = np.argsort(key, kind="stable")[np.sum(key < 0) :]
-    sequences = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
-    sequences.sort(key=len, reverse=True)
-    length = np.array([max(len(members), 1) for members in sequences])
-    whole = np.zeros((2, length[0], len(sequences)), np.int64)
-    for s, members in enumerate(sequences):
-        whole[0, : len(members), s] = members
-        whole[1, : len(members), s] = members[::-1]
-
-    cuts = _cuts(length)
-    live = [int((length > start).sum()) for start in cuts[:-1]]
-    grids = [whole[:, a:b, :n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)]
-    slot = np.zeros((2, len(key)), np.int64)
-    filled = [
-        np.arange(b - a)[:, None] + a < length[:n] for a, b, n in zip(cuts[:-1], cuts[1:], live, strict=True)
-    ]
-    position = np.flatnonzero(np.concatenate([f.reshape(-1) for f in filled]))
-    for direction in range(2):
-        members = np.concatenate([grid[direction].reshape(-1) for grid in grids])
-        slot[direction, members[position]] = position
-    return {f"{prefix}_grid{k}": grid for k, grid in enumerate(grids)} | {f"{prefix}_slot": slot}
-
-
-def _cuts(length: np.ndarray) -> list[int]:
-    """Times at which to cut sequences of these lengths (longest first): 0, ..., longest."""
-    cuts = [0]
-    rows = len(length)
-    for step in np.unique(length)[:-1]:
-        live = int((length > step).sum())
-        if live <= CUT_SHARE * rows and step - cuts[-1] >= CUT_STEPS:
-            cuts.append(int(step))
-            rows = live
-    return [*cuts, int(length[0])]
+    members = np.argsort(sequence, kind="stable")[np.sum(sequence < 0) :]
+    _, column, length = np.unique(sequence[members], return_inverse=True, return_counts=True)
+    step = np.arange(len(members)) - (np.cumsum(length) - length)[column]
+    columns = max(len(length), 1)
+    grid = np.zeros((2, length.max(initial=1), columns), np.int64)
+    slot = np.zeros((2, len(sequence)), np.int64)
+    for direction, row in enumerate([step, length[column] - 1 - step]):
+        grid[direction, row, column] = members
+        slot[direction, members] = row * columns + column
+    return {f"{name}_grid": grid, f"{name}_slot": slot}
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -37,13 +37,11 @@ from torch.utils.checkpoint import checkpoint
 from data import FOLDS, DataError
 
 CHECKPOINT_FORMAT = 1
-LEVELS = ("note", "beat", "measure", "total_note_cat")
-FORMS = ("han", "bilstm", "bilstm_sa")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Layers of HAN
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 class BiLSTM(nn.Module):
     """Bidirectional LSTM over many sequences of unequal length, exact at their ends.
 
@@ -60,26 +58,21 @@ class BiLSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, batch: dict, name: str) -> Tensor:
-        """x (M, C) all notes (name "note", "voice"), beats or measures of a collate_han batch -> (M, 2 * hidden)."""
+        """x (M, C) notes (name "note", "voice"), beats or measures of a collate_han batch -> (M, 2 * hidden)."""
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
             with torch.autocast("cpu", enabled=False):  # oneDNN has no float16 LSTM
                 return self.forward(x.float(), batch, name)
-        grids = [batch[key] for k in range(len(batch)) if (key := f"{name}_grid{k}") in batch]
-        slots = batch[f"{name}_slot"]
+        grid, slot = batch[f"{name}_grid"], batch[f"{name}_slot"]
         for i, pair in enumerate(zip(self.forward_lstm, self.backward_lstm, strict=True)):
             x = self.dropout(x) if i else x
-            x = torch.cat([self.run(pair[d], x, [g[d] for g in grids], slots[d]) for d in range(2)], dim=1)
+            x = torch.cat([self.run(pair[d], x, grid[d], slot[d]) for d in range(2)], dim=1)
         return x
 
-    def run(self, lstm: nn.LSTM, x: Tensor, grids: list[Tensor], slot: Tensor) -> Tensor:
-        """One direction of one layer: x (M, C), grids (T, S) in turn, ever fewer S, slot (M,) -> (M, hidden)."""
-        outputs, state = [], None
-        for grid in grids:
-            T, S = grid.shape
-            state = state and tuple(part[:, :S] for part in state)
-            output, state = lstm(x.index_select(0, grid.flatten()).view(T, S, -1), state)
-            outputs.append(output.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, slot)
+    def run(self, lstm: nn.LSTM, x: Tensor, grid: Tensor, slot: Tensor) -> Tensor:
+        """One direction of one layer: x (M, C), grid (T, S), slot (M,) -> (M, hidden)."""
+        T, S = grid.shape
+        output, _ = lstm(x.index_select(0, grid.flatten()).view(T, S, -1))
+        return output.flatten(0, 1).index_select(0, slot)
 
 
 class ContextAttention(nn.Module):
@@ -113,9 +106,13 @@ def group_softmax(score: Tensor, group: Tensor, groups: int) -> Tensor:
     return weight / total.index_select(0, group)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # HAN (Park et al., Scientific Reports 14, 23002, 2024)
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
+LEVELS = ("note", "beat", "measure", "total_note_cat")
+FORMS = ("han", "bilstm", "bilstm_sa")
+
+
 class HAN(nn.Module):
     """Hierarchical attention network over the notes of a performance: 19 ratings, before the sigmoid.
 
@@ -123,49 +120,59 @@ class HAN(nn.Module):
     size          width of the embedding and of each LSTM direction
     layers        LSTM layers of note, voice, beat, measure
     level         what feeds the final pooling: note | beat | measure | total_note_cat
-    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers) layers and
-                  no hierarchy (level is not used); they differ in the features that they are given
+    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers) layers
+                  and no hierarchy (level is not used); they differ in the features that they are given
     head_size     width inside the head; None = 2 * size
     stats_size    > 0: batch["stats"] (B, stats_size) is concatenated with the pooled vector before the head
     """
 
-    def __init__(self, input_size: int, size: int = 256, heads: int = 8, layers: tuple[int, ...] = (2, 2, 2, 1),
-                 num_label: int = 19, dropout: float = 0.2, level: str = "total_note_cat", model: str = "han",
-                 head_size: int | None = None, stats_size: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        input_size: int,
+        size: int = 256,
+        heads: int = 8,
+        layers: tuple[int, ...] = (2, 2, 2, 1),
+        num_label: int = 19,
+        dropout: float = 0.2,
+        level: str = "total_note_cat",
+        model: str = "han",
+        head_size: int | None = None,
+        stats_size: int = 0,
+    ):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         if model not in FORMS or level not in LEVELS:
-            raise DataError(
-                f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, one of {LEVELS}"
-            )
+            raise DataError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, of {LEVELS}")
         if size % heads:
             raise DataError(f"HAN: size {size} is not a multiple of heads {heads}")
-        self.level = "note" if model != "han" else level
-        note_layers, voice_layers, beat_layers, measure_layers = (
-            layers if model == "han" else (sum(layers), 0, 0, 0)
-        )
+        if model != "han":
+            level = "note"
+            layers = [sum(layers), 0, 0, 0]
+        self.level = level
         width = 2 * size  # both directions of an LSTM
 
         self.embedding = nn.Linear(input_size, size)
-        self.note = BiLSTM(size, size, note_layers, dropout)
-        if self.level != "note":
-            self.voice = BiLSTM(size, size, voice_layers, dropout)
+        self.note = BiLSTM(size, size, layers[0], dropout)
+        if level != "note":
+            self.voice = BiLSTM(size, size, layers[1], dropout)
             self.beat_attention = ContextAttention(2 * width, heads)
-            self.beat = BiLSTM(2 * width, size, beat_layers, dropout)
-        if self.level in ("measure", "total_note_cat"):
+            self.beat = BiLSTM(2 * width, size, layers[2], dropout)
+        if level in ("measure", "total_note_cat"):
             self.measure_attention = ContextAttention(width, heads)
-            self.measure = BiLSTM(width, size, measure_layers, dropout)
-        level_width = 4 * width if self.level == "total_note_cat" else width
-        self.contractor = (
-            nn.Identity() if self.level in ("beat", "measure") else nn.Linear(level_width, width)
-        )
+            self.measure = BiLSTM(width, size, layers[3], dropout)
+        self.contractor = nn.Identity()
+        if level in ("note", "total_note_cat"):
+            self.contractor = nn.Linear(4 * width if level == "total_note_cat" else width, width)
         self.attention = ContextAttention(width, heads)
-        first, last = (
-            nn.Linear(width + stats_size, head_size or width),
-            nn.Linear(head_size or width, num_label),
+        hidden = head_size or width
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(width + stats_size, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_label),
         )
-        self.head = nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
 
     def forward(self, batch: dict) -> Tensor:
         """batch of data.collate_han -> logits (B, 19)."""
@@ -174,9 +181,9 @@ class HAN(nn.Module):
     def stages(self, batch: dict) -> dict[str, Tensor]:
         """Every intermediate result, in order; the last is "logits" (B, 19). For diagnostics and tests.
 
-        embedding (N, size) · note, voice (N, 2s), zeros for voice 0 · beat (NB, 2s) · measure (NM, 2s) · total_note_cat
-        (N, 8s) · level: the one of these that is pooled · contracted, 2s wide · pooled (B, 2s); s = size; N, NB, NM
-        notes, beats, measures of all pieces. Stages beyond the level are absent.
+        embedding (N, size) · note, voice (N, 2s), zeros for voice 0 · beat (NB, 2s) · measure (NM, 2s) ·
+        total_note_cat (N, 8s) · level: the one of these that is pooled · contracted, 2s wide · pooled (B, 2s);
+        s = size; N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
         """
         out = {}
         # indexing by piece and time, not by position in the flattened batch: any further padding is harmless
@@ -187,12 +194,16 @@ class HAN(nn.Module):
         if self.level in ("measure", "total_note_cat"):
             self.encode_measures(out, batch)
         if self.level == "total_note_cat":
-            out["total_note_cat"] = self.span(out, batch)
+            beat = out["beat"].index_select(0, batch["note_beat"])
+            measure = out["measure"].index_select(0, batch["note_measure"])
+            out["total_note_cat"] = torch.cat([out["note"], out["voice"], beat, measure], dim=1)
         out["level"] = out[self.level]
         out["contracted"] = self.contractor(out["level"])
         piece = batch[f"{self.level}_piece" if self.level in ("beat", "measure") else "piece"]
         out["pooled"] = self.attention(out["contracted"], piece, len(batch["x"]))
-        seen = [out["pooled"]] + ([batch["stats"]] if self.model_args["stats_size"] else [])
+        seen = [out["pooled"]]
+        if self.model_args["stats_size"]:
+            seen.append(batch["stats"])
         out["logits"] = self.head(torch.cat(seen, dim=1))
         return out
 
@@ -209,33 +220,25 @@ class HAN(nn.Module):
         measures = self.measure_attention(out["beat"], batch["beat_measure"], len(batch["measure_piece"]))
         out["measure"] = self.measure(measures, batch, "measure")
 
-    def span(self, out: dict[str, Tensor], batch: dict) -> Tensor:
-        """total_note_cat (N, 8s): every note with its voice, beat and measure."""
-        beat = out["beat"].index_select(0, batch["note_beat"])
-        measure = out["measure"].index_select(0, batch["note_measure"])
-        return torch.cat([out["note"], out["voice"], beat, measure], dim=1)
 
-
-# names of the original PercePiano network (keys of reference/percepiano_han.npz)
-_FINAL_ATTENTION = {
-    "performance_final_attention": "total_note_cat",
-    "measure_attention": "measure",
-    "beat_attention": "beat",
+# names of the original PercePiano network (keys of reference/percepiano_han.npz): final attention of each level, parts
+PERCEPIANO_LEVELS = {
     "note_attention": "note",
+    "beat_attention": "beat",
+    "measure_attention": "measure",
+    "performance_final_attention": "total_note_cat",
 }
-_PARTS = {
+PERCEPIANO_PARTS = {
     "embedding": "note_embedder.fc",
+    "note": "score_encoder.lstm",
     "voice": "score_encoder.voice_net",
     "beat_attention": "score_encoder.beat_attention",
     "beat": "score_encoder.beat_rnn",
     "measure_attention": "score_encoder.measure_attention",
     "measure": "score_encoder.measure_rnn",
+    "contractor": "performance_contractor",
     "head": "out_fc",
 }
-# built by the original, but without influence on the logits (reference/README.md)
-_DEAD = {"total_note_cat": ["performance_encoder"], "measure": ["performance_encoder"]}
-_DEAD["beat"] = [*_DEAD["measure"], _PARTS["measure_attention"], _PARTS["measure"]]
-_DEAD["note"] = [*_DEAD["beat"], _PARTS["beat_attention"], _PARTS["beat"], _PARTS["voice"]]
 
 
 def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
@@ -245,40 +248,36 @@ def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
     reach the logits (reference/README.md) are left out; any other unknown or missing name raises DataError.
     """
     weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
-    final = [name for name in _FINAL_ATTENTION if f"{name}.context_vector" in weights]
-    needed = ("note_embedder.fc.weight", "out_fc.1.weight", "out_fc.4.weight")
-    missing = [name for name in needed if name not in weights]
-    if len(final) != 1 or missing:
-        raise DataError(
-            f"HAN weights: found {final}, missing {missing}; expected one of {[*_FINAL_ATTENTION]}"
-        )
-    form, level = "bilstm" if "lstm.weight_ih_l0" in weights else "han", _FINAL_ATTENTION[final[0]]
-    parts = _PARTS | {
-        "note": "lstm" if form == "bilstm" else "score_encoder.lstm",
-        "contractor": "note_contractor" if level == "note" else "performance_contractor",
-        "attention": final[0],
-    }
-    size, input_size = weights[needed[0]].shape
-    args = {"input_size": input_size, "size": size, "level": level, "model": form}
-    args["heads"] = len(weights[f"{final[0]}.context_vector"])
+    attention = [name for name in PERCEPIANO_LEVELS if f"{name}.context_vector" in weights]
+    shapes = [weights.get(f"{name}.weight") for name in ("note_embedder.fc", "out_fc.1", "out_fc.4")]
+    if len(attention) != 1 or any(weight is None for weight in shapes):
+        raise DataError(f"HAN weights: expected note_embedder.fc, out_fc and one of {[*PERCEPIANO_LEVELS]}")
+    embedding, hidden, last = shapes
+    level = PERCEPIANO_LEVELS[attention[0]]
+    form = "bilstm" if "lstm.weight_ih_l0" in weights else "han"
+    parts = PERCEPIANO_PARTS | {"attention": attention[0]}
+    if form == "bilstm":
+        parts["note"] = "lstm"
+    if level == "note":
+        parts["contractor"] = "note_contractor"
+    args = {"input_size": embedding.shape[1], "size": len(embedding), "level": level, "model": form}
+    args["heads"] = len(weights[f"{attention[0]}.context_vector"])
     args["layers"] = [_layer_count(weights, parts[name]) for name in ("note", "voice", "beat", "measure")]
-    args["head_size"], args["num_label"] = len(weights[needed[1]]), len(weights[needed[2]])
+    args["head_size"] = len(hidden)
+    args["num_label"] = len(last)
     model = HAN(**(args | kw))
-    wanted = {name: _percepiano_name(name, parts) for name in model.state_dict()}
-    dead = tuple(f"{name}." for name in _DEAD[level]) if form == "han" else ()
-    unknown = sorted(name for name in weights.keys() - set(wanted.values()) if not name.startswith(dead))
-    missing = sorted(set(wanted.values()) - weights.keys())
-    if unknown or missing:
-        raise DataError(
-            f"HAN weights: unknown {unknown}, missing {missing}; expected a {form} network, level {level}"
-        )
-    for name, parameter in model.state_dict().items():
-        value = weights[wanted[name]]
-        value = value.squeeze(-1) if name.endswith("context_vector") else value
-        if value.shape != parameter.shape:
-            shapes = f"{tuple(value.shape)}; expected {tuple(parameter.shape)}"
-            raise DataError(f"HAN weights: {wanted[name]} has shape {shapes} from the other weights")
-        parameter.copy_(value)
+
+    originals = {name: _percepiano_name(name, parts) for name in model.state_dict()}
+    unused = ["performance_encoder", *(name for part, name in parts.items() if not hasattr(model, part))]
+    dead = tuple(f"{name}." for name in unused) if form == "han" else ()
+    odd = [name for name in weights.keys() ^ set(originals.values()) if not name.startswith(dead)]
+    if odd:
+        raise DataError(f"HAN weights: unknown or missing {sorted(odd)}; expected a {form}, level {level}")
+    given = {name: weights[original].squeeze(-1) for name, original in originals.items()}
+    try:
+        model.load_state_dict(given)
+    except RuntimeError as error:
+        raise DataError(f"HAN weights: {_one_line(error)}") from error
     return model.eval()
 
 
@@ -291,7 +290,7 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
     part, _, rest = name.partition(".")
     rest = re.sub(r"forward_lstm\.(\d+)\.(\w+)_l0", r"\2_l\1", rest)
     rest = re.sub(r"backward_lstm\.(\d+)\.(\w+)_l0", r"\2_l\1_reverse", rest)
-    return f"{parts.get(part, part)}.{rest.replace('linear.', 'attention_net.')}"
+    return f"{parts[part]}.{rest.replace('linear.', 'attention_net.')}"
 
 
 # -----------------------------------------------------------------------------------------------------------------
