@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 
 from data import FOLDS, DataError
 
@@ -1449,6 +1450,21 @@ def quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
+def data_loader(dataset: Dataset, batches: list[list], collate: Callable, workers: int, device) -> DataLoader:
+    """Reads the batches that stand in `batches` when it is iterated, in `workers` processes, a core each at most."""
+    workers = min(workers, os.cpu_count() or 1)  # more than cores only get in each other's way
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),  # its own: torch's must not depend on it
+    )
+
+
 class Interrupt:
     """True once Ctrl-C or SIGTERM has come within the block: the step in progress ends first."""
 
@@ -1501,6 +1517,16 @@ def load_training(path: str, tasks: tuple[str, ...]) -> dict:
             f"{path}: task {ckpt['task']!r}, without {missing}; expected a whole last.pt of task {' or '.join(tasks)}"
         )
     return ckpt
+
+
+def same_data(path: str, saved: dict, found: dict) -> None:
+    """DataError unless a resumed run finds the data that it was trained on; what was fitted to them is not compared."""
+    fitted = ("mean", "std", "target_mean", "target_std")
+    other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
+    if other:
+        raise DataError(
+            f"{path}: trained on data of other {', '.join(other)}; expected the same; give them with --data"
+        )
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
