@@ -6288,9 +6288,9 @@ def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
 
 
 class Crops(torch.utils.data.Dataset):
-    """Random crops of recordings, of each as many an epoch as it has lengths of `frames`. By (epoch, number): the
-    same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white noise of
-    an SD up to `hiss` of full scale."""
+    """Random crops of recordings, of each as many an epoch as it has lengths of `frames`, by (epoch, number):
+    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white noise
+    of an SD up to `hiss` of full scale."""
 
     def __init__(self, store, recordings: list[int], frames: int, seed: int, gain=0.0, hiss=0.0):
         counts = np.rint(store.frames[recordings] / frames).astype(int).clip(min=1)
@@ -6320,8 +6320,8 @@ class Crops(torch.utils.data.Dataset):
 
 
 def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) -> tuple[Crops, list, dict]:
-    """Training crops, batches of the fixed validation crops, and what the checkpoint keeps of the data. args: the
-    options of pretrain_ast.py; norm: mean and std to normalise by, unless these recordings' own."""
+    """Training crops, batches of the fixed validation crops, and what the checkpoint keeps of the data. args:
+    the options of pretrain_ast.py; norm: mean and std to normalise by, unless these recordings' own."""
     store = open_recordings(args, quiet)
     parts = pretrain_parts(store)
     if args.exclude_overlap:
@@ -6352,7 +6352,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
 
 
 def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
-    """The store of --data; without it, of renderings of the synthetic corpus. --online: the recordings themselves."""
+    """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings themselves."""
     root = Path(args.data or synthetic_percepiano(args.cache))
     if not args.data:
         midi = root / "virtuoso/data/all_2rounds"
@@ -6382,7 +6382,7 @@ def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> 
 
 
 def fit_fbank(train: torch.utils.data.Dataset, audioset: bool, most: int = 256) -> dict[str, float]:
-    """mean and std of the values of `most` training crops. Of renderings they are far from AudioSet's: -7.8 and 5.4."""
+    """mean and std of the values of `most` training crops. Those of renderings are far from AudioSet's."""
     if audioset:
         return {"mean": FBANK_MEAN, "std": FBANK_STD}
     numbers = np.linspace(0, len(train) - 1, min(most, len(train))).round()

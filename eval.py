@@ -2413,7 +2413,7 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
 
 
 def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
-    """The batch and `mask`, the ids of the patches to hide: `masked` of 512 at 1024 frames, as large a share of fewer."""
+    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, as large a share of fewer."""
     x, lengths = batch["x"], batch["lengths"]
     B, T = len(x), x.shape[1] // PATCH
     whole = bool((lengths == x.shape[1]).all())
@@ -2431,7 +2431,7 @@ def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, T
 
 
 def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.device, args) -> dict:
-    """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; the same seed, the same masks."""
+    """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes the masks."""
     generator = torch.Generator().manual_seed(args.seed)
     sums: Counter[str] = Counter()
     model.eval()
@@ -2445,7 +2445,7 @@ def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.de
 
 
 def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
-    """The trainer's own figures of one pre-training: its crops and masks, of --data, normalised as the model knows it."""
+    """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
     path, model, ckpt = loaded[0]
     data = ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or args.crops:

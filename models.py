@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from data import FOLDS, DataError
+from data import FOLDS, DataError, number
 
 CHECKPOINT_FORMAT = 1
 LEVELS = ("note", "beat", "measure", "total_note_cat")
@@ -1293,6 +1293,31 @@ FREE_ON_RESUME = set(
 )
 
 
+def run_options(parser: ArgumentParser, **defaults) -> _ArgumentGroup:
+    """The options of a run, the same in every trainer; returns their group. defaults: of out, log_every, ..."""
+    whole, count = number(int, 1), number(int, 0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    types = ["auto", *AMP_TYPES, "off"]
+    g = parser.add_argument_group("run")
+    g.add_argument("--name", metavar="NAME", help="run folder below --out (made of the options)")
+    g.add_argument("--out", metavar="DIR", help="folder of runs (%(default)s)")
+    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on with its options (off)")
+    g.add_argument("--seed", type=count, default=7, help="same seed, same run on CPU (%(default)s)")
+    g.add_argument("--device", metavar="NAME", default=device, help="cpu or cuda (%(default)s here)")
+    g.add_argument("--amp", choices=types, default="auto", help="mixed precision; auto tries (%(default)s)")
+    g.add_argument(
+        "--max-skips", type=whole, default=20, help="non-finite updates that stop it (%(default)s)"
+    )
+    g.add_argument("--log-every", type=whole, default=100, help="steps between log lines (%(default)s)")
+    g.add_argument(
+        "--save-every", type=count, default=0, help="steps between extra saves of last.pt (0: none)"
+    )
+    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics (off)")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+    parser.set_defaults(**defaults)
+    return g
+
+
 def parse_options(
     parser: ArgumentParser,
     argv: list[str] | None,
@@ -1451,7 +1476,7 @@ def quiet_worker(_: int) -> None:
 
 
 def data_loader(dataset: Dataset, batches: list[list], collate: Callable, workers: int, device) -> DataLoader:
-    """Reads the batches that stand in `batches` when it is iterated, in `workers` processes, a core each at most."""
+    """Reads the batches that stand in `batches` when an iteration begins, in `workers` processes."""
     workers = min(workers, os.cpu_count() or 1)  # more than cores only get in each other's way
     return DataLoader(
         dataset,
@@ -1520,7 +1545,7 @@ def load_training(path: str, tasks: tuple[str, ...]) -> dict:
 
 
 def same_data(path: str, saved: dict, found: dict) -> None:
-    """DataError unless a resumed run finds the data that it was trained on; what was fitted to them is not compared."""
+    """DataError unless a resumed run finds the data that it was trained on; what is fitted is not compared."""
     fitted = ("mean", "std", "target_mean", "target_std")
     other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
     if other:

@@ -1,8 +1,8 @@
-"""Pre-train an Audio Spectrogram Transformer (AST) on piano recordings by masked patches, then fine-tune it on
-PercePiano's 19 ratings.
+"""Pre-train an Audio Spectrogram Transformer (AST) on piano recordings by masked patches; fine-tune it on the
+19 ratings of PercePiano.
 
-Gong et al., "AST: Audio Spectrogram Transformer", Interspeech 2021 (arXiv 2104.01778); "SSAST: Self-Supervised
-Audio Spectrogram Transformer", AAAI 2022 (arXiv 2110.09784).
+Gong et al., "AST: Audio Spectrogram Transformer", Interspeech 2021 (arXiv 2104.01778); "SSAST:
+Self-Supervised Audio Spectrogram Transformer", AAAI 2022 (arXiv 2110.09784).
 
     python pretrain_ast.py                                               # synthetic corpus, CPU, minutes
     python pretrain_ast.py --data MAESTRO                                # base, batch 128, 100 epochs, bf16
@@ -10,15 +10,15 @@ Audio Spectrogram Transformer", AAAI 2022 (arXiv 2110.09784).
     python pretrain_ast.py --data MAESTRO --ssast-compat                 # network and recipe of the original
     python pretrain_ast.py --data MAESTRO --checkpointing --micro-batch 8        # for cards of 12 GB
     python pretrain_ast.py --task finetune --data PERCEPIANO --init runs/ast/NAME/best.pt --fold all
-    python pretrain_ast.py --task finetune --data PERCEPIANO --model cnn # baselines: cnn, mlp, ast without --init
+    python pretrain_ast.py --task finetune --data PERCEPIANO --model cnn # or mlp, or ast from scratch
     torchrun --nproc_per_node 8 pretrain_ast.py --data MAESTRO --batch 16        # --batch is per process
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 pretrain_ast.py ...
     python pretrain_ast.py --data MAESTRO --resume runs/ast/NAME/last.pt # goes on where it stopped
 
-MAESTRO is the data set's folder (table, MIDI, audio; `python data.py render` makes the audio from the MIDI), any
-folder of WAV files, or what `python data.py fbank` wrote; an epoch is one pass: of every recording as many random
-crops as it has lengths of --frames. PERCEPIANO is a clone of its repository; its MIDI is rendered into the cache.
-Scores and times: results/README.md.
+MAESTRO is the data set's folder (table, MIDI, audio; `python data.py render` makes the audio from the MIDI),
+any folder of WAV files, or what `python data.py fbank` wrote; an epoch is one pass: of every recording as
+many random crops as it has lengths of --frames. PERCEPIANO is a clone of its repository; its MIDI is rendered
+into the cache. Scores and times: results/README.md.
 """
 
 import argparse
@@ -66,6 +66,7 @@ from models import (
     parse_options,
     restore,
     run_folder,
+    run_options,
     same_data,
     set_up,
     suspects,
@@ -77,7 +78,9 @@ from models import (
 # Defaults by task; those of the options themselves are the pre-training's.
 TASKS = {
     "pretrain": {},
-    "finetune": {"batch": 32, "lr": 2e-4, "epochs": 50, "patience": 10, "layer_decay": 0.8, "pooling": "meanstd"},
+    "finetune": {
+        "batch": 32, "lr": 2e-4, "epochs": 50, "patience": 10, "layer_decay": 0.8, "pooling": "meanstd",
+    },
 }
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
 BUILT_IN = {
@@ -101,21 +104,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python %(prog)s [--data DIR] [options]",
-        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them (--task, --data).",
+        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
     whole, count = data.number(int, 1), data.number(int, 0)
-    positive, share, dropped = data.number(float, 0), data.number(float, 0, 1), data.number(float, 0, 0.99)
+    positive, share = data.number(float, 0), data.number(float, 0, 1)
+    below_one, switch = data.number(float, 0, 0.99999), argparse.BooleanOptionalAction
     p.add_argument("--task", choices=TASKS, default="pretrain", help="guess patches, or rate (%(default)s)")
     p.add_argument("--ssast-compat", action="store_true", help="SSAST's network, objective and recipe (off)")
     g = p.add_argument_group("data")
     g.add_argument(
-        "--data", metavar="DIR", help="MAESTRO, or finetune: PercePiano (absent: synthetic, built in)"
+        "--data", metavar="DIR", help="MAESTRO; finetune: PercePiano (absent: built in, synthetic)"
     )
     g.add_argument(
-        "--audio", metavar="DIR", help="WAV files (beside the MIDI; finetune: rendered into the cache)"
+        "--audio", metavar="DIR", help="WAV files (beside the MIDI; finetune: rendered into --cache)"
     )
-    frames = data.number(int, 16)
-    g.add_argument("--frames", type=frames, default=1024, help="longest input, frames of 10 ms (%(default)s)")
+    g.add_argument("--frames", type=whole, default=1024, help="longest input, 10 ms frames (%(default)s)")
     g.add_argument(
         "--audioset-norm", action="store_true", help="AudioSet's mean and deviation (off: the data's)"
     )
@@ -130,127 +133,87 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     g = p.add_argument_group("data of --task pretrain")
     g.add_argument(
-        "--online", action="store_true", help="filter banks at every step, of a changed waveform (off)"
+        "--online", action="store_true", help="filter banks at each step, of a changed waveform (off)"
     )
-    gain = data.number(float, 0, 60)
-    g.add_argument("--gain", type=gain, default=6.0, help="online: change of level, dB (%(default)s; 0: off)")
+    g.add_argument(
+        "--gain", type=positive, default=6.0, help="online: change of level, dB (%(default)s; 0: off)"
+    )
     g.add_argument(
         "--hiss", type=share, default=0.002, help="online: SD of white noise (%(default)s; 0: off)"
     )
     g.add_argument("--exclude-overlap", metavar="PERCEPIANO", help="leave out recordings of its music (off)")
     g.add_argument("--valid-crops", type=whole, default=256, help="fixed crops that validate (%(default)s)")
     g = p.add_argument_group("data of --task finetune")
-    g.add_argument(
-        "--split", choices=data.SPLITS, default="segment", help="what parts never share (%(default)s)"
-    )
+    g.add_argument("--split", choices=data.SPLITS, default="segment", help="what parts never share (segment)")
     g.add_argument("--fold", choices=[*"0123", "all"], default="0", help="fold that validates (%(default)s)")
     g.add_argument("--keep-overlap", action="store_true", help="train on notes of held-out items too (off)")
     scopes = ["dimension", "group", "none"]
+    g.add_argument("--standardise", choices=scopes, default=scopes[0], help="ratings, by SD of (%(default)s)")
     g.add_argument(
-        "--standardise", choices=scopes, default=scopes[0], help="ratings, deviation of (%(default)s)"
+        "--variants", type=count, default=0, help="more renderings of an item; one a step (0: off)"
     )
     g.add_argument(
-        "--variants", type=count, default=0, help="further renderings of an item; one a step (0: off)"
+        "--tempo", type=share, default=0.05, help="variants: change of tempo (%(default)s; 0: off)"
     )
-    tempo, pitch = data.number(float, 0, 0.2), data.number(int, 0, 12)
-    g.add_argument(
-        "--tempo", type=tempo, default=0.05, help="variants: change of tempo (%(default)s; 0: off)"
-    )
-    g.add_argument("--pitch", type=pitch, default=2, help="variants: shift, semitones (%(default)s; 0: off)")
+    g.add_argument("--pitch", type=count, default=2, help="variants: shift, semitones (%(default)s; 0: off)")
     g.add_argument(
         "--noise", type=positive, default=0.0, help="SD, normalised, on half of the items (0: off)"
     )
-    widest = ("BANDS", "FRAMES")
-    g.add_argument(
-        "--spec-augment", type=count, nargs=2, default=[0, 0], metavar=widest, help="masks (0 0: off)"
-    )
+    size = {"nargs": 2, "default": [0, 0], "metavar": ("BANDS", "FRAMES")}
+    g.add_argument("--spec-augment", type=count, **size, help="widest masks, on half of the items (0 0: off)")
     g.add_argument("--mixup", type=positive, default=0.0, help="alpha of mixed pairs (0: off)")
-    limits = f"groups ({', '.join(GROUPS)}) that items changed by {', '.join(AUGMENTATIONS)} count for (all)"
+    limits = f"groups ({', '.join(GROUPS)}) for which items changed by {', '.join(AUGMENTATIONS)} count (all)"
     g.add_argument("--augment-groups", nargs="+", default=[], metavar="KIND=GROUP,...", help=limits)
     g = p.add_argument_group("model")
     g.add_argument(
-        "--model", choices=["ast", "cnn", "mlp"], default="ast", help="cnn, mlp: baselines of finetune"
+        "--model", choices=["ast", "cnn", "mlp"], default="ast", help="finetune: or baselines (ast)"
     )
     g.add_argument(
         "--preset", choices=AST_PRESETS, default="base", help="width, depth and heads (%(default)s)"
     )
     for name in ("width", "depth", "heads"):
-        g.add_argument(f"--{name}", type=whole, help="of the encoder (the preset's)")
-    g.add_argument("--dropout", type=dropped, default=0.1, help="in every block (%(default)s; 0: off)")
+        g.add_argument(f"--{name}", type=whole, help="of the encoder (%(default)s)")
+    g.add_argument("--dropout", type=below_one, default=0.1, help="in every block (%(default)s; 0: off)")
     g.add_argument("--checkpointing", action="store_true", help="less memory, a third more time (off)")
-    masked = data.number(int, 1, 512)
-    g.add_argument("--mask", type=masked, default=400, help="pretrain: masked patches of 512 (%(default)s)")
-    g.add_argument(
-        "--visible-only", action="store_true", help="pretrain: encode the visible patches alone (off)"
-    )
+    g.add_argument("--mask", type=whole, default=400, help="pretrain: masked patches of 512 (%(default)s)")
+    g.add_argument("--visible-only", action="store_true", help="pretrain: encode visible patches alone (off)")
     g.add_argument("--init", metavar="FILE", help="finetune: pre-training of this script, or of SSAST (none)")
     g.add_argument(
         "--pooling", choices=POOLINGS, default="mean", help="finetune: of the tokens (%(default)s)"
     )
     g.add_argument("--statistics", action="store_true", help="finetune: heads see mel statistics too (off)")
-    switch = argparse.BooleanOptionalAction
     g.add_argument(
         "--grouped", action=switch, default=True, help="finetune: one head a group of ratings (on)"
     )
     g.add_argument("--cross-groups", action="store_true", help="finetune: heads attend to each other (off)")
     balances = ["none", "uncertainty", "dwa"]
-    g.add_argument(
-        "--balance", choices=balances, default="none", help="finetune: weights of groups (%(default)s)"
-    )
+    g.add_argument("--balance", choices=balances, default="none", help="finetune: weights of groups (none)")
     g = p.add_argument_group("optimiser")
     kinds = ["adam", "adamw"]
     g.add_argument("--optimizer", choices=kinds, default="adamw", help="adam: coupled decay (%(default)s)")
     g.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate (%(default)s)")
-    decay = data.number(float, 0, 0.9999)
-    g.add_argument("--beta1", type=decay, default=0.9, help="decay of the mean gradient (%(default)s)")
+    g.add_argument("--beta1", type=below_one, default=0.9, help="decay of the mean gradient (%(default)s)")
+    g.add_argument("--weight-decay", type=positive, default=0.01, help="of matrices (%(default)s; 0: off)")
     g.add_argument(
-        "--weight-decay", type=positive, default=0.01, help="of weight matrices (%(default)s; 0: off)"
-    )
-    factor = data.number(float, 0.01, 1)
-    g.add_argument(
-        "--layer-decay", type=factor, default=1.0, help="of the rate, by layer (%(default)s; 1: off)"
+        "--layer-decay", type=share, default=1.0, help="of the rate, by layer (%(default)s; 1: off)"
     )
     g.add_argument("--batch", type=whole, default=128, help="clips a step and process (%(default)s)")
     g.add_argument("--micro-batch", type=whole, default=16, help="of these, so many at a time (%(default)s)")
     g.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm (%(default)s; inf: off)")
-    averaging = data.number(float, 0, 0.99999)
     g.add_argument(
-        "--ema", type=averaging, default=0.0, help="decay of averaged weights (%(default)s; 0: off)"
+        "--ema", type=below_one, default=0.0, help="decay of averaged weights (%(default)s; 0: off)"
     )
     g = p.add_argument_group("schedule")
     courses = ["cosine", "constant", "plateau"]
     g.add_argument("--lr-schedule", choices=courses, default="cosine", help="after the warm-up (%(default)s)")
-    g.add_argument(
-        "--warmup", type=positive, default=0.1, help="steps; under 1: share of all (%(default)s; 0: off)"
-    )
+    g.add_argument("--warmup", type=positive, default=0.1, help="steps; under 1: share of all (%(default)s)")
     g.add_argument("--epochs", type=whole, default=100, help="passes over the training part (%(default)s)")
     g.add_argument("--max-steps", type=whole, help="stop after so many steps (off)")
-    g.add_argument(
-        "--patience", type=count, default=0, help="evaluations without a lower loss (%(default)s; 0: off)"
-    )
-    g = p.add_argument_group("run")
-    g.add_argument("--name", metavar="NAME", help="run folder below --out (made of the options)")
-    g.add_argument("--out", metavar="DIR", default="runs/ast", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on with its options (off)")
-    g.add_argument("--seed", type=count, default=7, help="same seed, same run on CPU (%(default)s)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    g.add_argument("--device", metavar="NAME", default=device, help="cpu or cuda (%(default)s here)")
-    types = ["auto", *AMP_TYPES, "off"]
-    g.add_argument(
-        "--amp", choices=types, default="auto", help="mixed precision; auto: what works (%(default)s)"
-    )
+    g.add_argument("--patience", type=count, default=0, help="evaluations without a lower loss (%(default)s)")
+    g = run_options(p, out="runs/ast", log_every=20)
     g.add_argument("--compile", action="store_true", help="torch.compile (off)")
-    g.add_argument(
-        "--max-skips", type=whole, default=20, help="non-finite updates that stop it (%(default)s)"
-    )
-    g.add_argument("--log-every", type=whole, default=20, help="steps between log lines (%(default)s)")
     g.add_argument("--eval-every", type=count, default=0, help="steps between evaluations (0: each epoch)")
-    g.add_argument("--save-every", type=count, default=0, help="steps between saves (0: at evaluations only)")
-    g.add_argument(
-        "--save-minutes", type=positive, default=15.0, help="minutes between saves (%(default)s; 0: off)"
-    )
-    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics (off)")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+    g.add_argument("--save-minutes", type=positive, default=15.0, help="between saves (%(default)s; 0: off)")
 
     def recipe(known: argparse.Namespace) -> dict:
         built_in = {} if known.data else BUILT_IN[known.task]
@@ -273,8 +236,8 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
 
 
 class Clips(Dataset):
-    """Performances with their ratings, by (epoch, number): of each one of its versions (as played, or of another
-    tempo and pitch), cropped. versions: items of each performance; variants: (tempo, semitones) of all but the first."""
+    """Rated performances by (epoch, number): one version of each (as played, or of another tempo and pitch),
+    cropped. versions: items of each performance; variants: (tempo, semitones) of all but the first."""
 
     def __init__(self, versions: list[list[dict]], variants: list[tuple], args: argparse.Namespace):
         self.versions, self.variants, self.args = versions, variants, args
@@ -314,7 +277,7 @@ def augmentation_limits(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def augment(batch: dict, args: argparse.Namespace) -> dict:
-    """The batch as this step shows it; noise, masks and pairs from torch's generator, which a resume restores.
+    """The batch as this step shows it; noise, masks, pairs from torch's generator, which a resume restores.
     Pre-training needs none: its crops and masks are random enough (AST.md)."""
     if args.task == "pretrain":
         return batch
@@ -353,8 +316,8 @@ def random_span(size: int, widest: int, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tuple[dict, float, object]]:
-    """Parts of at most `size` clips, the share of each in the batch, and the context of its pass: processes exchange
-    gradients at the last one only."""
+    """Parts of at most `size` clips, the share of each in the batch, and the context of its pass: processes
+    exchange gradients at the last one only."""
     count = len(batch["names"])
     for first in range(0, count, size):
         part = {key: value[first : first + size] for key, value in batch.items()}
@@ -363,7 +326,7 @@ def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tu
 
 
 def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, _) -> tuple:
-    """NCE + 10 MSE over the masked patches; the same by clip, NaN where a clip is not finite; and their figures."""
+    """NCE + 10 MSE of the masked patches; the same by clip, NaN where a clip is not finite; the figures."""
     figures = pretrain_figures(model, batch, args.ssast_compat)
     loss = figures.pop("loss")
     sound = batch["x"].isfinite().flatten(1).all(1)
@@ -372,8 +335,8 @@ def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
 
 
 def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, weights: list) -> tuple:
-    """Squared error of the standardised ratings; the same by clip; and by group of ratings. balance uncertainty:
-    exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, up to a factor); dwa: `weights` of the groups."""
+    """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
+    exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
     error = (model(batch["x"], batch["lengths"]) - batch["y"]).square() * batch["weight"]  # (B, 19)
     groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
     losses = error.mean(1)
@@ -386,8 +349,8 @@ def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
 
 
 def reweigh(balance: dict) -> dict:
-    """Dynamic weight averaging, temperature 2 (Liu et al., 2019, section 3.3): groups whose error fell least from the
-    epoch before the last to the last weigh most."""
+    """Dynamic weight averaging, temperature 2 (Liu et al., 2019, section 3.3): groups whose error fell least
+    from the epoch before the last to the last weigh most."""
     mean = np.array(balance["sums"]) / max(balance["count"], 1)
     weights = np.ones(len(mean))
     if balance["before"]:
@@ -432,9 +395,10 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
         raise data.DataError(f"{corpus.root}: no audio of training or validation items; add it to --audio")
     train = Clips(versions, variants, args)
     info |= data.fit_fbank(train, args.audioset_norm)
+    kind = "SYNTHETIC corpus" if corpus.synthetic else "PercePiano"
     say(
-        f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, {info['audio']} audio, split {args.split}, "
-        f"fold {args.fold}: {len(train)} train, {len(valid)} valid, {len(parts['test'])} test items; variants {variants}"
+        f"{kind}, {info['audio']} audio, split {args.split}, fold {args.fold}: {len(train)} train, "
+        f"{len(valid)} valid, {len(parts['test'])} test items; variants {variants}"
     )
     return train, valid, info
 
@@ -443,9 +407,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     """The network to train: new, or with the encoder of --init, whose sizes it takes."""
     baseline = args.model != "ast"
     if args.init and (baseline or args.task == "pretrain"):
-        raise data.DataError(
-            f"--init {args.init}: only for --task finetune of an AST; expected --resume, or none"
-        )
+        raise data.DataError(f"--init {args.init}: only for --task finetune of an AST; see --resume")
     if baseline and (args.task == "pretrain" or args.balance == "uncertainty"):
         raise data.DataError(f"--model {args.model}: only for --task finetune, without --balance uncertainty")
     if baseline:
@@ -491,8 +453,8 @@ def clip_batches(
 
 
 def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
-    """Weight matrices decay, the rest does not; `scale` on the rate falls by --layer-decay from the head (depth + 1)
-    down through the blocks to the patch embedding (0)."""
+    """Weight matrices decay, the rest does not; `scale`, on the rate, falls by --layer-decay from the head
+    (level depth + 1) through the blocks to the patch embedding (level 0)."""
     depth = len(getattr(model, "blocks", ()))
     groups: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
@@ -524,7 +486,7 @@ def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argpar
 
 
 def main(args: argparse.Namespace) -> dict:
-    """Pre-train, or fine-tune one fold or all four; returns the metrics of the best weights on the validation part."""
+    """Pre-train, or fine-tune one fold or all; returns the validation metrics of the best weights."""
     # ---- device, process group, seed
     device, rank, world = set_up(args.device, args.seed)
     say = tqdm.write if rank == 0 else lambda line: None
@@ -534,9 +496,7 @@ def main(args: argparse.Namespace) -> dict:
     # ---- data
     resumed = load_training(args.resume, ("ast", "cnn", "mlp")) if args.resume else None
     if not args.data:
-        say(
-            "no --data: built-in SYNTHETIC corpus; the real ones: MAESTRO v3.0.0, python data.py fetch percepiano"
-        )
+        say("no --data: built-in SYNTHETIC corpus; the real ones: MAESTRO; python data.py fetch percepiano")
     load_data, loss_of = data.pretrain_data, pretrain_loss
     if args.task == "finetune":
         load_data, loss_of = finetune_data, finetune_loss
@@ -550,9 +510,7 @@ def main(args: argparse.Namespace) -> dict:
     steps_per_epoch = len(data.length_batches(train.lengths, args.batch, args.seed, 0, world))
     planned = args.epochs * steps_per_epoch
     last = min(planned, args.max_steps or planned)
-    say(
-        f"fbank mean {info['mean']:.3f}, std {info['std']:.3f}; {steps_per_epoch} steps an epoch, {planned} planned"
-    )
+    say(f"fbank {info['mean']:.3f} ± {info['std']:.3f}; {steps_per_epoch} steps an epoch, {planned} planned")
 
     # ---- model
     bare_model = build_model(args).to(device).train()
@@ -654,8 +612,8 @@ def main(args: argparse.Namespace) -> dict:
                     run.log(step, epoch, skip=kind, names=names, skipped=skipped)
                     if in_a_row >= args.max_skips:
                         raise data.DataError(
-                            f"step {step}: {in_a_row} non-finite updates in a row, the last with {', '.join(names)}; "
-                            "expected finite gradients; look at these items, lower --lr, or use --amp off"
+                            f"step {step}: {in_a_row} non-finite updates in a row, the last with "
+                            f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
                         )
                 if step % args.log_every == 0:
                     shown = {key: value.tolist() for key, value in figures.items()}
@@ -697,7 +655,7 @@ def main(args: argparse.Namespace) -> dict:
     if "epoch" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
     say(
-        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: step {best['step']}, validation {summary(best)}; "
+        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: step {best['step']}, valid {summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
     return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}

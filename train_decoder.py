@@ -43,6 +43,7 @@ from models import (
     peak_memory,
     restore,
     run_folder,
+    run_options,
     same_data,
     set_up,
     suspects,
@@ -57,20 +58,23 @@ PRESETS = {
     "default": {},
     "baseline": {
         "optimizer": "adam", "adam_eps": 0.1, "lr": 0.02, "lr_schedule": "constant", "warmup": 0,
-        "weight_decay": 1e-5, "decay_all": True, "clip": math.inf, "ema": 0.0, "dropout": 0.4, "input_dropout": 0.0,
-        "layer_norm": False, "smooth_taps": 20, "white_noise": 0.8, "offset_noise": 0.2, "time_mask_prob": 0.0,
-        "amp": "off",
+        "weight_decay": 1e-5, "decay_all": True, "clip": math.inf, "ema": 0.0, "dropout": 0.4,
+        "input_dropout": 0.0, "layer_norm": False, "smooth_taps": 20, "white_noise": 0.8, "offset_noise": 0.2,
+        "time_mask_prob": 0.0, "amp": "off",
     },
     "log": {
         "optimizer": "adamw", "adam_eps": 1e-8, "lr": 1.5e-3, "lr_schedule": "constant", "warmup": 0,
-        "weight_decay": 1e-4, "decay_all": True, "clip": 1.0, "ema": 0.0, "dropout": 0.3, "input_dropout": 0.1,
-        "layer_norm": True, "white_noise": 0.2, "offset_noise": 0.2, "time_mask_prob": 0.1,
-        "time_mask_width": 15.0, "time_mask_max": 2,
+        "weight_decay": 1e-4, "decay_all": True, "clip": 1.0, "ema": 0.0, "dropout": 0.3,
+        "input_dropout": 0.1, "layer_norm": True, "white_noise": 0.2, "offset_noise": 0.2,
+        "time_mask_prob": 0.1, "time_mask_width": 15.0, "time_mask_max": 2,
     },
 }
 # fmt: on
 # Defaults without --data, where the preset does not say otherwise: minutes on two cores, not hours on a GPU.
 BUILT_IN = {"hidden": 128, "layers": 2, "batch": 16, "warmup": 50, "steps": 400, "eval_every": 50}
+NETWORK = (
+    "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps"
+)
 SAMPLES = 3  # transcripts logged by each evaluation
 
 
@@ -78,11 +82,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python %(prog)s [--data DIR] [options]",
-        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them (--preset, --data).",
+        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
     whole, count = data.number(int, 1), data.number(int, 0)
-    positive, share, dropped = data.number(float, 0), data.number(float, 0, 1), data.number(float, 0, 0.99)
-    switch = argparse.BooleanOptionalAction
+    positive, share = data.number(float, 0), data.number(float, 0, 1)
+    below_one, switch = data.number(float, 0, 0.99999), argparse.BooleanOptionalAction
     p.add_argument("--preset", choices=PRESETS, default="default", help="defaults of all below (%(default)s)")
     g = p.add_argument_group("data")
     g.add_argument(
@@ -117,9 +121,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument(
         "--bidirectional", action=switch, default=False, help="read trials backwards as well (off)"
     )
-    g.add_argument("--dropout", type=dropped, default=0.4, help="between GRU layers (%(default)s; 0: off)")
+    g.add_argument("--dropout", type=below_one, default=0.4, help="between GRU layers (%(default)s; 0: off)")
     g.add_argument(
-        "--input-dropout", type=dropped, default=0.1, help="after the day layer (%(default)s; 0: off)"
+        "--input-dropout", type=below_one, default=0.1, help="after the day layer (%(default)s; 0: off)"
     )
     g.add_argument("--layer-norm", action=switch, default=True, help="LayerNorm before the last layer (on)")
     g.add_argument("--kernel", type=whole, default=32, help="bins of a window (%(default)s)")
@@ -146,9 +150,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--decay-all", action=switch, default=False, help="of biases, norms, day layers too (off)")
     g.add_argument("--batch", type=whole, default=64, help="trials a step and process (%(default)s)")
     g.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm (%(default)s; inf: off)")
-    averaging = data.number(float, 0, 0.99999)
     g.add_argument(
-        "--ema", type=averaging, default=0.9995, help="decay of averaged weights (%(default)s; 0: off)"
+        "--ema", type=below_one, default=0.9995, help="decay of averaged weights (%(default)s; 0: off)"
     )
     g = p.add_argument_group("schedule")
     courses = ["constant", "linear", "cosine", "step"]
@@ -165,25 +168,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     g.add_argument("--steps", type=whole, default=10_000, help="updates planned (%(default)s)")
     g.add_argument("--max-steps", type=whole, help="stop after so many steps (off)")
-    g = p.add_argument_group("run")
-    g.add_argument("--name", metavar="NAME", help="run folder below --out (made of the options)")
-    g.add_argument("--out", metavar="DIR", default="runs/decoder", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on with its options (off)")
-    g.add_argument("--seed", type=count, default=7, help="same seed, same run on CPU (%(default)s)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    g.add_argument("--device", metavar="NAME", default=device, help="cpu or cuda (%(default)s here)")
-    types = ["auto", *AMP_TYPES, "off"]
-    g.add_argument(
-        "--amp", choices=types, default="auto", help="mixed precision; auto: what works (%(default)s)"
-    )
-    g.add_argument(
-        "--max-skips", type=whole, default=20, help="non-finite updates that stop it (%(default)s)"
-    )
-    g.add_argument("--log-every", type=whole, default=100, help="steps between log lines (%(default)s)")
+    g = run_options(p, out="runs/decoder")
     g.add_argument("--eval-every", type=whole, default=500, help="steps between evaluations (%(default)s)")
-    g.add_argument("--save-every", type=count, default=0, help="steps between saves (0: at evaluations only)")
-    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics (off)")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
 
     def preset(known: argparse.Namespace) -> dict:
         return ({} if known.data else BUILT_IN) | PRESETS[known.preset]
@@ -220,7 +206,7 @@ def fitting(corpus: data.SpeechCorpus, trials: np.ndarray, args: argparse.Namesp
 
 
 def ctc_losses(log_probs: torch.Tensor, frames, labels, label_lengths) -> torch.Tensor:
-    """Loss of each trial (B,) over its number of labels, of log_probs (B, F, 41); the mean is torch's "mean"."""
+    """Loss of each trial over its number of labels, (B,), of log_probs (B, F, 41); mean: torch's "mean"."""
     losses = F.ctc_loss(log_probs.transpose(0, 1), labels, frames, label_lengths, reduction="none")
     return losses / label_lengths.clamp(min=1).to(log_probs.device)
 
@@ -240,7 +226,7 @@ def one_layer(model: GRUDecoder, device: torch.device) -> tuple[torch.nn.Module,
 
 
 def parameter_groups(model: GRUDecoder, args: argparse.Namespace) -> list[dict]:
-    """Weight matrices decay; biases, norms and day layers, which start as the identity, only with --decay-all."""
+    """Weight matrices decay; biases, norms, day layers (whose start is the identity) only by --decay-all."""
     decaying, others = [], []
     for name, parameter in model.named_parameters():
         if args.decay_all or (parameter.ndim > 1 and not name.startswith("day")):
@@ -278,7 +264,7 @@ def validate(model: GRUDecoder, corpus: data.SpeechCorpus, trials: np.ndarray, d
 
 
 def evaluate(model: GRUDecoder, ema: dict | None, *about) -> dict:
-    """`validate` of the weights that will be used, averaged where there are such; `_raw`: of the model's own."""
+    """`validate` of the weights that will be used, averaged where there are such; `_raw`: the model's own."""
     own = validate(model, *about)
     with averaged(model, ema):
         metrics = validate(model, *about) if ema else own
@@ -288,9 +274,7 @@ def evaluate(model: GRUDecoder, ema: dict | None, *about) -> dict:
 def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) -> tuple:
     """The corpus, the trials that train and validate, and what inference needs to know of the data."""
     if not args.data:
-        say(
-            "no --data: built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq, --data DIR"
-        )
+        say("no --data: built-in SYNTHETIC corpus; the real one: doi 10.5061/dryad.x69p8czpq, --data DIR")
     with main_first(rank, world):
         root = args.data or data.synthetic_speech(args.cache)
         corpus = data.open_speech(root, args.cache, args.strict, quiet=rank > 0)
@@ -301,9 +285,9 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) ->
     fits = {part: fitting(corpus, parts[part], args) for part in ("train", "valid")}
     for part, fit in fits.items():
         short = [corpus.ids[i] for i in parts[part][~fit]]
-        shown = ", ".join(short[:10])
+        some = ", ".join(short[:10])
         say(
-            f"{part}: {len(fit)} trials, {len(short)} too short for their labels, left out of the loss {shown}"
+            f"{part}: {len(fit)} trials, {len(short)} too short for their labels, left out of the loss {some}"
         )
     train = parts["train"][fits["train"]]
     if not len(train):
@@ -319,8 +303,8 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) ->
         "synthetic": corpus.synthetic,
     }
     say(
-        f"{'SYNTHETIC corpus' if corpus.synthetic else corpus.root}, {len(trained)} of {len(corpus.days)} days to "
-        f"train on: {len(train)} train, {len(parts['valid'])} valid, {len(parts['test'])} test trials"
+        f"{'SYNTHETIC corpus' if corpus.synthetic else corpus.root}, {len(trained)} of {len(corpus.days)} "
+        f"days to train on: {len(train)} train, {len(parts['valid'])} valid, {len(parts['test'])} test trials"
     )
     if args.valid == "test":
         say("validation IS the test part: its score is no result")
@@ -349,21 +333,9 @@ def main(args: argparse.Namespace) -> dict:
     say(f"{steps_per_epoch} steps an epoch, {planned} planned")
 
     # ---- model
-    bare_model = GRUDecoder(
-        channels=corpus.channels,
-        days=len(info["days"]),
-        hidden=args.hidden,
-        layers=args.layers,
-        classes=len(data.PHONEMES),
-        kernel=args.kernel,
-        stride=args.stride,
-        dropout=args.dropout,
-        input_dropout=args.input_dropout,
-        bidirectional=args.bidirectional,
-        layer_norm=args.layer_norm,
-        smooth_width=args.smooth_width,
-        smooth_taps=args.smooth_taps,
-    ).to(device)
+    sizes = {name: getattr(args, name) for name in NETWORK.split()}
+    sizes |= {"channels": corpus.channels, "days": len(info["days"]), "classes": len(data.PHONEMES)}
+    bare_model = GRUDecoder(**sizes).to(device)
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
@@ -440,8 +412,8 @@ def main(args: argparse.Namespace) -> dict:
                     run.log(step, epoch, skip=kind, names=names, skipped=skipped, rate=rate)
                     if in_a_row >= args.max_skips:
                         raise data.DataError(
-                            f"step {step}: {in_a_row} non-finite updates in a row, the last with {', '.join(names)}; "
-                            "expected finite gradients; look at these items, lower --lr, or use --amp off"
+                            f"step {step}: {in_a_row} non-finite updates in a row, the last with "
+                            f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
                         )
                 figures = {"loss": loss.item(), "lr": lr, "norm": norm, "skipped": skipped}
                 if step % args.log_every == 0:
@@ -458,7 +430,7 @@ def main(args: argparse.Namespace) -> dict:
                     best = metrics if is_best else best
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  "
+                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
                         f"{summary(metrics)}{'  *' if is_best else ''}"
                     )
                     if is_best:
@@ -486,8 +458,9 @@ def main(args: argparse.Namespace) -> dict:
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
     return (
-        f"valid loss {metrics['valid_loss']:.4f}  PER {metrics['valid_per']:.4f} (raw {metrics['valid_per_raw']:.4f}, "
-        f"without SIL {metrics['valid_per_without_sil']:.4f})  blank {metrics['valid_blank_fraction']:.2f}"
+        f"loss {metrics['valid_loss']:.4f}  PER {metrics['valid_per']:.4f} (without SIL "
+        f"{metrics['valid_per_without_sil']:.4f}, raw weights {metrics['valid_per_raw']:.4f})  "
+        f"blank {metrics['valid_blank_fraction']:.2f}"
     )
 
 
