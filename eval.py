@@ -101,6 +101,7 @@ from data import (
     pooled_statistics,
     prepare_ast,
     prepare_han,
+    pretrain_data,
     read_labels,
     read_midi,
     read_musicxml,
@@ -2073,40 +2074,68 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
     return store
 
 
-def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
-    """The trainer's own validation figures of one pre-training: its crops and masks, of --data, normalised as the model knows it."""
-    import pretrain_ast  # which imports this module
+def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
+    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, as large a share of fewer."""
+    x, lengths = batch["x"], batch["lengths"]
+    B, T = len(x), x.shape[1] // PATCH
+    whole = bool((lengths == x.shape[1]).all())
+    columns = None if whole else (lengths // PATCH).clip(min=1).to(x.device)
+    count = max(1, round(masked / 512 * 8 * T))
+    return batch | {"mask": cluster_mask(B, 8, T, count, x.device, generator, columns=columns)}
 
-    (path, model, ckpt), data = loaded[0], loaded[0][2]["data"]
+
+def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, Tensor]:
+    """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
+    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
+    lengths = None if whole else batch["lengths"]
+    figures = model(batch["x"], lengths, mask=batch["mask"], compat=compat)
+    return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
+
+
+def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.device, args) -> dict:
+    """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes the masks."""
+    generator = torch.Generator().manual_seed(args.seed)
+    sums: Counter[str] = Counter()
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            batch = to_device(with_masks(batch, args.mask, generator), device)
+            for name, value in pretrain_figures(model, batch, args.ssast_compat).items():
+                sums[name] += float(value) * len(batch["names"])
+    count = sum(len(batch["names"]) for batch in batches)
+    return {f"valid_{name}": total / count for name, total in sums.items()}
+
+
+def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+    """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
+    path, model, ckpt = loaded[0]
+    data = ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or args.crops:
         raise DataError(
-            f"{path}: a pre-training, which rates nothing; expected it alone, without --csv, --save-results, --crops; give a fine-tuned best.pt"
+            f"{path}: a pre-training, which rates nothing; give it alone, without --csv, --save-results, --crops"
         )
     if args.data is None and not data["synthetic"]:
-        raise DataError(
-            f"{path}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR"
-        )
-    own = {"data": args.data, "audio": args.audio, "cache": args.cache, "device": str(args.device)}
-    settings = argparse.Namespace(**{**vars(pretrain_ast.parse_args([])), **ckpt["args"], **own})
-    _, batches, now = pretrain_ast.pretrain_data(settings, False, print)
+        raise DataError(f"{path}: trained on real data; synthetic scores would mean nothing; give --data DIR")
+    own = {"data": args.data, "audio": args.audio, "cache": args.cache}
+    settings = argparse.Namespace(**{**ckpt["args"], **own})
+    norm = {key: data[key] for key in ("mean", "std")}
+    _, batches, now = pretrain_data(settings, False, print, norm)
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
-    for batch in batches:
-        batch["x"] = normalise_fbank(batch["x"] * 2 * now["std"] + now["mean"], data["mean"], data["std"])
-    figures = pretrain_ast.validate(model.to(args.device), batches, data, args.device, settings)
-    print(
-        "SYNTHETIC corpus: figures say nothing about real recordings"
-        if now["synthetic"]
-        else f"real data in {args.data}"
-    )
-    print(
-        f"{path}, step {ckpt['step']}, {sum(len(batch['names']) for batch in batches)} fixed crops that validate"
-    )
-    print(
-        f"NCE {figures['valid_nce']:.4f}, accuracy {figures['valid_accuracy']:.4f} (chance {figures['valid_chance']:.4f})"
-    )
-    print(f"MSE {figures['valid_mse']:.5f} (of the mean patch {figures['valid_mse_mean']:.5f})")
+    figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
+    if now["synthetic"]:
+        print("SYNTHETIC corpus: figures say nothing about real recordings")
+    print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
     return figures
+
+
+def pretrain_summary(figures: dict[str, float]) -> str:
+    """Validation figures in a line, each beside what guessing reaches."""
+    shown = {name: f"{value:.4f}" for name, value in figures.items()}
+    return (
+        f"loss {shown['valid_loss']}  NCE {shown['valid_nce']}  accuracy {shown['valid_accuracy']} "
+        f"(chance {shown['valid_chance']})  MSE {shown['valid_mse']} (mean patch {shown['valid_mse_mean']})"
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------------

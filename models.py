@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,8 +33,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 
-from data import FOLDS, DataError
+from data import FOLDS, DataError, number
 
 CHECKPOINT_FORMAT = 1
 
@@ -1291,6 +1292,31 @@ FREE_ON_RESUME = set(
 )
 
 
+def run_options(parser: ArgumentParser, **defaults) -> _ArgumentGroup:
+    """The options of a run, the same in every trainer; returns their group. defaults: of out, log_every, ..."""
+    whole, count = number(int, 1), number(int, 0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    types = ["auto", *AMP_TYPES, "off"]
+    g = parser.add_argument_group("run")
+    g.add_argument("--name", metavar="NAME", help="run folder below --out (made of the options)")
+    g.add_argument("--out", metavar="DIR", help="folder of runs (%(default)s)")
+    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on with its options (off)")
+    g.add_argument("--seed", type=count, default=7, help="same seed, same run on CPU (%(default)s)")
+    g.add_argument("--device", metavar="NAME", default=device, help="cpu or cuda (%(default)s here)")
+    g.add_argument("--amp", choices=types, default="auto", help="mixed precision; auto tries (%(default)s)")
+    g.add_argument(
+        "--max-skips", type=whole, default=20, help="non-finite updates that stop it (%(default)s)"
+    )
+    g.add_argument("--log-every", type=whole, default=100, help="steps between log lines (%(default)s)")
+    g.add_argument(
+        "--save-every", type=count, default=0, help="steps between extra saves of last.pt (0: none)"
+    )
+    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics (off)")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+    parser.set_defaults(**defaults)
+    return g
+
+
 def parse_options(
     parser: ArgumentParser,
     argv: list[str] | None,
@@ -1448,6 +1474,21 @@ def quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
+def data_loader(dataset: Dataset, batches: list[list], collate: Callable, workers: int, device) -> DataLoader:
+    """Reads the batches that stand in `batches` when an iteration begins, in `workers` processes."""
+    workers = min(workers, os.cpu_count() or 1)  # more than cores only get in each other's way
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),  # its own: torch's must not depend on it
+    )
+
+
 class Interrupt:
     """True once Ctrl-C or SIGTERM has come within the block: the step in progress ends first."""
 
@@ -1500,6 +1541,16 @@ def load_training(path: str, tasks: tuple[str, ...]) -> dict:
             f"{path}: task {ckpt['task']!r}, without {missing}; expected a whole last.pt of task {' or '.join(tasks)}"
         )
     return ckpt
+
+
+def same_data(path: str, saved: dict, found: dict) -> None:
+    """DataError unless a resumed run finds the data that it was trained on; what is fitted is not compared."""
+    fitted = ("mean", "std", "target_mean", "target_std")
+    other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
+    if other:
+        raise DataError(
+            f"{path}: trained on data of other {', '.join(other)}; expected the same; give them with --data"
+        )
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
