@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -294,17 +293,17 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
     return f"{parts[part]}.{rest.replace('linear.', 'attention_net.')}"
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Phoneme decoder
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def output_frames(lengths, kernel: int, stride: int):
-    """CTC frames of trials of `lengths` bins (int, tensor or array): floor((T - kernel) / stride) + 1, at least 0."""
+    """CTC frames of trials of `lengths` bins (int, tensor, array): floor((T - kernel) / stride) + 1, least 0."""
     frames = (lengths - kernel) // stride + 1
     return frames.clip(0) if hasattr(frames, "clip") else max(frames, 0)
 
 
 class GRUDecoder(nn.Module):
-    """Spikes to phoneme logits: smoothing, day layer, overlapping windows, GRU, linear (Willett et al., 2023).
+    """Spikes to phoneme logits: smoothing, day layer, overlapping windows, GRU, linear (Willett et al. 2023).
 
     channels       features per 20 ms bin
     days           day layers; day -1 stands for their mean
@@ -313,37 +312,47 @@ class GRUDecoder(nn.Module):
     kernel, stride length and step of the windows, bins
     dropout        between GRU layers; 0 = off
     input_dropout  on single values, before they are cut into windows; 0 = off
-    layer_norm     LayerNorm on the output of the last GRU layer. Synthetic corpus, 4 layers of 128, 200 steps: phoneme
-                   error rate .95 without it, .38 with it, .38 also with one after every layer
+    layer_norm     LayerNorm on the output of the last GRU layer. Synthetic corpus, 4 layers of 128, 200 steps:
+                   phoneme error rate .95 without it, .38 with it, .38 also with one after every layer
     smooth_width   SD of the Gaussian smoothing, bins; 0 = off
-    smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, as the public baseline does
+    smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, the public baseline's way
 
-    The frames of all trials stand in one array in the order of a PackedSequence: nothing is computed for padding,
-    and the backward direction reads each trial from its own end. A GPU runs cuDNN. On CPU the first layer's input
-    product is a convolution (window_product), since windows overlap 8 times, and PackedGRU runs the recurrence.
+    Parameters have the names of the public baseline (`neural_seq_decoder`).
     """
 
-    def __init__(self, channels: int = 256, days: int = 24, hidden: int = 1024, layers: int = 5, classes: int = 41,
-                 kernel: int = 32, stride: int = 4, dropout: float = 0.3, input_dropout: float = 0.0,
-                 bidirectional: bool = False, layer_norm: bool = False, smooth_width: float = 2.0,
-                 smooth_taps: int = 20):  # fmt: skip
+    def __init__(
+        self,
+        channels: int = 256,
+        days: int = 24,
+        hidden: int = 1024,
+        layers: int = 5,
+        classes: int = 41,
+        kernel: int = 32,
+        stride: int = 4,
+        dropout: float = 0.3,
+        input_dropout: float = 0.0,
+        bidirectional: bool = False,
+        layer_norm: bool = False,
+        smooth_width: float = 2.0,
+        smooth_taps: int = 20,
+    ):
         super().__init__()
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         if min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1:
             raise DataError(f"GRUDecoder: {self.model_args}; expected sizes of at least 1")
         self.kernel, self.stride = kernel, stride
+        width = hidden * 2 if bidirectional else hidden
+        between = dropout if layers > 1 else 0.0  # nn.GRU warns of dropout in a single layer
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
-        self.day_weight = nn.Parameter(torch.eye(channels).repeat(days, 1, 1))
-        self.day_bias = nn.Parameter(torch.zeros(days, channels))
-        directions = 2 if bidirectional else 1
-        sizes = [channels * kernel] + [hidden * directions] * (layers - 1)  # a window: channel * kernel + bin
-        self.gru = nn.ModuleList(
-            nn.ModuleList(nn.GRU(size, hidden) for _ in range(directions)) for size in sizes
+        self.dayWeights = nn.Parameter(torch.eye(channels).repeat(days, 1, 1))
+        self.dayBias = nn.Parameter(torch.zeros(days, 1, channels))
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.gru_decoder = nn.GRU(
+            channels * kernel, hidden, layers, batch_first=True, dropout=between, bidirectional=bidirectional
         )
-        self.input_dropout, self.dropout = nn.Dropout(input_dropout), nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(hidden * directions) if layer_norm else nn.Identity()
-        self.linear = nn.Linear(hidden * directions, classes)
-        for name, parameter in self.gru.named_parameters():
+        self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
+        self.fc_decoder_out = nn.Linear(width, classes)
+        for name, parameter in self.gru_decoder.named_parameters():
             if "weight_hh" in name:
                 for gate in parameter.data.chunk(3):
                     nn.init.orthogonal_(gate)
@@ -351,155 +360,66 @@ class GRUDecoder(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, zero beyond the frames (B,).
+        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, zero beyond frames (B,).
 
-        Lengths are read on the CPU: keep them there, or a GPU has to wait. Bins beyond a trial's length are not used.
+        A trial's logits do not depend on its batch-mates, nor on what stands beyond its length. Lengths are
+        read on the CPU: keep them there, or a GPU has to wait.
         """
-        if (
-            x.device.type == "cpu"
-            and torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.float16
-        ):
-            with torch.autocast("cpu", enabled=False):  # no fast kernels for float16, as in BiLSTM
-                return self.forward(x.float(), lengths, day)
         frames = output_frames(lengths, self.kernel, self.stride)
-        sizes, *index = pack_windows(lengths.cpu(), x.shape[1], self.kernel, self.stride)
-        rows, window, mirror, place = (i.to(x.device, non_blocking=True) for i in index)
-        x = self.day_layer(self.smooth(x, lengths), day).flatten(0, 1).index_select(0, rows)
-        h = self.input_dropout(nn.functional.softsign(x))
-        for i, directions in enumerate(self.gru):
-            h = self.dropout(h) if i else h
-            out = [self.run(directions[0], h, sizes, None if i else window, cut=not i)]
-            for backward in directions[1:]:
-                turned = self.run(backward, h, sizes, mirror if i else window[mirror], cut=not i)
-                out.append(turned.index_select(0, mirror))
-            h = torch.cat(out, dim=1)
-        logits = self.linear(self.norm(h)).float()
-        B, F = len(frames), len(sizes)
-        grid = logits.new_zeros(B * F, logits.shape[1]).index_copy(0, place, logits)
-        return grid.view(B, F, logits.shape[1]), frames
+        F = int(frames.max())
+        x = nn.functional.softsign(self.day_layer(self.smooth(x, lengths), day))
+        hidden = self.recurrence(self.windows(self.input_dropout(x), max(F, 1)), frames)
+        logits = self.fc_decoder_out(self.norm(hidden))[:, :F].float()
+        beyond = torch.arange(F) >= frames.cpu().unsqueeze(1)  # (B, F)
+        return logits.masked_fill(beyond.to(x.device, non_blocking=True).unsqueeze(2), 0.0), frames
 
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T + 1, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
+        """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
         B, T, C = x.shape
+        if lengths.max() > T:
+            raise DataError(
+                f"GRUDecoder: a length of {int(lengths.max())} bins in a batch of {T}; expected at most that"
+            )
         beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
+        x = x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2)
         taps = len(self.smoothing)
-        x = nn.functional.pad(
-            x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2), ((taps - 1) // 2, taps // 2 + 1)
-        )
+        x = nn.functional.pad(x, ((taps - 1) // 2, taps // 2))
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.conv1d(x, self.smoothing.expand(C, 1, taps), groups=C).transpose(1, 2)
 
     def day_layer(self, x: Tensor, day: Tensor) -> Tensor:
         """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
-        days = len(self.day_bias)
+        days = len(self.dayBias)
         if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
             raise DataError(
-                f"GRUDecoder: day {sorted({*day.tolist()})}; expected 0 to {days - 1}, or -1 for the mean"
+                f"GRUDecoder: day {day.unique().tolist()}; expected 0 to {days - 1}, or -1 for the mean"
             )
         day = day.to(x.device, non_blocking=True)
-        weight, bias = (torch.cat([p, p.mean(0, keepdim=True)]) for p in (self.day_weight, self.day_bias))
-        return torch.baddbmm(bias[day].unsqueeze(1), x, weight[day])
+        weight = torch.cat([self.dayWeights, self.dayWeights.mean(0, keepdim=True)])
+        bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
+        return torch.baddbmm(bias[day], x, weight[day])
 
-    def run(self, gru: nn.GRU, x: Tensor, sizes: Tensor, order: Tensor | None, cut: bool) -> Tensor:
-        """One direction of one layer: x (rows, C), cut into windows or not, in the given order -> (N, hidden)."""
-        if x.device.type != "cpu":
-            return self.run_packed(gru, x, sizes, order, cut)
-        H, weight = gru.hidden_size, gru.weight_ih_l0
-        bias = gru.bias_ih_l0 + nn.functional.pad(gru.bias_hh_l0[: 2 * H], (0, H))
-        if cut:
-            gates = window_product(x, weight.view(3 * H, -1, self.kernel), bias, self.stride)
-        else:
-            gates = nn.functional.linear(x, weight, bias)
-        gates = gates if order is None else gates.index_select(0, order)
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        return PackedGRU.apply(
-            gates.to(weight.dtype), gru.weight_hh_l0, gru.bias_hh_l0[2 * H :], sizes.tolist(), low
+    def windows(self, x: Tensor, count: int) -> Tensor:
+        """x (B, T, C) -> its first `count` windows (B, count, C * kernel), a value at channel * kernel + bin."""
+        missing = (count - 1) * self.stride + self.kernel - x.shape[1]
+        x = nn.functional.pad(x, (0, 0, 0, max(missing, 0)))
+        return x.unfold(1, self.kernel, self.stride)[:, :count].flatten(2)
+
+    def recurrence(self, windows: Tensor, frames: Tensor) -> Tensor:
+        """The GRU's output (B, F, width). One direction may run into padding: nothing of it comes back to a
+        trial. Of two directions the second must start at a trial's own last frame, as packing makes it do."""
+        if not self.gru_decoder.bidirectional:
+            return self.gru_decoder(windows)[0]
+        packed = nn.utils.rnn.pack_padded_sequence(
+            windows, frames.cpu().clamp(min=1), batch_first=True, enforce_sorted=False
         )
+        return nn.utils.rnn.pad_packed_sequence(self.gru_decoder(packed)[0], True)[0]
 
-    def run_packed(self, gru: nn.GRU, x: Tensor, sizes: Tensor, order: Tensor | None, cut: bool) -> Tensor:
-        """The same by PyTorch's own GRU on materialised windows, which is the fast form on a GPU."""
-        x = x.unfold(0, self.kernel, self.stride) if cut else x  # (windows, C, kernel)
-        x = x if order is None else x.index_select(0, order).flatten(1)
-        return (
-            gru(nn.utils.rnn.PackedSequence(x, sizes))[0].data if len(x) else x.new_zeros(0, gru.hidden_size)
-        )
-
-
-def window_product(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, splits: int = 2) -> Tensor:
-    """Products of the windows of x (rows, C) with weight (G, C, kernel), by a strided convolution -> (windows, G).
-
-    Where half a kernel is a whole number of strides, 3 convolutions of half the length give every even and odd window
-    instead of 4: with steps of x and of the weight split in even and odd ones, even = We(E - O) + (We + Wo)O and
-    odd = Wo(E' - O) + (We + Wo)O, E' being E one step later (a fast FIR filter; float32 rounding stays as it is).
-    Twice, that leaves 9/16 of the operations. The last window may be a wrong one, beyond the end of x.
-    """
-    if not splits or weight.shape[2] % (2 * stride):
-        return nn.functional.conv1d(x.t().unsqueeze(0), weight, bias, stride)[0].t()
-    x = nn.functional.pad(x, (0, 0, 0, -len(x) % (2 * stride)))
-    even, odd = x.unflatten(0, (-1, 2, stride)).unbind(1)  # (steps, stride, C)
-    by_even, by_odd = (w.flatten(2) for w in weight.unflatten(2, (-1, 2, stride)).unbind(3))
-    both = window_product(odd.flatten(0, 1), by_even + by_odd, bias, stride, splits - 1)
-    first = window_product((even - odd).flatten(0, 1), by_even, None, stride, splits - 1)
-    second = window_product((even.roll(-1, 0) - odd).flatten(0, 1), by_odd, None, stride, splits - 1)
-    return torch.stack([first + both, second + both], dim=1).flatten(0, 1)
-
-
-class PackedGRU(torch.autograd.Function):
-    """The recurrence of a GRU layer over packed sequences; products in `low` precision, states in the weights' own.
-
-    gates (N, 3H): input products with their biases, the recurrent biases of reset and update gate included; weight
-    (3H, H) and bias (H,) of the new gate: recurrent; sizes: sequences alive at each step, never rising -> (N, H).
-    The weight's gradient is one product over all steps, where autograd would make one per step.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, gates: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], low: torch.dtype
-    ) -> Tensor:
-        N, H = len(gates), weight.shape[1]
-        out, memory, new, gate = (
-            gates.new_empty(N, width) for width in (H, H, H, 2 * H)
-        )  # gate: reset, update
-        transposed, h, end = weight.to(low).t(), gates.new_zeros(max(sizes, default=0), H), 0
-        for size in sizes:
-            now, end = slice(end, end + size), end + size
-            product = torch.mm(h[:size].to(low), transposed).to(h.dtype)
-            torch.sigmoid(product[:, : 2 * H].add_(gates[now, : 2 * H]), out=gate[now])
-            torch.add(product[:, 2 * H :], bias, out=memory[now])
-            torch.tanh(torch.addcmul(gates[now, 2 * H :], gate[now, :H], memory[now]), out=new[now])
-            h = torch.lerp(new[now], h[:size], gate[now, H:], out=out[now])
-        ctx.save_for_backward(weight, out, memory, new, gate)
-        ctx.sizes, ctx.low = sizes, low
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple:
-        weight, out, memory, new, gate = ctx.saved_tensors
-        (N, H), reset, update, low = out.shape, gate[:, : out.shape[1]], gate[:, out.shape[1] :], ctx.low
-        first = max(ctx.sizes, default=0)
-        ends = torch.tensor(ctx.sizes, dtype=torch.long).cumsum(0).tolist()
-        starts = zip([0, *ends], ctx.sizes[1:], strict=False)
-        before = torch.cat([out.new_zeros(first, H), *(out[start : start + size] for start, size in starts)])
-        # derivatives of the state by each pre-activation: reset, update, recurrent part of new
-        to_new = (1 - update) * (1 - new * new)
-        slope = torch.stack(
-            [to_new * memory * reset * (1 - reset), (before - new) * update * (1 - update), to_new * reset], 1
-        )
-        d_state, d_gates, weight = grad.clone(), slope.view(N, 3 * H), weight.to(low)
-        carried = out.new_zeros(0, H)
-        for end, size in zip(reversed(ends), reversed(ctx.sizes), strict=True):
-            now = slice(end - size, end)
-            d_state[now][: len(carried)] += carried
-            slope[now] *= d_state[now].unsqueeze(1)
-            carried = torch.addcmul(
-                torch.mm(d_gates[now].to(low), weight).to(out.dtype), d_state[now], update[now]
-            )
-        d_weight = torch.mm(d_gates[first:].t().to(low), before[first:].to(low)).to(out.dtype)
-        d_bias = slope[:, 2].sum(0)
-        torch.mul(d_state, to_new, out=slope[:, 2])
-        return d_gates, d_weight, d_bias, None, None
+    def load_state_dict(self, state_dict: Mapping, *args, **kwargs):
+        """As nn.Module's; DataError for the weights of earlier versions, which had other names."""
+        if "day_weight" in state_dict:
+            raise DataError("decoder weights of an earlier version, with other names; train again")
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 def gaussian_taps(width: float, taps: int) -> Tensor:
@@ -511,84 +431,45 @@ def gaussian_taps(width: float, taps: int) -> Tensor:
     return (weight / weight.sum()).float()
 
 
-def pack_windows(lengths: Tensor, bins: int, kernel: int, stride: int) -> tuple[Tensor, ...]:
-    """Index tensors that bring a batch (B, bins + 1, C) of trials, bin `bins` being empty, into packed windows.
-
-    sizes (F,) trials alive at each frame · rows: bins of all trials in turn, each trial a whole number of strides,
-    beyond its end empty bins · window (N,): window of rows, by step `stride`, of each packed frame · mirror (N,): packed
-    frame at the same place from the other end of its trial · place (N,): trial * F + frame. CPU, int64.
-    """
-    if len(lengths) and lengths.max() > bins:
-        raise DataError(
-            f"GRUDecoder: a length of {int(lengths.max())} bins in a batch of {bins}; expected at most that"
-        )
-    frames = output_frames(lengths, kernel, stride)
-    blocks = (frames + max(-(-kernel // stride) - 1, 0)) * (frames > 0)
-    first = blocks.cumsum(0) - blocks
-    trial = torch.repeat_interleave(blocks * stride)
-    offset = torch.arange(len(trial)) - first[trial] * stride
-    rows = torch.cat(
-        [trial * (bins + 1) + offset.clip(max=bins), torch.full((kernel,), bins)]
-    )  # never less than a window
-    ordered, order = frames.sort(descending=True, stable=True)
-    alive = torch.arange(int(frames.max())).unsqueeze(1) < ordered  # (F, B)
-    time, rank = alive.nonzero(as_tuple=True)
-    number = alive.flatten().cumsum(0).view_as(alive) - 1
-    mirror = number[ordered[rank] - 1 - time, rank]
-    return alive.sum(1), rows, first[order[rank]] + time, mirror, order[rank] * len(alive) + time
-
-
 def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecoder:
-    """Weights of the public baseline (arrays or tensors by its names) as a GRUDecoder; sizes come from the shapes.
+    """Weights of the public baseline (arrays or tensors by its names) as a GRUDecoder; sizes from the shapes.
 
-    The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or missing name,
-    and a smoothing kernel that differs between channels, raise DataError.
+    The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or
+    missing name, and a smoothing kernel that differs between channels, raise DataError.
     """
-    weights = {
-        name.removeprefix("module."): torch.as_tensor(value).float() for name, value in state_dict.items()
-    }
-    weights = {name: value for name, value in weights.items() if not name.startswith("inpLayer")}
-    needed = (
-        "dayWeights",
-        "dayBias",
-        "gaussianSmoother.weight",
-        "gru_decoder.weight_ih_l0",
-        "fc_decoder_out.weight",
-    )
-    if missing := [name for name in needed if name not in weights]:
-        raise DataError(f"decoder weights: missing {missing}; expected the state dict of the public baseline")
-    smoothing = weights["gaussianSmoother.weight"].flatten(1)
+    expected = "expected the state dict of the public baseline"
+    weights = {}
+    for name, value in state_dict.items():
+        name = name.removeprefix("module.")
+        if not name.startswith("inpLayer"):
+            weights[name] = torch.as_tensor(value).float()
+    try:
+        smoothing = weights.pop("gaussianSmoother.weight").flatten(1)
+        days, channels, _ = weights["dayWeights"].shape
+        gates, width = weights["gru_decoder.weight_ih_l0"].shape
+        classes = len(weights["fc_decoder_out.weight"])
+    except KeyError as error:
+        raise DataError(f"decoder weights: missing {error}; {expected}") from error
     if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
         raise DataError(
             "decoder weights: gaussianSmoother.weight differs between channels; expected one kernel"
         )
-    days, channels, _ = weights["dayWeights"].shape
-    gates, width = weights["gru_decoder.weight_ih_l0"].shape
     model = GRUDecoder(
-        channels, days, gates // 3, _layer_count(weights, "gru_decoder"), len(weights["fc_decoder_out.weight"]),
-        width // channels, stride, bidirectional="gru_decoder.weight_ih_l0_reverse" in weights,
+        channels,
+        days,
+        hidden=gates // 3,
+        layers=_layer_count(weights, "gru_decoder"),
+        classes=classes,
+        kernel=width // channels,
+        stride=stride,
+        bidirectional="gru_decoder.weight_ih_l0_reverse" in weights,
         smooth_taps=smoothing.shape[1],
-    )  # fmt: skip
-    weights |= {"gaussianSmoother.weight": smoothing[0], "dayBias": weights["dayBias"].flatten(1)}
-    wanted = {name: _baseline_name(name) for name in model.state_dict()}
-    if wrong := sorted(weights.keys() ^ set(wanted.values())):
-        raise DataError(
-            f"decoder weights: unknown or missing {wrong}; expected the state dict of the public baseline"
-        )
-    for name, parameter in model.state_dict().items():
-        value = weights[wanted[name]]
-        if value.shape != parameter.shape:
-            shapes = f"{tuple(value.shape)}; expected {tuple(parameter.shape)}"
-            raise DataError(f"decoder weights: {wanted[name]} has shape {shapes} from the other weights")
-        parameter.copy_(value)
+    )
+    try:
+        model.load_state_dict(weights | {"smoothing": smoothing[0]})
+    except RuntimeError as error:
+        raise DataError(f"decoder weights: {_one_line(error)}; {expected}") from error
     return model.eval()
-
-
-def _baseline_name(name: str) -> str:
-    fixed = {"smoothing": "gaussianSmoother.weight", "day_weight": "dayWeights", "day_bias": "dayBias"}
-    name = re.sub(r"gru\.(\d+)\.0\.(\w+)_l0", r"gru_decoder.\2_l\1", name)
-    name = re.sub(r"gru\.(\d+)\.1\.(\w+)_l0", r"gru_decoder.\2_l\1_reverse", name)
-    return fixed.get(name, name.replace("linear.", "fc_decoder_out."))
 
 
 # -----------------------------------------------------------------------------------------------------------------

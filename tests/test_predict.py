@@ -127,8 +127,8 @@ def audio(path, task: str = "cnn", seed: int = 7, standardise: str = "dimension"
 def decoder(path, seed: int = 7, channels: int = 256, **info) -> str:
     torch.manual_seed(seed)
     model = GRUDecoder(channels=channels, days=2, hidden=8, layers=1, kernel=8, stride=4)
-    torch.nn.init.normal_(model.linear.weight)
-    torch.nn.init.normal_(model.day_bias)  # days that differ
+    torch.nn.init.normal_(model.fc_decoder_out.weight)
+    torch.nn.init.normal_(model.dayBias)  # days that differ
     known = {
         "days": DAYS,
         "channels": channels,

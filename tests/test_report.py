@@ -154,7 +154,7 @@ def rating_run(name: str, fold: int = 0, seed: int = 7, **about) -> str:
 def decoder_run(name: str, seed: int = 7, **about) -> str:
     torch.manual_seed(seed)
     model = GRUDecoder(channels=4, days=2, hidden=6, layers=1, kernel=6, stride=2, smooth_taps=5)
-    torch.nn.init.normal_(model.linear.weight)
+    torch.nn.init.normal_(model.fc_decoder_out.weight)
     about = {
         "days": DAYS,
         "channels": 4,

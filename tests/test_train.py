@@ -824,11 +824,11 @@ def test_decoder_decays_matrices_only(run):
     decayed, kept = train_decoder.parameter_groups(model, args)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0)
     assert {names[id(p)] for p in decayed["params"]} == {
-        "gru.0.0.weight_ih_l0",
-        "gru.0.0.weight_hh_l0",
-        "gru.1.0.weight_ih_l0",
-        "gru.1.0.weight_hh_l0",
-        "linear.weight",
+        "gru_decoder.weight_ih_l0",
+        "gru_decoder.weight_hh_l0",
+        "gru_decoder.weight_ih_l1",
+        "gru_decoder.weight_hh_l1",
+        "fc_decoder_out.weight",
     }
     assert {names[id(p)] for p in kept["params"]} == set(names.values()) - {
         names[id(p)] for p in decayed["params"]
