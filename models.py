@@ -58,9 +58,9 @@ class BiLSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, batch: dict, name: str) -> Tensor:
-        """x (M, C) notes (name "note", "voice"), beats or measures of a collate_han batch -> (M, 2 * hidden)."""
-        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
-            with torch.autocast("cpu", enabled=False):  # oneDNN has no float16 LSTM
+        """x (M, C) notes (name "note", "voice"), beats or measures of a batch -> (M, 2 * hidden)."""
+        if torch.is_autocast_enabled("cpu"):  # oneDNN has no float16 LSTM, and on some CPUs no bfloat16 one
+            with torch.autocast("cpu", enabled=False):
                 return self.forward(x.float(), batch, name)
         grid, slot = batch[f"{name}_grid"], batch[f"{name}_slot"]
         for i, pair in enumerate(zip(self.forward_lstm, self.backward_lstm, strict=True)):
@@ -76,7 +76,7 @@ class BiLSTM(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Attention pooling with one learned context vector per head (HAN.md, "Context attention").
+    """Attention pooling with one learned context vector per head (HAN.md).
 
     Linear, tanh, split in heads, dot with the context vectors, softmax over the members of each group, weighted
     sum of the input itself, split in the same heads.
@@ -88,7 +88,7 @@ class ContextAttention(nn.Module):
         self.context_vector = nn.Parameter(torch.empty(heads, size // heads).uniform_(-1, 1))
 
     def forward(self, x: Tensor, group: Tensor, groups: int) -> Tensor:
-        """x (M, C), group (M,) group of each member, groups G -> (G, C) float32; an empty group gives zeros."""
+        """x (M, C), group (M,) of each member, groups G -> (G, C) float32; an empty group gives zeros."""
         (H, D), (M, C) = self.context_vector.shape, x.shape
         hidden = torch.tanh(self.linear(x)).float().view(M, H, D)
         weight = group_softmax((hidden * self.context_vector.float()).sum(-1), group, groups)
@@ -221,7 +221,7 @@ class HAN(nn.Module):
         out["measure"] = self.measure(measures, batch, "measure")
 
 
-# names of the original PercePiano network (keys of reference/percepiano_han.npz): final attention of each level, parts
+# names of the original PercePiano network (keys of reference/percepiano_han.npz): attention of each level, parts
 PERCEPIANO_LEVELS = {
     "note_attention": "note",
     "beat_attention": "beat",
@@ -242,7 +242,7 @@ PERCEPIANO_PARTS = {
 
 
 def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
-    """Original PercePiano weights (arrays or tensors by the original's names) as a HAN; sizes come from the shapes.
+    """Original PercePiano weights (arrays or tensors by the original's names) as a HAN; sizes from the shapes.
 
     kw: model_args that the weights do not tell (dropout) or that must agree with them. Parameters that never
     reach the logits (reference/README.md) are left out; any other unknown or missing name raises DataError.
@@ -1379,12 +1379,12 @@ class Interrupt:
         self.signals = (signal.SIGINT, signal.SIGTERM) if enabled and main_thread else ()
 
     def __enter__(self) -> "Interrupt":
-        self.before = {number: signal.signal(number, self.note) for number in self.signals}
+        self.before = {sign: signal.signal(sign, self.note) for sign in self.signals}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for sign, handler in self.before.items():
+            signal.signal(sign, handler)
 
     def note(self, *_) -> None:
         self.came = True
