@@ -1,6 +1,5 @@
-"""eval.py: attention weights and their roll-out against plain arithmetic, the picture, and the bench of the AST."""
+"""eval.py: attention weights and their roll-out against plain arithmetic and the picture."""
 
-import random
 from types import SimpleNamespace
 
 import mido
@@ -10,12 +9,10 @@ import torch
 from conftest import refusal
 from scipy.io import wavfile
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
-from models import AST, GRUDecoder, cluster_mask, save_checkpoint
+from models import AST, GRUDecoder, save_checkpoint
 
 CPU = torch.device("cpu")
 SMALL = {"frames": 96, "mel": 48, "width": 16, "depth": 2, "heads": 2}
@@ -257,94 +254,6 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.os, "access", lambda *_: False)
     with pytest.raises(data.DataError, match=f"no file can be written in {tmp_path}"):
         evaluation.check_picture(tmp_path / "new" / "a.png")
-
-
-# --- bench -----------------------------------------------------------------------------------------------------------
-
-
-def test_plain_ast_has_the_same_losses_and_gradients():
-    model = small_ast(dropout=0.0)
-    plain, clips, (mask, second) = (
-        evaluation.PlainAST(model),
-        torch.randn(2, 96, 48),
-        cluster_mask(4, ROWS, COLUMNS, 13).view(2, 2, 13),
-    )
-    losses = [evaluation._pretrain_loss(net, clips, mask, second=second) for net in (model, plain)]
-    sum(losses).backward()
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, plain.network.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("args", [{"visible_only": True}, {"ssast_compat": True}, {"num_outputs": 2}])
-def test_plain_ast_refuses_what_it_has_not(args):
-    with pytest.raises(ValueError, match="plain AST"):
-        evaluation.PlainAST(AST(**(SMALL | args)))
-
-
-@pytest.mark.parametrize("kind", ["AST", "visible", "plain"])
-def test_operations_equal_those_that_torch_counts(kind):
-    model, clips, mask = (
-        AST(**SMALL, visible_only=kind == "visible"),
-        torch.randn(2, 96, 48),
-        cluster_mask(2, ROWS, COLUMNS, 14),
-    )
-    second = {"second": mask} if kind == "plain" else {}
-    network = evaluation.PlainAST(model) if second else model
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # torch has no count for the fused CPU kernel
-        evaluation._pretrain_loss(network, clips, mask, **second).backward()
-    assert counter.get_total_flops() == 2 * evaluation.pretrain_flops(model, 14, passes=1 + len(second))
-
-
-def test_plain_masks_hold_as_many_patches_as_asked():
-    mask = evaluation.plain_mask(20, 8, 64, 400, random.Random(0))
-    assert mask.shape == (20, 400)
-    assert all(len(set(ids)) == 400 and 0 <= min(ids) and max(ids) < 512 for ids in mask.tolist())
-
-
-def test_bench_compares_equal_networks(capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "AST_PRESETS", {"tiny": {"width": 16, "depth": 2, "heads": 2}})
-    monkeypatch.setattr(evaluation, "matmul_peak", lambda device, dtype: 1e12)
-    result = evaluation.main(
-        [
-            "bench",
-            "--task",
-            "ast",
-            "--preset",
-            "tiny",
-            "--frames",
-            "64",
-            "--batch",
-            "2",
-            "--steps",
-            "1",
-            "--amp",
-            "bf16",
-            "--visible-only",
-            "--device",
-            "cpu",
-        ]
-    )
-    assert result["difference"] < 1e-4
-    assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["AST_seconds"])
-    assert result["mask_ratio"] == pytest.approx(result["plain_mask_ms"] / result["mask_ms"])
-    assert result["flops"]["AST"] == 2 * evaluation.pretrain_flops(
-        AST(frames=64, width=16, depth=2, heads=2), 25
-    )
-    out = capsys.readouterr().out
-    assert "25 of 32 patches masked" in out
-    assert "400 of 512 patches: cluster_mask" in out
-    assert "ratio AST / visible only" in out
-
-
-def test_options_of_another_network_are_refused(capsys):
-    assert "--width given; expected --preset, --frames, --visible-only" in refusal(
-        ["bench", "--task", "ast", "--width", "8"], capsys
-    )
-    assert "--frames, --visible-only given" in refusal(["bench", "--frames", "64", "--visible-only"], capsys)
 
 
 def test_digital_silence_is_no_piece(tmp_path):
