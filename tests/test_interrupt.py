@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and kill -9 of every command: what is said, what stays on the disk, what the same then does."""
+"""Ctrl-C, SIGTERM and kill -9 of every command: what is said, what stays on the disk, what comes after."""
 
 import os
 import shutil
