@@ -1499,12 +1499,12 @@ class Interrupt:
         self.signals = (signal.SIGINT, signal.SIGTERM) if enabled and main_thread else ()
 
     def __enter__(self) -> "Interrupt":
-        self.before = {number: signal.signal(number, self.note) for number in self.signals}
+        self.before = {signum: signal.signal(signum, self.note) for signum in self.signals}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     def note(self, *_) -> None:
         self.came = True
