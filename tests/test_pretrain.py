@@ -45,7 +45,8 @@ def maestro(tmp_path_factory):
     (root / "2004").mkdir()
     with (root / "maestro-v3.0.0.csv").open("w", newline="") as f:
         table = csv.writer(f)
-        table.writerow(data.MAESTRO_COLUMNS)
+        names = "canonical_composer canonical_title split year midi_filename audio_filename duration"
+        table.writerow(names.split())
         for k in range(8):
             t = np.arange(16000 * (k + 2)) / 16000
             x = 0.2 * np.sin(2 * np.pi * 110 * (k + 1) * t) * np.exp(-3 * (t % 0.5))
@@ -249,7 +250,7 @@ def test_parts_of_a_plain_folder_hold_whole_segments():
     assert (len(train & valid), len(valid), len(parts["train"]) + len(parts["valid"])) == (0, 2, 24)
     store.split = ["train", "validation", "unknown", "test"] * 6
     assert [names[i] for i in data.pretrain_parts(store)["valid"]] == names[1::4]
-    with pytest.raises(data.DataError, match="no recording to train with"):
+    with pytest.raises(data.DataError, match=r"^x: .* train with"):
         data.pretrain_parts(SimpleNamespace(root="x", names=["a"], split=[""]))
 
 
