@@ -6330,14 +6330,9 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
         say(f"left out: {line}")
     train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
     valid = Crops(store, parts["valid"], args.frames, args.seed)
-    info = {
-        "task": "pretrain",
-        "synthetic": store.synthetic,
-        "frames": args.frames,
-        "audio": "wav",
-        "exclude_overlap": bool(args.exclude_overlap),
-        "recordings": fingerprint(store.names, store.frames),
-    }
+    info = {"task": "pretrain", "synthetic": store.synthetic, "frames": args.frames, "audio": "wav"}
+    info["exclude_overlap"] = bool(args.exclude_overlap)
+    info["recordings"] = fingerprint(store.names, store.frames)
     info |= norm or fit_fbank(train, args.audioset_norm)
     numbers = np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round()
     fixed = [valid[0, int(k)] for k in numbers]
