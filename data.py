@@ -6289,8 +6289,8 @@ def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
 
 class Crops(torch.utils.data.Dataset):
     """Random crops of recordings, of each as many an epoch as it has lengths of `frames`, by (epoch, number):
-    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white noise
-    of an SD up to `hiss` of full scale."""
+    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white
+    noise of an SD up to `hiss` of full scale."""
 
     def __init__(self, store, recordings: list[int], frames: int, seed: int, gain=0.0, hiss=0.0):
         counts = np.rint(store.frames[recordings] / frames).astype(int).clip(min=1)
@@ -6347,7 +6347,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
 
 
 def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
-    """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings themselves."""
+    """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings."""
     root = Path(args.data or synthetic_percepiano(args.cache))
     if not args.data:
         midi = root / "virtuoso/data/all_2rounds"
