@@ -622,7 +622,7 @@ def main(args: argparse.Namespace) -> dict:
                         rate *= 0.5
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  "
+                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
                         f"{summary(metrics)}{'  *' if is_best else ''}"
                     )
                     if is_best:
