@@ -1500,12 +1500,12 @@ class Interrupt:
         self.signals = (signal.SIGINT, signal.SIGTERM) if enabled and main_thread else ()
 
     def __enter__(self) -> "Interrupt":
-        self.before = {signum: signal.signal(signum, self.note) for signum in self.signals}
+        self.before = {sign: signal.signal(sign, self.note) for sign in self.signals}
         return self
 
     def __exit__(self, *_) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
+        for sign, handler in self.before.items():
+            signal.signal(sign, handler)
 
     def note(self, *_) -> None:
         self.came = True
