@@ -6253,15 +6253,15 @@ def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
     return parts
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pre-training data
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Crops(torch.utils.data.Dataset):
     """Random crops of recordings, of each as many an epoch as it has lengths of `frames`, by (epoch, number):
-    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white noise
-    of an SD up to `hiss` of full scale."""
+    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white
+    noise of an SD up to `hiss` of full scale."""
 
     def __init__(self, store, recordings: list[int], frames: int, seed: int, gain=0.0, hiss=0.0):
         counts = np.rint(store.frames[recordings] / frames).astype(int).clip(min=1)
@@ -6301,14 +6301,9 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
         say(f"left out: {line}")
     train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
     valid = Crops(store, parts["valid"], args.frames, args.seed)
-    info = {
-        "task": "pretrain",
-        "synthetic": store.synthetic,
-        "frames": args.frames,
-        "audio": "wav",
-        "exclude_overlap": bool(args.exclude_overlap),
-        "recordings": fingerprint(store.names, store.frames),
-    }
+    info = {"task": "pretrain", "synthetic": store.synthetic, "frames": args.frames, "audio": "wav"}
+    info["exclude_overlap"] = bool(args.exclude_overlap)
+    info["recordings"] = fingerprint(store.names, store.frames)
     info |= norm or fit_fbank(train, args.audioset_norm)
     numbers = np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round()
     fixed = [valid[0, int(k)] for k in numbers]
@@ -6323,7 +6318,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
 
 
 def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
-    """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings themselves."""
+    """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings."""
     root = Path(args.data or synthetic_percepiano(args.cache))
     if not args.data:
         midi = root / "virtuoso/data/all_2rounds"

@@ -2075,7 +2075,7 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
 
 
 def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
-    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, as large a share of fewer."""
+    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, the same share of fewer."""
     x, lengths = batch["x"], batch["lengths"]
     B, T = len(x), x.shape[1] // PATCH
     whole = bool((lengths == x.shape[1]).all())
@@ -2093,7 +2093,7 @@ def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, T
 
 
 def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.device, args) -> dict:
-    """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes the masks."""
+    """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes masks."""
     generator = torch.Generator().manual_seed(args.seed)
     sums: Counter[str] = Counter()
     model.eval()
@@ -2112,7 +2112,7 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     data = ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or args.crops:
         raise DataError(
-            f"{path}: a pre-training, which rates nothing; give it alone, without --csv, --save-results, --crops"
+            f"{path}: a pre-training, which rates nothing; give it alone, no --csv, --save-results, --crops"
         )
     if args.data is None and not data["synthetic"]:
         raise DataError(f"{path}: trained on real data; synthetic scores would mean nothing; give --data DIR")

@@ -1357,7 +1357,8 @@ def quiet_worker(_: int) -> None:
 
 def data_loader(dataset: Dataset, batches: list[list], collate: Callable, workers: int, device) -> DataLoader:
     """Reads the batches that stand in `batches` when an iteration begins, in `workers` processes."""
-    workers = min(workers, os.cpu_count() or 1)  # more than cores only get in each other's way
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(workers, cores)  # more than cores only get in each other's way
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -279,14 +279,12 @@ def augmentation_limits(args: argparse.Namespace) -> dict[str, np.ndarray]:
 def augment(batch: dict, args: argparse.Namespace) -> dict:
     """The batch as this step shows it; noise, masks, pairs from torch's generator, which a resume restores.
     Pre-training needs none: its crops and masks are random enough (AST.md)."""
-    if args.task == "pretrain":
+    if args.task == "pretrain" or not (args.noise or any(args.spec_augment) or args.mixup):
         return batch
     x, y, weight = batch["x"], batch["y"], batch["weight"]
     B, T, M = x.shape
     lengths = batch["lengths"].to(x.device)
-    limits = {
-        kind: torch.as_tensor(limit, device=x.device) for kind, limit in augmentation_limits(args).items()
-    }
+    limits = {kind: torch.as_tensor(v, device=x.device) for kind, v in augmentation_limits(args).items()}
     if args.noise:
         hit = torch.rand(B, 1, device=x.device) < 0.5
         x = x + args.noise * hit[:, :, None] * torch.randn_like(x)
@@ -429,22 +427,16 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     try:
         weights = torch.load(args.init, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise data.DataError(
-            f"{args.init}: unreadable; expected best.pt of a pre-training, or SSAST's"
-        ) from error
+        raise data.DataError(f"{args.init}: unreadable; expected best.pt, or SSAST's weights") from error
     if isinstance(weights, dict) and any("patch_embed" in str(name) for name in weights):
         return ast_from_ssast(weights, args.frames, **shared)
     model, ckpt = load_checkpoint(args.init)
     if ckpt["task"] != "ast":
-        raise data.DataError(
-            f"{args.init}: task {ckpt['task']!r}; expected a pre-training of pretrain_ast.py"
-        )
+        raise data.DataError(f"{args.init}: task {ckpt['task']!r}; expected best.pt of a pre-training")
     return adapt_ast(model, frames=args.frames, visible_only=False, **shared)
 
 
-def clip_batches(
-    train: Dataset, info: dict, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def clip_batches(train: Dataset, info: dict, device: torch.device) -> Iterator[tuple]:
     """Every training clip of epoch 0, in order: fbank (32, T, 128) normalised, and lengths."""
     for start in range(0, len(train), 32):
         numbers = range(start, min(start + 32, len(train)))
@@ -529,7 +521,8 @@ def main(args: argparse.Namespace) -> dict:
     ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
 
     # ---- resume
-    step, in_a_row, rate, waited = 0, 0, 1.0, 0
+    step, in_a_row, waited = 0, 0, 0
+    rate = 1.0
     best = {"valid_loss": math.inf, "step": 0}
     skipped = {"bad": 0, "overflow": 0}
     balance = {"weights": [1.0] * len(GROUPS), "sums": [0.0] * len(GROUPS), "count": 0, "before": []}
@@ -538,9 +531,10 @@ def main(args: argparse.Namespace) -> dict:
         step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
         rate, waited, balance = (resumed["scheduler"][key] for key in ("rate", "waited", "balance"))
         say(f"resumed {args.resume} at step {step}")
-    name = f"{args.task}_{args.preset if args.model == 'ast' else args.model}"
-    name += f"_{args.split}_f{args.fold}" if args.task == "finetune" else ""
-    run = Run(from_main(run_folder(args, f"{name}_s{args.seed}"), world), args, rank)
+    network = args.preset if args.model == "ast" else args.model
+    part = f"_{args.split}_f{args.fold}" if args.task == "finetune" else ""
+    name = f"{args.task}_{network}{part}_s{args.seed}"
+    run = Run(from_main(run_folder(args, name), world), args, rank)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
@@ -561,11 +555,8 @@ def main(args: argparse.Namespace) -> dict:
             rest = whole[step % steps_per_epoch :]
             batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in rest]
             for batch in loader:
-                moved = {
-                    key: batch[key].to(device, non_blocking=True)
-                    for key in ("x", "y", "weight")
-                    if key in batch
-                }
+                names = batch.keys() & {"x", "y", "weight"}  # the model wants lengths on the CPU
+                moved = {name: batch[name].to(device, non_blocking=True) for name in names}
                 batch = augment(batch | moved, args)
                 if args.task == "pretrain":
                     batch = with_masks(batch, args.mask)
@@ -577,14 +568,12 @@ def main(args: argparse.Namespace) -> dict:
                 for part, share, exchange in micro_batches(batch, args.micro_batch, model):
                     with exchange:
                         with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
-                            part_loss, part_losses, part_figures = loss_of(
-                                model, part, args, balance["weights"]
-                            )
-                        scaler.scale(part_loss * share).backward()
-                    loss = loss + part_loss.detach() * share
-                    losses.append(part_losses)
-                    for key, value in part_figures.items():
-                        figures[key] = figures.get(key, 0) + value * share
+                            mean, by_clip, by_name = loss_of(model, part, args, balance["weights"])
+                        scaler.scale(mean * share).backward()
+                    loss = loss + mean.detach() * share
+                    losses.append(by_clip)
+                    for name, value in by_name.items():
+                        figures[name] = figures.get(name, 0) + value * share
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(bare_model.parameters(), args.clip).item()
                 finite = math.isfinite(norm)
@@ -599,10 +588,8 @@ def main(args: argparse.Namespace) -> dict:
                     in_a_row = 0
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                     if args.balance == "dwa":
-                        sums = [
-                            a + b for a, b in zip(balance["sums"], figures["groups"].tolist(), strict=True)
-                        ]
-                        balance = balance | {"sums": sums, "count": balance["count"] + 1}
+                        sums = np.array(balance["sums"]) + figures["groups"].tolist()
+                        balance = balance | {"sums": sums.tolist(), "count": balance["count"] + 1}
                 else:  # the weights stay; the step counter and the learning rate have gone on
                     names, bad_loss = suspects(batch["names"], torch.cat(losses), world)
                     overflow = scaler.is_enabled() and not bad_loss and scaler.get_scale() > 1
@@ -619,6 +606,8 @@ def main(args: argparse.Namespace) -> dict:
                     shown = {key: value.tolist() for key, value in figures.items()}
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **shown)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
+                minutes = (time.time() - saved_at) / 60
+                due = (args.save_every and step % args.save_every == 0) or 0 < args.save_minutes < minutes
                 if step % eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
@@ -633,17 +622,13 @@ def main(args: argparse.Namespace) -> dict:
                         rate *= 0.5
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  "
+                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
                         f"{summary(metrics)}{'  *' if is_best else ''}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif (
-                    stop
-                    or (args.save_every and step % args.save_every == 0)
-                    or (args.save_minutes and time.time() - saved_at > 60 * args.save_minutes)
-                ):
+                elif stop or due:
                     save("last.pt")
                     saved_at = time.time()
                 if step == last or stop or not patient:

@@ -352,7 +352,8 @@ def main(args: argparse.Namespace) -> dict:
     ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
 
     # ---- resume
-    step, in_a_row, rate = 0, 0, 1.0
+    step, in_a_row = 0, 0
+    rate = 1.0
     best = {"valid_per": math.inf, "step": 0}
     skipped = {"bad": 0, "overflow": 0}
     if resumed:
@@ -368,7 +369,7 @@ def main(args: argparse.Namespace) -> dict:
         run.save(file, "decoder", bare_model, optimizer, scaler, scheduler={"rate": rate}, **state)
 
     # ---- loop
-    recent: deque[float] = deque(maxlen=200)
+    recent: deque[torch.Tensor] = deque(maxlen=200)  # losses, read when they are logged: a GPU need not wait
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
     with Interrupt(enabled=world == 1) as stop, bar:
         while step < last and not stop:
@@ -400,7 +401,7 @@ def main(args: argparse.Namespace) -> dict:
 
                 if finite:
                     in_a_row = 0
-                    recent.append(loss.item())
+                    recent.append(loss.detach())
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                 else:  # the weights stay; the step counter and the learning rate have gone on
                     names, bad_loss = suspects(batch["ids"], losses, world)
@@ -415,11 +416,10 @@ def main(args: argparse.Namespace) -> dict:
                             f"step {step}: {in_a_row} non-finite updates in a row, the last with "
                             f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
                         )
-                figures = {"loss": loss.item(), "lr": lr, "norm": norm, "skipped": skipped}
                 if step % args.log_every == 0:
-                    figures["loss_of_200"] = float(np.mean(recent)) if recent else math.nan
-                    figures["blank_fraction"] = blank_fraction(logits, frames)
-                    run.log(step, epoch, memory=peak_memory(device), **figures)
+                    report = {"blank_fraction": blank_fraction(logits, frames), "memory": peak_memory(device)}
+                    report["loss_of_200"] = float(np.mean([x.item() for x in recent])) if recent else math.nan
+                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 if step % args.eval_every == 0 or step == last:
                     metrics = None
