@@ -1408,16 +1408,8 @@ def run_folder(args: Namespace, name: str) -> Path:
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
     """The checkpoint to resume from; DataError unless it is a whole one of a trainer of `tasks`."""
     _, ckpt = load_checkpoint(path)
-    parts = {
-        "args": dict,
-        "data": dict,
-        "optimizer": dict,
-        "rng": dict,
-        "best": dict,
-        "skipped": dict,
-        "step": int,
-    }
-    missing = [name for name, kind in parts.items() if not isinstance(ckpt.get(name), kind)]
+    parts = ("args", "data", "optimizer", "rng", "best", "skipped")
+    missing = [name for name in parts if not isinstance(ckpt.get(name), dict)]
     if ckpt["task"] not in tasks or missing:
         raise DataError(
             f"{path}: task {ckpt['task']!r}, without {missing}; expected a whole last.pt of task {' or '.join(tasks)}"

@@ -78,6 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     whole, share = data.number(int, 1), data.number(float, 0, 1)
     positive, count = data.number(float, 0), data.number(int, 0)
+    below_one = data.number(float, 0, 0.99999)
+    switch = argparse.BooleanOptionalAction
     p.add_argument("--preset", choices=PRESETS, default="paper", help="defaults of all options below (paper)")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="PercePiano folder (absent: the built-in synthetic corpus)")
@@ -100,38 +102,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--level", choices=LEVELS, default="total_note_cat", help="what is pooled (%(default)s)")
     g.add_argument("--size", type=whole, default=256, help="width of every layer (%(default)s)")
     g.add_argument("--heads", type=whole, default=8, help="attention heads (%(default)s)")
-    g.add_argument("--dropout", type=data.number(float, 0, 0.99), default=0.2, help="(%(default)s; 0: off)")
-    g.add_argument(
-        "--pooled",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="statistics of notes and MIDI join the pooled vector (off)",
-    )
+    g.add_argument("--dropout", type=below_one, default=0.2, help="(%(default)s; 0: off)")
+    g.add_argument("--pooled", action=switch, default=False, help="statistics of notes and MIDI too (off)")
     g.add_argument("--head-size", type=whole, help="hidden width of the head (default: twice --size)")
     g = p.add_argument_group("optimiser")
-    g.add_argument(
-        "--optimizer",
-        choices=["adam", "adamw"],
-        default="adam",
-        help="adam couples the decay to the gradient (%(default)s)",
-    )
+    g.add_argument("--optimizer", choices=["adam", "adamw"], default="adam", help="(%(default)s)")
     g.add_argument("--lr", type=positive, default=2.5e-5, help="peak learning rate (%(default)s)")
     g.add_argument("--weight-decay", type=positive, default=1e-5, help="(%(default)s; 0: off)")
     g.add_argument("--batch", type=whole, default=8, help="performances a step and process (%(default)s)")
     g.add_argument("--clip", type=positive, default=2.0, help="largest gradient norm (%(default)s; inf: off)")
-    g.add_argument(
-        "--ema",
-        type=data.number(float, 0, 0.99999),
-        default=0.0,
-        help="decay of the averaged weights that are evaluated and saved (0: off)",
-    )
+    g.add_argument("--ema", type=below_one, default=0.0, help="decay of averaged weights (0: off)")
     g = p.add_argument_group("schedule")
-    g.add_argument(
-        "--schedule",
-        choices=["step", "cosine", "constant"],
-        default="step",
-        help="course of the rate: stepwise down, half a cosine, or none (%(default)s)",
-    )
+    courses = ["step", "cosine", "constant"]
+    g.add_argument("--schedule", choices=courses, default="step", help="course of the rate (%(default)s)")
     g.add_argument("--warmup", type=count, default=0, help="steps of linear warm-up (0: off)")
     g.add_argument(
         "--step-size", type=whole, default=3000, help="step: steps between reductions (%(default)s)"
