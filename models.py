@@ -1,11 +1,11 @@
 """All networks, and the checkpoints that rebuild them.
 
     model = HAN(input_size=101); logits = model(data.collate_han(items))     # PercePiano, HAN.md
-    model = GRUDecoder(days=24); logits, frames = model(x, lengths, day)     # intracortical speech, DECODER.md
+    model = GRUDecoder(days=24); logits, frames = model(x, lengths, day)   # intracortical speech, DECODER.md
     model = AST(num_outputs=19); ratings = model(fbank, lengths)             # piano audio, AST.md
     save_checkpoint("last.pt", ckpt); model, ckpt = load_checkpoint("best.pt")
 
-Shape legend: B batch (pieces) · T time or notes · C channels · H heads · D head width · S sequences (segments)
+Shape legend: B batch (pieces) · T time or notes · C channels · H heads · D head width · S sequences
 N notes of all pieces · M members and G groups of an attention (notes in beats, beats in measures, ...)
 Masks: True = valid. Index tensors come from data.collate_han.
 """
@@ -78,8 +78,8 @@ class BiLSTM(nn.Module):
 class ContextAttention(nn.Module):
     """Attention pooling with one learned context vector per head (HAN.md).
 
-    Linear, tanh, split in heads, dot with the context vectors, softmax over the members of each group, weighted
-    sum of the input itself, split in the same heads.
+    Linear, tanh, split in heads, dot with the context vectors, softmax over the members of each group,
+    weighted sum of the input itself, split in the same heads.
     """
 
     def __init__(self, size: int, heads: int):
@@ -120,8 +120,8 @@ class HAN(nn.Module):
     size          width of the embedding and of each LSTM direction
     layers        LSTM layers of note, voice, beat, measure
     level         what feeds the final pooling: note | beat | measure | total_note_cat
-    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers) layers
-                  and no hierarchy (level is not used); they differ in the features that they are given
+    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers)
+                  layers and no hierarchy (level is not used); they differ in the features that they are given
     head_size     width inside the head; None = 2 * size
     stats_size    > 0: batch["stats"] (B, stats_size) is concatenated with the pooled vector before the head
     """
@@ -182,8 +182,8 @@ class HAN(nn.Module):
         """Every intermediate result, in order; the last is "logits" (B, 19). For diagnostics and tests.
 
         embedding (N, size) · note, voice (N, 2s), zeros for voice 0 · beat (NB, 2s) · measure (NM, 2s) ·
-        total_note_cat (N, 8s) · level: the one of these that is pooled · contracted, 2s wide · pooled (B, 2s);
-        s = size; N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
+        total_note_cat (N, 8s) · level: the one of these that is pooled · contracted, 2s wide ·
+        pooled (B, 2s); s = size; N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
         """
         out = {}
         # indexing by piece and time, not by position in the flattened batch: any further padding is harmless
@@ -221,7 +221,7 @@ class HAN(nn.Module):
         out["measure"] = self.measure(measures, batch, "measure")
 
 
-# names of the original PercePiano network (keys of reference/percepiano_han.npz): attention of each level, parts
+# names of the original PercePiano network (reference/percepiano_han.npz): attention of each level, parts
 PERCEPIANO_LEVELS = {
     "note_attention": "note",
     "beat_attention": "beat",
@@ -242,7 +242,7 @@ PERCEPIANO_PARTS = {
 
 
 def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
-    """Original PercePiano weights (arrays or tensors by the original's names) as a HAN; sizes from the shapes.
+    """Original PercePiano weights (arrays or tensors by the original's names) as a HAN; sizes from shapes.
 
     kw: model_args that the weights do not tell (dropout) or that must agree with them. Parameters that never
     reach the logits (reference/README.md) are left out; any other unknown or missing name raises DataError.

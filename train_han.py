@@ -102,13 +102,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--level", choices=LEVELS, default="total_note_cat", help="what is pooled (%(default)s)")
     g.add_argument("--size", type=whole, default=256, help="width of every layer (%(default)s)")
     g.add_argument("--heads", type=whole, default=8, help="attention heads (%(default)s)")
-    g.add_argument("--dropout", type=below_one, default=0.2, help="(%(default)s; 0: off)")
+    g.add_argument(
+        "--dropout", type=below_one, default=0.2, help="of LSTM layers and head (%(default)s; 0: off)"
+    )
     g.add_argument("--pooled", action=switch, default=False, help="statistics of notes and MIDI too (off)")
     g.add_argument("--head-size", type=whole, help="hidden width of the head (default: twice --size)")
     g = p.add_argument_group("optimiser")
-    g.add_argument("--optimizer", choices=["adam", "adamw"], default="adam", help="(%(default)s)")
+    g.add_argument(
+        "--optimizer", choices=["adam", "adamw"], default="adam", help="adam: coupled decay (%(default)s)"
+    )
     g.add_argument("--lr", type=positive, default=2.5e-5, help="peak learning rate (%(default)s)")
-    g.add_argument("--weight-decay", type=positive, default=1e-5, help="(%(default)s; 0: off)")
+    g.add_argument("--weight-decay", type=positive, default=1e-5, help="towards 0 (%(default)s; 0: off)")
     g.add_argument("--batch", type=whole, default=8, help="performances a step and process (%(default)s)")
     g.add_argument("--clip", type=positive, default=2.0, help="largest gradient norm (%(default)s; inf: off)")
     g.add_argument("--ema", type=below_one, default=0.0, help="decay of averaged weights (0: off)")
