@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, reduce
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from data import FOLDS, DataError, number
+from data import FOLDS, DataError, number, write_atomic
 
 CHECKPOINT_FORMAT = 1
 
@@ -1080,9 +1081,9 @@ def _mean_and_deviation(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (((x - mean.unsqueeze(1)).square() * weight).sum(1) + 1e-6).sqrt()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
 DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
@@ -1090,21 +1091,17 @@ DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     """Writes a checkpoint so that a crash at any moment leaves the previous file whole.
 
-    ckpt: task, model_args, model, ... as in DESIGN.md; "format" is filled in. Tensors, numbers, strings, None, lists
-    and dicts only (a tuple is stored as a list); anything else raises TypeError naming where it stands.
+    ckpt: task, model_args, model, ... as in DESIGN.md; "format" is filled in. Tensors, numbers, strings,
+    None, lists and dicts only (a tuple is stored as a list); else TypeError naming where it stands.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
     plain = _plain({"format": CHECKPOINT_FORMAT, **ckpt}, "ckpt")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        torch.save(plain, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    write_atomic(Path(path), write)
 
 
 def _plain(value: object, where: str) -> object:
@@ -1125,24 +1122,20 @@ def _plain(value: object, where: str) -> object:
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """A model rebuilt from its checkpoint alone, on CPU, in eval mode, and the checkpoint itself.
 
-    Averaged weights (ckpt["ema"]) are used where there are any. Raises DataError for a file that is missing, cut
-    short or no checkpoint of ours.
+    Averaged weights (ckpt["ema"]) are used where there are any. Raises DataError for a file that is missing,
+    cut short or no checkpoint of ours.
     """
-    advice = "expected a checkpoint of this repository; give the last.pt or best.pt of a run"
+    advice = "expected a last.pt or best.pt of this repository"
     if not Path(path).is_file():
         raise DataError(f"{path}: {'a folder' if Path(path).is_dir() else 'no such file'}; {advice}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(
-            f"{path}: unreadable as a checkpoint ({type(error).__name__}): cut short, or another kind of file; {advice}"
-        ) from error
-    if (
-        not isinstance(ckpt, dict)
-        or ckpt.get("format") != CHECKPOINT_FORMAT
-        or ckpt.get("task") not in [*MODELS]
-    ):
-        found = [ckpt.get("format"), ckpt.get("task")] if isinstance(ckpt, dict) else type(ckpt).__name__
+        raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}); {advice}") from error
+    if not isinstance(ckpt, dict):
+        raise DataError(f"{path}: {type(ckpt).__name__} instead of a checkpoint; {advice}")
+    found = [ckpt.get("format"), ckpt.get("task")]
+    if found[0] != CHECKPOINT_FORMAT or found[1] not in [*MODELS]:
         known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
         raise DataError(f"{path}: {found} instead of {known}; {advice}")
     try:
@@ -1150,11 +1143,9 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model = MODELS[ckpt["task"]](**known)
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: model_args and weights of task {ckpt['task']!r} disagree ({_one_line(error)}); {advice}"
-        ) from error
+        raise DataError(f"{path}: model_args and weights disagree ({_one_line(error)}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise DataError(f"{path}: weights that are not finite; expected numbers; give an earlier checkpoint")
+        raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
 
 
@@ -1162,9 +1153,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Runs: what every trainer needs beside its control flow
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # what a resumed run may be given otherwise; every other option comes from its checkpoint
 FREE_ON_RESUME = set(
@@ -1174,7 +1165,7 @@ FREE_ON_RESUME = set(
 
 
 def run_options(parser: ArgumentParser, **defaults) -> _ArgumentGroup:
-    """The options of a run, the same in every trainer; returns their group. defaults: of out, log_every, ..."""
+    """The options of a run, the same in every trainer; returns their group. defaults: of some."""
     whole, count = number(int, 1), number(int, 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     types = ["auto", *AMP_TYPES, "off"]
@@ -1205,7 +1196,7 @@ def parse_options(
     *presets: Callable[[Namespace], dict],
     free: set[str] = FREE_ON_RESUME,
 ) -> Namespace:
-    """Options of a run. presets: functions of the options so far that give defaults of others, applied in turn.
+    """Options of a run. presets: functions of the options so far that give defaults of others, in turn.
     With --resume those of its checkpoint: others than `free` and more epochs are refused."""
     argv = sys.argv[1:] if argv is None else argv
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
@@ -1281,8 +1272,8 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
 
 
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
-    """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where it
-    is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
+    """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where
+    it is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
     if kind in AMP_TYPES and probe_amp(kind, device, make) == math.inf:
         raise DataError(
             f"--amp {kind}: raises or is not finite on {device}; expected a type that works; use auto"
@@ -1295,9 +1286,9 @@ def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Mod
 
 
 def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> float:
-    """Processor seconds of a step of make()'s module under autocast, the fastest of three; inf where that raises
-    or is not finite: what a device claims to support is no evidence. On one thread: threads that wait for each
-    other on a busy machine would decide the comparison."""
+    """Processor seconds of a step of make()'s module under autocast, the fastest of three; inf where that
+    raises or is not finite: what a device claims to support is no evidence. On one thread: threads that wait
+    for each other on a busy machine would decide the comparison."""
     taken = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1329,7 +1320,7 @@ def update_ema(ema: dict | None, model: nn.Module, decay: float) -> None:
 
 @contextmanager
 def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
-    """The model with its averaged weights, where there are some; afterwards its own again, in training mode."""
+    """The model with its averaged weights, if there are some; afterwards its own again, in training mode."""
     raw = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(ema or raw)
     yield
@@ -1338,7 +1329,7 @@ def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
 
 
 def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], bool]:
-    """Items of this step, over all processes, whose loss is not finite, and True; without such all items, False."""
+    """Items of this step, over all processes, whose loss is not finite, and True; without such all, False."""
     mine = list(zip(names, losses.isfinite().tolist(), strict=True))
     gathered = [mine] * world
     if world > 1:
@@ -1349,8 +1340,8 @@ def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], b
 
 
 def quiet_worker(_: int) -> None:
-    """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need its
-    workers for one more step. A second SIGTERM, which torch sends to those that outlive the loader, ends one."""
+    """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need
+    its workers for one more step. A second SIGTERM, which torch sends to those that outlive it, ends one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
@@ -1412,13 +1403,13 @@ def load_training(path: str, tasks: tuple[str, ...]) -> dict:
     missing = [name for name in parts if not isinstance(ckpt.get(name), dict)]
     if ckpt["task"] not in tasks or missing:
         raise DataError(
-            f"{path}: task {ckpt['task']!r}, without {missing}; expected a whole last.pt of task {' or '.join(tasks)}"
+            f"{path}: task {ckpt['task']!r}, without {missing}; expected last.pt of task {' or '.join(tasks)}"
         )
     return ckpt
 
 
 def same_data(path: str, saved: dict, found: dict) -> None:
-    """DataError unless a resumed run finds the data that it was trained on; what is fitted is not compared."""
+    """DataError unless a resumed run finds the data that it was trained on; fitted values apart."""
     fitted = ("mean", "std", "target_mean", "target_std")
     other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
     if other:
@@ -1428,7 +1419,7 @@ def same_data(path: str, saved: dict, found: dict) -> None:
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
-    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, where there are some.
+    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
     Processes beside the main one, whose states are not saved, go on from states of their own."""
     device = next(model.parameters()).device
     try:
@@ -1448,7 +1439,7 @@ def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: in
 
 
 class Run:
-    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process, the others pass through."""
+    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone."""
 
     def __init__(self, folder: Path, args: Namespace, rank: int):
         self.folder = folder
@@ -1478,7 +1469,7 @@ class Run:
             self.board.flush()
 
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
-        """A checkpoint; state: the other keys of DESIGN.md (scheduler, ema, step, epoch, best, skipped, data)."""
+        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
         if not self.main:
             return
         device = next(model.parameters()).device
