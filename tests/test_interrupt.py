@@ -183,28 +183,28 @@ def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
 # Long commands with workers
 # ---------------------------------------------------------------------------------------------------------
 def many_midi(folder: Path) -> None:
-    """Sixty files of two minutes."""
+    """Sixteen files of two minutes."""
     track = mido.MidiTrack()
     for i in range(1200):
         track.append(mido.Message("note_on", note=30 + i * 7 % 70, velocity=60, time=0))
         track.append(mido.Message("note_off", note=30 + i * 7 % 70, time=96))
     folder.mkdir()
     mido.MidiFile(tracks=[track]).save(folder / "00.midi")
-    for i in range(1, 60):
+    for i in range(1, 16):
         shutil.copyfile(folder / "00.midi", folder / f"{i:02}.midi")
 
 
 def many_wav(folder: Path) -> None:
-    """Forty files of fifty seconds."""
+    """Twenty files of fifty seconds."""
     folder.mkdir()
-    for i in range(40):
+    for i in range(20):
         wave = torch.rand(16000 * 50, generator=torch.Generator().manual_seed(i)) - 0.5
         data.write_wav(folder / f"{i:02}.wav", wave.numpy())
 
 
 JOBS = {  # inputs, command, output, what shows that it is in the middle (None: two workers)
     "percepiano": (
-        lambda folder: data.synth_percepiano(folder, segments=40, players=12),
+        lambda folder: data.synth_percepiano(folder, segments=16, players=12),
         "percepiano --data in --cache out --workers 2",
         "out/*.npz",
         None,
