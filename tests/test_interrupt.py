@@ -11,7 +11,6 @@ from pathlib import Path
 
 import mido
 import pytest
-import torch
 from test_train import CASES, TRAINERS, command, last, resume
 
 import data
@@ -194,14 +193,6 @@ def many_midi(folder: Path) -> None:
         shutil.copyfile(folder / "00.midi", folder / f"{i:02}.midi")
 
 
-def many_wav(folder: Path) -> None:
-    """Twenty files of fifty seconds."""
-    folder.mkdir()
-    for i in range(20):
-        wave = torch.rand(16000 * 50, generator=torch.Generator().manual_seed(i)) - 0.5
-        data.write_wav(folder / f"{i:02}.wav", wave.numpy())
-
-
 JOBS = {  # inputs, command, output, what shows that it is in the middle (None: two workers)
     "percepiano": (
         lambda folder: data.synth_percepiano(folder, segments=16, players=12),
@@ -210,13 +201,6 @@ JOBS = {  # inputs, command, output, what shows that it is in the middle (None: 
         None,
     ),
     "render": (many_midi, "render --midi-root in --workers 2", "in/*.wav", "in/*.wav"),
-    "fbank": (many_wav, "fbank --data in --out out --workers 2", "out/*.npy", "out/*.npy"),
-    "decoder-convert": (
-        lambda folder: data.synth_speech(folder, days=6, trials=30, bins=7.0),
-        "decoder-convert --in in --out out",
-        "out/*.npy",
-        "*out*/*",
-    ),
 }
 
 
