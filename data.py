@@ -5613,6 +5613,116 @@ def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Pre-training data
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Crops(torch.utils.data.Dataset):
+    """Random crops of recordings, of each as many an epoch as it has lengths of `frames`, by (epoch, number):
+    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white
+    noise of an SD up to `hiss` of full scale."""
+
+    def __init__(self, store, recordings: list[int], frames: int, seed: int, gain=0.0, hiss=0.0):
+        counts = np.rint(store.frames[recordings] / frames).astype(int).clip(min=1)
+        self.store, self.frames, self.seed, self.gain, self.hiss = store, frames, seed, gain, hiss
+        self.recordings = np.repeat(recordings, counts)
+        self.lengths = np.minimum(store.frames[self.recordings], frames).tolist()
+
+    def __len__(self) -> int:
+        return len(self.recordings)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, k = key
+        i = int(self.recordings[k])
+        x = random_crop(self.store, i, self.frames, self.seed, epoch, k)
+        if x.dtype == np.int16:
+            x = self.changed_fbank(x, np.random.default_rng((self.seed, epoch, k, 1)))
+        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, epoch, k)
+        return {"name": f"{self.store.names[i]}@{start / 100:.2f}s", "fbank": x}
+
+    def changed_fbank(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Log-mel energies of int16 samples at another level, with noise."""
+        loudness = np.float32(10 ** (rng.uniform(-self.gain, self.gain) / 20))
+        hiss = np.float32(rng.uniform(0, self.hiss))
+        noise = rng.standard_normal(len(samples), np.float32)
+        wave = samples / np.float32(32768) * loudness + noise * hiss
+        return fbank(torch.from_numpy(wave.clip(-1, 1))).numpy()
+
+
+def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) -> tuple[Crops, list, dict]:
+    """Training crops, batches of the fixed validation crops, and what the checkpoint keeps of the data. args:
+    the options of pretrain_ast.py; norm: mean and std to normalise by, unless these recordings' own."""
+    store = open_recordings(args, quiet)
+    parts = pretrain_parts(store)
+    if args.exclude_overlap:
+        parts = without_percepiano(store, parts, args, quiet, say)
+    for line in store.left_out:
+        say(f"left out: {line}")
+    train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
+    valid = Crops(store, parts["valid"], args.frames, args.seed)
+    info = {"task": "pretrain", "synthetic": store.synthetic, "frames": args.frames, "audio": "wav"}
+    info["exclude_overlap"] = bool(args.exclude_overlap)
+    info["recordings"] = fingerprint(store.names, store.frames)
+    info |= norm or fit_fbank(train, args.audioset_norm)
+    numbers = np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round()
+    fixed = [valid[0, int(k)] for k in numbers]
+    starts = range(0, len(fixed), args.micro_batch)
+    batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
+    say(
+        f"{store.root}{' (SYNTHETIC)' if store.synthetic else ''}: {len(parts['train'])} train, "
+        f"{len(parts['valid'])} valid recordings, {store.frames.sum() / 360_000:.2f} h; "
+        f"{len(train)} crops an epoch; {len(fixed)} fixed ones validate"
+    )
+    return train, batches, info
+
+
+def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
+    """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings."""
+    root = Path(args.data or synthetic_percepiano(args.cache))
+    if not args.data:
+        midi = root / "virtuoso/data/all_2rounds"
+        root = root.with_name(f"{root.name}-audio")
+        render_folder(midi, root, quiet=quiet)
+        (root / "SYNTHETIC").touch()
+    if args.online:
+        return open_audio(root, args.strict, args.audio)
+    if (root / "index.json").is_file():
+        return open_fbank(root)
+    audio = args.audio and Path(args.audio).resolve()
+    key = hashlib.sha1(f"{root.resolve()} {audio}".encode()).hexdigest()[:16]
+    return build_fbank(root, Path(args.cache) / f"fbank-{key}", None, args.strict, quiet, args.audio)
+
+
+def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> dict[str, list[int]]:
+    """The parts without recordings of music that the performances of --exclude-overlap play."""
+    maestro = read_maestro(args.data or store.root, args.strict, args.audio)
+    found = maestro_overlaps(maestro, args.exclude_overlap, pieces=True, cache=args.cache, quiet=quiet)
+    for line in maestro.unchecked:
+        say(f"not compared: {line}")
+    say(f"{len(found)} recordings of PercePiano's music left out: {', '.join(sorted(found))}")
+    parts = {part: [i for i in members if store.names[i] not in found] for part, members in parts.items()}
+    if not all(parts.values()):
+        raise DataError(f"{store.root}: only PercePiano's music; add recordings, or drop --exclude-overlap")
+    return parts
+
+
+def fit_fbank(train: torch.utils.data.Dataset, audioset: bool, most: int = 256) -> dict[str, float]:
+    """mean and std of the values of `most` training crops. Those of renderings are far from AudioSet's."""
+    if audioset:
+        return {"mean": FBANK_MEAN, "std": FBANK_STD}
+    numbers = np.linspace(0, len(train) - 1, min(most, len(train))).round()
+    crops = [train[0, int(k)]["fbank"] for k in numbers]
+    finite = [crop.ravel() for crop in crops if np.isfinite(crop).all()]
+    x = np.concatenate(finite or [np.zeros(1, np.float32)])
+    return {"mean": float(x.mean(dtype=np.float64)), "std": max(float(x.std(dtype=np.float64)), 1e-3)}
+
+
+def fingerprint(names: list[str], frames: Iterable[int]) -> str:
+    """A short hash of which recordings these are."""
+    return hashlib.sha1(json.dumps([names, [int(n) for n in frames]]).encode()).hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # Fetching
 # ------------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import base64
 import contextlib
-import copy
 import csv
 import functools
 import gzip
@@ -36,7 +35,6 @@ import itertools
 import json
 import math
 import platform
-import random
 import re
 import shlex
 import shutil
@@ -58,14 +56,10 @@ from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (
     BIN,
-    FBANK_MEAN,
-    FBANK_STD,
     FEATURE_SETS,
     FEATURES,
     FRAME,
@@ -82,8 +76,6 @@ from data import (
     DataError,
     FbankStore,
     SpeechCorpus,
-    SpeechTrials,
-    add_noise,
     clean_sentence,
     collate_han,
     collate_speech,
@@ -106,6 +98,7 @@ from data import (
     pooled_statistics,
     prepare_ast,
     prepare_han,
+    pretrain_data,
     read_labels,
     read_midi,
     read_musicxml,
@@ -120,16 +113,15 @@ from data import (
     standardise_blocks,
     synthetic_percepiano,
     synthetic_speech,
-    time_mask,
     unusable_bins,
     write_atomic,
 )
 from models import (
+    AMP_TYPES,
     AST,
     AST_PRESETS,
     HAN,
     PATCH,
-    BiLSTM,
     Block,
     ClipStatistics,
     ContextAttention,
@@ -139,12 +131,11 @@ from models import (
     group_softmax,
     json_ready,
     load_checkpoint,
-    output_frames,
-    patches,
+    peak_memory,
 )
 
 with contextlib.suppress(ImportError):  # Windows has none
-    import resource
+    pass
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
@@ -912,257 +903,117 @@ def _fit_ridge(x: np.ndarray, y: np.ndarray, groups: list[str]):
     return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=folds)).fit(x, y)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# Plain HAN: the yardstick of the speed claim. Packed bidirectional LSTMs, a Python loop over voices and dense
-# one-hot matrices between levels, as in the original; masks as in models.HAN, so that the results are the same.
-# -----------------------------------------------------------------------------------------------------------------
-class PlainHAN(nn.Module):
-    """The network of `models.HAN` (form han, level total_note_cat, no switches) with the same weights."""
-
-    def __init__(self, model: HAN):
-        super().__init__()
-        if model.level != "total_note_cat" or model.model_args["layernorm"] or model.model_args["stats_size"]:
-            raise ValueError(f"plain HAN: only level total_note_cat without switches; got {model.model_args}")
-        dropout = model.model_args["dropout"]
-        self.embedding, self.contractor, self.head = (
-            copy.deepcopy(part) for part in (model.embedding, model.contractor, model.head)
-        )
-        self.note, self.voice, self.beat, self.measure = (
-            _joined_lstm(part, dropout) for part in (model.note, model.voice, model.beat, model.measure)
-        )
-        self.beat_attention, self.measure_attention, self.attention = (
-            _PlainAttention(part) for part in (model.beat_attention, model.measure_attention, model.attention)
-        )
-
-    def forward(self, batch: dict) -> Tensor:
-        """batch of data.collate_han (only x, lengths, mask, voice, beat, measure are read) -> logits (B, 19)."""
-        lengths, mask = batch["lengths"], batch["mask"]
-        embedded = self.embedding(batch["x"])
-        note = _run(self.note, embedded, lengths)
-        hidden = torch.cat([note, self.run_voices(embedded, batch["voice"])], dim=2)
-        note_to_beat = _one_hot(batch["beat"], mask)
-        note_to_measure = _one_hot(batch["measure"], mask)
-        beats = _run(self.beat, self.beat_attention(hidden, note_to_beat), batch["beat"].amax(1) + 1)
-        beat_to_measure = (note_to_beat.transpose(1, 2) @ note_to_measure).clamp(max=1)
-        measures = self.measure_attention(beats, beat_to_measure)
-        measures = _run(self.measure, measures, batch["measure"].amax(1) + 1)
-        total = torch.cat([hidden, note_to_beat @ beats, note_to_measure @ measures], dim=2)
-        pooled = self.attention(self.contractor(total), mask.unsqueeze(2).to(total.dtype))
-        return self.head(pooled.squeeze(1))
-
-    def run_voices(self, embedded: Tensor, voice: Tensor) -> Tensor:
-        """embedded (B, T, C), voice (B, T), 0 = none -> (B, T, 2 * size), zeros for voice 0."""
-        B, T, _ = embedded.shape
-        out = embedded.new_zeros(B, T, 2 * self.voice.hidden_size)
-        for v in range(1, int(voice.max()) + 1):
-            member = voice == v
-            rows = member.any(1).nonzero().squeeze(1)
-            if not len(rows):
-                continue
-            notes = pad_sequence([embedded[row, member[row]] for row in rows], batch_first=True)
-            result = _run(self.voice, notes, member[rows].sum(1))
-            place = embedded.new_zeros(len(rows), T, notes.shape[1])
-            for i, row in enumerate(rows):
-                positions = member[row].nonzero().squeeze(1)
-                place[i, positions, torch.arange(len(positions))] = 1
-            out = out.index_add(0, rows, place @ result)
-        return out
-
-
-class _PlainAttention(nn.Module):
-    def __init__(self, attention: ContextAttention):
-        super().__init__()
-        self.linear = copy.deepcopy(attention.linear)
-        self.context_vector = nn.Parameter(attention.context_vector.detach().clone())
-
-    def forward(self, x: Tensor, membership: Tensor) -> Tensor:
-        """x (B, M, C), membership (B, M, G) one-hot, zero rows at padding -> (B, G, C)."""
-        B, M, C = x.shape
-        H, D = self.context_vector.shape
-        score = (torch.tanh(self.linear(x)).view(B, M, H, D) * self.context_vector).sum(-1)
-        member = membership.transpose(1, 2).bool().unsqueeze(1)  # (B, 1, G, M)
-        score = score.transpose(1, 2).unsqueeze(2).masked_fill(~member, torch.finfo(x.dtype).min)
-        weight = score.softmax(-1) * member  # (B, H, G, M)
-        pooled = weight @ x.view(B, M, H, D).transpose(1, 2)
-        return pooled.transpose(1, 2).reshape(B, -1, C)
-
-
-def plain_from_han(model: HAN) -> PlainHAN:
-    """The plain network with copies of a HAN's weights, in the same mode (train or eval)."""
-    return PlainHAN(model).train(model.training)
-
-
-def _run(lstm: nn.LSTM, x: Tensor, lengths: Tensor) -> Tensor:
-    packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    out, _ = pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=x.shape[1])
-    return out
-
-
-def _one_hot(group: Tensor, mask: Tensor) -> Tensor:
-    return nn.functional.one_hot(group).float() * mask.unsqueeze(2)
-
-
-def _joined_lstm(part: BiLSTM, dropout: float) -> nn.LSTM:
-    first, layers = part.forward_lstm[0], len(part.forward_lstm)
-    lstm = nn.LSTM(
-        first.input_size, first.hidden_size, layers, batch_first=True, bidirectional=True,
-        dropout=dropout if layers > 1 else 0.0,
-    )  # fmt: skip
-    with torch.no_grad():
-        for suffix, directions in (("", part.forward_lstm), ("_reverse", part.backward_lstm)):
-            for i, direction in enumerate(directions):
-                for name, parameter in direction.named_parameters():
-                    getattr(lstm, name.replace("_l0", f"_l{i}{suffix}")).copy_(parameter)
-    return lstm
-
-
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Bench
-# -----------------------------------------------------------------------------------------------------------------
-
-
-def random_items(count: int, seed: int = 7) -> list[dict]:
-    """Made-up items with the lengths, voices, beats and measures that PercePiano has: about 113 notes, up to 420, in
-    four voices (0 for extra notes), three notes a beat, three beats a measure."""
-    rng = np.random.default_rng(seed)
+# ---------------------------------------------------------------------------------------------------------
+def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+    """HAN, its arguments, loss of its output. Items have PercePiano's lengths, four voices (0: extra notes),
+    three notes a beat, three beats a measure."""
+    model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes)
+    rng = np.random.default_rng(7)
     items = []
-    for notes in (
-        np.exp(rng.normal(np.log(MEDIAN_NOTES), NOTES_SPREAD, count)).clip(30, MAX_NOTES).astype(int)
-    ):
+    for notes in rng.lognormal(np.log(113), 0.67, batch).clip(30, MAX_NOTES).astype(int):
         beat = np.sort(rng.integers(notes // 3, size=notes))
+        x = rng.standard_normal((notes, model.model_args["input_size"]), np.float32)
+        voice = rng.choice([0, 1, 2, 5, 6], notes, p=[0.02, 0.4, 0.1, 0.38, 0.1])
         items.append(
-            {
-                "x": rng.standard_normal((notes, len(column_names(FEATURES)))).astype(np.float32),
-                "voice": rng.choice([0, 1, 2, 5, 6], notes, p=[0.02, 0.4, 0.1, 0.38, 0.1]).astype(np.int64),
-                "beat": beat.astype(np.int64),
-                "measure": (beat // 3).astype(np.int64),
-                "y": rng.random(len(LABELS)).astype(np.float32),
-            }
+            {"x": x, "voice": voice, "beat": beat, "measure": beat // 3, "y": rng.random(len(LABELS))}
         )
-    return items
-
-
-def _timed_step(
-    model: torch.nn.Module, batch: dict, amp: torch.dtype | None, device: torch.device
-) -> tuple[float, float]:
-    """Seconds of one forward and backward pass, and its peak of GPU memory in MiB (NaN on CPU)."""
-    model.zero_grad(set_to_none=True)
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        loss = functional.mse_loss(torch.sigmoid(model(batch).float()), batch["y"])
-    loss.backward()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float(
-        "nan"
+    inputs = to_device(collate_han(items), device)
+    return (
+        model.to(device),
+        (inputs,),
+        lambda logits: functional.mse_loss(logits.float().sigmoid(), inputs["y"]),
     )
+
+
+def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+    """GRUDecoder, its arguments, loss of its output. Trials of about 500 bins, a label every third frame."""
+    model = GRUDecoder(**{"hidden": 512} | sizes).to(device)
+    lengths = (500 * (0.25 * torch.randn(batch)).exp()).long().clamp(100, 1200)
+    x = torch.randn(batch, int(lengths.max()), model.model_args["channels"])
+    x = x * (torch.arange(x.shape[1]) < lengths[:, None])[:, :, None]
+    labels = torch.randint(1, len(PHONEMES), (batch, x.shape[1] // 12), device=device)
+    day = torch.randint(model.model_args["days"], (batch,), device=device)
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        log_probs = output[0].float().log_softmax(-1).transpose(0, 1)
+        return functional.ctc_loss(log_probs, labels, output[1], lengths // 12)
+
+    return model, (x.to(device), lengths, day), loss  # lengths are read on the CPU
+
+
+def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+    """AST in pre-training, its arguments, loss of its output; masked: 400 of 512 patches or such a share."""
+    model = AST(**AST_PRESETS["small"] | sizes).to(device)
+    clips = torch.randn(batch, model.model_args["frames"], MELS, device=device) / 2
+    count = max(1, model.rows * model.columns * 400 // 512)
+    mask = cluster_mask(batch, model.rows, model.columns, count, device)
+    return model, (clips, None, mask), lambda output: output["nce"] + 10 * output["mse"]
+
+
+BENCHES = {"han": (bench_han, 8), "decoder": (bench_decoder, 64), "ast": (bench_ast, 2)}  # and items a step
 
 
 def bench(argv: list[str]) -> dict:
-    """`python eval.py bench`: a network against the same one written plainly, alternating step by step in one run."""
+    """`python eval.py bench`: time of a training step on made-up data of real size; needs no data set."""
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="eval.py bench",
         usage="python eval.py bench [--task han|decoder|ast] [options]",
-        description="""\
-Time of a training step, in ms, against the same network written plainly, on made-up data of real size; needs no data set.
-
-    python eval.py bench --task han                            two minutes on two cores
-    python eval.py bench --task decoder --amp bf16 --steps 10""",
+        description="Time of a training step on made-up data. Plain networks: tests/plain_networks.py",
+    )
+    parser.add_argument("--task", choices=BENCHES, default="han", help="network (%(default)s)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=N", help="sizes, as in models.py: size=16"
+    )
+    parser.add_argument("--batch", type=number(int, 1), help="items a step (8; decoder 64; ast 2)")
+    parser.add_argument(
+        "--amp", choices=["off", *AMP_TYPES], default="off", help="mixed precision (%(default)s)"
     )
     parser.add_argument(
-        "--task", choices=["han", "decoder", "ast"], default="han", help="network to time (%(default)s)"
+        "--steps", type=number(int, 1), default=10, help="steps after 3 of warm-up (%(default)s)"
     )
-    parser.add_argument("--width", type=number(int, 1), help="size of the model (256; decoder: hidden 512)")
-    parser.add_argument("--batch", type=number(int, 1), help="items per step (8; decoder 64; ast 2)")
-    parser.add_argument(
-        "--amp",
-        choices=["off", "bf16", "fp16"],
-        default="off",
-        help="mixed precision; the plain decoder and AST stay float32 (%(default)s)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=number(int, 1),
-        help="steps timed of each, after 3 of warm-up (20; decoder and ast 5, after 1); the median counts",
-    )
-    parser.add_argument("--preset", choices=[*AST_PRESETS], help="ast: size of the model (small)")
-    parser.add_argument(
-        "--frames", type=number(int, PATCH), help="ast: length of a clip, in frames of 10 ms (1024)"
-    )
-    parser.add_argument(
-        "--visible-only",
-        action="store_true",
-        help="ast: time the encoding of visible patches only as well (off)",
-    )
-    parser.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads (0: torch's default)")
+    parser.add_argument("--threads", type=number(int, 0), default=0, help="of the CPU (0: torch's default)")
     args = _parse(parser, argv)
-
-    own = {
-        "han": {"width": 256, "batch": 8, "steps": 20},
-        "decoder": {"width": 512, "batch": 64, "steps": 5},
-        "ast": {"preset": "small", "frames": 1024, "visible_only": False, "batch": 2, "steps": 5},
-    }[args.task]
-    if foreign := [
-        f"--{key.replace('_', '-')}"
-        for key in ("width", "preset", "frames", "visible_only")
-        if getattr(args, key) and key not in own
-    ]:
-        raise DataError(
-            f"bench --task {args.task}: {', '.join(foreign)} given; expected {', '.join(f'--{key}' for key in own)}; leave it out".replace(
-                "_", "-"
-            )
-        )
-    for key, default in own.items():
-        setattr(args, key, getattr(args, key) or default)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, amp = args.device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    make, batch = BENCHES[args.task]
+    batch = args.batch or batch
     torch.manual_seed(7)
-    if args.task == "decoder":
-        return bench_decoder(args, amp)
-    if args.task == "ast":
-        return bench_ast(args, amp)
-    model = HAN(input_size=len(column_names(FEATURES)), size=args.width).to(device)
-    rivals = {"HAN": model, "plain": plain_from_han(model).to(device)}
-    batch = to_device(collate_han(random_items(args.batch)), device)
-    with torch.no_grad():
-        logits = [rival.eval()(batch) for rival in rivals.values()]
-    difference = float((logits[0] - logits[1]).abs().max())
-    taken: dict[str, list] = {name: [] for name in rivals}
-    for step in range(3 + args.steps):
-        for name, rival in rivals.items():
-            figures = _timed_step(rival.train(), batch, amp, device)
-            if step >= 3:
-                taken[name].append(figures)
-    median = {name: np.median(values, axis=0) for name, values in taken.items()}
-    about = hardware(device)
-    print(
-        f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-        f"device {device.type}, dtype {'float32' if amp is None else args.amp}, {datetime.now(timezone.utc):%Y-%m-%d}"
-    )
-    print(
-        f"batch {args.batch}: {int(batch['lengths'].sum())} notes, longest {int(batch['lengths'].max())}; width {args.width}, "
-        f"{sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps"
-    )
-    for name, (seconds, memory) in median.items():
-        peak = f", peak {memory:.0f} MiB" if device.type == "cuda" else ""
-        print(f"{name:<6} {1000 * seconds:8.1f} ms/step {args.batch / seconds:8.1f} items/s{peak}")
-    ratio = float(median["plain"][0] / median["HAN"][0])
-    if device.type == "cpu":
-        print(
-            f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
-        )
-    print(f"ratio plain / HAN {ratio:.2f}; outputs differ by at most {difference:.1e} (float32, eval)")
-    return {
-        "ratio": ratio,
-        "difference": difference,
-        **{f"{name}_seconds": float(m[0]) for name, m in median.items()},
-    }
+    try:
+        sizes = {name: int(size) for name, size in (pair.split("=") for pair in args.set)}
+        model, inputs, loss = make(sizes, batch, args.device)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"bench --set {' '.join(args.set)}: {error}; expected sizes of the network"
+        ) from error
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    taken = [timed_step(model, inputs, loss, optimizer, args.amp) for _ in range(3 + args.steps)]
+    seconds = float(np.median(taken[3:]))
+    about = hardware(args.device)
+    dtype = "float32" if args.amp == "off" else args.amp
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    peak = peak_memory(args.device)
+    chip = about["gpu"] or about["cpu"]
+    print(f"{chip}, {about['threads']} threads, torch {about['torch']}, {args.device}, {dtype}")
+    print(f"{type(model).__name__}, {parameters:.1f} M parameters, batch {batch}, {args.steps} steps, median:")
+    print(f"{1000 * seconds:.1f} ms/step, {batch / seconds:.1f} items/s, peak {peak:.0f} MiB")
+    return {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak}
+
+
+def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: str = "off") -> float:
+    """Seconds of one training step."""
+    device = next(model.parameters()).device
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    with torch.autocast(device.type, AMP_TYPES.get(amp), enabled=amp != "off"):
+        value = loss(model(*inputs))
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    synchronize()
+    return time.perf_counter() - start
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -2070,176 +1921,6 @@ def _report_tuning(tuned: dict, settings: dict) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Bench: decoder
-# -----------------------------------------------------------------------------------------------------------------
-
-
-class PlainGRUDecoder(nn.Module):
-    """The network of `models.GRUDecoder` (one direction, no LayerNorm) with the same weights, as the public baseline computes
-    it: a depthwise filter per channel, windows materialised by unfold, one multi-layer GRU over the padding too."""
-
-    def __init__(self, model: GRUDecoder):
-        super().__init__()
-        sizes = model.model_args
-        if sizes["bidirectional"] or sizes["layer_norm"] or not sizes["smooth_width"]:
-            raise ValueError(f"plain decoder: only one direction, no LayerNorm, with smoothing; got {sizes}")
-        self.register_buffer("smoothing", model.smoothing.detach().repeat(sizes["channels"], 1, 1))
-        self.dayWeights = nn.Parameter(model.dayWeights.detach().clone())
-        self.dayBias = nn.Parameter(model.dayBias.detach().clone())
-        self.dropout = nn.Dropout(sizes["input_dropout"])
-        self.unfold = nn.Unfold((model.kernel, 1), stride=model.stride)
-        self.gru_decoder = copy.deepcopy(model.gru_decoder)
-        self.fc_decoder_out = copy.deepcopy(model.fc_decoder_out)
-
-    def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) zero-padded, lengths (B,), day (B,) -> logits (B, F, 41), frames (B,)."""
-        taps = self.smoothing.shape[-1]
-        x = functional.pad(x.transpose(1, 2), ((taps - 1) // 2, taps // 2))
-        x = functional.conv1d(x, self.smoothing, groups=x.shape[1]).transpose(1, 2)
-        x = torch.einsum("btc,bcd->btd", x, self.dayWeights.index_select(0, day))
-        x = x + self.dayBias.index_select(0, day)
-        windows = self.unfold(
-            self.dropout(functional.softsign(x)).transpose(1, 2).unsqueeze(3)
-        )  # (B, C * kernel, F)
-        hidden, _ = self.gru_decoder(windows.transpose(1, 2))
-        return self.fc_decoder_out(hidden), output_frames(lengths, self.unfold.kernel_size[0], self.unfold.stride)
-
-
-def random_speech(trials: int, channels: int = 256, days: int = 24, seed: int = 7) -> SpeechCorpus:
-    """A made-up corpus in memory: noise of about 500 bins a trial, a label for every third frame."""
-    rng = np.random.default_rng(seed)
-    lengths = np.exp(rng.normal(np.log(TRIAL_BINS), BINS_SPREAD, trials)).clip(100, 1200).astype(np.int64)
-    labels = [rng.integers(1, len(PHONEMES), n // 12) for n in lengths]
-    return SpeechCorpus(
-        features=rng.standard_normal((lengths.sum(), channels), np.float32), offsets=np.append(0, lengths.cumsum()),
-        day=rng.integers(days, size=trials), block=np.zeros(trials, np.int64), part=np.full(trials, "train"), labels=labels,
-        text=[""] * trials, ids=[str(i) for i in range(trials)], days=[str(d) for d in range(days)], channels=channels, root=Path("."),
-        synthetic=True, left_out=[], labelled=np.ones(trials, bool))  # fmt: skip
-
-
-def _fresh_batch(dataset: Iterable, batch: int, step: int, **options) -> object:
-    """The re-tune scripts' habit: a new iterator over the whole set for each step, of which one batch is used."""
-    return next(
-        iter(
-            DataLoader(dataset, batch, shuffle=True, generator=torch.Generator().manual_seed(step), **options)
-        )
-    )
-
-
-def _without_lengths(batch: dict, device: torch.device) -> dict:
-    """The batch on the device, but for the lengths: the model and the CTC loss read them on the CPU."""
-    return batch | {key: batch[key].to(device, non_blocking=True) for key in ("x", "day", "labels")}
-
-
-def _decoder_loss(
-    model: nn.Module, batch: dict, x: Tensor, amp: torch.dtype | None, device: torch.device
-) -> Tensor:
-    with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-        logits, frames = model(x, batch["lengths"], batch["day"])
-    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
-    return functional.ctc_loss(log_probs, batch["labels"], frames, batch["label_lengths"])
-
-
-def _decoder_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    draw: Callable,
-    amp: torch.dtype | None,
-    device: torch.device,
-) -> tuple:
-    """Seconds of one training step, seconds of it that passed before the batch was there, peak of GPU memory in MiB."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    batch = _without_lengths(draw(), device)
-    loaded = time.perf_counter()
-    x = time_mask(add_noise(batch["x"], batch["lengths"], 0.2, 0.2), batch["lengths"], 1.0, 0.075, 20)
-    _decoder_loss(model, batch, x, amp, device).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if cuda:
-        torch.cuda.synchronize(device)
-    return (
-        time.perf_counter() - start,
-        loaded - start,
-        torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan"),
-    )
-
-
-def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
-    """Training steps of GRUDecoder (the trainer's way: one lasting loader, exact lengths) and of PlainGRUDecoder (a fresh
-    iterator per step, windows, padding, float32), in turn, on the same trials, with the same noise, mask and optimiser."""
-    device, warm_up = args.device, 1
-    corpus, model = random_speech(4 * args.batch), GRUDecoder(hidden=args.width).to(device)
-    dataset = SpeechTrials(corpus, np.arange(len(corpus.ids)), np.arange(len(corpus.days)))
-    rivals = {"GRUDecoder": model, "plain": PlainGRUDecoder(model).to(device)}
-    draws = [
-        _fresh_batch(range(len(dataset)), args.batch, step).tolist() for step in range(warm_up + args.steps)
-    ]
-    workers = 4 if device.type == "cuda" else 0
-    lasting = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=draws,
-            collate_fn=collate_speech,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-        )
-    )
-    first = _without_lengths(collate_speech([dataset[i] for i in draws[0]]), device)
-    with torch.no_grad():
-        losses = [
-            float(_decoder_loss(rival.eval(), first, first["x"], None, device)) for rival in rivals.values()
-        ]
-    optimizers = {
-        name: torch.optim.AdamW(rival.train().parameters(), lr=1e-3) for name, rival in rivals.items()
-    }
-    taken: dict[str, list] = {name: [] for name in rivals}
-    for step in range(warm_up + args.steps):
-        sources = {
-            "GRUDecoder": lambda: next(lasting),
-            "plain": lambda k=step: _fresh_batch(dataset, args.batch, k, collate_fn=collate_speech),
-        }
-        for name, rival in rivals.items():
-            taken[name].append(
-                _decoder_step(rival, optimizers[name], sources[name], amp if rival is model else None, device)
-            )
-    median = {name: np.median(values[warm_up:], axis=0) for name, values in taken.items()}
-    lengths = [dataset.corpus.lengths[draw] for draw in draws[warm_up:]]
-    about = hardware(device)
-    print(
-        f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-        f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}"
-    )
-    print(
-        f"batch {args.batch} trials of {np.mean(lengths):.0f} bins on average, longest {np.max(lengths)}; {1 - np.mean(lengths) / np.mean([n.max() for n in lengths]):.0%} "
-        f"of a padded batch is padding; hidden {args.width}, {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps"
-    )
-    for name, (seconds, data, memory) in median.items():
-        peak = f", peak {memory:.0f} MiB" if device.type == "cuda" else ""
-        print(
-            f"{name:<10} {1000 * seconds:8.1f} ms/step, of which the batch took {1000 * data:.1f}; {args.batch / seconds:8.1f} trials/s{peak}"
-        )
-    ratio, difference = float(median["plain"][0] / median["GRUDecoder"][0]), abs(losses[0] - losses[1])
-    if device.type == "cpu":
-        print(
-            f"peak memory of the process, both networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
-        )
-    print(
-        f"ratio plain / GRUDecoder {ratio:.2f}; losses {losses[0]:.6f} and {losses[1]:.6f} differ by {difference:.1e} (float32, eval)"
-    )
-    return {
-        "ratio": ratio,
-        "difference": difference,
-        "losses": losses,
-        **{f"{name}_seconds": float(m[0]) for name, m in median.items()},
-    }
-
-
-# -----------------------------------------------------------------------------------------------------------------
 # Audio
 # -----------------------------------------------------------------------------------------------------------------
 
@@ -2395,40 +2076,68 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
     return store
 
 
-def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
-    """The trainer's own validation figures of one pre-training: its crops and masks, of --data, normalised as the model knows it."""
-    import pretrain_ast  # which imports this module
+def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
+    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, the same share of fewer."""
+    x, lengths = batch["x"], batch["lengths"]
+    B, T = len(x), x.shape[1] // PATCH
+    whole = bool((lengths == x.shape[1]).all())
+    columns = None if whole else (lengths // PATCH).clip(min=1).to(x.device)
+    count = max(1, round(masked / 512 * 8 * T))
+    return batch | {"mask": cluster_mask(B, 8, T, count, x.device, generator, columns=columns)}
 
-    (path, model, ckpt), data = loaded[0], loaded[0][2]["data"]
+
+def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, Tensor]:
+    """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
+    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
+    lengths = None if whole else batch["lengths"]
+    figures = model(batch["x"], lengths, mask=batch["mask"], compat=compat)
+    return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
+
+
+def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.device, args) -> dict:
+    """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes masks."""
+    generator = torch.Generator().manual_seed(args.seed)
+    sums: Counter[str] = Counter()
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            batch = to_device(with_masks(batch, args.mask, generator), device)
+            for name, value in pretrain_figures(model, batch, args.ssast_compat).items():
+                sums[name] += float(value) * len(batch["names"])
+    count = sum(len(batch["names"]) for batch in batches)
+    return {f"valid_{name}": total / count for name, total in sums.items()}
+
+
+def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+    """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
+    path, model, ckpt = loaded[0]
+    data = ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or args.crops:
         raise DataError(
-            f"{path}: a pre-training, which rates nothing; expected it alone, without --csv, --save-results, --crops; give a fine-tuned best.pt"
+            f"{path}: a pre-training, which rates nothing; give it alone, no --csv, --save-results, --crops"
         )
     if args.data is None and not data["synthetic"]:
-        raise DataError(
-            f"{path}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR"
-        )
-    own = {"data": args.data, "audio": args.audio, "cache": args.cache, "device": str(args.device)}
-    settings = argparse.Namespace(**{**vars(pretrain_ast.parse_args([])), **ckpt["args"], **own})
-    _, batches, now = pretrain_ast.pretrain_data(settings, False, print)
+        raise DataError(f"{path}: trained on real data; synthetic scores would mean nothing; give --data DIR")
+    own = {"data": args.data, "audio": args.audio, "cache": args.cache}
+    settings = argparse.Namespace(**{**ckpt["args"], **own})
+    norm = {key: data[key] for key in ("mean", "std")}
+    _, batches, now = pretrain_data(settings, False, print, norm)
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
-    for batch in batches:
-        batch["x"] = normalise_fbank(batch["x"] * 2 * now["std"] + now["mean"], data["mean"], data["std"])
-    figures = pretrain_ast.validate(model.to(args.device), batches, data, args.device, settings)
-    print(
-        "SYNTHETIC corpus: figures say nothing about real recordings"
-        if now["synthetic"]
-        else f"real data in {args.data}"
-    )
-    print(
-        f"{path}, step {ckpt['step']}, {sum(len(batch['names']) for batch in batches)} fixed crops that validate"
-    )
-    print(
-        f"NCE {figures['valid_nce']:.4f}, accuracy {figures['valid_accuracy']:.4f} (chance {figures['valid_chance']:.4f})"
-    )
-    print(f"MSE {figures['valid_mse']:.5f} (of the mean patch {figures['valid_mse_mean']:.5f})")
+    figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
+    if now["synthetic"]:
+        print("SYNTHETIC corpus: figures say nothing about real recordings")
+    print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
     return figures
+
+
+def pretrain_summary(figures: dict[str, float]) -> str:
+    """Validation figures in a line, each beside what guessing reaches."""
+    shown = {name: f"{value:.4f}" for name, value in figures.items()}
+    return (
+        f"loss {shown['valid_loss']}  NCE {shown['valid_nce']}  accuracy {shown['valid_accuracy']} "
+        f"(chance {shown['valid_chance']})  MSE {shown['valid_mse']} (mean patch {shown['valid_mse_mean']})"
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -3286,244 +2995,6 @@ Which parts of a piece reach an AST's output, drawn over its spectrogram.
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Bench: AST
-# -----------------------------------------------------------------------------------------------------------------
-
-MASKED = 400, 512  # patches that SSAST masks, of those of 1024 frames
-
-
-class PlainAST(nn.Module):
-    """Pre-training of `models.AST` with the same weights, as the original code computes it: a pass of the encoder for either
-    objective, attention weights written out, Python loops over the clips."""
-
-    def __init__(self, model: AST):
-        super().__init__()
-        if (
-            model.decoder is not None
-            or model.extra is not None
-            or model.model_args["num_outputs"] is not None
-        ):
-            raise ValueError(
-                f"plain AST: only pre-training with all patches, without tokens of their own; got {model.model_args}"
-            )
-        self.network = copy.deepcopy(model)
-
-    def forward(self, clips: Tensor, mask: Tensor, second: Tensor) -> dict[str, Tensor]:
-        """mask, second: patches (B, N) that the discriminative and the generative head work on -> nce, mse."""
-        nce, mse = [], []
-        hidden, pixels = self.encode(clips, mask)
-        for i, ids in enumerate(mask):
-            score = pixels[i, ids] @ self.network.discriminate(hidden[i, ids]).T  # patch, prediction
-            nce.append(-score.log_softmax(0).diagonal().mean())
-        hidden, pixels = self.encode(clips, second)
-        for i, ids in enumerate(second):
-            mse.append((self.network.generate(hidden[i, ids]) - pixels[i, ids]).square().mean())
-        return {"nce": torch.stack(nce).mean(), "mse": torch.stack(mse).mean()}
-
-    def encode(self, clips: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Final tokens (B, T, width) of the clips with these patches hidden, and the pixels (B, T, 256)."""
-        network = self.network
-        x, _ = network.tokens(clips, None)
-        shown = torch.ones_like(x[..., :1])
-        for i, ids in enumerate(mask):
-            shown[i, ids] = 0
-        x = network.dropout(x * shown + network.hidden * (1 - shown) + network.position(network.grid(clips)))
-        for block in network.blocks:
-            x, _ = explicit_block(block, x)
-        return network.norm(x), patches(clips)
-
-
-def plain_mask(batch: int, rows: int, columns: int, count: int, rng: random.Random) -> Tensor:
-    """Patches to mask (batch, count), a loop over clips as in the original: clusters at random until enough patches are
-    covered, the set of all ids built anew after each; then the surplus is cut off, here at random."""
-    masks = []
-    for _ in range(batch):
-        ids, side = [], rng.randint(3, 5)
-        while len(set(ids)) < count:
-            start = rng.randrange(rows * columns)
-            for i in range(side):
-                for j in range(side):
-                    if start + columns * i + j < rows * columns:
-                        ids.append(start + columns * i + j)
-        masks.append(torch.tensor(rng.sample(sorted(set(ids)), count)))
-    return torch.stack(masks)
-
-
-def pretrain_flops(model: AST, masked: int, passes: int = 1) -> int:
-    """Floating point operations in the matrix products of a clip's step: backward costs as much again for either factor that
-    has a gradient, which pixels have not; what checkpointing or fused kernels compute again is not counted."""
-
-    def blocks(tokens: int, width: int, depth: int) -> int:
-        return depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-
-    pixels, width, tokens = PATCH**2, model.model_args["width"], model.rows * model.columns
-    if model.decoder is None:
-        both = passes * blocks(tokens, width, len(model.blocks))
-    else:
-        seen, narrow = tokens - masked, width // 2
-        both = (
-            blocks(seen, width, len(model.blocks))
-            + 2 * seen * width * narrow
-            + blocks(tokens, narrow, len(model.decoder))
-        )
-        width = narrow
-    both += 2 * 2 * masked * width * (width + pixels)  # two heads
-    one = (
-        passes * 2 * tokens * pixels * model.model_args["width"] + 2 * masked**2 * pixels
-    )  # projection of the patches; scores
-    return 3 * both + 2 * one
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations of a large square matrix product per second, on CPU per second of CPU time, which a busy machine does not
-    stretch; the best of 5."""
-    n, clock = (8192, 0) if device.type == "cuda" else (2048, 1)
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / min(_clock(lambda: a @ a, device)[clock] for _ in range(5))
-
-
-def _clock(work: Callable, device: torch.device) -> tuple[float, float, float]:
-    """Seconds, seconds of the process's CPU time, and peak of GPU memory in MiB (NaN on CPU) of one call."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-    start, busy = time.perf_counter(), time.process_time()
-    work()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return (
-        time.perf_counter() - start,
-        time.process_time() - busy,
-        torch.cuda.max_memory_allocated(device) / 2**20 if cuda else math.nan,
-    )
-
-
-def _pretrain_loss(model: nn.Module, clips: Tensor, mask: Tensor, **second: Tensor) -> Tensor:
-    out = model(clips, mask=mask, **second)
-    return out["nce"] + 10 * out["mse"]
-
-
-def _pretrain_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, clips: Tensor, draw: Callable, amp: torch.dtype | None
-) -> None:
-    with torch.autocast(clips.device.type, dtype=amp, enabled=amp is not None):
-        loss = _pretrain_loss(model, clips, **draw())
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def bench_masks(device: torch.device, batch: int = 64, rounds: int = 5) -> dict:
-    """Milliseconds of SSAST's masks for 64 clips of 1024 frames: cluster_mask and plain_mask, in turn, medians; and the ratio,
-    also of CPU time."""
-    rng, (rows, columns, count) = random.Random(7), (8, 64, MASKED[0])
-    ways = {
-        "cluster_mask": lambda: cluster_mask(batch, rows, columns, count, device),
-        "loop": lambda: plain_mask(batch, rows, columns, count, rng).to(device),
-    }
-    taken = [[_clock(way, device)[:2] for way in ways.values()] for _ in range(1 + rounds)][1:]
-    (fast, fast_busy), (slow, slow_busy) = (1000 * np.median(taken, axis=0)).tolist()
-    busy_ratio = slow_busy / fast_busy
-    print(
-        f"masks of {batch} clips, {count} of {rows * columns} patches: cluster_mask {fast:.2f} ms, loop {slow:.1f} ms, ratio {slow / fast:.0f} (of CPU time {busy_ratio:.0f})"
-    )
-    return {"mask_ms": fast, "plain_mask_ms": slow, "mask_ratio": slow / fast, "mask_cpu_ratio": busy_ratio}
-
-
-def bench_ast(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
-    """Pre-training steps of AST (one pass, vectorised masks, fused attention) and of PlainAST (two passes, loops, float32), in
-    turn, on the same clips with optimisers of their own; with --visible-only also of an AST that encodes visible patches only."""
-    device, warm_up, rng = args.device, 1, random.Random(7)
-    model = AST(frames=args.frames, **AST_PRESETS[args.preset]).to(device)
-    rows, columns = model.rows, model.columns
-    N = max(1, round(rows * columns * MASKED[0] / MASKED[1]))
-    clips = normalise_fbank(FBANK_MEAN + FBANK_STD * torch.randn(args.batch, args.frames, MELS)).to(device)
-    rivals = {"AST": model, "plain": PlainAST(model).to(device)}
-    if args.visible_only:
-        rivals["visible"] = AST(frames=args.frames, visible_only=True, **AST_PRESETS[args.preset]).to(device)
-    ours, loop = (
-        functools.partial(cluster_mask, args.batch, rows, columns, N, device),
-        functools.partial(plain_mask, args.batch, rows, columns, N, rng),
-    )
-    draws = {name: lambda: {"mask": ours()} for name in rivals}
-    draws["plain"] = lambda: {"mask": loop().to(device), "second": loop().to(device)}
-    same = ours()
-    with torch.no_grad():
-        losses = [
-            [float(out[key]) for key in ("nce", "mse")]
-            for out in (model.eval()(clips, mask=same), rivals["plain"].eval()(clips, same, same))
-        ]
-    work = {
-        name: args.batch * pretrain_flops(model if name == "plain" else rival, N, 2 if name == "plain" else 1)
-        for name, rival in rivals.items()
-    }
-    optimizers = {
-        name: torch.optim.AdamW(rival.train().parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.01)
-        for name, rival in rivals.items()
-    }
-    taken: dict[str, list] = {name: [] for name in rivals}
-    for _ in range(warm_up + args.steps):
-        for name, rival in rivals.items():
-            dtype = None if name == "plain" else amp
-            taken[name].append(
-                _clock(
-                    functools.partial(_pretrain_step, rival, optimizers[name], clips, draws[name], dtype),
-                    device,
-                )
-            )
-    median = {name: np.median(values[warm_up:], axis=0) for name, values in taken.items()}
-    peaks = {dtype: matmul_peak(device, dtype) for dtype in {torch.float32, amp or torch.float32}}
-    about = hardware(device)
-    print(
-        f"{about['gpu'] or about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-        f"device {device.type}, dtype {'float32' if amp is None else args.amp}, plain float32, {datetime.now(timezone.utc):%Y-%m-%d}"
-    )
-    print(
-        f"batch {args.batch} clips of {args.frames} frames, {N} of {rows * columns} patches masked; {args.preset}, "
-        f"{sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters; median of {args.steps} steps"
-    )
-    for name, (seconds, busy, memory) in median.items():
-        dtype = torch.float32 if name == "plain" or amp is None else amp
-        rate, kept = (
-            (work[name] / seconds, f", peak {memory:.0f} MiB")
-            if device.type == "cuda"
-            else (work[name] / busy, f", CPU time {1000 * busy:.1f} ms")
-        )
-        print(
-            f"{name:<7} {1000 * seconds:8.1f} ms/step {args.batch / seconds:7.2f} clips/s{kept}; {work[name] / 1e9:.1f} GFLOP, {work[name] / seconds / 1e9:.1f} GFLOP/s; "
-            f"{rate / 1e9:.1f}{' by CPU time' * (device.type == 'cpu')}, {rate / peaks[dtype]:.0%} of the {peaks[dtype] / 1e9:.0f} of a large {str(dtype)[6:]} matrix product"
-        )
-    ratio, busy_ratio, _ = (float(r) for r in median["plain"] / median["AST"])
-    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    if device.type == "cpu":
-        print(
-            f"peak memory of the process, all networks: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
-        )
-    print(
-        f"ratio plain / AST {ratio:.2f} (of CPU time {busy_ratio:.2f}); nce {losses[0][0]:.6f}, mse {losses[0][1]:.6f} differ by at most {difference:.1e} (same masks, float32, eval)"
-    )
-    result = {
-        "ratio": ratio,
-        "cpu_ratio": busy_ratio,
-        "difference": difference,
-        "losses": losses,
-        "flops": work,
-        "peaks": {str(d): p for d, p in peaks.items()},
-        **{f"{name}_seconds": float(m[0]) for name, m in median.items()},
-    }
-    if args.visible_only:
-        result["visible_ratio"], result["visible_cpu_ratio"] = (
-            float(r) for r in (median["AST"] / median["visible"])[:2]
-        )
-        print(
-            f"ratio AST / visible only {result['visible_ratio']:.2f} (of CPU time {result['visible_cpu_ratio']:.2f})"
-        )
-    return result | bench_masks(device)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Training curves
 # ------------------------------------------------------------------------------------------------------------
 CURVES = {

@@ -1,11 +1,11 @@
 """All networks, and the checkpoints that rebuild them.
 
     model = HAN(input_size=101); logits = model(data.collate_han(items))     # PercePiano, HAN.md
-    model = GRUDecoder(days=24); logits, frames = model(x, lengths, day)     # intracortical speech, DECODER.md
+    model = GRUDecoder(days=24); logits, frames = model(x, lengths, day)   # intracortical speech, DECODER.md
     model = AST(num_outputs=19); ratings = model(fbank, lengths)             # piano audio, AST.md
     save_checkpoint("last.pt", ckpt); model, ckpt = load_checkpoint("best.pt")
 
-Shape legend: B batch (pieces) · T time or notes · C channels · H heads · D head width · S sequences (segments)
+Shape legend: B batch (pieces) · T time or notes · C channels · H heads · D head width · S sequences
 N notes of all pieces · M members and G groups of an attention (notes in beats, beats in measures, ...)
 Masks: True = valid. Index tensors come from data.collate_han.
 """
@@ -21,28 +21,28 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, reduce
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 
-from data import FOLDS, DataError
+from data import FOLDS, DataError, number, write_atomic
 
 CHECKPOINT_FORMAT = 1
-LEVELS = ("note", "beat", "measure", "total_note_cat")
-FORMS = ("han", "bilstm", "bilstm_sa")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Layers of HAN
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 class BiLSTM(nn.Module):
     """Bidirectional LSTM over many sequences of unequal length, exact at their ends.
 
@@ -59,9 +59,9 @@ class BiLSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, batch: dict, name: str) -> Tensor:
-        """x (M, C) all notes (name "note", "voice"), beats or measures of a collate_han batch -> (M, 2 * hidden)."""
-        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16:
-            with torch.autocast("cpu", enabled=False):  # oneDNN has no float16 LSTM
+        """x (M, C) notes (name "note", "voice"), beats or measures of a batch -> (M, 2 * hidden)."""
+        if torch.is_autocast_enabled("cpu"):  # oneDNN has no float16 LSTM, and on some CPUs no bfloat16 one
+            with torch.autocast("cpu", enabled=False):
                 return self.forward(x.float(), batch, name)
         grid, slot = batch[f"{name}_grid"], batch[f"{name}_slot"]
         for i, pair in enumerate(zip(self.forward_lstm, self.backward_lstm, strict=True)):
@@ -77,10 +77,10 @@ class BiLSTM(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Attention pooling with one learned context vector per head (HAN.md, "Context attention").
+    """Attention pooling with one learned context vector per head (HAN.md).
 
-    Linear, tanh, split in heads, dot with the context vectors, softmax over the members of each group, weighted
-    sum of the input itself, split in the same heads.
+    Linear, tanh, split in heads, dot with the context vectors, softmax over the members of each group,
+    weighted sum of the input itself, split in the same heads.
     """
 
     def __init__(self, size: int, heads: int):
@@ -89,7 +89,7 @@ class ContextAttention(nn.Module):
         self.context_vector = nn.Parameter(torch.empty(heads, size // heads).uniform_(-1, 1))
 
     def forward(self, x: Tensor, group: Tensor, groups: int) -> Tensor:
-        """x (M, C), group (M,) group of each member, groups G -> (G, C) float32; an empty group gives zeros."""
+        """x (M, C), group (M,) of each member, groups G -> (G, C) float32; an empty group gives zeros."""
         (H, D), (M, C) = self.context_vector.shape, x.shape
         hidden = torch.tanh(self.linear(x)).float().view(M, H, D)
         weight = group_softmax((hidden * self.context_vector.float()).sum(-1), group, groups)
@@ -107,9 +107,13 @@ def group_softmax(score: Tensor, group: Tensor, groups: int) -> Tensor:
     return weight / total.index_select(0, group)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # HAN (Park et al., Scientific Reports 14, 23002, 2024)
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
+LEVELS = ("note", "beat", "measure", "total_note_cat")
+FORMS = ("han", "bilstm", "bilstm_sa")
+
+
 class HAN(nn.Module):
     """Hierarchical attention network over the notes of a performance: 19 ratings, before the sigmoid.
 
@@ -117,49 +121,59 @@ class HAN(nn.Module):
     size          width of the embedding and of each LSTM direction
     layers        LSTM layers of note, voice, beat, measure
     level         what feeds the final pooling: note | beat | measure | total_note_cat
-    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers) layers and
-                  no hierarchy (level is not used); they differ in the features that they are given
+    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers)
+                  layers and no hierarchy (level is not used); they differ in the features that they are given
     head_size     width inside the head; None = 2 * size
     stats_size    > 0: batch["stats"] (B, stats_size) is concatenated with the pooled vector before the head
     """
 
-    def __init__(self, input_size: int, size: int = 256, heads: int = 8, layers: tuple[int, ...] = (2, 2, 2, 1),
-                 num_label: int = 19, dropout: float = 0.2, level: str = "total_note_cat", model: str = "han",
-                 head_size: int | None = None, stats_size: int = 0):  # fmt: skip
+    def __init__(
+        self,
+        input_size: int,
+        size: int = 256,
+        heads: int = 8,
+        layers: tuple[int, ...] = (2, 2, 2, 1),
+        num_label: int = 19,
+        dropout: float = 0.2,
+        level: str = "total_note_cat",
+        model: str = "han",
+        head_size: int | None = None,
+        stats_size: int = 0,
+    ):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         if model not in FORMS or level not in LEVELS:
-            raise DataError(
-                f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, one of {LEVELS}"
-            )
+            raise DataError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, of {LEVELS}")
         if size % heads:
             raise DataError(f"HAN: size {size} is not a multiple of heads {heads}")
-        self.level = "note" if model != "han" else level
-        note_layers, voice_layers, beat_layers, measure_layers = (
-            layers if model == "han" else (sum(layers), 0, 0, 0)
-        )
+        if model != "han":
+            level = "note"
+            layers = [sum(layers), 0, 0, 0]
+        self.level = level
         width = 2 * size  # both directions of an LSTM
 
         self.embedding = nn.Linear(input_size, size)
-        self.note = BiLSTM(size, size, note_layers, dropout)
-        if self.level != "note":
-            self.voice = BiLSTM(size, size, voice_layers, dropout)
+        self.note = BiLSTM(size, size, layers[0], dropout)
+        if level != "note":
+            self.voice = BiLSTM(size, size, layers[1], dropout)
             self.beat_attention = ContextAttention(2 * width, heads)
-            self.beat = BiLSTM(2 * width, size, beat_layers, dropout)
-        if self.level in ("measure", "total_note_cat"):
+            self.beat = BiLSTM(2 * width, size, layers[2], dropout)
+        if level in ("measure", "total_note_cat"):
             self.measure_attention = ContextAttention(width, heads)
-            self.measure = BiLSTM(width, size, measure_layers, dropout)
-        level_width = 4 * width if self.level == "total_note_cat" else width
-        self.contractor = (
-            nn.Identity() if self.level in ("beat", "measure") else nn.Linear(level_width, width)
-        )
+            self.measure = BiLSTM(width, size, layers[3], dropout)
+        self.contractor = nn.Identity()
+        if level in ("note", "total_note_cat"):
+            self.contractor = nn.Linear(4 * width if level == "total_note_cat" else width, width)
         self.attention = ContextAttention(width, heads)
-        first, last = (
-            nn.Linear(width + stats_size, head_size or width),
-            nn.Linear(head_size or width, num_label),
+        hidden = head_size or width
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(width + stats_size, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_label),
         )
-        self.head = nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
 
     def forward(self, batch: dict) -> Tensor:
         """batch of data.collate_han -> logits (B, 19)."""
@@ -168,9 +182,9 @@ class HAN(nn.Module):
     def stages(self, batch: dict) -> dict[str, Tensor]:
         """Every intermediate result, in order; the last is "logits" (B, 19). For diagnostics and tests.
 
-        embedding (N, size) · note, voice (N, 2s), zeros for voice 0 · beat (NB, 2s) · measure (NM, 2s) · total_note_cat
-        (N, 8s) · level: the one of these that is pooled · contracted, 2s wide · pooled (B, 2s); s = size; N, NB, NM
-        notes, beats, measures of all pieces. Stages beyond the level are absent.
+        embedding (N, size) · note, voice (N, 2s), zeros for voice 0 · beat (NB, 2s) · measure (NM, 2s) ·
+        total_note_cat (N, 8s) · level: the one of these that is pooled · contracted, 2s wide ·
+        pooled (B, 2s); s = size; N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
         """
         out = {}
         # indexing by piece and time, not by position in the flattened batch: any further padding is harmless
@@ -181,12 +195,16 @@ class HAN(nn.Module):
         if self.level in ("measure", "total_note_cat"):
             self.encode_measures(out, batch)
         if self.level == "total_note_cat":
-            out["total_note_cat"] = self.span(out, batch)
+            beat = out["beat"].index_select(0, batch["note_beat"])
+            measure = out["measure"].index_select(0, batch["note_measure"])
+            out["total_note_cat"] = torch.cat([out["note"], out["voice"], beat, measure], dim=1)
         out["level"] = out[self.level]
         out["contracted"] = self.contractor(out["level"])
         piece = batch[f"{self.level}_piece" if self.level in ("beat", "measure") else "piece"]
         out["pooled"] = self.attention(out["contracted"], piece, len(batch["x"]))
-        seen = [out["pooled"]] + ([batch["stats"]] if self.model_args["stats_size"] else [])
+        seen = [out["pooled"]]
+        if self.model_args["stats_size"]:
+            seen.append(batch["stats"])
         out["logits"] = self.head(torch.cat(seen, dim=1))
         return out
 
@@ -203,76 +221,64 @@ class HAN(nn.Module):
         measures = self.measure_attention(out["beat"], batch["beat_measure"], len(batch["measure_piece"]))
         out["measure"] = self.measure(measures, batch, "measure")
 
-    def span(self, out: dict[str, Tensor], batch: dict) -> Tensor:
-        """total_note_cat (N, 8s): every note with its voice, beat and measure."""
-        beat = out["beat"].index_select(0, batch["note_beat"])
-        measure = out["measure"].index_select(0, batch["note_measure"])
-        return torch.cat([out["note"], out["voice"], beat, measure], dim=1)
 
-
-# names of the original PercePiano network (keys of reference/percepiano_han.npz)
-_FINAL_ATTENTION = {
-    "performance_final_attention": "total_note_cat",
-    "measure_attention": "measure",
-    "beat_attention": "beat",
+# names of the original PercePiano network (reference/percepiano_han.npz): attention of each level, parts
+PERCEPIANO_LEVELS = {
     "note_attention": "note",
+    "beat_attention": "beat",
+    "measure_attention": "measure",
+    "performance_final_attention": "total_note_cat",
 }
-_PARTS = {
+PERCEPIANO_PARTS = {
     "embedding": "note_embedder.fc",
+    "note": "score_encoder.lstm",
     "voice": "score_encoder.voice_net",
     "beat_attention": "score_encoder.beat_attention",
     "beat": "score_encoder.beat_rnn",
     "measure_attention": "score_encoder.measure_attention",
     "measure": "score_encoder.measure_rnn",
+    "contractor": "performance_contractor",
     "head": "out_fc",
 }
-# built by the original, but without influence on the logits (reference/README.md)
-_DEAD = {"total_note_cat": ["performance_encoder"], "measure": ["performance_encoder"]}
-_DEAD["beat"] = [*_DEAD["measure"], _PARTS["measure_attention"], _PARTS["measure"]]
-_DEAD["note"] = [*_DEAD["beat"], _PARTS["beat_attention"], _PARTS["beat"], _PARTS["voice"]]
 
 
 def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
-    """Original PercePiano weights (arrays or tensors by the original's names) as a HAN; sizes come from the shapes.
+    """Original PercePiano weights (arrays or tensors by the original's names) as a HAN; sizes from shapes.
 
     kw: model_args that the weights do not tell (dropout) or that must agree with them. Parameters that never
     reach the logits (reference/README.md) are left out; any other unknown or missing name raises DataError.
     """
     weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
-    final = [name for name in _FINAL_ATTENTION if f"{name}.context_vector" in weights]
-    needed = ("note_embedder.fc.weight", "out_fc.1.weight", "out_fc.4.weight")
-    missing = [name for name in needed if name not in weights]
-    if len(final) != 1 or missing:
-        raise DataError(
-            f"HAN weights: found {final}, missing {missing}; expected one of {[*_FINAL_ATTENTION]}"
-        )
-    form, level = "bilstm" if "lstm.weight_ih_l0" in weights else "han", _FINAL_ATTENTION[final[0]]
-    parts = _PARTS | {
-        "note": "lstm" if form == "bilstm" else "score_encoder.lstm",
-        "contractor": "note_contractor" if level == "note" else "performance_contractor",
-        "attention": final[0],
-    }
-    size, input_size = weights[needed[0]].shape
-    args = {"input_size": input_size, "size": size, "level": level, "model": form}
-    args["heads"] = len(weights[f"{final[0]}.context_vector"])
+    attention = [name for name in PERCEPIANO_LEVELS if f"{name}.context_vector" in weights]
+    shapes = [weights.get(f"{name}.weight") for name in ("note_embedder.fc", "out_fc.1", "out_fc.4")]
+    if len(attention) != 1 or any(weight is None for weight in shapes):
+        raise DataError(f"HAN weights: expected note_embedder.fc, out_fc and one of {[*PERCEPIANO_LEVELS]}")
+    embedding, hidden, last = shapes
+    level = PERCEPIANO_LEVELS[attention[0]]
+    form = "bilstm" if "lstm.weight_ih_l0" in weights else "han"
+    parts = PERCEPIANO_PARTS | {"attention": attention[0]}
+    if form == "bilstm":
+        parts["note"] = "lstm"
+    if level == "note":
+        parts["contractor"] = "note_contractor"
+    args = {"input_size": embedding.shape[1], "size": len(embedding), "level": level, "model": form}
+    args["heads"] = len(weights[f"{attention[0]}.context_vector"])
     args["layers"] = [_layer_count(weights, parts[name]) for name in ("note", "voice", "beat", "measure")]
-    args["head_size"], args["num_label"] = len(weights[needed[1]]), len(weights[needed[2]])
+    args["head_size"] = len(hidden)
+    args["num_label"] = len(last)
     model = HAN(**(args | kw))
-    wanted = {name: _percepiano_name(name, parts) for name in model.state_dict()}
-    dead = tuple(f"{name}." for name in _DEAD[level]) if form == "han" else ()
-    unknown = sorted(name for name in weights.keys() - set(wanted.values()) if not name.startswith(dead))
-    missing = sorted(set(wanted.values()) - weights.keys())
-    if unknown or missing:
-        raise DataError(
-            f"HAN weights: unknown {unknown}, missing {missing}; expected a {form} network, level {level}"
-        )
-    for name, parameter in model.state_dict().items():
-        value = weights[wanted[name]]
-        value = value.squeeze(-1) if name.endswith("context_vector") else value
-        if value.shape != parameter.shape:
-            shapes = f"{tuple(value.shape)}; expected {tuple(parameter.shape)}"
-            raise DataError(f"HAN weights: {wanted[name]} has shape {shapes} from the other weights")
-        parameter.copy_(value)
+
+    originals = {name: _percepiano_name(name, parts) for name in model.state_dict()}
+    unused = ["performance_encoder", *(name for part, name in parts.items() if not hasattr(model, part))]
+    dead = tuple(f"{name}." for name in unused) if form == "han" else ()
+    odd = [name for name in weights.keys() ^ set(originals.values()) if not name.startswith(dead)]
+    if odd:
+        raise DataError(f"HAN weights: unknown or missing {sorted(odd)}; expected a {form}, level {level}")
+    given = {name: weights[original].squeeze(-1) for name, original in originals.items()}
+    try:
+        model.load_state_dict(given)
+    except RuntimeError as error:
+        raise DataError(f"HAN weights: {_one_line(error)}") from error
     return model.eval()
 
 
@@ -285,7 +291,7 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
     part, _, rest = name.partition(".")
     rest = re.sub(r"forward_lstm\.(\d+)\.(\w+)_l0", r"\2_l\1", rest)
     rest = re.sub(r"backward_lstm\.(\d+)\.(\w+)_l0", r"\2_l\1_reverse", rest)
-    return f"{parts.get(part, part)}.{rest.replace('linear.', 'attention_net.')}"
+    return f"{parts[part]}.{rest.replace('linear.', 'attention_net.')}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1075,9 +1081,9 @@ def _mean_and_deviation(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (((x - mean.unsqueeze(1)).square() * weight).sum(1) + 1e-6).sqrt()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
 DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
@@ -1085,21 +1091,17 @@ DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     """Writes a checkpoint so that a crash at any moment leaves the previous file whole.
 
-    ckpt: task, model_args, model, ... as in DESIGN.md; "format" is filled in. Tensors, numbers, strings, None, lists
-    and dicts only (a tuple is stored as a list); anything else raises TypeError naming where it stands.
+    ckpt: task, model_args, model, ... as in DESIGN.md; "format" is filled in. Tensors, numbers, strings,
+    None, lists and dicts only (a tuple is stored as a list); else TypeError naming where it stands.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
     plain = _plain({"format": CHECKPOINT_FORMAT, **ckpt}, "ckpt")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(plain, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        torch.save(plain, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    write_atomic(Path(path), write)
 
 
 def _plain(value: object, where: str) -> object:
@@ -1120,24 +1122,20 @@ def _plain(value: object, where: str) -> object:
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """A model rebuilt from its checkpoint alone, on CPU, in eval mode, and the checkpoint itself.
 
-    Averaged weights (ckpt["ema"]) are used where there are any. Raises DataError for a file that is missing, cut
-    short or no checkpoint of ours.
+    Averaged weights (ckpt["ema"]) are used where there are any. Raises DataError for a file that is missing,
+    cut short or no checkpoint of ours.
     """
-    advice = "expected a checkpoint of this repository; give the last.pt or best.pt of a run"
+    advice = "expected a last.pt or best.pt of this repository"
     if not Path(path).is_file():
         raise DataError(f"{path}: {'a folder' if Path(path).is_dir() else 'no such file'}; {advice}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(
-            f"{path}: unreadable as a checkpoint ({type(error).__name__}): cut short, or another kind of file; {advice}"
-        ) from error
-    if (
-        not isinstance(ckpt, dict)
-        or ckpt.get("format") != CHECKPOINT_FORMAT
-        or ckpt.get("task") not in [*MODELS]
-    ):
-        found = [ckpt.get("format"), ckpt.get("task")] if isinstance(ckpt, dict) else type(ckpt).__name__
+        raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}); {advice}") from error
+    if not isinstance(ckpt, dict):
+        raise DataError(f"{path}: {type(ckpt).__name__} instead of a checkpoint; {advice}")
+    found = [ckpt.get("format"), ckpt.get("task")]
+    if found[0] != CHECKPOINT_FORMAT or found[1] not in [*MODELS]:
         known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
         raise DataError(f"{path}: {found} instead of {known}; {advice}")
     try:
@@ -1145,11 +1143,9 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model = MODELS[ckpt["task"]](**known)
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: model_args and weights of task {ckpt['task']!r} disagree ({_one_line(error)}); {advice}"
-        ) from error
+        raise DataError(f"{path}: model_args and weights disagree ({_one_line(error)}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise DataError(f"{path}: weights that are not finite; expected numbers; give an earlier checkpoint")
+        raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
 
 
@@ -1157,15 +1153,40 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Runs: what every trainer needs beside its control flow
-# -----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # what a resumed run may be given otherwise; every other option comes from its checkpoint
 FREE_ON_RESUME = set(
     "data audio cache out name resume init device max_steps patience log_every save_every save_minutes "
     "max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
 )
+
+
+def run_options(parser: ArgumentParser, **defaults) -> _ArgumentGroup:
+    """The options of a run, the same in every trainer; returns their group. defaults: of some."""
+    whole, count = number(int, 1), number(int, 0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    types = ["auto", *AMP_TYPES, "off"]
+    g = parser.add_argument_group("run")
+    g.add_argument("--name", metavar="NAME", help="run folder below --out (made of the options)")
+    g.add_argument("--out", metavar="DIR", help="folder of runs (%(default)s)")
+    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on with its options (off)")
+    g.add_argument("--seed", type=count, default=7, help="same seed, same run on CPU (%(default)s)")
+    g.add_argument("--device", metavar="NAME", default=device, help="cpu or cuda (%(default)s here)")
+    g.add_argument("--amp", choices=types, default="auto", help="mixed precision; auto tries (%(default)s)")
+    g.add_argument(
+        "--max-skips", type=whole, default=20, help="non-finite updates that stop it (%(default)s)"
+    )
+    g.add_argument("--log-every", type=whole, default=100, help="steps between log lines (%(default)s)")
+    g.add_argument(
+        "--save-every", type=count, default=0, help="steps between extra saves of last.pt (0: none)"
+    )
+    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics (off)")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+    parser.set_defaults(**defaults)
+    return g
 
 
 def parse_options(
@@ -1175,7 +1196,7 @@ def parse_options(
     *presets: Callable[[Namespace], dict],
     free: set[str] = FREE_ON_RESUME,
 ) -> Namespace:
-    """Options of a run. presets: functions of the options so far that give defaults of others, applied in turn.
+    """Options of a run. presets: functions of the options so far that give defaults of others, in turn.
     With --resume those of its checkpoint: others than `free` and more epochs are refused."""
     argv = sys.argv[1:] if argv is None else argv
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
@@ -1251,8 +1272,8 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
 
 
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
-    """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where it
-    is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
+    """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where
+    it is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
     if kind in AMP_TYPES and probe_amp(kind, device, make) == math.inf:
         raise DataError(
             f"--amp {kind}: raises or is not finite on {device}; expected a type that works; use auto"
@@ -1265,9 +1286,9 @@ def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Mod
 
 
 def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> float:
-    """Processor seconds of a step of make()'s module under autocast, the fastest of three; inf where that raises
-    or is not finite: what a device claims to support is no evidence. On one thread: threads that wait for each
-    other on a busy machine would decide the comparison."""
+    """Processor seconds of a step of make()'s module under autocast, the fastest of three; inf where that
+    raises or is not finite: what a device claims to support is no evidence. On one thread: threads that wait
+    for each other on a busy machine would decide the comparison."""
     taken = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1299,7 +1320,7 @@ def update_ema(ema: dict | None, model: nn.Module, decay: float) -> None:
 
 @contextmanager
 def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
-    """The model with its averaged weights, where there are some; afterwards its own again, in training mode."""
+    """The model with its averaged weights, if there are some; afterwards its own again, in training mode."""
     raw = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(ema or raw)
     yield
@@ -1308,7 +1329,7 @@ def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
 
 
 def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], bool]:
-    """Items of this step, over all processes, whose loss is not finite, and True; without such all items, False."""
+    """Items of this step, over all processes, whose loss is not finite, and True; without such all, False."""
     mine = list(zip(names, losses.isfinite().tolist(), strict=True))
     gathered = [mine] * world
     if world > 1:
@@ -1319,10 +1340,26 @@ def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], b
 
 
 def quiet_worker(_: int) -> None:
-    """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need its
-    workers for one more step. A second SIGTERM, which torch sends to those that outlive the loader, ends one."""
+    """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need
+    its workers for one more step. A second SIGTERM, which torch sends to those that outlive it, ends one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def data_loader(dataset: Dataset, batches: list[list], collate: Callable, workers: int, device) -> DataLoader:
+    """Reads the batches that stand in `batches` when an iteration begins, in `workers` processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(workers, cores)  # more than cores only get in each other's way
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),  # its own: torch's must not depend on it
+    )
 
 
 class Interrupt:
@@ -1334,12 +1371,12 @@ class Interrupt:
         self.signals = (signal.SIGINT, signal.SIGTERM) if enabled and main_thread else ()
 
     def __enter__(self) -> "Interrupt":
-        self.before = {number: signal.signal(number, self.note) for number in self.signals}
+        self.before = {sign: signal.signal(sign, self.note) for sign in self.signals}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for sign, handler in self.before.items():
+            signal.signal(sign, handler)
 
     def note(self, *_) -> None:
         self.came = True
@@ -1362,25 +1399,27 @@ def run_folder(args: Namespace, name: str) -> Path:
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
     """The checkpoint to resume from; DataError unless it is a whole one of a trainer of `tasks`."""
     _, ckpt = load_checkpoint(path)
-    parts = {
-        "args": dict,
-        "data": dict,
-        "optimizer": dict,
-        "rng": dict,
-        "best": dict,
-        "skipped": dict,
-        "step": int,
-    }
-    missing = [name for name, kind in parts.items() if not isinstance(ckpt.get(name), kind)]
+    parts = ("args", "data", "optimizer", "rng", "best", "skipped")
+    missing = [name for name in parts if not isinstance(ckpt.get(name), dict)]
     if ckpt["task"] not in tasks or missing:
         raise DataError(
-            f"{path}: task {ckpt['task']!r}, without {missing}; expected a whole last.pt of task {' or '.join(tasks)}"
+            f"{path}: task {ckpt['task']!r}, without {missing}; expected last.pt of task {' or '.join(tasks)}"
         )
     return ckpt
 
 
+def same_data(path: str, saved: dict, found: dict) -> None:
+    """DataError unless a resumed run finds the data that it was trained on; fitted values apart."""
+    fitted = ("mean", "std", "target_mean", "target_std")
+    other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
+    if other:
+        raise DataError(
+            f"{path}: trained on data of other {', '.join(other)}; expected the same; give them with --data"
+        )
+
+
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
-    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, where there are some.
+    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
     Processes beside the main one, whose states are not saved, go on from states of their own."""
     device = next(model.parameters()).device
     try:
@@ -1400,7 +1439,7 @@ def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: in
 
 
 class Run:
-    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process, the others pass through."""
+    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone."""
 
     def __init__(self, folder: Path, args: Namespace, rank: int):
         self.folder = folder
@@ -1430,7 +1469,7 @@ class Run:
             self.board.flush()
 
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
-        """A checkpoint; state: the other keys of DESIGN.md (scheduler, ema, step, epoch, best, skipped, data)."""
+        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
         if not self.main:
             return
         device = next(model.parameters()).device

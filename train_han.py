@@ -1,18 +1,20 @@
-"""Train the hierarchical attention network (HAN) of PercePiano: 19 perceptual ratings of a piano performance from its score and MIDI.
+"""Train the hierarchical attention network (HAN) of PercePiano: 19 ratings of a piano performance.
 
-Park et al., "Piano performance evaluation dataset with multilevel perceptual features", Scientific Reports 14, 23002 (2024).
+Park et al., "Piano performance evaluation dataset with multilevel perceptual features",
+Scientific Reports 14, 23002 (2024).
 
     python train_han.py                                            # synthetic corpus, CPU, a few minutes
     python train_han.py --data DIR --lr 2.5e-5 --fold 0            # the published recipe on one fold
     python train_han.py --data DIR --preset tuned --fold all       # best recipe found here, four folds
-    torchrun --nproc_per_node 2 train_han.py --data DIR            # data parallel, one process a GPU (gloo on CPU)
-    python train_han.py --data DIR --resume runs/han/NAME/last.pt  # goes on where it stopped, bit for bit on CPU
+    torchrun --nproc_per_node 2 train_han.py --data DIR            # data parallel (gloo on CPU)
+    python train_han.py --data DIR --resume runs/han/NAME/last.pt  # goes on where it stopped
     python train_han.py --data DIR --diagnose                      # reports of the first batches
 
 DIR is a clone of the PercePiano repository (`python data.py fetch percepiano`).
 """
 
 import argparse
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -40,12 +42,14 @@ from models import (
     parse_options,
     restore,
     run_folder,
+    run_options,
     set_up,
     suspects,
     update_ema,
+    working_amp,
 )
 
-# Defaults by preset. paper: what the original trains with. tuned: chosen on the validation parts of folds 0 and 2.
+# Defaults by preset. paper: the original's; tuned: chosen on the validation parts of folds 0 and 2.
 PRESETS = {
     "paper": {},
     "tuned": {
@@ -70,10 +74,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python %(prog)s [--data DIR] [options]",
-        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them (--preset, --resume).",
+        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
     whole, share = data.number(int, 1), data.number(float, 0, 1)
     positive, count = data.number(float, 0), data.number(int, 0)
+    below_one = data.number(float, 0, 0.99999)
+    switch = argparse.BooleanOptionalAction
     p.add_argument("--preset", choices=PRESETS, default="paper", help="defaults of all options below (paper)")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="PercePiano folder (absent: the built-in synthetic corpus)")
@@ -96,38 +102,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--level", choices=LEVELS, default="total_note_cat", help="what is pooled (%(default)s)")
     g.add_argument("--size", type=whole, default=256, help="width of every layer (%(default)s)")
     g.add_argument("--heads", type=whole, default=8, help="attention heads (%(default)s)")
-    g.add_argument("--dropout", type=data.number(float, 0, 0.99), default=0.2, help="(%(default)s; 0: off)")
     g.add_argument(
-        "--pooled",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="statistics of notes and MIDI join the pooled vector (off)",
+        "--dropout", type=below_one, default=0.2, help="of LSTM layers and head (%(default)s; 0: off)"
     )
+    g.add_argument("--pooled", action=switch, default=False, help="statistics of notes and MIDI too (off)")
     g.add_argument("--head-size", type=whole, help="hidden width of the head (default: twice --size)")
     g = p.add_argument_group("optimiser")
     g.add_argument(
-        "--optimizer",
-        choices=["adam", "adamw"],
-        default="adam",
-        help="adam couples the decay to the gradient (%(default)s)",
+        "--optimizer", choices=["adam", "adamw"], default="adam", help="adam: coupled decay (%(default)s)"
     )
     g.add_argument("--lr", type=positive, default=2.5e-5, help="peak learning rate (%(default)s)")
-    g.add_argument("--weight-decay", type=positive, default=1e-5, help="(%(default)s; 0: off)")
+    g.add_argument("--weight-decay", type=positive, default=1e-5, help="towards 0 (%(default)s; 0: off)")
     g.add_argument("--batch", type=whole, default=8, help="performances a step and process (%(default)s)")
     g.add_argument("--clip", type=positive, default=2.0, help="largest gradient norm (%(default)s; inf: off)")
-    g.add_argument(
-        "--ema",
-        type=data.number(float, 0, 0.99999),
-        default=0.0,
-        help="decay of the averaged weights that are evaluated and saved (0: off)",
-    )
+    g.add_argument("--ema", type=below_one, default=0.0, help="decay of averaged weights (0: off)")
     g = p.add_argument_group("schedule")
-    g.add_argument(
-        "--schedule",
-        choices=["step", "cosine", "constant"],
-        default="step",
-        help="course of the rate: stepwise down, half a cosine, or none (%(default)s)",
-    )
+    courses = ["step", "cosine", "constant"]
+    g.add_argument("--schedule", choices=courses, default="step", help="course of the rate (%(default)s)")
     g.add_argument("--warmup", type=count, default=0, help="steps of linear warm-up (0: off)")
     g.add_argument(
         "--step-size", type=whole, default=3000, help="step: steps between reductions (%(default)s)"
@@ -138,28 +129,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument(
         "--patience", type=count, default=20, help="epochs without a lower loss (%(default)s; 0: off)"
     )
-    g = p.add_argument_group("run")
-    g.add_argument("--name", metavar="NAME", help="run folder below --out (made of the options)")
-    g.add_argument("--out", metavar="DIR", default="runs/han", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on with its options (off)")
-    g.add_argument("--seed", type=count, default=7, help="same seed, same run on CPU (%(default)s)")
-    g.add_argument(
-        "--device",
-        metavar="NAME",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (%(default)s here)",
-    )
-    g.add_argument("--amp", choices=["off", *AMP_TYPES], default="off", help="mixed precision (%(default)s)")
-    g.add_argument(
-        "--max-skips", type=whole, default=20, help="non-finite updates that stop it (%(default)s)"
-    )
-    g.add_argument("--log-every", type=whole, default=100, help="steps between log lines (%(default)s)")
-    g.add_argument("--save-every", type=count, default=0, help="steps between saves (0: each epoch only)")
+    g = run_options(p, out="runs/han", amp="off")
     g.add_argument(
         "--diagnose", action="store_true", help="print the reports of the first batches, stop (off)"
     )
-    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics (off)")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parse_options(p, argv, ("han",), lambda known: PRESETS[known.preset])
     if args.model == "bilstm":
         args.features = "midi"
@@ -179,10 +152,10 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
 
 
 def load_data(args: argparse.Namespace, info: dict | None, rank: int, world: int, say: Callable) -> tuple:
-    """Training items, validation items, and what inference needs to know of the data (info; a resumed run's own)."""
+    """Training items, validation items, and what inference needs to know (info; a resumed run's own)."""
     if not args.data:
         say(
-            "no --data: built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, --data data/percepiano"
+            "no --data: built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, then --data"
         )
     with main_first(rank, world):
         root = args.data or data.synthetic_percepiano(args.cache)
@@ -203,13 +176,13 @@ def load_data(args: argparse.Namespace, info: dict | None, rank: int, world: int
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
     say(
         f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, split {args.split}, fold {args.fold}: "
-        f"{len(train)} train, {len(valid)} valid, {len(parts['test'])} test items; {len(info['columns'])} columns"
+        f"{len(train)} train, {len(valid)} valid, {len(parts['test'])} test; {len(info['columns'])} columns"
     )
     return train, valid, info
 
 
 def augment(item: dict, info: dict, args: argparse.Namespace, key: tuple[int, ...]) -> dict:
-    """One training item as this epoch shows it; `key` (seed, epoch, index) makes it the same after a resume."""
+    """One training item as an epoch shows it; `key` (seed, epoch, index): the same after a resume."""
     if not args.augment:
         return item
     lowest, highest = data.KEY_SHIFTS
@@ -233,7 +206,7 @@ def gradient_report(model: HAN) -> dict:
 
 
 def activation_report(model: HAN, batch: dict) -> dict:
-    """What the untrained network makes of its first batch: spread of every stage, of the logits and predictions."""
+    """What the untrained network makes of its first batch: spread of every stage and of the predictions."""
     training = model.training
     with torch.no_grad():
         stages = model.eval().stages(batch)
@@ -286,6 +259,7 @@ def main(args: argparse.Namespace) -> dict:
         stats_size=len(train[0]["stats"]) if args.pooled else 0,
     ).to(device)
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
+    args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
     say(f"HAN ({args.model}, {args.level}): {parameters:,} parameters on {device}")
 
@@ -354,8 +328,8 @@ def main(args: argparse.Namespace) -> dict:
                     run.log(step, epoch, skip=kind, names=names, skipped=skipped)
                     if in_a_row >= args.max_skips:
                         raise data.DataError(
-                            f"step {step}: {in_a_row} non-finite updates in a row, the last with {', '.join(names)}; "
-                            "expected finite gradients; look at these items, lower --lr, or use --amp off"
+                            f"step {step}: {in_a_row} non-finite updates in a row, the last with "
+                            f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
                         )
                 if reporting:
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **report)
@@ -398,10 +372,16 @@ def main(args: argparse.Namespace) -> dict:
         for line in (run.folder / "metrics.jsonl").read_text().splitlines():
             say(json.dumps(json.loads(line), indent=1))
     say(
-        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: epoch {best['epoch']}, validation {summary(best)}; "
+        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: epoch {best['epoch']}, {summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
     return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
+
+
+def one_layer(model: HAN) -> tuple[torch.nn.Module, tuple]:
+    """What --amp is tried on."""
+    layer = copy.deepcopy(model.embedding)
+    return layer, (torch.randn(1024, layer.in_features, device=layer.weight.device),)
 
 
 def summary(metrics: dict) -> str:

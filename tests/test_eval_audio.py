@@ -534,32 +534,6 @@ def test_comparisons_that_mean_nothing_are_refused(corpus, tmp_path):
 # --- pre-training and refusals ---------------------------------------------------------------------------------------
 
 
-def test_a_pretraining_is_scored_as_its_trainer_does(tmp_path, monkeypatch, capsys):
-    import pretrain_ast
-
-    path = checkpoint(tmp_path / "p.pt", num_outputs=None, recordings="abc")
-    x, mask = torch.randn(4, 64, 128), evaluation.torch.arange(12).repeat(4, 1)
-    now = {"mean": -6.0, "std": 2.0, "recordings": "other", "synthetic": True}
-    batch = {
-        "x": normalise_fbank(x, -6.0, 2.0),
-        "lengths": torch.full((4,), 64),
-        "names": list("abcd"),
-        "mask": mask,
-    }
-    monkeypatch.setattr(pretrain_ast, "pretrain_data", lambda args, quiet, say: (None, [batch], now))
-    figures = evaluation.main(["--ckpt", path, "--device", "cpu"])
-    model, _ = evaluation.load_checkpoint(path)
-    with torch.no_grad():
-        expected = model.pretrain_losses(normalise_fbank(x, -4.0, 3.0), mask)
-    for key in ("nce", "accuracy", "chance", "mse", "mse_mean"):
-        assert figures[f"valid_{key}"] == pytest.approx(float(expected[key]), abs=1e-5)
-    out = capsys.readouterr().out
-    assert "other recordings" in out
-    assert f"(chance {1 / 12:.4f})" in out
-    with pytest.raises(DataError, match="which rates nothing"):
-        evaluation.main(["--ckpt", path, "--save-results", "x"])
-
-
 def test_foreign_options_and_checkpoints_are_refused(corpus, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
     for argv, found in (

@@ -1,5 +1,5 @@
 """eval.py on the decoder: greedy CTC, edit counts and error rates against plain programmes and hand cases; evaluation of checkpoints
-on a corpus in memory; the plain rendition of the bench."""
+on a corpus in memory."""
 
 import csv
 import json
@@ -587,49 +587,3 @@ def test_few_trials_give_no_verdict(tmp_path):
     assert (
         "A is better than B" in evaluation.main(["compare", "--a", a, "--b", b, "--draws", "100"])["verdict"]
     )
-
-
-# --- bench -----------------------------------------------------------------------------------------------------------
-
-
-def test_plain_decoder_gives_the_same_loss_and_gradients():
-    torch.manual_seed(0)
-    model = GRUDecoder(**{**SIZES, "layers": 2, "dropout": 0.0, "smooth_taps": 6})
-    torch.nn.init.normal_(model.dayWeights)
-    plain = evaluation.PlainGRUDecoder(model)
-    lengths = torch.tensor([60, 45, 52])
-    x = torch.randn(3, 60, 4) * (torch.arange(60) < lengths[:, None])[:, :, None]
-    batch = {
-        "lengths": lengths,
-        "day": torch.tensor([2, 0, 2]),
-        "labels": torch.randint(1, 41, (3, 5)),
-        "label_lengths": torch.tensor([5, 3, 4]),
-    }
-    losses = [evaluation._decoder_loss(net, batch, x, None, CPU) for net in (model, plain)]
-    sum(losses).backward()
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, plain.get_parameter(name).grad, atol=1e-5)
-
-
-@pytest.mark.parametrize("sizes", [{"bidirectional": True}, {"layer_norm": True}, {"smooth_width": 0}])
-def test_plain_decoder_refuses_what_it_has_not(sizes):
-    with pytest.raises(ValueError, match="plain decoder"):
-        evaluation.PlainGRUDecoder(GRUDecoder(**{**SIZES, **sizes}))
-
-
-def test_bench_compares_equal_networks(capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "TRIAL_BINS", 120)
-    result = evaluation.main(
-        ["bench", "--task", "decoder", "--width", "16", "--batch", "2", "--steps", "1", "--device", "cpu"]
-    )
-    assert result["difference"] < 1e-4
-    assert result["ratio"] == pytest.approx(result["plain_seconds"] / result["GRUDecoder_seconds"])
-    assert "of a padded batch is padding" in capsys.readouterr().out
-
-
-def test_both_sides_of_the_bench_see_the_same_trials():
-    draws = [evaluation._fresh_batch(range(12), 4, step).tolist() for step in range(3)]
-    again = [evaluation._fresh_batch([f"item {i}" for i in range(12)], 4, step) for step in range(3)]
-    assert [[f"item {i}" for i in draw] for draw in draws] == again
-    assert draws[0] != draws[1]

@@ -1,13 +1,11 @@
-"""The trainers, in-process on small synthetic corpora: what every one of them must do (parametrised over the scripts)."""
+"""The trainers on small synthetic corpora: what every one of them must do (parametrised over the scripts)."""
 
 import ast
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import mido
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 import data
 import eval as evaluation
@@ -27,11 +26,12 @@ from models import HAN, GRUDecoder, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_KEYS = {"step", "epoch", "time", "loss", "lr", "norm", "skipped"}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One trainer: its script, a corpus, and the options (written as on a command line) that the shared tests need."""
+    """One trainer: its script, a corpus, and the options that the shared tests need."""
 
     module: ModuleType
     corpus: Callable[[Path], None]  # writes it into a new folder
@@ -51,7 +51,7 @@ class Case:
 
 
 def quick_percepiano(folder):
-    """A small corpus played eight times as fast, two seconds an item, with the rendered audio beside its MIDI."""
+    """A small corpus played eight times as fast, two seconds an item, rendered beside its MIDI."""
     data.synth_percepiano(folder, segments=8, players=4)
     for path in folder.glob("virtuoso/data/all_2rounds/*.mid"):
         midi = mido.MidiFile(path)
@@ -60,6 +60,7 @@ def quick_percepiano(folder):
         data.write_wav(path.with_suffix(".wav"), data.render(data.read_midi(path)))
 
 
+# fmt: off
 CASES = {
     "train_han": Case(
         train_han,
@@ -68,20 +69,11 @@ CASES = {
         small="--size 16 --heads 4 --batch 4 --epochs 2 --lr 1e-3 --dropout 0.2 --log-every 2",
         plain="--dropout 0",
         overfit="--epochs 60 --patience 0 --lr 5e-3",
-        exact=(
-            "",
-            "--ema 0.9 --optimizer adamw --schedule cosine --warmup 2 --noise 0.1 --augment --score-dropout 0.5 --pooled",
-        ),
+        exact=("", "--ema 0.9 --optimizer adamw --schedule cosine --warmup 2 --augment --pooled"),
         refused=("--size 32", "--fold 1", "--fold all", "--split random", "--lr 3"),
         kept=("--fold 1 --lr 5e-4", {"fold": "1", "lr": 5e-4, "size": 16, "epochs": 2}),
-        switches=(
-            "--preset tuned --size 16",
-            "--model bilstm",
-            "--model bilstm_sa --level note",
-            "--features score --pooled",
-            "--features perf --level beat --layernorm",
-            "--level measure --amp bf16",
-        ),
+        switches=("--preset tuned --size 16", "--model bilstm", "--model bilstm_sa --level note",
+                  "--features score --pooled", "--features perf --level beat", "--level measure --amp bf16"),
         one_pass="--epochs 1",
         endless="--epochs 10000 --patience 0",
         wrong=("--batch 0", "--dropout 3", "--epochs 0", "--lr nan", "--seed -1"),
@@ -92,27 +84,20 @@ CASES = {
         train_decoder,
         lambda folder: data.synth_speech(folder, days=2, trials=10, bins=5.0),
         "speech_parts",
-        small="--hidden 16 --layers 2 --batch 4 --steps 8 --eval-every 4 --warmup 2 --log-every 2 --workers 0 --amp off",
-        plain="--dropout 0 --input-dropout 0 --white-noise 0 --offset-noise 0 --time-mask-prob 0 --adam-eps 1e-4",  # 1e-8 blows rounding up
+        small="--hidden 16 --layers 2 --batch 4 --steps 8 --eval-every 4 --warmup 2 --log-every 2"
+              " --workers 0 --amp off",
+        plain="--dropout 0 --input-dropout 0 --white-noise 0 --offset-noise 0 --time-mask-prob 0"
+              " --adam-eps 1e-4",  # 1e-8 blows rounding up
         overfit="--steps 40 --eval-every 40 --hidden 64 --lr 1e-2 --ema 0",
-        exact=(
-            "",
-            "--ema 0 --optimizer sgd --lr-schedule step --reduce-on-nan 0.5 --bidirectional",
-            "--amp bf16 --preset log --save-every 1",
-        ),
+        exact=("", "--ema 0 --optimizer sgd --lr-schedule step --reduce-on-nan 0.5 --bidirectional",
+               "--amp bf16 --preset log --save-every 1"),
         refused=("--hidden 32", "--valid test", "--lr 3", "--no-layer-norm", "--amp bf16"),
-        kept=(
-            "--preset log --lr 5e-4",
-            {"lr": 5e-4, "hidden": 16, "steps": 8, "lr_schedule": "constant", "time_mask_max": 2},
-        ),
-        switches=(
-            "--preset baseline --adam-eps 1e-8",
-            "--preset log --bidirectional",
-            "--valid test --amp auto",
-            "--lr-schedule linear --optimizer adam --decay-all",
-            "--kernel 14 --stride 3 --smooth-width 0 --layers 1",
-            "--optimizer sgd --momentum 0",
-        ),
+        kept=("--preset log --lr 5e-4",
+              {"lr": 5e-4, "hidden": 16, "steps": 8, "lr_schedule": "constant", "time_mask_max": 2}),
+        switches=("--preset baseline --adam-eps 1e-8", "--preset log --bidirectional",
+                  "--valid test --amp auto",
+                  "--lr-schedule linear --optimizer adam --decay-all",
+                  "--kernel 14 --stride 3 --smooth-width 0 --layers 1", "--optimizer sgd --momentum 0"),
         one_pass="--max-steps 3",
         endless="--steps 1000000 --workers 1",
         wrong=("--batch 0", "--dropout 3", "--steps 0", "--lr nan", "--seed -1", "--reduce-on-nan 0"),
@@ -123,29 +108,23 @@ CASES = {
         pretrain_ast,
         quick_percepiano,
         "percepiano_parts",
-        small="--task finetune --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 2 --lr 1e-3 --warmup 0 --workers 0 --amp off --log-every 2",
+        small="--task finetune --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 2 --lr 1e-3"
+              " --warmup 0 --workers 0 --amp off --log-every 2",
         plain="--dropout 0 --frames 512",
         overfit="--epochs 60 --eval-every 60 --patience 0 --lr 1e-2 --lr-schedule constant --width 32",
-        exact=(
-            "",
-            "--ema 0.9 --variants 1 --noise 0.1 --spec-augment 8 8 --mixup 0.4 --balance dwa --eval-every 2 --batch 8",
-            "--task pretrain --visible-only --micro-batch 3",
-            "--task pretrain --ssast-compat --save-every 1 --eval-every 2",
-        ),
+        exact=("",
+               "--ema 0.9 --variants 1 --noise 0.1 --spec-augment 8 8 --mixup 0.4 --balance dwa"
+               " --eval-every 2 --batch 8",
+               "--task pretrain --visible-only --micro-batch 3",
+               "--task pretrain --ssast-compat --save-every 1 --eval-every 2"),
         refused=("--width 32", "--fold 1", "--fold all", "--split random", "--lr 3", "--task pretrain"),
-        kept=(
-            "--fold 1 --lr 5e-4",
-            {"fold": "1", "lr": 5e-4, "width": 16, "epochs": 2, "task": "finetune", "pooling": "meanstd"},
-        ),
-        switches=(
-            "--model cnn",
-            "--model mlp --standardise none",
-            "--cross-groups --balance uncertainty --pooling mean --standardise group",
-            "--ssast-compat --pooling cls",
-            "--variants 2 --augment-groups tempo=timbre pitch=timing,expression",
-            "--task pretrain --online --two-pass",
-            "--task pretrain --checkpointing --amp bf16",
-        ),
+        kept=("--fold 1 --lr 5e-4",
+              {"fold": "1", "lr": 5e-4, "width": 16, "epochs": 2, "task": "finetune", "pooling": "meanstd"}),
+        switches=("--model cnn", "--model mlp --standardise none",
+                  "--cross-groups --balance uncertainty --pooling mean --standardise group",
+                  "--ssast-compat --pooling cls",
+                  "--variants 2 --augment-groups tempo=timbre pitch=timing,expression",
+                  "--task pretrain --online", "--task pretrain --checkpointing --amp bf16"),
         one_pass="--epochs 1",
         endless="--epochs 10000 --patience 0",
         wrong=("--batch 0", "--dropout 3", "--epochs 0", "--lr nan", "--seed -1"),
@@ -153,6 +132,7 @@ CASES = {
         main_job=("", "valid_accuracy", lambda score: score > 0.06),
     ),
 }
+# fmt: on
 TRAINERS = {name: case.module for name, case in CASES.items()}
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
 
@@ -170,20 +150,18 @@ def corpus(tmp_path_factory):
     return options
 
 
+def command(name, corpus, out, *options):
+    """The command line of a small run."""
+    fixed = [*corpus(name), "--out", str(out), "--device", "cpu"]
+    return [*fixed, *CASES[name].small.split(), *" ".join(options).split()]
+
+
 @pytest.fixture
 def run(corpus, tmp_path):
     """Call a trainer with small settings and further options (one string each); returns its final metrics."""
 
     def call(name, *options):
-        argv = [
-            *corpus(name),
-            "--out",
-            str(tmp_path / "runs"),
-            "--device",
-            "cpu",
-            *CASES[name].small.split(),
-            *(" ".join(options).split()),
-        ]
+        argv = command(name, corpus, tmp_path / "runs", *options)
         return TRAINERS[name].main(TRAINERS[name].parse_args(argv))
 
     return call
@@ -204,11 +182,12 @@ def resume(folder):
 def train_on(monkeypatch, name, count):
     """Only the first `count` items of the training part."""
     whole = getattr(data, CASES[name].parts)
-    monkeypatch.setattr(
-        data,
-        CASES[name].parts,
-        lambda *a: {k: (v[:count] if k == "train" else v) for k, v in whole(*a).items()},
-    )
+
+    def parts(*a):
+        dealt = whole(*a)
+        return dealt | {"train": dealt["train"][:count]}
+
+    monkeypatch.setattr(data, CASES[name].parts, parts)
 
 
 def spoil_steps(monkeypatch, name):
@@ -245,28 +224,28 @@ def test_six_steps_equal_three_and_three(name, run, options):
             assert torch.equal(a[part][key], b[part][key]), key
     for i, state in a["optimizer"]["state"].items():
         for key, value in state.items():
-            assert value is b["optimizer"]["state"][i][key] or torch.equal(
-                value, b["optimizer"]["state"][i][key]
-            )
+            other = b["optimizer"]["state"][i][key]
+            assert value is other or torch.equal(value, other)
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
 
 
 @each_trainer
-def test_resume_refuses_missing_foreign_and_other_models(name, run, tmp_path):
-    with pytest.raises(data.DataError, match="nothing.pt"):
-        run(name, "--resume", str(tmp_path / "nothing.pt"))
+def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(data.DataError, match="foreign.pt"):
-        run(name, "--resume", str(tmp_path / "foreign.pt"))
     out = run(name, "--max-steps 1 --name one")
-    for option in CASES[name].refused:
-        with pytest.raises(data.DataError, match=rf"{option.replace('--no-', '--')}.*was"):
-            run(name, option, resume(out["folder"]))
     ckpt = last(out["folder"])
+    refused = [("", tmp_path / "nothing.pt", "nothing.pt"), ("", tmp_path / "foreign.pt", "foreign.pt")]
+    refused += [
+        (option, Path(out["folder"]) / "last.pt", option.split()[0]) for option in CASES[name].refused
+    ]
     for key in ("optimizer", "rng", "args", "data"):
-        torch.save({**ckpt, key: None}, tmp_path / "part.pt")
-        with pytest.raises(data.DataError, match=key):
-            run(name, "--resume", str(tmp_path / "part.pt"))
+        torch.save({**ckpt, key: None}, tmp_path / f"{key}.pt")
+        refused.append(("", tmp_path / f"{key}.pt", key))
+    torch.save(ckpt | {"data": ckpt["data"] | {"synthetic": False}}, tmp_path / "other.pt")
+    refused.append(("", tmp_path / "other.pt", "other.pt"))
+    for option, path, named in refused:
+        with pytest.raises(data.DataError, match=named.replace("--no-", "--")):
+            run(name, option, f"--resume {path}")
 
 
 @each_trainer
@@ -367,12 +346,8 @@ def test_log_keys_and_run_folder(name, run):
     assert len(steps) > 2
     assert all(r.keys() >= LOG_KEYS for r in steps)
     assert sum("valid_loss" in r for r in lines) == 2
-    assert {p.name for p in Path(out["folder"]).iterdir()} == {
-        "args.json",
-        "metrics.jsonl",
-        "last.pt",
-        "best.pt",
-    }
+    files = {path.name for path in Path(out["folder"]).iterdir()}
+    assert files == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
     assert json.loads((Path(out["folder"]) / "args.json").read_text())["batch"] == 4
     again = run(name, "--max-steps 1 --name keys")
     assert Path(again["folder"]).name == "keys_2"
@@ -394,13 +369,8 @@ def test_han_checkpoint_carries_what_inference_needs(run):
     info = ckpt["data"]
     assert info["labels"] == list(data.LABELS)
     assert (info["split"], info["fold"], info["synthetic"], info["features"]) == ("segment", 0, True, "full")
-    assert (
-        len(info["columns"])
-        == len(info["mean"])
-        == len(info["std"])
-        == model.model_args["input_size"]
-        == len(data.column_names(data.FEATURES))
-    )
+    sizes = {len(info[key]) for key in ("columns", "mean", "std")} | {model.model_args["input_size"]}
+    assert sizes == {len(data.column_names(data.FEATURES))}
     assert info["quantiles"].shape == (101, model.model_args["stats_size"])
 
 
@@ -411,11 +381,44 @@ def test_every_preset_and_switch_trains_one_step(name, run, options):
     assert math.isfinite(run(name, options, "--max-steps 1 --name switch")["valid_loss"])
 
 
-def test_han_learning_rate_is_a_pure_function_of_the_step():
-    args = train_han.parse_args(["--lr", "1", "--step-size", "10", "--gamma", "0.5"])
-    assert [train_han.lr_at(s, args, 100) for s in (0, 9, 10, 25)] == [1, 1, 0.5, 0.25]
-    args = train_han.parse_args(["--lr", "1", "--schedule", "cosine", "--warmup", "10"])
-    assert [train_han.lr_at(s, args, 110) for s in (0, 9, 10, 60, 110)] == pytest.approx([0.1, 1, 1, 0.5, 0])
+@pytest.mark.parametrize(
+    ("name", "options", "steps", "expected"),
+    [
+        ("train_han", "--step-size 10 --gamma 0.5", (0, 9, 10, 25), [1, 1, 0.5, 0.25]),
+        ("train_han", "--schedule cosine --warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.5, 0]),
+        ("train_decoder", "--warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.6, 0.2]),
+        ("train_decoder", "--warmup 10 --lr-schedule linear", (4, 10, 35, 110, 200), [0.5, 1, 0.8, 0.2, 0.2]),
+        (
+            "train_decoder",
+            "--warmup 0 --lr-schedule step --step-size 9 --gamma 0.5",
+            (0, 8, 9, 26),
+            [1, 1, 0.5, 0.25],
+        ),
+        ("train_decoder", "--warmup 0 --lr-schedule constant", (0, 50, 109), [1, 1, 1]),
+    ],
+)
+def test_learning_rate_is_a_pure_function_of_the_step(name, options, steps, expected):
+    options = f"--data DIR --lr 1 {'--lr-end 0.2 ' if name == 'train_decoder' else ''}{options}"
+    args = TRAINERS[name].parse_args(options.split())
+    assert [TRAINERS[name].lr_at(step, args, 110) for step in steps] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fold", ["0", "all"])
+def test_han_diagnoses_and_stops(fold, run, capsys):
+    """The reports of HAN.md: activations of the first batch, gradients by part of every step, of three."""
+    run("train_han", f"--diagnose --name look --fold {fold}")
+    said = capsys.readouterr().out
+    assert said.count('"stage_std"') == said.count('"gradients"') / 3 == (4 if fold == "all" else 1)
+    for name in (
+        "embedding",
+        "contractor",
+        "context_vectors",
+        "head_to_encoder",
+        "flat_dimensions",
+        "std_ratio",
+    ):
+        assert f'"{name}"' in said
+    assert ("four folds (SYNTHETIC)" in said) == (fold == "all")
 
 
 @each_trainer
@@ -423,264 +426,76 @@ def test_command_line_errors_are_one_line(name, tmp_path, capsys):
     for option in CASES[name].wrong:
         with pytest.raises(SystemExit):
             TRAINERS[name].parse_args(option.split())
-        assert f"{option.split()[1]} is not between" in capsys.readouterr().err
-    with pytest.raises(data.DataError, match="expected cpu"):
-        TRAINERS[name].parse_args(["--device", "foo"])
-    with pytest.raises(SystemExit) as stop:
-        data.run_script(
-            f"{name}.py", lambda: TRAINERS[name].main(TRAINERS[name].parse_args(["--data", str(tmp_path)]))
+        assert option.split()[1] in capsys.readouterr().err.splitlines()[-1]
+    for options, named in (["--device", "foo"], "foo"), (["--data", str(tmp_path)], tmp_path):
+        refused(
+            lambda options=options: TRAINERS[name].main(TRAINERS[name].parse_args(options)), capsys, named
         )
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert str(tmp_path) in said
 
 
-@pytest.mark.slow
-@each_trainer
-def test_scripts_refuse_in_one_line(name, tmp_path):
-    done = subprocess.run(
-        [sys.executable, f"{name}.py", "--data", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert str(tmp_path) in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def command(name, corpus, out, *options):
-    return [
-        *corpus(name),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        *CASES[name].small.split(),
-        *(" ".join(options).split()),
-    ]
-
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "number"), [*((name, signal.SIGINT) for name in TRAINERS), ("train_decoder", signal.SIGTERM)]
+STEP_ORDER = (
+    "lr_at autocast backward unscale_ clip_grad_norm_ step update zero_grad log from_main save".split()
 )
-def test_ctrl_c_ends_the_step_and_saves(name, number, corpus, tmp_path):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            f"{name}.py",
-            *command(name, corpus, tmp_path, "--name stopped", CASES[name].endless),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ONE_THREAD,
-        start_new_session=True,
-    )
-    deadline = time.time() + 120
-    while not (tmp_path / "stopped/last.pt").exists() and time.time() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, number)  # as a terminal or a batch system does: the workers get it too
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "--resume" in out
-    assert last(tmp_path / "stopped")["step"] > 0
-
-
-@pytest.mark.slow
-@each_trainer
-def test_kill_during_a_save_leaves_a_run_that_goes_on(name, run, corpus, tmp_path):
-    """The third file that the run saves, in its second evaluation, is cut in the middle by SIGKILL."""
-    (tmp_path / "entry.py").write_text(f"""import os, signal, sys, torch, {name} as t
-whole, saved = torch.save, []
-def save(value, file):
-    saved.append(file)
-    if len(saved) == 3:
-        file.write(b"half a checkpoint")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    whole(value, file)
-torch.save = save
-t.main(t.parse_args(sys.argv[1:]))""")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(tmp_path / "entry.py"),
-            *command(name, corpus, tmp_path / "runs", "--name killed"),
-        ],
-        cwd=ROOT,
-        env=ONE_THREAD,
-        capture_output=True,
-    )
-    assert done.returncode == -signal.SIGKILL
-    folder = tmp_path / "runs/killed"
-    assert last(folder)["step"] == load_checkpoint(folder / "best.pt")[1]["step"] > 0
-    assert run(name, resume(folder))["folder"] == str(folder)
-    assert not list(folder.glob("*.tmp"))
-
-
-STEP_ORDER = [
-    "lr_at",
-    "autocast",
-    "backward",
-    "unscale_",
-    "clip_grad_norm_",
-    "step",
-    "update",
-    "zero_grad",
-    "log",
-    "evaluate",
-    "save",
-]
-SECTIONS = ["device, DDP, seed", "data", "model", "optimiser", "resume", "loop", "clean-up"]
+SECTIONS = ["device, process group, seed", "data", "model", "optimiser", "resume", "loop"]
 
 
 @each_trainer
 def test_control_flow_keeps_its_order(name):
-    """The step of DESIGN.md, in its order, in the main function of every trainer: the scripts must diff cleanly."""
+    """The step of DESIGN.md, in its order, in every trainer's main: the scripts must diff cleanly."""
     text = (ROOT / f"{name}.py").read_text()
-    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-    assert {
-        "parse_args",
-        "lr_at",
-        "run_folder",
-        "load_training",
-        "augment",
-        "evaluate",
-        "restore",
-        "rng_state",
-        "restore_rng",
-        "update_ema",
-        "suspects",
-        "from_main",
-        "tensorboard",
-        "main",
-    } <= functions.keys()
-    start, end = functions["main"].lineno, functions["main"].end_lineno
-    assert end - start < 170
-    assert [
-        line.rpartition("--- ")[2]
-        for line in text.splitlines()[start:end]
-        if line.lstrip().startswith("# ----")
-    ] == SECTIONS
-    loop = next(node for node in ast.walk(functions["main"]) if isinstance(node, ast.While))
-    calls = sorted(
-        (node.lineno, node.col_offset, getattr(node.func, "attr", getattr(node.func, "id", "")))
-        for node in ast.walk(loop)
-        if isinstance(node, ast.Call)
-    )
-    names = [call for *_, call in calls]
+    main = next(node for node in ast.parse(text).body if getattr(node, "name", "") == "main")
+    lines = text.splitlines()[main.lineno : main.end_lineno]
+    assert len(lines) <= 200
+    assert [line.strip("# -") for line in lines if line.startswith("    # ----")] == SECTIONS
+    calls = []
+    for node in ast.walk(next(node for node in ast.walk(main) if isinstance(node, ast.While))):
+        if isinstance(node, ast.Call):
+            calls.append((node.lineno, getattr(node.func, "attr", getattr(node.func, "id", ""))))
+    names = [call for _, call in sorted(calls)]
     at = -1
     for wanted in STEP_ORDER:
         at = names.index(wanted, at + 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # The phoneme decoder's own
-# ---------------------------------------------------------------------------------------------------------------
-def test_decoder_presets_hold_the_published_values():
-    def values(preset, *names):
-        args = train_decoder.parse_args(["--preset", preset, "--data", "DIR"])
-        assert (
-            args.hidden,
-            args.layers,
-            args.kernel,
-            args.stride,
-            args.batch,
-            args.steps,
-            args.smooth_width,
-        ) == (1024, 5, 32, 4, 64, 10_000, 2.0)
-        assert args.offset_noise == 0.2
-        assert not args.bidirectional
-        return [getattr(args, name) for name in names]
-
-    optimiser = (
-        "optimizer",
-        "adam_eps",
-        "lr",
-        "lr_schedule",
-        "warmup",
-        "weight_decay",
-        "decay_all",
-        "clip",
-        "ema",
-        "amp",
-    )
-    assert values("default", *optimiser) == [
-        "adamw",
-        1e-8,
-        1.2e-3,
-        "cosine",
-        500,
-        1e-4,
-        False,
-        1.0,
-        0.9995,
-        "auto",
-    ]
-    assert values("baseline", *optimiser) == [
-        "adam",
-        0.1,
-        0.02,
-        "constant",
-        0,
-        1e-5,
-        True,
-        math.inf,
-        0.0,
-        "off",
-    ]
-    assert values("log", *optimiser) == ["adamw", 1e-8, 1.5e-3, "constant", 0, 1e-4, True, 1.0, 0.0, "auto"]
-    model = (
-        "dropout",
-        "input_dropout",
-        "layer_norm",
-        "smooth_taps",
-        "white_noise",
-        "time_mask_prob",
-        "time_mask_width",
-        "time_mask_max",
-    )
-    assert values("default", *model) == [0.4, 0.1, True, 21, 0.8, 1.0, 0.075, 20]
-    assert values("baseline", *model)[:6] == [0.4, 0.0, False, 20, 0.8, 0.0]
-    assert values("log", *model) == [0.3, 0.1, True, 21, 0.2, 0.1, 15, 2]
-    assert train_decoder.parse_args(["--preset", "baseline", "--adam-eps", "1e-8"]).adam_eps == 1e-8
+# ---------------------------------------------------------------------------------------------------------
+# fmt: off
+SHARED = {"hidden": 1024, "layers": 5, "kernel": 32, "stride": 4, "batch": 64, "steps": 10_000,
+          "offset_noise": 0.2, "smooth_width": 2.0, "bidirectional": False}
+ADAMW = {"optimizer": "adamw", "adam_eps": 1e-8, "weight_decay": 1e-4, "decay_all": False, "clip": 1.0,
+         "amp": "auto", "layer_norm": True, "smooth_taps": 21, "input_dropout": 0.1}
+PUBLISHED = {
+    "default": ADAMW | {"lr": 1.2e-3, "lr_schedule": "cosine", "warmup": 500, "ema": 0.9995, "dropout": 0.4,
+                        "white_noise": 0.8, "time_mask_prob": 1.0, "time_mask_width": 0.075,
+                        "time_mask_max": 20},
+    "baseline": {"optimizer": "adam", "adam_eps": 0.1, "lr": 0.02, "lr_schedule": "constant", "warmup": 0,
+                 "weight_decay": 1e-5, "decay_all": True, "clip": math.inf, "ema": 0.0, "amp": "off",
+                 "dropout": 0.4,
+                 "input_dropout": 0.0, "layer_norm": False, "smooth_taps": 20, "white_noise": 0.8,
+                 "time_mask_prob": 0.0},
+    "log": ADAMW | {"lr": 1.5e-3, "lr_schedule": "constant", "warmup": 0, "decay_all": True, "ema": 0.0,
+                    "dropout": 0.3, "white_noise": 0.2, "time_mask_prob": 0.1, "time_mask_width": 15,
+                    "time_mask_max": 2},
+}
+# fmt: on
 
 
-def test_decoder_learning_rate_is_a_pure_function_of_the_step():
-    def rates(steps, *options):
-        args = train_decoder.parse_args(["--data", "DIR", "--lr", "1", "--lr-end", "0.2", *options])
-        return [train_decoder.lr_at(s, args, 110) for s in steps]
-
-    assert rates((0, 9, 10, 60, 110), "--warmup", "10", "--lr-schedule", "cosine") == pytest.approx(
-        [0.1, 1, 1, 0.6, 0.2]
-    )
-    assert rates((4, 10, 35, 60, 110, 200), "--warmup", "10", "--lr-schedule", "linear") == pytest.approx(
-        [0.5, 1, 0.8, 0.6, 0.2, 0.2]
-    )
-    assert rates(
-        (0, 9, 10, 25), "--warmup", "0", "--lr-schedule", "step", "--step-size", "10", "--gamma", "0.5"
-    ) == [1, 1, 0.5, 0.25]
-    assert rates((0, 50, 109), "--warmup", "0", "--lr-schedule", "constant") == [1, 1, 1]
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_decoder_presets_hold_the_published_values(preset):
+    args = vars(train_decoder.parse_args(["--preset", preset, "--data", "DIR"]))
+    expected = SHARED | PUBLISHED[preset]
+    assert {name: args[name] for name in expected} == expected
+    assert train_decoder.parse_args(["--preset", preset, "--adam-eps", "1e-3"]).adam_eps == 1e-3
 
 
 def test_decoder_checkpoint_carries_what_inference_needs(run):
     out = run("train_decoder", "--max-steps 1 --name carry")
     model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")
-    assert isinstance(model, GRUDecoder)
     info = ckpt["data"]
     assert info["phonemes"] == list(data.PHONEMES)
-    assert (info["valid"], info["synthetic"], info["channels"], info["rules"]) == (
-        "blocks",
-        True,
-        256,
-        data.speech_rules(),
-    )
+    assert (info["valid"], info["synthetic"], info["channels"]) == ("blocks", True, 256)
+    assert info["rules"] == data.speech_rules()
     assert len(info["days"]) == model.model_args["days"] == 2
     assert (ckpt["task"], ckpt["scheduler"], ckpt["args"]["amp"]) == ("decoder", {"rate": 1.0}, "off")
 
@@ -689,31 +504,24 @@ def test_decoder_logs_what_an_evaluation_must_say(run):
     out = run("train_decoder", "--name logs --ema 0.5")
     lines = records(out["folder"])
     steps = [r for r in lines if "loss_of_200" in r]
-    assert [r["step"] for r in steps] == [2, 4, 6, 8]
-    assert all(0 <= r["blank_fraction"] <= 1 and r["memory"] > 50 for r in steps)
+    assert all(0 <= r["blank_fraction"] <= 1 and r["memory"] > 0 for r in steps)
     assert len({r["loss_of_200"] for r in steps}) == 4
-    for r in (r for r in lines if "valid_per" in r):
-        assert r["valid_per"] == pytest.approx(
-            (r["valid_sub"] + r["valid_del"] + r["valid_ins"]) / r["valid_labels"], abs=1e-6
-        )
-        assert r["valid_per_raw"] > 0
-        assert 0 < r["valid_per_without_sil"]
-        assert len(r["valid_by_day"]) == 2
+    evaluations = [r for r in lines if "valid_per" in r]
+    for r in evaluations:
+        errors = r["valid_sub"] + r["valid_del"] + r["valid_ins"]
+        assert r["valid_per"] == pytest.approx(errors / r["valid_labels"], abs=1e-6)
+        assert min(r["valid_per_raw"], r["valid_per_without_sil"]) > 0
         assert sum(day["trials"] for day in r["valid_by_day"].values()) == r["valid_trials"]
-        assert len(r["samples"]) == 3
-        assert all(
-            set(s["reference"].split()) <= set(data.PHONEMES) and s["reference"].endswith("SIL")
-            for s in r["samples"]
-        )
-    assert out["valid_per"] == pytest.approx(min(r["valid_per"] for r in lines if "valid_per" in r), abs=1e-6)
+        assert all(set(s["reference"].split()) <= set(data.PHONEMES) for s in r["samples"])
+        assert [s["reference"].split()[-1] for s in r["samples"]] == ["SIL"] * 3
+    assert out["valid_per"] == pytest.approx(min(r["valid_per"] for r in evaluations), abs=1e-6)
 
 
 def test_decoder_evaluates_averaged_beside_raw_weights(run):
     out = run("train_decoder", "--name averaged --ema 0.9 --lr 0.03 --steps 12")
-    ckpt = torch.load(Path(out["folder"]) / "best.pt", weights_only=True)
+    model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")
     assert out["valid_loss"] != out["valid_loss_raw"]
     assert any(not torch.equal(v, ckpt["ema"][k]) for k, v in ckpt["model"].items())
-    model, _ = load_checkpoint(Path(out["folder"]) / "best.pt")
     assert all(torch.equal(v, ckpt["ema"][k]) for k, v in model.state_dict().items())
     out = run("train_decoder", "--name raw --ema 0 --max-steps 4")
     assert (out["valid_per"], out["valid_loss"]) == (out["valid_per_raw"], out["valid_loss_raw"])
@@ -723,45 +531,36 @@ def test_decoder_reduces_its_rate_after_bad_updates_and_a_resume_keeps_it(run, m
     with monkeypatch.context() as patch:
         spoil_steps(patch, "train_decoder")
         first = run("train_decoder", "--name reduced --reduce-on-nan 0.5 --max-steps 3")
-    assert last(first["folder"])["scheduler"] == {"rate": 0.125}
     assert [r["rate"] for r in records(first["folder"]) if "skip" in r] == [0.5, 0.25, 0.125]
     run("train_decoder", resume(first["folder"]))
-    after = [r for r in records(first["folder"]) if r["step"] > 3 and "loss_of_200" in r]
-    args = train_decoder.parse_args([*resume(first["folder"]).split()])
-    assert [r["lr"] for r in after] == pytest.approx(
-        [0.125 * train_decoder.lr_at(r["step"] - 1, args, 8) for r in after], rel=1e-5
-    )
+    args = train_decoder.parse_args(resume(first["folder"]).split())
+    for r in records(first["folder"]):
+        if r["step"] > 3 and "loss_of_200" in r:
+            assert r["lr"] == pytest.approx(0.125 * train_decoder.lr_at(r["step"] - 1, args, 8), rel=1e-5)
     assert last(first["folder"])["scheduler"] == {"rate": 0.125}
 
 
 def test_decoder_reports_trials_that_do_not_fit(run, corpus, capsys):
     """At the stride at which half of the trials have fewer frames than labels."""
-    with pytest.raises(data.DataError, match=r"no trial to train on.*--stride 100"):
+    with pytest.raises(data.DataError, match="--stride 100"):
         run("train_decoder", "--kernel 100 --stride 100")
     _, folder, _, cache = corpus("train_decoder")
     speech = data.open_speech(folder, cache)
-    parts, needed = data.speech_parts(speech), [data.frames_needed(labels) for labels in speech.labels]
+    parts = data.speech_parts(speech)
+    needed = np.array([data.frames_needed(labels) for labels in speech.labels])
     trials = np.concatenate([parts["train"], parts["valid"]])
-    stride = next(
-        s
-        for s in range(1, 50)
-        if sum((speech.lengths[i] - 24) // s + 1 < needed[i] for i in trials) >= len(trials) / 2
-    )
-    short = {
-        part: sum((speech.lengths[i] - 24) // stride + 1 < needed[i] for i in parts[part])
-        for part in ("train", "valid")
-    }
+
+    def short(part, stride):
+        return int(((speech.lengths[part] - 24) // stride + 1 < needed[part]).sum())
+
+    stride = next(s for s in range(1, 50) if short(trials, s) >= len(trials) / 2)
     capsys.readouterr()
     out = run("train_decoder", f"--kernel 24 --stride {stride} --name few")
     said = capsys.readouterr().out
-    for part, count in short.items():
-        assert (
-            f"{part}: {len(parts[part])} trials, {count} too short for their labels, left out of the loss"
-            in said
-        )
-    assert f"{len(parts['train']) - short['train']} train, {len(parts['valid'])} valid" in said
+    for part in ("train", "valid"):
+        assert f"{part}: {len(parts[part])} trials, {short(parts[part], stride)} too short" in said
     assert out["valid_trials"] == len(parts["valid"])
-    assert math.isfinite(out["valid_loss"]) == (short["valid"] < len(parts["valid"]))
+    assert math.isfinite(out["valid_loss"]) == (short(parts["valid"], stride) < len(parts["valid"]))
 
 
 def test_decoder_empty_trials_neither_train_nor_crash(run, monkeypatch):
@@ -782,7 +581,7 @@ def test_decoder_empty_trials_neither_train_nor_crash(run, monkeypatch):
 
 
 def test_a_day_without_training_trials_has_no_layer(run, corpus, monkeypatch):
-    """Nothing would train it: the mean of the others stands in for it, and eval.py asks for that to be said."""
+    """Nothing would train it: the mean of the others stands in for it, and eval.py wants that to be said."""
     whole = data.speech_parts
 
     def without_first_day(speech, *a):
@@ -792,91 +591,50 @@ def test_a_day_without_training_trials_has_no_layer(run, corpus, monkeypatch):
     monkeypatch.setattr(data, "speech_parts", without_first_day)
     folder = Path(run("train_decoder", "--name one_day_less")["folder"])
     _, root, _, cache = corpus("train_decoder")
-    speech = data.open_speech(root, cache)
-    assert last(folder)["data"]["days"] == speech.days[1:]
-    assert last(folder)["model_args"]["days"] == len(speech.days) - 1
-    with pytest.raises(data.DataError, match=speech.days[0]):
+    days = data.open_speech(root, cache).days
+    assert last(folder)["data"]["days"] == days[1:]
+    assert last(folder)["model_args"]["days"] == len(days) - 1
+    with pytest.raises(data.DataError, match=days[0]):
         evaluation.main(["--ckpt", str(folder / "best.pt"), *corpus("train_decoder"), "--device", "cpu"])
 
 
 def test_decoder_noise_and_masks_are_the_options():
-    """Each option alone changes the bins as it says: white noise by its SD, the offset not within a channel, masks to zero."""
-    items = [
-        {"x": np.ones((60, 256), np.float32), "day": 0, "labels": np.array([1, 2]), "id": str(k)}
-        for k in range(3)
-    ]
-    batch = data.collate_speech(items)
-    plain = train_decoder.augment(batch, train_decoder.parse_args(CASES["train_decoder"].plain.split()))
-    assert torch.equal(plain["x"], batch["x"])
-    args = train_decoder.parse_args("--white-noise 0 --offset-noise 0.5 --time-mask-prob 0".split())
-    assert train_decoder.augment(batch, args)["x"].std(1).max() < 1e-6
-    args = train_decoder.parse_args("--white-noise 0.5 --offset-noise 0 --time-mask-prob 0".split())
-    assert abs((train_decoder.augment(batch, args)["x"] - batch["x"]).std() - 0.5) < 0.02
-    args = train_decoder.parse_args("--white-noise 0 --offset-noise 0".split())
-    hidden = (train_decoder.augment(batch, args)["x"] == 0).float().mean()
-    assert 0.1 < hidden < 0.8
+    """Each option alone: white noise by its SD, an offset constant within a channel, masks to zero."""
+    item = {"x": np.ones((60, 256), np.float32), "day": 0, "labels": np.array([1, 2]), "id": "a"}
+    batch = data.collate_speech([item] * 3)
+
+    def shown(white, offset, masks):
+        options = f"--white-noise {white} --offset-noise {offset} --time-mask-prob {masks}"
+        return train_decoder.augment(batch, train_decoder.parse_args(options.split()))["x"]
+
+    assert torch.equal(shown(0, 0, 0), batch["x"])
+    assert shown(0, 0.5, 0).std(1).max() < 1e-6
+    assert shown(0.5, 0, 0).std() == pytest.approx(0.5, abs=0.02)
+    assert 0.1 < (shown(0, 0, 1) == 0).float().mean() < 0.8
 
 
-def test_decoder_decays_matrices_only(run):
+def test_decoder_decays_matrices_only():
     args = train_decoder.parse_args(["--data", "DIR", "--weight-decay", "0.25"])
     model = GRUDecoder(channels=8, days=3, hidden=4, layers=2, layer_norm=True)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, kept = train_decoder.parameter_groups(model, args)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0)
-    assert {names[id(p)] for p in decayed["params"]} == {
-        "gru_decoder.weight_ih_l0",
-        "gru_decoder.weight_hh_l0",
-        "gru_decoder.weight_ih_l1",
-        "gru_decoder.weight_hh_l1",
-        "fc_decoder_out.weight",
+    matrices = {name for name in names.values() if "gru" in name and "weight" in name} | {
+        "fc_decoder_out.weight"
     }
-    assert {names[id(p)] for p in kept["params"]} == set(names.values()) - {
-        names[id(p)] for p in decayed["params"]
-    }
-    assert len(
-        train_decoder.parameter_groups(model, train_decoder.parse_args(["--preset", "baseline"]))[0]["params"]
-    ) == len(names)
+    assert {names[id(p)] for p in decayed["params"]} == matrices
+    assert {names[id(p)] for p in kept["params"]} == set(names.values()) - matrices
+    baseline = train_decoder.parse_args(["--preset", "baseline"])
+    assert len(train_decoder.parameter_groups(model, baseline)[0]["params"]) == len(names)
 
 
-def test_decoder_loss_is_torchs_mean(monkeypatch):
+def test_decoder_loss_is_torchs_mean():
     torch.manual_seed(1)
     log_probs, labels = torch.randn(3, 30, 41).log_softmax(-1), torch.randint(1, 41, (3, 9))
     frames, counts = torch.tensor([30, 25, 28]), torch.tensor([9, 5, 7])
     mean = torch.nn.functional.ctc_loss(log_probs.transpose(0, 1), labels, frames, counts)
-    assert train_decoder.ctc_losses(log_probs, frames, labels, counts).mean() == pytest.approx(
-        float(mean), rel=1e-6
-    )
-
-
-def test_decoder_amp_takes_what_works(monkeypatch):
-    def chosen(kind, seconds, device="cpu"):
-        monkeypatch.setattr(train_decoder, "probe_amp", lambda k, *_: seconds.get(k, math.inf))
-        return train_decoder.working_amp(train_decoder.parse_args(["--amp", kind]), torch.device(device), 256)
-
-    assert chosen("auto", {"off": 1.0, "bf16": 0.5}) == "bf16"
-    assert chosen("auto", {"off": 1.0, "bf16": 0.95, "fp16": 0.1}) == "off"
-    assert chosen("auto", {"off": 1.0}) == "off"
-    assert chosen("auto", {"off": 1.0, "bf16": 2.0, "fp16": 0.5}, "cuda") == "bf16"
-    assert chosen("auto", {"off": 1.0, "fp16": 2.0}, "cuda") == "fp16"
-    assert chosen("auto", {"off": 1.0}, "cuda") == "off"
-    assert chosen("off", {}) == "off"
-    with pytest.raises(data.DataError, match="--amp bf16: .*use --amp auto"):
-        chosen("bf16", {"off": 1.0})
-
-
-def test_decoder_amp_probe_runs_and_leaves_the_generator_alone(monkeypatch):
-    state = torch.get_rng_state()
-    assert 0 < train_decoder.probe_amp("off", torch.device("cpu"), 64, 16) < 60
-    assert torch.equal(torch.get_rng_state(), state)
-
-    class Broken(torch.nn.GRU):
-        def forward(self, x):
-            return super().forward(x * torch.inf)
-
-    monkeypatch.setattr(torch.nn, "GRU", Broken)
-    assert train_decoder.probe_amp("bf16", torch.device("cpu"), 64, 16) == math.inf
-    monkeypatch.setattr(Broken, "forward", lambda *a: (_ for _ in ()).throw(NotImplementedError("no kernel")))
-    assert train_decoder.probe_amp("bf16", torch.device("cpu"), 64, 16) == math.inf
+    losses = train_decoder.ctc_losses(log_probs, frames, labels, counts)
+    assert losses.mean() == pytest.approx(float(mean), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12: torch's threads
@@ -896,32 +654,15 @@ def test_decoder_epoch_is_one_pass(run, monkeypatch):
     assert sorted(read[:16]) == sorted(read[16:]) == list(range(16))
 
 
-def test_decoder_resume_refuses_other_data(run):
-    out = run("train_decoder", "--name other --max-steps 1")
-    path, ckpt = Path(out["folder"]) / "last.pt", last(out["folder"])
-    torch.save(ckpt | {"data": ckpt["data"] | {"days": ["t12.2022.04.28", "t12.2022.05.26"]}}, path)
-    with pytest.raises(data.DataError, match="trained on data of other days"):
-        run("train_decoder", resume(out["folder"]))
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Two processes
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 def torchrun(name, corpus, out, *options, code=""):
     """Run a trainer in two gloo processes; `code` runs first in each."""
-    (out / "entry.py").write_text(
-        f"import os, sys, torch, numpy as np; torch.set_num_threads(1); import data, {name} as t\n{code}\nt.main(t.parse_args(sys.argv[1:]))"
-    )
-    argv = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(out / "entry.py"),
-        *command(name, corpus, out, *options),
-    ]
+    imports = f"import os, sys, torch, numpy as np\nimport data, {name} as t\ntorch.set_num_threads(1)"
+    (out / "entry.py").write_text(f"{imports}\n{code}\nt.main(t.parse_args(sys.argv[1:]))")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = [*launcher, str(out / "entry.py"), *command(name, corpus, out, *options)]
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ONE_THREAD)
 
 
@@ -929,7 +670,8 @@ def torchrun(name, corpus, out, *options, code=""):
 @each_trainer
 def test_two_processes_equal_one_on_the_joined_batch(name, run, corpus, tmp_path, monkeypatch):
     options = (CASES[name].plain, "--max-steps 4 --clip inf")
-    code = f"whole = data.{CASES[name].parts}\ndata.{CASES[name].parts} = lambda *a: {{k: (v[:12] if k == 'train' else v) for k, v in whole(*a).items()}}"  # 12: no batch to fill up
+    parts = f"data.{CASES[name].parts}"  # twelve items: no batch to fill up
+    code = f"whole = {parts}\n{parts} = lambda *a: (lambda p: p | {{'train': p['train'][:12]}})(whole(*a))"
     done = torchrun(name, corpus, tmp_path, *options, "--batch 2 --name two", code=code)
     assert done.returncode == 0, done.stderr[-2000:]
     train_on(monkeypatch, name, 12)
@@ -969,7 +711,8 @@ def test_nan_on_one_rank_neither_hangs_nor_diverges(name, corpus, tmp_path):
 clean, called = t.augment, []
 def augment(item, *a):
     called.append(item)
-    return item | {"x": item["x"] * np.nan} if os.environ["RANK"] == "1" and len(called) <= 4 else clean(item, *a)
+    spoil = os.environ["RANK"] == "1" and len(called) <= 4
+    return item | {"x": item["x"] * np.nan} if spoil else clean(item, *a)
 t.augment = augment"""
     done = torchrun(name, corpus, tmp_path, "--batch 2 --name nan", code=code)
     assert done.returncode == 0, done.stderr[-2000:]
