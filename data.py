@@ -4877,15 +4877,6 @@ def _struck_tone(key: int, layer: float, loud: float, samples: int, rate: int) -
     return sound
 
 
-def _check_playable(performance: Performance) -> None:
-    onset, pitch = performance.onset, performance.pitch
-    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
-        raise DataError(
-            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} to "
-            f"{pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
-        )
-
-
 def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     """The performance on a built-in piano: (samples,) float32 within (-1, 1), mono, to the end of the last tone.
 
@@ -4900,7 +4891,11 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     heard = np.flatnonzero(velocity > 0)
     if not len(heard):
         return np.zeros(0, np.float32)
-    _check_playable(performance)
+    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
+        raise DataError(
+            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} to "
+            f"{pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
+        )
 
     times, worn = _damper_clock(performance)
     again = _next_strikes(performance, heard)
@@ -4996,9 +4991,7 @@ def _render_file(task: tuple) -> float | str:
     """Seconds of audio written, or the error line."""
     midi, wav, soundfont, rate = task
     try:
-        performance = read_midi(midi)
-        _check_playable(performance)
-        waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(performance, rate)
+        waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
     except DataError as error:
         return str(error)
     write_wav(wav, waveform, rate)
@@ -5223,27 +5216,17 @@ FBANK_FORMAT = 2  # of stored energies: count up when `fbank`, `render` or `read
 
 
 class StoredEnergies:
-    """The (frames, 128) float16 energies of one recording's .npy, read where they are sliced. Opened each time: one open
-    map a recording is more than a process may hold."""
+    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: one open map a recording is more than
+    a process may hold."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r")[where]
-
-    def frames(self) -> int:
-        """Raises DataError unless the file is whole."""
         try:
-            stored = self[:]
-            if stored.shape[1:] == (MELS,) and stored.dtype == np.float16:
-                return len(stored)
-            found = f"{stored.dtype} of shape {stored.shape}"
+            return np.load(self.path, mmap_mode="r")[where]
         except (OSError, ValueError, EOFError) as error:
-            found = " ".join(str(error).split())
-        raise DataError(
-            f"{self.path}: {found}; expected log-mel energies; delete it and run the same command again"
-        )
+            raise DataError(f"{self.path}: {error}; delete it and run the same command again") from error
 
 
 @dataclass
@@ -5260,7 +5243,15 @@ class FbankStore:
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
-        return StoredEnergies(self.files[i])[start:stop].astype(np.float32)
+        return self.item(i)["fbank"][start:stop].astype(np.float32)
+
+    def item(self, i: int) -> dict:
+        """What prediction takes: name, frames, and fbank, which is read where it is sliced."""
+        return {
+            "name": self.names[i],
+            "frames": int(self.frames[i]),
+            "fbank": StoredEnergies(self.files[i]),
+        }
 
 
 class AudioStore(FbankStore):
@@ -5299,30 +5290,30 @@ def audio_files(
     Raises DataError where there is none.
     """
     root = Path(root)
+    folder = root / "virtuoso/data/all_2rounds"
+    folder = folder if folder.is_dir() else root
+    left_out = []
     if audio or any(root.glob("maestro-v*.csv")):
         maestro = read_maestro(root, strict, audio)
-        found = [(r.name, r.part, r.audio) for r in maestro.recordings if r.name not in maestro.no_audio]
-        missing = [r.audio for r in maestro.recordings if r.name in maestro.no_audio]
+        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
         left_out = maestro.left_out
-        folder = root
     else:
-        folder = root / "virtuoso/data/all_2rounds"
-        folder = folder if folder.is_dir() else root
         paths = files_below(folder, SOUND_KINDS)
-        found = [(path.relative_to(folder).with_suffix("").as_posix().strip(), "", path) for path in paths]
-        played = {path.stem.strip() for path in folder.glob("[!.]*.mid")}
-        missing = [folder / f"{name}.wav" for name in sorted(played - {name for name, _, _ in found})]
-        left_out = []
+        names = [path.relative_to(folder).with_suffix("").as_posix().strip() for path in paths]
+        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - set(names)
+        wanted = [(name, "", path) for name, path in zip(names, paths, strict=True)]
+        wanted += [(name, "", folder / f"{name}.wav") for name in silent]
+    (name, count), *_ = [*Counter(name for name, _, _ in wanted).most_common(1), ("", 0)]
+    if count > 1:
+        raise DataError(f"{root}: {count} sound files of the name {name!r}; expected one; rename the others")
     hint = _render_hint(folder, audio)
-    left_out += [f"{path}: missing; {hint}" for path in missing]
-    twice = [name for name, count in Counter(name for name, _, _ in found).items() if count > 1]
-    if twice:
-        raise DataError(f"{root}: more than one sound file of the name {twice[0]!r}; rename the others")
+    found = [entry for entry in sorted(wanted) if entry[2].is_file()]
+    left_out += [f"{path}: missing; {hint}" for _, _, path in sorted(wanted) if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
     if not found:
         raise DataError(f"{root}: no sound file; name another folder, or {hint}")
-    return sorted(found), left_out
+    return found, left_out
 
 
 def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> AudioStore:
@@ -5376,33 +5367,33 @@ def build_fbank(
     failed = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
     index = {
         "format": FBANK_FORMAT,
-        "synthetic": (Path(root) / "SYNTHETIC").is_file(),
-        "left_out": left_out + list(failed.values()),
         "split": {name: split for name, split, _ in found if name not in failed},
+        "left_out": left_out + list(failed.values()),
     }
-    if not index["split"]:
-        raise DataError(index["left_out"][0])
+    if (Path(root) / "SYNTHETIC").is_file():
+        (out / "SYNTHETIC").touch()
     write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
     return open_fbank(out)
 
 
 def open_fbank(folder: str | Path) -> FbankStore:
-    """Open what `build_fbank` wrote, after checking that every file is whole. Raises DataError."""
+    """Open what `build_fbank` wrote to its end. Raises DataError where that is not so or a file is damaged."""
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        if index["format"] != FBANK_FORMAT:
-            raise ValueError(f"format {index['format']}, not {FBANK_FORMAT}")
-        files = {name: Path(folder) / f"{name}.npy" for name in index["split"]}
-        frames = np.array([StoredEnergies(file).frames() for file in files.values()])
-        rest = list(index["split"].values()), index["left_out"], list(files.values())
-        return FbankStore(str(folder), index["synthetic"], list(files), frames, *rest)
-    except DataError:
-        raise
+        found = [(name, split, Path(folder) / f"{name}.npy") for name, split in index["split"].items()]
+        known = index["format"] == FBANK_FORMAT
+        left_out = list(index["left_out"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: {error}; expected a folder that `python data.py fbank` wrote to its end; run that again"
-        ) from error
+        raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
+    if not known:
+        raise DataError(f"{path}: of another version; make it again with `python data.py fbank`")
+    return _open_energies(folder, found, left_out)
+
+
+def _open_energies(root: str | Path, found: list[tuple], left_out: list[str]) -> FbankStore:
+    frames = [len(StoredEnergies(path)[:]) for _, _, path in found]
+    return _make_store(FbankStore, root, found, frames, left_out)
 
 
 def _store_missing(
@@ -5832,8 +5823,7 @@ def percepiano_audio(
     jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
     failed = _store_missing(folder, jobs, workers, quiet)
     made = [(name, "", folder / f"{name}.npy") for name, *_ in jobs if name not in failed]
-    frames = [StoredEnergies(path).frames() for _, _, path in made]
-    return _make_store(FbankStore, root, made, frames, left_out + sorted(failed.values()))
+    return _open_energies(root, made, left_out + sorted(failed.values()))
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
@@ -5842,16 +5832,11 @@ def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: d
     if info["labels"] != list(LABELS):
         raise DataError(f"{corpus.root}: ratings in another order than the model's; train it again")
     number = {name: i for i, name in enumerate(store.names)}
-    items = []
-    for name in names:
-        if name not in number:
-            continue
-        i = number[name]
-        item = {"name": name, "fbank": StoredEnergies(store.files[i]), "frames": int(store.frames[i])}
-        rated = corpus.items[name.partition("@")[0]]
+    items = [store.item(number[name]) for name in names if name in number]
+    for item in items:
+        rated = corpus.items[item["name"].partition("@")[0]]
         if "y" in rated:
             item["y"] = rated["y"]
-        items.append(item)
     return items
 
 
