@@ -5303,9 +5303,9 @@ def audio_files(
         silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - set(names)
         wanted = [(name, "", path) for name, path in zip(names, paths, strict=True)]
         wanted += [(name, "", folder / f"{name}.wav") for name in silent]
-    (name, count), *_ = [*Counter(name for name, _, _ in wanted).most_common(1), ("", 0)]
-    if count > 1:
-        raise DataError(f"{root}: {count} sound files of the name {name!r}; expected one; rename the others")
+    twice = [name for name, count in Counter(name for name, _, _ in wanted).items() if count > 1]
+    if twice:
+        raise DataError(f"{root}: more than one sound file of the name {twice[0]!r}; rename the others")
     hint = _render_hint(folder, audio)
     found = [entry for entry in sorted(wanted) if entry[2].is_file()]
     left_out += [f"{path}: missing; {hint}" for _, _, path in sorted(wanted) if not path.is_file()]
@@ -5502,11 +5502,11 @@ MAESTRO_COLUMNS = (
     "duration",
 )
 MAESTRO_SPLITS = ("train", "validation", "test")
+OVERLAP_FORMAT = 2  # of the cached list: count up when the comparison changes
 # s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
 SHARED_INTERVALS = 0.005
-SAME_PIECE = (
-    32  # runs of pitches that recordings of one piece share; a scale gives up to 14 in strange pieces
-)
+# runs of pitches that recordings of one piece share; a scale gives up to 14 in strange pieces
+SAME_PIECE = 32
 
 
 @dataclass
@@ -5532,20 +5532,18 @@ class Maestro:
     audio: str  # where the sound files are looked for
     recordings: list[Recording]
     rows: int  # of the table
-    no_midi: list[str]  # names of recordings without MIDI file
-    no_audio: list[str]  # names of recordings without sound file
     left_out: list[str]  # a line for each row that is not used
-    unchecked: list[str]  # a line for each recording that `maestro_overlaps` could not compare
+    unchecked: list[str] = field(
+        default_factory=list
+    )  # and for each that `maestro_overlaps` could not compare
 
 
 def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> Maestro:
     """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under `root` (the
     .wav under `audio`, where given: what `render --out` wrote).
 
-    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. asap_sources.csv, where it is
-    (the MIDI-only subset cut from ASAP), tells which splits are a default, "train", instead of MAESTRO's: those recordings
-    train too, unless the same piece stands in validation or test (`Recording.part`). Raises DataError: no table, or none
-    that can be read, missing columns, no file at all.
+    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises DataError: no
+    table, or none that can be read, missing columns, no file at all.
     """
     root = Path(root)
     tables = sorted(root.glob("maestro-v*.csv"))
@@ -5555,8 +5553,7 @@ def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | Non
             "<year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
         )
     rows = _read_table(tables[0], MAESTRO_COLUMNS)
-    found, left_out = [], []
-    seen = set()
+    found, left_out, seen = [], [], set()
     for line, row in rows:
         try:
             recording = _read_recording(root, Path(audio or root), row)
@@ -5572,11 +5569,9 @@ def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | Non
     if left_out and (strict or not found):
         raise DataError(left_out[0])
     if not found:
-        raise DataError(f"{tables[0]}: no rows; expected recordings; download it again")
+        raise DataError(f"{tables[0]}: no rows; download it again")
     _set_parts(root, found)
-    no_midi = [r.name for r in found if not r.midi.is_file()]
-    no_audio = [r.name for r in found if not r.audio.is_file()]
-    return Maestro(str(root), str(audio or root), found, len(rows), no_midi, no_audio, left_out, [])
+    return Maestro(str(root), str(audio or root), found, len(rows), left_out)
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
@@ -5584,9 +5579,9 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [column for column in columns if column not in (reader.fieldnames or ())]
+            missing = set(columns) - set(reader.fieldnames or ())
             if missing:
-                raise DataError(f"{path}: no column {', '.join(missing)}; download it again")
+                raise DataError(f"{path}: no column {', '.join(sorted(missing))}; download it again")
             return [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: {error}; expected a CSV table in UTF-8; download it again") from error
@@ -5600,27 +5595,26 @@ def _render_hint(root: str | Path, audio: str | Path | None = None) -> str:
 def _read_recording(root: Path, audio: Path, row: dict) -> Recording:
     if None in row or None in row.values():
         raise DataError("another number of fields than the first line; quote fields that hold commas")
-    if row["split"] not in MAESTRO_SPLITS:
-        raise DataError(f"split {row['split']!r}; expected {', '.join(MAESTRO_SPLITS)}")
-    for column, kinds in (("midi_filename", MIDI_KINDS), ("audio_filename", SOUND_KINDS)):
-        path = Path(row[column])
+    midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
+    for path, kinds in ((midi, MIDI_KINDS), (sound, SOUND_KINDS)):
         if path.suffix.lower() not in kinds or path.is_absolute() or ".." in path.parts:
-            raise DataError(f"{column} {row[column]!r}; expected <year>/<name>{kinds[0]} inside the folder")
-    name = Path(row["midi_filename"]).with_suffix("").as_posix()
-    described = name, row["canonical_composer"], row["canonical_title"], row["split"]
+            raise DataError(f"file '{path}'; expected <year>/<name>{kinds[0]} inside the folder")
     try:
         duration = float(row["duration"])
     except ValueError:
         duration = math.nan
-    if not 0 < duration <= LONGEST:
-        raise DataError(f"duration {row['duration']!r}; expected seconds")
-    return Recording(*described, root / row["midi_filename"], audio / row["audio_filename"], duration)
+    if row["split"] not in MAESTRO_SPLITS or not 0 < duration <= LONGEST:
+        found = f"split {row['split']!r}, duration {row['duration']!r}"
+        raise DataError(f"{found}; expected {', '.join(MAESTRO_SPLITS)}, seconds")
+    described = row["canonical_composer"], row["canonical_title"], row["split"]
+    return Recording(midi.with_suffix("").as_posix(), *described, root / midi, audio / sound, duration)
 
 
 def _set_parts(root: Path, recordings: list[Recording]) -> None:
-    """`part` of every recording. A piece is ASAP's composer and title (less `_repeat`, the same piece with repeats), since
-    the table's titles name one piece in many ways. Runs of 16 equal pitches across the splits of the real files showed no
-    other shared piece; sparse textures could hide one."""
+    """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells which
+    splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same piece is held out.
+    A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the table's titles name one
+    piece in many ways. Runs of 16 equal pitches across the real files' splits showed no other shared piece."""
     pieces, unknown = {}, set()
     sources = root / "asap_sources.csv"
     if sources.is_file():
@@ -5629,9 +5623,9 @@ def _set_parts(root: Path, recordings: list[Recording]) -> None:
             pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
             if row["split_known"] != "1":
                 unknown.add(name)
-    held = {pieces[r.name] for r in recordings if r.split != "train" and r.name in pieces}
+    held = {pieces.get(r.name) for r in recordings if r.split != "train"}
     for r in recordings:
-        default = r.name in unknown and r.split == "train" and pieces[r.name] in held
+        default = r.split == "train" and r.name in unknown and pieces[r.name] in held
         r.part = "unknown" if default else r.split
 
 
@@ -5645,60 +5639,33 @@ def maestro_overlaps(
 ) -> dict[str, list[str]]:
     """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
 
-    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches, in order of
-    onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's performance of the piece
-    shares the pitches but never the intervals. `pieces` adds those: recordings with at least SAME_PIECE runs of the pitches of
-    any performances, and which. A recording whose MIDI is absent or unreadable cannot be compared: it is listed in
-    `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel over files.
+    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches, in order
+    of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's performance shares
+    the pitches but never the intervals. `pieces` adds those: recordings with at least SAME_PIECE runs of the pitches of
+    any performances, and which. A recording whose MIDI is absent or unreadable is listed in `maestro.unchecked`. Cached
+    by names, sizes and dates of all MIDI files; parallel over files.
     """
-    root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
-    segments = _performance_files(root)[0]
-    recordings = {r.name: r.midi for r in maestro.recordings if r.name not in maestro.no_midi}
-    files = [*segments.values(), *recordings.values()]
-    dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    rule = [2, SHARED_RUN, SHARED_INTERVALS, SAME_PIECE]  # count up when the comparison changes
-    key = hashlib.sha1(json.dumps([rule, dates]).encode()).hexdigest()[:16]
+    segments = _performance_files(Path(corpus.root if isinstance(corpus, Corpus) else corpus))[0]
+    recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
+    paths = [*segments.values(), *recordings.values()]
+    dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha1(json.dumps([OVERLAP_FORMAT, dates]).encode()).hexdigest()[:16]
     kept = Path(cache) / f"maestro-overlaps-{key}.json"
     try:
         same, alike, unreadable = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        same, alike, unreadable = _find_overlaps(segments, recordings, workers, quiet)
+        played = dict(_run_parallel(_played_order, paths, workers, "overlap", quiet))
+        unreadable = [played[path] for path in paths if isinstance(played[path], str)]
+        same, alike = _find_overlaps(segments, recordings, played)
         write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
-    missing = [r.midi for r in maestro.recordings if r.name in maestro.no_midi]
+    missing = [r.midi for r in maestro.recordings if r.name not in recordings]
     maestro.unchecked = [f"{path}: missing, not compared with PercePiano" for path in missing] + unreadable
     return alike | same if pieces else same
 
 
-def _find_overlaps(
-    segments: dict[str, Path], recordings: dict[str, Path], workers: int | None, quiet: bool
-) -> tuple[dict, dict, list[str]]:
-    """Recordings of the same performances, recordings of the same pieces, error lines."""
-    paths = [*segments.values(), *recordings.values()]
-    played = dict(_run_parallel(_played_runs, paths, workers, "overlap", quiet))
-    unreadable = [played[path] for path in paths if isinstance(played[path], str)]
-    owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
-    for name, path in segments.items():
-        for pitches, steps in _runs_of(played[path]):
-            owners.setdefault(pitches, []).append((name, steps))
-    same, alike = {}, {}
-    for name, path in recordings.items():
-        exact, near, count = set(), set(), 0
-        for pitches, steps in _runs_of(played[path]):
-            owned = owners.get(pitches, ())
-            count += bool(owned)
-            for segment, others in owned:
-                near.add(segment)
-                if np.abs(steps - others).max() <= SHARED_INTERVALS:
-                    exact.add(segment)
-        if exact:
-            same[name] = sorted(exact)
-        if count >= SAME_PIECE:
-            alike[name] = sorted(near)
-    return same, alike, unreadable
-
-
-def _played_runs(path: str | Path) -> tuple[bytes, np.ndarray] | str:
-    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the error line."""
+def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
+    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the error
+    line."""
     try:
         performance = read_midi(path)
     except DataError as error:
@@ -5707,41 +5674,57 @@ def _played_runs(path: str | Path) -> tuple[bytes, np.ndarray] | str:
     return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
 
 
-def _runs_of(played: tuple[bytes, np.ndarray] | str) -> Iterable[tuple[bytes, np.ndarray]]:
+def _runs_of(played: tuple[bytes, np.ndarray] | str) -> list[tuple[bytes, np.ndarray]]:
     """Pitches and intervals of all runs of SHARED_RUN notes; none of a file that could not be read."""
-    pitches, steps = (b"", np.zeros(0)) if isinstance(played, str) else played
-    for start in range(len(pitches) - SHARED_RUN + 1):
-        yield pitches[start : start + SHARED_RUN], steps[start : start + SHARED_RUN - 1]
+    pitches, steps = ("", ()) if isinstance(played, str) else played
+    places = range(len(pitches) - SHARED_RUN + 1)
+    return [(pitches[at : at + SHARED_RUN], steps[at : at + SHARED_RUN - 1]) for at in places]
+
+
+def _find_overlaps(segments: dict[str, Path], recordings: dict[str, Path], played: dict) -> tuple[dict, dict]:
+    """Recordings that share runs with segments in pitches and intervals, and those that share many in pitches."""
+    owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
+    for name, path in segments.items():
+        for pitches, steps in _runs_of(played[path]):
+            owners.setdefault(pitches, []).append((name, steps))
+    same, alike = {}, {}
+    for name, path in recordings.items():
+        shared = [(steps, owners[pitches]) for pitches, steps in _runs_of(played[path]) if pitches in owners]
+        pairs = [(segment, steps, others) for steps, owned in shared for segment, others in owned]
+        exact = {segment for segment, a, b in pairs if np.abs(a - b).max() <= SHARED_INTERVALS}
+        if exact:
+            same[name] = sorted(exact)
+        if len(shared) >= SAME_PIECE:
+            alike[name] = sorted({segment for segment, _, _ in pairs})
+    return same, alike
 
 
 def report_maestro(
     maestro: Maestro, same: dict[str, list[str]] | None = None, alike: dict[str, list[str]] | None = None
 ) -> None:
-    """Print what of MAESTRO is here, by split, and the overlap with PercePiano: `maestro_overlaps` without and with `pieces`."""
-    hours = Counter()
-    for r in maestro.recordings:
-        hours[r.part] += r.duration / 3600
-    counts = Counter(r.part for r in maestro.recordings)
-    print(
-        f"{maestro.root}: {len(maestro.recordings)} recordings of {maestro.rows} rows, {hours.total():.2f} h"
-    )
-    for part in (*MAESTRO_SPLITS, "unknown"):
-        print(f"split {part}: {counts[part]} recordings, {hours[part]:.2f} h")
-    if counts["unknown"]:
-        print("(unknown: of a piece in validation or test, not split by MAESTRO itself; used for nothing)")
-    print(f"without MIDI file: {len(maestro.no_midi)}")
-    print(f"without sound file: {len(maestro.no_audio)}; {_render_hint(maestro.root, maestro.audio)}")
+    """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and with
+    `pieces`)."""
+    found = maestro.recordings
+    hours = sum(r.duration for r in found) / 3600
+    print(f"{maestro.root}: {len(found)} recordings of {maestro.rows} rows, {hours:.2f} h")
+    for part in (
+        *MAESTRO_SPLITS,
+        "unknown",
+    ):  # of a piece that is held out, but not split by MAESTRO itself: unused
+        durations = [r.duration for r in found if r.part == part]
+        print(f"{part}: {len(durations)} recordings, {sum(durations) / 3600:.2f} h")
+    silent = [r for r in found if not r.audio.is_file()]
+    print(f"without MIDI file: {sum(not r.midi.is_file() for r in found)}")
+    print(f"without sound file: {len(silent)}; {_render_hint(maestro.root, maestro.audio)}")
     print_left_out(maestro.left_out)
     if same is None:
         return
-    titles = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in maestro.recordings}
-    print(f"recordings that hold performances of PercePiano: {len(same)}")
-    for name, segments in sorted(same.items()):
-        print(f"  {titles[name]}\n    {', '.join(segments)}")
-    others = sorted(set(alike or ()) - set(same))
-    print(f"other recordings of the same music: {len(others)}")
-    for name in others:
-        print(f"  {titles[name]}: {', '.join(sorted({work_of(s) for s in alike[name]}))}")
+    titles = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
+    others = {name: alike[name] for name in sorted(alike.keys() - same.keys())}
+    for title, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
+        print(f"recordings {title}: {len(shared)}")
+        for name, segments in sorted(shared.items()):
+            print(f"  {titles[name]}: {', '.join(segments)}")
     print(f"not compared: {len(maestro.unchecked)}")
     for line in maestro.unchecked[:20]:
         print(f"  {line}")
@@ -5823,7 +5806,7 @@ def percepiano_audio(
     jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
     failed = _store_missing(folder, jobs, workers, quiet)
     made = [(name, "", folder / f"{name}.npy") for name, *_ in jobs if name not in failed]
-    return _open_energies(root, made, left_out + sorted(failed.values()))
+    return _open_energies(root, made, left_out + sorted(set(failed.values())))
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:

@@ -36,7 +36,6 @@ import functools
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import platform
@@ -49,7 +48,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -80,7 +79,6 @@ from data import (
     MISALIGNED,
     PHONEMES,
     SAMPLE_RATE,
-    SILENCE,
     SPLITS,
     ConversionReport,
     Corpus,
@@ -104,6 +102,7 @@ from data import (
     note_features,
     number,
     open_speech,
+    pad_fbank,
     percepiano_audio,
     percepiano_parts,
     phonemize,
@@ -2271,9 +2270,9 @@ def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
     }
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]:
@@ -2282,11 +2281,29 @@ def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]
     if frames <= length:
         return [0]
     count = crops or math.ceil(frames / length)
-    return (
-        np.linspace(0, frames - length, count).round().astype(int).tolist()
-        if count > 1
-        else [(frames - length) // 2]
-    )
+    if count == 1:
+        return [(frames - length) // 2]
+    return np.linspace(0, frames - length, count).round().astype(int).tolist()
+
+
+def crop_batches(
+    items: list[dict], info: dict, longest: int, batch: int, crops: int | None = None
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
+    """All crops (`crop_starts`) of items as batches of similar length: numbers of the items, x (B, T, 128) normalised by
+    info's mean and std and padded with silence, lengths (B,) or None where all fill x (a mask costs the flash kernel).
+
+    items: frames, and fbank (frames, 128), which is read where it is sliced."""
+    jobs = []
+    for i, item in enumerate(items):
+        length = min(item["frames"], longest)
+        jobs += [(length, i, start) for start in crop_starts(item["frames"], longest, crops)]
+    jobs.sort()
+    for first in range(0, len(jobs), batch):
+        chosen = jobs[first : first + batch]
+        x, lengths = pad_fbank([items[i]["fbank"][start : start + n] for n, i, start in chosen], PATCH)
+        x = normalise_fbank(x, info["mean"], info["std"])
+        whole = bool((lengths == x.shape[1]).all())
+        yield [i for _, i, _ in chosen], x, None if whole else lengths
 
 
 def predict_ast(
@@ -2297,39 +2314,23 @@ def predict_ast(
     batch: int = 8,
     crops: int | None = None,
 ) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given.
-
-    An item longer than the model's frames is the mean over evenly spaced crops (`crop_starts`); crops of a batch are of
-    similar length, padded with silence and their lengths given. info: the checkpoint's data (mean, std, frames, and
+    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item longer than
+    the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data (mean, std, frames, and
     target_mean, target_std where the ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
-    jobs = [
-        (min(int(item["frames"]), longest), i, start)
-        for i, item in enumerate(items)
-        for start in crop_starts(int(item["frames"]), longest, crops)
-    ]
-    jobs.sort()
-    total, count = np.zeros((len(items), len(LABELS))), np.zeros((len(items), 1))
-    training, model = model.training, model.to(device).eval()
+    total = np.zeros((len(items), len(LABELS)))
+    count = np.zeros((len(items), 1))
+    training = model.training
+    model = model.to(device).eval()
     with torch.no_grad():
-        for first in range(0, len(jobs), batch):
-            chosen = jobs[first : first + batch]
-            x = torch.full((len(chosen), max(chosen[-1][0], PATCH), MELS), SILENCE)
-            for row, (length, i, start) in zip(x, chosen, strict=True):
-                row[:length] = torch.as_tensor(
-                    np.asarray(items[i]["fbank"][start : start + length], np.float32)
-                )
-            lengths = torch.tensor([length for length, _, _ in chosen])
-            out = model(normalise_fbank(x, info["mean"], info["std"]).to(device), lengths.to(device))
-            index = [i for _, i, _ in chosen]
-            np.add.at(total, index, out.double().cpu().numpy())
-            np.add.at(count, index, 1)
+        for members, x, lengths in crop_batches(items, info, longest, batch, crops):
+            np.add.at(total, members, model(x.to(device), lengths).double().cpu().numpy())
+            np.add.at(count, members, 1)
     model.train(training)
-    mean, std = (
-        np.asarray(info.get(key) if info.get(key) is not None else default, np.float64)
-        for key, default in (("target_mean", 0.0), ("target_std", 1.0))
-    )
-    return (total / np.maximum(count, 1) * std + mean).clip(0, 1)
+    p = total / np.maximum(count, 1)
+    if info.get("target_mean") is not None:
+        p = p * np.asarray(info["target_std"]) + np.asarray(info["target_mean"])
+    return p.clip(0, 1)
 
 
 def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -2337,13 +2338,13 @@ def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         parser.add_argument(
             "--audio",
             metavar="DIR",
-            help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)",
+            help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered)",
         ),
         parser.add_argument(
             "--crops",
             type=number(int, 1),
             metavar="N",
-            help="audio: crops averaged of an item that is longer than the model's frames (as many as cover it)",
+            help="audio: crops averaged of an item longer than the model's frames (as many as cover it)",
         ),
     ]
 
@@ -2351,79 +2352,50 @@ def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 def frozen_tokens(
     path: str, store: FbankStore, device: torch.device, batch: int = 32
 ) -> dict[str, np.ndarray]:
-    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops (`crop_starts`) of the tokens after a
-    quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the precision that it was trained in."""
+    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the tokens after
+    a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the precision that it was
+    trained in."""
     model, ckpt = load_checkpoint(path)
-    if (
-        not isinstance(model, AST)
-        or model.model_args["num_outputs"] is not None
-        or not {"mean", "std"} <= (ckpt.get("data") or {}).keys()
-    ):
-        raise DataError(
-            f"{path}: a checkpoint of task {ckpt['task']!r} that rates, or without mean and std; expected a pre-training, which knows no rating; give its best.pt"
-        )
-    sizes, data, found = model.model_args, ckpt["data"], []
+    info = ckpt.get("data") or {}
+    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None or "std" not in info:
+        raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
     model = model.to(device).eval()
-    extra, last = 2 if model.extra is not None else 0, sizes["depth"]
-    for level in sorted({max(1, round(last * share / 4)) for share in (1, 2, 3, 4)}):
-        (model.norm if level == last else model.blocks[level - 1]).register_forward_hook(
-            lambda _, __, out: found.append(out[:, extra:].float())
-        )
-    jobs = sorted(
-        (min(int(frames), sizes["frames"]), name, start)
-        for name, frames in zip(store.names, store.frames, strict=True)
-        for start in crop_starts(int(frames), sizes["frames"])
-    )
-    number_of, sums, counts = {name: i for i, name in enumerate(store.names)}, {}, Counter()
-    bar = tqdm(total=len(jobs), desc="frozen AST", unit="crop", disable=None)
-    for length, same in (
-        (length, list(group)) for length, group in itertools.groupby(jobs, key=lambda job: job[0])
-    ):
-        for first in range(0, len(same), batch):
-            chosen = same[first : first + batch]
-            x = torch.full((len(chosen), max(length, PATCH), MELS), SILENCE)
-            for row, (_, name, start) in zip(x, chosen, strict=True):
-                row[:length] = torch.as_tensor(
-                    np.asarray(store.get(number_of[name], start, start + length), np.float32)
-                )
+    width, depth = model.model_args["width"], model.model_args["depth"]
+    levels = sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)})
+    found = []
+    for level in levels:
+        layer = model.norm if level == depth else model.blocks[level - 1]
+        layer.register_forward_hook(lambda _, __, out: found.append(out.float()))
+    items = [store.item(i) for i in range(len(store.names))]
+    moments = np.zeros((len(items), 2, len(levels), width))  # mean and mean square, summed over the crops
+    counts = np.zeros(len(items))
+    crops = crop_batches(items, info, model.model_args["frames"], batch)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16")
+    with torch.no_grad(), half:
+        for members, x, lengths in tqdm(crops, desc="frozen AST", unit="batch", disable=None):
             found.clear()
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16"
-                ),
-            ):
-                tokens, valid = model.tokens(normalise_fbank(x, data["mean"], data["std"]).to(device), None)
-                model.encode(tokens + model.position(model.grid(x)), valid)
-            moments = (
-                torch.stack([torch.cat([t.mean(1), t.square().mean(1)], dim=1) for t in found], dim=1)
-                .double()
-                .cpu()
-                .numpy()
-            )  # (B, levels, 2 width)
-            for row, (_, name, _) in zip(moments, chosen, strict=True):
-                sums[name] = sums.get(name, 0) + row
-            counts.update(name for _, name, _ in chosen)
-            bar.update(len(chosen))
-    bar.close()
-    W, rows = sizes["width"], {name: total / counts[name] for name, total in sums.items()}
-    return {
-        name: np.concatenate([row[:, :W], np.sqrt((row[:, W:] - row[:, :W] ** 2).clip(1e-6))], axis=1).ravel()
-        for name, row in rows.items()
-    }
+            tokens, valid = model.tokens(x.to(device), lengths)
+            model.encode(tokens + model.position(model.grid(x)), valid)
+            seen = torch.stack([out[:, -tokens.shape[1] :] for out in found], dim=1)  # (B, levels, T, width)
+            valid = torch.ones_like(tokens[:, :, 0], dtype=torch.bool) if valid is None else valid
+            weight = (valid / valid.sum(1, keepdim=True)).float()[:, None, :, None]
+            both = torch.stack([(seen * weight).sum(2), (seen.square() * weight).sum(2)], dim=1)
+            np.add.at(moments, members, both.double().cpu().numpy())
+            np.add.at(counts, members, 1)
+    means, squares = (moments / counts[:, None, None, None]).swapaxes(0, 1)
+    deviations = np.sqrt((squares - means**2).clip(1e-6))
+    rows = np.concatenate([means, deviations], axis=2).reshape(len(items), -1)
+    return dict(zip(store.names, rows, strict=True))
 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
-    """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other (`trained_on`)."""
+    """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
     store = percepiano_audio(corpus, args.cache, args.audio)
     for line in store.left_out:
         print(f"left out: {line}")
     kind = "wav" if args.audio else "rendered"
     if trained_on not in (None, kind):
-        print(
-            f"trained on audio of kind {trained_on}, evaluated on {kind}"
-            + "; recordings: --audio DIR" * (kind == "rendered")
-        )
+        print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
     return store
 
 

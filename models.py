@@ -977,18 +977,20 @@ def adapt_ast(model: AST, **changes) -> AST:
     ask for more columns. With it as the original does: fewer columns are the table's centre.
     """
     new = AST(**(model.model_args | changes))
-    old = model.state_dict()
-    same = all(model.model_args[k] == new.model_args[k] for k in ("width", "depth", "heads", "ssast_compat"))
+    old, state = model.state_dict(), new.state_dict()
+    head = ("head.", "log_variance", "statistics.")
+    sizes = ("width", "depth", "heads", "ssast_compat")
+    unlike = [size for size in sizes if model.model_args[size] != new.model_args[size]]
+    unlike += [name for name in state if name not in old and not name.startswith(head)]
+    if unlike:
+        raise DataError(f"AST: cannot become {changes}: {', '.join(unlike)}; expected the same encoder")
     covered = model.columns if model.extra is not None else model.count(new.model_args["frames"])
-    for name, value in new.state_dict().items():
-        if name in old and "position." in name:
-            value.copy_(fit_grid(old[name][:, :covered], *value.shape[:2]))
-        elif name in old and old[name].shape == value.shape:
-            value.copy_(old[name])
-        elif not name.startswith(("head.", "log_variance", "statistics.")):
-            same = False
-    if not same:
-        raise DataError(f"AST: cannot become {changes}; expected the same encoder, for ratings or as it was")
+    for name in old.keys() & state.keys():
+        if "position." in name:
+            grid = fit_grid(old[name][:, :covered], *state[name].shape[:2])
+            state[name].copy_(grid)
+        elif old[name].shape == state[name].shape:
+            state[name].copy_(old[name])
     return new.eval()
 
 
