@@ -254,7 +254,7 @@ def test_the_real_table():
 @pytest.mark.slow
 @real_files
 def test_the_real_overlap(tmp_path):
-    """As the subset's README lists it: three recordings of D935 no. 3 are PercePiano's players 1, 3 and 6, two more
+    """As the subset's README lists it: three recordings of D935 no. 3 are PercePiano's players 1, 3, 6; two more
     play the piece."""
     folder = tmp_path / "virtuoso/data/all_2rounds"
     folder.mkdir(parents=True)
