@@ -4740,9 +4740,9 @@ def synthetic_speech(cache: str | Path = "cache") -> Path:
     return root
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rendering
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 MIDI_KINDS = (".mid", ".midi")
 VELOCITY_LAYERS = 8  # tables a key, over the velocities 1..127; a note blends the two nearest
 # dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
@@ -4771,18 +4771,21 @@ def _gain(decibel):
 
 
 def _hammer(frequency, key, velocity):
-    """What a felt hammer gives to each frequency (Hz): a low-pass that opens with the blow and up the keyboard."""
+    """What a felt hammer gives to each frequency (Hz): a low-pass that opens with the blow and up the
+    keyboard."""
     cutoff = (650 * 2 ** ((key - 60) / 36) + 440 * 2 ** ((key - 69) / 12)) * 2 ** ((velocity - 64) / 30)
     return (1 + (frequency / cutoff) ** 2) ** -1.25
 
 
 @functools.lru_cache(maxsize=128)
 def _piano_key(key: int) -> tuple[np.ndarray, ...]:
-    """The decaying sinusoids ("modes") of a key: frequency (Hz), decay (dB/s), amplitude before the hammer, phase.
+    """The decaying sinusoids ("modes") of a key: frequency (Hz), decay (dB/s), amplitude before the hammer,
+    phase.
 
-    Partials are stretched by the strings' stiffness (Rigaud, David & Daudet, JASA 2013, eq. 8), weak where the hammer
-    strikes a node (1/8 of the string) and where the soundboard is small beside the wave. Each is three modes, slightly
-    mistuned, of a quick and a slow decay (Weinreich, JASA 1977). The hammer's noise is a cloud of short modes.
+    Partials are stretched by the strings' stiffness (Rigaud, David & Daudet, JASA 2013, eq. 8), weak where
+    the hammer strikes a node (1/8 of the string) and where the soundboard is small beside the wave. Each is
+    three modes, slightly mistuned, of a quick and a slow decay (Weinreich, JASA 1977). The hammer's noise is
+    a cloud of short modes.
     """
     rng = np.random.default_rng(key)
     n = np.arange(1, PARTIALS + 1)[:, None]
@@ -4810,8 +4813,9 @@ def _piano_key(key: int) -> tuple[np.ndarray, ...]:
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
 def _tone(key: int, layer: int, rate: int) -> np.ndarray:
-    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is that of
-    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB, 1 s."""
+    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is
+    that of velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz:
+    320 MB, 1 s."""
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
@@ -4847,8 +4851,8 @@ def _tone(key: int, layer: int, rate: int) -> np.ndarray:
 
 
 def _damper_clock(performance: Performance) -> tuple[np.ndarray, np.ndarray]:
-    """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on strings; between
-    two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
+    """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on
+    strings; between two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
     events = performance.sustain
     end = max(performance.offset.max(), *events[-1:, 0], 0) + PEDAL_LIFT
     times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
@@ -4878,16 +4882,16 @@ def _struck_tone(key: int, layer: float, loud: float, samples: int, rate: int) -
 
 
 def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
-    """The performance on a built-in piano: (samples,) float32 within (-1, 1), mono, to the end of the last tone.
+    """The performance on a built-in piano: (samples,) float32 within (-1, 1), mono, to the end of the last
+    tone.
 
-    Level and brightness follow velocity and soft pedal and are never normalised: loudness is information. A note lasts
-    until its damper falls (key and sustain pedal up, by degrees with a half-pedal; keys from UNDAMPED on have none), its
-    key is struck again or it has died away. Same bytes for the same performance. No notes, or none of velocity above 0:
-    an empty array. Tones are made on first use and kept, at most some 320 MB at 16 kHz. Raises DataError.
+    Level and brightness follow velocity and soft pedal and are never normalised: loudness is information. A
+    note lasts until its damper falls (key and sustain pedal up, by degrees with a half-pedal; keys from
+    UNDAMPED on have none), its key is struck again or it has died away. Same bytes for the same performance.
+    No notes, or none of velocity above 0: an empty array. Tones are made on first use and kept, at most some
+    320 MB at 16 kHz. Raises DataError.
     """
     onset, pitch, velocity = performance.onset, performance.pitch, performance.velocity
-    if not 4000 <= sample_rate <= 192_000:
-        raise DataError(f"sample rate {sample_rate}; expected 4000 to 192000 per second; 16000 is usual")
     heard = np.flatnonzero(velocity > 0)
     if not len(heard):
         return np.zeros(0, np.float32)
@@ -4939,10 +4943,8 @@ def _limit(waveform: np.ndarray) -> np.ndarray:
 
 
 def transform_performance(performance: Performance, tempo: float = 1.0, semitones: int = 0) -> Performance:
-    """The performance `tempo` times as fast (pedals too) and transposed. A shift that would leave the keyboard is
-    shortened to its end, as in `shift_key`, so that no note is lost. Raises DataError."""
-    if not 0.1 <= tempo <= 10:
-        raise DataError(f"tempo {tempo}; expected a factor from 0.1 to 10; 1 leaves it as played")
+    """The performance `tempo` times as fast (pedals too) and transposed. A shift that would leave the
+    keyboard is shortened to its end, as in `shift_key`, so that no note is lost."""
     pitch = performance.pitch
     if len(pitch):
         up = max(KEYBOARD[1] - pitch.max(), 0)
@@ -5016,10 +5018,11 @@ def render_folder(
     strict: bool = False,
     quiet: bool = False,
 ) -> dict:
-    """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below `out`: 16-bit mono.
+    """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below
+    `out`: 16-bit mono.
 
-    Files that are there are kept, so that a stopped run goes on where it was. Returns {"rendered", "present": counts,
-    "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
+    Files that are there are kept, so that a stopped run goes on where it was. Returns {"rendered", "present":
+    counts, "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
     """
     root = Path(root)
     target = Path(out or root)
@@ -5062,9 +5065,9 @@ def report_render(report: dict, elapsed: float) -> None:
         print(f"  {line}")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 SAMPLE_RATE = 16000  # Hz
 FRAME, HOP, FFT, MELS = 400, 160, 512, 128  # samples, samples, samples, bands
 LOG_FLOOR = 1.1920929e-07  # energy under which the logarithm stops: float32's epsilon
@@ -5081,9 +5084,11 @@ def fbank_frames(samples):
 
 @functools.cache
 def _fbank_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz on HTK's mel scale.
+    """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz on HTK's mel
+    scale.
 
-    Triangles in mel, sampled at the FFT's bins. At this resolution filter 3 holds no bin: its band is always silent."""
+    Triangles in mel, sampled at the FFT's bins. At this resolution filter 3 holds no bin: its band is always
+    silent."""
     edges = np.linspace(*(1127 * np.log1p(np.array([20, SAMPLE_RATE / 2]) / 700)), MELS + 2)
     bins = 1127 * np.log1p(np.arange(FFT // 2 + 1) * SAMPLE_RATE / FFT / 700)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
@@ -5096,12 +5101,14 @@ def _fbank_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def fbank(waveform: torch.Tensor) -> torch.Tensor:
-    """Log-mel energies as Kaldi's: (B, samples) or (samples,) in [-1, 1] at 16 kHz to (B, frames, 128) or (frames, 128) float32.
+    """Log-mel energies as Kaldi's: (B, samples) or (samples,) in [-1, 1] at 16 kHz to (B, frames, 128) or
+    (frames, 128) float32.
 
-    Any float type, or int16, which is divided by 32768. Not normalised (`normalise_fbank`); digital silence is SILENCE.
-    Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed, pre-emphasis 0.97, Hann, power
-    spectrum of 512, 128 mel bands, natural logarithm. A row's result does not depend on its batch. Raises DataError: another
-    type or shape, NaN or infinite samples, samples beyond any waveform's range.
+    Any float type, or int16, which is divided by 32768. Not normalised (`normalise_fbank`); digital silence
+    is SILENCE. Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed,
+    pre-emphasis 0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. A row's result does not
+    depend on its batch. Raises DataError: another type or shape, NaN or infinite samples, samples beyond any
+    waveform's range.
     """
     x = torch.as_tensor(waveform)
     if x.dim() not in (1, 2) or not (x.is_floating_point() or x.dtype == torch.int16):
@@ -5144,9 +5151,9 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
     return (x - mean) / (2 * std)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio: sound files
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
@@ -5183,14 +5190,16 @@ def _ratio(rate: int) -> tuple[int, int]:
 
 
 def _resample(x: np.ndarray, rate: int) -> np.ndarray:
-    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase, scipy's default low-pass."""
+    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase, scipy's default
+    low-pass."""
     from scipy.signal import resample_poly  # here, because importing it takes 0.4 s that few need
 
     return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
 
 
 def read_wav(path: str | Path) -> np.ndarray:
-    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged. Raises DataError."""
+    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged. Raises
+    DataError."""
     with _open_sound(path) as file:
         return _resample(_read_mono(file), file.samplerate)
 
@@ -5198,7 +5207,8 @@ def read_wav(path: str | Path) -> np.ndarray:
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
     """Samples start..stop at 16 kHz as int16, without reading the rest of the file.
 
-    The same values as a crop of `read_wav`, rounded: at another rate the filter sees its neighbours on both sides."""
+    The same values as a crop of `read_wav`, rounded: at another rate the filter sees its neighbours on both
+    sides."""
     with _open_sound(path) as file:
         up, down = _ratio(file.samplerate)
         # scipy's filter reaches 10 * max(up, down) of its inner samples, up * down of which are a block
@@ -5209,15 +5219,15 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 FBANK_FORMAT = 2  # of stored energies: count up when `fbank`, `render` or `read_wav` change their results
 
 
 class StoredEnergies:
-    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: one open map a recording is more than
-    a process may hold."""
+    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: one open map a recording
+    is more than a process may hold."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -5231,7 +5241,8 @@ class StoredEnergies:
 
 @dataclass
 class FbankStore:
-    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004). From `open_fbank`."""
+    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004). From
+    `open_fbank`."""
 
     root: str
     synthetic: bool
@@ -5265,15 +5276,17 @@ class AudioStore(FbankStore):
 
 
 def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> int:
-    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where they do not.
-    The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops of an epoch."""
+    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
+    they do not. The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops
+    of an epoch."""
     return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
 
 
 def random_crop(
     store: FbankStore, i: int, length: int, seed: int, epoch: int, index: int | None = None
 ) -> np.ndarray:
-    """`store.get` of `length` frames at `crop_start` (index: the recording's number unless given); a shorter one whole."""
+    """`store.get` of `length` frames at `crop_start` (index: the recording's number unless given); a shorter
+    one whole."""
     frames = int(store.frames[i])
     start = crop_start(frames, length, seed, epoch, i if index is None else index)
     return store.get(i, start, min(start + length, frames))
@@ -5282,12 +5295,13 @@ def random_crop(
 def audio_files(
     root: str | Path, strict: bool = False, audio: str | Path | None = None
 ) -> tuple[list[tuple[str, str, Path]], list[str]]:
-    """(name, split, sound file) of all recordings of a folder, sorted by name, and a line for each one that lacks its file.
+    """(name, split, sound file) of all recordings of a folder, sorted by name, and a line for each one that
+    lacks its file.
 
-    MAESTRO's layout (its table is there): names and splits from the table (`read_maestro`), sound files beside the MIDI or under
-    `audio`. PercePiano's layout: the rendered performances beside their MIDI files, under the corpus's names. Any other folder:
-    all sound files under it, named by their path without ending (so a folder of PercePiano renderings has the corpus's names).
-    Raises DataError where there is none.
+    MAESTRO's layout (its table is there): names and splits from the table (`read_maestro`), sound files
+    beside the MIDI or under `audio`. PercePiano's layout: the rendered performances beside their MIDI files,
+    under the corpus's names. Any other folder: all sound files under it, named by their path without ending
+    (so a folder of PercePiano renderings has the corpus's names). Raises DataError where there is none.
     """
     root = Path(root)
     folder = root / "virtuoso/data/all_2rounds"
@@ -5317,7 +5331,8 @@ def audio_files(
 
 
 def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> AudioStore:
-    """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are listed."""
+    """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
+    listed."""
     found, left_out = audio_files(root, strict, audio)
     kept, frames = [], []
     for name, split, path in found:
@@ -5357,10 +5372,11 @@ def build_fbank(
     quiet: bool = False,
     audio: str | Path | None = None,
 ) -> FbankStore:
-    """Compute log-mel energies of all recordings of a folder (`audio_files`) once, `out`/NAME.npy, and at last an index.
+    """Compute log-mel energies of all recordings of a folder (`audio_files`) once, `out`/NAME.npy, and at
+    last an index.
 
-    An interrupted run goes on where it stopped, and a recording that is newer than its energies is computed again. An
-    unreadable one is left out and listed; `strict` raises instead.
+    An interrupted run goes on where it stopped, and a recording that is newer than its energies is computed
+    again. An unreadable one is left out and listed; `strict` raises instead.
     """
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
@@ -5377,7 +5393,8 @@ def build_fbank(
 
 
 def open_fbank(folder: str | Path) -> FbankStore:
-    """Open what `build_fbank` wrote to its end. Raises DataError where that is not so or a file is damaged."""
+    """Open what `build_fbank` wrote to its end. Raises DataError where that is not so or a file is
+    damaged."""
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -5399,8 +5416,8 @@ def _open_energies(root: str | Path, found: list[tuple], left_out: list[str]) ->
 def _store_missing(
     folder: Path, jobs: list[tuple], workers: int | None, quiet: bool, strict: bool = False
 ) -> dict[str, str]:
-    """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its source;
-    what could not be read: name -> error line."""
+    """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
+    source; what could not be read: name -> error line."""
     failed = {}
     todo = []
     for name, source, *change in jobs:
@@ -5416,7 +5433,8 @@ def _store_missing(
 
 
 def _store_energies(job: tuple) -> str | None:
-    """Write the energies of a sound file, or of a MIDI file played and changed; the error line if it cannot be read."""
+    """Write the energies of a sound file, or of a MIDI file played and changed; the error line if it cannot
+    be read."""
     _, target, source, tempo, semitones = job
     try:
         if source.suffix.lower() in MIDI_KINDS:
@@ -5433,8 +5451,8 @@ def _store_energies(job: tuple) -> str | None:
 def _run_parallel(
     function: Callable, tasks: list, workers: int | None = None, label: str | None = None, quiet: bool = False
 ) -> Iterable:
-    """function(task) over processes (in this one where one is enough), one thread each; yields (task, result) as they
-    finish, with a progress bar under `label`."""
+    """function(task) over processes (in this one where one is enough), one thread each; yields (task, result)
+    as they finish, with a progress bar under `label`."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     bar = functools.partial(tqdm, total=len(tasks), desc=label, unit="file", disable=quiet or None)
     if workers <= 1:
@@ -5454,8 +5472,8 @@ def _run_parallel(
 
 
 def _start_worker() -> None:
-    """One thread of work, no answer to Ctrl-C, and an end when the parent ends: a killed one would leave its workers
-    waiting for ever."""
+    """One thread of work, no answer to Ctrl-C, and an end when the parent ends: a killed one would leave its
+    workers waiting for ever."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
@@ -5490,9 +5508,9 @@ def print_left_out(lines: list[str], most: int = 10) -> None:
         print(f"  ... and {len(lines) - most} more")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MAESTRO
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 MAESTRO_COLUMNS = (
     "canonical_composer",
     "canonical_title",
@@ -5511,8 +5529,8 @@ SAME_PIECE = 32
 
 @dataclass
 class Recording:
-    """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece is in
-    validation or test is "unknown" and used for nothing."""
+    """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece
+    is in validation or test is "unknown" and used for nothing."""
 
     name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
     composer: str
@@ -5526,7 +5544,8 @@ class Recording:
 
 @dataclass
 class Maestro:
-    """Recordings that have a MIDI file, a sound file or both here, in the table's order, and what is not there."""
+    """Recordings that have a MIDI file, a sound file or both here, in the table's order, and what is not
+    there."""
 
     root: str
     audio: str  # where the sound files are looked for
@@ -5539,11 +5558,11 @@ class Maestro:
 
 
 def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> Maestro:
-    """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under `root` (the
-    .wav under `audio`, where given: what `render --out` wrote).
+    """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under
+    `root` (the .wav under `audio`, where given: what `render --out` wrote).
 
-    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises DataError: no
-    table, or none that can be read, missing columns, no file at all.
+    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises
+    DataError: no table, or none that can be read, missing columns, no file at all.
     """
     root = Path(root)
     tables = sorted(root.glob("maestro-v*.csv"))
@@ -5553,18 +5572,14 @@ def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | Non
             "<year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
         )
     rows = _read_table(tables[0], MAESTRO_COLUMNS)
-    found, left_out, seen = [], [], set()
+    found, left_out = [], []
     for line, row in rows:
         try:
             recording = _read_recording(root, Path(audio or root), row)
-            files = {recording.midi, recording.audio}
-            if files & seen:
-                raise DataError(f"{min(files & seen)} stands in an earlier line too; remove one line")
-            seen |= files
-            if not any(path.is_file() for path in files):
+            if not recording.midi.is_file() and not recording.audio.is_file():
                 raise DataError(f"neither {recording.midi} nor {recording.audio} is here; unpack it again")
             found.append(recording)
-        except DataError as error:
+        except ValueError as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
     if left_out and (strict or not found):
         raise DataError(left_out[0])
@@ -5596,25 +5611,24 @@ def _read_recording(root: Path, audio: Path, row: dict) -> Recording:
     if None in row or None in row.values():
         raise DataError("another number of fields than the first line; quote fields that hold commas")
     midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
-    for path, kinds in ((midi, MIDI_KINDS), (sound, SOUND_KINDS)):
-        if path.suffix.lower() not in kinds or path.is_absolute() or ".." in path.parts:
-            raise DataError(f"file '{path}'; expected <year>/<name>{kinds[0]} inside the folder")
-    try:
-        duration = float(row["duration"])
-    except ValueError:
-        duration = math.nan
-    if row["split"] not in MAESTRO_SPLITS or not 0 < duration <= LONGEST:
-        found = f"split {row['split']!r}, duration {row['duration']!r}"
-        raise DataError(f"{found}; expected {', '.join(MAESTRO_SPLITS)}, seconds")
+    kinds = midi.suffix.lower() in MIDI_KINDS and sound.suffix.lower() in SOUND_KINDS
+    outside = any(path.is_absolute() or ".." in path.parts for path in (midi, sound))
+    if not kinds or outside or row["split"] not in MAESTRO_SPLITS:
+        raise DataError(
+            f"'{midi}', '{sound}', split {row['split']!r}; expected <year>/<name>.midi and .wav inside the folder, "
+            f"{', '.join(MAESTRO_SPLITS)}"
+        )
     described = row["canonical_composer"], row["canonical_title"], row["split"]
-    return Recording(midi.with_suffix("").as_posix(), *described, root / midi, audio / sound, duration)
+    name, duration = midi.with_suffix("").as_posix(), float(row["duration"])
+    return Recording(name, *described, root / midi, audio / sound, duration)
 
 
 def _set_parts(root: Path, recordings: list[Recording]) -> None:
-    """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells which
-    splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same piece is held out.
-    A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the table's titles name one
-    piece in many ways. Runs of 16 equal pitches across the real files' splits showed no other shared piece."""
+    """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells
+    which splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same
+    piece is held out. A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
+    table's titles name one piece in many ways. Runs of 16 equal pitches across the real files' splits showed
+    no other shared piece."""
     pieces, unknown = {}, set()
     sources = root / "asap_sources.csv"
     if sources.is_file():
@@ -5639,11 +5653,12 @@ def maestro_overlaps(
 ) -> dict[str, list[str]]:
     """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
 
-    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches, in order
-    of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's performance shares
-    the pitches but never the intervals. `pieces` adds those: recordings with at least SAME_PIECE runs of the pitches of
-    any performances, and which. A recording whose MIDI is absent or unreadable is listed in `maestro.unchecked`. Cached
-    by names, sizes and dates of all MIDI files; parallel over files.
+    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches,
+    in order of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's
+    performance shares the pitches but never the intervals. `pieces` adds those: recordings with at least
+    SAME_PIECE runs of the pitches of any performances, and which. A recording whose MIDI is absent or
+    unreadable is listed in `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel
+    over files.
     """
     segments = _performance_files(Path(corpus.root if isinstance(corpus, Corpus) else corpus))[0]
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
@@ -5664,8 +5679,8 @@ def maestro_overlaps(
 
 
 def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
-    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the error
-    line."""
+    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the
+    error line."""
     try:
         performance = read_midi(path)
     except DataError as error:
@@ -5682,7 +5697,8 @@ def _runs_of(played: tuple[bytes, np.ndarray] | str) -> list[tuple[bytes, np.nda
 
 
 def _find_overlaps(segments: dict[str, Path], recordings: dict[str, Path], played: dict) -> tuple[dict, dict]:
-    """Recordings that share runs with segments in pitches and intervals, and those that share many in pitches."""
+    """Recordings that share runs with segments in pitches and intervals, and those that share many in
+    pitches."""
     owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
     for name, path in segments.items():
         for pitches, steps in _runs_of(played[path]):
@@ -5702,8 +5718,8 @@ def _find_overlaps(segments: dict[str, Path], recordings: dict[str, Path], playe
 def report_maestro(
     maestro: Maestro, same: dict[str, list[str]] | None = None, alike: dict[str, list[str]] | None = None
 ) -> None:
-    """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and with
-    `pieces`)."""
+    """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and
+    with `pieces`)."""
     found = maestro.recordings
     hours = sum(r.duration for r in found) / 3600
     print(f"{maestro.root}: {len(found)} recordings of {maestro.rows} rows, {hours:.2f} h")
@@ -5730,9 +5746,9 @@ def report_maestro(
         print(f"  {line}")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio of PercePiano
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The ratings by what a listener attends to (AST.md); every rating stands in one group.
 LABEL_GROUPS: dict[str, tuple[str, ...]] = {
     "Timing": ("Timing_Stable_Unstable", "Music_Making_Fast_paced_Slow_paced"),
@@ -5768,7 +5784,8 @@ def label_groups() -> list[list[int]]:
 
 
 def variant_name(name: str, tempo: float, semitones: int) -> str:
-    """The entry of a performance played `tempo` times as fast and transposed: NAME itself, or e.g. NAME@1.05-2."""
+    """The entry of a performance played `tempo` times as fast and transposed: NAME itself, or e.g.
+    NAME@1.05-2."""
     return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
 
 
@@ -5780,11 +5797,13 @@ def percepiano_audio(
     workers: int | None = None,
     quiet: bool = False,
 ) -> FbankStore:
-    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept under `cache`.
+    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept
+    under `cache`.
 
-    variants: (tempo factor, semitones) by which every performance is played once more before rendering (`variant_name`).
-    One file a performance, made anew where the MIDI or sound file is newer; parallel; an interrupted call goes on where it
-    stopped. What cannot be read is left out and listed. Raises DataError: no recording at all, variants of recordings.
+    variants: (tempo factor, semitones) by which every performance is played once more before rendering
+    (`variant_name`). One file a performance, made anew where the MIDI or sound file is newer; parallel; an
+    interrupted call goes on where it stopped. What cannot be read is left out and listed. Raises DataError:
+    no recording at all, variants of recordings.
     """
     root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
     variants = [(1.0, 0), *variants]
@@ -5810,8 +5829,9 @@ def percepiano_audio(
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
-    """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank, not normalised, a
-    StoredEnergies that is read where it is sliced, frames, and, where rated, y (19,) float32 in [0, 1]."""
+    """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank, not
+    normalised, a StoredEnergies that is read where it is sliced, frames, and, where rated, y (19,) float32 in
+    [0, 1]."""
     if info["labels"] != list(LABELS):
         raise DataError(f"{corpus.root}: ratings in another order than the model's; train it again")
     number = {name: i for i, name in enumerate(store.names)}
@@ -5824,8 +5844,8 @@ def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: d
 
 
 def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> dict[str, list[float]]:
-    """target_mean and target_std (19 each) of these performances. by: "dimension"; "group": one deviation for the ratings of
-    a group (root mean square); "none": 0 and 1."""
+    """target_mean and target_std (19 each) of these performances. by: "dimension"; "group": one deviation for
+    the ratings of a group (root mean square); "none": 0 and 1."""
     if by == "none":
         return {"target_mean": [0.0] * len(LABELS), "target_std": [1.0] * len(LABELS)}
     y = np.stack([corpus.items[name]["y"] for name in names]).astype(np.float64)
@@ -5837,8 +5857,9 @@ def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> 
 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
-    """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with silence · lengths (B,)
-    int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have them. items: fbank (frames, 128), name, ..."""
+    """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with
+    silence · lengths (B,) int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have
+    them. items: fbank (frames, 128), name, ..."""
     x, lengths = pad_fbank([item["fbank"] for item in items])
     batch = {
         "x": normalise_fbank(x, info["mean"], info["std"]),
@@ -5854,8 +5875,8 @@ def collate_ast(items: list[dict], info: dict) -> dict:
 
 
 def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energies (frames, 128) each as (B, T, 128) float32, not normalised, silence behind a crop's end and T at least
-    `shortest`; lengths (B,) int64."""
+    """Energies (frames, 128) each as (B, T, 128) float32, not normalised, silence behind a crop's end and T
+    at least `shortest`; lengths (B,) int64."""
     lengths = torch.tensor([len(crop) for crop in crops])
     x = torch.full((len(crops), max(int(lengths.max()), shortest), MELS), SILENCE)
     for row, crop in zip(x, crops, strict=True):
@@ -5864,8 +5885,9 @@ def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor,
 
 
 def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
-    """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without recordings of
-    `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
+    """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without
+    recordings of `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole
+    segments."""
     train = [i for i, split in enumerate(store.split) if split in ("train", "")]
     valid = [i for i, split in enumerate(store.split) if split == "validation"]
     if not valid:

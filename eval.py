@@ -2276,8 +2276,8 @@ def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
 
 
 def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]:
-    """First frames of evenly spaced crops of `length` that reach both ends of `frames`; as many as cover them unless
-    given. One, at 0, where a single crop holds all."""
+    """First frames of evenly spaced crops of `length` that reach both ends of `frames`; as many as cover them
+    unless given. One, at 0, where a single crop holds all."""
     if frames <= length:
         return [0]
     count = crops or math.ceil(frames / length)
@@ -2287,23 +2287,15 @@ def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]
 
 
 def crop_batches(
-    items: list[dict], info: dict, longest: int, batch: int, crops: int | None = None
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
-    """All crops (`crop_starts`) of items as batches of similar length: numbers of the items, x (B, T, 128) normalised by
-    info's mean and std and padded with silence, lengths (B,) or None where all fill x (a mask costs the flash kernel).
-
-    items: frames, and fbank (frames, 128), which is read where it is sliced."""
-    jobs = []
-    for i, item in enumerate(items):
-        length = min(item["frames"], longest)
-        jobs += [(length, i, start) for start in crop_starts(item["frames"], longest, crops)]
-    jobs.sort()
-    for first in range(0, len(jobs), batch):
-        chosen = jobs[first : first + batch]
-        x, lengths = pad_fbank([items[i]["fbank"][start : start + n] for n, i, start in chosen], PATCH)
-        x = normalise_fbank(x, info["mean"], info["std"])
-        whole = bool((lengths == x.shape[1]).all())
-        yield [i for _, i, _ in chosen], x, None if whole else lengths
+    item: dict, info: dict, longest: int, batch: int, crops: int | None = None
+) -> Iterator[torch.Tensor]:
+    """All crops (`crop_starts`) of one item, at most `batch` at once: (B, T, 128), normalised by info's mean and std.
+    Crops of one item are equally long, so no batch needs a mask. item: frames, fbank (frames, 128)."""
+    starts = crop_starts(item["frames"], longest, crops)
+    for first in range(0, len(starts), batch):
+        parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
+        x, _ = pad_fbank(parts, PATCH)
+        yield normalise_fbank(x, info["mean"], info["std"])
 
 
 def predict_ast(
@@ -2314,20 +2306,19 @@ def predict_ast(
     batch: int = 8,
     crops: int | None = None,
 ) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item longer than
-    the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data (mean, std, frames, and
-    target_mean, target_std where the ratings were standardised)."""
+    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
+    longer than the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data
+    (mean, std, frames, and target_mean, target_std where the ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
-    total = np.zeros((len(items), len(LABELS)))
-    count = np.zeros((len(items), 1))
     training = model.training
     model = model.to(device).eval()
+    rows = []
     with torch.no_grad():
-        for members, x, lengths in crop_batches(items, info, longest, batch, crops):
-            np.add.at(total, members, model(x.to(device), lengths).double().cpu().numpy())
-            np.add.at(count, members, 1)
+        for item in items:
+            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch, crops)]
+            rows.append(torch.cat(rated).double().mean(0).cpu().numpy())
     model.train(training)
-    p = total / np.maximum(count, 1)
+    p = np.array(rows).reshape(-1, len(LABELS))
     if info.get("target_mean") is not None:
         p = p * np.asarray(info["target_std"]) + np.asarray(info["target_mean"])
     return p.clip(0, 1)
@@ -2352,40 +2343,33 @@ def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 def frozen_tokens(
     path: str, store: FbankStore, device: torch.device, batch: int = 32
 ) -> dict[str, np.ndarray]:
-    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the tokens after
-    a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the precision that it was
-    trained in."""
+    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the
+    tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
+    precision that it was trained in."""
     model, ckpt = load_checkpoint(path)
     info = ckpt.get("data") or {}
     if not isinstance(model, AST) or model.model_args["num_outputs"] is not None or "std" not in info:
         raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
     model = model.to(device).eval()
-    width, depth = model.model_args["width"], model.model_args["depth"]
-    levels = sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)})
-    found = []
-    for level in levels:
+    found, depth = [], model.model_args["depth"]
+    for level in sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)}):
         layer = model.norm if level == depth else model.blocks[level - 1]
-        layer.register_forward_hook(lambda _, __, out: found.append(out.float()))
-    items = [store.item(i) for i in range(len(store.names))]
-    moments = np.zeros((len(items), 2, len(levels), width))  # mean and mean square, summed over the crops
-    counts = np.zeros(len(items))
-    crops = crop_batches(items, info, model.model_args["frames"], batch)
+        layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
+    extra = 0 if model.extra is None else 2
     half = torch.autocast(device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16")
-    with torch.no_grad(), half:
-        for members, x, lengths in tqdm(crops, desc="frozen AST", unit="batch", disable=None):
+    rows = {}
+    for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
+        moments = []
+        for x in crop_batches(store.item(i), info, model.model_args["frames"], batch):
             found.clear()
-            tokens, valid = model.tokens(x.to(device), lengths)
-            model.encode(tokens + model.position(model.grid(x)), valid)
-            seen = torch.stack([out[:, -tokens.shape[1] :] for out in found], dim=1)  # (B, levels, T, width)
-            valid = torch.ones_like(tokens[:, :, 0], dtype=torch.bool) if valid is None else valid
-            weight = (valid / valid.sum(1, keepdim=True)).float()[:, None, :, None]
-            both = torch.stack([(seen * weight).sum(2), (seen.square() * weight).sum(2)], dim=1)
-            np.add.at(moments, members, both.double().cpu().numpy())
-            np.add.at(counts, members, 1)
-    means, squares = (moments / counts[:, None, None, None]).swapaxes(0, 1)
-    deviations = np.sqrt((squares - means**2).clip(1e-6))
-    rows = np.concatenate([means, deviations], axis=2).reshape(len(items), -1)
-    return dict(zip(store.names, rows, strict=True))
+            with torch.no_grad(), half:
+                model(x.to(device))
+            seen = torch.stack(found, dim=1)[:, :, extra:]  # (B, levels, T, width)
+            moments.append(torch.stack([seen.mean(2), seen.square().mean(2)]))
+        mean, square = torch.cat(moments, dim=1).mean(1)  # (levels, width)
+        deviation = (square - mean**2).clip(1e-6).sqrt()
+        rows[name] = torch.cat([mean, deviation], dim=1).flatten().cpu().numpy()
+    return rows
 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
@@ -2400,7 +2384,8 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
 
 
 def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
-    """The trainer's own validation figures of one pre-training: its crops and masks, of --data, normalised as the model knows it."""
+    """The trainer's own validation figures of one pre-training: its crops and masks, of --data, normalised as
+    the model knows it."""
     import pretrain_ast  # which imports this module
 
     (path, model, ckpt), data = loaded[0], loaded[0][2]["data"]

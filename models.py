@@ -599,7 +599,8 @@ PATCH = 16  # frames and mel bins
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block: attention, then an MLP four times as wide (exact GELU). No dropout in the attention."""
+    """Pre-LN transformer block: attention, then an MLP four times as wide (exact GELU). No dropout in the
+    attention."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -624,10 +625,11 @@ class Block(nn.Module):
 
 
 class Positions(nn.Module):
-    """Learned positions of a grid of patches: one vector per row plus one per column, or one per patch (`table`).
+    """Learned positions of a grid of patches: one vector per row plus one per column, or one per patch
+    (`table`).
 
-    Rows and columns start as sines and cosines, in a half of the width each: from small random numbers the masked
-    pre-training of tiny never left what the average level of a row gives."""
+    Rows and columns start as sines and cosines, in a half of the width each: from small random numbers the
+    masked pre-training of tiny never left what the average level of a row gives."""
 
     def __init__(self, freq: int, time: int, width: int, table: bool):
         super().__init__()
@@ -646,14 +648,15 @@ class Positions(nn.Module):
 
 
 def sinusoids(count: int, width: int) -> Tensor:
-    """(count, width): sines, then cosines of the places 0, 1, ... at wavelengths from 2 pi to 20000 pi (Vaswani et al.,
-    2017, section 3.5)."""
+    """(count, width): sines, then cosines of the places 0, 1, ... at wavelengths from 2 pi to 20000 pi
+    (Vaswani et al., 2017, section 3.5)."""
     angle = torch.arange(count).unsqueeze(1) * 10000 ** (-torch.arange((width + 1) // 2) / max(width / 2, 1))
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
 
 
 class GroupedHead(nn.Module):
-    """One head per group of outputs: LayerNorm, linear and GELU make the group's query; a linear layer reads it.
+    """One head per group of outputs: LayerNorm, linear and GELU make the group's query; a linear layer reads
+    it.
 
     cross: in between, a transformer block over the queries lets the groups see each other.
     """
@@ -681,7 +684,8 @@ class GroupedHead(nn.Module):
 
 
 class AST(nn.Module):
-    """Audio Spectrogram Transformer: masked pre-training (num_outputs None) or ratings (Gong et al., 2021 and 2022).
+    """Audio Spectrogram Transformer: masked pre-training (num_outputs None) or ratings (Gong et al., 2021 and
+    2022).
 
     Patches are numbered frequency-major: id = row * columns + column, of the columns of the batch at hand.
     """
@@ -750,7 +754,8 @@ class AST(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def count(self, length):
-        """Patches along an axis of `length` frames or mel bins (int or tensor): whole ones, at least 1 of a tensor."""
+        """Patches along an axis of `length` frames or mel bins (int or tensor): whole ones, at least 1 of a
+        tensor."""
         count = (length - PATCH) // self.stride + 1
         return count.clip(min=1) if isinstance(count, Tensor) else count
 
@@ -759,8 +764,8 @@ class AST(nn.Module):
     ) -> Tensor | dict:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid.
 
-        With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or without
-        num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
+        With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or
+        without num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
         """
         if mask is not None:
             return self.pretrain_losses(fbank, mask, compat, lengths)
@@ -790,7 +795,8 @@ class AST(nn.Module):
         return x, _inside(columns, self.count(lengths.to(x.device))).repeat(1, self.rows)
 
     def encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last norm."""
+        """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last
+        norm."""
         if self.extra is not None:
             x = torch.cat([self.extra.sum(0).expand(len(x), -1, -1), x], dim=1)
             valid = None if valid is None else nn.functional.pad(valid, (2, 0), value=True)
@@ -805,7 +811,8 @@ class AST(nn.Module):
         return x
 
     def pool(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width, float32."""
+        """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width,
+        float32."""
         tokens = tokens.float()
         if self.pooling == "cls":
             return tokens[:, :2].mean(1)
@@ -819,10 +826,11 @@ class AST(nn.Module):
     ) -> dict[str, Tensor]:
         """Both objectives of SSAST on masked patches; the total that is minimised is nce + 10 mse.
 
-        mask (B, N) patch ids, -1 for none (cluster_mask); lengths (B,) valid frames. compat=False is the paper: softmax over
-        the patches for each prediction, and its accuracy. compat=True is the original code: softmax over the predictions for
-        each patch, accuracy by patches of that softmax. Scalars, float32: nce, mse, accuracy · chance: accuracy of guessing ·
-        mse_mean: of predicting the batch's mean patch. Averages over the masked patches of a clip, then over clips.
+        mask (B, N) patch ids, -1 for none (cluster_mask); lengths (B,) valid frames. compat=False is the
+        paper: softmax over the patches for each prediction, and its accuracy. compat=True is the original
+        code: softmax over the predictions for each patch, accuracy by patches of that softmax. Scalars,
+        float32: nce, mse, accuracy · chance: accuracy of guessing · mse_mean: of predicting the batch's mean
+        patch. Averages over the masked patches of a clip, then over clips.
         """
         if self.model_args["num_outputs"] is not None:
             raise DataError("AST: fine-tuned; expected a pre-training network (num_outputs=None)")
@@ -836,7 +844,8 @@ class AST(nn.Module):
         return losses
 
     def masked(self, fbank: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Final tokens (B, N, width) and pixels (B, N, 256) of the masked patches, and which of the N there are."""
+        """Final tokens (B, N, width) and pixels (B, N, 256) of the masked patches, and which of the N there
+        are."""
         x, valid = self.tokens(fbank, lengths)
         B, T, _ = x.shape
         ids = mask.clip(min=0)
@@ -906,13 +915,15 @@ def gather_patches(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def patches(fbank: Tensor) -> Tensor:
-    """fbank (B, frames, mel) -> (B, patches, 256): patches and their pixels frequency-major, as reference/ssast.npz."""
+    """fbank (B, frames, mel) -> (B, patches, 256): patches and their pixels frequency-major, as
+    reference/ssast.npz."""
     x = fbank.float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (B, columns, rows, time, frequency)
     return x.permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
 
 
 def contrast(predicted: Tensor, target: Tensor, there: Tensor, compat: bool) -> dict[str, Tensor]:
-    """InfoNCE among the masked patches of each clip: predicted, target (B, N, C), there (B, N) -> nce, accuracy, chance.
+    """InfoNCE among the masked patches of each clip: predicted, target (B, N, C), there (B, N) -> nce,
+    accuracy, chance.
 
     Scores are plain dot products. compat: see AST.pretrain_losses.
     """
@@ -939,14 +950,15 @@ def cluster_mask(
     side: tuple[int, int] = (3, 5),
     columns: Tensor | None = None,
 ) -> Tensor:
-    """(batch, count) ids of patches to mask, in square clusters: id = row * time + column, unique, exactly `count`.
+    """(batch, count) ids of patches to mask, in square clusters: id = row * time + column, unique, exactly
+    `count`.
 
     One side per clip, drawn from `side`. Clusters come one by one at places drawn evenly from all that touch
-    the grid, cut at its edges, until `count` patches are covered; the last cluster gives patches at random. A patch has
-    the same number of places that cover it wherever it stands, so all are equally likely: within 1 % for 400 of 512,
-    corners up to 8 % more for 25. A time of arrival for every place, and for each patch the first arrival in a
-    window around it, say the same without a loop.
-    columns (batch,): valid time columns; masked are round(count * columns / time) patches among them, the rest is -1.
+    the grid, cut at its edges, until `count` patches are covered; the last cluster gives patches at random. A
+    patch has the same number of places that cover it wherever it stands, so all are equally likely: within 1
+    % for 400 of 512, corners up to 8 % more for 25. A time of arrival for every place, and for each patch the
+    first arrival in a window around it, say the same without a loop. columns (batch,): valid time columns;
+    masked are round(count * columns / time) patches among them, the rest is -1.
     """
     if not 0 < count <= freq * time:
         raise DataError(f"cluster_mask: {count} patches of {freq} x {time}; expected 1 to {freq * time}")
@@ -972,9 +984,9 @@ def cluster_mask(
 def adapt_ast(model: AST, **changes) -> AST:
     """A network with other model_args (frames, stride, num_outputs, pooling, ...) and the weights of `model`.
 
-    Positions are fitted to the new grid; a new head starts afresh, heads that it lacks are left out, anything else must
-    match (DataError). Without ssast_compat positions keep their time: cut, or interpolated where frames or stride
-    ask for more columns. With it as the original does: fewer columns are the table's centre.
+    Positions are fitted to the new grid; a new head starts afresh, heads that it lacks are left out, anything
+    else must match (DataError). Without ssast_compat positions keep their time: cut, or interpolated where
+    frames or stride ask for more columns. With it as the original does: fewer columns are the table's centre.
     """
     new = AST(**(model.model_args | changes))
     old, state = model.state_dict(), new.state_dict()
@@ -995,7 +1007,8 @@ def adapt_ast(model: AST, **changes) -> AST:
 
 
 def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
-    """Positions (F, T, C) cut around the centre, or interpolated, to (rows, columns, C): time first, as SSAST."""
+    """Positions (F, T, C) cut around the centre, or interpolated, to (rows, columns, C): time first, as
+    SSAST."""
     for dim, size in ((1, columns), (0, rows)):
         if size < grid.shape[dim]:
             grid = grid.narrow(dim, grid.shape[dim] // 2 - size // 2, size)
@@ -1007,11 +1020,12 @@ def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | None = None, **kw) -> AST:
-    """A public SSAST checkpoint of 16 x 16 patches (arrays or tensors by its names) as an AST for input of `frames`.
+    """A public SSAST checkpoint of 16 x 16 patches (arrays or tensors by its names) as an AST for input of
+    `frames`.
 
-    num_outputs None: for pre-training; otherwise for ratings, with the checkpoint's `mlp_head.*` where it has one. kw: other
-    model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide. Unknown, missing or
-    misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
+    num_outputs None: for pre-training; otherwise for ratings, with the checkpoint's `mlp_head.*` where it has
+    one. kw: other model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide.
+    Unknown, missing or misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
     """
     weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
     weights = {name: value for name, value in weights.items() if not name.startswith("v.head")}
@@ -1071,9 +1085,9 @@ def _load_exactly(module: nn.Module, given: dict[str, Tensor], optional: tuple[s
 # Baselines on filter banks
 # ------------------------------------------------------------------------------------------------------------
 class CNN(nn.Module):
-    """Convolutions over the spectrogram, the baseline of AST: four blocks of 3 x 3 convolution, LayerNorm over channels,
-    ReLU and 2 x 2 mean pooling, then mean and standard deviation over time, and one hidden layer. Any length from 16
-    frames on."""
+    """Convolutions over the spectrogram, the baseline of AST: four blocks of 3 x 3 convolution, LayerNorm
+    over channels, ReLU and 2 x 2 mean pooling, then mean and standard deviation over time, and one hidden
+    layer. Any length from 16 frames on."""
 
     def __init__(self, mel: int = 128, width: int = 32, num_outputs: int = 19, dropout: float = 0.3):
         super().__init__()
@@ -1090,8 +1104,9 @@ class CNN(nn.Module):
         )
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32.
-        Padding has no influence: it is zero before every convolution, as what lies beyond the edge."""
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
+        float32. Padding has no influence: it is zero before every convolution, as what lies beyond the
+        edge."""
         lengths = _all_frames(fbank) if lengths is None else lengths.to(fbank.device)
         x = fbank.unsqueeze(1)  # (B, C, T, mel)
         x = x * _inside(x.shape[2], lengths).unsqueeze(1).unsqueeze(3)
@@ -1105,9 +1120,9 @@ class CNN(nn.Module):
 
 
 class ClipStatistics(nn.Module):
-    """Statistics of a whole clip: mean, standard deviation, least and largest value, and mean absolute change from frame
-    to frame of every mel band, and the logarithm of the length in seconds: 5 mel + 1 values, standardised once `fit` has
-    seen the training clips."""
+    """Statistics of a whole clip: mean, standard deviation, least and largest value, and mean absolute change
+    from frame to frame of every mel band, and the logarithm of the length in seconds: 5 mel + 1 values,
+    standardised once `fit` has seen the training clips."""
 
     def __init__(self, mel: int = 128):
         super().__init__()
@@ -1116,7 +1131,8 @@ class ClipStatistics(nn.Module):
         self.register_buffer("std", torch.ones(self.size))
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Mean and deviation of the values of some batches of (fbank, lengths); clips that are not finite are left out."""
+        """Mean and deviation of the values of some batches of (fbank, lengths); clips that are not finite are
+        left out."""
         values = torch.cat([self.values(x, lengths) for x, lengths in batches])
         values = values[values.isfinite().all(1)]
         if len(values) > 1:
@@ -1124,7 +1140,8 @@ class ClipStatistics(nn.Module):
             self.std.copy_(values.std(0).clip(min=1e-3))
 
     def values(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not standardised."""
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not
+        standardised."""
         x = fbank.float()
         inside = _inside(x.shape[1], _all_frames(x) if lengths is None else lengths.to(x.device))
         mean, deviation = _mean_and_deviation(x, inside)
@@ -1155,7 +1172,8 @@ class PooledMLP(nn.Module):
         )
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32."""
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
+        float32."""
         return self.head(self.statistics(fbank, lengths)).float()
 
 

@@ -1,4 +1,4 @@
-"""eval.py on audio: prediction from spectrograms, significance, comparison, rater ceiling, floor and probe, on small fakes."""
+"""eval.py on audio: prediction, significance, comparison, rater ceiling, floor and probe, on small fakes."""
 
 import functools
 import itertools
@@ -78,25 +78,24 @@ def test_a_long_item_is_the_mean_of_its_crops():
     assert evaluation.predict_ast(model, [item], INFO, CPU)[0] == approx(expected, abs=1e-6)
 
 
-def test_padding_is_silence_before_normalisation_and_whole_crops_need_no_lengths():
+def test_a_short_item_is_filled_with_silence_before_normalisation():
     seen = []
 
     class Spy(torch.nn.Module):
         model_args = {"frames": 64}
 
-        def forward(self, x, lengths):
-            seen.append((x, lengths))
+        def forward(self, x):
+            seen.append(x)
             return x.new_full((len(x), 19), 7.0)
 
     spy = Spy()
-    found = evaluation.predict_ast(spy, clips(64, 30, 128), INFO, CPU, batch=2)
+    found = evaluation.predict_ast(spy, clips(64, 5, 150), INFO, CPU, batch=2)
     assert found.tolist() == [[1.0] * 19] * 3  # 0.5 + 0.1 * 7, clipped
     assert spy.training
-    (x, lengths), (_, none) = seen
-    assert (lengths.tolist(), none) == ([30, 64], None)
-    assert x[0, 30:].unique().tolist() == approx([(SILENCE + 4) / 6], abs=1e-5)
+    assert [tuple(x.shape) for x in seen] == [(1, 64, 128), (1, 16, 128), (2, 64, 128), (1, 64, 128)]
+    assert seen[1][0, 5:].unique().tolist() == approx([(SILENCE + 4) / 6], abs=1e-5)
     raw = {key: value for key, value in INFO.items() if "target" not in key}
-    spy.forward = lambda x, lengths: x.new_full((len(x), 19), 0.25)
+    spy.forward = lambda x: x.new_full((len(x), 19), 0.25)
     assert evaluation.predict_ast(spy, clips(20), raw, CPU).tolist() == [[0.25] * 19]
 
 
@@ -237,8 +236,8 @@ def test_ceiling_command(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def corpus(monkeypatch, tmp_path):
-    """Ten segments of four players (one a score rendering): 0-3 train, 4-5 and 6-7 validate in fold 0 and 1, 8-9 test,
-    9 unrated."""
+    """Ten segments of four players (one a score rendering): 0-3 train, 4-5 and 6-7 validate in fold 0 and 1,
+    8-9 test, 9 unrated."""
     rng, items, files, frames = np.random.default_rng(1), {}, [], []
     for segment, player in itertools.product(range(10), ("1", "2", "4", "Score")):
         level = rng.random()

@@ -188,8 +188,6 @@ def test_edges():
     for bad in ((-1, 1, 60, 64), (1e6, 1e6 + 1, 60, 64), (0, 1, 128, 64), (np.nan, 1, 60, 64)):
         with pytest.raises(DataError, match="test: notes from"):
             render(play(bad))
-    with pytest.raises(DataError, match="sample rate 100"):
-        render(play((0, 1, 60, 64)), 100)
 
 
 def test_transformed_performances():
@@ -210,9 +208,6 @@ def test_transformed_performances():
     ):
         moved = transform_performance(play(*((0, 1, key, 64) for key in keys)), semitones=semitones)
         assert moved.pitch.tolist() == expected
-    for bad in (0, -1, 100, np.nan):
-        with pytest.raises(DataError, match="tempo"):
-            transform_performance(piece, tempo=bad)
 
 
 @pytest.mark.skipif(not SEGMENT.is_file(), reason="PercePiano is not here")
