@@ -4778,7 +4778,7 @@ def _hammer(frequency, key, velocity):
 
 
 @functools.lru_cache(maxsize=128)
-def _piano_key(key: int) -> tuple[np.ndarray, ...]:
+def _piano_key(key):
     """The decaying sinusoids ("modes") of a key: frequency (Hz), decay (dB/s), amplitude before the hammer,
     phase.
 
@@ -4812,7 +4812,7 @@ def _piano_key(key: int) -> tuple[np.ndarray, ...]:
 
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
-def _tone(key: int, layer: int, rate: int) -> np.ndarray:
+def _tone(key, layer, rate):
     """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is
     that of velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz:
     320 MB, 1 s."""
@@ -4850,7 +4850,7 @@ def _tone(key: int, layer: int, rate: int) -> np.ndarray:
     return tone
 
 
-def _damper_clock(performance: Performance) -> tuple[np.ndarray, np.ndarray]:
+def _damper_clock(performance):
     """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on
     strings; between two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
     events = performance.sustain
@@ -4860,7 +4860,7 @@ def _damper_clock(performance: Performance) -> tuple[np.ndarray, np.ndarray]:
     return times, np.append(0, np.cumsum(np.concatenate([[1.0], contact, [1.0]]) * np.diff(times)))
 
 
-def _next_strikes(performance: Performance, heard: np.ndarray) -> np.ndarray:
+def _next_strikes(performance, heard):
     """(notes,) seconds at which a note's key is struck again; infinite for its last."""
     again = np.full(len(performance.pitch), np.inf)
     later = {}
@@ -4870,7 +4870,7 @@ def _next_strikes(performance: Performance, heard: np.ndarray) -> np.ndarray:
     return again
 
 
-def _struck_tone(key: int, layer: float, loud: float, samples: int, rate: int) -> np.ndarray:
+def _struck_tone(key, layer, loud, samples, rate):
     """At most `samples` of a key's tone at gain `loud`, blended of the two nearest layers."""
     below, share = divmod(layer, 1)
     quiet = _tone(key, int(below), rate)
@@ -4934,7 +4934,7 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     return _limit(out[:end])
 
 
-def _limit(waveform: np.ndarray) -> np.ndarray:
+def _limit(waveform):
     """In place: unchanged up to KNEE, then a curve of slope 1 there that approaches 1 and never gets flat."""
     over = np.flatnonzero(np.abs(waveform) > KNEE)
     excess = (np.abs(waveform[over]) - KNEE) / (1 - KNEE)
@@ -4966,7 +4966,7 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) 
     write_atomic(Path(path), lambda file: wavfile.write(file, sample_rate, samples))
 
 
-def _fluidsynth(midi: str | Path, soundfont: str | Path, rate: int) -> np.ndarray:
+def _fluidsynth(midi, soundfont, rate):
     """The file through the `fluidsynth` program, without reverb and chorus: (samples,) float32, mono."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
@@ -4989,7 +4989,7 @@ def _fluidsynth(midi: str | Path, soundfont: str | Path, rate: int) -> np.ndarra
     return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
 
 
-def _render_file(task: tuple) -> float | str:
+def _render_file(task):
     """Seconds of audio written, or the error line."""
     midi, wav, soundfont, rate = task
     try:
@@ -5083,7 +5083,7 @@ def fbank_frames(samples):
 
 
 @functools.cache
-def _fbank_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _fbank_tables(device):
     """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz on HTK's mel
     scale.
 
@@ -5158,7 +5158,7 @@ SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
 @contextlib.contextmanager
-def _open_sound(path: str | Path):
+def _open_sound(path):
     """The open soundfile.SoundFile; what goes wrong in the block becomes a DataError that names the file."""
     try:
         if not Path(path).is_file():
@@ -5172,7 +5172,7 @@ def _open_sound(path: str | Path):
         raise DataError(f"{path}: {said} Expected a sound file: WAV, FLAC, OGG, MP3, AIFF") from error
 
 
-def _read_mono(file: soundfile.SoundFile, first: int = 0, last: int | None = None) -> np.ndarray:
+def _read_mono(file, first=0, last=None):
     """Samples first..last as the mean over the channels, (n,) float32, integers scaled to [-1, 1)."""
     file.seek(first)
     count = -1 if last is None else last - first
@@ -5183,13 +5183,13 @@ def _read_mono(file: soundfile.SoundFile, first: int = 0, last: int | None = Non
     return x
 
 
-def _ratio(rate: int) -> tuple[int, int]:
+def _ratio(rate):
     """`up` samples at 16 kHz last as long as `down` samples at `rate` Hz."""
     common = math.gcd(SAMPLE_RATE, rate)
     return SAMPLE_RATE // common, rate // common
 
 
-def _resample(x: np.ndarray, rate: int) -> np.ndarray:
+def _resample(x, rate):
     """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase, scipy's default
     low-pass."""
     from scipy.signal import resample_poly  # here, because importing it takes 0.4 s that few need
@@ -5350,12 +5350,12 @@ def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None 
     return _make_store(AudioStore, root, kept, frames, left_out)
 
 
-def _refuse_short(path: Path, frames: int) -> None:
+def _refuse_short(path, frames):
     if not frames:
         raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave the file out")
 
 
-def _make_store(kind: type, root: str | Path, found: list[tuple], frames: list[int], left_out: list[str]):
+def _make_store(kind, root, found, frames, left_out):
     """A store of the (name, split, file) found; refuses an empty one."""
     if not found:
         raise DataError(left_out[0])
@@ -5408,14 +5408,12 @@ def open_fbank(folder: str | Path) -> FbankStore:
     return _open_energies(folder, found, left_out)
 
 
-def _open_energies(root: str | Path, found: list[tuple], left_out: list[str]) -> FbankStore:
+def _open_energies(root, found, left_out):
     frames = [len(StoredEnergies(path)[:]) for _, _, path in found]
     return _make_store(FbankStore, root, found, frames, left_out)
 
 
-def _store_missing(
-    folder: Path, jobs: list[tuple], workers: int | None, quiet: bool, strict: bool = False
-) -> dict[str, str]:
+def _store_missing(folder, jobs, workers, quiet, strict=False):
     """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
     source; what could not be read: name -> error line."""
     failed = {}
@@ -5432,7 +5430,7 @@ def _store_missing(
     return failed
 
 
-def _store_energies(job: tuple) -> str | None:
+def _store_energies(job):
     """Write the energies of a sound file, or of a MIDI file played and changed; the error line if it cannot
     be read."""
     _, target, source, tempo, semitones = job
@@ -5578,6 +5576,8 @@ def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | Non
             recording = _read_recording(root, Path(audio or root), row)
             if not recording.midi.is_file() and not recording.audio.is_file():
                 raise DataError(f"neither {recording.midi} nor {recording.audio} is here; unpack it again")
+            if any(recording.name == other.name for other in found):
+                raise DataError(f"{recording.midi} stands in an earlier line too; remove one line")
             found.append(recording)
         except ValueError as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
@@ -5589,7 +5589,7 @@ def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | Non
     return Maestro(str(root), str(audio or root), found, len(rows), left_out)
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
+def _read_table(path, columns):
     """(line number, row) of a CSV file that has at least these columns."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -5602,12 +5602,12 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
         raise DataError(f"{path}: {error}; expected a CSV table in UTF-8; download it again") from error
 
 
-def _render_hint(root: str | Path, audio: str | Path | None = None) -> str:
+def _render_hint(root, audio=None):
     out = f" --out {audio}" if audio and Path(audio) != Path(root) else ""
     return f"render it with `python data.py render --midi-root {root}{out}`"
 
 
-def _read_recording(root: Path, audio: Path, row: dict) -> Recording:
+def _read_recording(root, audio, row):
     if None in row or None in row.values():
         raise DataError("another number of fields than the first line; quote fields that hold commas")
     midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
@@ -5623,7 +5623,7 @@ def _read_recording(root: Path, audio: Path, row: dict) -> Recording:
     return Recording(name, *described, root / midi, audio / sound, duration)
 
 
-def _set_parts(root: Path, recordings: list[Recording]) -> None:
+def _set_parts(root, recordings):
     """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells
     which splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same
     piece is held out. A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
@@ -5678,7 +5678,7 @@ def maestro_overlaps(
     return alike | same if pieces else same
 
 
-def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
+def _played_order(path):
     """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the
     error line."""
     try:
@@ -5689,14 +5689,14 @@ def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
     return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
 
 
-def _runs_of(played: tuple[bytes, np.ndarray] | str) -> list[tuple[bytes, np.ndarray]]:
+def _runs_of(played):
     """Pitches and intervals of all runs of SHARED_RUN notes; none of a file that could not be read."""
     pitches, steps = ("", ()) if isinstance(played, str) else played
     places = range(len(pitches) - SHARED_RUN + 1)
     return [(pitches[at : at + SHARED_RUN], steps[at : at + SHARED_RUN - 1]) for at in places]
 
 
-def _find_overlaps(segments: dict[str, Path], recordings: dict[str, Path], played: dict) -> tuple[dict, dict]:
+def _find_overlaps(segments, recordings, played):
     """Recordings that share runs with segments in pitches and intervals, and those that share many in
     pitches."""
     owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}

@@ -778,7 +778,7 @@ class AST(nn.Module):
             pooled = torch.cat([pooled, self.statistics(fbank, lengths)], dim=1)
         return self.head(pooled).float()
 
-    def grid(self, fbank: Tensor) -> int:
+    def grid(self, fbank):
         """Time columns of a batch; refuses one that this model cannot take."""
         frames, mel = fbank.shape[1:]
         if self.count(mel) != self.rows or not 1 <= self.count(frames) <= self.columns:
@@ -786,7 +786,7 @@ class AST(nn.Module):
             raise DataError(f"AST: input of {frames} frames, {mel} mel bins; expected {expected}")
         return self.count(frames)
 
-    def tokens(self, fbank: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def tokens(self, fbank, lengths):
         """Patch projections (B, patches, width) and, of given lengths, which ones lie inside (B, patches)."""
         columns = self.grid(fbank)
         x = self.embed(fbank.transpose(1, 2).unsqueeze(1)).flatten(2).transpose(1, 2)
@@ -794,7 +794,7 @@ class AST(nn.Module):
             return x, None
         return x, _inside(columns, self.count(lengths.to(x.device))).repeat(1, self.rows)
 
-    def encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def encode(self, x, valid):
         """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last
         norm."""
         if self.extra is not None:
@@ -802,7 +802,7 @@ class AST(nn.Module):
             valid = None if valid is None else nn.functional.pad(valid, (2, 0), value=True)
         return self.norm(self.through(self.blocks, self.dropout(x), valid))
 
-    def through(self, blocks: Iterable[Block], x: Tensor, valid: Tensor | None) -> Tensor:
+    def through(self, blocks, x, valid):
         for block in blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, valid, use_reentrant=False)
@@ -810,7 +810,7 @@ class AST(nn.Module):
                 x = block(x, valid)
         return x
 
-    def pool(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+    def pool(self, tokens, valid):
         """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width,
         float32."""
         tokens = tokens.float()
@@ -843,7 +843,7 @@ class AST(nn.Module):
         losses["mse_mean"] = ((target - mean).square().mean(2) * weight).sum()
         return losses
 
-    def masked(self, fbank: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def masked(self, fbank, mask, lengths):
         """Final tokens (B, N, width) and pixels (B, N, 256) of the masked patches, and which of the N there
         are."""
         x, valid = self.tokens(fbank, lengths)
@@ -859,7 +859,7 @@ class AST(nn.Module):
             tokens = self.fill_in(x + position, hide, valid, T - mask.shape[1])
         return gather_patches(tokens, ids), gather_patches(patches(fbank), ids), mask >= 0
 
-    def fill_in(self, x: Tensor, hide: Tensor, valid: Tensor | None, visible: int) -> Tensor:
+    def fill_in(self, x, hide, valid, visible):
         """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width)."""
         seen = ~hide if valid is None else ~hide & valid
         if valid is not None:
@@ -893,7 +893,7 @@ def _check_ast(
     cross,
     balance,
     **_,
-) -> None:
+):
     narrowest = width // 2 if visible_only else width
     expected = {
         f"at least {PATCH} frames and mel bins": min(frames, mel) >= PATCH,
@@ -1058,7 +1058,7 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     return model
 
 
-def _ssast_name(name: str) -> str:
+def _ssast_name(name):
     name = re.sub(r"^v\.|\battn\.|\bmlp\.", "", name)
     for original, own in (
         ("patch_embed.proj", "embed"),
@@ -1071,7 +1071,7 @@ def _ssast_name(name: str) -> str:
     return name
 
 
-def _load_exactly(module: nn.Module, given: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
+def _load_exactly(module, given, optional=()):
     try:
         missing, unknown = module.load_state_dict(given, strict=False)
     except RuntimeError as error:  # shapes
@@ -1139,7 +1139,7 @@ class ClipStatistics(nn.Module):
             self.mean.copy_(values.mean(0))
             self.std.copy_(values.std(0).clip(min=1e-3))
 
-    def values(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def values(self, fbank, lengths=None):
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not
         standardised."""
         x = fbank.float()
@@ -1177,16 +1177,16 @@ class PooledMLP(nn.Module):
         return self.head(self.statistics(fbank, lengths)).float()
 
 
-def _all_frames(fbank: Tensor) -> Tensor:
+def _all_frames(fbank):
     return torch.full((len(fbank),), fbank.shape[1], device=fbank.device)
 
 
-def _inside(frames: int, lengths: Tensor) -> Tensor:
+def _inside(frames, lengths):
     """(B, frames) True where a frame lies before its clip's end."""
     return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)
 
 
-def _mean_and_deviation(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_deviation(x, inside):
     """Over the frames inside, of x (B, T, C): both (B, C)."""
     weight = (inside / inside.sum(1, keepdim=True).clip(min=1)).unsqueeze(2)
     mean = (x * weight).sum(1)

@@ -97,6 +97,7 @@ def test_rows_become_recordings(tmp_path):
     ("fields", "found"),
     [
         ({"split": "dev"}, "'dev'"),
+        ({"midi_filename": "2018/take_0.midi"}, "take_0.midi"),
         ({"midi_filename": "2018/gone.midi", "audio_filename": "2018/gone.wav"}, "gone.midi"),
         ({"duration": "long"}, "'long'"),
         ({"midi_filename": "../up.midi"}, "up.midi"),
