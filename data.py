@@ -5164,8 +5164,8 @@ def _open_sound(path):
         if not Path(path).is_file():
             raise DataError(f"{path}: missing; expected a sound file")
         with soundfile.SoundFile(path) as file:
-            if not file.frames:
-                raise DataError(f"{path}: no samples; expected a sound file")
+            if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
+                raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
             yield file
     except soundfile.SoundFileError as error:
         said = getattr(error, "error_string", error)
@@ -5222,7 +5222,9 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-FBANK_FORMAT = 2  # of stored energies: count up when `fbank`, `render` or `read_wav` change their results
+FBANK_FORMAT = (
+    2  # in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
+)
 
 
 class StoredEnergies:
@@ -5312,17 +5314,19 @@ def audio_files(
         wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
         left_out = maestro.left_out
     else:
-        paths = files_below(folder, SOUND_KINDS)
-        names = [path.relative_to(folder).with_suffix("").as_posix().strip() for path in paths]
-        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - set(names)
-        wanted = [(name, "", path) for name, path in zip(names, paths, strict=True)]
+        wanted = [
+            (path.relative_to(folder).with_suffix("").as_posix().strip(), "", path)
+            for path in files_below(folder, SOUND_KINDS)
+        ]
+        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in wanted}
         wanted += [(name, "", folder / f"{name}.wav") for name in silent]
+    wanted.sort()
     twice = [name for name, count in Counter(name for name, _, _ in wanted).items() if count > 1]
     if twice:
         raise DataError(f"{root}: more than one sound file of the name {twice[0]!r}; rename the others")
     hint = _render_hint(folder, audio)
-    found = [entry for entry in sorted(wanted) if entry[2].is_file()]
-    left_out += [f"{path}: missing; {hint}" for _, _, path in sorted(wanted) if not path.is_file()]
+    found = [entry for entry in wanted if entry[2].is_file()]
+    left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
     if not found:
@@ -5339,20 +5343,13 @@ def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None 
         try:
             with _open_sound(path) as file:
                 up, down = _ratio(file.samplerate)
-                count = fbank_frames(-(-file.frames * up // down))
-            _refuse_short(path, count)
+                frames.append(fbank_frames(-(-file.frames * up // down)))
             kept.append((name, split, path))
-            frames.append(count)
         except DataError as error:
             if strict:
                 raise
             left_out.append(str(error))
     return _make_store(AudioStore, root, kept, frames, left_out)
-
-
-def _refuse_short(path, frames):
-    if not frames:
-        raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave the file out")
 
 
 def _make_store(kind, root, found, frames, left_out):
@@ -5381,11 +5378,8 @@ def build_fbank(
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
     failed = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
-    index = {
-        "format": FBANK_FORMAT,
-        "split": {name: split for name, split, _ in found if name not in failed},
-        "left_out": left_out + list(failed.values()),
-    }
+    split = {name: split for name, split, _ in found if name not in failed}
+    index = {"split": split, "left_out": left_out + list(failed.values())}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
     write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
@@ -5398,14 +5392,15 @@ def open_fbank(folder: str | Path) -> FbankStore:
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found = [(name, split, Path(folder) / f"{name}.npy") for name, split in index["split"].items()]
-        known = index["format"] == FBANK_FORMAT
+        found = [(name, split, _energies_file(folder, name)) for name, split in index["split"].items()]
         left_out = list(index["left_out"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
-    if not known:
-        raise DataError(f"{path}: of another version; make it again with `python data.py fbank`")
     return _open_energies(folder, found, left_out)
+
+
+def _energies_file(folder, name):
+    return Path(folder) / f"{name}.v{FBANK_FORMAT}.npy"
 
 
 def _open_energies(root, found, left_out):
@@ -5419,7 +5414,7 @@ def _store_missing(folder, jobs, workers, quiet, strict=False):
     failed = {}
     todo = []
     for name, source, *change in jobs:
-        target = folder / f"{name}.npy"
+        target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
             todo.append((name, target, source, *change))
     for job, error in _run_parallel(_store_energies, todo, workers, "energies", quiet):
@@ -5440,7 +5435,8 @@ def _store_energies(job):
         else:
             waveform = read_wav(source)
         energies = fbank(torch.from_numpy(waveform)).half().numpy()
-        _refuse_short(source, len(energies))
+        if not len(energies):
+            raise DataError(f"{source}: no notes; expected a performance; leave it out")
     except DataError as error:
         return str(error)
     write_atomic(target, lambda file: np.save(file, energies))
@@ -5820,11 +5816,11 @@ def percepiano_audio(
         if not files:
             raise DataError(f"{left_out[0]}, nor a recording of any other performance; name another folder")
     source = Path(audio or root).resolve()
-    key = hashlib.sha1(f"{FBANK_FORMAT} {source}".encode()).hexdigest()[:16]
+    key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
     folder = Path(cache) / f"percepiano-audio-{key}"
     jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
     failed = _store_missing(folder, jobs, workers, quiet)
-    made = [(name, "", folder / f"{name}.npy") for name, *_ in jobs if name not in failed]
+    made = [(name, "", _energies_file(folder, name)) for name, *_ in jobs if name not in failed]
     return _open_energies(root, made, left_out + sorted(set(failed.values())))
 
 
@@ -5903,7 +5899,7 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
     return {"train": train, "valid": valid}
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fetching
 # -----------------------------------------------------------------------------------------------------------------
 

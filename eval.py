@@ -2289,8 +2289,9 @@ def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]
 def crop_batches(
     item: dict, info: dict, longest: int, batch: int, crops: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """All crops (`crop_starts`) of one item, at most `batch` at once: (B, T, 128), normalised by info's mean and std.
-    Crops of one item are equally long, so no batch needs a mask. item: frames, fbank (frames, 128)."""
+    """All crops (`crop_starts`) of one item, at most `batch` at once: (B, T, 128), normalised by info's mean
+    and std. Crops of one item are equally long, so no batch needs a mask. item: frames, fbank (frames,
+    128)."""
     starts = crop_starts(item["frames"], longest, crops)
     for first in range(0, len(starts), batch):
         parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
@@ -2420,7 +2421,7 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     return figures
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Significance and comparison
 # -----------------------------------------------------------------------------------------------------------------
 

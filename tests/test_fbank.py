@@ -243,18 +243,22 @@ def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes
     assert len(one) == 6
 
 
-def test_what_is_stored_is_kept_and_what_is_newer_made_again(tmp_path):
+def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_again(tmp_path, monkeypatch):
     root, out = write_folder(tmp_path / "wav"), tmp_path / "out"
     before = data.build_fbank(root, out, workers=1, quiet=True)
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
     first = before.get(1)
     path = write_wav(root / "1" / "take 1.wav", int(16000 * 1.2), 77)
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 10))
-    (out / "3" / "take 3.npy").unlink()
+    (out / "3" / "take 3.v2.npy").unlink()
     after = data.build_fbank(root, out, workers=1, quiet=True)
     assert not np.array_equal(first, after.get(1))
     changed = [path.stem for path, at in kept.items() if path.stat().st_mtime_ns != at]
-    assert sorted(changed) == ["take 1", "take 3"]
+    assert sorted(changed) == ["take 1.v2", "take 3.v2"]
+    monkeypatch.setattr(data, "FBANK_FORMAT", 3)
+    with pytest.raises(DataError, match="v3.npy"):
+        data.open_fbank(out)
+    assert np.array_equal(data.build_fbank(root, out, workers=1, quiet=True).get(1), after.get(1))
 
 
 def test_a_bad_recording_is_left_out_and_listed(tmp_path):
@@ -270,12 +274,11 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
             build(root, strict=True)
 
 
-@pytest.mark.parametrize("how", ["missing", "short", "foreign", "no index", "half an index", "format", "key"])
+@pytest.mark.parametrize("how", ["missing", "short", "foreign", "no index", "half an index", "key"])
 def test_damage_is_found_on_opening_and_mended(tmp_path, how):
     root, out = write_folder(tmp_path / "wav", (0.2, 0.3)), tmp_path / "out"
     expected = data.build_fbank(root, out, workers=1, quiet=True).get(1)
-    energies, index = out / "1/take 1.npy", out / "index.json"
-    known = json.loads(index.read_text())
+    energies, index = out / "1/take 1.v2.npy", out / "index.json"
     damaged = energies if how in ("missing", "short", "foreign") else index
     if how in ("missing", "no index"):
         damaged.unlink()
@@ -284,7 +287,7 @@ def test_damage_is_found_on_opening_and_mended(tmp_path, how):
     elif how in ("short", "half an index"):
         damaged.write_bytes(damaged.read_bytes()[:-10])
     else:
-        index.write_text(json.dumps(known | {"format": 99} if how == "format" else {"format": 2}))
+        index.write_text(json.dumps({"left_out": []}))
     with pytest.raises(DataError) as caught:
         data.open_fbank(out)
     assert str(damaged) in str(caught.value)
