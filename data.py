@@ -4826,7 +4826,7 @@ def _tone(key, layer, rate):
     pole = (2j * np.pi * frequency - np.log(10) / 20 * decay)[order] / rate
     start = (amplitude * np.exp(1j * phase))[order]
 
-    # exp(pole (256 b + s)) = exp(pole 256 b) exp(pole s): blocks x modes times modes x samples, modes alive only
+    # exp(pole (256 b + s)) = exp(pole 256 b) exp(pole s): blocks x modes times modes x samples, live ones
     within = np.ones((len(order), 1), complex)
     while within.shape[1] < TABLE_BLOCK:
         within = np.hstack([within, within * np.exp(pole * within.shape[1])[:, None]])
@@ -4886,10 +4886,9 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     tone.
 
     Level and brightness follow velocity and soft pedal and are never normalised: loudness is information. A
-    note lasts until its damper falls (key and sustain pedal up, by degrees with a half-pedal; keys from
-    UNDAMPED on have none), its key is struck again or it has died away. Same bytes for the same performance.
-    No notes, or none of velocity above 0: an empty array. Tones are made on first use and kept, at most some
-    320 MB at 16 kHz. Raises DataError.
+    note lasts until its damper falls (key and sustain pedal up, by degrees with a half-pedal), its key is
+    struck again or it has died away. Same bytes for the same performance; no audible note: an empty array.
+    Tones are kept, at most some 320 MB at 16 kHz. Raises DataError.
     """
     onset, pitch, velocity = performance.onset, performance.pitch, performance.velocity
     heard = np.flatnonzero(velocity > 0)
@@ -4897,8 +4896,8 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
         return np.zeros(0, np.float32)
     if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
         raise DataError(
-            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} to "
-            f"{pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
+            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} "
+            f"to {pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
         )
 
     times, worn = _damper_clock(performance)
@@ -5059,7 +5058,8 @@ def render_folder(
 def report_render(report: dict, elapsed: float) -> None:
     print(
         f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s "
-        f"({report['seconds'] / elapsed:.0f} times real time); present {report['present']}; failed {len(report['failed'])}"
+        f"({report['seconds'] / elapsed:.0f} times real time); present {report['present']}; "
+        f"failed {len(report['failed'])}"
     )
     for line in report["failed"]:
         print(f"  {line}")
@@ -5101,19 +5101,18 @@ def _fbank_tables(device):
 
 @torch.no_grad()
 def fbank(waveform: torch.Tensor) -> torch.Tensor:
-    """Log-mel energies as Kaldi's: (B, samples) or (samples,) in [-1, 1] at 16 kHz to (B, frames, 128) or
-    (frames, 128) float32.
+    """Log-mel energies as Kaldi's: (B, samples) or (samples,) in [-1, 1] at 16 kHz, float or int16 (divided
+    by 32768), to (B, frames, 128) or (frames, 128) float32. Not normalised; digital silence is SILENCE.
 
-    Any float type, or int16, which is divided by 32768. Not normalised (`normalise_fbank`); digital silence
-    is SILENCE. Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed,
-    pre-emphasis 0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. A row's result does not
-    depend on its batch. Raises DataError: another type or shape, NaN or infinite samples, samples beyond any
-    waveform's range.
+    Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed, pre-emphasis
+    0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. A row's result does not depend on its
+    batch. Raises DataError: another type or shape, samples that are not finite or beyond any waveform's
+    range.
     """
     x = torch.as_tensor(waveform)
     if x.dim() not in (1, 2) or not (x.is_floating_point() or x.dtype == torch.int16):
         raise DataError(
-            f"waveform: {x.dtype} of shape {tuple(x.shape)}; expected (B, samples) or (samples,), float or int16"
+            f"waveform: {x.dtype} {tuple(x.shape)}; expected (B, samples) or (samples,), float or int16"
         )
     x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
     if x.dim() == 1:
@@ -5300,10 +5299,9 @@ def audio_files(
     """(name, split, sound file) of all recordings of a folder, sorted by name, and a line for each one that
     lacks its file.
 
-    MAESTRO's layout (its table is there): names and splits from the table (`read_maestro`), sound files
-    beside the MIDI or under `audio`. PercePiano's layout: the rendered performances beside their MIDI files,
-    under the corpus's names. Any other folder: all sound files under it, named by their path without ending
-    (so a folder of PercePiano renderings has the corpus's names). Raises DataError where there is none.
+    MAESTRO's layout: names and splits from its table, files beside the MIDI or under `audio`. PercePiano's:
+    the renderings beside the MIDI, under the corpus's names. Any other folder: all sound files under it,
+    named by their path without ending. Raises DataError where there is none.
     """
     root = Path(root)
     folder = root / "virtuoso/data/all_2rounds"
@@ -5459,7 +5457,8 @@ def _run_parallel(
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process was killed, likely for want of memory; run again with fewer --workers, what is finished is kept"
+            "a worker was killed, likely for want of memory; run again with fewer --workers, files that are "
+            "finished are kept"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -5611,8 +5610,8 @@ def _read_recording(root, audio, row):
     outside = any(path.is_absolute() or ".." in path.parts for path in (midi, sound))
     if not kinds or outside or row["split"] not in MAESTRO_SPLITS:
         raise DataError(
-            f"'{midi}', '{sound}', split {row['split']!r}; expected <year>/<name>.midi and .wav inside the folder, "
-            f"{', '.join(MAESTRO_SPLITS)}"
+            f"'{midi}', '{sound}', split {row['split']!r}; expected <year>/<name>.midi and .wav inside the "
+            f"folder, {', '.join(MAESTRO_SPLITS)}"
         )
     described = row["canonical_composer"], row["canonical_title"], row["split"]
     name, duration = midi.with_suffix("").as_posix(), float(row["duration"])

@@ -2330,7 +2330,7 @@ def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         parser.add_argument(
             "--audio",
             metavar="DIR",
-            help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered)",
+            help="audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)",
         ),
         parser.add_argument(
             "--crops",

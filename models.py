@@ -700,7 +700,7 @@ class AST(nn.Module):
         stride: int = 16,  # of the patches on both axes; 10 (overlap) is for fine-tuning only
         dropout: float = 0.1,  # after the positions, the attention and both layers of each MLP
         ssast_compat: bool = False,  # cls and distillation token and one position per patch, as SSAST
-        visible_only: bool = False,  # pre-training: encode visible patches alone, then a decoder (He et al., 2022)
+        visible_only: bool = False,  # pre-training: encode visible patches, then decode (He et al., 2022)
         decoder_depth: int = 2,  # its blocks, half as wide as the encoder
         checkpointing: bool = False,  # keep no activations inside blocks, compute them again for the gradient
         num_outputs: int | None = None,  # ratings; None: pre-training
@@ -954,11 +954,10 @@ def cluster_mask(
     `count`.
 
     One side per clip, drawn from `side`. Clusters come one by one at places drawn evenly from all that touch
-    the grid, cut at its edges, until `count` patches are covered; the last cluster gives patches at random. A
-    patch has the same number of places that cover it wherever it stands, so all are equally likely: within 1
-    % for 400 of 512, corners up to 8 % more for 25. A time of arrival for every place, and for each patch the
-    first arrival in a window around it, say the same without a loop. columns (batch,): valid time columns;
-    masked are round(count * columns / time) patches among them, the rest is -1.
+    the grid, cut at its edges, until `count` patches are covered; the last gives patches at random. So all
+    patches are equally likely (within 1 % for 400 of 512). A time of arrival for every place, and for each
+    patch the first arrival in a window around it, say the same without a loop. columns (batch,): valid time
+    columns; round(count * columns / time) patches among them are masked, -1 fills up.
     """
     if not 0 < count <= freq * time:
         raise DataError(f"cluster_mask: {count} patches of {freq} x {time}; expected 1 to {freq * time}")
@@ -1042,8 +1041,8 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     model = AST(long, mel, len(kernel), depth, len(kernel) // 64, ssast_compat=True)
     if kernel.shape[1:] != (1, PATCH, PATCH) or len(table) != 2 + model.rows * model.columns:
         raise DataError(
-            f"SSAST weights: patch projection {tuple(kernel.shape)}, {len(table)} positions; expected (width, 1, "
-            f"{PATCH}, {PATCH}), 2 + {model.rows} x {model.columns}"
+            f"SSAST weights: patch projection {tuple(kernel.shape)}, {len(table)} positions; expected "
+            f"(width, 1, {PATCH}, {PATCH}), 2 + {model.rows} x {model.columns}"
         )
     given = {_ssast_name(name): value.float() for name, value in weights.items()}
     if "hidden" in given:
