@@ -4,7 +4,7 @@ python data.py percepiano --data DIR                 read, align, cache; report
 python data.py fetch percepiano --out data/percepiano
 python data.py maestro --data DIR --percepiano DIR   what of MAESTRO is here, what overlaps with PercePiano
 python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
-python data.py fbank --data DIR --out DIR            log-mel energies of all WAV files, once
+python data.py fbank --data DIR --out DIR            log-mel energies of all sound files, once
 python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
 python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
 python data.py synth-speech --out DIR                synthetic intracortical speech in the competition's .mat layout
@@ -5508,6 +5508,7 @@ MAESTRO_COLUMNS = (
     "canonical_composer",
     "canonical_title",
     "split",
+    "year",
     "midi_filename",
     "audio_filename",
     "duration",
@@ -6315,7 +6316,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     p = command(
         "fbank",
-        "compute log-mel energies of all WAV files once, into shards that pretrain_ast.py reads",
+        "compute log-mel energies of all sound files once, for pretrain_ast.py",
         "--data maestro-v3.0.0 --out fbank",
         "--data maestro-v3.0.0 --audio maestro-wav --out fbank",
     )
@@ -6323,7 +6324,7 @@ def main(argv: list[str] | None = None) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files (required)",
+        help="folder in MAESTRO's or PercePiano's layout, or any folder of sound files (required)",
     )
     p.add_argument(
         "--audio",
@@ -6334,7 +6335,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="folder of the shards; the same again goes on where it stopped (required)",
+        help="folder of the energies; the same again goes on where it stopped (required)",
     )
     p.add_argument(
         "--strict",

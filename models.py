@@ -901,7 +901,8 @@ def _check_ast(
         f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
         "each output in exactly one group": not groups
         or sorted(sum(groups, [])) == [*range(num_outputs or 0)],
-        "cross and balance 'uncertainty' only with groups": groups or not (cross or balance),
+        "cross and balance only with groups": groups or not (cross or balance),
+        "balance None or 'uncertainty'": balance in (None, "uncertainty"),
         f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
     }
     for rule, kept in expected.items():

@@ -132,7 +132,7 @@ def test_a_row_of_another_number_of_fields_is_left_out(tmp_path):
         (b"canonical_composer\n\xff\xfe\n", "maestro-v3.0.0.csv: "),
         (b"", "no column"),
         (",".join(data.MAESTRO_COLUMNS).encode() + b"\n", "no rows"),
-        (",".join(data.MAESTRO_COLUMNS).encode() + b"\na,b,train,2018/a.mid,2018/a.wav,3\n", "line 2: "),
+        (",".join(data.MAESTRO_COLUMNS).encode() + b"\na,b,train,2018,2018/a.mid,2018/a.wav,3\n", "line 2: "),
     ],
 )
 def test_tables_that_cannot_be_read_are_refused(tmp_path, content, found):
