@@ -43,7 +43,6 @@ import random
 import re
 import resource
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -139,7 +138,9 @@ from models import (
     ContextAttention,
     GRUDecoder,
     cluster_mask,
+    git_state,
     group_softmax,
+    json_ready,
     load_checkpoint,
     output_frames,
     patches,
@@ -185,6 +186,16 @@ def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 METRICS = {"r2": r2, "mse": mse, "pearson": pearson}  # name -> function of (y, p) -> a figure per dimension
+
+
+def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
+    """What a trainer logs of its validation ratings y and predictions p, (n, 19); spread: deviation of p over that of y."""
+    metrics = {"valid_loss": float(mse(y, p).mean())}
+    for name, metric in METRICS.items():
+        metrics[f"valid_{name}"] = float(metric(y, p).mean())
+        metrics[f"valid_{name}_per_dimension"] = metric(y, p).tolist()
+    spread = float((p.std(0) / y.std(0)).mean())
+    return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
 
 def mean_r2(y: np.ndarray, p: np.ndarray) -> float:
@@ -375,33 +386,6 @@ def _leaves(tree: object, key: str = "") -> Iterable[tuple[str, object]]:
             yield from _leaves(branch, f"{key}/{name}")
     else:
         yield key, tree
-
-
-def json_ready(tree: object) -> object:
-    """The same tree for JSON, which has no NaN (None instead); floats to seven digits."""
-    if isinstance(tree, dict):
-        return {key: json_ready(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [json_ready(value) for value in tree]
-    if isinstance(tree, float):
-        return float(f"{tree:.7g}") if np.isfinite(tree) else None
-    return tree
-
-
-def git_state() -> dict:
-    """{"git_sha", "git_dirty"} of this file's repository, results/ apart; None outside one."""
-
-    def git(*command: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-    return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
 
 
 def hardware(device: torch.device) -> dict:

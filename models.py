@@ -10,19 +10,31 @@ N notes of all pieces · M members and G groups of an attention (notes in beats,
 Masks: True = valid. Index tensors come from data.collate_han.
 """
 
+import atexit
+import itertools
+import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from data import DataError
+from data import FOLDS, DataError
 
 CHECKPOINT_FORMAT = 1
 LEVELS = ("note", "beat", "measure", "total_note_cat")
@@ -113,16 +125,13 @@ class HAN(nn.Module):
     level         what feeds the final pooling: note | beat | measure | total_note_cat
     model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers) layers and
                   no hierarchy (level is not used); they differ in the features that they are given
-    layernorm     LayerNorm on the vectors of the chosen level and on the pooled vector (experimental)
     head_size     width inside the head; None = 2 * size
-    head_gain     factor on the initial weights (not the bias) of the last linear layer; 1 = PyTorch default
     stats_size    > 0: batch["stats"] (B, stats_size) is concatenated with the pooled vector before the head
     """
 
     def __init__(self, input_size: int, size: int = 256, heads: int = 8, layers: tuple[int, ...] = (2, 2, 2, 1),
                  num_label: int = 19, dropout: float = 0.2, level: str = "total_note_cat", model: str = "han",
-                 layernorm: bool = False, head_size: int | None = None, head_gain: float = 1.0,
-                 stats_size: int = 0):  # fmt: skip
+                 head_size: int | None = None, stats_size: int = 0):  # fmt: skip
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
@@ -148,19 +157,15 @@ class HAN(nn.Module):
             self.measure_attention = ContextAttention(width, heads)
             self.measure = BiLSTM(width, size, measure_layers, dropout)
         level_width = 4 * width if self.level == "total_note_cat" else width
-        self.level_norm = nn.LayerNorm(level_width) if layernorm else nn.Identity()
         self.contractor = (
             nn.Identity() if self.level in ("beat", "measure") else nn.Linear(level_width, width)
         )
         self.attention = ContextAttention(width, heads)
-        self.pooled_norm = nn.LayerNorm(width) if layernorm else nn.Identity()
         first, last = (
             nn.Linear(width + stats_size, head_size or width),
             nn.Linear(head_size or width, num_label),
         )
         self.head = nn.Sequential(nn.Dropout(dropout), first, nn.GELU(), nn.Dropout(dropout), last)
-        with torch.no_grad():
-            last.weight *= head_gain
 
     def forward(self, batch: dict) -> Tensor:
         """batch of data.collate_han -> logits (B, 19)."""
@@ -183,10 +188,10 @@ class HAN(nn.Module):
             self.encode_measures(out, batch)
         if self.level == "total_note_cat":
             out["total_note_cat"] = self.span(out, batch)
-        out["level"] = self.level_norm(out[self.level])
+        out["level"] = out[self.level]
         out["contracted"] = self.contractor(out["level"])
         piece = batch[f"{self.level}_piece" if self.level in ("beat", "measure") else "piece"]
-        out["pooled"] = self.pooled_norm(self.attention(out["contracted"], piece, len(batch["x"])))
+        out["pooled"] = self.attention(out["contracted"], piece, len(batch["x"]))
         seen = [out["pooled"]] + ([batch["stats"]] if self.model_args["stats_size"] else [])
         out["logits"] = self.head(torch.cat(seen, dim=1))
         return out
@@ -1093,7 +1098,7 @@ class CNN(nn.Module):
         super().__init__()
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         sizes = [1, width, 2 * width, 4 * width, 4 * width]
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(sizes))
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
         self.head = nn.Sequential(
             nn.Dropout(dropout),
@@ -1197,6 +1202,7 @@ def _mean_and_deviation(x, inside):
 # Checkpoints (DESIGN.md, "Checkpoints")
 # -----------------------------------------------------------------------------------------------------------------
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
+DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
 
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:
@@ -1258,7 +1264,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
         raise DataError(f"{path}: {found} instead of {known}; {advice}")
     try:
-        model = MODELS[ckpt["task"]](**ckpt["model_args"])
+        known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
+        model = MODELS[ckpt["task"]](**known)
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(
@@ -1271,3 +1278,344 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Runs: what every trainer needs beside its control flow
+# -----------------------------------------------------------------------------------------------------------------
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# what a resumed run may be given otherwise; every other option comes from its checkpoint
+FREE_ON_RESUME = set(
+    "data audio cache out name resume init device max_steps patience log_every save_every save_minutes "
+    "max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
+)
+
+
+def parse_options(
+    parser: ArgumentParser,
+    argv: list[str] | None,
+    tasks: tuple[str, ...],
+    *presets: Callable[[Namespace], dict],
+    free: set[str] = FREE_ON_RESUME,
+) -> Namespace:
+    """Options of a run. presets: functions of the options so far that give defaults of others, applied in turn.
+    With --resume those of its checkpoint: others than `free` and more epochs are refused."""
+    argv = sys.argv[1:] if argv is None else argv
+    without_help = [arg for arg in argv if arg not in ("-h", "--help")]
+    for preset in presets:
+        parser.set_defaults(**preset(parser.parse_known_args(without_help)[0]))
+    resume = parser.parse_known_args(without_help)[0].resume
+    saved = load_training(resume, tasks)["args"] if resume else {}
+    saved = {name: value for name, value in saved.items() if name not in free}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    if args.amp == "auto":
+        args.amp = saved.get("amp", "auto")
+    changed = [
+        name for name in saved if getattr(args, name) != saved[name] and name not in ("epochs", "steps")
+    ]
+    if changed:
+        options = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
+        raise DataError(f"{resume}: given {options}; expected the options of that run; leave them out")
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if args.device not in available:
+        raise DataError(f"--device {args.device}: not available here; expected {' or '.join(available)}")
+    return args
+
+
+def set_up(device: str, seed: int) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes; seeds torch, joins the process group under torchrun."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)  # NCCL sends objects from the current device
+    device = torch.device(device)
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))  # caches are made meanwhile
+        atexit.register(dist.destroy_process_group)
+    torch.manual_seed(seed + rank)
+    return device, rank, world
+
+
+@contextmanager
+def main_first(rank: int, world: int) -> Iterator[None]:
+    """The main process goes through the block first and makes a cache there; the others then find it made."""
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+def from_main(value: object, world: int) -> object:
+    """The main process's value on every process: all must take the same decisions."""
+    box = [value]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
+    """One run a fold, in turn; prints mean and deviation of their best validation R2."""
+    finals = []
+    for fold in range(FOLDS):
+        name = args.name and f"{args.name}_f{fold}"
+        finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
+    scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
+    mean = scores.mean().item()
+    deviation = scores.std(correction=0).item()
+    if int(os.environ.get("RANK", 0)) == 0:
+        kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
+        each = ", ".join(f"{score:.4f}" for score in scores.tolist())
+        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f} ({each})")
+    return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
+
+
+def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
+    """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where it
+    is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
+    if kind in AMP_TYPES and probe_amp(kind, device, make) == math.inf:
+        raise DataError(
+            f"--amp {kind}: raises or is not finite on {device}; expected a type that works; use auto"
+        )
+    if kind != "auto":
+        return kind
+    if device.type == "cuda":
+        return next((kind for kind in AMP_TYPES if probe_amp(kind, device, make) < math.inf), "off")
+    return "bf16" if 1.2 * probe_amp("bf16", device, make) < probe_amp("off", device, make) else "off"
+
+
+def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> float:
+    """Processor seconds of a step of make()'s module under autocast, the fastest of three; inf where that raises
+    or is not finite: what a device claims to support is no evidence. On one thread: threads that wait for each
+    other on a busy machine would decide the comparison."""
+    taken = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            module, inputs = make()
+            for _ in range(3):
+                start = time.process_time()
+                with torch.autocast(device.type, AMP_TYPES.get(kind), enabled=kind != "off"):
+                    output = module(*inputs)
+                output = output[0] if isinstance(output, tuple) else output
+                output.float().square().mean().backward()
+                grads = [p.grad for p in module.parameters() if p.grad is not None]
+                finite = all(bool(t.isfinite().all()) for t in (output, *grads))
+                taken.append(time.process_time() - start if finite else math.inf)
+        except RuntimeError:  # a kernel that this device or this build of torch lacks
+            taken = [math.inf]
+        finally:
+            torch.set_num_threads(threads)
+    return math.inf if math.inf in taken else min(taken)
+
+
+def update_ema(ema: dict | None, model: nn.Module, decay: float) -> None:
+    """Move the averaged weights, where there are some, towards the model's."""
+    if ema is not None:
+        for name, value in model.state_dict().items():
+            ema[name].lerp_(value, 1 - decay)
+
+
+@contextmanager
+def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
+    """The model with its averaged weights, where there are some; afterwards its own again, in training mode."""
+    raw = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(ema or raw)
+    yield
+    model.load_state_dict(raw)
+    model.train()
+
+
+def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], bool]:
+    """Items of this step, over all processes, whose loss is not finite, and True; without such all items, False."""
+    mine = list(zip(names, losses.isfinite().tolist(), strict=True))
+    gathered = [mine] * world
+    if world > 1:
+        dist.all_gather_object(gathered, mine)
+    items = [item for part in gathered for item in part]
+    found = [str(name) for name, finite in items if not finite]
+    return found or [str(name) for name, _ in items], bool(found)
+
+
+def quiet_worker(_: int) -> None:
+    """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need its
+    workers for one more step. A second SIGTERM, which torch sends to those that outlive the loader, ends one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+class Interrupt:
+    """True once Ctrl-C or SIGTERM has come within the block: the step in progress ends first."""
+
+    def __init__(self, enabled: bool):
+        self.came = False
+        main_thread = threading.current_thread() is threading.main_thread()
+        self.signals = (signal.SIGINT, signal.SIGTERM) if enabled and main_thread else ()
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {number: signal.signal(number, self.note) for number in self.signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, *_) -> None:
+        self.came = True
+
+    def __bool__(self) -> bool:
+        return self.came
+
+
+def run_folder(args: Namespace, name: str) -> Path:
+    """The folder of a resumed run, or a new one: a taken name gets a number, no run overwrites another."""
+    if args.resume:
+        return Path(args.resume).parent
+    folder = Path(args.out) / (args.name or name)
+    numbers = itertools.count(2)
+    while folder.exists():
+        folder = folder.with_name(f"{args.name or name}_{next(numbers)}")
+    return folder
+
+
+def load_training(path: str, tasks: tuple[str, ...]) -> dict:
+    """The checkpoint to resume from; DataError unless it is a whole one of a trainer of `tasks`."""
+    _, ckpt = load_checkpoint(path)
+    parts = {
+        "args": dict,
+        "data": dict,
+        "optimizer": dict,
+        "rng": dict,
+        "best": dict,
+        "skipped": dict,
+        "step": int,
+    }
+    missing = [name for name, kind in parts.items() if not isinstance(ckpt.get(name), kind)]
+    if ckpt["task"] not in tasks or missing:
+        raise DataError(
+            f"{path}: task {ckpt['task']!r}, without {missing}; expected a whole last.pt of task {' or '.join(tasks)}"
+        )
+    return ckpt
+
+
+def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
+    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, where there are some.
+    Processes beside the main one, whose states are not saved, go on from states of their own."""
+    device = next(model.parameters()).device
+    try:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path}: does not fit ({_one_line(error)}); expected this model; start a new run"
+        ) from error
+    scaler.load_state_dict(ckpt["scaler"] or {})
+    torch.set_rng_state(ckpt["rng"]["cpu"])
+    if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
+    if rank:
+        torch.manual_seed(torch.initial_seed() + rank)
+    return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
+
+
+class Run:
+    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process, the others pass through."""
+
+    def __init__(self, folder: Path, args: Namespace, rank: int):
+        self.folder = folder
+        self.args = args
+        self.main = rank == 0
+        self.start = time.time()
+        self.board = None
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.json").write_text(json.dumps(vars(args) | git_state(), indent=1))
+            self.board = tensorboard(folder) if args.tensorboard else None
+
+    def seconds(self) -> float:
+        return time.time() - self.start
+
+    def log(self, step: int, epoch: int, **values) -> None:
+        """One object in metrics.jsonl, on the disk before the next step begins."""
+        if not self.main:
+            return
+        record = {"step": step, "epoch": epoch, "time": round(self.seconds(), 2), **values}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(json_ready(record)) + "\n")
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
+        """A checkpoint; state: the other keys of DESIGN.md (scheduler, ema, step, epoch, best, skipped, data)."""
+        if not self.main:
+            return
+        device = next(model.parameters()).device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        ckpt = {
+            "task": task,
+            "model_args": model.model_args,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler.is_enabled() else None,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "args": vars(self.args),
+            "git_sha": git_state()["git_sha"],
+        }
+        save_checkpoint(self.folder / name, ckpt | state)
+
+
+def tensorboard(folder: Path):
+    """A writer that mirrors the metrics; the package is optional."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise DataError(
+            "--tensorboard: package tensorboard not installed; pip install tensorboard"
+        ) from error
+    return SummaryWriter(folder)
+
+
+def json_ready(tree: object) -> object:
+    """The same tree for JSON, which has no NaN (None instead); floats to seven digits."""
+    if isinstance(tree, dict):
+        return {key: json_ready(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [json_ready(value) for value in tree]
+    if isinstance(tree, float):
+        return float(f"{tree:.7g}") if math.isfinite(tree) else None
+    return tree
+
+
+def git_state() -> dict:
+    """{"git_sha", "git_dirty"} of this file's repository, results/ apart; None outside one."""
+
+    def git(*command: str) -> str | None:
+        folder = Path(__file__).parent
+        try:
+            return subprocess.run(
+                ["git", *command], cwd=folder, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
