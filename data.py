@@ -5161,7 +5161,7 @@ def _open_sound(path):
     """The open soundfile.SoundFile; what goes wrong in the block becomes a DataError that names the file."""
     try:
         if not Path(path).is_file():
-            raise DataError(f"{path}: missing; expected a sound file")
+            raise DataError(f"{path}: No such file; expected a sound file")
         with soundfile.SoundFile(path) as file:
             if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
                 raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
@@ -5171,14 +5171,11 @@ def _open_sound(path):
         raise DataError(f"{path}: {said} Expected a sound file: WAV, FLAC, OGG, MP3, AIFF") from error
 
 
-def _read_mono(file, first=0, last=None):
-    """Samples first..last as the mean over the channels, (n,) float32, integers scaled to [-1, 1)."""
-    file.seek(first)
-    count = -1 if last is None else last - first
+def _read_mono(file, count=-1):
+    """The next `count` samples as the mean over the channels, (n,) float32, integers scaled to [-1, 1)."""
     x = file.read(count, dtype="float32", always_2d=True).mean(1)
     if not np.isfinite(x).all():
-        count = np.count_nonzero(~np.isfinite(x))
-        raise DataError(f"{file.name}: {count} samples that are NaN or infinite; write the file again")
+        raise DataError(f"{file.name}: samples that are NaN or infinite; write the file again")
     return x
 
 
@@ -5213,7 +5210,8 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
         # scipy's filter reaches 10 * max(up, down) of its inner samples, up * down of which are a block
         margin = 0 if up == down else 10 * max(up, down) // (up * down) + 2
         first = max(0, start // up - margin)
-        x = _read_mono(file, first * down, min((-(-stop // up) + margin) * down, file.frames))
+        file.seek(first * down)
+        x = _read_mono(file, (-(-stop // up) + margin - first) * down)
         x = _resample(x, file.samplerate)[start - first * up : stop - first * up]
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
@@ -5272,8 +5270,7 @@ class AudioStore(FbankStore):
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
         stop = int(self.frames[i]) if stop is None else stop
-        last = (stop - 1) * HOP + FRAME if stop > start else start * HOP
-        return read_wav_crop(self.files[i], start * HOP, last)
+        return read_wav_crop(self.files[i], start * HOP, (stop - 1) * HOP + FRAME)
 
 
 def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> int:
@@ -5807,14 +5804,12 @@ def percepiano_audio(
     left_out = []
     if audio is not None:
         if len(variants) > 1:
-            raise DataError(
-                f"--audio {audio}: no tempo or pitch variants of recordings; leave one of them out"
-            )
+            raise DataError(f"--audio {audio}: no tempo or pitch variants of recordings; leave one out")
         found = {name: path for name, _, path in audio_files(audio)[0]}
         left_out = [f"{audio}/{name}.wav: missing; not used" for name in sorted(files.keys() - found.keys())]
         files = {name: found[name] for name in files if name in found}
         if not files:
-            raise DataError(f"{left_out[0]}, nor a recording of any other performance; name another folder")
+            raise DataError(f"{audio}: no WAV file named as a performance of {root}; name another folder")
     source = Path(audio or root).resolve()
     key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
     folder = Path(cache) / f"percepiano-audio-{key}"
@@ -5894,7 +5889,7 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
         train = [i for i in train if store.names[i] not in held]
     if not train or not valid:
         raise DataError(
-            f"{store.root}: {len(store.names)} recordings; expected one to train with and one to validate"
+            f"{store.root}: no recording to train with or none to validate; expected at least two"
         )
     return {"train": train, "valid": valid}
 
