@@ -5009,13 +5009,7 @@ def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
 
 
 def render_folder(
-    root: str | Path,
-    out: str | Path | None = None,
-    soundfont: str | Path | None = None,
-    workers: int | None = None,
-    sample_rate: int = 16000,
-    strict: bool = False,
-    quiet: bool = False,
+    root: str | Path, out=None, soundfont=None, workers=None, sample_rate=16000, strict=False, quiet=False
 ) -> dict:
     """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below
     `out`: 16-bit mono.
@@ -5280,9 +5274,7 @@ def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> i
     return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
 
 
-def random_crop(
-    store: FbankStore, i: int, length: int, seed: int, epoch: int, index: int | None = None
-) -> np.ndarray:
+def random_crop(store: FbankStore, i: int, length: int, seed: int, epoch: int, index=None) -> np.ndarray:
     """`store.get` of `length` frames at `crop_start` (index: the recording's number unless given); a shorter
     one whole."""
     frames = int(store.frames[i])
@@ -5290,9 +5282,7 @@ def random_crop(
     return store.get(i, start, min(start + length, frames))
 
 
-def audio_files(
-    root: str | Path, strict: bool = False, audio: str | Path | None = None
-) -> tuple[list[tuple[str, str, Path]], list[str]]:
+def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[str, str, Path]], list[str]]:
     """(name, split, sound file) of all recordings of a folder, sorted by name, and a line for each one that
     lacks its file.
 
@@ -5329,7 +5319,7 @@ def audio_files(
     return found, left_out
 
 
-def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> AudioStore:
+def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
     """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
     listed."""
     found, left_out = audio_files(root, strict, audio)
@@ -5357,12 +5347,7 @@ def _make_store(kind, root, found, frames, left_out):
 
 
 def build_fbank(
-    root: str | Path,
-    out: str | Path,
-    workers: int | None = None,
-    strict: bool = False,
-    quiet: bool = False,
-    audio: str | Path | None = None,
+    root: str | Path, out: str | Path, workers=None, strict=False, quiet=False, audio=None
 ) -> FbankStore:
     """Compute log-mel energies of all recordings of a folder (`audio_files`) once, `out`/NAME.npy, and at
     last an index.
@@ -5437,9 +5422,7 @@ def _store_energies(job):
     write_atomic(target, lambda file: np.save(file, energies))
 
 
-def _run_parallel(
-    function: Callable, tasks: list, workers: int | None = None, label: str | None = None, quiet: bool = False
-) -> Iterable:
+def _run_parallel(function: Callable, tasks: list, workers=None, label=None, quiet=False) -> Iterable:
     """function(task) over processes (in this one where one is enough), one thread each; yields (task, result)
     as they finish, with a progress bar under `label`."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
@@ -5548,7 +5531,7 @@ class Maestro:
     )  # and for each that `maestro_overlaps` could not compare
 
 
-def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> Maestro:
+def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
     """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under
     `root` (the .wav under `audio`, where given: what `render --out` wrote).
 
@@ -5637,12 +5620,7 @@ def _set_parts(root, recordings):
 
 
 def maestro_overlaps(
-    maestro: Maestro,
-    corpus: Corpus | str | Path,
-    pieces: bool = False,
-    cache: str | Path = "cache",
-    workers: int | None = None,
-    quiet: bool = False,
+    maestro: Maestro, corpus: Corpus | str | Path, pieces=False, cache="cache", workers=None, quiet=False
 ) -> dict[str, list[str]]:
     """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
 
@@ -5708,9 +5686,7 @@ def _find_overlaps(segments, recordings, played):
     return same, alike
 
 
-def report_maestro(
-    maestro: Maestro, same: dict[str, list[str]] | None = None, alike: dict[str, list[str]] | None = None
-) -> None:
+def report_maestro(maestro: Maestro, same: dict | None = None, alike: dict | None = None) -> None:
     """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and
     with `pieces`)."""
     found = maestro.recordings
@@ -5783,12 +5759,7 @@ def variant_name(name: str, tempo: float, semitones: int) -> str:
 
 
 def percepiano_audio(
-    corpus: Corpus | str | Path,
-    cache: str | Path = "cache",
-    audio: str | Path | None = None,
-    variants: Iterable[tuple[float, int]] = (),
-    workers: int | None = None,
-    quiet: bool = False,
+    corpus: Corpus | str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
 ) -> FbankStore:
     """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept
     under `cache`.

@@ -2284,12 +2284,7 @@ def crop_batches(
 
 
 def predict_ast(
-    model: nn.Module,
-    items: list[dict],
-    info: dict,
-    device: torch.device,
-    batch: int = 8,
-    crops: int | None = None,
+    model: nn.Module, items: list[dict], info: dict, device: torch.device, batch=8, crops=None
 ) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
     longer than the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data
@@ -2325,9 +2320,7 @@ def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     ]
 
 
-def frozen_tokens(
-    path: str, store: FbankStore, device: torch.device, batch: int = 32
-) -> dict[str, np.ndarray]:
+def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict[str, np.ndarray]:
     """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the
     tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
     precision that it was trained in."""

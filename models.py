@@ -885,19 +885,7 @@ class AST(nn.Module):
 
 
 def _check_ast(
-    frames,
-    mel,
-    width,
-    heads,
-    stride,
-    ssast_compat,
-    visible_only,
-    num_outputs,
-    pooling,
-    groups,
-    cross,
-    balance,
-    **_,
+    frames, mel, width, heads, stride, ssast_compat, visible_only, num_outputs, pooling, groups, **args
 ):
     narrowest = width // 2 if visible_only else width
     expected = {
@@ -906,8 +894,8 @@ def _check_ast(
         f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
         "each output in exactly one group": not groups
         or sorted(sum(groups, [])) == [*range(num_outputs or 0)],
-        "cross and balance only with groups": groups or not (cross or balance),
-        "balance None or 'uncertainty'": balance in (None, "uncertainty"),
+        "cross and balance only with groups": groups or not (args["cross"] or args["balance"]),
+        "balance None or 'uncertainty'": args["balance"] in (None, "uncertainty"),
         f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
     }
     for rule, kept in expected.items():
@@ -947,14 +935,7 @@ def contrast(predicted: Tensor, target: Tensor, there: Tensor, compat: bool) -> 
 
 
 def cluster_mask(
-    batch: int,
-    freq: int,
-    time: int,
-    count: int,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-    side: tuple[int, int] = (3, 5),
-    columns: Tensor | None = None,
+    batch: int, freq: int, time: int, count: int, device=None, generator=None, side=(3, 5), columns=None
 ) -> Tensor:
     """(batch, count) ids of patches to mask, in square clusters: id = row * time + column, unique, exactly
     `count`.
