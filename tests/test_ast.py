@@ -144,9 +144,10 @@ def test_checkpoint_sizes_come_from_shapes():
 
 
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 5.5), ("small", 21.6), ("base", 85.9)])
-def test_preset_sizes(name, millions):
-    with torch.device("meta"):
-        model = AST(**AST_PRESETS[name], num_outputs=19)
+def test_preset_sizes(name, millions, monkeypatch):
+    for slow in ("trunc_normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(nn.init, slow, lambda weight, **kw: weight)
+    model = AST(**AST_PRESETS[name], num_outputs=19)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
 
 
@@ -400,7 +401,7 @@ def test_masks_hold_exactly_as_many_patches_as_asked(freq, time, count):
 
 
 def test_every_patch_of_the_grid_is_equally_likely():
-    n, draws = 20000, generator(5)
+    n, draws = 10000, generator(5)
     masks = torch.cat([cluster_mask(2000, 8, 64, 400, generator=draws) for _ in range(n // 2000)])
     rate = torch.bincount(masks.flatten(), minlength=512) / n
     sampling = (400 / 512 * (1 - 400 / 512) / n) ** 0.5
@@ -412,9 +413,9 @@ def test_rates_equal_those_of_a_loop_over_clusters():
     rng, slow = random.Random(1), np.zeros(freq * time)
     for _ in range(n):
         slow[[*loop_mask(freq, time, count, rng)]] += 1 / n
-    masks = cluster_mask(10 * n, freq, time, count, generator=generator(1))
-    fast = (torch.bincount(masks.flatten(), minlength=freq * time) / (10 * n)).numpy()
-    deviation = (fast - slow) / np.sqrt(1.1 * slow * (1 - slow) / n)
+    masks = cluster_mask(5 * n, freq, time, count, generator=generator(1))
+    fast = (torch.bincount(masks.flatten(), minlength=freq * time) / (5 * n)).numpy()
+    deviation = (fast - slow) / np.sqrt(1.2 * slow * (1 - slow) / n)
     assert np.abs(deviation).max() < 4
     assert np.sqrt(np.mean(deviation**2)) < 1.25
 
