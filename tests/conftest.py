@@ -4,8 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
@@ -28,3 +31,25 @@ def refused(function: Callable, capsys, *names: object, script: str = "x.py") ->
 def refusal(argv: list[str], capsys) -> str:
     """The one line with which eval.py refuses this command line."""
     return refused(lambda: evaluation.main(argv), capsys, script="eval.py")
+
+
+def leaves(tree: object, key: str = "") -> dict[str, object]:
+    """{path of keys: value} of a nested tree of dicts and lists."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {
+        path: leaf for name, branch in tree.items() for path, leaf in leaves(branch, f"{key}/{name}").items()
+    }
+
+
+def check_results(path: str | Path, truth: dict[str, np.ndarray]) -> int:
+    """Recomputes the metrics of a results JSON from the CSV beside it and truth; how many figures were compared."""
+    saved = leaves(json.loads(Path(path).read_text())["metrics"])
+    records = evaluation.read_predictions(Path(path).with_suffix(".csv"))
+    computed = leaves(evaluation.json_ready(evaluation.measure(records, truth)))
+    assert saved.keys() == computed.keys()
+    for key, value in computed.items():
+        assert saved[key] == pytest.approx(value, abs=2e-6), key
+    return len(saved)
