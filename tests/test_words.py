@@ -1,4 +1,5 @@
-"""eval.py, words: the language model against its definition and KenLM, the search against enumeration, lexicons, submissions."""
+"""eval.py, words: the language model against its definition and KenLM, the search against enumeration, lexicons,
+submissions."""
 
 import argparse
 import itertools
@@ -23,18 +24,14 @@ NEUTRAL = {
     "beam": 100,
     "token_beam": 41,
 }
-SENTENCES = [
-    s.split()
-    for s in (
-        "we see the boat",
-        "we see the coat",
-        "the boat",
-        "see the sea",
-        "we can see",
-        "the",
-        "the sea can see the boat we see",
+SENTENCES = list(
+    map(
+        str.split,
+        "we see the boat,we see the coat,the boat,see the sea,we can see,the,the sea can see the boat we see".split(
+            ","
+        ),
     )
-]
+)
 
 
 def ids(sounds: str) -> tuple[int, ...]:
@@ -42,7 +39,7 @@ def ids(sounds: str) -> tuple[int, ...]:
 
 
 def frames(classes: str, wrong: dict[int, dict[str, float]] | None = None) -> np.ndarray:
-    """Log-probabilities of one frame a class ("_" is blank): 0.9 on it, unless wrong gives {frame: {class: probability}}."""
+    """Log-probabilities of one frame a class ("_" is blank): 0.9 on it, unless wrong gives {frame: {class: p}}."""
     names = ["_", *PHONEMES[1:]]
     p = np.full((len(classes.split()), 41), 1e-4)
     for f, name in enumerate(classes.split()):
@@ -194,17 +191,22 @@ def test_bad_lexicons_are_named(tmp_path, capsys, text, named):
 
 
 def test_the_training_lexicon_takes_pronunciations_from_the_labels():
-    texts = ["We read.", "we read the music", "very music", "we"]
-    labels = [
-        ids("W IY SIL R EH D SIL"),
-        ids("W IY SIL R IY D SIL DH AH SIL M Y UW Z IH K SIL"),
-        ids("V EH R IY SIL"),
-        ids("SIL W IY SIL SIL"),
+    spoken = {
+        "We read.": "W IY SIL R EH D SIL",
+        "we read the music": "W IY SIL R IY D SIL DH AH SIL M Y UW Z IH K SIL",
+        "very music": "V EH R IY SIL",  # labels that do not fit: very is only met here, and comes from data.phonemize
+        "we": "SIL W IY SIL SIL",
+    }
+    expected = [
+        ("we", "W IY"),
+        ("music", "M Y UW Z IH K"),
+        ("read", "R EH D"),
+        ("read", "R IY D"),
+        ("the", "DH AH"),
     ]
-    assert evaluation.training_lexicon(texts, map(np.array, labels)) == [
-        ("we", ids("W IY")), ("music", ids("M Y UW Z IH K")), ("read", ids("R EH D")), ("read", ids("R IY D")), ("the", ids("DH AH")),
-        ("very", ids("V EH R IY")),  # only in a sentence whose labels do not fit its words: from data.phonemize
-    ]  # fmt: skip
+    expected.append(("very", "V EH R IY"))
+    lexicon = evaluation.training_lexicon(spoken, [np.array(ids(sounds)) for sounds in spoken.values()])
+    assert lexicon == [(word, ids(sounds)) for word, sounds in expected]
 
 
 # --- search ---
@@ -261,18 +263,6 @@ def test_the_language_model_overrules_weak_acoustics_and_no_strong_ones(tmp_path
     assert " ".join(search.decode(log_probs, NEUTRAL | {"lm_weight": 2.0})) == expected
 
 
-@pytest.mark.parametrize(
-    ("heard", "expected"), [("W IY SIL S IY SIL", "we see"), ("DH AH SIL S IY SIL", "the sea")]
-)
-def test_the_language_model_decides_between_homophones(tmp_path, heard, expected):
-    search = search_of(
-        tmp_path,
-        {"sea": "S IY", "see": "S IY", "we": "W IY", "the": "DH AH"},
-        [["we", "see"], ["the", "sea"]],
-    )
-    assert " ".join(search.decode(frames(heard), NEUTRAL)) == expected
-
-
 def test_more_homophones_than_the_trie_holds(tmp_path, capfd):
     names = [f"aa{letter}" for letter in "abcdefghi"]
     search = search_of(
@@ -283,50 +273,41 @@ def test_more_homophones_than_the_trie_holds(tmp_path, capfd):
     assert capfd.readouterr().err == ""  # the library would complain of each it drops
 
 
+BOOK = {"boot": "B UW T", "two": "T UW", "bookkeeper": "B UH K K IY P ER"}
+SEE = {"see": "S IY", "the": "DH AH"}
+HOMOPHONES = {"sea": "S IY", "see": "S IY", "we": "W IY", "the": "DH AH"}
+DO = {"do": "D UW", "don't": "D UW SIL N T"}
+SHIP = {"we": "W IY", "see": "S IY", "ship": "SH IH P"}
+
+
 @pytest.mark.parametrize(
-    "heard",
+    ("lexicon", "text", "heard", "expected"),
     [
-        "S IY SIL DH AH SIL",
-        "SIL SIL S S _ IY SIL _ SIL SIL DH AH AH SIL _ _",
-        "_ S _ IY _ SIL _ _ DH AH SIL SIL",
+        (HOMOPHONES, "we see,the sea", "W IY SIL S IY SIL", "we see"),  # the language model decides
+        (HOMOPHONES, "we see,the sea", "DH AH SIL S IY SIL", "the sea"),
+        (SEE, "see the", "S IY SIL DH AH SIL", "see the"),
+        (SEE, "see the", "SIL SIL S S _ IY SIL _ SIL SIL DH AH AH SIL _ _", "see the"),
+        (SEE, "see the", "_ S _ IY _ SIL _ _ DH AH SIL SIL", "see the"),
+        (SEE, "see", "_ _ _", ""),
+        (SEE, "see", "SIL", ""),
+        (BOOK, "boot two two,bookkeeper", "T UW SIL T UW SIL B UW T SIL", "two two boot"),
+        (BOOK, "boot two two,bookkeeper", "B UH K _ K IY P ER SIL", "bookkeeper"),
+        (DO, "do don't,don't", "D UW SIL N T SIL", "don't"),  # silence inside a pronunciation
+        (DO, "do don't,don't", "D UW SIL D UW SIL", "do do"),
+        (
+            SHIP,
+            "we see",
+            "W IY SIL ZH OY ZH SIL S IY SIL",
+            "we see",
+        ),  # outside the lexicon: costs no other word
+        (SHIP, "we see", "SH IH P SIL", "ship"),  # which the LM does not know
     ],
 )
-def test_silence_and_blanks_anywhere(tmp_path, heard):
-    search = search_of(tmp_path, {"see": "S IY", "the": "DH AH"}, [["see", "the"]])
-    assert search.decode(frames(heard), NEUTRAL) == ["see", "the"]
-
-
-def test_repeated_phonemes_and_words(tmp_path):
-    search = search_of(
-        tmp_path,
-        {"boot": "B UW T", "two": "T UW", "bookkeeper": "B UH K K IY P ER"},
-        [["boot", "two", "two"], ["bookkeeper"]],
-    )
-    assert search.decode(frames("T UW SIL T UW SIL B UW T SIL"), NEUTRAL) == ["two", "two", "boot"]
-    assert search.decode(frames("B UH K _ K IY P ER SIL"), NEUTRAL) == ["bookkeeper"]
-
-
-def test_silence_inside_a_pronunciation(tmp_path):
-    search = search_of(tmp_path, {"do": "D UW", "don't": "D UW SIL N T"}, [["do", "don't"], ["don't"]])
-    assert search.decode(frames("D UW SIL N T SIL"), NEUTRAL) == ["don't"]
-    assert search.decode(frames("D UW SIL D UW SIL"), NEUTRAL) == ["do", "do"]
-
-
-def test_a_word_outside_the_lexicon_costs_no_other_word(tmp_path):
-    search = search_of(
-        tmp_path, {"we": "W IY", "see": "S IY", "ship": "SH IH P"}, [["we", "see"]]
-    )  # the LM does not know ship
-    assert search.known == 2
-    assert search.decode(frames("W IY SIL ZH OY ZH SIL S IY SIL"), NEUTRAL) == ["we", "see"]
-    assert search.decode(frames("SH IH P SIL"), NEUTRAL) == ["ship"]
-
-
-@pytest.mark.parametrize(
-    ("log_probs", "expected"),
-    [(np.zeros((0, 41), np.float32), []), (frames("_"), []), (frames("_ _ _"), []), (frames("SIL"), [])],
-)
-def test_trials_that_say_nothing(tmp_path, log_probs, expected):
-    assert search_of(tmp_path, {"see": "S IY"}, [["see"]]).decode(log_probs, NEUTRAL) == expected
+def test_words_by_hand(tmp_path, lexicon, text, heard, expected):
+    search = search_of(tmp_path, lexicon, map(str.split, text.split(",")))
+    assert search.decode(frames(heard), NEUTRAL) == expected.split()
+    assert search.decode(np.zeros((0, 41), np.float32), NEUTRAL) == []
+    assert search.known == len(set(text.replace(",", " ").split()) & lexicon.keys())
 
 
 def test_search_refusals(tmp_path, capsys, monkeypatch):
