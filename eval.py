@@ -191,7 +191,7 @@ METRICS = {"r2": r2, "mse": mse, "pearson": pearson}  # name -> function of (y, 
 
 
 def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
-    """What a trainer logs of validation ratings y and predictions p, (n, 19); spread: deviation of p over y's."""
+    """What a trainer logs of ratings y and predictions p, (n, 19); spread: deviation of p over y's."""
     metrics = {"valid_loss": float(mse(y, p).mean())}
     for name, metric in METRICS.items():
         metrics[f"valid_{name}"] = float(metric(y, p).mean())
@@ -337,9 +337,7 @@ def read_predictions(path: str | Path) -> list[dict]:
         if not groups:
             raise ValueError("no predictions")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: line {line}: {error!r}; expected a CSV of ratings, as --save-results writes"
-        ) from error
+        raise DataError(f"{path}: line {line}: {error!r}; expected ratings of --save-results") from error
     records = []
     for (part, fold), items in groups.items():
         names, p = zip(*items, strict=True)
@@ -487,9 +485,7 @@ def _load_models(paths):
         loaded.append((path, model, kept))
         first = loaded[0][2]["task"]
         if kept["task"] != first:
-            raise DataError(
-                f"{path}: of task {kept['task']!r}; {paths[0]} is of {first!r}; evaluate them apart"
-            )
+            raise DataError(f"{path}: of task {kept['task']!r}; {paths[0]} is of {first!r}; split them")
     return loaded
 
 
@@ -502,7 +498,7 @@ def _check_alike(loaded, keys, fixed):
             found = {key: (ckpt["data"] | model.model_args)[key] for key in keys}
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: {error} is not in its data; expected a best.pt that predicts; train again"
+                f"{path}: {error} is not in its data; expected a best.pt that predicts"
             ) from error
         expected = expected or found | fixed
         for key in keys:
@@ -564,19 +560,8 @@ Intervals: 95 %, bootstrap over segments or trials.""",
     )
     parts = ["valid", "test", "competition"]
     add = parser.add_argument
-    add(
-        "--ckpt",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="best.pt of one or more folds or seeds (required)",
-    )
-    add(
-        "--part",
-        choices=parts,
-        default="valid",
-        help="part to score (%(default)s); competition: decoder only",
-    )
+    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
+    add("--part", choices=parts, default="valid", help="part to score (%(default)s)")
     add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
     of_audio = audio_options(parser)
     of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP), *word_options(parser)]
@@ -589,9 +574,7 @@ Intervals: 95 %, bootstrap over segments or trials.""",
         return evaluate_decoder(args, loaded)
     _refuse_given(args, of_decoder, "train_decoder.py", task)
     if args.part == "competition":
-        raise DataError(
-            f"--part competition: only for a decoder; {args.ckpt[0]} is of task {task!r}; leave it out"
-        )
+        raise DataError(f"--part competition: of decoders; {args.ckpt[0]} is of task {task!r}")
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
         return evaluate_pretraining(args, loaded)
     folds, data = _load_fold_models(loaded)
@@ -608,16 +591,12 @@ def _refuse_given(args, options, trainer, task):
     given = [o.option_strings[0] for o in options if getattr(args, o.dest) != o.default]
     if given:
         names = ", ".join(given)
-        raise DataError(
-            f"{names}: only for checkpoints of {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out"
-        )
+        raise DataError(f"{names}: only for {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
 
 
 def _refuse_synthetic(data, args):
     if args.data is None and not data["synthetic"]:
-        raise DataError(
-            f"{args.ckpt[0]}: trained on real data, which the synthetic corpus is not; give --data DIR"
-        )
+        raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
 
 
 def _say_other_corpus(data, synthetic):
@@ -649,7 +628,7 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Ite
             keep_misaligned=options.get("keep_misaligned", False),
         )
         seeds = [ckpt["args"].get("seed") for _, ckpt in members]
-        print(f"fold {fold}: {members[0][1]['path']}, {len(members)} checkpoints averaged, seeds {seeds}")
+        print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds}")
         for part in parts:
             names, p = names_of[part], []
             if store:
@@ -694,13 +673,8 @@ or spectrogram (ast), trained and scored on the same parts as the trainers use. 
         choices=["ridge", "forest"],
         help="ridge regression, or 150 trees (han: forest, ast: ridge)",
     )
-    add("--split", choices=SPLITS, default="segment", help="what a part shares with no other (%(default)s)")
-    add(
-        "--fold",
-        choices=[*"0123", "all"],
-        default="all",
-        help="fold that validates (%(default)s: each, then their mean)",
-    )
+    add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
+    add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
     add("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
@@ -710,9 +684,7 @@ or spectrogram (ast), trained and scored on the same parts as the trainers use. 
     args = _parse(parser, argv)
     foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
     if foreign:
-        raise DataError(
-            "--features is of --task han, --audio and --probe of ast: features are of han; leave them out"
-        )
+        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
     args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
     statistics = _note_statistics(corpus, args) if args.task == "han" else _clip_statistics(corpus, args)
@@ -1153,9 +1125,7 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     trials = parts[args.part]
     labelled = corpus.labelled[trials] & (args.part != "competition")
     if not labelled.any() and (not args.submission or args.csv or args.save_results or not len(trials)):
-        raise DataError(
-            f"--part {args.part}: {len(trials)} trials without labels, of which only --submission can be made"
-        )
+        raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
     _say_circumstances(args, loaded, corpus, trials)
     log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
     if labelled.any():
@@ -1196,9 +1166,7 @@ def _speech_corpus(args, loaded):
     for line in corpus.left_out:
         print(f"left out: {line}")
     if corpus.channels != data["channels"]:
-        raise DataError(
-            f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} expects {data['channels']}"
-        )
+        raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
     return corpus
 
 
@@ -1289,8 +1257,8 @@ def _write_decoder(figures, records, corpus, args, loaded):
 # ------------------------------------------------------------------------------------------------------------
 
 # Search settings to start from: acoustic scale and blank penalty of the public decoders ('24: 256 channels,
-# '25: 512). LM scores are log10: a weight of ln 10 would set them beside the network's natural logarithms. With
-# the transcripts' trigram that deletes words: validation WER .058 against .018 at 1 (synthetic corpus).
+# '25: 512). LM scores are log10: a weight of ln 10 would set them beside the network's natural logarithms.
+# With the transcripts' trigram that deletes words: validation WER .058 against .018 at 1 (synthetic corpus).
 WORD_SETTINGS = {
     256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)},
     512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)},
@@ -1436,9 +1404,7 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
         if 2 * known >= len(vocabulary):
             break
     if not best[2]:
-        raise DataError(
-            f"{path}: knows none of the lexicon's {len(vocabulary)} words, such as {vocabulary[0]!r}"
-        )
+        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[0]!r}")
     return best
 
 
@@ -1595,13 +1561,11 @@ def write_submission(
     size = len(rows), len({day for day, *_ in rows})
     public = parts == {"competition"} and corpus.channels == 256 and not corpus.synthetic
     if public and rows[0][0].startswith("t12.") and size != COMPETITION_SIZE:
-        raise DataError(
-            f"{path}: {size} rows and days; expected {COMPETITION_SIZE}; see what the conversion left out"
-        )
+        raise DataError(f"{path}: {size} rows and days; expected {COMPETITION_SIZE}; convert anew")
     if len(parts) != 1 or sorted(indices) != whole.tolist() or found > len(rows):
         raise DataError(
-            f"{path}: {len(rows)} rows of parts {sorted(parts)} of {max(found, len(whole))} trials; expected each "
-            "trial of one part once; give --part, or see what the conversion left out"
+            f"{path}: {len(rows)} rows of {sorted(parts)}, of {max(found, len(whole))} trials; expected "
+            "each trial of one part once; give --part, or see what the conversion left out"
         )
     texts = [text for *_, text in rows]
     if str(path).endswith(".csv"):
@@ -1618,24 +1582,16 @@ def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     add = parser.add_argument_group(
         "words", "beam search over a lexicon with an n-gram LM (decoder)"
     ).add_argument
-    scale, penalty = "factor of the log-probabilities", "taken off blank's log-probability, in nats"
+    scale, penalty = "factor of log-probabilities", "taken off blank, in nats"
     return [
         add("--words", action="store_true", help="report the word error rate beside PER (off)"),
-        add(
-            "--tune", action="store_true", help="choose the four settings on the validation part first (off)"
-        ),
-        add(
-            "--submission",
-            metavar="FILE",
-            help="write the sentences: .csv as id,text ('25), else lines ('24) (off)",
-        ),
-        add(
-            "--lexicon", metavar="FILE", help="lines of a word and its phonemes (default: the training words)"
-        ),
+        add("--tune", action="store_true", help="first choose settings on the validation part (off)"),
+        add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)"),
+        add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)"),
         add(
             "--lm",
             metavar="FILE",
-            help="n-gram model, ARPA or KenLM binary (default: trigram of the training texts)",
+            help="n-gram ARPA or KenLM file (default: training trigram)",
         ),
         add(
             "--acoustic-scale",
@@ -1678,9 +1634,7 @@ def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namesp
     else:
         lexicon = training_lexicon(texts, [corpus.labels[i] for i in train])
     if not lexicon:
-        raise DataError(
-            f"{corpus.root}: no word in {len(texts)} training transcripts; give --lexicon and --lm FILE"
-        )
+        raise DataError(f"{corpus.root}: no word in its training transcripts; give --lexicon and --lm")
     if args.lm:
         return lexicon, args.lm
     sentences = [spoken_words(text) for text in texts]
@@ -2264,25 +2218,9 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     )
     add = parser.add_argument
     for side in ("--a", "--b"):
-        add(
-            side,
-            nargs="+",
-            required=True,
-            metavar="FILE",
-            help="CSV of --save-results, or best.pt files (required)",
-        )
-    add(
-        "--part",
-        choices=["valid", "test"],
-        default="valid",
-        help="part to compare; a decoder's CSV holds one (%(default)s)",
-    )
-    add(
-        "--draws",
-        type=number(int, 100),
-        default=5000,
-        help="draws; the least p-value is 2 / draws (%(default)s)",
-    )
+        add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
+    add("--part", choices=["valid", "test"], default="valid", help="part to compare (%(default)s)")
+    add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
     add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
     of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP)]
     clusters = ["segment", "performer"]
@@ -2297,9 +2235,7 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     loaded = [_load_models(paths) if not paths[0].endswith(".csv") else [] for paths in (args.a, args.b)]
     decoders = {_is_decoder(paths, models) for paths, models in zip((args.a, args.b), loaded, strict=True)}
     if len(decoders) > 1:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates performances; compare alike"
-        )
+        raise DataError(f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates pieces")
     if decoders == {True}:
         _refuse_given(args, of_ratings, "train_han.py and pretrain_ast.py", "decoder")
         return _test_pairs(_paired_trials(args, loaded), args)
@@ -2383,9 +2319,7 @@ def _is_decoder(paths, loaded):
     if loaded:
         return loaded[0][2]["task"] == "decoder"
     if len(paths) > 1:
-        raise DataError(
-            f"{paths[1]}: a second file beside {paths[0]}; expected one CSV, which holds all folds"
-        )
+        raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
     try:
         with open(paths[0], encoding="utf-8", errors="replace") as file:
             return file.readline(100).startswith("trial,")
@@ -2426,8 +2360,8 @@ def _paired_ratings(args, loaded):
     segments = [segment_of(name) for name in names]
     if len(splits - {None}) > 1 or len(set(segments)) < 2:
         raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in the same "
-            f"fold, splits {splits}; expected two segments or more of one split; give their --data"
+            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in "
+            f"one fold, splits {splits}; expected two segments or more of one split; give their --data"
         )
     y = np.array([truth[name] for name in names])
     metric = METRICS[args.metric]
@@ -2462,9 +2396,7 @@ def read_transcripts(path: str | Path) -> list[dict]:
                 }
                 records.append({"trial": row["trial"], "day": row["day"], **ids})
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: line {len(records) + 2}: {error!r}; expected a decoder's CSV, as --save-results writes"
-        ) from error
+        raise DataError(f"{path}: line {len(records) + 2}: {error!r}; expected a decoder's CSV") from error
     return records
 
 
@@ -2488,8 +2420,8 @@ def _paired_trials(args, loaded):
     references, others = ([side[trial]["reference"] for trial in both] for side in sides)
     if len(both) < 2 or references != others:
         raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded, or of different phonemes; "
-            "expected two or more of one corpus"
+            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded, or of other "
+            "phonemes; expected two or more of one corpus"
         )
     a, b = (per_counts(references, [side[trial]["hypothesis"] for trial in both]) for side in sides)
     days = np.array([sides[0][trial]["day"] for trial in both])
