@@ -4,7 +4,7 @@ python data.py percepiano --data DIR                 read, align, cache; report
 python data.py fetch percepiano --out data/percepiano
 python data.py maestro --data DIR --percepiano DIR   what of MAESTRO is here, what overlaps with PercePiano
 python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
-python data.py fbank --data DIR --out DIR            log-mel energies of all WAV files, once
+python data.py fbank --data DIR --out DIR            log-mel energies of all sound files, once
 python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
 python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
 python data.py synth-speech --out DIR                synthetic intracortical speech in the competition's .mat layout
@@ -50,6 +50,7 @@ from typing import NamedTuple
 
 import mido
 import numpy as np
+import soundfile
 import torch
 from mido.midifiles.meta import KeySignatureError
 from numpy.lib.stride_tricks import sliding_window_view
@@ -4739,22 +4740,24 @@ def synthetic_speech(cache: str | Path = "cache") -> Path:
     return root
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rendering
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+MIDI_KINDS = (".mid", ".midi")
 VELOCITY_LAYERS = 8  # tables a key, over the velocities 1..127; a note blends the two nearest
-TONE_LEVEL = -25.0  # dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
+# dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
 # PercePiano's segments to -27 (both on average), and 1 sample in 6000 meets the limiter
+TONE_LEVEL = -25.0
 VELOCITY_STEP = 0.22  # dB of level a unit of velocity; brightness adds as much again
 INAUDIBLE = -96.0  # dB of full scale: below it a tone has ended
 LONGEST_TONE = 20.0  # s
-PARTIALS, KNOCKS = 160, 64  # most partials of a string; modes of the hammer's noise
+PARTIALS = 160  # most partials of a string
+KNOCKS = 64  # modes of the hammer's noise
 TABLE_BLOCK = 256  # samples, a power of 2
-UNA_CORDA = 2.5, 24  # dB and units of brightness (as velocity) that a soft pedal fully down takes
-DAMPERS = (
-    24,
-    64,
-)  # sustain pedal: dampers lie fully on up to the first value, are off the strings from the second
+SOFT_LEVEL = 2.5  # dB that a soft pedal fully down takes
+SOFT_COLOUR = 24  # units of brightness (as velocity) that it takes
+DAMPERS_ON = 24  # sustain pedal: up to here dampers lie fully on the strings
+DAMPERS_OFF = 64  # and from here they are off
 UNDAMPED = 89  # lowest key without a damper
 GONE = 80.0  # dB below itself: a damped tone has ended
 PEDAL_LIFT = 3.0  # s after the last event: a pedal that the file leaves down is let go
@@ -4768,29 +4771,33 @@ def _gain(decibel):
 
 
 def _hammer(frequency, key, velocity):
-    """What a felt hammer gives to each frequency (Hz): a low-pass filter that opens with the blow and up the keyboard."""
+    """What a felt hammer gives to each frequency (Hz): a low-pass that opens with the blow and up the
+    keyboard."""
     cutoff = (650 * 2 ** ((key - 60) / 36) + 440 * 2 ** ((key - 69) / 12)) * 2 ** ((velocity - 64) / 30)
     return (1 + (frequency / cutoff) ** 2) ** -1.25
 
 
 @functools.lru_cache(maxsize=128)
-def _piano_key(key: int) -> tuple[np.ndarray, ...]:
-    """The decaying sinusoids ("modes") of a key: frequency (Hz), decay (dB/s), amplitude before the hammer, phase.
+def _piano_key(key):
+    """The decaying sinusoids ("modes") of a key: frequency (Hz), decay (dB/s), amplitude before the hammer,
+    phase.
 
-    Partials are stretched by the strings' stiffness (Rigaud, David & Daudet, JASA 2013, eq. 8), weak where the hammer
-    strikes a node (1/8 of the string) and where the soundboard is small beside the wave. Each is three modes, slightly
-    mistuned, of a quick and a slow decay (Weinreich, JASA 1977). The hammer's noise is a cloud of short modes.
+    Partials are stretched by the strings' stiffness (Rigaud, David & Daudet, JASA 2013, eq. 8), weak where
+    the hammer strikes a node (1/8 of the string) and where the soundboard is small beside the wave. Each is
+    three modes, slightly mistuned, of a quick and a slow decay (Weinreich, JASA 1977). The hammer's noise is
+    a cloud of short modes.
     """
-    rng, n = np.random.default_rng(key), np.arange(1, PARTIALS + 1)[:, None]
+    rng = np.random.default_rng(key)
+    n = np.arange(1, PARTIALS + 1)[:, None]
     stiffness = np.exp(0.0926 * key - 13.64) + np.exp(-0.0847 * key - 5.82)
     partial = 440 * 2 ** ((key - 69) / 12) * n * np.sqrt((1 + stiffness * n**2) / (1 + stiffness))
     waver, drift, colour = rng.random((3, PARTIALS, 3)) * 2 - 1
     frequency = partial + drift * [0.05, 0.3, 0.5] * np.sqrt(partial / 262)
-    prompt, after = 5.5 * 2 ** ((key - 21) / 21), 3 * 2 ** ((key - 21) / 28)
+    prompt = 5.5 * 2 ** ((key - 21) / 21)
+    after = 3 * 2 ** ((key - 21) / 28)
     losses = 5 * (partial / 1000) ** 1.2
-    decay = np.hstack([prompt + losses, after + 0.4 * losses, (prompt + after) / 2 + 0.7 * losses]) * (
-        1 + 0.2 * waver
-    )
+    decay = np.hstack([prompt + losses, after + 0.4 * losses, (prompt + after) / 2 + 0.7 * losses])
+    decay = decay * (1 + 0.2 * waver)
     amplitude = (np.abs(np.sin(np.pi * n / 8)) + 0.05) * n**-0.7 / (1 + (90 / partial) ** 2)
     amplitude = amplitude * _gain(3 * colour) * [1, 0.25, 0.4]
     level = np.sqrt(((amplitude * _hammer(partial, key, 64)).sum(1) ** 2).sum() / 2)
@@ -4800,41 +4807,39 @@ def _piano_key(key: int) -> tuple[np.ndarray, ...]:
     short = 400 + 1600 * rng.random(KNOCKS)
     thud = _gain(TONE_LEVEL - 30 + (key - 60) / 6) * np.sqrt(2 / KNOCKS) * (0.5 + rng.random(KNOCKS))
     phase = 2 * np.pi * rng.random(PARTIALS + KNOCKS)
-    phase = np.append(
-        np.repeat(phase[:PARTIALS], 3), phase[PARTIALS:]
-    )  # one blow starts all strings of a key alike
-    return (*(np.append(a, b) for a, b in ((frequency, noise), (decay, short), (amplitude, thud))), phase)
+    phase = np.append(np.repeat(phase[:PARTIALS], 3), phase[PARTIALS:])  # one blow starts all strings alike
+    return np.append(frequency, noise), np.append(decay, short), np.append(amplitude, thud), phase
 
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
-def _tone(key: int, layer: int, rate: int) -> np.ndarray:
-    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is that of
-    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB, 1 s."""
+def _tone(key, layer, rate):
+    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is
+    that of velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz:
+    320 MB, 1 s."""
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
-    life = ((20 * np.log10(amplitude) + VELOCITY_STEP * (velocity - 64) - INAUDIBLE) / decay).clip(
-        0, LONGEST_TONE
-    )
+    heard = 20 * np.log10(amplitude) + VELOCITY_STEP * (velocity - 64) - INAUDIBLE
+    life = (heard / decay).clip(0, LONGEST_TONE)
     life[frequency >= 0.48 * rate] = 0
     order = np.argsort(-life, kind="stable")[: np.count_nonzero(life)]
     pole = (2j * np.pi * frequency - np.log(10) / 20 * decay)[order] / rate
     start = (amplitude * np.exp(1j * phase))[order]
 
-    # exp(pole (256 b + s)) = exp(pole 256 b) exp(pole s): blocks x modes times modes x samples, modes alive only
+    # exp(pole (256 b + s)) = exp(pole 256 b) exp(pole s): blocks x modes times modes x samples, live ones
     within = np.ones((len(order), 1), complex)
     while within.shape[1] < TABLE_BLOCK:
         within = np.hstack([within, within * np.exp(pole * within.shape[1])[:, None]])
     within = np.stack([within.real, -within.imag]).astype(np.float32)
     blocks = math.ceil(life.max() * rate / TABLE_BLOCK) + 1
-    tone, first = np.zeros((blocks, TABLE_BLOCK), np.float32), 0
+    tone = np.zeros((blocks, TABLE_BLOCK), np.float32)
+    first = 0
     while first < blocks:
         last = min(blocks, max(first + 8, first * 5 // 4))
         alive = np.count_nonzero(life * rate > first * TABLE_BLOCK)
         outer = start[:alive] * np.exp(pole[:alive] * TABLE_BLOCK * np.arange(first, last)[:, None])
-        tone[first:last] = np.hstack([outer.real, outer.imag]).astype(np.float32) @ within[:, :alive].reshape(
-            -1, TABLE_BLOCK
-        )
+        outer = np.hstack([outer.real, outer.imag]).astype(np.float32)
+        tone[first:last] = outer @ within[:, :alive].reshape(-1, TABLE_BLOCK)
         first = last
     tone = tone.ravel()
     rise = int(rate * (0.001 + 0.002 * 2 ** ((21 - key) / 24)))
@@ -4845,86 +4850,90 @@ def _tone(key: int, layer: int, rate: int) -> np.ndarray:
     return tone
 
 
-def _damper_clock(performance: Performance) -> tuple[np.ndarray, np.ndarray]:
-    """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on strings; between
-    two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
-    events, (on, off) = performance.sustain, DAMPERS
+def _damper_clock(performance):
+    """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on
+    strings; between two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
+    events = performance.sustain
     end = max(performance.offset.max(), *events[-1:, 0], 0) + PEDAL_LIFT
     times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
-    contact = ((off - events[:, 1]) / (off - on)).clip(0, 1) ** 2
+    contact = ((DAMPERS_OFF - events[:, 1]) / (DAMPERS_OFF - DAMPERS_ON)).clip(0, 1) ** 2
     return times, np.append(0, np.cumsum(np.concatenate([[1.0], contact, [1.0]]) * np.diff(times)))
 
 
-def _check_playable(performance: Performance) -> None:
-    onset, pitch = performance.onset, performance.pitch
-    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
-        raise DataError(
-            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} to {pitch.max()}; "
-            f"expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; cut the recording up or export it again"
-        )
+def _next_strikes(performance, heard):
+    """(notes,) seconds at which a note's key is struck again; infinite for its last."""
+    again = np.full(len(performance.pitch), np.inf)
+    later = {}
+    for i in heard[::-1]:
+        again[i] = later.get(performance.pitch[i], np.inf)
+        later[performance.pitch[i]] = performance.onset[i]
+    return again
+
+
+def _struck_tone(key, layer, loud, samples, rate):
+    """At most `samples` of a key's tone at gain `loud`, blended of the two nearest layers."""
+    below, share = divmod(layer, 1)
+    quiet = _tone(key, int(below), rate)
+    bright = _tone(key, int(below) + 1, rate)  # the longer one
+    sound = bright[:samples] * np.float32(loud * share)
+    shorter = min(len(quiet), len(sound))
+    sound[:shorter] += quiet[:shorter] * np.float32(loud * (1 - share))
+    return sound
 
 
 def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
-    """The performance on a built-in piano: (samples,) float32 within (-1, 1), mono, from second 0 to the end of the last tone.
+    """The performance on a built-in piano: (samples,) float32 within (-1, 1), mono, to the end of the last
+    tone.
 
-    Level and brightness follow velocity and soft pedal and are never normalised: loudness is information. A note lasts
-    until its damper falls (key and sustain pedal up, by degrees with a half-pedal; keys from UNDAMPED on have none), its
-    key is struck again or it has died away. Same bytes for the same performance. No notes, or none of velocity above 0:
-    an empty array. Tones are made on first use and kept, at most some 320 MB at 16 kHz. Raises DataError.
+    Level and brightness follow velocity and soft pedal and are never normalised: loudness is information. A
+    note lasts until its damper falls (key and sustain pedal up, by degrees with a half-pedal), its key is
+    struck again or it has died away. Same bytes for the same performance; no audible note: an empty array.
+    Tones are kept, at most some 320 MB at 16 kHz. Raises DataError.
     """
     onset, pitch, velocity = performance.onset, performance.pitch, performance.velocity
     heard = np.flatnonzero(velocity > 0)
-    if not 4000 <= sample_rate <= 192_000:
-        raise DataError(f"sample rate {sample_rate}; expected 4000 to 192000 per second; 16000 is usual")
     if not len(heard):
         return np.zeros(0, np.float32)
-    _check_playable(performance)
-    times, worn = _damper_clock(performance)
-    release = np.interp(performance.offset, times, worn)
-    damping = np.where(
-        pitch < UNDAMPED, 120 * 2 ** ((pitch - 21) / 40), 1e-9
-    )  # dB/s, less where dampers are heavy on long strings
-    falls = np.maximum(times[np.searchsorted(worn, release, side="right") - 1], performance.offset)
-    gone = np.where(pitch < UNDAMPED, np.interp(release + GONE / damping, worn, times), np.inf)
-    struck, again = {}, np.full(len(pitch), np.inf)
-    for i in heard[::-1]:
-        again[i] = struck.get(pitch[i], np.inf)
-        struck[pitch[i]] = onset[i]
+    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
+        raise DataError(
+            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} "
+            f"to {pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
+        )
 
-    soft = _held(performance.soft, onset) / 127
-    loud = _gain(VELOCITY_STEP * (velocity.clip(1, 127) - 64) - UNA_CORDA[0] * soft)
-    layer = ((velocity - UNA_CORDA[1] * soft - 1) / 126).clip(0, 0.9999) * (VELOCITY_LAYERS - 1)
+    times, worn = _damper_clock(performance)
+    again = _next_strikes(performance, heard)
+    damped = pitch < UNDAMPED
+    damping = np.where(damped, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less on long strings
+    release = np.interp(performance.offset, times, worn)
+    falls = np.maximum(times[np.searchsorted(worn, release, side="right") - 1], performance.offset)
+    gone = np.where(damped, np.interp(release + GONE / damping, worn, times), np.inf)
     start = np.rint(onset * sample_rate).astype(np.int64)
     stop = (np.minimum(np.minimum(gone, again + GONE / RESTRIKE), 1e9) * sample_rate).astype(np.int64)
     fades = np.ceil(np.minimum(np.minimum(falls, again), 1e9) * sample_rate).astype(np.int64)
-    out, end, step = (
-        np.zeros(start.max() + int((LONGEST_TONE + 1) * sample_rate), np.float32),
-        0,
-        sample_rate // 500,
-    )
+    soft = _held(performance.soft, onset) / 127
+    loud = _gain(VELOCITY_STEP * (velocity.clip(1, 127) - 64) - SOFT_LEVEL * soft)
+    layer = ((velocity - SOFT_COLOUR * soft - 1) / 126).clip(0, 0.9999) * (VELOCITY_LAYERS - 1)
+
+    out = np.zeros(start.max() + int((LONGEST_TONE + 1) * sample_rate), np.float32)
+    end = 0
+    step = sample_rate // 500  # losses every 2 ms, straight lines between
     for i in heard:
-        below, share = divmod(layer[i], 1)
-        quiet, bright = (
-            _tone(int(pitch[i]), int(below) + k, sample_rate) for k in (0, 1)
-        )  # bright is the longer one
-        sound = bright[: max(stop[i] - start[i], 0)] * np.float32(loud[i] * share)
-        shorter = min(len(quiet), len(sound))
-        sound[:shorter] += quiet[:shorter] * np.float32(loud[i] * (1 - share))
+        sound = _struck_tone(int(pitch[i]), layer[i], loud[i], max(stop[i] - start[i], 0), sample_rate)
         held = max(fades[i] - start[i], 0)
-        if held < len(sound):  # losses every 2 ms, straight lines between
-            t = np.arange(start[i] + held, start[i] + len(sound) + step, step) / sample_rate
-            loss = damping[i] * (np.interp(t, times, worn) - release[i]).clip(0) + RESTRIKE * (
-                t - again[i]
-            ).clip(0)
+        last = start[i] + len(sound)
+        if held < len(sound):
+            t = np.arange(start[i] + held, last + step, step) / sample_rate
+            loss = damping[i] * (np.interp(t, times, worn) - release[i]).clip(0)
+            loss = loss + RESTRIKE * (t - again[i]).clip(0)
             gain = _gain(-np.append(loss, loss[-1])).astype(np.float32)
             lines = gain[:-1, None] + np.diff(gain)[:, None] * (np.arange(step, dtype=np.float32) / step)
             sound[held:] *= lines.ravel()[: len(sound) - held]
-        out[start[i] : start[i] + len(sound)] += sound
-        end = max(end, start[i] + len(sound))
+        out[start[i] : last] += sound
+        end = max(end, last)
     return _limit(out[:end])
 
 
-def _limit(waveform: np.ndarray) -> np.ndarray:
+def _limit(waveform):
     """In place: unchanged up to KNEE, then a curve of slope 1 there that approaches 1 and never gets flat."""
     over = np.flatnonzero(np.abs(waveform) > KNEE)
     excess = (np.abs(waveform[over]) - KNEE) / (1 - KNEE)
@@ -4933,86 +4942,37 @@ def _limit(waveform: np.ndarray) -> np.ndarray:
 
 
 def transform_performance(performance: Performance, tempo: float = 1.0, semitones: int = 0) -> Performance:
-    """The performance `tempo` times as fast (pedals too) and transposed. A shift that would leave the keyboard is
-    shortened to its end, as in `shift_key`, so that no note is lost. Raises DataError."""
-    if not 0.1 <= tempo <= 10:
-        raise DataError(f"tempo {tempo}; expected a factor from 0.1 to 10; 1 leaves it as played")
+    """The performance `tempo` times as fast (pedals too) and transposed. A shift that would leave the
+    keyboard is shortened to its end, as in `shift_key`, so that no note is lost."""
     pitch = performance.pitch
     if len(pitch):
-        semitones = max(min(semitones, max(KEYBOARD[1] - pitch.max(), 0)), min(KEYBOARD[0] - pitch.min(), 0))
-    pedals = {name: getattr(performance, name) / [tempo, 1] for name in ("sustain", "soft")}
+        up = max(KEYBOARD[1] - pitch.max(), 0)
+        down = min(KEYBOARD[0] - pitch.min(), 0)
+        semitones = max(min(semitones, up), down)
     return replace(
         performance,
         pitch=pitch + semitones,
         onset=performance.onset / tempo,
         offset=performance.offset / tempo,
-        **pedals,
+        sustain=performance.sustain / [tempo, 1],
+        soft=performance.soft / [tempo, 1],
     )
 
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) -> None:
     """Mono 16-bit PCM of a waveform within [-1, 1], all or nothing."""
-    write_atomic(
-        Path(path),
-        lambda f: wavfile.write(f, sample_rate, np.rint(np.clip(waveform, -1, 1) * 32767).astype(np.int16)),
-    )
+    samples = np.rint(np.clip(waveform, -1, 1) * 32767).astype(np.int16)
+    write_atomic(Path(path), lambda file: wavfile.write(file, sample_rate, samples))
 
 
-def _whole_wav(path: Path) -> bool:
-    """Whether there is a WAV file that is as long as its header says."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as f:
-        head = f.read(12)
-    return (
-        head[:4] in (b"RIFF", b"RF64")
-        and head[8:] == b"WAVE"
-        and (head[:4] == b"RF64" or int.from_bytes(head[4:8], "little") + 8 <= path.stat().st_size)
-    )
-
-
-def _check_soundfont(path: str | Path) -> None:
-    if shutil.which("fluidsynth") is None:
-        raise DataError(
-            "--soundfont: no program fluidsynth here; expected it on the PATH; install the package `fluidsynth` "
-            "(apt, dnf, conda; brew: fluid-synth) or leave --soundfont out"
-        )
-    try:
-        with open(path, "rb") as f:
-            head, size = f.read(12), os.fstat(f.fileno()).st_size
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror or error}; expected a soundfont; install the package `fluid-soundfont-gm` or "
-            "`timgm6mb-soundfont` (into /usr/share/sounds/sf2) or leave --soundfont out"
-        ) from error
-    if head[:4] != b"RIFF" or head[8:] != b"sfbk" or int.from_bytes(head[4:8], "little") + 8 > size:
-        raise DataError(
-            f"{path}: {size} bytes that begin with {head!r}; expected a whole SoundFont 2 file (RIFF ... sfbk); download it again"
-        )
-
-
-def _fluidsynth(midi: str | Path, soundfont: str | Path, rate: int) -> np.ndarray:
+def _fluidsynth(midi, soundfont, rate):
     """The file through the `fluidsynth` program, without reverb and chorus: (samples,) float32, mono."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
+        options = f"-n -i -q -R 0 -C 0 -g 1 -r {rate} -T raw -O float -F".split()
         command = [
             "fluidsynth",
-            "-n",
-            "-i",
-            "-q",
-            "-R",
-            "0",
-            "-C",
-            "0",
-            "-g",
-            "1",
-            "-r",
-            str(rate),
-            "-T",
-            "raw",
-            "-O",
-            "float",
-            "-F",
+            *options,
             str(raw),
             str(Path(soundfont).resolve()),
             str(Path(midi).resolve()),
@@ -5023,117 +4983,91 @@ def _fluidsynth(midi: str | Path, soundfont: str | Path, rate: int) -> np.ndarra
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
     if done.returncode or not sound.any() or "failed to load" in done.stderr.lower():
-        said = " ".join((done.stderr.strip().splitlines() or ["nothing"])[-1].split())
-        raise DataError(
-            f"{midi}: fluidsynth gave no sound with {soundfont} (exit {done.returncode}: {said}); expected a piano; try another soundfont"
-        )
+        said = " ".join(done.stderr.split())[-200:]
+        raise DataError(f"{midi}: fluidsynth gave no sound with {soundfont} ({said}); try another soundfont")
     return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
 
 
-def _render_file(task: tuple) -> float | str:
+def _render_file(task):
     """Seconds of audio written, or the error line."""
     midi, wav, soundfont, rate = task
     try:
-        performance = read_midi(midi)
-        _check_playable(performance)
-        waveform = render(performance, rate) if soundfont is None else _fluidsynth(midi, soundfont, rate)
+        waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
     except DataError as error:
         return str(error)
     write_wav(wav, waveform, rate)
     return len(waveform) / rate
 
 
-def render_folder(
-    root: str | Path,
-    out: str | Path | None = None,
-    soundfont: str | Path | None = None,
-    workers: int | None = None,
-    sample_rate: int = 16000,
-    strict: bool = False,
-    quiet: bool = False,
-) -> dict:
-    """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below `out`: 16-bit mono.
+def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
+    """Files of these endings (lower case) at any depth, sorted, hidden ones left out."""
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in kinds and not path.name.startswith(".") and path.is_file()
+    )
 
-    Whole files that are there are kept, so that a stopped run goes on where it was. Returns {"rendered", "present":
+
+def render_folder(
+    root: str | Path, out=None, soundfont=None, workers=None, sample_rate=16000, strict=False, quiet=False
+) -> dict:
+    """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below
+    `out`: 16-bit mono.
+
+    Files that are there are kept, so that a stopped run goes on where it was. Returns {"rendered", "present":
     counts, "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
     """
-    root, target = Path(root), Path(out or root)
-    if soundfont is not None:
-        _check_soundfont(soundfont)
-    found = sorted(
-        p for p in root.rglob("*") if p.suffix.lower() in (".mid", ".midi") and not p.name.startswith(".")
-    )
-    if not found:
+    root = Path(root)
+    target = Path(out or root)
+    if soundfont and not (shutil.which("fluidsynth") and Path(soundfont).is_file()):
         raise DataError(
-            f"{root}: no .midi or .mid file below it; expected MAESTRO's layout (YEAR/NAME.midi); name its folder with --midi-root"
+            f"{soundfont}: expected a soundfont and the program fluidsynth on the PATH; install the packages "
+            "`fluidsynth` and `fluid-soundfont-gm`, or leave --soundfont out"
         )
-    tasks, failed, present = {}, [], 0
-    for midi in found:
+    midis, failed = {}, []
+    for midi in files_below(root, MIDI_KINDS):
         wav = target / midi.relative_to(root).with_suffix(".wav")
-        if wav in tasks:
-            failed.append(
-                f"{midi}: its audio would be {wav.name}, as that of {tasks[wav][0].name}; expected one MIDI file a name; rename one"
-            )
-            continue
-        tasks[wav] = midi, wav, soundfont, sample_rate
+        if wav in midis:
+            failed.append(f"{midi}: its audio would be {wav.name}, as that of {midis[wav].name}; rename one")
+        midis.setdefault(wav, midi)
+    if not midis:
+        raise DataError(f"{root}: no .midi or .mid file below it; name another folder with --midi-root")
     if strict and failed:
         raise DataError(failed[0])
-    present = len(tasks)
-    tasks = [task for wav, task in tasks.items() if not _whole_wav(wav)]
-    present, rendered, seconds = present - len(tasks), 0, 0.0
-    if tasks:
-        # workers leave Ctrl-C to this process and finish their file
-        pool = ProcessPoolExecutor(
-            min(workers or os.cpu_count() or 1, len(tasks)),
-            initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),
-        )
-        try:
-            for result in tqdm(
-                pool.map(_render_file, tasks),
-                total=len(tasks),
-                desc="render",
-                unit="file",
-                disable=quiet or None,
-            ):
-                if isinstance(result, str):
-                    failed.append(result)
-                    if strict:
-                        raise DataError(result)
-                else:
-                    rendered, seconds = rendered + 1, seconds + result
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"{root}: a worker was killed, likely for want of memory; expected about 1 GB a worker; "
-                "run the same command again with fewer --workers, finished files are kept"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-    if not rendered and not present:
+    tasks = [(midi, wav, soundfont, sample_rate) for wav, midi in midis.items() if not wav.is_file()]
+    lengths = []
+    for _, result in _run_parallel(_render_file, tasks, workers, "render", quiet):
+        if isinstance(result, float):
+            lengths.append(result)
+        elif strict:
+            raise DataError(result)
+        else:
+            failed.append(result)
+    present = len(midis) - len(tasks)
+    if not lengths and not present:
         raise DataError(failed[0])
-    return {"rendered": rendered, "present": present, "failed": failed, "seconds": seconds}
+    return {"rendered": len(lengths), "present": present, "failed": failed, "seconds": sum(lengths)}
 
 
 def report_render(report: dict, elapsed: float) -> None:
-    hours = report["seconds"] / 3600
     print(
-        f"rendered {report['rendered']} files, {hours:.2f} h of audio in {elapsed:.1f} s"
-        + (f" ({report['seconds'] / elapsed:.0f} times real time)" if hours else "")
-        + f"; present {report['present']}; failed {len(report['failed'])}"
+        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s "
+        f"({report['seconds'] / elapsed:.0f} times real time); present {report['present']}; "
+        f"failed {len(report['failed'])}"
     )
     for line in report["failed"]:
         print(f"  {line}")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 SAMPLE_RATE = 16000  # Hz
 FRAME, HOP, FFT, MELS = 400, 160, 512, 128  # samples, samples, samples, bands
 LOG_FLOOR = 1.1920929e-07  # energy under which the logarithm stops: float32's epsilon
 SILENCE = math.log(LOG_FLOOR)  # log-mel value of digital silence; pad with it, then normalise
 FBANK_MEAN, FBANK_STD = -4.2677, 4.5690  # AudioSet's, as published with AST
-_LOUDEST = 100.0  # float samples above are int16 values that nobody divided
+LOUDEST = 100.0  # float samples above are int16 values that nobody divided
 
 
 def fbank_frames(samples):
@@ -5143,64 +5077,64 @@ def fbank_frames(samples):
 
 
 @functools.cache
-def _fbank_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz on HTK's mel scale.
+def _fbank_tables(device):
+    """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz on HTK's mel
+    scale.
 
-    Triangles in mel, sampled at the FFT's bins. At this resolution filter 3 holds no bin, so its band is always silent."""
+    Triangles in mel, sampled at the FFT's bins. At this resolution filter 3 holds no bin: its band is always
+    silent."""
     edges = np.linspace(*(1127 * np.log1p(np.array([20, SAMPLE_RATE / 2]) / 700)), MELS + 2)
     bins = 1127 * np.log1p(np.arange(FFT // 2 + 1) * SAMPLE_RATE / FFT / 700)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     mel = np.clip(np.minimum(rising, falling), 0, None)
     mel[-1] = 0  # Kaldi leaves the Nyquist bin out
-    return torch.tensor(np.hanning(FRAME), dtype=torch.float32, device=device), torch.tensor(
-        mel, device=device
-    )
+    window = torch.tensor(np.hanning(FRAME), dtype=torch.float32, device=device)
+    return window, torch.tensor(mel, device=device)
 
 
 @torch.no_grad()
 def fbank(waveform: torch.Tensor) -> torch.Tensor:
-    """Log-mel energies as Kaldi's: (B, samples) or (samples,) in [-1, 1] at 16 kHz to (B, frames, 128) or (frames, 128) float32.
+    """Log-mel energies as Kaldi's: (B, samples) or (samples,) in [-1, 1] at 16 kHz, float or int16 (divided
+    by 32768), to (B, frames, 128) or (frames, 128) float32. Not normalised; digital silence is SILENCE.
 
-    Any float type, or int16, which is divided by 32768. Not normalised (`normalise_fbank`); digital silence is SILENCE; input
-    shorter than a frame gives 0 frames. Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed,
-    pre-emphasis 0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. A row's result does not depend on its
-    batch. Raises DataError: another type or shape, NaN or infinite samples, samples beyond any waveform's range.
+    Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed, pre-emphasis
+    0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. A row's result does not depend on its
+    batch. Raises DataError: another type or shape, samples that are not finite or beyond any waveform's
+    range.
     """
     x = torch.as_tensor(waveform)
     if x.dim() not in (1, 2) or not (x.is_floating_point() or x.dtype == torch.int16):
         raise DataError(
-            f"waveform: {x.dtype} of shape {tuple(x.shape)}; expected (B, samples) or (samples,), float in [-1, 1] or int16; convert it"
+            f"waveform: {x.dtype} {tuple(x.shape)}; expected (B, samples) or (samples,), float or int16"
         )
     x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
     if x.dim() == 1:
         return fbank(x[None])[0]
-    if x.numel() and not (peak := float(x.abs().amax())) <= _LOUDEST:
+    peak = float(x.abs().amax()) if x.numel() else 0.0
+    if not peak <= LOUDEST:
         raise DataError(
-            f"waveform: a largest sample of {peak:g}; expected finite samples in [-1, 1]; repair it, or divide int16 values by 32768"
+            f"waveform: a largest sample of {peak:g}; expected [-1, 1]; divide int16 values by 32768"
         )
     out = x.new_empty(len(x), fbank_frames(x.shape[1]), MELS)
     if not out.numel():
         return out
     x = x - x.mean(1, keepdim=True, dtype=torch.float64).float()
     window, mel = _fbank_tables(x.device)
-    step = max(
-        1, (512 if x.device.type == "cpu" else 1 << 16) // len(x)
-    )  # frames at a time: 512 stay in a core's cache, 3 times faster
+    # frames at a time: 512 stay in a core's cache, 3 times faster
+    step = max(1, (512 if x.device.type == "cpu" else 1 << 16) // len(x))
     for start in range(0, out.shape[1], step):
         part = out[:, start : start + step]
         frames = x[:, start * HOP : (start + part.shape[1] - 1) * HOP + FRAME].unfold(1, FRAME, HOP)
         frames = frames - frames.mean(2, keepdim=True)
-        padded = frames.new_zeros(
-            *frames.shape[:2], FFT
-        )  # rfft's own padding takes 6 times as long as the rest of it
+        # rfft's own padding takes 6 times as long as the rest of it
+        padded = frames.new_zeros(*frames.shape[:2], FFT)
         padded[..., 0] = frames[..., 0] * (1 - 0.97)
         padded[..., 1:FRAME] = torch.sub(frames[..., 1:], frames[..., :-1], alpha=0.97)
         padded[..., :FRAME] *= window
         spectrum = torch.fft.rfft(padded)
-        part.copy_(
-            (spectrum.real**2 + spectrum.imag**2).double() @ mel
-        )  # float64: autocast and TF32 leave it alone
+        power = spectrum.real**2 + spectrum.imag**2
+        part.copy_(power.double() @ mel)  # float64: autocast and TF32 leave it alone
         part.clamp_(min=LOG_FLOOR).log_()
     return out
 
@@ -5210,134 +5144,98 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
     return (x - mean) / (2 * std)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# Audio: WAV files
-# -----------------------------------------------------------------------------------------------------------------
-_WAV_SCALES = {
-    "u1": 128.0,
-    "i2": 2.0**15,
-    "i4": 2.0**31,
-    "f4": 1.0,
-    "f8": 1.0,
-}  # 24 bits come as the upper part of i4
+# ------------------------------------------------------------------------------------------------------------
+# Audio: sound files
+# ------------------------------------------------------------------------------------------------------------
+SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
-def _wav_error(path, found) -> DataError:
-    found = " ".join(str(found).split())
-    return DataError(
-        f"{path}: {found}; expected an uncompressed WAV file (8 to 32 bit integers or floats); write it again, "
-        "e.g. ffmpeg -i IN -ac 1 -ar 16000 -c:a pcm_s16le OUT.wav"
-    )
-
-
-def _open_wav(path: str | Path) -> tuple[int, np.ndarray]:
-    """Sampling rate and samples (n, channels) as stored, memory-mapped (24 bits: read). Raises DataError."""
+@contextlib.contextmanager
+def _open_sound(path):
+    """The open soundfile.SoundFile; what goes wrong in the block becomes a DataError that names the file."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")  # scipy only warns of a file that ends too early
-            try:
-                rate, samples = wavfile.read(path, mmap=True)
-            except ValueError as error:
-                if "container size" not in str(error):
-                    raise
-                rate, samples = wavfile.read(path)
-        if any("EOF" in str(w.message) or "Incomplete" in str(w.message) for w in caught):
-            raise EOFError("truncated: shorter than its header says")
-    except OSError as error:
-        raise _wav_error(path, error.strerror or error) from error
-    except ZeroDivisionError as error:
-        raise _wav_error(path, "a header of 0 channels or 0 bytes a sample") from error
-    except (
-        ValueError,
-        EOFError,
-        NameError,
-        TypeError,
-        LookupError,
-        struct.error,
-        ArithmeticError,
-        MemoryError,
-    ) as error:
-        found = str(error) or type(error).__name__
-        known = {
-            "mmap length": "truncated: shorter than its header says",
-            "local variable": "no samples",
-            "empty file": "no samples",
-            "File format b''": "an empty file",
-            "cannot reshape": "truncated: the samples do not fill its channels",
-        }
-        raise _wav_error(
-            path, next((text for sign, text in known.items() if sign in found), found)
-        ) from error
-    if samples.dtype.str[1:] not in _WAV_SCALES:
-        raise _wav_error(path, f"samples of type {samples.dtype}")
-    if not 1000 <= rate <= 768000:
-        raise _wav_error(path, f"a sampling rate of {rate} Hz")
-    if not samples.size:
-        raise _wav_error(path, "no samples")
-    return rate, samples.reshape(len(samples), -1)
+        if not Path(path).is_file():
+            raise DataError(f"{path}: No such file; expected a sound file")
+        with soundfile.SoundFile(path) as file:
+            if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
+                raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
+            yield file
+    except soundfile.SoundFileError as error:
+        said = getattr(error, "error_string", error)
+        raise DataError(f"{path}: {said} Expected a sound file: WAV, FLAC, OGG, MP3, AIFF") from error
 
 
-def _mono(samples: np.ndarray, path) -> np.ndarray:
-    """Stored samples (n, channels) to their mean over the channels, float32 (n,), integers scaled to [-1, 1)."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        x = sum(samples[:, c].astype(np.float32) for c in range(samples.shape[1])) / np.float32(
-            samples.shape[1]
-        )
-    if samples.dtype.kind == "f" and not np.isfinite(x).all():
-        raise _wav_error(path, f"{np.count_nonzero(~np.isfinite(x))} samples that are NaN or infinite")
-    return (x - np.float32(128 if samples.dtype.kind == "u" else 0)) / np.float32(
-        _WAV_SCALES[samples.dtype.str[1:]]
-    )
+def _read_mono(file, count=-1):
+    """The next `count` samples as the mean over the channels, (n,) float32, integers scaled to [-1, 1)."""
+    x = file.read(count, dtype="float32", always_2d=True).mean(1)
+    if not np.isfinite(x).all():
+        raise DataError(f"{file.name}: samples that are NaN or infinite; write the file again")
+    return x
 
 
-def _ratio(rate: int) -> tuple[int, int]:
+def _ratio(rate):
     """`up` samples at 16 kHz last as long as `down` samples at `rate` Hz."""
     common = math.gcd(SAMPLE_RATE, rate)
     return SAMPLE_RATE // common, rate // common
 
 
-def _resample(x: np.ndarray, rate: int) -> np.ndarray:
-    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase with scipy's default low-pass filter."""
+def _resample(x, rate):
+    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase, scipy's default
+    low-pass."""
     from scipy.signal import resample_poly  # here, because importing it takes 0.4 s that few need
 
     return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
 
 
 def read_wav(path: str | Path) -> np.ndarray:
-    """A WAV file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged, 8/16/24/32 bit integers or floats.
-
-    Raises DataError: truncated, empty or foreign files, NaN or infinite samples."""
-    rate, samples = _open_wav(path)
-    return _resample(_mono(samples, path), rate)
+    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged. Raises
+    DataError."""
+    with _open_sound(path) as file:
+        return _resample(_read_mono(file), file.samplerate)
 
 
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
-    """Samples start..stop at 16 kHz as int16, without reading the rest of the file (24 bits: all of it).
+    """Samples start..stop at 16 kHz as int16, without reading the rest of the file.
 
-    The same values as a crop of `read_wav`, rounded: at another rate the filter sees its neighbours on both sides."""
-    rate, samples = _open_wav(path)
-    if rate == SAMPLE_RATE and samples.dtype == np.int16 and samples.shape[1] == 1:
-        return np.array(samples[start:stop, 0])
-    up, down = _ratio(rate)
-    margin = (
-        10 * max(up, down) // (up * down) + 2 if rate != SAMPLE_RATE else 0
-    )  # blocks; scipy's filter reaches 10 * max(up, down)
-    first = max(0, start // up - margin)
-    x = _mono(samples[first * down : (-(-stop // up) + margin) * down], path)
-    x = _resample(x, rate)[start - first * up : stop - first * up]
+    The same values as a crop of `read_wav`, rounded: at another rate the filter sees its neighbours on both
+    sides."""
+    with _open_sound(path) as file:
+        up, down = _ratio(file.samplerate)
+        # scipy's filter reaches 10 * max(up, down) of its inner samples, up * down of which are a block
+        margin = 0 if up == down else 10 * max(up, down) // (up * down) + 2
+        first = max(0, start // up - margin)
+        file.seek(first * down)
+        x = _read_mono(file, (-(-stop // up) + margin - first) * down)
+        x = _resample(x, file.samplerate)[start - first * up : stop - first * up]
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
-# -----------------------------------------------------------------------------------------------------------------
-FBANK_FORMAT = 1  # of shards and index; count up when `fbank` or `read_wav` change their results
-SHARD_FRAMES = 360_000  # frames of a full shard: an hour, 92 MB
+# ------------------------------------------------------------------------------------------------------------
+FBANK_FORMAT = (
+    2  # in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
+)
+
+
+class StoredEnergies:
+    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: one open map a recording
+    is more than a process may hold."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        try:
+            return np.load(self.path, mmap_mode="r")[where]
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.path}: {error}; delete it and run the same command again") from error
 
 
 @dataclass
 class FbankStore:
-    """Log-mel energies of many recordings in float16 shards (rounding: at most 0.004). From `open_fbank`."""
+    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004). From
+    `open_fbank`."""
 
     root: str
     synthetic: bool
@@ -5345,206 +5243,210 @@ class FbankStore:
     frames: np.ndarray  # (n,) int64
     split: list[str]  # train, validation, test, unknown (MAESTRO) or "" (a plain folder)
     left_out: list[str]
-    shards: list[np.ndarray] = field(repr=False)  # memory-mapped (frames, 128) float16
-    place: np.ndarray = field(repr=False)  # (n, 2) int64: shard, first frame in it
+    files: list[Path] = field(repr=False)
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
-        start, stop = _frame_range(self, i, start, stop)
-        shard, first = self.place[i]
-        return self.shards[shard][first + start : first + stop].astype(np.float32)
+        return self.item(i)["fbank"][start:stop].astype(np.float32)
+
+    def item(self, i: int) -> dict:
+        """What prediction takes: name, frames, and fbank, which is read where it is sliced."""
+        return {
+            "name": self.names[i],
+            "frames": int(self.frames[i]),
+            "fbank": StoredEnergies(self.files[i]),
+        }
 
 
-@dataclass
-class AudioStore:
-    """The recordings themselves under the interface of FbankStore, for augmentation of the waveform. From `open_audio`."""
-
-    root: str
-    synthetic: bool
-    names: list[str]
-    frames: np.ndarray  # (n,) int64
-    split: list[str]
-    left_out: list[str]
-    paths: list[Path] = field(repr=False)
+class AudioStore(FbankStore):
+    """The recordings themselves, for augmentation of the waveform. From `open_audio`."""
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
-        start, stop = _frame_range(self, i, start, stop)
-        return read_wav_crop(
-            self.paths[i], start * HOP, (stop - 1) * HOP + FRAME if stop > start else start * HOP
-        )
-
-
-def _frame_range(store: FbankStore | AudioStore, i: int, start: int, stop: int | None) -> tuple[int, int]:
-    stop = int(store.frames[i]) if stop is None else stop
-    if not 0 <= start <= stop <= store.frames[i]:
-        raise DataError(
-            f"{store.root}: frames {start} to {stop} of {store.names[i]}; expected 0 <= start <= stop <= {store.frames[i]}; ask for less"
-        )
-    return start, stop
+        stop = int(self.frames[i]) if stop is None else stop
+        return read_wav_crop(self.files[i], start * HOP, (stop - 1) * HOP + FRAME)
 
 
 def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> int:
-    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where they do not.
-    The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops of an epoch."""
+    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
+    they do not. The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops
+    of an epoch."""
     return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
 
 
-def random_crop(
-    store: FbankStore | AudioStore, i: int, length: int, seed: int, epoch: int, index: int | None = None
-) -> np.ndarray:
-    """`store.get` of `length` frames at `crop_start` (index: the recording's number i unless given); a shorter recording whole."""
-    start = crop_start(int(store.frames[i]), length, seed, epoch, i if index is None else index)
-    return store.get(i, start, min(start + length, int(store.frames[i])))
+def random_crop(store: FbankStore, i: int, length: int, seed: int, epoch: int, index=None) -> np.ndarray:
+    """`store.get` of `length` frames at `crop_start` (index: the recording's number unless given); a shorter
+    one whole."""
+    frames = int(store.frames[i])
+    start = crop_start(frames, length, seed, epoch, i if index is None else index)
+    return store.get(i, start, min(start + length, frames))
 
 
-def audio_files(
-    root: str | Path, strict: bool = False, audio: str | Path | None = None
-) -> tuple[list[tuple[str, str, Path]], list[str]]:
-    """(name, split, WAV file) of all recordings of a folder, sorted by name, and a line for each one that lacks its file.
+def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[str, str, Path]], list[str]]:
+    """(name, split, sound file) of all recordings of a folder, sorted by name, and a line for each one that
+    lacks its file.
 
-    MAESTRO's layout (its table is there): names and splits from the table (`read_maestro`), WAV files beside the MIDI or under
-    `audio`. PercePiano's layout: the rendered performances beside their MIDI files, under the corpus's names. Any other folder:
-    all .wav files under it, named by their path without ending (so a folder of PercePiano renderings has the corpus's names).
-    Raises DataError where there is none.
+    MAESTRO's layout: names and splits from its table, files beside the MIDI or under `audio`. PercePiano's:
+    the renderings beside the MIDI, under the corpus's names. Any other folder: all sound files under it,
+    named by their path without ending. Raises DataError where there is none.
     """
     root = Path(root)
+    folder = root / "virtuoso/data/all_2rounds"
+    folder = folder if folder.is_dir() else root
+    left_out = []
     if audio or any(root.glob("maestro-v*.csv")):
         maestro = read_maestro(root, strict, audio)
-        silent = set(maestro.no_audio)
-        found = [(r.name, r.part, r.audio) for r in maestro.recordings if r.name not in silent]
-        hint = _render_hint(root, audio)
-        left_out = maestro.left_out + [
-            f"{r.audio}: missing; {hint}" for r in maestro.recordings if r.name in silent
-        ]
+        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
+        left_out = maestro.left_out
     else:
-        folder = root / "virtuoso/data/all_2rounds" if (root / "virtuoso/data/all_2rounds").is_dir() else root
-        paths = [
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() == ".wav" and not path.name.startswith(".") and path.is_file()
+        wanted = [
+            (path.relative_to(folder).with_suffix("").as_posix().strip(), "", path)
+            for path in files_below(folder, SOUND_KINDS)
         ]
-        found = [(path.relative_to(folder).with_suffix("").as_posix().strip(), "", path) for path in paths]
-        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in found}
-        hint = (
-            f"name another folder, or {_render_hint(folder)}"
-            if root.is_dir()
-            else "name a folder that exists"
-        )
-        left_out = [f"{folder / name}.wav: missing; {_render_hint(folder)}" for name in sorted(silent)]
-    for name, count in Counter(name for name, _, _ in found).items():
-        if count > 1:
-            raise DataError(
-                f"{root}: {count} WAV files of the name {name!r}; expected one; remove or rename the others"
-            )
+        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in wanted}
+        wanted += [(name, "", folder / f"{name}.wav") for name in silent]
+    wanted.sort()
+    twice = [name for name, count in Counter(name for name, _, _ in wanted).items() if count > 1]
+    if twice:
+        raise DataError(f"{root}: more than one sound file of the name {twice[0]!r}; rename the others")
+    hint = _render_hint(folder, audio)
+    found = [entry for entry in wanted if entry[2].is_file()]
+    left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
     if not found:
-        raise DataError(f"{root}: no WAV file; expected recordings; {hint}")
-    return sorted(found), left_out
+        raise DataError(f"{root}: no sound file; name another folder, or {hint}")
+    return found, left_out
 
 
-def open_audio(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> AudioStore:
-    """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are left out and listed."""
+def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
+    """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
+    listed."""
     found, left_out = audio_files(root, strict, audio)
-    kept = []
+    kept, frames = [], []
     for name, split, path in found:
         try:
-            rate, samples = _open_wav(path)
-            up, down = _ratio(rate)
-            frames = fbank_frames(-(-len(samples) * up // down))
-            if not frames:
-                raise _wav_error(path, f"{len(samples)} samples, less than one frame of 25 ms")
-            kept.append((name, split, path, frames))
+            with _open_sound(path) as file:
+                up, down = _ratio(file.samplerate)
+                frames.append(fbank_frames(-(-file.frames * up // down)))
+            kept.append((name, split, path))
         except DataError as error:
             if strict:
                 raise
             left_out.append(str(error))
-    if not kept:
+    return _make_store(AudioStore, root, kept, frames, left_out)
+
+
+def _make_store(kind, root, found, frames, left_out):
+    """A store of the (name, split, file) found; refuses an empty one."""
+    if not found:
         raise DataError(left_out[0])
-    names, split, paths, frames = zip(*kept, strict=True)
-    return AudioStore(
-        str(root),
-        (Path(root) / "SYNTHETIC").is_file(),
-        list(names),
-        np.array(frames),
-        list(split),
-        left_out,
-        list(paths),
-    )
+    names, split, files = (list(column) for column in zip(*found, strict=True))
+    synthetic = (Path(root) / "SYNTHETIC").is_file()
+    return kind(str(root), synthetic, names, np.array(frames), split, left_out, files)
 
 
 def build_fbank(
-    root: str | Path,
-    out: str | Path,
-    workers: int | None = None,
-    strict: bool = False,
-    quiet: bool = False,
-    audio: str | Path | None = None,
+    root: str | Path, out: str | Path, workers=None, strict=False, quiet=False, audio=None
 ) -> FbankStore:
-    """Compute log-mel energies of all recordings of a folder (`audio_files`) once, in float16 shards under `out`.
+    """Compute log-mel energies of all recordings of a folder (`audio_files`) once, `out`/NAME.npy, and at
+    last an index.
 
-    A shard is named by a hash of its recordings (names, sizes and dates of the files), written in one move and kept by a later
-    call, so an interrupted run goes on where it stopped and a changed recording is computed again; the index comes last.
-    An unreadable recording is left out and listed; `strict` raises instead.
+    An interrupted run goes on where it stopped, and a recording that is newer than its energies is computed
+    again. An unreadable one is left out and listed; `strict` raises instead.
     """
-    out, store = Path(out), open_audio(root, strict, audio)
-    plan: list[list[int]] = [[]]
-    for i in range(len(store.names)):
-        if plan[-1] and store.frames[[*plan[-1], i]].sum() > SHARD_FRAMES:
-            plan.append([])
-        plan[-1].append(i)
-    tasks = []
-    for members in plan:
-        files = [(store.names[i], str(store.paths[i]), store.paths[i].stat().st_size) for i in members]
-        dates = [store.paths[i].stat().st_mtime_ns for i in members]
-        key = hashlib.sha1(
-            json.dumps([FBANK_FORMAT, [(name, size) for name, _, size in files], dates]).encode()
-        ).hexdigest()[:16]
-        tasks.append((str(out / f"shard-{key}"), files, strict))
-    todo = [task for task in tasks if _finished_shard(Path(task[0])) is None]
-    out.mkdir(parents=True, exist_ok=True)
-    with tqdm(
-        total=len(store.names),
-        initial=len(store.names) - sum(len(t[1]) for t in todo),
-        desc="fbank",
-        unit="file",
-        disable=quiet or None,
-    ) as bar:
-        for task, _ in _run_parallel(_write_shard, todo, workers):
-            bar.update(len(task[1]))
-    rows = [_finished_shard(Path(task[0])) for task in tasks]
-    for task, row in zip(tasks, rows, strict=True):
-        if row is None:
-            raise DataError(
-                f"{task[0]}.npy: gone or damaged since it was written; expected it to stay; run the same command again"
-            )
-    _write_index(out, store, rows)
+    out = Path(out)
+    found, left_out = audio_files(root, strict, audio)
+    failed = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
+    split = {name: split for name, split, _ in found if name not in failed}
+    index = {"split": split, "left_out": left_out + list(failed.values())}
+    if (Path(root) / "SYNTHETIC").is_file():
+        (out / "SYNTHETIC").touch()
+    write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
     return open_fbank(out)
 
 
-def _run_parallel(function: Callable, tasks: list, workers: int | None) -> Iterable:
-    """function(task) over processes (in this one where one is enough), one thread each; yields (task, result) as they finish."""
+def open_fbank(folder: str | Path) -> FbankStore:
+    """Open what `build_fbank` wrote to its end. Raises DataError where that is not so or a file is
+    damaged."""
+    path = Path(folder) / "index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        found = [(name, split, _energies_file(folder, name)) for name, split in index["split"].items()]
+        left_out = list(index["left_out"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
+    return _open_energies(folder, found, left_out)
+
+
+def _energies_file(folder, name):
+    return Path(folder) / f"{name}.v{FBANK_FORMAT}.npy"
+
+
+def _open_energies(root, found, left_out):
+    frames = [len(StoredEnergies(path)[:]) for _, _, path in found]
+    return _make_store(FbankStore, root, found, frames, left_out)
+
+
+def _store_missing(folder, jobs, workers, quiet, strict=False):
+    """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
+    source; what could not be read: name -> error line."""
+    failed = {}
+    todo = []
+    for name, source, *change in jobs:
+        target = _energies_file(folder, name)
+        if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
+            todo.append((name, target, source, *change))
+    for job, error in _run_parallel(_store_energies, todo, workers, "energies", quiet):
+        if error and strict:
+            raise DataError(error)
+        if error:
+            failed[job[0]] = error
+    return failed
+
+
+def _store_energies(job):
+    """Write the energies of a sound file, or of a MIDI file played and changed; the error line if it cannot
+    be read."""
+    _, target, source, tempo, semitones = job
+    try:
+        if source.suffix.lower() in MIDI_KINDS:
+            waveform = render(transform_performance(read_midi(source), tempo, semitones))
+        else:
+            waveform = read_wav(source)
+        energies = fbank(torch.from_numpy(waveform)).half().numpy()
+        if not len(energies):
+            raise DataError(f"{source}: no notes; expected a performance; leave it out")
+    except DataError as error:
+        return str(error)
+    write_atomic(target, lambda file: np.save(file, energies))
+
+
+def _run_parallel(function: Callable, tasks: list, workers=None, label=None, quiet=False) -> Iterable:
+    """function(task) over processes (in this one where one is enough), one thread each; yields (task, result)
+    as they finish, with a progress bar under `label`."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
+    bar = functools.partial(tqdm, total=len(tasks), desc=label, unit="file", disable=quiet or None)
     if workers <= 1:
-        yield from ((task, function(task)) for task in tasks)
+        yield from bar((task, function(task)) for task in tasks)
         return
     pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
         futures = {pool.submit(function, task): task for task in tasks}
-        for future in as_completed(futures):
+        for future in bar(as_completed(futures)):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            f"a worker process was killed ({str(error).split('.')[0]}); expected enough memory; run again with fewer --workers, "
-            "what is finished is kept"
+            "a worker was killed, likely for want of memory; run again with fewer --workers, files that are "
+            "finished are kept"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """One thread of work, no answer to Ctrl-C, and an end when the parent ends: a killed one would leave its workers waiting for ever."""
+    """One thread of work, no answer to Ctrl-C, and an end when the parent ends: a killed one would leave its
+    workers waiting for ever."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
@@ -5557,151 +5459,13 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write_shard(task: tuple[str, list, bool]) -> None:
-    """Energies of some recordings as BASE.npy; BASE.json, which says what is inside, is there first."""
-    base, files, strict = Path(task[0]), task[1], task[2]
-    parts, rows, left_out = [], [], []
-    for name, path, size in files:
-        try:
-            x = fbank(torch.from_numpy(read_wav(path))).half().numpy()
-            rows.append({"name": name, "bytes": size, "frames": len(x)})
-            parts.append(x)
-        except DataError as error:
-            if strict:
-                raise
-            left_out.append(str(error))
-    array = (
-        np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)
-    )  # an empty array cannot be mapped
-    text = json.dumps(
-        {"file": f"{base.name}.npy", "frames": len(array), "recordings": rows, "left_out": left_out}
-    )
-    write_atomic(base.with_suffix(".json"), lambda f: f.write(text.encode()))
-    write_atomic(base.with_suffix(".npy"), lambda f: np.save(f, array))
-
-
-def _finished_shard(base: Path) -> dict | None:
-    """What BASE.json says, where BASE.npy is whole; None where the shard has still to be made."""
-    try:
-        row = json.loads(base.with_suffix(".json").read_text())
-        _map_shard(base.with_suffix(".npy"), row["frames"])
-        return row
-    except (OSError, ValueError, LookupError, TypeError):  # DataError is a ValueError
-        return None
-
-
-def _map_shard(path: Path, frames: int) -> np.ndarray:
-    hint = "run `python data.py fbank` with the same folders again, which makes it anew"
-    try:
-        shard = np.load(path, mmap_mode="r")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: missing; expected a shard of {frames} frames; {hint}") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path}: damaged or cut short ({' '.join(str(error).split())}); expected a shard of {frames} frames; {hint}"
-        ) from error
-    if getattr(shard, "shape", None) != (frames, MELS) or shard.dtype != np.float16:
-        raise DataError(
-            f"{path}: {shard.dtype} of shape {shard.shape}; expected float16 of ({frames}, {MELS}); {hint}"
-        )
-    return shard
-
-
-def _write_index(out: Path, store: AudioStore, shards: list[dict]) -> None:
-    """Join what the shards say in index.json, then remove shards of earlier runs and what killed ones left behind."""
-    place = {
-        name: (split, path) for name, split, path in zip(store.names, store.split, store.paths, strict=True)
-    }
-    rows, left_out = [], list(store.left_out)
-    for number, shard in enumerate(shards):
-        first = 0
-        for row in shard["recordings"]:
-            split, path = place[row["name"]]
-            rows.append(row | {"split": split, "source": str(path), "shard": number, "start": first})
-            first += row["frames"]
-        left_out += shard["left_out"]
-    if not rows:
-        raise DataError(left_out[0])
-    index = {
-        "format": FBANK_FORMAT,
-        "source": store.root,
-        "synthetic": store.synthetic,
-        "left_out": left_out,
-        "shards": [{key: shard[key] for key in ("file", "frames")} for shard in shards],
-        "recordings": rows,
-    }
-    write_atomic(out / "index.json", lambda f: f.write(json.dumps(index, indent=1).encode()))
-    kept = {shard["file"] for shard in shards} | {
-        Path(shard["file"]).with_suffix(".json").name for shard in shards
-    }
-    for path in [
-        *out.glob("shard-*.npy"),
-        *out.glob("shard-*.json"),
-        *out.glob(".shard-*"),
-        *out.glob(".index.json.*"),
-    ]:
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
-
-
-def open_fbank(folder: str | Path) -> FbankStore:
-    """Open what `build_fbank` wrote, after checking the index and the size of every shard. Raises DataError."""
-    path = Path(folder) / "index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror or error}; expected a folder written to its end by `python data.py fbank --data DIR --out {folder}`; "
-            "run that (finished shards are kept)"
-        ) from error
-    except ValueError as error:
-        raise DataError(
-            f"{path}: not JSON ({error}); expected the index of a folder of `python data.py fbank`; make it again"
-        ) from error
-    try:
-        if index["format"] != FBANK_FORMAT:
-            raise DataError(
-                f"{path}: format {index['format']!r}; expected {FBANK_FORMAT}; make it again with `python data.py fbank`"
-            )
-        rows, sizes = index["recordings"], [int(shard["frames"]) for shard in index["shards"]]
-        frames = np.array([row["frames"] for row in rows], np.int64)
-        place = np.array([[row["shard"], row["start"]] for row in rows], np.int64)
-        inside = (
-            (frames > 0)
-            & (place >= 0).all(1)
-            & (place[:, 1] + frames <= np.array(sizes, np.int64)[place[:, 0]])
-        )
-        if not inside.all():
-            raise DataError(
-                f"{path}: {rows[int(np.argmin(inside))]['name']} lies outside its shard; expected frames inside it; make the folder again"
-            )
-        shards = [
-            _map_shard(path.parent / shard["file"], size)
-            for shard, size in zip(index["shards"], sizes, strict=True)
-        ]
-        return FbankStore(
-            str(folder),
-            bool(index["synthetic"]),
-            [row["name"] for row in rows],
-            frames,
-            [row["split"] for row in rows],
-            list(index["left_out"]),
-            shards,
-            place,
-        )
-    except DataError:
-        raise
-    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path}: damaged ({type(error).__name__}: {error}); expected the index of a folder of `python data.py fbank`; make it again"
-        ) from error
-
-
 def report_fbank(store: FbankStore, seconds: float) -> None:
     """Print what a folder of log-mel energies holds and what was left out."""
+    frames = store.frames.sum()
+    kind = " (SYNTHETIC)" if store.synthetic else ""
     print(
-        f"{store.root}{' (SYNTHETIC)' if store.synthetic else ''}: {len(store.names)} recordings, {store.frames.sum()} frames "
-        f"({store.frames.sum() * HOP / SAMPLE_RATE / 3600:.2f} h) in {len(store.shards)} shards, {sum(s.nbytes for s in store.shards) / 1e6:.1f} MB; {seconds:.1f} s"
+        f"{store.root}{kind}: {len(store.names)} recordings, {frames} frames ({frames / 360_000:.2f} h), "
+        f"{frames * MELS * 2 / 1e6:.1f} MB; {seconds:.1f} s"
     )
     for split, count in sorted(Counter(store.split).items()):
         print(f"split {split or '(none)'}: {count}")
@@ -5717,9 +5481,9 @@ def print_left_out(lines: list[str], most: int = 10) -> None:
         print(f"  ... and {len(lines) - most} more")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MAESTRO
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 MAESTRO_COLUMNS = (
     "canonical_composer",
     "canonical_title",
@@ -5730,22 +5494,22 @@ MAESTRO_COLUMNS = (
     "duration",
 )
 MAESTRO_SPLITS = ("train", "validation", "test")
-SHARED_INTERVALS = 0.005  # s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
-SAME_PIECE = (
-    32  # runs of pitches that recordings of one piece share; a scale gives up to 14 in strange pieces
-)
+OVERLAP_FORMAT = 2  # of the cached list: count up when the comparison changes
+# s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
+SHARED_INTERVALS = 0.005
+# runs of pitches that recordings of one piece share; a scale gives up to 14 in strange pieces
+SAME_PIECE = 32
 
 
 @dataclass
 class Recording:
-    """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece is in validation or
-    test is "unknown" and used for nothing."""
+    """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece
+    is in validation or test is "unknown" and used for nothing."""
 
     name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
     composer: str
     title: str
     split: str  # train, validation, test, as in the table
-    year: int
     midi: Path
     audio: Path
     duration: float  # s, as in the table
@@ -5754,160 +5518,140 @@ class Recording:
 
 @dataclass
 class Maestro:
-    """Recordings that have a MIDI file, a WAV file or both here, in the table's order, and what is not there."""
+    """Recordings that have a MIDI file, a sound file or both here, in the table's order, and what is not
+    there."""
 
     root: str
-    audio: str  # where the WAV files are looked for
+    audio: str  # where the sound files are looked for
     recordings: list[Recording]
     rows: int  # of the table
-    no_midi: list[str]  # names of recordings without MIDI file
-    no_audio: list[str]  # names of recordings without WAV file
     left_out: list[str]  # a line for each row that is not used
     unchecked: list[str] = field(
         default_factory=list
-    )  # a line for each recording that `maestro_overlaps` could not compare
+    )  # and for each that `maestro_overlaps` could not compare
 
 
-def read_maestro(root: str | Path, strict: bool = False, audio: str | Path | None = None) -> Maestro:
-    """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under `root` (the .wav
-    under `audio`, where given: what `render --out` wrote).
+def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
+    """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under
+    `root` (the .wav under `audio`, where given: what `render --out` wrote).
 
-    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. asap_sources.csv, where it is
-    (the MIDI-only subset cut from ASAP), tells which splits are a default, "train", instead of MAESTRO's: those recordings
-    train too, unless the same piece stands in validation or test (`Recording.part`). Raises DataError: no table, or none
-    that can be read, missing columns, no file at all.
+    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises
+    DataError: no table, or none that can be read, missing columns, no file at all.
     """
-    root, tables = Path(root), sorted(Path(root).glob("maestro-v*.csv"))
+    root = Path(root)
+    tables = sorted(root.glob("maestro-v*.csv"))
     if len(tables) != 1:
         raise DataError(
-            f"{root}: {'no' if not tables else 'more than one'} maestro-v*.csv; expected the table of MAESTRO, maestro-v3.0.0.csv, and "
-            "beside it <year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
+            f"{root}: {len(tables)} files maestro-v*.csv; expected one, maestro-v3.0.0.csv, and beside it "
+            "<year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
         )
-    rows, left_out = _read_table(tables[0], MAESTRO_COLUMNS), []
-    found: list[Recording] = []
-    seen: set[str] = set()
+    rows = _read_table(tables[0], MAESTRO_COLUMNS)
+    found, left_out = [], []
     for line, row in rows:
         try:
-            recording = _recording(root, Path(audio or root), row)
-            files = {row["midi_filename"], row["audio_filename"]}
-            if files & seen:
-                raise DataError(
-                    f"{min(files & seen)} stands in an earlier line too; expected every file once; remove one line"
-                )
-            seen |= files
+            recording = _read_recording(root, Path(audio or root), row)
             if not recording.midi.is_file() and not recording.audio.is_file():
-                raise DataError(
-                    f"neither {row['midi_filename']} nor {row['audio_filename']} is here; expected one of them; download or unpack it again"
-                )
+                raise DataError(f"neither {recording.midi} nor {recording.audio} is here; unpack it again")
+            if any(recording.name == other.name for other in found):
+                raise DataError(f"{recording.midi} stands in an earlier line too; remove one line")
             found.append(recording)
-        except DataError as error:
+        except ValueError as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
-            if strict:
-                raise DataError(left_out[-1]) from error
+    if left_out and (strict or not found):
+        raise DataError(left_out[0])
     if not found:
-        raise DataError(
-            left_out[0] if left_out else f"{tables[0]}: no rows; expected recordings; download it again"
-        )
+        raise DataError(f"{tables[0]}: no rows; download it again")
     _set_parts(root, found)
-    return Maestro(
-        str(root),
-        str(audio or root),
-        found,
-        len(rows),
-        [r.name for r in found if not r.midi.is_file()],
-        [r.name for r in found if not r.audio.is_file()],
-        left_out,
-    )
+    return Maestro(str(root), str(audio or root), found, len(rows), left_out)
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict]]:
+def _read_table(path, columns):
     """(line number, row) of a CSV file that has at least these columns."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            names = reader.fieldnames or ()
-            rows = [(reader.line_num, row) for row in reader]
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = set(columns) - set(reader.fieldnames or ())
+            if missing:
+                raise DataError(f"{path}: no column {', '.join(sorted(missing))}; download it again")
+            return [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: {getattr(error, 'strerror', None) or error}; expected a CSV table in UTF-8; download it again"
-        ) from error
-    missing = [column for column in columns if column not in names]
-    if missing:
-        raise DataError(
-            f"{path}: no column {', '.join(missing)}; expected {', '.join(columns)}; download it again"
-        )
-    return rows
+        raise DataError(f"{path}: {error}; expected a CSV table in UTF-8; download it again") from error
 
 
-def _render_hint(root: str | Path, audio: str | Path | None = None) -> str:
+def _render_hint(root, audio=None):
     out = f" --out {audio}" if audio and Path(audio) != Path(root) else ""
     return f"render it with `python data.py render --midi-root {root}{out}`"
 
 
-def _recording(root: Path, audio: Path, row: dict) -> Recording:
+def _read_recording(root, audio, row):
     if None in row or None in row.values():
+        raise DataError("another number of fields than the first line; quote fields that hold commas")
+    midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
+    kinds = midi.suffix.lower() in MIDI_KINDS and sound.suffix.lower() in SOUND_KINDS
+    outside = any(path.is_absolute() or ".." in path.parts for path in (midi, sound))
+    if not kinds or outside or row["split"] not in MAESTRO_SPLITS:
         raise DataError(
-            "another number of fields than the first line; expected one for each column; quote fields that hold commas"
+            f"'{midi}', '{sound}', split {row['split']!r}; expected <year>/<name>.midi and .wav inside the "
+            f"folder, {', '.join(MAESTRO_SPLITS)}"
         )
-    if row["split"] not in MAESTRO_SPLITS:
-        raise DataError(f"split {row['split']!r}; expected {', '.join(MAESTRO_SPLITS)}; correct it")
-    for column, ending in (("midi_filename", (".midi", ".mid")), ("audio_filename", (".wav",))):
-        path = Path(row[column])
-        if (
-            path.suffix.lower() not in ending
-            or path.is_absolute()
-            or ".." in path.parts
-            or "\0" in row[column]
-        ):
-            raise DataError(
-                f"{column} {row[column]!r}; expected a path <year>/<name>{ending[0]} inside the folder; correct it"
-            )
-    try:
-        year, duration = int(row["year"]), float(row["duration"])
-        if not 0 < duration <= LONGEST:
-            raise ValueError
-    except ValueError:
-        raise DataError(
-            f"year {row['year']!r}, duration {row['duration']!r}; expected a whole number and seconds; correct it"
-        ) from None
-    return Recording(
-        Path(row["midi_filename"]).with_suffix("").as_posix(),
-        row["canonical_composer"],
-        row["canonical_title"],
-        row["split"],
-        year,
-        root / row["midi_filename"],
-        audio / row["audio_filename"],
-        duration,
-    )
+    described = row["canonical_composer"], row["canonical_title"], row["split"]
+    name, duration = midi.with_suffix("").as_posix(), float(row["duration"])
+    return Recording(name, *described, root / midi, audio / sound, duration)
 
 
-def _set_parts(root: Path, recordings: list[Recording]) -> None:
-    """`part` of every recording. A piece is ASAP's composer and title (less `_repeat`, the same piece with repeats), since the table's
-    titles name one piece in many ways. Runs of 16 equal pitches
-    across the splits of the real files showed no other shared piece; sparse textures could hide one."""
-    pieces, known = {}, {}
-    if (root / "asap_sources.csv").is_file():
-        for _, row in _read_table(
-            root / "asap_sources.csv", ("midi_filename", "asap_path", "asap_title", "split_known")
-        ):
+def _set_parts(root, recordings):
+    """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells
+    which splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same
+    piece is held out. A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
+    table's titles name one piece in many ways. Runs of 16 equal pitches across the real files' splits showed
+    no other shared piece."""
+    pieces, unknown = {}, set()
+    sources = root / "asap_sources.csv"
+    if sources.is_file():
+        for _, row in _read_table(sources, ("midi_filename", "asap_path", "asap_title", "split_known")):
             name = Path(row["midi_filename"]).with_suffix("").as_posix()
-            pieces[name] = (
-                str(row["asap_path"]).split("/")[0],
-                str(row["asap_title"]).removesuffix("_repeat"),
-            )
-            known[name] = row["split_known"] == "1"
-    held = {pieces.get(r.name) for r in recordings if r.split != "train"} - {None}
+            pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
+            if row["split_known"] != "1":
+                unknown.add(name)
+    held = {pieces.get(r.name) for r in recordings if r.split != "train"}
     for r in recordings:
-        r.part = (
-            "unknown"
-            if not known.get(r.name, True) and r.split == "train" and pieces[r.name] in held
-            else r.split
-        )
+        default = r.split == "train" and r.name in unknown and pieces[r.name] in held
+        r.part = "unknown" if default else r.split
 
 
-def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
-    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the error line."""
+def maestro_overlaps(
+    maestro: Maestro, corpus: Corpus | str | Path, pieces=False, cache="cache", workers=None, quiet=False
+) -> dict[str, list[str]]:
+    """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
+
+    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches,
+    in order of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's
+    performance shares the pitches but never the intervals. `pieces` adds those: recordings with at least
+    SAME_PIECE runs of the pitches of any performances, and which. A recording whose MIDI is absent or
+    unreadable is listed in `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel
+    over files.
+    """
+    segments = _performance_files(Path(corpus.root if isinstance(corpus, Corpus) else corpus))[0]
+    recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
+    paths = [*segments.values(), *recordings.values()]
+    dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha1(json.dumps([OVERLAP_FORMAT, dates]).encode()).hexdigest()[:16]
+    kept = Path(cache) / f"maestro-overlaps-{key}.json"
+    try:
+        same, alike, unreadable = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        played = dict(_run_parallel(_played_order, paths, workers, "overlap", quiet))
+        unreadable = [played[path] for path in paths if isinstance(played[path], str)]
+        same, alike = _find_overlaps(segments, recordings, played)
+        write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
+    missing = [r.midi for r in maestro.recordings if r.name not in recordings]
+    maestro.unchecked = [f"{path}: missing, not compared with PercePiano" for path in missing] + unreadable
+    return alike | same if pieces else same
+
+
+def _played_order(path):
+    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the
+    error line."""
     try:
         performance = read_midi(path)
     except DataError as error:
@@ -5916,145 +5660,64 @@ def _played_order(path: str | Path) -> tuple[bytes, np.ndarray] | str:
     return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
 
 
-def maestro_overlaps(
-    maestro: Maestro,
-    corpus: Corpus | str | Path,
-    pieces: bool = False,
-    cache: str | Path = "cache",
-    workers: int | None = None,
-    quiet: bool = False,
-) -> dict[str, list[str]]:
-    """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
-
-    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches, in order of onset,
-    and every interval between onsets the same within SHARED_INTERVALS. Another pianist's performance of the piece shares the
-    pitches but never the intervals. `pieces` adds those: recordings with at least SAME_PIECE runs of the pitches of any
-    performances, and which. A recording whose MIDI is absent or unreadable cannot be compared: it is listed in
-    `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel over files.
-    """
-    root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
-    segments = _performance_files(root)[0]
-    silent = set(maestro.no_midi)
-    recordings = {r.name: r.midi for r in maestro.recordings if r.name not in silent}
-    maestro.unchecked = [
-        f"{r.midi}: missing, not compared with PercePiano" for r in maestro.recordings if r.name in silent
-    ]
-    stats = [
-        (name, path.stat().st_size, path.stat().st_mtime_ns)
-        for files in (segments, recordings)
-        for name, path in sorted(files.items())
-    ]
-    rule = [1, SHARED_RUN, SHARED_INTERVALS, SAME_PIECE]  # count up when the comparison changes
-    key = hashlib.sha1(json.dumps([rule, str(maestro.root), str(root), stats]).encode()).hexdigest()[:16]
-    store = Path(cache) / f"maestro-overlaps-{key}.json"
-    try:
-        same, alike, unreadable = json.loads(store.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        same, alike, unreadable = _find_overlaps(segments, recordings, workers, quiet)
-        write_atomic(store, lambda f: f.write(json.dumps([same, alike, unreadable]).encode()))
-    maestro.unchecked += unreadable
-    return alike | same if pieces else same
+def _runs_of(played):
+    """Pitches and intervals of all runs of SHARED_RUN notes; none of a file that could not be read."""
+    pitches, steps = ("", ()) if isinstance(played, str) else played
+    places = range(len(pitches) - SHARED_RUN + 1)
+    return [(pitches[at : at + SHARED_RUN], steps[at : at + SHARED_RUN - 1]) for at in places]
 
 
-def _find_overlaps(
-    segments: dict[str, Path], recordings: dict[str, Path], workers: int | None, quiet: bool
-) -> tuple[dict, dict, list[str]]:
-    """Recordings of the same performances, recordings of the same pieces, error lines."""
-    runs: dict[bytes, list[tuple[str, int]]] = {}
-    steps, same, alike = {}, {}, {}
-    paths = [*segments.values(), *recordings.values()]
-    played = dict(
-        tqdm(
-            _run_parallel(_played_order, paths, workers),
-            total=len(paths),
-            desc="overlap",
-            unit="file",
-            disable=quiet or None,
-        )
-    )
-    unreadable = [played[path] for path in paths if isinstance(played[path], str)]
+def _find_overlaps(segments, recordings, played):
+    """Recordings that share runs with segments in pitches and intervals, and those that share many in
+    pitches."""
+    owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
     for name, path in segments.items():
-        if not isinstance(played[path], str):
-            pitches, steps[name] = played[path]
-            for at in range(len(pitches) - SHARED_RUN + 1):
-                runs.setdefault(pitches[at : at + SHARED_RUN], []).append((name, at))
+        for pitches, steps in _runs_of(played[path]):
+            owners.setdefault(pitches, []).append((name, steps))
+    same, alike = {}, {}
     for name, path in recordings.items():
-        if not isinstance(played[path], str):
-            exact, near, count = _shared_segments(*played[path], runs, steps)
-            same |= {name: sorted(exact)} if exact else {}
-            alike |= {name: sorted(near)} if count >= SAME_PIECE else {}
-    return same, alike, unreadable
+        shared = [(steps, owners[pitches]) for pitches, steps in _runs_of(played[path]) if pitches in owners]
+        pairs = [(segment, steps, others) for steps, owned in shared for segment, others in owned]
+        exact = {segment for segment, a, b in pairs if np.abs(a - b).max() <= SHARED_INTERVALS}
+        if exact:
+            same[name] = sorted(exact)
+        if len(shared) >= SAME_PIECE:
+            alike[name] = sorted({segment for segment, _, _ in pairs})
+    return same, alike
 
 
-def _shared_segments(
-    pitches: bytes, steps: np.ndarray, runs: dict, segment_steps: dict
-) -> tuple[set[str], set[str], int]:
-    """Performances that share pitches and intervals, those that share pitches, and at how many places."""
-    exact: set[str] = set()
-    near: set[str] = set()
-    count = 0
-    for start in range(len(pitches) - SHARED_RUN + 1):
-        hits = runs.get(pitches[start : start + SHARED_RUN], ())
-        count += bool(hits)
-        near.update(name for name, _ in hits)
-        here = steps[start : start + SHARED_RUN - 1]
-        exact.update(
-            name
-            for name, at in hits
-            if name not in exact
-            and np.abs(here - segment_steps[name][at : at + SHARED_RUN - 1]).max() <= SHARED_INTERVALS
-        )
-    return exact, near, count
-
-
-def report_maestro(
-    maestro: Maestro, same: dict[str, list[str]] | None = None, alike: dict[str, list[str]] | None = None
-) -> None:
-    """Print what of MAESTRO is here, by split, and the overlap with PercePiano: `maestro_overlaps` without and with `pieces`."""
-    hours, counts = Counter(), Counter(r.part for r in maestro.recordings)
-    for r in maestro.recordings:
-        hours[r.part] += r.duration / 3600
-    print(
-        f"{maestro.root}: {len(maestro.recordings)} recordings of {maestro.rows} rows, {hours.total():.2f} h"
-    )
-    for part in MAESTRO_SPLITS:
-        print(f"split {part}: {counts[part]} recordings, {hours[part]:.2f} h")
-    if counts["unknown"]:
-        print(
-            f"split unknown: {counts['unknown']} recordings, {hours['unknown']:.2f} h: train in this table by default, not by MAESTRO, and of a piece in "
-            "validation or test; used for nothing"
-        )
-    print(f"without MIDI file: {len(maestro.no_midi)}")
-    print(
-        f"without WAV file: {len(maestro.no_audio)}"
-        + (f"; {_render_hint(maestro.root, maestro.audio)}" if maestro.no_audio else "")
-    )
+def report_maestro(maestro: Maestro, same: dict | None = None, alike: dict | None = None) -> None:
+    """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and
+    with `pieces`)."""
+    found = maestro.recordings
+    hours = sum(r.duration for r in found) / 3600
+    print(f"{maestro.root}: {len(found)} recordings of {maestro.rows} rows, {hours:.2f} h")
+    for part in (
+        *MAESTRO_SPLITS,
+        "unknown",
+    ):  # of a piece that is held out, but not split by MAESTRO itself: unused
+        durations = [r.duration for r in found if r.part == part]
+        print(f"{part}: {len(durations)} recordings, {sum(durations) / 3600:.2f} h")
+    silent = [r for r in found if not r.audio.is_file()]
+    print(f"without MIDI file: {sum(not r.midi.is_file() for r in found)}")
+    print(f"without sound file: {len(silent)}; {_render_hint(maestro.root, maestro.audio)}")
     print_left_out(maestro.left_out)
     if same is None:
         return
-    others = {name: segments for name, segments in (alike or {}).items() if name not in same}
-    titles = {r.name: f"{r.composer}, {r.title}; {r.part}" for r in maestro.recordings}
-    print(f"recordings that hold performances of PercePiano: {len(same)}")
-    for name, segments in sorted(same.items()):
-        print(f"  {name} ({titles[name]})")
-        for (work, player), group in itertools.groupby(
-            sorted(segments, key=lambda s: parse_name(s)[::2]), key=lambda s: parse_name(s)[::2]
-        ):
-            print(
-                f"    {work} player {player}: segments "
-                + ", ".join(sorted((parse_name(s)[3] for s in group), key=int))
-            )
-    print(f"other recordings of the same music: {len(others)}")
-    for name, segments in sorted(others.items()):
-        print(f"  {name} ({titles[name]}): {', '.join(sorted({work_of(s) for s in segments}))}")
+    titles = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
+    others = {name: alike[name] for name in sorted(alike.keys() - same.keys())}
+    for title, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
+        print(f"recordings {title}: {len(shared)}")
+        for name, segments in sorted(shared.items()):
+            print(f"  {titles[name]}: {', '.join(segments)}")
     print(f"not compared: {len(maestro.unchecked)}")
     for line in maestro.unchecked[:20]:
         print(f"  {line}")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio of PercePiano
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The ratings by what a listener attends to (AST.md); every rating stands in one group.
 LABEL_GROUPS: dict[str, tuple[str, ...]] = {
     "Timing": ("Timing_Stable_Unstable", "Music_Making_Fast_paced_Slow_paced"),
@@ -6082,7 +5745,6 @@ LABEL_GROUPS: dict[str, tuple[str, ...]] = {
         "Interpretation_Unsatisfactory/doubtful_Convincing",
     ),
 }
-AUDIO_SHARD = 32  # performances
 
 
 def label_groups() -> list[list[int]]:
@@ -6091,198 +5753,119 @@ def label_groups() -> list[list[int]]:
 
 
 def variant_name(name: str, tempo: float, semitones: int) -> str:
-    """The entry of a performance played `tempo` times as fast and transposed: NAME itself, or e.g. NAME@1.05-2."""
+    """The entry of a performance played `tempo` times as fast and transposed: NAME itself, or e.g.
+    NAME@1.05-2."""
     return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
 
 
 def percepiano_audio(
-    corpus: Corpus | str | Path,
-    cache: str | Path = "cache",
-    audio: str | Path | None = None,
-    variants: Iterable[tuple[float, int]] = (),
-    workers: int | None = None,
-    quiet: bool = False,
+    corpus: Corpus | str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
 ) -> FbankStore:
-    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept in float16 under `cache`.
+    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept
+    under `cache`.
 
-    variants: (tempo factor, semitones) by which every performance is played once more before rendering (`variant_name`).
-    Keyed by the files and the text of this module; parallel; an interrupted call goes on where it stopped. What cannot be
-    read is left out and listed in `left_out`. Raises DataError: no recording at all, variants of recordings.
+    variants: (tempo factor, semitones) by which every performance is played once more before rendering
+    (`variant_name`). One file a performance, made anew where the MIDI or sound file is newer; parallel; an
+    interrupted call goes on where it stopped. What cannot be read is left out and listed. Raises DataError:
+    no recording at all, variants of recordings.
     """
     root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
-    files, left_out, variants = _performance_files(root)[0], [], [(1.0, 0), *variants]
+    variants = [(1.0, 0), *variants]
+    files = _performance_files(root)[0]
+    left_out = []
     if audio is not None:
         if len(variants) > 1:
-            raise DataError(
-                f"{audio}: tempo and pitch variants of recordings; expected none, they are made on the MIDI before rendering; leave them or --audio out"
-            )
+            raise DataError(f"--audio {audio}: no tempo or pitch variants of recordings; leave one out")
         found = {name: path for name, _, path in audio_files(audio)[0]}
-        left_out = [
-            f"{audio}/{name}.wav: missing; expected the recording of every performance"
-            for name in files.keys() - found.keys()
-        ]
+        left_out = [f"{audio}/{name}.wav: missing; not used" for name in sorted(files.keys() - found.keys())]
         files = {name: found[name] for name in files if name in found}
         if not files:
-            raise DataError(
-                f"{audio}: no WAV file named as a performance of {root}; expected e.g. {left_out[0].split(': ')[0]}; name another folder"
-            )
-    version, names, tasks = hashlib.sha1(Path(__file__).read_bytes()).digest(), list(files), []
-    prints = {name: hashlib.sha1(path.read_bytes()).digest() for name, path in files.items()}
-    for (tempo, semitones), first in itertools.product(variants, range(0, len(names), AUDIO_SHARD)):
-        members = names[first : first + AUDIO_SHARD]
-        key = hashlib.sha1(
-            version + repr((tempo, semitones, members)).encode() + b"".join(prints[name] for name in members)
-        ).hexdigest()[:16]
-        tasks.append(
-            (
-                str(Path(cache) / f"percepiano-audio-{key}"),
-                [
-                    (variant_name(name, tempo, semitones), str(files[name]), tempo, semitones)
-                    for name in members
-                ],
-            )
-        )
-    todo = [task for task in tasks if _finished_shard(Path(task[0])) is None]
-    with tqdm(
-        total=sum(len(task[1]) for task in todo), desc="audio", unit="file", disable=quiet or None
-    ) as bar:
-        for task, _ in _run_parallel(_write_audio_shard, todo, workers):
-            bar.update(len(task[1]))
-    return _open_audio_shards(str(root), [Path(base) for base, _ in tasks], sorted(left_out))
-
-
-def _write_audio_shard(task: tuple[str, list]) -> None:
-    """Energies of some performances as BASE.npy; BASE.json, which says what is inside, is there first."""
-    base, parts, rows, left_out = Path(task[0]), [], [], []
-    for name, path, tempo, semitones in task[1]:
-        try:
-            waveform = (
-                read_wav(path)
-                if path.lower().endswith(".wav")
-                else render(transform_performance(read_midi(path), tempo, semitones))
-            )
-            x = fbank(torch.from_numpy(waveform)).half().numpy()
-            if not len(x):
-                raise DataError(
-                    f"{path}: {len(waveform)} samples; expected at least {FRAME}, one frame; leave the file out"
-                )
-            rows.append({"name": name, "frames": len(x)})
-            parts.append(x)
-        except DataError as error:
-            left_out.append(str(error))
-    array = (
-        np.concatenate(parts) if parts else np.full((1, MELS), SILENCE, np.float16)
-    )  # an empty array cannot be mapped
-    text = json.dumps({"frames": len(array), "recordings": rows, "left_out": left_out})
-    write_atomic(base.with_suffix(".json"), lambda f: f.write(text.encode()))
-    write_atomic(base.with_suffix(".npy"), lambda f: np.save(f, array))
-
-
-def _open_audio_shards(root: str, bases: list[Path], left_out: list[str]) -> FbankStore:
-    shards, names, frames, place = [], [], [], []
-    for number, base in enumerate(bases):
-        row = _finished_shard(base)
-        if row is None:
-            raise DataError(
-                f"{base}.npy: gone or damaged since it was written; expected it to stay; run the same command again"
-            )
-        shards.append(_map_shard(base.with_suffix(".npy"), row["frames"]))
-        left_out += row["left_out"]
-        first = 0
-        for recording in row["recordings"]:
-            names.append(recording["name"])
-            frames.append(recording["frames"])
-            place.append((number, first))
-            first += recording["frames"]
-    if not names:
-        raise DataError(left_out[0])
-    return FbankStore(
-        root,
-        (Path(root) / "SYNTHETIC").is_file(),
-        names,
-        np.array(frames),
-        [""] * len(names),
-        left_out,
-        shards,
-        np.array(place),
-    )
+            raise DataError(f"{audio}: no WAV file named as a performance of {root}; name another folder")
+    source = Path(audio or root).resolve()
+    key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
+    folder = Path(cache) / f"percepiano-audio-{key}"
+    jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
+    failed = _store_missing(folder, jobs, workers, quiet)
+    made = [(name, "", _energies_file(folder, name)) for name, *_ in jobs if name not in failed]
+    return _open_energies(root, made, left_out + sorted(set(failed.values())))
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
-    """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank (frames, 128), not
-    normalised, a float16 view of the file that is read where it is sliced, frames, and, where rated, y (19,) float32 in [0, 1]."""
+    """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank, not
+    normalised, a StoredEnergies that is read where it is sliced, frames, and, where rated, y (19,) float32 in
+    [0, 1]."""
     if info["labels"] != list(LABELS):
-        raise DataError(
-            f"{corpus.root}: ratings in another order than the model's; expected {', '.join(LABELS[:2])}, ...; train it again"
-        )
-    number, items = {name: i for i, name in enumerate(store.names)}, []
-    for name in names:
-        if (i := number.get(name)) is not None:
-            shard, first = store.place[i]
-            item = {
-                "name": name,
-                "fbank": store.shards[shard][first : first + int(store.frames[i])],
-                "frames": int(store.frames[i]),
-            }
-            rated = corpus.items[name.partition("@")[0]]
-            items.append(item | ({"y": rated["y"]} if "y" in rated else {}))
+        raise DataError(f"{corpus.root}: ratings in another order than the model's; train it again")
+    number = {name: i for i, name in enumerate(store.names)}
+    items = [store.item(number[name]) for name in names if name in number]
+    for item in items:
+        rated = corpus.items[item["name"].partition("@")[0]]
+        if "y" in rated:
+            item["y"] = rated["y"]
     return items
 
 
 def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> dict[str, list[float]]:
-    """target_mean and target_std (19 each) of these performances. by: "dimension"; "group": one deviation for the ratings of
-    a group (root mean square); "none": 0 and 1."""
-    y = np.stack([corpus.items[name]["y"] for name in names]).astype(np.float64)
-    mean, variance = y.mean(0), y.var(0)
-    for group in label_groups() if by == "group" else ():
-        variance[group] = variance[group].mean()
+    """target_mean and target_std (19 each) of these performances. by: "dimension"; "group": one deviation for
+    the ratings of a group (root mean square); "none": 0 and 1."""
     if by == "none":
-        mean, variance = np.zeros_like(mean), np.ones_like(variance)
-    return {"target_mean": mean.tolist(), "target_std": np.sqrt(variance).clip(1e-3).tolist()}
+        return {"target_mean": [0.0] * len(LABELS), "target_std": [1.0] * len(LABELS)}
+    y = np.stack([corpus.items[name]["y"] for name in names]).astype(np.float64)
+    variance = y.var(0)
+    if by == "group":
+        for group in label_groups():
+            variance[group] = variance[group].mean()
+    return {"target_mean": y.mean(0).tolist(), "target_std": np.sqrt(variance).clip(1e-3).tolist()}
 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
-    """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with silence · lengths (B,)
-    int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have them. items: fbank (frames, 128), name, ..."""
-    lengths = torch.tensor([len(item["fbank"]) for item in items])
-    x = torch.full((len(items), int(lengths.max()), MELS), SILENCE)
-    for row, item in zip(x, items, strict=True):
-        row[: len(item["fbank"])] = torch.as_tensor(np.asarray(item["fbank"], np.float32))
+    """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with
+    silence · lengths (B,) int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have
+    them. items: fbank (frames, 128), name, ..."""
+    x, lengths = pad_fbank([item["fbank"] for item in items])
     batch = {
         "x": normalise_fbank(x, info["mean"], info["std"]),
         "lengths": lengths,
         "names": [item["name"] for item in items],
     }
     if all("y" in item for item in items):
-        mean, std = (torch.tensor(info[key]) for key in ("target_mean", "target_std"))
+        mean, std = torch.tensor(info["target_mean"]), torch.tensor(info["target_std"])
         batch["y"] = (torch.as_tensor(np.stack([item["y"] for item in items])) - mean) / std
     if all("weight" in item for item in items):
         batch["weight"] = torch.as_tensor(np.stack([item["weight"] for item in items]))
     return batch
 
 
-def pretrain_parts(store: FbankStore | AudioStore) -> dict[str, list[int]]:
-    """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without recordings of
-    `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
-    parts = {
-        "train": [i for i, split in enumerate(store.split) if split in ("train", "")],
-        "valid": [i for i, split in enumerate(store.split) if split == "validation"],
-    }
-    if not parts["valid"]:
-        groups = _group(
-            parts["train"], lambda i: segment_of(name) if _NAME.fullmatch(name := store.names[i]) else name
+def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies (frames, 128) each as (B, T, 128) float32, not normalised, silence behind a crop's end and T
+    at least `shortest`; lengths (B,) int64."""
+    lengths = torch.tensor([len(crop) for crop in crops])
+    x = torch.full((len(crops), max(int(lengths.max()), shortest), MELS), SILENCE)
+    for row, crop in zip(x, crops, strict=True):
+        row[: len(crop)] = torch.as_tensor(np.asarray(crop, np.float32))
+    return x, lengths
+
+
+def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
+    """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without
+    recordings of `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole
+    segments."""
+    train = [i for i, split in enumerate(store.split) if split in ("train", "")]
+    valid = [i for i, split in enumerate(store.split) if split == "validation"]
+    if not valid:
+        names = [store.names[i] for i in train]
+        groups = _group(names, lambda name: segment_of(name) if _NAME.fullmatch(name) else name)
+        held = {name for key in _held_keys(groups, "pretrain:") for name in groups[key]}
+        valid = [i for i in train if store.names[i] in held]
+        train = [i for i in train if store.names[i] not in held]
+    if not train or not valid:
+        raise DataError(
+            f"{store.root}: no recording to train with or none to validate; expected at least two"
         )
-        held = {i for key in _held_keys(groups, "pretrain:") for i in groups[key]}
-        parts = {"train": [i for i in parts["train"] if i not in held], "valid": sorted(held)}
-    for part, members in parts.items():
-        if not members:
-            raise DataError(
-                f"{store.root}: no recording to {part} with of {len(store.names)}; expected at least two; add recordings"
-            )
-    return parts
+    return {"train": train, "valid": valid}
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fetching
 # -----------------------------------------------------------------------------------------------------------------
 
@@ -6699,7 +6282,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     p = command(
         "fbank",
-        "compute log-mel energies of all WAV files once, into shards that pretrain_ast.py reads",
+        "compute log-mel energies of all sound files once, for pretrain_ast.py",
         "--data maestro-v3.0.0 --out fbank",
         "--data maestro-v3.0.0 --audio maestro-wav --out fbank",
     )
@@ -6707,7 +6290,7 @@ def main(argv: list[str] | None = None) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help="folder in MAESTRO's or PercePiano's layout with WAV files, or any folder of WAV files (required)",
+        help="folder in MAESTRO's or PercePiano's layout, or any folder of sound files (required)",
     )
     p.add_argument(
         "--audio",
@@ -6718,7 +6301,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="folder of the shards; the same again goes on where it stopped (required)",
+        help="folder of the energies; the same again goes on where it stopped (required)",
     )
     p.add_argument(
         "--strict",

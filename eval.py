@@ -35,7 +35,6 @@ import csv
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import platform
@@ -47,7 +46,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -78,7 +77,6 @@ from data import (
     MISALIGNED,
     PHONEMES,
     SAMPLE_RATE,
-    SILENCE,
     SPLITS,
     ConversionReport,
     Corpus,
@@ -102,6 +100,7 @@ from data import (
     note_features,
     number,
     open_speech,
+    pad_fbank,
     percepiano_audio,
     percepiano_parts,
     phonemize,
@@ -1899,65 +1898,54 @@ def bench_decoder(args: argparse.Namespace, amp: torch.dtype | None) -> dict:
     }
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]:
-    """First frames of evenly spaced crops of `length` that reach both ends of `frames`; as many as cover them unless
-    given. One, at 0, where a single crop holds all."""
+    """First frames of evenly spaced crops of `length` that reach both ends of `frames`; as many as cover them
+    unless given. One, at 0, where a single crop holds all."""
     if frames <= length:
         return [0]
     count = crops or math.ceil(frames / length)
-    return (
-        np.linspace(0, frames - length, count).round().astype(int).tolist()
-        if count > 1
-        else [(frames - length) // 2]
-    )
+    if count == 1:
+        return [(frames - length) // 2]
+    return np.linspace(0, frames - length, count).round().astype(int).tolist()
+
+
+def crop_batches(
+    item: dict, info: dict, longest: int, batch: int, crops: int | None = None
+) -> Iterator[torch.Tensor]:
+    """All crops (`crop_starts`) of one item, at most `batch` at once: (B, T, 128), normalised by info's mean
+    and std. Crops of one item are equally long, so no batch needs a mask. item: frames, fbank (frames,
+    128)."""
+    starts = crop_starts(item["frames"], longest, crops)
+    for first in range(0, len(starts), batch):
+        parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
+        x, _ = pad_fbank(parts, PATCH)
+        yield normalise_fbank(x, info["mean"], info["std"])
 
 
 def predict_ast(
-    model: nn.Module,
-    items: list[dict],
-    info: dict,
-    device: torch.device,
-    batch: int = 8,
-    crops: int | None = None,
+    model: nn.Module, items: list[dict], info: dict, device: torch.device, batch=8, crops=None
 ) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given.
-
-    An item longer than the model's frames is the mean over evenly spaced crops (`crop_starts`); crops of a batch are of
-    similar length, padded with silence and their lengths given. info: the checkpoint's data (mean, std, frames, and
-    target_mean, target_std where the ratings were standardised)."""
+    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
+    longer than the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data
+    (mean, std, frames, and target_mean, target_std where the ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
-    jobs = [
-        (min(int(item["frames"]), longest), i, start)
-        for i, item in enumerate(items)
-        for start in crop_starts(int(item["frames"]), longest, crops)
-    ]
-    jobs.sort()
-    total, count = np.zeros((len(items), len(LABELS))), np.zeros((len(items), 1))
-    training, model = model.training, model.to(device).eval()
+    training = model.training
+    model = model.to(device).eval()
+    rows = []
     with torch.no_grad():
-        for first in range(0, len(jobs), batch):
-            chosen = jobs[first : first + batch]
-            x = torch.full((len(chosen), max(chosen[-1][0], PATCH), MELS), SILENCE)
-            for row, (length, i, start) in zip(x, chosen, strict=True):
-                row[:length] = torch.as_tensor(
-                    np.asarray(items[i]["fbank"][start : start + length], np.float32)
-                )
-            lengths = torch.tensor([length for length, _, _ in chosen])
-            out = model(normalise_fbank(x, info["mean"], info["std"]).to(device), lengths.to(device))
-            index = [i for _, i, _ in chosen]
-            np.add.at(total, index, out.double().cpu().numpy())
-            np.add.at(count, index, 1)
+        for item in items:
+            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch, crops)]
+            rows.append(torch.cat(rated).double().mean(0).cpu().numpy())
     model.train(training)
-    mean, std = (
-        np.asarray(info.get(key) if info.get(key) is not None else default, np.float64)
-        for key, default in (("target_mean", 0.0), ("target_std", 1.0))
-    )
-    return (total / np.maximum(count, 1) * std + mean).clip(0, 1)
+    p = np.array(rows).reshape(-1, len(LABELS))
+    if info.get("target_mean") is not None:
+        p = p * np.asarray(info["target_std"]) + np.asarray(info["target_mean"])
+    return p.clip(0, 1)
 
 
 def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -1965,98 +1953,61 @@ def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         parser.add_argument(
             "--audio",
             metavar="DIR",
-            help="audio: folder of recordings NAME.wav; of a pre-training, where MAESTRO's are (off: rendered from the MIDI)",
+            help="audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)",
         ),
         parser.add_argument(
             "--crops",
             type=number(int, 1),
             metavar="N",
-            help="audio: crops averaged of an item that is longer than the model's frames (as many as cover it)",
+            help="audio: crops averaged of an item longer than the model's frames (as many as cover it)",
         ),
     ]
 
 
-def frozen_tokens(
-    path: str, store: FbankStore, device: torch.device, batch: int = 32
-) -> dict[str, np.ndarray]:
-    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops (`crop_starts`) of the tokens after a
-    quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the precision that it was trained in."""
+def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict[str, np.ndarray]:
+    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the
+    tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
+    precision that it was trained in."""
     model, ckpt = load_checkpoint(path)
-    if (
-        not isinstance(model, AST)
-        or model.model_args["num_outputs"] is not None
-        or not {"mean", "std"} <= (ckpt.get("data") or {}).keys()
-    ):
-        raise DataError(
-            f"{path}: a checkpoint of task {ckpt['task']!r} that rates, or without mean and std; expected a pre-training, which knows no rating; give its best.pt"
-        )
-    sizes, data, found = model.model_args, ckpt["data"], []
+    info = ckpt.get("data") or {}
+    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None or "std" not in info:
+        raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
     model = model.to(device).eval()
-    extra, last = 2 if model.extra is not None else 0, sizes["depth"]
-    for level in sorted({max(1, round(last * share / 4)) for share in (1, 2, 3, 4)}):
-        (model.norm if level == last else model.blocks[level - 1]).register_forward_hook(
-            lambda _, __, out: found.append(out[:, extra:].float())
-        )
-    jobs = sorted(
-        (min(int(frames), sizes["frames"]), name, start)
-        for name, frames in zip(store.names, store.frames, strict=True)
-        for start in crop_starts(int(frames), sizes["frames"])
-    )
-    number_of, sums, counts = {name: i for i, name in enumerate(store.names)}, {}, Counter()
-    bar = tqdm(total=len(jobs), desc="frozen AST", unit="crop", disable=None)
-    for length, same in (
-        (length, list(group)) for length, group in itertools.groupby(jobs, key=lambda job: job[0])
-    ):
-        for first in range(0, len(same), batch):
-            chosen = same[first : first + batch]
-            x = torch.full((len(chosen), max(length, PATCH), MELS), SILENCE)
-            for row, (_, name, start) in zip(x, chosen, strict=True):
-                row[:length] = torch.as_tensor(
-                    np.asarray(store.get(number_of[name], start, start + length), np.float32)
-                )
+    found, depth = [], model.model_args["depth"]
+    for level in sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)}):
+        layer = model.norm if level == depth else model.blocks[level - 1]
+        layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
+    extra = 0 if model.extra is None else 2
+    half = torch.autocast(device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16")
+    rows = {}
+    for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
+        moments = []
+        for x in crop_batches(store.item(i), info, model.model_args["frames"], batch):
             found.clear()
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16"
-                ),
-            ):
-                tokens, valid = model.tokens(normalise_fbank(x, data["mean"], data["std"]).to(device), None)
-                model.encode(tokens + model.position(model.grid(x)), valid)
-            moments = (
-                torch.stack([torch.cat([t.mean(1), t.square().mean(1)], dim=1) for t in found], dim=1)
-                .double()
-                .cpu()
-                .numpy()
-            )  # (B, levels, 2 width)
-            for row, (_, name, _) in zip(moments, chosen, strict=True):
-                sums[name] = sums.get(name, 0) + row
-            counts.update(name for _, name, _ in chosen)
-            bar.update(len(chosen))
-    bar.close()
-    W, rows = sizes["width"], {name: total / counts[name] for name, total in sums.items()}
-    return {
-        name: np.concatenate([row[:, :W], np.sqrt((row[:, W:] - row[:, :W] ** 2).clip(1e-6))], axis=1).ravel()
-        for name, row in rows.items()
-    }
+            with torch.no_grad(), half:
+                model(x.to(device))
+            seen = torch.stack(found, dim=1)[:, :, extra:]  # (B, levels, T, width)
+            moments.append(torch.stack([seen.mean(2), seen.square().mean(2)]))
+        mean, square = torch.cat(moments, dim=1).mean(1)  # (levels, width)
+        deviation = (square - mean**2).clip(1e-6).sqrt()
+        rows[name] = torch.cat([mean, deviation], dim=1).flatten().cpu().numpy()
+    return rows
 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
-    """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other (`trained_on`)."""
+    """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
     store = percepiano_audio(corpus, args.cache, args.audio)
     for line in store.left_out:
         print(f"left out: {line}")
     kind = "wav" if args.audio else "rendered"
     if trained_on not in (None, kind):
-        print(
-            f"trained on audio of kind {trained_on}, evaluated on {kind}"
-            + "; recordings: --audio DIR" * (kind == "rendered")
-        )
+        print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
     return store
 
 
 def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
-    """The trainer's own validation figures of one pre-training: its crops and masks, of --data, normalised as the model knows it."""
+    """The trainer's own validation figures of one pre-training: its crops and masks, of --data, normalised as
+    the model knows it."""
     import pretrain_ast  # which imports this module
 
     (path, model, ckpt), data = loaded[0], loaded[0][2]["data"]

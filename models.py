@@ -25,7 +25,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -591,9 +591,9 @@ def _baseline_name(name: str) -> str:
     return fixed.get(name, name.replace("linear.", "fc_decoder_out."))
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # AST
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 AST_PRESETS = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
@@ -604,20 +604,25 @@ PATCH = 16  # frames and mel bins
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block: attention, then an MLP four times as wide (exact GELU). No dropout inside attention."""
+    """Pre-LN transformer block: attention, then an MLP four times as wide (exact GELU). No dropout in the
+    attention."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+        self.dropout = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
         """x (B, T, C), attend (B, T) tokens that may be seen -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        attend = attend if attend is None else attend.view(B, 1, 1, T)
+        attend = None if attend is None else attend.view(B, 1, 1, T)
         seen = nn.functional.scaled_dot_product_attention(q, k, v, attend)
         x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(B, T, C)))
         hidden = self.dropout(nn.functional.gelu(self.fc1(self.norm2(x))))
@@ -625,11 +630,11 @@ class Block(nn.Module):
 
 
 class Positions(nn.Module):
-    """Learned positions of a grid of patches: one vector per row plus one per column, or one per patch (`table`).
+    """Learned positions of a grid of patches: one vector per row plus one per column, or one per patch
+    (`table`).
 
-    Rows and columns start as sines and cosines, in a half of the width each: from random numbers of SD .02 (and a decoder of one
-    head) tiny's masked pre-training never left what the average level of a row gives (MSE .108 after 1600 steps of 512
-    frames; .109 after 400 of 256 frames from SD .3); from these it had .081 after 400 steps of 256 frames."""
+    Rows and columns start as sines and cosines, in a half of the width each: from small random numbers the
+    masked pre-training of tiny never left what the average level of a row gives."""
 
     def __init__(self, freq: int, time: int, width: int, table: bool):
         super().__init__()
@@ -648,13 +653,15 @@ class Positions(nn.Module):
 
 
 def sinusoids(count: int, width: int) -> Tensor:
-    """(count, width): sines, then cosines of the places 0, 1, ... at wavelengths from 2 pi to 20000 pi (Vaswani et al., 2017, section 3.5)."""
+    """(count, width): sines, then cosines of the places 0, 1, ... at wavelengths from 2 pi to 20000 pi
+    (Vaswani et al., 2017, section 3.5)."""
     angle = torch.arange(count).unsqueeze(1) * 10000 ** (-torch.arange((width + 1) // 2) / max(width / 2, 1))
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
 
 
 class GroupedHead(nn.Module):
-    """One head per group of outputs: LayerNorm, linear and GELU make the group's query; a linear layer reads it.
+    """One head per group of outputs: LayerNorm, linear and GELU make the group's query; a linear layer reads
+    it.
 
     cross: in between, a transformer block over the queries lets the groups see each other.
     """
@@ -666,51 +673,49 @@ class GroupedHead(nn.Module):
         self.query = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width), nn.GELU()) for _ in groups
         )
-        self.cross = (
-            nn.Sequential(Block(width, heads, dropout), nn.LayerNorm(width)) if cross else nn.Identity()
-        )
+        self.cross = nn.Identity()
+        if cross:
+            self.cross = nn.Sequential(Block(width, heads, dropout), nn.LayerNorm(width))
         self.dropout = nn.Dropout(dropout)
         self.read = nn.ModuleList(nn.Linear(width, len(group)) for group in groups)
         self.register_buffer("place", torch.tensor(sum(groups, [])).argsort(), persistent=False)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled (B, size) -> (B, outputs) in the outputs' own order."""
-        x = self.dropout(
-            self.cross(torch.stack([query(pooled) for query in self.query], dim=1))
-        )  # (B, G, width)
-        return torch.cat([read(x[:, g]) for g, read in enumerate(self.read)], dim=1).index_select(
-            1, self.place
-        )
+        queries = torch.stack([query(pooled) for query in self.query], dim=1)  # (B, G, width)
+        queries = self.dropout(self.cross(queries))
+        rated = torch.cat([read(queries[:, g]) for g, read in enumerate(self.read)], dim=1)
+        return rated.index_select(1, self.place)
 
 
 class AST(nn.Module):
-    """Audio Spectrogram Transformer: masked pre-training (num_outputs None) or ratings (Gong et al., 2021 and 2022).
-
-    frames        longest input, 10 ms frames; a shorter one uses the first columns of the positions
-    mel           mel bins; patches are 16 x 16
-    width, depth, heads   of the encoder: AST_PRESETS
-    stride        step of the patches in both axes: 16; 10 (overlap) is for fine-tuning only
-    dropout       after the positions, after the attention and after both layers of each MLP
-    ssast_compat  cls and distillation tokens and one position per patch, as SSAST; otherwise no further token and
-                  positions of row plus column
-    visible_only  pre-training: the encoder sees the visible patches alone, a decoder of decoder_depth blocks, half as
-                  wide, stands between it and the heads (He et al., 2022)
-    checkpointing keeps no activations inside blocks, computes them again for the gradient
-    num_outputs   ratings; None = pre-training
-    pooling       mean | meanstd (mean and standard deviation over the patches) | cls (mean of both tokens)
-    statistics    the heads see the clip's ClipStatistics too
-    groups        None = LayerNorm and one linear layer; or lists of output numbers: one head each (GroupedHead)
-    cross         heads of groups see each other
-    balance       "uncertainty": log_variance (G,) of the groups, for the trainer's loss; None = no such parameter
+    """Audio Spectrogram Transformer: masked pre-training (num_outputs None) or ratings (Gong et al., 2021 and
+    2022).
 
     Patches are numbered frequency-major: id = row * columns + column, of the columns of the batch at hand.
     """
 
-    def __init__(self, frames: int = 1024, mel: int = 128, width: int = 768, depth: int = 12, heads: int = 12,
-                 stride: int = 16, dropout: float = 0.1, ssast_compat: bool = False, visible_only: bool = False,
-                 decoder_depth: int = 2, checkpointing: bool = False, num_outputs: int | None = None,
-                 pooling: str = "mean", statistics: bool = False, groups: list[list[int]] | None = None,
-                 cross: bool = False, balance: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        frames: int = 1024,  # longest input, of 10 ms; a shorter one uses the first columns of the positions
+        mel: int = 128,
+        width: int = 768,  # of the encoder, as depth and heads: AST_PRESETS
+        depth: int = 12,
+        heads: int = 12,
+        stride: int = 16,  # of the patches on both axes; 10 (overlap) is for fine-tuning only
+        dropout: float = 0.1,  # after the positions, the attention and both layers of each MLP
+        ssast_compat: bool = False,  # cls and distillation token and one position per patch, as SSAST
+        visible_only: bool = False,  # pre-training: encode visible patches, then decode (He et al., 2022)
+        decoder_depth: int = 2,  # its blocks, half as wide as the encoder
+        checkpointing: bool = False,  # keep no activations inside blocks, compute them again for the gradient
+        num_outputs: int | None = None,  # ratings; None: pre-training
+        pooling: str = "mean",  # or meanstd (and deviation over the patches), cls (mean of both tokens)
+        statistics: bool = False,  # the heads see the clip's ClipStatistics too
+        groups: list[list[int]]
+        | None = None,  # output numbers of each head (GroupedHead); None: one linear layer
+        cross: bool = False,  # heads of groups see each other
+        balance: str | None = None,  # "uncertainty": log_variance (G,) of the groups, for the trainer's loss
+    ):
         super().__init__()
         groups = groups and [[*group] for group in groups]
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
@@ -719,54 +724,56 @@ class AST(nn.Module):
         self.rows, self.columns = self.count(mel), self.count(frames)
         self.embed = nn.Conv2d(1, width, PATCH, stride)
         self.position = Positions(self.rows, self.columns, width, table=ssast_compat)
-        # cls and distillation token, and their positions
-        self.extra = (
-            nn.Parameter(nn.init.trunc_normal_(torch.empty(2, 2, width), std=0.02)) if ssast_compat else None
-        )
+        self.extra = None
+        if ssast_compat:  # cls and distillation token, and their positions
+            self.extra = nn.Parameter(nn.init.trunc_normal_(torch.empty(2, 2, width), std=0.02))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder, self.log_variance, self.statistics = None, None, None
+        self.decoder = self.log_variance = self.statistics = None
         if num_outputs is None:
             if visible_only:
                 width = width // 2
-                self.narrow, self.decoder_norm = nn.Linear(2 * width, width), nn.LayerNorm(width, eps=1e-6)
+                self.narrow = nn.Linear(2 * width, width)
+                self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
                 self.decoder = nn.ModuleList(Block(width, heads, dropout) for _ in range(decoder_depth))
                 self.decoder_position = Positions(self.rows, self.columns, width, table=False)
-            self.hidden = nn.Parameter(
-                nn.init.trunc_normal_(torch.empty(width), std=0.02)
-            )  # stands for a masked patch
-            for name in ("discriminate", "generate"):
-                head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PATCH * PATCH))
-                setattr(self, name, head)
+            # stands for a masked patch
+            self.hidden = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+            pixels = PATCH * PATCH
+            self.discriminate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, pixels))
+            self.generate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, pixels))
         else:
-            size = width * (2 if pooling == "meanstd" else 1)
+            size = 2 * width if pooling == "meanstd" else width
             if statistics:
                 self.statistics = ClipStatistics(mel)
                 size += self.statistics.size
-            plain = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, num_outputs))
-            self.head = GroupedHead(size, width, heads, groups, cross, dropout) if groups else plain
-            self.log_variance = nn.Parameter(torch.zeros(len(groups))) if balance else None
+            self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, num_outputs))
+            if groups:
+                self.head = GroupedHead(size, width, heads, groups, cross, dropout)
+            if balance:
+                self.log_variance = nn.Parameter(torch.zeros(len(groups)))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def count(self, length):
-        """Patches along an axis of `length` frames or mel bins (int or tensor): whole ones, at least 1 of a tensor."""
+        """Patches along an axis of `length` frames or mel bins (int or tensor): whole ones, at least 1 of a
+        tensor."""
         count = (length - PATCH) // self.stride + 1
         return count.clip(min=1) if isinstance(count, Tensor) else count
 
     def forward(
-        self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, **kw
+        self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, compat: bool = False
     ) -> Tensor | dict:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid.
 
-        With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or without
-        num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
+        With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or
+        without num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
         """
         if mask is not None:
-            return self.pretrain_losses(fbank, mask, lengths=lengths, **kw)
+            return self.pretrain_losses(fbank, mask, compat, lengths)
         tokens, valid = self.tokens(fbank, lengths)
         tokens = self.encode(tokens + self.position(self.grid(fbank)), valid)
         if self.model_args["num_outputs"] is None:
@@ -776,366 +783,332 @@ class AST(nn.Module):
             pooled = torch.cat([pooled, self.statistics(fbank, lengths)], dim=1)
         return self.head(pooled).float()
 
-    def grid(self, fbank: Tensor) -> int:
+    def grid(self, fbank):
         """Time columns of a batch; refuses one that this model cannot take."""
         frames, mel = fbank.shape[1:]
         if self.count(mel) != self.rows or not 1 <= self.count(frames) <= self.columns:
-            shortest, longest = PATCH, self.model_args["frames"]
-            expected = (
-                f"{shortest} to {longest} frames of {self.model_args['mel']} mel bins; cut it into crops"
-            )
+            expected = f"{PATCH} to {self.model_args['frames']} frames of {self.model_args['mel']} mel bins"
             raise DataError(f"AST: input of {frames} frames, {mel} mel bins; expected {expected}")
         return self.count(frames)
 
-    def tokens(self, fbank: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def tokens(self, fbank, lengths):
         """Patch projections (B, patches, width) and, of given lengths, which ones lie inside (B, patches)."""
         columns = self.grid(fbank)
         x = self.embed(fbank.transpose(1, 2).unsqueeze(1)).flatten(2).transpose(1, 2)
         if lengths is None:
             return x, None
-        inside = torch.arange(columns, device=x.device) < self.count(lengths.to(x.device)).unsqueeze(
-            1
-        )  # (B, columns)
-        return x, inside.repeat(1, self.rows)
+        return x, _inside(columns, self.count(lengths.to(x.device))).repeat(1, self.rows)
 
-    def encode(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last norm."""
+    def encode(self, x, valid):
+        """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last
+        norm."""
         if self.extra is not None:
             x = torch.cat([self.extra.sum(0).expand(len(x), -1, -1), x], dim=1)
-            valid = valid if valid is None else nn.functional.pad(valid, (2, 0), value=True)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = self.through(block, x, valid)
-        return self.norm(x)
+            valid = None if valid is None else nn.functional.pad(valid, (2, 0), value=True)
+        return self.norm(self.through(self.blocks, self.dropout(x), valid))
 
-    def through(self, block: Block, x: Tensor, valid: Tensor | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, valid, use_reentrant=False)
-        return block(x, valid)
+    def through(self, blocks, x, valid):
+        for block in blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, valid, use_reentrant=False)
+            else:
+                x = block(x, valid)
+        return x
 
-    def pool(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width, float32."""
-        tokens, extra = tokens.float(), 0 if self.extra is None else 2
+    def pool(self, tokens, valid):
+        """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width,
+        float32."""
+        tokens = tokens.float()
         if self.pooling == "cls":
             return tokens[:, :2].mean(1)
-        tokens = tokens[:, extra:]
-        valid = tokens.new_ones(tokens.shape[:2]) if valid is None else valid.float()
-        weight = (valid / valid.sum(1, keepdim=True)).unsqueeze(2)
-        mean = (tokens * weight).sum(1)
-        if self.pooling == "mean":
-            return mean
-        variance = ((tokens - mean.unsqueeze(1)).square() * weight).sum(1)
-        return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1)
+        tokens = tokens if self.extra is None else tokens[:, 2:]
+        valid = tokens.new_ones(tokens.shape[:2]) if valid is None else valid
+        mean, deviation = _mean_and_deviation(tokens, valid)
+        return mean if self.pooling == "mean" else torch.cat([mean, deviation], dim=1)
 
-    def pretrain_losses(self, fbank: Tensor, mask: Tensor, compat: bool = False, lengths: Tensor | None = None,
-                        second: Tensor | None = None) -> dict[str, Tensor]:  # fmt: skip
+    def pretrain_losses(
+        self, fbank: Tensor, mask: Tensor, compat: bool = False, lengths: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Both objectives of SSAST on masked patches; the total that is minimised is nce + 10 mse.
 
-        mask (B, N) patch ids, -1 for none (cluster_mask); lengths (B,) valid frames.
-        compat=False is the paper: softmax over the patches for each prediction, and its accuracy; one encoder pass serves both
-        heads. compat=True is the original code: softmax over the predictions for each patch, accuracy by patches of
-        that softmax. second: a mask of its own for the generative head, which takes a second pass, as the original does.
-        Scalars, float32: nce, mse, accuracy · chance: accuracy of guessing · mse_mean: of predicting the batch's
-        mean patch. Averages over the masked patches of a clip, then over clips.
+        mask (B, N) patch ids, -1 for none (cluster_mask); lengths (B,) valid frames. compat=False is the
+        paper: softmax over the patches for each prediction, and its accuracy. compat=True is the original
+        code: softmax over the predictions for each patch, accuracy by patches of that softmax. Scalars,
+        float32: nce, mse, accuracy · chance: accuracy of guessing · mse_mean: of predicting the batch's mean
+        patch. Averages over the masked patches of a clip, then over clips.
         """
-        if self.model_args["num_outputs"] is not None or self.stride != PATCH:
-            raise DataError(
-                "AST: fine-tuned, or of overlapping patches; expected a pre-training network (num_outputs=None)"
-            )
+        if self.model_args["num_outputs"] is not None:
+            raise DataError("AST: fine-tuned; expected a pre-training network (num_outputs=None)")
         hidden, target, there = self.masked(fbank, mask, lengths)
-        out = contrast(self.discriminate(hidden).float(), target, there, compat)
-        if second is not None:
-            hidden, target, there = self.masked(fbank, second, lengths)
         weight = there.float() / there.sum(1, keepdim=True) / len(fbank)
         error = (self.generate(hidden).float() - target).square().mean(2)
         mean = (target * weight.unsqueeze(2)).sum((0, 1))
-        return out | {
-            "mse": (error * weight).sum(),
-            "mse_mean": ((target - mean).square().mean(2) * weight).sum(),
-        }
+        losses = contrast(self.discriminate(hidden).float(), target, there, compat)
+        losses["mse"] = (error * weight).sum()
+        losses["mse_mean"] = ((target - mean).square().mean(2) * weight).sum()
+        return losses
 
-    def masked(self, fbank: Tensor, mask: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Final tokens (B, N, width) and pixels (B, N, 256) of the masked patches, and which of the N there are."""
+    def masked(self, fbank, mask, lengths):
+        """Final tokens (B, N, width) and pixels (B, N, 256) of the masked patches, and which of the N there
+        are."""
         x, valid = self.tokens(fbank, lengths)
-        (B, T, _), there, ids = x.shape, mask >= 0, mask.clip(min=0)
-        hide = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device).scatter(
-            1, mask.remainder(T + 1), True
-        )[:, :T]
+        B, T, _ = x.shape
+        ids = mask.clip(min=0)
+        hide = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device)
+        hide = hide.scatter(1, mask.remainder(T + 1), True)[:, :T]  # -1 marks the last, which is cut off
         position = self.position(self.grid(fbank))
         if self.decoder is None:
             x = torch.where(hide.unsqueeze(2), self.hidden.to(x.dtype), x)
             tokens = self.encode(x + position, valid)[:, -T:]
         else:
             tokens = self.fill_in(x + position, hide, valid, T - mask.shape[1])
-        return _take(tokens, ids), _take(patches(fbank), ids), there
+        return gather_patches(tokens, ids), gather_patches(patches(fbank), ids), mask >= 0
 
-    def fill_in(self, x: Tensor, hide: Tensor, valid: Tensor | None, visible: int) -> Tensor:
+    def fill_in(self, x, hide, valid, visible):
         """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width)."""
-        T, seen = x.shape[1], ~hide if valid is None else ~hide & valid
+        seen = ~hide if valid is None else ~hide & valid
         if valid is not None:
             visible = int(seen.sum(1).max())
         order = seen.to(torch.uint8).argsort(
             dim=1, descending=True, stable=True
         )  # (B, T): visible ones first
-        kept, real = order[:, :visible], None if valid is None else seen.gather(1, order)[:, :visible]
-        encoded = self.narrow(self.encode(_take(x, kept), real))  # (B, extra + visible, decoder width)
+        real = None if valid is None else seen.gather(1, order)[:, :visible]
+        encoded = self.encode(gather_patches(x, order[:, :visible]), real)
+        encoded = self.narrow(encoded)  # (B, extra + visible, decoder width)
         extra = encoded.shape[1] - visible
-        x = _take(encoded[:, extra:], order.argsort(dim=1).clip(max=visible - 1))
+        x = gather_patches(encoded[:, extra:], order.argsort(dim=1).clip(max=visible - 1))
         x = torch.where(seen.unsqueeze(2), x, self.hidden.to(x.dtype))
-        x = torch.cat([encoded[:, :extra], x + self.decoder_position(T // self.rows)], dim=1)
-        valid = valid if valid is None else nn.functional.pad(valid, (extra, 0), value=True)
-        for block in self.decoder:
-            x = self.through(block, x, valid)
-        return self.decoder_norm(x)[:, extra:]
+        x = x + self.decoder_position(x.shape[1] // self.rows)
+        x = torch.cat([encoded[:, :extra], x], dim=1)
+        valid = None if valid is None else nn.functional.pad(valid, (extra, 0), value=True)
+        return self.decoder_norm(self.through(self.decoder, x, valid))[:, extra:]
 
 
-def _check_ast(frames: int, mel: int, width: int, heads: int, stride: int, ssast_compat: bool, visible_only: bool,
-               num_outputs: int | None, pooling: str, groups: list | None, cross: bool, balance: str | None, **_) -> None:  # fmt: skip
-    wrong = None
-    if min(frames, mel) < PATCH or stride < 1 or width % heads:
-        wrong = f"frames {frames}, mel {mel}, stride {stride}, width {width}, heads {heads}; expected at least {PATCH} frames and mel bins, heads that divide the width"
-    elif visible_only and (width % 2 or (width // 2) % heads):
-        wrong = f"width {width}, heads {heads}; expected for visible_only heads that divide half the width"
-    elif pooling not in POOLINGS or (pooling == "cls" and not ssast_compat):
-        wrong = f"pooling {pooling!r}; expected one of {POOLINGS}, cls only with ssast_compat"
-    elif groups is not None and sorted(sum(groups, [])) != [*range(num_outputs or 0)]:
-        wrong = f"groups {groups}; expected each of the {num_outputs} outputs in exactly one"
-    elif balance not in (None, "uncertainty") or ((cross or balance) and not groups):
-        wrong = f"balance {balance!r}, cross {cross}; expected None or 'uncertainty', both only with groups"
-    elif num_outputs is None and stride != PATCH:
-        wrong = f"stride {stride}; expected {PATCH} in pre-training"
-    if wrong:
-        raise DataError(f"AST: {wrong}")
+def _check_ast(
+    frames, mel, width, heads, stride, ssast_compat, visible_only, num_outputs, pooling, groups, **args
+):
+    narrowest = width // 2 if visible_only else width
+    expected = {
+        f"at least {PATCH} frames and mel bins": min(frames, mel) >= PATCH,
+        "heads that divide the width, with visible_only half of it": narrowest % heads == width % heads == 0,
+        f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
+        "each output in exactly one group": not groups
+        or sorted(sum(groups, [])) == [*range(num_outputs or 0)],
+        "cross and balance only with groups": groups or not (args["cross"] or args["balance"]),
+        "balance None or 'uncertainty'": args["balance"] in (None, "uncertainty"),
+        f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
+    }
+    for rule, kept in expected.items():
+        if not kept:
+            raise DataError(f"AST: expected {rule}")
 
 
-def _take(x: Tensor, ids: Tensor) -> Tensor:
+def gather_patches(x: Tensor, ids: Tensor) -> Tensor:
     """x (B, T, C), ids (B, N) -> (B, N, C)."""
     return x.gather(1, ids.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
 def patches(fbank: Tensor) -> Tensor:
-    """fbank (B, frames, mel) -> (B, patches, 256): patches and their pixels frequency-major, as reference/ssast.npz."""
+    """fbank (B, frames, mel) -> (B, patches, 256): patches and their pixels frequency-major, as
+    reference/ssast.npz."""
     x = fbank.float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # (B, columns, rows, time, frequency)
     return x.permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
 
 
 def contrast(predicted: Tensor, target: Tensor, there: Tensor, compat: bool) -> dict[str, Tensor]:
-    """InfoNCE among the masked patches of each clip: predicted, target (B, N, C), there (B, N) -> nce, accuracy, chance.
+    """InfoNCE among the masked patches of each clip: predicted, target (B, N, C), there (B, N) -> nce,
+    accuracy, chance.
 
     Scores are plain dot products. compat: see AST.pretrain_losses.
     """
-    N, both = there.shape[1], there.unsqueeze(1) & there.unsqueeze(2)
+    both = there.unsqueeze(1) & there.unsqueeze(2)
     weight = there.float() / there.sum(1, keepdim=True) / len(there)
     with torch.autocast(target.device.type, enabled=False):
-        score = torch.einsum("bic,bjc->bij", target, predicted).masked_fill(
-            ~both, -1e30
-        )  # patch i, prediction j
+        score = torch.einsum("bic,bjc->bij", target, predicted)  # patch i, prediction j
+    score = score.masked_fill(~both, -1e30)
     own = score.diagonal(dim1=1, dim2=2)
-    axis = 2 if compat else 1
-    nce = ((score.logsumexp(axis) - own) * weight).sum()
+    nce = ((score.logsumexp(2 if compat else 1) - own) * weight).sum()
     best = (score.softmax(2) if compat else score).argmax(1)  # patch chosen for each prediction
-    hit = (best == torch.arange(N, device=best.device)).float()
-    return {
-        "nce": nce,
-        "accuracy": (hit * weight).sum(),
-        "chance": (weight / there.sum(1, keepdim=True)).sum(),
-    }
+    hit = (best == torch.arange(there.shape[1], device=best.device)).float()
+    chance = (weight / there.sum(1, keepdim=True)).sum()
+    return {"nce": nce, "accuracy": (hit * weight).sum(), "chance": chance}
 
 
-def cluster_mask(batch: int, freq: int, time: int, count: int, device: torch.device | str | None = None,
-                 generator: torch.Generator | None = None, side: tuple[int, int] = (3, 5),
-                 columns: Tensor | None = None) -> Tensor:  # fmt: skip
-    """(batch, count) ids of patches to mask, in square clusters: id = row * time + column, unique, exactly `count`.
+def cluster_mask(
+    batch: int, freq: int, time: int, count: int, device=None, generator=None, side=(3, 5), columns=None
+) -> Tensor:
+    """(batch, count) ids of patches to mask, in square clusters: id = row * time + column, unique, exactly
+    `count`.
 
     One side per clip, drawn from `side`. Clusters come one by one at places drawn evenly from all that touch
-    the grid, cut at its edges, until `count` patches are covered; the last cluster gives patches at random. A patch has
-    the same number of places that cover it wherever it stands, so all are equally likely: within 1 % for 400 of 512,
-    corners up to 8 % more for 25. A time of arrival for every place, and for each patch the first arrival in a
-    window around it, say the same without a loop: 40 times as fast at 64 clips.
-    columns (batch,): valid time columns; masked are round(count * columns / time) patches among them, the rest is -1.
+    the grid, cut at its edges, until `count` patches are covered; the last gives patches at random. So all
+    patches are equally likely (within 1 % for 400 of 512). A time of arrival for every place, and for each
+    patch the first arrival in a window around it, say the same without a loop. columns (batch,): valid time
+    columns; round(count * columns / time) patches among them are masked, -1 fills up.
     """
     if not 0 < count <= freq * time:
-        raise DataError(
-            f"cluster_mask: {count} patches of a grid of {freq} x {time}; expected 1 to {freq * time}"
-        )
+        raise DataError(f"cluster_mask: {count} patches of {freq} x {time}; expected 1 to {freq * time}")
     rand = partial(torch.rand, dtype=torch.float64, device=device, generator=generator)  # float32 would tie
     sides = [*range(side[0], side[1] + 1)]
     arrival = rand(batch, freq + sides[-1] - 1, time + sides[-1] - 1)
-    first = [_earliest(_earliest(arrival[:, : freq + C - 1, : time + C - 1], 1, C), 2, C) for C in sides]
+    first = []
+    for C in sides:
+        within = arrival[:, : freq + C - 1, : time + C - 1]
+        first.append(within.unfold(1, C, 1).amin(-1).unfold(2, C, 1).amin(-1))
     drawn = torch.randint(len(sides), (batch,), device=device, generator=generator)
     first = torch.stack(first)[drawn, torch.arange(batch, device=device)].flatten(1)  # (batch, patches)
     first = first + 1e-9 * rand(batch, freq * time)
     if columns is None:
         return first.topk(count, largest=False, sorted=False).indices
-    columns = columns.to(first.device).unsqueeze(1)
-    inside = torch.arange(time, device=first.device) < columns  # (batch, time)
-    ids = first.masked_fill(~inside.repeat(1, freq), 2.0).topk(count, largest=False).indices
+    columns = columns.to(first.device)
+    inside = _inside(time, columns).repeat(1, freq)
+    ids = first.masked_fill(~inside, 2.0).topk(count, largest=False).indices
     counts = (count * columns / time).round().clip(min=1)
-    return ids.masked_fill(torch.arange(count, device=ids.device) >= counts, -1)
-
-
-def _earliest(arrival: Tensor, dim: int, C: int) -> Tensor:
-    return reduce(torch.minimum, (arrival.narrow(dim, k, arrival.shape[dim] - C + 1) for k in range(C)))
+    return ids.masked_fill(~_inside(count, counts), -1)
 
 
 def adapt_ast(model: AST, **changes) -> AST:
     """A network with other model_args (frames, stride, num_outputs, pooling, ...) and the weights of `model`.
 
-    Positions are fitted to the new grid; a new head starts afresh, heads that it lacks are left out, anything else must
-    match (DataError). Without ssast_compat positions keep their time: cut, or interpolated where frames or stride
-    ask for more columns. With it as the original does: fewer columns are the table's centre.
+    Positions are fitted to the new grid; a new head starts afresh, heads that it lacks are left out, anything
+    else must match (DataError). Without ssast_compat positions keep their time: cut, or interpolated where
+    frames or stride ask for more columns. With it as the original does: fewer columns are the table's centre.
     """
     new = AST(**(model.model_args | changes))
-    head = ("head.", "log_variance", "statistics.")
-    pretraining = ("hidden", "discriminate.", "generate.", "narrow.", "decoder")
     old, state = model.state_dict(), new.state_dict()
-    odd = [
-        name
-        for name in old.keys() ^ state.keys()
-        if not name.startswith(head if name in state else (*head, *pretraining))
-    ]
-    if odd or any(
-        model.model_args[k] != new.model_args[k] for k in ("width", "heads", "depth", "ssast_compat")
-    ):
-        raise DataError(
-            f"AST: cannot become {changes} ({sorted(odd)} would be lost or random); expected the same encoder"
-        )
-    covered = min(model.columns, model.count(new.model_args["frames"]))
-    for name, value in state.items():
-        if name in old and "position." in name:
-            grid = old[name] if model.extra is not None else old[name][:, :covered]
-            value.copy_(fit_grid(grid, *value.shape[:2]))
-        elif name in old and old[name].shape == value.shape:
-            value.copy_(old[name])
-        elif name in old and not name.startswith(head):
-            raise DataError(f"AST: {name} has shape {tuple(old[name].shape)}; expected {tuple(value.shape)}")
+    head = ("head.", "log_variance", "statistics.")
+    sizes = ("width", "depth", "heads", "ssast_compat")
+    unlike = [size for size in sizes if model.model_args[size] != new.model_args[size]]
+    unlike += [name for name in state if name not in old and not name.startswith(head)]
+    if unlike:
+        raise DataError(f"AST: cannot become {changes}: {', '.join(unlike)}; expected the same encoder")
+    covered = model.columns if model.extra is not None else model.count(new.model_args["frames"])
+    for name in old.keys() & state.keys():
+        if "position." in name:
+            grid = fit_grid(old[name][:, :covered], *state[name].shape[:2])
+            state[name].copy_(grid)
+        elif old[name].shape == state[name].shape:
+            state[name].copy_(old[name])
     return new.eval()
 
 
 def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
-    """Positions (F, T, C) cut around the centre, or interpolated, to (rows, columns, C): time first, as SSAST."""
+    """Positions (F, T, C) cut around the centre, or interpolated, to (rows, columns, C): time first, as
+    SSAST."""
     for dim, size in ((1, columns), (0, rows)):
         if size < grid.shape[dim]:
             grid = grid.narrow(dim, grid.shape[dim] // 2 - size // 2, size)
         elif size > grid.shape[dim]:
             shape = (size, grid.shape[1]) if dim == 0 else (grid.shape[0], size)
-            grid = nn.functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")[0].permute(
-                1, 2, 0
-            )
+            resized = nn.functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")
+            grid = resized[0].permute(1, 2, 0)
     return grid
 
 
-_SSAST = {"patch_embed.proj": "embed", "mask_embed": "hidden", "cpredlayer": "discriminate"}
-_SSAST |= {"gpredlayer": "generate", "mlp_head": "head"}
-
-
 def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | None = None, **kw) -> AST:
-    """A public SSAST checkpoint of 16 x 16 patches (arrays or tensors by its names) as an AST for input of `frames`.
+    """A public SSAST checkpoint of 16 x 16 patches (arrays or tensors by its names) as an AST for input of
+    `frames`.
 
-    num_outputs None: for pre-training; otherwise for ratings, with the checkpoint's `mlp_head.*` where it has one. kw: other
-    model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide. Unknown, missing or
-    misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
+    num_outputs None: for pre-training; otherwise for ratings, with the checkpoint's `mlp_head.*` where it has
+    one. kw: other model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide.
+    Unknown, missing or misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
     """
     weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
-    mel, long = (int(weights.pop(f"p_input_{axis}dim", 0)) for axis in "ft")
-    weights = {name: value.float() for name, value in weights.items() if not name.startswith("v.head")}
-    kernel, table = weights.get("v.patch_embed.proj.weight"), weights.pop("v.pos_embed", None)
-    extra = [weights.pop(f"v.{name}_token", None) for name in ("cls", "dist")]
-    if (
-        kernel is None
-        or table is None
-        or any(token is None for token in extra)
-        or kernel.shape[1:] != (1, PATCH, PATCH)
-    ):
-        shape = None if kernel is None else tuple(kernel.shape)
+    weights = {name: value for name, value in weights.items() if not name.startswith("v.head")}
+    mel = int(weights.pop("p_input_fdim", 128))
+    long = int(weights.pop("p_input_tdim", 0))
+    try:
+        kernel = weights["v.patch_embed.proj.weight"]
+        table = weights.pop("v.pos_embed")[0].float()
+        tokens = torch.cat([weights.pop("v.cls_token"), weights.pop("v.dist_token")], dim=1)[0].float()
+    except KeyError as error:
+        raise DataError(f"SSAST weights: no {error}; expected an SSAST checkpoint") from None
+    long = long or (len(table) - 2) // (mel // PATCH) * PATCH
+    depth = len({name.split(".")[2] for name in weights if name.startswith("v.blocks.")})
+    model = AST(long, mel, len(kernel), depth, len(kernel) // 64, ssast_compat=True)
+    if kernel.shape[1:] != (1, PATCH, PATCH) or len(table) != 2 + model.rows * model.columns:
         raise DataError(
-            f"SSAST weights: patch projection {shape}; expected (width, 1, {PATCH}, {PATCH}), v.pos_embed, two tokens"
+            f"SSAST weights: patch projection {tuple(kernel.shape)}, {len(table)} positions; expected "
+            f"(width, 1, {PATCH}, {PATCH}), 2 + {model.rows} x {model.columns}"
         )
-    width, rows = len(kernel), (mel or 128) // PATCH
-    table, long = table[0], long or (table.shape[1] - 2) // rows * PATCH
-    depth = max((int(name.split(".")[2]) + 1 for name in weights if name.startswith("v.blocks.")), default=0)
-    model = AST(long, mel or 128, width, depth, width // 64, ssast_compat=True)
-    if len(table) != 2 + model.rows * model.columns:
-        raise DataError(f"SSAST weights: {len(table)} positions; expected 2 + {model.rows} x {model.columns}")
-    given = {_ssast_name(name): value for name, value in weights.items()}
-    given["hidden"] = given["hidden"].flatten() if "hidden" in given else model.hidden.detach()
-    given["extra"] = torch.stack([torch.cat(extra, dim=1)[0], table[:2]])
+    given = {_ssast_name(name): value.float() for name, value in weights.items()}
+    if "hidden" in given:
+        given["hidden"] = given["hidden"].flatten()
+    given["extra"] = torch.stack([tokens, table[:2]])
     given["position.freq"] = table[2:].view_as(model.position.freq)
-    head = {name: given.pop(name) for name in [*given] if name.startswith("head.")}
-    _copy_exactly(model, given, optional=() if num_outputs is None else ("discriminate.", "generate."))
-    if frames != long or num_outputs is not None or kw:
-        model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
+    head = {name: given.pop(name) for name in list(given) if name.startswith("head.")}
+    _load_exactly(model, given, () if num_outputs is None else ("hidden", "discriminate.", "generate."))
+    model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
     if head and num_outputs is not None and not kw.get("groups"):
-        _copy_exactly(model.head, {name.removeprefix("head."): value for name, value in head.items()})
-    return model.eval()
+        _load_exactly(model.head, {name.removeprefix("head."): value for name, value in head.items()})
+    return model
 
 
-def _ssast_name(name: str) -> str:
+def _ssast_name(name):
     name = re.sub(r"^v\.|\battn\.|\bmlp\.", "", name)
-    for original, own in _SSAST.items():
+    for original, own in (
+        ("patch_embed.proj", "embed"),
+        ("mask_embed", "hidden"),
+        ("cpredlayer", "discriminate"),
+        ("gpredlayer", "generate"),
+        ("mlp_head", "head"),
+    ):
         name = name.replace(original, own)
     return name
 
 
-def _copy_exactly(module: nn.Module, given: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    own = module.state_dict()
-    if wrong := sorted(
-        name for name in own.keys() ^ given.keys() if not (name in own and name.startswith(optional))
-    ):
-        raise DataError(
-            f"SSAST weights: unknown or missing {wrong} (our names); expected an SSAST checkpoint"
-        )
-    for name, value in given.items():
-        if value.shape != own[name].shape:
-            raise DataError(
-                f"SSAST weights: {name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)}"
-            )
-        own[name].copy_(value)
+def _load_exactly(module, given, optional=()):
+    try:
+        missing, unknown = module.load_state_dict(given, strict=False)
+    except RuntimeError as error:  # shapes
+        raise DataError(f"SSAST weights: {' '.join(str(error).split())}") from None
+    wrong = [name for name in missing if not name.startswith(optional)] + unknown
+    if wrong:
+        raise DataError(f"SSAST weights: unknown or missing {sorted(wrong)} (our names)")
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Baselines on filter banks
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class CNN(nn.Module):
-    """Convolutions over the spectrogram, the baseline of AST: four blocks of 3 x 3 convolution, LayerNorm over channels, ReLU and
-    2 x 2 mean pooling, then mean and standard deviation over time, and one hidden layer. Any length from 16 frames on."""
+    """Convolutions over the spectrogram, the baseline of AST: four blocks of 3 x 3 convolution, LayerNorm
+    over channels, ReLU and 2 x 2 mean pooling, then mean and standard deviation over time, and one hidden
+    layer. Any length from 16 frames on."""
 
     def __init__(self, mel: int = 128, width: int = 32, num_outputs: int = 19, dropout: float = 0.3):
         super().__init__()
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
         sizes = [1, width, 2 * width, 4 * width, 4 * width]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
-        size = 2 * sizes[-1] * (mel // 16)
         self.head = nn.Sequential(
             nn.Dropout(dropout),
-            nn.Linear(size, 4 * width),
+            nn.Linear(2 * sizes[-1] * (mel // 16), 4 * width),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(4 * width, num_outputs),
         )
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32.
-        Padding has no influence: it is zero before every convolution, as what lies beyond the edge."""
-        B, T, _ = fbank.shape
-        lengths = torch.full((B,), T) if lengths is None else lengths
-        x, lengths = fbank.unsqueeze(1), lengths.to(fbank.device)  # (B, C, T, mel)
-        x = x * _inside(T, lengths).view(B, 1, T, 1)
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
+        float32. Padding has no influence: it is zero before every convolution, as what lies beyond the
+        edge."""
+        lengths = _all_frames(fbank) if lengths is None else lengths.to(fbank.device)
+        x = fbank.unsqueeze(1)  # (B, C, T, mel)
+        x = x * _inside(x.shape[2], lengths).unsqueeze(1).unsqueeze(3)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = norm(convolution(x).transpose(1, 3)).transpose(1, 3)
-            x, lengths = nn.functional.avg_pool2d(x.relu(), 2), lengths // 2
-            x = x * _inside(x.shape[2], lengths).view(B, 1, -1, 1)
+            x = nn.functional.avg_pool2d(x.relu(), 2)
+            lengths = lengths // 2
+            x = x * _inside(x.shape[2], lengths).unsqueeze(1).unsqueeze(3)
         x = x.permute(0, 2, 1, 3).flatten(2).float()  # (B, T / 16, C * mel / 16)
         return self.head(torch.cat(_mean_and_deviation(x, _inside(x.shape[1], lengths)), dim=1)).float()
 
 
 class ClipStatistics(nn.Module):
-    """Statistics of a whole clip: mean, standard deviation, least and largest value, and mean absolute change from frame to
-    frame of every mel band, and the logarithm of the length in seconds: 5 mel + 1 values, standardised once `fit` has seen
-    the training clips."""
+    """Statistics of a whole clip: mean, standard deviation, least and largest value, and mean absolute change
+    from frame to frame of every mel band, and the logarithm of the length in seconds: 5 mel + 1 values,
+    standardised once `fit` has seen the training clips."""
 
     def __init__(self, mel: int = 128):
         super().__init__()
@@ -1144,23 +1117,25 @@ class ClipStatistics(nn.Module):
         self.register_buffer("std", torch.ones(self.size))
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Mean and deviation of the values of the clips (fbank, lengths) of some batches; clips that are not finite are left out."""
+        """Mean and deviation of the values of some batches of (fbank, lengths); clips that are not finite are
+        left out."""
         values = torch.cat([self.values(x, lengths) for x, lengths in batches])
         values = values[values.isfinite().all(1)]
         if len(values) > 1:
             self.mean.copy_(values.mean(0))
             self.std.copy_(values.std(0).clip(min=1e-3))
 
-    def values(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not standardised."""
-        B, T, _ = fbank.shape
-        lengths = torch.full((B,), T) if lengths is None else lengths
-        x, inside = fbank.float(), _inside(T, lengths.to(fbank.device))
-        out = ~inside.unsqueeze(2)
-        change = _mean_and_deviation((x[:, 1:] - x[:, :-1]).abs(), inside[:, 1:])[0]
-        extremes = x.masked_fill(out, torch.inf).amin(1), x.masked_fill(out, -torch.inf).amax(1)
+    def values(self, fbank, lengths=None):
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not
+        standardised."""
+        x = fbank.float()
+        inside = _inside(x.shape[1], _all_frames(x) if lengths is None else lengths.to(x.device))
+        mean, deviation = _mean_and_deviation(x, inside)
+        least = x.masked_fill(~inside.unsqueeze(2), torch.inf).amin(1)
+        largest = x.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1)
+        change, _ = _mean_and_deviation(x.diff(dim=1).abs(), inside[:, 1:])
         seconds = inside.sum(1, keepdim=True) / 100
-        return torch.cat([*_mean_and_deviation(x, inside), *extremes, change, seconds.log()], dim=1).float()
+        return torch.cat([mean, deviation, least, largest, change, seconds.log()], dim=1)
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `values`, standardised and cut at eight deviations."""
@@ -1183,23 +1158,28 @@ class PooledMLP(nn.Module):
         )
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs) float32."""
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
+        float32."""
         return self.head(self.statistics(fbank, lengths)).float()
 
 
-def _inside(frames: int, lengths: Tensor) -> Tensor:
+def _all_frames(fbank):
+    return torch.full((len(fbank),), fbank.shape[1], device=fbank.device)
+
+
+def _inside(frames, lengths):
     """(B, frames) True where a frame lies before its clip's end."""
     return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)
 
 
-def _mean_and_deviation(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_deviation(x, inside):
     """Over the frames inside, of x (B, T, C): both (B, C)."""
     weight = (inside / inside.sum(1, keepdim=True).clip(min=1)).unsqueeze(2)
     mean = (x * weight).sum(1)
     return mean, (((x - mean.unsqueeze(1)).square() * weight).sum(1) + 1e-6).sqrt()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # -----------------------------------------------------------------------------------------------------------------
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}

@@ -736,7 +736,7 @@ def pretrain_loss(
         batch["x"],
         None if bool((batch["lengths"] == batch["x"].shape[1]).all()) else batch["lengths"],
     )
-    out = model(x, lengths, mask=batch["mask"], compat=args.ssast_compat, second=batch.get("second"))
+    out = model(x, lengths, mask=batch["mask"], compat=args.ssast_compat)
     loss, sound = out["nce"] + 10 * out["mse"], x.isfinite().flatten(1).all(1)
     return (
         loss,

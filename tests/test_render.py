@@ -2,10 +2,6 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import mido
@@ -16,8 +12,7 @@ from scipy.io import wavfile
 import data
 from data import DataError, Performance, render, transform_performance
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("SHARED", REPOSITORY.parent / "shared"))
+SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 SEGMENT = SHARED / "percepiano/virtuoso/data/all_2rounds/Schubert_D960_mv2_8bars_2_11.mid"
 SOUNDFONTS = sorted(Path("/usr/share/sounds/sf2").glob("*.sf2"), key=lambda p: p.stat().st_size)
 RATE = 16000
@@ -36,15 +31,19 @@ def level(waveform, start, end) -> float:
     return 10 * np.log10((waveform[first:last].astype(float) ** 2).sum() / (last - first) + 1e-14)
 
 
-def centroid(waveform, start=0.0, seconds=0.5) -> float:
-    part = waveform[int(start * RATE) : int((start + seconds) * RATE)].astype(float)
-    power = np.abs(np.fft.rfft(part * np.hanning(len(part)))) ** 2
-    return float((power * np.fft.rfftfreq(len(part), 1 / RATE)).sum() / power.sum())
+def spectrum(waveform, seconds=0.5, rate=RATE):
+    part = waveform[: int(seconds * rate)].astype(float)
+    return np.abs(np.fft.rfft(part * np.hanning(len(part))))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The piano
-# ------------------------------------------------------------------------------------------------------------
+def centroid(waveform) -> float:
+    power = spectrum(waveform) ** 2
+    return float((power * np.linspace(0, RATE / 2, len(power))).sum() / power.sum())
+
+
+# --- the piano ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("velocity", [20, 64, 110])
 def test_onsets_are_sample_exact_and_rise_within_a_millisecond(velocity):
     for key in range(21, 109, 6):
@@ -64,40 +63,34 @@ def test_louder_is_louder_and_brighter_at_every_step():
         assert level(sounds[6], 0, 0.5) - level(sounds[2], 0, 0.5) > 20, key  # ff over pp
 
 
-def test_low_notes_last_longer():
-    def seconds(key):
+def test_low_notes_last_longer_and_decay_in_two_stages():
+    last = []
+    for key in (24, 48, 72, 96):
         sound = render(play((0, 19, key, 70)))
         frames = sound[: len(sound) // 800 * 800].reshape(-1, 800)
         power = 10 * np.log10((frames.astype(float) ** 2).mean(1) + 1e-14)
-        return np.flatnonzero(power > power.max() - 40)[-1] * 0.05
-
-    last = [seconds(key) for key in (24, 48, 72, 96)]
+        last.append(np.flatnonzero(power > power.max() - 40)[-1] * 0.05)
     assert np.all(np.diff(last) < -0.3), last
     assert last[0] > 4
     assert last[-1] < 1.5
-
-
-def test_decay_has_two_stages():
     sound = render(play((0, 19, 57, 80)))
-    assert (
-        level(sound, 0, 0.2) - level(sound, 1.0, 1.2)
-        > 1.5 * (level(sound, 4, 4.2) - level(sound, 5, 5.2))
-        > 3
-    )
+    early = level(sound, 0, 0.2) - level(sound, 1.0, 1.2)
+    assert early > 1.5 * (level(sound, 4, 4.2) - level(sound, 5, 5.2)) > 3
 
 
 def test_sustain_pedal_lengthens_and_half_pedal_lies_between():
-    left = {
-        value: level(render(play((0, 0.3, 60, 80), sustain=[(0, value), (2, 0)])), 0.8, 1.0)
-        for value in (0, 30, 50, 64, 127)
-    }
+    left = {}
+    for value in (0, 30, 50, 64, 127):
+        left[value] = level(render(play((0, 0.3, 60, 80), sustain=[(0, value), (2, 0)])), 0.8, 1.0)
     assert left[127] == left[64] > left[50] + 3 > left[30] + 6
     assert left[127] - left[0] > 60
     falls = render(play((0, 0.3, 60, 80), sustain=[(0, 127), (1, 0)]))
     assert level(falls, 0.9, 1.0) - level(falls, 1.2, 1.3) > 40
-    assert np.array_equal(
-        falls[:RATE], render(play((0, 1.0, 60, 80)))[:RATE]
-    )  # the pedal holds as the key does
+    held_by_key = render(play((0, 1.0, 60, 80)))
+    assert np.array_equal(falls[:RATE], held_by_key[:RATE])
+    stays = render(play((0, 0.5, 30, 90), sustain=[(0, 127)]))  # is let go after the end
+    assert level(stays, 3.3, 3.5) > -60
+    assert level(stays, 4.2, 4.4) < -90
 
 
 def test_pedal_before_release_only_or_after_it_holds_nothing():
@@ -105,12 +98,6 @@ def test_pedal_before_release_only_or_after_it_holds_nothing():
     assert np.array_equal(render(play((0, 0.3, 60, 80), sustain=[(0.1, 127), (0.2, 0)])), dry)
     late = render(play((0, 0.3, 60, 80), sustain=[(0.9, 127), (1.5, 0)]))
     assert np.array_equal(late[: len(dry)], dry[: len(late)])
-
-
-def test_pedal_that_stays_down_is_let_go_after_the_end():
-    sound = render(play((0, 0.5, 30, 90), sustain=[(0, 127)]))
-    assert level(sound, 3.3, 3.5) > -60
-    assert level(sound, 4.2, 4.4) < -90
 
 
 def test_top_keys_have_no_dampers():
@@ -122,21 +109,15 @@ def test_soft_pedal_softens_and_darkens():
     loud, half, soft = (render(play((0, 1, 60, 80), soft=[(0, value)])) for value in (0, 64, 127))
     assert level(loud, 0, 0.5) > level(half, 0, 0.5) + 1 > level(soft, 0, 0.5) + 2
     assert centroid(loud) > centroid(half) > centroid(soft)
-    same_level = render(play((0, 1, 60, 62)))  # softer in colour than in level: not just a lower velocity
-    assert abs(level(same_level, 0, 0.5) - level(soft, 0, 0.5)) < 3
     assert np.array_equal(render(play((0, 1, 60, 80), soft=[(0, 127), (0, 0)])), loud)
 
 
 def test_a_second_strike_damps_the_first():
-    both = render(play((0, 0.2, 60, 110), (0.7, 0.9, 60, 40), sustain=[(0, 127)]))
-    first, second = (
-        render(play((0, 0.2, 60, 110), sustain=[(0, 127)])),
-        render(play((0.7, 0.9, 60, 40), sustain=[(0, 127)])),
-    )
+    down, late = {"sustain": [(0, 127)]}, slice(int(0.85 * RATE), 2 * RATE)
+    both = render(play((0, 0.2, 60, 110), (0.7, 0.9, 60, 40), **down))
+    first, second = render(play((0, 0.2, 60, 110), **down)), render(play((0.7, 0.9, 60, 40), **down))
     assert np.array_equal(both[: int(0.7 * RATE)], first[: int(0.7 * RATE)])
-    np.testing.assert_allclose(
-        both[int(0.85 * RATE) : int(2 * RATE)], second[int(0.85 * RATE) : int(2 * RATE)], atol=1e-6
-    )
+    np.testing.assert_allclose(both[late], second[late], atol=1e-6)
 
 
 def test_notes_add_up_without_normalisation():
@@ -150,17 +131,7 @@ def test_notes_add_up_without_normalisation():
     np.testing.assert_allclose(together, total, atol=1e-6)
 
 
-def test_a_fff_cluster_neither_clips_nor_gets_flat_tops():
-    sound = render(play(*((0.1, 3, key, 127) for key in range(36, 46)), sustain=[(0, 127)]))
-    assert data.KNEE < np.abs(sound).max() < 0.999
-    tops = np.flatnonzero(np.abs(sound) > 0.95)
-    assert len(tops) > 10
-    assert np.all(np.diff(sound)[tops[:-1]] != 0)
-    assert abs(sound.mean()) < 1e-3
-    assert len(np.unique(np.rint(sound[tops] * 32767))) > 5
-
-
-def test_limiter_is_smooth_odd_and_leaves_the_rest():
+def test_limiter_is_smooth_odd_leaves_the_rest_and_keeps_a_cluster_from_clipping():
     x = np.linspace(-3, 3, 60001)
     y = data._limit(x.copy())
     inside = np.abs(x) <= data.KNEE
@@ -169,35 +140,33 @@ def test_limiter_is_smooth_odd_and_leaves_the_rest():
     slope = np.diff(y) / np.diff(x)
     assert slope.min() > 0
     assert np.abs(np.diff(slope)).max() < 2e-3  # no corner
+    sound = render(play(*((0.1, 3, key, 127) for key in range(36, 46)), sustain=[(0, 127)]))
+    assert data.KNEE < np.abs(sound).max() < 0.999
+    tops = np.flatnonzero(np.abs(sound) > 0.95)
+    assert len(tops) > 10
+    assert np.all(np.diff(sound)[tops[:-1]] != 0)
 
 
 def test_partials_are_where_stiff_strings_put_them_and_under_nyquist():
     for key in (33, 69, 93):
-        sound = render(play((0, 4, key, 100)))[: 3 * RATE].astype(float)
-        spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound))))
-        bins = np.fft.rfftfreq(len(sound), 1 / RATE)
+        found = spectrum(render(play((0, 4, key, 100))), 3)
+        bins = np.linspace(0, RATE / 2, len(found))
         stiffness = np.exp(0.0926 * key - 13.64) + np.exp(-0.0847 * key - 5.82)
         for n in range(1, 6):
             expected = 440 * 2 ** ((key - 69) / 12) * n * np.sqrt((1 + stiffness * n**2) / (1 + stiffness))
-            if expected > 0.45 * RATE:
-                continue
             near = np.abs(bins - expected) < 0.02 * expected
-            assert abs(bins[near][spectrum[near].argmax()] - expected) < 2, (key, n)
+            if expected < 0.45 * RATE:
+                assert abs(bins[near][found[near].argmax()] - expected) < 2, (key, n)
     for key in (21, 60, 100, 108):  # C8's second partial would fold from 8.6 to 7.4 kHz
-        fine, coarse = render(play((0, 1, key, 127)), 32000)[:16000], render(play((0, 1, key, 127)))[:8000]
-        fine, coarse = (
-            np.abs(np.fft.rfft(fine * np.hanning(16000)))[:4000] / 2,
-            np.abs(np.fft.rfft(coarse * np.hanning(8000)))[:4000],
-        )
+        fine = spectrum(render(play((0, 1, key, 127)), 32000), rate=32000)[:4000] / 2
+        coarse = spectrum(render(play((0, 1, key, 127))))[:4000]
         assert np.sum((fine[:3800] - coarse[:3800]) ** 2) < 1e-4 * np.sum(coarse**2)
         assert np.sum(coarse[3900:] ** 2) < 1e-4 * np.sum(coarse**2)
 
 
 def test_same_bytes_every_time():
-    piece = play(
-        *((i * 0.11, i * 0.11 + 0.3, 30 + i * 7 % 60, 20 + i * 13 % 100) for i in range(30)),
-        sustain=[(0.5, 90), (1, 40), (1.5, 100), (2, 0)],
-    )
+    notes = ((i * 0.11, i * 0.11 + 0.3, 30 + i * 7 % 60, 20 + i * 13 % 100) for i in range(30))
+    piece = play(*notes, sustain=[(0.5, 90), (1, 40), (1.5, 100), (2, 0)])
     first = render(piece)
     assert first.dtype == np.float32
     data._tone.cache_clear()
@@ -207,28 +176,18 @@ def test_same_bytes_every_time():
 
 
 def test_edges():
-    assert render(play()).shape == (0,)
-    assert render(play((0, 1, 60, 0))).shape == (0,)
+    assert render(play()).shape == render(play((0, 1, 60, 0))).shape == (0,)
     with_silent = render(play((0, 1, 60, 64), (0.5, 1, 60, 0)))
     assert np.array_equal(with_silent, render(play((0, 1, 60, 64))))
     for key in (0, 20, 109, 127):  # no piano has them; a file may
-        sound = render(play((0, 1, key, 127)))
-        assert np.isfinite(sound).all()
-        assert np.abs(sound).max() < 1
+        assert 0 < np.abs(render(play((0, 1, key, 127)))).max() < 1
     assert 0 < np.abs(render(play((0, 1, 60, 1)))).max() < 0.02
     assert 0.3 < np.abs(render(play((0, 1, 60, 127)))).max() < 1
     assert len(render(play((0, 0.001, 60, 64)))) < RATE
     assert len(render(play((0, 1, 60, 64)), 44100)) > 44100
-    for bad in (
-        play((-1, 1, 60, 64)),
-        play((1e6, 1e6 + 1, 60, 64)),
-        play((0, 1, 128, 64)),
-        play((np.nan, 1, 60, 64)),
-    ):
+    for bad in ((-1, 1, 60, 64), (1e6, 1e6 + 1, 60, 64), (0, 1, 128, 64), (np.nan, 1, 60, 64)):
         with pytest.raises(DataError, match="test: notes from"):
-            render(bad)
-    with pytest.raises(DataError, match="sample rate 100"):
-        render(play((0, 1, 60, 64)), 100)
+            render(play(bad))
 
 
 def test_transformed_performances():
@@ -239,24 +198,16 @@ def test_transformed_performances():
     np.testing.assert_allclose(fast.sustain, [[0.4, 127], [2.4, 0]])
     np.testing.assert_allclose(fast.soft, [[0.8, 30]])
     assert fast.pitch.tolist() == [62, 66]
-    assert fast.velocity.tolist() == piece.velocity.tolist()
+    assert fast.velocity.tolist() == [64, 70]
     assert piece.pitch.tolist() == [60, 64]
-    sound = render(fast)
-    assert not sound[: round(0.32 * RATE)].any()
-    assert sound[round(0.32 * RATE)] != 0
-    assert transform_performance(play((0, 1, 22, 64), (0, 1, 60, 64)), semitones=-5).pitch.tolist() == [
-        21,
-        59,
-    ]  # shortened to the end
-    assert transform_performance(play((0, 1, 107, 64)), semitones=5).pitch.tolist() == [108]
-    assert transform_performance(play((0, 1, 15, 64), (0, 1, 120, 64)), semitones=3).pitch.tolist() == [
-        15,
-        120,
-    ]
-    assert len(transform_performance(play(), 0.8, -2).pitch) == 0
-    for bad in (0, -1, 100, np.nan):
-        with pytest.raises(DataError, match="expected a factor"):
-            transform_performance(piece, tempo=bad)
+    for keys, semitones, expected in (
+        ((22, 60), -5, [21, 59]),  # shortened to the end
+        ((107,), 5, [108]),
+        ((15, 120), 3, [15, 120]),
+        ((), -2, []),
+    ):
+        moved = transform_performance(play(*((0, 1, key, 64) for key in keys)), semitones=semitones)
+        assert moved.pitch.tolist() == expected
 
 
 @pytest.mark.skipif(not SEGMENT.is_file(), reason="PercePiano is not here")
@@ -270,9 +221,24 @@ def test_a_real_segment():
     assert level(sound, len(sound) / RATE - 0.05, len(sound) / RATE) < -75  # no tail cut off
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+def test_midi_messages_reach_the_piano(tmp_path):
+    """From the file's bytes to the sound: a soft-pedal event and a held sustain pedal, tempo 60."""
+    pedal = [mido.Message("control_change", control=control, value=127) for control in (67, 64)]
+    track = [
+        mido.MetaMessage("set_tempo", tempo=1_000_000),
+        *pedal,
+        mido.Message("note_on", note=60, velocity=80, time=240),
+        mido.Message("note_off", note=60, time=240),
+        mido.Message("control_change", control=64, value=0, time=480),
+    ]
+    mido.MidiFile(ticks_per_beat=480, tracks=[mido.MidiTrack(track)]).save(tmp_path / "a.mid")
+    expected = render(play((0.5, 1.0, 60, 80), sustain=[(0, 127), (2, 0)], soft=[(0, 127)]))
+    np.testing.assert_allclose(render(data.read_midi(tmp_path / "a.mid")), expected, atol=1e-6)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
 def write_midi(path, notes=((0, 0.4, 60, 70), (0.5, 0.9, 64, 50))):
     path.parent.mkdir(parents=True, exist_ok=True)
     data._save_midi(path, [(*note, 1) for note in notes], [(0.1, 64, 127), (0.7, 64, 0)])
@@ -285,81 +251,51 @@ def run(*arguments, capsys):
 
 
 def test_writes_what_is_missing_and_keeps_the_rest(tmp_path, capsys):
-    paths = [
-        write_midi(tmp_path / "2004/a.b.midi"),
-        write_midi(tmp_path / "2006/deep/c.mid"),
-        write_midi(tmp_path / "2006/._c.mid"),
-    ]
-    paths.pop().write_bytes(b"not MIDI, but hidden")
-    stale = tmp_path / "2004/.a.b.wav.999999"
-    stale.write_bytes(b"half")
+    paths = [write_midi(tmp_path / "2004/a.b.midi"), write_midi(tmp_path / "2006/deep/c.mid")]
+    (tmp_path / "2006/._c.mid").write_bytes(b"not MIDI, but hidden")
     assert "rendered 2 files" in run(tmp_path, capsys=capsys)
     wavs = [path.with_suffix(".wav") for path in paths]
-    assert [p.name for p in wavs] == ["a.b.wav", "c.wav"]
     rate, samples = wavfile.read(wavs[0])
     assert (rate, samples.dtype, samples.ndim) == (16000, np.int16, 1)
     assert np.array_equal(samples, np.rint(render(data.read_midi(paths[0])) * 32767))
-    assert sorted(tmp_path.rglob("*.wav*")) == sorted([*wavs, stale])
-
-    kept, whole = wavs[1].stat().st_mtime_ns, wavs[0].read_bytes()
-    wavs[0].write_bytes(whole[:-100])
+    assert sorted(tmp_path.rglob("*.wav*")) == sorted(wavs)
+    kept = wavs[1].stat().st_mtime_ns
+    whole = wavs[0].read_bytes()
+    wavs[0].unlink()
     report = data.render_folder(tmp_path, workers=1, quiet=True)
     assert (report["rendered"], report["present"], report["failed"]) == (1, 1, [])
     assert wavs[0].read_bytes() == whole
     assert wavs[1].stat().st_mtime_ns == kept
-    assert data.render_folder(tmp_path, quiet=True) == {
-        "rendered": 0,
-        "present": 2,
-        "failed": [],
-        "seconds": 0,
-    }
-
-
-def test_writes_a_mirrored_tree_at_another_rate(tmp_path, capsys):
-    write_midi(tmp_path / "in/2004/a.midi")
-    assert "rendered 1 files" in run(
-        tmp_path / "in", "--out", tmp_path / "out", "--sample-rate", "22050", capsys=capsys
-    )
-    assert wavfile.read(tmp_path / "out/2004/a.wav")[0] == 22050
-    assert not list((tmp_path / "in").rglob("*.wav"))
+    assert "rendered 0 files" in run(tmp_path, capsys=capsys)
+    out = tmp_path / "out"
+    assert "rendered 1 files" in run(tmp_path / "2004", "--out", out, "--sample-rate", "22050", capsys=capsys)
+    assert wavfile.read(out / "a.b.wav")[0] == 22050
 
 
 def test_reports_failures_and_goes_on(tmp_path, capsys):
-    write_midi(tmp_path / "good.midi")
-    (tmp_path / "bad.midi").write_bytes(b"MThd")
-    write_midi(tmp_path / "good.mid")
-    out = run(tmp_path, capsys=capsys)
-    assert "rendered 1 files" in out
-    assert "failed 2\n" in out
-    assert "bad.midi: a truncated or corrupt MIDI file" in out
-    assert "good.midi: its audio would be good.wav, as that of good.mid" in out
-    assert not (tmp_path / "bad.wav").exists()
-    with pytest.raises(DataError, match=r"good.midi: its audio"):
-        run(tmp_path, "--strict", capsys=capsys)
-    (tmp_path / "good.mid").unlink()
-    with pytest.raises(DataError, match=r"bad.midi: a truncated"):
-        run(tmp_path, "--strict", capsys=capsys)
-
-
-def test_refuses_folders_without_a_readable_file(tmp_path):
-    with pytest.raises(DataError, match="no .midi or .mid file below it"):
+    with pytest.raises(DataError, match="missing: no .midi"):
         data.render_folder(tmp_path / "missing")
     (tmp_path / "bad.midi").write_bytes(b"MThd")
     with pytest.raises(DataError, match="bad.midi"):
         data.render_folder(tmp_path, workers=1, quiet=True)
+    write_midi(tmp_path / "good.midi")
+    write_midi(tmp_path / "good.mid")
+    out = run(tmp_path, capsys=capsys)
+    assert "rendered 1 files" in out
+    assert "failed 2\n" in out
+    assert "bad.midi: " in out
+    assert "good.midi: its audio would be good.wav, as that of good.mid" in out
+    for name in ("good.midi", "bad.midi"):
+        with pytest.raises(DataError, match=name):
+            run(tmp_path, "--strict", capsys=capsys)
+        (tmp_path / "good.mid").unlink(missing_ok=True)
 
 
-def test_a_soundfont_needs_the_program_and_a_whole_file(tmp_path, monkeypatch):
+def test_a_soundfont_needs_the_program_and_a_file(tmp_path, monkeypatch):
     write_midi(tmp_path / "a.midi")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(DataError, match="install the package `fluidsynth`"):
-        data.render_folder(tmp_path, soundfont=tmp_path / "x.sf2")
-    monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
-    with pytest.raises(DataError, match=r"x.sf2: No such file .*`timgm6mb-soundfont`"):
-        data.render_folder(tmp_path, soundfont=tmp_path / "x.sf2")
-    for content in (b"", b"garbage" * 100, b"RIFF\xff\xff\x00\x00sfbk"):
-        (tmp_path / "x.sf2").write_bytes(content)
-        with pytest.raises(DataError, match="expected a whole SoundFont 2 file"):
+    for program in (None, "/bin/false"):
+        monkeypatch.setattr(shutil, "which", lambda name, program=program: program)
+        with pytest.raises(DataError, match="x.sf2: .*`fluidsynth`"):
             data.render_folder(tmp_path, soundfont=tmp_path / "x.sf2")
     assert not list(tmp_path.glob("*.wav"))
 
@@ -377,51 +313,5 @@ def test_fluidsynth_plays_what_the_piano_plays(tmp_path):
     assert level(sound, 0.1, 0.45) < -80 < -45 < level(sound, 0.6, 1.0) < -10
     assert abs(np.argmax(np.abs(sound) > 0.02 * np.abs(sound).max()) / RATE - 0.5) < 0.02
     (tmp_path / "empty.sf2").write_bytes(b"RIFF\x04\x00\x00\x00sfbk")
-    with pytest.raises(DataError, match="fluidsynth gave no sound with"):
+    with pytest.raises(DataError, match="a.midi: .*empty.sf2"):
         data._fluidsynth(midi, tmp_path / "empty.sf2", 16000)
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_whole_files_only(tmp_path):
-    notes = [(i * 0.05, i * 0.05 + 2, 30 + i * 7 % 70, 40 + i % 60) for i in range(4000)]
-    write_midi(tmp_path / "000.midi", notes)
-    for i in range(1, 300):  # more than a busy machine can render before the signal comes
-        shutil.copyfile(tmp_path / "000.midi", tmp_path / f"{i:03}.midi")
-    process = subprocess.Popen(
-        [sys.executable, "data.py", "render", "--midi-root", str(tmp_path), "--workers", "2"],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # a shell's background job ignores it
-    deadline = time.time() + 120
-    while not list(tmp_path.glob("*.wav")) and time.time() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "Traceback" not in error
-    wavs = list(tmp_path.glob("*.wav"))
-    assert 0 < len(wavs) < 300
-    assert len({path.read_bytes() for path in wavs}) == 1
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_midi_messages_reach_the_piano(tmp_path):
-    """From the file's bytes to the sound: a soft-pedal event and a held sustain pedal, tempo 60."""
-    track = mido.MidiTrack(
-        [
-            mido.MetaMessage("set_tempo", tempo=1_000_000),
-            mido.Message("control_change", control=67, value=127),
-            mido.Message("control_change", control=64, value=127),
-            mido.Message("note_on", note=60, velocity=80, time=240),
-            mido.Message("note_off", note=60, time=240),
-            mido.Message("control_change", control=64, value=0, time=480),
-        ]
-    )
-    midi = mido.MidiFile(ticks_per_beat=480, tracks=[track])
-    midi.save(tmp_path / "a.mid")
-    expected = render(play((0.5, 1.0, 60, 80), sustain=[(0, 127), (2, 0)], soft=[(0, 127)]))
-    np.testing.assert_allclose(render(data.read_midi(tmp_path / "a.mid")), expected, atol=1e-6)
