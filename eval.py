@@ -35,6 +35,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import platform
@@ -503,7 +504,7 @@ def _check_alike(loaded, keys, fixed):
         for key in keys:
             if found[key] != expected[key]:
                 raise DataError(
-                    f"{path}: {key} is {str(found[key])[:60]}; expected {str(expected[key])[:60]}, as in "
+                    f"{path}: {key} is {found[key]!r:.60}; expected {expected[key]!r:.60}, as in "
                     f"{loaded[0][0]} or this version; evaluate them apart, or train again"
                 )
     return loaded[0][2]["data"]

@@ -1,4 +1,4 @@
-"""eval.py: metrics against scikit-learn, SciPy and hand-worked cases; evaluation, saved results, floor on fakes."""
+"""eval.py: metrics against scikit-learn, SciPy and by hand; evaluation, saved results, floor on fakes."""
 
 import csv
 import json
@@ -115,8 +115,8 @@ def test_bootstrap_averages_folds_on_one_draw():
 
 @pytest.fixture
 def corpus(monkeypatch, tmp_path):
-    """Ten segments of four players each (one a score rendering): segments 0-3 train, 4-5 and 6-7 validate in fold
-    0 and 1, 8-9 test, of which 9 has no labels. Ratings follow the column `velocity`."""
+    """Ten segments of four players (one a score rendering): 0-3 train, 4-5 and 6-7 validate in fold 0 and 1,
+    8-9 test, of which 9 has no labels. Ratings follow the column `velocity`."""
     rng = np.random.default_rng(1)
     items = {}
     for segment in range(10):

@@ -137,7 +137,7 @@ def test_scores_by_day_and_without_silence():
 
 @pytest.fixture
 def corpus(monkeypatch, tmp_path):
-    """Three days of two blocks of four trials; one more a day in test and competition. Trial 2 is too short."""
+    """Three days of two blocks of four trials, one more in test and competition. Trial 2 is too short."""
     rng = np.random.default_rng(3)
     blocks = [(1, "train")] * 4 + [(2, "train")] * 4 + [(3, "test"), (4, "competition")]
     day, block, part = zip(*((day, *rest) for day in range(3) for rest in blocks), strict=True)

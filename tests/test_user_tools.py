@@ -86,18 +86,18 @@ def test_slips_are_refused_in_a_line_after_the_usage(script, argv, named, capsys
 # --- every tool on runs of every trainer ---
 
 HAN = "--split random --keep-overlap --size 8 --heads 2 --batch 8 --epochs 2 --lr 3e-3 --pooled"
-AST = "--task finetune --split random --keep-overlap --width 16 --depth 1 --heads 2 --frames 64 --batch 8 --epochs 1"
+AST = "--task finetune --split random --keep-overlap --width 16 --depth 1 --heads 2 --frames 64 --batch 8"
 GRU = "--hidden 24 --layers 1 --batch 8 --steps 12 --eval-every 6 --warmup 2 --lr 0.01 --workers 0 --amp off"
 SETTINGS = {
     "han": (train_han, HAN, {"a": "", "b": "--seed 8 --dropout 0.5"}),
-    "ast": (pretrain_ast, f"{AST} --lr 1e-3 --workers 0 --amp off", {"a": "", "b": "--seed 8"}),
+    "ast": (pretrain_ast, f"{AST} --epochs 1 --lr 1e-3 --workers 0 --amp off", {"a": "", "b": "--seed 8"}),
     "decoder": (train_decoder, GRU, {"a": "", "b": "--seed 8 --kernel 14"}),
 }
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Small corpora in their public layouts (piano pieces of two seconds, with their audio) and two short runs a trainer."""
+    """Small corpora in their public layouts (piano pieces of two seconds) and two short runs a trainer."""
     root = tmp_path_factory.mktemp("tools")
     data.synth_percepiano(root / "piano", segments=8, players=4)
     taken = Counter()
