@@ -1,4 +1,4 @@
-"""One thread: the tests' networks are small, and threads that wait for each other on a busy machine cost minutes."""
+"""One thread: the networks are small, and threads that wait for each other on a busy machine cost minutes."""
 
 import os
 
@@ -16,7 +16,7 @@ import eval as evaluation
 
 
 def refused(function: Callable, capsys, *names: object, script: str = "x.py") -> str:
-    """The one line with which a script refuses: exit code 2, nothing else on stderr, every one of `names` in it."""
+    """The one line with which a script refuses: exit code 2, nothing else on stderr, all `names` in it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         data.run_script(script, function)
@@ -45,7 +45,7 @@ def leaves(tree: object, key: str = "") -> dict[str, object]:
 
 
 def check_results(path: str | Path, truth: dict[str, np.ndarray]) -> int:
-    """Recomputes the metrics of a results JSON from the CSV beside it and truth; how many figures were compared."""
+    """Recomputes a results JSON from the CSV beside it and truth; gives how many figures were compared."""
     saved = leaves(json.loads(Path(path).read_text())["metrics"])
     records = evaluation.read_predictions(Path(path).with_suffix(".csv"))
     computed = leaves(evaluation.json_ready(evaluation.measure(records, truth)))
