@@ -28,9 +28,9 @@ import base64
 import contextlib
 import csv
 import functools
-import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import platform
@@ -43,7 +43,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from html import escape
 from multiprocessing import get_context
@@ -142,20 +142,22 @@ TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: media
 # Notes per PercePiano performance: median, sd of the log, longest.
 MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = 113, 0.67, 420
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def r2(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Coefficient of determination per dimension, (D,), of truth y and prediction p, both (n, D); their mean is
-    scikit-learn's `r2_score`. A constant truth gives 1 when met exactly, else 0; fewer than two items give NaN."""
+    """Coefficient of determination per dimension, (D,), of truth y and prediction p, both (n, D):
+    scikit-learn's `r2_score` in a tenth of its time, since every draw of a bootstrap needs it. A constant
+    truth gives 1 when met exactly, else 0; one item NaN."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     if len(y) < 2:
         return np.full(y.shape[1], np.nan)
     residual = ((y - p) ** 2).sum(0)
-    total = np.where(np.ptp(y, axis=0) == 0, 0.0, ((y - y.mean(0)) ** 2).sum(0))
-    return np.where(total > 0, 1 - residual / np.where(total > 0, total, 1), residual == 0)
+    total = ((y - y.mean(0)) ** 2).sum(0)
+    varies = total > 1e-20  # a constant's total is only rounding
+    return np.where(varies, 1 - residual / np.where(varies, total, 1), residual == 0)
 
 
 def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -164,19 +166,19 @@ def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant, which has told nothing."""
+    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant, which has
+    told nothing."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
-    varies = (np.ptp(y, axis=0) > 0) & (np.ptp(p, axis=0) > 0)
     a, b = y - y.mean(0), p - p.mean(0)
-    scale = np.where(varies, np.sqrt((a**2).sum(0)) * np.sqrt((b**2).sum(0)), 1)
-    return np.where(varies, (a * b).sum(0) / scale, 0.0).clip(-1, 1)
+    scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    return np.where(scale > 1e-15, (a * b).sum(0) / np.maximum(scale, 1e-15), 0.0)
 
 
 METRICS = {"r2": r2, "mse": mse, "pearson": pearson}  # name -> function of (y, p) -> a figure per dimension
 
 
 def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
-    """What a trainer logs of its validation ratings y and predictions p, (n, 19); spread: deviation of p over that of y."""
+    """What a trainer logs of ratings y and predictions p, (n, 19); spread: deviation of p over y's."""
     metrics = {"valid_loss": float(mse(y, p).mean())}
     for name, metric in METRICS.items():
         metrics[f"valid_{name}"] = float(metric(y, p).mean())
@@ -185,59 +187,40 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
 
-def mean_r2(y: np.ndarray, p: np.ndarray) -> float:
-    """Uniform average of `r2` over the dimensions: the figure of HAN.md's tables."""
-    return float(r2(y, p).mean())
+def by_fold(statistic: Callable, folds: np.ndarray, *arrays) -> np.ndarray:
+    """Mean over folds (n,) of statistic(*arrays), of the rows of that fold."""
+    return np.mean([statistic(*(a[folds == fold] for a in arrays)) for fold in np.unique(folds)], axis=0)
 
 
-def cluster_bootstrap(
-    y: np.ndarray,
-    p: np.ndarray,
-    groups: Iterable[str],
-    statistic: Callable = mean_r2,
-    n: int = 1000,
-    seed: int = 7,
-    folds: np.ndarray | None = None,
-) -> tuple[float, float]:
-    """95 % interval of statistic(y, p) when whole groups (segments) are drawn with replacement.
+def resample(statistic: Callable, groups: Iterable, folds, *arrays, n=1000, seed=7) -> np.ndarray:
+    """(draws, ...) values of `by_fold` when whole groups (rows,) are drawn with replacement n times, all
+    folds (rows,; None: one) on one draw, since folds may share segments.
 
-    y, p (n, D); groups (n,). With folds (n,) the statistic is computed per fold and averaged, all folds on one draw of
-    groups, since folds may share segments. Draws of a single distinct group or of a non-finite statistic tell nothing and
-    are left out; (NaN, NaN) when fewer than half of the draws remain."""
-    y, p = np.asarray(y), np.asarray(p)
-    folds = np.zeros(len(y), int) if folds is None else np.asarray(folds)
-    values = []
-    for rows in _cluster_draws(groups, n, seed):
-        in_fold = [rows[folds[rows] == fold] for fold in np.unique(folds)]
-        values.append(np.mean([statistic(y[r], p[r]) if len(r) else np.nan for r in in_fold]))
-    values = np.array(values)[np.isfinite(values)]
-    if 2 * len(values) < n:
-        return float("nan"), float("nan")
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _cluster_draws(groups: Iterable[str], n: int, seed: int) -> Iterable[np.ndarray]:
-    """Row numbers of whole groups drawn with replacement, n times, less the draws of a single distinct group."""
+    Draws of a single distinct group, without some fold or of a non-finite value tell nothing and are left out
+    (otherwise scipy.stats.bootstrap draws the same); none is given where fewer than half of n remain."""
     keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(inverse == k) for k in range(len(keys))]
-    rng = np.random.default_rng(seed)
-    for _ in range(n):
-        drawn = rng.integers(len(keys), size=len(keys))
-        if not (drawn == drawn[0]).all():
-            yield np.concatenate([members[k] for k in drawn])
+    folds = np.zeros(len(inverse), int) if folds is None else folds
+    values = []
+    for drawn in np.random.default_rng(seed).integers(len(keys), size=(n, len(keys))):
+        rows = np.concatenate([members[k] for k in drawn])
+        if np.ptp(drawn) > 0 and set(folds[rows]) == set(folds):
+            values.append(by_fold(statistic, folds[rows], *(a[rows] for a in arrays)))
+    values = [value for value in values if np.isfinite(value).all()]
+    return np.array(values if 2 * len(values) >= n else [])
 
 
-def scores(y: np.ndarray, p: np.ndarray, groups: list[str]) -> dict:
-    """All metrics of one part and fold: counts, R² with its interval, MSE, Pearson, and the same per dimension."""
-    per_dimension = {"r2": r2(y, p), "mse": mse(y, p), "pearson": pearson(y, p)}
-    return {
-        "items": len(y),
-        "segments": len(set(groups)),
-        **{key: float(v.mean()) for key, v in per_dimension.items()},
-        "r2_interval": list(cluster_bootstrap(y, p, groups)),
-        "per_dimension": {key: v.tolist() for key, v in per_dimension.items()},
-    }
+def percentile_interval(draws: np.ndarray) -> list[float]:
+    """95 % interval [low, high] of drawn scalars; NaN of none."""
+    return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [math.nan, math.nan]
+
+
+def cluster_bootstrap(y, p, groups, statistic: Callable = r2, n=1000, seed=7, folds=None) -> list[float]:
+    """95 % interval of the mean of statistic(y, p), y and p (n, D), when whole groups (n,) (segments) are
+    drawn with replacement; with folds (n,) of its mean over folds. NaN where too few draws tell anything."""
+    return percentile_interval(
+        resample(lambda y, p: np.mean(statistic(y, p)), groups, folds, y, p, n=n, seed=seed)
+    )
 
 
 def is_rendering(name: str) -> bool:
@@ -245,134 +228,108 @@ def is_rendering(name: str) -> bool:
     return str(player_of(name)).startswith("Score")
 
 
-def measure(records: list[dict], truth: dict[str, np.ndarray]) -> dict:
-    """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
+def _stacked(records, truth, part, view):
+    """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view, fold after
+    fold."""
+    rows = []
+    for record in records:
+        for name, p in zip(record["names"], record["p"], strict=True):
+            shown = view == "all" or not is_rendering(name)
+            if record["part"] == part and name in truth and shown:
+                rows.append((name, truth[name], p, record["fold"]))
+    names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
+    return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
-    records: dicts of part, fold, names and p (n, D). truth: name -> (D,); names without truth are left out, and a view
-    without any is None. "mean" holds mean and (population) std over folds, and the interval of the mean."""
-    result = {}
+
+def of_views(function: Callable, records: list[dict], truth: dict[str, np.ndarray]) -> dict:
+    """{part: {view: function(*_stacked), or None where nothing is rated}}."""
+    result: dict = {}
     for part in dict.fromkeys(record["part"] for record in records):
         result[part] = {}
         for view in VIEWS:
-            folds, rows = {}, []
-            for record in (r for r in records if r["part"] == part):
-                chosen = [
-                    i
-                    for i, name in enumerate(record["names"])
-                    if name in truth and not (view == "no_renderings" and is_rendering(name))
-                ]
-                if chosen:
-                    names = [record["names"][i] for i in chosen]
-                    row = (
-                        np.stack([truth[name] for name in names]),
-                        np.asarray(record["p"])[chosen],
-                        [segment_of(name) for name in names],
-                    )
-                    folds[str(record["fold"])] = scores(*row)
-                    rows.append(row)
-            result[part][view] = {"folds": folds, "mean": _fold_mean(folds, rows)} if folds else None
+            names, *arrays = _stacked(records, truth, part, view)
+            result[part][view] = function(names, *arrays) if names else None
     return result
 
 
-def _fold_mean(folds: dict[str, dict], rows: list[tuple]) -> dict:
-    """Mean and std over folds of each figure. With one fold the interval is that fold's own."""
-    each = list(folds.values())
-    mean: dict = {"folds": len(each)}
-    for key in ("r2", "mse", "pearson"):
-        values = [fold[key] for fold in each]
-        mean[key], mean[f"{key}_std"] = float(np.mean(values)), float(np.std(values))
-    if len(each) == 1:
-        mean["r2_interval"] = each[0]["r2_interval"]
-    else:
-        index = np.repeat(np.arange(len(rows)), [len(y) for y, _, _ in rows])
-        y, p = (np.concatenate([row[k] for row in rows]) for k in (0, 1))
-        mean["r2_interval"] = list(cluster_bootstrap(y, p, [g for row in rows for g in row[2]], folds=index))
-    mean["per_dimension"] = {
-        key: np.mean([fold["per_dimension"][key] for fold in each], axis=0).tolist()
-        for key in ("r2", "mse", "pearson")
+def measure(records: list[dict], truth: dict[str, np.ndarray]) -> dict:
+    """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
+
+    records: dicts of part, fold, names and p (n, D). truth: name -> (D,); names without truth are left out,
+    and a view without any is None. "mean" holds mean and (population) std over folds, and the interval of the
+    mean."""
+    return of_views(_measure_folds, records, truth)
+
+
+def _measure_folds(names, y, p, folds):
+    groups = np.array([segment_of(name) for name in names])
+    each = {}
+    for fold in dict.fromkeys(folds.tolist()):
+        rows = folds == fold
+        each[str(fold)] = scores(y[rows], p[rows], groups[rows])
+    mean: dict = {"folds": len(each), "per_dimension": {}}
+    for key in METRICS:
+        values = [fold[key] for fold in each.values()]
+        mean |= {key: float(np.mean(values)), f"{key}_std": float(np.std(values))}
+        of_folds = [fold["per_dimension"][key] for fold in each.values()]
+        mean["per_dimension"][key] = np.mean(of_folds, axis=0).tolist()
+    mean["r2_interval"] = cluster_bootstrap(y, p, groups, folds=folds)
+    return {"folds": each, "mean": mean}
+
+
+def scores(y, p, groups) -> dict:
+    """All metrics of one part and fold: counts, each metric's mean, R² with its interval, and each per
+    dimension."""
+    each = {key: metric(y, p) for key, metric in METRICS.items()}
+    return {
+        "items": len(y),
+        "segments": len(set(groups)),
+        **{key: float(values.mean()) for key, values in each.items()},
+        "r2_interval": cluster_bootstrap(y, p, groups),
+        "per_dimension": {key: values.tolist() for key, values in each.items()},
     }
-    return mean
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Results: predictions as CSV, metrics and circumstances as JSON, both printed
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def write_predictions(path: Path, records: list[dict]) -> None:
+def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
+
+
+def write_predictions(path: str | Path, records: list[dict]) -> None:
     """CSV of columns name, part, fold and the 19 labels; one line per item, part and fold; four decimals."""
-    lines = [",".join(["name", "part", "fold", *LABELS])]
+    rows: list = [["name", "part", "fold", *LABELS]]
     for record in records:
-        order = sorted(range(len(record["names"])), key=lambda i: record["names"][i])
-        lines += [
-            ",".join(
-                [
-                    record["names"][i].strip(),
-                    record["part"],
-                    str(record["fold"]),
-                    *(f"{value:.4f}" for value in record["p"][i]),
-                ]
-            )
-            for i in order
-        ]
-    write_atomic(Path(path), lambda file: file.write(("\n".join(lines) + "\n").encode()))
+        for i in np.argsort(record["names"], kind="stable"):
+            ratings = [f"{value:.4f}" for value in record["p"][i]]
+            rows.append([record["names"][i].strip(), record["part"], record["fold"], *ratings])
+    write_csv(path, rows)
 
 
-def read_predictions(path: Path) -> list[dict]:
-    """Reads what `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19). DataError otherwise."""
+def read_predictions(path: str | Path) -> list[dict]:
+    """Reads what `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19). DataError
+    otherwise."""
     groups: dict[tuple, list] = {}
+    line = 1
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            if header != ["name", "part", "fold", *LABELS]:
-                raise ValueError(f"columns {','.join(header)[:60]!r}")
-            for row in rows:
-                if len(row) != len(header):
-                    raise ValueError(f"line {rows.line_num} has {len(row)} fields")
-                groups.setdefault((row[1], int(row[2])), []).append(
-                    (row[0], [float(value) for value in row[3:]])
-                )
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: {error}; expected columns name,part,fold and the 19 labels, as --save-results writes"
-        ) from error
-    return [
-        {
-            "part": part,
-            "fold": fold,
-            "names": [name for name, _ in items],
-            "p": np.array([p for _, p in items]),
-        }
-        for (part, fold), items in groups.items()
-    ]
-
-
-def check_results(path: Path, truth: dict[str, np.ndarray], tolerance: float = 2e-6) -> int:
-    """Recomputes the metrics of a results JSON from the CSV beside it and truth (name -> (19,)), and returns how many
-    figures were compared. DataError names the first that differs by more than tolerance, or has no counterpart."""
-    path = Path(path)
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: no results ({error!r}); expected a JSON written by --save-results"
-        ) from error
-    computed = json_ready(measure(read_predictions(path.with_suffix(".csv")), truth))
-    saved, computed = dict(_leaves(saved)), dict(_leaves(computed))
-    for key in sorted(saved.keys() | computed.keys()):
-        a, b = saved.get(key), computed.get(key)
-        if a != b and (None in (a, b) or abs(a - b) > tolerance):
-            raise DataError(f"{path}: {key} is {a}; the CSV beside it and the labels give {b}")
-    return len(saved)
-
-
-def _leaves(tree: object, key: str = "") -> Iterable[tuple[str, object]]:
-    if isinstance(tree, dict | list):
-        for name, branch in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(branch, f"{key}/{name}")
-    else:
-        yield key, tree
+            for line, row in enumerate(csv.DictReader(file, strict=True), 2):  # noqa: B007
+                ratings = [float(row[label]) for label in LABELS]
+                groups.setdefault((row["part"], int(row["fold"])), []).append((row["name"], ratings))
+        if not groups:
+            raise ValueError("no predictions")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(f"{path}: line {line}: {error!r}; expected ratings of --save-results") from error
+    records = []
+    for (part, fold), items in groups.items():
+        names, p = zip(*items, strict=True)
+        records.append({"part": part, "fold": fold, "names": list(names), "p": np.array(p)})
+    return records
 
 
 def hardware(device: torch.device) -> dict:
@@ -380,7 +337,7 @@ def hardware(device: torch.device) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cpu": model[1] if model else platform.processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
@@ -388,131 +345,114 @@ def hardware(device: torch.device) -> dict:
     }
 
 
-def _print_metrics(metrics: dict) -> None:
-    def line(title: str, counts: str, s: dict, std: bool) -> None:
-        low, high = s["r2_interval"]
-        spread = f" ± {s['r2_std']:.3f}" if std else ""
-        interval = (
-            f"95 % [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "(too few segments for an interval)"
-        )
-        print(
-            f"{title:<44}{counts:>15}  R2 {s['r2']:.4f}{spread} {interval}  MSE {s['mse']:.5f}  Pearson {s['pearson']:.3f}"
-        )
+def save_results(stem: str, args, about: dict, figures: dict) -> None:
+    """Writes figures, what they are about and how they were made to stem.json; a list of numbers is one
+    line."""
+    made = {
+        "row": args.save_results,
+        "command": args.command,
+        **git_state(),
+        "hardware": hardware(args.device),
+    }
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    saved = json_ready({**made, "date": date, **about, **figures})
+    text = re.sub(
+        r"\[\s+([^][{}]*?)\s+]",
+        lambda found: f"[{' '.join(found[1].split())}]",
+        json.dumps(saved, indent=1, allow_nan=False),
+    )
+    write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
+    print(f"saved {stem}.json and .csv")
 
+
+def corpus_line(synthetic: bool, root: object) -> str:
+    return "SYNTHETIC corpus: figures say nothing about real data" if synthetic else f"real data in {root}"
+
+
+def print_table(head: list[str], rows: Iterable[Iterable]) -> None:
+    """Aligned columns; fractions to four digits."""
+    cells = [
+        [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [head, *rows]
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def brackets(interval: Iterable[float]) -> str:
+    return "[{:.4f}, {:.4f}]".format(*interval)
+
+
+def _print_metrics(metrics):
     for part, views in metrics.items():
-        if views["all"] is None:
-            print(f"{part}: no label in this part: predicted only, no metric")
-            continue
-        shown = {view: figures for view, figures in views.items() if figures is not None}
-        for view, figures in shown.items():
+        rows, columns = [], {}
+        for view, figures in views.items():
+            if not figures:
+                print(f"{part}, {VIEWS[view]}: no label: predicted only, no metric")
+                continue
+            mean = figures["mean"]
             for fold, s in figures["folds"].items():
-                line(f"{part} fold {fold}, {VIEWS[view]}", f"{s['items']} in {s['segments']} seg.", s, False)
-        for view, figures in shown.items():
-            if figures["mean"]["folds"] > 1:
-                line(
-                    f"{part} mean ± std, {VIEWS[view]}",
-                    f"{figures['mean']['folds']} folds",
-                    figures["mean"],
-                    True,
-                )
-        print(f"{part + ' per dimension':<52}" + "   ".join(f"{VIEWS[view]:<30}" for view in shown).rstrip())
-        for d, label in enumerate(LABELS):
-            cells = [figures["mean"]["per_dimension"] for figures in shown.values()]
-            print(
-                f"  {label:<50}"
-                + "   ".join(
-                    f"R2 {c['r2'][d]:6.3f} MSE {c['mse'][d]:.4f} r {c['pearson'][d]:6.3f}" for c in cells
-                )
-            )
+                title = f"{part} fold {fold}, {VIEWS[view]}: {s['items']} items, {s['segments']} segments"
+                rows.append([title, *(s[key] for key in METRICS), brackets(s["r2_interval"])])
+            if mean["folds"] > 1:
+                title = f"{part} mean of {mean['folds']} folds, {VIEWS[view]}"
+                rows.append([title, *(mean[key] for key in METRICS), brackets(mean["r2_interval"])])
+                rows.append(["standard deviation", *(mean[f"{key}_std"] for key in METRICS), ""])
+            for key, values in mean["per_dimension"].items():
+                columns[f"{key}, {VIEWS[view]}"] = values
+        if columns:
+            print_table([part, *METRICS, "95 % of r2"], rows)
+            print_table([f"{part} per dimension", *columns], zip(LABELS, *columns.values(), strict=True))
 
 
-def _load_corpus(args: argparse.Namespace) -> Corpus:
+def _load_corpus(args):
     if not args.data:
-        print(
-            "no --data: evaluating on the built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, then --data DIR"
-        )
+        print("no --data: the built-in SYNTHETIC corpus; python data.py fetch percepiano gets the real one")
     corpus = load_percepiano(args.data or synthetic_percepiano(args.cache), args.cache)
     for line in corpus.left_out:
         print(f"left out: {line}")
     return corpus
 
 
-def _finish(
-    records: list[dict],
-    corpus: Corpus,
-    args: argparse.Namespace,
-    split: str,
-    about: dict,
-    default_csv: Path | None = None,
-    task: str = "han",
-) -> dict:
-    """Measures, prints and writes predictions (to default_csv when some have no label); returns the metrics. Task ast is
-    tested for significance too."""
-    truth = {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
+def _finish(records, corpus, args, about):
+    """Measures, prints and writes predictions; returns the metrics. Task ast is tested for significance
+    too."""
+    truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     if args.save_results:
         for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
-            record["p"] = np.array([[float(f"{value:.4f}") for value in row] for row in record["p"]])
-    metrics = measure(records, truth)
+            record["p"] = np.round(record["p"], 4)
+    figures = {"metrics": measure(records, truth)}
+    print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
+    _print_metrics(figures["metrics"])
+    if about["task"] == "ast":
+        figures["significance"] = significance(records, truth)
+        _print_significance(figures["significance"])
+    unrated = {name for record in records for name in record["names"]} - truth.keys()
     print(
-        f"split {split}, "
-        + (
-            "SYNTHETIC corpus: figures say nothing about real performances"
-            if corpus.synthetic
-            else f"real data in {corpus.root}"
-        )
+        f"{len(unrated)} unlabelled items predicted; --csv FILE or --save-results ROW writes all predictions"
     )
-    _print_metrics(metrics)
-    tests = {}
-    if task == "ast":
-        tests["significance"] = significance(records, truth)
-        _print_significance(tests["significance"])
-    unlabelled = sorted({name for record in records for name in record["names"] if name not in truth})
-    path = args.csv or (default_csv if unlabelled and not args.save_results else None)
-    if path:
-        write_predictions(path, records)
-        print(f"{len(unlabelled)} unlabelled items predicted; all predictions in {path}")
+    if args.csv:
+        write_predictions(args.csv, records)
     if args.save_results:
-        stem = Path(args.results_dir) / f"{task}_{args.save_results}_{split}"
-        saved = {
-            "task": task,
-            "row": args.save_results,
-            "split": split,
-            "command": args.command,
-            **git_state(),
-            "hardware": hardware(args.device),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "synthetic": corpus.synthetic,
-            **about,
-            "labels": list(LABELS),
-            "metrics": metrics,
-            **tests,
-        }
-        write_predictions(stem.with_name(stem.name + ".csv"), records)
-        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
-        flat = re.sub(
-            r"\[\s+([^][{}]*?)\s+]", lambda found: f"[{' '.join(found[1].split())}]", text
-        )  # a list of figures is one line
-        write_atomic(stem.with_name(stem.name + ".json"), lambda file: file.write((flat + "\n").encode()))
-        print(f"saved {stem}.json and .csv ({len(unlabelled)} unlabelled items among the predictions)")
-    return metrics
+        stem = Path(args.results_dir) / f"{about['task']}_{args.save_results}_{about['split']}"
+        write_predictions(f"{stem}.csv", records)
+        save_results(stem, args, {**about, "synthetic": corpus.synthetic, "labels": list(LABELS)}, figures)
+    return figures["metrics"]
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation of checkpoints
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
-    }
+    return {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
 
 
-def predict_han(
-    model: torch.nn.Module, items: list[dict], device: torch.device, batch: int = 16
-) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given. Batches hold items of similar length."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i]["x"]))
+def predict_han(model: nn.Module, items: list[dict], device: torch.device, batch: int = 16) -> np.ndarray:
+    """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given. Batches hold items of similar
+    length."""
+    order = np.argsort([len(item["x"]) for item in items], kind="stable")
     p = np.zeros((len(items), len(LABELS)))
     model = model.to(device).eval()
     with torch.no_grad():
@@ -523,383 +463,273 @@ def predict_han(
     return p
 
 
-def _load_models(paths: list[str]) -> list[tuple]:
+def _load_models(paths):
     """[(path, model, what of the checkpoint is needed), ...], all of one task."""
     loaded = []
     for path in paths:
         model, ckpt = load_checkpoint(path)
-        loaded.append(
-            (
-                path,
-                model,
-                {key: ckpt.get(key) for key in ("task", "args", "data", "step", "epoch", "git_sha")},
-            )
-        )
-        if ckpt["task"] != loaded[0][2]["task"]:
-            raise DataError(
-                f"{path}: a checkpoint of task {ckpt['task']!r}; {paths[0]} is of {loaded[0][2]['task']!r}; evaluate them in separate runs"
-            )
+        kept = {key: ckpt.get(key) for key in ("task", "args", "data", "step", "epoch", "git_sha")}
+        loaded.append((path, model, kept))
+        first = loaded[0][2]["task"]
+        if kept["task"] != first:
+            raise DataError(f"{path}: of task {kept['task']!r}; {paths[0]} is of {first!r}; split them")
     return loaded
 
 
-def _load_fold_models(loaded: list[tuple]) -> tuple[dict[int, list[tuple]], dict]:
-    """{fold: [(model, what of the checkpoint is needed), ...]} and the data settings that all must share."""
-    folds: dict[int, list[tuple]] = {}
-    first, shared = None, ("split", "keep_overlap", "synthetic", "labels")
+def _check_alike(loaded, keys, fixed):
+    """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
+    of the keys (of its data or its model), has another value there than the first, or than the fixed one."""
+    expected: dict = {}
     for path, model, ckpt in loaded:
-        if ckpt["task"] not in ("han", *AUDIO_TASKS):
+        try:
+            found = {key: (ckpt["data"] | model.model_args)[key] for key in keys}
+        except (KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: a checkpoint of task {ckpt['task']!r}; expected han, {', '.join(AUDIO_TASKS)} or decoder; give one written by a trainer of this repository"
-            )
-        data = ckpt["data"]
-        if ckpt["task"] in AUDIO_TASKS:
-            shared = (*shared, "audio")
-            if (
-                not isinstance(data, dict)
-                or not isinstance(ckpt["args"], dict)
-                or not {*shared, "fold", "mean", "std", "frames"} <= data.keys()
-            ):
+                f"{path}: {error} is not in its data; expected a best.pt that predicts"
+            ) from error
+        expected = expected or found | fixed
+        for key in keys:
+            if found[key] != expected[key]:
                 raise DataError(
-                    f"{path}: without args, or without data of a fine-tuning; expected best.pt of pretrain_ast.py --task finetune, all of one kind; train it again"
+                    f"{path}: {key} is {found[key]!r:.60}; expected {expected[key]!r:.60}, as in "
+                    f"{loaded[0][0]} or this version; evaluate them apart, or train again"
                 )
-        elif (
-            not isinstance(data, dict)
-            or not isinstance(ckpt["args"], dict)
-            or len(data.get("columns", ())) != model.model_args["input_size"]
-        ):
-            raise DataError(
-                f"{path}: without args, or without data that describe its {model.model_args['input_size']} columns; expected best.pt of train_han.py; train it again"
-            )
-        first = first or data
-        for key in shared:
-            if data[key] != first[key]:
-                raise DataError(
-                    f"{path}: {key} is {data[key]!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs"
-                )
-        if list(data["labels"]) != list(LABELS):
-            raise DataError(
-                f"{path}: labels {str(data['labels'])[:60]}; expected the 19 of PercePiano in their order; train it again"
-            )
-        folds.setdefault(data["fold"], []).append(
-            (model, {"path": str(path), **ckpt, "args": _own_options(ckpt)})
-        )
-    return dict(sorted(folds.items())), first
+    return loaded[0][2]["data"]
 
 
-def _own_options(ckpt: dict) -> dict:
+def _load_fold_models(loaded):
+    """{fold: [(model, what of the checkpoint is needed), ...]} and the data settings that all must share."""
+    task = loaded[0][2]["task"]
+    of_task = {"han": ["features"], **dict.fromkeys(AUDIO_TASKS, ["audio"])}
+    if task not in of_task:
+        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected {', '.join(of_task)} or decoder")
+    alike = ["split", "keep_overlap", "synthetic", "labels", *of_task[task]]
+    data = _check_alike(loaded, alike, {"labels": list(LABELS)})
+    folds: dict[int, list[tuple]] = {}
+    for path, model, ckpt in loaded:
+        kept = {**ckpt, "path": str(path), "args": _own_options(ckpt)}
+        folds.setdefault(ckpt["data"]["fold"], []).append((model, kept))
+    return dict(sorted(folds.items())), data
+
+
+def _own_options(ckpt):
     """The options that a checkpoint was trained with, without those of one machine."""
-    return {
-        key: value
-        for key, value in ckpt["args"].items()
-        if key not in ("data", "cache", "out", "resume", "name", "device")
-    }
+    local = ("data", "cache", "out", "resume", "name", "device")
+    return {key: value for key, value in ckpt["args"].items() if key not in local}
+
+
+def _checkpoints(used):
+    """What a results JSON says of the checkpoints, (path, ckpt) each."""
+    rows = []
+    for path, ckpt in used:
+        kept = {key: ckpt[key] for key in ("epoch", "step", "git_sha")}
+        rows.append({"path": str(path), "fold": ckpt["data"].get("fold"), **kept, "args": _own_options(ckpt)})
+    return {"seeds": [row["args"].get("seed") for row in rows], "checkpoints": rows}
 
 
 def evaluate(argv: list[str]) -> dict:
-    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split; returns them (see
-    `measure`; for decoders `evaluate_decoder`, for a pre-training `evaluate_pretraining`)."""
+    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split;
+    returns them (see `measure`; for decoders `evaluate_decoder`, for a pre-training
+    `evaluate_pretraining`)."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="eval.py evaluate",
         usage="python eval.py [evaluate] --ckpt FILE ... [--data DIR] [options]",
         description="""\
-Scores checkpoints on data that they did not learn from. What they are (HAN, AST, phoneme decoder) they know themselves.
+Scores checkpoints on data that they did not learn from. What they are they know themselves.
 
-    python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano             one fold: R2, MSE, Pearson of its validation part
-    python eval.py --ckpt runs/han/*_f?_s7/best.pt --data data/percepiano          four folds, each on its own part, then mean and deviation
-    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --part test         phoneme error rate, in all and by session
-    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune      word error rate as well
+    python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano        one fold
+    python eval.py --ckpt runs/han/*_f?_s7/best.pt --data data/percepiano     four folds, each on its own part
+    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words
 
-Checkpoints of one fold (seeds) are averaged, and so are decoders. Intervals: 95 %, bootstrap over segments or trials.""",
+Checkpoints of one fold (seeds) are averaged, and so are decoders.
+Intervals: 95 %, bootstrap over segments or trials.""",
     )
-    parser.add_argument(
-        "--ckpt",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="best.pt of one or more folds or seeds (required)",
-    )
-    parser.add_argument(
-        "--part",
-        choices=["valid", "test", "competition"],
-        default="valid",
-        help="part to score (%(default)s); competition: decoder only; --save-results of ratings takes valid and test",
-    )
-    parser.add_argument(
-        "--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)"
-    )
-    only_audio = audio_options(parser)
-    only_decoder = [
-        parser.add_argument(
-            "--day",
-            choices=["nearest", "mean"],
-            help="decoder: day layer of sessions unknown to the model (off: they are refused)",
-        ),
-        *word_options(parser),
-    ]
+    parts = ["valid", "test", "competition"]
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
+    add("--part", choices=parts, default="valid", help="part to score (%(default)s)")
+    add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
+    of_audio = audio_options(parser)
+    of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP), *word_options(parser)]
     args = _parse(parser, argv, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
-    _refuse_given(args, only_audio if task not in AUDIO_TASKS else [], "pretrain_ast.py", task)
+    if task not in AUDIO_TASKS:
+        _refuse_given(args, of_audio, "pretrain_ast.py", task)
     if task == "decoder":
-        args.batch = args.batch or 64
         return evaluate_decoder(args, loaded)
-    _refuse_given(
-        args, only_decoder, "train_decoder.py", task, ["--part competition"] * (args.part == "competition")
-    )
+    _refuse_given(args, of_decoder, "train_decoder.py", task)
+    if args.part == "competition":
+        raise DataError(f"--part competition: of decoders; {args.ckpt[0]} is of task {task!r}")
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
         return evaluate_pretraining(args, loaded)
     folds, data = _load_fold_models(loaded)
     corpus = _corpus_of(data, args)
     records = fold_records(folds, corpus, args, ("valid", "test") if args.save_results else (args.part,))
-    used = [kept for members in folds.values() for _, kept in members]
-    inputs = {"features": data["features"]} if task == "han" else {"model": task, "audio": data["audio"]}
-    about = {
-        "seeds": [kept["args"].get("seed") for kept in used],
-        **inputs,
-        "keep_overlap": data["keep_overlap"],
-        "checkpoints": [
-            {
-                "path": kept["path"],
-                "fold": kept["data"]["fold"],
-                "epoch": kept["epoch"],
-                "step": kept["step"],
-                "git_sha": kept["git_sha"],
-                "args": kept["args"],
-            }
-            for kept in used
-        ],
-    }
-    return _finish(
-        records,
-        corpus,
-        args,
-        data["split"],
-        about,
-        Path(args.ckpt[0]).with_name(f"predictions_{args.part}.csv"),
-        "han" if task == "han" else "ast",
-    )
+    about = {"task": "han" if task == "han" else "ast", "model": task}
+    about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
+    about |= _checkpoints([(ckpt["path"], ckpt) for members in folds.values() for _, ckpt in members])
+    return _finish(records, corpus, args, about)
 
 
-def _refuse_given(
-    args: argparse.Namespace,
-    options: list[argparse.Action],
-    trainer: str,
-    task: str,
-    more: Iterable[str] = (),
-) -> None:
-    given = [
-        option.option_strings[0] for option in options if getattr(args, option.dest) != option.default
-    ] + list(more)
+def _refuse_given(args, options, trainer, task):
+    """Refuses options that were given though they mean nothing for checkpoints of this task."""
+    given = [o.option_strings[0] for o in options if getattr(args, o.dest) != o.default]
     if given:
-        raise DataError(
-            f"{', '.join(given)}: only for checkpoints of {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out"
-        )
+        names = ", ".join(given)
+        raise DataError(f"{names}: only for {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
 
 
-def _corpus_of(data: dict, args: argparse.Namespace) -> Corpus:
-    """The corpus of --data, and a line where checkpoints (of data settings `data`) were trained on another kind."""
+def _refuse_synthetic(data, args):
     if args.data is None and not data["synthetic"]:
-        raise DataError(
-            f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR"
-        )
+        raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
+
+
+def _say_other_corpus(data, synthetic):
+    if synthetic != data["synthetic"]:
+        print(f"evaluated on {'synthetic' if synthetic else 'real'} data, trained on the other kind")
+
+
+def _corpus_of(data, args):
+    """The corpus of --data for checkpoints of data settings `data`."""
+    _refuse_synthetic(data, args)
     corpus = _load_corpus(args)
-    if corpus.synthetic != data["synthetic"]:
-        print(
-            f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}"
-        )
+    _say_other_corpus(data, corpus.synthetic)
     return corpus
 
 
-def fold_records(
-    folds: dict[int, list[tuple]], corpus: Corpus, args: argparse.Namespace, parts: Iterable[str]
-) -> list[dict]:
-    """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
-    records, kind = [], next(iter(folds.values()))[0][1]
-    store = audio_store(corpus, args, kind["data"]["audio"]) if kind["task"] in AUDIO_TASKS else None
+def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Iterable[str]) -> list[dict]:
+    """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes
+    them."""
+    records: list[dict] = []
+    first = next(iter(folds.values()))[0][1]
+    store = audio_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
-        data, keep_misaligned = members[0][1]["data"], members[0][1]["args"].get("keep_misaligned", False)
-        names = percepiano_parts(
-            corpus, data["split"], fold, keep_overlap=data["keep_overlap"], keep_misaligned=keep_misaligned
+        data, options = members[0][1]["data"], members[0][1]["args"]
+        names_of = percepiano_parts(
+            corpus,
+            data["split"],
+            fold,
+            keep_overlap=data["keep_overlap"],
+            keep_misaligned=options.get("keep_misaligned", False),
         )
-        seeds = [kept["args"].get("seed") for _, kept in members]
-        print(
-            f"fold {fold}: "
-            + (
-                f"predictions of {len(members)} checkpoints averaged, seeds {seeds}"
-                if len(members) > 1
-                else f"{members[0][1]['path']}, seed {seeds[0]}"
-            )
-        )
+        seeds = [ckpt["args"].get("seed") for _, ckpt in members]
+        print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds}")
         for part in parts:
-            if store is None:
-                p = [
-                    predict_han(
-                        model, prepare_han(corpus, names[part], kept["data"]), args.device, args.batch or 16
-                    )
-                    for model, kept in members
-                ]
-            else:
-                names[part] = [name for name in names[part] if name in store.names]
-                p = [
-                    predict_ast(
-                        model,
-                        prepare_ast(corpus, store, names[part], kept["data"]),
-                        kept["data"],
-                        args.device,
-                        args.batch or 8,
-                        args.crops,
-                    )
-                    for model, kept in members
-                ]
-            records.append({"part": part, "fold": fold, "names": names[part], "p": np.mean(p, axis=0)})
+            names, p = names_of[part], []
+            if store:
+                names = [name for name in names if name in store.names]
+            for model, ckpt in members:
+                if store:
+                    items = prepare_ast(corpus, store, names, ckpt["data"])
+                    batch = args.batch or 8
+                    p.append(predict_ast(model, items, ckpt["data"], args.device, batch, args.crops))
+                else:
+                    items = prepare_han(corpus, names, ckpt["data"])
+                    p.append(predict_han(model, items, args.device, args.batch or 16))
+            records.append({"part": part, "fold": fold, "names": names, "p": np.mean(p, axis=0)})
     return records
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Floor: a forest or a ridge regression on pooled statistics of the notes or of the spectrogram
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note statistics or a
-    ridge regression on log-mel statistics unless asked otherwise; returns metrics (see `measure`)."""
+    """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note
+    statistics or a ridge regression on log-mel statistics unless asked otherwise; returns metrics (see
+    `measure`)."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="eval.py floor",
         usage="python eval.py floor [--task han|ast] [--data DIR] [options]",
         description="""\
-The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han) or spectrogram (ast), trained and
-scored on the same parts as the trainers use. A minute.
+The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han)
+or spectrogram (ast), trained and scored on the same parts as the trainers use. A minute.
 
     python eval.py floor --data data/percepiano                       forest on note statistics, four folds
-    python eval.py floor --task ast --data data/percepiano --fold 0   ridge regression on log-mel statistics, one fold
-    python eval.py floor --task ast --data data/percepiano --probe best.pt    and on a pre-trained AST's tokens""",
+    python eval.py floor --task ast --data data/percepiano --fold 0   ridge on log-mel statistics, one fold
+    python eval.py floor --task ast --data DIR --probe best.pt        and on a pre-trained AST's tokens""",
     )
-    parser.add_argument(
-        "--task",
-        choices=["han", "ast"],
-        default="han",
-        help="han: from score and MIDI, ast: from audio (%(default)s)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
+    add(
         "--model",
         choices=["ridge", "forest"],
-        help="ridge regression or forest of 150 trees (forest for han, ridge for ast)",
+        help="ridge regression, or 150 trees (han: forest, ast: ridge)",
     )
-    parser.add_argument(
-        "--split",
-        choices=SPLITS,
-        default="segment",
-        help="what a part never shares with another (%(default)s)",
-    )
-    parser.add_argument(
-        "--fold",
-        choices=["0", "1", "2", "3", "all"],
-        default="all",
-        help="fold that validates (%(default)s: each once, then their mean)",
-    )
-    parser.add_argument(
-        "--features",
-        choices=["full", "score", "perf"],
-        default="full",
-        help="han: statistics of score, performance or both (%(default)s)",
-    )
-    parser.add_argument(
-        "--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)"
-    )
-    parser.add_argument(
-        "--probe",
-        metavar="FILE",
-        help="ast: best.pt of a pre-training, whose frozen tokens join the statistics: linear probing (off)",
-    )
-    parser.add_argument(
-        "--keep-overlap",
-        action="store_true",
-        help="keep training items that share played notes with validation or test (off)",
-    )
-    parser.add_argument(
-        "--keep-misaligned",
-        action="store_true",
-        help="keep training items whose match rate is under .6 (off)",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=7, help="of the forest; same seed, same figures (%(default)s)"
-    )
+    add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
+    add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
+    add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
+    add("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
+    add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
+    add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
+    add("--keep-misaligned", action="store_true", help="train also on match rates under .6 (off)")
+    add("--seed", type=number(int, 0), default=7, help="of the forest (%(default)s)")
     args = _parse(parser, argv, data_options, result_options)
-    if (args.task == "ast" and args.features != "full") or (
-        args.task == "han" and (args.audio or args.probe)
-    ):
-        raise DataError(
-            f"--features {args.features}, --audio {args.audio}, --probe {args.probe} with --task {args.task}: features are of han, audio and probe of ast; leave it out"
-        )
+    foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
+    if foreign:
+        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
     args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
-    if args.task == "ast":
-        store = audio_store(corpus, args)
-        table = ClipStatistics()
-        statistics = {
-            name: table.values(torch.as_tensor(np.asarray(store.get(i), np.float32))[None])[0]
-            .double()
-            .numpy()
-            for i, name in enumerate(store.names)
-        }
-        if args.probe:
-            tokens = frozen_tokens(args.probe, store, args.device)
-            statistics = {name: np.concatenate([row, tokens[name]]) for name, row in statistics.items()}
-    else:
-        columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-        statistics = {
-            name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()
-        }
+    statistics = _note_statistics(corpus, args) if args.task == "han" else _clip_statistics(corpus, args)
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
-        parts = percepiano_parts(
+        names_of = percepiano_parts(
             corpus, args.split, fold, keep_overlap=args.keep_overlap, keep_misaligned=args.keep_misaligned
         )
-        parts = {part: [name for name in names if name in statistics] for part, names in parts.items()}
-        x, y = (
-            np.stack([table[name] for name in parts["train"]])
-            for table in (statistics, {name: item.get("y") for name, item in corpus.items.items()})
-        )
-        fitted = (
-            _fit_forest(x, y, args.seed)
-            if args.model == "forest"
-            else _fit_ridge(x, y, [segment_of(name) for name in parts["train"]])
-        )
+        train = [name for name in names_of["train"] if name in statistics]
+        model = _regression(args.model, args.seed, [segment_of(name) for name in train])
+        model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
         for part in ("valid", "test"):
-            p = (
-                fitted.predict(np.stack([statistics[name] for name in parts[part]])).clip(0, 1)
-                if parts[part]
-                else np.zeros((0, len(LABELS)))
-            )
-            records.append({"part": part, "fold": fold, "names": parts[part], "p": p})
-    inputs = (
-        {"features": args.features} if args.task == "han" else {"audio": "wav" if args.audio else "rendered"}
-    )
-    about = {"seeds": [args.seed], "model": args.model, **inputs, "keep_overlap": args.keep_overlap} | (
-        {"probe": args.probe} if args.probe else {}
-    )
-    return _finish(records, corpus, args, args.split, about, task=args.task)
+            names = [name for name in names_of[part] if name in statistics]
+            p = np.zeros((0, len(LABELS)))
+            if names:
+                p = model.predict([statistics[name] for name in names]).clip(0, 1)
+            records.append({"part": part, "fold": fold, "names": names, "p": p})
+    about = {"task": args.task, "model": args.model, "seeds": [args.seed]}
+    about |= {"split": args.split, "keep_overlap": args.keep_overlap}
+    if args.task == "han":
+        about["features"] = args.features
+    else:
+        about |= {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+    return _finish(records, corpus, args, about)
 
 
-def _fit_forest(x: np.ndarray, y: np.ndarray, seed: int):
+def _note_statistics(corpus, args):
+    columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
+    return {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
+
+
+def _clip_statistics(corpus, args):
+    """Of each recording's log-mel energies; with --probe also those of a pre-trained AST's tokens."""
+    store = audio_store(corpus, args)
+    tokens = frozen_tokens(args.probe, store, args.device) if args.probe else {}
+    of_clip, statistics = ClipStatistics(), {}
+    for i, name in enumerate(store.names):
+        energies = torch.as_tensor(np.asarray(store.get(i), np.float32))
+        row = of_clip.values(energies[None])[0].double().numpy()
+        statistics[name] = np.append(row, tokens.get(name, []))
+    return statistics
+
+
+def _regression(kind, seed, groups):
+    """A forest, or ridge regression on standardised columns, its strength chosen by cross-validation over
+    whole groups."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
-
-    return ExtraTreesRegressor(
-        150, min_samples_leaf=3, max_features=0.3, random_state=seed, n_jobs=os.cpu_count()
-    ).fit(x, y)
-
-
-def _fit_ridge(x: np.ndarray, y: np.ndarray, groups: list[str]):
-    """Ridge regression on standardised columns, its strength chosen by cross-validation over whole groups of the training items."""
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    folds = list(GroupKFold(min(5, len(set(groups)))).split(x, y, groups))
-    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=folds)).fit(x, y)
+    if kind == "forest":
+        return ExtraTreesRegressor(
+            150, min_samples_leaf=3, max_features=0.3, random_state=seed, n_jobs=os.cpu_count()
+        )
+    folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
+    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1015,29 +845,30 @@ def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: 
     return time.perf_counter() - start
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Phoneme error rate
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SIL = PHONEMES.index("SIL")
+DAY_HELP = "decoder: day layer of sessions unknown to the model (off: they are refused)"
 
 
 def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list[list[int]]:
-    """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: one list of ids a trial.
+    """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: one list of ids a
+    trial.
 
     logits (B, F, 41), of any monotonous scale; frames (B,): valid frames, the rest is padding."""
-    best = torch.as_tensor(logits).argmax(-1).cpu().numpy()
+    best = torch.as_tensor(logits).argmax(-1).tolist()
     decoded = []
     for row, n in zip(best, torch.as_tensor(frames).tolist(), strict=True):
-        row = row[:n]
-        changes = np.append(True, row[1:] != row[:-1])[:n]
-        decoded.append(row[changes & (row != 0)].tolist())
+        decoded.append([k for k, _ in itertools.groupby(row[:n]) if k != 0])
     return decoded
 
 
 def edit_counts(reference: Iterable, hypothesis: Iterable) -> tuple[int, int, int]:
-    """(substitutions, deletions, insertions) of a minimal script that turns the reference into the hypothesis."""
-    tags = [tag for tag, _, _ in Levenshtein.editops(list(reference), list(hypothesis)).as_list()]
+    """(substitutions, deletions, insertions) of a minimal script that turns the reference into the
+    hypothesis."""
+    tags = [edit.tag for edit in Levenshtein.editops(list(reference), list(hypothesis))]
     return tags.count("replace"), tags.count("delete"), tags.count("insert")
 
 
@@ -1048,44 +879,31 @@ def per_counts(refs: Iterable, hyps: Iterable) -> np.ndarray:
 
 
 def error_rate(counts: np.ndarray) -> float:
-    """Errors of all trials over their labels (micro average) of `per_counts`; NaN where there is no label at all."""
-    total = np.asarray(counts).sum(0)
-    return float(total[:3].sum() / total[3]) if total[3] else float("nan")
+    """Errors of all trials over their labels (micro average) of `per_counts`; NaN where there is no label at
+    all."""
+    *errors, labels = np.sum(counts, axis=0)
+    return float(sum(errors) / labels) if labels else math.nan
 
 
-def trial_bootstrap(counts: np.ndarray, n: int = 1000, seed: int = 7) -> tuple[float, float]:
-    """95 % interval of `error_rate` when trials are drawn with replacement; NaN with fewer than two trials."""
-    counts = np.asarray(counts)
-    if len(counts) < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(counts), size=(n, len(counts)))
-    errors, labels = counts[:, :3].sum(1)[drawn].sum(1), counts[:, 3][drawn].sum(1)
-    rates = errors[labels > 0] / labels[labels > 0]
-    if 2 * len(rates) < n:  # as in cluster_bootstrap
-        return float("nan"), float("nan")
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return float(low), float(high)
+def trial_bootstrap(counts: np.ndarray, n: int = 1000, seed: int = 7) -> list[float]:
+    """95 % interval of `error_rate` when trials are drawn with replacement; NaN with fewer than two
+    trials."""
+    return percentile_interval(resample(error_rate, range(len(counts)), None, counts, n=n, seed=seed))
 
 
 def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[str]) -> dict:
-    """Phoneme error rate of trials: per, sub, del, ins, labels, trials, per_without_sil (SIL left out on both sides) and
-    by_day {day name: per, sub, del, ins, labels, trials}, all micro-averaged. The trainer logs the same figures.
+    """Phoneme error rate of trials: per, sub, del, ins, labels, trials, per_without_sil (SIL left out on both
+    sides) and by_day {day name: per, sub, del, ins, labels, trials}, all micro-averaged. The trainer logs the
+    same figures.
 
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
 
-    def figures(counts: np.ndarray) -> dict:
-        sub, dele, ins, labels = counts.sum(0).tolist()
-        return {
-            "per": error_rate(counts),
-            "sub": sub,
-            "del": dele,
-            "ins": ins,
-            "labels": labels,
-            "trials": len(counts),
-        }
+    def figures(counts):
+        totals = dict(zip(("sub", "del", "ins", "labels"), counts.sum(0).tolist(), strict=True))
+        return {"per": error_rate(counts), **totals, "trials": len(counts)}
 
     counts, days = per_counts(refs, hyps), np.asarray(days)
-    speech = [[[int(k) for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
+    speech = [[[k for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
     return {
         **figures(counts),
         "per_without_sil": error_rate(per_counts(*speech)),
@@ -1093,31 +911,23 @@ def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[
     }
 
 
-def speech_logits(
-    model: nn.Module,
-    corpus: SpeechCorpus,
-    indices: Iterable[int],
-    days: np.ndarray,
-    device: torch.device,
-    batch: int = 64,
-) -> list[np.ndarray]:
-    """Log-probabilities (F, 41) float32 of each trial, in the order given; (0, 41) where it is shorter than one window.
+def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list[np.ndarray]:
+    """Log-probabilities (F, 41) float32 of each trial, in the order given; (0, 41) where it is shorter than
+    one window.
 
-    indices: trial numbers; days (corpus days,): the model's index of each day of the corpus, from data.map_days. Batches
-    hold trials of similar length; the model is evaluated without dropout and left in the mode it came in."""
+    indices: trial numbers; days (corpus days,): the model's index of each day of the corpus, from
+    data.map_days. Batches hold trials of similar length; the model is evaluated without dropout and left in
+    the mode it came in."""
     indices, training = np.asarray(indices, np.int64), model.training
     order = np.argsort(corpus.lengths[indices], kind="stable")
+    days = torch.as_tensor(days)
     result: list = [None] * len(indices)
     model.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             items = collate_speech([speech_item(corpus, i) for i in indices[chosen]])
-            logits, frames = model(
-                items["x"].to(device),
-                items["lengths"],
-                torch.as_tensor(np.asarray(days))[items["day"]].to(device),
-            )
+            logits, frames = model(items["x"].to(device), items["lengths"], days[items["day"]].to(device))
             log_probs = logits.float().log_softmax(-1).cpu().numpy()
             for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
                 result[i] = row[:n].copy()
@@ -1125,66 +935,22 @@ def speech_logits(
     return result
 
 
-def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
-    """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures of
-    `decoder_scores`, their 95 % interval over trials and the most frequent substitutions; "words" where these were asked for."""
-    corpus = _speech_corpus(args, loaded)
-    parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
-    trials = parts[args.part]
-    scored = np.flatnonzero(corpus.labelled[trials] & (args.part != "competition"))
-    if not len(scored) and (not args.submission or args.csv or args.save_results or not len(trials)):
-        raise DataError(
-            f"--part {args.part}: {len(trials)} trials without labels; a phoneme error rate needs them; give --part valid or test, or --submission FILE alone"
-        )
-    _say_circumstances(args, loaded, corpus, trials)
-    log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
-    if len(scored):
-        records = transcripts([log_probs[k] for k in scored], corpus, trials[scored])
-        refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-        figures = {
-            **decoder_scores(refs, hyps, corpus.day[trials[scored]], corpus.days),
-            "interval": list(trial_bootstrap(per_counts(refs, hyps))),
-            "unlabelled": len(trials) - len(scored),
-            "too_short": sum(r["frames"] < frames_needed(r["reference"]) for r in records),
-            "substitutions": substitutions(refs, hyps),
-        }
-        decoder_report(figures, records, args.part)
-    if args.words or args.tune or args.submission:
-        valid = (
-            None
-            if not args.tune
-            else (log_probs, trials)
-            if args.part == "valid"
-            else (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
-        )
-        figures["words"] = words(log_probs, corpus, trials, args, valid, parts["train"])
-    _write_decoder(figures, records, corpus, args, loaded)
-    return figures
-
-
-def _speech_corpus(args: argparse.Namespace, loaded: list[tuple]) -> SpeechCorpus:
-    """The corpus of --data, which must be given where the decoders learned from real data, and fit them."""
-    data = _shared_settings(loaded)
-    if args.data is None and not data["synthetic"]:
-        raise DataError(
-            f"{args.ckpt[0]}: trained on real data; its scores on the synthetic corpus mean nothing; give --data DIR"
-        )
-    if not args.data:
-        print(
-            "no --data: evaluating on the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq, then --data with its folder"
-        )
-    corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
-    if corpus.channels != data["channels"]:
-        raise DataError(
-            f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} expects {data['channels']}; convert with --channels or give its corpus"
-        )
-    return corpus
+def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args) -> list[np.ndarray]:
+    """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day,
+    device, batch."""
+    total: list = []
+    used = np.unique(corpus.day[trials])
+    for _, model, ckpt in loaded:
+        days = np.full(len(corpus.days), -1)
+        days[used] = map_days([corpus.days[d] for d in used], ckpt["data"]["days"], args.day)
+        each = speech_logits(model.to(args.device), corpus, trials, days, args.device, args.batch or 64)
+        total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
+    return [row - np.float32(np.log(len(loaded))) for row in total]
 
 
 def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
-    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy), "frames"}; log_probs (F, 41) each."""
+    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy),
+    "frames"}; log_probs (F, 41) each."""
     return [
         {
             "trial": corpus.ids[i],
@@ -1197,87 +963,84 @@ def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Itera
     ]
 
 
-def _shared_settings(loaded: list[tuple]) -> dict:
-    """The data settings of checkpoints whose probabilities can be averaged; DataError names the first that differs."""
-    needed = ("days", "channels", "phonemes", "rules", "valid", "synthetic")
-    for path, model, ckpt in loaded:
-        data = ckpt["data"]
-        if (
-            not isinstance(ckpt["args"], dict)
-            or not isinstance(data, dict)
-            or not all(key in data for key in needed)
-        ):
-            raise DataError(
-                f"{path}: without args, or without data that name {', '.join(needed)}, but of task 'decoder'; expected han, or best.pt of train_decoder.py; train it again"
-            )
-        if list(data["phonemes"]) != list(PHONEMES) or data["rules"] != speech_rules():
-            raise DataError(
-                f"{path}: phonemes or label rules {data['rules']!r}; expected the 41 of data.PHONEMES and rules {speech_rules()!r}; train it again"
-            )
-        first = {**loaded[0][2]["data"], **loaded[0][1].model_args}
-        for key in ("kernel", "stride", "channels", "valid", "synthetic"):
-            if (found := {**data, **model.model_args}[key]) != first[key]:
-                raise DataError(
-                    f"{path}: {key} is {found!r}; {loaded[0][0]} has {first[key]!r}; evaluate them in separate runs"
-                )
-    return loaded[0][2]["data"]
+def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+    """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures
+    of `decoder_scores`, their 95 % interval over trials and the most frequent substitutions; "words" where
+    these were asked for."""
+    corpus = _speech_corpus(args, loaded)
+    parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+    trials = parts[args.part]
+    labelled = corpus.labelled[trials] & (args.part != "competition")
+    if not labelled.any() and (not args.submission or args.csv or args.save_results or not len(trials)):
+        raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
+    _say_circumstances(args, loaded, corpus, trials)
+    log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
+    if labelled.any():
+        scored = trials[labelled]
+        records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
+        refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+        figures = {
+            **decoder_scores(refs, hyps, corpus.day[scored], corpus.days),
+            "interval": trial_bootstrap(per_counts(refs, hyps)),
+            "unlabelled": len(trials) - len(scored),
+            "too_short": sum(record["frames"] < frames_needed(record["reference"]) for record in records),
+            "substitutions": substitutions(refs, hyps),
+        }
+        decoder_report(figures, records, args.part)
+    if args.words or args.tune or args.submission:
+        valid = (log_probs, trials)
+        if args.tune and args.part != "valid":
+            valid = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
+        figures["words"] = words(log_probs, corpus, trials, args, valid, parts["train"])
+    _write_decoder(figures, records, corpus, args, loaded)
+    return figures
 
 
-def _say_circumstances(
-    args: argparse.Namespace, loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray
-) -> None:
+def _shared_settings(loaded):
+    """The data settings of decoders whose probabilities can be averaged; DataError names the first that
+    differs."""
+    alike = ("kernel", "stride", "channels", "valid", "synthetic", "phonemes", "rules")
+    return _check_alike(loaded, alike, {"phonemes": list(PHONEMES), "rules": speech_rules()})
+
+
+def _speech_corpus(args, loaded):
+    """The corpus of --data, which must be given where the decoders learned from real data, and fit them."""
+    data = _shared_settings(loaded)
+    _refuse_synthetic(data, args)
+    if not args.data:
+        print("no --data: the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq")
+    corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
+    for line in corpus.left_out:
+        print(f"left out: {line}")
+    if corpus.channels != data["channels"]:
+        raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
+    return corpus
+
+
+def _say_circumstances(args, loaded, corpus, trials):
     """Which checkpoints, which trials, and what a reader must know before believing the figures."""
-    seeds, data = [ckpt["args"].get("seed") for _, _, ckpt in loaded], loaded[0][2]["data"]
-    print(
-        f"{len(loaded)} checkpoints, probabilities averaged, seeds {seeds}"
-        if len(loaded) > 1
-        else f"{args.ckpt[0]}, seed {seeds[0]}, step {loaded[0][2]['step']}"
-    )
-    print(
-        "SYNTHETIC corpus: figures say nothing about real speech"
-        if corpus.synthetic
-        else f"real data in {corpus.root}"
-    )
-    if corpus.synthetic != data["synthetic"]:
-        print(
-            f"trained on {'synthetic' if data['synthetic'] else 'real'} data, evaluated on {'synthetic' if corpus.synthetic else 'real'}"
-        )
+    data = loaded[0][2]["data"]
+    seeds = [ckpt["args"].get("seed") for _, _, ckpt in loaded]
+    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds}")
+    print(corpus_line(corpus.synthetic, corpus.root))
+    _say_other_corpus(data, corpus.synthetic)
     if data["valid"] == "test" and args.part in ("valid", "test"):
-        print(
-            "the checkpoint was chosen on the test part (--valid test, the baseline's habit): its score there is no result"
-        )
+        print("the checkpoint was chosen on the test part (--valid test): its score there is no result")
     for path, _, ckpt in loaded:
         known = ckpt["data"]["days"]
-        for d in np.unique(corpus.day[trials]):
-            if args.day and corpus.days[d] not in known:
-                layer = map_days([corpus.days[d]], known, args.day)[0]
-                print(
-                    f"session {corpus.days[d]}: unknown to {path}; "
-                    + ("the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}")
-                )
-
-
-def mean_logits(
-    loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args: argparse.Namespace
-) -> list[np.ndarray]:
-    """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day, device, batch."""
-    total: list = []
-    for _, model, ckpt in loaded:
-        used, days = np.unique(corpus.day[trials]), np.full(len(corpus.days), -1)
-        days[used] = map_days([corpus.days[d] for d in used], ckpt["data"]["days"], args.day)
-        each = speech_logits(model.to(args.device), corpus, trials, days, args.device, args.batch)
-        total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
-    return [row - np.float32(np.log(len(loaded))) for row in total]
+        for day in [corpus.days[d] for d in np.unique(corpus.day[trials])]:
+            if args.day and day not in known:
+                layer = map_days([day], known, args.day)[0]
+                used = "the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"
+                print(f"session {day}: unknown to {path}; {used}")
 
 
 def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
     """The most frequent [reference phoneme, decoded phoneme, times]."""
-    pairs = Counter(
-        (ref[i], hyp[j])
-        for ref, hyp in zip(refs, hyps, strict=True)
-        for tag, i, j in Levenshtein.editops(ref, hyp).as_list()
-        if tag == "replace"
-    )
+    pairs: Counter = Counter()
+    for ref, hyp in zip(refs, hyps, strict=True):
+        edits = Levenshtein.editops(ref, hyp)
+        pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
     ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
     return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
 
@@ -1287,98 +1050,62 @@ def spell(ids: Iterable[int]) -> str:
     return " ".join(PHONEMES[k] for k in ids)
 
 
-def decoder_report(figures: dict, records: list[dict], part: str, samples: int = 5) -> None:
+def print_samples(names: list[str], references: list[str], decoded: list[str]) -> None:
+    """Prints five evenly spaced trials."""
+    for k in np.unique(np.linspace(0, len(names) - 1, 5).astype(int)):
+        print(f"{names[k]}\n  reference  {references[k]}\n  decoded    {decoded[k]}")
+
+
+def decoder_report(figures: dict, records: list[dict], part: str) -> None:
     """Prints figures of `evaluate_decoder`: totals, a line a day, substitutions, and sample transcripts."""
-    low, high = figures["interval"]
-    interval = f"95 % [{low:.4f}, {high:.4f}]" if np.isfinite(low) else "(too few trials for an interval)"
+    print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
     print(
-        f"{part}: {figures['trials']} trials, {figures['labels']} phonemes; PER {figures['per']:.4f} {interval}; sub {figures['sub']} del {figures['del']} "
-        f"ins {figures['ins']}; PER without SIL {figures['per_without_sil']:.4f}"
+        f"PER without SIL {figures['per_without_sil']:.4f}; {figures['unlabelled']} more trials have no label"
     )
-    if figures["unlabelled"]:
-        print(f"{figures['unlabelled']} more trials have no label")
-    if figures["too_short"]:
-        print(
-            f"{figures['too_short']} trials have fewer frames than their labels need: they cannot be decoded without error"
-        )
-    print(f"{'session':<24}{'trials':>8}{'phonemes':>10}{'PER':>8}{'sub':>7}{'del':>7}{'ins':>7}")
-    for day, f in figures["by_day"].items():
-        print(
-            f"{day:<24}{f['trials']:>8}{f['labels']:>10}{f['per']:>8.4f}{f['sub']:>7}{f['del']:>7}{f['ins']:>7}"
-        )
     print(
-        "substitutions, reference > decoded: "
-        + (", ".join(f"{a} > {b} {n}" for a, b, n in figures["substitutions"]) or "none")
+        f"{figures['too_short']} trials have fewer frames than their labels need: never decoded without error"
     )
-    for record in (
-        records[i] for i in np.linspace(0, len(records) - 1, min(samples, len(records))).astype(int)
-    ):
-        print(
-            f"{record['trial']}\n  reference  {spell(record['reference'])}\n  decoded    {spell(record['hypothesis'])}"
-        )
+    columns = ["trials", "labels", "per", "sub", "del", "ins"]
+    days = [*figures["by_day"].items(), ("all", figures)]
+    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days])
+    print(
+        "substitutions, reference > decoded:",
+        ", ".join(f"{a} > {b} {n}" for a, b, n in figures["substitutions"]),
+    )
+    spelt = [[spell(record[side]) for record in records] for side in ("reference", "hypothesis")]
+    print_samples([record["trial"] for record in records], *spelt)
 
 
-def _write_decoder(
-    figures: dict, records: list[dict], corpus: SpeechCorpus, args: argparse.Namespace, loaded: list[tuple]
-) -> None:
-    """--csv and --save-results: a line a trial with its transcripts and counts, and the figures with their circumstances."""
-    lines = ["trial,day,reference,hypothesis,sub,del,ins,labels"]
+def _write_decoder(figures, records, corpus, args, loaded):
+    """--csv and --save-results: a line a trial with its transcripts and counts, and the figures with their
+    circumstances."""
+    rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
     for record in records:
         ref, hyp = record["reference"], record["hypothesis"]
-        lines.append(
-            ",".join(
-                [
-                    record["trial"],
-                    record["day"],
-                    spell(ref),
-                    spell(hyp),
-                    *map(str, (*edit_counts(ref, hyp), len(ref))),
-                ]
-            )
+        rows.append(
+            [record["trial"], record["day"], spell(ref), spell(hyp), *edit_counts(ref, hyp), len(ref)]
         )
-    stem = Path(args.results_dir) / f"decoder_{args.save_results}_{args.part}"
-    for path in [args.csv, args.save_results and stem.with_name(stem.name + ".csv")]:
-        if path:
-            write_atomic(Path(path), lambda file: file.write(("\n".join(lines) + "\n").encode()))
-            print(f"transcripts of {len(records)} trials in {path}")
+    if args.csv:
+        write_csv(args.csv, rows)
+        print(f"transcripts of {len(records)} trials in {args.csv}")
     if args.save_results:
-        used = [
-            {
-                "path": str(path),
-                "epoch": ckpt["epoch"],
-                "step": ckpt["step"],
-                "git_sha": ckpt["git_sha"],
-                "args": _own_options(ckpt),
-            }
-            for path, _, ckpt in loaded
-        ]
-        saved = {
-            "task": "decoder",
-            "row": args.save_results,
-            "part": args.part,
-            "command": args.command,
-            **git_state(),
-            "hardware": hardware(args.device),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "synthetic": corpus.synthetic,
+        stem = Path(args.results_dir) / f"decoder_{args.save_results}_{args.part}"
+        write_csv(f"{stem}.csv", rows)
+        about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "day_rule": args.day}
+        about |= {
             "valid": loaded[0][2]["data"]["valid"],
-            "day_rule": args.day,
-            "seeds": [ckpt["args"].get("seed") for _, _, ckpt in loaded],
-            "checkpoints": used,
-            "metrics": figures,
+            **_checkpoints([(path, ckpt) for path, _, ckpt in loaded]),
         }
-        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
-        write_atomic(stem.with_name(stem.name + ".json"), lambda file: file.write((text + "\n").encode()))
-        print(f"saved {stem}.json")
+        save_results(stem, args, about, {"metrics": figures})
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Words
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Search settings to start from: acoustic scale and blank penalty of the public decoders ('24: 256 channels, '25: 512). LM scores
-# are log10: a weight of ln 10 would set them beside the network's natural logarithms as they are. With the transcripts' trigram that
-# deletes words: validation WER .058 against .018 at 1 for a PER of .027, .85 against .62 for one of .51 (synthetic corpus).
+# Search settings to start from: acoustic scale and blank penalty of the public decoders ('24: 256 channels,
+# '25: 512). LM scores are log10: a weight of ln 10 would set them beside the network's natural logarithms.
+# With the transcripts' trigram that deletes words: validation WER .058 against .018 at 1 (synthetic corpus).
 WORD_SETTINGS = {
     256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)},
     512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)},
@@ -1389,85 +1116,82 @@ WORD_GRID = {
     "acoustic_scale": (0.2, 0.325, 0.5, 0.8, 1.2),
     "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0),
 }
-LM_MARKS = ("<s>", "</s>", "<unk>")
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
+Lexicon = list[
+    tuple[str, tuple[int, ...]]
+]  # (word, phoneme ids without the last SIL), several a word are fine
 
 
 def spoken_words(text: str) -> list[str]:
-    """Words of a transcript as they are trained on and scored: cleaned as `data.phonemize` does, those without a letter left out."""
+    """Words of a transcript as they are trained on and scored: cleaned as `data.phonemize` does, those
+    without a letter left out."""
     return [word for word in clean_sentence(text).split() if re.search("[a-z]", word)]
 
 
-def read_lexicon(path: str | Path) -> list[tuple[str, tuple[int, ...]]]:
-    """(word, phoneme ids) of lines "word PH PH ...", blanks or a tab between, in the file's order; several lines a word are fine.
-
-    Of the CMU dictionary's habits are understood: stress digits, variants "word(2)", comments after ";;;"; and a SIL at the
-    end. Repeated lines count once and are reported. DataError names the line of a phoneme that is none, or of a word without any."""
-    entries, repeated, ids = {}, [], {name: i for i, name in enumerate(PHONEMES) if name}
+def read_lexicon(path: str | Path) -> Lexicon:
+    """Lines "word PH PH ...", in the file's order, each once. Of the CMU dictionary's habits are understood:
+    stress digits, variants "word(2)", comments after ";;;"; and a SIL at the end. DataError names a line
+    without phonemes, or with others."""
+    ids = {name: i for i, name in enumerate(PHONEMES)}
+    entries: dict[tuple, None] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}; expected a lexicon, lines of a word and its phonemes") from error
-    for n, line in enumerate(lines, 1):
-        word, *names = line.split() or [";;;"]
-        if word.startswith(";;;"):
-            continue
-        names = [name.rstrip("012") for name in names]
-        names = names[:-1] if names[-1:] == ["SIL"] else names
-        unknown = [name for name in names if name not in ids]
-        if unknown or not names or word.lower() in LM_MARKS:
-            found = (
-                f"phoneme {unknown[0]!r}"
-                if unknown
-                else "a language model's own mark"
-                if names
-                else "no phoneme"
-            )
-            raise DataError(
-                f"{path}: line {n}, word {word!r}: {found}; expected words and some of {' '.join(ids)}; correct the line"
-            )
-        entry = re.sub(r"\(\d+\)$", "", word).lower(), tuple(ids[name] for name in names)
-        if entry in entries:
-            repeated.append(n)
-        entries[entry] = None
-    if not entries:
-        raise DataError(f"{path}: no word in it; expected a lexicon, lines of a word and its phonemes")
-    if repeated:
-        print(f"{path}: {len(repeated)} repeated lines (the first: {repeated[0]}) count once")
+        for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            word, *names = line.split() or [";;;"]
+            if word.startswith(";;;"):
+                continue
+            sounds = tuple(ids.get(name.rstrip("012"), 0) for name in names)
+            if sounds[-1:] == (SIL,):
+                sounds = sounds[:-1]
+            if not sounds or 0 in sounds or word.lower() in ("<s>", "</s>", "<unk>"):
+                raise ValueError(f"line {n}, {line[:60]!r}")
+            entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
+        if not entries:
+            raise ValueError("no word in it")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}; expected lines of a word and some of{' '.join(ids)}") from error
     return list(entries)
 
 
-def training_lexicon(texts: Iterable[str], labels: Iterable) -> list[tuple[str, tuple[int, ...]]]:
-    """(word, phoneme ids) of every word of the transcripts, most frequent first.
+def training_lexicon(texts: Iterable[str], labels: Iterable) -> Lexicon:
+    """Every word of the transcripts, most frequent first. labels: phoneme ids of each transcript.
 
-    labels: phoneme ids of each transcript. Where they have as many pieces between SILs as there are words, the pieces are the
-    words' pronunciations, so that a homograph keeps all that it was trained with; words only met elsewhere go to `data.phonemize`."""
-    seen, words_seen = Counter(), Counter()
+    Where they have as many pieces between SILs as there are words, the pieces are the words' pronunciations,
+    so that a homograph keeps all that it was trained with; words only met elsewhere go to
+    `data.phonemize`."""
+    seen: Counter = Counter()
+    frequency: Counter = Counter()
     for text, ids in zip(texts, labels, strict=True):
-        sentence = spoken_words(text)
-        pieces = [tuple(piece) for piece in bytes(np.asarray(ids).tolist()).split(bytes([SIL])) if piece]
-        words_seen.update(sentence)
-        seen.update(zip(sentence, pieces, strict=True) if len(pieces) == len(sentence) else ())
-    for word in words_seen.keys() - {word for word, _ in seen}:
-        sounds = tuple(k for k in phonemize(word) if k != SIL)
-        seen.update([(word, sounds)] if sounds else [])
-    return sorted(seen, key=lambda entry: (-words_seen[entry[0]], entry[0], -seen[entry], entry[1]))
+        sentence, pieces = spoken_words(text), split_at_silence(ids)
+        frequency.update(sentence)
+        if len(pieces) == len(sentence):
+            seen.update(zip(sentence, pieces, strict=True))
+    for word in frequency.keys() - {word for word, _ in seen}:
+        seen[word, tuple(k for k in phonemize(word) if k != SIL)] += 1
+    return sorted(filter(lambda e: e[1], seen), key=lambda e: (-frequency[e[0]], e[0], -seen[e], e[1]))
+
+
+def split_at_silence(ids: Iterable[int]) -> list[tuple[int, ...]]:
+    return [tuple(piece) for silent, piece in itertools.groupby(map(int, ids), SIL.__eq__) if not silent]
 
 
 def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[str, ...], list]:
-    """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen & Goodman 1999).
+    """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen
+    & Goodman 1999).
 
-    P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words after h, h' without h's first word,
-    and 1 / V below the unigrams, V the words with </s> and <unk>. An unseen w gets t(h) / (c(h) + t(h)) P(w | h'): the back-off form."""
+    P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words after h, h'
+    without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>. An unseen w gets
+    t(h) / (c(h) + t(h)) P(w | h'): the back-off form."""
     counts: Counter = Counter()
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
-        counts.update(padded[i : i + n] for n in range(1, order + 1) for i in range(len(padded) - n + 1))
+        for n in range(1, order + 1):
+            counts.update(padded[i : i + n] for i in range(len(padded) - n + 1))
     if not counts:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
     del counts[("<s>",)]  # given, never predicted
-    tokens, types = Counter(), Counter()
+    tokens: Counter = Counter()
+    types: Counter = Counter()
     for gram, count in counts.items():
         tokens[gram[:-1]] += count
         types[gram[:-1]] += 1
@@ -1484,59 +1208,50 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
     return model
 
 
-def write_arpa(path: Path, model: dict[tuple[str, ...], list]) -> None:
+def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
     """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight."""
-    orders = range(1, max(map(len, model)) + 1)
-    lines = ["\\data\\", *(f"ngram {n}={sum(len(gram) == n for gram in model)}" for n in orders)]
-    for n in orders:
-        lines += ["", f"\\{n}-grams:"]
-        lines += [
-            "\t".join(
-                [
-                    f"{math.log10(p):.7f}",
-                    " ".join(gram),
-                    *([f"{math.log10(b):.7f}"] if n < orders[-1] else []),
-                ]
-            )
-            for gram, (p, b) in sorted(model.items())
-            if len(gram) == n
-        ]
-    write_atomic(Path(path), lambda file: file.write("\n".join([*lines, "", "\\end\\", ""]).encode()))
+    sections: dict[int, list[str]] = {}
+    for gram, (p, backoff) in sorted(model.items()):
+        line = f"{math.log10(p):.7f}\t{' '.join(gram)}\t{math.log10(backoff):.7f}"
+        sections.setdefault(len(gram), []).append(line)
+    highest = max(sections)
+    sections[highest] = [
+        line.rpartition("\t")[0] for line in sections[highest]
+    ]  # these have no back-off weight
+    text = "\\data\\\n"
+    for n in sorted(sections):
+        text += f"ngram {n}={len(sections[n])}\n"
+    for n in sorted(sections):
+        text += "\n".join(["", f"\\{n}-grams:", *sections[n], ""])
+    write_atomic(Path(path), lambda file: file.write(f"{text}\n\\end\\\n".encode()))
 
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
-    """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A word's id is its place.
+    """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A
+    word's id is its place.
 
-    Where it knows less than half of them they are tried in capitals, as public LMs are written. DataError on a file that is no LM or knows none."""
+    Where it knows less than half of them they are tried in capitals, as public LMs are written. DataError on
+    a file that is no LM or knows none."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
-    try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            head = file.read(1024)
-        if not head.lstrip().startswith(b"\\data\\") and not head.startswith(
-            b"mmap lm http://kheafield.com/code"
-        ):
-            raise ValueError(f"begins with {head[:20]!r}")
-        best: tuple = (None, [], 0)
-        for form in (str.lower, str.upper):
+    best: tuple = (None, [], 0)
+    for form in (str.lower, str.upper):
+        try:
             with _silent_stderr():
                 lm = KenLM(str(path), Dictionary([*map(form, vocabulary), "<unk>"]))
-            start = lm.start(True)  # of no sentence: the score is the unigram's
-            *scores, unknown = (lm.score(start, i)[1] for i in range(len(vocabulary) + 1))
-            known = sum(score != unknown for score in scores)
-            best = (lm, scores, known) if known > best[2] else best
-            if 2 * known >= len(vocabulary):
-                break
-    except (OSError, EOFError, ValueError, RuntimeError) as error:
-        found = " ".join((str(error).splitlines() or [""])[-1].split())
-        raise DataError(
-            f"{path}: {found}; expected an n-gram language model, ARPA or KenLM's binary, of at least two orders"
-        ) from error
+        except (RuntimeError, ValueError) as error:
+            found = str(error).strip().splitlines()[-1:]
+            raise DataError(f"{path}: {found}; expected an n-gram model, ARPA or KenLM's binary") from error
+        start = lm.start(True)  # of no sentence: the score is the unigram's
+        *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
+        known = len(scores) - scores.count(unknown)
+        if known > best[2]:
+            best = (lm, scores, known)
+        if 2 * known >= len(vocabulary):
+            break
     if not best[2]:
-        raise DataError(
-            f"{path}: knows none of the lexicon's {len(vocabulary)} words, such as {vocabulary[0]!r}; expected a language model of the same language"
-        )
+        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[0]!r}")
     return best
 
 
@@ -1556,27 +1271,28 @@ def _silent_stderr():
 class WordSearch:
     """Beam search over a lexicon's trie with an n-gram LM (flashlight's LexiconDecoder, KenLM inside).
 
-    lexicon: (word, phoneme ids without the last SIL), lm: ARPA file. `known`: words that the LM knows, the rest score as <unk>;
-    `dropped`: homophones beyond MOST_HOMOPHONES, the least frequent by the LM."""
+    `known`: words that the LM knows, the rest score as <unk>; `dropped`: homophones beyond MOST_HOMOPHONES,
+    the least frequent by the LM."""
 
-    def __init__(self, lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path):
+    def __init__(self, lexicon: Lexicon, lm: str | Path):
         try:
             from flashlight.lib.text import decoder as flashlight
             from flashlight.lib.text.decoder import kenlm  # noqa: F401
         except ImportError as error:
-            raise DataError(
-                f"--words: {error}; expected the package ufal-flashlight-text; run `pip install ufal-flashlight-text`"
-            ) from error
-        self.library, self.words = flashlight, list(dict.fromkeys(word for word, _ in lexicon))
+            raise DataError(f"--words: {error}; run `pip install ufal-flashlight-text`") from error
+        self.library = flashlight
+        self.words = list(dict.fromkeys(word for word, _ in lexicon))
         self.lm, scores, self.known = load_lm(lm, self.words)
         number_of = {word: i for i, word in enumerate(self.words)}
         spoken: dict[tuple[int, ...], list[int]] = {}
         for word, sounds in lexicon:
             spoken.setdefault(sounds, []).append(number_of[word])
-        self.dropped = sum(max(0, len(members) - MOST_HOMOPHONES) for members in spoken.values())
+        self.dropped = 0
         self.trie = flashlight.Trie(len(PHONEMES), SIL)
         for sounds, members in spoken.items():
-            for i in sorted(members, key=lambda i: -scores[i])[:MOST_HOMOPHONES]:
+            members.sort(key=lambda i: -scores[i])
+            self.dropped += len(members[MOST_HOMOPHONES:])
+            for i in members[:MOST_HOMOPHONES]:
                 self.trie.insert([*sounds, SIL], i, scores[i])
         self.trie.smear(flashlight.SmearingMode.MAX)
 
@@ -1588,183 +1304,157 @@ class WordSearch:
         emissions[:, 0] -= settings["acoustic_scale"] * settings["blank_penalty"]
         emissions = np.ascontiguousarray(emissions, np.float32)  # its address goes to the library
         if not np.isfinite(emissions).all():
-            raise DataError(
-                "--words: log-probabilities that are not finite; expected those of a trained model; look at its weights"
-            )
-        options = self.library.LexiconDecoderOptions(settings["beam"], settings["token_beam"], 25.0, settings["lm_weight"], settings["word_score"],
-                                                     -math.inf, 0.0, False, self.library.CriterionType.CTC)  # fmt: skip
+            raise DataError("--words: log-probabilities that are not finite; look at the model's weights")
+        options = self.library.LexiconDecoderOptions(
+            beam_size=settings["beam"],
+            beam_size_token=settings["token_beam"],
+            beam_threshold=25.0,
+            lm_weight=settings["lm_weight"],
+            word_score=settings["word_score"],
+            unk_score=-math.inf,
+            sil_score=0.0,
+            log_add=False,
+            criterion_type=self.library.CriterionType.CTC,
+        )
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
-        return [
-            self.words[i] for i in decoder.decode(emissions.ctypes.data, *emissions.shape)[0].words if i >= 0
-        ]
+        best = decoder.decode(emissions.ctypes.data, *emissions.shape)[0]
+        return [self.words[i] for i in best.words if i >= 0]
 
 
 @contextlib.contextmanager
-def word_decoder(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path, processes: int = 1):
-    """Gives decode(list of log_probs, settings) -> list of sentences, and the WordSearch, for the length of a with block.
+def word_decoder(lexicon: Lexicon, lm: str | Path, processes: int = 1):
+    """Gives decode(list of log_probs, settings) -> list of sentences, and the WordSearch, for the length of a
+    with block.
 
-    The library holds Python's lock, so threads gain nothing; with processes > 1 each builds a search of its own."""
+    The library holds Python's lock, so threads gain nothing; with processes > 1 each builds a search of its
+    own."""
     search = WordSearch(lexicon, lm)
     if processes == 1:
         yield lambda trials, settings: [search.decode(trial, settings) for trial in trials], search
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_decoding, (lexicon, lm)) as pool:
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
+        answer = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
         )  # workers inherit this: Ctrl-C is answered here alone
         for _ in range(processes):  # a task starts a worker as long as none is ready
             pool.submit(int)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, answer)
         yield (
-            lambda trials, settings: list(
-                pool.map(_decode_words, trials, [settings] * len(trials), chunksize=4)
-            ),
+            lambda trials, settings: list(pool.map(_decode_words, trials, itertools.repeat(settings))),
             search,
         )
 
 
-def _start_decoding(lexicon: list[tuple[str, tuple[int, ...]]], lm: str | Path) -> None:
+def _start_decoding(lexicon, lm):
     _decode_words.search = WordSearch(lexicon, lm)
 
 
-def _decode_words(log_probs: np.ndarray, settings: dict) -> list[str]:
+def _decode_words(log_probs, settings):
     return _decode_words.search.decode(log_probs, settings)
 
 
-def nearest_words(
-    sequences: Iterable[list[int]], lexicon: list[tuple[str, tuple[int, ...]]]
-) -> list[list[str]]:
-    """The yardstick without LM and search: greedy phoneme ids cut at SIL, for each piece the lexicon's word at the fewest edits,
-    the earlier one of equals (the more frequent, of `training_lexicon`)."""
-    spoken = [bytes(sounds) for _, sounds in lexicon]
+def nearest_words(sequences: Iterable[list[int]], lexicon: Lexicon) -> list[list[str]]:
+    """The yardstick without LM and search: greedy phoneme ids cut at SIL, for each piece the lexicon's word
+    at the fewest edits, the earlier one of equals (the more frequent, of `training_lexicon`)."""
+    spoken = [sounds for _, sounds in lexicon]
 
     @functools.cache
-    def nearest(piece: bytes) -> str:
+    def nearest(piece):
         return lexicon[process.extractOne(piece, spoken, scorer=Levenshtein.distance)[2]][0]
 
-    return [
-        [nearest(piece) for piece in bytes(sequence).split(bytes([SIL])) if piece] for sequence in sequences
-    ]
+    return [[nearest(piece) for piece in split_at_silence(sequence)] for sequence in sequences]
 
 
 def tune_words(
-    decode: Callable, log_probs: list[np.ndarray], references: list[list[str]], settings: dict
+    decode: Callable, log_probs: list, references: list[list[str]], settings: dict
 ) -> tuple[dict, dict]:
-    """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after: WER, searches, sentences}).
+    """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after:
+    WER, searches, sentences}).
 
-    One setting after the other takes the value with the fewest errors, what it had among equals, until a round changes none."""
+    One setting after the other takes the value with the fewest errors, what it had among equals, until a
+    round changes none."""
+    if not any(references):
+        raise DataError("--tune: no labelled validation trial; leave it out or give the settings")
     tried: dict[tuple, float] = {}
 
-    def wer(candidate: dict) -> float:
+    def wer(candidate):
         key = tuple(candidate.values())
         if key not in tried:
             tried[key] = error_rate(per_counts(references, decode(log_probs, candidate)))
         return tried[key]
 
-    if not sum(map(len, references)):
-        raise DataError(
-            "--tune: no labelled validation trial; expected some; leave it out or give the settings"
-        )
-    before, changed = wer(settings), True
-    while changed:
-        changed = False
+    before, last = wer(settings), None
+    while settings != last:
+        last = settings
         for name, values in WORD_GRID.items():
-            value = min((settings[name], *values), key=lambda value: wer(settings | {name: value}))
-            changed |= value != settings[name]
-            settings = settings | {name: value}
-    return settings, {
-        "before": before,
-        "after": wer(settings),
-        "searches": len(tried),
-        "sentences": len(references),
-    }
+            settings = min((settings | {name: value} for value in (settings[name], *values)), key=wer)
+    after = wer(settings)
+    return settings, {"before": before, "after": after, "searches": len(tried), "sentences": len(references)}
 
 
 def write_submission(
-    path: str | Path, sentences: list[str], corpus, indices: Iterable[int], style: str
+    path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices: np.ndarray
 ) -> None:
-    """Writes the sentences of one whole part in the competitions' order: by session name, then by trial number.
+    """Writes the sentences of one whole part in the competitions' order: by session name, then by trial
+    number.
 
-    style "24": a sentence a line; "25": columns id (row number from 0) and text. Any part may be written, the '24 test part too,
-    but all of it: DataError where a trial is missing or doubled, or where the '24 competition part is not 1200 rows of 15 days."""
-    indices = np.asarray(indices, np.int64)
-    parts = sorted({corpus.part[i] for i in indices})
-    expected = np.flatnonzero(np.isin(corpus.part, parts))
-    if len(parts) != 1 or len(indices) != len(sentences) or sorted(indices) != expected.tolist():
+    FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). Any part may
+    be written, but all of it: DataError where a trial is missing or doubled, or where the '24 competition
+    part is not 1200 rows of 15 days."""
+    parts = {str(corpus.part[i]) for i in indices}
+    whole = np.flatnonzero(np.isin(corpus.part, list(parts)))
+    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] in parts)
+    rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
+    size = len(rows), len({day for day, *_ in rows})
+    public = parts == {"competition"} and corpus.channels == 256 and not corpus.synthetic
+    if public and rows[0][0].startswith("t12.") and size != COMPETITION_SIZE:
+        raise DataError(f"{path}: {size} rows and days; expected {COMPETITION_SIZE}; convert anew")
+    if len(parts) != 1 or sorted(indices) != whole.tolist() or found > len(rows):
         raise DataError(
-            f"{path}: {len(sentences)} sentences for {len(set(indices.tolist()))} of the {len(expected)} trials of part "
-            f"{' + '.join(map(str, parts)) or 'none'}; expected each trial of one part once; give --part competition or --part test"
+            f"{path}: {len(rows)} rows of {sorted(parts)}, of {max(found, len(whole))} trials; expected "
+            "each trial of one part once; give --part, or see what the conversion left out"
         )
-    days = sorted({corpus.days[corpus.day[i]] for i in indices})
-    public = corpus.channels == 256 and not corpus.synthetic and all(day.startswith("t12.") for day in days)
-    if parts == ["competition"] and public and (len(indices), len(days)) != COMPETITION_SIZE:
-        raise DataError(
-            f"{path}: {len(indices)} rows of {len(days)} days; the competition takes {COMPETITION_SIZE[0]} of {COMPETITION_SIZE[1]}; see what the conversion left out"
-        )
-    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] == parts[0])
-    if found > len(indices):
-        raise DataError(
-            f"{path}: {len(indices)} rows; the files hold {found} trials of part {parts[0]}, and a row for each is expected; see what the conversion left out"
-        )
-    order = sorted(range(len(indices)), key=lambda k: (corpus.days[corpus.day[indices[k]]], indices[k]))
-    rows = [sentences[k] for k in order]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [("id", "text"), *enumerate(rows)] if style == "25" else []
-    )
-    text.writelines(f"{row}\n" for row in rows if style != "25")
-    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
-    print(
-        f"{path}: {len(rows)} sentences of part {parts[0]}, {len(days)} days {days[0]} to {days[-1]}, {rows.count('')} of them empty"
-        + (
-            f"; the conversion left out {len(corpus.left_out)} items: a trial of this part among them moves the rows after it"
-            if corpus.left_out
-            else ""
-        )
-    )
+    texts = [text for *_, text in rows]
+    if str(path).endswith(".csv"):
+        write_csv(path, [("id", "text"), *enumerate(texts)])
+    else:
+        write_atomic(Path(path), lambda file: file.write("".join(f"{text}\n" for text in texts).encode()))
+    print(f"{path}: {len(rows)} sentences of {size[1]} days, {texts.count('')} of them empty")
+    print(f"{len(corpus.left_out)} items of the corpus were left out by its conversion")
 
 
 def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Adds the options of `words`, which runs when --words, --tune or --submission is given, and returns them."""
-    group = parser.add_argument_group("words", "beam search over a lexicon with an n-gram LM (task decoder)")
-    add = group.add_argument
+    """Adds the options of `words`, which runs when --words, --tune or --submission is given, and returns
+    them."""
+    add = parser.add_argument_group(
+        "words", "beam search over a lexicon with an n-gram LM (decoder)"
+    ).add_argument
+    scale, penalty = "factor of log-probabilities", "taken off blank, in nats"
     return [
         add("--words", action="store_true", help="report the word error rate beside PER (off)"),
-        add(
-            "--tune",
-            action="store_true",
-            help="choose the four settings on the validation part first, and print them (off)",
-        ),
-        add(
-            "--submission",
-            metavar="FILE",
-            help="write the sentences of the part: FILE.csv as id,text ('25), any other one a line ('24)",
-        ),
-        add(
-            "--lexicon",
-            metavar="FILE",
-            help="lines of a word and its phonemes (default: the training transcripts' words)",
-        ),
+        add("--tune", action="store_true", help="first choose settings on the validation part (off)"),
+        add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)"),
+        add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)"),
         add(
             "--lm",
             metavar="FILE",
-            help="n-gram model, ARPA file or KenLM binary (default: Witten-Bell trigram of the training transcripts)",
+            help="n-gram ARPA or KenLM file (default: training trigram)",
         ),
         add(
             "--acoustic-scale",
             type=number(float, 0, 100),
-            help="factor of the log-probabilities (default: 0.5 with 256 channels, 0.325 with 512)",
+            help=f"{scale} (default: 0.5; 512 channels: 0.325)",
         ),
         add(
             "--blank-penalty",
             type=number(float, -100, 100),
-            help="taken off blank's log-probability, in nats (default: log 7 with 256 channels, log 90 with 512)",
+            help=f"{penalty} (default: log 7; 512 channels: log 90)",
         ),
         add(
             "--lm-weight",
             type=number(float, 0, 100),
             default=1.0,
-            help="factor of the LM's log10 probability (%(default)s)",
+            help="factor of the LM's log10 (%(default)s)",
         ),
         add(
             "--word-score",
@@ -1783,140 +1473,95 @@ def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     ]
 
 
-def word_model(corpus, train: Iterable[int], args: argparse.Namespace) -> tuple[list, Path, str]:
-    """(lexicon, LM file, where they are from): the files given, else made from the transcripts of the trials `train`."""
+def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namespace) -> tuple[Lexicon, str]:
+    """(lexicon, LM file): those given, else made from the transcripts of the trials `train`."""
     texts = [corpus.text[i] for i in train]
-    lexicon = (
-        read_lexicon(args.lexicon)
-        if args.lexicon
-        else training_lexicon(texts, [corpus.labels[i] for i in train])
-    )
+    if args.lexicon:
+        lexicon = read_lexicon(args.lexicon)
+    else:
+        lexicon = training_lexicon(texts, [corpus.labels[i] for i in train])
     if not lexicon:
-        raise DataError(
-            f"{corpus.root}: no word in the {len(texts)} training transcripts; expected some; give --lexicon FILE and --lm FILE"
-        )
-    source = f"{len({word for word, _ in lexicon})} words with {len(lexicon)} pronunciations from {args.lexicon or f'{len(texts)} training transcripts'}"
+        raise DataError(f"{corpus.root}: no word in its training transcripts; give --lexicon and --lm")
     if args.lm:
-        return lexicon, Path(args.lm), f"{source}; LM {args.lm}"
-    sentences = [sentence for sentence in map(spoken_words, texts) if sentence]
-    path = Path(args.cache) / f"trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
-    write_arpa(path, witten_bell(sentences))
-    return lexicon, path, f"{source}; LM Witten-Bell trigram of {len(sentences)} training transcripts, {path}"
+        return lexicon, args.lm
+    sentences = [spoken_words(text) for text in texts]
+    path = f"{args.cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
+    write_arpa(path, witten_bell(filter(None, sentences)))
+    return lexicon, path
 
 
 def words(
-    log_probs: list[np.ndarray],
-    corpus,
-    indices: Iterable[int],
-    args: argparse.Namespace,
-    valid: tuple | None = None,
-    train: Iterable[int] | None = None,
+    log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
 ) -> dict:
-    """Decodes trials into words, prints and returns WER (0 to 1) and what it was got with; writes --submission.
+    """Decodes trials into words, prints and returns WER (0 to 1) and what it was got with; writes
+    --submission.
 
-    log_probs: (F, 41) of each trial of indices. valid: (log_probs, indices) of the validation part, for --tune. train: trials whose
-    transcripts make the lexicon and the LM (default: the labelled ones of part "train" in neither indices nor valid). Without any
-    labelled trial there is no WER, and never for the competition part. DataError on unreadable files, on --tune without labels, on an incomplete submission."""
-    indices = np.asarray(indices, np.int64)
-    held_out = {*indices.tolist(), *(np.asarray(valid[1]).tolist() if valid else ())}
-    if train is None:
-        train = [
-            i
-            for i in np.flatnonzero(np.asarray(corpus.part) == "train")
-            if corpus.labelled[i] and i not in held_out
-        ]
+    log_probs: (F, 41) of each trial of indices. valid: (log_probs, indices) of the validation part, for
+    --tune. train: trials whose transcripts make the lexicon and the LM. Without any labelled trial there is
+    no WER, and never for the competition part. DataError on unreadable files, on --tune without labels, on an
+    incomplete submission."""
+    start_at = WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])
     settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam", "token_beam")}
-    settings = {
-        name: WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])[name] if value is None else value
-        for name, value in settings.items()
-    }
-    lexicon, lm, source = word_model(corpus, train, args)
-    figures: dict = {
-        "lexicon": args.lexicon or "training transcripts",
-        "lm": args.lm or "training transcripts",
-    }
+    settings |= {name: value for name, value in start_at.items() if settings[name] is None}
+    lexicon, lm = word_model(corpus, train, args)
+    figures: dict = {key: getattr(args, key) or "training transcripts" for key in ("lexicon", "lm")}
     with word_decoder(lexicon, lm, args.processes) as (decode, search):
-        print(
-            f"words: {source}; it knows {search.known} of the words"
-            + (f"; {search.dropped} homophones left out" if search.dropped else "")
-        )
+        print(f"{len(search.words)} words, {len(lexicon)} pronunciations from {figures['lexicon']}")
+        print(f"LM {lm} knows {search.known} of them; {search.dropped} homophones left out")
         if args.tune:
-            if valid is None:
-                raise DataError(
-                    "--tune: no validation part here; expected one; leave it out or give the settings"
-                )
-            chosen = [k for k, i in enumerate(valid[1]) if corpus.labelled[i]]
-            settings, figures["tuned"] = tune_words(
-                decode,
-                [valid[0][k] for k in chosen],
-                [spoken_words(corpus.text[valid[1][k]]) for k in chosen],
-                settings,
-            )
-            _report_tuning(figures["tuned"], settings)
+            settings, figures["tuned"] = _tune(decode, corpus, settings, *valid)
         start = time.perf_counter()
         sentences = decode(log_probs, settings)
-        figures |= {
-            "settings": settings,
-            "sentences": len(sentences),
-            "ms_per_sentence": 1000 * (time.perf_counter() - start) / max(1, len(sentences)),
-        }
-    labelled = [k for k, i in enumerate(indices) if corpus.labelled[i] and corpus.part[i] != "competition"]
-    if labelled:
-        references = [spoken_words(corpus.text[indices[k]]) for k in labelled]
-        greedy = [ctc_greedy(log_probs[k][None], [len(log_probs[k])])[0] for k in labelled]
-        known = {word for word, _ in lexicon}
-        figures["outside_lexicon"] = sum(word not in known for sentence in references for word in sentence)
-        figures |= _word_figures("wer", references, [sentences[k] for k in labelled])
+        spent = 1000 * (time.perf_counter() - start) / max(1, len(sentences))
+    figures |= {"settings": settings, "sentences": len(sentences), "ms_per_sentence": spent}
+    scored = corpus.labelled[indices] & (corpus.part[indices] != "competition")
+    if scored.any():
+        trials = indices[scored]
+        references = [spoken_words(corpus.text[i]) for i in trials]
+        decoded = list(itertools.compress(sentences, scored))
+        greedy = [
+            record["hypothesis"]
+            for record in transcripts(list(itertools.compress(log_probs, scored)), corpus, trials)
+        ]
+        known = set(search.words)
+        figures["outside_lexicon"] = sum(word not in known for word in itertools.chain(*references))
+        figures |= _word_figures("wer", references, decoded)
         figures |= _word_figures("nearest", references, nearest_words(greedy, lexicon))
-        tuned_here = args.tune and {*np.asarray(valid[1]).tolist()} & {*indices.tolist()}
-        _report_words(figures, "; tuned on these very sentences" if tuned_here else "", args.processes)
-        for k in np.unique(np.linspace(0, len(labelled) - 1, 5).astype(int)):
-            print(
-                f"{corpus.ids[indices[labelled[k]]]}\n  reference  {' '.join(references[k])}\n  decoded    {' '.join(sentences[labelled[k]])}"
-            )
+        if args.tune and set(trials) & set(valid[1]):
+            print("the search was tuned on these very sentences")
+        print(f"{figures['outside_lexicon']} words are outside the lexicon; {spent:.1f} ms a sentence")
+        spelt = [[" ".join(sentence) for sentence in side] for side in (references, decoded)]
+        print_samples([corpus.ids[i] for i in trials], *spelt)
     else:
         print(f"words: {len(sentences)} sentences decoded, none labelled: no WER")
     if args.submission:
-        write_submission(
-            args.submission,
-            [" ".join(sentence) for sentence in sentences],
-            corpus,
-            indices,
-            "25" if str(args.submission).endswith(".csv") else "24",
-        )
+        write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
     return figures
 
 
-def _word_figures(name: str, references: list[list[str]], hypotheses: list[list[str]]) -> dict:
+def _tune(decode, corpus, settings, log_probs, trials):
+    """`tune_words` on the labelled ones of these trials, and what it found printed."""
+    labelled = corpus.labelled[trials]
+    references = [spoken_words(corpus.text[i]) for i in trials[labelled]]
+    settings, tuned = tune_words(decode, list(itertools.compress(log_probs, labelled)), references, settings)
+    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
+    print(f"tuned on {tuned['sentences']} validation sentences by {tuned['searches']} searches: {flags}")
+    print(f"WER there {tuned['before']:.4f} -> {tuned['after']:.4f}")
+    return settings, tuned
+
+
+def _word_figures(name, references, hypotheses):
+    """WER, its interval and counts under this name, and a line that says them."""
     counts = per_counts(references, hypotheses)
-    return {
+    figures = {
         name: error_rate(counts),
-        f"{name}_interval": list(trial_bootstrap(counts)),
+        f"{name}_interval": trial_bootstrap(counts),
         f"{name}_counts": dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True)),
     }
-
-
-def _report_words(figures: dict, remark: str, processes: int) -> None:
-    for name, title in (
-        ("wer", "WER, lexicon and LM"),
-        ("nearest", "WER, greedy phonemes to the nearest words"),
-    ):
-        (low, high), counts = figures[f"{name}_interval"], figures[f"{name}_counts"]
-        print(
-            f"{title:<42} {figures[name]:.4f} 95 % [{low:.4f}, {high:.4f}]  sub {counts['sub']} del {counts['del']} ins {counts['ins']} of {counts['words']} words"
-            + remark * (name == "wer")
-        )
-    print(
-        f"{figures['outside_lexicon']} of the words scored are not in the lexicon; {figures['ms_per_sentence']:.1f} ms a sentence"
-        + f" in {processes} processes, their start included" * (processes > 1)
-    )
-
-
-def _report_tuning(tuned: dict, settings: dict) -> None:
-    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
-    print(
-        f"tuned on {tuned['sentences']} validation sentences, {tuned['searches']} searches: WER {tuned['before']:.4f} -> {tuned['after']:.4f} there with {flags}"
-    )
+    title = {"wer": "lexicon and LM", "nearest": "greedy phonemes to the nearest words"}[name]
+    interval = brackets(figures[f"{name}_interval"])
+    print(f"WER, {title}: {figures[name]:.4f} 95 % {interval} {figures[f'{name}_counts']}")
+    return figures
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -2092,66 +1737,42 @@ def pretrain_summary(figures: dict[str, float]) -> str:
 
 # -----------------------------------------------------------------------------------------------------------------
 # Significance and comparison
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def _by_fold(statistic: Callable, rows: np.ndarray, folds: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
-    """Mean over all folds of statistic(arrays at the rows of that fold); NaN where a fold has no row."""
-    in_fold = [rows[folds[rows] == fold] for fold in np.unique(folds)]
-    if not all(len(r) for r in in_fold):
-        return np.float64(np.nan)
-    return np.mean([statistic(*(array[r] for array in arrays)) for r in in_fold], axis=0)
+def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray | None = None) -> np.ndarray:
+    """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
+    nothing.
 
-
-def _percentiles(draws: Iterable, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The finite ones of drawn statistics (scalars or arrays of one shape), and their 2.5 and 97.5 % points; a ValueError
-    where fewer than half of n remain."""
-    draws = np.array([draw for draw in draws if np.isfinite(draw).all()], np.float64)
-    if 2 * len(draws) < n:
-        raise ValueError(f"{len(draws)} of {n} draws tell something; expected at least half: more groups")
-    return draws, np.percentile(draws, [2.5, 97.5], axis=0)
-
-
-def permutation_p(
-    y: np.ndarray,
-    p: np.ndarray,
-    groups: Iterable[str],
-    n: int = 1000,
-    seed: int = 7,
-    folds: np.ndarray | None = None,
-) -> np.ndarray:
-    """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew nothing.
-
-    y, p (n, D); groups (n,). Items of a group are alike on both sides, so items alone must not be exchanged: every group
-    receives the predictions of a whole group of its fold, in random order (cut or repeated where that one is larger or
-    smaller). Folds that hold the same groups are permuted alike. p = (1 + draws as good as the observed) / (1 + n)
-    (Phipson & Smyth, 2010)."""
+    y, p (n, D); groups (n,). Items of a group are alike on both sides, so items alone must not be exchanged
+    (which is all that scipy.stats.permutation_test does): every group receives the predictions of a whole
+    group of its fold, in random order (cut or repeated where that one is larger or smaller). Folds that hold
+    the same groups are permuted alike. p = (1 + draws as good as the observed) / (1 + n) (Phipson & Smyth,
+    2010)."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
-    folds = np.zeros(len(y), int) if folds is None else np.asarray(folds)
-    keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
-    members = [
-        [rows for k in range(len(keys)) if len(rows := np.flatnonzero((inverse == k) & (folds == fold)))]
-        for fold in np.unique(folds)
-    ]
-    present = [[inverse[rows[0]] for rows in fold] for fold in members]
-    everything = np.arange(len(y))
-    observed, as_good = _by_fold(pearson, everything, folds, y, p), np.zeros(y.shape[1], int)
+    folds = np.zeros(len(y), int) if folds is None else folds
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    rows_of: dict = {}  # fold -> {group: its rows}
+    for row, (fold, k) in enumerate(zip(folds, group, strict=True)):
+        rows_of.setdefault(fold, {}).setdefault(k, []).append(row)
+    largest = max(len(rows) for blocks in rows_of.values() for rows in blocks.values())
+    observed, as_good = by_fold(pearson, folds, y, p), 0
     rng = np.random.default_rng(seed)
-    largest = max(len(rows) for fold in members for rows in fold)
     for _ in range(n):
-        order, within = rng.random(len(keys)), rng.random((len(keys), largest))
+        order, within = rng.random(group.max() + 1), rng.random((group.max() + 1, largest))
         source = np.empty(len(y), int)
-        for rows, groups_here in zip(members, present, strict=True):
-            for k, donor in enumerate(np.argsort(order[groups_here])):
-                shuffled = rows[donor][np.argsort(within[groups_here[donor], : len(rows[donor])])]
-                source[rows[k]] = np.resize(shuffled, len(rows[k]))
-        as_good += _by_fold(pearson, everything, folds, y, p[source]) >= observed - 1e-12
+        for blocks in rows_of.values():
+            for k, donor in zip(sorted(blocks), sorted(blocks, key=order.__getitem__), strict=True):
+                given = np.array(blocks[donor])
+                shuffled = given[np.argsort(within[donor, : len(given)])]
+                source[blocks[k]] = np.resize(shuffled, len(blocks[k]))
+        as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
     return (1 + as_good) / (1 + n)
 
 
 def holm(p: Iterable[float]) -> np.ndarray:
-    """p-values adjusted for their number (Holm, 1979), in the order given: times m, m - 1, ... from the smallest on, never
-    falling, at most 1. NaN stays NaN and does not count."""
+    """p-values adjusted for their number (Holm, 1979), in the order given: times m, m - 1, ... from the
+    smallest on, never falling, at most 1. NaN stays NaN and does not count."""
     p = np.asarray(p, np.float64)
     adjusted, order = np.full(p.shape, np.nan), np.argsort(p)[: np.isfinite(p).sum()]
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
@@ -2159,301 +1780,198 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 
 def paired_bootstrap(
-    y: np.ndarray,
-    pa: np.ndarray,
-    pb: np.ndarray,
-    groups: Iterable[str],
-    statistic: Callable = mean_r2,
-    folds: np.ndarray | None = None,
-    n: int = 5000,
-    seed: int = 7,
+    y, pa, pb, groups, statistic: Callable = r2, folds: np.ndarray | None = None, n: int = 5000, seed: int = 7
 ) -> tuple:
-    """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, when whole groups are drawn
-    with replacement, the same for both; of the statistic's shape. Folds as in `cluster_bootstrap`. p is twice the smaller
-    share of draws on either side of 0, counting the observed one; all NaN but the difference when too few groups remain."""
-    y, pa, pb = (np.asarray(a, np.float64) for a in (y, pa, pb))
-    folds = np.zeros(len(y), int) if folds is None else np.asarray(folds)
+    """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, when whole
+    groups are drawn with replacement, the same for both; of the statistic's shape. Folds as in
+    `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one;
+    all NaN but the difference when too few groups remain."""
+    folds = np.zeros(len(y), int) if folds is None else folds
 
-    def difference(rows: np.ndarray) -> np.ndarray:
-        return _by_fold(lambda y, a, b: np.asarray(statistic(y, a)) - statistic(y, b), rows, folds, y, pa, pb)
+    def gain(y, a, b):
+        return statistic(y, a) - statistic(y, b)
 
-    observed = difference(np.arange(len(y)))
-    try:
-        draws, interval = _percentiles((difference(rows) for rows in _cluster_draws(groups, n, seed)), n)
-    except ValueError:
-        nothing = np.full_like(observed, np.nan)
-        return observed, (nothing, nothing), nothing
-    share = np.minimum((draws < 1e-12).sum(0) + 1, (draws > -1e-12).sum(0) + 1) / (
-        len(draws) + 1
-    )  # a tie but for rounding is one
-    return observed, (interval[0], interval[1]), np.minimum(2 * share, 1)
-
-
-def _stacked(
-    records: list[dict], truth: dict[str, np.ndarray], part: str, view: str
-) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Names, truth, predictions and folds of all rated items of a part and view, fold after fold."""
-    rows = [
-        (name, truth[name], p, record["fold"])
-        for record in records
-        if record["part"] == part
-        for name, p in zip(record["names"], record["p"], strict=True)
-        if name in truth and not (view == "no_renderings" and is_rendering(name))
-    ]
-    names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
+    difference = by_fold(gain, folds, y, pa, pb)
+    draws = resample(gain, groups, folds, y, pa, pb, n=n, seed=seed)
+    if not len(draws):
+        nothing = np.full_like(difference, np.nan)
+        return difference, (nothing, nothing), nothing
+    tie = 1e-12  # a difference of 0 but for rounding counts on either side
+    fewer = np.minimum((draws < tie).sum(0), (draws > -tie).sum(0))
+    p = np.minimum(2 * (fewer + 1) / (len(draws) + 1), 1)
+    return difference, tuple(np.percentile(draws, [2.5, 97.5], axis=0)), p
 
 
 def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 1000) -> dict:
-    """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs, cluster bootstrap over
-    segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or the segments are too few}}."""
-    result: dict = {}
-    for part in dict.fromkeys(record["part"] for record in records):
-        result[part] = dict.fromkeys(VIEWS)
-        for view in VIEWS:
-            names, y, p, folds = _stacked(records, truth, part, view)
-            groups = [segment_of(name) for name in names]
-            if len(set(groups)) < 2:
-                continue
-            try:
-                draws = (
-                    _by_fold(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), rows, folds, y, p)
-                    for rows in _cluster_draws(groups, n, 7)
-                )
-                intervals = _percentiles(draws, n)[1]
-            except ValueError:
-                continue
-            chance = permutation_p(y, p, groups, n, folds=folds)
-            result[part][view] = {
-                "pearson_interval": intervals[:, 0].T.tolist(),
-                "r2_interval": intervals[:, 1].T.tolist(),
-                "p": chance.tolist(),
-                "p_holm": holm(chance).tolist(),
-            }
-    return result
+    """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs,
+    cluster bootstrap over segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or
+    the segments are too few}}."""
+    return of_views(functools.partial(_significance, n=n), records, truth)
 
 
-def _print_significance(tests: dict) -> None:
+def _significance(names, y, p, folds, n):
+    groups = [segment_of(name) for name in names]
+    draws = resample(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), groups, folds, y, p, n=n)
+    if not len(draws):
+        return None
+    intervals = np.percentile(draws, [2.5, 97.5], axis=0)
+    chance = permutation_p(y, p, groups, n, folds=folds)
+    return {
+        "pearson_interval": intervals[:, 0].T.tolist(),
+        "r2_interval": intervals[:, 1].T.tolist(),
+        "p": chance.tolist(),
+        "p_holm": holm(chance).tolist(),
+    }
+
+
+def _print_significance(tests):
     for part, views in tests.items():
-        shown = {view: figures for view, figures in views.items() if figures}
-        if not shown:
-            continue
-        print(
-            f"{part + ': 95 % interval of r, p by permutation (Holm)':<52}"
-            + "   ".join(f"{VIEWS[view]:<32}" for view in shown).rstrip()
-        )
-        for d, label in enumerate(LABELS):
-            cells = [
-                (*figures["pearson_interval"][d], figures["p"][d], figures["p_holm"][d])
-                for figures in shown.values()
-            ]
-            print(
-                f"  {label:<50}"
-                + "   ".join(
-                    f"r [{low:6.3f}, {high:6.3f}] {chance:.3f} ({corrected:.3f})"
-                    for low, high, chance, corrected in cells
+        for view, figures in views.items():
+            if figures:
+                rows = zip(
+                    LABELS,
+                    map(brackets, figures["pearson_interval"]),
+                    figures["p"],
+                    figures["p_holm"],
+                    strict=True,
                 )
-            )
+                print_table([f"{part}, {VIEWS[view]}", "95 % of r", "p by permutation", "p (Holm)"], rows)
 
 
-# With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of 2 / 2**5 > .05 (sign test).
+# With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
+# 2 / 2**5 > .05 (sign test).
 FEWEST = 6
 
 
 def compare(argv: list[str]) -> dict:
-    """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns its figures."""
+    """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns
+    its figures."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="eval.py compare",
         usage="python eval.py compare --a FILE ... --b FILE ... [--data DIR] [options]",
         description="""\
-Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence. Of ratings: the difference of
-the mean correlation and of each of the 19, with Holm's correction for their number. Of phoneme decoders: of the phoneme error rate.
+Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence.
+Of ratings: the mean metric and each of the 19, with Holm's correction for their number.
 
     python eval.py compare --a runs/han/ONE/best.pt --b runs/han/OTHER/best.pt --data data/percepiano
-    python eval.py compare --a results/han_full_segment.csv --b results/han_floor_segment.csv --data data/percepiano
-    python eval.py compare --a runs/decoder/ONE/best.pt --b runs/decoder/OTHER/best.pt --data DIR --part test
+    python eval.py compare --a results/ONE.csv --b results/OTHER.csv --data data/percepiano
+    python eval.py compare --a runs/decoder/ONE/best.pt --b runs/decoder/OTHER/best.pt --part test
 
-Intervals (95 %) and p-values: paired bootstrap; whole segments (of decoders: trials) are drawn with replacement, the same for both.""",
+Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder's trials.""",
     )
-    for side in "ab":
-        parser.add_argument(
-            f"--{side}",
-            nargs="+",
-            required=True,
-            metavar="FILE",
-            help="CSV of --save-results, or best.pt of one or more folds or seeds (required)",
-        )
-    parser.add_argument(
-        "--part",
-        choices=["valid", "test"],
-        default="valid",
-        help="part to compare on; of decoders' CSVs the one they hold (%(default)s)",
-    )
-    parser.add_argument(
-        "--draws",
-        type=number(int, 100),
-        default=5000,
-        help="times that the items are drawn; the least p-value is 2 / draws (%(default)s)",
-    )
-    parser.add_argument(
-        "--batch", type=number(int, 1), help="items per forward pass of checkpoints (16; audio 8; decoder 64)"
-    )
-    only_decoder = [
-        parser.add_argument(
-            "--day",
-            choices=["nearest", "mean"],
-            help="decoder: day layer of sessions unknown to the model (off: they are refused)",
-        )
-    ]
-    only_ratings = [
-        parser.add_argument(
-            "--metric",
-            choices=["pearson", "r2"],
-            default="pearson",
-            help="ratings: correlation, or R2 (%(default)s)",
-        ),
-        parser.add_argument(
-            "--cluster",
-            choices=["segment", "performer"],
-            default="segment",
-            help="ratings: what is drawn as a whole (%(default)s)",
-        ),
-        parser.add_argument(
-            "--no-renderings", action="store_true", help="ratings: without the score renderings (off)"
-        ),
+    add = parser.add_argument
+    for side in ("--a", "--b"):
+        add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
+    add("--part", choices=["valid", "test"], default="valid", help="part to compare (%(default)s)")
+    add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
+    add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
+    of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP)]
+    clusters = ["segment", "performer"]
+    of_ratings = [
+        add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)"),
+        add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)"),
+        add("--no-renderings", action="store_true", help="ratings: without the score renderings (off)"),
         *audio_options(parser),
     ]
     args = _parse(parser, argv, data_options)
-    sides = [_side(paths) for paths in (args.a, args.b)]
-    if sides[0][0] != sides[1][0]:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates performances; expected two of a kind"
-        )
     args.ckpt = args.a
-    _refuse_given(
-        args,
-        *(
-            (only_ratings, "train_han.py and pretrain_ast.py", "decoder")
-            if sides[0][0]
-            else (only_decoder, "train_decoder.py", "ratings")
-        ),
+    loaded = [_load_models(paths) if not paths[0].endswith(".csv") else [] for paths in (args.a, args.b)]
+    decoders = {_is_decoder(paths, models) for paths, models in zip((args.a, args.b), loaded, strict=True)}
+    if len(decoders) > 1:
+        raise DataError(f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates pieces")
+    if decoders == {True}:
+        _refuse_given(args, of_ratings, "train_han.py and pretrain_ast.py", "decoder")
+        return _test_pairs(_paired_trials(args, loaded), args)
+    _refuse_given(args, of_decoder, "train_decoder.py", "ratings")
+    return _test_pairs(_paired_ratings(args, loaded), args)
+
+
+@dataclass
+class Pairs:
+    """What two sides, a and b (n, D), made of the same items of truth y (n, D).
+
+    groups (n,) are drawn as a whole, folds (n,) averaged. statistic(y, p) -> a figure for each of labels,
+    then the whole one, called `name`; sign: 1 where more is better, -1 where less is. about: a line on the
+    items."""
+
+    y: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    groups: list
+    folds: np.ndarray
+    unit: str
+    statistic: Callable
+    labels: tuple[str, ...]
+    name: str
+    sign: int
+    about: str
+
+
+def _test_pairs(pairs, args):
+    """Tests whether the sides differ, prints a table and the verdict, and returns them."""
+    a, b = (by_fold(pairs.statistic, pairs.folds, pairs.y, side) for side in (pairs.a, pairs.b))
+    difference, interval, p = paired_bootstrap(
+        pairs.y, pairs.a, pairs.b, pairs.groups, pairs.statistic, pairs.folds, args.draws
     )
-    if sides[0][0]:
-        return compare_decoders(args, [loaded for _, loaded in sides])
-    (records_a, split_a), (records_b, split_b) = (
-        _compared_records(paths, loaded, args)
-        for paths, (_, loaded) in zip((args.a, args.b), sides, strict=True)
-    )
-    if split_a and split_b and split_a != split_b:
-        raise DataError(
-            f"{args.a[0]} is of split {split_a}, {args.b[0]} of {split_b}; expected one split; compare rows of the same"
-        )
-    root = Path(args.data or synthetic_percepiano(args.cache))
-    for path in (*args.a, *args.b):  # the synthetic corpus has performances of the same names
-        if _saved_beside(path, "synthetic") not in (None, (root / "SYNTHETIC").is_file()):
-            raise DataError(
-                f"{path}: predictions of another corpus than {root}, as the JSON beside it says; expected the ratings that they predict; give --data DIR"
-            )
-    truth = read_labels(root, [])[0]
-    names, y, pa, pb, folds, apart = _paired(records_a, records_b, truth, args)
-    groups = [segment_of(name) if args.cluster == "segment" else str(player_of(name)) for name in names]
-    metric = {"pearson": pearson, "r2": r2}[args.metric]
-    everything = np.arange(len(y))
-    a, b = (_by_fold(metric, everything, folds, y, p) for p in (pa, pb))
-    difference, (low, high), chance = paired_bootstrap(
-        y, pa, pb, groups, lambda y, p: np.append(v := metric(y, p), v.mean()), folds, args.draws
-    )
-    chance = chance if len(set(groups)) >= FEWEST else np.full_like(chance, np.nan)
-    corrected = holm(chance[:-1])
-    print(
-        f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{args.part}, {len(set(names))} items in {len(np.unique(folds))} folds, {len(set(groups))} clusters ({args.cluster}s), "
-        f"{args.draws} draws, so that no p is under {2 / args.draws:.2g}, and {2 * len(LABELS) / args.draws:.2g} after Holm"
-        + f"; {apart} items that only one side predicts left out" * bool(apart)
-        + "; SYNTHETIC corpus: figures say nothing about real performances" * (root / "SYNTHETIC").is_file()
-    )
-    print(f"{args.metric:<52}     A      B    A - B  95 % interval       p      p (Holm)")
-    for d, label in enumerate([*LABELS, "mean"]):
-        ends = (a[d], b[d]) if d < len(LABELS) else (a.mean(), b.mean())
-        print(
-            f"  {label:<50}{ends[0]:6.3f} {ends[1]:6.3f}  {difference[d]:6.3f} [{low[d]:6.3f}, {high[d]:6.3f}]  {chance[d]:.4f}"
-            + (f"  {corrected[d]:.4f}" if d < len(LABELS) else "")
-        )
-    verdict = (
-        _verdict(args.metric, difference, (low, high), chance, corrected)
-        if np.isfinite(chance[-1])
-        else _no_verdict(f"mean {args.metric}", difference[-1], len(set(groups)), f"{args.cluster}s")
-    )
+    clusters = len(set(pairs.groups))
+    if clusters < FEWEST:
+        p = np.full_like(p, np.nan)
+    tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
+    corrected = holm(p[:-1])
+    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{pairs.about}")
+    print(f"{clusters} {pairs.unit}, drawn {args.draws} times: no p is under {2 / args.draws:.2g}")
+    labels, intervals = [*pairs.labels, "all"], map(brackets, tests["interval"])
+    rows = zip(labels, a, b, difference, intervals, p, [*corrected, ""], strict=True)
+    print_table([pairs.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    verdict = _verdict(pairs, **tests, corrected=corrected)
     print(verdict)
     return {
-        "items": len(set(names)),
-        "clusters": len(set(groups)),
-        "a": float(a.mean()),
-        "b": float(b.mean()),
-        "difference": float(difference[-1]),
-        "interval": [float(low[-1]), float(high[-1])],
-        "p": float(chance[-1]),
+        "items": len(pairs.y),
+        "clusters": clusters,
+        "a": float(a[-1]),
+        "b": float(b[-1]),
+        **{key: values[-1].tolist() for key, values in tests.items()},
         "verdict": verdict,
         "per_dimension": {
-            "difference": difference[:-1].tolist(),
-            "interval": np.stack([low, high], 1)[:-1].tolist(),
-            "p": chance[:-1].tolist(),
+            **{key: values[:-1].tolist() for key, values in tests.items()},
             "p_holm": corrected.tolist(),
         },
     }
 
 
-def _no_verdict(metric: str, difference: float, count: int, what: str) -> str:
-    return f"A cannot be told from B: {metric} {difference:+.4f}, but {count} {what} are too few for a test."
+def _verdict(pairs, difference, interval, p, corrected):
+    """Who is better, in a sentence; the whole figure stands last in each array."""
+    told = f"{pairs.name} {difference[-1]:+.4f}"
+    count = len(set(pairs.groups))
+    if np.isnan(p[-1]):
+        return f"A cannot be told from B: {told}, but {count} {pairs.unit} are too few for a test."
+    gain = pairs.sign * difference
+    says = "cannot be told from"
+    if p[-1] < 0.05:
+        says = "is better than" if gain[-1] > 0 else "is worse than"
+    sentence = f"A {says} B: {told} {brackets(interval[-1])}, p = {p[-1]:.4f}"
+    for word, clear in (("better", gain[:-1] > 0), ("worse", gain[:-1] < 0)):
+        names = list(itertools.compress(pairs.labels, clear & (corrected < 0.05)))
+        if names:
+            sentence += f"; {word} after Holm's correction in {', '.join(names)}"
+    return f"{sentence}."
 
 
-def _verdict(
-    metric: str, difference: np.ndarray, interval: tuple, chance: np.ndarray, corrected: np.ndarray
-) -> str:
-    clear = [
-        [
-            label
-            for label, d, c in zip(LABELS, difference, corrected, strict=False)
-            if c < 0.05 and sign * d > 0
-        ]
-        for sign in (1, -1)
-    ]
-    says = (
-        "cannot be told from B"
-        if not chance[-1] < 0.05
-        else "is better than B"
-        if difference[-1] > 0
-        else "is worse than B"
-    )
-    dimensions = "; ".join(
-        f"{word} in {len(names)} of {len(LABELS)} dimensions" + f" ({', '.join(names)})" * bool(names)
-        for word, names in zip(("better", "worse"), clear, strict=True)
-    )
-    return (
-        f"A {says}: mean {metric} {difference[-1]:+.4f} [{interval[0][-1]:.4f}, {interval[1][-1]:.4f}], p = {chance[-1]:.4f}; "
-        f"after Holm's correction {dimensions}."
-    )
-
-
-def _side(paths: list[str]) -> tuple[bool, list[tuple]]:
-    """Of one side of a comparison: whether it is a decoder's, and its checkpoints as `_load_models` gives them, [] where it is a CSV."""
-    if not paths[0].endswith(".csv"):
-        loaded = _load_models(paths)
-        return loaded[0][2]["task"] == "decoder", loaded
+def _is_decoder(paths, loaded):
+    """Whether one side of a comparison, checkpoints or one CSV, is a decoder's."""
+    if loaded:
+        return loaded[0][2]["task"] == "decoder"
     if len(paths) > 1:
-        raise DataError(
-            f"{paths[1]}: a second file beside {paths[0]}; expected one CSV, which holds all folds or trials; leave it out"
-        )
+        raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
     try:
         with open(paths[0], encoding="utf-8", errors="replace") as file:
-            return file.readline(100).startswith("trial,"), []
+            return file.readline(100).startswith("trial,")
     except OSError as error:
-        raise DataError(
-            f"{paths[0]}: {error.strerror}; expected a CSV of --save-results; give an existing file"
-        ) from error
+        raise DataError(f"{paths[0]}: {error.strerror}; expected a CSV of --save-results") from error
 
 
-def _saved_beside(path: str, key: str) -> object:
+def _saved_beside(path, key):
     """An entry of the JSON that --save-results wrote beside a CSV; None where there is none."""
     try:
         return json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))[key]
@@ -2461,214 +1979,163 @@ def _saved_beside(path: str, key: str) -> object:
         return None
 
 
-def _compared_records(
-    paths: list[str], loaded: list[tuple], args: argparse.Namespace
-) -> tuple[list[dict], str | None]:
-    """Predictions of one side, and their split where it is known: of checkpoints, or of a CSV from the JSON beside it."""
-    if not loaded:
-        return read_predictions(Path(paths[0])), _saved_beside(paths[0], "split")
-    folds, data = _load_fold_models(loaded)
-    return fold_records(
-        folds, _corpus_of(data, argparse.Namespace(**{**vars(args), "ckpt": paths})), args, (args.part,)
-    ), data["split"]
-
-
-def _paired(
-    records_a: list[dict], records_b: list[dict], truth: dict[str, np.ndarray], args: argparse.Namespace
-) -> tuple:
-    """Names, truth, predictions of A and of B and folds of the rated items that both predict in the same fold; and how many one lacks."""
+def _paired_ratings(args, loaded):
+    """Pairs of the rated items that both sides predict in the same fold."""
+    root = Path(args.data or synthetic_percepiano(args.cache))
+    synthetic = (root / "SYNTHETIC").is_file()
+    truth = read_labels(root, [])[0]
     view = "no_renderings" if args.no_renderings else "all"
-    sides = []
-    for records in (records_a, records_b):
-        names, y, p, folds = _stacked(records, truth, args.part, view)
-        sides.append(
-            {
-                (int(fold), name): (truth, row)
-                for fold, name, truth, row in zip(folds, names, y, p, strict=True)
-            }
-        )
+    sides, splits = [], set()
+    for paths, models in zip((args.a, args.b), loaded, strict=True):
+        if models:
+            args.ckpt = paths
+            folds, data = _load_fold_models(models)
+            records = fold_records(folds, _corpus_of(data, args), args, (args.part,))
+            splits.add(data["split"])
+        else:
+            records = read_predictions(paths[0])
+            splits.add(_saved_beside(paths[0], "split"))
+            if _saved_beside(paths[0], "synthetic") not in (None, synthetic):  # the names would be the same
+                raise DataError(f"{paths[0]}: predictions of another corpus than {root}; give --data DIR")
+        names, _, p, folds = _stacked(records, truth, args.part, view)
+        sides.append(dict(zip(zip(folds.tolist(), names, strict=True), p, strict=True)))
     both = sorted(sides[0].keys() & sides[1].keys())
-    if len({segment_of(name) for _, name in both}) < 2:
+    names = [name for _, name in both]
+    segments = [segment_of(name) for name in names]
+    if len(splits - {None}) > 1 or len(set(segments)) < 2:
         raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in the same fold; expected items of at least "
-            "two segments; give rows of one split, and the --data that they were made with"
+            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in "
+            f"one fold, splits {splits}; expected two segments or more of one split; give their --data"
         )
-    y, pa, pb = (
-        np.array(column)
-        for column in zip(*((sides[0][k][0], sides[0][k][1], sides[1][k][1]) for k in both), strict=True)
-    )
-    return (
-        [name for _, name in both],
-        y,
-        pa,
-        pb,
-        np.array([fold for fold, _ in both]),
-        len(sides[0].keys() ^ sides[1].keys()),
+    y = np.array([truth[name] for name in names])
+    metric = METRICS[args.metric]
+    apart = f"{len(sides[0].keys() ^ sides[1].keys())} items that only one side predicts left out"
+    return Pairs(
+        y=y,
+        a=np.array([sides[0][item] for item in both]),
+        b=np.array([sides[1][item] for item in both]),
+        groups=segments if args.cluster == "segment" else [str(player_of(name)) for name in names],
+        folds=np.array([fold for fold, _ in both]),
+        unit=f"{args.cluster}s",
+        statistic=lambda y, p: np.append(metric(y, p), metric(y, p).mean()),
+        labels=LABELS,
+        name=f"mean {args.metric}",
+        sign=1
+        if metric(y, y).mean() > metric(y, 1 - y).mean()
+        else -1,  # an error is least for the truth itself
+        about=f"{args.part}, {len(both)} items; {apart}; {corpus_line(synthetic, root)}",
     )
 
 
 def read_transcripts(path: str | Path) -> list[dict]:
-    """Reads a decoder's CSV of --save-results: a list of dicts of trial, day, reference and hypothesis (phoneme ids). DataError otherwise."""
+    """Reads a decoder's CSV of --save-results: a list of dicts of trial, day, reference and hypothesis
+    (phoneme ids). DataError otherwise."""
+    records: list[dict] = []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file, strict=True)
-            return [
-                {
-                    "trial": row["trial"],
-                    "day": row["day"],
-                    **{
-                        side: [PHONEMES.index(p) for p in row[side].split()]
-                        for side in ("reference", "hypothesis")
-                    },
+            for row in csv.DictReader(file, strict=True):
+                ids = {
+                    side: [PHONEMES.index(p) for p in row[side].split()]
+                    for side in ("reference", "hypothesis")
                 }
-                for row in rows
-            ]
+                records.append({"trial": row["trial"], "day": row["day"], **ids})
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path}: line {len(records) + 2}: {error!r}; expected a decoder's CSV") from error
+    return records
+
+
+def _paired_trials(args, loaded):
+    """Pairs of the labelled trials that both sides decoded; prints their error rates by session."""
+    sides, synthetic = [], False
+    for paths, models in zip((args.a, args.b), loaded, strict=True):
+        if models:
+            args.ckpt = paths
+            corpus = _speech_corpus(args, models)
+            trials = speech_parts(corpus, models[0][2]["data"]["valid"])[args.part]
+            trials = trials[corpus.labelled[trials]]
+            _say_circumstances(args, models, corpus, trials)
+            rows = transcripts(mean_logits(models, corpus, trials, args), corpus, trials)
+            synthetic |= corpus.synthetic
+        else:
+            rows = read_transcripts(paths[0])
+            synthetic |= bool(_saved_beside(paths[0], "synthetic"))
+        sides.append({row["trial"]: row for row in rows})
+    both = [trial for trial in sides[0] if trial in sides[1]]
+    references, others = ([side[trial]["reference"] for trial in both] for side in sides)
+    if len(both) < 2 or references != others:
         raise DataError(
-            f"{path}: {error}; expected columns trial,day,reference,hypothesis of phoneme names, as --save-results writes"
-        ) from error
-
-
-def _compared_transcripts(
-    paths: list[str], loaded: list[tuple], args: argparse.Namespace
-) -> tuple[dict[str, dict], bool]:
-    """What one side of decoders made of each labelled trial, by the trial's name, and whether that is a synthetic one."""
-    if not loaded:
-        return {record["trial"]: record for record in read_transcripts(paths[0])}, bool(
-            _saved_beside(paths[0], "synthetic")
+            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded, or of other "
+            "phonemes; expected two or more of one corpus"
         )
-    own = argparse.Namespace(**{**vars(args), "ckpt": paths, "batch": args.batch or 64})
-    corpus = _speech_corpus(own, loaded)
-    trials = speech_parts(corpus, loaded[0][2]["data"]["valid"])[args.part]
-    trials = trials[corpus.labelled[trials]]
-    _say_circumstances(own, loaded, corpus, trials)
-    return {
-        record["trial"]: record
-        for record in transcripts(mean_logits(loaded, corpus, trials, own), corpus, trials)
-    }, corpus.synthetic
+    a, b = (per_counts(references, [side[trial]["hypothesis"] for trial in both]) for side in sides)
+    days = np.array([sides[0][trial]["day"] for trial in both])
+    rows = [(day, error_rate(a[days == day]), error_rate(b[days == day])) for day in np.unique(days)]
+    print_table(["phoneme error rate", "A", "B"], rows)
+    apart = f"{len(sides[0].keys() ^ sides[1].keys())} trials that only one side decoded left out"
+    return Pairs(
+        y=a,
+        a=a,
+        b=b,
+        groups=list(range(len(both))),
+        folds=np.zeros(len(both), int),
+        unit="trials",
+        statistic=lambda _, counts: np.array([error_rate(counts)]),
+        labels=(),
+        name="phoneme error rate",
+        sign=-1,
+        about=f"{len(both)} trials; {apart}; {corpus_line(synthetic, 'the files named')}",
+    )
 
 
-def compare_decoders(args: argparse.Namespace, loaded: list[list[tuple]]) -> dict:
-    """Paired test of the phoneme error rates of two decoders on the trials that both decoded; trials are what is drawn."""
-    (a, synthetic), (b, _) = (
-        _compared_transcripts(paths, models, args)
-        for paths, models in zip((args.a, args.b), loaded, strict=True)
-    )
-    both = [trial for trial in a if trial in b]
-    if len(both) < 2:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded; expected at least 2; give results of one part of one corpus"
-        )
-    if changed := [trial for trial in both if a[trial]["reference"] != b[trial]["reference"]]:
-        raise DataError(
-            f"{args.b[0]}: the phonemes of {len(changed)} trials, such as {changed[0]}, are not those of {args.a[0]}; expected results of one corpus and one way to phonemes"
-        )
-    counts = [
-        per_counts(
-            [side[trial]["reference"] for trial in both], [side[trial]["hypothesis"] for trial in both]
-        )
-        for side in (a, b)
-    ]
-    difference, (low, high), chance = (
-        np.asarray(v).tolist()
-        for v in paired_bootstrap(
-            counts[0], *counts, np.arange(len(both)), lambda _, side: error_rate(side), n=args.draws
-        )
-    )
-    chance = chance if len(both) >= FEWEST else math.nan
-    days = np.array([a[trial]["day"] for trial in both])
-    print(
-        f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{len(both)} trials, {counts[0][:, 3].sum()} phonemes, {args.draws} draws"
-        + f"; {len(a.keys() ^ b.keys())} trials that only one side decoded left out" * (a.keys() != b.keys())
-        + "; SYNTHETIC corpus: figures say nothing about real speech" * synthetic
-    )
-    print(f"{'phoneme error rate':<24}{'trials':>8}{'A':>9}{'B':>9}{'A - B':>9}")
-    for title, rows in (*((day, days == day) for day in np.unique(days)), ("all", days == days)):
-        each = [error_rate(side[rows]) for side in counts]
-        print(f"{title:<24}{rows.sum():>8}{each[0]:>9.4f}{each[1]:>9.4f}{each[0] - each[1]:>+9.4f}")
-    says = (
-        "cannot be told from B"
-        if not chance < 0.05
-        else "is better than B"
-        if difference < 0
-        else "is worse than B"
-    )
-    verdict = (
-        _no_verdict("phoneme error rate", difference, len(both), "trials")
-        if not np.isfinite(chance)
-        else f"A {says}: phoneme error rate {each[0]:.4f} against {each[1]:.4f}, difference {difference:+.4f} [{low:.4f}, {high:.4f}], p = {chance:.4f}."
-    )
-    print(verdict)
-    return {
-        "trials": len(both),
-        "a": each[0],
-        "b": each[1],
-        "difference": difference,
-        "interval": [low, high],
-        "p": chance,
-        "verdict": verdict,
-    }
-
-
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio: rater ceiling
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) -> dict:
-    """What perfect knowledge of every item's true rating would score against the means of the raters there are.
+    """What perfect knowledge of every item's true rating would score against the means of the raters there
+    are.
 
-    raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Model: rating = true + rater's own view of the
-    item (variance b) + error of the moment (variance e, from raters who rated an item twice). Both come from the sums of
-    squares within raters and within items (analysis of variance, unbiased for unequal counts). The mean of item i, of which
-    rater j gave m_ij of N_i ratings, then errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i, and
-    R² = 1 - mean(noise_i) / Var(item means), Pearson = sqrt(R²): the reliability of the means and its root.
-    "independent" is R² if every rating were another rater's: noise_i = within-item variance / N_i (HAN.md's ≈ .79).
-    Returns arrays (D,) "r2", "pearson", "independent", "between" (b), "error" (e), "spread" (Var), and "items", "per_item"."""
-    _, item = np.unique(names, return_inverse=True)
-    _, pair = np.unique(
-        np.stack([item, np.unique(raters, return_inverse=True)[1]], 1), axis=0, return_inverse=True
-    )
-    columns = [
-        _ceiling_column(item[there], pair.ravel()[there], column[there])
-        for column, there in zip(ratings.T, np.isfinite(ratings).T, strict=True)
-    ]
+    raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
+    "pearson" (its root), "independent" (R² if every rating were another rater's: HAN.md's ≈ .79), "between",
+    "error", "spread" (see `_ceiling_column`), and "items", "per_item"."""
+    columns = []
+    for x in ratings.T:
+        rated = np.isfinite(x)
+        columns.append(_ceiling_column(names[rated], raters[rated], x[rated]))
     figures = {key: np.array([column[key] for column in columns]) for key in columns[0]}
-    return {
-        **figures,
-        "pearson": np.sqrt(figures["r2"].clip(min=0)),
-        "items": int(item.max()) + 1,
-        "per_item": len(names) / (int(item.max()) + 1),
-    }
+    items = len(np.unique(names))
+    pearson = np.sqrt(figures["r2"].clip(min=0))
+    return {**figures, "pearson": pearson, "items": items, "per_item": len(names) / items}
 
 
-def _ceiling_column(item: np.ndarray, pair: np.ndarray, x: np.ndarray) -> dict[str, float]:
-    """`rater_ceiling` of one dimension: item and (item, rater) pair of every rating x."""
-    item, (pair, m) = (
-        np.unique(item, return_inverse=True)[1],
-        np.unique(pair, return_inverse=True, return_counts=True)[1:],
-    )
-    N, mean = np.bincount(item), np.bincount(item, x) / np.bincount(item)
-    of_pair = np.zeros(len(m), int)
-    of_pair[pair] = item
-    concentration = np.bincount(of_pair, m**2, len(N)) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
-    within_pair, within_item = (
-        ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum(),
-        ((x - mean[item]) ** 2).sum(),
-    )
-    repeats, free = len(x) - len(m), len(x) - len(N)
-    error = within_pair / repeats if repeats else 0.0
-    between = (
-        max(0.0, (within_item - error * free) / max((N - concentration).sum(), 1e-12)) if free else np.nan
-    )
-    noise, spread = (between * concentration / N + error / N).mean(), mean.var()
+def _ceiling_column(names, raters, x):
+    """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each.
+
+    Model: rating = true + rater's own view of the item (variance b) + error of the moment (variance e, from
+    raters who rated an item twice). Both come from the sums of squares within raters and within items
+    (analysis of variance, unbiased for unequal counts). The mean of item i, of which rater j gave m_ij of N_i
+    ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i; R² = 1 - mean(noise_i) / Var(item means): the
+    reliability of the means."""
+    _, item, N = np.unique(names, return_inverse=True, return_counts=True)
+    _, rater = np.unique(raters, return_inverse=True)
+    key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
+    mean = np.bincount(item, x) / N
+    if N.max() == 1 or np.ptp(mean) == 0:
+        return dict.fromkeys(("r2", "independent", "between", "error", "spread"), np.nan)
+    squares = (x - mean[item]) ** 2
+    within_pair = ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum()
+    concentration = np.bincount(key // len(x), m**2) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
+    error = within_pair / max(len(x) - len(m), 1)
+    excess = squares.sum() - error * (len(x) - len(N))
+    between = max(0.0, excess / max((N - concentration).sum(), 1e-12))
+    noise = between * concentration / N + error / N
     several = N > 1
-    variance = np.bincount(item, (x - mean[item]) ** 2)[several] / (N[several] - 1)
+    noise_independent = np.bincount(item, squares)[several] / (N[several] - 1) / N[several]
+    spread = mean.var()
     return {
-        "r2": 1 - noise / spread if spread > 0 else np.nan,
-        "independent": 1 - (variance / N[several]).mean() / spread
-        if spread > 0 and several.any()
-        else np.nan,
+        "r2": 1 - noise.mean() / spread,
+        "independent": 1 - noise_independent.mean() / spread,
         "between": between,
         "error": error,
         "spread": spread,
@@ -2676,14 +2143,15 @@ def _ceiling_column(item: np.ndarray, pair: np.ndarray, x: np.ndarray) -> dict[s
 
 
 def ceiling(argv: list[str]) -> dict:
-    """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score renderings; returns both."""
+    """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score
+    renderings; returns both."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="eval.py ceiling",
         usage="python eval.py ceiling [--data DIR] [options]",
         description="""\
-The most that any model can score: raters disagree, so even somebody who knew every performance's true rating would not predict
-their mean exactly. R2 and Pearson of that somebody, in all and for each of the 19 ratings, from the individual ratings.
+The most that any model can score: raters disagree, so even somebody who knew every performance's true
+rating would not predict their mean exactly. R2 and Pearson of that somebody, in all and for each rating.
 
     python eval.py ceiling --data data/percepiano
     python eval.py ceiling                            on the synthetic corpus, as an example""",
@@ -2691,26 +2159,16 @@ their mean exactly. R2 and Pearson of that somebody, in all and for each of the 
     args = _parse(parser, argv, data_options)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
-    print(f"{root}" + " (SYNTHETIC: figures say nothing about real raters)" * (root / "SYNTHETIC").is_file())
+    print(corpus_line((root / "SYNTHETIC").is_file(), root))
     human = np.array([not is_rendering(name) for name in names])
-    views = {
-        view: rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
-        for view, chosen in zip(VIEWS, (human | True, human), strict=True)
-    }
-    for view, c in views.items():
-        print(
-            f"{VIEWS[view]}: {c['items']} items, {c['per_item']:.1f} ratings each; mean R2 {c['r2'].mean():.3f}, Pearson {c['pearson'].mean():.3f}; "
-            f"R2 {c['independent'].mean():.3f} if every rating were another rater's"
-        )
-    print(f"{'':<52}" + "   ".join(f"{VIEWS[view]:<34}" for view in views).rstrip())
-    for d, label in enumerate(LABELS):
-        print(
-            f"  {label:<50}"
-            + "   ".join(
-                f"R2 {c['r2'][d]:.3f} r {c['pearson'][d]:.3f} (independent {c['independent'][d]:.3f})"
-                for c in views.values()
-            )
-        )
+    views, columns = {}, {}
+    for view, chosen in (("all", human | True), ("no_renderings", human)):
+        figures = views[view] = rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
+        print(f"{VIEWS[view]}: {figures['items']} items, {figures['per_item']:.1f} ratings each")
+        for key in ("r2", "pearson", "independent"):
+            columns[f"{key}, {VIEWS[view]}"] = [*figures[key], figures[key].mean()]
+    print_table(["ceiling", *columns], zip([*LABELS, "mean"], *columns.values(), strict=True))
+    print("independent: r2 if every rating were another rater's")
     return views
 
 
