@@ -825,7 +825,9 @@ def bench(argv: list[str]) -> dict:
     peak = peak_memory(args.device)
     chip = about["gpu"] or about["cpu"]
     print(f"{chip}, {about['threads']} threads, torch {about['torch']}, {args.device}, {dtype}")
-    print(f"{type(model).__name__}, {parameters:.1f} M parameters, batch {batch}, {args.steps} steps, median:")
+    print(
+        f"{type(model).__name__}, {parameters:.1f} M parameters, batch {batch}, {args.steps} steps, median:"
+    )
     print(f"{1000 * seconds:.1f} ms/step, {batch / seconds:.1f} items/s, peak {peak:.0f} MiB")
     return {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak}
 
@@ -1564,7 +1566,7 @@ def _word_figures(name, references, hypotheses):
     return figures
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Audio
 # ------------------------------------------------------------------------------------------------------------
 
@@ -1735,7 +1737,7 @@ def pretrain_summary(figures: dict[str, float]) -> str:
     )
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Significance and comparison
 # ------------------------------------------------------------------------------------------------------------
 
@@ -2402,7 +2404,7 @@ Which parts of a piece reach an AST's output, drawn over its spectrogram.
     return drawn | {"frames": len(energies)}
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training curves
 # ------------------------------------------------------------------------------------------------------------
 CURVES = {
