@@ -2220,8 +2220,7 @@ def roll_out(model: AST, clip: Tensor) -> Tensor:
         step = (weights + torch.eye(len(weights), device=x.device)) / 2
         rolled = step if rolled is None else step @ rolled
     extra = 0 if model.extra is None else 2
-    pooled = rolled[:extra] if model.pooling == "cls" else rolled[extra:]
-    share = pooled.mean(0)[extra:]
+    share = model.pool(rolled[None], None)[0, extra : len(rolled)]
     return (share / share.mean()).unflatten(0, (model.rows, -1))
 
 
@@ -2313,7 +2312,7 @@ def read_metrics(run: str | Path) -> list[dict]:
     path = Path(run) / "metrics.jsonl"
     try:
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-        records = [json.loads(line) for line in whole.splitlines()]
+        records = [json.loads(line) for line in whole.split("\n")]
         return [record | {"step": int(record["step"])} for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -3007,10 +3006,10 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
         _draw_roll(roll, x, sounded, levels)
         _draw_levels(weights, levels, beats, measures)
         _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats)
-        tempo.set(title="Tempo", ylabel="quarters per minute")
+        tempo.set_title("Tempo (quarters per minute)")
         dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
         _draw_curve(dynamics, x["beat_dynamics"][first], beats)
-        dynamics.set(title="Dynamics: mean of average and loudest in a beat", ylabel="MIDI velocity")
+        dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
         dynamics.set_xlabel("time in the performance (s); lines: measures")
         for axes in figure.axes[:4]:
             axes.set_xticks(measures[:-1:every], minor=True)
