@@ -136,9 +136,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
-TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: median, sd of the log
-# Notes per PercePiano performance: median, sd of the log, longest.
-MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = 113, 0.67, 420
+MAX_NOTES = 420  # of a PercePiano performance
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
