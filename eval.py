@@ -2239,13 +2239,15 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     """Mean roll-out of ASTs in colour over the spectrogram in grey; work: name, energies (frames, 128)."""
     check_attention(members)
-    energies, shares = work["energies"], []
+    energies = work["energies"]
+    shares = []
     for model, kept in members:
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
     row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
-    frame, reach = HOP / SAMPLE_RATE, max(0.001, np.percentile(np.abs(share - 1), 98))
+    frame = HOP / SAMPLE_RATE
+    reach = max(0.001, np.percentile(np.abs(share - 1), 98))
     mel = np.linspace(*1127 * np.log1p([20 / 700, SAMPLE_RATE / 2 / 700]), MELS + 2)[1:-1]  # of each band
     with new_figure(16, 6) as figure:
         axes = figure.subplots()
@@ -2984,17 +2986,20 @@ def _beginnings(group: np.ndarray, grid: np.ndarray, onset: np.ndarray) -> tuple
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
     (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
-    score, item = work["score"], work["item"] | {"name": work["name"]}
+    score = work["score"]
+    item = work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
         item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
     levels = han_attention(members, item)
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
     seconds = place_notes(score, item, x)
-    sounded, end = item["matched"] | (item["voice"] == 0), x["raw_offset"].max()
+    sounded = item["matched"] | (item["voice"] == 0)
+    end = x["raw_offset"].max()
     beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
     measures, numbers = _beginnings(score.measure, score.measures, score.onset)
-    measures, every = np.append(seconds(measures), end), math.ceil(len(numbers) / 20)
+    measures = np.append(seconds(measures), end)
+    every = math.ceil(len(numbers) / 20)  # measures from number to number
     first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
     if any(model.model_args["stats_size"] for model, _ in members):
@@ -3062,7 +3067,8 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
     log_probs, labels, step = work["log_probs"], work["labels"], work["seconds per frame"]
     if not len(log_probs):
         raise DataError(f"{work['name']}: no frames; expected a longer trial")
-    best, model = log_probs.argmax(1), members[0][0]
+    best = log_probs.argmax(1)
+    model = members[0][0]
     frames = np.flatnonzero((best > 0) & (best != np.append(0, best[:-1])))
     decoded = best[frames].tolist()
     wrong = np.zeros(len(decoded), bool)
