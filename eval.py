@@ -61,7 +61,6 @@ from data import (
     BIN,
     FEATURE_SETS,
     FEATURES,
-    FRAME,
     HOP,
     LABELS,
     MELS,
@@ -86,7 +85,6 @@ from data import (
     load_percepiano,
     map_days,
     normalise_fbank,
-    note_features,
     number,
     open_speech,
     pad_fbank,
@@ -138,9 +136,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
-TRIAL_BINS, BINS_SPREAD = 500, 0.25  # bins per speech trial of the bench: median, sd of the log
-# Notes per PercePiano performance: median, sd of the log, longest.
-MEDIAN_NOTES, NOTES_SPREAD, MAX_NOTES = 113, 0.67, 420
+MAX_NOTES = 420  # of a PercePiano performance
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -738,32 +734,25 @@ def _regression(kind, seed, groups):
 def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
     """HAN, its arguments, loss of its output. Items have PercePiano's lengths, four voices (0: extra notes),
     three notes a beat, three beats a measure."""
-    model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes)
+    model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes).to(device)
     rng = np.random.default_rng(7)
     items = []
     for notes in rng.lognormal(np.log(113), 0.67, batch).clip(30, MAX_NOTES).astype(int):
-        beat = np.sort(rng.integers(notes // 3, size=notes))
+        beat = np.arange(notes) // 3
         x = rng.standard_normal((notes, model.model_args["input_size"]), np.float32)
-        voice = rng.choice([0, 1, 2, 5, 6], notes, p=[0.02, 0.4, 0.1, 0.38, 0.1])
-        items.append(
-            {"x": x, "voice": voice, "beat": beat, "measure": beat // 3, "y": rng.random(len(LABELS))}
-        )
-    inputs = to_device(collate_han(items), device)
-    return (
-        model.to(device),
-        (inputs,),
-        lambda logits: functional.mse_loss(logits.float().sigmoid(), inputs["y"]),
-    )
+        items.append({"x": x, "voice": rng.integers(5, size=notes), "beat": beat, "measure": beat // 3})
+    batch = to_device(collate_han(items), device)
+    return model, (batch,), lambda logits: (logits.float().sigmoid() - 0.5).square().mean()
 
 
 def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
     """GRUDecoder, its arguments, loss of its output. Trials of about 500 bins, a label every third frame."""
     model = GRUDecoder(**{"hidden": 512} | sizes).to(device)
     lengths = (500 * (0.25 * torch.randn(batch)).exp()).long().clamp(100, 1200)
-    x = torch.randn(batch, int(lengths.max()), model.model_args["channels"])
-    x = x * (torch.arange(x.shape[1]) < lengths[:, None])[:, :, None]
+    trials = [torch.randn(length, model.model_args["channels"]) for length in lengths]
+    x = nn.utils.rnn.pad_sequence(trials, batch_first=True)
     labels = torch.randint(1, len(PHONEMES), (batch, x.shape[1] // 12), device=device)
-    day = torch.randint(model.model_args["days"], (batch,), device=device)
+    day = torch.arange(batch, device=device) % model.model_args["days"]
 
     def loss(output: tuple[Tensor, Tensor]) -> Tensor:
         log_probs = output[0].float().log_softmax(-1).transpose(0, 1)
@@ -776,7 +765,7 @@ def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module,
     """AST in pre-training, its arguments, loss of its output; masked: 400 of 512 patches or such a share."""
     model = AST(**AST_PRESETS["small"] | sizes).to(device)
     clips = torch.randn(batch, model.model_args["frames"], MELS, device=device) / 2
-    count = max(1, model.rows * model.columns * 400 // 512)
+    count = model.rows * model.columns * 400 // 512
     mask = cluster_mask(batch, model.rows, model.columns, count, device)
     return model, (clips, None, mask), lambda output: output["nce"] + 10 * output["mse"]
 
@@ -786,48 +775,23 @@ BENCHES = {"han": (bench_han, 8), "decoder": (bench_decoder, 64), "ast": (bench_
 
 def bench(argv: list[str]) -> dict:
     """`python eval.py bench`: time of a training step on made-up data of real size; needs no data set."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py bench",
-        usage="python eval.py bench [--task han|decoder|ast] [options]",
-        description="Time of a training step on made-up data. Plain networks: tests/plain_networks.py",
-    )
-    parser.add_argument("--task", choices=BENCHES, default="han", help="network (%(default)s)")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=N", help="sizes, as in models.py: size=16"
-    )
-    parser.add_argument("--batch", type=number(int, 1), help="items a step (8; decoder 64; ast 2)")
-    parser.add_argument(
-        "--amp", choices=["off", *AMP_TYPES], default="off", help="mixed precision (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=number(int, 1), default=10, help="steps after 3 of warm-up (%(default)s)"
-    )
-    parser.add_argument("--threads", type=number(int, 0), default=0, help="of the CPU (0: torch's default)")
+    about = "Time of a training step on made-up data. Plain networks: tests/plain_networks.py"
+    parser = _parser("bench", "[--task han|decoder|ast] [options]", about)
+    add = parser.add_argument
+    add("--task", choices=BENCHES, default="han", help="network (%(default)s)")
+    add("--batch", type=number(int, 1), help="items a step (8; decoder 64; ast 2)")
+    add("--amp", choices=["off", *AMP_TYPES], default="off", help="mixed precision (%(default)s)")
+    add("--steps", type=number(int, 1), default=10, help="steps after 3 of warm-up (%(default)s)")
     args = _parse(parser, argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     make, batch = BENCHES[args.task]
     batch = args.batch or batch
     torch.manual_seed(7)
-    try:
-        sizes = {name: int(size) for name, size in (pair.split("=") for pair in args.set)}
-        model, inputs, loss = make(sizes, batch, args.device)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"bench --set {' '.join(args.set)}: {error}; expected sizes of the network"
-        ) from error
+    model, inputs, loss = make({}, batch, args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     taken = [timed_step(model, inputs, loss, optimizer, args.amp) for _ in range(3 + args.steps)]
     seconds = float(np.median(taken[3:]))
-    about = hardware(args.device)
-    dtype = "float32" if args.amp == "off" else args.amp
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     peak = peak_memory(args.device)
-    chip = about["gpu"] or about["cpu"]
-    print(f"{chip}, {about['threads']} threads, torch {about['torch']}, {args.device}, {dtype}")
-    print(
-        f"{type(model).__name__}, {parameters:.1f} M parameters, batch {batch}, {args.steps} steps, median:"
-    )
+    print(f"{args.task}, batch {batch}, {args.device}, amp {args.amp}: {hardware(args.device)}")
     print(f"{1000 * seconds:.1f} ms/step, {batch / seconds:.1f} items/s, peak {peak:.0f} MiB")
     return {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak}
 
@@ -2177,31 +2141,23 @@ rating would not predict their mean exactly. R2 and Pearson of that somebody, in
 # ------------------------------------------------------------------------------------------------------------
 # Attention: pictures, and the roll-out of an AST
 # ------------------------------------------------------------------------------------------------------------
-
-# One style for every picture here; colours are Okabe and Ito's, which the colour-blind can tell apart.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
-BLUE, ORANGE = COLOURS[:2]
-HOUSE_STYLE = {
+BLUE, ORANGE = "tab:blue", "tab:orange"
+HOUSE_STYLE = {  # of every picture
     "axes.titlelocation": "left",
-    "axes.titlesize": 13,
     "figure.constrained_layout.use": True,
     "figure.dpi": 100,
     "font.size": 12,
-    "legend.frameon": False,
 }
 PICTURES = (".png", ".pdf", ".svg")
-HERTZ = (50, 100, 200, 500, 1000, 2000, 4000, 8000)
-QUIETEST = -80  # dB under the loudest value of the spectrogram: white
 
 
 @contextlib.contextmanager
 def new_figure(width: float, height: float):
     """A matplotlib figure of so many inches of 100 pixels; within the block everything has one style."""
-    from cycler import cycler
     from matplotlib import rc_context  # here: it takes half a second
     from matplotlib.figure import Figure
 
-    with rc_context(HOUSE_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
+    with rc_context(HOUSE_STYLE):
         yield Figure((width, height))
 
 
@@ -2217,9 +2173,10 @@ def inline_figure(figure, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{pixels}">'
 
 
-def plain(text: object) -> str:
-    """At most 60 characters of a name for matplotlib: without bytes that are no text, and no TeX."""
-    return _printable(text)[:60].replace("$", r"\$")
+def picture_title(what: str, members: list[tuple], work: dict) -> str:
+    synthetic = ", SYNTHETIC training data" if members[0][1]["data"].get("synthetic") else ""
+    title = f"{work['name']}: {what} ({len(members)} checkpoints){synthetic}"
+    return title.replace("$", r"\$")  # no TeX
 
 
 def check_output(path: Path) -> None:
@@ -2236,152 +2193,95 @@ def check_picture(path: Path) -> None:
     check_output(path)
 
 
-def explicit_block(block: Block, x: Tensor, attend: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`block(x, attend)`, and its attention weights (B, H, T, T); rows are queries."""
-    B, T, C = x.shape
-    q, k, v = block.qkv(block.norm1(x)).view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-    score = q @ k.transpose(2, 3) / math.sqrt(C // block.heads)
-    if attend is not None:
-        score = score.masked_fill(~attend.view(B, 1, 1, T), -torch.inf)
-    weights = score.softmax(3)
-    x = x + block.dropout(block.proj((weights @ v).transpose(1, 2).reshape(B, T, C)))
-    hidden = block.dropout(functional.gelu(block.fc1(block.norm2(x))))
-    return x + block.dropout(block.fc2(hidden)), weights
+@torch.no_grad()
+def module_inputs(model: nn.Module, kind: type, *inputs) -> dict[nn.Module, tuple]:
+    """{module: what it is called with} of all modules of a kind, in the order of their calls."""
+    found = {}
+    with contextlib.ExitStack() as hooks:
+        for module in model.eval().modules():
+            if isinstance(module, kind):
+                hooks.enter_context(module.register_forward_pre_hook(found.__setitem__))
+        model(*inputs)
+    return found
 
 
 @torch.no_grad()
-def roll_out(model: AST, clips: Tensor, lengths: Tensor | None = None) -> Tensor:
+def roll_out(model: AST, clip: Tensor) -> Tensor:
     """Attention roll-out (Abnar & Zuidema, ACL 2020) of an AST: what reaches its output from each patch.
 
-    clips (B, frames, mel) normalised, lengths (B,) -> (B, rows, columns), mean 1 over valid patches, 0 at
-    padding. Weights are averaged over heads and with the identity (the residual path), multiplied through the
-    layers, and averaged over the rows that the model pools (both tokens, or all valid patches)."""
-    rolled, attend = None, None
-
-    def follow(block: Block, inputs: tuple) -> None:
-        nonlocal rolled, attend
-        x, attend = inputs
-        step = (explicit_block(block, x, attend)[1].mean(1) + torch.eye(x.shape[1], device=x.device)) / 2
+    clip (frames, mel), normalised -> (rows, columns), mean 1. Weights are averaged over heads and with the
+    identity (the residual path), multiplied through the layers, averaged over what the model pools."""
+    rolled = None
+    for block, (x, _) in module_inputs(model, Block, clip[None]).items():
+        q, k, _ = block.qkv(block.norm1(x))[0].unflatten(1, (3, block.heads, -1)).permute(1, 2, 0, 3)
+        weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).softmax(2).mean(0)  # (T, T), rows: queries
+        step = (weights + torch.eye(len(weights), device=x.device)) / 2
         rolled = step if rolled is None else step @ rolled
-
-    hooks = [block.register_forward_pre_hook(follow) for block in model.blocks]
-    try:
-        model(clips, lengths)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    valid = torch.ones_like(rolled[:, 0]) if attend is None else attend.to(rolled.dtype)
     extra = 0 if model.extra is None else 2
-    is_extra = torch.arange(valid.shape[1], device=valid.device) < extra
-    pooled = valid * (is_extra if model.pooling == "cls" else ~is_extra)
-    share = (pooled.unsqueeze(1) @ rolled).squeeze(1)[:, extra:]
-    share = share / share.sum(1, keepdim=True) * valid[:, extra:].sum(1, keepdim=True)
-    return share.unflatten(1, (model.rows, -1))
+    share = model.pool(rolled[None], None)[0, extra : len(rolled)]
+    return (share / share.mean()).unflatten(0, (model.rows, -1))
 
 
-def roll_out_file(model: AST, energies: Tensor, device: torch.device) -> tuple[np.ndarray, list[int]]:
-    """energies (frames, mel), normalised -> shares (rows, columns), and the first column of each crop.
-
-    Crops are as long as the model takes, spaced as in `crop_starts`, and averaged where they overlap."""
-    model, total = model.to(device).eval(), model.count(len(energies))
+def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
+    """energies (frames, mel), normalised -> shares (rows, columns). Crops are as long as the model takes,
+    spaced as in `crop_starts`, and averaged where they overlap."""
+    total = model.count(len(energies))
     span = min(total, model.columns)
-    starts = crop_starts(total, span)
     share, crops = np.zeros((model.rows, total)), np.zeros(total)
-    for start in starts:
+    for start in crop_starts(total, span):
         first = start * model.stride
         crop = energies[first : first + (span - 1) * model.stride + PATCH]
-        share[:, start : start + span] += roll_out(model, crop[None].to(device))[0].double().cpu().numpy()
+        share[:, start : start + span] += roll_out(model, crop).double().cpu().numpy()
         crops[start : start + span] += 1
-    return share / crops, starts
-
-
-def hertz_to_band(hertz: Iterable[float]) -> np.ndarray:
-    """Where frequencies lie on the axis of data.fbank's bands, 0 = the middle of the first."""
-    low, high, mel = (1127 * np.log1p(np.asarray(f, float) / 700) for f in (20, SAMPLE_RATE / 2, hertz))
-    return ((mel - low) / (high - low) * (MELS + 1) - 1).clip(-0.5, MELS - 0.5)
-
-
-def draw_attention(
-    out: Path, energies: np.ndarray, share: np.ndarray, starts: list[int], stride: int, title: str
-) -> None:
-    """Shares (rows, columns) over the spectrogram (frames, 128) in grey; dotted lines where crops begin."""
-    from matplotlib.colors import TwoSlopeNorm
-
-    decibels = 10 / math.log(10) * (energies.T - energies.max())
-    frame = HOP / SAMPLE_RATE
-    edge = (PATCH - stride) / 2  # a patch is drawn as wide as a stride, around its middle
-    bottom, top = (edge - 0.5 + stride * row for row in (0, len(share)))
-    left, right = (frame * (edge + stride * column) for column in (0, share.shape[1]))
-    low, high = np.percentile(share, [1, 99])
-    shading = {"cmap": "coolwarm", "norm": TwoSlopeNorm(1, min(low, 0.999), max(high, 1.001)), "alpha": 0.6}
-    whole = (0, frame * len(energies), -0.5, MELS - 0.5)
-    with new_figure(16, 6) as figure:
-        axes = figure.subplots()
-        image = functools.partial(axes.imshow, origin="lower", aspect="auto", interpolation="nearest")
-        image(decibels, extent=whole, cmap="gray_r", vmin=QUIETEST, vmax=0)
-        shades = image(share, extent=(left, right, bottom, top), **shading)
-        axes.set(xlim=whole[:2], ylim=whole[2:], xlabel="time (s)", ylabel="frequency (Hz), mel scale")
-        axes.set_yticks(hertz_to_band(HERTZ), HERTZ)
-        axes.vlines([left + frame * stride * start for start in starts[1:]], *whole[2:], "black", ":")
-        axes.set_title(title)
-        label = "attention that reaches the output\n(1 = the same from every patch)"
-        figure.colorbar(shades, ax=axes, extend="both", pad=0.01, label=label)
-        save_figure(figure, out)
+    return share / crops
 
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
-    """Mean roll-out of ASTs on one recording; work: name, energies (frames, 128)."""
+    """Mean roll-out of ASTs in colour over the spectrogram in grey; work: name, energies (frames, 128)."""
     check_attention(members)
-    energies, shares, starts = work["energies"], [], []
+    energies = work["energies"]
+    shares = []
     for model, kept in members:
-        x = normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])
-        share, own = roll_out_file(model, torch.from_numpy(x).float(), next(model.parameters()).device)
-        shares.append(share)
-        starts = max(starts, own, key=len)
+        x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
+        shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
-    if not np.isfinite(share).all():
-        raise DataError(f"{work['name']}: attention is not finite; expected numbers")
-    title = f"{plain(work['name'])}: attention roll-out of AST, {len(members)} checkpoints"
-    if members[0][1]["data"].get("synthetic"):
-        title += ", SYNTHETIC training data"
-    title += f"; darkness: level, {-QUIETEST} dB from white to black"
-    draw_attention(out, energies, share, starts, members[0][0].stride, title)
-    return {"share": share, "starts": starts}
+    row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
+    frame = HOP / SAMPLE_RATE
+    reach = max(0.001, np.percentile(np.abs(share - 1), 98))
+    mel = np.linspace(*1127 * np.log1p([20 / 700, SAMPLE_RATE / 2 / 700]), MELS + 2)[1:-1]  # of each band
+    with new_figure(16, 6) as figure:
+        axes = figure.subplots()
+        extent = (0, frame * len(energies), -0.5, MELS - 0.5)
+        axes.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
+        colours = {"cmap": "coolwarm", "vmin": 1 - reach, "vmax": 1 + reach, "alpha": 0.6}
+        shades = axes.pcolormesh(frame * column, row - 0.5, share, **colours)
+        axes.set(title=picture_title("roll-out of AST", members, work), xlabel="time (s)", ylabel="Hz")
+        axes.set_yticks(range(0, MELS, 16), (700 * np.expm1(mel / 1127)).astype(int)[::16])
+        figure.colorbar(shades, extend="both", label="attention of the output (1: even)", pad=0.01)
+        save_figure(figure, out)
+    return {"share": share}
 
 
 def check_attention(members: list[tuple]) -> None:
     """Refuses networks that have no attention to draw, or other patches than the first."""
     for model, kept in members:
-        known = isinstance(model, AST) and {"mean", "std"} <= kept["data"].keys()
-        if not known or model.model_args["mel"] != MELS or model.stride != members[0][0].stride:
-            raise DataError(
-                f"{kept['path']}: task {kept['task']!r}; expected ASTs of {MELS} bands and one stride, "
-                "with mean and std in their data; give another"
-            )
+        if not isinstance(model, AST) or model.stride != members[0][0].stride:
+            raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
 
 
 def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
     """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it."""
     waveform = render(read_midi(path)) if rendered else read_wav(path)
     if fbank_frames(len(waveform)) < PATCH or not waveform.any():
-        shortest = (FRAME + (PATCH - 1) * HOP) / SAMPLE_RATE
-        what = "digital silence" if len(waveform) and not waveform.any() else "sound"
         seconds = len(waveform) / SAMPLE_RATE
-        raise DataError(f"{path}: {seconds:.3f} s of {what}; expected {shortest} s of sound or more")
+        raise DataError(f"{path}: {seconds:.3f} s; expected 0.18 s or more, not all of it digital silence")
     return fbank(torch.from_numpy(waveform)).numpy()
 
 
 def attention(argv: list[str]) -> dict:
     """`python eval.py --attention OUT`: the roll-out of one AST on one file."""
-    parser = _parser(
-        "--attention",
-        "OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE",
-        """\
-Which parts of a piece reach an AST's output, drawn over its spectrogram.
-
-    python eval.py --attention out.png --midi FILE.mid --ckpt runs/ast/NAME/best.pt
-    python eval.py --attention out.pdf --audio FILE.wav --ckpt runs/ast/NAME/best.pt""",
-    )
+    about = "Draws over a piece's spectrogram which parts of it reach an AST's output."
+    parser = _parser("--attention", "OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE", about)
     add = parser.add_argument
     add("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -2389,73 +2289,42 @@ Which parts of a piece reach an AST's output, drawn over its spectrogram.
     source.add_argument("--midi", metavar="FILE", help="MIDI file, played by the built-in piano")
     add("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, of either task (required)")
     args = _parse(parser, argv)
-    out = Path(args.attention)
-    check_picture(out)
-    model, ckpt = load_checkpoint(args.ckpt)
-    members = [
-        (model.to(args.device), {"path": args.ckpt, "task": ckpt["task"], "data": ckpt.get("data") or {}})
-    ]
-    check_attention(members)
     path = args.audio or args.midi
-    energies = read_piece(path, rendered=not args.audio)
-    drawn = explain_ast(out, members, {"name": Path(path).name, "energies": energies})
+    model, ckpt = load_checkpoint(args.ckpt)
+    work = {"name": _printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
+    drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     rows, columns = drawn["share"].shape
-    print(f"{out}: {columns} x {rows} patches in {len(drawn['starts'])} crops")
-    return drawn | {"frames": len(energies)}
+    print(f"{args.attention}: {columns} x {rows} patches")
+    return drawn
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training curves
 # ------------------------------------------------------------------------------------------------------------
-CURVES = {
-    "valid_per": "phoneme error rate, validation",
-    **{f"valid_{metric}": f"{metric}, validation" for metric in METRICS},
-    "valid_accuracy": "NCE accuracy, validation",
-    "loss": "loss, training",
-    "valid_loss": "loss, validation",
-    "spread": "deviation of predictions / of ratings",
-    "valid_blank_fraction": "share of blank frames, validation",
-    "norm": "gradient norm before clipping",
-    "lr": "learning rate",
-    "skipped": "skipped updates so far",
-}
+SCORES = tuple(f"valid_{metric}" for metric in METRICS)
+CURVES = ("valid_per", *SCORES, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
 # Score shown, and the key by whose least value the trainer chose its best.pt.
-CHOSEN_BY = {
-    "valid_per": "valid_per",
-    "valid_r2": "valid_loss",
-    "valid_accuracy": "valid_loss",
-    "valid_loss": "valid_loss",
-}
+CHOSEN_BY = {"valid_per": "valid_per", "valid_r2": "valid_loss", "valid_accuracy": "valid_loss"}
 
 
 def read_metrics(run: str | Path) -> list[dict]:
     """The lines of a run folder's metrics.jsonl, less a last one that a kill cut short."""
-    path, records = Path(run) / "metrics.jsonl", []
+    path = Path(run) / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a run's folder") from error
-    for n, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records.append(record | {"step": int(record["step"])})
-        except (ValueError, KeyError, TypeError) as error:
-            if n < len(lines):
-                raise DataError(f"{path}: line {n}: {error!r}; expected a log record with a step") from error
-    if not records:
-        raise DataError(f"{path}: no log record; expected some; let the run reach its first --log-every")
-    return records
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        records = [json.loads(line) for line in whole.split("\n")]
+        return [record | {"step": int(record["step"])} for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: {error!r}; expected log records with a step; give a run's folder"
+        ) from error
 
 
 def history(records: list[dict], key: str) -> np.ndarray:
     """(n, 2) steps and logged values of one key; of a step that a resumed run took again, the later."""
-    values = {}
-    for record in records:
-        value = record.get(key)
-        if isinstance(value, dict):  # updates skipped, by kind
-            value = sum(value.values())
-        if value is not None:
-            values[record["step"]] = value
+    values = {record["step"]: record[key] for record in records if record.get(key) is not None}
+    if key == "skipped":  # by kind
+        values = {step: sum(kinds.values()) for step, kinds in values.items()}
     return np.array(sorted(values.items()), float).reshape(-1, 2)
 
 
@@ -2472,52 +2341,37 @@ def best_validation(records: list[dict]) -> tuple[str, float, int]:
 def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
     """Everything of CURVES that the runs (name -> records) logged, by step, a colour a run."""
     shown = [key for key in CURVES if any(len(history(records, key)) for records in runs.values())]
-    panels = figure.subplots(math.ceil(len(shown) / 3) or 1, 3, squeeze=False).flat
-    for axes, key in itertools.zip_longest(panels, shown):
-        if key is None:
-            axes.set_axis_off()
-            continue
+    for n, key in enumerate(shown):
+        axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, n + 1)
         for name, records in runs.items():
-            points = history(records, key)
-            marker = "o" if key.startswith("valid") or len(points) == 1 else None
-            axes.plot(points[:, 0], points[:, 1], label=plain(name), marker=marker, markersize=3, linewidth=1)
-        axes.set(title=CURVES[key], xlabel="step", yscale="log" if key == "norm" else "linear")
-        axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            axes.plot(*history(records, key).T, ".-", label=name.replace("$", r"\$"))
+        axes.set(title=key, xlabel="step", yscale="log" if key == "norm" else "linear")
+        if n == 0:
+            axes.legend()
 
 
 def curves(argv: list[str]) -> dict:
     """`python eval.py curves`: what runs logged, in one picture; returns their best scores."""
-    parser = _parser(
-        "curves",
-        "--run DIR ... --out FILE",
-        """\
-What runs logged, in one picture: validation scores, losses, gradient norm, skipped updates, by step.
-
-    python eval.py curves --run runs/han/NAME --out curves.png
-    python eval.py curves --run runs/decoder/default runs/decoder/baseline --out both.svg""",
-    )
+    parser = _parser("curves", "--run DIR ... --out FILE", "What runs logged, in one picture, by step.")
     add = parser.add_argument
     add("--run", nargs="+", required=True, metavar="DIR", help="run folders, runs/TASK/NAME (required)")
     add("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
     args = _parse(parser, argv)
-    check_picture(Path(args.out))
+    out = Path(args.out)
+    check_picture(out)
     runs = {name: read_metrics(path) for name, path in _run_names(args.run).items()}
     with new_figure(16, 12) as figure:
         draw_curves(figure, runs)
-        save_figure(figure, Path(args.out))
+        save_figure(figure, out)
     best = {}
     for name, records in runs.items():
         key, best[name], step = best_validation(records)
-        skipped = next((record["skipped"] for record in reversed(records) if "skipped" in record), {})
-        print(f"{name}: {records[-1]['step']} steps; {key} {best[name]:.4f} at {step}; skipped {skipped}")
-    print(f"saved {args.out}")
+        print(f"{name}: {key} {best[name]:.4f} at step {step}")
     return best
 
 
 def _run_names(paths: list[str]) -> dict[str, str]:
     """{name: folder}: the folder's last part, or the whole where two end alike."""
-    paths = list(dict.fromkeys(paths))
     names = [Path(path).name for path in paths]
     return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
 
@@ -3061,13 +2915,7 @@ def predictions_csv(records: list[dict]) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # Explanation
 # ------------------------------------------------------------------------------------------------------------
-
-# Rows of the decoder's picture: what is confused stands together.
-ARTICULATION = """IY IH EY EH AE AA AO OW UH UW AH ER AY AW OY  P B T D K G CH JH
-F V TH DH S Z SH ZH HH  M N NG L R W Y  SIL"""
-SEEN = 0.05  # phonemes that never reach this probability are left out
-SMOOTH = 0.7, 0.5  # SD of the tempo curve's smoothing: beats, seconds; the longer one counts
-MOST_BEATS = 150  # that are drawn with lines of their own
+IN_GROUP = {"beat_attention": "note in beat", "measure_attention": "beat in measure"}
 
 
 def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dict:
@@ -3080,346 +2928,167 @@ def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dic
     return {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](out, members, work)
 
 
-def context_attention(attention: ContextAttention, x: Tensor, group: Tensor, groups: int) -> Tensor:
-    """The weights (M, H) within `attention(x, group, groups)`: they sum to 1 in each group."""
-    hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
-    return group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
-
-
 @torch.no_grad()
-def attention_weights(model: HAN, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
-    """By the name of each ContextAttention of a HAN: weights (M, H), group of each member (M,)."""
-    found, hooks = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, ContextAttention):
+def even_shares(attention: ContextAttention, x: Tensor, group: Tensor, groups: int) -> np.ndarray:
+    """Weights (M,) within `attention(x, group, groups)`: mean of the heads, in units of an even share."""
+    hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
+    weights = group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
+    return (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
 
-            def follow(module: ContextAttention, inputs: tuple, name: str = name) -> None:
-                found[name] = context_attention(module, *inputs), inputs[1]
 
-            hooks.append(module.register_forward_pre_hook(follow))
-    try:
-        model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Means by ascending group."""
+    index = np.unique(group, return_inverse=True)[1]
+    return np.bincount(index, values) / np.bincount(index)
 
 
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
-    """What HANs weigh in one un-normalised item, in units of an even share, averaged over heads and members.
-
-    "note in beat", "note" (rows; NaN where no member reads a row), "beat in measure", "beat", "measure".
-    note, beat and measure are weights in the whole piece, summed from what the last attention pools."""
-    of_beat, of_measure = (np.unique(item[key], return_inverse=True)[1] for key in ("beat", "measure"))
-    measure_of_beat = of_measure[np.unique(of_beat, return_index=True)[1]]
+    """What HANs weigh in one un-normalised item: `even_shares` of "note in beat" and "beat in measure" where
+    they have such, and of "note", "beat" and "measure" in the piece; averaged over members."""
     corpus = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {})
     levels: dict[str, list] = {}
     for model, kept in members:
         batch = collate_han(prepare_han(corpus, [item["name"]], kept["data"]))
-        batch = to_device(batch, next(model.parameters()).device)
-        pooled = model.level if model.level in ("beat", "measure") else "note"
-        names = {
-            "beat_attention": "note in beat",
-            "measure_attention": "beat in measure",
-            "attention": pooled,
-        }
-        own = {}
-        for name, (weights, group) in attention_weights(model.eval(), batch).items():
-            own[names[name]] = (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
-        read = item["voice"] > 0 if kept["data"]["features"] == "score" else np.full(len(of_beat), True)
-        if pooled == "note":
-            own["beat"] = _group_mean(own["note"], of_beat[read])
-            own["measure"] = _group_mean(own["note"], of_measure[read])
-        elif pooled == "beat":
-            own["measure"] = _group_mean(own["beat"], measure_of_beat)
-        for level, values in own.items():
-            if level.startswith("note"):
-                rows = np.full(len(read), np.nan)
-                rows[read] = values
-                values = rows
-            levels.setdefault(level, []).append(values)
-    return {level: np.ma.masked_invalid(each).mean(0).filled(np.nan) for level, each in levels.items()}
+        found = module_inputs(model, ContextAttention, to_device(batch, next(model.parameters()).device))
+        shares = {name: even_shares(m, *found[m]) for name, m in model.named_children() if m in found}
+        piece = shares.pop("attention")
+        if model.level in ("beat", "measure"):
+            piece = piece[np.unique(item[model.level], return_inverse=True)[1]]
+        shares |= {"note": piece, **{key: _group_mean(piece, item[key]) for key in ("beat", "measure")}}
+        for level, values in shares.items():
+            levels.setdefault(IN_GROUP.get(level, level), []).append(values)
+    return {level: np.mean(values, axis=0) for level, values in levels.items()}
 
 
-def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    return np.bincount(group, values) / np.bincount(group)
+def place_notes(score, item: dict, x: dict[str, np.ndarray]) -> Callable:
+    """The function from quarters to seconds, by the chords that were found; puts the pitch, onset and offset
+    that were expected of other notes into x (columns of the item by name)."""
+    written = np.flatnonzero(item["voice"])
+    matched = item["matched"][written]
+    chords = matched & ~score.grace
+    if not chords.any():
+        raise DataError(f"{item['name']}: no note of {score.path} in it; give a take of it")
+    second = _group_mean(x["raw_onset"][written[chords]], score.onset[chords])
+    seconds = functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
+    x["raw_pitch"][written[~matched]] = score.pitch[~matched]
+    x["raw_onset"][written[~matched]] = seconds(score.onset[~matched])
+    x["raw_offset"][written[~matched]] = seconds((score.onset + score.duration)[~matched])
+    return seconds
 
 
-def time_map(score, performance, match: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quarters, seconds and beat of every chord that was matched, in order of time, graces apart."""
-    rows = np.flatnonzero((note_features(score, performance, match)["matched"] > 0) & ~score.grace)
-    if not len(rows):
-        raise DataError(f"{performance.path}: no note of {score.path} in it; give a take of it")
-    quarter, first, chord = np.unique(score.onset[rows], return_index=True, return_inverse=True)
-    second = _group_mean(performance.onset[match[rows]], chord)
-    later = np.append(True, second[1:] > np.maximum.accumulate(second)[:-1])
-    return quarter[later], second[later], score.beat[rows[first]][later]
-
-
-def seconds_at(quarter: np.ndarray, second: np.ndarray, at: np.ndarray, qpm: float) -> np.ndarray:
-    """Seconds of positions (quarters) by a time map, prolonged at its mean tempo; of one chord, at `qpm`."""
-    pace = (second[-1] - second[0]) / (quarter[-1] - quarter[0]) if len(quarter) > 1 else 60 / qpm
-    inside = np.clip(at, quarter[0], quarter[-1])
-    return np.interp(inside, quarter, second) + pace * (at - inside)
-
-
-def tempo_curve(
-    quarter: np.ndarray, second: np.ndarray, beat: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(k + 1,) seconds at which matched beats begin, (k,) quarters per minute between them, and smoothed.
-
-    Smoothed: quarters over minutes, both by a Gaussian of SMOOTH."""
-    from scipy.ndimage import gaussian_filter1d
-
-    first = np.unique(beat, return_index=True)[1]
-    begin, quarters = second[first], np.diff(quarter[first])
-    minutes = np.diff(begin) / 60
-    if not len(minutes):
-        return begin, minutes, minutes
-    width = max(SMOOTH[0], SMOOTH[1] / 60 / np.median(minutes))
-    smooth = [gaussian_filter1d(steps, width, mode="nearest") for steps in (quarters, minutes)]
-    return begin, quarters / minutes, smooth[0] / smooth[1]
-
-
-def played_rows(score, item: dict, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, 4) pitch, velocity, onset, offset (s), which sounded; others stand where expected."""
-    names, written = column_names(FEATURES), item["voice"] > 0
-    columns = [names.index(f"raw_{key}") for key in ("pitch", "velocity", "onset", "offset")]
-    notes, sounded = item["x"][:, columns].astype(float), item["matched"] | ~written
-    begin, end = seconds(score.onset), seconds(score.onset + score.duration)
-    expected = np.stack([score.pitch, np.zeros(len(begin)), begin, end], 1)
-    notes[~sounded] = expected[~sounded[written]]
-    return notes, sounded
-
-
-def beat_dynamics(notes: np.ndarray, sounded: np.ndarray, of_beat: np.ndarray) -> np.ndarray:
-    """(beats, 2) mean and deviation of the velocities played in each beat, NaN where none was."""
-    dynamics = np.full((of_beat.max() + 1, 2), np.nan)
-    for beat in np.unique(of_beat[sounded]):
-        velocity = notes[sounded & (of_beat == beat), 1]
-        dynamics[beat] = velocity.mean(), velocity.std()
-    return dynamics
-
-
-def _beginnings(score, key: str, end: float, seconds: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds at which the beats or measures that hold notes begin, and the end; and their numbers from 0."""
-    grid = getattr(score, f"{key}s")
-    first = score.onset[np.unique(getattr(score, key), return_index=True)[1]]
-    numbers = (np.searchsorted(grid, first + 1e-6, side="right") - 1).clip(0)
-    return np.append(seconds(grid[numbers]), end), numbers
+def _beginnings(group: np.ndarray, grid: np.ndarray, onset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quarters at which the beats or measures that hold notes begin, and their numbers from 1."""
+    first = onset[np.unique(group, return_index=True)[1]]
+    number = np.searchsorted(grid, first + 1e-6).clip(1)
+    return grid[number - 1], number
 
 
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
-    """What HANs weigh in a performance, its tempo, dynamics; work: name, score, performance, match, item.
-
-    Returns levels (`han_attention`), notes and sounded (`played_rows`), beats and measures (seconds at which they
-    begin, and the end), bars (their numbers), begin, qpm, smooth (`tempo_curve`), dynamics."""
-    score, item = work["score"], work["item"] | {"name": work["name"]}
-    quarter, second, beat = time_map(score, work["performance"], work["match"])
-    seconds = functools.partial(seconds_at, quarter, second, qpm=score.tempo_qpm)
+    """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
+    (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
+    score = work["score"]
+    item = work["item"] | {"name": work["name"]}
+    if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
+        rows = item["voice"] > 0
+        item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
     levels = han_attention(members, item)
-    if not np.isfinite(levels["measure"]).all():
-        raise DataError(f"{work['name']}: attention is not finite; expected numbers")
-    notes, sounded = played_rows(score, item, seconds)
-    end = max(seconds((score.onset + score.duration).max()), notes[sounded, 2].max())
-    drawn = {"levels": levels, "notes": notes, "sounded": sounded}
-    drawn["beats"], _ = _beginnings(score, "beat", end, seconds)
-    drawn["measures"], bars = _beginnings(score, "measure", end, seconds)
-    drawn["bars"] = bars + 1
-    drawn["begin"], drawn["qpm"], drawn["smooth"] = tempo_curve(quarter, second, beat)
-    drawn["dynamics"] = beat_dynamics(notes, sounded, np.unique(item["beat"], return_inverse=True)[1])
-    found = np.mean(work["match"] >= 0)
-    drawn["title"] = f"{plain(work['name'])}: attention of HAN ({len(members)} checkpoints), tempo, dynamics"
-    drawn["title"] += f"; {found:.0%} of the written notes found"
-    low, high = np.nanpercentile(np.concatenate([*levels.values()]), [2.5, 97.5]) - 1
-    drawn["remark"] = f"95 % of the weights differ from an even share by {_percent(low)} to {_percent(high)}."
+    x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
+    seconds = place_notes(score, item, x)
+    sounded = item["matched"] | (item["voice"] == 0)
+    end = x["raw_offset"].max()
+    beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
+    measures, numbers = _beginnings(score.measure, score.measures, score.onset)
+    measures = np.append(seconds(measures), end)
+    every = math.ceil(len(numbers) / 20)  # measures from number to number
+    first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
+    title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
     if any(model.model_args["stats_size"] for model, _ in members):
-        drawn["remark"] += " The ratings also rest on statistics of the whole piece (--pooled)."
-    draw_han(out, drawn)
-    return drawn
-
-
-def draw_han(out: Path, drawn: dict) -> None:
-    """Piano roll, weights of measures and beats, tempo and dynamics over one axis of seconds."""
+        title += "\nThe ratings also rest on statistics of the whole piece (--pooled)"
     with new_figure(16, 12) as figure:
-        roll, weights, tempo, dynamics = panels = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
-        width = 2.5 if len(drawn["beats"]) <= MOST_BEATS else 0.8  # of lines: a long piece asks for thin ones
-        bars = _draw_roll(roll, drawn)
-        figure.colorbar(bars, ax=roll, extend="both", format=_percent, pad=0.01, label="weight against even")
-        _draw_levels(weights, drawn, width)
-        _draw_tempo(tempo, drawn, width)
-        _draw_dynamics(dynamics, drawn, width)
-        every = math.ceil(len(drawn["bars"]) / 20)  # measures from number to number
-        for axes in panels:
-            lines = {"transform": axes.get_xaxis_transform(), "zorder": 0}
-            if len(drawn["beats"]) <= MOST_BEATS:
-                axes.vlines(drawn["beats"], 0, 1, color="0.93", linewidth=0.8, **lines)
-            axes.vlines(drawn["measures"][::every], 0, 1, color="0.7", linewidth=1.2, **lines)
-            axes.tick_params(labelbottom=True)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3)
-        first, last = (
-            min(drawn["measures"][0], drawn["notes"][:, 2].min()),
-            max(drawn["beats"][-1], drawn["notes"][:, 3].max()),
-        )
-        roll.set_xlim(first - 0.1, last + 0.1)
-        numbers = roll.secondary_xaxis("top")
-        numbers.set_xticks(drawn["measures"][:-1:every], drawn["bars"][::every])
-        roll.text(-0.01, 1.03, "measure", transform=roll.transAxes, ha="right")
-        figure.suptitle(drawn["title"], fontsize=16)
-        figure.supxlabel(drawn["remark"], fontsize=12)
+        roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+        _draw_roll(roll, x, sounded, levels)
+        _draw_levels(weights, levels, beats, measures)
+        _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats)
+        tempo.set_title("Tempo (quarters per minute)")
+        dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
+        _draw_curve(dynamics, x["beat_dynamics"][first], beats)
+        dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
+        dynamics.set_xlabel("time in the performance (s); lines: measures")
+        for axes in figure.axes[:4]:
+            axes.set_xticks(measures[:-1:every], minor=True)
+            axes.grid(axis="x", which="minor")
+        roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
+        figure.suptitle(title)
         save_figure(figure, out)
+    return {"levels": levels, "beats": beats, "measures": measures}
 
 
-def _percent(share: float, _=None) -> str:
-    return "even" if abs(share) < 1e-9 else f"{100 * share:+.3g} %"
+def _draw_roll(axes, x: dict[str, np.ndarray], sounded: np.ndarray, levels: dict) -> None:
+    """Notes as bars in the colour of their weight, those not found dotted."""
+    within = "note in beat" if "note in beat" in levels else "note"
+    weight = levels[within] - 1
+    reach = max(0.01, np.percentile(np.abs(weight), 99))
+    notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])
+    axes.set_facecolor("0.25")
+    axes.hlines(*notes[:, ~sounded], "white", "dotted")
+    bars = axes.hlines(*notes[:, sounded], array=weight[sounded], cmap="coolwarm", linewidth=5)
+    bars.set_clim(-reach, reach)
+    axes.set_yticks(range(24, 120, 12), [f"C{octave}" for octave in range(1, 9)])
+    axes.set_ylim(notes[0].min() - 2, notes[0].max() + 2)
+    axes.set_title(f"Weight of each {within} against an even share (dotted: not found)")
+    axes.figure.colorbar(bars, ax=axes, extend="both", format="{x:+.1%}", pad=0.01)
 
 
-def _draw_roll(axes, drawn: dict):
-    """Notes as bars in the colour of their weight, those not found dashed. Returns the bars."""
-    from matplotlib.collections import PolyCollection
-    from matplotlib.colors import CenteredNorm
-
-    within = "note in beat" if "note in beat" in drawn["levels"] else "note"
-    notes, sounded, weight = drawn["notes"], drawn["sounded"], drawn["levels"][within] - 1
-    pitch, _, begin, end = notes.T
-    corners = [(begin, pitch - 0.5), (begin, pitch + 0.5), (end, pitch + 0.5), (end, pitch - 0.5)]
-    shapes = np.array(corners).transpose(2, 0, 1)  # (rows, 4, 2)
-    scale = CenteredNorm(0, max(0.01, np.nanpercentile(np.abs(weight), 99)))
-    shades = np.ma.masked_invalid(weight[sounded])
-    bars = PolyCollection(
-        shapes[sounded], array=shades, cmap="coolwarm", norm=scale, edgecolors="0.3", linewidths=0.3
-    )
-    axes.add_collection(bars)
-    axes.add_collection(
-        PolyCollection(shapes[~sounded], facecolors="none", edgecolors="0.3", linestyles="dashed")
-    )
-    octaves = np.arange(12, 121, 12)
-    axes.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
-    of = "the piece" if within == "note" else "each beat"
-    title = f"Which notes of {of} the attention prefers (dashed: written, but not found)"
-    axes.set(ylim=(pitch.min() - 2, pitch.max() + 2), ylabel="pitch", title=title)
-    axes.grid(axis="y", alpha=0.4)
-    return bars
-
-
-def _draw_levels(axes, drawn: dict, width: float) -> None:
-    levels = drawn["levels"]
-    axes.stairs(
-        levels["measure"] - 1,
-        drawn["measures"],
-        baseline=0,
-        fill=True,
-        color="0.8",
-        label="measures in the piece",
-    )
-    for level, label, colour in (
-        ("beat", "beats in the piece", BLUE),
-        ("beat in measure", "beats in their measure", ORANGE),
-    ):
+def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) -> None:
+    axes.stairs(levels["measure"] - 1, measures, fill=True, color="0.8", label="measure in the piece")
+    for level, label in (("beat", "beat in the piece"), ("beat in measure", "beat in its measure")):
         if level in levels:
-            axes.stairs(
-                levels[level] - 1, drawn["beats"], baseline=None, color=colour, linewidth=width, label=label
-            )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.yaxis.set_major_formatter(_percent)
-    axes.set(title="Which measures and beats the attention prefers", ylabel="weight against\nan even share")
-    reach = max(0.005, 1.1 * max(abs(limit) for limit in axes.get_ylim()))  # rounding errors are no curve
-    axes.set_ylim(-reach, reach)
+            axes.stairs(levels[level] - 1, beats, baseline=None, linewidth=2, label=label)
+    reach = max(0.005, *np.abs(axes.get_ylim()))  # rounding errors are no curve
+    axes.set(title="Weight of measures and beats against an even share", ylim=(-reach, reach))
+    axes.yaxis.set_major_formatter("{x:+.1%}")
+    axes.legend(ncols=3)
 
 
-def _draw_tempo(axes, drawn: dict, width: float) -> None:
-    begin, qpm = drawn["begin"], drawn["qpm"]
-    axes.set(title="Tempo", ylabel="quarters per minute")
-    if not len(qpm):
-        axes.set_title("Tempo: no two beats were found")
-        return
-    axes.stairs(qpm, begin, baseline=None, color="0.6", linewidth=0.6 * width, label="from beat to beat")
-    axes.plot(
-        (begin[1:] + begin[:-1]) / 2,
-        drawn["smooth"],
-        "o-",
-        linewidth=width,
-        markersize=1.6 * width,
-        label="smoothed",
-    )
-    axes.set_ylim(0.95 * qpm.min(), 1.05 * qpm.max())
+def _draw_curve(axes, values: np.ndarray, beats: np.ndarray) -> None:
+    """A value a beat, and smoothed."""
+    from scipy.ndimage import gaussian_filter1d
 
-
-def _draw_dynamics(axes, drawn: dict, width: float) -> None:
-    mean, spread = drawn["dynamics"].T
-    _, velocity, onset, _ = drawn["notes"][drawn["sounded"]].T
-    axes.scatter(onset, velocity, s=2 * width**2, color="0.55", label="played notes")
-    band = {"baseline": mean - spread, "fill": True, "alpha": 0.3}
-    axes.stairs(mean + spread, drawn["beats"], color=BLUE, label="mean ± deviation in a beat", **band)
-    axes.stairs(mean, drawn["beats"], baseline=None, color=BLUE, linewidth=width)
-    axes.set(title="Dynamics", ylabel="MIDI velocity", xlabel="time in the performance (s)")
-
-
-def emissions(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Classes that `ctc_greedy` decodes from (F, 41), and the most probable frame of each one's run."""
-    ids, frames = [], []
-    for phoneme, run in itertools.groupby(range(len(log_probs)), log_probs.argmax(1).__getitem__):
-        if phoneme:
-            ids.append(phoneme)
-            frames.append(max(run, key=lambda frame: log_probs[frame, ids[-1]]))
-    return np.array(ids, int), np.array(frames, int)
-
-
-def place_labels(labels: list, decoded: np.ndarray, times: np.ndarray, low: float, high: float) -> tuple:
-    """Seconds (n,) of n true labels: of the decoded ones that a minimal edit script pairs them with, others
-    evenly between, within low..high; and which labels (n,) and decoded classes (m,) are right."""
-    known = {-1: low, len(labels): high}
-    right, found = np.zeros(len(labels), bool), np.zeros(len(decoded), bool)
-    for tag, a, b, c, d in Levenshtein.opcodes(list(labels), list(decoded)):
-        if tag in ("equal", "replace"):
-            known.update(zip(range(a, b), times[c:d], strict=True))
-            right[a:b] = found[c:d] = tag == "equal"
-    order = sorted(known)
-    return np.interp(np.arange(len(labels)), order, [known[k] for k in order]), right, found
+    axes.stairs(values, beats, baseline=None, color="0.6", label="by beat")
+    smooth = gaussian_filter1d(values, 1, mode="nearest")
+    axes.plot((beats[1:] + beats[:-1]) / 2, smooth, ".-", color=BLUE, label="smoothed")
+    axes.legend(ncols=3)
 
 
 def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
-    """Probability of the phonemes over time, the decoded string above and the true one below.
+    """Probability of each phoneme over time; above it what is decoded, wrong ones in colour, below the truth.
 
     work: name, log_probs (F, 41), labels or None, "seconds per frame" (at a window's middle)."""
     log_probs, labels, step = work["log_probs"], work["labels"], work["seconds per frame"]
-    if not len(log_probs) or np.isnan(log_probs).any():
-        raise DataError(f"{work['name']}: no frames, or NaN; expected numbers; is the trial too short?")
+    if not len(log_probs):
+        raise DataError(f"{work['name']}: no frames; expected a longer trial")
+    best = log_probs.argmax(1)
     model = members[0][0]
+    frames = np.flatnonzero((best > 0) & (best != np.append(0, best[:-1])))
+    decoded = best[frames].tolist()
+    wrong = np.zeros(len(decoded), bool)
+    for tag, _, _, first, last in Levenshtein.opcodes(decoded if labels is None else labels, decoded):
+        wrong[first:last] = tag != "equal"
     start = step * (model.kernel / model.stride - 1) / 2
-    end = start + step * len(log_probs)
-    ids, frames = emissions(log_probs)
     times = start + step * (frames + 0.5)
-    label_times, right, found = place_labels(ids if labels is None else labels, ids, times, start, end)
-    probs = np.exp(log_probs)
-    rows = [k for k in map(PHONEMES.index, ARTICULATION.split()) if probs[:, k].max() >= SEEN or k in ids] + [
-        0
-    ]
     with new_figure(16, 9) as figure:
         axes = figure.subplots()
-        extent = (start, end, len(rows) - 0.5, -0.5)
-        image = axes.imshow(
-            probs[:, rows].T, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent
-        )
-        figure.colorbar(image, ax=axes, pad=0.01, label="probability")
-        axes.set_yticks(range(len(rows)), [PHONEMES[k] or "blank" for k in rows])
-        colours = np.where(found, "white", ORANGE)
-        axes.scatter(times, [rows.index(k) for k in ids], s=60, facecolors="none", edgecolors=colours)
-        _write_phonemes(axes, ids, times, found, 1.01)
-        if labels is not None:
-            _write_phonemes(axes, labels, label_times, right, -0.11)
-        figure.supxlabel("time (s), middle of each frame's window; above: decoded, below: true", fontsize=12)
-        figure.suptitle(f"{plain(work['name'])}: probability of each phoneme ({len(members)} checkpoints)")
+        extent = (start, start + step * len(log_probs), len(PHONEMES) - 0.5, -0.5)
+        image = axes.imshow(np.exp(log_probs.T), vmin=0, vmax=1, aspect="auto", extent=extent)
+        figure.colorbar(image, label="probability", pad=0.01)
+        axes.set_yticks(range(len(PHONEMES)), ["blank", *PHONEMES[1:]], fontsize=9)
+        for phoneme, time, off in zip(decoded, times, wrong, strict=True):
+            axes.text(time, -1, PHONEMES[phoneme], rotation=90, ha="center", color=ORANGE if off else "black")
+        truth = "" if labels is None else f"\ntrue: {spell(labels)}"
+        axes.set_xlabel(f"time (s), middle of each frame's window{truth}", wrap=True)
+        figure.suptitle(picture_title("probability of each phoneme", members, work))
         save_figure(figure, out)
-    return {"ids": ids, "times": times, "label_times": label_times, "right": right, "found": found}
-
-
-def _write_phonemes(axes, ids: Iterable, times: np.ndarray, right: np.ndarray, height: float) -> None:
-    """Names beside the heat map in three rows, which keep neighbours apart; wrong ones in colour."""
-    for i, (k, at) in enumerate(zip(ids, times, strict=True)):
-        place = {"transform": axes.get_xaxis_transform(), "ha": "center"}
-        axes.text(at, height + 0.025 * (i % 3), PHONEMES[k], color="black" if right[i] else ORANGE, **place)
+    return {"decoded": decoded, "times": times, "wrong": wrong}
 
 
 # ------------------------------------------------------------------------------------------------------------

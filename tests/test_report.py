@@ -302,9 +302,9 @@ def test_curves_of_runs_in_one_picture(tmp_path, monkeypatch):
     paths = run("a", RATED), run("b", DECODED)
     assert evaluation.main(["curves", "--run", *paths, "--out", "c.svg"]) == {"a": 0.25, "b": 0.625}
     lines = {axes.get_title(loc="left"): axes.lines for axes in figures[0].axes}
-    assert lines["r2, validation"][0].get_xydata().tolist() == [[20, 0.25], [40, 0.35]]
-    assert lines["skipped updates so far"][0].get_xydata().tolist() == [[10, 0], [15, 1]]
-    assert [line.get_label() for line in lines["loss, training"]] == ["a", "b"]
+    assert lines["valid_r2"][0].get_xydata().tolist() == [[20, 0.25], [40, 0.35]]
+    assert lines["skipped"][0].get_xydata().tolist() == [[10, 0], [15, 1]]
+    assert [line.get_label() for line in lines["loss"]] == ["a", "b"]
 
 
 def test_an_interrupted_report_leaves_the_old_one(corpus, monkeypatch):
