@@ -46,7 +46,6 @@ import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -774,9 +773,10 @@ def _beat_importance(position, numerator):
 
 def _rests_after(notes, rests):
     """Per note (by row) length of the rest (in file order) after it in its voice, whether under a fermata."""
-    length = np.zeros(len(notes))
-    fermata = np.zeros(len(notes))
-    onsets = [n.onset for n in notes]
+    rows = {}  # (voice, tick) -> notes that end there
+    for row, note in enumerate(notes):
+        rows.setdefault((note.voice, round(note.end)), []).append(row)
+    following = np.zeros((len(notes), 2))
     merged = set()
     for i, rest in enumerate(rests):
         if i in merged:
@@ -790,15 +790,8 @@ def _rests_after(notes, rests):
                 merged.add(j)
             elif rests[j].onset > end:
                 break
-        for k in range(bisect_right(onsets, rest.onset) - 1, -1, -1):
-            if notes[k].voice != rest.voice:
-                continue
-            if abs(notes[k].end - rest.onset) < 1e-6:
-                length[k] = end - rest.onset
-                fermata[k] = held
-            elif notes[k].end < rest.onset:
-                break
-    return length, fermata
+        following[rows.get((rest.voice, round(rest.onset)), [])] = end - rest.onset, held
+    return following
 
 
 def _slur_flags(note, slurs):
@@ -942,7 +935,7 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
     notation = marked(*_NOTATIONS)
     graced = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
     preceded = [(x.voice, x.onset) in graced and "grace" not in x.marks for x in notes]
-    rest_length, rest_fermata = _rests_after(notes, rests)
+    following = _rests_after(notes, rests)
     dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
         notes, directions, bars[-1].division
     )
@@ -954,8 +947,8 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
         "qpm_primo": np.full(len(notes), math.log10(qpm)),
-        "following_rest": rest_length / ticks,
-        "followed_by_fermata_rest": rest_fermata,
+        "following_rest": following[:, 0] / ticks,
+        "followed_by_fermata_rest": following[:, 1],
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
         "xml_position": onset / ((onset + duration)[min(1, len(notes) - 1) :].max() or 1.0),
