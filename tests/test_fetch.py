@@ -5,7 +5,6 @@ import http.server
 import io
 import json
 import threading
-import urllib.request
 import zipfile
 
 import numpy as np
@@ -158,16 +157,3 @@ def test_what_cannot_be_fetched_is_refused(tmp_path, capsys):
     ):
         refused(functools.partial(data.fetch, "percepiano", tmp_path / out, source), capsys, named)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_default_source_is_the_public_repository(monkeypatch, out):
-    asked = []
-
-    def refuse(url, timeout):
-        asked.append(url)
-        raise ConnectionRefusedError
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(data.DataError):
-        data.fetch("percepiano", out)
-    assert asked == ["https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"]

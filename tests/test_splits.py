@@ -14,45 +14,31 @@ import data
 ROOT = Path(__file__).resolve().parents[2] / "shared" / "percepiano"
 needs_shared = pytest.mark.skipif(not ROOT.exists(), reason="PercePiano is not beside the repository")
 
-SIZES = {  # (split, fold): sizes of the parts of the public performances, and with shared notes left out
-    ("segment", 0): ((765, 255, 182), (628, 250, 182)),
-    ("segment", 1): ((765, 255, 182), (641, 235, 182)),
-    ("segment", 2): ((765, 255, 182), (651, 225, 182)),
-    ("segment", 3): ((765, 255, 182), (640, 238, 182)),
-    ("performer", 0): ((834, 175, 193), (834, 175, 193)),
-    ("performer", 1): ((834, 175, 193), (834, 175, 193)),
-    ("performer", 2): ((847, 162, 193), (847, 162, 193)),
-    ("performer", 3): ((834, 175, 193), (834, 175, 193)),
-    ("piece", 0): ((809, 155, 238), (739, 155, 238)),
-    ("piece", 1): ((912, 173, 117), (840, 173, 117)),
-    ("piece", 2): ((768, 146, 288), (727, 146, 288)),
-    ("piece", 3): ((539, 104, 559), (489, 104, 559)),
-    ("random", 0): ((765, 256, 181), (611, 241, 181)),
-    ("random", 1): ((766, 255, 181), (618, 236, 181)),
-    ("random", 2): ((766, 255, 181), (627, 231, 181)),
-    ("random", 3): ((766, 255, 181), (626, 232, 181)),
+# fmt: off
+WHOLE = {  # sizes of the parts of the public performances, by fold
+    "segment": [(765, 255, 182)] * 4,
+    "performer": [(834, 175, 193), (834, 175, 193), (847, 162, 193), (834, 175, 193)],
+    "piece": [(809, 155, 238), (912, 173, 117), (768, 146, 288), (539, 104, 559)],
+    "random": [(765, 256, 181), (766, 255, 181), (766, 255, 181), (766, 255, 181)],
 }
+KEPT = {  # and with shared notes left out
+    "segment": [(628, 250, 182), (641, 235, 182), (651, 225, 182), (640, 238, 182)],
+    "performer": WHOLE["performer"],
+    "piece": [(739, 155, 238), (840, 173, 117), (727, 146, 288), (489, 104, 559)],
+    "random": [(611, 241, 181), (618, 236, 181), (627, 231, 181), (626, 232, 181)],
+}
+# fmt: on
 GROUP_OF = {  # written out a second time on purpose, with plain string handling
     "segment": lambda name: (name.split("bars_")[0], name.split("_")[-1]),
     "performer": lambda name: ("Beethoven" in name, name.split("_")[-2]),
     "random": lambda name: name,
 }
-CASES = pytest.mark.parametrize(("split", "fold"), SIZES)
+CASES = pytest.mark.parametrize(("split", "fold"), [(split, fold) for split in WHOLE for fold in range(4)])
 
 
 @pytest.fixture(scope="module")
 def names():
     return sorted(path.stem.strip() for path in (ROOT / data.MIDI_FOLDER).glob("*.mid"))
-
-
-@pytest.fixture(scope="module")
-def performances():
-    return {path.stem.strip(): data.read_midi(path) for path in (ROOT / data.MIDI_FOLDER).glob("*.mid")}
-
-
-@pytest.fixture(scope="module")
-def shared(performances):
-    return data.overlaps(performances)
 
 
 def small_corpus():
@@ -146,7 +132,7 @@ def test_what_cannot_be_split_is_refused(names, split, fold, named, capsys):
 @CASES
 def test_sizes_and_groups_of_the_public_names(names, split, fold):
     parts = data.split_percepiano(names, split, fold)
-    assert lengths(parts) == SIZES[split, fold][0]
+    assert lengths(parts) == WHOLE[split][fold]
     key = GROUP_OF["segment" if split == "piece" else split]
     train, valid, test = ({key(name) for name in parts[part]} for part in ("train", "valid", "test"))
     assert not train & valid
@@ -205,21 +191,25 @@ def test_drop_overlaps_by_hand(capsys):
 
 @pytest.mark.slow
 @needs_shared
-@CASES
-def test_no_run_of_16_survives_between_parts(performances, shared, split, fold):
+def test_no_run_of_16_survives_between_parts():
     """A brute-force second opinion: every run as text, looked for in the other parts' runs."""
+    files = (ROOT / data.MIDI_FOLDER).glob("*.mid")
+    performances = {path.stem.strip(): data.read_midi(path) for path in files}
+    shared = data.overlaps(performances)
     assert (len(shared), sum(map(len, shared.values()))) == (493, 2 * 345)
-    parts = data.drop_overlaps(data.split_percepiano(performances, split, fold), shared)
-    assert lengths(parts) == SIZES[split, fold][1]
-    seen = {part: set() for part in parts}
-    for part, kept in parts.items():
-        for played in map(performances.get, kept):
-            rows = sorted(zip(played.onset, played.pitch, played.velocity, strict=True))
-            line = [f"{pitch}:{velocity}" for _, pitch, velocity in rows]
-            seen[part] |= {" ".join(line[i : i + 16]) for i in range(len(line) - 15)}
-    assert not seen["train"] & seen["valid"]
-    assert not (seen["train"] | seen["valid"]) & seen["test"]
-    assert performances.keys() - set(sum(parts.values(), [])) <= shared.keys()
+    runs = {}
+    for name, played in performances.items():
+        rows = sorted(zip(played.onset, played.pitch, played.velocity, strict=True))
+        line = [f"{pitch}:{velocity}" for _, pitch, velocity in rows]
+        runs[name] = {" ".join(line[i : i + 16]) for i in range(len(line) - 15)}
+    for split in WHOLE:
+        for fold in range(4):
+            parts = data.drop_overlaps(data.split_percepiano(performances, split, fold), shared)
+            assert lengths(parts) == KEPT[split][fold]
+            seen = {part: set().union(*map(runs.get, kept)) for part, kept in parts.items()}
+            assert not seen["train"] & seen["valid"]
+            assert not (seen["train"] | seen["valid"]) & seen["test"]
+            assert performances.keys() - set(sum(parts.values(), [])) <= shared.keys()
 
 
 # ----------------------------------------------------------------------------------------------------------
