@@ -1025,14 +1025,15 @@ def read_midi(path: str | Path) -> Performance:
         midi = mido.MidiFile(file=io.BytesIO(content))
         if midi.type not in (0, 1) or not midi.ticks_per_beat:
             raise ValueError(f"type {midi.type}, division {midi.ticks_per_beat}")
-        # Unlike the original, which searches unsorted pedal events.
-        events = midi.merged_track
+        events = []  # (tick, message); unlike the original, which searches unsorted pedal events
+        for track in midi.tracks:
+            ticks = itertools.accumulate(message.time for message in track)
+            events += zip(ticks, track, strict=True)
+        events.sort(key=lambda event: event[0])
         seconds = _event_seconds(events, midi.ticks_per_beat)
-        if seconds[-1] > LONGEST:
-            raise ValueError(f"events up to {seconds[-1]:.3g} s, more than a day")
         notes, pedals = _pair_notes(events, seconds.tolist())
-        if not notes:
-            raise ValueError("no notes")
+        if not notes or seconds[-1] > LONGEST:
+            raise ValueError(f"{len(notes)} notes in {seconds[-1]:.3g} s; expected some within a day")
         pitch, velocity, onset, offset = np.array(notes).T
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
@@ -1051,15 +1052,15 @@ def read_midi(path: str | Path) -> Performance:
 
 
 def _event_seconds(events, division):
-    """When each message comes: division ticks per quarter under the tempo map, SMPTE where negative."""
-    ticks = np.cumsum([message.time for message in events], dtype=float)
+    """Seconds of (tick, message): division ticks per quarter under the tempo map, SMPTE where negative."""
+    ticks = np.array([tick for tick, _ in events], float)
     if division < 0:
         frames, per_frame = -(division >> 8), division & 0xFF
         if frames not in SMPTE or not per_frame:
             raise ValueError(f"a SMPTE division of {frames} frames and {per_frame} ticks")
         return ticks / (per_frame * SMPTE[frames])
     changes = [(0, 500_000)]
-    changes += [(t, m.tempo) for t, m in zip(ticks, events, strict=True) if m.type == "set_tempo"]
+    changes += [(tick, message.tempo) for tick, message in events if message.type == "set_tempo"]
     at, tempo = np.array(changes, float).T
     starts = np.concatenate([[0.0], np.cumsum(np.diff(at) * tempo[:-1])])
     current = np.searchsorted(at, ticks, side="right") - 1
@@ -1070,7 +1071,7 @@ def _pair_notes(events, seconds):
     """[pitch, velocity, onset, offset] of each note by onset; {controller: [(second, value)]} of pedals."""
     notes, open_notes = [], {}
     pedals = {SUSTAIN: [], SOFT: []}
-    for now, message in zip(seconds, events, strict=True):
+    for now, (_, message) in zip(seconds, events, strict=True):
         if message.type in ("note_on", "note_off"):
             waiting = open_notes.setdefault((message.channel, message.note), [])
             if message.type == "note_on" and message.velocity > 0:
