@@ -1784,11 +1784,6 @@ def parse_name(name: str) -> tuple[str, str, str, str]:
     return match.groups()
 
 
-def work_of(name: str) -> str:
-    """`Schubert_D960_mv2` of `Schubert_D960_mv2_8bars_3_06`."""
-    return parse_name(name)[0]
-
-
 def player_of(name: str) -> str:
     """Player number as text, or `Score`, `Score2` for a rendering of the score."""
     return parse_name(name)[2]
@@ -5312,10 +5307,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command = commands.add_parser(name, prog=f"data.py {name}", usage=usage, help=does, description=does)
         if name == "fetch":
             command.add_argument("name", choices=SOURCES, help="the data set")
-        for option in required.split():
-            command.add_argument(option, required=True, **OPTIONS[option])
-        for option in [*others.split(), "--debug"]:
-            command.add_argument(option, **OPTIONS[option])
+        for option in [*required.split(), *others.split(), "--debug"]:
+            command.add_argument(option, required=option in required.split(), **OPTIONS[option])
     return parser.parse_args(argv)
 
 

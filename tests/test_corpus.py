@@ -53,9 +53,6 @@ def performance(pitch, velocity, onset, offset, sustain=()):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------------------
 def test_synthetic_corpus_reads_whole(corpus):
     assert corpus.synthetic
     assert corpus.left_out == []
@@ -185,9 +182,6 @@ def test_the_real_corpus(tmp_path):
     assert 1 < tempo[tempo != 0].min() < tempo.max() < 3.1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Normalisation, augmentation, batches
-# ----------------------------------------------------------------------------------------------------------
 def test_normalisation_is_fitted_on_training_names_only(corpus):
     train = data.percepiano_parts(corpus, "segment", 0)["train"]
     info = data.fit_normalisation(corpus, train, "full", pooled=True)
@@ -266,18 +260,11 @@ def test_batches_hold_every_item_once_and_similar_lengths():
     assert set(range(203)) == set(sum(two, []))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Statistics of a performance
-# ----------------------------------------------------------------------------------------------------------
 def test_statistics_of_a_hand_made_performance():
     # two chords of two notes, then one note; sustain down from .4 to 1.2 s, half-way at .6 s
-    p = performance(
-        [48, 72, 50, 74, 76],
-        [40, 80, 50, 90, 100],
-        [0.0, 0.02, 1.0, 1.01, 1.5],
-        [0.5, 0.5, 1.4, 1.4, 2.0],
-        [(0.4, 127), (0.6, 80), (1.2, 0)],
-    )
+    onset, offset = [0.0, 0.02, 1.0, 1.01, 1.5], [0.5, 0.5, 1.4, 1.4, 2.0]
+    pedal = [(0.4, 127), (0.6, 80), (1.2, 0)]
+    p = performance([48, 72, 50, 74, 76], [40, 80, 50, 90, 100], onset, offset, pedal)
     expected = {
         "notes": np.log(5),
         "seconds": np.log(2),

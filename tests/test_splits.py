@@ -52,13 +52,9 @@ def lengths(parts):
     return tuple(len(parts[part]) for part in ("train", "valid", "test"))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Names and splits
-# ----------------------------------------------------------------------------------------------------------
 def test_names_are_taken_apart():
     name = " Schubert_D935_no.3_4bars_Score2_07"
     assert data.parse_name(name) == ("Schubert_D935_no.3", "4", "Score2", "07")
-    assert data.work_of(name) == "Schubert_D935_no.3"
     assert data.player_of("Beethoven_WoO80_var25_8bars_19_14.mid") == "19"
     assert data.segment_of(name) == "Schubert_D935_no.3_4bars_07"
     assert data.score_of(name) == "Schubert_D935_no.3_4bars_Score_07"
@@ -105,25 +101,23 @@ def test_folds_validate_on_disjoint_items_and_share_one_test_part(split):
 def test_piece_uses_a_foreign_corpus_own_works():
     names = [f"Etude_{work}_8bars_{p}_{s}" for work in "dbca" for p in range(5) for s in range(1, 6)]
     tests = [data.split_percepiano(names, "piece", fold)["test"] for fold in range(4)]
-    assert [{data.work_of(name) for name in test} for test in tests] == [{f"Etude_{w}"} for w in "abcd"]
+    assert [{data.parse_name(name)[0] for name in test} for test in tests] == [{f"Etude_{w}"} for w in "abcd"]
 
 
-@pytest.mark.parametrize(
-    ("names", "split", "fold", "named"),
-    [
-        (small_corpus(), "paper", 0, "paper"),
-        (small_corpus(), "segment", 4, "fold 4"),
-        (small_corpus(), "segment", "all", "'all'"),
-        (["A_8bars_1_1", "B_8bars_1_1"], "segment", 0, "train"),
-        ([], "random", 0, "0 performances"),
-        ([name for name in small_corpus() if "D935" not in name], "piece", 1, "test"),
-        ([*small_corpus(), " Schubert_D960_mv2_8bars_1_01"], "segment", 0, "Schubert_D960_mv2_8bars_1_01"),
-        *[
-            ([*small_corpus(), name], "segment", 0, repr(name))
-            for name in ("", "Schubert_D960_mv2_8bars_06", "A_8bars_Me_06", "A_bars_1_06", "a b_8bars_1_06")
-        ],
-    ],
-)
+SMALL = small_corpus()
+UNSPLIT = [  # names, split, fold, what the line names
+    (SMALL, "paper", 0, "paper"),
+    (SMALL, "segment", 4, "fold 4"),
+    (["A_8bars_1_1", "B_8bars_1_1"], "segment", 0, "train"),
+    ([], "random", 0, "0 performances"),
+    ([name for name in SMALL if "D935" not in name], "piece", 1, "test"),
+    ([*SMALL, " Schubert_D960_mv2_8bars_1_01"], "segment", 0, "Schubert_D960_mv2_8bars_1_01"),
+    ([*SMALL, "A_8bars_Me_06"], "segment", 0, "'A_8bars_Me_06'"),
+    ([*SMALL, "a b_8bars_1_06"], "segment", 0, "'a b_8bars_1_06'"),
+]
+
+
+@pytest.mark.parametrize(("names", "split", "fold", "named"), UNSPLIT)
 def test_what_cannot_be_split_is_refused(names, split, fold, named, capsys):
     refused(lambda: data.split_percepiano(names, split, fold), capsys, named)
 
@@ -151,9 +145,6 @@ def test_segment_test_part_is_the_withheld_list(names):
     assert set(names) - set(data.read_labels(ROOT)) == set(test)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Shared passages
-# ----------------------------------------------------------------------------------------------------------
 def notes(numbers, onset=None):
     numbers = np.asarray(numbers)
     onset = np.arange(len(numbers)) if onset is None else onset
@@ -212,9 +203,6 @@ def test_no_run_of_16_survives_between_parts():
             assert performances.keys() - set(sum(parts.values(), [])) <= shared.keys()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Labels and ratings
-# ----------------------------------------------------------------------------------------------------------
 NAME, BAD = "Schubert_D960_mv2_8bars_3_06", "Schubert_D960_mv2_8bars_5_06"
 HEADER = ["user", "dataID", "filename", *range(20), "message"]
 
