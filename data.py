@@ -46,7 +46,6 @@ import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -157,6 +156,7 @@ _HAIRPINS = ("crescendo", "diminuendo")
 # Dynamic mark -> word at the mark and, for some, word after it; the others are their own word.
 _MARKS = dict(rfz="rf", fp="f p", ffp="ff p", sfp="sf p", sfpp="sf pp", sfzp="sfz p")
 _NOTATIONS = tuple("trill-mark tenuto accent staccato fermata arpeggiate strong-accent cue slash".split())
+_SIMPLE_MARKS = set("rest grace chord cue arpeggiate fermata trill-mark".split())
 _LINES = (  # what may begin at one note and end at another: name in `_Note.marks`, element
     ("tied", "tie"),
     ("tied", "notations/tied"),
@@ -230,10 +230,6 @@ class _Note:
     def end(self):
         return self.onset + self.duration
 
-    @property
-    def is_padding(self):
-        return {"rest", "hidden"} <= self.marks
-
 
 @dataclass
 class _Direction:
@@ -252,13 +248,16 @@ class _Direction:
         return self.onset + self.delay
 
 
+_SILENT = _Direction(0.0, "words")  # in force where a score has no marks
+
+
 @dataclass
 class _Bar:
     nominal: float  # ticks, by the time signature
     beats: int
     beat_type: int
     implicit: bool
-    division: float = 0.0  # ticks
+    division: float  # ticks
     length: float = 0.0
     notes: list = field(default_factory=list)  # and rests, in file order
     directions: list = field(default_factory=list)
@@ -271,8 +270,8 @@ class _Reader:
         self.path = path
         self.where = ""
 
-    def error(self, found, expected):
-        line = f"{self.path}: {self.where}{found}; expected {expected}; export the score again as MusicXML"
+    def error(self, problem):
+        line = f"{self.path}: {self.where}{problem}; export the score again as MusicXML"
         return DataError(" ".join(line.split()))
 
     def number(self, text, what, low, high, kind=float):
@@ -283,7 +282,7 @@ class _Reader:
             value = math.nan
         if low <= value <= high:
             return value
-        raise self.error(f"{what} {text!r:.40}", f"a number ({kind.__name__}) from {low:g} to {high:g}")
+        raise self.error(f"{what} {text!r:.40}; expected a number ({kind.__name__}), {low:g} to {high:g}")
 
     def root(self):
         """The <score-partwise> element of a .musicxml, .xml or compressed .mxl file."""
@@ -294,24 +293,19 @@ class _Reader:
             if b"<!ENTITY" in content.replace(b"\0", b""):  # entity bombs; UTF-16 too
                 raise ValueError("its DOCTYPE declares entities")
             root = ET.fromstring(content)
+            if root.tag != "score-partwise":
+                raise ValueError(f"the root element is <{root.tag!s:.40}>")
         except Exception as error:
-            raise self.error(
-                f"cannot be read ({error})", "complete MusicXML, or one score in .mxl"
-            ) from error
-        if root.tag != "score-partwise":
-            raise self.error(f"the root element is <{root.tag!s:.40}>", "<score-partwise>")
+            raise self.error(f"cannot be read ({error}); expected one <score-partwise>, or .mxl") from error
         return root
 
     def unzip(self, content):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            scores = [
-                entry
-                for entry in archive.infolist()
-                if entry.filename.endswith("xml")
-                and not entry.filename.startswith("META-INF")
-                and entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                and entry.file_size <= _MAX_XML
-            ]
+            scores = []
+            for entry in archive.infolist():
+                inside = entry.filename.endswith("xml") and not entry.filename.startswith("META-INF")
+                if inside and entry.file_size <= _MAX_XML:
+                    scores.append(entry)
             if len(scores) != 1:
                 raise ValueError(f"an archive of {len(scores)} scores")
             return archive.read(scores[0])
@@ -321,15 +315,15 @@ class _Reader:
         divisions = {self.number(d.text, "divisions", 1, 1e5, int) for d in root.iter("divisions")}
         self.ticks = math.lcm(*divisions)  # per quarter
         if self.ticks > 1e12:
-            raise self.error(f"{len(divisions)} unrelated <divisions>", "a common multiple up to 1e12")
+            raise self.error("unrelated <divisions>; expected a common multiple up to 1e12")
         parts = []
-        for index, part in enumerate(root.findall("part")):
-            self.division = None
-            self.time = None
-            parts.append([self.bar(measure, index) for measure in part.findall("measure")])
+        for index, part in enumerate(root.iterfind("part")):
+            self.division = self.time = None
+            parts.append([self.bar(measure, index) for measure in part.iterfind("measure")])
         self.where = ""
-        if len({len(part) for part in parts}) != 1 or not parts[0]:
-            raise self.error(f"parts of {[len(part) for part in parts]} measures", "parts of equal length")
+        counts = [len(part) for part in parts]
+        if len(set(counts)) != 1 or not counts[0]:
+            raise self.error(f"parts of {counts} measures; expected parts of equal length")
         return parts
 
     def attributes(self, element):
@@ -339,14 +333,12 @@ class _Reader:
         time = element.find("time")
         if time is None:
             return
-        pairs = time.findall("beats")
-        if len(pairs) != 1:
-            raise self.error(f"a time signature of {len(pairs)} <beats>", "one")
-        beats = sum(self.number(x, "beats", 1, 128, int) for x in (pairs[0].text or "").split("+"))
+        beats = time.findall("beats")
         beat_type = self.number(time.findtext("beat-type"), "beat-type", 1, 64, int)
-        if beat_type not in (1, 2, 4, 8, 16, 32, 64):
-            raise self.error(f"beat-type {beat_type}", "a power of two")
-        self.time = beats, beat_type
+        if len(beats) != 1 or beat_type.bit_count() != 1:
+            raise self.error(f"{len(beats)} <beats>, beat-type {beat_type}; expected one, a power of two")
+        terms = (beats[0].text or "").split("+")
+        self.time = sum(self.number(x, "beats", 1, 128, int) for x in terms), beat_type
 
     def duration(self, element, least=0):
         most = _LONGEST * self.ticks / self.division
@@ -359,9 +351,10 @@ class _Reader:
             if element.tag == "attributes":
                 self.attributes(element)
         if self.division is None or self.time is None:
-            raise self.error("no <divisions> or no <time>", "both in the first measure's <attributes>")
+            raise self.error("no <divisions> or no <time>; expected both in the first measure")
         beats, beat_type = self.time
-        bar = _Bar(beats * 4 / beat_type * self.ticks, beats, beat_type, "implicit" in measure.attrib)
+        nominal = beats * 4 / beat_type * self.ticks
+        bar = _Bar(nominal, beats, beat_type, "implicit" in measure.attrib, self.division)
         cursor = chord_onset = 0.0
         for element in measure:
             if element.tag == "note":
@@ -369,9 +362,9 @@ class _Reader:
                 if "chord" not in note.marks:
                     chord_onset = cursor
                     cursor += note.duration
+                elif bar.notes:  # unlike the original, where the first note only has the chord's strokes
+                    note.tremolo = note.tremolo or bar.notes[-1].tremolo
                 note.onset = chord_onset
-                if "chord" in note.marks and not note.tremolo:
-                    note.tremolo = _chord_tremolo(bar.notes, note)
                 bar.notes.append(note)
             elif element.tag == "forward":
                 cursor += self.duration(element)
@@ -382,7 +375,8 @@ class _Reader:
             elif element.tag == "attributes":
                 self.attributes(element)
             if not -0.1 <= cursor / self.ticks <= _LONGEST:
-                raise self.error(f"<{element.tag}> to quarter {cursor / self.ticks:g}", f"0 to {_LONGEST}")
+                quarter = cursor / self.ticks
+                raise self.error(f"<{element.tag}> to quarter {quarter:g}; expected 0 to {_LONGEST}")
             cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
             bar.length = max(bar.length, cursor)
         bar.division = self.division
@@ -391,7 +385,7 @@ class _Reader:
     def note(self, element, part):
         """One <note>, at onset 0."""
         marks = _note_marks(element)
-        strokes = element.find("notations/ornaments/tremolo")
+        strokes = element.findtext("notations/ornaments/tremolo", "0")
         return _Note(
             onset=0.0,
             duration=0.0 if "grace" in marks else self.duration(element, 0.001),
@@ -401,13 +395,13 @@ class _Reader:
             pitch=0 if "rest" in marks else self.pitch(element),
             marks=marks,
             slurs=tuple((s.get("type"), s.get("number", "1")) for s in element.iterfind("notations/slur")),
-            tremolo=0 if strokes is None else self.number(strokes.text or "1", "tremolo", 0, 8, int),
+            tremolo=self.number(strokes or "1", "tremolo", 0, 8, int),
         )
 
     def pitch(self, note):
         step = note.findtext("pitch/step", "none").strip()
         if step not in _STEPS:
-            raise self.error(f"a note of pitch step {step!r:.12}", f"one of {' '.join(_STEPS)}, or a <rest>")
+            raise self.error(f"a note of pitch step {step!r:.12}; expected A to G, or a <rest>")
         octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, int)
         alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
         return self.number(12 * (octave + 1) + _STEPS[step] + round(alter), "pitch", 0, 127, int)
@@ -428,9 +422,9 @@ class _Reader:
 
 def _note_marks(element):
     """rest, grace, chord, cue, hidden, entries of _NOTATIONS; with a type "beam begin", "tied stop", ..."""
-    marks = {child.tag for child in element} & {"rest", "grace", "chord", "cue"}
-    marks |= {child.tag for child in element.iterfind("notations/*")} & {"arpeggiate", "fermata"}
-    marks |= {child.tag for child in element.iterfind("notations/ornaments/trill-mark")}
+    marks = set()
+    for path in ("*", "notations/*", "notations/ornaments/*"):
+        marks |= {child.tag for child in element.iterfind(path)} & _SIMPLE_MARKS
     for articulations in element.iterfind("notations/articulations"):
         marks |= {child.tag for child in articulations[:1]} & set(_NOTATIONS)
     # Unlike the original: a note of a chord has its own beams, not all that the file has shown before it.
@@ -444,24 +438,18 @@ def _note_marks(element):
     return frozenset(marks)
 
 
-def _chord_tremolo(notes, member):
-    """Strokes of the chord that `member` belongs to. Unlike the original, which marks the first note only."""
-    heads = (n.tremolo for n in reversed(notes) if n.onset == member.onset and n.voice == member.voice)
-    return next(heads, 0)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # MusicXML: repeats, padding, ties, graces
 # ------------------------------------------------------------------------------------------------------------
 def _trim_pickup(bars):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
 
-    Unlike the original, for which a pickup that is padded so lasts a full bar (D935 no.3 segments 25, 42,
-    50).
+    Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50).
     """
-    music = [n for bar in bars for n in bar.notes if not n.is_padding]
-    unpadded = any(bar.notes and not any(n.is_padding for n in bar.notes) for bar in bars)
-    if unpadded or not music:
+    padding = {"rest", "hidden"}
+    music = [n for bar in bars for n in bar.notes if not padding <= n.marks]
+    padded = all(not bar.notes or any(padding <= n.marks for n in bar.notes) for bar in bars)
+    if not padded or not music:
         return
     low = min(n.onset for n in music)
     high = max(n.end for n in music)
@@ -478,25 +466,20 @@ def _repeat_signs(measures, reader):
     for measure in measures:
         reader.where = f"measure {measure.get('number')!s:.10}: "
         repeats = {r.get("direction"): r.get("times", "2") for r in measure.iterfind("barline/repeat")}
-        if not repeats.keys() <= {"forward", "backward"}:
-            raise reader.error("a <repeat> without direction", "forward or backward")
         forward.append("forward" in repeats)
-        turns.append(0)
-        if "backward" in repeats:
-            turns[-1] = reader.number(repeats["backward"], "repeat times", 1, 16, int)
+        turns.append(reader.number(repeats.get("backward", "0"), "repeat times", 0, 16, int))
         volta.append(inside)
         for ending in measure.iterfind("barline/ending"):
+            inside = frozenset()
             if ending.get("type") == "start":
-                number = ending.get("number", "")[:40]
-                numbers = frozenset(map(int, re.findall(r"\d+", number)))
-                if inside or not numbers or not numbers <= set(range(1, 17)):
-                    raise reader.error(f"volta {number!r}", "numbers up to 16, the volta before it ended")
-                volta[-1] = inside = numbers
-            elif ending.get("type") in ("stop", "discontinue"):
-                inside = frozenset()
-    reader.where = ""
+                numbers = re.findall(r"\d+", ending.get("number", ""))
+                inside = frozenset(reader.number(n, "volta", 1, 16, int) for n in numbers)
+                volta[-1] = inside
+                if not inside:
+                    raise reader.error("volta without a number; expected 1 to 16")
     if inside:
-        raise reader.error(f"volta {sorted(inside)} without end", "<ending type='stop'> or 'discontinue'")
+        raise reader.error(f"volta {sorted(inside)} without end; expected <ending type='stop'>")
+    reader.where = ""
     return forward, turns, volta
 
 
@@ -513,16 +496,16 @@ def _unfold_repeats(measures, reader):
             stop += 1
         most = max(turns[start:stop])
         if most:
-            most = max([most, *itertools.chain(*volta[start:stop])])
+            most = max(most, *itertools.chain([1], *volta[start:stop]))
         elif forward[start] and any(forward[stop:]):
-            raise reader.error("a repeat inside a repeat", "the first one closed, or written out")
+            raise reader.error("a repeat inside a repeat; expected the first one closed, or written out")
         for turn in range(1, max(most, 1) + 1):
             played = [i for i in range(start, stop) if not volta[i] or turn in volta[i]]
             order += played
         last_turns += played
         start = stop
     if len(set(order)) < len(measures):
-        raise reader.error("a volta that is never played", "voltas at the end of a repeat")
+        raise reader.error("a volta that is never played; expected voltas at the end of a repeat")
     return order, last_turns
 
 
@@ -536,16 +519,15 @@ def _play_order(measures, reader):
     signs = {}  # attribute of a <sound> -> first measure
     for i, measure in enumerate(measures):
         for sound in measure.iter("sound"):
-            for name in sound.attrib:
-                signs.setdefault(name, i)
+            signs = dict.fromkeys(sound.attrib, i) | signs
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
-            raise reader.error(f"{jump} without {target}", f"a <sound {target}=...>")
+            raise reader.error(f"{jump} without {target}; expected a <sound {target}=...>")
     jumps = [signs[name] for name in ("dacapo", "dalsegno") if name in signs]
     if not jumps:
         for words in itertools.chain(*(measure.iter("words") for measure in measures)):
             if _JUMP.match(words.text or ""):
-                raise reader.error(f"{words.text!r:.20} without a <sound> that says where to", "one")
+                raise reader.error(f"{words.text!r:.20}; expected a <sound> that says where to jump")
         return order
     jump = min(jumps)
     target = 0 if signs.get("dacapo") == jump else signs["segno"]
@@ -706,15 +688,15 @@ def _dynamics(directions):
                     mark.end = d.onset
     absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
+    starts = [a.start for a in absolute]
     for mark, following in itertools.pairwise(relative):
         if mark.end == math.inf:
             mark.end = following.onset
-    # As in the original: cut by the entry after the one in force, which before the first entry is the
-    # second; the last is not cut.
-    for mark in relative[:-1]:
-        following = absolute[_index_in_force(absolute, mark.onset) + 1 :]
-        mark.end = min([mark.end] + [a.onset for a in following if a.onset > mark.onset])
-    return absolute, relative, accents
+        # As in the original: cut by the entry after the one in force, which before the first entry is the
+        # second; the last mark is not cut.
+        later = absolute[_index_at_or_before(starts, mark.onset) + 1 :]
+        mark.end = min([mark.end] + [a.onset for a in later if a.onset > mark.onset])
+    return absolute or [_SILENT], relative, accents
 
 
 def _tempi(directions):
@@ -733,17 +715,7 @@ def _tempi(directions):
         peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
         ends = [m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset]
         mark.end = min(ends, default=math.inf)
-    return absolute, relative
-
-
-def _index_in_force(marks, onset):
-    """Index of the last mark at or before `onset`, 0 if all are later."""
-    return max(bisect_right([m.start for m in marks], onset) - 1, 0)
-
-
-def _in_force(marks, onset):
-    """The last mark at or before `onset`, else the first, else one that says nothing."""
-    return marks[_index_in_force(marks, onset)] if marks else _Direction(0.0, "words")
+    return absolute or [_SILENT], relative
 
 
 def _active(marks, note):
@@ -801,9 +773,10 @@ def _beat_importance(position, numerator):
 
 def _rests_after(notes, rests):
     """Per note (by row) length of the rest (in file order) after it in its voice, whether under a fermata."""
-    length = np.zeros(len(notes))
-    fermata = np.zeros(len(notes))
-    onsets = [n.onset for n in notes]
+    rows = {}  # (voice, tick) -> notes that end there
+    for row, note in enumerate(notes):
+        rows.setdefault((note.voice, round(note.end)), []).append(row)
+    following = np.zeros((len(notes), 2))
     merged = set()
     for i, rest in enumerate(rests):
         if i in merged:
@@ -817,15 +790,8 @@ def _rests_after(notes, rests):
                 merged.add(j)
             elif rests[j].onset > end:
                 break
-        for k in range(bisect_right(onsets, rest.onset) - 1, -1, -1):
-            if notes[k].voice != rest.voice:
-                continue
-            if abs(notes[k].end - rest.onset) < 1e-6:
-                length[k] = end - rest.onset
-                fermata[k] = held
-            elif notes[k].end < rest.onset:
-                break
-    return length, fermata
+        following[rows.get((rest.voice, round(rest.onset)), [])] = end - rest.onset, held
+    return following
 
 
 def _slur_flags(note, slurs):
@@ -854,11 +820,10 @@ def _overlapped(notes):
 def _composer_vector(root, path):
     """One-hot, by composer tags, else the file name. Unlike the original: not always Schubert."""
     names = [c.text or "" for c in root.iterfind(".//creator[@type='composer']")]
+    found = []
     for name in [*names, Path(path).name.replace("_", " ")]:
-        for i, composer in enumerate(COMPOSERS):
-            if re.search(rf"\b{composer}\b", name, re.IGNORECASE):
-                return np.eye(len(COMPOSERS) + 1)[i]
-    return np.eye(len(COMPOSERS) + 1)[-1]
+        found += [i for i, c in enumerate(COMPOSERS) if re.search(rf"\b{c}\b", name, re.IGNORECASE)]
+    return np.eye(len(COMPOSERS) + 1)[[*found, -1][0]]
 
 
 def _time_vector(bar):
@@ -871,23 +836,24 @@ def _direction_features(notes, directions, last_division):
     """dynamic, tempo, the distances from their marks (ticks), and the positions of sections."""
     dynamics, hairpins, accents = _dynamics(directions)
     tempi, changes = _tempi(directions)
+    onsets = [note.onset for note in notes]
+    level_of = _index_at_or_before([m.start for m in dynamics], onsets)
+    pace_of = _index_at_or_before([m.start for m in tempi], onsets)
     rows, sections = [], []
     before = None
-    for note in notes:
-        level = _in_force(dynamics, note.onset)
+    for note, level, pace in zip(notes, level_of, pace_of, strict=True):
+        level = dynamics[level]
         words = [m.text for m in [level, *_active(hairpins, note)]]
         dynamic = _word_vector(" ".join(words), DYNAMIC_WORDS, whole=False)
         for position, column, value in accents:
             if position == note.onset and "grace" not in note.marks:
                 dynamic[column] = value
-        pace = _in_force(tempi, note.onset)
-        active = _active(changes, note)
-        words = [m.text for m in [pace, *active]]
-        tempo = _word_vector(" ".join(words), TEMPO_WORDS, whole=True)
         # Unlike the original, which takes hairpins and other dynamics for relative tempo marks.
-        recent = max(m.onset for m in [pace, *active])
+        marks = [tempi[pace], *_active(changes, note)]
+        tempo = _word_vector(" ".join(m.text for m in marks), TEMPO_WORDS, whole=True)
+        recent = max(m.onset for m in marks)
         rows.append((dynamic, tempo, note.onset - level.start, note.onset - recent))
-        now = pace.text, [id(m) for m in active]
+        now = marks[0].text, [id(m) for m in marks[1:]]
         if now != before:
             sections.append(note.onset)
         before = now
@@ -907,10 +873,9 @@ def _unfolded(bars, starts, name):
     return items
 
 
-def _part_notes(bars, starts, rests, slurs):
-    """Notes of one part as unfolded: ties joined, graces ordered, trills and wavy lines resolved. Adds to
-    `rests` and `slurs`."""
-    notes = _unfolded(bars, starts, "notes")
+def _part_notes(notes, rests, slurs):
+    """Of one part's unfolded notes in file order those that sound: ties joined, graces ordered, trills and
+    wavy lines resolved. Adds to `rests` and `slurs`."""
     rests += [n for n in _shown(notes) if "rest" in n.marks]
     notes = [n for n in notes if "rest" not in n.marks]
     _join_ties(_shown(notes))
@@ -941,10 +906,10 @@ def read_musicxml(path: str | Path) -> Score:
     notes, rests, slurs, directions = [], [], {}, []
     for part in parts:
         played = [part[i] for i in order]
-        notes += _part_notes(played, starts, rests, slurs)
+        notes += _part_notes(_unfolded(played, starts, "notes"), rests, slurs)
         directions += _unfolded(played, starts, "directions")
     if not notes:
-        raise reader.error("no notes", "at least one <note> with <pitch>")
+        raise reader.error("no notes; expected at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
     composer = _composer_vector(root, path)
@@ -967,11 +932,10 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
     lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
     position = (onset - starts[bar]) / lengths[bar]
     importance = [_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]
-    grace = marked("grace")[:, 0] > 0
     notation = marked(*_NOTATIONS)
-    main_notes = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
-    preceded = np.array([(x.voice, x.onset) in main_notes for x in notes]) & ~grace
-    rest_length, rest_fermata = _rests_after(notes, rests)
+    graced = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
+    preceded = [(x.voice, x.onset) in graced and "grace" not in x.marks for x in notes]
+    following = _rests_after(notes, rests)
     dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
         notes, directions, bars[-1].division
     )
@@ -983,14 +947,14 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
         "qpm_primo": np.full(len(notes), math.log10(qpm)),
-        "following_rest": rest_length / ticks,
-        "followed_by_fermata_rest": rest_fermata,
+        "following_rest": following[:, 0] / ticks,
+        "followed_by_fermata_rest": following[:, 1],
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
         "xml_position": onset / ((onset + duration)[min(1, len(notes) - 1) :].max() or 1.0),
         "grace_order": columns["grace_order"].astype(float),
-        "preceded_by_grace_note": preceded.astype(float),
-        "pitch": np.concatenate([(pitch[:, None] // 12 - 5) / 4, np.eye(12)[pitch % 12]], axis=1),
+        "preceded_by_grace_note": np.array(preceded, float),
+        "pitch": np.column_stack([(pitch // 12 - 5) / 4, np.eye(12)[pitch % 12]]),
         "tempo": tempo,
         "tempo_primo": np.tile(tempo[0, :2], (len(notes), 1)),
         "dynamic": dynamic,
@@ -1008,7 +972,7 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         measure=_contiguous(bar),
         beat=_contiguous(_index_at_or_before(beats, onset, 1e-6)),
         section=_index_at_or_before(sections, onset, 1e-6).astype(np.int64),
-        grace=grace,
+        grace=marked("grace")[:, 0] > 0,
         overlapped=_overlapped(notes),
         trill=notation[:, 0] > 0,
         arpeggiate=notation[:, 5] > 0,
@@ -1026,6 +990,7 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
 SUSTAIN, SOFT = 64, 67
 SHORTEST = 1e-3  # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
 LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
+SMPTE = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}  # frames a second
 
 
 @dataclass
@@ -1055,24 +1020,25 @@ def read_midi(path: str | Path) -> Performance:
     """
     try:
         content = Path(path).read_bytes()
-        if not content.startswith(b"MThd"):
-            raise ValueError(f"it starts with {content[:12]!r}")
-        if re.search(rb"[\x80-\xff]{4096}", content):  # mido takes minutes over one endless number
-            raise ValueError("4096 bytes above 127 in a row")
+        if not content.startswith(b"MThd") or re.search(rb"[\x80-\xff]{4096}", content):
+            raise ValueError("another kind of file")  # mido takes minutes over one endless number
         midi = mido.MidiFile(file=io.BytesIO(content))
-        if midi.type not in (0, 1):
-            raise ValueError(f"type {midi.type}")
-        events = _merged_events(midi.tracks)
+        if midi.type not in (0, 1) or not midi.ticks_per_beat:
+            raise ValueError(f"type {midi.type}, division {midi.ticks_per_beat}")
+        events = []  # (tick, message); unlike the original, which searches unsorted pedal events
+        for track in midi.tracks:
+            ticks = itertools.accumulate(message.time for message in track)
+            events += zip(ticks, track, strict=True)
+        events.sort(key=lambda event: event[0])
         seconds = _event_seconds(events, midi.ticks_per_beat)
-        if seconds.max(initial=0) > LONGEST:
-            raise ValueError(f"events up to {seconds[-1]:.3g} s, more than a day")
         notes, pedals = _pair_notes(events, seconds.tolist())
+        if not notes or seconds[-1] > LONGEST:
+            raise ValueError(f"{len(notes)} notes in {seconds[-1]:.3g} s; expected some within a day")
         pitch, velocity, onset, offset = np.array(notes).T
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
         raise DataError(
-            f"{path}: a truncated or corrupt MIDI file, or none ({found}); expected a standard MIDI file "
-            "(type 0 or 1) with notes; export or download it again"
+            f"{path}: not a whole MIDI file ({found}); expected type 0 or 1, with notes; export it again"
         ) from error
     return Performance(
         str(path),
@@ -1085,28 +1051,14 @@ def read_midi(path: str | Path) -> Performance:
     )
 
 
-def _merged_events(tracks):
-    """(tick, message) of all tracks by time. Unlike the original, which searches unsorted pedal events."""
-    events = []
-    for track in tracks:
-        tick = 0
-        for message in track:
-            tick += message.time
-            events.append((tick, message))
-    return sorted(events, key=lambda event: event[0])
-
-
 def _event_seconds(events, division):
     """Seconds of (tick, message): division ticks per quarter under the tempo map, SMPTE where negative."""
     ticks = np.array([tick for tick, _ in events], float)
     if division < 0:
         frames, per_frame = -(division >> 8), division & 0xFF
-        rate = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}.get(frames)
-        if not rate or not per_frame:
+        if frames not in SMPTE or not per_frame:
             raise ValueError(f"a SMPTE division of {frames} frames and {per_frame} ticks")
-        return ticks / (per_frame * rate)
-    if division == 0:
-        raise ValueError("a division of 0 ticks per quarter")
+        return ticks / (per_frame * SMPTE[frames])
     changes = [(0, 500_000)]
     changes += [(tick, message.tempo) for tick, message in events if message.type == "set_tempo"]
     at, tempo = np.array(changes, float).T
@@ -1130,8 +1082,6 @@ def _pair_notes(events, seconds):
         elif message.type == "control_change" and message.control in pedals:
             # Unlike the original: value 0 counts, so that a switch-like pedal is released.
             pedals[message.control].append((now, message.value))
-    if not notes:
-        raise ValueError(f"{len(events)} events and no notes")
     return notes, pedals
 
 
@@ -1172,8 +1122,9 @@ def align(score, performance) -> np.ndarray:
     wide = np.where(np.asarray(score.arpeggiate)[first] | (grace_order < 0), 2, 1)
 
     span = position[-1] - position[0]
-    mean_pace = (performance.onset[-1] - performance.onset[0]) / span if span else 1.0
-    pace = np.full(len(position), mean_pace).clip(*PACES)
+    pace = np.ones(len(position))
+    if span:
+        pace *= np.clip((performance.onset[-1] - performance.onset[0]) / span, *PACES)
     for _ in range(2):
         played, state = _viterbi(position, pace, pitch, chord, performance)
         if not len(played):
@@ -1182,7 +1133,9 @@ def align(score, performance) -> np.ndarray:
 
     for ask_others in (False, True, False):
         due = others if ask_others else clock
-        room = np.minimum(NEAR[0] + NEAR[1] * pace, NEAR[2] + _mean_interval(clock)) + np.abs(due - clock)
+        interval = np.pad(np.abs(np.diff(clock)), 1, mode="edge") if span else np.ones(2)
+        slack = NEAR[2] + (interval[1:] + interval[:-1]) / 2  # mean time to both neighbours
+        room = np.minimum(NEAR[0] + NEAR[1] * pace, slack) + np.abs(due - clock)
         partner = _assign(pitch, due[chord] + GRACE * grace_order, wide * room[chord], performance)
         steady = (partner >= 0) & (grace_order == 0)
         if steady.any():
@@ -1275,8 +1228,7 @@ def _time_map(position, chord, onset):
         return clock, clock, np.ones(len(position))
 
     pace = np.interp(position, x, _running_pace(x, y))
-    clock = np.interp(position, x, y)
-    clock += pace * (np.minimum(position - x[0], 0) + np.maximum(position - x[-1], 0))
+    clock = np.interp(position, x, y) + pace * (position - position.clip(x[0], x[-1]))
     between = y.copy()
     between[1:-1] = y[:-2] + (y[2:] - y[:-2]) * (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
     others = clock.copy()
@@ -1299,12 +1251,6 @@ def _running_pace(x, y):
     """Seconds per quarter around each chord: running median."""
     slope = np.pad(np.diff(y) / np.diff(x), (WINDOW // 2, WINDOW // 2 + 1), mode="edge")
     return np.median(sliding_window_view(slope, WINDOW), axis=1).clip(*PACES)
-
-
-def _mean_interval(clock):
-    """Mean seconds from each chord to its two neighbours."""
-    step = np.abs(np.diff(clock)) if len(clock) > 1 else np.ones(1)
-    return (np.append(step, step[-1:]) + np.append(step[:1], step))[: len(clock)] / 2
 
 
 def _assign(pitch, due, room, performance):
@@ -1331,13 +1277,11 @@ def _assign(pitch, due, room, performance):
 
 class Column(NamedTuple):
     """A feature as declared: its columns, whether they are z-scored, and what a played note without a score
-    note holds there."""
+    note holds there: borrowed from the score note nearest in time, else its own or 0."""
 
     width: int = 1
     z_scored: bool = False
-    borrowed: bool = (
-        False  # extra notes take the value of the score note nearest in time, else their own or 0
-    )
+    borrowed: bool = False
 
 
 # In the order of HAN.md.
@@ -1364,31 +1308,15 @@ SCORE_FEATURES = {
     "notation": Column(9),
     "tempo_primo": Column(2, borrowed=True),
 }
-PERFORMANCE_FEATURES = {
-    "beat_tempo": Column(z_scored=True),
-    "measure_tempo": Column(z_scored=True),
-    "section_tempo": Column(z_scored=True),
-    "velocity": Column(z_scored=True),
-    "onset_deviation": Column(z_scored=True),
-    "beat_dynamics": Column(z_scored=True),
-    "measure_dynamics": Column(z_scored=True),
-    "articulation": Column(z_scored=True),
-    "pedal_refresh_time": Column(z_scored=True),
-    "pedal_cut_time": Column(z_scored=True),
-    "pedal_at_start": Column(z_scored=True),
-    "pedal_at_end": Column(z_scored=True),
-    "soft_pedal": Column(z_scored=True),
-    "pedal_refresh": Column(z_scored=True),
-    "pedal_cut": Column(z_scored=True),
-    "performance_qpm_primo": Column(z_scored=True, borrowed=True),
-}
-RAW_FEATURES = {  # of every played note, score note or not
-    "raw_pitch": Column(z_scored=True),
-    "raw_velocity": Column(z_scored=True),
-    "raw_onset": Column(z_scored=True),
-    "raw_offset": Column(z_scored=True),
-}
-FEATURES = {**SCORE_FEATURES, **PERFORMANCE_FEATURES, **RAW_FEATURES}
+PERFORMANCE_FEATURES = dict.fromkeys(
+    "beat_tempo measure_tempo section_tempo velocity onset_deviation beat_dynamics measure_dynamics "
+    "articulation pedal_refresh_time pedal_cut_time pedal_at_start pedal_at_end soft_pedal pedal_refresh "
+    "pedal_cut".split(),
+    Column(z_scored=True),
+) | {"performance_qpm_primo": Column(z_scored=True, borrowed=True)}
+# Of every played note, score note or not.
+RAW_FEATURES = dict.fromkeys("raw_pitch raw_velocity raw_onset raw_offset".split(), Column(z_scored=True))
+FEATURES = SCORE_FEATURES | PERFORMANCE_FEATURES | RAW_FEATURES
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1556,6 +1484,7 @@ def _played_features(performance):
 def _all_features(score, performance, match):
     """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (qpm)."""
     match, anchors = _clean(score, performance, np.asarray(match))
+    hit = match >= 0
     played = _played_features(performance)
     levels = {"beat": score.beats, "measure": score.measures, "section": score.sections}
     tempi = {level: _tempo_of_notes(grid, anchors) for level, grid in levels.items()}
@@ -1566,28 +1495,27 @@ def _all_features(score, performance, match):
         features[f"{level}_tempo"] = np.log10(qpm)[_index_at_or_before(start, score.onset)]
 
     # Score notes that were not played: these repeat the last played note, the others are 0.
-    before = np.maximum.accumulate(np.where(match >= 0, np.arange(len(match)), -1))
+    before = np.maximum.accumulate(np.where(hit, np.arange(len(match)), -1))
     for name in ("velocity", "pedal_at_start", "pedal_at_end", "soft_pedal", "pedal_cut"):
         initial = START_VELOCITY if name == "velocity" else 0.0
         features[name] = np.where(before < 0, initial, played[name][match[before]]).astype(float)
     for name in ("pedal_refresh", "pedal_refresh_time", "pedal_cut_time", *RAW_FEATURES):
-        features[name] = np.where(match < 0, 0.0, played[name][match])
+        features[name] = np.where(hit, played[name][match], 0.0)
 
     features["onset_deviation"], features["articulation"] = _timing(score, performance, match, tempi["beat"])
     features["beat_dynamics"] = _level_dynamics(score.beat, match, performance.velocity)
     features["measure_dynamics"] = _level_dynamics(score.measure, match, performance.velocity)
-    features["matched"] = (match >= 0).astype(float)
+    features["matched"] = hit.astype(float)
     return features, played, match, anchors, tempi["beat"][2]
 
 
 def note_features(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
     """Un-normalised features by name, one row per score note.
 
-    `match` (n,) is `align`'s: index of the played note, -1 where none; matches out of time are dropped
-    first. Returns the score features, the performance features, the raw columns (0 where unmatched) and
-    `matched` (0 or 1), all finite: tempi in log10(quarters per minute), onset deviation in quarters, times
-    in seconds. Source: sections 3 and 6 of the description of the original features; where a definition
-    differs, a comment says "Unlike the original".
+    `match` (n,) is `align`'s; matches out of time are dropped first. Returns the score features, the
+    performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite: tempi in
+    log10(quarters per minute), onset deviation in quarters, times in seconds. Source: sections 3 and 6 of
+    the description of the original; where a definition differs, a comment says "Unlike the original".
     """
     return _all_features(score, performance, match)[0]
 
@@ -1680,10 +1608,8 @@ def _pedal_use(events, performance, start, end, name):
 def sounding_offset(performance) -> np.ndarray:
     """(n,) seconds at which notes stop sounding: at release, or when the sustain pedal gets under 64."""
     events, offset = performance.sustain, performance.offset
-    if not len(events):
-        return offset
     ups = events[events[:, 1] < 64, 0]
-    end = max(offset.max(), events[-1, 0])
+    end = np.append(offset, events[-1:, 0]).max()
     released = np.append(ups, end)[np.searchsorted(ups, offset, side="right")]
     return np.where(_value_held_at(events, offset) >= 64, np.maximum(released, offset), offset)
 
@@ -1858,11 +1784,6 @@ def parse_name(name: str) -> tuple[str, str, str, str]:
     return match.groups()
 
 
-def work_of(name: str) -> str:
-    """`Schubert_D960_mv2` of `Schubert_D960_mv2_8bars_3_06`."""
-    return parse_name(name)[0]
-
-
 def player_of(name: str) -> str:
     """Player number as text, or `Score`, `Score2` for a rendering of the score."""
     return parse_name(name)[2]
@@ -1909,34 +1830,32 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
     Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
     Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty.
     """
-    if split not in SPLITS or fold not in range(FOLDS):
-        raise DataError(
-            f"split {split!r}, fold {fold!r}: expected {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}"
-        )
     names = sorted(names, key=str.strip)
+    what = f"split {split!r}, fold {fold!r}, of {len(names)} performances"
+    if split not in SPLITS or fold not in range(FOLDS):
+        raise DataError(f"{what}: expected {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}")
     for name, next_name in itertools.pairwise(names):
         if name.strip() == next_name.strip():
-            raise DataError(
-                f"{name.strip()!r}: given twice; expected every performance once; drop the copies"
-            )
+            raise DataError(f"{what}: {name.strip()!r} is given twice; drop the copies")
 
     if split == "segment":
         test, valid = _hashed_parts(_group(names, segment_of), "segment:", fold)
     elif split == "random":
-        test, valid = _hashed_parts(_group(names, _bare_name), "random:", fold)
+        test, valid = _hashed_parts(
+            _group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold
+        )
     elif split == "performer":
         test = {name for name in names if player_index(name) in TEST_PLAYERS}
         valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
     else:
-        pieces = {_piece_of(name) for name in names}
-        order = PIECES if pieces & set(PIECES) else sorted(pieces)
-        test = {name for name in names if _piece_of(name) in order[fold : fold + 1]}
+        pieces = _group(names, _piece_of)
+        order = PIECES if pieces.keys() & set(PIECES) else sorted(pieces)
+        test = {name for piece in order[fold : fold + 1] for name in pieces.get(piece, ())}
         rest = _group([name for name in names if name not in test], segment_of)
-        valid = _names_in(rest, _held_keys(rest, "segment:"))
+        valid = {name for key in _held_keys(rest, "segment:") for name in rest[key]}
 
     parts = {"train": sorted(set(names) - test - valid), "valid": sorted(valid), "test": sorted(test)}
-    _refuse_empty(parts, f"split {split!r}, fold {fold}, of {len(names)} performances")
-    return parts
+    return _refuse_empty(parts, what)
 
 
 def player_index(name: str) -> int | None:
@@ -1950,33 +1869,22 @@ def player_index(name: str) -> int | None:
     return int(player) if player.isdigit() else None
 
 
-def _piece_of(name: str) -> str:
-    work = work_of(name)
-    for piece in PIECES:
-        if f"{work}_".startswith(f"{piece}_"):
-            return piece
-    return work
+def _piece_of(name):
+    work = parse_name(name)[0]
+    return next((piece for piece in PIECES if f"{work}_".startswith(f"{piece}_")), work)
 
 
-def _bare_name(name: str) -> str:
-    return name.strip().removesuffix(".mid")
-
-
-def _group(names: Iterable[str], key_of: Callable) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
+def _group(names, key_of):
+    groups = {}
     for name in names:
         groups.setdefault(key_of(name), []).append(name)
     return groups
 
 
-def _names_in(groups: dict[str, list[str]], keys: Iterable[str]) -> set[str]:
-    return {name for key in keys for name in groups[key]}
-
-
-def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
+def _held_keys(groups, prefix):
     """Groups in ascending sha1(prefix + key) until they hold 15 % of all members."""
 
-    def rank(key: str) -> str:
+    def rank(key):
         return hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
 
     total = sum(map(len, groups.values()))
@@ -1989,21 +1897,20 @@ def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
     return keys
 
 
-def _hashed_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tuple[set[str], set[str]]:
+def _hashed_parts(groups, prefix, fold):
     """Test and validation names of whole groups, as `split_percepiano` says of segment and random."""
+    folds = [[] for _ in range(FOLDS)]
     held = _held_keys(groups, prefix)
-    folds: list[list[str]] = [[] for _ in range(FOLDS)]
     for key in sorted(groups.keys() - set(held), key=lambda key: (-len(groups[key]), key)):
         min(folds, key=len).extend(groups[key])
-    return _names_in(groups, held), set(folds[fold])
+    return {name for key in held for name in groups[key]}, set(folds[fold])
 
 
-def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
+def _refuse_empty(parts, what):
     for part, names in parts.items():
         if not names:
-            raise DataError(
-                f"{what}: nothing left for {part}; add performances or choose another split or fold"
-            )
+            raise DataError(f"{what}: nothing left for {part}; add performances or choose another")
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2021,17 +1928,16 @@ def overlaps(performances: dict) -> dict[str, set[str]]:
     at least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no
     order of their own.
     """
-    owners: dict[bytes, set[str]] = {}
+    owners = {}
     for name, performance in performances.items():
         order = np.lexsort((performance.velocity, performance.pitch, performance.onset))
         notes = (performance.pitch * 128 + performance.velocity)[order].astype(np.uint16)
         for start in range(len(notes) - SHARED_RUN + 1):
             owners.setdefault(notes[start : start + SHARED_RUN].tobytes(), set()).add(name)
-    shared: dict[str, set[str]] = {}
+    shared = {}
     for names in owners.values():
-        if len(names) > 1:
-            for name in names:
-                shared.setdefault(name, set()).update(names - {name})
+        for name in names if len(names) > 1 else ():
+            shared.setdefault(name, set()).update(names - {name})
     return shared
 
 
@@ -2045,8 +1951,7 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
     kept = {}
     for part, names in parts.items():
         kept[part] = [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
-    _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
-    return kept
+    return _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2059,41 +1964,33 @@ RATINGS_FILE = "labels/total_2rounds.csv"
 _FETCH_HINT = "run `python data.py fetch percepiano` or give the dataset's folder with --data"
 
 
-def read_labels(
-    root: str | Path, problems: list[str] | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
-    """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of
-    `LABELS`, and the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped
-    of spaces.
+def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str, np.ndarray]:
+    """Ratings per performance: mean / 7, (19,) float64 in the order of `LABELS`. Keys are names stripped of
+    spaces.
 
-    The mean file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad
-    entry is described there and left out of both; without, as for a bad file in either case, DataError is
-    raised.
+    The file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad entry is
+    described there and left out; without, as for a bad file in either case, DataError is raised.
     """
-    root = Path(root)
-    mean_entries, std_entries = _read_entries(root / MEAN_FILE), _read_entries(root / STD_FILE)
-    means, stds, counts = {}, {}, {}
-    for name in mean_entries | std_entries:
+    path = Path(root) / MEAN_FILE
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig")).items()
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: no JSON object of performance names ({error}); {_FETCH_HINT}") from error
+    means = {}
+    for name, row in entries:
+        name = name.strip()
         try:
             parse_name(name)
-            mean = _label_row(root / MEAN_FILE, name, mean_entries, len(LABELS) + 1)
-            std = _label_row(root / STD_FILE, name, std_entries, len(LABELS))
-        except DataError as error:
-            _raise_or_note(error, problems)
-        else:
-            means[name], stds[name] = mean, std
-    if (root / RATINGS_FILE).is_file():
-        try:
-            counts = dict(Counter(read_ratings(root)[1].tolist()))
-        except DataError as error:
-            _raise_or_note(error, problems)
-    return means, stds, counts
-
-
-def _raise_or_note(error: DataError, problems: list[str] | None) -> None:
-    if problems is None:
-        raise error
-    problems.append(str(error))
+            *row, _ = np.array(row, np.float64)
+            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1 or name in means:
+                raise ValueError(f"{row}")
+            means[name] = np.array(row)
+        except (TypeError, ValueError, OverflowError) as error:
+            line = f"{path}: {name!r}: {error}; expected a name given once, 20 numbers, 19 from 0 to 1"
+            if problems is None:
+                raise DataError(line) from error
+            problems.append(line)
+    return means
 
 
 def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2106,12 +2003,12 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     path = Path(root) / RATINGS_FILE
     raters, names, ratings = [], [], []
+    line = 0
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            if next(rows, [])[:3] != ["user", "dataID", "filename"]:
-                raise ValueError("another header")
-            for row in rows:
+            for line, row in enumerate(csv.reader(file), 1):
+                if line == 1:
+                    continue
                 values = [float(value or 0) for value in row[3:22]]
                 if len(values) < len(LABELS) or not min(values) >= 0:
                     raise ValueError(f"{row[3:22]}")
@@ -2119,43 +2016,14 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                     raters.append(int(row[0]))
                     names.append(row[2].strip().removesuffix(".wav").strip())
                     ratings.append(values)
-            if not names:
-                raise ValueError("no rating")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
-    except (ValueError, csv.Error) as error:
-        raise DataError(
-            f"{path}: line {rows.line_num}: {error}; expected user, dataID, filename, 19 ratings from 0 to 7"
-        ) from error
-    table = np.array(ratings, dtype=np.float64)
+        if not names:
+            raise ValueError("no rating")
+    except (OSError, ValueError, csv.Error) as error:
+        expected = f"expected user, dataID, filename, 19 ratings from 0 to 7; {_FETCH_HINT}"
+        raise DataError(f"{path}: line {line}: {error}; {expected}") from error
+    table = np.array(ratings)
     table[table == 0] = np.nan
     return np.array(raters, dtype=np.int64), np.array(names, dtype=str), table
-
-
-def _read_entries(path: Path) -> dict[str, object]:
-    """A label file's entries by stripped name."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-        stripped = {name.strip(): entry for name, entry in entries.items()}
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON object of performance names ({error}); {_FETCH_HINT}") from error
-    if len(stripped) < len(entries):
-        raise DataError(f"{path}: two names differ in spaces only; expected every performance once")
-    return stripped
-
-
-def _label_row(path: Path, name: str, entries: dict, length: int) -> np.ndarray:
-    if name not in entries:
-        raise DataError(f"{path}: no key {name!r}; expected the same keys in both label files")
-    row = entries[name]
-    if not isinstance(row, list) or len(row) != length:
-        raise DataError(f"{path}: {name!r}: expected a list of {length} numbers")
-    for label, value in zip(LABELS, row, strict=False):
-        if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise DataError(f"{path}: {name!r}: {label} is {value!r}; expected a number from 0 to 1")
-    return np.array(row[: len(LABELS)], dtype=np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2168,16 +2036,8 @@ MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
 NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
 # What reading a damaged zip archive, .npz included, can raise.
-ZIP_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
+ZIP_ERRORS = (OSError, ValueError, RuntimeError, EOFError, KeyError)
+ZIP_ERRORS += (struct.error, zlib.error, zipfile.BadZipFile)
 
 
 @dataclass
@@ -2197,8 +2057,7 @@ class Corpus:
 
 
 def column_names(features: dict[str, Column]) -> list[str]:
-    """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide
-    one."""
+    """One name per column of a note table: the feature's own, or `name:k` of the k-th of a wide one."""
     columns = []
     for name, column in features.items():
         columns += [name] if column.width == 1 else [f"{name}:{k}" for k in range(column.width)]
@@ -2209,29 +2068,25 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
     """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its
     performance and match, or the error line."""
     score_path, midi_paths = task
-    try:
-        score = read_musicxml(score_path)
-    except DataError as error:
-        return [(path, str(error)) for path in midi_paths]
-    results = []
+    score, results = None, []
     for path in midi_paths:
         try:
-            results.append((path, _extract(score, read_midi(path))))
+            score = score or read_musicxml(score_path)
+            performance = read_midi(path)
         except DataError as error:
             results.append((path, str(error)))
+            continue
+        match = align(score, performance)
+        statistics = performance_statistics(performance)
+        item = note_table(score, performance, match) | {
+            "match_rate": float((match >= 0).mean()),
+            "stats": np.array(list(statistics.values()), np.float32),
+            "stat_names": list(statistics),
+            "performance": performance,
+            "match": match,
+        }
+        results.append((path, item))
     return results
-
-
-def _extract(score: Score, performance: Performance) -> dict:
-    match = align(score, performance)
-    statistics = performance_statistics(performance)
-    return note_table(score, performance, match) | {
-        "match_rate": float((match >= 0).mean()),
-        "stats": np.array(list(statistics.values()), np.float32),
-        "stat_names": list(statistics),
-        "performance": performance,
-        "match": match,
-    }
 
 
 def load_percepiano(
@@ -2261,18 +2116,16 @@ def load_percepiano(
     items = {}
     for i, name in enumerate(names):
         items[name] = {key: arrays[key][bounds[i] : bounds[i + 1]] for key in NOTE_ARRAYS}
-        items[name]["name"] = name
-        items[name]["match_rate"] = float(arrays["match_rate"][i])
+        items[name] |= {"name": name, "match_rate": float(arrays["match_rate"][i])}
         items[name]["stats"] = arrays["stats"][i]
-    ratings = read_labels(root, left_out)[0]
-    for name, rating in sorted(ratings.items()):
+    for name, rating in sorted(read_labels(root, left_out).items()):
         if name in items:
             items[name]["y"] = rating.astype(np.float32)
         elif name not in files:
             left_out.append(f"{root}: {name} is rated but has no performance to read")
     if strict and left_out:
         raise DataError(left_out[0])
-    shared: dict[str, set[str]] = {name: set() for name in names}
+    shared = {name: set() for name in names}
     for name, other in arrays["shared"].tolist():
         shared[name].add(other)
     synthetic = (root / "SYNTHETIC").is_file()
@@ -2280,25 +2133,23 @@ def load_percepiano(
     return Corpus(str(root), synthetic, items, sorted(files), columns, stat_names, shared, left_out, cached)
 
 
-def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
+def _performance_files(root):
     """name -> MIDI file, and a line for every file whose name says nothing or is another's but for spaces."""
     files, left_out = {}, []
     for path in sorted((root / MIDI_FOLDER).glob("[!.]*.mid")):
         name = path.stem.strip()
-        try:
-            parse_name(name)
-        except DataError as error:
-            left_out.append(f"{path}: {error}")
-            continue
-        if name in files:
-            left_out.append(f"{path}: a second file of this name; expected one; remove or rename it")
-        files.setdefault(name, path)
+        if not _NAME.fullmatch(name) or name in files:
+            left_out.append(
+                f"{path}: expected one <work>_<N>bars_<player>_<segment>.mid; rename or remove it"
+            )
+        else:
+            files[name] = path
     if not files:
         raise DataError(f"{root}: no performance in {MIDI_FOLDER}/*.mid; {_FETCH_HINT}")
     return files, left_out
 
 
-def _files_key(root: Path, paths: list[Path]) -> str:
+def _files_key(root, paths):
     key = hashlib.sha1(f"features {FEATURES_VERSION}".encode())
     for path in sorted(set(paths)):
         content = path.read_bytes() if path.is_file() else b""
@@ -2321,7 +2172,7 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_arrays(store: Path) -> dict | None:
+def _load_arrays(store):
     """The cached arrays, or None where there are none or they cannot be read (then they are made again)."""
     try:
         with np.load(io.BytesIO(store.read_bytes())) as arrays:
@@ -2330,9 +2181,7 @@ def _load_arrays(store: Path) -> dict | None:
         return None
 
 
-def _extract_all(
-    files: dict[str, Path], scores: dict[str, Path], strict: bool, workers: int | None, quiet: bool
-) -> dict:
+def _extract_all(files, scores, strict, workers, quiet):
     """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
     tasks = _group(files.values(), lambda path: scores[path.stem.strip()])
     items, left_out = {}, []
@@ -2344,63 +2193,51 @@ def _extract_all(
                 else:
                     items[path.stem.strip()] = item
             if strict and left_out:
-                raise DataError(left_out[0])
+                break
             bar.update(len(results))
-    if not items:
+    if left_out and (strict or not items):
         raise DataError(min(left_out))
     names = sorted(items)
-    shared = overlaps({name: items[name]["performance"] for name in names})
+    columns = {key: [items[name][key] for name in names] for key in items[names[0]]}
+    shared = overlaps(dict(zip(names, columns["performance"], strict=True)))
     pairs = [(name, other) for name, others in shared.items() for other in sorted(others)]
-    arrays = {
+    return {key: np.concatenate(columns[key]) for key in NOTE_ARRAYS} | {
         "names": np.array(names),
-        "bounds": np.cumsum([0, *(len(items[name]["x"]) for name in names)]),
+        "bounds": np.cumsum([0, *map(len, columns["x"])]),
         "left_out": np.array(sorted(left_out), dtype=str),
         "shared": np.array(pairs, dtype=str).reshape(-1, 2),
-        "match_rate": np.array([items[name]["match_rate"] for name in names]),
-        "stats": np.stack([items[name]["stats"] for name in names]),
-        "stat_names": np.array(items[names[0]]["stat_names"]),
+        "match_rate": np.array(columns["match_rate"]),
+        "stats": np.stack(columns["stats"]),
+        "stat_names": np.array(columns["stat_names"][0]),
     }
-    for key in NOTE_ARRAYS:
-        arrays[key] = np.concatenate([items[name][key] for name in names])
-    return arrays
 
 
 def percepiano_parts(
     corpus: Corpus, split: str, fold: int, keep_overlap: bool = False, keep_misaligned: bool = False
 ) -> dict[str, list[str]]:
     """The names that train, validate and test: the split, less overlapping performances, less (in train) the
-    unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
+    unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored.
+
+    A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" +
+    key) join it until 15 % of what could train validates.
+    """
     rated = {name for name, item in corpus.items.items() if "y" in item}
     parts = split_percepiano(corpus.names, split, fold)
     if not rated & set(parts["valid"]):
-        parts = _validate_on_more(parts, rated)
+        segments = _group([name for name in parts["train"] if name in rated], segment_of)
+        held = set(_held_keys(segments, "segment:"))
+        moved = [name for name in parts["train"] if segment_of(name) in held]
+        parts["train"] = sorted(set(parts["train"]) - set(moved))
+        parts["valid"] = sorted(parts["valid"] + moved)
     if not keep_overlap:
         parts = drop_overlaps(parts, corpus.shared)
     parts = {part: [name for name in names if name in corpus.items] for part, names in parts.items()}
     least = 0 if keep_misaligned else MISALIGNED
-    parts["train"] = [
-        name for name in parts["train"] if name in rated and corpus.items[name]["match_rate"] >= least
-    ]
+    parts["train"] = [n for n in parts["train"] if n in rated and corpus.items[n]["match_rate"] >= least]
     for part in ("train", "valid"):
         if not rated & set(parts[part]):
-            raise DataError(
-                f"{corpus.root}: split {split}, fold {fold} holds no rated {part} item; choose another"
-            )
+            raise DataError(f"{corpus.root}: no rated {part} item in {split}, fold {fold}; choose another")
     return parts
-
-
-def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str, list[str]]:
-    """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:"
-    + key) join it until 15 % of what could train validates. (Where test labels are withheld, as in `piece`,
-    the same hashes choose both.)"""
-    rated_segments = _group([name for name in parts["train"] if name in rated], segment_of)
-    held = set(_held_keys(rated_segments, "segment:"))
-    moved = {name for name in parts["train"] if segment_of(name) in held}
-    return {
-        "train": sorted(set(parts["train"]) - moved),
-        "valid": sorted({*parts["valid"], *moved}),
-        "test": parts["test"],
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2428,7 +2265,7 @@ def pooled_statistics(item: dict, columns: list[int], features: str = "full") ->
     return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0)])
 
 
-def _statistics(corpus: Corpus, names: list[str], info: dict) -> np.ndarray:
+def _statistics(corpus, names, info):
     """What `--pooled` adds to items, (n, S): pooled note columns and, score features apart, the statistics of
     the MIDI."""
     columns = [corpus.columns.index(column) for column in info["columns"]]
@@ -2450,9 +2287,8 @@ def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: b
     mean, std = [0.0] * len(columns), [1.0] * len(columns)
     for k, column in enumerate(columns):
         if _feature(column).z_scored:
-            values = x[:, corpus.columns.index(column)]
-            if column not in RAW_FEATURES:
-                values = values[written]
+            rows = slice(None) if column in RAW_FEATURES else written
+            values = x[rows, corpus.columns.index(column)]
             mean[k] = float(values.mean())
             std[k] = float(values.std()) or 1.0
     info = {"features": features, "columns": columns, "mean": mean, "std": std, "quantiles": None}
@@ -2462,7 +2298,7 @@ def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: b
     return info
 
 
-def _feature(column: str) -> Column:
+def _feature(column):
     """The declaration of the feature that a column of a note table belongs to."""
     return FEATURES[column.split(":")[0]]
 
@@ -2481,19 +2317,17 @@ def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra
     notes, which have no score columns, get the mean there."""
     if foreign := sorted(set(info["columns"]) - set(corpus.columns)):
-        raise DataError(
-            f"column {foreign[0]}: not extracted here; the checkpoint is of another version; train it again"
-        )
+        raise DataError(f"column {foreign[0]}: not extracted here; the checkpoint is older; train it again")
     index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
     of_score = [_feature(column).z_scored and column not in RAW_FEATURES for column in info["columns"]]
     items = []
     for name in names:
         item = dict(corpus.items[name])
+        written = item["voice"] > 0
         item["x"] = ((item["x"][:, index] - mean) / std).clip(-CLIP, CLIP)
-        item["x"][np.ix_(item["voice"] == 0, of_score)] = 0
+        item["x"][np.ix_(~written, of_score)] = 0
         if info["features"] == "score":  # extra notes would tell the performer
-            written = item["voice"] > 0
             item |= {key: item[key][written] for key in NOTE_ARRAYS}
         items.append(item)
     if info["quantiles"] is not None and names:
@@ -2508,14 +2342,15 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
     written in another key. A shift that would leave the keyboard is shortened to its end."""
     x = item["x"].copy()
     at = {column: k for k, column in enumerate(info["columns"])}
+    written = item["voice"] > 0
 
-    def raw(column: str) -> np.ndarray:
+    def raw(column):
         k = at[column]
         return item["x"][:, k] * info["std"][k] + info["mean"][k]
 
     rows = {}  # where each column of pitches holds one
     if "midi_pitch" in at:
-        rows["midi_pitch"] = item["voice"] > 0
+        rows["midi_pitch"] = written
     if "raw_pitch" in at:
         rows["raw_pitch"] = raw("raw_velocity") > 0.5
     pitches = np.concatenate([raw(column)[held] for column, held in rows.items()]).round().astype(int)
@@ -2523,7 +2358,7 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
     for column, held in rows.items():
         x[held, at[column]] += semitones / info["std"][at[column]]
     if "pitch:0" in at:  # octave, then twelve pitch classes
-        octave, written = at["pitch:0"], item["voice"] > 0
+        octave = at["pitch:0"]
         classes = slice(octave + 1, octave + 13)
         pitch = (x[written, octave] * 4 + 5) * 12 + x[written, classes].argmax(1) + semitones
         x[written, octave] = (pitch // 12 - 5) / 4
@@ -2611,7 +2446,7 @@ def collate_han(items: list[dict]) -> dict:
     return batch | {"names": [item.get("name") for item in items]}
 
 
-def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _groups(piece, items, name):
     """Beats or measures counted over the batch: group of each note (N,), piece and first note of each
     group."""
     number = np.concatenate([item[name] for item in items]).astype(np.int64)
@@ -2619,7 +2454,7 @@ def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray
     return group.reshape(-1), piece[first], first
 
 
-def _sequence_grid(sequence: np.ndarray, name: str) -> dict[str, np.ndarray]:
+def _sequence_grid(sequence, name):
     """Lays the members of the same sequence number (-1: in none), in their order, side by side as padded
     sequences.
 
@@ -2686,8 +2521,7 @@ RATING_RULES = {
 
 
 class _Chord(NamedTuple):
-    """Notes that begin together in one voice (1: melody, 5: accompaniment); onset and duration in
-    quarters."""
+    """Notes that begin together in one voice (1: melody, 5: accompaniment); in quarters."""
 
     onset: float
     duration: float
@@ -2704,11 +2538,11 @@ class _Piece(NamedTuple):
     chords: list[_Chord]
 
 
-def _qpm(tempo: float) -> float:
+def _qpm(tempo):
     return 100 * 2 ** (0.3 * tempo)
 
 
-def _compose(rng: np.random.Generator, bars: int) -> _Piece:
+def _compose(rng, bars):
     """A melody that walks over a scale, above one chord a bar."""
     beats, fifths = int(rng.integers(2, 5)), int(rng.integers(6))
     dynamic = ("p", "mp", "mf", "f")[rng.integers(4)]
@@ -2717,8 +2551,8 @@ def _compose(rng: np.random.Generator, bars: int) -> _Piece:
     chords, degree = [], 14
     for bar in range(bars):
         root = (0, 3, 4, 0)[bar % 4]
-        chords.append(_Chord(bar * beats, beats, [scale[root], scale[root + 2], scale[root + 4]], 5))
         onset, end = bar * beats, (bar + 1) * beats
+        chords.append(_Chord(onset, beats, scale[root : root + 5 : 2], 5))
         while onset < end:
             duration = min((0.5, 0.5, 1, 1, 1.5)[rng.integers(5)], end - onset)
             degree = int(np.clip(degree + rng.integers(-2, 3), 9, 20))
@@ -2727,7 +2561,7 @@ def _compose(rng: np.random.Generator, bars: int) -> _Piece:
     return _Piece(bars, beats, fifths, rng.normal(), dynamic, chords)
 
 
-def _musicxml(piece: _Piece) -> str:
+def _musicxml(piece):
     xml = [
         '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1"><part-list>'
         '<score-part id="P1"><part-name>Piano</part-name></score-part></part-list><part id="P1">'
@@ -2741,17 +2575,15 @@ def _musicxml(piece: _Piece) -> str:
                 f"<direction><direction-type><dynamics><{piece.dynamic}/></dynamics></direction-type>"
                 f'<staff>1</staff><sound tempo="{_qpm(piece.pace):.0f}"/></direction>'
             )
-        for voice in (1, 5):
-            for chord in piece.chords:
-                if chord.voice == voice and chord.onset // piece.beats == bar:
-                    xml += [_note_xml(chord, pitch) for pitch in chord.pitches]
-            if voice == 1:
-                xml.append(f"<backup><duration>{2 * piece.beats}</duration></backup>")
+        chords = [chord for chord in piece.chords if chord.onset // piece.beats == bar]
+        xml += [_note_xml(chord, pitch) for chord in chords if chord.voice == 1 for pitch in chord.pitches]
+        xml.append(f"<backup><duration>{2 * piece.beats}</duration></backup>")
+        xml += [_note_xml(chord, pitch) for chord in chords if chord.voice == 5 for pitch in chord.pitches]
         xml.append("</measure>")
     return "\n".join([*xml, "</part></score-partwise>\n"])
 
 
-def _note_xml(chord: _Chord, pitch: int) -> str:
+def _note_xml(chord, pitch):
     name = "C C# D D# E F F# G G# A A# B".split()[pitch % 12]
     joined = "" if pitch == chord.pitches[0] else "<chord/>"
     return (
@@ -2761,13 +2593,13 @@ def _note_xml(chord: _Chord, pitch: int) -> str:
     )
 
 
-def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple[list, list]:
+def _play(piece, z, rng):
     """Notes (onset s, offset s, pitch, velocity) and controls (s, number, value) of one performance."""
     quarter = 60 / _qpm(piece.pace + z["tempo"])
     phrase = np.pi / 2 / piece.beats  # four bars, in radians per quarter
     swing = min(0.1 * np.exp(0.6 * z["rubato"]), 0.6)
 
-    def clock(onset: float) -> float:
+    def clock(onset):
         return 0.5 + quarter * (onset + swing * np.sin(phrase * onset) / phrase)
 
     jitter = 0.01 * np.exp(0.6 * z["noise"])
@@ -2782,13 +2614,12 @@ def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple
         for pitch in chord.pitches:
             onset = clock(chord.onset) + jitter * rng.normal()
             velocity = np.clip(level + 300 * jitter * rng.normal(), 5, 125)
-            if rng.random() < 0.01 * np.exp(0.6 * z["error"]):
-                pitch += 1
-            notes.append((onset, onset + length, pitch, round(velocity)))
+            slip = rng.random() < 0.01 * np.exp(0.6 * z["error"])
+            notes.append((onset, onset + length, pitch + slip, round(velocity)))
     return notes, _pedal([clock(bar * piece.beats) for bar in range(piece.bars + 1)], z)
 
 
-def _pedal(changes: list[float], z: dict[str, float]) -> list[tuple[float, int, int]]:
+def _pedal(changes, z):
     """One pedal a bar, pressed after the change of harmony; blur lifts it late and not fully."""
     depth = np.clip(70 + 25 * z["pedal"], 0, 127)
     rest = depth * np.clip(0.2 + 0.25 * z["blur"], 0, 0.9)
@@ -2800,7 +2631,7 @@ def _pedal(changes: list[float], z: dict[str, float]) -> list[tuple[float, int, 
     return controls
 
 
-def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
+def _save_midi(path, notes, controls):
     """One track of notes (onset s, offset s, pitch, velocity) and controls (s, number, value)."""
     messages = [(second, mido.Message("control_change", control=c, value=v)) for second, c, v in controls]
     for onset, offset, pitch, velocity in notes:
@@ -2815,7 +2646,7 @@ def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
     mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(path)
 
 
-def _rate(z: dict[str, float], bias: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _rate(z, bias, rng):
     """Votes (raters, 19) from 1 to 7, 0 where not given. What all would agree on, 4 + ..., is
     RATING_RULES'."""
     truth = []
@@ -2838,7 +2669,6 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
         raise DataError(f"{out}: {segments} segments, {players} players; expected 8 or more, and 4 to 12")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; remove it or name another folder with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         _write_corpus(temporary, seed, segments, players)
@@ -2847,20 +2677,19 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
+def _write_corpus(root, seed, segments, players):
     for folder in (MIDI_FOLDER, SCORE_FOLDER, "labels"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(seed)
     habits = rng.normal(size=(12, 4 + len(LATENTS)))  # of each player: styles, latents
     bias = rng.normal(0, 0.4, 12)  # of each rater
-    means, stds, rows = {}, {}, []
+    means, stds, rows = {}, {}, [["user", "dataID", "filename", *LABELS]]
     for segment in range(segments):
         work = SYNTHETIC_WORKS[segment % 4]
         piece = _compose(rng, 4 if "4bars" in work else 8)
         score = f"{work}_Score_{1 + segment // 4}"
         (root / SCORE_FOLDER / f"{score}.musicxml").write_bytes(_musicxml(piece).encode())
-        mechanical = dict.fromkeys(LATENTS, 0.0) | {"rubato": -3.0, "noise": -3.0, "error": -3.0}
-        played = {score: mechanical}
+        played = {score: dict.fromkeys(LATENTS, 0.0) | {"rubato": -3.0, "noise": -3.0, "error": -3.0}}
         for k in range(players):
             index = (segment * players + k) % 12
             player = BEETHOVEN_PLAYERS[index] if "Beethoven" in work else str(index)
@@ -2876,11 +2705,9 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
     (root / MEAN_FILE).write_text(json.dumps(means))
     (root / STD_FILE).write_text(json.dumps(stds))
     with (root / RATINGS_FILE).open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["user", "dataID", "filename", *LABELS], *rows])
-    said = (
-        f"{segments} made-up segments, {len(means)} performances, seed {seed}: nothing here is real data.\n"
-    )
-    (root / "SYNTHETIC").write_text(said)
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    said = f"{segments} made-up segments, {len(means)} performances, seed {seed}: nothing here is real data."
+    (root / "SYNTHETIC").write_text(f"{said}\n")
 
 
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
@@ -5316,32 +5143,29 @@ _WANTED = re.compile(
     r"virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
     rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)}"
 )
-_MANUAL = (
-    "try again, or download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give "
-    "that folder with --data"
-)
+_MANUAL = "or unzip it by hand (Zenodo, DOI 10.5281/zenodo.13269612) and give that folder with --data"
 
 
 def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
     """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`,
-    which appears once all is there and checked. A complete `out` is left alone. Raises DataError: unknown
-    name, no network, wrong or damaged archive, `out` holding something else.
+    which appears once all is there and checked. A complete `out` is left alone. Raises DataError: no network,
+    wrong or damaged archive, `out` holding something else.
     """
-    if name not in SOURCES:
-        raise DataError(f"dataset {name!r}: unknown; expected one of {', '.join(SOURCES)}")
     url, out = url or SOURCES[name], Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         print(f"{out}: already there, {check_percepiano(out)} performances; nothing fetched")
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
     part, unpacked = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.unpacked")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         _download(url, part)
         _unpack(part, unpacked)
         count = check_percepiano(unpacked)
         os.replace(unpacked, out)
-    except DataError as error:
-        raise DataError(f"{url}: {error}; {_MANUAL}") from error
+    except (http.client.HTTPException, *ZIP_ERRORS) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise DataError(f"{url}: no whole zip file of {name} ({error}); try again, {_MANUAL}") from error
     finally:
         part.unlink(missing_ok=True)
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -5355,51 +5179,34 @@ def check_percepiano(root: str | Path) -> int:
     DataError naming the first thing found wrong."""
     root = Path(root)
     files = _performance_files(root)[0]
-    for name in sorted(read_labels(root)[0].keys() | files.keys()):
-        midi = files.get(name, root / MIDI_FOLDER / f"{name}.mid")
+    for name in sorted(read_labels(root).keys() | files.keys()):
         score = root / SCORE_FOLDER / f"{score_of(name)}.musicxml"
-        for path in (midi, score):
-            if not path.is_file():
-                raise DataError(f"{path}: missing; expected every labelled performance and its score")
-        if midi.read_bytes()[:4] != b"MThd":
-            raise DataError(f"{midi}: not a MIDI file; expected it to begin with MThd")
+        midi = files.get(name, root / MIDI_FOLDER / f"{name}.mid")
+        if not (score.is_file() and midi.is_file() and midi.read_bytes().startswith(b"MThd")):
+            raise DataError(f"{midi}: expected a MIDI file of every labelled performance, and {score}")
     return len(files)
 
 
-def _download(url: str, part: Path) -> None:
-    try:
-        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as response, part.open("wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm.wrapattr(file, "write", total=size or None, desc=part.name, disable=None) as counted:
-                shutil.copyfileobj(response, counted)
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        ConnectionError,
-        TimeoutError,
-        ValueError,
-    ) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        raise DataError(f"no download ({error})") from error
+def _download(url, part):
+    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as response, part.open("wb") as file:
+        size = int(response.headers.get("Content-Length", 0))
+        with tqdm.wrapattr(file, "write", total=size or None, desc=part.name, disable=None) as counted:
+            shutil.copyfileobj(response, counted)
     if size and part.stat().st_size != size:
         raise DataError(f"connection cut after {part.stat().st_size} of {size} bytes")
 
 
-def _unpack(archive: Path, root: Path) -> None:
+def _unpack(archive, root):
     """The wanted files of the archive's one top folder; as whole paths must match, none leads out of
     `root`."""
-    try:
-        with zipfile.ZipFile(archive) as source:
-            entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
-            wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
-            if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
-                raise ValueError(f"more than {_UNPACKED_LIMIT} bytes")
-            for path, entry in wanted.items():
-                (root / path).parent.mkdir(parents=True, exist_ok=True)
-                (root / path).write_bytes(source.read(entry))
-    except ZIP_ERRORS as error:
-        raise DataError(f"not a zip file that can be unpacked ({error})") from error
+    with zipfile.ZipFile(archive) as source:
+        entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
+        wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
+        if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
+            raise DataError(f"more than {_UNPACKED_LIMIT} bytes")
+        for path, entry in wanted.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(source.read(entry))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5414,10 +5221,9 @@ def report_percepiano(corpus: Corpus) -> None:
     rates = {name: item["match_rate"] for name, item in items.items()}
     unrated = [name for name, item in items.items() if "y" not in item]
     segments = ", ".join(sorted({segment_of(name) for name in unrated}))
-    print(
-        f"{corpus.root}{kind}: {len(items)} performances of {len({score_of(name) for name in items})} scores"
-    )
-    print(f"{sum(len(item['x']) for item in items.values())} notes, {'cached' if corpus.cached else 'read'}")
+    notes = sum(len(item["x"]) for item in items.values())
+    scores = len({score_of(name) for name in items})
+    print(f"{corpus.root}{kind}: {len(items)} performances of {scores} scores, {notes} notes")
     print(f"match rate: mean {np.mean(list(rates.values())):.4f}, lowest {min(rates.values()):.4f}")
     for name in sorted(rates, key=rates.get):
         if rates[name] < MISALIGNED:
@@ -5425,13 +5231,12 @@ def report_percepiano(corpus: Corpus) -> None:
     print(f"rated {len(items) - len(unrated)}, unrated, to predict, {len(unrated)} ({segments or 'none'})")
     print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
     print("\n  ".join([f"left out: {len(corpus.left_out)}", *corpus.left_out]))
-    for split in SPLITS:
-        for fold in range(FOLDS):
-            try:
-                sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
-                print(f"split {split}, fold {fold}: train, valid, test {sizes}")
-            except DataError as error:
-                print(error)
+    for split, fold in itertools.product(SPLITS, range(FOLDS)):
+        try:
+            sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
+            print(f"split {split}, fold {fold}: train, valid, test {sizes}")
+        except DataError as error:
+            print(error)
 
 
 def number(kind: type, least: float, most: float = float("inf")):
@@ -5493,22 +5298,17 @@ COMMANDS = {  # name: what it does; required options; others
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
     usage = "python data.py COMMAND [options]"
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data.py", usage=usage, description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (does, required, others) in COMMANDS.items():
-        examples = [f"    {line}" for line in __doc__.splitlines() if f"data.py {name} " in line]
-        text = "\n".join([f"{does}\n", *examples])
         usage = f"python data.py {name} [options]"
-        command = commands.add_parser(name, usage=usage, help=does, description=text, formatter_class=raw)
-        command.prog = f"data.py {name}"
+        command = commands.add_parser(name, prog=f"data.py {name}", usage=usage, help=does, description=does)
         if name == "fetch":
             command.add_argument("name", choices=SOURCES, help="the data set")
-        for option in required.split():
-            command.add_argument(option, required=True, **OPTIONS[option])
-        for option in [*others.split(), "--debug"]:
-            command.add_argument(option, **OPTIONS[option])
+        for option in [*required.split(), *others.split(), "--debug"]:
+            command.add_argument(option, required=option in required.split(), **OPTIONS[option])
     return parser.parse_args(argv)
 
 
@@ -5530,14 +5330,12 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "maestro":
         maestro = read_maestro(args.data, args.strict, args.audio)
         lists = []
-        if args.percepiano:
-            for pieces in (False, True):
-                lists.append(maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers))
+        for pieces in (False, True) if args.percepiano else ():
+            lists.append(maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers))
         report_maestro(maestro, *lists)
     elif args.command == "render":
         options = (args.soundfont, args.workers, args.sample_rate, args.strict)
-        report = render_folder(args.midi_root, args.out, *options)
-        report_render(report, time.time() - start)
+        report_render(render_folder(args.midi_root, args.out, *options), time.time() - start)
     elif args.command == "fbank":
         store = build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio)
         report_fbank(store, time.time() - start)

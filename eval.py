@@ -1949,7 +1949,7 @@ def _paired_ratings(args, loaded):
     """Pairs of the rated items that both sides predict in the same fold."""
     root = Path(args.data or synthetic_percepiano(args.cache))
     synthetic = (root / "SYNTHETIC").is_file()
-    truth = read_labels(root, [])[0]
+    truth = read_labels(root, [])
     view = "no_renderings" if args.no_renderings else "all"
     sides, splits = [], set()
     for paths, models in zip((args.a, args.b), loaded, strict=True):
