@@ -1664,7 +1664,7 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
-    store = percepiano_audio(corpus, args.cache, args.audio)
+    store = percepiano_audio(corpus.root, args.cache, args.audio)
     for line in store.left_out:
         print(f"left out: {line}")
     kind = "wav" if args.audio else "rendered"

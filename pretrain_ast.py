@@ -367,7 +367,7 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
         tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
         variants.append((tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
     changed = dict.fromkeys(variant for variant in variants if variant != (1, 0))
-    store = data.percepiano_audio(corpus, args.cache, args.audio, changed, quiet=quiet)
+    store = data.percepiano_audio(corpus.root, args.cache, args.audio, changed, quiet=quiet)
     for line in corpus.left_out + store.left_out:
         say(f"left out: {line}")
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
