@@ -5156,7 +5156,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     for line in store.left_out:
         say(f"left out: {line}")
     train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
-    fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), args.valid_crops)
+    fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
     info = {
         "task": "pretrain",
         "synthetic": store.synthetic,
