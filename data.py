@@ -4684,7 +4684,9 @@ def _run_all(function, tasks, workers, label, quiet, strict=False):
     """Results of function(task), and the lines of its DataErrors, both by task, in the tasks' order; parallel
     (`_run_parallel`). strict: the first error is raised."""
     results, errors = {}, {}
-    for task, result in _run_parallel(functools.partial(_attempt, function), tasks, workers, label, quiet):
+    for task, result in _run_parallel(
+        functools.partial(_result_or_error, function), tasks, workers, label, quiet
+    ):
         if not isinstance(result, DataError):
             results[task] = result
         elif strict:
@@ -4694,7 +4696,7 @@ def _run_all(function, tasks, workers, label, quiet, strict=False):
     return results, {task: errors[task] for task in tasks if task in errors}
 
 
-def _attempt(function, task):
+def _result_or_error(function, task):
     try:
         return function(task)
     except DataError as error:
