@@ -3919,6 +3919,7 @@ UNDAMPED = 89  # lowest key without a damper
 GONE = 80.0  # dB below itself: a damped tone has ended
 PEDAL_LIFT = 3.0  # s after the last event: a pedal that the file leaves down is let go
 RESTRIKE = 600.0  # dB/s, of what sounds when its key is struck again
+NEVER = 1e9  # s
 KNEE = 0.8  # of full scale: linear up to here, a smooth limiter beyond
 LONGEST_RENDER = 4 * 3600.0  # s; 0.9 GB in memory at 16 kHz
 
@@ -3970,9 +3971,9 @@ def _piano_key(key):
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
 def _tone(key, layer, rate):
-    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is
-    that of velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz:
-    320 MB, 1 s."""
+    """A key's whole undamped tone at one of the velocity layers, (samples,) float32; its level is that of
+    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB,
+    1 s."""
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
@@ -4003,7 +4004,6 @@ def _tone(key, layer, rate):
     tone[:rise] *= 0.5 - 0.5 * np.cos(np.pi * np.arange(1, rise + 1) / (rise + 1))
     fall = min(len(tone), rate // 20)
     tone[-fall:] *= np.linspace(1, 0, fall)
-    tone.flags.writeable = False
     return tone
 
 
@@ -4015,16 +4015,6 @@ def _damper_clock(performance):
     times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
     contact = ((DAMPERS_OFF - events[:, 1]) / (DAMPERS_OFF - DAMPERS_ON)).clip(0, 1) ** 2
     return times, np.append(0, np.cumsum(np.concatenate([[1.0], contact, [1.0]]) * np.diff(times)))
-
-
-def _next_strikes(performance, heard):
-    """(notes,) seconds at which a note's key is struck again; infinite for its last."""
-    again = np.full(len(performance.pitch), np.inf)
-    later = {}
-    for i in heard[::-1]:
-        again[i] = later.get(performance.pitch[i], np.inf)
-        later[performance.pitch[i]] = performance.onset[i]
-    return again
 
 
 def _struck_tone(key, layer, loud, samples, rate):
@@ -4051,22 +4041,25 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     heard = np.flatnonzero(velocity > 0)
     if not len(heard):
         return np.zeros(0, np.float32)
-    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
+    if not (0 <= onset.min() <= onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
         raise DataError(
-            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} "
-            f"to {pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
+            f"{performance.path}: notes before 0 or after {LONGEST_RENDER:.0f} s, or pitches outside 0..127; "
+            "export it again"
         )
 
     times, worn = _damper_clock(performance)
-    again = _next_strikes(performance, heard)
-    damped = pitch < UNDAMPED
-    damping = np.where(damped, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less on long strings
+    again = np.full(len(pitch), NEVER)  # s: when a note's key is struck again
+    later = {}
+    for i in heard[::-1]:
+        again[i] = later.get(pitch[i], NEVER)
+        later[pitch[i]] = onset[i]
+    damping = np.where(pitch < UNDAMPED, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less on long strings
     release = np.interp(performance.offset, times, worn)
     falls = np.maximum(times[np.searchsorted(worn, release, side="right") - 1], performance.offset)
-    gone = np.where(damped, np.interp(release + GONE / damping, worn, times), np.inf)
+    gone = np.interp(release + GONE / damping, worn, times)
     start = np.rint(onset * sample_rate).astype(np.int64)
-    stop = (np.minimum(np.minimum(gone, again + GONE / RESTRIKE), 1e9) * sample_rate).astype(np.int64)
-    fades = np.ceil(np.minimum(np.minimum(falls, again), 1e9) * sample_rate).astype(np.int64)
+    stop = (np.minimum(gone, again + GONE / RESTRIKE) * sample_rate).astype(np.int64)
+    fades = np.ceil(np.minimum(falls, again) * sample_rate).astype(np.int64)
     soft = _value_held_at(performance.soft, onset) / 127
     loud = _gain(VELOCITY_STEP * (velocity.clip(1, 127) - 64) - SOFT_LEVEL * soft)
     layer = ((velocity - SOFT_COLOUR * soft - 1) / 126).clip(0, 0.9999) * (VELOCITY_LAYERS - 1)
@@ -4127,42 +4120,26 @@ def _fluidsynth(midi, soundfont, rate):
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
         options = f"-n -i -q -R 0 -C 0 -g 1 -r {rate} -T raw -O float -F".split()
-        command = [
-            "fluidsynth",
-            *options,
-            str(raw),
-            str(Path(soundfont).resolve()),
-            str(Path(midi).resolve()),
-        ]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-        )
+        command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
-    if done.returncode or not sound.any() or "failed to load" in done.stderr.lower():
-        said = " ".join(done.stderr.split())[-200:]
-        raise DataError(f"{midi}: fluidsynth gave no sound with {soundfont} ({said}); try another soundfont")
+    if done.returncode or not sound.any() or b"failed to load" in done.stderr.lower():
+        raise DataError(f"{midi}: no sound of fluidsynth with {soundfont}; expected a soundfont; try another")
     return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
 
 
 def _render_file(task):
-    """Seconds of audio written, or the error line."""
+    """Seconds of audio written."""
     midi, wav, soundfont, rate = task
-    try:
-        waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
-    except DataError as error:
-        return str(error)
+    waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
     write_wav(wav, waveform, rate)
     return len(waveform) / rate
 
 
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Files of these endings (lower case) at any depth, sorted, hidden ones left out."""
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in kinds and not path.name.startswith(".") and path.is_file()
-    )
+    return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and path.is_file())
 
 
 def render_folder(
@@ -4175,45 +4152,31 @@ def render_folder(
     counts, "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
     """
     root = Path(root)
-    target = Path(out or root)
     if soundfont and not (shutil.which("fluidsynth") and Path(soundfont).is_file()):
-        raise DataError(
-            f"{soundfont}: expected a soundfont and the program fluidsynth on the PATH; install the packages "
-            "`fluidsynth` and `fluid-soundfont-gm`, or leave --soundfont out"
-        )
-    midis, failed = {}, []
+        raise DataError(f"{soundfont}: expected a soundfont, and `fluidsynth` installed; or no --soundfont")
+    played: dict[Path, list[Path]] = {}
     for midi in files_below(root, MIDI_KINDS):
-        wav = target / midi.relative_to(root).with_suffix(".wav")
-        if wav in midis:
-            failed.append(f"{midi}: its audio would be {wav.name}, as that of {midis[wav].name}; rename one")
-        midis.setdefault(wav, midi)
-    if not midis:
+        wav = Path(out or root) / midi.relative_to(root).with_suffix(".wav")
+        played.setdefault(wav, []).append(midi)
+    if not played:
         raise DataError(f"{root}: no .midi or .mid file below it; name another folder with --midi-root")
-    if strict and failed:
+    twins = [(wav, midis[1]) for wav, midis in played.items() if len(midis) > 1]
+    failed = [f"{midi}: {wav.name} would be that of another file; rename one" for wav, midi in twins]
+    tasks = [(midis[0], wav, soundfont, sample_rate) for wav, midis in played.items() if not wav.is_file()]
+    seconds, errors = _run_all(_render_file, tasks, workers, "render", quiet, strict)
+    failed += errors.values()
+    if len(errors) == len(played) or (strict and failed):
         raise DataError(failed[0])
-    tasks = [(midi, wav, soundfont, sample_rate) for wav, midi in midis.items() if not wav.is_file()]
-    lengths = []
-    for _, result in _run_parallel(_render_file, tasks, workers, "render", quiet):
-        if isinstance(result, float):
-            lengths.append(result)
-        elif strict:
-            raise DataError(result)
-        else:
-            failed.append(result)
-    present = len(midis) - len(tasks)
-    if not lengths and not present:
-        raise DataError(failed[0])
-    return {"rendered": len(lengths), "present": present, "failed": failed, "seconds": sum(lengths)}
+    present = len(played) - len(tasks)
+    return {"rendered": len(seconds), "present": present, "failed": failed, "seconds": sum(seconds.values())}
 
 
 def report_render(report: dict, elapsed: float) -> None:
     print(
-        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s "
-        f"({report['seconds'] / elapsed:.0f} times real time); present {report['present']}; "
-        f"failed {len(report['failed'])}"
+        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s; "
+        f"present {report['present']}"
     )
-    for line in report["failed"]:
-        print(f"  {line}")
+    print_left_out(report["failed"], "failed")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4370,9 +4333,8 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-FBANK_FORMAT = (
-    2  # in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
-)
+# in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
+FBANK_FORMAT = 2
 
 
 class StoredEnergies:
@@ -4391,8 +4353,7 @@ class StoredEnergies:
 
 @dataclass
 class FbankStore:
-    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004). From
-    `open_fbank`."""
+    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004)."""
 
     root: str
     synthetic: bool
@@ -4404,15 +4365,12 @@ class FbankStore:
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
-        return self.item(i)["fbank"][start:stop].astype(np.float32)
+        return StoredEnergies(self.files[i])[start:stop].astype(np.float32)
 
     def item(self, i: int) -> dict:
         """What prediction takes: name, frames, and fbank, which is read where it is sliced."""
-        return {
-            "name": self.names[i],
-            "frames": int(self.frames[i]),
-            "fbank": StoredEnergies(self.files[i]),
-        }
+        energies = StoredEnergies(self.files[i])
+        return {"name": self.names[i], "frames": int(self.frames[i]), "fbank": energies}
 
 
 class AudioStore(FbankStore):
@@ -4420,23 +4378,8 @@ class AudioStore(FbankStore):
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
-        stop = int(self.frames[i]) if stop is None else stop
+        stop = stop or int(self.frames[i])
         return read_wav_crop(self.files[i], start * HOP, (stop - 1) * HOP + FRAME)
-
-
-def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> int:
-    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
-    they do not. The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops
-    of an epoch."""
-    return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
-
-
-def random_crop(store: FbankStore, i: int, length: int, seed: int, epoch: int, index=None) -> np.ndarray:
-    """`store.get` of `length` frames at `crop_start` (index: the recording's number unless given); a shorter
-    one whole."""
-    frames = int(store.frames[i])
-    start = crop_start(frames, length, seed, epoch, i if index is None else index)
-    return store.get(i, start, min(start + length, frames))
 
 
 def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[str, str, Path]], list[str]]:
@@ -4448,26 +4391,23 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
     named by their path without ending. Raises DataError where there is none.
     """
     root = Path(root)
-    folder = root / "virtuoso/data/all_2rounds"
-    folder = folder if folder.is_dir() else root
     left_out = []
     if audio or any(root.glob("maestro-v*.csv")):
         maestro = read_maestro(root, strict, audio)
-        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
         left_out = maestro.left_out
+        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
     else:
-        wanted = [
-            (path.relative_to(folder).with_suffix("").as_posix().strip(), "", path)
-            for path in files_below(folder, SOUND_KINDS)
+        corpus = root / "virtuoso/data/all_2rounds"
+        folder = corpus if corpus.is_dir() else root
+        paths = [midi.with_suffix(".wav") for midi in files_below(folder, MIDI_KINDS)]
+        sounds = files_below(folder, SOUND_KINDS)
+        named = {p.relative_to(folder).with_suffix("").as_posix().strip(): p for p in paths + sounds}
+        wanted = [(name, "", path) for name, path in named.items()]
+        left_out = [
+            f"{path}: another file has its name; rename it" for path in set(sounds) - {*named.values()}
         ]
-        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in wanted}
-        wanted += [(name, "", folder / f"{name}.wav") for name in silent]
-    wanted.sort()
-    twice = [name for name, count in Counter(name for name, _, _ in wanted).items() if count > 1]
-    if twice:
-        raise DataError(f"{root}: more than one sound file of the name {twice[0]!r}; rename the others")
-    hint = _render_hint(folder, audio)
-    found = [entry for entry in wanted if entry[2].is_file()]
+    found = sorted(entry for entry in wanted if entry[2].is_file())
+    hint = f"render it: python data.py render --midi-root {root}" + (f" --out {audio}" if audio else "")
     left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
@@ -4480,27 +4420,24 @@ def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
     """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
     listed."""
     found, left_out = audio_files(root, strict, audio)
-    kept, frames = [], []
-    for name, split, path in found:
-        try:
-            with _open_sound(path) as file:
-                up, down = _ratio(file.samplerate)
-                frames.append(fbank_frames(-(-file.frames * up // down)))
-            kept.append((name, split, path))
-        except DataError as error:
-            if strict:
-                raise
-            left_out.append(str(error))
-    return _make_store(AudioStore, root, kept, frames, left_out)
+    frames, errors = _run_all(_frames_of_sound, [path for _, _, path in found], 1, "open", True, strict)
+    kept = [entry for entry in found if entry[2] in frames]
+    return _make_store(AudioStore, root, kept, frames, left_out + [*errors.values()])
+
+
+def _frames_of_sound(path):
+    with _open_sound(path) as file:
+        up, down = _ratio(file.samplerate)
+        return fbank_frames(-(-file.frames * up // down))
 
 
 def _make_store(kind, root, found, frames, left_out):
-    """A store of the (name, split, file) found; refuses an empty one."""
+    """A store of the (name, split, file) found, frames by file; refuses an empty one."""
     if not found:
         raise DataError(left_out[0])
     names, split, files = (list(column) for column in zip(*found, strict=True))
     synthetic = (Path(root) / "SYNTHETIC").is_file()
-    return kind(str(root), synthetic, names, np.array(frames), split, left_out, files)
+    return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
 
 
 def build_fbank(
@@ -4514,9 +4451,9 @@ def build_fbank(
     """
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
-    failed = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
-    split = {name: split for name, split, _ in found if name not in failed}
-    index = {"split": split, "left_out": left_out + list(failed.values())}
+    errors = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
+    split = {name: split for name, split, _ in found if name not in errors}
+    index = {"split": split, "left_out": left_out + [*errors.values()]}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
     write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
@@ -4529,54 +4466,68 @@ def open_fbank(folder: str | Path) -> FbankStore:
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found = [(name, split, _energies_file(folder, name)) for name, split in index["split"].items()]
-        left_out = list(index["left_out"])
+        return _open_energies(folder, index["split"], index["left_out"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
-    return _open_energies(folder, found, left_out)
 
 
 def _energies_file(folder, name):
     return Path(folder) / f"{name}.v{FBANK_FORMAT}.npy"
 
 
-def _open_energies(root, found, left_out):
-    frames = [len(StoredEnergies(path)[:]) for _, _, path in found]
-    return _make_store(FbankStore, root, found, frames, left_out)
+def _open_energies(folder, splits, left_out, root=None):
+    """The store of the energies of these names (name -> split) in a folder."""
+    found = [(name, split, _energies_file(folder, name)) for name, split in splits.items()]
+    frames = {path: len(StoredEnergies(path)[:]) for _, _, path in found}
+    return _make_store(FbankStore, root or folder, found, frames, left_out)
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
     """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
     source; what could not be read: name -> error line."""
-    failed = {}
     todo = []
     for name, source, *change in jobs:
         target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
             todo.append((name, target, source, *change))
-    for job, error in _run_parallel(_store_energies, todo, workers, "energies", quiet):
-        if error and strict:
-            raise DataError(error)
-        if error:
-            failed[job[0]] = error
-    return failed
+    _, errors = _run_all(_store_energies, todo, workers, "energies", quiet, strict)
+    return {name: error for (name, *_), error in errors.items()}
 
 
 def _store_energies(job):
-    """Write the energies of a sound file, or of a MIDI file played and changed; the error line if it cannot
-    be read."""
-    _, target, source, tempo, semitones = job
-    try:
-        if source.suffix.lower() in MIDI_KINDS:
-            waveform = render(transform_performance(read_midi(source), tempo, semitones))
-        else:
-            waveform = read_wav(source)
-        energies = fbank(torch.from_numpy(waveform)).half().numpy()
-        if not len(energies):
-            raise DataError(f"{source}: no notes; expected a performance; leave it out")
-    except DataError as error:
-        return str(error)
+    """Write the energies of a sound file, or of a MIDI file played and changed."""
+    _, target, source, *change = job
+    if source.suffix.lower() in MIDI_KINDS:
+        waveform = render(transform_performance(read_midi(source), *change))
+    else:
+        waveform = read_wav(source)
+    energies = fbank(torch.from_numpy(waveform)).half().numpy()
+    if not len(energies):
+        raise DataError(f"{source}: no notes; expected a performance; leave it out")
     write_atomic(target, lambda file: np.save(file, energies))
+
+
+def _run_all(function, tasks, workers, label, quiet, strict=False):
+    """Results of function(task), and the lines of its DataErrors, both by task, in the tasks' order; parallel
+    (`_run_parallel`). strict: the first error is raised."""
+    results, errors = {}, {}
+    for task, result in _run_parallel(
+        functools.partial(_result_or_error, function), tasks, workers, label, quiet
+    ):
+        if not isinstance(result, DataError):
+            results[task] = result
+        elif strict:
+            raise result
+        else:
+            errors[task] = str(result)
+    return results, {task: errors[task] for task in tasks if task in errors}
+
+
+def _result_or_error(function, task):
+    try:
+        return function(task)
+    except DataError as error:
+        return error
 
 
 def _run_parallel(function: Callable, tasks: list, workers=None, label=None, quiet=False) -> Iterable:
@@ -4593,10 +4544,7 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
         for future in bar(as_completed(futures)):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise DataError(
-            "a worker was killed, likely for want of memory; run again with fewer --workers, files that are "
-            "finished are kept"
-        ) from error
+        raise DataError("a worker was killed, likely for want of memory; give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -4622,16 +4570,14 @@ def report_fbank(store: FbankStore, seconds: float) -> None:
     kind = " (SYNTHETIC)" if store.synthetic else ""
     print(
         f"{store.root}{kind}: {len(store.names)} recordings, {frames} frames ({frames / 360_000:.2f} h), "
-        f"{frames * MELS * 2 / 1e6:.1f} MB; {seconds:.1f} s"
+        f"{seconds:.1f} s; by split {dict(Counter(store.split))}"
     )
-    for split, count in sorted(Counter(store.split).items()):
-        print(f"split {split or '(none)'}: {count}")
     print_left_out(store.left_out)
 
 
-def print_left_out(lines: list[str], most: int = 10) -> None:
+def print_left_out(lines: list[str], what: str = "left out", most: int = 10) -> None:
     """Count what was left out and say why, the first lines in full."""
-    print(f"left out: {len(lines)}")
+    print(f"{what}: {len(lines)}")
     for line in lines[:most]:
         print(f"  {line}")
     if len(lines) > most:
@@ -4641,15 +4587,6 @@ def print_left_out(lines: list[str], most: int = 10) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # MAESTRO
 # ------------------------------------------------------------------------------------------------------------
-MAESTRO_COLUMNS = (
-    "canonical_composer",
-    "canonical_title",
-    "split",
-    "year",
-    "midi_filename",
-    "audio_filename",
-    "duration",
-)
 MAESTRO_SPLITS = ("train", "validation", "test")
 OVERLAP_FORMAT = 2  # of the cached list: count up when the comparison changes
 # s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
@@ -4670,7 +4607,7 @@ class Recording:
     midi: Path
     audio: Path
     duration: float  # s, as in the table
-    part: str = ""
+    part: str
 
 
 @dataclass
@@ -4679,13 +4616,10 @@ class Maestro:
     there."""
 
     root: str
-    audio: str  # where the sound files are looked for
     recordings: list[Recording]
-    rows: int  # of the table
     left_out: list[str]  # a line for each row that is not used
-    unchecked: list[str] = field(
-        default_factory=list
-    )  # and for each that `maestro_overlaps` could not compare
+    # and for each that `maestro_overlaps` could not compare
+    unchecked: list[str] = field(default_factory=list)
 
 
 def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
@@ -4693,93 +4627,84 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
     `root` (the .wav under `audio`, where given: what `render --out` wrote).
 
     A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises
-    DataError: no table, or none that can be read, missing columns, no file at all.
+    DataError: no table, or none that can be read, no file at all.
     """
     root = Path(root)
     tables = sorted(root.glob("maestro-v*.csv"))
     if len(tables) != 1:
-        raise DataError(
-            f"{root}: {len(tables)} files maestro-v*.csv; expected one, maestro-v3.0.0.csv, and beside it "
-            "<year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
-        )
-    rows = _read_table(tables[0], MAESTRO_COLUMNS)
-    found, left_out = [], []
-    for line, row in rows:
+        raise DataError(f"{root}: {len(tables)} files maestro-v*.csv; expected one; name MAESTRO's folder")
+    found: dict[str, Recording] = {}
+    left_out = []
+    for line, row in _read_table(tables[0]):
         try:
             recording = _read_recording(root, Path(audio or root), row)
-            if not recording.midi.is_file() and not recording.audio.is_file():
-                raise DataError(f"neither {recording.midi} nor {recording.audio} is here; unpack it again")
-            if any(recording.name == other.name for other in found):
-                raise DataError(f"{recording.midi} stands in an earlier line too; remove one line")
-            found.append(recording)
-        except ValueError as error:
+            if recording.name in found:
+                raise DataError(f"{recording.midi} stands in an earlier line too; remove one")
+            found[recording.name] = recording
+        except (ValueError, KeyError, TypeError) as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
+    if not found:
+        left_out.append(f"{tables[0]}: no rows; download it again")
     if left_out and (strict or not found):
         raise DataError(left_out[0])
-    if not found:
-        raise DataError(f"{tables[0]}: no rows; download it again")
-    _set_parts(root, found)
-    return Maestro(str(root), str(audio or root), found, len(rows), left_out)
+    recordings = [*found.values()]
+    _mark_unknown_splits(root, recordings)
+    return Maestro(str(root), recordings, left_out)
 
 
-def _read_table(path, columns):
-    """(line number, row) of a CSV file that has at least these columns."""
+def _read_table(path):
+    """(line number, row) of a CSV file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = set(columns) - set(reader.fieldnames or ())
-            if missing:
-                raise DataError(f"{path}: no column {', '.join(sorted(missing))}; download it again")
             return [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: {error}; expected a CSV table in UTF-8; download it again") from error
 
 
-def _render_hint(root, audio=None):
-    out = f" --out {audio}" if audio and Path(audio) != Path(root) else ""
-    return f"render it with `python data.py render --midi-root {root}{out}`"
-
-
 def _read_recording(root, audio, row):
-    if None in row or None in row.values():
-        raise DataError("another number of fields than the first line; quote fields that hold commas")
     midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
-    kinds = midi.suffix.lower() in MIDI_KINDS and sound.suffix.lower() in SOUND_KINDS
     outside = any(path.is_absolute() or ".." in path.parts for path in (midi, sound))
-    if not kinds or outside or row["split"] not in MAESTRO_SPLITS:
-        raise DataError(
-            f"'{midi}', '{sound}', split {row['split']!r}; expected <year>/<name>.midi and .wav inside the "
-            f"folder, {', '.join(MAESTRO_SPLITS)}"
-        )
-    described = row["canonical_composer"], row["canonical_title"], row["split"]
-    name, duration = midi.with_suffix("").as_posix(), float(row["duration"])
-    return Recording(name, *described, root / midi, audio / sound, duration)
+    if outside or row["split"] not in MAESTRO_SPLITS:
+        raise DataError(f"{midi}, split {row['split']!r}; expected a file in the folder, {MAESTRO_SPLITS}")
+    if not (root / midi).is_file() and not (audio / sound).is_file():
+        raise DataError(f"neither {root / midi} nor {audio / sound} is here; unpack it again")
+    return Recording(
+        name=midi.with_suffix("").as_posix(),
+        composer=row["canonical_composer"],
+        title=row["canonical_title"],
+        split=row["split"],
+        midi=root / midi,
+        audio=audio / sound,
+        duration=float(row["duration"]),
+        part=row["split"],
+    )
 
 
-def _set_parts(root, recordings):
-    """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells
-    which splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same
-    piece is held out. A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
+def _mark_unknown_splits(root, recordings):
+    """asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells which splits are a default,
+    "train", instead of MAESTRO's: those recordings train too, unless the same piece is held out: then their
+    part is "unknown". A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
     table's titles name one piece in many ways. Runs of 16 equal pitches across the real files' splits showed
     no other shared piece."""
-    pieces, unknown = {}, set()
     sources = root / "asap_sources.csv"
-    if sources.is_file():
-        for _, row in _read_table(sources, ("midi_filename", "asap_path", "asap_title", "split_known")):
-            name = Path(row["midi_filename"]).with_suffix("").as_posix()
-            pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
-            if row["split_known"] != "1":
-                unknown.add(name)
+    pieces, unknown = {}, set()
+    for _, row in _read_table(sources) if sources.is_file() else []:
+        name = Path(row["midi_filename"]).with_suffix("").as_posix()
+        pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
+        if row["split_known"] != "1":
+            unknown.add(name)
     held = {pieces.get(r.name) for r in recordings if r.split != "train"}
     for r in recordings:
-        default = r.split == "train" and r.name in unknown and pieces[r.name] in held
-        r.part = "unknown" if default else r.split
+        if r.split == "train" and r.name in unknown and pieces[r.name] in held:
+            r.part = "unknown"
 
 
 def maestro_overlaps(
-    maestro: Maestro, corpus: Corpus | str | Path, pieces=False, cache="cache", workers=None, quiet=False
+    maestro: Maestro, percepiano: str | Path, pieces=False, cache="cache", workers=None, quiet=False
 ) -> dict[str, list[str]]:
-    """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
+    """Recordings that hold a performance of PercePiano (its folder): {recording name: sorted performance
+    names}.
 
     Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches,
     in order of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's
@@ -4788,7 +4713,7 @@ def maestro_overlaps(
     unreadable is listed in `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel
     over files.
     """
-    segments = _performance_files(Path(corpus.root if isinstance(corpus, Corpus) else corpus))[0]
+    segments = _performance_files(Path(percepiano))[0]
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
     dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -4797,31 +4722,26 @@ def maestro_overlaps(
     try:
         same, alike, unreadable = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        played = dict(_run_parallel(_played_order, paths, workers, "overlap", quiet))
-        unreadable = [played[path] for path in paths if isinstance(played[path], str)]
+        played, errors = _run_all(_played_order, paths, workers, "overlap", quiet)
         same, alike = _find_overlaps(segments, recordings, played)
+        unreadable = [*errors.values()]
         write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
-    missing = [r.midi for r in maestro.recordings if r.name not in recordings]
-    maestro.unchecked = [f"{path}: missing, not compared with PercePiano" for path in missing] + unreadable
+    missing = [f"{r.midi}: missing" for r in maestro.recordings if r.name not in recordings]
+    maestro.unchecked = missing + unreadable
     return alike | same if pieces else same
 
 
 def _played_order(path):
-    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the
-    error line."""
-    try:
-        performance = read_midi(path)
-    except DataError as error:
-        return str(error)
+    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch)."""
+    performance = read_midi(path)
     order = np.lexsort((performance.pitch, performance.onset))
     return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
 
 
-def _runs_of(played):
-    """Pitches and intervals of all runs of SHARED_RUN notes; none of a file that could not be read."""
-    pitches, steps = ("", ()) if isinstance(played, str) else played
-    places = range(len(pitches) - SHARED_RUN + 1)
-    return [(pitches[at : at + SHARED_RUN], steps[at : at + SHARED_RUN - 1]) for at in places]
+def _runs_of(pitches, intervals):
+    """Pitches and intervals of all runs of SHARED_RUN notes."""
+    for at in range(len(pitches) - SHARED_RUN + 1):
+        yield pitches[at : at + SHARED_RUN], intervals[at : at + SHARED_RUN - 1]
 
 
 def _find_overlaps(segments, recordings, played):
@@ -4829,17 +4749,20 @@ def _find_overlaps(segments, recordings, played):
     pitches."""
     owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
     for name, path in segments.items():
-        for pitches, steps in _runs_of(played[path]):
-            owners.setdefault(pitches, []).append((name, steps))
+        for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
+            owners.setdefault(pitches, []).append((name, intervals))
     same, alike = {}, {}
     for name, path in recordings.items():
-        shared = [(steps, owners[pitches]) for pitches, steps in _runs_of(played[path]) if pitches in owners]
-        pairs = [(segment, steps, others) for steps, owned in shared for segment, others in owned]
-        exact = {segment for segment, a, b in pairs if np.abs(a - b).max() <= SHARED_INTERVALS}
+        exact, others, runs = set(), set(), 0
+        for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
+            owned = owners.get(pitches, [])
+            runs += len(owned) > 0
+            others |= {segment for segment, _ in owned}
+            exact |= {segment for segment, b in owned if np.abs(intervals - b).max() <= SHARED_INTERVALS}
         if exact:
             same[name] = sorted(exact)
-        if len(shared) >= SAME_PIECE:
-            alike[name] = sorted({segment for segment, _, _ in pairs})
+        if runs >= SAME_PIECE:
+            alike[name] = sorted(others)
     return same, alike
 
 
@@ -4847,29 +4770,23 @@ def report_maestro(maestro: Maestro, same: dict | None = None, alike: dict | Non
     """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and
     with `pieces`)."""
     found = maestro.recordings
-    hours = sum(r.duration for r in found) / 3600
-    print(f"{maestro.root}: {len(found)} recordings of {maestro.rows} rows, {hours:.2f} h")
-    for part in (
-        *MAESTRO_SPLITS,
-        "unknown",
-    ):  # of a piece that is held out, but not split by MAESTRO itself: unused
+    print(f"{maestro.root}: {len(found)} recordings")
+    for part in (*MAESTRO_SPLITS, "unknown"):
         durations = [r.duration for r in found if r.part == part]
         print(f"{part}: {len(durations)} recordings, {sum(durations) / 3600:.2f} h")
-    silent = [r for r in found if not r.audio.is_file()]
     print(f"without MIDI file: {sum(not r.midi.is_file() for r in found)}")
-    print(f"without sound file: {len(silent)}; {_render_hint(maestro.root, maestro.audio)}")
+    silent = sum(not r.audio.is_file() for r in found)
+    print(f"without sound file: {silent}; python data.py render --midi-root {maestro.root}")
     print_left_out(maestro.left_out)
     if same is None:
         return
+    others = {name: segments for name, segments in alike.items() if name not in same}
     titles = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
-    others = {name: alike[name] for name in sorted(alike.keys() - same.keys())}
-    for title, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
-        print(f"recordings {title}: {len(shared)}")
+    for what, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
+        print(f"recordings {what}: {len(shared)}")
         for name, segments in sorted(shared.items()):
             print(f"  {titles[name]}: {', '.join(segments)}")
-    print(f"not compared: {len(maestro.unchecked)}")
-    for line in maestro.unchecked[:20]:
-        print(f"  {line}")
+    print_left_out(maestro.unchecked, "not compared")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4916,35 +4833,31 @@ def variant_name(name: str, tempo: float, semitones: int) -> str:
 
 
 def percepiano_audio(
-    corpus: Corpus | str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
+    root: str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
 ) -> FbankStore:
-    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept
-    under `cache`.
+    """Log-mel energies of all performances of PercePiano (its folder), rendered from their MIDI files, or of
+    `audio`/NAME.wav, kept under `cache`, one file a performance.
 
     variants: (tempo factor, semitones) by which every performance is played once more before rendering
-    (`variant_name`). One file a performance, made anew where the MIDI or sound file is newer; parallel; an
-    interrupted call goes on where it stopped. What cannot be read is left out and listed. Raises DataError:
-    no recording at all, variants of recordings.
+    (`variant_name`). As in `build_fbank`, what is there and not older than its source is kept, and what
+    cannot be read is left out and listed. Raises DataError: no recording at all, variants of recordings.
     """
-    root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
     variants = [(1.0, 0), *variants]
-    files = _performance_files(root)[0]
+    files = _performance_files(Path(root))[0]
     left_out = []
-    if audio is not None:
-        if len(variants) > 1:
-            raise DataError(f"--audio {audio}: no tempo or pitch variants of recordings; leave one out")
+    if audio:
         found = {name: path for name, _, path in audio_files(audio)[0]}
         left_out = [f"{audio}/{name}.wav: missing; not used" for name in sorted(files.keys() - found.keys())]
         files = {name: found[name] for name in files if name in found}
-        if not files:
-            raise DataError(f"{audio}: no WAV file named as a performance of {root}; name another folder")
+        if len(variants) > 1 or not files:
+            raise DataError(f"{audio}: expected recordings named as in {root}, and --variants 0 with them")
     source = Path(audio or root).resolve()
     key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
     folder = Path(cache) / f"percepiano-audio-{key}"
     jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
-    failed = _store_missing(folder, jobs, workers, quiet)
-    made = [(name, "", _energies_file(folder, name)) for name, *_ in jobs if name not in failed]
-    return _open_energies(root, made, left_out + sorted(set(failed.values())))
+    errors = _store_missing(folder, jobs, workers, quiet)
+    made = {name: "" for name, *_ in jobs if name not in errors}
+    return _open_energies(folder, made, left_out + sorted({*errors.values()}), root)
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
@@ -4977,19 +4890,15 @@ def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
     """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with
-    silence · lengths (B,) int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have
+    silence · lengths (B,) int64 frames · names · y (B, 19) standardised and weight (B, 19) if the items have
     them. items: fbank (frames, 128), name, ..."""
     x, lengths = pad_fbank([item["fbank"] for item in items])
-    batch = {
-        "x": normalise_fbank(x, info["mean"], info["std"]),
-        "lengths": lengths,
-        "names": [item["name"] for item in items],
-    }
-    if all("y" in item for item in items):
-        mean, std = torch.tensor(info["target_mean"]), torch.tensor(info["target_std"])
-        batch["y"] = (torch.as_tensor(np.stack([item["y"] for item in items])) - mean) / std
-    if all("weight" in item for item in items):
-        batch["weight"] = torch.as_tensor(np.stack([item["weight"] for item in items]))
+    x = normalise_fbank(x, info["mean"], info["std"])
+    batch = {"x": x, "lengths": lengths, "names": [item["name"] for item in items]}
+    for key in items[0].keys() & {"y", "weight"}:
+        batch[key] = torch.as_tensor(np.stack([item[key] for item in items]))
+    if "y" in batch:
+        batch["y"] = (batch["y"] - torch.tensor(info["target_mean"])) / torch.tensor(info["target_std"])
     return batch
 
 
@@ -5016,15 +4925,17 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
         valid = [i for i in train if store.names[i] in held]
         train = [i for i in train if store.names[i] not in held]
     if not train or not valid:
-        raise DataError(
-            f"{store.root}: no recording to train with or none to validate; expected at least two"
-        )
+        raise DataError(f"{store.root}: expected two recordings or more, to train with and to validate")
     return {"train": train, "valid": valid}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pre-training data
 # ------------------------------------------------------------------------------------------------------------
+def crop_start(frames: int, length: int, *key: int) -> int:
+    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
+    they do not. The same key (seed, epoch, number of the crop) gives the same place on every machine."""
+    return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
 
 
 class Crops(torch.utils.data.Dataset):
@@ -5042,12 +4953,11 @@ class Crops(torch.utils.data.Dataset):
         return len(self.recordings)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, k = key
-        i = int(self.recordings[k])
-        x = random_crop(self.store, i, self.frames, self.seed, epoch, k)
+        i = int(self.recordings[key[1]])
+        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, *key)
+        x = self.store.get(i, start, start + self.lengths[key[1]])
         if x.dtype == np.int16:
-            x = self.changed_fbank(x, np.random.default_rng((self.seed, epoch, k, 1)))
-        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, epoch, k)
+            x = self.changed_fbank(x, np.random.default_rng((self.seed, *key, 1)))
         return {"name": f"{self.store.names[i]}@{start / 100:.2f}s", "fbank": x}
 
     def changed_fbank(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -5057,6 +4967,12 @@ class Crops(torch.utils.data.Dataset):
         noise = rng.standard_normal(len(samples), np.float32)
         wave = samples / np.float32(32768) * loudness + noise * hiss
         return fbank(torch.from_numpy(wave.clip(-1, 1))).numpy()
+
+
+def spread_crops(crops: torch.utils.data.Dataset, most: int) -> list[dict]:
+    """At most `most` crops of the first epoch, evenly spaced."""
+    numbers = np.linspace(0, len(crops) - 1, min(most, len(crops))).round()
+    return [crops[0, int(k)] for k in numbers]
 
 
 def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) -> tuple[Crops, list, dict]:
@@ -5069,13 +4985,16 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     for line in store.left_out:
         say(f"left out: {line}")
     train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
-    valid = Crops(store, parts["valid"], args.frames, args.seed)
-    info = {"task": "pretrain", "synthetic": store.synthetic, "frames": args.frames, "audio": "wav"}
-    info["exclude_overlap"] = bool(args.exclude_overlap)
-    info["recordings"] = fingerprint(store.names, store.frames)
+    fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
+    info = {
+        "task": "pretrain",
+        "synthetic": store.synthetic,
+        "frames": args.frames,
+        "audio": "wav",
+        "exclude_overlap": bool(args.exclude_overlap),
+        "recordings": fingerprint(store.names, store.frames),
+    }
     info |= norm or fit_fbank(train, args.audioset_norm)
-    numbers = np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round()
-    fixed = [valid[0, int(k)] for k in numbers]
     starts = range(0, len(fixed), args.micro_batch)
     batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
     say(
@@ -5116,14 +5035,12 @@ def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> 
     return parts
 
 
-def fit_fbank(train: torch.utils.data.Dataset, audioset: bool, most: int = 256) -> dict[str, float]:
-    """mean and std of the values of `most` training crops. Those of renderings are far from AudioSet's."""
+def fit_fbank(train, audioset: bool) -> dict[str, float]:
+    """mean and std of the values of 256 training crops. Those of renderings are far from AudioSet's."""
     if audioset:
         return {"mean": FBANK_MEAN, "std": FBANK_STD}
-    numbers = np.linspace(0, len(train) - 1, min(most, len(train))).round()
-    crops = [train[0, int(k)]["fbank"] for k in numbers]
-    finite = [crop.ravel() for crop in crops if np.isfinite(crop).all()]
-    x = np.concatenate(finite or [np.zeros(1, np.float32)])
+    x = np.concatenate([crop["fbank"].ravel() for crop in spread_crops(train, 256)])
+    x = x[np.isfinite(x)]
     return {"mean": float(x.mean(dtype=np.float64)), "std": max(float(x.std(dtype=np.float64)), 1e-3)}
 
 

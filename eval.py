@@ -1601,16 +1601,15 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
     tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
     precision that it was trained in."""
     model, ckpt = load_checkpoint(path)
-    info = ckpt.get("data") or {}
-    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None or "std" not in info:
+    info = ckpt["data"]
+    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None:
         raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
     model = model.to(device).eval()
     found, depth = [], model.model_args["depth"]
     for level in sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)}):
         layer = model.norm if level == depth else model.blocks[level - 1]
         layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
-    extra = 0 if model.extra is None else 2
-    half = torch.autocast(device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16")
+    half = torch.autocast(device.type, torch.bfloat16, enabled=ckpt["args"].get("amp") == "bf16")
     rows = {}
     for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
         moments = []
@@ -1618,7 +1617,8 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
             found.clear()
             with torch.no_grad(), half:
                 model(x.to(device))
-            seen = torch.stack(found, dim=1)[:, :, extra:]  # (B, levels, T, width)
+            seen = torch.stack(found, dim=1)  # (B, levels, extra + T, width)
+            seen = seen if model.extra is None else seen[:, :, 2:]
             moments.append(torch.stack([seen.mean(2), seen.square().mean(2)]))
         mean, square = torch.cat(moments, dim=1).mean(1)  # (levels, width)
         deviation = (square - mean**2).clip(1e-6).sqrt()
@@ -1628,7 +1628,7 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
-    store = percepiano_audio(corpus, args.cache, args.audio)
+    store = percepiano_audio(corpus.root, args.cache, args.audio)
     for line in store.left_out:
         print(f"left out: {line}")
     kind = "wav" if args.audio else "rendered"
@@ -1638,20 +1638,23 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
 
 
 def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
-    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, the same share of fewer."""
-    x, lengths = batch["x"], batch["lengths"]
-    B, T = len(x), x.shape[1] // PATCH
-    whole = bool((lengths == x.shape[1]).all())
-    columns = None if whole else (lengths // PATCH).clip(min=1).to(x.device)
+    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, a like share of fewer."""
+    x, lengths = batch["x"], _lengths_if_unlike(batch)
+    columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
+    T = x.shape[1] // PATCH
     count = max(1, round(masked / 512 * 8 * T))
-    return batch | {"mask": cluster_mask(B, 8, T, count, x.device, generator, columns=columns)}
+    return batch | {"mask": cluster_mask(len(x), 8, T, count, x.device, generator, columns=columns)}
+
+
+def _lengths_if_unlike(batch):
+    """None where all clips fill their rows: attention needs no mask then, and is faster without."""
+    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
+    return None if whole else batch["lengths"]
 
 
 def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, Tensor]:
     """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
-    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
-    lengths = None if whole else batch["lengths"]
-    figures = model(batch["x"], lengths, mask=batch["mask"], compat=compat)
+    figures = model(batch["x"], _lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
@@ -1664,31 +1667,27 @@ def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.de
         for batch in batches:
             batch = to_device(with_masks(batch, args.mask, generator), device)
             for name, value in pretrain_figures(model, batch, args.ssast_compat).items():
-                sums[name] += float(value) * len(batch["names"])
+                sums[f"valid_{name}"] += float(value) * len(batch["names"])
     count = sum(len(batch["names"]) for batch in batches)
-    return {f"valid_{name}": total / count for name, total in sums.items()}
+    return {name: total / count for name, total in sums.items()}
 
 
 def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
     path, model, ckpt = loaded[0]
     data = ckpt["data"]
-    if len(loaded) > 1 or args.csv or args.save_results or args.crops:
-        raise DataError(
-            f"{path}: a pre-training, which rates nothing; give it alone, no --csv, --save-results, --crops"
-        )
-    if args.data is None and not data["synthetic"]:
-        raise DataError(f"{path}: trained on real data; synthetic scores would mean nothing; give --data DIR")
+    if len(loaded) > 1 or args.csv or args.save_results:
+        raise DataError(f"{path}: a pre-training, which rates nothing; give it alone, without result files")
+    _refuse_synthetic(data, args)
     own = {"data": args.data, "audio": args.audio, "cache": args.cache}
-    settings = argparse.Namespace(**{**ckpt["args"], **own})
+    settings = argparse.Namespace(**ckpt["args"] | own)
     norm = {key: data[key] for key in ("mean", "std")}
     _, batches, now = pretrain_data(settings, False, print, norm)
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
-    if now["synthetic"]:
-        print("SYNTHETIC corpus: figures say nothing about real recordings")
-    print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
+    kind = " (SYNTHETIC corpus)" if now["synthetic"] else ""
+    print(f"{path}{kind}, step {ckpt['step']}: {pretrain_summary(figures)}")
     return figures
 
 

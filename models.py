@@ -593,14 +593,12 @@ class AST(nn.Module):
         num_outputs: int | None = None,  # ratings; None: pre-training
         pooling: str = "mean",  # or meanstd (and deviation over the patches), cls (mean of both tokens)
         statistics: bool = False,  # the heads see the clip's ClipStatistics too
-        groups: list[list[int]]
-        | None = None,  # output numbers of each head (GroupedHead); None: one linear layer
+        groups: list[list[int]] | None = None,  # outputs of each head (GroupedHead); None: one linear layer
         cross: bool = False,  # heads of groups see each other
         balance: str | None = None,  # "uncertainty": log_variance (G,) of the groups, for the trainer's loss
     ):
         super().__init__()
-        groups = groups and [[*group] for group in groups]
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         _check_ast(**self.model_args)
         self.stride, self.pooling, self.checkpointing = stride, pooling, checkpointing
         self.rows, self.columns = self.count(mel), self.count(frames)
@@ -622,9 +620,8 @@ class AST(nn.Module):
                 self.decoder_position = Positions(self.rows, self.columns, width, table=False)
             # stands for a masked patch
             self.hidden = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
-            pixels = PATCH * PATCH
-            self.discriminate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, pixels))
-            self.generate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, pixels))
+            self.discriminate = _pixel_head(width)
+            self.generate = _pixel_head(width)
         else:
             size = 2 * width if pooling == "meanstd" else width
             if statistics:
@@ -719,8 +716,6 @@ class AST(nn.Module):
         float32: nce, mse, accuracy · chance: accuracy of guessing · mse_mean: of predicting the batch's mean
         patch. Averages over the masked patches of a clip, then over clips.
         """
-        if self.model_args["num_outputs"] is not None:
-            raise DataError("AST: fine-tuned; expected a pre-training network (num_outputs=None)")
         hidden, target, there = self.masked(fbank, mask, lengths)
         weight = there.float() / there.sum(1, keepdim=True) / len(fbank)
         error = (self.generate(hidden).float() - target).square().mean(2)
@@ -766,23 +761,29 @@ class AST(nn.Module):
         return self.decoder_norm(self.through(self.decoder, x, valid))[:, extra:]
 
 
-def _check_ast(
-    frames, mel, width, heads, stride, ssast_compat, visible_only, num_outputs, pooling, groups, **args
-):
-    narrowest = width // 2 if visible_only else width
-    expected = {
-        f"at least {PATCH} frames and mel bins": min(frames, mel) >= PATCH,
+def _pixel_head(width):
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PATCH**2))
+
+
+def _arguments(scope):
+    """The arguments of a constructor, of its locals()."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+def _check_ast(frames, mel, width, heads, stride, ssast_compat, num_outputs, pooling, groups, **args):
+    narrowest = width // 2 if args["visible_only"] else width
+    outputs = sorted(sum(groups or [], []))
+    rules = {
+        f"{PATCH} or more frames and mel bins": min(frames, mel) >= PATCH,
         "heads that divide the width, with visible_only half of it": narrowest % heads == width % heads == 0,
         f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
-        "each output in exactly one group": not groups
-        or sorted(sum(groups, [])) == [*range(num_outputs or 0)],
-        "cross and balance only with groups": groups or not (args["cross"] or args["balance"]),
-        "balance None or 'uncertainty'": args["balance"] in (None, "uncertainty"),
+        "each output in one group": not groups or outputs == [*range(num_outputs)],
+        "groups, for cross or balance": groups or not (args["cross"] or args["balance"]),
         f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
     }
-    for rule, kept in expected.items():
-        if not kept:
-            raise DataError(f"AST: expected {rule}")
+    broken = [rule for rule, kept in rules.items() if not kept]
+    if broken:
+        raise DataError(f"AST: expected {broken[0]}")
 
 
 def gather_patches(x: Tensor, ids: Tensor) -> Tensor:
@@ -877,14 +878,15 @@ def adapt_ast(model: AST, **changes) -> AST:
 def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
     """Positions (F, T, C) cut around the centre, or interpolated, to (rows, columns, C): time first, as
     SSAST."""
-    for dim, size in ((1, columns), (0, rows)):
-        if size < grid.shape[dim]:
-            grid = grid.narrow(dim, grid.shape[dim] // 2 - size // 2, size)
-        elif size > grid.shape[dim]:
-            shape = (size, grid.shape[1]) if dim == 0 else (grid.shape[0], size)
-            resized = nn.functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")
-            grid = resized[0].permute(1, 2, 0)
-    return grid
+    grid = grid.permute(2, 0, 1).unsqueeze(0)  # (1, C, F, T)
+    for dim, size in ((3, columns), (2, rows)):
+        have = grid.shape[dim]
+        if size < have:
+            grid = grid.narrow(dim, have // 2 - size // 2, size)
+        elif size > have:
+            shape = (size, grid.shape[3]) if dim == 2 else (grid.shape[2], size)
+            grid = nn.functional.interpolate(grid, shape, mode="bilinear")
+    return grid[0].permute(1, 2, 0)
 
 
 def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | None = None, **kw) -> AST:
@@ -895,40 +897,37 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     one. kw: other model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide.
     Unknown, missing or misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
     """
-    weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
-    weights = {name: value for name, value in weights.items() if not name.startswith("v.head")}
+    weights = {_ssast_name(k): torch.as_tensor(v).float() for k, v in state_dict.items() if "v.head" not in k}
+    head = {name: weights.pop(name) for name in list(weights) if name.startswith("head.")}
     mel = int(weights.pop("p_input_fdim", 128))
-    long = int(weights.pop("p_input_tdim", 0))
     try:
-        kernel = weights["v.patch_embed.proj.weight"]
-        table = weights.pop("v.pos_embed")[0].float()
-        tokens = torch.cat([weights.pop("v.cls_token"), weights.pop("v.dist_token")], dim=1)[0].float()
-    except KeyError as error:
-        raise DataError(f"SSAST weights: no {error}; expected an SSAST checkpoint") from None
-    long = long or (len(table) - 2) // (mel // PATCH) * PATCH
-    depth = len({name.split(".")[2] for name in weights if name.startswith("v.blocks.")})
-    model = AST(long, mel, len(kernel), depth, len(kernel) // 64, ssast_compat=True)
-    if kernel.shape[1:] != (1, PATCH, PATCH) or len(table) != 2 + model.rows * model.columns:
-        raise DataError(
-            f"SSAST weights: patch projection {tuple(kernel.shape)}, {len(table)} positions; expected "
-            f"(width, 1, {PATCH}, {PATCH}), 2 + {model.rows} x {model.columns}"
-        )
-    given = {_ssast_name(name): value.float() for name, value in weights.items()}
-    if "hidden" in given:
-        given["hidden"] = given["hidden"].flatten()
-    given["extra"] = torch.stack([tokens, table[:2]])
-    given["position.freq"] = table[2:].view_as(model.position.freq)
-    head = {name: given.pop(name) for name in list(given) if name.startswith("head.")}
-    _load_exactly(model, given, () if num_outputs is None else ("hidden", "discriminate.", "generate."))
-    model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
-    if head and num_outputs is not None and not kw.get("groups"):
-        _load_exactly(model.head, {name.removeprefix("head."): value for name, value in head.items()})
+        table = weights.pop("pos_embed")[0]
+        tokens = torch.cat([weights.pop("cls_token"), weights.pop("dist_token")], dim=1)[0]
+        long = int(weights.pop("p_input_tdim", (len(table) - 2) // (mel // PATCH) * PATCH))
+        width = len(weights["embed.weight"])
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        model = AST(long, mel, width, depth, width // 64, ssast_compat=True)
+        weights["extra"] = torch.stack([tokens, table[:2]])
+        weights["position.freq"] = table[2:].unflatten(0, (model.rows, -1))
+        if num_outputs is not None:  # what only pre-training needs may be absent
+            needed = ("hidden", "discriminate.", "generate.")
+            weights = {k: v for k, v in model.state_dict().items() if k.startswith(needed)} | weights
+        weights["hidden"] = weights["hidden"].flatten()
+        model.load_state_dict(weights)
+        model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
+        if head and num_outputs is not None and not kw.get("groups"):
+            model.load_state_dict(model.state_dict() | head)
+    except (KeyError, RuntimeError) as error:
+        raise DataError(f"SSAST weights: {_one_line(error)}; expected an SSAST checkpoint") from error
     return model
 
 
 def _ssast_name(name):
-    name = re.sub(r"^v\.|\battn\.|\bmlp\.", "", name)
+    """Our name of an SSAST weight."""
+    name = re.sub(r"^(module\.)?(v\.)?", "", name)
     for original, own in (
+        ("attn.", ""),
+        ("mlp.", ""),
         ("patch_embed.proj", "embed"),
         ("mask_embed", "hidden"),
         ("cpredlayer", "discriminate"),
@@ -937,16 +936,6 @@ def _ssast_name(name):
     ):
         name = name.replace(original, own)
     return name
-
-
-def _load_exactly(module, given, optional=()):
-    try:
-        missing, unknown = module.load_state_dict(given, strict=False)
-    except RuntimeError as error:  # shapes
-        raise DataError(f"SSAST weights: {' '.join(str(error).split())}") from None
-    wrong = [name for name in missing if not name.startswith(optional)] + unknown
-    if wrong:
-        raise DataError(f"SSAST weights: unknown or missing {sorted(wrong)} (our names)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -959,7 +948,7 @@ class CNN(nn.Module):
 
     def __init__(self, mel: int = 128, width: int = 32, num_outputs: int = 19, dropout: float = 0.3):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         sizes = [1, width, 2 * width, 4 * width, 4 * width]
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
@@ -975,16 +964,15 @@ class CNN(nn.Module):
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
         float32. Padding has no influence: it is zero before every convolution, as what lies beyond the
         edge."""
-        lengths = _all_frames(fbank) if lengths is None else lengths.to(fbank.device)
-        x = fbank.unsqueeze(1)  # (B, C, T, mel)
-        x = x * _inside(x.shape[2], lengths).unsqueeze(1).unsqueeze(3)
+        inside = _frames_inside(fbank, lengths)
+        x = (fbank * inside.unsqueeze(2)).unsqueeze(1)  # (B, C, T, mel)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = norm(convolution(x).transpose(1, 3)).transpose(1, 3)
             x = nn.functional.avg_pool2d(x.relu(), 2)
-            lengths = lengths // 2
-            x = x * _inside(x.shape[2], lengths).unsqueeze(1).unsqueeze(3)
-        x = x.permute(0, 2, 1, 3).flatten(2).float()  # (B, T / 16, C * mel / 16)
-        return self.head(torch.cat(_mean_and_deviation(x, _inside(x.shape[1], lengths)), dim=1)).float()
+            inside = inside[:, 1::2]  # of two frames both
+            x = x * inside[:, None, :, None]
+        x = x.transpose(1, 2).flatten(2).float()  # (B, T / 16, C * mel / 16)
+        return self.head(torch.cat(_mean_and_deviation(x, inside), dim=1)).float()
 
 
 class ClipStatistics(nn.Module):
@@ -999,22 +987,20 @@ class ClipStatistics(nn.Module):
         self.register_buffer("std", torch.ones(self.size))
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Mean and deviation of the values of some batches of (fbank, lengths); clips that are not finite are
-        left out."""
+        """Mean and deviation of the values of some batches of (fbank, lengths)."""
         values = torch.cat([self.values(x, lengths) for x, lengths in batches])
-        values = values[values.isfinite().all(1)]
-        if len(values) > 1:
-            self.mean.copy_(values.mean(0))
-            self.std.copy_(values.std(0).clip(min=1e-3))
+        self.mean.copy_(values.mean(0))
+        self.std.copy_(values.std(0).clip(min=1e-3))
 
     def values(self, fbank, lengths=None):
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not
         standardised."""
         x = fbank.float()
-        inside = _inside(x.shape[1], _all_frames(x) if lengths is None else lengths.to(x.device))
+        inside = _frames_inside(x, lengths)
+        outside = ~inside.unsqueeze(2)
         mean, deviation = _mean_and_deviation(x, inside)
-        least = x.masked_fill(~inside.unsqueeze(2), torch.inf).amin(1)
-        largest = x.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1)
+        least = x.masked_fill(outside, torch.inf).amin(1)
+        largest = x.masked_fill(outside, -torch.inf).amax(1)
         change, _ = _mean_and_deviation(x.diff(dim=1).abs(), inside[:, 1:])
         seconds = inside.sum(1, keepdim=True) / 100
         return torch.cat([mean, deviation, least, largest, change, seconds.log()], dim=1)
@@ -1029,7 +1015,7 @@ class PooledMLP(nn.Module):
 
     def __init__(self, mel: int = 128, width: int = 256, num_outputs: int = 19, dropout: float = 0.3):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         self.statistics = ClipStatistics(mel)
         self.head = nn.Sequential(
             nn.Dropout(dropout),
@@ -1045,13 +1031,17 @@ class PooledMLP(nn.Module):
         return self.head(self.statistics(fbank, lengths)).float()
 
 
-def _all_frames(fbank):
-    return torch.full((len(fbank),), fbank.shape[1], device=fbank.device)
-
-
 def _inside(frames, lengths):
     """(B, frames) True where a frame lies before its clip's end."""
     return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _frames_inside(fbank, lengths):
+    """The same of fbank (B, frames, mel); lengths None: all."""
+    B, frames, _ = fbank.shape
+    if lengths is None:
+        lengths = torch.full((B,), frames, device=fbank.device)
+    return _inside(frames, lengths.to(fbank.device))
 
 
 def _mean_and_deviation(x, inside):
