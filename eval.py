@@ -486,9 +486,7 @@ def seeds_of(loaded):
 
 
 def evaluate(argv: list[str]) -> dict:
-    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split;
-    returns them (see `measure`; for decoders `evaluate_decoder`, for a pre-training
-    `evaluate_pretraining`)."""
+    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split."""
     parser = _parser(
         "evaluate",
         "--ckpt FILE ... [--data DIR] [options]",
@@ -552,7 +550,7 @@ def _corpus_of(data, args):
         raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
     corpus = _load_corpus(args, "phonemes" in data)
     if corpus.synthetic != data["synthetic"]:
-        print(f"evaluated on {'synthetic' if corpus.synthetic else 'real'} data, trained on the other kind")
+        print("trained on the other kind of data")
     return corpus
 
 
@@ -597,9 +595,7 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note
-    statistics or a ridge regression on log-mel statistics unless asked otherwise; returns metrics (see
-    `measure`)."""
+    """`python eval.py floor`: scikit-learn on the parts that the trainers use; returns `measure`'s metrics."""
     parser = _parser(
         "floor",
         "[--task han|ast] [--data DIR] [options]",
@@ -1107,12 +1103,11 @@ def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
     """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A
-    word's id is its place. Where it knows less than half of them they are tried in capitals, as public LMs
-    are written. DataError on a file that is no LM or knows none."""
+    word's id is its place. Words are tried in capitals too, as public LMs are written. DataError on a file
+    that is no LM or knows none."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
-    best: tuple = (None, [], 0)
     for form in (str.lower, str.upper):
         try:
             with _silent_stderr():
@@ -1123,13 +1118,9 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
         start = lm.start(True)  # of no sentence: the score is the unigram's
         *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
         known = len(scores) - scores.count(unknown)
-        if known > best[2]:
-            best = (lm, scores, known)
-        if 2 * known >= len(vocabulary):
-            break
-    if not best[2]:
-        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
-    return best
+        if known:
+            return lm, scores, known
+    raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
 
 
 @contextlib.contextmanager
@@ -1241,21 +1232,17 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     number.
 
     FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). Any part may
-    be written, but all of it: DataError where a trial is missing or doubled, or where the '24 competition
-    part is not 1200 rows of 15 days."""
-    part = corpus.part[indices[0]] if len(indices) else "none"
-    whole = np.flatnonzero(corpus.part == part)
+    be written, but all of it: DataError where a trial is missing, also one that the conversion left out, or
+    where the '24 competition part is not 1200 rows of 15 days."""
+    part = corpus.part[indices[0]]
     found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] == part)
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
-    expected = max(found, len(whole), 1), size[1]
+    expected = max(found, int((corpus.part == part).sum())), size[1]
     if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
         expected = COMPETITION_SIZE
-    if size != expected or sorted(indices) != whole.tolist():
-        raise DataError(
-            f"{path}: {size} rows and days; expected {expected}, each trial of part {part} once; give --part,"
-            " or see what the conversion left out"
-        )
+    if size != expected:
+        raise DataError(f"{path}: {size} rows and days of part {part}; expected {expected}; give --part")
     texts = [text for *_, text in rows]
     if str(path).endswith(".csv"):
         write_csv(path, [("id", "text"), *enumerate(texts)])
@@ -1299,12 +1286,10 @@ def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namesp
 def words(
     log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
 ) -> dict:
-    """Decodes trials into words, prints and returns WER (0 to 1) and what it was got with; writes
-    --submission.
+    """Decodes trials into words, prints and returns WER (0 to 1) and settings; writes --submission.
 
-    log_probs: (F, 41) of each trial of indices. valid: (log_probs, indices) of the validation part, for
-    --tune. train: trials whose transcripts make the lexicon and the LM. Without any labelled trial there is
-    no WER. DataError on unreadable files, on --tune without labels, on an incomplete submission."""
+    log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
+    --tune; train: trials whose transcripts make the lexicon and the LM. No labelled trial, no WER."""
     settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam")}
     start_at = WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])
     settings |= {name: value for name, value in start_at.items() if settings[name] is None}
@@ -1529,11 +1514,9 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
     nothing.
 
-    y, p (n, D); groups (n,). Items of a group are alike on both sides, so items alone must not be exchanged
-    (which is all that scipy.stats.permutation_test does): every group receives the predictions of a whole
-    group of its fold, in random order (cut or repeated where that one is larger or smaller). Folds that hold
-    the same groups are permuted alike. p = (1 + draws as good as the observed) / (1 + n) (Phipson & Smyth,
-    2010)."""
+    y, p (n, D); groups (n,): items of one are alike, so (other than scipy.stats.permutation_test does) each
+    receives the predictions of a whole group of its fold, in random order, cut or repeated to its size. Folds
+    of the same groups are permuted alike. p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     folds = np.zeros(len(y), int) if folds is None else folds
     _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -1611,8 +1594,7 @@ FEWEST = 6
 
 
 def compare(argv: list[str]) -> dict:
-    """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns
-    its figures."""
+    """`python eval.py compare`: paired test of two sets of predictions; returns its figures."""
     parser = _parser(
         "compare",
         "--a FILE ... --b FILE ... [--data DIR] [options]",
@@ -1639,9 +1621,8 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     audio_options(parser)
     args = _parse(parser, argv, data_options)
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
-    for key in about.keys() & other.keys():
-        if about[key] != other[key]:
-            raise DataError(f"{args.a[0]}, {args.b[0]}: {key} {about[key]} and {other[key]}; expected one")
+    if any(about[key] != other[key] for key in about.keys() & other.keys()):
+        raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
     left_out = len(a.keys() ^ b.keys())
     print(
         f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{left_out} items that only one side predicts left out"
@@ -1817,10 +1798,9 @@ def _ceiling_column(names, raters, x):
     """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each.
 
     Model: rating = true + rater's own view of the item (variance b) + error of the moment (variance e, from
-    raters who rated an item twice). Both come from the sums of squares within raters and within items
-    (analysis of variance, unbiased for unequal counts). The mean of item i, of which rater j gave m_ij of N_i
-    ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i; R² = 1 - mean(noise_i) / Var(item means): the
-    reliability of the means."""
+    raters who rated an item twice), both from the sums of squares within raters and within items. The mean of
+    item i, of which rater j gave m_ij of N_i ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i;
+    R² = 1 - mean(noise_i) / Var(item means): the reliability of the means."""
     _, item, N = np.unique(names, return_inverse=True, return_counts=True)
     _, rater = np.unique(raters, return_inverse=True)
     key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
