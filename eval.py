@@ -1621,14 +1621,42 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     audio_options(parser)
     args = _parse(parser, argv, data_options)
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
+    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
     if any(about[key] != other[key] for key in about.keys() & other.keys()):
         raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
-    left_out = len(a.keys() ^ b.keys())
-    print(
-        f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{left_out} items that only one side predicts left out"
-    )
-    pair = _pair_trials if about["decoder"] else _pair_ratings
-    return _test_pairs(pair(a, b, args, (about | other).get("synthetic")), args.draws)
+    synthetic = (about | other).get("synthetic")
+    pairs = _paired_trials(a, b) if about["decoder"] else _paired_ratings(a, b, args, synthetic)
+    if len(set(pairs[3])) < 2:
+        raise DataError(
+            f"{args.a[0]}, {args.b[0]}: {len(pairs[0])} rated items (or labelled trials) that both predict, in "
+            f"one fold of part {args.part}; expected two {args.cluster}s or more; give their --data"
+        )
+    if about["decoder"]:
+        print(corpus_line(synthetic, "the files named"))
+        question = Question("phoneme error rate", "trials", (), -1, lambda _, n: np.array([error_rate(n)]))
+    else:
+        question = _rating_question(pairs[0], METRICS[args.metric], args)
+    print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
+    return _answer(question, *pairs, args.draws)
+
+
+@dataclass
+class Question:
+    """What is compared: statistic(y, p) -> a figure for each of labels, then the whole one, called `name`;
+    sign: 1 where more is better, -1 where less is; unit: what is drawn as a whole."""
+
+    name: str
+    unit: str
+    labels: tuple[str, ...]
+    sign: int
+    statistic: Callable
+
+
+def _rating_question(y, metric, args):
+    # an error is least for the truth itself
+    sign = 1 if metric(y, y).mean() > metric(y, 1 - y).mean() else -1
+    whole = lambda y, p: np.append(metric(y, p), metric(y, p).mean())  # noqa: E731
+    return Question(f"mean {args.metric}", f"{args.cluster}s", LABELS, sign, whole)
 
 
 def _side(args, paths):
@@ -1659,27 +1687,9 @@ def _side(args, paths):
     return items, {"decoder": False, "split": data["split"]}
 
 
-@dataclass
-class Pairs:
-    """What two sides, a and b (n, D), made of the same items of truth y (n, D).
-
-    groups (n,), counted in `unit`, are drawn as a whole, folds (n,) averaged. statistic(y, p) -> a figure for
-    each of labels, then the whole one, called `name`; sign: 1 where more is better, -1 where less is."""
-
-    y: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    groups: list
-    folds: np.ndarray
-    unit: str
-    statistic: Callable
-    labels: tuple[str, ...]
-    name: str
-    sign: int
-
-
-def _pair_ratings(a, b, args, synthetic):
-    """Pairs of the rated items that both sides predict in the same fold."""
+def _paired_ratings(a, b, args, synthetic):
+    """Truth, predictions of A and B (n, 19), groups and folds of the rated items that both predict in a
+    fold."""
     root = Path(args.data or synthetic_percepiano(args.cache))
     here = (root / "SYNTHETIC").is_file()
     if synthetic not in (None, here):  # the names would be the same
@@ -1689,87 +1699,43 @@ def _pair_ratings(a, b, args, synthetic):
     both = sorted(item for item in a.keys() & b.keys() if item[0] == args.part and item[2] in truth)
     if args.no_renderings:
         both = [item for item in both if not is_rendering(item[2])]
-    names = [name for _, _, name in both]
-    if len(set(map(segment_of, names))) < 2:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in "
-            "one fold; expected two segments or more; give their --data"
-        )
-    y = np.array([truth[name] for name in names])
-    metric = METRICS[args.metric]
-    # an error is least for the truth itself
-    more_is_better = metric(y, y).mean() > metric(y, 1 - y).mean()
-    return Pairs(
-        y=y,
-        a=np.array([a[item] for item in both]),
-        b=np.array([b[item] for item in both]),
-        groups=[segment_of(name) if args.cluster == "segment" else str(player_of(name)) for name in names],
-        folds=np.array([fold for _, fold, _ in both]),
-        unit=f"{args.cluster}s",
-        statistic=lambda y, p: np.append(metric(y, p), metric(y, p).mean()),
-        labels=LABELS,
-        name=f"mean {args.metric}",
-        sign=1 if more_is_better else -1,
-    )
+    y = np.array([truth[name] for *_, name in both])
+    pa, pb = (np.array([side[item] for item in both]) for side in (a, b))
+    group_of = segment_of if args.cluster == "segment" else player_of
+    return y, pa, pb, [str(group_of(name)) for *_, name in both], np.array([fold for _, fold, _ in both])
 
 
-def _pair_trials(a, b, args, synthetic):
-    """Pairs of the labelled trials that both sides decoded."""
-    both = [trial for trial in a if trial in b]
+def _paired_trials(a, b):
+    """The same of trials of one reference on both sides: `per_counts` (n, 4), which hold the truth."""
+    both = [trial for trial in a if trial in b and a[trial][0] == b[trial][0]]
     references = [a[trial][0] for trial in both]
-    if len(both) < 2 or references != [b[trial][0] for trial in both]:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded, or of other "
-            "phonemes; expected two or more of one corpus"
-        )
-    print(corpus_line(synthetic, "the files named"))
-    counts = [per_counts(references, [side[trial][1] for trial in both]) for side in (a, b)]
-    return Pairs(
-        y=counts[0],
-        a=counts[0],
-        b=counts[1],
-        groups=list(range(len(both))),
-        folds=np.zeros(len(both), int),
-        unit="trials",
-        statistic=lambda _, drawn: np.array([error_rate(drawn)]),
-        labels=(),
-        name="phoneme error rate",
-        sign=-1,
-    )
+    of_a, of_b = (per_counts(references, [side[trial][1] for trial in both]) for side in (a, b))
+    return of_a, of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
 
 
-def _test_pairs(pairs, draws):
+def _answer(question, y, pa, pb, groups, folds, draws):
     """Tests whether the sides differ, prints a table and the verdict, and returns them."""
-    a, b = (by_fold(pairs.statistic, pairs.folds, pairs.y, side) for side in (pairs.a, pairs.b))
-    sides = pairs.y, pairs.a, pairs.b
-    difference, interval, p = paired_bootstrap(*sides, pairs.groups, pairs.statistic, pairs.folds, draws)
-    clusters = len(set(pairs.groups))
+    a, b = (by_fold(question.statistic, folds, y, side) for side in (pa, pb))
+    difference, interval, p = paired_bootstrap(y, pa, pb, groups, question.statistic, folds, draws)
+    clusters = len(set(groups))
     if clusters < FEWEST:
         p = np.full_like(p, np.nan)
     tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
     corrected = np.append(holm(p[:-1]), p[-1])
-    print(
-        f"{len(pairs.y)} items, {clusters} {pairs.unit}, drawn {draws} times: no p is under {2 / draws:.2g}"
-    )
-    rows = zip([*pairs.labels, "all"], a, b, *tests.values(), corrected, strict=True)
-    print_table([pairs.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    print(f"{len(y)} items, {clusters} {question.unit}, drawn {draws} times: no p is under {2 / draws:.2g}")
+    rows = zip([*question.labels, "all"], a, b, *tests.values(), corrected, strict=True)
+    print_table([question.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
-        verdict = f"A is {'better' if pairs.sign * difference[-1] > 0 else 'worse'} than B"
-    verdict += f": {pairs.name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
+        verdict = f"A is {'better' if question.sign * difference[-1] > 0 else 'worse'} than B"
+    verdict += f": {question.name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
     if clusters < FEWEST:
-        verdict += f"; {clusters} {pairs.unit} are too few for a test"
+        verdict += f"; {clusters} {question.unit} are too few for a test"
     print(verdict)
-    each = {key: values[:-1].tolist() for key, values in tests.items()}
-    return {
-        "items": len(pairs.y),
-        "clusters": clusters,
-        "a": float(a[-1]),
-        "b": float(b[-1]),
-        **{key: values[-1].tolist() for key, values in tests.items()},
-        "verdict": verdict,
-        "per_dimension": each | {"p_holm": corrected[:-1].tolist()},
-    }
+    whole = {key: values[-1].tolist() for key, values in tests.items()}
+    each = {key: values[:-1].tolist() for key, values in tests.items()} | {"p_holm": corrected[:-1].tolist()}
+    counts = {"items": len(y), "clusters": clusters, "a": float(a[-1]), "b": float(b[-1])}
+    return {**counts, **whole, "verdict": verdict, "per_dimension": each}
 
 
 # ------------------------------------------------------------------------------------------------------------
