@@ -44,18 +44,11 @@ def test_help_explains_every_option(tool, monkeypatch):
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
-def test_overview_names_every_command(capsys):
-    assert evaluation.main(["--help"]) == {}
-    said = capsys.readouterr().out
-    assert all(re.search(rf"\b{name}\b", said) for name in evaluation.COMMANDS)
-
-
 SLIPS = [
     ("eval.py", [], "evaluate, predict"),
     ("eval.py", ["florr"], "florr"),
     ("eval.py", ["floor", "--task", "hann"], "hann"),
     ("eval.py", ["curves"], "--run"),
-    ("eval.py", ["floor", "--keep-"], "--keep-"),
     ("data.py", ["percepinao"], "percepinao"),
     ("data.py", ["fbank"], "--data"),
     ("eval.py", ["ceiling", "--qqqq=3"], "--qqqq"),
