@@ -464,10 +464,11 @@ def _check_alike(loaded, keys, fixed):
 def _load_fold_models(loaded):
     """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
     task = loaded[0][2]["task"]
-    of_task = {"han": "features"} | dict.fromkeys(AUDIO_TASKS, "audio")
-    if task not in of_task:
-        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected {', '.join(of_task)}")
-    alike = ["split", "keep_overlap", "synthetic", "labels", of_task[task]]
+    if task not in ("han", *AUDIO_TASKS):
+        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected han, {', '.join(AUDIO_TASKS)}")
+    alike = ["split", "keep_overlap", "synthetic", "labels"]
+    if task in AUDIO_TASKS:
+        alike.append("audio")
     data = _check_alike(loaded, alike, {"labels": list(LABELS)})
     folds: dict[int, list[tuple]] = {}
     for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
