@@ -596,7 +596,7 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the parts that the trainers use; returns `measure`'s metrics."""
+    """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
     parser = _parser(
         "floor",
         "[--task han|ast] [--data DIR] [options]",
@@ -1629,7 +1629,7 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     pairs = _paired_trials(a, b) if about["decoder"] else _paired_ratings(a, b, args, synthetic)
     if len(set(pairs[3])) < 2:
         raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(pairs[0])} rated items (or labelled trials) that both predict, in "
+            f"{args.a[0]}, {args.b[0]}: {len(pairs[0])} rated items or trials that both predict, in "
             f"one fold of part {args.part}; expected two {args.cluster}s or more; give their --data"
         )
     if about["decoder"]:
