@@ -42,11 +42,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from html import escape
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +79,6 @@ from data import (
     extract_performances,
     fbank,
     fbank_frames,
-    frames_needed,
     load_percepiano,
     map_days,
     normalise_fbank,
@@ -177,8 +174,8 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
     """What a trainer logs of ratings y and predictions p, (n, 19); spread: deviation of p over y's."""
     metrics = {"valid_loss": float(mse(y, p).mean())}
     for name, metric in METRICS.items():
-        metrics[f"valid_{name}"] = float(metric(y, p).mean())
-        metrics[f"valid_{name}_per_dimension"] = metric(y, p).tolist()
+        each = metric(y, p)
+        metrics |= {f"valid_{name}": float(each.mean()), f"valid_{name}_per_dimension": each.tolist()}
     spread = float((p.std(0) / y.std(0)).mean())
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
@@ -206,17 +203,11 @@ def resample(statistic: Callable, groups: Iterable, folds, *arrays, n=1000, seed
     return np.array(values if 2 * len(values) >= n else [])
 
 
-def percentile_interval(draws: np.ndarray) -> list[float]:
-    """95 % interval [low, high] of drawn scalars; NaN of none."""
-    return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [math.nan, math.nan]
-
-
 def cluster_bootstrap(y, p, groups, statistic: Callable = r2, n=1000, seed=7, folds=None) -> list[float]:
     """95 % interval of the mean of statistic(y, p), y and p (n, D), when whole groups (n,) (segments) are
     drawn with replacement; with folds (n,) of its mean over folds. NaN where too few draws tell anything."""
-    return percentile_interval(
-        resample(lambda y, p: np.mean(statistic(y, p)), groups, folds, y, p, n=n, seed=seed)
-    )
+    draws = resample(lambda y, p: np.mean(statistic(y, p)), groups, folds, y, p, n=n, seed=seed)
+    return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [math.nan, math.nan]
 
 
 def is_rendering(name: str) -> bool:
@@ -239,12 +230,10 @@ def _stacked(records, truth, part, view):
 
 def of_views(function: Callable, records: list[dict], truth: dict[str, np.ndarray]) -> dict:
     """{part: {view: function(*_stacked), or None where nothing is rated}}."""
-    result: dict = {}
-    for part in dict.fromkeys(record["part"] for record in records):
-        result[part] = {}
-        for view in VIEWS:
-            names, *arrays = _stacked(records, truth, part, view)
-            result[part][view] = function(names, *arrays) if names else None
+    result: dict = {record["part"]: {} for record in records}
+    for part, view in itertools.product(result, VIEWS):
+        names, *arrays = _stacked(records, truth, part, view)
+        result[part][view] = function(names, *arrays) if names else None
     return result
 
 
@@ -274,8 +263,7 @@ def _measure_folds(names, y, p, folds):
 
 
 def scores(y, p, groups) -> dict:
-    """All metrics of one part and fold: counts, each metric's mean, R² with its interval, and each per
-    dimension."""
+    """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
     each = {key: metric(y, p) for key, metric in METRICS.items()}
     return {
         "items": len(y),
@@ -297,6 +285,26 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
     write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
 
 
+def read_csv(path: str | Path) -> dict:
+    """{item: prediction} of a CSV of --csv or --save-results: (part, fold, name): ratings (19,), or trial:
+    (reference, hypothesis), phoneme ids. DataError names the line."""
+    items: dict = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file, strict=True):
+                if "trial" in row:
+                    spelt = row["reference"].split(), row["hypothesis"].split()
+                    items[row["trial"]] = tuple([PHONEMES.index(p) for p in side] for side in spelt)
+                else:
+                    ratings = np.array([float(row[label]) for label in LABELS])
+                    items[row["part"], int(row["fold"]), row["name"]] = ratings
+        if not items:
+            raise ValueError("no prediction")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path}: line {len(items) + 2}: {error!r}; expected one CSV of eval.py") from error
+    return items
+
+
 def write_predictions(path: str | Path, records: list[dict]) -> None:
     """CSV of columns name, part, fold and the 19 labels; one line per item, part and fold; four decimals."""
     rows: list = [["name", "part", "fold", *LABELS]]
@@ -310,22 +318,13 @@ def write_predictions(path: str | Path, records: list[dict]) -> None:
 def read_predictions(path: str | Path) -> list[dict]:
     """Reads what `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19). DataError
     otherwise."""
-    groups: dict[tuple, list] = {}
-    line = 1
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for line, row in enumerate(csv.DictReader(file, strict=True), 2):  # noqa: B007
-                ratings = [float(row[label]) for label in LABELS]
-                groups.setdefault((row["part"], int(row["fold"])), []).append((row["name"], ratings))
-        if not groups:
-            raise ValueError("no predictions")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(f"{path}: line {line}: {error!r}; expected ratings of --save-results") from error
-    records = []
-    for (part, fold), items in groups.items():
-        names, p = zip(*items, strict=True)
-        records.append({"part": part, "fold": fold, "names": list(names), "p": np.array(p)})
-    return records
+    groups: dict[tuple, dict] = {}
+    for (part, fold, name), p in read_csv(path).items():
+        groups.setdefault((part, fold), {})[name] = p
+    return [
+        {"part": part, "fold": fold, "names": [*found], "p": np.array([*found.values()])}
+        for (part, fold), found in groups.items()
+    ]
 
 
 def hardware(device: torch.device) -> dict:
@@ -341,22 +340,19 @@ def hardware(device: torch.device) -> dict:
     }
 
 
-def save_results(stem: str, args, about: dict, figures: dict) -> None:
-    """Writes figures, what they are about and how they were made to stem.json; a list of numbers is one
-    line."""
-    made = {
-        "row": args.save_results,
-        "command": args.command,
-        **git_state(),
-        "hardware": hardware(args.device),
-    }
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    saved = json_ready({**made, "date": date, **about, **figures})
-    text = re.sub(
-        r"\[\s+([^][{}]*?)\s+]",
-        lambda found: f"[{' '.join(found[1].split())}]",
-        json.dumps(saved, indent=1, allow_nan=False),
-    )
+def save_results(write: Callable, args, about: dict, figures: dict) -> None:
+    """--csv and --save-results: write(path) makes a CSV; beside it stand the figures, what they are about and
+    how they were made, as JSON."""
+    if args.csv:
+        write(args.csv)
+    if not args.save_results:
+        return
+    scope = about.get("split") or about["part"]
+    stem = Path(args.results_dir) / f"{about['task']}_{args.save_results}_{scope}"
+    made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
+    made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
+    write(f"{stem}.csv")
     write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
     print(f"saved {stem}.json and .csv")
 
@@ -365,49 +361,35 @@ def corpus_line(synthetic: bool, root: object) -> str:
     return "SYNTHETIC corpus: figures say nothing about real data" if synthetic else f"real data in {root}"
 
 
-def print_table(head: list[str], rows: Iterable[Iterable]) -> None:
-    """Aligned columns; fractions to four digits."""
-    cells = [
-        [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [head, *rows]
-    ]
+def print_table(head: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Aligned columns; fractions to four digits, intervals in brackets."""
+    cells = [list(map(_cell, row)) for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return str(value) if isinstance(value, str | int) else brackets(value)
 
 
 def brackets(interval: Iterable[float]) -> str:
     return "[{:.4f}, {:.4f}]".format(*interval)
 
 
-def _print_metrics(metrics):
-    for part, views in metrics.items():
-        rows, columns = [], {}
-        for view, figures in views.items():
-            if not figures:
-                print(f"{part}, {VIEWS[view]}: no label: predicted only, no metric")
-                continue
-            mean = figures["mean"]
-            for fold, s in figures["folds"].items():
-                title = f"{part} fold {fold}, {VIEWS[view]}: {s['items']} items, {s['segments']} segments"
-                rows.append([title, *(s[key] for key in METRICS), brackets(s["r2_interval"])])
-            if mean["folds"] > 1:
-                title = f"{part} mean of {mean['folds']} folds, {VIEWS[view]}"
-                rows.append([title, *(mean[key] for key in METRICS), brackets(mean["r2_interval"])])
-                rows.append(["standard deviation", *(mean[f"{key}_std"] for key in METRICS), ""])
-            for key, values in mean["per_dimension"].items():
-                columns[f"{key}, {VIEWS[view]}"] = values
-        if columns:
-            print_table([part, *METRICS, "95 % of r2"], rows)
-            print_table([f"{part} per dimension", *columns], zip(LABELS, *columns.values(), strict=True))
-
-
-def _load_corpus(args):
-    if not args.data:
-        print("no --data: the built-in SYNTHETIC corpus; python data.py fetch percepiano gets the real one")
-    corpus = load_percepiano(args.data or synthetic_percepiano(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
-    return corpus
+def _print_figures(title, figures, tests):
+    if not figures:
+        print(f"{title}: no label: predicted only, no metric")
+        return
+    rows, mean = [], figures["mean"]
+    for fold, s in (figures["folds"] | {"mean": mean}).items():
+        rows.append([fold, s.get("items", ""), *(s[key] for key in METRICS), s["r2_interval"]])
+    rows.append(["std", "", *(mean[f"{key}_std"] for key in METRICS), ""])
+    print_table([f"{title}: fold", "items", *METRICS, "95 % of r2"], rows)
+    each = mean["per_dimension"] | (tests or {})
+    print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
 def _finish(records, corpus, args, about):
@@ -419,20 +401,15 @@ def _finish(records, corpus, args, about):
             record["p"] = np.round(record["p"], 4)
     figures = {"metrics": measure(records, truth)}
     print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
-    _print_metrics(figures["metrics"])
     if about["task"] == "ast":
         figures["significance"] = significance(records, truth)
-        _print_significance(figures["significance"])
+    for part, view in itertools.product(figures["metrics"], VIEWS):
+        tests = figures["significance"][part][view] if "significance" in figures else {}
+        _print_figures(f"{part}, {VIEWS[view]}", figures["metrics"][part][view], tests)
     unrated = {name for record in records for name in record["names"]} - truth.keys()
-    print(
-        f"{len(unrated)} unlabelled items predicted; --csv FILE or --save-results ROW writes all predictions"
-    )
-    if args.csv:
-        write_predictions(args.csv, records)
-    if args.save_results:
-        stem = Path(args.results_dir) / f"{about['task']}_{args.save_results}_{about['split']}"
-        write_predictions(f"{stem}.csv", records)
-        save_results(stem, args, {**about, "synthetic": corpus.synthetic, "labels": list(LABELS)}, figures)
+    print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
+    about["synthetic"] = corpus.synthetic
+    save_results(lambda path: write_predictions(path, records), args, about, figures)
     return figures["metrics"]
 
 
@@ -460,52 +437,39 @@ def predict_han(model: nn.Module, items: list[dict], device: torch.device, batch
 
 
 def _load_models(paths):
-    """[(path, model, what of the checkpoint is needed), ...], all of one task."""
-    loaded = []
-    for path in paths:
-        model, ckpt = load_checkpoint(path)
-        kept = {key: ckpt.get(key) for key in ("task", "args", "data", "step", "epoch", "git_sha")}
-        loaded.append((path, model, kept))
-        first = loaded[0][2]["task"]
-        if kept["task"] != first:
-            raise DataError(f"{path}: of task {kept['task']!r}; {paths[0]} is of {first!r}; split them")
-    return loaded
+    """[(path, model, checkpoint), ...]."""
+    return [(path, *load_checkpoint(path)) for path in paths]
 
 
 def _check_alike(loaded, keys, fixed):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
     of the keys (of its data or its model), has another value there than the first, or than the fixed one."""
-    expected: dict = {}
+    expected = fixed | {"task": loaded[0][2]["task"]}
     for path, model, ckpt in loaded:
-        try:
-            found = {key: (ckpt["data"] | model.model_args)[key] for key in keys}
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: {error} is not in its data; expected a best.pt that predicts"
-            ) from error
-        expected = expected or found | fixed
-        for key in keys:
-            if found[key] != expected[key]:
+        known = {**(ckpt["data"] or {}), **model.model_args, "task": ckpt["task"]}
+        for key in ("task", *keys):
+            value = known.get(key)
+            if key not in known or value != expected.setdefault(key, value):
                 raise DataError(
-                    f"{path}: {key} is {found[key]!r:.60}; expected {expected[key]!r:.60}, as in "
-                    f"{loaded[0][0]} or this version; evaluate them apart, or train again"
+                    f"{path}: {key} is {value!r:.60}; expected {expected.get(key)!r:.60}, as in "
+                    f"{loaded[0][0]} or this version, of a best.pt; evaluate them apart, or train again"
                 )
     return loaded[0][2]["data"]
 
 
 def _load_fold_models(loaded):
-    """{fold: [(model, what of the checkpoint is needed), ...]} and the data settings that all must share."""
+    """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
     task = loaded[0][2]["task"]
-    of_task = {"han": ["features"], **dict.fromkeys(AUDIO_TASKS, ["audio"])}
-    if task not in of_task:
-        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected {', '.join(of_task)} or decoder")
-    alike = ["split", "keep_overlap", "synthetic", "labels", *of_task[task]]
+    if task not in ("han", *AUDIO_TASKS):
+        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected han, {', '.join(AUDIO_TASKS)}")
+    alike = ["split", "keep_overlap", "synthetic", "labels"]
+    if task in AUDIO_TASKS:
+        alike.append("audio")
     data = _check_alike(loaded, alike, {"labels": list(LABELS)})
     folds: dict[int, list[tuple]] = {}
-    for path, model, ckpt in loaded:
-        kept = {**ckpt, "path": str(path), "args": _own_options(ckpt)}
-        folds.setdefault(ckpt["data"]["fold"], []).append((model, kept))
-    return dict(sorted(folds.items())), data
+    for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
+        folds.setdefault(ckpt["data"]["fold"], []).append((model, {**ckpt, "path": str(path)}))
+    return folds, data
 
 
 def _own_options(ckpt):
@@ -514,24 +478,16 @@ def _own_options(ckpt):
     return {key: value for key, value in ckpt["args"].items() if key not in local}
 
 
-def _checkpoints(used):
-    """What a results JSON says of the checkpoints, (path, ckpt) each."""
-    rows = []
-    for path, ckpt in used:
-        kept = {key: ckpt[key] for key in ("epoch", "step", "git_sha")}
-        rows.append({"path": str(path), "fold": ckpt["data"].get("fold"), **kept, "args": _own_options(ckpt)})
-    return {"seeds": [row["args"].get("seed") for row in rows], "checkpoints": rows}
+def seeds_of(loaded):
+    return [ckpt["args"].get("seed") for *_, ckpt in loaded]
 
 
 def evaluate(argv: list[str]) -> dict:
-    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split;
-    returns them (see `measure`; for decoders `evaluate_decoder`, for a pre-training
-    `evaluate_pretraining`)."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py evaluate",
-        usage="python eval.py [evaluate] --ckpt FILE ... [--data DIR] [options]",
-        description="""\
+    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split."""
+    parser = _parser(
+        "evaluate",
+        "--ckpt FILE ... [--data DIR] [options]",
+        """\
 Scores checkpoints on data that they did not learn from. What they are they know themselves.
 
     python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano        one fold
@@ -545,7 +501,6 @@ Intervals: 95 %, bootstrap over segments or trials.""",
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
     add("--part", choices=parts, default="valid", help="part to score (%(default)s)")
-    add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
     of_audio = audio_options(parser)
     of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP), *word_options(parser)]
     args = _parse(parser, argv, data_options, result_options)
@@ -560,12 +515,10 @@ Intervals: 95 %, bootstrap over segments or trials.""",
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} is of task {task!r}")
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
         return evaluate_pretraining(args, loaded)
-    folds, data = _load_fold_models(loaded)
-    corpus = _corpus_of(data, args)
-    records = fold_records(folds, corpus, args, ("valid", "test") if args.save_results else (args.part,))
-    about = {"task": "han" if task == "han" else "ast", "model": task}
+    parts = ["valid", "test"] if args.save_results else [args.part]
+    records, corpus, data = _rate_parts(args, loaded, parts)
+    about = {"task": "han" if task == "han" else "ast", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
-    about |= _checkpoints([(ckpt["path"], ckpt) for members in folds.values() for _, ckpt in members])
     return _finish(records, corpus, args, about)
 
 
@@ -577,55 +530,60 @@ def _refuse_given(args, options, trainer, task):
         raise DataError(f"{names}: only for {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
 
 
-def _refuse_synthetic(data, args):
-    if args.data is None and not data["synthetic"]:
-        raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
-
-
-def _say_other_corpus(data, synthetic):
-    if synthetic != data["synthetic"]:
-        print(f"evaluated on {'synthetic' if synthetic else 'real'} data, trained on the other kind")
+def _load_corpus(args, speech=False):
+    """PercePiano or a corpus of speech trials: --data, or the synthetic one; says what it left out."""
+    read, made = (open_speech, synthetic_speech) if speech else (load_percepiano, synthetic_percepiano)
+    if not args.data:
+        print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
+    corpus = read(args.data or made(args.cache), args.cache)
+    for line in corpus.left_out:
+        print(f"left out: {line}")
+    return corpus
 
 
 def _corpus_of(data, args):
-    """The corpus of --data for checkpoints of data settings `data`."""
-    _refuse_synthetic(data, args)
-    corpus = _load_corpus(args)
-    _say_other_corpus(data, corpus.synthetic)
+    """The corpus of --data, which must be given for checkpoints (of data settings `data`) of real data."""
+    if args.data is None and not data["synthetic"]:
+        raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
+    corpus = _load_corpus(args, "phonemes" in data)
+    if corpus.synthetic != data["synthetic"]:
+        print("trained on the other kind of data")
     return corpus
+
+
+def _rate_parts(args, loaded, parts):
+    """Predictions of checkpoints that rate, as `measure` takes them; their corpus; their data settings."""
+    folds, data = _load_fold_models(loaded)
+    corpus = _corpus_of(data, args)
+    return fold_records(folds, corpus, args, parts), corpus, data
 
 
 def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Iterable[str]) -> list[dict]:
     """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes
     them."""
     records: list[dict] = []
-    first = next(iter(folds.values()))[0][1]
+    _, first = next(iter(folds.values()))[0]
     store = audio_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
         data, options = members[0][1]["data"], members[0][1]["args"]
-        names_of = percepiano_parts(
-            corpus,
-            data["split"],
-            fold,
-            keep_overlap=data["keep_overlap"],
-            keep_misaligned=options.get("keep_misaligned", False),
-        )
-        seeds = [ckpt["args"].get("seed") for _, ckpt in members]
-        print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds}")
+        misaligned = options.get("keep_misaligned", False)
+        kept = {"keep_overlap": data["keep_overlap"], "keep_misaligned": misaligned}
+        names_of = percepiano_parts(corpus, data["split"], fold, **kept)
+        print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds_of(members)}")
         for part in parts:
-            names, p = names_of[part], []
-            if store:
-                names = [name for name in names if name in store.names]
-            for model, ckpt in members:
-                if store:
-                    items = prepare_ast(corpus, store, names, ckpt["data"])
-                    batch = args.batch or 8
-                    p.append(predict_ast(model, items, ckpt["data"], args.device, batch, args.crops))
-                else:
-                    items = prepare_han(corpus, names, ckpt["data"])
-                    p.append(predict_han(model, items, args.device, args.batch or 16))
-            records.append({"part": part, "fold": fold, "names": names, "p": np.mean(p, axis=0)})
+            names = [name for name in names_of[part] if store is None or name in store.names]
+            each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
+            records.append({"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)})
     return records
+
+
+def _predict(model, ckpt, names, corpus, store, args):
+    """Ratings of these items by one model, (n, 19), of their audio where there is a store."""
+    if store is None:
+        items = prepare_han(corpus, names, ckpt["data"])
+        return predict_han(model, items, args.device)
+    items = prepare_ast(corpus, store, names, ckpt["data"])
+    return predict_ast(model, items, ckpt["data"], args.device, crops=args.crops)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -634,14 +592,11 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Ite
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note
-    statistics or a ridge regression on log-mel statistics unless asked otherwise; returns metrics (see
-    `measure`)."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py floor",
-        usage="python eval.py floor [--task han|ast] [--data DIR] [options]",
-        description="""\
+    """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
+    parser = _parser(
+        "floor",
+        "[--task han|ast] [--data DIR] [options]",
+        """\
 The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han)
 or spectrogram (ast), trained and scored on the same parts as the trainers use. A minute.
 
@@ -651,52 +606,40 @@ or spectrogram (ast), trained and scored on the same parts as the trainers use. 
     )
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
-    add(
-        "--model",
-        choices=["ridge", "forest"],
-        help="ridge regression, or 150 trees (han: forest, ast: ridge)",
-    )
+    add("--model", choices=["ridge", "forest"], help="ridge, or 150 trees (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
     add("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
-    add("--keep-misaligned", action="store_true", help="train also on match rates under .6 (off)")
-    add("--seed", type=number(int, 0), default=7, help="of the forest (%(default)s)")
     args = _parse(parser, argv, data_options, result_options)
-    foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
-    if foreign:
+    if args.audio or args.probe if args.task == "han" else args.features != "full":
         raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
-    args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
-    statistics = _note_statistics(corpus, args) if args.task == "han" else _clip_statistics(corpus, args)
+    about = {"task": args.task, "seeds": [7], "split": args.split, "keep_overlap": args.keep_overlap}
+    if args.task == "han":
+        about |= {"model": args.model or "forest", "features": args.features}
+        columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
+        statistics = {
+            name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()
+        }
+    else:
+        about |= {"model": args.model or "ridge", "audio": "wav" if args.audio else "rendered"}
+        about["probe"] = args.probe
+        statistics = _clip_statistics(corpus, args)
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
-        names_of = percepiano_parts(
-            corpus, args.split, fold, keep_overlap=args.keep_overlap, keep_misaligned=args.keep_misaligned
-        )
-        train = [name for name in names_of["train"] if name in statistics]
-        model = _regression(args.model, args.seed, [segment_of(name) for name in train])
+        names_of = percepiano_parts(corpus, args.split, fold, keep_overlap=args.keep_overlap)
+        names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
+        train = names_of["train"]
+        model = _regression(about["model"], list(map(segment_of, train)))
         model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
         for part in ("valid", "test"):
-            names = [name for name in names_of[part] if name in statistics]
-            p = np.zeros((0, len(LABELS)))
-            if names:
-                p = model.predict([statistics[name] for name in names]).clip(0, 1)
-            records.append({"part": part, "fold": fold, "names": names, "p": p})
-    about = {"task": args.task, "model": args.model, "seeds": [args.seed]}
-    about |= {"split": args.split, "keep_overlap": args.keep_overlap}
-    if args.task == "han":
-        about["features"] = args.features
-    else:
-        about |= {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+            rows = [statistics[name] for name in names_of[part]]
+            p = model.predict(rows).clip(0, 1) if rows else np.zeros((0, len(LABELS)))
+            records.append({"part": part, "fold": fold, "names": names_of[part], "p": p})
     return _finish(records, corpus, args, about)
-
-
-def _note_statistics(corpus, args):
-    columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-    return {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
 
 
 def _clip_statistics(corpus, args):
@@ -711,7 +654,7 @@ def _clip_statistics(corpus, args):
     return statistics
 
 
-def _regression(kind, seed, groups):
+def _regression(kind, groups):
     """A forest, or ridge regression on standardised columns, its strength chosen by cross-validation over
     whole groups."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
@@ -721,9 +664,7 @@ def _regression(kind, seed, groups):
     from sklearn.preprocessing import StandardScaler
 
     if kind == "forest":
-        return ExtraTreesRegressor(
-            150, min_samples_leaf=3, max_features=0.3, random_state=seed, n_jobs=os.cpu_count()
-        )
+        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
     folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
     return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
 
@@ -851,10 +792,10 @@ def error_rate(counts: np.ndarray) -> float:
     return float(sum(errors) / labels) if labels else math.nan
 
 
-def trial_bootstrap(counts: np.ndarray, n: int = 1000, seed: int = 7) -> list[float]:
+def trial_bootstrap(counts: np.ndarray) -> list[float]:
     """95 % interval of `error_rate` when trials are drawn with replacement; NaN with fewer than two
     trials."""
-    return percentile_interval(resample(error_rate, range(len(counts)), None, counts, n=n, seed=seed))
+    return cluster_bootstrap(counts, counts, range(len(counts)), lambda _, drawn: error_rate(drawn))
 
 
 def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[str]) -> dict:
@@ -863,18 +804,18 @@ def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[
     same figures.
 
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
-
-    def figures(counts):
-        totals = dict(zip(("sub", "del", "ins", "labels"), counts.sum(0).tolist(), strict=True))
-        return {"per": error_rate(counts), **totals, "trials": len(counts)}
-
     counts, days = per_counts(refs, hyps), np.asarray(days)
     speech = [[[k for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
     return {
-        **figures(counts),
+        **_error_figures(counts),
         "per_without_sil": error_rate(per_counts(*speech)),
-        "by_day": {day_names[day]: figures(counts[days == day]) for day in np.unique(days)},
+        "by_day": {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)},
     }
+
+
+def _error_figures(counts):
+    totals = dict(zip(("sub", "del", "ins", "labels"), counts.sum(0).tolist(), strict=True))
+    return {"per": error_rate(counts), **totals, "trials": len(counts)}
 
 
 def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list[np.ndarray]:
@@ -903,27 +844,32 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
 
 def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args) -> list[np.ndarray]:
     """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day,
-    device, batch."""
+    device. Says which day layer stands in for a session that a checkpoint does not know."""
     total: list = []
     used = np.unique(corpus.day[trials])
-    for _, model, ckpt in loaded:
+    sessions = [corpus.days[day] for day in used]
+    for path, model, ckpt in loaded:
+        known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
-        days[used] = map_days([corpus.days[d] for d in used], ckpt["data"]["days"], args.day)
-        each = speech_logits(model.to(args.device), corpus, trials, days, args.device, args.batch or 64)
+        days[used] = map_days(sessions, known, args.day)
+        for session, layer in zip(sessions, days[used], strict=True):
+            if session not in known:
+                stands_in = "the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"
+                print(f"session {session}: unknown to {path}; {stands_in}")
+        each = speech_logits(model.to(args.device), corpus, trials, days, args.device)
         total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
     return [row - np.float32(np.log(len(loaded))) for row in total]
 
 
 def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
-    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy),
-    "frames"}; log_probs (F, 41) each."""
+    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy)};
+    log_probs (F, 41) each."""
     return [
         {
             "trial": corpus.ids[i],
             "day": corpus.days[corpus.day[i]],
             "reference": corpus.labels[i].tolist(),
             "hypothesis": ctc_greedy(row[None], [len(row)])[0],
-            "frames": len(row),
         }
         for i, row in zip(trials, log_probs, strict=True)
     ]
@@ -931,34 +877,32 @@ def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Itera
 
 def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures
-    of `decoder_scores`, their 95 % interval over trials and the most frequent substitutions; "words" where
-    these were asked for."""
-    corpus = _speech_corpus(args, loaded)
-    parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+    of `decoder_scores` and their 95 % interval over trials; "words" where these were asked for."""
+    corpus, parts = _speech_parts(args, loaded)
     trials = parts[args.part]
-    labelled = corpus.labelled[trials] & (args.part != "competition")
-    if not labelled.any() and (not args.submission or args.csv or args.save_results or not len(trials)):
+    labelled = corpus.labelled[trials]
+    scored = trials[labelled]
+    if not len(scored) and not (args.submission and len(trials)):
         raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
-    _say_circumstances(args, loaded, corpus, trials)
-    log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
-    if labelled.any():
-        scored = trials[labelled]
-        records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
-        refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-        figures = {
-            **decoder_scores(refs, hyps, corpus.day[scored], corpus.days),
-            "interval": trial_bootstrap(per_counts(refs, hyps)),
-            "unlabelled": len(trials) - len(scored),
-            "too_short": sum(record["frames"] < frames_needed(record["reference"]) for record in records),
-            "substitutions": substitutions(refs, hyps),
-        }
-        decoder_report(figures, records, args.part)
+    log_probs, figures = mean_logits(loaded, corpus, trials, args), {}
+    records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
+    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+    counts = per_counts(refs, hyps)
+    if records:
+        figures = decoder_scores(refs, hyps, corpus.day[scored], corpus.days)
+        figures["interval"] = trial_bootstrap(counts)
+        _print_decoder(figures, args.part)
     if args.words or args.tune or args.submission:
-        valid = (log_probs, trials)
+        tuned_on = (log_probs, trials)
         if args.tune and args.part != "valid":
-            valid = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
-        figures["words"] = words(log_probs, corpus, trials, args, valid, parts["train"])
-    _write_decoder(figures, records, corpus, args, loaded)
+            tuned_on = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
+        figures["words"] = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
+    rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
+    for record, ref, hyp, numbers in zip(records, refs, hyps, counts.tolist(), strict=True):
+        rows.append([record["trial"], record["day"], spell(ref), spell(hyp), *numbers])
+    about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic}
+    about |= {"valid": loaded[0][2]["data"]["valid"], "seeds": seeds_of(loaded)}
+    save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
     return figures
 
 
@@ -970,45 +914,27 @@ def _shared_settings(loaded):
 
 
 def _speech_corpus(args, loaded):
-    """The corpus of --data, which must be given where the decoders learned from real data, and fit them."""
+    """The corpus of --data, which must fit the decoders."""
     data = _shared_settings(loaded)
-    _refuse_synthetic(data, args)
-    if not args.data:
-        print("no --data: the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq")
-    corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
+    corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
     return corpus
 
 
-def _say_circumstances(args, loaded, corpus, trials):
-    """Which checkpoints, which trials, and what a reader must know before believing the figures."""
-    data = loaded[0][2]["data"]
-    seeds = [ckpt["args"].get("seed") for _, _, ckpt in loaded]
-    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds}")
+def _speech_parts(args, loaded):
+    """The corpus and its trials by part; says what a reader must know before believing the figures."""
+    corpus = _speech_corpus(args, loaded)
+    _say_circumstances(args, loaded, corpus)
+    return corpus, speech_parts(corpus, loaded[0][2]["data"]["valid"])
+
+
+def _say_circumstances(args, loaded, corpus):
+    """Which checkpoints, and what a reader must know before believing the figures."""
+    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
     print(corpus_line(corpus.synthetic, corpus.root))
-    _say_other_corpus(data, corpus.synthetic)
-    if data["valid"] == "test" and args.part in ("valid", "test"):
+    if loaded[0][2]["data"]["valid"] == "test" and args.part in ("valid", "test"):
         print("the checkpoint was chosen on the test part (--valid test): its score there is no result")
-    for path, _, ckpt in loaded:
-        known = ckpt["data"]["days"]
-        for day in [corpus.days[d] for d in np.unique(corpus.day[trials])]:
-            if args.day and day not in known:
-                layer = map_days([day], known, args.day)[0]
-                used = "the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"
-                print(f"session {day}: unknown to {path}; {used}")
-
-
-def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
-    """The most frequent [reference phoneme, decoded phoneme, times]."""
-    pairs: Counter = Counter()
-    for ref, hyp in zip(refs, hyps, strict=True):
-        edits = Levenshtein.editops(ref, hyp)
-        pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
-    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -1016,53 +942,12 @@ def spell(ids: Iterable[int]) -> str:
     return " ".join(PHONEMES[k] for k in ids)
 
 
-def print_samples(names: list[str], references: list[str], decoded: list[str]) -> None:
-    """Prints five evenly spaced trials."""
-    for k in np.unique(np.linspace(0, len(names) - 1, 5).astype(int)):
-        print(f"{names[k]}\n  reference  {references[k]}\n  decoded    {decoded[k]}")
-
-
-def decoder_report(figures: dict, records: list[dict], part: str) -> None:
-    """Prints figures of `evaluate_decoder`: totals, a line a day, substitutions, and sample transcripts."""
+def _print_decoder(figures, part):
     print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
-    print(
-        f"PER without SIL {figures['per_without_sil']:.4f}; {figures['unlabelled']} more trials have no label"
-    )
-    print(
-        f"{figures['too_short']} trials have fewer frames than their labels need: never decoded without error"
-    )
+    print(f"PER without SIL {figures['per_without_sil']:.4f}")
     columns = ["trials", "labels", "per", "sub", "del", "ins"]
-    days = [*figures["by_day"].items(), ("all", figures)]
-    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days])
-    print(
-        "substitutions, reference > decoded:",
-        ", ".join(f"{a} > {b} {n}" for a, b, n in figures["substitutions"]),
-    )
-    spelt = [[spell(record[side]) for record in records] for side in ("reference", "hypothesis")]
-    print_samples([record["trial"] for record in records], *spelt)
-
-
-def _write_decoder(figures, records, corpus, args, loaded):
-    """--csv and --save-results: a line a trial with its transcripts and counts, and the figures with their
-    circumstances."""
-    rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
-    for record in records:
-        ref, hyp = record["reference"], record["hypothesis"]
-        rows.append(
-            [record["trial"], record["day"], spell(ref), spell(hyp), *edit_counts(ref, hyp), len(ref)]
-        )
-    if args.csv:
-        write_csv(args.csv, rows)
-        print(f"transcripts of {len(records)} trials in {args.csv}")
-    if args.save_results:
-        stem = Path(args.results_dir) / f"decoder_{args.save_results}_{args.part}"
-        write_csv(f"{stem}.csv", rows)
-        about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "day_rule": args.day}
-        about |= {
-            "valid": loaded[0][2]["data"]["valid"],
-            **_checkpoints([(path, ckpt) for path, _, ckpt in loaded]),
-        }
-        save_results(stem, args, about, {"metrics": figures})
+    days = {**figures["by_day"], "all": figures}
+    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1084,9 +969,7 @@ WORD_GRID = {
 }
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
-Lexicon = list[
-    tuple[str, tuple[int, ...]]
-]  # (word, phoneme ids without the last SIL), several a word are fine
+Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the last SIL), several a word
 
 
 def spoken_words(text: str) -> list[str]:
@@ -1099,23 +982,20 @@ def read_lexicon(path: str | Path) -> Lexicon:
     """Lines "word PH PH ...", in the file's order, each once. Of the CMU dictionary's habits are understood:
     stress digits, variants "word(2)", comments after ";;;"; and a SIL at the end. DataError names a line
     without phonemes, or with others."""
-    ids = {name: i for i, name in enumerate(PHONEMES)}
     entries: dict[tuple, None] = {}
     try:
-        for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            word, *names = line.split() or [";;;"]
-            if word.startswith(";;;"):
-                continue
-            sounds = tuple(ids.get(name.rstrip("012"), 0) for name in names)
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            word, *names = line.split(";;;")[0].split() or [""]
+            sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
             if sounds[-1:] == (SIL,):
                 sounds = sounds[:-1]
-            if not sounds or 0 in sounds or word.lower() in ("<s>", "</s>", "<unk>"):
-                raise ValueError(f"line {n}, {line[:60]!r}")
-            entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
-        if not entries:
-            raise ValueError("no word in it")
+            if word:
+                if not sounds or 0 in sounds:
+                    raise ValueError(f"{word} has no phonemes")
+                entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}; expected lines of a word and some of{' '.join(ids)}") from error
+        expected = f"expected lines of a word and {' '.join(PHONEMES[1:])}"
+        raise DataError(f"{path}: line {len(entries) + 1} or later: {error}; {expected}") from error
     return list(entries)
 
 
@@ -1148,60 +1028,51 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
     P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words after h, h'
     without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>. An unseen w gets
     t(h) / (c(h) + t(h)) P(w | h'): the back-off form."""
-    counts: Counter = Counter()
+    after: dict[tuple[str, ...], Counter] = {}  # what followed each history, how often
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
-        for n in range(1, order + 1):
-            counts.update(padded[i : i + n] for i in range(len(padded) - n + 1))
-    if not counts:
+        for i in range(1, len(padded)):
+            for first in range(max(0, i - order + 1), i + 1):
+                after.setdefault(padded[first:i], Counter())[padded[i]] += 1
+    if not after:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
-    del counts[("<s>",)]  # given, never predicted
-    tokens: Counter = Counter()
-    types: Counter = Counter()
-    for gram, count in counts.items():
-        tokens[gram[:-1]] += count
-        types[gram[:-1]] += 1
-    counts[("<unk>",)] = 0
-    uniform = 1 / sum(len(gram) == 1 for gram in counts)
-    model: dict[tuple[str, ...], list] = {}
-    for gram in sorted(counts, key=lambda gram: (len(gram), gram)):
-        h = gram[:-1]
-        below = model[gram[1:]][0] if h else uniform
-        model[gram] = [(counts[gram] + types[h] * below) / (tokens[h] + types[h]), 1.0]
-    model[("<s>",)] = [1e-99, 1.0]
-    for h in types.keys() - {()}:
-        model[h][1] = types[h] / (tokens[h] + types[h])
+    model: dict[tuple[str, ...], list] = {("<s>",): [1e-99, 1.0]}  # given, never predicted
+    for history in sorted(after, key=len):
+        followers = after[history]
+        types = len(followers)
+        total = sum(followers.values()) + types
+        if history:
+            model[history][1] = types / total
+        else:
+            followers["<unk>"] = 0
+        for word, count in followers.items():
+            below = model[(*history[1:], word)][0] if history else 1 / (types + 1)
+            model[(*history, word)] = [(count + types * below) / total, 1.0]
     return model
 
 
 def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
-    """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight."""
-    sections: dict[int, list[str]] = {}
+    """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight
+    (which the longest n-grams have not)."""
+    highest = max(map(len, model))
+    sections: dict[int, list[str]] = {n: [] for n in range(1, highest + 1)}
     for gram, (p, backoff) in sorted(model.items()):
-        line = f"{math.log10(p):.7f}\t{' '.join(gram)}\t{math.log10(backoff):.7f}"
-        sections.setdefault(len(gram), []).append(line)
-    highest = max(sections)
-    sections[highest] = [
-        line.rpartition("\t")[0] for line in sections[highest]
-    ]  # these have no back-off weight
-    text = "\\data\\\n"
-    for n in sorted(sections):
-        text += f"ngram {n}={len(sections[n])}\n"
-    for n in sorted(sections):
-        text += "\n".join(["", f"\\{n}-grams:", *sections[n], ""])
-    write_atomic(Path(path), lambda file: file.write(f"{text}\n\\end\\\n".encode()))
+        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < highest else ""
+        sections[len(gram)].append(f"{math.log10(p):.7f}\t{' '.join(gram)}{weight}")
+    lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
+    for n, section in sections.items():
+        lines += ["", f"\\{n}-grams:", *section]
+    text = "\n".join([*lines, "", "\\end\\", ""])
+    write_atomic(Path(path), lambda file: file.write(text.encode()))
 
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
     """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A
-    word's id is its place.
-
-    Where it knows less than half of them they are tried in capitals, as public LMs are written. DataError on
-    a file that is no LM or knows none."""
+    word's id is its place. Words are tried in capitals too, as public LMs are written. DataError on a file
+    that is no LM or knows none."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
-    best: tuple = (None, [], 0)
     for form in (str.lower, str.upper):
         try:
             with _silent_stderr():
@@ -1212,13 +1083,9 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
         start = lm.start(True)  # of no sentence: the score is the unigram's
         *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
         known = len(scores) - scores.count(unknown)
-        if known > best[2]:
-            best = (lm, scores, known)
-        if 2 * known >= len(vocabulary):
-            break
-    if not best[2]:
-        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[0]!r}")
-    return best
+        if known:
+            return lm, scores, known
+    raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
 
 
 @contextlib.contextmanager
@@ -1241,11 +1108,8 @@ class WordSearch:
     the least frequent by the LM."""
 
     def __init__(self, lexicon: Lexicon, lm: str | Path):
-        try:
-            from flashlight.lib.text import decoder as flashlight
-            from flashlight.lib.text.decoder import kenlm  # noqa: F401
-        except ImportError as error:
-            raise DataError(f"--words: {error}; run `pip install ufal-flashlight-text`") from error
+        from flashlight.lib.text import decoder as flashlight
+
         self.library = flashlight
         self.words = list(dict.fromkeys(word for word, _ in lexicon))
         self.lm, scores, self.known = load_lm(lm, self.words)
@@ -1266,14 +1130,12 @@ class WordSearch:
         """Words of one trial: log_probs (F, 41), settings as in `words`. No frame, no word."""
         if not len(log_probs):
             return []
-        emissions = settings["acoustic_scale"] * np.asarray(log_probs, np.float32)
-        emissions[:, 0] -= settings["acoustic_scale"] * settings["blank_penalty"]
-        emissions = np.ascontiguousarray(emissions, np.float32)  # its address goes to the library
-        if not np.isfinite(emissions).all():
-            raise DataError("--words: log-probabilities that are not finite; look at the model's weights")
+        scale = settings["acoustic_scale"]
+        emissions = scale * np.ascontiguousarray(log_probs, np.float32)  # its address goes to the library
+        emissions[:, 0] -= scale * settings["blank_penalty"]
         options = self.library.LexiconDecoderOptions(
             beam_size=settings["beam"],
-            beam_size_token=settings["token_beam"],
+            beam_size_token=len(PHONEMES),
             beam_threshold=25.0,
             lm_weight=settings["lm_weight"],
             word_score=settings["word_score"],
@@ -1285,38 +1147,6 @@ class WordSearch:
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
         best = decoder.decode(emissions.ctypes.data, *emissions.shape)[0]
         return [self.words[i] for i in best.words if i >= 0]
-
-
-@contextlib.contextmanager
-def word_decoder(lexicon: Lexicon, lm: str | Path, processes: int = 1):
-    """Gives decode(list of log_probs, settings) -> list of sentences, and the WordSearch, for the length of a
-    with block.
-
-    The library holds Python's lock, so threads gain nothing; with processes > 1 each builds a search of its
-    own."""
-    search = WordSearch(lexicon, lm)
-    if processes == 1:
-        yield lambda trials, settings: [search.decode(trial, settings) for trial in trials], search
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_decoding, (lexicon, lm)) as pool:
-        answer = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # workers inherit this: Ctrl-C is answered here alone
-        for _ in range(processes):  # a task starts a worker as long as none is ready
-            pool.submit(int)
-        signal.signal(signal.SIGINT, answer)
-        yield (
-            lambda trials, settings: list(pool.map(_decode_words, trials, itertools.repeat(settings))),
-            search,
-        )
-
-
-def _start_decoding(lexicon, lm):
-    _decode_words.search = WordSearch(lexicon, lm)
-
-
-def _decode_words(log_probs, settings):
-    return _decode_words.search.decode(log_probs, settings)
 
 
 def nearest_words(sequences: Iterable[list[int]], lexicon: Lexicon) -> list[list[str]]:
@@ -1335,7 +1165,7 @@ def tune_words(
     decode: Callable, log_probs: list, references: list[list[str]], settings: dict
 ) -> tuple[dict, dict]:
     """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after:
-    WER, searches, sentences}).
+    WER, searches, sentences}). decode(one trial's log_probs, settings) gives its words.
 
     One setting after the other takes the value with the fewest errors, what it had among equals, until a
     round changes none."""
@@ -1346,7 +1176,8 @@ def tune_words(
     def wer(candidate):
         key = tuple(candidate.values())
         if key not in tried:
-            tried[key] = error_rate(per_counts(references, decode(log_probs, candidate)))
+            decoded = [decode(trial, candidate) for trial in log_probs]
+            tried[key] = error_rate(per_counts(references, decoded))
         return tried[key]
 
     before, last = wer(settings), None
@@ -1354,180 +1185,118 @@ def tune_words(
         last = settings
         for name, values in WORD_GRID.items():
             settings = min((settings | {name: value} for value in (settings[name], *values)), key=wer)
-    after = wer(settings)
-    return settings, {"before": before, "after": after, "searches": len(tried), "sentences": len(references)}
+    tuned = {"before": before, "after": wer(settings), "searches": len(tried), "sentences": len(references)}
+    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
+    print(f"tuned on {len(references)} validation sentences: {flags}")
+    print(f"WER there {before:.4f} -> {tuned['after']:.4f}")
+    return settings, tuned
 
 
-def write_submission(
-    path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices: np.ndarray
-) -> None:
+def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices) -> None:
     """Writes the sentences of one whole part in the competitions' order: by session name, then by trial
     number.
 
     FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). Any part may
-    be written, but all of it: DataError where a trial is missing or doubled, or where the '24 competition
-    part is not 1200 rows of 15 days."""
-    parts = {str(corpus.part[i]) for i in indices}
-    whole = np.flatnonzero(np.isin(corpus.part, list(parts)))
-    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] in parts)
+    be written, but all of it: DataError where a trial is missing, also one that the conversion left out, or
+    where the '24 competition part is not 1200 rows of 15 days."""
+    part = corpus.part[indices[0]]
+    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] == part)
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
-    public = parts == {"competition"} and corpus.channels == 256 and not corpus.synthetic
-    if public and rows[0][0].startswith("t12.") and size != COMPETITION_SIZE:
-        raise DataError(f"{path}: {size} rows and days; expected {COMPETITION_SIZE}; convert anew")
-    if len(parts) != 1 or sorted(indices) != whole.tolist() or found > len(rows):
-        raise DataError(
-            f"{path}: {len(rows)} rows of {sorted(parts)}, of {max(found, len(whole))} trials; expected "
-            "each trial of one part once; give --part, or see what the conversion left out"
-        )
+    expected = max(found, int((corpus.part == part).sum())), size[1]
+    if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
+        expected = COMPETITION_SIZE
+    if size != expected:
+        raise DataError(f"{path}: {size} rows and days of part {part}; expected {expected}; give --part")
     texts = [text for *_, text in rows]
     if str(path).endswith(".csv"):
         write_csv(path, [("id", "text"), *enumerate(texts)])
     else:
         write_atomic(Path(path), lambda file: file.write("".join(f"{text}\n" for text in texts).encode()))
-    print(f"{path}: {len(rows)} sentences of {size[1]} days, {texts.count('')} of them empty")
-    print(f"{len(corpus.left_out)} items of the corpus were left out by its conversion")
+    print(f"{path}: {size} sentences and days, {texts.count('')} sentences empty")
 
 
 def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Adds the options of `words`, which runs when --words, --tune or --submission is given, and returns
     them."""
-    add = parser.add_argument_group(
-        "words", "beam search over a lexicon with an n-gram LM (decoder)"
-    ).add_argument
-    scale, penalty = "factor of log-probabilities", "taken off blank, in nats"
+    add = parser.add_argument_group("words", "beam search with lexicon and n-gram LM (decoder)").add_argument
+    scale, ratio = number(float, 0, 100), number(float, -100, 100)
     return [
         add("--words", action="store_true", help="report the word error rate beside PER (off)"),
         add("--tune", action="store_true", help="first choose settings on the validation part (off)"),
         add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)"),
         add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)"),
-        add(
-            "--lm",
-            metavar="FILE",
-            help="n-gram ARPA or KenLM file (default: training trigram)",
-        ),
-        add(
-            "--acoustic-scale",
-            type=number(float, 0, 100),
-            help=f"{scale} (default: 0.5; 512 channels: 0.325)",
-        ),
-        add(
-            "--blank-penalty",
-            type=number(float, -100, 100),
-            help=f"{penalty} (default: log 7; 512 channels: log 90)",
-        ),
-        add(
-            "--lm-weight",
-            type=number(float, 0, 100),
-            default=1.0,
-            help="factor of the LM's log10 (%(default)s)",
-        ),
-        add(
-            "--word-score",
-            type=number(float, -100, 100),
-            default=0.0,
-            help="added for every word (%(default)s)",
-        ),
+        add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)"),
+        add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)"),
+        add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)"),
+        add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)"),
+        add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)"),
         add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)"),
-        add(
-            "--token-beam",
-            type=number(int, 1, 41),
-            default=41,
-            help="phonemes tried a frame (%(default)s: all)",
-        ),
-        add("--processes", type=number(int, 1), default=1, help="processes that search (%(default)s)"),
     ]
 
 
 def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namespace) -> tuple[Lexicon, str]:
     """(lexicon, LM file): those given, else made from the transcripts of the trials `train`."""
     texts = [corpus.text[i] for i in train]
+    lm = args.lm
+    if lm is None:
+        sentences = list(filter(None, map(spoken_words, texts)))
+        lm = f"{args.cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
+        write_arpa(lm, witten_bell(sentences))
     if args.lexicon:
-        lexicon = read_lexicon(args.lexicon)
-    else:
-        lexicon = training_lexicon(texts, [corpus.labels[i] for i in train])
-    if not lexicon:
-        raise DataError(f"{corpus.root}: no word in its training transcripts; give --lexicon and --lm")
-    if args.lm:
-        return lexicon, args.lm
-    sentences = [spoken_words(text) for text in texts]
-    path = f"{args.cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
-    write_arpa(path, witten_bell(filter(None, sentences)))
-    return lexicon, path
+        return read_lexicon(args.lexicon), lm
+    return training_lexicon(texts, [corpus.labels[i] for i in train]), lm
 
 
 def words(
     log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
 ) -> dict:
-    """Decodes trials into words, prints and returns WER (0 to 1) and what it was got with; writes
-    --submission.
+    """Decodes trials into words, prints and returns WER (0 to 1) and settings; writes --submission.
 
-    log_probs: (F, 41) of each trial of indices. valid: (log_probs, indices) of the validation part, for
-    --tune. train: trials whose transcripts make the lexicon and the LM. Without any labelled trial there is
-    no WER, and never for the competition part. DataError on unreadable files, on --tune without labels, on an
-    incomplete submission."""
+    log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
+    --tune; train: trials whose transcripts make the lexicon and the LM. No labelled trial, no WER."""
+    settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam")}
     start_at = WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])
-    settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam", "token_beam")}
     settings |= {name: value for name, value in start_at.items() if settings[name] is None}
     lexicon, lm = word_model(corpus, train, args)
-    figures: dict = {key: getattr(args, key) or "training transcripts" for key in ("lexicon", "lm")}
-    with word_decoder(lexicon, lm, args.processes) as (decode, search):
-        print(f"{len(search.words)} words, {len(lexicon)} pronunciations from {figures['lexicon']}")
-        print(f"LM {lm} knows {search.known} of them; {search.dropped} homophones left out")
-        if args.tune:
-            settings, figures["tuned"] = _tune(decode, corpus, settings, *valid)
-        start = time.perf_counter()
-        sentences = decode(log_probs, settings)
-        spent = 1000 * (time.perf_counter() - start) / max(1, len(sentences))
-    figures |= {"settings": settings, "sentences": len(sentences), "ms_per_sentence": spent}
-    scored = corpus.labelled[indices] & (corpus.part[indices] != "competition")
-    if scored.any():
-        trials = indices[scored]
-        references = [spoken_words(corpus.text[i]) for i in trials]
-        decoded = list(itertools.compress(sentences, scored))
-        greedy = [
-            record["hypothesis"]
-            for record in transcripts(list(itertools.compress(log_probs, scored)), corpus, trials)
-        ]
-        known = set(search.words)
-        figures["outside_lexicon"] = sum(word not in known for word in itertools.chain(*references))
-        figures |= _word_figures("wer", references, decoded)
-        figures |= _word_figures("nearest", references, nearest_words(greedy, lexicon))
-        if args.tune and set(trials) & set(valid[1]):
-            print("the search was tuned on these very sentences")
-        print(f"{figures['outside_lexicon']} words are outside the lexicon; {spent:.1f} ms a sentence")
-        spelt = [[" ".join(sentence) for sentence in side] for side in (references, decoded)]
-        print_samples([corpus.ids[i] for i in trials], *spelt)
-    else:
-        print(f"words: {len(sentences)} sentences decoded, none labelled: no WER")
+    search = WordSearch(lexicon, lm)
+    figures: dict = {}
+    print(f"{len(search.words)} words, {len(lexicon)} pronunciations; {search.dropped} homophones left out")
+    print(f"LM {lm} knows {search.known} of the words")
+    if args.tune:
+        known = corpus.labelled[valid[1]]
+        references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
+        heard = list(itertools.compress(valid[0], known))
+        settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
+    sentences = [search.decode(row, settings) for row in log_probs]
+    figures["settings"] = settings
+    labelled = corpus.labelled[indices]
+    print(f"words: {len(sentences)} sentences decoded, {labelled.sum()} of them labelled")
+    if labelled.any():
+        scored = indices[labelled]
+        records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
+        references = [spoken_words(corpus.text[i]) for i in scored]
+        decoded = list(itertools.compress(sentences, labelled))
+        nearest = nearest_words([record["hypothesis"] for record in records], lexicon)
+        vocabulary = set(search.words)
+        outside = [word for word in itertools.chain(*references) if word not in vocabulary]
+        figures |= {"outside_lexicon": len(outside), **_word_figures("wer", references, decoded)}
+        figures |= _word_figures("nearest", references, nearest)
+        print(f"nearest: greedy phonemes to the nearest words; {len(outside)} words are outside the lexicon")
+        for record, reference, sentence in list(zip(records, references, decoded, strict=True))[:5]:
+            print(f"{record['trial']}\n  reference  {' '.join(reference)}\n  decoded    {' '.join(sentence)}")
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
     return figures
 
 
-def _tune(decode, corpus, settings, log_probs, trials):
-    """`tune_words` on the labelled ones of these trials, and what it found printed."""
-    labelled = corpus.labelled[trials]
-    references = [spoken_words(corpus.text[i]) for i in trials[labelled]]
-    settings, tuned = tune_words(decode, list(itertools.compress(log_probs, labelled)), references, settings)
-    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
-    print(f"tuned on {tuned['sentences']} validation sentences by {tuned['searches']} searches: {flags}")
-    print(f"WER there {tuned['before']:.4f} -> {tuned['after']:.4f}")
-    return settings, tuned
-
-
 def _word_figures(name, references, hypotheses):
     """WER, its interval and counts under this name, and a line that says them."""
     counts = per_counts(references, hypotheses)
-    figures = {
-        name: error_rate(counts),
-        f"{name}_interval": trial_bootstrap(counts),
-        f"{name}_counts": dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True)),
-    }
-    title = {"wer": "lexicon and LM", "nearest": "greedy phonemes to the nearest words"}[name]
-    interval = brackets(figures[f"{name}_interval"])
-    print(f"WER, {title}: {figures[name]:.4f} 95 % {interval} {figures[f'{name}_counts']}")
-    return figures
+    numbers = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
+    rate, interval = error_rate(counts), trial_bootstrap(counts)
+    print(f"WER {name}: {rate:.4f} 95 % {brackets(interval)} {numbers}")
+    return {name: rate, f"{name}_interval": interval, f"{name}_counts": numbers}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1678,7 +1447,8 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     data = ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results:
         raise DataError(f"{path}: a pre-training, which rates nothing; give it alone, without result files")
-    _refuse_synthetic(data, args)
+    if args.data is None and not data["synthetic"]:
+        raise DataError(f"{path}: trained on real data, not the synthetic; give --data DIR")
     own = {"data": args.data, "audio": args.audio, "cache": args.cache}
     settings = argparse.Namespace(**ckpt["args"] | own)
     norm = {key: data[key] for key in ("mean", "std")}
@@ -1709,11 +1479,9 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
     nothing.
 
-    y, p (n, D); groups (n,). Items of a group are alike on both sides, so items alone must not be exchanged
-    (which is all that scipy.stats.permutation_test does): every group receives the predictions of a whole
-    group of its fold, in random order (cut or repeated where that one is larger or smaller). Folds that hold
-    the same groups are permuted alike. p = (1 + draws as good as the observed) / (1 + n) (Phipson & Smyth,
-    2010)."""
+    y, p (n, D); groups (n,): items of one are alike, so (other than scipy.stats.permutation_test does) each
+    receives the predictions of a whole group of its fold, in random order, cut or repeated to its size. Folds
+    of the same groups are permuted alike. p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     folds = np.zeros(len(y), int) if folds is None else folds
     _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -1771,36 +1539,18 @@ def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 100
     """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs,
     cluster bootstrap over segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or
     the segments are too few}}."""
-    return of_views(functools.partial(_significance, n=n), records, truth)
 
+    def test(names, y, p, folds):
+        groups = [segment_of(name) for name in names]
+        draws = resample(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), groups, folds, y, p, n=n)
+        if not len(draws):
+            return None
+        of_pearson, of_r2 = np.percentile(draws, [2.5, 97.5], axis=0).transpose(1, 2, 0).tolist()
+        chance = permutation_p(y, p, groups, n, folds=folds)
+        tests = {"pearson_interval": of_pearson, "r2_interval": of_r2}
+        return tests | {"p": chance.tolist(), "p_holm": holm(chance).tolist()}
 
-def _significance(names, y, p, folds, n):
-    groups = [segment_of(name) for name in names]
-    draws = resample(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), groups, folds, y, p, n=n)
-    if not len(draws):
-        return None
-    intervals = np.percentile(draws, [2.5, 97.5], axis=0)
-    chance = permutation_p(y, p, groups, n, folds=folds)
-    return {
-        "pearson_interval": intervals[:, 0].T.tolist(),
-        "r2_interval": intervals[:, 1].T.tolist(),
-        "p": chance.tolist(),
-        "p_holm": holm(chance).tolist(),
-    }
-
-
-def _print_significance(tests):
-    for part, views in tests.items():
-        for view, figures in views.items():
-            if figures:
-                rows = zip(
-                    LABELS,
-                    map(brackets, figures["pearson_interval"]),
-                    figures["p"],
-                    figures["p_holm"],
-                    strict=True,
-                )
-                print_table([f"{part}, {VIEWS[view]}", "95 % of r", "p by permutation", "p (Holm)"], rows)
+    return of_views(test, records, truth)
 
 
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
@@ -1809,13 +1559,11 @@ FEWEST = 6
 
 
 def compare(argv: list[str]) -> dict:
-    """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns
-    its figures."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py compare",
-        usage="python eval.py compare --a FILE ... --b FILE ... [--data DIR] [options]",
-        description="""\
+    """`python eval.py compare`: paired test of two sets of predictions; returns its figures."""
+    parser = _parser(
+        "compare",
+        "--a FILE ... --b FILE ... [--data DIR] [options]",
+        """\
 Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence.
 Of ratings: the mean metric and each of the 19, with Holm's correction for their number.
 
@@ -1828,228 +1576,131 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
+    clusters = ["segment", "performer"]
     add("--part", choices=["valid", "test"], default="valid", help="part to compare (%(default)s)")
     add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
-    add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
-    of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP)]
-    clusters = ["segment", "performer"]
-    of_ratings = [
-        add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)"),
-        add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)"),
-        add("--no-renderings", action="store_true", help="ratings: without the score renderings (off)"),
-        *audio_options(parser),
-    ]
+    add("--day", choices=["nearest", "mean"], help=DAY_HELP)
+    add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
+    add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)")
+    add("--no-renderings", action="store_true", help="ratings: without the score renderings (off)")
+    audio_options(parser)
     args = _parse(parser, argv, data_options)
-    args.ckpt = args.a
-    loaded = [_load_models(paths) if not paths[0].endswith(".csv") else [] for paths in (args.a, args.b)]
-    decoders = {_is_decoder(paths, models) for paths, models in zip((args.a, args.b), loaded, strict=True)}
-    if len(decoders) > 1:
-        raise DataError(f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates pieces")
-    if decoders == {True}:
-        _refuse_given(args, of_ratings, "train_han.py and pretrain_ast.py", "decoder")
-        return _test_pairs(_paired_trials(args, loaded), args)
-    _refuse_given(args, of_decoder, "train_decoder.py", "ratings")
-    return _test_pairs(_paired_ratings(args, loaded), args)
+    (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
+    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
+    if any(about[key] != other[key] for key in about.keys() & other.keys()):
+        raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
+    synthetic = (about | other).get("synthetic")
+    pairs = _paired_trials(a, b) if about["decoder"] else _paired_ratings(a, b, args, synthetic)
+    if len(set(pairs[3])) < 2:
+        raise DataError(
+            f"{args.a[0]}, {args.b[0]}: {len(pairs[0])} rated items or trials that both predict, in "
+            f"one fold of part {args.part}; expected two {args.cluster}s or more; give their --data"
+        )
+    if about["decoder"]:
+        print(corpus_line(synthetic, "the files named"))
+        question = Question("phoneme error rate", "trials", (), -1, lambda _, n: np.array([error_rate(n)]))
+    else:
+        question = _rating_question(pairs[0], METRICS[args.metric], args)
+    print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
+    return _answer(question, *pairs, args.draws)
 
 
 @dataclass
-class Pairs:
-    """What two sides, a and b (n, D), made of the same items of truth y (n, D).
+class Question:
+    """What is compared: statistic(y, p) -> a figure for each of labels, then the whole one, called `name`;
+    sign: 1 where more is better, -1 where less is; unit: what is drawn as a whole."""
 
-    groups (n,) are drawn as a whole, folds (n,) averaged. statistic(y, p) -> a figure for each of labels,
-    then the whole one, called `name`; sign: 1 where more is better, -1 where less is. about: a line on the
-    items."""
-
-    y: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    groups: list
-    folds: np.ndarray
-    unit: str
-    statistic: Callable
-    labels: tuple[str, ...]
     name: str
+    unit: str
+    labels: tuple[str, ...]
     sign: int
-    about: str
+    statistic: Callable
 
 
-def _test_pairs(pairs, args):
+def _rating_question(y, metric, args):
+    # an error is least for the truth itself
+    sign = 1 if metric(y, y).mean() > metric(y, 1 - y).mean() else -1
+    whole = lambda y, p: np.append(metric(y, p), metric(y, p).mean())  # noqa: E731
+    return Question(f"mean {args.metric}", f"{args.cluster}s", LABELS, sign, whole)
+
+
+def _side(args, paths):
+    """Items as `read_csv` gives them, of one CSV or of checkpoints, and what is known of them: decoder,
+    synthetic, split."""
+    args.ckpt = paths
+    if paths[0].endswith(".csv"):
+        if len(paths) > 1:
+            raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
+        items = read_csv(paths[0])
+        beside = Path(paths[0]).with_suffix(".json")
+        saved = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
+        return items, about | {"decoder": isinstance(next(iter(items)), str)}
+    loaded = _load_models(paths)
+    if loaded[0][2]["task"] == "decoder":
+        corpus, parts = _speech_parts(args, loaded)
+        trials = parts[args.part]
+        trials = trials[corpus.labelled[trials]]
+        records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
+        items = {record["trial"]: (record["reference"], record["hypothesis"]) for record in records}
+        return items, {"decoder": True, "synthetic": corpus.synthetic}
+    records, _, data = _rate_parts(args, loaded, [args.part])
+    items = {}
+    for record in records:
+        for name, p in zip(record["names"], record["p"], strict=True):
+            items[args.part, record["fold"], name] = p
+    return items, {"decoder": False, "split": data["split"]}
+
+
+def _paired_ratings(a, b, args, synthetic):
+    """Truth, predictions of A and B (n, 19), groups and folds of the rated items that both predict in a
+    fold."""
+    root = Path(args.data or synthetic_percepiano(args.cache))
+    here = (root / "SYNTHETIC").is_file()
+    if synthetic not in (None, here):  # the names would be the same
+        raise DataError(f"{args.a[0]}, {args.b[0]}: of another corpus than {root}; give --data DIR")
+    print(corpus_line(here, root))
+    truth = read_labels(root, [])
+    both = sorted(item for item in a.keys() & b.keys() if item[0] == args.part and item[2] in truth)
+    if args.no_renderings:
+        both = [item for item in both if not is_rendering(item[2])]
+    y = np.array([truth[name] for *_, name in both])
+    pa, pb = (np.array([side[item] for item in both]) for side in (a, b))
+    group_of = segment_of if args.cluster == "segment" else player_of
+    return y, pa, pb, [str(group_of(name)) for *_, name in both], np.array([fold for _, fold, _ in both])
+
+
+def _paired_trials(a, b):
+    """The same of trials of one reference on both sides: `per_counts` (n, 4), which hold the truth."""
+    both = [trial for trial in a if trial in b and a[trial][0] == b[trial][0]]
+    references = [a[trial][0] for trial in both]
+    of_a, of_b = (per_counts(references, [side[trial][1] for trial in both]) for side in (a, b))
+    return of_a, of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
+
+
+def _answer(question, y, pa, pb, groups, folds, draws):
     """Tests whether the sides differ, prints a table and the verdict, and returns them."""
-    a, b = (by_fold(pairs.statistic, pairs.folds, pairs.y, side) for side in (pairs.a, pairs.b))
-    difference, interval, p = paired_bootstrap(
-        pairs.y, pairs.a, pairs.b, pairs.groups, pairs.statistic, pairs.folds, args.draws
-    )
-    clusters = len(set(pairs.groups))
+    a, b = (by_fold(question.statistic, folds, y, side) for side in (pa, pb))
+    difference, interval, p = paired_bootstrap(y, pa, pb, groups, question.statistic, folds, draws)
+    clusters = len(set(groups))
     if clusters < FEWEST:
         p = np.full_like(p, np.nan)
     tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
-    corrected = holm(p[:-1])
-    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{pairs.about}")
-    print(f"{clusters} {pairs.unit}, drawn {args.draws} times: no p is under {2 / args.draws:.2g}")
-    labels, intervals = [*pairs.labels, "all"], map(brackets, tests["interval"])
-    rows = zip(labels, a, b, difference, intervals, p, [*corrected, ""], strict=True)
-    print_table([pairs.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
-    verdict = _verdict(pairs, **tests, corrected=corrected)
-    print(verdict)
-    return {
-        "items": len(pairs.y),
-        "clusters": clusters,
-        "a": float(a[-1]),
-        "b": float(b[-1]),
-        **{key: values[-1].tolist() for key, values in tests.items()},
-        "verdict": verdict,
-        "per_dimension": {
-            **{key: values[:-1].tolist() for key, values in tests.items()},
-            "p_holm": corrected.tolist(),
-        },
-    }
-
-
-def _verdict(pairs, difference, interval, p, corrected):
-    """Who is better, in a sentence; the whole figure stands last in each array."""
-    told = f"{pairs.name} {difference[-1]:+.4f}"
-    count = len(set(pairs.groups))
-    if np.isnan(p[-1]):
-        return f"A cannot be told from B: {told}, but {count} {pairs.unit} are too few for a test."
-    gain = pairs.sign * difference
-    says = "cannot be told from"
+    corrected = np.append(holm(p[:-1]), p[-1])
+    print(f"{len(y)} items, {clusters} {question.unit}, drawn {draws} times: no p is under {2 / draws:.2g}")
+    rows = zip([*question.labels, "all"], a, b, *tests.values(), corrected, strict=True)
+    print_table([question.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    verdict = "A cannot be told from B"
     if p[-1] < 0.05:
-        says = "is better than" if gain[-1] > 0 else "is worse than"
-    sentence = f"A {says} B: {told} {brackets(interval[-1])}, p = {p[-1]:.4f}"
-    for word, clear in (("better", gain[:-1] > 0), ("worse", gain[:-1] < 0)):
-        names = list(itertools.compress(pairs.labels, clear & (corrected < 0.05)))
-        if names:
-            sentence += f"; {word} after Holm's correction in {', '.join(names)}"
-    return f"{sentence}."
-
-
-def _is_decoder(paths, loaded):
-    """Whether one side of a comparison, checkpoints or one CSV, is a decoder's."""
-    if loaded:
-        return loaded[0][2]["task"] == "decoder"
-    if len(paths) > 1:
-        raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
-    try:
-        with open(paths[0], encoding="utf-8", errors="replace") as file:
-            return file.readline(100).startswith("trial,")
-    except OSError as error:
-        raise DataError(f"{paths[0]}: {error.strerror}; expected a CSV of --save-results") from error
-
-
-def _saved_beside(path, key):
-    """An entry of the JSON that --save-results wrote beside a CSV; None where there is none."""
-    try:
-        return json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _paired_ratings(args, loaded):
-    """Pairs of the rated items that both sides predict in the same fold."""
-    root = Path(args.data or synthetic_percepiano(args.cache))
-    synthetic = (root / "SYNTHETIC").is_file()
-    truth = read_labels(root, [])
-    view = "no_renderings" if args.no_renderings else "all"
-    sides, splits = [], set()
-    for paths, models in zip((args.a, args.b), loaded, strict=True):
-        if models:
-            args.ckpt = paths
-            folds, data = _load_fold_models(models)
-            records = fold_records(folds, _corpus_of(data, args), args, (args.part,))
-            splits.add(data["split"])
-        else:
-            records = read_predictions(paths[0])
-            splits.add(_saved_beside(paths[0], "split"))
-            if _saved_beside(paths[0], "synthetic") not in (None, synthetic):  # the names would be the same
-                raise DataError(f"{paths[0]}: predictions of another corpus than {root}; give --data DIR")
-        names, _, p, folds = _stacked(records, truth, args.part, view)
-        sides.append(dict(zip(zip(folds.tolist(), names, strict=True), p, strict=True)))
-    both = sorted(sides[0].keys() & sides[1].keys())
-    names = [name for _, name in both]
-    segments = [segment_of(name) for name in names]
-    if len(splits - {None}) > 1 or len(set(segments)) < 2:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in "
-            f"one fold, splits {splits}; expected two segments or more of one split; give their --data"
-        )
-    y = np.array([truth[name] for name in names])
-    metric = METRICS[args.metric]
-    apart = f"{len(sides[0].keys() ^ sides[1].keys())} items that only one side predicts left out"
-    return Pairs(
-        y=y,
-        a=np.array([sides[0][item] for item in both]),
-        b=np.array([sides[1][item] for item in both]),
-        groups=segments if args.cluster == "segment" else [str(player_of(name)) for name in names],
-        folds=np.array([fold for fold, _ in both]),
-        unit=f"{args.cluster}s",
-        statistic=lambda y, p: np.append(metric(y, p), metric(y, p).mean()),
-        labels=LABELS,
-        name=f"mean {args.metric}",
-        sign=1
-        if metric(y, y).mean() > metric(y, 1 - y).mean()
-        else -1,  # an error is least for the truth itself
-        about=f"{args.part}, {len(both)} items; {apart}; {corpus_line(synthetic, root)}",
-    )
-
-
-def read_transcripts(path: str | Path) -> list[dict]:
-    """Reads a decoder's CSV of --save-results: a list of dicts of trial, day, reference and hypothesis
-    (phoneme ids). DataError otherwise."""
-    records: list[dict] = []
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file, strict=True):
-                ids = {
-                    side: [PHONEMES.index(p) for p in row[side].split()]
-                    for side in ("reference", "hypothesis")
-                }
-                records.append({"trial": row["trial"], "day": row["day"], **ids})
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise DataError(f"{path}: line {len(records) + 2}: {error!r}; expected a decoder's CSV") from error
-    return records
-
-
-def _paired_trials(args, loaded):
-    """Pairs of the labelled trials that both sides decoded; prints their error rates by session."""
-    sides, synthetic = [], False
-    for paths, models in zip((args.a, args.b), loaded, strict=True):
-        if models:
-            args.ckpt = paths
-            corpus = _speech_corpus(args, models)
-            trials = speech_parts(corpus, models[0][2]["data"]["valid"])[args.part]
-            trials = trials[corpus.labelled[trials]]
-            _say_circumstances(args, models, corpus, trials)
-            rows = transcripts(mean_logits(models, corpus, trials, args), corpus, trials)
-            synthetic |= corpus.synthetic
-        else:
-            rows = read_transcripts(paths[0])
-            synthetic |= bool(_saved_beside(paths[0], "synthetic"))
-        sides.append({row["trial"]: row for row in rows})
-    both = [trial for trial in sides[0] if trial in sides[1]]
-    references, others = ([side[trial]["reference"] for trial in both] for side in sides)
-    if len(both) < 2 or references != others:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded, or of other "
-            "phonemes; expected two or more of one corpus"
-        )
-    a, b = (per_counts(references, [side[trial]["hypothesis"] for trial in both]) for side in sides)
-    days = np.array([sides[0][trial]["day"] for trial in both])
-    rows = [(day, error_rate(a[days == day]), error_rate(b[days == day])) for day in np.unique(days)]
-    print_table(["phoneme error rate", "A", "B"], rows)
-    apart = f"{len(sides[0].keys() ^ sides[1].keys())} trials that only one side decoded left out"
-    return Pairs(
-        y=a,
-        a=a,
-        b=b,
-        groups=list(range(len(both))),
-        folds=np.zeros(len(both), int),
-        unit="trials",
-        statistic=lambda _, counts: np.array([error_rate(counts)]),
-        labels=(),
-        name="phoneme error rate",
-        sign=-1,
-        about=f"{len(both)} trials; {apart}; {corpus_line(synthetic, 'the files named')}",
-    )
+        verdict = f"A is {'better' if question.sign * difference[-1] > 0 else 'worse'} than B"
+    verdict += f": {question.name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
+    if clusters < FEWEST:
+        verdict += f"; {clusters} {question.unit} are too few for a test"
+    print(verdict)
+    whole = {key: values[-1].tolist() for key, values in tests.items()}
+    each = {key: values[:-1].tolist() for key, values in tests.items()} | {"p_holm": corrected[:-1].tolist()}
+    counts = {"items": len(y), "clusters": clusters, "a": float(a[-1]), "b": float(b[-1])}
+    return {**counts, **whole, "verdict": verdict, "per_dimension": each}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2063,7 +1714,7 @@ def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) ->
 
     raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
     "pearson" (its root), "independent" (R² if every rating were another rater's: HAN.md's ≈ .79), "between",
-    "error", "spread" (see `_ceiling_column`), and "items", "per_item"."""
+    "error" (see `_ceiling_column`), and "items", "per_item"."""
     columns = []
     for x in ratings.T:
         rated = np.isfinite(x)
@@ -2078,16 +1729,13 @@ def _ceiling_column(names, raters, x):
     """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each.
 
     Model: rating = true + rater's own view of the item (variance b) + error of the moment (variance e, from
-    raters who rated an item twice). Both come from the sums of squares within raters and within items
-    (analysis of variance, unbiased for unequal counts). The mean of item i, of which rater j gave m_ij of N_i
-    ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i; R² = 1 - mean(noise_i) / Var(item means): the
-    reliability of the means."""
+    raters who rated an item twice), both from the sums of squares within raters and within items. The mean of
+    item i, of which rater j gave m_ij of N_i ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i;
+    R² = 1 - mean(noise_i) / Var(item means): the reliability of the means."""
     _, item, N = np.unique(names, return_inverse=True, return_counts=True)
     _, rater = np.unique(raters, return_inverse=True)
     key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
     mean = np.bincount(item, x) / N
-    if N.max() == 1 or np.ptp(mean) == 0:
-        return dict.fromkeys(("r2", "independent", "between", "error", "spread"), np.nan)
     squares = (x - mean[item]) ** 2
     within_pair = ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum()
     concentration = np.bincount(key // len(x), m**2) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
@@ -2097,26 +1745,20 @@ def _ceiling_column(names, raters, x):
     noise = between * concentration / N + error / N
     several = N > 1
     noise_independent = np.bincount(item, squares)[several] / (N[several] - 1) / N[several]
-    spread = mean.var()
-    return {
-        "r2": 1 - noise.mean() / spread,
-        "independent": 1 - noise_independent.mean() / spread,
-        "between": between,
-        "error": error,
-        "spread": spread,
-    }
+    r2, independent = 1 - np.array([noise.mean(), noise_independent.mean()]) / mean.var()
+    return {"r2": r2, "independent": independent, "between": between, "error": error}
 
 
 def ceiling(argv: list[str]) -> dict:
     """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score
     renderings; returns both."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py ceiling",
-        usage="python eval.py ceiling [--data DIR] [options]",
-        description="""\
+    parser = _parser(
+        "ceiling",
+        "[--data DIR] [options]",
+        """\
 The most that any model can score: raters disagree, so even somebody who knew every performance's true
-rating would not predict their mean exactly. R2 and Pearson of that somebody, in all and for each rating.
+rating would not predict their mean exactly. R2 and Pearson of that somebody, in all and for each rating;
+independent: r2 if every rating were another rater's.
 
     python eval.py ceiling --data data/percepiano
     python eval.py ceiling                            on the synthetic corpus, as an example""",
@@ -2126,14 +1768,13 @@ rating would not predict their mean exactly. R2 and Pearson of that somebody, in
     raters, names, ratings = read_ratings(root)
     print(corpus_line((root / "SYNTHETIC").is_file(), root))
     human = np.array([not is_rendering(name) for name in names])
-    views, columns = {}, {}
+    views = {}
     for view, chosen in (("all", human | True), ("no_renderings", human)):
         figures = views[view] = rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
         print(f"{VIEWS[view]}: {figures['items']} items, {figures['per_item']:.1f} ratings each")
-        for key in ("r2", "pearson", "independent"):
-            columns[f"{key}, {VIEWS[view]}"] = [*figures[key], figures[key].mean()]
-    print_table(["ceiling", *columns], zip([*LABELS, "mean"], *columns.values(), strict=True))
-    print("independent: r2 if every rating were another rater's")
+        shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
+        rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
+        print_table(["ceiling", *shown], rows)
     return views
 
 
@@ -2699,7 +2340,7 @@ def decode(
     settings = argparse.Namespace(ckpt=args.ckpt, device=args.device, day=rule, batch=64, part=None)
     loaded = [(kept["path"], model, kept) for model, kept in members]
     log_probs = mean_logits(loaded, corpus, trials, settings) if len(trials) else []
-    _say_circumstances(settings, loaded, corpus, trials)
+    _say_circumstances(settings, loaded, corpus)
     results = []
     for i, row in enumerate(log_probs):
         phonemes = ctc_greedy(row[None], [len(row)])[0]
