@@ -69,7 +69,6 @@ from data import (
     PHONEMES,
     SAMPLE_RATE,
     SPLITS,
-    ConversionReport,
     Corpus,
     DataError,
     FbankStore,
@@ -1405,7 +1404,8 @@ def write_submission(
     part is not 1200 rows of 15 days."""
     parts = {str(corpus.part[i]) for i in indices}
     whole = np.flatnonzero(np.isin(corpus.part, list(parts)))
-    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] in parts)
+    days = [row for row in corpus.report.get("days", ()) if row["part"] in parts]
+    found = sum(row["trials"] + row["left_out"] for row in days)
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
     public = parts == {"competition"} and corpus.channels == 256 and not corpus.synthetic
@@ -2879,11 +2879,10 @@ def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refus
         except DataError as error:
             refuse(error)
     how = "taken as they are (--raw)"
-    report = ConversionReport(False)
     if trials and not raw:
-        kept = standardise_blocks(trials, str(folder), report)[1]
+        kept = standardise_blocks(trials)
         how = "standardised when they came" if kept else "z-scored together, as one block"
-    print(f"{folder}: {len(trials)} .npy trials, {how}", *report.notes, sep="\n")
+    print(f"{folder}: {len(trials)} .npy trials, {how}")
     features = [trial["x"].astype(np.float32) for trial in trials]
     names = [_printable(trial["path"].stem) for trial in trials]
     return SpeechCorpus(
