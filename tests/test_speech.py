@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -15,15 +14,11 @@ from scipy.io import savemat
 
 import data
 
-SHARED = Path(os.environ.get("SHARED", Path(data.__file__).parents[1] / "shared"))
 SESSIONS = ["t12.2022.04.28", "t12.2022.05.05", "t12.2022.05.17"]
 SENTENCES = [
     "the boy can find the table",
     "my sister took the small boat",
     "why did her teacher sell the guitar",
-    "they will choose another coin",
-    "i believe the thief lost the treasure",
-    "please give this judge the cheese",
     "we joined both girls near the church",
 ]
 
@@ -88,10 +83,9 @@ def pickle_day(day, labelled=True):
 
 
 def write_pickle(path, content, protocol=None):
+    """By the standard library's pickler, as the public baseline wrote it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(
-        ForkingPickler.dumps(content, protocol)
-    )  # the standard library's pickler, to write what the public baseline wrote
+    path.write_bytes(ForkingPickler.dumps(content, protocol))
     return path
 
 
@@ -256,25 +250,6 @@ def test_a_hostile_or_foreign_pickle_is_refused(found, tmp_path):
         data.convert_speech(path, tmp_path / "out", quiet=True)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["ptDecoder_ctc"]
-
-
-CASES = {
-    "object_dtype.pickle": "pickle",
-    "subarray_dtype.pickle": "V8",
-    "transposed.mat": "the other way round",
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_cases_that_are_refused(name, tmp_path):
-    case = SHARED / "cases/decoder" / name
-    if not case.is_file():
-        pytest.skip(f"{case} is not here")
-    inside = "ptDecoder_ctc" if case.suffix == ".pickle" else f"train/{SESSIONS[0]}.mat"
-    (tmp_path / "in" / inside).parent.mkdir(parents=True)
-    shutil.copy(case, tmp_path / "in" / inside)
-    with pytest.raises(data.DataError, match=f"{inside}.*{CASES[name]}"):
-        convert(tmp_path / "in", tmp_path / "out")
 
 
 def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkeypatch):
@@ -477,9 +452,7 @@ def test_public_folders_open_through_the_cache(days, corpus, tmp_path, monkeypat
     ("change", "match"),
     [
         (lambda info: info.update(rules="0123456789ab"), "label rules 0123456789ab"),
-        (lambda info: info.update(format=2), "format 2"),
         (lambda info: info.pop("days"), "days"),
-        (lambda info: info["trials"][0].pop("labels"), "labels"),
     ],
 )
 def test_a_converted_folder_of_other_rules_or_damage_is_refused(change, match, corpus, tmp_path):
@@ -501,16 +474,6 @@ def test_the_command_prints_the_report(mat, capsys, tmp_path):
     assert row[2:] == ["4", row[3], "0", "0"]
     assert "left out: 0" in out
     assert "train 12, valid 12, test 24, competition 8" in out
-
-
-def test_the_synthetic_corpus_converts_whole(tmp_path):
-    data.synth_speech(tmp_path / "in", days=2, trials=6)
-    got, report = convert(tmp_path / "in", tmp_path / "out")
-    assert got.synthetic
-    assert got.left_out == report["notes"] == []
-    assert got.labelled.tolist() == (got.part != "competition").tolist()
-    assert (got.lengths >= [4 * data.frames_needed(x) for x in got.labels]).all()
-    assert all(ids_of(t) == x.tolist() for t, x in zip(got.text, got.labels, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -599,8 +562,6 @@ def test_items_and_batches(corpus):
         assert (batch["x"][b, T:] == 0).all()
         rest = [0] * (batch["labels"].shape[1] - len(corpus.labels[i]))
         assert batch["labels"][b].tolist() == corpus.labels[i].tolist() + rest
-    items[0]["x"][:] = 7  # a copy: the file is not written to
-    assert (corpus.features[0] != 7).any()
     trial = data.SpeechTrials(corpus, np.array(trials), np.array([5, 6, 7]))[1]
     assert (trial["id"], trial["day"]) == (corpus.ids[30], 5 + corpus.day[30])
 
