@@ -3391,15 +3391,7 @@ def convert_speech(
             args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype
             jobs.append((path, functools.partial(_convert_file, *args)))
         results = list(tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None))
-        trials, rows, left_out, written = [], [], [], []
-        for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
-            left_out += lines
-            if {trial["id"] for trial in found} & {trial["id"] for trial in trials}:
-                left_out.append(f"{path}: a second file of its session; expected one")
-            elif found:
-                trials += found
-                rows += counts
-                written.append(folder / f"file{number}")
+        trials, rows, written, left_out = _gather(folder, files, results)
         if not trials or (strict and left_out):
             raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
         bare = [trial for trial in trials if trial["labels"] is None]
@@ -3442,6 +3434,21 @@ def _session_names(path):
     except (OSError, ValueError, AttributeError, TypeError) as error:
         told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
         raise DataError(f"{path}: {_one_line(error)}; {told}") from error
+
+
+def _gather(folder, files, results):
+    """Trials, rows of the report and features of all files, and lines on what is left out."""
+    trials, rows, written, left_out = {}, [], [], []
+    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+        left_out += lines
+        by_id = {trial["id"]: trial for trial in found}
+        if by_id.keys() & trials.keys():
+            left_out.append(f"{path}: a second file of its session; expected one")
+        elif counts:
+            trials |= by_id
+            rows += counts
+            written.append(folder / f"file{number}")
+    return list(trials.values()), rows, written, left_out
 
 
 def _join_features(folder, files, trials, channels, dtype):
