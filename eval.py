@@ -66,7 +66,6 @@ from data import (
     PHONEMES,
     SAMPLE_RATE,
     SPLITS,
-    ConversionReport,
     Corpus,
     DataError,
     FbankStore,
@@ -1200,7 +1199,8 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     be written, but all of it: DataError where a trial is missing, also one that the conversion left out, or
     where the '24 competition part is not 1200 rows of 15 days."""
     part = corpus.part[indices[0]]
-    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] == part)
+    days = [row for row in corpus.report.get("days", ()) if row["part"] == part]
+    found = sum(row["trials"] + row["left_out"] for row in days)
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
     expected = max(found, int((corpus.part == part).sum())), size[1]
@@ -2373,11 +2373,10 @@ def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refus
         except DataError as error:
             refuse(error)
     how = "taken as they are (--raw)"
-    report = ConversionReport(False)
     if trials and not raw:
-        kept = standardise_blocks(trials, str(folder), report)[1]
+        kept = standardise_blocks(trials)
         how = "standardised when they came" if kept else "z-scored together, as one block"
-    print(f"{folder}: {len(trials)} .npy trials, {how}", *report.notes, sep="\n")
+    print(f"{folder}: {len(trials)} .npy trials, {how}")
     features = [trial["x"].astype(np.float32) for trial in trials]
     names = [_printable(trial["path"].stem) for trial in trials]
     return SpeechCorpus(

@@ -19,7 +19,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -1092,28 +1091,24 @@ def _plain(value: object, where: str) -> object:
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """A model rebuilt from its checkpoint alone, on CPU, in eval mode, and the checkpoint itself.
 
-    Averaged weights (ckpt["ema"]) are used where there are any. Raises DataError for a file that is missing,
-    cut short or no checkpoint of ours.
+    Averaged weights (ckpt["ema"]) are used where there are any. DataError for a file that is missing, cut
+    short or no checkpoint of ours.
     """
     advice = "expected a last.pt or best.pt of this repository"
     if not Path(path).is_file():
-        raise DataError(f"{path}: {'a folder' if Path(path).is_dir() else 'no such file'}; {advice}")
+        raise DataError(f"{path}: no such file; {advice}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
         raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}); {advice}") from error
-    if not isinstance(ckpt, dict):
-        raise DataError(f"{path}: {type(ckpt).__name__} instead of a checkpoint; {advice}")
-    found = [ckpt.get("format"), ckpt.get("task")]
-    if found[0] != CHECKPOINT_FORMAT or found[1] not in [*MODELS]:
-        known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
-        raise DataError(f"{path}: {found} instead of {known}; {advice}")
     try:
+        if ckpt["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
         model = MODELS[ckpt["task"]](**known)
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path}: model_args and weights disagree ({_one_line(error)}); {advice}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{path}: does not fit its model ({_one_line(error)}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
@@ -1177,17 +1172,14 @@ def parse_options(
     saved = {name: value for name, value in saved.items() if name not in free}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    if args.amp == "auto":
-        args.amp = saved.get("amp", "auto")
-    changed = [
-        name for name in saved if getattr(args, name) != saved[name] and name not in ("epochs", "steps")
-    ]
+    if resume and args.amp == "auto":
+        args.amp = saved["amp"]
+    fixed = saved.keys() - {"epochs", "steps"}
+    changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
-        options = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
-        raise DataError(f"{resume}: given {options}; expected the options of that run; leave them out")
-    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    if args.device not in available:
-        raise DataError(f"--device {args.device}: not available here; expected {' or '.join(available)}")
+        raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")
+    if args.device not in ("cpu", "cuda" if torch.cuda.is_available() else "cpu"):
+        raise DataError(f"--device {args.device}: not available here; expected cpu, or cuda with a GPU")
     return args
 
 
@@ -1232,27 +1224,27 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
         name = args.name and f"{args.name}_f{fold}"
         finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
     scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
-    mean = scores.mean().item()
-    deviation = scores.std(correction=0).item()
+    mean, deviation = scores.mean().item(), scores.std(correction=0).item()
     if int(os.environ.get("RANK", 0)) == 0:
         kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
-        each = ", ".join(f"{score:.4f}" for score in scores.tolist())
-        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f} ({each})")
+        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f}")
     return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
 
 
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
     """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where
     it is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
-    if kind in AMP_TYPES and probe_amp(kind, device, make) == math.inf:
-        raise DataError(
-            f"--amp {kind}: raises or is not finite on {device}; expected a type that works; use auto"
-        )
+
+    def seconds(kind: str) -> float:
+        return probe_amp(kind, device, make)
+
+    if kind in AMP_TYPES and seconds(kind) == math.inf:
+        raise DataError(f"--amp {kind}: fails on {device}; expected a type that works; use auto")
     if kind != "auto":
         return kind
     if device.type == "cuda":
-        return next((kind for kind in AMP_TYPES if probe_amp(kind, device, make) < math.inf), "off")
-    return "bf16" if 1.2 * probe_amp("bf16", device, make) < probe_amp("off", device, make) else "off"
+        return next((kind for kind in AMP_TYPES if seconds(kind) < math.inf), "off")
+    return "bf16" if 1.2 * seconds("bf16") < seconds("off") else "off"
 
 
 def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> float:
@@ -1271,14 +1263,13 @@ def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Modul
                     output = module(*inputs)
                 output = output[0] if isinstance(output, tuple) else output
                 output.float().square().mean().backward()
-                grads = [p.grad for p in module.parameters() if p.grad is not None]
-                finite = all(bool(t.isfinite().all()) for t in (output, *grads))
-                taken.append(time.process_time() - start if finite else math.inf)
+                taken.append(time.process_time() - start)
         except RuntimeError:  # a kernel that this device or this build of torch lacks
-            taken = [math.inf]
+            return math.inf
         finally:
             torch.set_num_threads(threads)
-    return math.inf if math.inf in taken else min(taken)
+    finite = all(parameter.grad.isfinite().all() for parameter in module.parameters())
+    return min(taken) if finite else math.inf
 
 
 def update_ema(ema: dict | None, model: nn.Module, decay: float) -> None:
@@ -1300,13 +1291,13 @@ def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
 
 def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], bool]:
     """Items of this step, over all processes, whose loss is not finite, and True; without such all, False."""
-    mine = list(zip(names, losses.isfinite().tolist(), strict=True))
+    mine = list(zip(map(str, names), losses.isfinite().tolist(), strict=True))
     gathered = [mine] * world
     if world > 1:
         dist.all_gather_object(gathered, mine)
-    items = [item for part in gathered for item in part]
-    found = [str(name) for name, finite in items if not finite]
-    return found or [str(name) for name, _ in items], bool(found)
+    items = list(itertools.chain(*gathered))
+    bad = [name for name, finite in items if not finite]
+    return bad or [name for name, _ in items], bool(bad)
 
 
 def quiet_worker(_: int) -> None:
@@ -1318,8 +1309,7 @@ def quiet_worker(_: int) -> None:
 
 def data_loader(dataset: Dataset, batches: list[list], collate: Callable, workers: int, device) -> DataLoader:
     """Reads the batches that stand in `batches` when an iteration begins, in `workers` processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers, cores)  # more than cores only get in each other's way
+    workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -1337,8 +1327,7 @@ class Interrupt:
 
     def __init__(self, enabled: bool):
         self.came = False
-        main_thread = threading.current_thread() is threading.main_thread()
-        self.signals = (signal.SIGINT, signal.SIGTERM) if enabled and main_thread else ()
+        self.signals = (signal.SIGINT, signal.SIGTERM) if enabled else ()
 
     def __enter__(self) -> "Interrupt":
         self.before = {sign: signal.signal(sign, self.note) for sign in self.signals}
@@ -1359,21 +1348,20 @@ def run_folder(args: Namespace, name: str) -> Path:
     """The folder of a resumed run, or a new one: a taken name gets a number, no run overwrites another."""
     if args.resume:
         return Path(args.resume).parent
-    folder = Path(args.out) / (args.name or name)
-    numbers = itertools.count(2)
-    while folder.exists():
-        folder = folder.with_name(f"{args.name or name}_{next(numbers)}")
-    return folder
+    name = args.name or name
+    for number in itertools.count(1):
+        folder = Path(args.out) / (name if number == 1 else f"{name}_{number}")
+        if not folder.exists():
+            return folder
 
 
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
     """The checkpoint to resume from; DataError unless it is a whole one of a trainer of `tasks`."""
     _, ckpt = load_checkpoint(path)
-    parts = ("args", "data", "optimizer", "rng", "best", "skipped")
-    missing = [name for name in parts if not isinstance(ckpt.get(name), dict)]
-    if ckpt["task"] not in tasks or missing:
+    whole = all(ckpt.get(part) for part in ("args", "data", "optimizer", "rng", "best"))
+    if ckpt["task"] not in tasks or not whole:
         raise DataError(
-            f"{path}: task {ckpt['task']!r}, without {missing}; expected last.pt of task {' or '.join(tasks)}"
+            f"{path}: task {ckpt['task']!r}; expected the last.pt of a run of {' or '.join(tasks)}"
         )
     return ckpt
 
@@ -1383,22 +1371,15 @@ def same_data(path: str, saved: dict, found: dict) -> None:
     fitted = ("mean", "std", "target_mean", "target_std")
     other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
     if other:
-        raise DataError(
-            f"{path}: trained on data of other {', '.join(other)}; expected the same; give them with --data"
-        )
+        raise DataError(f"{path}: trained on data of other {', '.join(other)}; give the same with --data")
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
     """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
     Processes beside the main one, whose states are not saved, go on from states of their own."""
     device = next(model.parameters()).device
-    try:
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: does not fit ({_one_line(error)}); expected this model; start a new run"
-        ) from error
+    model.load_state_dict(ckpt["model"])
+    optimizer.load_state_dict(ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"] or {})
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
@@ -1442,19 +1423,14 @@ class Run:
         """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
         if not self.main:
             return
+        rng = {"cpu": torch.get_rng_state(), "cuda": None}
         device = next(model.parameters()).device
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        ckpt = {
-            "task": task,
-            "model_args": model.model_args,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler.is_enabled() else None,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "args": vars(self.args),
-            "git_sha": git_state()["git_sha"],
-        }
-        save_checkpoint(self.folder / name, ckpt | state)
+        if device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(device)
+        state |= {"task": task, "args": vars(self.args), "git_sha": git_state()["git_sha"], "rng": rng}
+        state |= {"model_args": model.model_args, "model": model.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() or None}
+        save_checkpoint(self.folder / name, state)
 
 
 def tensorboard(folder: Path):
@@ -1462,9 +1438,7 @@ def tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise DataError(
-            "--tensorboard: package tensorboard not installed; pip install tensorboard"
-        ) from error
+        raise DataError("--tensorboard: not installed; pip install tensorboard") from error
     return SummaryWriter(folder)
 
 
@@ -1481,18 +1455,14 @@ def json_ready(tree: object) -> object:
 
 def git_state() -> dict:
     """{"git_sha", "git_dirty"} of this file's repository, results/ apart; None outside one."""
-
-    def git(*command: str) -> str | None:
-        folder = Path(__file__).parent
-        try:
-            return subprocess.run(
-                ["git", *command], cwd=folder, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-    return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+    found = []
+    try:
+        for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no -- . :!results"):
+            git = ["git", "-C", str(Path(__file__).parent), *command.split()]
+            found.append(subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_sha": None, "git_dirty": None}
+    return {"git_sha": found[0], "git_dirty": bool(found[1])}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -136,8 +136,6 @@ def baseline_weights() -> dict[str, Tensor]:
     ("name", "value"),
     [
         ("dayBias", None),
-        ("dayWeights", None),
-        ("fc_decoder_out.bias", None),
         ("extra.weight", torch.ones(1)),
         ("gru_decoder.bias_hh_l1", torch.ones(5)),
         ("gaussianSmoother.weight", torch.rand(C, 1, 20)),
@@ -169,7 +167,7 @@ def test_baseline_weights_by_plain_operations():
 # Frames and independence
 # ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", DIRECTIONS)
-@pytest.mark.parametrize(("kernel", "stride"), [(32, 4), (14, 4), (8, 8), (1, 1), (3, 5)])
+@pytest.mark.parametrize(("kernel", "stride"), [(14, 4), (8, 8), (3, 5)])
 def test_frames_are_exact_for_every_length(kernel, stride, form):
     lengths = torch.arange(201)
     counts = [len(range(0, T - kernel + 1, stride)) for T in range(201)]  # windows that fit
@@ -281,15 +279,6 @@ def test_start_values():
             assert 0.95 * bound < weight.abs().max() <= bound
 
 
-def test_dropout_acts_in_training_only():
-    batch = make_batch(60, 33)
-    for kind in ("dropout", "input_dropout"):
-        model = small_decoder(**{"dropout": 0.0, kind: 0.5})
-        assert torch.equal(model(*batch)[0], model(*batch)[0])
-        model.train()
-        assert largest(model(*batch)[0], model(*batch)[0]) > 1e-3
-
-
 def test_unknown_day_takes_the_mean_of_the_day_layers():
     model, (x, lengths, _) = small_decoder(), make_batch(40, 40)
     with torch.no_grad():
@@ -322,5 +311,3 @@ def test_checkpoint_rebuilds_the_decoder(tmp_path):
     save_checkpoint(tmp_path / "old.pt", ckpt)
     with pytest.raises(DataError, match="old.pt: .*train again"):
         load_checkpoint(tmp_path / "old.pt")
-    with pytest.raises(DataError, match="expected sizes of at least 1"):
-        small_decoder(stride=0)

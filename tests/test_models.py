@@ -607,9 +607,9 @@ def write_bad(path: Path, kind: str) -> None:
 REASONS = {
     "missing": "no such file", "garbage": "unreadable", "empty": "unreadable", "text": "unreadable",
     "truncated": "unreadable", "pickle": "unreadable", "torch file with foreign objects": "unreadable",
-    "list": "list instead of a checkpoint", "state dict": "[None, None] instead of format 1, task han",
-    "other task": "[1, 'chess'] instead of", "other format": "[99, 'han'] instead of",
-    "no model_args": "disagree ('model_args')", "unknown argument": "unexpected keyword argument 'depth'",
+    "list": "does not fit", "state dict": "'format'",
+    "other task": "'chess'", "other format": "format 99 instead of 1", "no model_args": "'model_args'",
+    "unknown argument": "unexpected keyword argument 'depth'",
     "other weights": "size mismatch for embedding.weight",
 }  # fmt: skip
 
