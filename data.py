@@ -3114,9 +3114,9 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files of a public corpus: the folder that holds it, or the pickle."""
-    if source.is_file() and source.suffix not in (".mat", ".hdf5"):
-        return "pickle", [source]
+    """Format (mat, pickle or hdf5) and files of a public corpus: its folder, the pickle, or one .mat file."""
+    if source.is_file() and source.suffix != ".hdf5":
+        return "mat" if source.suffix == ".mat" else "pickle", [source]
     files, found = sorted(source.rglob("*")), {}
     for kind, pattern in _SPEECH_FILES.items():
         found[kind] = [path for path in files if re.search(pattern, path.as_posix())]
@@ -3217,8 +3217,8 @@ def _attempt(read, *args):
 
 
 def _read_mat(path, channels, names):
-    """The one session of a file of the '24 competition."""
-    part = _MAT_PARTS[path.parent.name]
+    """The one session of a file of the '24 competition; outside its folders it needs no sentences."""
+    part = _MAT_PARTS.get(path.absolute().parent.name, "competition")
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
         with warnings.catch_warnings():
@@ -3521,13 +3521,13 @@ def convert_speech(
             trial["day"] = days.index(trial["day"])
         width = channels or (512 if kind == "hdf5" else 256)
         _join_features(folder, [session for session in found if session["trials"]], width, dtype)
-        inner = source.is_file() or source.name == "competitionData"
+        near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {
             "format": 1,
             "rules": speech_rules(),
             "source": str(source),
             "kind": kind,
-            "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
+            "synthetic": any((folder / "SYNTHETIC").is_file() for folder in near),
             "channels": width,
             "days": days,
             "trials": trials,
