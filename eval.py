@@ -2693,8 +2693,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
     }
     score = read_musicxml(args.score) if args.explain else None
-    performance, match = item["performance"], item["match"]
-    yield record, {"name": name, "item": item, "score": score, "performance": performance, "match": match}
+    yield record, item | {"name": name, "item": item, "score": score}
 
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
@@ -2760,14 +2759,14 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
             "errors": None,
         }
         tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {decoded or '(nothing)'}")
-        if corpus.labelled[i]:
-            counts.append(per_counts([found["reference"]], [found["hypothesis"]])[0])
-            record["reference"] = spell(found["reference"])
-            record["errors"] = dict(zip(EDITS, counts[-1].tolist(), strict=False))
-            tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
         labels = found["reference"] if corpus.labelled[i] else None
-        step = loaded[0][1].stride * BIN
-        yield record, {"name": name, "log_probs": log_probs[i], "labels": labels, "seconds per frame": step}
+        if labels:
+            counts.append([*edit_counts(labels, found["hypothesis"]), len(labels)])
+            record["reference"] = spell(labels)
+            record["errors"] = dict(zip(EDITS, counts[-1], strict=False))
+            tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
+        work = {"name": name, "log_probs": log_probs[i], "labels": labels}
+        yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
     if counts:
         rate = error_rate(np.array(counts))
         tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
@@ -3264,7 +3263,7 @@ Several runs are folds and seeds of one configuration, and are evaluated togethe
         except DataError as error:
             notes.append(str(error))
     synthetic = loaded[0][2]["data"].get("synthetic") if loaded else not args.data
-    verdict, figures, scored = "nothing was scored", None, {}
+    verdict, figures, scored = "nothing was scored; best validation in training: below", None, {}
     if loaded and own.get("task") != "pretrain" and not args.no_data:
         score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
@@ -3274,11 +3273,11 @@ Several runs are folds and seeds of one configuration, and are evaluated togethe
     with new_figure(16, 13) as figure:
         draw_curves(figure, records)
         parts = {"Training curves": inline_figure(figure, "Training curves"), **scored}
-    best, skipped = [], []
-    for name, lines in records.items():
-        best.append([name, *best_validation(lines)])
-        skipped += [[name, r["step"], r["skip"], r.get("names")] for r in lines if "skip" in r]
+    best = [[name, *best_validation(lines)] for name, lines in records.items()]
     parts["Best validation in training"] = _table(["run", "figure", "value", "step"], best)
+    skipped = []
+    for name, lines in records.items():
+        skipped += [[name, line["step"], line["skip"], line.get("names")] for line in lines if "skip" in line]
     parts["Skipped updates"] = _table(["run", "step", "kind", "items"], skipped[:30])
     rows = [[key, *(run.get(key) for run in options.values())] for key in own]
     parts["Configuration"] = _table(["option", *runs], rows)
@@ -3308,9 +3307,10 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
     interval = f"95 % interval of r2 {brackets(mean['r2_interval'])}"
     totals = []
-    for view in filter(views.get, views):
-        for fold, s in (views[view]["folds"] | {"mean": views[view]["mean"]}).items():
-            totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
+    for view, figures in views.items():
+        if figures:
+            for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
+                totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
     columns = [mean["per_dimension"][metric] for metric in METRICS]
     names, y, p, fold_of = _stacked(records, truth, args.part, "all")
     error = (p - y) ** 2
