@@ -32,10 +32,10 @@ DECODED = [*STEPS, {"step": 20, "valid_loss": 2.0, "valid_per": 0.625, "valid_bl
 
 
 class Page:
-    """Headings, rows of cells and text of r.html, in which nothing could reach outside."""
+    """Headings, rows of cells and text of a page, in which nothing could reach outside."""
 
-    def __init__(self):
-        text = Path("r.html").read_text(encoding="utf-8")
+    def __init__(self, path: str | Path = "r.html"):
+        text = Path(path).read_text(encoding="utf-8")
         assert not re.search(
             r"https?://|@import|url\(|<script|javascript:|<link|<iframe|<object|\son\w+=", text
         )
