@@ -2911,10 +2911,10 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files of a public corpus, by part: the folder that holds it, or the
-    pickle."""
-    if source.is_file() and source.suffix not in (".mat", ".hdf5"):
-        return "pickle", [source]
+    """Format (mat, pickle or hdf5) and files of a public corpus, by part: its folder, the pickle, or one
+    .mat file."""
+    if source.is_file() and source.suffix != ".hdf5":
+        return "mat" if source.suffix == ".mat" else "pickle", [source]
     found = {}
     for kind, pattern in _SPEECH_FILES.items():
         paths = [path for path in sorted(source.rglob("*")) if re.search(pattern, path.as_posix())]
@@ -2998,9 +2998,9 @@ def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
 
 
 def _read_mat(path, channels, names, left_out):
-    """The one session of a file of the '24 competition. Features of area 6v are the first half of the
-    channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
-    part = _part_of(path)
+    """The one session of a file of the '24 competition; outside its folders it needs no sentences. Features
+    of area 6v are the first half of the channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
+    part = _FILE_PARTS.get(path.absolute().parent.name, "competition")
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
         raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
@@ -3233,12 +3233,13 @@ def convert_speech(
             notes.append("days without block numbers are one block each, whose last tenth validates")
         if not bare:
             notes.append("labels are the file's own: labels not compared with sentences")
+        near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {
             "format": 1,
             "rules": speech_rules(),
             "source": str(source),
             "kind": kind,
-            "synthetic": any((top / "SYNTHETIC").is_file() for top in (source, source.parent)),
+            "synthetic": any((top / "SYNTHETIC").is_file() for top in near),
             "channels": channels,
             "days": days,
             "trials": trials,

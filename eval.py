@@ -36,9 +36,7 @@ import math
 import platform
 import re
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -74,7 +72,6 @@ from data import (
     collate_han,
     collate_speech,
     column_names,
-    convert_speech,
     extract_performances,
     fbank,
     fbank_frames,
@@ -934,6 +931,16 @@ def _say_circumstances(args, loaded, corpus):
     print(corpus_line(corpus.synthetic, corpus.root))
     if loaded[0][2]["data"]["valid"] == "test" and args.part in ("valid", "test"):
         print("the checkpoint was chosen on the test part (--valid test): its score there is no result")
+
+
+def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
+    """The most frequent [reference phoneme, decoded phoneme, times]."""
+    pairs: Counter = Counter()
+    for ref, hyp in zip(refs, hyps, strict=True):
+        edits = Levenshtein.editops(ref, hyp)
+        pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
+    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -2022,26 +2029,17 @@ def _run_names(paths: list[str]) -> dict[str, str]:
 
 BAR = 25  # characters of the scale from 0 to 1
 MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
-INPUTS = {
-    "han": ("score", "midi"),
-    "ast": ("audio", "midi"),
-    "decoder": ("speech", "day", "raw"),
-}  # options that each takes
 EDITS = ("sub", "del", "ins")
-
-
-def _label_group(label: str) -> str:
-    for group in ("Music_Making", "Emotion_&_Mood"):
-        if label.startswith(group):
-            return group
-    return label.split("_")[0]
+INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
+FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
+LABEL_GROUP = re.compile(r"Music_Making|Emotion_&_Mood|[^_]+")
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
-    words = label.removeprefix(_label_group(label) + "_").split("_")
-    middle = len(words) // 2
-    return " ".join(words[:middle]).capitalize(), " ".join(words[middle:]).capitalize()
+    words = LABEL_GROUP.sub("", label, count=1)[1:].split("_")
+    left, right = words[: len(words) // 2], words[len(words) // 2 :]
+    return " ".join(left).capitalize(), " ".join(right).capitalize()
 
 
 # What a rating of 0 and a rating of 1 say. Against the name for the first articulation: its ratings rise with
@@ -2053,152 +2051,108 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 
 
 def predict(argv: list[str]) -> list[dict]:
-    """`python eval.py predict`: ratings or phonemes of your own files: see `predict_files`."""
+    """`python eval.py predict`: ratings or phonemes of your own files, as --json holds them.
+
+    han, ast: name, path, ratings by label; han also score, match_rate, extra (share of played notes not in
+    the score), notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference, errors by kind.
+    """
     parser = _parser(
         "predict",
         "--ckpt FILE ... INPUT [options]",
         """\
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
-    HAN              --score FILE and --midi PATH
+    HAN              --score FILE and --midi PATH      passages of 4 to 16 bars, 420 notes at most
     AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
     python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
-    python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json -
+    python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json
 
 A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""",
     )
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one task, averaged (required)")
-    add("--score", nargs="+", metavar="FILE", help="MusicXML: one for all --midi, or one for each")
+    add("--score", metavar="FILE", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", metavar="PATH", help="MIDI files, or folders of them")
-    add("--audio", nargs="+", metavar="PATH", help="sound files of any rate and length, or folders of them")
+    add("--audio", nargs="+", metavar="PATH", help="sound files of any rate and length, or folders of .wav")
     add("--speech", nargs="+", metavar="PATH", help="corpus, .mat of '24, .npy (bins, channels) or folder")
     add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
-    add("--raw", action="store_true", help="take .npy as it is (off: z-scored together, as a block)")
-    add("--json", metavar="FILE", help="write predictions and circumstances; -: standard output (off)")
-    add("--csv", metavar="FILE", help="write a line a prediction; -: standard output (off)")
-    add("--explain", metavar="PATH", help="draw what predictions rest on: FILE.png, or a folder (off)")
+    add("--raw", action="store_true", help="take .npy as it is (off: a folder z-scored together, as a block)")
+    add("--json", metavar="FILE", help="write predictions and circumstances (off)")
+    add("--csv", metavar="FILE", help="write a line a prediction (off)")
+    add("--explain", metavar="DIR", help="draw what each prediction rests on, into this folder (off)")
     add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
     add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
     args = _parse(parser, argv)
-    for path in (args.json, args.csv):
-        if path and path != "-":
-            check_output(Path(path))
-    if args.json == args.csv == "-":
-        raise DataError("--json - --csv -: both on standard output; expected one; name a file for the other")
+    for path in filter(None, (args.json, args.csv)):
+        check_output(Path(path))
     loaded = _load_models(args.ckpt)
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr if "-" in (args.json, args.csv) else stdout):
-        records, refused = predict_files(loaded, args)
-        print(f"{len(records)} predicted, {len(refused)} refused")
-        if not records:
-            raise DataError(
-                refused[0] if len(refused) == 1 else f"all {len(refused)} inputs were refused: see above"
-            )
-        texts = {
-            args.csv: predictions_csv(records),
-            args.json: predictions_json(records, refused, loaded, args),
-        }
-        for path, text in texts.items():
-            if path == "-":
-                stdout.write(text)
-            elif path:
-                content = text.encode(errors="surrogateescape")
-                write_atomic(Path(path), lambda file, content=content: file.write(content))
-                print(f"saved {path}")
+    task, about = loaded[0][2]["task"], loaded[0][2]["data"]
+    if task == "decoder":
+        _shared_settings(loaded)
+    else:
+        _load_fold_models(loaded)  # refuses those that cannot be averaged
+    kind = "ast" if task in AUDIO_TASKS else task
+    given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
+    if given not in INPUTS[kind]:
+        raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
+    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints averaged")
+    if about["synthetic"]:
+        print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
+    if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
+        print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
+    predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
+    records, refused = [], []
+
+    def refuse(problem: object) -> None:
+        if args.strict:
+            raise DataError(problem)
+        refused.append(_printable(problem))
+        tqdm.write(f"refused: {refused[-1]}")
+
+    inputs = _expand(args.midi or args.audio or args.speech)
+    for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
+        try:
+            for record, work in predict_file(loaded, args, files, refuse):
+                records.append(record)
+                if args.explain:
+                    _draw(kind, loaded, args, work)
+        except DataError as error:
+            refuse(error)
+    print(f"{len(records)} predicted, {len(refused)} refused")
+    if not records:
+        raise DataError(f"all {len(refused)} inputs were refused: {refused[0]}")
+    if args.csv:
+        write_csv(args.csv, predictions_table(records))
+    if args.json:
+        saved = predictions_summary(records, loaded) | {"refused": refused, "command": args.command}
+        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
+        write_atomic(Path(args.json), lambda file: file.write(f"{text}\n".encode()))
     return records
 
 
-def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
-    """Predictions of all inputs, printed as they come, and the line of each refused one (--strict: raised).
+def _expand(paths: list[str]) -> list[list[Path]]:
+    """Files, and those in folders, hidden ones left out: each alone, but .npy files of a folder together."""
+    blocks: dict[Path, list[Path]] = {}
+    for path in map(Path, paths):
+        inside = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in FOLDER_FILES]
+        if (path / "trials.json").exists() or not inside:
+            inside = [path]
+        for file in inside:
+            blocks.setdefault(file.parent if file.suffix == ".npy" else file, []).append(file)
+    return list(blocks.values())
 
-    han, ast: name, path, ratings (19,); han also score, match_rate, extra (share of played notes not in the
-    score), notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference, errors."""
-    kind, members = _predictors(loaded)
-    jobs = {"han": han_jobs, "ast": audio_jobs, "decoder": decoder_jobs}[kind](members, args)
-    check_explain(args, len(jobs))
-    known = _training_ratings(members)
-    records, refused, taken = [], [], Counter()
 
-    def refuse(error: DataError) -> None:
+def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) -> None:
+    picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", work["name"]) + ".png")
+    try:
+        explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
+        tqdm.write(f"drawn: {picture}")
+    except DataError as error:
         if args.strict:
-            raise error
-        refused.append(_printable(error))
-        tqdm.write(f"refused: {refused[-1]}")
-
-    if kind != "decoder":
-        print(
-            f"{len(members)} checkpoints averaged"
-            if len(members) > 1
-            else f"{args.ckpt[0]}, step {loaded[0][2]['step']}"
-        )
-        if members[0][1]["data"]["synthetic"]:
-            print("trained on the SYNTHETIC corpus: its ratings say nothing about real performances")
-    for job in tqdm(jobs, desc="predict", unit="file", leave=False, disable=None):
-        try:
-            done = job(refuse)
-        except DataError as error:
-            refuse(error)
-            continue
-        for record, work in done:
-            records.append(record)
-            tqdm.write(_show_trial(record) if kind == "decoder" else _show_ratings(record, known))
-            if args.explain:
-                try:
-                    picture = _picture_of(args.explain, work["name"], taken)
-                    explain(kind, picture, members, work)
-                    tqdm.write(f"drawn: {picture}")
-                except DataError as error:
-                    if args.strict or len(jobs) == len(done) == 1:
-                        raise
-                    tqdm.write(f"no picture: {error}")
-    _print_labelled(records)
-    return records, refused
-
-
-def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
-    """han, ast (all audio tasks) or decoder, and the [(model, its checkpoint), ...] that can be averaged."""
-    task = loaded[0][2]["task"]
-    if task == "decoder":
-        _shared_settings(loaded)
-        return task, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded]
-    for path, model, _ in loaded:
-        if task == "ast" and model.model_args["num_outputs"] is None:
-            raise DataError(f"{path}: a pre-training, which rates nothing; fine-tune it first")
-    folds, _ = _load_fold_models(loaded)
-    return "han" if task == "han" else "ast", list(itertools.chain.from_iterable(folds.values()))
-
-
-def _check_inputs(args: argparse.Namespace, kind: str, complete: bool) -> None:
-    """Refuses inputs that a kind of checkpoint does not take, and incomplete ones."""
-    given = {option for options in INPUTS.values() for option in options if getattr(args, option)}
-    if not complete or given - set(INPUTS[kind]):
-        shown = ", ".join(f"--{option}" for option in sorted(given)) or "none"
-        wanted = {"han": "--score and --midi", "ast": "--audio or --midi", "decoder": "--speech"}[kind]
-        raise DataError(f"{args.ckpt[0]}: takes {wanted}; given {shown}; give those alone")
-
-
-def check_explain(args: argparse.Namespace, count: int) -> None:
-    """Refuses an --explain that is no picture, cannot be written, or is one picture for several inputs."""
-    if not args.explain:
-        return
-    out = Path(args.explain)
-    is_folder = out.is_dir() or not out.suffix
-    check_picture(out / "name.png" if is_folder else out)
-    if count > 1 and not is_folder:
-        raise DataError(f"--explain {out}: one picture for {count} inputs; name a folder")
-
-
-def _picture_of(explain_path: str, name: str, taken: Counter) -> Path:
-    """The file of one explanation; inputs of one name get numbers."""
-    out = Path(explain_path)
-    if out.suffix and not out.is_dir():
-        return out
-    name = re.sub(r"[^\w.@+-]", "_", name)
-    taken[name] += 1
-    return out / (f"{name}.png" if taken[name] == 1 else f"{name}_{taken[name]}.png")
+            raise
+        tqdm.write(f"no picture: {error}")
 
 
 def _printable(text: object) -> str:
@@ -2206,165 +2160,123 @@ def _printable(text: object) -> str:
     return str(text).encode(errors="replace").decode()
 
 
-def _expand(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file, or those of a folder with such a suffix; hidden ones left out."""
-    if not Path(path).is_dir():
-        return [Path(path)]
-    found = sorted(f for f in Path(path).iterdir() if f.suffix.lower() in suffixes and f.name[0] != ".")
-    if not found:
-        raise DataError(f"{path}: a folder without {', '.join(suffixes)}; expected some; name another")
-    return found
-
-
-def _training_ratings(members: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and deviation (19,) of the ratings that trained the models, where checkpoints know them."""
+def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
+    """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
-    for _, kept in members:
-        info = kept["data"]
+    for _, _, ckpt in loaded:
+        info = ckpt["data"]
         if "rating_mean" in info:
             rows.append((info["rating_mean"], info["rating_std"]))
-        elif "target_mean" in info and kept["args"].get("standardise") == "dimension":
+        elif "target_mean" in info and ckpt["args"].get("standardise") == "dimension":
             rows.append((info["target_mean"], info["target_std"]))
-    return tuple(np.mean(rows, axis=0)) if rows else None
+    if not rows:
+        return {}
+    pairs = zip(LABELS, *np.mean(rows, axis=0).tolist(), strict=True)
+    return {label: {"mean": mean, "sd": spread} for label, mean, spread in pairs}
 
 
-def han_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    _check_inputs(args, "han", args.score and args.midi)
-    scores = args.score if len(args.score) > 1 else args.score * len(args.midi)
-    if len(scores) != len(args.midi):
-        raise DataError(f"--score: {len(scores)} files, --midi: {len(args.midi)}; give one, or one for each")
-    jobs = []
-    for score, path in zip(scores, args.midi, strict=True):
-        for midi in _expand(path, (".mid", ".midi")):
-            jobs.append(functools.partial(rate_performance, members, args, score, midi))
-    return jobs
-
-
-def rate_performance(
-    members: list, args: argparse.Namespace, score: str, midi: Path, _
-) -> list[tuple[dict, dict]]:
-    """One performance of a score: its record, and what explains it."""
-    ((_, item),) = extract_performances((score, [str(midi)]))
+def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
+    """One performance of the score: its record, and what explains it."""
+    path, name = _printable(files[0]), _printable(files[0].stem.strip())
+    ((_, item),) = extract_performances((args.score, [str(files[0])]))
     if isinstance(item, str):
         raise DataError(item)
+    found = f"{item['match_rate']:.1%} of the notes of {args.score}"
     if item["match_rate"] < MISALIGNED:
-        raise DataError(
-            f"{midi}: holds {item['match_rate']:.0%} of the notes of {score}; "
-            f"expected {MISALIGNED:.0%}; is it another piece, edition or passage?"
-        )
-    name, extra = (
-        _printable(midi.stem.strip()),
-        float((item["voice"] == 0).sum() / len(item["performance"].pitch)),
-    )
-    item["name"] = name
-    corpus = Corpus(score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
-    each = [
-        predict_han(model, prepare_han(corpus, [name], kept["data"]), args.device) for model, kept in members
-    ]
+        raise DataError(f"{path}: holds {found}; expected {MISALIGNED:.0%} or more; is it another piece?")
+    corpus = Corpus(args.score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
+    each = [predict_han(m, prepare_han(corpus, [name], ckpt["data"]), args.device) for _, m, ckpt in loaded]
+    extra = float((item["voice"] == 0).sum() / len(item["performance"].pitch))
     record = {
         "name": name,
-        "path": str(midi),
-        "score": score,
+        "path": path,
+        "score": args.score,
         "match_rate": item["match_rate"],
         "extra": extra,
         "notes": len(item["x"]),
-        "ratings": np.mean(each, axis=0)[0],
+        "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
     }
-    work = {"name": name, "item": item}
-    if args.explain:
-        work |= {"score": read_musicxml(score), "performance": item["performance"], "match": item["match"]}
-    return [(record, work)]
+    score = read_musicxml(args.score) if args.explain else None
+    yield record, item | {"name": name, "item": item, "score": score}
 
 
-def audio_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    _check_inputs(args, "ast", bool(args.audio) != bool(args.midi))
-    if args.explain:
-        check_attention(members)
-    paths, suffixes = (args.audio, (".wav",)) if args.audio else (args.midi, (".mid", ".midi"))
-    trained, kind = members[0][1]["data"]["audio"], "wav" if args.audio else "rendered"
-    if trained != kind:
-        print(f"trained on audio of kind {trained}, given {kind}: its ratings say little")
-    files = itertools.chain.from_iterable(_expand(path, suffixes) for path in paths)
-    return [functools.partial(rate_audio, members, args, path) for path in files]
-
-
-def rate_audio(members: list[tuple], args: argparse.Namespace, path: Path, _) -> list[tuple[dict, dict]]:
-    energies, name = read_piece(path, rendered=not args.audio), _printable(path.stem)
+def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
+    """One recording, or MIDI file as it sounds: its record, and what explains it."""
+    energies, name = read_piece(files[0], rendered=not args.audio), _printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
-    each = [predict_ast(model, [item], kept["data"], args.device) for model, kept in members]
+    each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
-    record = {"name": name, "path": str(path), "seconds": seconds, "ratings": np.mean(each, axis=0)[0]}
-    return [(record, {"name": name, "energies": energies})]
+    ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
+    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "ratings": ratings}
+    yield record, {"name": name, "energies": energies}
 
 
-def decoder_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    """A job for each corpus or .mat file, and one for the .npy files of a folder, standardised together."""
-    _check_inputs(args, "decoder", args.speech)
-    sources: dict[Path, list[Path]] = {}
-    for path in map(Path, args.speech):
-        is_corpus = (path / "trials.json").is_file()
-        inside = sorted(path.glob("[!.]*.npy")) if path.is_dir() and not is_corpus else []
-        if path.suffix == ".npy" and not path.is_dir():
-            sources.setdefault(path.parent, []).append(path)
-        else:
-            sources.setdefault(path, []).extend(inside)
-    if args.raw and not any(sources.values()):
-        raise DataError(f"--raw: for .npy files only; given {', '.join(args.speech)}; leave it out")
-    return [functools.partial(decode, members, args, path, files) for path, files in sources.items()]
+def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple]) -> dict[str, float]:
+    """Prints the mean of ratings (1, 19) between their poles, in 100 columns, and gives it by label."""
+    ratings = dict(zip(LABELS, np.mean(each, axis=0)[0].tolist(), strict=True))
+    known = _training_ratings(loaded)
+    tqdm.write(f"\n{title}\n{'':<39}0{'':<{BAR - 2}}1{'':<20}value{'  mean   SD' if known else ''}")
+    last = ""
+    for label, value in ratings.items():
+        left, right = LABEL_POLES[label]
+        group = LABEL_GROUP.match(label)[0].replace("_", " ").capitalize()
+        bar, trained = ["."] * BAR, ""
+        if known:
+            mean = known[label]["mean"]
+            trained = f" {mean:5.2f} {known[label]['sd']:4.2f}"
+            bar[round(mean * (BAR - 1))] = "|"
+        bar[round(value * (BAR - 1))] = "o"
+        shown = "" if group == last else group
+        tqdm.write(f"{shown:<14} {left:>23} {''.join(bar)} {right:<19}{value:5.2f}{trained}")
+        last = group
+    return ratings
 
 
-def decode(
-    members: list, args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable
-) -> list[tuple]:
+def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
-    channels, stride = members[0][1]["data"]["channels"], members[0][0].stride
-    if files:
-        corpus = _npy_corpus(source, files, channels, args.raw, refuse)
-    elif source.suffix == ".mat":
-        corpus = _mat_corpus(source, channels, args.strict)
+    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix == ".npy"
+    if is_npy:
+        corpus = _npy_corpus(files, channels, args.raw, refuse)
     else:
-        corpus = open_speech(source, args.cache, args.strict)
+        corpus = open_speech(files[0], args.cache, args.strict)
     if corpus.channels != channels:
-        raise DataError(f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
-    check_explain(args, len(corpus.ids))
+        raise DataError(f"{files[0]}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
     for line in corpus.left_out:
-        print(f"left out: {line}")
-    trials, sessions = np.arange(len(corpus.ids)), [corpus.days[d] for d in corpus.day]
-    rule = args.day or ("mean" if files else None)
-    if files and rule == "mean":  # one unknown session, said once
-        corpus = replace(corpus, day=np.zeros_like(corpus.day), days=["of .npy files"])
+        refuse(line)
+    rule, layers = args.day or ("mean" if is_npy else None), corpus
     if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
-        corpus, rule = replace(corpus, days=[rule] * len(corpus.days)), None
-        print(f"{source}: day layer of {args.day} for every trial")
-    settings = argparse.Namespace(ckpt=args.ckpt, device=args.device, day=rule, batch=64, part=None)
-    loaded = [(kept["path"], model, kept) for model, kept in members]
-    log_probs = mean_logits(loaded, corpus, trials, settings) if len(trials) else []
-    _say_circumstances(settings, loaded, corpus)
-    results = []
-    for i, row in enumerate(log_probs):
-        phonemes = ctc_greedy(row[None], [len(row)])[0]
-        reference = corpus.labels[i].tolist() if corpus.labelled[i] else None
+        layers, rule = replace(corpus, days=[rule] * len(corpus.days)), None
+    settings = argparse.Namespace(**vars(args) | {"day": rule, "batch": None, "part": None})
+    trials = np.arange(len(corpus.ids))
+    _say_circumstances(settings, loaded, layers)
+    log_probs, counts = mean_logits(loaded, layers, trials, settings), []
+    for i, found in enumerate(transcripts(log_probs, corpus, trials)):
+        name, decoded = found["trial"], spell(found["hypothesis"])
         record = {
-            "id": corpus.ids[i],
-            "path": corpus.text[i] if files else str(source),
-            "session": sessions[i],
+            "id": name,
+            "path": corpus.text[i] if is_npy else _printable(files[0]),
+            "session": found["day"],
             "seconds": float(corpus.lengths[i] * BIN),
-            "phonemes": phonemes,
-            "reference": reference,
-            "errors": None if reference is None else edit_counts(reference, phonemes),
+            "phonemes": decoded,
+            "reference": None,
+            "errors": None,
         }
-        work = {
-            "name": corpus.ids[i],
-            "log_probs": row,
-            "labels": reference,
-            "seconds per frame": stride * BIN,
-        }
-        results.append((record, work))
-    return results
+        tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {decoded or '(nothing)'}")
+        labels = found["reference"] if corpus.labelled[i] else None
+        if labels:
+            counts.append([*edit_counts(labels, found["hypothesis"]), len(labels)])
+            record["reference"] = spell(labels)
+            record["errors"] = dict(zip(EDITS, counts[-1], strict=False))
+            tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
+        work = {"name": name, "log_probs": log_probs[i], "labels": labels}
+        yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
+    if counts:
+        rate = error_rate(np.array(counts))
+        tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
 
 
-def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
+def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
     """A trial and day a file; `text` holds their paths. Unless raw, all are z-scored together, as a block."""
     trials = []
     for path in files:
@@ -2372,183 +2284,68 @@ def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refus
             trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
         except DataError as error:
             refuse(error)
-    how = "taken as they are (--raw)"
-    if trials and not raw:
-        kept = standardise_blocks(trials)
-        how = "standardised when they came" if kept else "z-scored together, as one block"
-    print(f"{folder}: {len(trials)} .npy trials, {how}")
-    features = [trial["x"].astype(np.float32) for trial in trials]
-    names = [_printable(trial["path"].stem) for trial in trials]
+    if not raw:
+        standardise_blocks(trials)
+    features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
+    names, count = [_printable(trial["path"].stem) for trial in trials], len(trials)
     return SpeechCorpus(
-        features=np.concatenate([np.zeros((0, channels), np.float32), *features]),
-        offsets=np.cumsum([0, *map(len, features)]),
-        day=np.arange(len(trials)),
-        block=np.zeros(len(trials), np.int64),
-        part=np.full(len(trials), ""),
-        labels=[np.zeros(0, np.int64)] * len(trials),
-        text=[str(trial["path"]) for trial in trials],
+        features=np.concatenate(features).astype(np.float32),
+        offsets=np.cumsum([len(x) for x in features]),
+        day=np.arange(count),
+        block=np.zeros(count, np.int64),
+        part=np.full(count, ""),
+        labels=[np.zeros(0, np.int64)] * count,
+        text=[_printable(trial["path"]) for trial in trials],
         ids=names,
         days=names,
         channels=channels,
-        root=folder,
+        root=files[0].parent,
         synthetic=False,
         left_out=[],
-        labelled=np.zeros(len(trials), bool),
+        labelled=np.zeros(count, bool),
     )
 
 
 def _read_trial(path: Path, channels: int) -> np.ndarray:
     """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
-    wanted = f"expected (1 to {MOST_BINS} bins of 20 ms, {channels} channels), numbers, as np.save writes"
     try:
         x = np.lib.format.open_memmap(path, mode="r")
+        fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
+        problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
+        if problem:
+            raise ValueError(problem)
     except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())[:150]}; {wanted}") from error
-    if x.dtype.kind not in "fiu" or x.ndim != 2 or x.shape[1] != channels or not 0 < len(x) <= MOST_BINS:
-        raise DataError(f"{path}: type {x.dtype}, shape {x.shape}; {wanted}")
-    unusable = unusable_bins(x)
-    if unusable:
-        raise DataError(f"{path}: {unusable}; leave the trial out or mend it")
+        raise DataError(
+            f"{path}: {error!r:.150}; expected 1-{MOST_BINS} bins × {channels} numbers"
+        ) from error
     return np.array(x)
 
 
-def _mat_corpus(path: Path, channels: int, strict: bool) -> SpeechCorpus:
-    """The trials of one .mat file of the '24 layout: with labels where it has sentences, else without."""
-    refusals = []
-    for part in ("test", "competitionHoldOut"):  # the latter needs no sentences
-        with (
-            tempfile.TemporaryDirectory() as scratch
-        ):  # its converted features stay mapped when the folder goes
-            copy = Path(scratch) / part / path.name
-            copy.parent.mkdir()
-            try:
-                shutil.copyfile(path, copy)
-                asked = None if channels == 256 else channels
-                convert_speech(scratch, f"{scratch}/converted", channels=asked, strict=strict, quiet=True)
-                corpus = open_speech(f"{scratch}/converted")
-            except (DataError, OSError) as error:
-                refusals.append(str(error).replace(str(copy), str(path)))
-                continue
-        for line in refusals:
-            print(f"no labels: {line}")
-        left_out = [line.replace(str(copy), str(path)) for line in corpus.left_out]
-        ids = [trial.partition("/")[2] for trial in corpus.ids]
-        synthetic = any((parent / "SYNTHETIC").is_file() for parent in path.absolute().parents[:3])
-        return replace(corpus, root=path, ids=ids, left_out=left_out, synthetic=synthetic)
-    raise DataError(refusals[0])
-
-
-def _scale(value: float, mean: float | None) -> str:
-    """`....|===o....`: the value among BAR characters from 0 to 1, and its way from the mean."""
-    cells, at = ["."] * BAR, round(value * (BAR - 1))
-    if mean is not None:
-        middle = round(mean * (BAR - 1))
-        low, high = sorted((at, middle))
-        cells[low:high] = ["="] * (high - low)
-        cells[middle] = "|"
-    cells[at] = "o"
-    return "".join(cells)
-
-
-def _show_ratings(record: dict, known: tuple[np.ndarray, np.ndarray] | None) -> str:
-    """The ratings between their poles, in 100 columns; known: mean and deviation of the training ratings."""
-    if "seconds" in record:
-        lines = [f"\n{record['name']}, {record['seconds']:.1f} s"]
-    else:
-        found = f"{record['match_rate']:.1%} of the score's notes were found; "
-        found += f"{record['extra']:.1%} of the played notes are not in it"
-        lines = [f"\n{record['name']} with {Path(record['score']).name}", found]
-        if record["extra"] > 0.5:
-            lines[-1] += ": a longer recording, or another edition?"
-        if record["notes"] > MAX_NOTES:
-            lines.append(f"{record['notes']} notes, PercePiano's passages have {MAX_NOTES} at most: cut it")
-    lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value")
-    if known:
-        lines[-1] += "  mean   SD"
-    last = None
-    for d, (label, (left, right)) in enumerate(LABEL_POLES.items()):
-        group, value = _label_group(label), record["ratings"][d]
-        shown = "" if group == last else group.replace("_", " ").capitalize()
-        last = group
-        mean = known[0][d] if known else None
-        line = f"{shown:<14} {left:>23} {_scale(value, mean)} {right:<19}{value:5.2f}"
-        lines.append(f"{line} {mean:5.2f} {known[1][d]:4.2f}" if known else line)
-    return "\n".join(lines)
-
-
-def _show_trial(record: dict) -> str:
-    lines = [f"{record['id']}: {record['seconds']:.2f} s, {len(record['phonemes'])} phonemes"]
-    if record["reference"] is not None:
-        sub, dele, ins = record["errors"]
-        rate = (sub + dele + ins) / len(record["reference"])
-        lines[0] += f", PER {rate:.3f} (sub {sub} del {dele} ins {ins} of {len(record['reference'])})"
-        lines.append(f"  reference  {spell(record['reference'])}")
-    return "\n".join([*lines, f"  decoded    {spell(record['phonemes']) or '(nothing)'}"])
-
-
-def _print_labelled(records: list[dict]) -> None:
-    """The error rate of those trials that came with their phonemes."""
-    labelled = [record for record in records if record.get("errors")]
-    if labelled:
-        rate = error_rate(np.array([[*record["errors"], len(record["reference"])] for record in labelled]))
-        print(f"PER of {len(labelled)} labelled trials {rate:.4f}")
-    if any(
-        record["id"].startswith("train/") or Path(record["path"]).parent.name == "train"
-        for record in labelled
-    ):
-        print("some are of part train, on which the model may have been trained: no result")
-
-
-def _readable(record: dict) -> dict:
-    """A record as files hold it: ratings by label, phonemes spelt, errors by kind."""
-    if "ratings" in record:
-        return record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))}
-    shown = record | {"phonemes": spell(record["phonemes"])}
-    if record["reference"] is not None:
-        shown["reference"] = spell(record["reference"])
-        shown["errors"] = dict(zip(EDITS, record["errors"], strict=True))
-    return shown
-
-
-def predictions_json(
-    records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace
-) -> str:
-    """Predictions, refusals and circumstances: what --json writes."""
+def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
+    """Predictions and circumstances: what --json writes."""
     used = []
     for path, _, ckpt in loaded:
         about = {"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
         used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
     saved = {
-        "command": args.command,
         **git_state(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
         "checkpoints": used,
+        "predictions": records,
     }
     if "ratings" in records[0]:
-        known = _training_ratings([(model, ckpt) for _, model, ckpt in loaded])
-        saved |= {"poles": {label: list(poles) for label, poles in LABEL_POLES.items()}, "training": None}
-        if known:
-            pairs = zip(LABELS, *np.stack(known).tolist(), strict=True)
-            saved["training"] = {label: {"mean": mean, "sd": spread} for label, mean, spread in pairs}
-    saved |= {"predictions": list(map(_readable, records)), "refused": refused}
-    return json.dumps(json_ready(saved), indent=1, allow_nan=False) + "\n"
+        saved |= {"poles": LABEL_POLES, "training": _training_ratings(loaded) or None}
+    return saved
 
 
-def predictions_csv(records: list[dict]) -> str:
-    """A line a prediction, ratings with six decimals: what --csv writes."""
+def predictions_table(records: list[dict]) -> list[list]:
+    """Head and rows of what --csv writes: a line a prediction."""
     rows = []
-    for record in map(_readable, records):
-        if "ratings" in record:
-            figures = {label: f"{value:.6f}" for label, value in record.pop("ratings").items()}
-        else:
-            figures = record.pop("errors") or dict.fromkeys(EDITS)
-        rows.append(record | figures)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    for record in records:
+        figures = record.get("ratings") or record["errors"] or dict.fromkeys(EDITS)
+        rows.append({key: cell for key, cell in record.items() if key not in ("ratings", "errors")} | figures)
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2733,44 +2530,33 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 # Report
 # ------------------------------------------------------------------------------------------------------------
-REPORTED = {
-    "han": "HAN: 19 ratings from score and MIDI",
-    "ast": "AST: 19 ratings from audio",
-    "cnn": "CNN: 19 ratings from audio",
-    "mlp": "MLP on pooled spectra: 19 ratings",
-    "pretraining": "AST pre-training: masked patches",
-    "decoder": "Phoneme decoder: neural activity to phonemes",
-}
 CHOSEN = {
     "valid": "The weights were chosen on this validation part: its figures are slightly optimistic.",
     "test": "Test part: for a final figure; choose between models on the validation part.",
 }
-SYNTHETIC = "SYNTHETIC data: figures show that the code works, and nothing about real performances or speech."
 STYLE = """
 body { margin: auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
 h2 { margin-top: 3rem; border-top: 3px solid #0072b2; } img { max-width: 100%; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; } td, th { padding: .2rem .6rem; text-align: left; }
-tr { border-bottom: 1px solid #d5dae1; } .verdict { font-weight: 600; }
-.warn { background: #fff1e6; color: #9a3412; border-left: 4px solid; padding: .5rem .8rem; }
+tr { border-bottom: 1px solid #d5dae1; } .said { background: #fff1e6; border-left: 4px solid; }
 """
 
 
 def report(argv: list[str]) -> dict:
-    """`python eval.py report`: an HTML page about runs; returns {"verdicts", "figures"} by configuration.
-
-    Runs that differ in fold, seed and machine only are one configuration and are evaluated together."""
+    """`python eval.py report`: an HTML page about runs of one configuration; returns its verdict and figures,
+    None where nothing was scored."""
     parser = _parser(
         "report",
         "--run DIR ... --out FILE.html [--data DIR] [options]",
         """\
-One HTML page about training runs: curves, scores, calibration, worst items, confusions, configuration.
-Folds and seeds of one configuration are evaluated together, on their own parts.
+One HTML page about the training of a model: curves, scores, calibration, worst items, confusions, options.
+Several runs are folds and seeds of one configuration, and are evaluated together, on their own parts.
 
     python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
     python eval.py report --run runs/decoder/NAME --no-data --out report.html""",
     )
     add = parser.add_argument
-    add("--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)")
+    add("--run", nargs="+", required=True, metavar="DIR", help="run folders of one configuration (required)")
     add("--out", required=True, metavar="FILE", help="page to write, .html (required)")
     add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
     add("--audio", metavar="DIR", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
@@ -2778,263 +2564,150 @@ Folds and seeds of one configuration are evaluated together, on their own parts.
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, data_options)
     out = Path(args.out)
-    if out.suffix.lower() not in (".html", ".htm"):
+    if out.suffix.lower() != ".html":
         raise DataError(f"--out {out}: no page; expected .html; name it so")
     check_output(out)
-    groups: dict[str, list[dict]] = {}
-    for name, path in _run_names(args.run).items():
-        run = read_run(path) | {"name": name}
-        groups.setdefault(_configuration(run), []).append(run)
-    kinds = {group[0]["kind"] == "decoder" for group in groups.values() if group[0]["kind"] != "pretraining"}
-    if args.data and len(kinds) > 1:
-        raise DataError(f"--data {args.data}: one data set for ratings and speech; write a report for each")
-    sections = [_section(group, args) for group in groups.values()]
-    page = _page(sections, args)
-    write_atomic(out, lambda file: file.write(page.encode("utf-8", "replace")))
-    verdicts = [section["verdict"] for section in sections]
-    print(*verdicts, f"saved {out}, {len(page) / 2**20:.2f} MiB", sep="\n")
-    return {"verdicts": verdicts, "figures": [section["figures"] for section in sections]}
-
-
-def read_run(path: str) -> dict:
-    """A run folder: kind (of REPORTED), title, args, records, loaded (path, model, ckpt) or None, notes."""
-    folder = Path(path)
-    try:
-        options = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        if "kernel" in options:
-            kind = "decoder"
-        elif "pooled" in options:
-            kind = "han"
-        else:
-            kind = "pretraining" if options["task"] == "pretrain" else options["model"]
-        run = {
-            "path": path,
-            "kind": kind,
-            "title": REPORTED[kind],
-            "args": options,
-            "records": [],
-            "loaded": None,
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no options ({error!r}); give a run's folder") from error
-    run["notes"] = []
-    if options.get("model") in ("bilstm", "bilstm_sa"):
-        run["title"] = run["title"].replace("HAN", options["model"])
-    for part, read in (
-        ("records", read_metrics),
-        ("loaded", lambda path: _load_models([f"{path}/best.pt"])[0]),
-    ):
+    runs = _run_names(args.run)
+    options = {name: read_options(path) for name, path in runs.items()}
+    records = {name: read_metrics(path) for name, path in runs.items()}
+    own = options[next(iter(runs))]
+    args.data = args.data or own.get("data")
+    args.audio = args.audio or own.get("audio")
+    args.ckpt = args.run
+    args.crops = args.batch = None
+    loaded, notes = [], []
+    for path in runs.values():
         try:
-            run[part] = read(path)
+            loaded += _load_models([f"{path}/best.pt"])
         except DataError as error:
-            run["notes"].append(str(error))
-    return run
-
-
-def _configuration(run: dict) -> str:
-    """What runs evaluated together have in common: all options but fold, seed and those of one machine."""
-    apart = ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")
-    own = {key: value for key, value in _own_options(run).items() if key not in apart}
-    return json.dumps([run["kind"], bool(run["args"].get("data")), own], sort_keys=True)
-
-
-def _section(group: list[dict], args: argparse.Namespace) -> dict:
-    """One configuration: title, verdict, synthetic, figures (None where nothing was scored), html."""
-    kind, loaded = group[0]["kind"], [run["loaded"] for run in group if run["loaded"]]
-    known = {run["name"]: best_validation(run["records"]) for run in group}
-    logged = [f"{name} {key} {value:.3f} at step {step}" for name, (key, value, step) in known.items() if key]
-    scored = {
-        "sentence": f"best validation as logged in training: {', '.join(logged) or 'none'}",
-        "synthetic": loaded[0][2]["data"].get("synthetic") if loaded else not group[0]["args"].get("data"),
-        "figures": None,
-        "parts": {},
-    }
-    if loaded and kind != "pretraining" and not args.no_data:
-        score = decoder_section if kind == "decoder" else rating_section
-        scored = score(loaded, _evaluation_options(group, loaded, args))
-    title = f"{group[0]['title']} (SYNTHETIC)" if scored["synthetic"] else group[0]["title"]
-    verdict = f"{title}: {scored['sentence']}."
+            notes.append(str(error))
+    synthetic = loaded[0][2]["data"].get("synthetic") if loaded else not args.data
+    verdict, figures, scored = "nothing was scored; best validation in training: below", None, {}
+    if loaded and own.get("task") != "pretrain" and not args.no_data:
+        score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
+        corpus, verdict, figures, scored = score(loaded, args)
+        synthetic = synthetic or corpus.synthetic
+    if synthetic:
+        notes.append("SYNTHETIC data: says that the code works, nothing about real performances or speech")
     with new_figure(16, 13) as figure:
-        draw_curves(figure, {run["name"]: run["records"] for run in group})
-        parts = {"Training curves": inline_figure(figure, "Training curves")} | scored["parts"]
-    parts["Skipped updates"] = _table(["run", "step", "kind", "items"], _skips(group))
-    options = dict.fromkeys(key for run in group for key in run["args"])
-    rows = [[key, *(run["args"].get(key, "–") for run in group)] for key in options]
-    parts["Configuration"] = _table(["option", *known], rows)
-    notes = "".join(f'<p class="warn">{_text(note)}</p>' for run in group for note in run["notes"])
-    html = "".join(f"<h3>{heading}</h3>{part}" for heading, part in parts.items())
-    html = f'<section><h2>{_text(title)}</h2><p class="verdict">{_text(verdict)}</p>{notes}{html}</section>'
-    return scored | {"verdict": verdict, "html": html}
+        draw_curves(figure, records)
+        parts = {"Training curves": inline_figure(figure, "Training curves"), **scored}
+    best = [[name, *best_validation(lines)] for name, lines in records.items()]
+    parts["Best validation in training"] = _table(["run", "figure", "value", "step"], best)
+    skipped = []
+    for name, lines in records.items():
+        skipped += [[name, line["step"], line["skip"], line.get("names")] for line in lines if "skip" in line]
+    parts["Skipped updates"] = _table(["run", "step", "kind", "items"], skipped[:30])
+    rows = [[key, *(run.get(key) for run in options.values())] for key in own]
+    parts["Configuration"] = _table(["option", *runs], rows)
+    page = _page(", ".join(runs), [verdict, *notes], parts, args.command)
+    write_atomic(out, lambda file: file.write(page.encode("utf-8", "replace")))
+    print(verdict, *notes, f"saved {out}", sep="\n")
+    return {"verdict": verdict, "figures": figures}
 
 
-def _evaluation_options(
-    group: list[dict], loaded: list[tuple], args: argparse.Namespace
-) -> argparse.Namespace:
-    """The options with which `evaluate` would score these checkpoints."""
-    own = group[0]["args"]
-    data = args.data or own.get("data")
-    if data and not Path(data).exists():
-        raise DataError(f"{group[0]['path']}: {data} is not here; give --data DIR, or --no-data")
-    paths = [path for path, _, _ in loaded]
-    batch = 64 if group[0]["kind"] == "decoder" else None
-    more = {
-        "data": data,
-        "audio": args.audio or own.get("audio"),
-        "ckpt": paths,
-        "crops": None,
-        "batch": batch,
-    }
-    return argparse.Namespace(**(vars(args) | more))
+def read_options(run: str) -> dict:
+    try:
+        return dict(json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{run}: no options ({error}); give a run's folder") from error
 
 
-def _skips(group: list[dict]) -> list[list]:
-    """Run, step, kind and items of the first 30 skipped updates."""
-    rows = []
-    for run in group:
-        for record in run["records"]:
-            if "skip" in record:
-                rows.append(
-                    [run["name"], record["step"], record["skip"], ", ".join(record.get("names", [])[:8])]
-                )
-    return rows[:30]
-
-
-def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
-    """Runs that rate: each on its own fold's part, seeds averaged; measured as `evaluate` does."""
+def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
+    """Runs that rate, measured as `evaluate` does: corpus, verdict, figures, parts of the page."""
     folds, data = _load_fold_models(loaded)
     corpus = _corpus_of(data, args)
     records = fold_records(folds, corpus, args, (args.part,))
-    truth = {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
+    truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     views = measure(records, truth)[args.part]
-    section = {"figures": views, "synthetic": corpus.synthetic or data["synthetic"], "parts": {}}
     if views["all"] is None:
-        return section | {"sentence": f"no item of part {args.part} has ratings here: nothing to score"}
+        return corpus, f"no item of part {args.part} has ratings here", views, {}
     mean = views["all"]["mean"]
     shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
-    low, high = mean["r2_interval"]
-    section["sentence"] = f"{shown}; 95 % interval of r2 [{low:.3f}, {high:.3f}]; "
-    section["sentence"] += f"part {args.part} of split {data['split']}, folds {[*folds]}"
+    interval = f"95 % interval of r2 {brackets(mean['r2_interval'])}"
     totals = []
     for view, figures in views.items():
-        for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items() if figures else ():
-            totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
-    columns = {metric: mean["per_dimension"][metric] for metric in METRICS}
-    tests = significance(records, truth)[args.part]["all"] or {}
-    for metric in METRICS:
-        if f"{metric}_interval" in tests:
-            columns[f"{metric}, 95 %"] = [
-                f"[{low:.3f}, {high:.3f}]" for low, high in tests[f"{metric}_interval"]
-            ]
+        if figures:
+            for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
+                totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
+    columns = [mean["per_dimension"][metric] for metric in METRICS]
     names, y, p, fold_of = _stacked(records, truth, args.part, "all")
     error = (p - y) ** 2
     worst = []
-    for i in np.argsort(-error.mean(1), kind="stable")[:10]:
+    for i in np.argsort(-error.mean(1))[:10]:
         d = error[i].argmax()
         worst.append([names[i], fold_of[i], error[i].mean(), LABELS[d], p[i, d], y[i, d]])
-    section["parts"] = {
-        "Results": f"<p>{CHOSEN[args.part]}</p>" + _table(["fold, view", *METRICS], totals),
-        "By dimension": _table(["dimension", *columns], zip(LABELS, *columns.values(), strict=True)),
-        "Prediction, rating, calibration": draw_ratings(y, p),
+    parts = {
+        "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
+        "By dimension": _table(["dimension", *METRICS], zip(LABELS, *columns, strict=True)),
+        "Prediction over rating, calibration": draw_ratings(y, p),
         "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
     }
-    return section
+    return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
 
 
-def draw_ratings(y: np.ndarray, p: np.ndarray, bins: int = 12) -> str:
-    """Prediction over rating by dimension; in the last panel the mean rating by bins of all predictions."""
-    low, high = min(y.min(), p.min()) - 0.03, max(y.max(), p.max()) + 0.03
-    edges = np.linspace(p.min(), p.max(), bins + 1)[1:-1]
-    bin_of = np.digitize(p, edges)
-    filled = np.unique(bin_of)
+def draw_ratings(y: np.ndarray, p: np.ndarray) -> str:
+    """Prediction over rating by dimension; in the last panel the means of twelfths of all predictions."""
+    order = p.argsort(axis=None)
+    means = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
     with new_figure(16, 14) as figure:
-        *panels, last = figure.subplots(4, 5, sharex=True, sharey=True).flat
-        for d, axes in enumerate(panels):
-            axes.plot(y[:, d], p[:, d], ".", alpha=0.5)
-            axes.set_title(LABELS[d].replace("_", " "), fontsize=8)
-        predicted, rated = ([x[bin_of == b].mean() for b in filled] for x in (p, y))
-        last.plot(rated, predicted, "o-", color=ORANGE)
-        last.set_title("all: mean rating by bins of the prediction", fontsize=8)
-        for axes in (*panels, last):
-            axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1)
-            axes.set(xlim=(low, high), ylim=(low, high))
-        figure.supxlabel("rating")
-        figure.supylabel("prediction")
+        panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
+        for d, label in enumerate(LABELS):
+            panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
+            panels[d].set_title(label, fontsize=8)
+        panels[-1].plot(*means, "o-")
+        for axes in panels:
+            axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
         return inline_figure(figure, "Prediction over rating by dimension, and calibration")
 
 
-def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
-    """Decoders of one configuration, probabilities averaged: error rates by day, confusions, transcripts."""
-    corpus, data = _speech_corpus(args, loaded), loaded[0][2]["data"]
-    trials = speech_parts(corpus, data["valid"])[args.part]
+def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
+    """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
+    corpus, valid = _speech_corpus(args, loaded), loaded[0][2]["data"]["valid"]
+    trials = speech_parts(corpus, valid)[args.part]
     trials = trials[corpus.labelled[trials]]
     if not len(trials):
         raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
     records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-    low, high = trial_bootstrap(per_counts(refs, hyps))
-    figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days) | {"interval": [low, high]}
-    rate = f"phoneme error rate {figures['per']:.3f} [{low:.3f}, {high:.3f}]"
-    caution = CHOSEN[args.part]
-    if data["valid"] == "test":
-        caution = "The checkpoint was chosen on the test part (--valid test): its score there is no result."
+    counts = per_counts(refs, hyps)
+    figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
+    figures["interval"] = trial_bootstrap(counts)
     keys = ("per", "trials", "labels", *EDITS)
     days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
-    order = sorted(records, key=lambda r: error_rate(per_counts([r["reference"]], [r["hypothesis"]])))
+    order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
     samples = []
-    for what, record in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        samples.append([what, record["trial"], spell(record["reference"]), spell(record["hypothesis"])])
-    return {
-        "sentence": f"{rate} of {len(trials)} trials, part {args.part}",
-        "figures": figures,
-        "synthetic": corpus.synthetic or data["synthetic"],
-        "parts": {
-            "Error rate by day": f"<p>{caution}</p>" + _table(["day", *keys], days),
-            "Confusions": draw_confusions(refs, hyps),
-            "Transcripts": _table(["", "trial", "reference", "decoded"], samples),
-        },
+    for i in order[[0, len(order) // 2, -1]]:
+        samples.append([records[i]["trial"], spell(refs[i]), spell(hyps[i])])
+    parts = {
+        "Error rate by day": _table(["day", *keys], days) + CHOSEN["valid" if valid == "test" else args.part],
+        "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
+        "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
-
-
-def draw_confusions(refs: list, hyps: list) -> str:
-    """Heat map of what reference phonemes became; ∅: deleted (column) or inserted (row)."""
-    times = np.zeros((len(PHONEMES), len(PHONEMES)))
-    for ref, hyp in zip(refs, hyps, strict=True):
-        for tag, i, j in Levenshtein.editops(ref, hyp).as_list():
-            times[0 if tag == "insert" else ref[i], 0 if tag == "delete" else hyp[j]] += 1
-    with new_figure(12, 11) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(times, cmap="Blues", norm="symlog")
-        names = ["∅", *PHONEMES[1:]]
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
-        axes.set_yticks(range(len(names)), names, fontsize=9)
-        axes.set(xlabel="decoded", ylabel="reference")
-        figure.colorbar(image, ax=axes, label="times")
-        return inline_figure(figure, "Confusions of phonemes")
+    rate = f"phoneme error rate {figures['per']:.3f} {brackets(figures['interval'])}"
+    return corpus, f"{rate} of {len(trials)} trials, part {args.part}", figures, parts
 
 
 def _text(value: object) -> str:
-    """HTML of a value: numbers to four digits, NaN as a dash, the rest escaped."""
-    if isinstance(value, float):
-        return f"{value:.4f}" if math.isfinite(value) else "–"
-    return escape(str(value))
+    """HTML of a value: fractions to four digits, the rest escaped."""
+    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
 
 
-def _table(head: Iterable, rows: Iterable) -> str:
-    lines = ["".join(f"<th>{_text(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{_text(value)}</td>" for value in row) for row in rows]
-    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
+    lines = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in (head, *rows))
+    return f'<div class="scroll"><table>{lines}</table></div>'
 
 
-def _page(sections: list[dict], args: argparse.Namespace) -> str:
+def _page(title: str, lines: list[str], parts: dict[str, str], command: str) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
-    loud = f'<p class="warn">{SYNTHETIC}</p>' if any(section["synthetic"] for section in sections) else ""
-    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {args.command}"
-    body = "".join(section["html"] for section in sections)
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {command}"
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    said = "".join(f'<p class="said">{_text(line)}</p>' for line in lines)
+    body = "".join(f"<h2>{heading}</h2>{part}" for heading, part in parts.items())
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>Report</title><style>{STYLE}</style></head>
-<body><h1>Report</h1><p>{_text(made)}</p>{loud}{body}</body></html>
+<body><h1>{_text(title)}</h1>{said}<p>{_text(made)}</p>{body}</body></html>
 """
 
 

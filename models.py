@@ -1349,8 +1349,8 @@ def run_folder(args: Namespace, name: str) -> Path:
     if args.resume:
         return Path(args.resume).parent
     name = args.name or name
-    for number in itertools.count(1):
-        folder = Path(args.out) / (name if number == 1 else f"{name}_{number}")
+    for taken in itertools.count():
+        folder = Path(args.out) / (f"{name}_{taken + 1}" if taken else name)
         if not folder.exists():
             return folder
 
