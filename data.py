@@ -5434,6 +5434,18 @@ def report_percepiano(corpus: Corpus) -> None:
                 print(error)
 
 
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
+    """Options by group: name, type (bool: a switch) or choices, default, what it is."""
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in options:
+            how = {"type": kind} if callable(kind) else {"choices": kind}
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            shown = "off" if default is None else "%(default)s"
+            group.add_argument(name, default=default, help=f"{text} ({shown})", **how)
+
+
 def number(kind: type, least: float, most: float = float("inf")):
     """An argparse type: `kind` within [least, most]."""
 
