@@ -1057,7 +1057,10 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    write_atomic(Path(path), write)
+    path = Path(path)
+    for half in path.parent.glob(f".{path.name}.*"):  # of a save that was killed: a run has one writer
+        half.unlink()
+    write_atomic(path, write)
 
 
 def _plain(value: object, where: str) -> object:

@@ -14,6 +14,15 @@ DIR is the competition's folder, the public baseline's pickle, the '25 HDF5 file
 `python data.py decoder-convert` made of one of them. Scores and times: results/README.md.
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_decoder.py: interrupted\n") else 1)
+    )
+
 import argparse
 import copy
 import math

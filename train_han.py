@@ -13,6 +13,15 @@ Scientific Reports 14, 23002 (2024).
 DIR is a clone of the PercePiano repository (`python data.py fetch percepiano`).
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_han.py: interrupted\n") else 1)
+    )
+
 import argparse
 import copy
 import json
