@@ -192,7 +192,7 @@ def read(folder: Path) -> bool:
     return True
 
 
-JOBS = {  # inputs, command, what shows that it is in the middle, files that it makes (None: not run to its end)
+JOBS = {  # inputs, command, what shows that it is in the middle, what it makes (None: not run to its end)
     "percepiano": (
         lambda folder, _: data.synth_percepiano(folder / "in", segments=16, players=12),
         "data.py percepiano --data in --cache out --workers 2",

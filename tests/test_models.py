@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import random
 import re
 from pathlib import Path
 
@@ -209,9 +208,12 @@ def test_parameter_count_arguments_and_refusals():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("args", [{}, {"level": "beat"}, {"level": "measure"}, {"model": "bilstm"}])
+@pytest.mark.parametrize(
+    "args", [{"stats_size": 2}, {"level": "beat"}, {"level": "measure"}, {"model": "bilstm"}]
+)
 def test_logits_do_not_depend_on_padding_batch_mates_or_order(args):
-    model, items = small_han(**args), make_items(9, 75, 1, 40, 9)
+    model = small_han(**args)
+    items = [item | {"stats": [len(item["x"]) / 50, -1.0]} for item in make_items(9, 75, 1, 40, 9)]
     alone = torch.cat([model(collate_han([item])) for item in items])
     batch = collate_han(items)
     together = model(batch)
@@ -221,18 +223,6 @@ def test_logits_do_not_depend_on_padding_batch_mates_or_order(args):
     wider = torch.full((5, 90, INPUT), torch.nan)
     wider[:, :75][batch["mask"]] = batch["x"][batch["mask"]]
     assert torch.equal(model(batch | {"x": wider}), together)
-
-
-@torch.no_grad()
-def test_stats_reach_the_head_of_their_own_piece():
-    model, items = small_han(stats_size=2), make_items(10, 20)
-    zero, one = ([item | {"stats": [0.0, value]} for item in items] for value in (0.0, 1.0))
-    logits = [model(collate_han(chosen)) for chosen in (zero, [zero[0], one[1]])]
-    assert largest(logits[0][0], logits[1][0]) < 1e-6
-    pooled = model.stages(collate_han(one))["pooled"]
-    by_hand = model.head(torch.cat([pooled, torch.tensor([[0.0, 1.0]] * 2)], dim=1))
-    assert largest(logits[1][1], by_hand[1]) < 1e-6
-    assert largest(logits[0][1], by_hand[1]) > 1e-3
 
 
 SMALL = {
@@ -270,12 +260,6 @@ def test_bench_times_a_step(task, capsys):
     assert "bf16" in said
     for wrong in ("breadth=3", "size"):
         assert wrong.split("=")[0] in refusal([*argv, wrong], capsys)
-
-
-def test_plain_masks_hold_as_many_patches_as_asked():
-    mask = plain_networks.plain_mask(20, 8, 64, 400, random.Random(0))
-    assert mask.shape == (20, 400)
-    assert all(len(set(ids)) == 400 and 0 <= min(ids) and max(ids) < 512 for ids in mask.tolist())
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
