@@ -5440,15 +5440,17 @@ def report_percepiano(corpus: Corpus) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
-    """Options by group: name, type (bool: a switch) or choices, default, what it is."""
+    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
-            how = {"type": kind} if callable(kind) else {"choices": kind}
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
-            shown = "off" if default is None else "%(default)s"
-            group.add_argument(name, default=default, help=f"{text} ({shown})", **how)
+            elif isinstance(kind, str):
+                how = {"metavar": kind}
+            else:
+                how = {"type": kind} if callable(kind) else {"choices": kind}
+            group.add_argument(name, default=default, help=text, **how)
 
 
 def number(kind: type, least: float, most: float = float("inf")):

@@ -86,60 +86,89 @@ NETWORK = (
     "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps"
 ).split()
 
-whole, count = data.number(int, 1), data.number(int, 0)
-positive, share, below_one = data.number(float, 0), data.number(float, 0, 1), data.number(float, 0, 0.99999)
-OPTIONS = {  # by group: name, type or choices, default, what it is
-    "defaults of all options below": [("--preset", PRESETS, "default", "a recipe")],
+WHOLE = data.number(int, 1)
+COUNT = data.number(int, 0)
+POSITIVE = data.number(float, 0)
+SHARE = data.number(float, 0, 1)
+BELOW_ONE = data.number(float, 0, 0.99999)
+# By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
+OPTIONS = {
+    "defaults of all options below": [("--preset", PRESETS, "default", "a recipe (%(default)s)")],
     "data": [
-        ("--data", str, None, "speech corpus; absent: built-in, synthetic, with a smaller network"),
-        ("--valid", ["blocks", "test"], "blocks", "validates: blocks of the training part, or the test part"),
-        ("--white-noise", positive, 0.8, "SD a bin and channel, 0: off"),
-        ("--offset-noise", positive, 0.2, "SD a trial and channel, 0: off"),
-        ("--time-mask-prob", share, 1.0, "of each span of zeros, 0: off"),
-        ("--time-mask-width", positive, 0.075, "longest span, bins; under 1: share of the trial"),
-        ("--time-mask-max", count, 20, "spans a trial, 0: off"),
-        ("--workers", count, 4, "processes that read trials, 0: none"),
-        ("--cache", str, "cache", "folder of converted corpora"),
-        ("--strict", bool, False, "stop at the first unreadable trial instead of leaving it out"),
+        ("--data", "DIR", None, "speech corpus; absent: built-in, synthetic, with a smaller network (off)"),
+        (
+            "--valid",
+            ["blocks", "test"],
+            "blocks",
+            "validates: blocks of the training part, or the test part (%(default)s)",
+        ),
+        ("--white-noise", POSITIVE, 0.8, "SD a bin and channel, 0: off (%(default)s)"),
+        ("--offset-noise", POSITIVE, 0.2, "SD a trial and channel, 0: off (%(default)s)"),
+        ("--time-mask-prob", SHARE, 1.0, "of each span of zeros, 0: off (%(default)s)"),
+        (
+            "--time-mask-width",
+            POSITIVE,
+            0.075,
+            "longest span, bins; under 1: share of the trial (%(default)s)",
+        ),
+        ("--time-mask-max", COUNT, 20, "spans a trial, 0: off (%(default)s)"),
+        ("--workers", COUNT, 4, "processes that read trials, 0: none (%(default)s)"),
+        ("--cache", "DIR", "cache", "folder of converted corpora (%(default)s)"),
+        ("--strict", bool, False, "stop at the first unreadable trial instead of leaving it out (off)"),
     ],
     "model": [
-        ("--hidden", whole, 1024, "width of each GRU direction"),
-        ("--layers", whole, 5, "GRU layers"),
-        ("--bidirectional", bool, False, "read trials backwards as well"),
-        ("--dropout", below_one, 0.4, "between GRU layers, 0: off"),
-        ("--input-dropout", below_one, 0.1, "after the day layer, 0: off"),
-        ("--layer-norm", bool, True, "LayerNorm before the last layer"),
-        ("--kernel", whole, 32, "bins of a window"),
-        ("--stride", whole, 4, "bins from window to window"),
-        ("--smooth-width", positive, 2.0, "SD of the smoothing, bins, 0: off"),
-        ("--smooth-taps", whole, 21, "bins of the smoothing; an even number shifts by half a bin"),
+        ("--hidden", WHOLE, 1024, "width of each GRU direction (%(default)s)"),
+        ("--layers", WHOLE, 5, "GRU layers (%(default)s)"),
+        ("--bidirectional", bool, False, "read trials backwards as well (off)"),
+        ("--dropout", BELOW_ONE, 0.4, "between GRU layers, 0: off (%(default)s)"),
+        ("--input-dropout", BELOW_ONE, 0.1, "after the day layer, 0: off (%(default)s)"),
+        ("--layer-norm", bool, True, "LayerNorm before the last layer (on)"),
+        ("--kernel", WHOLE, 32, "bins of a window (%(default)s)"),
+        ("--stride", WHOLE, 4, "bins from window to window (%(default)s)"),
+        ("--smooth-width", POSITIVE, 2.0, "SD of the smoothing, bins, 0: off (%(default)s)"),
+        (
+            "--smooth-taps",
+            WHOLE,
+            21,
+            "bins of the smoothing; an even number shifts by half a bin (%(default)s)",
+        ),
     ],
     "optimiser": [
-        ("--optimizer", ["adam", "adamw", "sgd"], "adamw", "adam, sgd: decay coupled with the rate"),
-        ("--lr", positive, 1.2e-3, "peak learning rate"),
-        ("--adam-eps", positive, 1e-8, "beside the root of the second moment"),
-        ("--momentum", share, 0.9, "sgd: Nesterov momentum, 0: off"),
-        ("--weight-decay", positive, 1e-4, "of weight matrices, 0: off"),
-        ("--decay-all", bool, False, "of biases, norms and day layers too"),
-        ("--batch", whole, 64, "trials a step and process"),
-        ("--clip", positive, 1.0, "largest gradient norm, inf: off"),
-        ("--ema", below_one, 0.9995, "decay of averaged weights, 0: off"),
+        (
+            "--optimizer",
+            ["adam", "adamw", "sgd"],
+            "adamw",
+            "adam, sgd: decay coupled with the rate (%(default)s)",
+        ),
+        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
+        ("--adam-eps", POSITIVE, 1e-8, "beside the root of the second moment (%(default)s)"),
+        ("--momentum", SHARE, 0.9, "sgd: Nesterov momentum, 0: off (%(default)s)"),
+        ("--weight-decay", POSITIVE, 1e-4, "of weight matrices, 0: off (%(default)s)"),
+        ("--decay-all", bool, False, "of biases, norms and day layers too (off)"),
+        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
+        ("--clip", POSITIVE, 1.0, "largest gradient norm, inf: off (%(default)s)"),
+        ("--ema", BELOW_ONE, 0.9995, "decay of averaged weights, 0: off (%(default)s)"),
     ],
     "schedule": [
-        ("--lr-schedule", ["constant", "linear", "cosine", "step"], "cosine", "course after the warm-up"),
-        ("--lr-end", positive, 1e-5, "linear, cosine: last rate"),
-        ("--warmup", count, 500, "steps of linear warm-up, 0: off"),
-        ("--step-size", whole, 3000, "step: steps between reductions"),
-        ("--gamma", share, 0.5, "step: factor of a reduction"),
+        (
+            "--lr-schedule",
+            ["constant", "linear", "cosine", "step"],
+            "cosine",
+            "course after the warm-up (%(default)s)",
+        ),
+        ("--lr-end", POSITIVE, 1e-5, "linear, cosine: last rate (%(default)s)"),
+        ("--warmup", COUNT, 500, "steps of linear warm-up, 0: off (%(default)s)"),
+        ("--step-size", WHOLE, 3000, "step: steps between reductions (%(default)s)"),
+        ("--gamma", SHARE, 0.5, "step: factor of a reduction (%(default)s)"),
         (
             "--reduce-on-nan",
             data.number(float, 0.01, 1),
             1.0,
             "factor of the rate at each bad update, 1: off",
         ),
-        ("--steps", whole, 10_000, "updates planned"),
-        ("--max-steps", whole, None, "stop after so many steps"),
-        ("--eval-every", whole, 500, "steps between evaluations"),
+        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
+        ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
+        ("--eval-every", WHOLE, 500, "steps between evaluations (%(default)s)"),
     ],
 }
 

@@ -72,47 +72,53 @@ PRESETS = {
 # fmt: on
 NETWORK = ("size", "heads", "dropout", "level", "model", "head_size")
 
-whole, count = data.number(int, 1), data.number(int, 0)
-positive, share, below_one = data.number(float, 0), data.number(float, 0, 1), data.number(float, 0, 0.99999)
-OPTIONS = {  # by group: name, type or choices, default, what it is
-    "defaults of all options below": [("--preset", PRESETS, "paper", "original recipe, or the best found")],
+WHOLE = data.number(int, 1)
+COUNT = data.number(int, 0)
+POSITIVE = data.number(float, 0)
+SHARE = data.number(float, 0, 1)
+BELOW_ONE = data.number(float, 0, 0.99999)
+# By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
+OPTIONS = {
+    "defaults of all options below": [
+        ("--preset", PRESETS, "paper", "original recipe, or the best found (%(default)s)")
+    ],
     "data": [
-        ("--data", str, None, "PercePiano folder; absent: the built-in synthetic corpus"),
-        ("--features", data.FEATURE_SETS, "full", "what the network sees"),
-        ("--split", data.SPLITS, "segment", "what parts never share"),
-        ("--fold", [*"0123", "all"], "0", "fold that validates"),
-        ("--keep-overlap", bool, False, "train on items that share notes with held-out ones too"),
-        ("--keep-misaligned", bool, False, "train on items matched under .6 too"),
-        ("--augment", bool, False, "shift the key by -5..+7 semitones"),
-        ("--cache", str, "cache", "folder of extracted features"),
-        ("--strict", bool, False, "stop at the first unreadable file instead of leaving it out"),
+        ("--data", "DIR", None, "PercePiano folder; absent: the built-in synthetic corpus (off)"),
+        ("--features", data.FEATURE_SETS, "full", "what the network sees (%(default)s)"),
+        ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
+        ("--fold", [*"0123", "all"], "0", "fold that validates (%(default)s)"),
+        ("--keep-overlap", bool, False, "train on items that share notes with held-out ones too (off)"),
+        ("--keep-misaligned", bool, False, "train on items matched under .6 too (off)"),
+        ("--augment", bool, False, "shift the key by -5..+7 semitones (off)"),
+        ("--cache", "DIR", "cache", "folder of extracted features (%(default)s)"),
+        ("--strict", bool, False, "stop at the first unreadable file instead of leaving it out (off)"),
     ],
     "model": [
-        ("--model", FORMS, "han", "network; bilstm: on raw MIDI columns only"),
-        ("--level", LEVELS, "total_note_cat", "what feeds the final pooling"),
-        ("--size", whole, 256, "width of every layer"),
-        ("--heads", whole, 8, "attention heads"),
-        ("--dropout", below_one, 0.2, "of LSTM layers and head, 0: off"),
-        ("--pooled", bool, False, "statistics of notes and MIDI before the head too"),
-        ("--head-size", whole, None, "hidden width of the head; absent: twice --size"),
+        ("--model", FORMS, "han", "network; bilstm: on raw MIDI columns only (%(default)s)"),
+        ("--level", LEVELS, "total_note_cat", "what feeds the final pooling (%(default)s)"),
+        ("--size", WHOLE, 256, "width of every layer (%(default)s)"),
+        ("--heads", WHOLE, 8, "attention heads (%(default)s)"),
+        ("--dropout", BELOW_ONE, 0.2, "of LSTM layers and head, 0: off (%(default)s)"),
+        ("--pooled", bool, False, "statistics of notes and MIDI before the head too (off)"),
+        ("--head-size", WHOLE, None, "hidden width of the head; absent: twice --size (off)"),
     ],
     "optimiser": [
-        ("--optimizer", ["adam", "adamw"], "adam", "adam: decay coupled with the rate"),
-        ("--lr", positive, 2.5e-5, "peak learning rate"),
-        ("--weight-decay", positive, 1e-5, "towards 0, 0: off"),
-        ("--batch", whole, 8, "performances a step and process"),
-        ("--clip", positive, 2.0, "largest gradient norm, inf: off"),
-        ("--ema", below_one, 0.0, "decay of averaged weights, 0: off"),
+        ("--optimizer", ["adam", "adamw"], "adam", "adam: decay coupled with the rate (%(default)s)"),
+        ("--lr", POSITIVE, 2.5e-5, "peak learning rate (%(default)s)"),
+        ("--weight-decay", POSITIVE, 1e-5, "towards 0, 0: off (%(default)s)"),
+        ("--batch", WHOLE, 8, "performances a step and process (%(default)s)"),
+        ("--clip", POSITIVE, 2.0, "largest gradient norm, inf: off (%(default)s)"),
+        ("--ema", BELOW_ONE, 0.0, "decay of averaged weights, 0: off (%(default)s)"),
     ],
     "schedule": [
-        ("--schedule", ["step", "cosine", "constant"], "step", "course of the rate"),
-        ("--warmup", count, 0, "steps of linear warm-up, 0: off"),
-        ("--step-size", whole, 3000, "step: steps between reductions"),
-        ("--gamma", share, 0.98, "step: factor of a reduction"),
-        ("--epochs", whole, None, "passes over the training part; absent: 100, synthetic 12"),
-        ("--max-steps", whole, None, "stop after so many steps"),
-        ("--patience", count, 20, "epochs without a lower loss that stop it, 0: off"),
-        ("--diagnose", bool, False, "print the reports of three steps and stop"),
+        ("--schedule", ["step", "cosine", "constant"], "step", "course of the rate (%(default)s)"),
+        ("--warmup", COUNT, 0, "steps of linear warm-up, 0: off (%(default)s)"),
+        ("--step-size", WHOLE, 3000, "step: steps between reductions (%(default)s)"),
+        ("--gamma", SHARE, 0.98, "step: factor of a reduction (%(default)s)"),
+        ("--epochs", WHOLE, None, "passes over the training part; absent: 100, synthetic 12 (off)"),
+        ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
+        ("--patience", COUNT, 20, "epochs without a lower loss that stop it, 0: off (%(default)s)"),
+        ("--diagnose", bool, False, "print the reports of three steps and stop (off)"),
     ],
 }
 

@@ -432,8 +432,8 @@ PUBLISHED = {
     "default": "--hidden 1024 --layers 5 --kernel 32 --stride 4 --smooth-width 2 --no-bidirectional --steps"
                " 10000 --optimizer adamw --adam-eps 1e-8 --lr 1.2e-3 --lr-schedule cosine --warmup 500"
                " --batch 64 --weight-decay 1e-4 --no-decay-all --clip 1 --ema 0.9995 --dropout 0.4"
-               " --input-dropout 0.1 --layer-norm --smooth-taps 21 --white-noise 0.8 --offset-noise 0.2 --time-mask-prob 1"
-               " --time-mask-width 0.075 --time-mask-max 20 --amp auto",
+               " --input-dropout 0.1 --layer-norm --smooth-taps 21 --white-noise 0.8 --offset-noise 0.2"
+               " --time-mask-prob 1 --time-mask-width 0.075 --time-mask-max 20 --amp auto",
     "baseline": "--optimizer adam --adam-eps 0.1 --lr 0.02 --lr-schedule constant --warmup 0 --decay-all"
                 " --weight-decay 1e-5 --clip inf --ema 0 --amp off --input-dropout 0 --no-layer-norm"
                 " --smooth-taps 20 --time-mask-prob 0",
