@@ -103,7 +103,7 @@ OPTIONS = {
         ("--head-size", WHOLE, None, "hidden width of the head; absent: twice --size (off)"),
     ],
     "optimiser": [
-        ("--optimizer", ["adam", "adamw"], "adam", "adam: decay coupled with the rate (%(default)s)"),
+        ("--optimizer", ["adam", "adamw"], "adam", "adam: coupled decay (%(default)s)"),
         ("--lr", POSITIVE, 2.5e-5, "peak learning rate (%(default)s)"),
         ("--weight-decay", POSITIVE, 1e-5, "towards 0, 0: off (%(default)s)"),
         ("--batch", WHOLE, 8, "performances a step and process (%(default)s)"),
