@@ -212,7 +212,7 @@ JOBS = {  # inputs, command, what shows that it is in the middle, what it makes 
         "out/**/*.npy",
     ),
     "decoder-convert": (
-        lambda folder, _: data.synth_speech(folder / "in", days=6, trials=60),
+        lambda folder, _: data.synth_speech(folder / "in", days=6, trials=40),
         "data.py decoder-convert --in in --out out",
         lambda _, folder: [*folder.glob(".out.*/*")],
         "out/*",
