@@ -18,6 +18,13 @@ python data.py synth-speech --out DIR                synthetic speech in the com
 python data.py synth-speech --out DIR --days 2 --trials 30
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"data.py: interrupted\n") else 1))
+
 import argparse
 import contextlib
 import csv
@@ -30,10 +37,8 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -4992,6 +4997,20 @@ def report_percepiano(corpus: Corpus) -> None:
             print(error)
 
 
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
+    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in options:
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(kind, str):
+                how = {"metavar": kind}
+            else:
+                how = {"type": kind} if callable(kind) else {"choices": kind}
+            group.add_argument(name, default=default, help=text, **how)
+
+
 def number(kind: type, least: float, most: float = float("inf")):
     """An argparse type: `kind` within [least, most]."""
 
@@ -5097,6 +5116,8 @@ def main(argv: list[str] | None = None) -> None:
 def run_script(name: str, function) -> None:
     """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130.
     `--debug` shows tracebacks."""
+    if callable(signal.getsignal(signal.SIGINT)):  # not where a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         function()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough

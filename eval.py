@@ -2789,6 +2789,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell's background job has
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     run_script("eval.py", main)

