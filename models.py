@@ -19,8 +19,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from data import FOLDS, DataError, number, write_atomic
+from data import FOLDS, DataError, add_options, number, write_atomic
 
 CHECKPOINT_FORMAT = 1
 
@@ -1106,31 +1107,26 @@ FREE_ON_RESUME = set(
     "data audio cache out name resume init device max_steps patience log_every save_every save_minutes "
     "max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
 )
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+RUN_OPTIONS = [
+    ("--name", "NAME", None, "run folder below --out (made of the options)"),
+    ("--out", "DIR", None, "folder of runs (%(default)s)"),
+    ("--resume", "FILE", None, "last.pt of a stopped run: go on with its options (off)"),
+    ("--seed", number(int, 0), 7, "same seed, same run on CPU (%(default)s)"),
+    ("--device", DEVICES, DEVICES[-1], "where to train (%(default)s here)"),
+    ("--amp", ["auto", *AMP_TYPES, "off"], "auto", "mixed precision; auto tries (%(default)s)"),
+    ("--max-skips", number(int, 1), 20, "non-finite updates that stop it (%(default)s)"),
+    ("--log-every", number(int, 1), 100, "steps between log lines (%(default)s)"),
+    ("--save-every", number(int, 0), 0, "steps between extra saves of last.pt (0: none)"),
+    ("--tensorboard", bool, False, "mirror the metrics (off)"),
+    ("--debug", bool, False, "show the traceback of an error (off)"),
+]
 
 
-def run_options(parser: ArgumentParser, **defaults) -> _ArgumentGroup:
-    """The options of a run, the same in every trainer; returns their group. defaults: of some."""
-    whole, count = number(int, 1), number(int, 0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    types = ["auto", *AMP_TYPES, "off"]
-    g = parser.add_argument_group("run")
-    g.add_argument("--name", metavar="NAME", help="run folder below --out (made of the options)")
-    g.add_argument("--out", metavar="DIR", help="folder of runs (%(default)s)")
-    g.add_argument("--resume", metavar="FILE", help="last.pt of a stopped run: go on with its options (off)")
-    g.add_argument("--seed", type=count, default=7, help="same seed, same run on CPU (%(default)s)")
-    g.add_argument("--device", metavar="NAME", default=device, help="cpu or cuda (%(default)s here)")
-    g.add_argument("--amp", choices=types, default="auto", help="mixed precision; auto tries (%(default)s)")
-    g.add_argument(
-        "--max-skips", type=whole, default=20, help="non-finite updates that stop it (%(default)s)"
-    )
-    g.add_argument("--log-every", type=whole, default=100, help="steps between log lines (%(default)s)")
-    g.add_argument(
-        "--save-every", type=count, default=0, help="steps between extra saves of last.pt (0: none)"
-    )
-    g.add_argument("--tensorboard", action="store_true", help="mirror the metrics (off)")
-    g.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+def run_options(parser: ArgumentParser, **defaults) -> None:
+    """Adds the options of a run, the same in every trainer. defaults: of some."""
+    add_options(parser, {"run": RUN_OPTIONS})
     parser.set_defaults(**defaults)
-    return g
 
 
 def parse_options(
@@ -1147,18 +1143,18 @@ def parse_options(
     for preset in presets:
         parser.set_defaults(**preset(parser.parse_known_args(without_help)[0]))
     resume = parser.parse_known_args(without_help)[0].resume
-    saved = load_training(resume, tasks)["args"] if resume else {}
+    if not resume:
+        return parser.parse_args(argv)
+    saved = load_training(resume, tasks)["args"]
     saved = {name: value for name, value in saved.items() if name not in free}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    if resume and args.amp == "auto":
+    if args.amp == "auto":
         args.amp = saved["amp"]
     fixed = saved.keys() - {"epochs", "steps"}
     changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
         raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")
-    if args.device not in ("cpu", "cuda" if torch.cuda.is_available() else "cpu"):
-        raise DataError(f"--device {args.device}: not available here; expected cpu, or cuda with a GPU")
     return args
 
 
@@ -1204,7 +1200,7 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
         finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
     scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
     mean, deviation = scores.mean().item(), scores.std(correction=0).item()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
         print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f}")
     return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
@@ -1213,25 +1209,23 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
     """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where
     it is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
-
-    def seconds(kind: str) -> float:
-        return probe_amp(kind, device, make)
-
-    if kind in AMP_TYPES and seconds(kind) == math.inf:
-        raise DataError(f"--amp {kind}: fails on {device}; expected a type that works; use auto")
-    if kind != "auto":
+    if kind == "off":
         return kind
-    if device.type == "cuda":
-        return next((kind for kind in AMP_TYPES if seconds(kind) < math.inf), "off")
-    return "bf16" if 1.2 * seconds("bf16") < seconds("off") else "off"
+    if kind == "auto" and device.type == "cpu":
+        faster = 1.2 * probe_amp("bf16", device, make) < probe_amp("off", device, make)
+        return "bf16" if faster else "off"
+    tried = [*AMP_TYPES] if kind == "auto" else [kind]
+    works = [each for each in tried if probe_amp(each, device, make) < math.inf]
+    if not works and kind != "auto":
+        raise DataError(f"--amp {kind}: fails on {device}; expected a type that works; use auto")
+    return works[0] if works else "off"
 
 
 def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> float:
     """Processor seconds of a step of make()'s module under autocast, the fastest of three; inf where that
     raises or is not finite: what a device claims to support is no evidence. On one thread: threads that wait
     for each other on a busy machine would decide the comparison."""
-    taken = []
-    threads = torch.get_num_threads()
+    taken, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -1247,8 +1241,7 @@ def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Modul
             return math.inf
         finally:
             torch.set_num_threads(threads)
-    finite = all(parameter.grad.isfinite().all() for parameter in module.parameters())
-    return min(taken) if finite else math.inf
+    return min(taken) if all(p.grad.isfinite().all() for p in module.parameters()) else math.inf
 
 
 def update_ema(ema: dict | None, model: nn.Module, decay: float) -> None:
@@ -1301,37 +1294,31 @@ def data_loader(dataset: Dataset, batches: list[list], collate: Callable, worker
     )
 
 
-class Interrupt:
-    """True once Ctrl-C or SIGTERM has come within the block: the step in progress ends first."""
-
-    def __init__(self, enabled: bool):
-        self.came = False
-        self.signals = (signal.SIGINT, signal.SIGTERM) if enabled else ()
-
-    def __enter__(self) -> "Interrupt":
-        self.before = {sign: signal.signal(sign, self.note) for sign in self.signals}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for sign, handler in self.before.items():
+@contextmanager
+def Interrupt(enabled: bool) -> Iterator[list]:
+    """Ctrl-C and SIGTERM within the block: noted in a list, so that the step in progress ends first.
+    Only the main thread can: in others nothing is caught."""
+    came = []
+    in_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if enabled and in_main else ()
+    before = {sign: signal.signal(sign, lambda *caught: came.append(caught)) for sign in signals}
+    try:
+        yield came
+    finally:
+        for sign, handler in before.items():
             signal.signal(sign, handler)
-
-    def note(self, *_) -> None:
-        self.came = True
-
-    def __bool__(self) -> bool:
-        return self.came
 
 
 def run_folder(args: Namespace, name: str) -> Path:
     """The folder of a resumed run, or a new one: a taken name gets a number, no run overwrites another."""
     if args.resume:
         return Path(args.resume).parent
-    name = args.name or name
-    for taken in itertools.count():
-        folder = Path(args.out) / (f"{name}_{taken + 1}" if taken else name)
-        if not folder.exists():
-            return folder
+    first = folder = Path(args.out, args.name or name)
+    taken = 1
+    while folder.exists():
+        taken += 1
+        folder = Path(f"{first}_{taken}")
+    return folder
 
 
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
@@ -1339,30 +1326,30 @@ def load_training(path: str, tasks: tuple[str, ...]) -> dict:
     _, ckpt = load_checkpoint(path)
     whole = all(ckpt.get(part) for part in ("args", "data", "optimizer", "rng", "best"))
     if ckpt["task"] not in tasks or not whole:
-        raise DataError(
-            f"{path}: task {ckpt['task']!r}; expected the last.pt of a run of {' or '.join(tasks)}"
-        )
+        raise DataError(f"{path}: of task {ckpt['task']}; expected the last.pt of a run of {tasks}")
     return ckpt
 
 
 def same_data(path: str, saved: dict, found: dict) -> None:
     """DataError unless a resumed run finds the data that it was trained on; fitted values apart."""
-    fitted = ("mean", "std", "target_mean", "target_std")
-    other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
-    if other:
-        raise DataError(f"{path}: trained on data of other {', '.join(other)}; give the same with --data")
+    for key in found.keys() - {"mean", "std", "target_mean", "target_std"}:
+        if saved.get(key) != found[key]:
+            raise DataError(f"{path}: trained on data of another {key}; give the same with --data")
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
     """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
     Processes beside the main one, whose states are not saved, go on from states of their own."""
     device = next(model.parameters()).device
-    model.load_state_dict(ckpt["model"])
-    optimizer.load_state_dict(ckpt["optimizer"])
-    scaler.load_state_dict(ckpt["scaler"] or {})
-    torch.set_rng_state(ckpt["rng"]["cpu"])
-    if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
+    try:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        scaler.load_state_dict(ckpt["scaler"] or {})
+        torch.set_rng_state(ckpt["rng"]["cpu"])
+        if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: does not fit this run ({_one_line(error)})") from error
     if rank:
         torch.manual_seed(torch.initial_seed() + rank)
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
@@ -1372,9 +1359,7 @@ class Run:
     """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone."""
 
     def __init__(self, folder: Path, args: Namespace, rank: int):
-        self.folder = folder
-        self.args = args
-        self.main = rank == 0
+        self.folder, self.args, self.main = folder, args, rank == 0
         self.start = time.time()
         self.board = None
         if self.main:
@@ -1402,14 +1387,19 @@ class Run:
         """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
         if not self.main:
             return
-        rng = {"cpu": torch.get_rng_state(), "cuda": None}
         device = next(model.parameters()).device
-        if device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(device)
-        state |= {"task": task, "args": vars(self.args), "git_sha": git_state()["git_sha"], "rng": rng}
-        state |= {"model_args": model.model_args, "model": model.state_dict()}
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() or None}
-        save_checkpoint(self.folder / name, state)
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        made = {
+            "task": task,
+            "args": vars(self.args),
+            "git_sha": git_state()["git_sha"],
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "model_args": model.model_args,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() or None,
+        }
+        save_checkpoint(self.folder / name, state | made)
 
 
 def tensorboard(folder: Path):
@@ -1423,34 +1413,33 @@ def tensorboard(folder: Path):
 
 def json_ready(tree: object) -> object:
     """The same tree for JSON, which has no NaN (None instead); floats to seven digits."""
-    if isinstance(tree, dict):
-        return {key: json_ready(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [json_ready(value) for value in tree]
-    if isinstance(tree, float):
-        return float(f"{tree:.7g}") if math.isfinite(tree) else None
-    return tree
+    text = json.dumps(tree)
+    return json.loads(
+        text, parse_float=lambda digits: float(f"{float(digits):.7g}"), parse_constant=lambda _: None
+    )
 
 
 def git_state() -> dict:
     """{"git_sha", "git_dirty"} of this file's repository, results/ apart; None outside one."""
-    found = []
+
+    def git(command: str) -> str:
+        words = ["git", "-C", str(Path(__file__).parent), *command.split()]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no -- . :!results"):
-            git = ["git", "-C", str(Path(__file__).parent), *command.split()]
-            found.append(subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip())
+        changed = git("status --porcelain --untracked-files=no -- . :!results")
+        return {"git_sha": git("rev-parse HEAD"), "git_dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"git_sha": None, "git_dirty": None}
-    return {"git_sha": found[0], "git_dirty": bool(found[1])}
 
 
 def peak_memory(device: torch.device) -> float:
     """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return math.nan
+    import resource
+
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
