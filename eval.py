@@ -1789,23 +1789,23 @@ independent: r2 if every rating were another rater's.
 # Attention: pictures, and the roll-out of an AST
 # ------------------------------------------------------------------------------------------------------------
 BLUE, ORANGE = "tab:blue", "tab:orange"
-HOUSE_STYLE = {  # of every picture
+HOUSE_STYLE = {  # of every picture; no TeX in names
     "axes.titlelocation": "left",
     "figure.constrained_layout.use": True,
     "figure.dpi": 100,
     "font.size": 12,
+    "text.parse_math": False,
 }
 PICTURES = (".png", ".pdf", ".svg")
 
 
-@contextlib.contextmanager
 def new_figure(width: float, height: float):
-    """A matplotlib figure of so many inches of 100 pixels; within the block everything has one style."""
-    from matplotlib import rc_context  # here: it takes half a second
+    """A matplotlib figure of so many inches of 100 pixels, in the style of all."""
+    from matplotlib import rcParams  # here: it takes half a second
     from matplotlib.figure import Figure
 
-    with rc_context(HOUSE_STYLE):
-        yield Figure((width, height))
+    rcParams.update(HOUSE_STYLE)
+    return Figure((width, height))
 
 
 def save_figure(figure, out: Path) -> None:
@@ -1816,28 +1816,25 @@ def inline_figure(figure, alt: str) -> str:
     """The figure as an <img> that holds its own pixels."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    pixels = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{pixels}">'
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def picture_title(what: str, members: list[tuple], work: dict) -> str:
     synthetic = ", SYNTHETIC training data" if members[0][1]["data"].get("synthetic") else ""
-    title = f"{work['name']}: {what} ({len(members)} checkpoints){synthetic}"
-    return title.replace("$", r"\$")  # no TeX
+    return f"{work['name']}: {what} ({len(members)} checkpoints){synthetic}"
 
 
-def check_output(path: Path) -> None:
-    """Refuses, before anything is computed, what cannot be written or is no ordinary file."""
+def check_output(path: Path, *suffixes: str) -> None:
+    """Refuses, before anything is computed, what cannot be written, is no file or of another kind."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    if not writable or (path.exists() and not path.is_file()):
-        raise DataError(f"{path}: cannot be written; expected a file in a writable folder; name another")
-
-
-def check_picture(path: Path) -> None:
-    if path.suffix.lower() not in PICTURES:
-        raise DataError(f"{path}: no picture; expected {', '.join(PICTURES)}; name it so")
-    check_output(path)
+    if (
+        not writable
+        or (path.exists() and not path.is_file())
+        or (suffixes and path.suffix.lower() not in suffixes)
+    ):
+        kinds = " or ".join(suffixes)
+        raise DataError(f"{path}: cannot be written; expected a file {kinds} in a writable folder")
 
 
 @torch.no_grad()
@@ -1885,35 +1882,26 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     """Mean roll-out of ASTs in colour over the spectrogram in grey; work: name, energies (frames, 128)."""
-    check_attention(members)
-    energies = work["energies"]
-    shares = []
+    energies, shares = work["energies"], []
     for model, kept in members:
+        if not isinstance(model, AST) or model.stride != members[0][0].stride:
+            raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
     row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
     frame = HOP / SAMPLE_RATE
     reach = max(0.001, np.percentile(np.abs(share - 1), 98))
-    mel = np.linspace(*1127 * np.log1p([20 / 700, SAMPLE_RATE / 2 / 700]), MELS + 2)[1:-1]  # of each band
-    with new_figure(16, 6) as figure:
-        axes = figure.subplots()
-        extent = (0, frame * len(energies), -0.5, MELS - 0.5)
-        axes.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
-        colours = {"cmap": "coolwarm", "vmin": 1 - reach, "vmax": 1 + reach, "alpha": 0.6}
-        shades = axes.pcolormesh(frame * column, row - 0.5, share, **colours)
-        axes.set(title=picture_title("roll-out of AST", members, work), xlabel="time (s)", ylabel="Hz")
-        axes.set_yticks(range(0, MELS, 16), (700 * np.expm1(mel / 1127)).astype(int)[::16])
-        figure.colorbar(shades, extend="both", label="attention of the output (1: even)", pad=0.01)
-        save_figure(figure, out)
+    figure = new_figure(16, 6)
+    axes = figure.subplots()
+    extent = (0, frame * len(energies), -0.5, MELS - 0.5)
+    axes.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
+    colours = {"cmap": "coolwarm", "vmin": 1 - reach, "vmax": 1 + reach, "alpha": 0.6}
+    shades = axes.pcolormesh(frame * column, row - 0.5, share, **colours)
+    axes.set(title=picture_title("roll-out of AST", members, work), xlabel="time (s)", ylabel="mel band")
+    figure.colorbar(shades, extend="both", label="attention of the output (1: even)", pad=0.01)
+    save_figure(figure, out)
     return {"share": share}
-
-
-def check_attention(members: list[tuple]) -> None:
-    """Refuses networks that have no attention to draw, or other patches than the first."""
-    for model, kept in members:
-        if not isinstance(model, AST) or model.stride != members[0][0].stride:
-            raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
 
 
 def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
@@ -1930,11 +1918,11 @@ def attention(argv: list[str]) -> dict:
     about = "Draws over a piece's spectrogram which parts of it reach an AST's output."
     parser = _parser("--attention", "OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE", about)
     add = parser.add_argument
-    add("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)")
+    add("--attention", required=True, help="picture to write: .png, .pdf or .svg (required)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--audio", metavar="FILE", help="sound file of any length")
-    source.add_argument("--midi", metavar="FILE", help="MIDI file, played by the built-in piano")
-    add("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, of either task (required)")
+    source.add_argument("--audio", help="sound file of any length")
+    source.add_argument("--midi", help="MIDI file, played by the built-in piano")
+    add("--ckpt", required=True, help="best.pt of pretrain_ast.py, of either task (required)")
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
@@ -1954,17 +1942,15 @@ CURVES = ("valid_per", *SCORES, "valid_accuracy", "loss", "valid_loss", "spread"
 CHOSEN_BY = {"valid_per": "valid_per", "valid_r2": "valid_loss", "valid_accuracy": "valid_loss"}
 
 
-def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run folder's metrics.jsonl, less a last one that a kill cut short."""
-    path = Path(run) / "metrics.jsonl"
+def read_run(run: str) -> tuple[dict, list[dict]]:
+    """Options and log of a run's folder, less a last line that a kill cut short."""
     try:
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        options = dict(json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
+        whole = Path(run, "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
         records = [json.loads(line) for line in whole.split("\n")]
-        return [record | {"step": int(record["step"])} for record in records]
+        return options, [record | {"step": int(record["step"])} for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: {error!r}; expected log records with a step; give a run's folder"
-        ) from error
+        raise DataError(f"{run}: no args.json and metrics.jsonl of a run ({error})") from error
 
 
 def history(records: list[dict], key: str) -> np.ndarray:
@@ -1986,58 +1972,48 @@ def best_validation(records: list[dict]) -> tuple[str, float, int]:
 
 
 def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
-    """Everything of CURVES that the runs (name -> records) logged, by step, a colour a run."""
+    """Everything of CURVES that the runs (folder -> records) logged, by step, a colour a run."""
     shown = [key for key in CURVES if any(len(history(records, key)) for records in runs.values())]
     for n, key in enumerate(shown):
         axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, n + 1)
-        for name, records in runs.items():
-            axes.plot(*history(records, key).T, ".-", label=name.replace("$", r"\$"))
+        for run, records in runs.items():
+            axes.plot(*history(records, key).T, ".-", label=run)
         axes.set(title=key, xlabel="step", yscale="log" if key == "norm" else "linear")
-        if n == 0:
-            axes.legend()
+    figure.axes[0].legend()
 
 
 def curves(argv: list[str]) -> dict:
     """`python eval.py curves`: what runs logged, in one picture; returns their best scores."""
     parser = _parser("curves", "--run DIR ... --out FILE", "What runs logged, in one picture, by step.")
     add = parser.add_argument
-    add("--run", nargs="+", required=True, metavar="DIR", help="run folders, runs/TASK/NAME (required)")
-    add("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
+    add("--run", nargs="+", required=True, help="run folders, runs/TASK/NAME (required)")
+    add("--out", required=True, type=Path, help="picture to write: .png, .svg or .pdf (required)")
     args = _parse(parser, argv)
-    out = Path(args.out)
-    check_picture(out)
-    runs = {name: read_metrics(path) for name, path in _run_names(args.run).items()}
-    with new_figure(16, 12) as figure:
-        draw_curves(figure, runs)
-        save_figure(figure, out)
+    check_output(args.out, *PICTURES)
+    runs = {run: read_run(run)[1] for run in args.run}
+    figure = new_figure(16, 12)
+    draw_curves(figure, runs)
+    save_figure(figure, args.out)
     best = {}
-    for name, records in runs.items():
-        key, best[name], step = best_validation(records)
-        print(f"{name}: {key} {best[name]:.4f} at step {step}")
+    for run, records in runs.items():
+        key, best[run], step = best_validation(records)
+        print(f"{run}: {key} {best[run]:.4f} at step {step}")
     return best
-
-
-def _run_names(paths: list[str]) -> dict[str, str]:
-    """{name: folder}: the folder's last part, or the whole where two end alike."""
-    names = [Path(path).name for path in paths]
-    return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
-BAR = 25  # characters of the scale from 0 to 1
 MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
 FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
-LABEL_GROUP = re.compile(r"Music_Making|Emotion_&_Mood|[^_]+")
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
-    words = LABEL_GROUP.sub("", label, count=1)[1:].split("_")
+    words = re.sub(r"^(Music_Making|Emotion_&_Mood|[^_]+)_", "", label).split("_")
     left, right = words[: len(words) // 2], words[len(words) // 2 :]
     return " ".join(left).capitalize(), " ".join(right).capitalize()
 
@@ -2067,23 +2043,21 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     decoder          --speech PATH                     bins of 20 ms
 
     python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
-    python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json
-
-A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""",
+    python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one task, averaged (required)")
-    add("--score", metavar="FILE", help="MusicXML of what all --midi play")
-    add("--midi", nargs="+", metavar="PATH", help="MIDI files, or folders of them")
-    add("--audio", nargs="+", metavar="PATH", help="sound files of any rate and length, or folders of .wav")
-    add("--speech", nargs="+", metavar="PATH", help="corpus, .mat of '24, .npy (bins, channels) or folder")
+    add("--ckpt", nargs="+", required=True, help="best.pt of one task, averaged (required)")
+    add("--score", help="MusicXML of what all --midi play")
+    add("--midi", nargs="+", help="MIDI files, or folders of them")
+    add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
+    add("--speech", nargs="+", help="corpus, .mat of '24, .npy (bins, channels) or folder")
     add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
     add("--raw", action="store_true", help="take .npy as it is (off: a folder z-scored together, as a block)")
-    add("--json", metavar="FILE", help="write predictions and circumstances (off)")
-    add("--csv", metavar="FILE", help="write a line a prediction (off)")
-    add("--explain", metavar="DIR", help="draw what each prediction rests on, into this folder (off)")
+    add("--json", help="write predictions and circumstances (off)")
+    add("--csv", help="write a line a prediction (off)")
+    add("--explain", help="draw what each prediction rests on, into this folder (off)")
     add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
-    add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
+    add("--cache", default="cache", help="folder of converted speech corpora (%(default)s)")
     args = _parse(parser, argv)
     for path in filter(None, (args.json, args.csv)):
         check_output(Path(path))
@@ -2148,7 +2122,6 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) 
     picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", work["name"]) + ".png")
     try:
         explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
-        tqdm.write(f"drawn: {picture}")
     except DataError as error:
         if args.strict:
             raise
@@ -2164,11 +2137,9 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
     for _, _, ckpt in loaded:
-        info = ckpt["data"]
-        if "rating_mean" in info:
-            rows.append((info["rating_mean"], info["rating_std"]))
-        elif "target_mean" in info and ckpt["args"].get("standardise") == "dimension":
-            rows.append((info["target_mean"], info["target_std"]))
+        kind = "target" if ckpt["args"].get("standardise") == "dimension" else "rating"
+        if f"{kind}_mean" in ckpt["data"]:
+            rows.append([ckpt["data"][f"{kind}_mean"], ckpt["data"][f"{kind}_std"]])
     if not rows:
         return {}
     pairs = zip(LABELS, *np.mean(rows, axis=0).tolist(), strict=True)
@@ -2213,23 +2184,14 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
 
 
 def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple]) -> dict[str, float]:
-    """Prints the mean of ratings (1, 19) between their poles, in 100 columns, and gives it by label."""
+    """Prints the mean of ratings (1, 19) between their poles, and gives it by label."""
     ratings = dict(zip(LABELS, np.mean(each, axis=0)[0].tolist(), strict=True))
     known = _training_ratings(loaded)
-    tqdm.write(f"\n{title}\n{'':<39}0{'':<{BAR - 2}}1{'':<20}value{'  mean   SD' if known else ''}")
-    last = ""
+    tqdm.write(f"\n{title}\n{'0':>26} value {'1':<24}{'  mean   SD' if known else ''}")
     for label, value in ratings.items():
-        left, right = LABEL_POLES[label]
-        group = LABEL_GROUP.match(label)[0].replace("_", " ").capitalize()
-        bar, trained = ["."] * BAR, ""
-        if known:
-            mean = known[label]["mean"]
-            trained = f" {mean:5.2f} {known[label]['sd']:4.2f}"
-            bar[round(mean * (BAR - 1))] = "|"
-        bar[round(value * (BAR - 1))] = "o"
-        shown = "" if group == last else group
-        tqdm.write(f"{shown:<14} {left:>23} {''.join(bar)} {right:<19}{value:5.2f}{trained}")
-        last = group
+        low, high = LABEL_POLES[label]
+        trained = f" {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
+        tqdm.write(f"{low:>26} {value:5.2f} {high:<24}{trained}")
     return ratings
 
 
@@ -2355,12 +2317,12 @@ IN_GROUP = {"beat_attention": "note in beat", "measure_attention": "beat in meas
 
 
 def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dict:
-    """Draws what one prediction rests on, 1600 pixels wide; returns the figures in the picture.
+    """Draws what one prediction rests on; returns the figures in the picture.
 
     kind: han, ast or decoder; members: [(model, its checkpoint), ...], averaged; work: what `predict` knows
     of the file. DataError, before anything is written, where nothing can be drawn."""
     out = Path(out)
-    check_picture(out)
+    check_output(out, *PICTURES)
     return {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](out, members, work)
 
 
@@ -2435,27 +2397,26 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
     measures, numbers = _beginnings(score.measure, score.measures, score.onset)
     measures = np.append(seconds(measures), end)
-    every = math.ceil(len(numbers) / 20)  # measures from number to number
     first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
     if any(model.model_args["stats_size"] for model, _ in members):
         title += "\nThe ratings also rest on statistics of the whole piece (--pooled)"
-    with new_figure(16, 12) as figure:
-        roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
-        _draw_roll(roll, x, sounded, levels)
-        _draw_levels(weights, levels, beats, measures)
-        _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats)
-        tempo.set_title("Tempo (quarters per minute)")
-        dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
-        _draw_curve(dynamics, x["beat_dynamics"][first], beats)
-        dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
-        dynamics.set_xlabel("time in the performance (s); lines: measures")
-        for axes in figure.axes[:4]:
-            axes.set_xticks(measures[:-1:every], minor=True)
-            axes.grid(axis="x", which="minor")
-        roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
-        figure.suptitle(title)
-        save_figure(figure, out)
+    figure = new_figure(16, 12)
+    figure.suptitle(title)
+    roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+    _draw_roll(roll, x, sounded, levels)
+    _draw_levels(weights, levels, beats, measures)
+    dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
+    _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats, "Tempo (quarters per minute)")
+    text = "Dynamics (MIDI velocity; of a beat: mean of average and loudest)"
+    _draw_curve(dynamics, x["beat_dynamics"][first], beats, text)
+    dynamics.set_xlabel("time in the performance (s); lines: measures")
+    every = math.ceil(len(numbers) / 20)
+    roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
+    for axes in (roll, weights, tempo, dynamics):
+        axes.set_xticks(measures[:-1:every], minor=True)
+        axes.grid(axis="x", which="minor")
+    save_figure(figure, out)
     return {"levels": levels, "beats": beats, "measures": measures}
 
 
@@ -2486,13 +2447,14 @@ def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) ->
     axes.legend(ncols=3)
 
 
-def _draw_curve(axes, values: np.ndarray, beats: np.ndarray) -> None:
+def _draw_curve(axes, values: np.ndarray, beats: np.ndarray, title: str) -> None:
     """A value a beat, and smoothed."""
     from scipy.ndimage import gaussian_filter1d
 
     axes.stairs(values, beats, baseline=None, color="0.6", label="by beat")
     smooth = gaussian_filter1d(values, 1, mode="nearest")
     axes.plot((beats[1:] + beats[:-1]) / 2, smooth, ".-", color=BLUE, label="smoothed")
+    axes.set_title(title)
     axes.legend(ncols=3)
 
 
@@ -2512,18 +2474,18 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
         wrong[first:last] = tag != "equal"
     start = step * (model.kernel / model.stride - 1) / 2
     times = start + step * (frames + 0.5)
-    with new_figure(16, 9) as figure:
-        axes = figure.subplots()
-        extent = (start, start + step * len(log_probs), len(PHONEMES) - 0.5, -0.5)
-        image = axes.imshow(np.exp(log_probs.T), vmin=0, vmax=1, aspect="auto", extent=extent)
-        figure.colorbar(image, label="probability", pad=0.01)
-        axes.set_yticks(range(len(PHONEMES)), ["blank", *PHONEMES[1:]], fontsize=9)
-        for phoneme, time, off in zip(decoded, times, wrong, strict=True):
-            axes.text(time, -1, PHONEMES[phoneme], rotation=90, ha="center", color=ORANGE if off else "black")
-        truth = "" if labels is None else f"\ntrue: {spell(labels)}"
-        axes.set_xlabel(f"time (s), middle of each frame's window{truth}", wrap=True)
-        figure.suptitle(picture_title("probability of each phoneme", members, work))
-        save_figure(figure, out)
+    figure = new_figure(16, 9)
+    figure.suptitle(picture_title("probability of each phoneme", members, work))
+    axes = figure.subplots()
+    extent = (start, start + step * len(log_probs), len(PHONEMES) - 0.5, -0.5)
+    image = axes.imshow(np.exp(log_probs.T), vmin=0, vmax=1, aspect="auto", extent=extent)
+    figure.colorbar(image, label="probability", pad=0.01)
+    axes.set_yticks(range(len(PHONEMES)), ["blank", *PHONEMES[1:]], fontsize=9)
+    for phoneme, second, off in zip(decoded, times, wrong, strict=True):
+        axes.text(second, -1, PHONEMES[phoneme], rotation=90, ha="center", color=ORANGE if off else "black")
+    truth = "" if labels is None else f"\ntrue: {spell(labels)}"
+    axes.set_xlabel(f"time (s), middle of each frame's window{truth}", wrap=True)
+    save_figure(figure, out)
     return {"decoded": decoded, "times": times, "wrong": wrong}
 
 
@@ -2556,61 +2518,46 @@ Several runs are folds and seeds of one configuration, and are evaluated togethe
     python eval.py report --run runs/decoder/NAME --no-data --out report.html""",
     )
     add = parser.add_argument
-    add("--run", nargs="+", required=True, metavar="DIR", help="run folders of one configuration (required)")
-    add("--out", required=True, metavar="FILE", help="page to write, .html (required)")
+    add("--run", nargs="+", required=True, help="run folders of one configuration (required)")
+    add("--out", required=True, type=Path, help="page to write, .html (required)")
     add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
-    add("--audio", metavar="DIR", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
-    add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
+    add("--audio", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, data_options)
-    out = Path(args.out)
-    if out.suffix.lower() != ".html":
-        raise DataError(f"--out {out}: no page; expected .html; name it so")
-    check_output(out)
-    runs = _run_names(args.run)
-    options = {name: read_options(path) for name, path in runs.items()}
-    records = {name: read_metrics(path) for name, path in runs.items()}
-    own = options[next(iter(runs))]
+    check_output(args.out, ".html")
+    runs = {run: read_run(run) for run in args.run}
+    own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
     args.audio = args.audio or own.get("audio")
-    args.ckpt = args.run
-    args.crops = args.batch = None
-    loaded, notes = [], []
-    for path in runs.values():
-        try:
-            loaded += _load_models([f"{path}/best.pt"])
-        except DataError as error:
-            notes.append(str(error))
-    synthetic = loaded[0][2]["data"].get("synthetic") if loaded else not args.data
-    verdict, figures, scored = "nothing was scored; best validation in training: below", None, {}
-    if loaded and own.get("task") != "pretrain" and not args.no_data:
+    args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
+    verdict, figures, scored, synthetic = (
+        "nothing was scored: see the best validation",
+        None,
+        {},
+        not args.data,
+    )
+    if own.get("task") != "pretrain" and not args.no_data:
+        loaded = _load_models([f"{run}/best.pt" for run in args.run])
         score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
-        synthetic = synthetic or corpus.synthetic
+        synthetic = corpus.synthetic or loaded[0][2]["data"].get("synthetic")
+    lines = [verdict]
     if synthetic:
-        notes.append("SYNTHETIC data: says that the code works, nothing about real performances or speech")
-    with new_figure(16, 13) as figure:
-        draw_curves(figure, records)
-        parts = {"Training curves": inline_figure(figure, "Training curves"), **scored}
-    best = [[name, *best_validation(lines)] for name, lines in records.items()]
-    parts["Best validation in training"] = _table(["run", "figure", "value", "step"], best)
-    skipped = []
-    for name, lines in records.items():
-        skipped += [[name, line["step"], line["skip"], line.get("names")] for line in lines if "skip" in line]
-    parts["Skipped updates"] = _table(["run", "step", "kind", "items"], skipped[:30])
-    rows = [[key, *(run.get(key) for run in options.values())] for key in own]
-    parts["Configuration"] = _table(["option", *runs], rows)
-    page = _page(", ".join(runs), [verdict, *notes], parts, args.command)
-    write_atomic(out, lambda file: file.write(page.encode("utf-8", "replace")))
-    print(verdict, *notes, f"saved {out}", sep="\n")
+        lines.append("SYNTHETIC data: says that the code works, nothing about real performances or speech")
+    figure = new_figure(16, 13)
+    draw_curves(figure, {run: records for run, (_, records) in runs.items()})
+    best = [[run, *best_validation(records)] for run, (_, records) in runs.items()]
+    rows = [[key, *(options.get(key) for options, _ in runs.values())] for key in own]
+    parts = {
+        "Training curves": inline_figure(figure, "Training curves"),
+        **scored,
+        "Best validation in training": _table(["run", "figure", "value", "step"], best),
+        "Configuration": _table(["option", *runs], rows),
+    }
+    page = _page(", ".join(runs), lines, parts, args.command)
+    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
+    print(*lines, f"saved {args.out}", sep="\n")
     return {"verdict": verdict, "figures": figures}
-
-
-def read_options(run: str) -> dict:
-    try:
-        return dict(json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{run}: no options ({error}); give a run's folder") from error
 
 
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
@@ -2650,15 +2597,15 @@ def draw_ratings(y: np.ndarray, p: np.ndarray) -> str:
     """Prediction over rating by dimension; in the last panel the means of twelfths of all predictions."""
     order = p.argsort(axis=None)
     means = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
-    with new_figure(16, 14) as figure:
-        panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
-        for d, label in enumerate(LABELS):
-            panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
-            panels[d].set_title(label, fontsize=8)
-        panels[-1].plot(*means, "o-")
-        for axes in panels:
-            axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
-        return inline_figure(figure, "Prediction over rating by dimension, and calibration")
+    figure = new_figure(16, 14)
+    panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
+    for d, label in enumerate(LABELS):
+        panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
+        panels[d].set_title(label, fontsize=8)
+    panels[-1].plot(*means, "o-")
+    for axes in panels:
+        axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
+    return inline_figure(figure, "Prediction over rating by dimension, and calibration")
 
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
@@ -2738,15 +2685,15 @@ def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:
 
 def data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", metavar="DIR", help="data set in its public layout (absent: the built-in synthetic corpus)")
-    add("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
+    add("--data", help="data set in its public layout (absent: the built-in synthetic corpus)")
+    add("--cache", default="cache", help="folder of extracted features (%(default)s)")
 
 
 def result_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--csv", metavar="FILE", help="write the predictions here (off)")
-    add("--save-results", metavar="ROW", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
-    add("--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)")
+    add("--csv", help="write the predictions here (off)")
+    add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
+    add("--results-dir", default="results", help="their folder (%(default)s)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:
