@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mido
@@ -125,6 +126,15 @@ def test_an_interrupt_is_noted_within_its_block_only():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_left_to_the_main_thread():
+    def caught() -> list:
+        with models.Interrupt(enabled=True) as stop:
+            return [signal.getsignal(signal.SIGINT), bool(stop)]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(caught).result() == [signal.getsignal(signal.SIGINT), False]
 
 
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
