@@ -108,6 +108,7 @@ from models import (
     AMP_TYPES,
     AST,
     AST_PRESETS,
+    DEVICES,
     HAN,
     PATCH,
     Block,
@@ -2637,21 +2638,14 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) 
     """The parsed options: the command's own, those that `shared` functions add, --device and --debug."""
     for add_options in shared:
         add_options(parser)
-    parser.add_argument(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda"],
-        help="where to compute; auto: a GPU where there is one (%(default)s)",
-    )
+    text = "where to compute (%(default)s here)"
+    parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help=text)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     row = getattr(args, "save_results", None)
     if row and not re.fullmatch(r"[a-z0-9_]+", row):
         raise DataError(f"--save-results {row!r}: expected a row name of a-z, 0-9 and _, such as full")
-    has_gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not has_gpu:
-        raise DataError("--device cuda: not available here; expected auto or cpu")
-    args.device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
+    args.device = torch.device(args.device)
     args.command = "python " + shlex.join([*parser.prog.split(), *argv])
     return args
 
