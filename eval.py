@@ -40,7 +40,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
@@ -100,8 +100,10 @@ from data import (
     speech_item,
     speech_parts,
     speech_rules,
+    standardise_blocks,
     synthetic_percepiano,
     synthetic_speech,
+    unusable_bins,
     write_atomic,
 )
 from models import (
@@ -2004,9 +2006,10 @@ def curves(argv: list[str]) -> dict:
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
+MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
-FOLDER_FILES = (".mid", ".midi", ".wav")
+FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
 
 
 def _poles(label: str) -> tuple[str, str]:
@@ -2038,7 +2041,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
     HAN              --score FILE and --midi PATH      passages of 4 to 16 bars, 420 notes at most
     AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
-    decoder          --speech PATH                     corpora, or .mat files of the '24 layout
+    decoder          --speech PATH                     bins of 20 ms
 
     python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
@@ -2048,8 +2051,9 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
     add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
-    add("--speech", nargs="+", help="corpora of trials, or .mat files of '24")
-    add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
+    add("--speech", nargs="+", help="corpus, .mat of '24, .npy (bins, channels) or folder")
+    add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
+    add("--raw", action="store_true", help="take .npy as it is (off: a folder z-scored together, as a block)")
     add("--json", help="write predictions and circumstances (off)")
     add("--csv", help="write a line a prediction (off)")
     add("--explain", help="draw what each prediction rests on, into this folder (off)")
@@ -2082,10 +2086,10 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         refused.append(_printable(problem))
         tqdm.write(f"refused: {refused[-1]}")
 
-    inputs = [*_expand(args.midi or args.audio or args.speech)]
-    for file in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
+    inputs = _expand(args.midi or args.audio or args.speech)
+    for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
-            for record, work in predict_file(loaded, args, file, refuse):
+            for record, work in predict_file(loaded, args, files, refuse):
                 records.append(record)
                 if args.explain:
                     _draw(kind, loaded, args, work)
@@ -2103,11 +2107,16 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     return records
 
 
-def _expand(paths: list[str]) -> Iterator[Path]:
-    """Files, and those in folders, hidden ones left out; a folder of a corpus as it is."""
+def _expand(paths: list[str]) -> list[list[Path]]:
+    """Files, and those in folders, hidden ones left out: each alone, but .npy files of a folder together."""
+    blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
-        inside = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in FOLDER_FILES]
-        yield from inside or [path]
+        inside = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in FOLDER_FILES]
+        if (path / "trials.json").exists() or not inside:
+            inside = [path]
+        for file in inside:
+            blocks.setdefault(file.parent if file.suffix == ".npy" else file, []).append(file)
+    return list(blocks.values())
 
 
 def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) -> None:
@@ -2138,10 +2147,10 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     return {label: {"mean": mean, "sd": spread} for label, mean, spread in pairs}
 
 
-def rate_performance(loaded: list[tuple], args, file: Path, _) -> Iterator[tuple[dict, dict]]:
+def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One performance of the score: its record, and what explains it."""
-    path, name = _printable(file), _printable(file.stem.strip())
-    ((_, item),) = extract_performances((args.score, [str(file)]))
+    path, name = _printable(files[0]), _printable(files[0].stem.strip())
+    ((_, item),) = extract_performances((args.score, [str(files[0])]))
     if isinstance(item, str):
         raise DataError(item)
     found = f"{item['match_rate']:.1%} of the notes of {args.score}"
@@ -2163,15 +2172,15 @@ def rate_performance(loaded: list[tuple], args, file: Path, _) -> Iterator[tuple
     yield record, item | {"name": name, "item": item, "score": score}
 
 
-def rate_audio(loaded: list[tuple], args, file: Path, _) -> Iterator[tuple[dict, dict]]:
+def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, name = read_piece(file, rendered=not args.audio), _printable(file.stem)
+    energies, name = read_piece(files[0], rendered=not args.audio), _printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
     ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
-    record = {"name": name, "path": _printable(file), "seconds": seconds, "ratings": ratings}
+    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "ratings": ratings}
     yield record, {"name": name, "energies": energies}
 
 
@@ -2187,38 +2196,92 @@ def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple]) -> dic
     return ratings
 
 
-def decode(loaded: list[tuple], args, file: Path, refuse: Callable) -> Iterator[tuple[dict, dict]]:
-    """All trials of a corpus or of a .mat file: records, and what explains them."""
-    corpus, channels = open_speech(file, args.cache, args.strict), loaded[0][2]["data"]["channels"]
+def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
+    """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
+    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix == ".npy"
+    if is_npy:
+        corpus = _npy_corpus(files, channels, args.raw, refuse)
+    else:
+        corpus = open_speech(files[0], args.cache, args.strict)
     if corpus.channels != channels:
-        raise DataError(f"{file}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
+        raise DataError(f"{files[0]}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
     for line in corpus.left_out:
         refuse(line)
-    args.part = None
-    _say_circumstances(args, loaded, corpus)
+    rule, layers = args.day or ("mean" if is_npy else None), corpus
+    if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
+        layers, rule = replace(corpus, days=[rule] * len(corpus.days)), None
+    settings = argparse.Namespace(**vars(args) | {"day": rule, "batch": None, "part": None})
     trials = np.arange(len(corpus.ids))
-    log_probs, counts = mean_logits(loaded, corpus, trials, args), []
+    _say_circumstances(settings, loaded, layers)
+    log_probs, counts = mean_logits(loaded, layers, trials, settings), []
     for i, found in enumerate(transcripts(log_probs, corpus, trials)):
-        name, labels = found["trial"], found["reference"] if corpus.labelled[i] else None
+        name, decoded = found["trial"], spell(found["hypothesis"])
         record = {
             "id": name,
-            "path": _printable(file),
+            "path": corpus.text[i] if is_npy else _printable(files[0]),
             "session": found["day"],
             "seconds": float(corpus.lengths[i] * BIN),
-            "phonemes": spell(found["hypothesis"]),
+            "phonemes": decoded,
             "reference": None,
             "errors": None,
         }
+        tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {decoded or '(nothing)'}")
+        labels = found["reference"] if corpus.labelled[i] else None
         if labels:
             counts.append([*edit_counts(labels, found["hypothesis"]), len(labels)])
-            record |= {"reference": spell(labels), "errors": dict(zip(EDITS, counts[-1], strict=False))}
-        for key in ("id", "seconds", "phonemes", "reference", "errors"):
-            tqdm.write(f"{key:<10} {record[key]}")
+            record["reference"] = spell(labels)
+            record["errors"] = dict(zip(EDITS, counts[-1], strict=False))
+            tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
         work = {"name": name, "log_probs": log_probs[i], "labels": labels}
         yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
     if counts:
         rate = error_rate(np.array(counts))
         tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
+
+
+def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
+    """A trial and day a file; `text` holds their paths. Unless raw, all are z-scored together, as a block."""
+    trials = []
+    for path in files:
+        try:
+            trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
+        except DataError as error:
+            refuse(error)
+    if not raw:
+        standardise_blocks(trials)
+    features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
+    names, count = [_printable(trial["path"].stem) for trial in trials], len(trials)
+    return SpeechCorpus(
+        features=np.concatenate(features).astype(np.float32),
+        offsets=np.cumsum([len(x) for x in features]),
+        day=np.arange(count),
+        block=np.zeros(count, np.int64),
+        part=np.full(count, ""),
+        labels=[np.zeros(0, np.int64)] * count,
+        text=[_printable(trial["path"]) for trial in trials],
+        ids=names,
+        days=names,
+        channels=channels,
+        root=files[0].parent,
+        synthetic=False,
+        left_out=[],
+        labelled=np.zeros(count, bool),
+    )
+
+
+def _read_trial(path: Path, channels: int) -> np.ndarray:
+    """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
+    try:
+        x = np.lib.format.open_memmap(path, mode="r")
+        fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
+        problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
+        if problem:
+            raise ValueError(problem)
+    except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
+        raise DataError(
+            f"{path}: {error!r:.150}; expected 1-{MOST_BINS} bins × {channels} numbers"
+        ) from error
+    return np.array(x)
 
 
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:

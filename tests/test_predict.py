@@ -193,6 +193,50 @@ def test_a_mat_file_without_sentences_is_decoded_without_labels(speech, tmp_path
     assert [record["phonemes"] for record in records] == of_day != []
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_block_of_npy_files_is_standardised_as_in_training(scale, speech, tmp_path):
+    path, corpus, folder = decoder(tmp_path / "a.pt"), speech.corpus, tmp_path / "npy"
+    trials = np.flatnonzero((corpus.part == "test") & (corpus.day == 0))
+    assert len(set(corpus.block[trials])) == 1
+    folder.mkdir()
+    for i in trials:
+        features = corpus.features[corpus.offsets[i] : corpus.offsets[i + 1]]
+        np.save(folder / f"{i:03d}.npy", scale * features + scale - 1)
+    expected = evaluated([path], speech, tmp_path / "t.csv")
+    records = predict("--ckpt", path, "--speech", folder, "--day", DAYS[0])
+    for record, i in zip(records, trials, strict=True):
+        assert record["phonemes"] == expected[corpus.ids[i]]["hypothesis"]
+        assert record["seconds"] == 0.02 * corpus.lengths[i]
+    one_by_one = predict("--ckpt", path, "--speech", *sorted(folder.iterdir()), "--day", DAYS[0])
+    assert one_by_one == records
+
+
+def test_day_layers_and_raw_features(tmp_path, capsys):
+    path, x = decoder(tmp_path / "a.pt"), np.random.default_rng(0).normal(3, 2, (80, 256))
+    source, short = tmp_path / "t12.2001.01.07.npy", tmp_path / "short.npy"
+    np.save(source, x)
+    np.save(short, x[:5])
+    model, z = evaluation.load_checkpoint(path)[0], (x - x.mean(0)) / x.std(0)
+
+    def decoded(x, day: int) -> str:
+        with torch.no_grad():
+            batch = torch.tensor(x, dtype=torch.float32)[None], torch.tensor([80]), torch.tensor([day])
+            return evaluation.spell(evaluation.ctc_greedy(*model(*batch))[0])
+
+    options = {
+        "": decoded(z, -1),
+        "--raw": decoded(x, -1),
+        "--day mean": decoded(z, -1),
+        "--day nearest": decoded(z, 1),
+        f"--day {DAYS[0]}": decoded(z, 0),
+    }
+    assert len(set(options.values())) == 4
+    for option, phonemes in options.items():
+        assert predict("--ckpt", path, "--speech", source, *option.split())[0]["phonemes"] == phonemes
+    assert f"session t12.2001.01.07: unknown to {path}; day layer of {DAYS[1]}" in capsys.readouterr().out
+    assert predict("--ckpt", path, "--speech", short)[0]["phonemes"] == ""
+
+
 # --- averages and outputs ---
 
 
@@ -231,14 +275,10 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
 
 
 def test_transcripts_are_written(speech, tmp_path):
-    (mat,) = speech.root.glob(f"competitionData/test/{DAYS[0]}.mat")
-    fields = data.loadmat(mat)
-    data.savemat(tmp_path / mat.name, {key: fields[key] for key in ("tx1", "spikePow", "blockIdx")})
-    sources = speech.converted, tmp_path / mat.name
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).normal(size=(80, 256)))
+    sources = speech.converted, tmp_path / "mine.npy"
     outputs = "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv"
-    records = predict(
-        "--ckpt", decoder(tmp_path / "a.pt"), "--speech", *sources, *outputs, "--cache", tmp_path / "cache"
-    )
+    records = predict("--ckpt", decoder(tmp_path / "a.pt"), "--speech", *sources, *outputs)
     assert json.loads((tmp_path / "a.json").read_text())["predictions"] == evaluation.json_ready(records)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
     assert list(rows[0]) == ["id", "path", "session", "seconds", "phonemes", "reference", "sub", "del", "ins"]
@@ -313,6 +353,7 @@ def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_pa
     rates, hears = han(tmp_path / "h.pt", piano), audio(tmp_path / "a.pt")
     decodes = decoder(tmp_path / "d.pt")
     score, midi = piano.score(piano.names[0]), piano.midi(piano.names[0])
+    np.save(tmp_path / "x.npy", np.zeros((40, 256)))
     for path, argv, name in (
         (rates, f"--midi {midi}", rates),
         (rates, f"--audio {midi}", "--audio"),
@@ -324,9 +365,38 @@ def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_pa
         (decodes, "", decodes),
         (decodes, f"--speech {tmp_path}/none", "none"),
         (decodes, f"--speech {score}", score),
+        (decodes, f"--speech {tmp_path}/x.npy --day t12.1999.01.01", "t12.1999.01.01"),
         (f"{rates} {hears}", f"--midi {midi}", hears),
         (rates, f"--score {score} --midi {midi} --json {tmp_path}", tmp_path),
         (rates, f"--score {score} --midi {midi} --csv {rates}/a.csv", "a.csv"),
     ):
         cache = "--cache", tmp_path / "cache"
         assert str(name) in refuse(capsys, "--ckpt", *path.split(), *argv.split(), *cache)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((40, 3)),
+        np.zeros(40),
+        np.zeros((0, 4)),
+        np.full((40, 4), np.nan),
+        np.full((40, 4), "a"),
+        np.full((40, 4), None),
+        np.zeros((60_001, 4), np.float16),
+        b"",
+        b"garbage",
+        b"PK\x03\x04broken",
+        b"\x93NUMPY\x01\x00\x02\x00{}",
+    ],
+)
+def test_npy_files_that_hold_no_trial_are_refused(array, tmp_path, capsys):
+    path, bad = decoder(tmp_path / "a.pt", channels=4), tmp_path / "bad.npy"
+    if isinstance(array, bytes):
+        bad.write_bytes(array)
+    else:
+        np.save(bad, array)
+    assert str(bad) in refuse(capsys, "--ckpt", path, "--speech", bad)
+    np.save(tmp_path / "good.npy", np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32))
+    assert [record["id"] for record in predict("--ckpt", path, "--speech", tmp_path)] == ["good"]
+    assert "1 predicted, 1 refused" in capsys.readouterr().out
