@@ -164,4 +164,4 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
 def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.os, "access", lambda *_: False)
     with pytest.raises(data.DataError, match=str(tmp_path)):
-        evaluation.check_picture(tmp_path / "new" / "a.png")
+        evaluation.check_output(tmp_path / "new" / "a.png")
