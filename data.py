@@ -4074,9 +4074,8 @@ class FbankStore:
 class AudioStore(FbankStore):
     """The recordings themselves, for augmentation of the waveform. From `open_audio`."""
 
-    def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def get(self, i: int, start: int, stop: int) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
-        stop = stop or int(self.frames[i])
         return read_wav_crop(self.files[i], start * HOP, (stop - 1) * HOP + FRAME)
 
 
