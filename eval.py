@@ -75,6 +75,7 @@ from data import (
     extract_performances,
     fbank,
     fbank_frames,
+    frames_needed,
     load_percepiano,
     map_days,
     normalise_fbank,
@@ -437,41 +438,36 @@ def _load_models(paths):
     return [(path, *load_checkpoint(path)) for path in paths]
 
 
-def _check_alike(loaded, keys, fixed):
+def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
-    of the keys (of its data or its model), has another value there than the first, or than the fixed one."""
-    expected = fixed | {"task": loaded[0][2]["task"]}
+    of its task's settings, or differs there from the first or from this version."""
+    task = loaded[0][2]["task"]
+    expected = {"task": task, "labels": list(LABELS)}
+    keys = ["task", "synthetic"]
+    if task == "decoder":
+        keys += ["kernel", "stride", "channels", "valid", "phonemes", "rules"]
+        expected |= {"phonemes": list(PHONEMES), "rules": speech_rules()}
+    else:
+        keys += ["split", "keep_overlap", "labels"]
+    if task in AUDIO_TASKS:
+        keys.append("audio")
     for path, model, ckpt in loaded:
         known = {**(ckpt["data"] or {}), **model.model_args, "task": ckpt["task"]}
-        for key in ("task", *keys):
+        for key in keys:
             value = known.get(key)
             if key not in known or value != expected.setdefault(key, value):
-                raise DataError(
-                    f"{path}: {key} is {value!r:.60}; expected {expected.get(key)!r:.60}, as in "
-                    f"{loaded[0][0]} or this version, of a best.pt; evaluate them apart, or train again"
-                )
+                wanted = f"{expected.get(key)!r:.60}, as in {loaded[0][0]} or this version"
+                raise DataError(f"{path}: {key} is {value!r:.60}; expected {wanted}; evaluate them apart")
     return loaded[0][2]["data"]
 
 
 def _load_fold_models(loaded):
     """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
-    task = loaded[0][2]["task"]
-    if task not in ("han", *AUDIO_TASKS):
-        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected han, {', '.join(AUDIO_TASKS)}")
-    alike = ["split", "keep_overlap", "synthetic", "labels"]
-    if task in AUDIO_TASKS:
-        alike.append("audio")
-    data = _check_alike(loaded, alike, {"labels": list(LABELS)})
+    data = _check_alike(loaded)
     folds: dict[int, list[tuple]] = {}
     for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
         folds.setdefault(ckpt["data"]["fold"], []).append((model, {**ckpt, "path": str(path)}))
     return folds, data
-
-
-def _own_options(ckpt):
-    """The options that a checkpoint was trained with, without those of one machine."""
-    local = ("data", "cache", "out", "resume", "name", "device")
-    return {key: value for key, value in ckpt["args"].items() if key not in local}
 
 
 def seeds_of(loaded):
@@ -484,29 +480,27 @@ def evaluate(argv: list[str]) -> dict:
         "evaluate",
         "--ckpt FILE ... [--data DIR] [options]",
         """\
-Scores checkpoints on data that they did not learn from. What they are they know themselves.
+Scores checkpoints on data that they did not learn from. Seeds of a fold are averaged, and so are decoders.
 
-    python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano        one fold
     python eval.py --ckpt runs/han/*_f?_s7/best.pt --data data/percepiano     four folds, each on its own part
-    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words
-
-Checkpoints of one fold (seeds) are averaged, and so are decoders.
-Intervals: 95 %, bootstrap over segments or trials.""",
+    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words""",
     )
-    parts = ["valid", "test", "competition"]
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
-    add("--part", choices=parts, default="valid", help="part to score (%(default)s)")
-    of_audio = audio_options(parser)
-    of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP), *word_options(parser)]
+    add(
+        "--part",
+        choices=["valid", "test", "competition"],
+        default="valid",
+        help="part to score (%(default)s)",
+    )
+    add("--audio", metavar="DIR", help=AUDIO_HELP)
+    add("--day", choices=["nearest", "mean"], help=DAY_HELP)
+    word_options(parser)
     args = _parse(parser, argv, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
-    if task not in AUDIO_TASKS:
-        _refuse_given(args, of_audio, "pretrain_ast.py", task)
     if task == "decoder":
         return evaluate_decoder(args, loaded)
-    _refuse_given(args, of_decoder, "train_decoder.py", task)
     if args.part == "competition":
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} is of task {task!r}")
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
@@ -516,14 +510,6 @@ Intervals: 95 %, bootstrap over segments or trials.""",
     about = {"task": "han" if task == "han" else "ast", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     return _finish(records, corpus, args, about)
-
-
-def _refuse_given(args, options, trainer, task):
-    """Refuses options that were given though they mean nothing for checkpoints of this task."""
-    given = [o.option_strings[0] for o in options if getattr(args, o.dest) != o.default]
-    if given:
-        names = ", ".join(given)
-        raise DataError(f"{names}: only for {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
 
 
 def _load_corpus(args, speech=False):
@@ -563,8 +549,7 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Ite
     for fold, members in folds.items():
         data, options = members[0][1]["data"], members[0][1]["args"]
         misaligned = options.get("keep_misaligned", False)
-        kept = {"keep_overlap": data["keep_overlap"], "keep_misaligned": misaligned}
-        names_of = percepiano_parts(corpus, data["split"], fold, **kept)
+        names_of = percepiano_parts(corpus, data["split"], fold, data["keep_overlap"], misaligned)
         print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds_of(members)}")
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
@@ -576,10 +561,8 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Ite
 def _predict(model, ckpt, names, corpus, store, args):
     """Ratings of these items by one model, (n, 19), of their audio where there is a store."""
     if store is None:
-        items = prepare_han(corpus, names, ckpt["data"])
-        return predict_han(model, items, args.device)
-    items = prepare_ast(corpus, store, names, ckpt["data"])
-    return predict_ast(model, items, ckpt["data"], args.device, crops=args.crops)
+        return predict_han(model, prepare_han(corpus, names, ckpt["data"]), args.device)
+    return predict_ast(model, prepare_ast(corpus, store, names, ckpt["data"]), ckpt["data"], args.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -589,47 +572,38 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 def floor(argv: list[str]) -> dict:
     """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
-    parser = _parser(
-        "floor",
-        "[--task han|ast] [--data DIR] [options]",
-        """\
-The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han)
-or spectrogram (ast), trained and scored on the same parts as the trainers use. A minute.
-
-    python eval.py floor --data data/percepiano                       forest on note statistics, four folds
-    python eval.py floor --task ast --data data/percepiano --fold 0   ridge on log-mel statistics, one fold
-    python eval.py floor --task ast --data DIR --probe best.pt        and on a pre-trained AST's tokens""",
+    about = (
+        "What a network has to beat: scikit-learn on statistics of each performance's notes or spectrogram."
     )
+    parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
     add("--model", choices=["ridge", "forest"], help="ridge, or 150 trees (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
-    add("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
+    add("--audio", metavar="DIR", help=AUDIO_HELP)
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    if args.audio or args.probe if args.task == "han" else args.features != "full":
-        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
+    args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
-    about = {"task": args.task, "seeds": [7], "split": args.split, "keep_overlap": args.keep_overlap}
+    about = {key: getattr(args, key) for key in ("task", "model", "split", "keep_overlap")} | {"seeds": [7]}
     if args.task == "han":
-        about |= {"model": args.model or "forest", "features": args.features}
+        about["features"] = args.features
         columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-        statistics = {
-            name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()
-        }
+        statistics = {}
+        for name, item in corpus.items.items():
+            statistics[name] = pooled_statistics(item, columns, args.features)
     else:
-        about |= {"model": args.model or "ridge", "audio": "wav" if args.audio else "rendered"}
-        about["probe"] = args.probe
+        about |= {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
         statistics = _clip_statistics(corpus, args)
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
-        names_of = percepiano_parts(corpus, args.split, fold, keep_overlap=args.keep_overlap)
+        names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
         train = names_of["train"]
-        model = _regression(about["model"], list(map(segment_of, train)))
+        model = _regression(args.model, list(map(segment_of, train)))
         model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
         for part in ("valid", "test"):
             rows = [statistics[name] for name in names_of[part]]
@@ -754,6 +728,7 @@ def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: 
 
 SIL = PHONEMES.index("SIL")
 DAY_HELP = "decoder: day layer of sessions unknown to the model (off: they are refused)"
+AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)"
 
 
 def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list[list[int]]:
@@ -769,8 +744,7 @@ def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list
 
 
 def edit_counts(reference: Iterable, hypothesis: Iterable) -> tuple[int, int, int]:
-    """(substitutions, deletions, insertions) of a minimal script that turns the reference into the
-    hypothesis."""
+    """(substitutions, deletions, insertions) of a minimal script from the reference to the hypothesis."""
     tags = [edit.tag for edit in Levenshtein.editops(list(reference), list(hypothesis))]
     return tags.count("replace"), tags.count("delete"), tags.count("insert")
 
@@ -782,22 +756,19 @@ def per_counts(refs: Iterable, hyps: Iterable) -> np.ndarray:
 
 
 def error_rate(counts: np.ndarray) -> float:
-    """Errors of all trials over their labels (micro average) of `per_counts`; NaN where there is no label at
-    all."""
+    """Errors of all trials over their labels (micro average) of `per_counts`; NaN without any label."""
     *errors, labels = np.sum(counts, axis=0)
     return float(sum(errors) / labels) if labels else math.nan
 
 
 def trial_bootstrap(counts: np.ndarray) -> list[float]:
-    """95 % interval of `error_rate` when trials are drawn with replacement; NaN with fewer than two
-    trials."""
+    """95 % interval of `error_rate` when trials are drawn with replacement; NaN of fewer than two."""
     return cluster_bootstrap(counts, counts, range(len(counts)), lambda _, drawn: error_rate(drawn))
 
 
 def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[str]) -> dict:
     """Phoneme error rate of trials: per, sub, del, ins, labels, trials, per_without_sil (SIL left out on both
-    sides) and by_day {day name: per, sub, del, ins, labels, trials}, all micro-averaged. The trainer logs the
-    same figures.
+    sides) and by_day {day name: the same}, micro-averaged. The trainer logs these figures.
 
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
     counts, days = per_counts(refs, hyps), np.asarray(days)
@@ -815,12 +786,10 @@ def _error_figures(counts):
 
 
 def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list[np.ndarray]:
-    """Log-probabilities (F, 41) float32 of each trial, in the order given; (0, 41) where it is shorter than
-    one window.
+    """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
+    window. days (corpus days,): the model's index of each day of the corpus, from data.map_days.
 
-    indices: trial numbers; days (corpus days,): the model's index of each day of the corpus, from
-    data.map_days. Batches hold trials of similar length; the model is evaluated without dropout and left in
-    the mode it came in."""
+    Batches hold trials of similar length; the model is left in the mode it came in."""
     indices, training = np.asarray(indices, np.int64), model.training
     order = np.argsort(corpus.lengths[indices], kind="stable")
     days = torch.as_tensor(days)
@@ -860,15 +829,12 @@ def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, a
 def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
     """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy)};
     log_probs (F, 41) each."""
-    return [
-        {
-            "trial": corpus.ids[i],
-            "day": corpus.days[corpus.day[i]],
-            "reference": corpus.labels[i].tolist(),
-            "hypothesis": ctc_greedy(row[None], [len(row)])[0],
-        }
-        for i, row in zip(trials, log_probs, strict=True)
-    ]
+    records = []
+    for i, row in zip(trials, log_probs, strict=True):
+        record = {"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]]}
+        record |= {"reference": corpus.labels[i].tolist(), "hypothesis": ctc_greedy(row[None], [len(row)])[0]}
+        records.append(record)
+    return records
 
 
 def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
@@ -881,12 +847,14 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     if not len(scored) and not (args.submission and len(trials)):
         raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
     log_probs, figures = mean_logits(loaded, corpus, trials, args), {}
-    records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
+    heard = list(itertools.compress(log_probs, labelled))
+    records = transcripts(heard, corpus, scored)
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
     counts = per_counts(refs, hyps)
     if records:
         figures = decoder_scores(refs, hyps, corpus.day[scored], corpus.days)
         figures["interval"] = trial_bootstrap(counts)
+        figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
         _print_decoder(figures, args.part)
     if args.words or args.tune or args.submission:
         tuned_on = (log_probs, trials)
@@ -902,16 +870,9 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     return figures
 
 
-def _shared_settings(loaded):
-    """The data settings of decoders whose probabilities can be averaged; DataError names the first that
-    differs."""
-    alike = ("kernel", "stride", "channels", "valid", "synthetic", "phonemes", "rules")
-    return _check_alike(loaded, alike, {"phonemes": list(PHONEMES), "rules": speech_rules()})
-
-
 def _speech_corpus(args, loaded):
     """The corpus of --data, which must fit the decoders."""
-    data = _shared_settings(loaded)
+    data = _check_alike(loaded)
     corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
@@ -951,6 +912,7 @@ def spell(ids: Iterable[int]) -> str:
 def _print_decoder(figures, part):
     print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
     print(f"PER without SIL {figures['per_without_sil']:.4f}")
+    print(f"{figures['too_short']} trials are too short for their labels: they count, but cannot be right")
     columns = ["trials", "labels", "per", "sub", "del", "ins"]
     days = {**figures["by_day"], "all": figures}
     print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
@@ -1000,7 +962,7 @@ def read_lexicon(path: str | Path) -> Lexicon:
                     raise ValueError(f"{word} has no phonemes")
                 entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
     except (OSError, ValueError) as error:
-        expected = f"expected lines of a word and {' '.join(PHONEMES[1:])}"
+        expected = "expected lines of a word and its phonemes"
         raise DataError(f"{path}: line {len(entries) + 1} or later: {error}; {expected}") from error
     return list(entries)
 
@@ -1074,24 +1036,22 @@ def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
     """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A
-    word's id is its place. Words are tried in capitals too, as public LMs are written. DataError on a file
-    that is no LM or knows none."""
+    word's id is its place. DataError on a file that is no LM or knows none."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
-    for form in (str.lower, str.upper):
-        try:
-            with _silent_stderr():
-                lm = KenLM(str(path), Dictionary([*map(form, vocabulary), "<unk>"]))
-        except (RuntimeError, ValueError) as error:
-            found = str(error).strip().splitlines()[-1:]
-            raise DataError(f"{path}: {found}; expected an n-gram model, ARPA or KenLM's binary") from error
-        start = lm.start(True)  # of no sentence: the score is the unigram's
-        *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
-        known = len(scores) - scores.count(unknown)
-        if known:
-            return lm, scores, known
-    raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
+    try:
+        with _silent_stderr():
+            lm = KenLM(str(path), Dictionary([*vocabulary, "<unk>"]))
+    except (RuntimeError, ValueError) as error:
+        found = str(error).strip().splitlines()[-1:]
+        raise DataError(f"{path}: {found}; expected an n-gram model, ARPA or KenLM's binary") from error
+    start = lm.start(True)  # of no sentence: the score is the unigram's
+    *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
+    known = len(scores) - scores.count(unknown)
+    if not known:
+        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
+    return lm, scores, known
 
 
 @contextlib.contextmanager
@@ -1202,15 +1162,14 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     """Writes the sentences of one whole part in the competitions' order: by session name, then by trial
     number.
 
-    FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). Any part may
-    be written, but all of it: DataError where a trial is missing, also one that the conversion left out, or
-    where the '24 competition part is not 1200 rows of 15 days."""
+    FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). DataError
+    where a trial is missing, also one that the conversion left out, or the '24 competition part is not 1200
+    rows of 15 days."""
     part = corpus.part[indices[0]]
     days = [row for row in corpus.report.get("days", ()) if row["part"] == part]
-    found = sum(row["trials"] + row["left_out"] for row in days)
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
-    expected = max(found, int((corpus.part == part).sum())), size[1]
+    expected = int((corpus.part == part).sum()) + sum(row["left_out"] for row in days), size[1]
     if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
         expected = COMPETITION_SIZE
     if size != expected:
@@ -1223,23 +1182,20 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     print(f"{path}: {size} sentences and days, {texts.count('')} sentences empty")
 
 
-def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Adds the options of `words`, which runs when --words, --tune or --submission is given, and returns
-    them."""
+def word_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `words`, which runs when --words, --tune or --submission is given."""
     add = parser.add_argument_group("words", "beam search with lexicon and n-gram LM (decoder)").add_argument
     scale, ratio = number(float, 0, 100), number(float, -100, 100)
-    return [
-        add("--words", action="store_true", help="report the word error rate beside PER (off)"),
-        add("--tune", action="store_true", help="first choose settings on the validation part (off)"),
-        add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)"),
-        add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)"),
-        add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)"),
-        add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)"),
-        add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)"),
-        add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)"),
-        add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)"),
-        add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)"),
-    ]
+    add("--words", action="store_true", help="report the word error rate beside PER (off)")
+    add("--tune", action="store_true", help="first choose settings on the validation part (off)")
+    add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)")
+    add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)")
+    add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)")
+    add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)")
+    add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)")
+    add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)")
+    add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)")
+    add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)")
 
 
 def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namespace) -> tuple[Lexicon, str]:
@@ -1280,18 +1236,14 @@ def words(
     labelled = corpus.labelled[indices]
     print(f"words: {len(sentences)} sentences decoded, {labelled.sum()} of them labelled")
     if labelled.any():
-        scored = indices[labelled]
-        records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
-        references = [spoken_words(corpus.text[i]) for i in scored]
-        decoded = list(itertools.compress(sentences, labelled))
-        nearest = nearest_words([record["hypothesis"] for record in records], lexicon)
+        references = [spoken_words(corpus.text[i]) for i in indices[labelled]]
+        greedy = [ctc_greedy(row[None], [len(row)])[0] for row in itertools.compress(log_probs, labelled)]
         vocabulary = set(search.words)
         outside = [word for word in itertools.chain(*references) if word not in vocabulary]
-        figures |= {"outside_lexicon": len(outside), **_word_figures("wer", references, decoded)}
-        figures |= _word_figures("nearest", references, nearest)
         print(f"nearest: greedy phonemes to the nearest words; {len(outside)} words are outside the lexicon")
-        for record, reference, sentence in list(zip(records, references, decoded, strict=True))[:5]:
-            print(f"{record['trial']}\n  reference  {' '.join(reference)}\n  decoded    {' '.join(sentence)}")
+        figures["outside_lexicon"] = len(outside)
+        figures |= _word_figures("wer", references, itertools.compress(sentences, labelled))
+        figures |= _word_figures("nearest", references, nearest_words(greedy, lexicon))
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
     return figures
@@ -1311,24 +1263,17 @@ def _word_figures(name, references, hypotheses):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]:
-    """First frames of evenly spaced crops of `length` that reach both ends of `frames`; as many as cover them
-    unless given. One, at 0, where a single crop holds all."""
-    if frames <= length:
-        return [0]
-    count = crops or math.ceil(frames / length)
-    if count == 1:
-        return [(frames - length) // 2]
-    return np.linspace(0, frames - length, count).round().astype(int).tolist()
+def crop_starts(frames: int, length: int) -> list[int]:
+    """First frames of the fewest crops of `length` that cover `frames`, evenly spaced from end to end."""
+    last = max(0, frames - length)
+    return np.linspace(0, last, max(1, math.ceil(frames / length))).round().astype(int).tolist()
 
 
-def crop_batches(
-    item: dict, info: dict, longest: int, batch: int, crops: int | None = None
-) -> Iterator[torch.Tensor]:
+def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[torch.Tensor]:
     """All crops (`crop_starts`) of one item, at most `batch` at once: (B, T, 128), normalised by info's mean
     and std. Crops of one item are equally long, so no batch needs a mask. item: frames, fbank (frames,
     128)."""
-    starts = crop_starts(item["frames"], longest, crops)
+    starts = crop_starts(item["frames"], longest)
     for first in range(0, len(starts), batch):
         parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
         x, _ = pad_fbank(parts, PATCH)
@@ -1336,7 +1281,7 @@ def crop_batches(
 
 
 def predict_ast(
-    model: nn.Module, items: list[dict], info: dict, device: torch.device, batch=8, crops=None
+    model: nn.Module, items: list[dict], info: dict, device: torch.device, batch: int = 8
 ) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
     longer than the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data
@@ -1347,29 +1292,13 @@ def predict_ast(
     rows = []
     with torch.no_grad():
         for item in items:
-            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch, crops)]
+            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch)]
             rows.append(torch.cat(rated).double().mean(0).cpu().numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
     if info.get("target_mean") is not None:
         p = p * np.asarray(info["target_std"]) + np.asarray(info["target_mean"])
     return p.clip(0, 1)
-
-
-def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    return [
-        parser.add_argument(
-            "--audio",
-            metavar="DIR",
-            help="audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)",
-        ),
-        parser.add_argument(
-            "--crops",
-            type=number(int, 1),
-            metavar="N",
-            help="audio: crops averaged of an item longer than the model's frames (as many as cover it)",
-        ),
-    ]
 
 
 def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict[str, np.ndarray]:
@@ -1452,19 +1381,16 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
     path, model, ckpt = loaded[0]
     data = ckpt["data"]
-    if len(loaded) > 1 or args.csv or args.save_results:
-        raise DataError(f"{path}: a pre-training, which rates nothing; give it alone, without result files")
-    if args.data is None and not data["synthetic"]:
-        raise DataError(f"{path}: trained on real data, not the synthetic; give --data DIR")
+    if len(loaded) > 1 or args.csv or args.save_results or (args.data is None and not data["synthetic"]):
+        raise DataError(f"{path}: a pre-training; give it alone, with its --data, without result files")
     own = {"data": args.data, "audio": args.audio, "cache": args.cache}
     settings = argparse.Namespace(**ckpt["args"] | own)
-    norm = {key: data[key] for key in ("mean", "std")}
-    _, batches, now = pretrain_data(settings, False, print, norm)
+    _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
-    kind = " (SYNTHETIC corpus)" if now["synthetic"] else ""
-    print(f"{path}{kind}, step {ckpt['step']}: {pretrain_summary(figures)}")
+    print(corpus_line(now["synthetic"], args.data))
+    print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
     return figures
 
 
@@ -1572,13 +1498,9 @@ def compare(argv: list[str]) -> dict:
         "--a FILE ... --b FILE ... [--data DIR] [options]",
         """\
 Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence.
-Of ratings: the mean metric and each of the 19, with Holm's correction for their number.
+Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Holm's correction.
 
-    python eval.py compare --a runs/han/ONE/best.pt --b runs/han/OTHER/best.pt --data data/percepiano
-    python eval.py compare --a results/ONE.csv --b results/OTHER.csv --data data/percepiano
-    python eval.py compare --a runs/decoder/ONE/best.pt --b runs/decoder/OTHER/best.pt --part test
-
-Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder's trials.""",
+    python eval.py compare --a results/ONE.csv --b runs/han/OTHER/best.pt --data data/percepiano""",
     )
     add = parser.add_argument
     for side in ("--a", "--b"):
@@ -1589,8 +1511,7 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     add("--day", choices=["nearest", "mean"], help=DAY_HELP)
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
     add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)")
-    add("--no-renderings", action="store_true", help="ratings: without the score renderings (off)")
-    audio_options(parser)
+    add("--audio", metavar="DIR", help=AUDIO_HELP)
     args = _parse(parser, argv, data_options)
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
@@ -1599,10 +1520,8 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     synthetic = (about | other).get("synthetic")
     pairs = _paired_trials(a, b) if about["decoder"] else _paired_ratings(a, b, args, synthetic)
     if len(set(pairs[3])) < 2:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(pairs[0])} rated items or trials that both predict, in "
-            f"one fold of part {args.part}; expected two {args.cluster}s or more; give their --data"
-        )
+        found = f"{len(pairs[0])} rated items or trials that both predict"
+        raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         question = Question("phoneme error rate", "trials", (), -1, lambda _, n: np.array([error_rate(n)]))
@@ -1644,15 +1563,15 @@ def _side(args, paths):
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
+    items = {}
     if loaded[0][2]["task"] == "decoder":
         corpus, parts = _speech_parts(args, loaded)
         trials = parts[args.part]
         trials = trials[corpus.labelled[trials]]
-        records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
-        items = {record["trial"]: (record["reference"], record["hypothesis"]) for record in records}
+        for record in transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials):
+            items[record["trial"]] = record["reference"], record["hypothesis"]
         return items, {"decoder": True, "synthetic": corpus.synthetic}
     records, _, data = _rate_parts(args, loaded, [args.part])
-    items = {}
     for record in records:
         for name, p in zip(record["names"], record["p"], strict=True):
             items[args.part, record["fold"], name] = p
@@ -1669,8 +1588,6 @@ def _paired_ratings(a, b, args, synthetic):
     print(corpus_line(here, root))
     truth = read_labels(root, [])
     both = sorted(item for item in a.keys() & b.keys() if item[0] == args.part and item[2] in truth)
-    if args.no_renderings:
-        both = [item for item in both if not is_rendering(item[2])]
     y = np.array([truth[name] for *_, name in both])
     pa, pb = (np.array([side[item] for item in both]) for side in (a, b))
     group_of = segment_of if args.cluster == "segment" else player_of
@@ -1694,15 +1611,13 @@ def _answer(question, y, pa, pb, groups, folds, draws):
         p = np.full_like(p, np.nan)
     tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
     corrected = np.append(holm(p[:-1]), p[-1])
-    print(f"{len(y)} items, {clusters} {question.unit}, drawn {draws} times: no p is under {2 / draws:.2g}")
+    print(f"{len(y)} items, {clusters} {question.unit} (a test needs {FEWEST}), drawn {draws} times")
     rows = zip([*question.labels, "all"], a, b, *tests.values(), corrected, strict=True)
     print_table([question.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
         verdict = f"A is {'better' if question.sign * difference[-1] > 0 else 'worse'} than B"
     verdict += f": {question.name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
-    if clusters < FEWEST:
-        verdict += f"; {clusters} {question.unit} are too few for a test"
     print(verdict)
     whole = {key: values[-1].tolist() for key, values in tests.items()}
     each = {key: values[:-1].tolist() for key, values in tests.items()} | {"p_holm": corrected[:-1].tolist()}
@@ -1759,18 +1674,10 @@ def _ceiling_column(names, raters, x):
 def ceiling(argv: list[str]) -> dict:
     """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score
     renderings; returns both."""
-    parser = _parser(
-        "ceiling",
-        "[--data DIR] [options]",
-        """\
-The most that any model can score: raters disagree, so even somebody who knew every performance's true
-rating would not predict their mean exactly. R2 and Pearson of that somebody, in all and for each rating;
-independent: r2 if every rating were another rater's.
-
-    python eval.py ceiling --data data/percepiano
-    python eval.py ceiling                            on the synthetic corpus, as an example""",
-    )
-    args = _parse(parser, argv, data_options)
+    about = """\
+The most that any model can score, since raters disagree: r2 and Pearson of somebody who knew every
+performance's true rating; independent: r2 if every rating were another rater's."""
+    args = _parse(_parser("ceiling", "[--data DIR] [options]", about), argv, data_options)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
     print(corpus_line((root / "SYNTHETIC").is_file(), root))
@@ -2090,7 +1997,7 @@ A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings 
     loaded = _load_models(args.ckpt)
     task, about = loaded[0][2]["task"], loaded[0][2]["data"]
     if task == "decoder":
-        _shared_settings(loaded)
+        _check_alike(loaded)
     else:
         _load_fold_models(loaded)  # refuses those that cannot be averaged
     kind = "ast" if task in AUDIO_TASKS else task
