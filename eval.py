@@ -40,14 +40,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
-from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from torch.nn import functional
@@ -249,13 +248,11 @@ def _measure_folds(names, y, p, folds):
     for fold in dict.fromkeys(folds.tolist()):
         rows = folds == fold
         each[str(fold)] = scores(y[rows], p[rows], groups[rows])
-    mean: dict = {"folds": len(each), "per_dimension": {}}
+    mean: dict = {"folds": len(each), "r2_interval": cluster_bootstrap(y, p, groups, folds=folds)}
+    mean["per_dimension"] = {key: by_fold(METRICS[key], folds, y, p).tolist() for key in METRICS}
     for key in METRICS:
         values = [fold[key] for fold in each.values()]
         mean |= {key: float(np.mean(values)), f"{key}_std": float(np.std(values))}
-        of_folds = [fold["per_dimension"][key] for fold in each.values()]
-        mean["per_dimension"][key] = np.mean(of_folds, axis=0).tolist()
-    mean["r2_interval"] = cluster_bootstrap(y, p, groups, folds=folds)
     return {"folds": each, "mean": mean}
 
 
@@ -487,22 +484,11 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     )
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
-    add(
-        "--part",
-        choices=["valid", "test", "competition"],
-        default="valid",
-        help="part to score (%(default)s)",
-    )
-    add("--audio", metavar="DIR", help=AUDIO_HELP)
-    add("--day", choices=["nearest", "mean"], help=DAY_HELP)
-    word_options(parser)
-    args = _parse(parser, argv, data_options, result_options)
+    args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     if task == "decoder":
         return evaluate_decoder(args, loaded)
-    if args.part == "competition":
-        raise DataError(f"--part competition: of decoders; {args.ckpt[0]} is of task {task!r}")
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
@@ -536,6 +522,8 @@ def _corpus_of(data, args):
 def _rate_parts(args, loaded, parts):
     """Predictions of checkpoints that rate, as `measure` takes them; their corpus; their data settings."""
     folds, data = _load_fold_models(loaded)
+    if "competition" in parts:
+        raise DataError(f"--part competition: of decoders; {args.ckpt[0]} rates")
     corpus = _corpus_of(data, args)
     return fold_records(folds, corpus, args, parts), corpus, data
 
@@ -648,7 +636,7 @@ def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module,
     model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes).to(device)
     rng = np.random.default_rng(7)
     items = []
-    for notes in rng.lognormal(np.log(113), 0.67, batch).clip(30, MAX_NOTES).astype(int):
+    for notes in np.geomspace(30, MAX_NOTES, batch).astype(int):
         beat = np.arange(notes) // 3
         x = rng.standard_normal((notes, model.model_args["input_size"]), np.float32)
         items.append({"x": x, "voice": rng.integers(5, size=notes), "beat": beat, "measure": beat // 3})
@@ -659,7 +647,7 @@ def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module,
 def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
     """GRUDecoder, its arguments, loss of its output. Trials of about 500 bins, a label every third frame."""
     model = GRUDecoder(**{"hidden": 512} | sizes).to(device)
-    lengths = (500 * (0.25 * torch.randn(batch)).exp()).long().clamp(100, 1200)
+    lengths = torch.linspace(250, 750, batch).long()
     trials = [torch.randn(length, model.model_args["channels"]) for length in lengths]
     x = nn.utils.rnn.pad_sequence(trials, batch_first=True)
     labels = torch.randint(1, len(PHONEMES), (batch, x.shape[1] // 12), device=device)
@@ -727,7 +715,6 @@ def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: 
 # ------------------------------------------------------------------------------------------------------------
 
 SIL = PHONEMES.index("SIL")
-DAY_HELP = "decoder: day layer of sessions unknown to the model (off: they are refused)"
 AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)"
 
 
@@ -809,7 +796,7 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
 
 def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args) -> list[np.ndarray]:
     """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day,
-    device. Says which day layer stands in for a session that a checkpoint does not know."""
+    device. Says for which sessions, unknown to a checkpoint, --day chooses a layer."""
     total: list = []
     used = np.unique(corpus.day[trials])
     sessions = [corpus.days[day] for day in used]
@@ -817,10 +804,13 @@ def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, a
         known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
         days[used] = map_days(sessions, known, args.day)
-        for session, layer in zip(sessions, days[used], strict=True):
-            if session not in known:
-                stands_in = "the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"
-                print(f"session {session}: unknown to {path}; {stands_in}")
+        unknown = {
+            s: known[k] if k >= 0 else "mean"
+            for s, k in zip(sessions, days[used], strict=True)
+            if s not in known
+        }
+        if unknown:
+            print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
         each = speech_logits(model.to(args.device), corpus, trials, days, args.device)
         total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
     return [row - np.float32(np.log(len(loaded))) for row in total]
@@ -855,15 +845,20 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
         figures = decoder_scores(refs, hyps, corpus.day[scored], corpus.days)
         figures["interval"] = trial_bootstrap(counts)
         figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
-        _print_decoder(figures, args.part)
+        print(f"{args.part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
+        print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
+        columns = ["per", "sub", "del", "ins", "labels", "trials"]
+        days = {**figures["by_day"], "all": figures}
+        print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
     if args.words or args.tune or args.submission:
         tuned_on = (log_probs, trials)
         if args.tune and args.part != "valid":
             tuned_on = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
         figures["words"] = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
     rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
-    for record, ref, hyp, numbers in zip(records, refs, hyps, counts.tolist(), strict=True):
-        rows.append([record["trial"], record["day"], spell(ref), spell(hyp), *numbers])
+    for record, numbers in zip(records, counts.tolist(), strict=True):
+        trial, day, *spelt = record.values()
+        rows.append([trial, day, *map(spell, spelt), *numbers])
     about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic}
     about |= {"valid": loaded[0][2]["data"]["valid"], "seeds": seeds_of(loaded)}
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
@@ -907,15 +902,6 @@ def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
 def spell(ids: Iterable[int]) -> str:
     """Phoneme names of class ids, separated by blanks."""
     return " ".join(PHONEMES[k] for k in ids)
-
-
-def _print_decoder(figures, part):
-    print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
-    print(f"PER without SIL {figures['per_without_sil']:.4f}")
-    print(f"{figures['too_short']} trials are too short for their labels: they count, but cannot be right")
-    columns = ["trials", "labels", "per", "sub", "del", "ins"]
-    days = {**figures["by_day"], "all": figures}
-    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1115,23 +1101,11 @@ class WordSearch:
         return [self.words[i] for i in best.words if i >= 0]
 
 
-def nearest_words(sequences: Iterable[list[int]], lexicon: Lexicon) -> list[list[str]]:
-    """The yardstick without LM and search: greedy phoneme ids cut at SIL, for each piece the lexicon's word
-    at the fewest edits, the earlier one of equals (the more frequent, of `training_lexicon`)."""
-    spoken = [sounds for _, sounds in lexicon]
-
-    @functools.cache
-    def nearest(piece):
-        return lexicon[process.extractOne(piece, spoken, scorer=Levenshtein.distance)[2]][0]
-
-    return [[nearest(piece) for piece in split_at_silence(sequence)] for sequence in sequences]
-
-
 def tune_words(
     decode: Callable, log_probs: list, references: list[list[str]], settings: dict
 ) -> tuple[dict, dict]:
-    """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after:
-    WER, searches, sentences}). decode(one trial's log_probs, settings) gives its words.
+    """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, WER before and
+    after). decode(one trial's log_probs, settings) gives its words.
 
     One setting after the other takes the value with the fewest errors, what it had among equals, until a
     round changes none."""
@@ -1151,11 +1125,11 @@ def tune_words(
         last = settings
         for name, values in WORD_GRID.items():
             settings = min((settings | {name: value} for value in (settings[name], *values)), key=wer)
-    tuned = {"before": before, "after": wer(settings), "searches": len(tried), "sentences": len(references)}
     flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
-    print(f"tuned on {len(references)} validation sentences: {flags}")
-    print(f"WER there {before:.4f} -> {tuned['after']:.4f}")
-    return settings, tuned
+    print(
+        f"tuned on {len(references)} validation sentences, WER {before:.4f} -> {wer(settings):.4f}: {flags}"
+    )
+    return settings, {"before": before, "after": wer(settings)}
 
 
 def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices) -> None:
@@ -1224,8 +1198,7 @@ def words(
     lexicon, lm = word_model(corpus, train, args)
     search = WordSearch(lexicon, lm)
     figures: dict = {}
-    print(f"{len(search.words)} words, {len(lexicon)} pronunciations; {search.dropped} homophones left out")
-    print(f"LM {lm} knows {search.known} of the words")
+    print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
     if args.tune:
         known = corpus.labelled[valid[1]]
         references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
@@ -1234,28 +1207,17 @@ def words(
     sentences = [search.decode(row, settings) for row in log_probs]
     figures["settings"] = settings
     labelled = corpus.labelled[indices]
-    print(f"words: {len(sentences)} sentences decoded, {labelled.sum()} of them labelled")
     if labelled.any():
         references = [spoken_words(corpus.text[i]) for i in indices[labelled]]
-        greedy = [ctc_greedy(row[None], [len(row)])[0] for row in itertools.compress(log_probs, labelled)]
-        vocabulary = set(search.words)
-        outside = [word for word in itertools.chain(*references) if word not in vocabulary]
-        print(f"nearest: greedy phonemes to the nearest words; {len(outside)} words are outside the lexicon")
-        figures["outside_lexicon"] = len(outside)
-        figures |= _word_figures("wer", references, itertools.compress(sentences, labelled))
-        figures |= _word_figures("nearest", references, nearest_words(greedy, lexicon))
+        counts = per_counts(references, itertools.compress(sentences, labelled))
+        figures |= {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
+        figures["wer_counts"] = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
+        figures["outside_lexicon"] = len([w for w in itertools.chain(*references) if w not in search.words])
+        print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
+        print(f"{figures['outside_lexicon']} words are outside the lexicon")
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
     return figures
-
-
-def _word_figures(name, references, hypotheses):
-    """WER, its interval and counts under this name, and a line that says them."""
-    counts = per_counts(references, hypotheses)
-    numbers = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
-    rate, interval = error_rate(counts), trial_bootstrap(counts)
-    print(f"WER {name}: {rate:.4f} 95 % {brackets(interval)} {numbers}")
-    return {name: rate, f"{name}_interval": interval, f"{name}_counts": numbers}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1306,7 +1268,6 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
     tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
     precision that it was trained in."""
     model, ckpt = load_checkpoint(path)
-    info = ckpt["data"]
     if not isinstance(model, AST) or model.model_args["num_outputs"] is not None:
         raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
     model = model.to(device).eval()
@@ -1315,19 +1276,18 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
         layer = model.norm if level == depth else model.blocks[level - 1]
         layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
     half = torch.autocast(device.type, torch.bfloat16, enabled=ckpt["args"].get("amp") == "bf16")
+    special = 0 if model.extra is None else 2  # tokens before the patches
     rows = {}
     for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
-        moments = []
-        for x in crop_batches(store.item(i), info, model.model_args["frames"], batch):
+        seen = []
+        for x in crop_batches(store.item(i), ckpt["data"], model.model_args["frames"], batch):
             found.clear()
             with torch.no_grad(), half:
                 model(x.to(device))
-            seen = torch.stack(found, dim=1)  # (B, levels, extra + T, width)
-            seen = seen if model.extra is None else seen[:, :, 2:]
-            moments.append(torch.stack([seen.mean(2), seen.square().mean(2)]))
-        mean, square = torch.cat(moments, dim=1).mean(1)  # (levels, width)
-        deviation = (square - mean**2).clip(1e-6).sqrt()
-        rows[name] = torch.cat([mean, deviation], dim=1).flatten().cpu().numpy()
+            seen.append(torch.stack(found)[:, :, special:])
+        tokens = torch.cat(seen, dim=1).flatten(1, 2)  # (levels, crops * patches, width)
+        deviation = tokens.var(1, correction=0).clip(1e-6).sqrt()
+        rows[name] = torch.cat([tokens.mean(1), deviation], dim=1).flatten().cpu().numpy()
     return rows
 
 
@@ -1505,49 +1465,29 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
-    clusters = ["segment", "performer"]
-    add("--part", choices=["valid", "test"], default="valid", help="part to compare (%(default)s)")
     add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
-    add("--day", choices=["nearest", "mean"], help=DAY_HELP)
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
+    clusters = ["segment", "performer"]
     add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)")
-    add("--audio", metavar="DIR", help=AUDIO_HELP)
-    args = _parse(parser, argv, data_options)
+    args = _parse(parser, argv, part_options, data_options)
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
     if any(about[key] != other[key] for key in about.keys() & other.keys()):
         raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
     synthetic = (about | other).get("synthetic")
-    pairs = _paired_trials(a, b) if about["decoder"] else _paired_ratings(a, b, args, synthetic)
+    if about["decoder"]:
+        print(corpus_line(synthetic, "the files named"))
+        pairs = _paired_trials(a, b)
+    else:
+        pairs = _paired_ratings(a, b, args, synthetic)
     if len(set(pairs[3])) < 2:
         found = f"{len(pairs[0])} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
-    if about["decoder"]:
-        print(corpus_line(synthetic, "the files named"))
-        question = Question("phoneme error rate", "trials", (), -1, lambda _, n: np.array([error_rate(n)]))
-    else:
-        question = _rating_question(pairs[0], METRICS[args.metric], args)
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
-    return _answer(question, *pairs, args.draws)
-
-
-@dataclass
-class Question:
-    """What is compared: statistic(y, p) -> a figure for each of labels, then the whole one, called `name`;
-    sign: 1 where more is better, -1 where less is; unit: what is drawn as a whole."""
-
-    name: str
-    unit: str
-    labels: tuple[str, ...]
-    sign: int
-    statistic: Callable
-
-
-def _rating_question(y, metric, args):
-    # an error is least for the truth itself
-    sign = 1 if metric(y, y).mean() > metric(y, 1 - y).mean() else -1
-    whole = lambda y, p: np.append(metric(y, p), metric(y, p).mean())  # noqa: E731
-    return Question(f"mean {args.metric}", f"{args.cluster}s", LABELS, sign, whole)
+    if about["decoder"]:
+        rate = lambda _, counts: np.array([error_rate(counts)])  # noqa: E731
+        return _answer("phoneme error rate", (), rate, *pairs, args.draws)
+    return _answer(f"mean {args.metric}", LABELS, METRICS[args.metric], *pairs, args.draws)
 
 
 def _side(args, paths):
@@ -1595,33 +1535,39 @@ def _paired_ratings(a, b, args, synthetic):
 
 
 def _paired_trials(a, b):
-    """The same of trials of one reference on both sides: `per_counts` (n, 4), which hold the truth."""
+    """The same of trials of one reference on both sides: `per_counts` (n, 4); the truth has no error."""
     both = [trial for trial in a if trial in b and a[trial][0] == b[trial][0]]
-    references = [a[trial][0] for trial in both]
-    of_a, of_b = (per_counts(references, [side[trial][1] for trial in both]) for side in (a, b))
-    return of_a, of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
+    refs = [a[trial][0] for trial in both]
+    of_a, of_b = (per_counts(refs, [side[trial][1] for trial in both]) for side in (a, b))
+    return per_counts(refs, refs), of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
 
 
-def _answer(question, y, pa, pb, groups, folds, draws):
-    """Tests whether the sides differ, prints a table and the verdict, and returns them."""
-    a, b = (by_fold(question.statistic, folds, y, side) for side in (pa, pb))
-    difference, interval, p = paired_bootstrap(y, pa, pb, groups, question.statistic, folds, draws)
+def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
+    """Tests whether the sides differ in metric(y, p), whose figures belong to labels, and in its mean; prints
+    a table and the verdict, and returns them. Better is what is nearer to the truth's own figure."""
+
+    def statistic(y, p):
+        each = metric(y, p)
+        return np.append(each[: len(labels)], each.mean())
+
+    a, b, perfect = (by_fold(statistic, folds, y, side) for side in (pa, pb, y))
+    difference, interval, p = paired_bootstrap(y, pa, pb, groups, statistic, folds, draws)
     clusters = len(set(groups))
     if clusters < FEWEST:
         p = np.full_like(p, np.nan)
     tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
     corrected = np.append(holm(p[:-1]), p[-1])
-    print(f"{len(y)} items, {clusters} {question.unit} (a test needs {FEWEST}), drawn {draws} times")
-    rows = zip([*question.labels, "all"], a, b, *tests.values(), corrected, strict=True)
-    print_table([question.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    print(f"{len(y)} items in {clusters} groups (a test needs {FEWEST}), drawn {draws} times")
+    rows = zip([*labels, "all"], a, b, *tests.values(), corrected, strict=True)
+    print_table([name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
-        verdict = f"A is {'better' if question.sign * difference[-1] > 0 else 'worse'} than B"
-    verdict += f": {question.name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
+        verdict = f"A is {'better' if abs(a - perfect)[-1] < abs(b - perfect)[-1] else 'worse'} than B"
+    verdict += f": {name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
     print(verdict)
     whole = {key: values[-1].tolist() for key, values in tests.items()}
-    each = {key: values[:-1].tolist() for key, values in tests.items()} | {"p_holm": corrected[:-1].tolist()}
     counts = {"items": len(y), "clusters": clusters, "a": float(a[-1]), "b": float(b[-1])}
+    each = {"p": p[:-1].tolist(), "p_holm": corrected[:-1].tolist()}
     return {**counts, **whole, "verdict": verdict, "per_dimension": each}
 
 
@@ -2647,6 +2593,13 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", metavar="DIR", help="data set in its public layout (absent: the built-in synthetic corpus)")
     add("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
+
+
+def part_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--part", choices=["valid", "test", "competition"], default="valid", help="scored (%(default)s)")
+    add("--audio", metavar="DIR", help=AUDIO_HELP)
+    add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
 
 
 def result_options(parser: argparse.ArgumentParser) -> None:
