@@ -216,15 +216,15 @@ def _stacked(records, truth, part, view):
     fold."""
     rows = []
     for record in records:
-        for name, p in zip(record["names"], record["p"], strict=True):
-            shown = view == "all" or not is_rendering(name)
-            if record["part"] == part and name in truth and shown:
-                rows.append((name, truth[name], p, record["fold"]))
+        if record["part"] == part:
+            found = zip(record["names"], record["p"], strict=True)
+            rows += [(name, truth[name], p, record["fold"]) for name, p in found if name in truth]
+    rows = [row for row in rows if view == "all" or not is_rendering(row[0])]
     names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
     return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
 
-def of_views(function: Callable, records: list[dict], truth: dict[str, np.ndarray]) -> dict:
+def of_views(function: Callable, records: list, truth: dict) -> dict:
     """{part: {view: function(*_stacked), or None where nothing is rated}}."""
     result: dict = {record["part"]: {} for record in records}
     for part, view in itertools.product(result, VIEWS):
@@ -233,7 +233,7 @@ def of_views(function: Callable, records: list[dict], truth: dict[str, np.ndarra
     return result
 
 
-def measure(records: list[dict], truth: dict[str, np.ndarray]) -> dict:
+def measure(records: list, truth: dict) -> dict:
     """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
 
     records: dicts of part, fold, names and p (n, D). truth: name -> (D,); names without truth are left out,
@@ -299,17 +299,16 @@ def read_csv(path: str | Path) -> dict:
     return items
 
 
-def write_predictions(path: str | Path, records: list[dict]) -> None:
+def write_predictions(path: str | Path, records: list) -> None:
     """CSV of columns name, part, fold and the 19 labels; one line per item, part and fold; four decimals."""
     rows: list = [["name", "part", "fold", *LABELS]]
     for record in records:
-        for i in np.argsort(record["names"], kind="stable"):
-            ratings = [f"{value:.4f}" for value in record["p"][i]]
-            rows.append([record["names"][i].strip(), record["part"], record["fold"], *ratings])
+        for name, p in sorted(zip(record["names"], record["p"], strict=True), key=lambda item: item[0]):
+            rows.append([name.strip(), record["part"], record["fold"], *(f"{value:.4f}" for value in p)])
     write_csv(path, rows)
 
 
-def read_predictions(path: str | Path) -> list[dict]:
+def read_predictions(path: str | Path) -> list:
     """Reads what `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19). DataError
     otherwise."""
     groups: dict[tuple, dict] = {}
@@ -377,11 +376,12 @@ def _print_figures(title, figures, tests):
     if not figures:
         print(f"{title}: no label: predicted only, no metric")
         return
-    rows, mean = [], figures["mean"]
+    mean = figures["mean"]
+    rows = []
     for fold, s in (figures["folds"] | {"mean": mean}).items():
-        rows.append([fold, s.get("items", ""), *(s[key] for key in METRICS), s["r2_interval"]])
-    rows.append(["std", "", *(mean[f"{key}_std"] for key in METRICS), ""])
-    print_table([f"{title}: fold", "items", *METRICS, "95 % of r2"], rows)
+        rows.append([fold, *(s[key] for key in METRICS), s["r2_interval"], s.get("items", "")])
+    rows.append(["std", *(mean[f"{key}_std"] for key in METRICS), "", ""])
+    print_table([f"{title}: fold", *METRICS, "95 % of r2", "items"], rows)
     each = mean["per_dimension"] | (tests or {})
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
@@ -416,7 +416,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
 
 
-def predict_han(model: nn.Module, items: list[dict], device: torch.device, batch: int = 16) -> np.ndarray:
+def predict_han(model: nn.Module, items: list, device: torch.device, batch: int = 16) -> np.ndarray:
     """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given. Batches hold items of similar
     length."""
     order = np.argsort([len(item["x"]) for item in items], kind="stable")
@@ -528,7 +528,7 @@ def _rate_parts(args, loaded, parts):
     return fold_records(folds, corpus, args, parts), corpus, data
 
 
-def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Iterable[str]) -> list[dict]:
+def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> list:
     """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes
     them."""
     records: list[dict] = []
@@ -560,13 +560,10 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 def floor(argv: list[str]) -> dict:
     """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
-    about = (
-        "What a network has to beat: scikit-learn on statistics of each performance's notes or spectrogram."
-    )
+    about = "What a network has to beat: a forest on statistics of the notes (han), ridge on log-mel's (ast)."
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
-    add("--model", choices=["ridge", "forest"], help="ridge, or 150 trees (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
@@ -574,24 +571,23 @@ def floor(argv: list[str]) -> dict:
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
-    about = {key: getattr(args, key) for key in ("task", "model", "split", "keep_overlap")} | {"seeds": [7]}
+    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")} | {"seeds": [7]}
     if args.task == "han":
-        about["features"] = args.features
+        about |= {"model": "forest", "features": args.features}
         columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
         statistics = {}
         for name, item in corpus.items.items():
             statistics[name] = pooled_statistics(item, columns, args.features)
     else:
-        about |= {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+        about |= {"model": "ridge", "audio": "wav" if args.audio else "rendered", "probe": args.probe}
         statistics = _clip_statistics(corpus, args)
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
         train = names_of["train"]
-        model = _regression(args.model, list(map(segment_of, train)))
+        model = _regression(about["model"], list(map(segment_of, train)))
         model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
         for part in ("valid", "test"):
             rows = [statistics[name] for name in names_of[part]]
@@ -630,7 +626,7 @@ def _regression(kind, groups):
 # ---------------------------------------------------------------------------------------------------------
 # Bench
 # ---------------------------------------------------------------------------------------------------------
-def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple:
     """HAN, its arguments, loss of its output. Items have PercePiano's lengths, four voices (0: extra notes),
     three notes a beat, three beats a measure."""
     model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes).to(device)
@@ -644,7 +640,7 @@ def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module,
     return model, (batch,), lambda logits: (logits.float().sigmoid() - 0.5).square().mean()
 
 
-def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple:
     """GRUDecoder, its arguments, loss of its output. Trials of about 500 bins, a label every third frame."""
     model = GRUDecoder(**{"hidden": 512} | sizes).to(device)
     lengths = torch.linspace(250, 750, batch).long()
@@ -653,14 +649,14 @@ def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Mod
     labels = torch.randint(1, len(PHONEMES), (batch, x.shape[1] // 12), device=device)
     day = torch.arange(batch, device=device) % model.model_args["days"]
 
-    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(output: tuple) -> Tensor:
         log_probs = output[0].float().log_softmax(-1).transpose(0, 1)
         return functional.ctc_loss(log_probs, labels, output[1], lengths // 12)
 
     return model, (x.to(device), lengths, day), loss  # lengths are read on the CPU
 
 
-def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple:
     """AST in pre-training, its arguments, loss of its output; masked: 400 of 512 patches or such a share."""
     model = AST(**AST_PRESETS["small"] | sizes).to(device)
     clips = torch.randn(batch, model.model_args["frames"], MELS, device=device) / 2
@@ -718,7 +714,7 @@ SIL = PHONEMES.index("SIL")
 AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)"
 
 
-def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list[list[int]]:
+def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list:
     """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: one list of ids a
     trial.
 
@@ -772,7 +768,7 @@ def _error_figures(counts):
     return {"per": error_rate(counts), **totals, "trials": len(counts)}
 
 
-def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list[np.ndarray]:
+def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list:
     """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
     window. days (corpus days,): the model's index of each day of the corpus, from data.map_days.
 
@@ -794,7 +790,7 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
     return result
 
 
-def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args) -> list[np.ndarray]:
+def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> list:
     """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day,
     device. Says for which sessions, unknown to a checkpoint, --day chooses a layer."""
     total: list = []
@@ -816,7 +812,7 @@ def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, a
     return [row - np.float32(np.log(len(loaded))) for row in total]
 
 
-def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
+def transcripts(log_probs: list, corpus: SpeechCorpus, trials: Iterable[int]) -> list:
     """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy)};
     log_probs (F, 41) each."""
     records = []
@@ -827,7 +823,7 @@ def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Itera
     return records
 
 
-def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+def evaluate_decoder(args, loaded: list) -> dict:
     """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures
     of `decoder_scores` and their 95 % interval over trials; "words" where these were asked for."""
     corpus, parts = _speech_parts(args, loaded)
@@ -939,11 +935,10 @@ def read_lexicon(path: str | Path) -> Lexicon:
     entries: dict[tuple, None] = {}
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
-            word, *names = line.split(";;;")[0].split() or [""]
-            sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
-            if sounds[-1:] == (SIL,):
-                sounds = sounds[:-1]
-            if word:
+            line = line.partition(";;;")[0].strip().removesuffix(" SIL")
+            if line:
+                word, *names = line.split()
+                sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
                 if not sounds or 0 in sounds:
                     raise ValueError(f"{word} has no phonemes")
                 entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
@@ -971,11 +966,11 @@ def training_lexicon(texts: Iterable[str], labels: Iterable) -> Lexicon:
     return sorted(filter(lambda e: e[1], seen), key=lambda e: (-frequency[e[0]], e[0], -seen[e], e[1]))
 
 
-def split_at_silence(ids: Iterable[int]) -> list[tuple[int, ...]]:
+def split_at_silence(ids: Iterable[int]) -> list:
     return [tuple(piece) for silent, piece in itertools.groupby(map(int, ids), SIL.__eq__) if not silent]
 
 
-def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[str, ...], list]:
+def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
     """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen
     & Goodman 1999).
 
@@ -990,7 +985,7 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
                 after.setdefault(padded[first:i], Counter())[padded[i]] += 1
     if not after:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
-    model: dict[tuple[str, ...], list] = {("<s>",): [1e-99, 1.0]}  # given, never predicted
+    model: dict = {("<s>",): [1e-99, 1.0]}  # given, never predicted
     for history in sorted(after, key=len):
         followers = after[history]
         types = len(followers)
@@ -1005,7 +1000,7 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
     return model
 
 
-def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
+def write_arpa(path: str | Path, model: dict) -> None:
     """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight
     (which the longest n-grams have not)."""
     highest = max(map(len, model))
@@ -1101,9 +1096,7 @@ class WordSearch:
         return [self.words[i] for i in best.words if i >= 0]
 
 
-def tune_words(
-    decode: Callable, log_probs: list, references: list[list[str]], settings: dict
-) -> tuple[dict, dict]:
+def tune_words(decode: Callable, log_probs: list, references: list, settings: dict) -> tuple[dict, dict]:
     """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, WER before and
     after). decode(one trial's log_probs, settings) gives its words.
 
@@ -1140,10 +1133,10 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     where a trial is missing, also one that the conversion left out, or the '24 competition part is not 1200
     rows of 15 days."""
     part = corpus.part[indices[0]]
-    days = [row for row in corpus.report.get("days", ()) if row["part"] == part]
+    left_out = [row["left_out"] for row in corpus.report.get("days", ()) if row["part"] == part]
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
-    expected = int((corpus.part == part).sum()) + sum(row["left_out"] for row in days), size[1]
+    expected = (corpus.part == part).sum() + sum(left_out), size[1]
     if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
         expected = COMPETITION_SIZE
     if size != expected:
@@ -1172,7 +1165,7 @@ def word_options(parser: argparse.ArgumentParser) -> None:
     add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)")
 
 
-def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namespace) -> tuple[Lexicon, str]:
+def word_model(corpus: SpeechCorpus, train: Iterable[int], args) -> tuple:
     """(lexicon, LM file): those given, else made from the transcripts of the trials `train`."""
     texts = [corpus.text[i] for i in train]
     lm = args.lm
@@ -1243,7 +1236,7 @@ def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[t
 
 
 def predict_ast(
-    model: nn.Module, items: list[dict], info: dict, device: torch.device, batch: int = 8
+    model: nn.Module, items: list, info: dict, device: torch.device, batch: int = 8
 ) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
     longer than the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data
@@ -1263,7 +1256,7 @@ def predict_ast(
     return p.clip(0, 1)
 
 
-def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict[str, np.ndarray]:
+def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict:
     """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the
     tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
     precision that it was trained in."""
@@ -1291,7 +1284,7 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
     return rows
 
 
-def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
+def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
     store = percepiano_audio(corpus.root, args.cache, args.audio)
     for line in store.left_out:
@@ -1317,13 +1310,13 @@ def _lengths_if_unlike(batch):
     return None if whole else batch["lengths"]
 
 
-def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, Tensor]:
+def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict:
     """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
     figures = model(batch["x"], _lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
-def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.device, args) -> dict:
+def validate_pretraining(model: nn.Module, batches: list, device: torch.device, args) -> dict:
     """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes masks."""
     generator = torch.Generator().manual_seed(args.seed)
     sums: Counter[str] = Counter()
@@ -1337,14 +1330,15 @@ def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.de
     return {name: total / count for name, total in sums.items()}
 
 
-def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+def evaluate_pretraining(args, loaded: list) -> dict:
     """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
     path, model, ckpt = loaded[0]
     data = ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or (args.data is None and not data["synthetic"]):
         raise DataError(f"{path}: a pre-training; give it alone, with its --data, without result files")
-    own = {"data": args.data, "audio": args.audio, "cache": args.cache}
-    settings = argparse.Namespace(**ckpt["args"] | own)
+    settings = argparse.Namespace(
+        **ckpt["args"] | {key: getattr(args, key) for key in ("data", "audio", "cache")}
+    )
     _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
@@ -1354,7 +1348,7 @@ def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     return figures
 
 
-def pretrain_summary(figures: dict[str, float]) -> str:
+def pretrain_summary(figures: dict) -> str:
     """Validation figures in a line, each beside what guessing reaches."""
     shown = {name: f"{value:.4f}" for name, value in figures.items()}
     return (
@@ -1375,23 +1369,22 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     y, p (n, D); groups (n,): items of one are alike, so (other than scipy.stats.permutation_test does) each
     receives the predictions of a whole group of its fold, in random order, cut or repeated to its size. Folds
     of the same groups are permuted alike. p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
-    y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     folds = np.zeros(len(y), int) if folds is None else folds
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    rows_of: dict = {}  # fold -> {group: its rows}
-    for row, (fold, k) in enumerate(zip(folds, group, strict=True)):
-        rows_of.setdefault(fold, {}).setdefault(k, []).append(row)
-    largest = max(len(rows) for blocks in rows_of.values() for rows in blocks.values())
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    rows_of: dict = {}  # (fold, group): its rows
+    for row, key in enumerate(zip(folds, group, strict=True)):
+        rows_of.setdefault(key, []).append(row)
+    largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        order, within = rng.random(group.max() + 1), rng.random((group.max() + 1, largest))
+        order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
-        for blocks in rows_of.values():
-            for k, donor in zip(sorted(blocks), sorted(blocks, key=order.__getitem__), strict=True):
-                given = np.array(blocks[donor])
-                shuffled = given[np.argsort(within[donor, : len(given)])]
-                source[blocks[k]] = np.resize(shuffled, len(blocks[k]))
+        donors = sorted(rows_of, key=lambda key: (key[0], order[key[1]]))
+        for taker, donor in zip(sorted(rows_of), donors, strict=True):
+            given = np.array(rows_of[donor])
+            shuffled = given[np.argsort(within[donor[1], : len(given)])]
+            source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
         as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
     return (1 + as_good) / (1 + n)
 
@@ -1406,13 +1399,12 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 
 def paired_bootstrap(
-    y, pa, pb, groups, statistic: Callable = r2, folds: np.ndarray | None = None, n: int = 5000, seed: int = 7
+    y, pa, pb, groups, statistic: Callable, folds: np.ndarray, n: int = 5000, seed: int = 7
 ) -> tuple:
     """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, when whole
     groups are drawn with replacement, the same for both; of the statistic's shape. Folds as in
     `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one;
     all NaN but the difference when too few groups remain."""
-    folds = np.zeros(len(y), int) if folds is None else folds
 
     def gain(y, a, b):
         return statistic(y, a) - statistic(y, b)
@@ -1428,7 +1420,7 @@ def paired_bootstrap(
     return difference, tuple(np.percentile(draws, [2.5, 97.5], axis=0)), p
 
 
-def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 1000) -> dict:
+def significance(records: list, truth: dict, n: int = 1000) -> dict:
     """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs,
     cluster bootstrap over segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or
     the segments are too few}}."""
