@@ -137,9 +137,8 @@ MAX_NOTES = 420  # of a PercePiano performance
 
 
 def r2(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Coefficient of determination per dimension, (D,), of truth y and prediction p, both (n, D):
-    scikit-learn's `r2_score` in a tenth of its time, since every draw of a bootstrap needs it. A constant
-    truth gives 1 when met exactly, else 0; one item NaN."""
+    """Coefficient of determination per dimension, (D,), of truth y and prediction p, (n, D): scikit-learn's
+    in a tenth of its time, which bootstraps need. Constant truth: 1 when met, else 0; one item: NaN."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     if len(y) < 2:
         return np.full(y.shape[1], np.nan)
@@ -155,8 +154,7 @@ def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant, which has
-    told nothing."""
+    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     a, b = y - y.mean(0), p - p.mean(0)
     scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
@@ -183,10 +181,8 @@ def by_fold(statistic: Callable, folds: np.ndarray, *arrays) -> np.ndarray:
 
 def resample(statistic: Callable, groups: Iterable, folds, *arrays, n=1000, seed=7) -> np.ndarray:
     """(draws, ...) values of `by_fold` when whole groups (rows,) are drawn with replacement n times, all
-    folds (rows,; None: one) on one draw, since folds may share segments.
-
-    Draws of a single distinct group, without some fold or of a non-finite value tell nothing and are left out
-    (otherwise scipy.stats.bootstrap draws the same); none is given where fewer than half of n remain."""
+    folds (rows,; None: one) on one draw, since folds may share segments; as scipy.stats.bootstrap, but draws
+    that tell nothing (one distinct group, a fold missing, not finite) are left out, all if they are most."""
     keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(inverse == k) for k in range(len(keys))]
     folds = np.zeros(len(inverse), int) if folds is None else folds
@@ -194,26 +190,26 @@ def resample(statistic: Callable, groups: Iterable, folds, *arrays, n=1000, seed
     for drawn in np.random.default_rng(seed).integers(len(keys), size=(n, len(keys))):
         rows = np.concatenate([members[k] for k in drawn])
         if np.ptp(drawn) > 0 and set(folds[rows]) == set(folds):
-            values.append(by_fold(statistic, folds[rows], *(a[rows] for a in arrays)))
-    values = [value for value in values if np.isfinite(value).all()]
+            value = by_fold(statistic, folds[rows], *(a[rows] for a in arrays))
+            if np.isfinite(value).all():
+                values.append(value)
     return np.array(values if 2 * len(values) >= n else [])
 
 
 def cluster_bootstrap(y, p, groups, statistic: Callable = r2, n=1000, seed=7, folds=None) -> list[float]:
-    """95 % interval of the mean of statistic(y, p), y and p (n, D), when whole groups (n,) (segments) are
-    drawn with replacement; with folds (n,) of its mean over folds. NaN where too few draws tell anything."""
+    """95 % interval of the mean of statistic(y, p), (n, D) each, when whole groups (n,) are drawn with
+    replacement; with folds (n,) of its mean over folds. NaN where too few draws tell anything."""
     draws = resample(lambda y, p: np.mean(statistic(y, p)), groups, folds, y, p, n=n, seed=seed)
     return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [math.nan, math.nan]
 
 
 def is_rendering(name: str) -> bool:
-    """True for a rendering of the score (player `Score` or `Score2`) instead of a human performance."""
+    """True for a rendering of the score (player `Score` or `Score2`), no human performance."""
     return str(player_of(name)).startswith("Score")
 
 
 def _stacked(records, truth, part, view):
-    """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view, fold after
-    fold."""
+    """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view."""
     rows = []
     for record in records:
         if record["part"] == part:
@@ -236,9 +232,8 @@ def of_views(function: Callable, records: list, truth: dict) -> dict:
 def measure(records: list, truth: dict) -> dict:
     """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
 
-    records: dicts of part, fold, names and p (n, D). truth: name -> (D,); names without truth are left out,
-    and a view without any is None. "mean" holds mean and (population) std over folds, and the interval of the
-    mean."""
+    records: dicts of part, fold, names, p (n, D); truth: name -> (D,); a view without truth is None. "mean":
+    mean and (population) std over folds, and the interval of the mean."""
     return of_views(_measure_folds, records, truth)
 
 
@@ -259,13 +254,9 @@ def _measure_folds(names, y, p, folds):
 def scores(y, p, groups) -> dict:
     """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
     each = {key: metric(y, p) for key, metric in METRICS.items()}
-    return {
-        "items": len(y),
-        "segments": len(set(groups)),
-        **{key: float(values.mean()) for key, values in each.items()},
-        "r2_interval": cluster_bootstrap(y, p, groups),
-        "per_dimension": {key: values.tolist() for key, values in each.items()},
-    }
+    figures = {"items": len(y), "segments": len(set(groups)), "r2_interval": cluster_bootstrap(y, p, groups)}
+    figures |= {key: float(values.mean()) for key, values in each.items()}
+    return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -309,28 +300,22 @@ def write_predictions(path: str | Path, records: list) -> None:
 
 
 def read_predictions(path: str | Path) -> list:
-    """Reads what `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19). DataError
-    otherwise."""
-    groups: dict[tuple, dict] = {}
+    """What `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19)."""
+    records: dict = {}
     for (part, fold, name), p in read_csv(path).items():
-        groups.setdefault((part, fold), {})[name] = p
-    return [
-        {"part": part, "fold": fold, "names": [*found], "p": np.array([*found.values()])}
-        for (part, fold), found in groups.items()
-    ]
+        record = records.setdefault((part, fold), {"part": part, "fold": fold, "names": [], "p": []})
+        record["names"].append(name)
+        record["p"].append(p)
+    return [record | {"p": np.array(record["p"])} for record in records.values()]
 
 
 def hardware(device: torch.device) -> dict:
     """What the figures were computed on: CPU model and cores, GPU if used, threads, torch version."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    made = {"cpu": model[1] if model else platform.processor(), "cores": os.cpu_count(), "gpu": gpu}
+    return made | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def save_results(write: Callable, args, about: dict, figures: dict) -> None:
@@ -338,16 +323,14 @@ def save_results(write: Callable, args, about: dict, figures: dict) -> None:
     how they were made, as JSON."""
     if args.csv:
         write(args.csv)
-    if not args.save_results:
-        return
-    scope = about.get("split") or about["part"]
-    stem = Path(args.results_dir) / f"{about['task']}_{args.save_results}_{scope}"
-    made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
-    made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
-    write(f"{stem}.csv")
-    write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
-    print(f"saved {stem}.json and .csv")
+    if args.save_results:
+        stem = f"{args.results_dir}/{about['task']}_{args.save_results}_{about.get('split') or about['part']}"
+        made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
+        made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
+        write(f"{stem}.csv")
+        write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
+        print(f"saved {stem}.json and .csv")
 
 
 def corpus_line(synthetic: bool, root: object) -> str:
@@ -387,8 +370,7 @@ def _print_figures(title, figures, tests):
 
 
 def _finish(records, corpus, args, about):
-    """Measures, prints and writes predictions; returns the metrics. Task ast is tested for significance
-    too."""
+    """Measures, prints and writes predictions, of task ast with significance; returns the metrics."""
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     if args.save_results:
         for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
@@ -413,12 +395,11 @@ def _finish(records, corpus, args, about):
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
 def predict_han(model: nn.Module, items: list, device: torch.device, batch: int = 16) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given. Batches hold items of similar
-    length."""
+    """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given."""
     order = np.argsort([len(item["x"]) for item in items], kind="stable")
     p = np.zeros((len(items), len(LABELS)))
     model = model.to(device).eval()
@@ -437,7 +418,7 @@ def _load_models(paths):
 
 def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
-    of its task's settings, or differs there from the first or from this version."""
+    or differs there from the first or from this version."""
     task = loaded[0][2]["task"]
     expected = {"task": task, "labels": list(LABELS)}
     keys = ["task", "synthetic"]
@@ -461,7 +442,7 @@ def _check_alike(loaded):
 def _load_fold_models(loaded):
     """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
     data = _check_alike(loaded)
-    folds: dict[int, list[tuple]] = {}
+    folds: dict[int, list] = {}
     for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
         folds.setdefault(ckpt["data"]["fold"], []).append((model, {**ckpt, "path": str(path)}))
     return folds, data
@@ -473,17 +454,14 @@ def seeds_of(loaded):
 
 def evaluate(argv: list[str]) -> dict:
     """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split."""
-    parser = _parser(
-        "evaluate",
-        "--ckpt FILE ... [--data DIR] [options]",
-        """\
+    about = """\
 Scores checkpoints on data that they did not learn from. Seeds of a fold are averaged, and so are decoders.
 
     python eval.py --ckpt runs/han/*_f?_s7/best.pt --data data/percepiano     four folds, each on its own part
-    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words""",
-    )
-    add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
+    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words"""
+    parser = _parser("evaluate", "--ckpt FILE ... [--data DIR] [options]", about)
+    help_of_ckpt = "best.pt of folds or seeds (required)"
+    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help=help_of_ckpt)
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
@@ -529,8 +507,7 @@ def _rate_parts(args, loaded, parts):
 
 
 def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> list:
-    """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes
-    them."""
+    """Predictions of models of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
     records: list[dict] = []
     _, first = next(iter(folds.values()))[0]
     store = audio_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
@@ -609,8 +586,7 @@ def _clip_statistics(corpus, args):
 
 
 def _regression(kind, groups):
-    """A forest, or ridge regression on standardised columns, its strength chosen by cross-validation over
-    whole groups."""
+    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
@@ -627,8 +603,7 @@ def _regression(kind, groups):
 # Bench
 # ---------------------------------------------------------------------------------------------------------
 def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple:
-    """HAN, its arguments, loss of its output. Items have PercePiano's lengths, four voices (0: extra notes),
-    three notes a beat, three beats a measure."""
+    """HAN, its arguments, loss of its output: PercePiano's lengths, four voices (0: extra notes), 3/8."""
     model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes).to(device)
     rng = np.random.default_rng(7)
     items = []
@@ -715,15 +690,11 @@ AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's
 
 
 def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list:
-    """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: one list of ids a
-    trial.
-
-    logits (B, F, 41), of any monotonous scale; frames (B,): valid frames, the rest is padding."""
-    best = torch.as_tensor(logits).argmax(-1).tolist()
-    decoded = []
-    for row, n in zip(best, torch.as_tensor(frames).tolist(), strict=True):
-        decoded.append([k for k, _ in itertools.groupby(row[:n]) if k != 0])
-    return decoded
+    """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: a list of ids a
+    trial. logits (B, F, 41), of any monotonous scale; frames (B,): valid ones, the rest is padding."""
+    best = torch.as_tensor(logits).argmax(-1)
+    merged = [torch.unique_consecutive(row[:n]).tolist() for row, n in zip(best, frames, strict=True)]
+    return [[k for k in row if k != 0] for row in merged]
 
 
 def edit_counts(reference: Iterable, hypothesis: Iterable) -> tuple[int, int, int]:
@@ -752,15 +723,13 @@ def trial_bootstrap(counts: np.ndarray) -> list[float]:
 def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[str]) -> dict:
     """Phoneme error rate of trials: per, sub, del, ins, labels, trials, per_without_sil (SIL left out on both
     sides) and by_day {day name: the same}, micro-averaged. The trainer logs these figures.
-
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
     counts, days = per_counts(refs, hyps), np.asarray(days)
+    figures = _error_figures(counts)
     speech = [[[k for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
-    return {
-        **_error_figures(counts),
-        "per_without_sil": error_rate(per_counts(*speech)),
-        "by_day": {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)},
-    }
+    figures["per_without_sil"] = error_rate(per_counts(*speech))
+    by_day = {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)}
+    return figures | {"by_day": by_day}
 
 
 def _error_figures(counts):
@@ -770,9 +739,7 @@ def _error_figures(counts):
 
 def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list:
     """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
-    window. days (corpus days,): the model's index of each day of the corpus, from data.map_days.
-
-    Batches hold trials of similar length; the model is left in the mode it came in."""
+    window. days (corpus days,): the model's index of each, from data.map_days. Batches by length."""
     indices, training = np.asarray(indices, np.int64), model.training
     order = np.argsort(corpus.lengths[indices], kind="stable")
     days = torch.as_tensor(days)
@@ -791,8 +758,8 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
 
 
 def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> list:
-    """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day,
-    device. Says for which sessions, unknown to a checkpoint, --day chooses a layer."""
+    """`speech_logits`; of several checkpoints the logarithm of their mean probability. args: day, device.
+    Says which day layer stands in for a session that a checkpoint does not know."""
     total: list = []
     used = np.unique(corpus.day[trials])
     sessions = [corpus.days[day] for day in used]
@@ -813,8 +780,7 @@ def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) ->
 
 
 def transcripts(log_probs: list, corpus: SpeechCorpus, trials: Iterable[int]) -> list:
-    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy)};
-    log_probs (F, 41) each."""
+    """Of trials, log_probs (F, 41) each: "trial", "day", "reference", "hypothesis" (phoneme ids, greedy)."""
     records = []
     for i, row in zip(trials, log_probs, strict=True):
         record = {"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]]}
@@ -824,8 +790,8 @@ def transcripts(log_probs: list, corpus: SpeechCorpus, trials: Iterable[int]) ->
 
 
 def evaluate_decoder(args, loaded: list) -> dict:
-    """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures
-    of `decoder_scores` and their 95 % interval over trials; "words" where these were asked for."""
+    """Phoneme error rate of the mean probabilities of decoders on args.part: `decoder_scores`, their 95 %
+    interval over trials, too_short; "words" where these were asked for."""
     corpus, parts = _speech_parts(args, loaded)
     trials = parts[args.part]
     labelled = corpus.labelled[trials]
@@ -843,8 +809,8 @@ def evaluate_decoder(args, loaded: list) -> dict:
         figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
         print(f"{args.part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
         print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
-        columns = ["per", "sub", "del", "ins", "labels", "trials"]
         days = {**figures["by_day"], "all": figures}
+        columns = ["per", "sub", "del", "ins", "labels", "trials"]
         print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
     if args.words or args.tune or args.submission:
         tuned_on = (log_probs, trials)
@@ -855,8 +821,8 @@ def evaluate_decoder(args, loaded: list) -> dict:
     for record, numbers in zip(records, counts.tolist(), strict=True):
         trial, day, *spelt = record.values()
         rows.append([trial, day, *map(spell, spelt), *numbers])
-    about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic}
-    about |= {"valid": loaded[0][2]["data"]["valid"], "seeds": seeds_of(loaded)}
+    about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "seeds": seeds_of(loaded)}
+    about["valid"] = loaded[0][2]["data"]["valid"]
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
     return figures
 
@@ -923,15 +889,13 @@ Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the la
 
 
 def spoken_words(text: str) -> list[str]:
-    """Words of a transcript as they are trained on and scored: cleaned as `data.phonemize` does, those
-    without a letter left out."""
+    """Words of a transcript as trained on and scored: cleaned, those without a letter left out."""
     return [word for word in clean_sentence(text).split() if re.search("[a-z]", word)]
 
 
 def read_lexicon(path: str | Path) -> Lexicon:
-    """Lines "word PH PH ...", in the file's order, each once. Of the CMU dictionary's habits are understood:
-    stress digits, variants "word(2)", comments after ";;;"; and a SIL at the end. DataError names a line
-    without phonemes, or with others."""
+    """Lines "word PH PH ...", in order, each once; of the CMU dictionary's habits stress digits, variants
+    "word(2)" and comments after ";;;" are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -949,11 +913,9 @@ def read_lexicon(path: str | Path) -> Lexicon:
 
 
 def training_lexicon(texts: Iterable[str], labels: Iterable) -> Lexicon:
-    """Every word of the transcripts, most frequent first. labels: phoneme ids of each transcript.
-
-    Where they have as many pieces between SILs as there are words, the pieces are the words' pronunciations,
-    so that a homograph keeps all that it was trained with; words only met elsewhere go to
-    `data.phonemize`."""
+    """Every word of the transcripts, most frequent first. labels: phoneme ids of each transcript, whose
+    pieces between SILs are the pronunciations, all of a homograph, where they are as many as the words;
+    words only met elsewhere go to `data.phonemize`."""
     seen: Counter = Counter()
     frequency: Counter = Counter()
     for text, ids in zip(texts, labels, strict=True):
@@ -972,11 +934,8 @@ def split_at_silence(ids: Iterable[int]) -> list:
 
 def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
     """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen
-    & Goodman 1999).
-
-    P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words after h, h'
-    without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>. An unseen w gets
-    t(h) / (c(h) + t(h)) P(w | h'): the back-off form."""
+    & Goodman 1999): P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words
+    after h, h' without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>."""
     after: dict[tuple[str, ...], Counter] = {}  # what followed each history, how often
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
@@ -1001,8 +960,7 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
 
 
 def write_arpa(path: str | Path, model: dict) -> None:
-    """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight
-    (which the longest n-grams have not)."""
+    """Writes the model of `witten_bell` as ARPA: log10 probability, words, log10 back-off weight."""
     highest = max(map(len, model))
     sections: dict[int, list[str]] = {n: [] for n in range(1, highest + 1)}
     for gram, (p, backoff) in sorted(model.items()):
@@ -1016,8 +974,8 @@ def write_arpa(path: str | Path, model: dict) -> None:
 
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
-    """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A
-    word's id is its place. DataError on a file that is no LM or knows none."""
+    """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many it
+    knows). A word's id is its place."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
@@ -1050,9 +1008,7 @@ def _silent_stderr():
 
 class WordSearch:
     """Beam search over a lexicon's trie with an n-gram LM (flashlight's LexiconDecoder, KenLM inside).
-
-    `known`: words that the LM knows, the rest score as <unk>; `dropped`: homophones beyond MOST_HOMOPHONES,
-    the least frequent by the LM."""
+    `known`: words of the LM, the rest score as <unk>; `dropped`: homophones too many, rarest by the LM."""
 
     def __init__(self, lexicon: Lexicon, lm: str | Path):
         from flashlight.lib.text import decoder as flashlight
@@ -1080,16 +1036,11 @@ class WordSearch:
         scale = settings["acoustic_scale"]
         emissions = scale * np.ascontiguousarray(log_probs, np.float32)  # its address goes to the library
         emissions[:, 0] -= scale * settings["blank_penalty"]
+        weights = settings["lm_weight"], settings["word_score"]
+        ctc = self.library.CriterionType.CTC
+        # beam, beam of tokens, threshold, LM weight, word, unknown and SIL score, no sum of paths
         options = self.library.LexiconDecoderOptions(
-            beam_size=settings["beam"],
-            beam_size_token=len(PHONEMES),
-            beam_threshold=25.0,
-            lm_weight=settings["lm_weight"],
-            word_score=settings["word_score"],
-            unk_score=-math.inf,
-            sil_score=0.0,
-            log_add=False,
-            criterion_type=self.library.CriterionType.CTC,
+            settings["beam"], len(PHONEMES), 25.0, *weights, -math.inf, 0.0, False, ctc
         )
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
         best = decoder.decode(emissions.ctypes.data, *emissions.shape)[0]
@@ -1097,11 +1048,9 @@ class WordSearch:
 
 
 def tune_words(decode: Callable, log_probs: list, references: list, settings: dict) -> tuple[dict, dict]:
-    """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, WER before and
-    after). decode(one trial's log_probs, settings) gives its words.
-
-    One setting after the other takes the value with the fewest errors, what it had among equals, until a
-    round changes none."""
+    """Coordinate search over WORD_GRID from the settings given: (settings, WER before and after). One setting
+    after the other takes the value with the fewest word errors, what it had among equals, until a round
+    changes none. decode(one trial's log_probs, settings) gives its words."""
     if not any(references):
         raise DataError("--tune: no labelled validation trial; leave it out or give the settings")
     tried: dict[tuple, float] = {}
@@ -1126,12 +1075,9 @@ def tune_words(decode: Callable, log_probs: list, references: list, settings: di
 
 
 def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices) -> None:
-    """Writes the sentences of one whole part in the competitions' order: by session name, then by trial
-    number.
-
-    FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). DataError
-    where a trial is missing, also one that the conversion left out, or the '24 competition part is not 1200
-    rows of 15 days."""
+    """Writes the sentences of one whole part by session name, then trial number: FILE.csv of id (row from 0)
+    and text ('25), else a sentence a line ('24). DataError where a trial is missing, also one that the
+    conversion left out, or the '24 competition part is not 1200 rows of 15 days."""
     part = corpus.part[indices[0]]
     left_out = [row["left_out"] for row in corpus.report.get("days", ()) if row["part"] == part]
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
@@ -1151,11 +1097,11 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
 
 def word_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `words`, which runs when --words, --tune or --submission is given."""
-    add = parser.add_argument_group("words", "beam search with lexicon and n-gram LM (decoder)").add_argument
+    add = parser.add_argument
     scale, ratio = number(float, 0, 100), number(float, -100, 100)
-    add("--words", action="store_true", help="report the word error rate beside PER (off)")
-    add("--tune", action="store_true", help="first choose settings on the validation part (off)")
-    add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)")
+    add("--words", action="store_true", help="decoder: report the word error rate beside PER (off)")
+    add("--tune", action="store_true", help="words: first choose settings on the validation part (off)")
+    add("--submission", metavar="FILE", help="words: write .csv of id,text ('25), else lines ('24) (off)")
     add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)")
     add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)")
     add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)")
@@ -1182,7 +1128,6 @@ def words(
     log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
 ) -> dict:
     """Decodes trials into words, prints and returns WER (0 to 1) and settings; writes --submission.
-
     log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
     --tune; train: trials whose transcripts make the lexicon and the LM. No labelled trial, no WER."""
     settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam")}
@@ -1224,23 +1169,19 @@ def crop_starts(frames: int, length: int) -> list[int]:
     return np.linspace(0, last, max(1, math.ceil(frames / length))).round().astype(int).tolist()
 
 
-def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[torch.Tensor]:
-    """All crops (`crop_starts`) of one item, at most `batch` at once: (B, T, 128), normalised by info's mean
-    and std. Crops of one item are equally long, so no batch needs a mask. item: frames, fbank (frames,
-    128)."""
+def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[Tensor]:
+    """All crops of an item (frames, fbank (frames, 128)), at most `batch` at once: (B, T, 128), normalised by
+    info's mean and std. They are equally long, so no batch needs a mask."""
     starts = crop_starts(item["frames"], longest)
     for first in range(0, len(starts), batch):
         parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
-        x, _ = pad_fbank(parts, PATCH)
-        yield normalise_fbank(x, info["mean"], info["std"])
+        yield normalise_fbank(pad_fbank(parts, PATCH)[0], info["mean"], info["std"])
 
 
-def predict_ast(
-    model: nn.Module, items: list, info: dict, device: torch.device, batch: int = 8
-) -> np.ndarray:
+def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
-    longer than the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data
-    (mean, std, frames, and target_mean, target_std where the ratings were standardised)."""
+    longer than the model's frames the mean over its crops. info: the checkpoint's data (mean, std, frames;
+    target_mean, target_std where the ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
     training = model.training
     model = model.to(device).eval()
@@ -1257,9 +1198,8 @@ def predict_ast(
 
 
 def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict:
-    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the
-    tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
-    precision that it was trained in."""
+    """Mean and deviation over all patches of each recording of a pre-trained AST's tokens after a quarter,
+    half, three quarters and all of its blocks, (8 width,) float64 by name, in its training's precision."""
     model, ckpt = load_checkpoint(path)
     if not isinstance(model, AST) or model.model_args["num_outputs"] is not None:
         raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
@@ -1364,24 +1304,23 @@ def pretrain_summary(figures: dict) -> str:
 
 def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray | None = None) -> np.ndarray:
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
-    nothing.
-
-    y, p (n, D); groups (n,): items of one are alike, so (other than scipy.stats.permutation_test does) each
-    receives the predictions of a whole group of its fold, in random order, cut or repeated to its size. Folds
-    of the same groups are permuted alike. p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
+    nothing. Items of one of groups (n,) are alike, so each receives the predictions of a whole group of its
+    fold, in random order, cut or repeated to its size; folds of the same groups are permuted alike.
+    p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     folds = np.zeros(len(y), int) if folds is None else folds
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     rows_of: dict = {}  # (fold, group): its rows
-    for row, key in enumerate(zip(folds, group, strict=True)):
+    for row, key in enumerate(zip(folds.tolist(), group.tolist(), strict=True)):
         rows_of.setdefault(key, []).append(row)
     largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
+    takers = sorted(rows_of)
     rng = np.random.default_rng(seed)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
-        donors = sorted(rows_of, key=lambda key: (key[0], order[key[1]]))
-        for taker, donor in zip(sorted(rows_of), donors, strict=True):
+        donors = sorted(takers, key=lambda key: (key[0], order[key[1]]))
+        for taker, donor in zip(takers, donors, strict=True):
             given = np.array(rows_of[donor])
             shuffled = given[np.argsort(within[donor[1], : len(given)])]
             source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
@@ -1390,21 +1329,18 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
 
 
 def holm(p: Iterable[float]) -> np.ndarray:
-    """p-values adjusted for their number (Holm, 1979), in the order given: times m, m - 1, ... from the
-    smallest on, never falling, at most 1. NaN stays NaN and does not count."""
+    """p-values adjusted for their number (Holm, 1979), in the order given. NaN stays and does not count."""
     p = np.asarray(p, np.float64)
     adjusted, order = np.full(p.shape, np.nan), np.argsort(p)[: np.isfinite(p).sum()]
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return adjusted
 
 
-def paired_bootstrap(
-    y, pa, pb, groups, statistic: Callable, folds: np.ndarray, n: int = 5000, seed: int = 7
-) -> tuple:
-    """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, when whole
-    groups are drawn with replacement, the same for both; of the statistic's shape. Folds as in
+def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 5000, seed: int = 7) -> tuple:
+    """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, of the
+    statistic's shape, when whole groups are drawn with replacement, the same for both; folds as in
     `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one;
-    all NaN but the difference when too few groups remain."""
+    NaN when too few groups remain."""
 
     def gain(y, a, b):
         return statistic(y, a) - statistic(y, b)
@@ -1421,9 +1357,8 @@ def paired_bootstrap(
 
 
 def significance(records: list, truth: dict, n: int = 1000) -> dict:
-    """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs,
-    cluster bootstrap over segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or
-    the segments are too few}}."""
+    """{part: {view: {"pearson_interval", "r2_interval" (19 pairs, cluster bootstrap over segments), "p",
+    "p_holm" (19, `permutation_p`)}, means over folds, or None where too few segments are rated}}."""
 
     def test(names, y, p, folds):
         groups = [segment_of(name) for name in names]
@@ -1441,26 +1376,21 @@ def significance(records: list, truth: dict, n: int = 1000) -> dict:
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
 # 2 / 2**5 > .05 (sign test).
 FEWEST = 6
+CLUSTERS = {"segment": segment_of, "performer": player_of}
 
 
 def compare(argv: list[str]) -> dict:
     """`python eval.py compare`: paired test of two sets of predictions; returns its figures."""
-    parser = _parser(
-        "compare",
-        "--a FILE ... --b FILE ... [--data DIR] [options]",
-        """\
+    about = """\
 Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence.
-Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Holm's correction.
-
-    python eval.py compare --a results/ONE.csv --b runs/han/OTHER/best.pt --data data/percepiano""",
-    )
+Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Holm's correction."""
+    parser = _parser("compare", "--a FILE ... --b FILE ... [--data DIR] [options]", about)
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
     add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
-    clusters = ["segment", "performer"]
-    add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)")
+    add("--cluster", choices=CLUSTERS, default="segment", help="ratings: drawn as a whole (%(default)s)")
     args = _parse(parser, argv, part_options, data_options)
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
@@ -1470,21 +1400,19 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
+        question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
+        question = f"mean {args.metric}", LABELS, METRICS[args.metric]
     if len(set(pairs[3])) < 2:
         found = f"{len(pairs[0])} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
-    if about["decoder"]:
-        rate = lambda _, counts: np.array([error_rate(counts)])  # noqa: E731
-        return _answer("phoneme error rate", (), rate, *pairs, args.draws)
-    return _answer(f"mean {args.metric}", LABELS, METRICS[args.metric], *pairs, args.draws)
+    return _answer(*question, *pairs, args.draws)
 
 
 def _side(args, paths):
-    """Items as `read_csv` gives them, of one CSV or of checkpoints, and what is known of them: decoder,
-    synthetic, split."""
+    """Items as of `read_csv`, of a CSV or of checkpoints; what is known: decoder, synthetic, split."""
     args.ckpt = paths
     if paths[0].endswith(".csv"):
         if len(paths) > 1:
@@ -1511,8 +1439,7 @@ def _side(args, paths):
 
 
 def _paired_ratings(a, b, args, synthetic):
-    """Truth, predictions of A and B (n, 19), groups and folds of the rated items that both predict in a
-    fold."""
+    """Truth, predictions of A and B (n, 19), groups and folds of the rated items that both predict."""
     root = Path(args.data or synthetic_percepiano(args.cache))
     here = (root / "SYNTHETIC").is_file()
     if synthetic not in (None, here):  # the names would be the same
@@ -1522,8 +1449,8 @@ def _paired_ratings(a, b, args, synthetic):
     both = sorted(item for item in a.keys() & b.keys() if item[0] == args.part and item[2] in truth)
     y = np.array([truth[name] for *_, name in both])
     pa, pb = (np.array([side[item] for item in both]) for side in (a, b))
-    group_of = segment_of if args.cluster == "segment" else player_of
-    return y, pa, pb, [str(group_of(name)) for *_, name in both], np.array([fold for _, fold, _ in both])
+    groups = [str(CLUSTERS[args.cluster](name)) for *_, name in both]
+    return y, pa, pb, groups, np.array([fold for _, fold, _ in both])
 
 
 def _paired_trials(a, b):
@@ -1536,7 +1463,7 @@ def _paired_trials(a, b):
 
 def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
     """Tests whether the sides differ in metric(y, p), whose figures belong to labels, and in its mean; prints
-    a table and the verdict, and returns them. Better is what is nearer to the truth's own figure."""
+    and returns table and verdict. Better is what is nearer to the truth's own figure."""
 
     def statistic(y, p):
         each = metric(y, p)
@@ -1570,11 +1497,9 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
 
 def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) -> dict:
     """What perfect knowledge of every item's true rating would score against the means of the raters there
-    are.
-
-    raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
-    "pearson" (its root), "independent" (R² if every rating were another rater's: HAN.md's ≈ .79), "between",
-    "error" (see `_ceiling_column`), and "items", "per_item"."""
+    are. raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
+    "pearson" (its root), "independent" (r2 if every rating were another rater's), "between", "error" (see
+    `_ceiling_column`), and "items", "per_item"."""
     columns = []
     for x in ratings.T:
         rated = np.isfinite(x)
@@ -1586,12 +1511,10 @@ def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) ->
 
 
 def _ceiling_column(names, raters, x):
-    """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each.
-
-    Model: rating = true + rater's own view of the item (variance b) + error of the moment (variance e, from
-    raters who rated an item twice), both from the sums of squares within raters and within items. The mean of
-    item i, of which rater j gave m_ij of N_i ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i;
-    R² = 1 - mean(noise_i) / Var(item means): the reliability of the means."""
+    """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each. Rating = true +
+    rater's own view of the item (variance b) + error of the moment (variance e, from raters who rated twice).
+    The mean of item i, of which rater j gave m_ij of N_i ratings, errs by
+    noise_i = b sum_j(m_ij²) / N_i² + e / N_i; R² = 1 - mean(noise_i) / Var(item means)."""
     _, item, N = np.unique(names, return_inverse=True, return_counts=True)
     _, rater = np.unique(raters, return_inverse=True)
     key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
@@ -1610,8 +1533,7 @@ def _ceiling_column(names, raters, x):
 
 
 def ceiling(argv: list[str]) -> dict:
-    """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score
-    renderings; returns both."""
+    """`python eval.py ceiling`: prints and returns `rater_ceiling`, with and without score renderings."""
     about = """\
 The most that any model can score, since raters disagree: r2 and Pearson of somebody who knew every
 performance's true rating; independent: r2 if every rating were another rater's."""
