@@ -603,7 +603,7 @@ def _regression(kind, groups):
 # Bench
 # ---------------------------------------------------------------------------------------------------------
 def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple:
-    """HAN, its arguments, loss of its output: PercePiano's lengths, four voices (0: extra notes), 3/8."""
+    """HAN, its arguments, loss of its output: PercePiano's lengths, voices 0 (extra notes) to 4."""
     model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes).to(device)
     rng = np.random.default_rng(7)
     items = []
@@ -808,6 +808,7 @@ def evaluate_decoder(args, loaded: list) -> dict:
         figures["interval"] = trial_bootstrap(counts)
         figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
         print(f"{args.part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
+        print(f"PER without SIL {figures['per_without_sil']:.4f}")
         print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
         days = {**figures["by_day"], "all": figures}
         columns = ["per", "sub", "del", "ins", "labels", "trials"]
