@@ -40,14 +40,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
-from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 from torch.nn import functional
@@ -75,6 +74,7 @@ from data import (
     extract_performances,
     fbank,
     fbank_frames,
+    frames_needed,
     load_percepiano,
     map_days,
     normalise_fbank,
@@ -138,9 +138,8 @@ MAX_NOTES = 420  # of a PercePiano performance
 
 
 def r2(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Coefficient of determination per dimension, (D,), of truth y and prediction p, both (n, D):
-    scikit-learn's `r2_score` in a tenth of its time, since every draw of a bootstrap needs it. A constant
-    truth gives 1 when met exactly, else 0; one item NaN."""
+    """Coefficient of determination per dimension, (D,), of truth y and prediction p, (n, D): scikit-learn's
+    in a tenth of its time, which bootstraps need. Constant truth: 1 when met, else 0; one item: NaN."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     if len(y) < 2:
         return np.full(y.shape[1], np.nan)
@@ -156,8 +155,7 @@ def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant, which has
-    told nothing."""
+    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     a, b = y - y.mean(0), p - p.mean(0)
     scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
@@ -184,10 +182,8 @@ def by_fold(statistic: Callable, folds: np.ndarray, *arrays) -> np.ndarray:
 
 def resample(statistic: Callable, groups: Iterable, folds, *arrays, n=1000, seed=7) -> np.ndarray:
     """(draws, ...) values of `by_fold` when whole groups (rows,) are drawn with replacement n times, all
-    folds (rows,; None: one) on one draw, since folds may share segments.
-
-    Draws of a single distinct group, without some fold or of a non-finite value tell nothing and are left out
-    (otherwise scipy.stats.bootstrap draws the same); none is given where fewer than half of n remain."""
+    folds (rows,; None: one) on one draw, since folds may share segments; as scipy.stats.bootstrap, but draws
+    that tell nothing (one distinct group, a fold missing, not finite) are left out, all if they are most."""
     keys, inverse = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(inverse == k) for k in range(len(keys))]
     folds = np.zeros(len(inverse), int) if folds is None else folds
@@ -195,37 +191,37 @@ def resample(statistic: Callable, groups: Iterable, folds, *arrays, n=1000, seed
     for drawn in np.random.default_rng(seed).integers(len(keys), size=(n, len(keys))):
         rows = np.concatenate([members[k] for k in drawn])
         if np.ptp(drawn) > 0 and set(folds[rows]) == set(folds):
-            values.append(by_fold(statistic, folds[rows], *(a[rows] for a in arrays)))
-    values = [value for value in values if np.isfinite(value).all()]
+            value = by_fold(statistic, folds[rows], *(a[rows] for a in arrays))
+            if np.isfinite(value).all():
+                values.append(value)
     return np.array(values if 2 * len(values) >= n else [])
 
 
 def cluster_bootstrap(y, p, groups, statistic: Callable = r2, n=1000, seed=7, folds=None) -> list[float]:
-    """95 % interval of the mean of statistic(y, p), y and p (n, D), when whole groups (n,) (segments) are
-    drawn with replacement; with folds (n,) of its mean over folds. NaN where too few draws tell anything."""
+    """95 % interval of the mean of statistic(y, p), (n, D) each, when whole groups (n,) are drawn with
+    replacement; with folds (n,) of its mean over folds. NaN where too few draws tell anything."""
     draws = resample(lambda y, p: np.mean(statistic(y, p)), groups, folds, y, p, n=n, seed=seed)
     return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [math.nan, math.nan]
 
 
 def is_rendering(name: str) -> bool:
-    """True for a rendering of the score (player `Score` or `Score2`) instead of a human performance."""
+    """True for a rendering of the score (player `Score` or `Score2`), no human performance."""
     return str(player_of(name)).startswith("Score")
 
 
 def _stacked(records, truth, part, view):
-    """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view, fold after
-    fold."""
+    """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view."""
     rows = []
     for record in records:
-        for name, p in zip(record["names"], record["p"], strict=True):
-            shown = view == "all" or not is_rendering(name)
-            if record["part"] == part and name in truth and shown:
-                rows.append((name, truth[name], p, record["fold"]))
+        if record["part"] == part:
+            found = zip(record["names"], record["p"], strict=True)
+            rows += [(name, truth[name], p, record["fold"]) for name, p in found if name in truth]
+    rows = [row for row in rows if view == "all" or not is_rendering(row[0])]
     names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
     return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
 
-def of_views(function: Callable, records: list[dict], truth: dict[str, np.ndarray]) -> dict:
+def of_views(function: Callable, records: list, truth: dict) -> dict:
     """{part: {view: function(*_stacked), or None where nothing is rated}}."""
     result: dict = {record["part"]: {} for record in records}
     for part, view in itertools.product(result, VIEWS):
@@ -234,12 +230,11 @@ def of_views(function: Callable, records: list[dict], truth: dict[str, np.ndarra
     return result
 
 
-def measure(records: list[dict], truth: dict[str, np.ndarray]) -> dict:
+def measure(records: list, truth: dict) -> dict:
     """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
 
-    records: dicts of part, fold, names and p (n, D). truth: name -> (D,); names without truth are left out,
-    and a view without any is None. "mean" holds mean and (population) std over folds, and the interval of the
-    mean."""
+    records: dicts of part, fold, names, p (n, D); truth: name -> (D,); a view without truth is None. "mean":
+    mean and (population) std over folds, and the interval of the mean."""
     return of_views(_measure_folds, records, truth)
 
 
@@ -249,26 +244,20 @@ def _measure_folds(names, y, p, folds):
     for fold in dict.fromkeys(folds.tolist()):
         rows = folds == fold
         each[str(fold)] = scores(y[rows], p[rows], groups[rows])
-    mean: dict = {"folds": len(each), "per_dimension": {}}
+    mean: dict = {"folds": len(each), "r2_interval": cluster_bootstrap(y, p, groups, folds=folds)}
+    mean["per_dimension"] = {key: by_fold(METRICS[key], folds, y, p).tolist() for key in METRICS}
     for key in METRICS:
         values = [fold[key] for fold in each.values()]
         mean |= {key: float(np.mean(values)), f"{key}_std": float(np.std(values))}
-        of_folds = [fold["per_dimension"][key] for fold in each.values()]
-        mean["per_dimension"][key] = np.mean(of_folds, axis=0).tolist()
-    mean["r2_interval"] = cluster_bootstrap(y, p, groups, folds=folds)
     return {"folds": each, "mean": mean}
 
 
 def scores(y, p, groups) -> dict:
     """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
     each = {key: metric(y, p) for key, metric in METRICS.items()}
-    return {
-        "items": len(y),
-        "segments": len(set(groups)),
-        **{key: float(values.mean()) for key, values in each.items()},
-        "r2_interval": cluster_bootstrap(y, p, groups),
-        "per_dimension": {key: values.tolist() for key, values in each.items()},
-    }
+    figures = {"items": len(y), "segments": len(set(groups)), "r2_interval": cluster_bootstrap(y, p, groups)}
+    figures |= {key: float(values.mean()) for key, values in each.items()}
+    return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,39 +291,32 @@ def read_csv(path: str | Path) -> dict:
     return items
 
 
-def write_predictions(path: str | Path, records: list[dict]) -> None:
+def write_predictions(path: str | Path, records: list) -> None:
     """CSV of columns name, part, fold and the 19 labels; one line per item, part and fold; four decimals."""
     rows: list = [["name", "part", "fold", *LABELS]]
     for record in records:
-        for i in np.argsort(record["names"], kind="stable"):
-            ratings = [f"{value:.4f}" for value in record["p"][i]]
-            rows.append([record["names"][i].strip(), record["part"], record["fold"], *ratings])
+        for name, p in sorted(zip(record["names"], record["p"], strict=True), key=lambda item: item[0]):
+            rows.append([name.strip(), record["part"], record["fold"], *(f"{value:.4f}" for value in p)])
     write_csv(path, rows)
 
 
-def read_predictions(path: str | Path) -> list[dict]:
-    """Reads what `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19). DataError
-    otherwise."""
-    groups: dict[tuple, dict] = {}
+def read_predictions(path: str | Path) -> list:
+    """What `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19)."""
+    records: dict = {}
     for (part, fold, name), p in read_csv(path).items():
-        groups.setdefault((part, fold), {})[name] = p
-    return [
-        {"part": part, "fold": fold, "names": [*found], "p": np.array([*found.values()])}
-        for (part, fold), found in groups.items()
-    ]
+        record = records.setdefault((part, fold), {"part": part, "fold": fold, "names": [], "p": []})
+        record["names"].append(name)
+        record["p"].append(p)
+    return [record | {"p": np.array(record["p"])} for record in records.values()]
 
 
 def hardware(device: torch.device) -> dict:
     """What the figures were computed on: CPU model and cores, GPU if used, threads, torch version."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    made = {"cpu": model[1] if model else platform.processor(), "cores": os.cpu_count(), "gpu": gpu}
+    return made | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def save_results(write: Callable, args, about: dict, figures: dict) -> None:
@@ -342,16 +324,14 @@ def save_results(write: Callable, args, about: dict, figures: dict) -> None:
     how they were made, as JSON."""
     if args.csv:
         write(args.csv)
-    if not args.save_results:
-        return
-    scope = about.get("split") or about["part"]
-    stem = Path(args.results_dir) / f"{about['task']}_{args.save_results}_{scope}"
-    made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
-    made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
-    write(f"{stem}.csv")
-    write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
-    print(f"saved {stem}.json and .csv")
+    if args.save_results:
+        stem = f"{args.results_dir}/{about['task']}_{args.save_results}_{about.get('split') or about['part']}"
+        made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
+        made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
+        write(f"{stem}.csv")
+        write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
+        print(f"saved {stem}.json and .csv")
 
 
 def corpus_line(synthetic: bool, root: object) -> str:
@@ -380,18 +360,18 @@ def _print_figures(title, figures, tests):
     if not figures:
         print(f"{title}: no label: predicted only, no metric")
         return
-    rows, mean = [], figures["mean"]
+    mean = figures["mean"]
+    rows = []
     for fold, s in (figures["folds"] | {"mean": mean}).items():
-        rows.append([fold, s.get("items", ""), *(s[key] for key in METRICS), s["r2_interval"]])
-    rows.append(["std", "", *(mean[f"{key}_std"] for key in METRICS), ""])
-    print_table([f"{title}: fold", "items", *METRICS, "95 % of r2"], rows)
+        rows.append([fold, *(s[key] for key in METRICS), s["r2_interval"], s.get("items", "")])
+    rows.append(["std", *(mean[f"{key}_std"] for key in METRICS), "", ""])
+    print_table([f"{title}: fold", *METRICS, "95 % of r2", "items"], rows)
     each = mean["per_dimension"] | (tests or {})
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
 def _finish(records, corpus, args, about):
-    """Measures, prints and writes predictions; returns the metrics. Task ast is tested for significance
-    too."""
+    """Measures, prints and writes predictions, of task ast with significance; returns the metrics."""
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     if args.save_results:
         for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
@@ -416,12 +396,11 @@ def _finish(records, corpus, args, about):
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
-def predict_han(model: nn.Module, items: list[dict], device: torch.device, batch: int = 16) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given. Batches hold items of similar
-    length."""
+def predict_han(model: nn.Module, items: list, device: torch.device, batch: int = 16) -> np.ndarray:
+    """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given."""
     order = np.argsort([len(item["x"]) for item in items], kind="stable")
     p = np.zeros((len(items), len(LABELS)))
     model = model.to(device).eval()
@@ -438,41 +417,36 @@ def _load_models(paths):
     return [(path, *load_checkpoint(path)) for path in paths]
 
 
-def _check_alike(loaded, keys, fixed):
+def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
-    of the keys (of its data or its model), has another value there than the first, or than the fixed one."""
-    expected = fixed | {"task": loaded[0][2]["task"]}
+    or differs there from the first or from this version."""
+    task = loaded[0][2]["task"]
+    expected = {"task": task, "labels": list(LABELS)}
+    keys = ["task", "synthetic"]
+    if task == "decoder":
+        keys += ["kernel", "stride", "channels", "valid", "phonemes", "rules"]
+        expected |= {"phonemes": list(PHONEMES), "rules": speech_rules()}
+    else:
+        keys += ["split", "keep_overlap", "labels"]
+    if task in AUDIO_TASKS:
+        keys.append("audio")
     for path, model, ckpt in loaded:
         known = {**(ckpt["data"] or {}), **model.model_args, "task": ckpt["task"]}
-        for key in ("task", *keys):
+        for key in keys:
             value = known.get(key)
             if key not in known or value != expected.setdefault(key, value):
-                raise DataError(
-                    f"{path}: {key} is {value!r:.60}; expected {expected.get(key)!r:.60}, as in "
-                    f"{loaded[0][0]} or this version, of a best.pt; evaluate them apart, or train again"
-                )
+                wanted = f"{expected.get(key)!r:.60}, as in {loaded[0][0]} or this version"
+                raise DataError(f"{path}: {key} is {value!r:.60}; expected {wanted}; evaluate them apart")
     return loaded[0][2]["data"]
 
 
 def _load_fold_models(loaded):
     """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
-    task = loaded[0][2]["task"]
-    if task not in ("han", *AUDIO_TASKS):
-        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected han, {', '.join(AUDIO_TASKS)}")
-    alike = ["split", "keep_overlap", "synthetic", "labels"]
-    if task in AUDIO_TASKS:
-        alike.append("audio")
-    data = _check_alike(loaded, alike, {"labels": list(LABELS)})
-    folds: dict[int, list[tuple]] = {}
+    data = _check_alike(loaded)
+    folds: dict[int, list] = {}
     for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
         folds.setdefault(ckpt["data"]["fold"], []).append((model, {**ckpt, "path": str(path)}))
     return folds, data
-
-
-def _own_options(ckpt):
-    """The options that a checkpoint was trained with, without those of one machine."""
-    local = ("data", "cache", "out", "resume", "name", "device")
-    return {key: value for key, value in ckpt["args"].items() if key not in local}
 
 
 def seeds_of(loaded):
@@ -481,35 +455,19 @@ def seeds_of(loaded):
 
 def evaluate(argv: list[str]) -> dict:
     """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split."""
-    parser = _parser(
-        "evaluate",
-        "--ckpt FILE ... [--data DIR] [options]",
-        """\
-Scores checkpoints on data that they did not learn from. What they are they know themselves.
+    about = """\
+Scores checkpoints on data that they did not learn from. Seeds of a fold are averaged, and so are decoders.
 
-    python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano        one fold
     python eval.py --ckpt runs/han/*_f?_s7/best.pt --data data/percepiano     four folds, each on its own part
-    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words
-
-Checkpoints of one fold (seeds) are averaged, and so are decoders.
-Intervals: 95 %, bootstrap over segments or trials.""",
-    )
-    parts = ["valid", "test", "competition"]
-    add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
-    add("--part", choices=parts, default="valid", help="part to score (%(default)s)")
-    of_audio = audio_options(parser)
-    of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP), *word_options(parser)]
-    args = _parse(parser, argv, data_options, result_options)
+    python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words"""
+    parser = _parser("evaluate", "--ckpt FILE ... [--data DIR] [options]", about)
+    help_of_ckpt = "best.pt of folds or seeds (required)"
+    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help=help_of_ckpt)
+    args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
-    if task not in AUDIO_TASKS:
-        _refuse_given(args, of_audio, "pretrain_ast.py", task)
     if task == "decoder":
         return evaluate_decoder(args, loaded)
-    _refuse_given(args, of_decoder, "train_decoder.py", task)
-    if args.part == "competition":
-        raise DataError(f"--part competition: of decoders; {args.ckpt[0]} is of task {task!r}")
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
@@ -517,14 +475,6 @@ Intervals: 95 %, bootstrap over segments or trials.""",
     about = {"task": "han" if task == "han" else "ast", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     return _finish(records, corpus, args, about)
-
-
-def _refuse_given(args, options, trainer, task):
-    """Refuses options that were given though they mean nothing for checkpoints of this task."""
-    given = [o.option_strings[0] for o in options if getattr(args, o.dest) != o.default]
-    if given:
-        names = ", ".join(given)
-        raise DataError(f"{names}: only for {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
 
 
 def _load_corpus(args, speech=False):
@@ -551,21 +501,21 @@ def _corpus_of(data, args):
 def _rate_parts(args, loaded, parts):
     """Predictions of checkpoints that rate, as `measure` takes them; their corpus; their data settings."""
     folds, data = _load_fold_models(loaded)
+    if "competition" in parts:
+        raise DataError(f"--part competition: of decoders; {args.ckpt[0]} rates")
     corpus = _corpus_of(data, args)
     return fold_records(folds, corpus, args, parts), corpus, data
 
 
-def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Iterable[str]) -> list[dict]:
-    """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes
-    them."""
+def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> list:
+    """Predictions of models of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
     records: list[dict] = []
     _, first = next(iter(folds.values()))[0]
     store = audio_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
         data, options = members[0][1]["data"], members[0][1]["args"]
         misaligned = options.get("keep_misaligned", False)
-        kept = {"keep_overlap": data["keep_overlap"], "keep_misaligned": misaligned}
-        names_of = percepiano_parts(corpus, data["split"], fold, **kept)
+        names_of = percepiano_parts(corpus, data["split"], fold, data["keep_overlap"], misaligned)
         print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds_of(members)}")
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
@@ -577,10 +527,8 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Ite
 def _predict(model, ckpt, names, corpus, store, args):
     """Ratings of these items by one model, (n, 19), of their audio where there is a store."""
     if store is None:
-        items = prepare_han(corpus, names, ckpt["data"])
-        return predict_han(model, items, args.device)
-    items = prepare_ast(corpus, store, names, ckpt["data"])
-    return predict_ast(model, items, ckpt["data"], args.device, crops=args.crops)
+        return predict_han(model, prepare_han(corpus, names, ckpt["data"]), args.device)
+    return predict_ast(model, prepare_ast(corpus, store, names, ckpt["data"]), ckpt["data"], args.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -590,44 +538,31 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 def floor(argv: list[str]) -> dict:
     """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
-    parser = _parser(
-        "floor",
-        "[--task han|ast] [--data DIR] [options]",
-        """\
-The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han)
-or spectrogram (ast), trained and scored on the same parts as the trainers use. A minute.
-
-    python eval.py floor --data data/percepiano                       forest on note statistics, four folds
-    python eval.py floor --task ast --data data/percepiano --fold 0   ridge on log-mel statistics, one fold
-    python eval.py floor --task ast --data DIR --probe best.pt        and on a pre-trained AST's tokens""",
-    )
+    about = "What a network has to beat: a forest on statistics of the notes (han), ridge on log-mel's (ast)."
+    parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
-    add("--model", choices=["ridge", "forest"], help="ridge, or 150 trees (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
-    add("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
+    add("--audio", metavar="DIR", help=AUDIO_HELP)
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    if args.audio or args.probe if args.task == "han" else args.features != "full":
-        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
     corpus = _load_corpus(args)
-    about = {"task": args.task, "seeds": [7], "split": args.split, "keep_overlap": args.keep_overlap}
+    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")} | {"seeds": [7]}
     if args.task == "han":
-        about |= {"model": args.model or "forest", "features": args.features}
+        about |= {"model": "forest", "features": args.features}
         columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-        statistics = {
-            name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()
-        }
+        statistics = {}
+        for name, item in corpus.items.items():
+            statistics[name] = pooled_statistics(item, columns, args.features)
     else:
-        about |= {"model": args.model or "ridge", "audio": "wav" if args.audio else "rendered"}
-        about["probe"] = args.probe
+        about |= {"model": "ridge", "audio": "wav" if args.audio else "rendered", "probe": args.probe}
         statistics = _clip_statistics(corpus, args)
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
-        names_of = percepiano_parts(corpus, args.split, fold, keep_overlap=args.keep_overlap)
+        names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
         train = names_of["train"]
         model = _regression(about["model"], list(map(segment_of, train)))
@@ -652,8 +587,7 @@ def _clip_statistics(corpus, args):
 
 
 def _regression(kind, groups):
-    """A forest, or ridge regression on standardised columns, its strength chosen by cross-validation over
-    whole groups."""
+    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
@@ -669,13 +603,12 @@ def _regression(kind, groups):
 # ---------------------------------------------------------------------------------------------------------
 # Bench
 # ---------------------------------------------------------------------------------------------------------
-def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
-    """HAN, its arguments, loss of its output. Items have PercePiano's lengths, four voices (0: extra notes),
-    three notes a beat, three beats a measure."""
+def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple:
+    """HAN, its arguments, loss of its output: PercePiano's lengths, voices 0 (extra notes) to 4."""
     model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes).to(device)
     rng = np.random.default_rng(7)
     items = []
-    for notes in rng.lognormal(np.log(113), 0.67, batch).clip(30, MAX_NOTES).astype(int):
+    for notes in np.geomspace(30, MAX_NOTES, batch).astype(int):
         beat = np.arange(notes) // 3
         x = rng.standard_normal((notes, model.model_args["input_size"]), np.float32)
         items.append({"x": x, "voice": rng.integers(5, size=notes), "beat": beat, "measure": beat // 3})
@@ -683,23 +616,23 @@ def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module,
     return model, (batch,), lambda logits: (logits.float().sigmoid() - 0.5).square().mean()
 
 
-def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+def bench_decoder(sizes: dict, batch: int, device: torch.device) -> tuple:
     """GRUDecoder, its arguments, loss of its output. Trials of about 500 bins, a label every third frame."""
     model = GRUDecoder(**{"hidden": 512} | sizes).to(device)
-    lengths = (500 * (0.25 * torch.randn(batch)).exp()).long().clamp(100, 1200)
+    lengths = torch.linspace(250, 750, batch).long()
     trials = [torch.randn(length, model.model_args["channels"]) for length in lengths]
     x = nn.utils.rnn.pad_sequence(trials, batch_first=True)
     labels = torch.randint(1, len(PHONEMES), (batch, x.shape[1] // 12), device=device)
     day = torch.arange(batch, device=device) % model.model_args["days"]
 
-    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(output: tuple) -> Tensor:
         log_probs = output[0].float().log_softmax(-1).transpose(0, 1)
         return functional.ctc_loss(log_probs, labels, output[1], lengths // 12)
 
     return model, (x.to(device), lengths, day), loss  # lengths are read on the CPU
 
 
-def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple[nn.Module, tuple, Callable]:
+def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple:
     """AST in pre-training, its arguments, loss of its output; masked: 400 of 512 patches or such a share."""
     model = AST(**AST_PRESETS["small"] | sizes).to(device)
     clips = torch.randn(batch, model.model_args["frames"], MELS, device=device) / 2
@@ -754,24 +687,19 @@ def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: 
 # ------------------------------------------------------------------------------------------------------------
 
 SIL = PHONEMES.index("SIL")
-DAY_HELP = "decoder: day layer of sessions unknown to the model (off: they are refused)"
+AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)"
 
 
-def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list[list[int]]:
-    """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: one list of ids a
-    trial.
-
-    logits (B, F, 41), of any monotonous scale; frames (B,): valid frames, the rest is padding."""
-    best = torch.as_tensor(logits).argmax(-1).tolist()
-    decoded = []
-    for row, n in zip(best, torch.as_tensor(frames).tolist(), strict=True):
-        decoded.append([k for k, _ in itertools.groupby(row[:n]) if k != 0])
-    return decoded
+def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list:
+    """Most probable class of each frame, equal neighbours merged, then blank 0 dropped: a list of ids a
+    trial. logits (B, F, 41), of any monotonous scale; frames (B,): valid ones, the rest is padding."""
+    best = torch.as_tensor(logits).argmax(-1)
+    merged = [torch.unique_consecutive(row[:n]).tolist() for row, n in zip(best, frames, strict=True)]
+    return [[k for k in row if k != 0] for row in merged]
 
 
 def edit_counts(reference: Iterable, hypothesis: Iterable) -> tuple[int, int, int]:
-    """(substitutions, deletions, insertions) of a minimal script that turns the reference into the
-    hypothesis."""
+    """(substitutions, deletions, insertions) of a minimal script from the reference to the hypothesis."""
     tags = [edit.tag for edit in Levenshtein.editops(list(reference), list(hypothesis))]
     return tags.count("replace"), tags.count("delete"), tags.count("insert")
 
@@ -783,31 +711,26 @@ def per_counts(refs: Iterable, hyps: Iterable) -> np.ndarray:
 
 
 def error_rate(counts: np.ndarray) -> float:
-    """Errors of all trials over their labels (micro average) of `per_counts`; NaN where there is no label at
-    all."""
+    """Errors of all trials over their labels (micro average) of `per_counts`; NaN without any label."""
     *errors, labels = np.sum(counts, axis=0)
     return float(sum(errors) / labels) if labels else math.nan
 
 
 def trial_bootstrap(counts: np.ndarray) -> list[float]:
-    """95 % interval of `error_rate` when trials are drawn with replacement; NaN with fewer than two
-    trials."""
+    """95 % interval of `error_rate` when trials are drawn with replacement; NaN of fewer than two."""
     return cluster_bootstrap(counts, counts, range(len(counts)), lambda _, drawn: error_rate(drawn))
 
 
 def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[str]) -> dict:
     """Phoneme error rate of trials: per, sub, del, ins, labels, trials, per_without_sil (SIL left out on both
-    sides) and by_day {day name: per, sub, del, ins, labels, trials}, all micro-averaged. The trainer logs the
-    same figures.
-
+    sides) and by_day {day name: the same}, micro-averaged. The trainer logs these figures.
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
     counts, days = per_counts(refs, hyps), np.asarray(days)
+    figures = _error_figures(counts)
     speech = [[[k for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
-    return {
-        **_error_figures(counts),
-        "per_without_sil": error_rate(per_counts(*speech)),
-        "by_day": {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)},
-    }
+    figures["per_without_sil"] = error_rate(per_counts(*speech))
+    by_day = {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)}
+    return figures | {"by_day": by_day}
 
 
 def _error_figures(counts):
@@ -815,13 +738,9 @@ def _error_figures(counts):
     return {"per": error_rate(counts), **totals, "trials": len(counts)}
 
 
-def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list[np.ndarray]:
-    """Log-probabilities (F, 41) float32 of each trial, in the order given; (0, 41) where it is shorter than
-    one window.
-
-    indices: trial numbers; days (corpus days,): the model's index of each day of the corpus, from
-    data.map_days. Batches hold trials of similar length; the model is evaluated without dropout and left in
-    the mode it came in."""
+def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list:
+    """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
+    window. days (corpus days,): the model's index of each, from data.map_days. Batches by length."""
     indices, training = np.asarray(indices, np.int64), model.training
     order = np.argsort(corpus.lengths[indices], kind="stable")
     days = torch.as_tensor(days)
@@ -839,9 +758,9 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
     return result
 
 
-def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args) -> list[np.ndarray]:
-    """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day,
-    device. Says which day layer stands in for a session that a checkpoint does not know."""
+def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> list:
+    """`speech_logits`; of several checkpoints the logarithm of their mean probability. args: day, device.
+    Says which day layer stands in for a session that a checkpoint does not know."""
     total: list = []
     used = np.unique(corpus.day[trials])
     sessions = [corpus.days[day] for day in used]
@@ -849,32 +768,31 @@ def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, a
         known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
         days[used] = map_days(sessions, known, args.day)
-        for session, layer in zip(sessions, days[used], strict=True):
-            if session not in known:
-                stands_in = "the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"
-                print(f"session {session}: unknown to {path}; {stands_in}")
+        unknown = {
+            s: known[k] if k >= 0 else "mean"
+            for s, k in zip(sessions, days[used], strict=True)
+            if s not in known
+        }
+        if unknown:
+            print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
         each = speech_logits(model.to(args.device), corpus, trials, days, args.device)
         total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
     return [row - np.float32(np.log(len(loaded))) for row in total]
 
 
-def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
-    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy)};
-    log_probs (F, 41) each."""
-    return [
-        {
-            "trial": corpus.ids[i],
-            "day": corpus.days[corpus.day[i]],
-            "reference": corpus.labels[i].tolist(),
-            "hypothesis": ctc_greedy(row[None], [len(row)])[0],
-        }
-        for i, row in zip(trials, log_probs, strict=True)
-    ]
+def transcripts(log_probs: list, corpus: SpeechCorpus, trials: Iterable[int]) -> list:
+    """Of trials, log_probs (F, 41) each: "trial", "day", "reference", "hypothesis" (phoneme ids, greedy)."""
+    records = []
+    for i, row in zip(trials, log_probs, strict=True):
+        record = {"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]]}
+        record |= {"reference": corpus.labels[i].tolist(), "hypothesis": ctc_greedy(row[None], [len(row)])[0]}
+        records.append(record)
+    return records
 
 
-def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
-    """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures
-    of `decoder_scores` and their 95 % interval over trials; "words" where these were asked for."""
+def evaluate_decoder(args, loaded: list) -> dict:
+    """Phoneme error rate of the mean probabilities of decoders on args.part: `decoder_scores`, their 95 %
+    interval over trials, too_short; "words" where these were asked for."""
     corpus, parts = _speech_parts(args, loaded)
     trials = parts[args.part]
     labelled = corpus.labelled[trials]
@@ -882,37 +800,38 @@ def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     if not len(scored) and not (args.submission and len(trials)):
         raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
     log_probs, figures = mean_logits(loaded, corpus, trials, args), {}
-    records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
+    heard = list(itertools.compress(log_probs, labelled))
+    records = transcripts(heard, corpus, scored)
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
     counts = per_counts(refs, hyps)
     if records:
         figures = decoder_scores(refs, hyps, corpus.day[scored], corpus.days)
         figures["interval"] = trial_bootstrap(counts)
-        _print_decoder(figures, args.part)
+        figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
+        print(f"{args.part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
+        print(f"PER without SIL {figures['per_without_sil']:.4f}")
+        print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
+        days = {**figures["by_day"], "all": figures}
+        columns = ["per", "sub", "del", "ins", "labels", "trials"]
+        print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
     if args.words or args.tune or args.submission:
         tuned_on = (log_probs, trials)
         if args.tune and args.part != "valid":
             tuned_on = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
         figures["words"] = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
     rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
-    for record, ref, hyp, numbers in zip(records, refs, hyps, counts.tolist(), strict=True):
-        rows.append([record["trial"], record["day"], spell(ref), spell(hyp), *numbers])
-    about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic}
-    about |= {"valid": loaded[0][2]["data"]["valid"], "seeds": seeds_of(loaded)}
+    for record, numbers in zip(records, counts.tolist(), strict=True):
+        trial, day, *spelt = record.values()
+        rows.append([trial, day, *map(spell, spelt), *numbers])
+    about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "seeds": seeds_of(loaded)}
+    about["valid"] = loaded[0][2]["data"]["valid"]
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
     return figures
 
 
-def _shared_settings(loaded):
-    """The data settings of decoders whose probabilities can be averaged; DataError names the first that
-    differs."""
-    alike = ("kernel", "stride", "channels", "valid", "synthetic", "phonemes", "rules")
-    return _check_alike(loaded, alike, {"phonemes": list(PHONEMES), "rules": speech_rules()})
-
-
 def _speech_corpus(args, loaded):
     """The corpus of --data, which must fit the decoders."""
-    data = _shared_settings(loaded)
+    data = _check_alike(loaded)
     corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
@@ -949,14 +868,6 @@ def spell(ids: Iterable[int]) -> str:
     return " ".join(PHONEMES[k] for k in ids)
 
 
-def _print_decoder(figures, part):
-    print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
-    print(f"PER without SIL {figures['per_without_sil']:.4f}")
-    columns = ["trials", "labels", "per", "sub", "del", "ins"]
-    days = {**figures["by_day"], "all": figures}
-    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Words
 # ------------------------------------------------------------------------------------------------------------
@@ -980,38 +891,33 @@ Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the la
 
 
 def spoken_words(text: str) -> list[str]:
-    """Words of a transcript as they are trained on and scored: cleaned as `data.phonemize` does, those
-    without a letter left out."""
+    """Words of a transcript as trained on and scored: cleaned, those without a letter left out."""
     return [word for word in clean_sentence(text).split() if re.search("[a-z]", word)]
 
 
 def read_lexicon(path: str | Path) -> Lexicon:
-    """Lines "word PH PH ...", in the file's order, each once. Of the CMU dictionary's habits are understood:
-    stress digits, variants "word(2)", comments after ";;;"; and a SIL at the end. DataError names a line
-    without phonemes, or with others."""
+    """Lines "word PH PH ...", in order, each once; of the CMU dictionary's habits stress digits, variants
+    "word(2)" and comments after ";;;" are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
     try:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
-            word, *names = line.split(";;;")[0].split() or [""]
-            sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
-            if sounds[-1:] == (SIL,):
-                sounds = sounds[:-1]
-            if word:
+            line = line.partition(";;;")[0].strip().removesuffix(" SIL")
+            if line:
+                word, *names = line.split()
+                sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
                 if not sounds or 0 in sounds:
                     raise ValueError(f"{word} has no phonemes")
                 entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
     except (OSError, ValueError) as error:
-        expected = f"expected lines of a word and {' '.join(PHONEMES[1:])}"
+        expected = "expected lines of a word and its phonemes"
         raise DataError(f"{path}: line {len(entries) + 1} or later: {error}; {expected}") from error
     return list(entries)
 
 
 def training_lexicon(texts: Iterable[str], labels: Iterable) -> Lexicon:
-    """Every word of the transcripts, most frequent first. labels: phoneme ids of each transcript.
-
-    Where they have as many pieces between SILs as there are words, the pieces are the words' pronunciations,
-    so that a homograph keeps all that it was trained with; words only met elsewhere go to
-    `data.phonemize`."""
+    """Every word of the transcripts, most frequent first. labels: phoneme ids of each transcript, whose
+    pieces between SILs are the pronunciations, all of a homograph, where they are as many as the words;
+    words only met elsewhere go to `data.phonemize`."""
     seen: Counter = Counter()
     frequency: Counter = Counter()
     for text, ids in zip(texts, labels, strict=True):
@@ -1024,17 +930,14 @@ def training_lexicon(texts: Iterable[str], labels: Iterable) -> Lexicon:
     return sorted(filter(lambda e: e[1], seen), key=lambda e: (-frequency[e[0]], e[0], -seen[e], e[1]))
 
 
-def split_at_silence(ids: Iterable[int]) -> list[tuple[int, ...]]:
+def split_at_silence(ids: Iterable[int]) -> list:
     return [tuple(piece) for silent, piece in itertools.groupby(map(int, ids), SIL.__eq__) if not silent]
 
 
-def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[str, ...], list]:
+def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
     """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen
-    & Goodman 1999).
-
-    P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words after h, h'
-    without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>. An unseen w gets
-    t(h) / (c(h) + t(h)) P(w | h'): the back-off form."""
+    & Goodman 1999): P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words
+    after h, h' without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>."""
     after: dict[tuple[str, ...], Counter] = {}  # what followed each history, how often
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
@@ -1043,7 +946,7 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
                 after.setdefault(padded[first:i], Counter())[padded[i]] += 1
     if not after:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
-    model: dict[tuple[str, ...], list] = {("<s>",): [1e-99, 1.0]}  # given, never predicted
+    model: dict = {("<s>",): [1e-99, 1.0]}  # given, never predicted
     for history in sorted(after, key=len):
         followers = after[history]
         types = len(followers)
@@ -1058,9 +961,8 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
     return model
 
 
-def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
-    """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight
-    (which the longest n-grams have not)."""
+def write_arpa(path: str | Path, model: dict) -> None:
+    """Writes the model of `witten_bell` as ARPA: log10 probability, words, log10 back-off weight."""
     highest = max(map(len, model))
     sections: dict[int, list[str]] = {n: [] for n in range(1, highest + 1)}
     for gram, (p, backoff) in sorted(model.items()):
@@ -1074,25 +976,23 @@ def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
 
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
-    """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A
-    word's id is its place. Words are tried in capitals too, as public LMs are written. DataError on a file
-    that is no LM or knows none."""
+    """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many it
+    knows). A word's id is its place."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
-    for form in (str.lower, str.upper):
-        try:
-            with _silent_stderr():
-                lm = KenLM(str(path), Dictionary([*map(form, vocabulary), "<unk>"]))
-        except (RuntimeError, ValueError) as error:
-            found = str(error).strip().splitlines()[-1:]
-            raise DataError(f"{path}: {found}; expected an n-gram model, ARPA or KenLM's binary") from error
-        start = lm.start(True)  # of no sentence: the score is the unigram's
-        *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
-        known = len(scores) - scores.count(unknown)
-        if known:
-            return lm, scores, known
-    raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
+    try:
+        with _silent_stderr():
+            lm = KenLM(str(path), Dictionary([*vocabulary, "<unk>"]))
+    except (RuntimeError, ValueError) as error:
+        found = str(error).strip().splitlines()[-1:]
+        raise DataError(f"{path}: {found}; expected an n-gram model, ARPA or KenLM's binary") from error
+    start = lm.start(True)  # of no sentence: the score is the unigram's
+    *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
+    known = len(scores) - scores.count(unknown)
+    if not known:
+        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
+    return lm, scores, known
 
 
 @contextlib.contextmanager
@@ -1110,9 +1010,7 @@ def _silent_stderr():
 
 class WordSearch:
     """Beam search over a lexicon's trie with an n-gram LM (flashlight's LexiconDecoder, KenLM inside).
-
-    `known`: words that the LM knows, the rest score as <unk>; `dropped`: homophones beyond MOST_HOMOPHONES,
-    the least frequent by the LM."""
+    `known`: words of the LM, the rest score as <unk>; `dropped`: homophones too many, rarest by the LM."""
 
     def __init__(self, lexicon: Lexicon, lm: str | Path):
         from flashlight.lib.text import decoder as flashlight
@@ -1140,42 +1038,21 @@ class WordSearch:
         scale = settings["acoustic_scale"]
         emissions = scale * np.ascontiguousarray(log_probs, np.float32)  # its address goes to the library
         emissions[:, 0] -= scale * settings["blank_penalty"]
+        weights = settings["lm_weight"], settings["word_score"]
+        ctc = self.library.CriterionType.CTC
+        # beam, beam of tokens, threshold, LM weight, word, unknown and SIL score, no sum of paths
         options = self.library.LexiconDecoderOptions(
-            beam_size=settings["beam"],
-            beam_size_token=len(PHONEMES),
-            beam_threshold=25.0,
-            lm_weight=settings["lm_weight"],
-            word_score=settings["word_score"],
-            unk_score=-math.inf,
-            sil_score=0.0,
-            log_add=False,
-            criterion_type=self.library.CriterionType.CTC,
+            settings["beam"], len(PHONEMES), 25.0, *weights, -math.inf, 0.0, False, ctc
         )
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
         best = decoder.decode(emissions.ctypes.data, *emissions.shape)[0]
         return [self.words[i] for i in best.words if i >= 0]
 
 
-def nearest_words(sequences: Iterable[list[int]], lexicon: Lexicon) -> list[list[str]]:
-    """The yardstick without LM and search: greedy phoneme ids cut at SIL, for each piece the lexicon's word
-    at the fewest edits, the earlier one of equals (the more frequent, of `training_lexicon`)."""
-    spoken = [sounds for _, sounds in lexicon]
-
-    @functools.cache
-    def nearest(piece):
-        return lexicon[process.extractOne(piece, spoken, scorer=Levenshtein.distance)[2]][0]
-
-    return [[nearest(piece) for piece in split_at_silence(sequence)] for sequence in sequences]
-
-
-def tune_words(
-    decode: Callable, log_probs: list, references: list[list[str]], settings: dict
-) -> tuple[dict, dict]:
-    """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after:
-    WER, searches, sentences}). decode(one trial's log_probs, settings) gives its words.
-
-    One setting after the other takes the value with the fewest errors, what it had among equals, until a
-    round changes none."""
+def tune_words(decode: Callable, log_probs: list, references: list, settings: dict) -> tuple[dict, dict]:
+    """Coordinate search over WORD_GRID from the settings given: (settings, WER before and after). One setting
+    after the other takes the value with the fewest word errors, what it had among equals, until a round
+    changes none. decode(one trial's log_probs, settings) gives its words."""
     if not any(references):
         raise DataError("--tune: no labelled validation trial; leave it out or give the settings")
     tried: dict[tuple, float] = {}
@@ -1192,26 +1069,22 @@ def tune_words(
         last = settings
         for name, values in WORD_GRID.items():
             settings = min((settings | {name: value} for value in (settings[name], *values)), key=wer)
-    tuned = {"before": before, "after": wer(settings), "searches": len(tried), "sentences": len(references)}
     flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
-    print(f"tuned on {len(references)} validation sentences: {flags}")
-    print(f"WER there {before:.4f} -> {tuned['after']:.4f}")
-    return settings, tuned
+    print(
+        f"tuned on {len(references)} validation sentences, WER {before:.4f} -> {wer(settings):.4f}: {flags}"
+    )
+    return settings, {"before": before, "after": wer(settings)}
 
 
 def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices) -> None:
-    """Writes the sentences of one whole part in the competitions' order: by session name, then by trial
-    number.
-
-    FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). Any part may
-    be written, but all of it: DataError where a trial is missing, also one that the conversion left out, or
-    where the '24 competition part is not 1200 rows of 15 days."""
+    """Writes the sentences of one whole part by session name, then trial number: FILE.csv of id (row from 0)
+    and text ('25), else a sentence a line ('24). DataError where a trial is missing, also one that the
+    conversion left out, or the '24 competition part is not 1200 rows of 15 days."""
     part = corpus.part[indices[0]]
-    days = [row for row in corpus.report.get("days", ()) if row["part"] == part]
-    found = sum(row["trials"] + row["left_out"] for row in days)
+    left_out = [row["left_out"] for row in corpus.report.get("days", ()) if row["part"] == part]
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
-    expected = max(found, int((corpus.part == part).sum())), size[1]
+    expected = (corpus.part == part).sum() + sum(left_out), size[1]
     if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
         expected = COMPETITION_SIZE
     if size != expected:
@@ -1224,26 +1097,23 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     print(f"{path}: {size} sentences and days, {texts.count('')} sentences empty")
 
 
-def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Adds the options of `words`, which runs when --words, --tune or --submission is given, and returns
-    them."""
-    add = parser.add_argument_group("words", "beam search with lexicon and n-gram LM (decoder)").add_argument
+def word_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `words`, which runs when --words, --tune or --submission is given."""
+    add = parser.add_argument
     scale, ratio = number(float, 0, 100), number(float, -100, 100)
-    return [
-        add("--words", action="store_true", help="report the word error rate beside PER (off)"),
-        add("--tune", action="store_true", help="first choose settings on the validation part (off)"),
-        add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)"),
-        add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)"),
-        add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)"),
-        add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)"),
-        add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)"),
-        add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)"),
-        add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)"),
-        add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)"),
-    ]
+    add("--words", action="store_true", help="decoder: report the word error rate beside PER (off)")
+    add("--tune", action="store_true", help="words: first choose settings on the validation part (off)")
+    add("--submission", metavar="FILE", help="words: write .csv of id,text ('25), else lines ('24) (off)")
+    add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)")
+    add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)")
+    add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)")
+    add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)")
+    add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)")
+    add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)")
+    add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)")
 
 
-def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namespace) -> tuple[Lexicon, str]:
+def word_model(corpus: SpeechCorpus, train: Iterable[int], args) -> tuple:
     """(lexicon, LM file): those given, else made from the transcripts of the trials `train`."""
     texts = [corpus.text[i] for i in train]
     lm = args.lm
@@ -1260,7 +1130,6 @@ def words(
     log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
 ) -> dict:
     """Decodes trials into words, prints and returns WER (0 to 1) and settings; writes --submission.
-
     log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
     --tune; train: trials whose transcripts make the lexicon and the LM. No labelled trial, no WER."""
     settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam")}
@@ -1269,8 +1138,7 @@ def words(
     lexicon, lm = word_model(corpus, train, args)
     search = WordSearch(lexicon, lm)
     figures: dict = {}
-    print(f"{len(search.words)} words, {len(lexicon)} pronunciations; {search.dropped} homophones left out")
-    print(f"LM {lm} knows {search.known} of the words")
+    print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
     if args.tune:
         known = corpus.labelled[valid[1]]
         references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
@@ -1279,32 +1147,17 @@ def words(
     sentences = [search.decode(row, settings) for row in log_probs]
     figures["settings"] = settings
     labelled = corpus.labelled[indices]
-    print(f"words: {len(sentences)} sentences decoded, {labelled.sum()} of them labelled")
     if labelled.any():
-        scored = indices[labelled]
-        records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
-        references = [spoken_words(corpus.text[i]) for i in scored]
-        decoded = list(itertools.compress(sentences, labelled))
-        nearest = nearest_words([record["hypothesis"] for record in records], lexicon)
-        vocabulary = set(search.words)
-        outside = [word for word in itertools.chain(*references) if word not in vocabulary]
-        figures |= {"outside_lexicon": len(outside), **_word_figures("wer", references, decoded)}
-        figures |= _word_figures("nearest", references, nearest)
-        print(f"nearest: greedy phonemes to the nearest words; {len(outside)} words are outside the lexicon")
-        for record, reference, sentence in list(zip(records, references, decoded, strict=True))[:5]:
-            print(f"{record['trial']}\n  reference  {' '.join(reference)}\n  decoded    {' '.join(sentence)}")
+        references = [spoken_words(corpus.text[i]) for i in indices[labelled]]
+        counts = per_counts(references, itertools.compress(sentences, labelled))
+        figures |= {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
+        figures["wer_counts"] = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
+        figures["outside_lexicon"] = len([w for w in itertools.chain(*references) if w not in search.words])
+        print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
+        print(f"{figures['outside_lexicon']} words are outside the lexicon")
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
     return figures
-
-
-def _word_figures(name, references, hypotheses):
-    """WER, its interval and counts under this name, and a line that says them."""
-    counts = per_counts(references, hypotheses)
-    numbers = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
-    rate, interval = error_rate(counts), trial_bootstrap(counts)
-    print(f"WER {name}: {rate:.4f} 95 % {brackets(interval)} {numbers}")
-    return {name: rate, f"{name}_interval": interval, f"{name}_counts": numbers}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1312,43 +1165,32 @@ def _word_figures(name, references, hypotheses):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def crop_starts(frames: int, length: int, crops: int | None = None) -> list[int]:
-    """First frames of evenly spaced crops of `length` that reach both ends of `frames`; as many as cover them
-    unless given. One, at 0, where a single crop holds all."""
-    if frames <= length:
-        return [0]
-    count = crops or math.ceil(frames / length)
-    if count == 1:
-        return [(frames - length) // 2]
-    return np.linspace(0, frames - length, count).round().astype(int).tolist()
+def crop_starts(frames: int, length: int) -> list[int]:
+    """First frames of the fewest crops of `length` that cover `frames`, evenly spaced from end to end."""
+    last = max(0, frames - length)
+    return np.linspace(0, last, max(1, math.ceil(frames / length))).round().astype(int).tolist()
 
 
-def crop_batches(
-    item: dict, info: dict, longest: int, batch: int, crops: int | None = None
-) -> Iterator[torch.Tensor]:
-    """All crops (`crop_starts`) of one item, at most `batch` at once: (B, T, 128), normalised by info's mean
-    and std. Crops of one item are equally long, so no batch needs a mask. item: frames, fbank (frames,
-    128)."""
-    starts = crop_starts(item["frames"], longest, crops)
+def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[Tensor]:
+    """All crops of an item (frames, fbank (frames, 128)), at most `batch` at once: (B, T, 128), normalised by
+    info's mean and std. They are equally long, so no batch needs a mask."""
+    starts = crop_starts(item["frames"], longest)
     for first in range(0, len(starts), batch):
         parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
-        x, _ = pad_fbank(parts, PATCH)
-        yield normalise_fbank(x, info["mean"], info["std"])
+        yield normalise_fbank(pad_fbank(parts, PATCH)[0], info["mean"], info["std"])
 
 
-def predict_ast(
-    model: nn.Module, items: list[dict], info: dict, device: torch.device, batch=8, crops=None
-) -> np.ndarray:
+def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
-    longer than the model's frames the mean over its crops (`crop_batches`). info: the checkpoint's data
-    (mean, std, frames, and target_mean, target_std where the ratings were standardised)."""
+    longer than the model's frames the mean over its crops. info: the checkpoint's data (mean, std, frames;
+    target_mean, target_std where the ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
     training = model.training
     model = model.to(device).eval()
     rows = []
     with torch.no_grad():
         for item in items:
-            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch, crops)]
+            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch)]
             rows.append(torch.cat(rated).double().mean(0).cpu().numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
@@ -1357,28 +1199,10 @@ def predict_ast(
     return p.clip(0, 1)
 
 
-def audio_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    return [
-        parser.add_argument(
-            "--audio",
-            metavar="DIR",
-            help="audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)",
-        ),
-        parser.add_argument(
-            "--crops",
-            type=number(int, 1),
-            metavar="N",
-            help="audio: crops averaged of an item longer than the model's frames (as many as cover it)",
-        ),
-    ]
-
-
-def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict[str, np.ndarray]:
-    """What a pre-trained AST makes of each recording: mean and deviation over all patches of all crops of the
-    tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
-    precision that it was trained in."""
+def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict:
+    """Mean and deviation over all patches of each recording of a pre-trained AST's tokens after a quarter,
+    half, three quarters and all of its blocks, (8 width,) float64 by name, in its training's precision."""
     model, ckpt = load_checkpoint(path)
-    info = ckpt["data"]
     if not isinstance(model, AST) or model.model_args["num_outputs"] is not None:
         raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
     model = model.to(device).eval()
@@ -1387,23 +1211,22 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
         layer = model.norm if level == depth else model.blocks[level - 1]
         layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
     half = torch.autocast(device.type, torch.bfloat16, enabled=ckpt["args"].get("amp") == "bf16")
+    special = 0 if model.extra is None else 2  # tokens before the patches
     rows = {}
     for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
-        moments = []
-        for x in crop_batches(store.item(i), info, model.model_args["frames"], batch):
+        seen = []
+        for x in crop_batches(store.item(i), ckpt["data"], model.model_args["frames"], batch):
             found.clear()
             with torch.no_grad(), half:
                 model(x.to(device))
-            seen = torch.stack(found, dim=1)  # (B, levels, extra + T, width)
-            seen = seen if model.extra is None else seen[:, :, 2:]
-            moments.append(torch.stack([seen.mean(2), seen.square().mean(2)]))
-        mean, square = torch.cat(moments, dim=1).mean(1)  # (levels, width)
-        deviation = (square - mean**2).clip(1e-6).sqrt()
-        rows[name] = torch.cat([mean, deviation], dim=1).flatten().cpu().numpy()
+            seen.append(torch.stack(found)[:, :, special:])
+        tokens = torch.cat(seen, dim=1).flatten(1, 2)  # (levels, crops * patches, width)
+        deviation = tokens.var(1, correction=0).clip(1e-6).sqrt()
+        rows[name] = torch.cat([tokens.mean(1), deviation], dim=1).flatten().cpu().numpy()
     return rows
 
 
-def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
+def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
     store = percepiano_audio(corpus.root, args.cache, args.audio)
     for line in store.left_out:
@@ -1429,13 +1252,13 @@ def _lengths_if_unlike(batch):
     return None if whole else batch["lengths"]
 
 
-def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, Tensor]:
+def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict:
     """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
     figures = model(batch["x"], _lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
-def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.device, args) -> dict:
+def validate_pretraining(model: nn.Module, batches: list, device: torch.device, args) -> dict:
     """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes masks."""
     generator = torch.Generator().manual_seed(args.seed)
     sums: Counter[str] = Counter()
@@ -1449,27 +1272,25 @@ def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.de
     return {name: total / count for name, total in sums.items()}
 
 
-def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
+def evaluate_pretraining(args, loaded: list) -> dict:
     """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
     path, model, ckpt = loaded[0]
     data = ckpt["data"]
-    if len(loaded) > 1 or args.csv or args.save_results:
-        raise DataError(f"{path}: a pre-training, which rates nothing; give it alone, without result files")
-    if args.data is None and not data["synthetic"]:
-        raise DataError(f"{path}: trained on real data, not the synthetic; give --data DIR")
-    own = {"data": args.data, "audio": args.audio, "cache": args.cache}
-    settings = argparse.Namespace(**ckpt["args"] | own)
-    norm = {key: data[key] for key in ("mean", "std")}
-    _, batches, now = pretrain_data(settings, False, print, norm)
+    if len(loaded) > 1 or args.csv or args.save_results or (args.data is None and not data["synthetic"]):
+        raise DataError(f"{path}: a pre-training; give it alone, with its --data, without result files")
+    settings = argparse.Namespace(
+        **ckpt["args"] | {key: getattr(args, key) for key in ("data", "audio", "cache")}
+    )
+    _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
-    kind = " (SYNTHETIC corpus)" if now["synthetic"] else ""
-    print(f"{path}{kind}, step {ckpt['step']}: {pretrain_summary(figures)}")
+    print(corpus_line(now["synthetic"], args.data))
+    print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
     return figures
 
 
-def pretrain_summary(figures: dict[str, float]) -> str:
+def pretrain_summary(figures: dict) -> str:
     """Validation figures in a line, each beside what guessing reaches."""
     shown = {name: f"{value:.4f}" for name, value in figures.items()}
     return (
@@ -1485,49 +1306,43 @@ def pretrain_summary(figures: dict[str, float]) -> str:
 
 def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray | None = None) -> np.ndarray:
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
-    nothing.
-
-    y, p (n, D); groups (n,): items of one are alike, so (other than scipy.stats.permutation_test does) each
-    receives the predictions of a whole group of its fold, in random order, cut or repeated to its size. Folds
-    of the same groups are permuted alike. p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
-    y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
+    nothing. Items of one of groups (n,) are alike, so each receives the predictions of a whole group of its
+    fold, in random order, cut or repeated to its size; folds of the same groups are permuted alike.
+    p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     folds = np.zeros(len(y), int) if folds is None else folds
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    rows_of: dict = {}  # fold -> {group: its rows}
-    for row, (fold, k) in enumerate(zip(folds, group, strict=True)):
-        rows_of.setdefault(fold, {}).setdefault(k, []).append(row)
-    largest = max(len(rows) for blocks in rows_of.values() for rows in blocks.values())
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    rows_of: dict = {}  # (fold, group): its rows
+    for row, key in enumerate(zip(folds.tolist(), group.tolist(), strict=True)):
+        rows_of.setdefault(key, []).append(row)
+    largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
+    takers = sorted(rows_of)
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        order, within = rng.random(group.max() + 1), rng.random((group.max() + 1, largest))
+        order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
-        for blocks in rows_of.values():
-            for k, donor in zip(sorted(blocks), sorted(blocks, key=order.__getitem__), strict=True):
-                given = np.array(blocks[donor])
-                shuffled = given[np.argsort(within[donor, : len(given)])]
-                source[blocks[k]] = np.resize(shuffled, len(blocks[k]))
+        donors = sorted(takers, key=lambda key: (key[0], order[key[1]]))
+        for taker, donor in zip(takers, donors, strict=True):
+            given = np.array(rows_of[donor])
+            shuffled = given[np.argsort(within[donor[1], : len(given)])]
+            source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
         as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
     return (1 + as_good) / (1 + n)
 
 
 def holm(p: Iterable[float]) -> np.ndarray:
-    """p-values adjusted for their number (Holm, 1979), in the order given: times m, m - 1, ... from the
-    smallest on, never falling, at most 1. NaN stays NaN and does not count."""
+    """p-values adjusted for their number (Holm, 1979), in the order given. NaN stays and does not count."""
     p = np.asarray(p, np.float64)
     adjusted, order = np.full(p.shape, np.nan), np.argsort(p)[: np.isfinite(p).sum()]
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return adjusted
 
 
-def paired_bootstrap(
-    y, pa, pb, groups, statistic: Callable = r2, folds: np.ndarray | None = None, n: int = 5000, seed: int = 7
-) -> tuple:
-    """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, when whole
-    groups are drawn with replacement, the same for both; of the statistic's shape. Folds as in
+def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 5000, seed: int = 7) -> tuple:
+    """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, of the
+    statistic's shape, when whole groups are drawn with replacement, the same for both; folds as in
     `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one;
-    all NaN but the difference when too few groups remain."""
-    folds = np.zeros(len(y), int) if folds is None else folds
+    NaN when too few groups remain."""
 
     def gain(y, a, b):
         return statistic(y, a) - statistic(y, b)
@@ -1543,10 +1358,9 @@ def paired_bootstrap(
     return difference, tuple(np.percentile(draws, [2.5, 97.5], axis=0)), p
 
 
-def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 1000) -> dict:
-    """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs,
-    cluster bootstrap over segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or
-    the segments are too few}}."""
+def significance(records: list, truth: dict, n: int = 1000) -> dict:
+    """{part: {view: {"pearson_interval", "r2_interval" (19 pairs, cluster bootstrap over segments), "p",
+    "p_holm" (19, `permutation_p`)}, means over folds, or None where too few segments are rated}}."""
 
     def test(names, y, p, folds):
         groups = [segment_of(name) for name in names]
@@ -1564,77 +1378,43 @@ def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 100
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
 # 2 / 2**5 > .05 (sign test).
 FEWEST = 6
+CLUSTERS = {"segment": segment_of, "performer": player_of}
 
 
 def compare(argv: list[str]) -> dict:
     """`python eval.py compare`: paired test of two sets of predictions; returns its figures."""
-    parser = _parser(
-        "compare",
-        "--a FILE ... --b FILE ... [--data DIR] [options]",
-        """\
+    about = """\
 Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence.
-Of ratings: the mean metric and each of the 19, with Holm's correction for their number.
-
-    python eval.py compare --a runs/han/ONE/best.pt --b runs/han/OTHER/best.pt --data data/percepiano
-    python eval.py compare --a results/ONE.csv --b results/OTHER.csv --data data/percepiano
-    python eval.py compare --a runs/decoder/ONE/best.pt --b runs/decoder/OTHER/best.pt --part test
-
-Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder's trials.""",
-    )
+Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Holm's correction."""
+    parser = _parser("compare", "--a FILE ... --b FILE ... [--data DIR] [options]", about)
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
-    clusters = ["segment", "performer"]
-    add("--part", choices=["valid", "test"], default="valid", help="part to compare (%(default)s)")
     add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
-    add("--day", choices=["nearest", "mean"], help=DAY_HELP)
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
-    add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)")
-    add("--no-renderings", action="store_true", help="ratings: without the score renderings (off)")
-    audio_options(parser)
-    args = _parse(parser, argv, data_options)
+    add("--cluster", choices=CLUSTERS, default="segment", help="ratings: drawn as a whole (%(default)s)")
+    args = _parse(parser, argv, part_options, data_options)
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
     if any(about[key] != other[key] for key in about.keys() & other.keys()):
         raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
     synthetic = (about | other).get("synthetic")
-    pairs = _paired_trials(a, b) if about["decoder"] else _paired_ratings(a, b, args, synthetic)
-    if len(set(pairs[3])) < 2:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(pairs[0])} rated items or trials that both predict, in "
-            f"one fold of part {args.part}; expected two {args.cluster}s or more; give their --data"
-        )
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
-        question = Question("phoneme error rate", "trials", (), -1, lambda _, n: np.array([error_rate(n)]))
+        pairs = _paired_trials(a, b)
+        question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
-        question = _rating_question(pairs[0], METRICS[args.metric], args)
+        pairs = _paired_ratings(a, b, args, synthetic)
+        question = f"mean {args.metric}", LABELS, METRICS[args.metric]
+    if len(set(pairs[3])) < 2:
+        found = f"{len(pairs[0])} rated items or trials that both predict"
+        raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
-    return _answer(question, *pairs, args.draws)
-
-
-@dataclass
-class Question:
-    """What is compared: statistic(y, p) -> a figure for each of labels, then the whole one, called `name`;
-    sign: 1 where more is better, -1 where less is; unit: what is drawn as a whole."""
-
-    name: str
-    unit: str
-    labels: tuple[str, ...]
-    sign: int
-    statistic: Callable
-
-
-def _rating_question(y, metric, args):
-    # an error is least for the truth itself
-    sign = 1 if metric(y, y).mean() > metric(y, 1 - y).mean() else -1
-    whole = lambda y, p: np.append(metric(y, p), metric(y, p).mean())  # noqa: E731
-    return Question(f"mean {args.metric}", f"{args.cluster}s", LABELS, sign, whole)
+    return _answer(*question, *pairs, args.draws)
 
 
 def _side(args, paths):
-    """Items as `read_csv` gives them, of one CSV or of checkpoints, and what is known of them: decoder,
-    synthetic, split."""
+    """Items as of `read_csv`, of a CSV or of checkpoints; what is known: decoder, synthetic, split."""
     args.ckpt = paths
     if paths[0].endswith(".csv"):
         if len(paths) > 1:
@@ -1645,15 +1425,15 @@ def _side(args, paths):
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
+    items = {}
     if loaded[0][2]["task"] == "decoder":
         corpus, parts = _speech_parts(args, loaded)
         trials = parts[args.part]
         trials = trials[corpus.labelled[trials]]
-        records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
-        items = {record["trial"]: (record["reference"], record["hypothesis"]) for record in records}
+        for record in transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials):
+            items[record["trial"]] = record["reference"], record["hypothesis"]
         return items, {"decoder": True, "synthetic": corpus.synthetic}
     records, _, data = _rate_parts(args, loaded, [args.part])
-    items = {}
     for record in records:
         for name, p in zip(record["names"], record["p"], strict=True):
             items[args.part, record["fold"], name] = p
@@ -1661,8 +1441,7 @@ def _side(args, paths):
 
 
 def _paired_ratings(a, b, args, synthetic):
-    """Truth, predictions of A and B (n, 19), groups and folds of the rated items that both predict in a
-    fold."""
+    """Truth, predictions of A and B (n, 19), groups and folds of the rated items that both predict."""
     root = Path(args.data or synthetic_percepiano(args.cache))
     here = (root / "SYNTHETIC").is_file()
     if synthetic not in (None, here):  # the names would be the same
@@ -1670,44 +1449,46 @@ def _paired_ratings(a, b, args, synthetic):
     print(corpus_line(here, root))
     truth = read_labels(root, [])
     both = sorted(item for item in a.keys() & b.keys() if item[0] == args.part and item[2] in truth)
-    if args.no_renderings:
-        both = [item for item in both if not is_rendering(item[2])]
     y = np.array([truth[name] for *_, name in both])
     pa, pb = (np.array([side[item] for item in both]) for side in (a, b))
-    group_of = segment_of if args.cluster == "segment" else player_of
-    return y, pa, pb, [str(group_of(name)) for *_, name in both], np.array([fold for _, fold, _ in both])
+    groups = [str(CLUSTERS[args.cluster](name)) for *_, name in both]
+    return y, pa, pb, groups, np.array([fold for _, fold, _ in both])
 
 
 def _paired_trials(a, b):
-    """The same of trials of one reference on both sides: `per_counts` (n, 4), which hold the truth."""
+    """The same of trials of one reference on both sides: `per_counts` (n, 4); the truth has no error."""
     both = [trial for trial in a if trial in b and a[trial][0] == b[trial][0]]
-    references = [a[trial][0] for trial in both]
-    of_a, of_b = (per_counts(references, [side[trial][1] for trial in both]) for side in (a, b))
-    return of_a, of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
+    refs = [a[trial][0] for trial in both]
+    of_a, of_b = (per_counts(refs, [side[trial][1] for trial in both]) for side in (a, b))
+    return per_counts(refs, refs), of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
 
 
-def _answer(question, y, pa, pb, groups, folds, draws):
-    """Tests whether the sides differ, prints a table and the verdict, and returns them."""
-    a, b = (by_fold(question.statistic, folds, y, side) for side in (pa, pb))
-    difference, interval, p = paired_bootstrap(y, pa, pb, groups, question.statistic, folds, draws)
+def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
+    """Tests whether the sides differ in metric(y, p), whose figures belong to labels, and in its mean; prints
+    and returns table and verdict. Better is what is nearer to the truth's own figure."""
+
+    def statistic(y, p):
+        each = metric(y, p)
+        return np.append(each[: len(labels)], each.mean())
+
+    a, b, perfect = (by_fold(statistic, folds, y, side) for side in (pa, pb, y))
+    difference, interval, p = paired_bootstrap(y, pa, pb, groups, statistic, folds, draws)
     clusters = len(set(groups))
     if clusters < FEWEST:
         p = np.full_like(p, np.nan)
     tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
     corrected = np.append(holm(p[:-1]), p[-1])
-    print(f"{len(y)} items, {clusters} {question.unit}, drawn {draws} times: no p is under {2 / draws:.2g}")
-    rows = zip([*question.labels, "all"], a, b, *tests.values(), corrected, strict=True)
-    print_table([question.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    print(f"{len(y)} items in {clusters} groups (a test needs {FEWEST}), drawn {draws} times")
+    rows = zip([*labels, "all"], a, b, *tests.values(), corrected, strict=True)
+    print_table([name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
-        verdict = f"A is {'better' if question.sign * difference[-1] > 0 else 'worse'} than B"
-    verdict += f": {question.name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
-    if clusters < FEWEST:
-        verdict += f"; {clusters} {question.unit} are too few for a test"
+        verdict = f"A is {'better' if abs(a - perfect)[-1] < abs(b - perfect)[-1] else 'worse'} than B"
+    verdict += f": {name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
     print(verdict)
     whole = {key: values[-1].tolist() for key, values in tests.items()}
-    each = {key: values[:-1].tolist() for key, values in tests.items()} | {"p_holm": corrected[:-1].tolist()}
     counts = {"items": len(y), "clusters": clusters, "a": float(a[-1]), "b": float(b[-1])}
+    each = {"p": p[:-1].tolist(), "p_holm": corrected[:-1].tolist()}
     return {**counts, **whole, "verdict": verdict, "per_dimension": each}
 
 
@@ -1718,11 +1499,9 @@ def _answer(question, y, pa, pb, groups, folds, draws):
 
 def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) -> dict:
     """What perfect knowledge of every item's true rating would score against the means of the raters there
-    are.
-
-    raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
-    "pearson" (its root), "independent" (R² if every rating were another rater's: HAN.md's ≈ .79), "between",
-    "error" (see `_ceiling_column`), and "items", "per_item"."""
+    are. raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
+    "pearson" (its root), "independent" (r2 if every rating were another rater's), "between", "error" (see
+    `_ceiling_column`), and "items", "per_item"."""
     columns = []
     for x in ratings.T:
         rated = np.isfinite(x)
@@ -1734,12 +1513,10 @@ def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) ->
 
 
 def _ceiling_column(names, raters, x):
-    """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each.
-
-    Model: rating = true + rater's own view of the item (variance b) + error of the moment (variance e, from
-    raters who rated an item twice), both from the sums of squares within raters and within items. The mean of
-    item i, of which rater j gave m_ij of N_i ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i;
-    R² = 1 - mean(noise_i) / Var(item means): the reliability of the means."""
+    """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each. Rating = true +
+    rater's own view of the item (variance b) + error of the moment (variance e, from raters who rated twice).
+    The mean of item i, of which rater j gave m_ij of N_i ratings, errs by
+    noise_i = b sum_j(m_ij²) / N_i² + e / N_i; R² = 1 - mean(noise_i) / Var(item means)."""
     _, item, N = np.unique(names, return_inverse=True, return_counts=True)
     _, rater = np.unique(raters, return_inverse=True)
     key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
@@ -1758,20 +1535,11 @@ def _ceiling_column(names, raters, x):
 
 
 def ceiling(argv: list[str]) -> dict:
-    """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score
-    renderings; returns both."""
-    parser = _parser(
-        "ceiling",
-        "[--data DIR] [options]",
-        """\
-The most that any model can score: raters disagree, so even somebody who knew every performance's true
-rating would not predict their mean exactly. R2 and Pearson of that somebody, in all and for each rating;
-independent: r2 if every rating were another rater's.
-
-    python eval.py ceiling --data data/percepiano
-    python eval.py ceiling                            on the synthetic corpus, as an example""",
-    )
-    args = _parse(parser, argv, data_options)
+    """`python eval.py ceiling`: prints and returns `rater_ceiling`, with and without score renderings."""
+    about = """\
+The most that any model can score, since raters disagree: r2 and Pearson of somebody who knew every
+performance's true rating; independent: r2 if every rating were another rater's."""
+    args = _parse(_parser("ceiling", "[--data DIR] [options]", about), argv, data_options)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
     print(corpus_line((root / "SYNTHETIC").is_file(), root))
@@ -2065,7 +1833,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     loaded = _load_models(args.ckpt)
     task, about = loaded[0][2]["task"], loaded[0][2]["data"]
     if task == "decoder":
-        _shared_settings(loaded)
+        _check_alike(loaded)
     else:
         _load_fold_models(loaded)  # refuses those that cannot be averaged
     kind = "ast" if task in AUDIO_TASKS else task
@@ -2688,6 +2456,13 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", help="data set in its public layout (absent: the built-in synthetic corpus)")
     add("--cache", default="cache", help="folder of extracted features (%(default)s)")
+
+
+def part_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--part", choices=["valid", "test", "competition"], default="valid", help="scored (%(default)s)")
+    add("--audio", metavar="DIR", help=AUDIO_HELP)
+    add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
 
 
 def result_options(parser: argparse.ArgumentParser) -> None:

@@ -253,11 +253,7 @@ def test_pooled_statistics_of_matched_notes():
         (["--ckpt", "good.pt", "--save-results", "../x"], "--save-results"),
         (["--ckpt", "none.pt"], "none.pt"),
         (["--ckpt", "good.pt", "--part", "competition"], "--part competition"),
-        (["--ckpt", "good.pt", "--day", "mean", "--beam", "7"], "--day, --beam"),
-        (["--ckpt", "good.pt", "--crops", "2"], "--crops"),
         (["--ckpt", "decoder.pt"], "decoder.pt"),
-        (["floor", "--audio", "x"], "--audio"),
-        (["floor", "--task", "ast", "--features", "perf"], "--features"),
     ],
 )
 def test_refusals(corpus, tmp_path, capsys, argv, named):

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,14 +47,8 @@ def crops_of(x: np.ndarray, *starts: int) -> list[torch.Tensor]:
 
 
 def test_crops_cover_an_item_evenly():
-    for frames, crops, expected in (
-        (50, None, [0]),
-        (64, 3, [0]),
-        (200, None, [0, 45, 91, 136]),
-        (200, 2, [0, 136]),
-        (200, 1, [68]),
-    ):
-        assert evaluation.crop_starts(frames, 64, crops) == expected
+    for frames, expected in ((50, [0]), (64, [0]), (65, [0, 1]), (200, [0, 45, 91, 136])):
+        assert evaluation.crop_starts(frames, 64) == expected
 
 
 @pytest.mark.parametrize("model", [network(), CNN(width=4).eval()], ids=["ast", "cnn"])
@@ -224,7 +217,7 @@ def corpus(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "synthetic_percepiano", lambda cache: "synthetic")
     monkeypatch.setattr(evaluation, "percepiano_parts", parts)
     monkeypatch.setattr(evaluation, "percepiano_audio", lambda *a, **k: store)
-    monkeypatch.setattr(evaluation, "read_labels", lambda *a: (rated, {}, {}))
+    monkeypatch.setattr(evaluation, "read_labels", lambda *a: rated)
     monkeypatch.setattr(evaluation, "significance", functools.partial(evaluation.significance, n=100))
     monkeypatch.chdir(tmp_path)
     made.rated = rated
@@ -268,16 +261,12 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     assert metrics["valid"]["all"]["folds"]["1"]["items"] == 8
 
 
-@pytest.mark.parametrize("model", ["ridge", "forest"])
-def test_floor_hears_the_loudness(corpus, tmp_path, model):
-    options = ["--fold", "1", "--model", model, "--save-results", f"floor_{model}"]
-    result = evaluation.main(["floor", "--task", "ast", *options])
+def test_floor_hears_the_loudness(corpus, tmp_path):
+    result = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--save-results", "floor"])
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
     assert result["test"]["no_renderings"]["folds"]["1"]["items"] == 3
-    saved = json.loads((tmp_path / f"results/ast_floor_{model}_segment.json").read_text())
-    assert (saved["model"], saved["audio"]) == (model, "rendered")
-    with pytest.raises(DataError, match="--features"):
-        evaluation.main(["floor", "--task", "ast", "--features", "perf"])
+    saved = json.loads((tmp_path / "results/ast_floor_segment.json").read_text())
+    assert (saved["model"], saved["audio"]) == ("ridge", "rendered")
 
 
 def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
@@ -326,13 +315,12 @@ def test_compare_results_and_checkpoints(corpus, tmp_path, capsys):
     assert "A is better than B: mean pearson +" in result["verdict"]
     assert result["per_dimension"]["p_holm"] == approx(evaluation.holm(result["per_dimension"]["p"]))
     assert (result["items"], result["clusters"]) == (36, 9)
-    swapped = compare(bad, good, "--metric", "r2", "--no-renderings")
+    swapped = compare(bad, good, "--metric", "r2")
     assert "A is worse than B" in swapped["verdict"]
-    assert (swapped["items"], swapped["clusters"]) == (27, 9)
-    few = compare(bad, good, "--metric", "r2", "--no-renderings", "--cluster", "performer")
+    assert (swapped["items"], swapped["clusters"]) == (36, 9)
+    few = compare(bad, good, "--metric", "r2", "--cluster", "performer")
     assert few["difference"] == swapped["difference"]
     assert "cannot be told" in few["verdict"]
-    assert "3 performers" in few["verdict"]
     assert np.isnan(few["per_dimension"]["p_holm"]).all()
     capsys.readouterr()
     assert compare(good, checkpoint(tmp_path / "0.pt"), "--device", "cpu")["items"] == 8  # its fold 0
@@ -355,7 +343,7 @@ def test_comparisons_that_mean_nothing_are_refused(corpus, tmp_path):
             evaluation.main(["compare", *sides])
 
 
-def test_foreign_options_and_checkpoints_are_refused(corpus, tmp_path):
+def test_foreign_checkpoints_are_refused(corpus, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
     bare = checkpoint(tmp_path / "d.pt", std=None)
     kept = evaluation.load_checkpoint(bare)[1]
@@ -363,7 +351,6 @@ def test_foreign_options_and_checkpoints_are_refused(corpus, tmp_path):
     save_checkpoint(bare, kept)
     for argv, found in (
         ([path, "--part", "competition"], "--part competition"),
-        ([path, "--day", "mean"], "--day"),
         ([path, checkpoint(tmp_path / "b.pt", audio="wav")], "'wav'"),
         ([path, checkpoint(tmp_path / "c.pt", task="cnn")], "'cnn'"),
         ([bare], "d.pt"),
@@ -371,6 +358,3 @@ def test_foreign_options_and_checkpoints_are_refused(corpus, tmp_path):
     ):
         with pytest.raises(DataError, match=found):
             evaluation.main(["--ckpt", *argv, "--device", "cpu"])
-    decoder = [evaluation.audio_options(evaluation.argparse.ArgumentParser())[0]]
-    with pytest.raises(DataError, match="--audio"):
-        evaluation._refuse_given(Namespace(audio="x", ckpt=["d.pt"]), decoder, "pretrain_ast.py", "decoder")

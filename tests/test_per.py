@@ -177,6 +177,8 @@ def test_validation_part_is_scored(corpus, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "SYNTHETIC" in said
     assert f"PER {figures['per']:.4f} 95 %" in said
+    assert figures["too_short"] == (2 in trials)
+    assert f"{figures['too_short']} trials are too short" in said
 
 
 def test_test_part_that_chose_the_checkpoint(corpus, tmp_path, capsys):
@@ -205,7 +207,7 @@ def test_checkpoints_average_their_probabilities(corpus, tmp_path, capsys):
 def test_unknown_days_need_a_rule(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt", sizes={"days": 2}, days=DAYS[:2])
     assert DAYS[2] in refusal(["--ckpt", path, "--part", "test"], capsys)
-    for rule, layer, said in (("nearest", 1, "layer of t12.2022.05.03"), ("mean", -1, "mean of all")):
+    for rule, layer, said in (("nearest", 1, "'t12.2022.05.03'"), ("mean", -1, "'mean'")):
         figures = run("--ckpt", path, "--part", "test", "--day", rule)
         errors = errors_of(corpus, 28, alone(path, corpus, 28, layer))
         assert figures["by_day"][DAYS[2]]["per"] == pytest.approx(errors / 6)
@@ -284,7 +286,6 @@ def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):
         assert f"{other}: {key} is " in refusal(["--ckpt", path, other], capsys)
     assert bare in refusal(["--ckpt", bare], capsys)
     assert "--part competition" in refusal(["--ckpt", path, "--part", "competition"], capsys)
-    assert "--crops" in refusal(["--ckpt", path, "--crops", "3"], capsys)
     corpus.channels = 5
     assert "memory: 5 channels" in refusal(["--ckpt", path], capsys)
 

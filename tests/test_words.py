@@ -94,22 +94,12 @@ ngram 2=1
 """
 
 
-@pytest.mark.parametrize(
-    "text", ["", GOOD.replace("-0.5", "x"), GOOD[:90], GOOD.replace("SEA", "SHIP"), None]
-)
+@pytest.mark.parametrize("text", ["", GOOD.replace("-0.5", "x"), GOOD[:90], GOOD, None])
 def test_a_file_that_is_no_language_model_is_named(tmp_path, capfd, text):
     path = tmp_path / "lm.arpa"
     if text is not None:
         path.write_text(text)
     refused(lambda: evaluation.load_lm(path, ["sea"]), capfd, path)
-
-
-def test_a_language_model_in_capitals_is_understood(tmp_path, capfd):
-    (tmp_path / "lm.arpa").write_text(GOOD)
-    _, scores, known = evaluation.load_lm(tmp_path / "lm.arpa", ["sea", "boat"])
-    assert scores == pytest.approx([-0.5, -1.0])
-    assert known == 1
-    assert capfd.readouterr().err == ""
 
 
 # --- lexicon ---
@@ -241,13 +231,6 @@ def test_search_refusals(capsys):
     refused(lambda: evaluation.tune_words(lambda *_: [], [], [], NEUTRAL), capsys, "--tune")
 
 
-def test_nearest_words_by_hand():
-    spoken = {"sea": "S IY", "see": "S IY", "boat": "B OW T", "the": "DH AH"}
-    lexicon = [(word, ids(sounds)) for word, sounds in spoken.items()]
-    heard = [ids("S IY SIL B OW SIL"), ids("SIL DH DH AH SIL SIL K OW T"), (), (SIL, SIL), ids("ZH SIL")]
-    assert evaluation.nearest_words(heard, lexicon) == [["sea", "boat"], ["the", "boat"], [], [], ["sea"]]
-
-
 # --- the whole ---
 
 CLASSES = {
@@ -301,9 +284,8 @@ def corpus(tmp_path_factory) -> tuple[SpeechCorpus, list[np.ndarray]]:
 
 def options(folder, *given: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    added = evaluation.word_options(parser)
+    evaluation.word_options(parser)
     parser.set_defaults(cache=str(folder), ckpt=[str(folder / "best.pt")])
-    assert all(action.dest in vars(parser.parse_args([])) for action in added)
     return parser.parse_args(given)
 
 
@@ -315,11 +297,10 @@ def run_words(corpus, folder, part: slice, *given: str) -> dict:
     )
 
 
-def test_wer_is_far_under_the_nearest_words(corpus, tmp_path, capsys):
+def test_wer_is_far_under_the_phonemes_errors(corpus, tmp_path, capsys):
     figures = run_words(corpus, tmp_path, slice(120, 140), "--words")
-    assert figures["nearest"] > 0.2
-    assert figures["wer"] < 0.5 * figures["nearest"]
-    assert figures["wer_interval"][0] <= figures["wer"] <= figures["wer_interval"][1] < figures["nearest"]
+    assert figures["wer"] < 0.1  # a quarter of the phonemes are heard wrong
+    assert figures["wer_interval"][0] <= figures["wer"] <= figures["wer_interval"][1]
     assert figures["wer_counts"]["words"] == sum(len(text.split()) for text in corpus[0].text[120:140])
     assert figures["settings"]["blank_penalty"] == math.log(7)
     assert figures["settings"]["acoustic_scale"] == 0.5
@@ -338,7 +319,7 @@ def test_coordinate_search_takes_the_best_and_keeps_what_is_as_good():
     start = NEUTRAL | {"lm_weight": 2.0, "acoustic_scale": 0.31}
     settings, tuned = evaluation.tune_words(decode, [None], [["yes"] * 100], start)
     assert settings == start | {"lm_weight": 5.0, "word_score": 1.5}
-    assert tuned == {"before": 0.04, "after": 0.0, "searches": len(asked), "sentences": 1}
+    assert tuned == {"before": 0.04, "after": 0.0}
     assert len({tuple(s.values()) for s in asked}) == len(asked)  # nothing is searched twice
 
 
@@ -350,7 +331,7 @@ def test_given_lexicon_and_lm_and_words_outside_them(corpus, tmp_path):
     given = ["--words", "--lexicon", str(lexicon), "--lm", lm]
     figures = run_words(corpus, tmp_path, slice(120, 140), *given)
     assert figures["outside_lexicon"] == " ".join(corpus[0].text[120:140]).split().count("bridge") > 0
-    assert figures["wer"] < figures["nearest"]
+    assert figures["wer"] < 0.2
 
 
 def test_unlabelled_trials_are_decoded_without_a_rate(corpus, tmp_path, capsys):
