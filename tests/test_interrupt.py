@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mido
-import numpy as np
 import pytest
 from test_train import CASES, TRAINERS, command, last, resume, write_corpus
 
@@ -153,43 +152,10 @@ def many_midi(folder: Path, _: object) -> None:
         shutil.copyfile(folder / "in/00.midi", folder / f"in/{i:02}.midi")
 
 
-def many_sounds(folder: Path, _: object) -> None:
-    """Thirty files of a minute."""
-    (folder / "in").mkdir()
-    data.write_wav(folder / "in/00.wav", np.random.default_rng(0).normal(0, 0.1, 16000 * 60))
-    for i in range(1, 30):
-        os.link(folder / "in/00.wav", folder / f"in/{i:02}.wav")
-
-
-def run_in_a_pipe(folder: Path, _: object) -> None:
-    """A run whose options come from a pipe into which nobody writes."""
-    (folder / "in").mkdir()
-    os.mkfifo(folder / "in/args.json")
-
-
-def many_takes(folder: Path, corpus: Callable) -> None:
-    options = command("train_han", corpus, folder, "--name in --max-steps 1")
-    TRAINERS["train_han"].main(TRAINERS["train_han"].parse_args(options))
-    files = Path(corpus("train_han")[1]) / "virtuoso/data"
-    take = sorted(files.glob("all_2rounds/*.mid"))[0]
-    for i in range(300):
-        shutil.copyfile(take, folder / f"in/{i}.mid")
-    shutil.copyfile(sorted(files.glob("score_xml/*.musicxml"))[0], folder / "in/score.musicxml")
-
-
 def decoder(folder: Path, corpus: Callable) -> None:
     options = command("train_decoder", corpus, folder, "--name in --steps 2 --eval-every 2")
     TRAINERS["train_decoder"].main(TRAINERS["train_decoder"].parse_args(options))
     (folder / "data").symlink_to(corpus("train_decoder")[1])
-
-
-def read(folder: Path) -> bool:
-    """Whether somebody has opened the pipe."""
-    try:
-        os.close(os.open(folder / "in/args.json", os.O_WRONLY | os.O_NONBLOCK))
-    except OSError:
-        return False
-    return True
 
 
 JOBS = {  # inputs, command, what shows that it is in the middle, what it makes (None: not run to its end)
@@ -205,29 +171,11 @@ JOBS = {  # inputs, command, what shows that it is in the middle, what it makes 
         lambda _, folder: [*folder.glob("in/*.wav")],
         "in/*.wav",
     ),
-    "fbank": (
-        many_sounds,
-        "data.py fbank --data in --out out --workers 2",
-        lambda _, folder: [*folder.glob("out/**/*.npy")],
-        "out/**/*.npy",
-    ),
     "decoder-convert": (
         lambda folder, _: data.synth_speech(folder / "in", days=6, trials=40),
         "data.py decoder-convert --in in --out out",
         lambda _, folder: [*folder.glob(".out.*/*")],
         "out/*",
-    ),
-    "report": (
-        run_in_a_pipe,
-        "eval.py report --run in --no-data --out out.html",
-        lambda _, folder: read(folder),
-        None,
-    ),
-    "predict": (
-        many_takes,
-        "eval.py predict --ckpt in/best.pt --score in/score.musicxml --midi in --csv out.csv --device cpu",
-        lambda process, _: "0.mid" in process.said("out"),
-        None,
     ),
     "words": (  # workers that a Ctrl-C met while they started once left the command waiting for ever
         decoder,
