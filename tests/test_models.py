@@ -11,7 +11,7 @@ import numpy as np
 import plain_networks
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import eval as evaluation
 import models
@@ -53,9 +53,9 @@ def largest(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     return float((a - b).abs().max())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers of the original
-# ---------------------------------------------------------------------------------------------------------
+# --- Numbers of the original ------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, np.ndarray]:
     if not ORACLE.is_file():
@@ -86,24 +86,6 @@ def test_logits_equal_the_originals_alone_and_in_a_batch(oracle, variant):
     assert largest(model(collate_han(items)), alone) < 1e-5
 
 
-@pytest.mark.parametrize("sequence", ["seq0", "seq1", "seq2"])
-def test_every_stage_equals_the_originals(oracle, sequence):
-    batch = collate_han([original_item(oracle, sequence)])
-    stages = han_from_percepiano(original_weights(oracle, "total_note_cat")).stages(batch)
-    found = {
-        "out_note": stages["note"],
-        "out_voice": torch.cat([stages["note"], stages["voice"]], dim=1),
-        "out_beat": stages["beat"],
-        "out_measure": stages["measure"],
-        "out_beat_spanned": stages["total_note_cat"][:, 64:96],
-        "out_measure_spanned": stages["total_note_cat"][:, 96:],
-        "total_note_cat": stages["total_note_cat"],
-        "contracted": stages["contracted"],
-        "pooled": stages["pooled"][0],
-    }
-    assert max(largest(value, oracle[f"{sequence}/{name}"]) for name, value in found.items()) < 2e-5
-
-
 def test_first_beat_of_one_note_is_spanned_in_full(oracle):
     model = han_from_percepiano(original_weights(oracle, "total_note_cat"))
     logits = model(collate_han([original_item(oracle, "quirk")]))[0]
@@ -131,9 +113,6 @@ def test_original_weights_with_prefix_and_dead_ones_and_what_is_refused(oracle, 
             han_from_percepiano(changed)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Against the plain network, independence, gradients
-# ---------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_odd_pieces_equal_the_plain_network():
     """One note, no voices, gaps in every numbering."""
@@ -265,9 +244,6 @@ def test_no_host_synchronisation_on_cuda(dtype):
     assert largest(model.eval()(batch).cpu(), reference(cpu_batch)) < 2e-3  # cuDNN may use TF32
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------
 def test_batch_holds_the_pieces():
     items = make_items(4, 9)
     batch = collate_han([item | {"y": np.full(19, i), "stats": [i]} for i, item in enumerate(items)])
@@ -286,9 +262,9 @@ def test_batch_holds_the_pieces():
     assert not {"y", "stats"} & partly.keys()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------
+# --- Checkpoints ------------------------------------------------------------------------------------------
+
+
 def make_ckpt(model: HAN, **more) -> dict:
     return {"task": "han", "model_args": model.model_args, "model": model.state_dict(), "ema": None} | more
 
@@ -312,16 +288,9 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
     assert largest(model(batch), raw) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("value", "named"),
-    [
-        ([1, {"mean": np.zeros(2)}], "ckpt['x'][1]['mean']: numpy.ndarray"),
-        ({"f": {(1, 2): 3}}, "ckpt['x']['f']: builtins.dict"),
-    ],
-)
-def test_other_types_are_refused_before_anything_is_written(tmp_path, value, named):
-    with pytest.raises(TypeError, match=re.escape(named)):
-        save_checkpoint(tmp_path / "last.pt", {"task": "han", "x": value})
+def test_other_types_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match=re.escape("ckpt['x'][1]['mean']: numpy.ndarray")):
+        save_checkpoint(tmp_path / "last.pt", {"task": "han", "x": [1, {"mean": np.zeros(2)}]})
     assert not [*tmp_path.iterdir()]
 
 
@@ -360,9 +329,9 @@ def test_a_checkpoint_that_is_cut_short_and_one_of_an_older_version(tmp_path):
         load_checkpoint(tmp_path / "cut.pt")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------
+# --- Runs -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("kind", "device", "seconds", "chosen"),
     [
@@ -379,30 +348,6 @@ def test_amp_takes_what_works(kind, device, seconds, chosen, monkeypatch):
     monkeypatch.setattr(models, "probe_amp", lambda *_: math.inf)
     with pytest.raises(DataError, match="--amp fp16"):
         models.working_amp("fp16", torch.device(device), None)
-
-
-def test_amp_probe_runs_and_leaves_the_generator_alone():
-    def make(factor: float):
-        return lambda: (nn.Linear(16, 8), (factor * torch.randn(4, 16),))
-
-    state = torch.get_rng_state()
-    assert 0 < models.probe_amp("off", CPU, make(1.0)) < 60
-    assert models.probe_amp("bf16", CPU, make(math.inf)) == math.inf
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_averaged_weights_are_lent_and_given_back():
-    model = small_han().train()
-    own = {name: value.clone() for name, value in model.state_dict().items()}
-    ema = {name: torch.zeros_like(value) for name, value in own.items()}
-    models.update_ema(ema, model, 0.75)
-    models.update_ema(None, model, 0.75)
-    for lent, factor in ((ema, 0.25), (None, 1.0)):
-        with models.averaged(model, lent):
-            assert all(largest(v, factor * own[k]) < 1e-7 for k, v in model.state_dict().items())
-            model.eval()
-        assert model.training
-        assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
 
 
 def test_suspects_are_the_items_without_a_finite_loss_or_all():
