@@ -53,9 +53,6 @@ def largest(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     return float((a - b).abs().max())
 
 
-# --- Numbers of the original ------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, np.ndarray]:
     if not ORACLE.is_file():
