@@ -249,9 +249,10 @@ def test_nan_steps_leave_the_weights_advance_and_stop_in_a_row(name, run, monkey
         run(name, "--max-skips 3")
 
 
-@pytest.mark.parametrize(
-    "name", ["train_han", pytest.param("train_decoder", marks=pytest.mark.slow), "pretrain_ast"]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("train_han", "train_decoder")]
+
+
+@pytest.mark.parametrize("name", ["pretrain_ast", *SLOW])
 def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
     if name == "train_decoder":  # its network has no float16 path on a CPU: here the losses take one
         losses = train_decoder.ctc_losses
@@ -447,6 +448,7 @@ def test_decoder_loss_is_torchs_mean():
     assert losses.mean() == pytest.approx(float(mean), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12: torch's threads
 def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, monkeypatch):
     two = last(run("train_decoder", "--max-steps 8 --name two --workers 2")["folder"])
@@ -457,9 +459,6 @@ def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, monkeypatch):
     assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
     assert read[:16] != read[16:]
     assert sorted(read[:16]) == sorted(read[16:]) == list(range(16))
-
-
-# --- Two processes ----------------------------------------------------------------------------------------
 
 
 def torchrun(name, corpus, out, *options, code=""):
