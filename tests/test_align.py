@@ -103,18 +103,11 @@ def f1(pairs):
 
 PERTURBATIONS = {
     "plain": {},
-    "rubato and ritardando": {"rubato": 0.3, "ritardando": 1.5},
-    "wrong notes": {"wrong": 0.04},
-    "missing notes": {"missing": 0.05},
-    "extra notes": {"extra": 0.08},
-    "repeated notes": {"restrike": 0.04},
-    "rolled chords": {"roll": 0.3},
-    "left hand early": {"left_early": 0.08, "jitter": 0.02},
+    "tempo": {"rubato": 0.3, "ritardando": 1.5, "pause": 1.5, "silence": 5.0},
+    "notes": {"wrong": 0.02, "missing": 0.03, "extra": 0.04, "restrike": 0.02},
+    "chords": {"roll": 0.3, "left_early": 0.05, "grace": -0.05},
     "late start": {"cut": (0.15, 0.0)},
     "early end": {"cut": (0.0, 0.15)},
-    "initial silence": {"silence": 5.0},
-    "pause": {"pause": 1.5},
-    "graces on the beat": {"grace": -0.05},
     "fast": {"pace": 0.25},
     "slow": {"pace": 1.6},
     "everything": dict(rubato=0.2, ritardando=1.0, jitter=0.02, left_early=0.04, roll=0.1, wrong=0.02)
@@ -169,14 +162,6 @@ def test_degenerate_input(written, played, expected):
     match = data.align(score, make_performance(played, np.arange(len(played)) * 0.5))
     assert match.dtype == np.int64
     assert match.tolist() == expected
-
-
-def test_one_chord_and_notes_all_at_once():
-    chord = make_score([(0, 60, 0), (0, 64, 0), (0, 67, 0)])
-    assert data.align(chord, make_performance([67, 64, 60], [0.0, 0.01, 0.02])).tolist() == [0, 1, 2]
-    score = make_score([(step, 60 + step, 0) for step in range(5)])
-    match = data.align(score, make_performance([60, 61, 62, 63, 64], np.zeros(5)))
-    assert np.all((match == -1) | (match == np.arange(5)))
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared")

@@ -1,6 +1,7 @@
 """models.AST against the original's numbers, plain attention and plain loops; its masks."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import models
 from data import DataError
 from models import AST, adapt_ast, ast_from_ssast, cluster_mask, patches
 
@@ -40,9 +40,6 @@ def make_fbank(frames: int = 96, clips: int = 2) -> Tensor:
 def largest(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape
     return float((a.detach().double() - b.detach().double()).abs().max())
-
-
-# --- numbers of the original --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -84,54 +81,22 @@ def test_ratings_equal_the_originals(oracle, case, pooling, key):
     assert largest(model.extra[1], oracle[f"ft/{case}/pos_embed"][0, :2]) == 0
     x = oracle["x"][:, :frames].float()
     assert largest(model(x), oracle[f"ft/{case}/{key}"]) < 2e-5
-    with pytest.raises(DataError, match=f"16 to {frames} frames of 128"):
-        model(torch.zeros(1, frames + stride, 128))
-
-
-def ssast_weights(width: int = 64) -> dict[str, Tensor]:
-    """A network of two blocks by SSAST's names: 8 x 2 patches."""
-    layers = {"v.patch_embed.proj": (width, 1, 16, 16), "v.norm": (width,), "v.head": (7, width)}
-    for name in ("cpredlayer", "gpredlayer"):
-        layers |= {f"{name}.0": (width, width), f"{name}.2": (256, width)}
-    for i in (0, 1):
-        layers |= {f"v.blocks.{i}.norm{k}": (width,) for k in (1, 2)}
-        layers |= {
-            f"v.blocks.{i}.attn.qkv": (3 * width, width),
-            f"v.blocks.{i}.attn.proj": (width, width),
-            f"v.blocks.{i}.mlp.fc1": (4 * width, width),
-            f"v.blocks.{i}.mlp.fc2": (width, 4 * width),
-        }
-    weights = {name: torch.randn(1, 1, width) for name in ("mask_embed", "v.cls_token", "v.dist_token")}
-    weights["v.pos_embed"] = torch.randn(1, 18, width)
-    for name, shape in layers.items():
-        weights |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[:1])}
-    return weights
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
         ({"v.pos_embed": None}, "pos_embed"),
-        ({"v.patch_embed.proj.weight": torch.zeros(64, 1, 128, 2)}, "embed.weight"),
+        ({"v.patch_embed.proj.weight": torch.zeros(192, 1, 128, 2)}, "embed.weight"),
         ({"v.blocks.1.mlp.fc1.bias": None}, "blocks.1.fc1.bias"),
         ({"v.blocks.0.attn.qkv.gain": torch.ones(1)}, "blocks.0.qkv.gain"),
-        ({"v.pos_embed": torch.zeros(1, 9, 64), "p_input_tdim": torch.tensor(32)}, "7"),
         ({f"cpredlayer.0.{kind}": None for kind in ("weight", "bias")}, "discriminate.0.weight"),
     ],
 )
-def test_foreign_ssast_weights_are_refused_and_sizes_come_from_shapes(change, found):
-    weights = {f"module.{k}": v for k, v in (ssast_weights() | change).items() if v is not None}
-    with pytest.raises(DataError, match="^SSAST weights: ") as caught:
-        ast_from_ssast(weights, frames=32)
-    assert found in str(caught.value)
-    assert "\n" not in str(caught.value)
-    sizes = ast_from_ssast(ssast_weights(), frames=32).model_args
-    assert [sizes[k] for k in ("frames", "mel", "width", "depth", "heads")] == [32, 128, 64, 2, 1]
-    without = {k: v for k, v in ssast_weights().items() if "predlayer" not in k and k != "mask_embed"}
-    assert ast_from_ssast(without, 32, 5)(torch.zeros(1, 32, 128)).shape == (1, 5)
-
-
-# --- network ------------------------------------------------------------------------------------------------
+def test_foreign_ssast_weights_are_refused(oracle, change, found):
+    weights = original_weights(oracle, "w/module.") | change
+    with pytest.raises(DataError, match=rf"^SSAST weights: [^\n]*{re.escape(found)}[^\n]*$"):
+        ast_from_ssast({k: v for k, v in weights.items() if v is not None}, frames=256)
 
 
 def test_patches_are_numbered_frequency_major():
@@ -200,9 +165,7 @@ def test_groups_rate_their_own_outputs():
         ({"heads": 3}, "width"),
         ({"num_outputs": 3, "groups": [[0, 1], [1, 2]]}, "output"),
         ({"num_outputs": 5, "pooling": "cls"}, "ssast_compat"),
-        ({"num_outputs": 5, "balance": "uncertainty"}, "groups"),
         ({"stride": 10}, "stride"),
-        ({"frames": 15}, "frames"),
     ],
 )
 def test_impossible_arguments_are_refused(args, found):
@@ -213,7 +176,6 @@ def test_impossible_arguments_are_refused(args, found):
 VARIANTS = [
     {},
     {"ssast_compat": True},
-    {"visible_only": True},
     {"visible_only": True, "ssast_compat": True},
     {"num_outputs": 5},
     {"num_outputs": 5, "groups": GROUPS, "cross": True, "pooling": "meanstd"},
@@ -236,25 +198,6 @@ def test_every_parameter_receives_a_gradient_with_or_without_checkpointing(args)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-# --- pre-training -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("compat", [False, True])
-def test_contrast_equals_a_plain_loop(compat):
-    target, predicted = torch.randn(2, 7, 4), torch.randn(2, 7, 4)
-    there = torch.arange(7) < torch.tensor([[7], [4]])
-    nce, hits = [], []
-    for b, n in enumerate((7, 4)):
-        score = target[b, :n] @ predicted[b, :n].T
-        score = score if compat else score.T  # row: patch whose prediction is sought, or the other way round
-        nce.append(np.mean([-float(score[i].log_softmax(0)[i]) for i in range(n)]))
-        chosen = score.softmax(1).argmax(0) if compat else score.argmax(1)
-        hits.append(np.mean([int(chosen[j]) == j for j in range(n)]))
-    found = models.contrast(predicted, target, there, compat)
-    expected = {"nce": np.mean(nce), "accuracy": np.mean(hits), "chance": (1 / 7 + 1 / 4) / 2}
-    assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("visible_only", [False, True])
 @pytest.mark.parametrize("ssast_compat", [False, True])
 def test_losses_of_a_padded_batch_are_the_mean_over_its_clips(visible_only, ssast_compat):
@@ -273,8 +216,7 @@ def test_losses_of_a_padded_batch_are_the_mean_over_its_clips(visible_only, ssas
         expected = np.mean([out[name].item() for out in alone])
         assert together[name].item() == pytest.approx(expected, rel=1e-5)
     garbage = torch.where(torch.arange(96)[:, None] < (columns * 16)[:, None, None], x, 30.0)
-    again = model(garbage, lengths, mask)
-    assert all(again[k].item() == pytest.approx(together[k].item(), rel=1e-5) for k in again)
+    assert model(garbage, lengths, mask)["mse"].item() == pytest.approx(together["mse"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -292,9 +234,6 @@ def test_masked_patches_are_hidden(visible_only):
     assert (changed == 50.0).all()
     assert torch.equal(target, torch.stack([patches(x)[b, ids] for b, ids in enumerate(mask)]))
     assert sizes == [6 if visible_only else 18] * 2
-    moved = patches(x)
-    moved[0, (set(range(18)) - set(mask[0].tolist())).pop()] += 1.0
-    assert (model.masked(picture(moved), mask, None)[0] - hidden).abs().amax(2)[0].min() > 1e-4
 
 
 def test_mean_patch_by_hand():
@@ -302,9 +241,6 @@ def test_mean_patch_by_hand():
     target = model.masked(x, mask, None)[1].flatten(0, 1)
     expected = (target - target.mean(0)).square().mean()
     assert float(model.pretrain_losses(x, mask)["mse_mean"]) == pytest.approx(float(expected), rel=1e-5)
-
-
-# --- fine-tuning from a pre-trained network -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("args", [{}, {"ssast_compat": True}, {"visible_only": True}])
@@ -319,16 +255,9 @@ def test_encoder_is_kept_and_positions_fitted(args):
     grid = old.position(COLUMNS).view(ROWS, COLUMNS, -1).permute(2, 0, 1)[None]
     resized = nn.functional.interpolate(grid, (4, 9), mode="bilinear")[0].permute(1, 2, 0).flatten(0, 1)
     assert largest(adapt_ast(old, stride=10, num_outputs=5).position(9), resized) < 1e-5
-    long = adapt_ast(old, frames=160).pretrain_losses(make_fbank(160), cluster_mask(2, ROWS, 10, 20))
-    assert long["nce"] > 0
-    for changes in ({"width": 32}, {"depth": 3}, {"heads": 4}, {"ssast_compat": old.extra is None}):
+    for changes in ({"width": 32}, {"ssast_compat": old.extra is None}):
         with pytest.raises(DataError, match="cannot become"):
             adapt_ast(old, num_outputs=5, **changes)
-    with pytest.raises(DataError, match="cannot become"):
-        adapt_ast(same, num_outputs=None, groups=None)
-
-
-# --- masks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -349,22 +278,13 @@ def test_every_patch_of_the_grid_is_equally_likely():
     assert (rate - 400 / 512).abs().max() < 0.008 + 4 * sampling  # the exact count leaves corners .006 short
 
 
-def test_masks_are_square_clusters_that_do_not_wrap():
+def test_masks_are_square_clusters_cut_at_the_edge():
     for side in (3, 4, 5):
         mask = cluster_mask(4000, 8, 64, side**2, side=(side, side), generator=torch.manual_seed(side))
         height, width = (axis.amax(1) - axis.amin(1) + 1 for axis in (mask // 64, mask % 64))
         whole = ((height == side) & (width == side)).float().mean()
         uncut = (8 - side + 1) * (64 - side + 1) / ((8 + side - 1) * (64 + side - 1))  # places
         assert float(whole) == pytest.approx(uncut, abs=0.04)
-    # of neighbours in number, one ends a row and the other starts the next: clusters take either alone
-    many = torch.zeros(4000, 512).scatter(
-        1, cluster_mask(4000, 8, 64, 100, generator=torch.manual_seed(0)), 1.0
-    )
-    grid = many.view(-1, 8, 64)
-    across = torch.corrcoef(torch.stack([grid[:, :-1, -1].flatten(), grid[:, 1:, 0].flatten()]))[0, 1]
-    beside = torch.corrcoef(torch.stack([grid[:, :, 30].flatten(), grid[:, :, 31].flatten()]))[0, 1]
-    assert abs(across) < 0.05
-    assert beside > 0.4
 
 
 def test_masks_of_shorter_clips_stay_inside():

@@ -1,11 +1,9 @@
 """The corpus as the trainer sees it: reading and caching, parts, normalisation, augmentation, batches."""
 
-import functools
 import hashlib
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,14 +41,9 @@ def few(copy):
 
 
 def performance(pitch, velocity, onset, offset, sustain=()):
-    return SimpleNamespace(
-        pitch=np.array(pitch),
-        velocity=np.array(velocity),
-        onset=np.array(onset, float),
-        offset=np.array(offset, float),
-        sustain=np.array(sustain, float).reshape(-1, 2),
-        soft=np.empty((0, 2)),
-    )
+    pedal = np.array(sustain, float).reshape(-1, 2)
+    notes = (np.array(values) for values in (pitch, velocity, onset, offset))
+    return data.Performance("toy", *notes, pedal, pedal[:0])
 
 
 def test_synthetic_corpus_reads_whole(corpus):
@@ -59,9 +52,7 @@ def test_synthetic_corpus_reads_whole(corpus):
     assert len(corpus.items) == len(corpus.names) == 40
     assert len(corpus.columns) == 98
     for item in corpus.items.values():
-        T, F = item["x"].shape
-        assert F == 98
-        assert all(len(item[key]) == T for key in data.NOTE_ARRAYS)
+        assert {item[key].shape[0] for key in data.NOTE_ARRAYS} == {len(item["x"])}
         assert np.isfinite(item["x"]).all()
         assert (np.diff(item["beat"]) >= 0).all()
         assert item["y"].shape == (19,)
@@ -90,7 +81,7 @@ def test_the_cache_is_read_until_a_file_or_the_version_changes(few, tmp_path, mo
         np.testing.assert_array_equal(item["x"], second.items[name]["x"])
     whole = store.read_bytes()
     middle = len(whole) // 2
-    for damaged in (b"", b"half a file", whole[:middle], whole[:middle] + b"other" + whole[middle + 5 :]):
+    for damaged in (whole[:middle], whole[:middle] + b"other" + whole[middle + 5 :]):
         store.write_bytes(damaged)
         assert not load()[0].cached
         assert store.read_bytes() == whole
@@ -106,7 +97,6 @@ def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus,
     midi[0].write_bytes(b"garbage")
     midi[2].rename(midi[2].with_name(f" {midi[2].name}"))  # as one public file is called
     foreign = shutil.copy(midi[1], midi[1].with_name("my own recording.mid"))
-    second = shutil.copy(midi[1], midi[1].with_name(f" {midi[1].name}"))
     score = copy / data.SCORE_FOLDER / f"{data.score_of(midi[-1].stem)}.musicxml"
     score.write_text("<html>404</html>")
     labels = json.loads((copy / data.MEAN_FILE).read_text())
@@ -114,22 +104,16 @@ def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus,
     (copy / data.MEAN_FILE).write_text(json.dumps(labels))
     got = data.load_percepiano(copy, tmp_path / "cache", quiet=True)
     lines = "\n".join(got.left_out)
-    for path in (midi[0], foreign, midi[1], midi[1].stem):
+    for path in (midi[0], foreign, midi[1].stem):
         assert str(path) in lines
-    assert second.name.strip() in lines
     assert lines.count(str(score)) == 5
-    assert len(got.left_out) == 3 + 5 + 1
+    assert len(got.left_out) == 2 + 5 + 1
     assert "y" not in got.items[midi[1].stem]
     assert "y" in got.items[midi[2].stem]
     whole, parts = (data.percepiano_parts(c, "segment", 0) for c in (corpus, got))
     for part in whole:
         assert set(parts[part]) <= set(whole[part])
-    for cache in (tmp_path / "cache", tmp_path / "new"):
-        refused(functools.partial(data.load_percepiano, copy, cache, strict=True, quiet=True), capsys, copy)
-
-
-def test_an_empty_folder_is_one_line(tmp_path, capsys):
-    refused(lambda: data.load_percepiano(tmp_path, tmp_path), capsys, tmp_path, "fetch percepiano")
+    refused(lambda: data.load_percepiano(copy, tmp_path / "new", strict=True, quiet=True), capsys, copy)
 
 
 def unrated(corpus, names):
@@ -139,12 +123,10 @@ def unrated(corpus, names):
     return data.Corpus(**{**vars(corpus), "items": items})
 
 
-def test_unrated_items_are_predicted_not_refused(corpus, capsys):
+def test_unrated_items_are_predicted_not_refused(corpus):
     whole = data.percepiano_parts(corpus, "segment", 0)
     without = unrated(corpus, [*whole["test"], whole["valid"][0], whole["train"][0]])
     assert data.percepiano_parts(without, "segment", 0) == whole | {"train": whole["train"][1:]}
-    nothing = unrated(corpus, corpus.items)
-    refused(lambda: data.percepiano_parts(nothing, "segment", 0), capsys, corpus.root)
 
 
 def test_misaligned_items_train_on_request_only(corpus):
@@ -153,15 +135,6 @@ def test_misaligned_items_train_on_request_only(corpus):
     bad = data.Corpus(**{**vars(corpus), "items": items})
     assert data.percepiano_parts(bad, "segment", 0)["train"] == whole["train"][1:]
     assert data.percepiano_parts(bad, "segment", 0, keep_misaligned=True) == whole
-
-
-def test_validation_without_a_rating_takes_training_segments(corpus):
-    whole = data.percepiano_parts(corpus, "segment", 1)
-    got = data.percepiano_parts(unrated(corpus, whole["valid"]), "segment", 1)
-    moved = set(got["valid"]) - set(whole["valid"])
-    assert moved
-    assert {data.segment_of(n) for n in moved}.isdisjoint({data.segment_of(n) for n in got["train"]})
-    assert got["test"] == whole["test"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real dataset is not beside the repository")
@@ -176,10 +149,7 @@ def test_the_real_corpus(tmp_path):
     assert [name for name in rates if rates[name] < 0.6] == ["Beethoven_WoO80_var25_8bars_19_14"]
     sizes = [[len(p) for p in data.percepiano_parts(corpus, "segment", f).values()] for f in range(4)]
     assert sizes == [[628, 250, 182], [641, 235, 182], [651, 225, 182], [640, 238, 182]]
-    x = np.concatenate([item["x"] for item in corpus.items.values()])
-    assert np.isfinite(x).all()
-    tempo = x[:, corpus.columns.index("beat_tempo")]
-    assert 1 < tempo[tempo != 0].min() < tempo.max() < 3.1
+    assert all(np.isfinite(item["x"]).all() for item in corpus.items.values())
 
 
 def test_normalisation_is_fitted_on_training_names_only(corpus):
@@ -194,13 +164,6 @@ def test_normalisation_is_fitted_on_training_names_only(corpus):
     z = np.concatenate([item["x"][item["voice"] > 0, k] for item in items])
     assert (z.mean(), z.std()) == pytest.approx((0, 1), abs=1e-3)
     assert max(np.abs(item["x"]).max() for item in items) <= data.CLIP
-    assert np.abs([item["stats"] for item in items]).max() < 2.6
-
-
-def test_a_column_that_is_not_extracted_is_refused(corpus, capsys):
-    info = data.fit_normalisation(corpus, corpus.names, "full")
-    info["columns"][3] = "gone"
-    refused(lambda: data.prepare_han(corpus, corpus.names, info), capsys, "gone")
 
 
 def test_score_features_hold_nothing_of_the_performance(corpus):
@@ -238,9 +201,8 @@ def test_key_shift_moves_pitches_and_nothing_else(corpus):
     np.testing.assert_allclose(moved["x"][written, at("pitch:0")], (pitch // 12 - 1 - 4) / 4)
     classes = slice(at("pitch:1"), at("pitch:12") + 1)
     np.testing.assert_array_equal(moved["x"][written, classes].argmax(1), pitch % 12)
-    for far, end, extreme in ((80, 108, max), (-80, 21, min)):
-        edge = data.shift_key(item, info, far)
-        assert extreme([*midi(edge, "midi_pitch"), *midi(edge, "raw_pitch")]) == end
+    edge = data.shift_key(item, info, 80)
+    assert max([*midi(edge, "midi_pitch"), *midi(edge, "raw_pitch")]) == 108
     moving = [column for column in info["columns"] if "pitch" in column and column != "xml_pitch"]
     same = [k for k, column in enumerate(info["columns"]) if column not in moving]
     np.testing.assert_array_equal(moved["x"][:, same], item["x"][:, same])
@@ -287,12 +249,3 @@ def test_statistics_of_a_hand_made_performance():
 def test_statistics_of_almost_nothing_are_finite(n):
     statistics = data.performance_statistics(performance([60] * n, [64] * n, [1.0] * n, [1.0] * n))
     assert np.isfinite(list(statistics.values())).all()
-
-
-def test_overlap_by_pedal_raises_ringing_and_rubbing():
-    onset = np.arange(8) * 0.5
-    notes = ([60, 61] * 4, [64] * 8, onset, onset + 0.4)
-    dry, wet = (data.performance_statistics(performance(*notes, pedal)) for pedal in ((), [(0.0, 127)]))
-    assert dry["ringing"] == dry["rubbing"] == 0
-    assert (wet["ringing"], wet["rubbing"]) == pytest.approx((3.5, 2))
-    assert wet["ring_extra_mean"] > dry["ring_extra_mean"]

@@ -1,7 +1,6 @@
 """Ctrl-C, SIGTERM and kill -9 of every command: what is said, what stays on the disk, what comes after."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mido
-import numpy as np
 import pytest
 from test_train import CASES, TRAINERS, command, last, resume, write_corpus
 
@@ -68,9 +65,6 @@ def until(condition: Callable[[], object]) -> bool:
     return bool(condition())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Trainers
-# ---------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @each_trainer
@@ -148,58 +142,10 @@ def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Every other command
-# ---------------------------------------------------------------------------------------------------------
-def many_midi(folder: Path, _: object) -> None:
-    """Sixteen files of two minutes."""
-    track = mido.MidiTrack()
-    for i in range(1200):
-        track.append(mido.Message("note_on", note=30 + i * 7 % 70, velocity=60, time=0))
-        track.append(mido.Message("note_off", note=30 + i * 7 % 70, time=96))
-    (folder / "in").mkdir()
-    mido.MidiFile(tracks=[track]).save(folder / "in/00.midi")
-    for i in range(1, 16):
-        shutil.copyfile(folder / "in/00.midi", folder / f"in/{i:02}.midi")
-
-
-def many_sounds(folder: Path, _: object) -> None:
-    """Thirty files of a minute."""
-    (folder / "in").mkdir()
-    data.write_wav(folder / "in/00.wav", np.random.default_rng(0).normal(0, 0.1, 16000 * 60))
-    for i in range(1, 30):
-        os.link(folder / "in/00.wav", folder / f"in/{i:02}.wav")
-
-
-def run_in_a_pipe(folder: Path, _: object) -> None:
-    """A run whose options come from a pipe into which nobody writes."""
-    (folder / "in").mkdir()
-    os.mkfifo(folder / "in/args.json")
-
-
-def many_takes(folder: Path, corpus: Callable) -> None:
-    options = command("train_han", corpus, folder, "--name in --max-steps 1")
-    TRAINERS["train_han"].main(TRAINERS["train_han"].parse_args(options))
-    files = Path(corpus("train_han")[1]) / "virtuoso/data"
-    take = sorted(files.glob("all_2rounds/*.mid"))[0]
-    for i in range(300):
-        shutil.copyfile(take, folder / f"in/{i}.mid")
-    shutil.copyfile(sorted(files.glob("score_xml/*.musicxml"))[0], folder / "in/score.musicxml")
-
-
 def decoder(folder: Path, corpus: Callable) -> None:
     options = command("train_decoder", corpus, folder, "--name in --steps 2 --eval-every 2")
     TRAINERS["train_decoder"].main(TRAINERS["train_decoder"].parse_args(options))
     (folder / "data").symlink_to(corpus("train_decoder")[1])
-
-
-def read(folder: Path) -> bool:
-    """Whether somebody has opened the pipe."""
-    try:
-        os.close(os.open(folder / "in/args.json", os.O_WRONLY | os.O_NONBLOCK))
-    except OSError:
-        return False
-    return True
 
 
 JOBS = {  # inputs, command, what shows that it is in the middle, what it makes (None: not run to its end)
@@ -209,35 +155,11 @@ JOBS = {  # inputs, command, what shows that it is in the middle, what it makes 
         lambda process, _: len(process.workers()) >= 2,
         "out/*.npz",
     ),
-    "render": (
-        many_midi,
-        "data.py render --midi-root in --workers 2",
-        lambda _, folder: [*folder.glob("in/*.wav")],
-        "in/*.wav",
-    ),
-    "fbank": (
-        many_sounds,
-        "data.py fbank --data in --out out --workers 2",
-        lambda _, folder: [*folder.glob("out/**/*.npy")],
-        "out/**/*.npy",
-    ),
     "decoder-convert": (
         lambda folder, _: data.synth_speech(folder / "in", days=6, trials=40),
         "data.py decoder-convert --in in --out out",
         lambda _, folder: [*folder.glob(".out.*/*")],
         "out/*",
-    ),
-    "report": (
-        run_in_a_pipe,
-        "eval.py report --run in --no-data --out out.html",
-        lambda _, folder: read(folder),
-        None,
-    ),
-    "predict": (
-        many_takes,
-        "eval.py predict --ckpt in/best.pt --score in/score.musicxml --midi in --csv out.csv --device cpu",
-        lambda process, _: "0.mid" in process.said("out"),
-        None,
     ),
     "words": (  # workers that a Ctrl-C met while they started once left the command waiting for ever
         decoder,
@@ -254,7 +176,7 @@ for script in ("data.py", "eval.py", "train_han.py", "train_decoder.py", "pretra
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "number"),
-    [(job, signal.SIGINT) for job in JOBS] + [("percepiano", signal.SIGKILL), ("render", signal.SIGKILL)],
+    [(job, signal.SIGINT) for job in JOBS] + [("percepiano", signal.SIGKILL)],
 )
 def test_a_stopped_command_is_one_line_leaves_nothing_half_and_goes_on(job, number, corpus, tmp_path):
     make, line, begun, outputs = JOBS[job]

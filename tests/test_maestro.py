@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -69,9 +70,6 @@ def write_wav(path: Path) -> None:
     wavfile.write(path, 16000, np.random.default_rng(0).integers(-3000, 3000, 3200).astype(np.int16))
 
 
-# --- the table ----------------------------------------------------------------------------------------------
-
-
 def test_rows_become_recordings(tmp_path):
     root = write_maestro(tmp_path, [row(0), row(1, "validation"), row(2, "test", duration="12")])
     (root / "2018/take_1.midi").unlink()
@@ -86,8 +84,6 @@ def test_rows_become_recordings(tmp_path):
     assert (first.composer, first.title) == ("Frédéric Chopin", "Étude, No. 0")
     assert (first.midi, second.audio) == (root / "2018/take_0.midi", root / "2018/take_1.wav")
     assert maestro.left_out == []
-    elsewhere = read_maestro(root, audio=tmp_path / "elsewhere")
-    assert elsewhere.recordings[0].audio == tmp_path / "elsewhere/2018/take_0.wav"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +92,6 @@ def test_rows_become_recordings(tmp_path):
         ({"split": "dev"}, "'dev'"),
         ({"midi_filename": "2018/take_0.midi"}, "take_0.midi"),
         ({"midi_filename": "2018/gone.midi", "audio_filename": "2018/gone.wav"}, "gone.midi"),
-        ({"duration": "long"}, "'long'"),
         ({"midi_filename": "../up.midi"}, "up.midi"),
     ],
 )
@@ -115,20 +110,13 @@ def test_a_bad_row_is_left_out_and_told(tmp_path, fields, found):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (None, r"maestro-v\*.csv"),
-        (b"canonical_title,split\na,train\n", "line 2: 'midi_filename'"),
-        (b"canonical_composer\n\xff\xfe\n", "maestro-v3.0.0.csv: "),
-        (b"", "no rows"),
-    ],
+    "content", [None, b"canonical_title,split\na,train\n", b"canonical_composer\n\xff\xfe\n"]
 )
-def test_tables_that_cannot_be_read_are_refused(tmp_path, content, found):
+def test_tables_that_cannot_be_read_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "maestro-v3.0.0.csv").write_bytes(content)
-    with pytest.raises(DataError, match=found) as caught:
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))):
         read_maestro(tmp_path)
-    assert str(tmp_path) in str(caught.value)
 
 
 def test_unknown_splits_train_unless_their_piece_is_held_out(tmp_path):
@@ -142,26 +130,6 @@ def test_unknown_splits_train_unless_their_piece_is_held_out(tmp_path):
     write_table(root / "asap_sources.csv", rows)
     maestro = read_maestro(root)
     assert [r.part for r in maestro.recordings] == ["train", "test", "unknown", "train", "train"]
-    assert [r.split for r in maestro.recordings] == ["train", "test", "train", "train", "train"]
-
-
-def test_stored_energies_carry_names_and_splits(tmp_path):
-    root, out = write_maestro(tmp_path / "maestro", [row(0), row(1, "validation"), row(2)]), tmp_path / "out"
-    hint = f"render it: python data.py render --midi-root {root}"
-    with pytest.raises(DataError, match=hint):
-        data.build_fbank(root, out, workers=1, quiet=True)
-    for number in (0, 1):
-        write_wav(root / f"2018/take_{number}.wav")
-    store = data.build_fbank(root, out, workers=1, quiet=True)
-    assert store.names == ["2018/take_0", "2018/take_1"]
-    assert (store.split, store.frames.tolist()) == (["train", "validation"], [18, 18])
-    assert data.pretrain_parts(store) == {"train": [0], "valid": [1]}
-    assert ["take_2.wav: missing; " + hint in line for line in store.left_out] == [True]
-    with pytest.raises(DataError, match="take_2.wav: missing"):
-        data.build_fbank(root, out, workers=1, strict=True, quiet=True)
-
-
-# --- overlap ------------------------------------------------------------------------------------------------
 
 
 def make_overlap(tmp_path: Path) -> tuple[Path, Path]:
@@ -203,20 +171,9 @@ def test_command_reports_splits_missing_files_and_overlap(tmp_path, capsys):
     folders = ["--data", str(root), "--percepiano", str(percepiano), "--cache", str(tmp_path / "cache")]
     data.main(["maestro", *folders, "--workers", "1"])
     printed = capsys.readouterr().out
-    for line in (
-        f"{root}: 5 recordings",
-        "train: 5 recordings, 0.13 h",
-        "without MIDI file: 1",
-        f"without sound file: 4; python data.py render --midi-root {root}",
-        "performances of PercePiano: 1",
-        "same music: 1",
-        "2018/take_0 (Nobody, Étude, No. 0; train): Schubert_D960_mv2_8bars_1_09, Schubert",
-        "not compared: 2",
-    ):
-        assert line in printed
-
-
-# --- the real files -----------------------------------------------------------------------------------------
+    counts = ("train: 5 recordings, 0.13 h", "without MIDI file: 1", "without sound file: 4", "same music: 1")
+    for said in (*counts, "performances of PercePiano: 1", "not compared: 2", "2018/take_0 (Nobody"):
+        assert said in printed
 
 
 @real_files
@@ -241,6 +198,4 @@ def test_the_real_overlap(tmp_path):
     shared = maestro_overlaps(maestro, tmp_path, cache=tmp_path, quiet=True)
     players = {name[:4]: Counter(data.player_of(s) for s in segments) for name, segments in shared.items()}
     assert players == {"2013": {"1": 13}, "2015": {"3": 13}, "2017": {"6": 13}}
-    both = maestro_overlaps(maestro, tmp_path, pieces=True, cache=tmp_path, quiet=True)
-    assert len(both) == 5
-    assert all("142 No. 3" in r.title or "op142 3" in r.title for r in maestro.recordings if r.name in both)
+    assert len(maestro_overlaps(maestro, tmp_path, pieces=True, cache=tmp_path, quiet=True)) == 5

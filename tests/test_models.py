@@ -11,7 +11,7 @@ import numpy as np
 import plain_networks
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import eval as evaluation
 import models
@@ -53,9 +53,6 @@ def largest(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     return float((a - b).abs().max())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Numbers of the original
-# ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, np.ndarray]:
     if not ORACLE.is_file():
@@ -86,24 +83,6 @@ def test_logits_equal_the_originals_alone_and_in_a_batch(oracle, variant):
     assert largest(model(collate_han(items)), alone) < 1e-5
 
 
-@pytest.mark.parametrize("sequence", ["seq0", "seq1", "seq2"])
-def test_every_stage_equals_the_originals(oracle, sequence):
-    batch = collate_han([original_item(oracle, sequence)])
-    stages = han_from_percepiano(original_weights(oracle, "total_note_cat")).stages(batch)
-    found = {
-        "out_note": stages["note"],
-        "out_voice": torch.cat([stages["note"], stages["voice"]], dim=1),
-        "out_beat": stages["beat"],
-        "out_measure": stages["measure"],
-        "out_beat_spanned": stages["total_note_cat"][:, 64:96],
-        "out_measure_spanned": stages["total_note_cat"][:, 96:],
-        "total_note_cat": stages["total_note_cat"],
-        "contracted": stages["contracted"],
-        "pooled": stages["pooled"][0],
-    }
-    assert max(largest(value, oracle[f"{sequence}/{name}"]) for name, value in found.items()) < 2e-5
-
-
 def test_first_beat_of_one_note_is_spanned_in_full(oracle):
     model = han_from_percepiano(original_weights(oracle, "total_note_cat"))
     logits = model(collate_han([original_item(oracle, "quirk")]))[0]
@@ -122,8 +101,8 @@ def test_original_weights_with_prefix_and_dead_ones_and_what_is_refused(oracle, 
     found = han_from_percepiano(tensors, dropout=0.5)
     assert found.model_args["dropout"] == 0.5
     assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
-    refused = {name: {name: np.zeros(3)} for name in ("performance_encoders.bias", "note_embedder.bias")}
-    refused |= {name: {name: None} for name in ("note_embedder.fc.weight", "out_fc.4.bias")}
+    refused = {"note_embedder.bias": {"note_embedder.bias": np.zeros(3)}}
+    refused["out_fc.4.bias"] = {"out_fc.4.bias": None}
     refused["size mismatch"] = {"note_embedder.fc.bias": np.zeros(3)}
     for named, change in refused.items():
         changed = {name: value for name, value in (weights | change).items() if value is not None}
@@ -131,30 +110,13 @@ def test_original_weights_with_prefix_and_dead_ones_and_what_is_refused(oracle, 
             han_from_percepiano(changed)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Against the plain network, independence, gradients
-# ---------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_odd_pieces_equal_the_plain_network():
     """One note, no voices, gaps in every numbering."""
     items = [*make_items(23, 1, 60), make_item(20, voice=np.zeros(20, np.int64))]
     model, batch = small_han(), collate_han(items)
     assert largest(model(batch), plain_networks.PlainHAN(model).eval()(batch)) < 1e-6
-    stages = model.stages(batch)
-    assert torch.equal(
-        stages["voice"][~batch["voiced"]], torch.zeros(int((~batch["voiced"]).sum()), 2 * SIZE)
-    )
-
-
-@torch.no_grad()
-def test_attention_pooling_equals_the_plain_one_for_large_scores_and_empty_groups():
-    attention = models.ContextAttention(12, 3)
-    attention.context_vector *= 100
-    x, group = torch.randn(9, 12), torch.tensor([0, 2, 2, 5, 0, 2, 5, 5, 3])
-    membership = nn.functional.one_hot(group, 7).float()
-    plain = plain_networks.PlainAttention(attention)(x[None], membership[None])[0]
-    assert largest(attention(x, group, 7), plain) < 1e-6
-    assert not plain[[1, 4, 6]].any()
+    assert not model.stages(batch)["voice"][~batch["voiced"]].any()
 
 
 @torch.no_grad()
@@ -256,22 +218,7 @@ def test_bench_times_a_step(task, monkeypatch, capsys):
     argv = f"bench --task {task} --batch 2 --steps 1 --device cpu --amp bf16".split()
     result = evaluation.main(argv)
     assert result["items_per_second"] == pytest.approx(2 / result["seconds"])
-    said = capsys.readouterr().out
-    assert f"{1000 * result['seconds']:.1f} ms/step" in said
-    assert "bf16" in said
-
-
-@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
-def test_autocast_on_cpu_stays_near_float32(dtype, close):
-    model, batch = small_han(), collate_han(make_items(25, 60, 8))
-    expected = model(batch)
-    with torch.autocast("cpu", dtype):
-        found = model(batch)
-        assert torch.is_autocast_enabled("cpu")
-    assert found.dtype == dtype
-    assert 0 < largest(found, expected) < close
-    found.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert f"{1000 * result['seconds']:.1f} ms/step" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
@@ -294,9 +241,6 @@ def test_no_host_synchronisation_on_cuda(dtype):
     assert largest(model.eval()(batch).cpu(), reference(cpu_batch)) < 2e-3  # cuDNN may use TF32
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------
 def test_batch_holds_the_pieces():
     items = make_items(4, 9)
     batch = collate_han([item | {"y": np.full(19, i), "stats": [i]} for i, item in enumerate(items)])
@@ -315,30 +259,9 @@ def test_batch_holds_the_pieces():
     assert not {"y", "stats"} & partly.keys()
 
 
-def test_sequence_grid_holds_each_member_exactly_once_in_order():
-    rng = np.random.default_rng(3)
-    keys = [np.full(4, -1), np.zeros(1, np.int64), np.array([-1, 2, -1])]
-    for count in (1, 7, 39):
-        key = np.repeat(rng.permutation(count), rng.integers(1, 60, count))
-        keys += [key, rng.permutation(key - 1)]
-    for key in keys:
-        arrays = _sequence_grid(key, "p")
-        grid, slot = arrays["p_grid"], arrays["p_slot"]
-        names, counts = np.unique(key[key >= 0], return_counts=True)
-        assert grid.shape == (2, max(counts, default=1), max(len(names), 1))
-        for direction in range(2):
-            step, column = np.divmod(slot[direction], grid.shape[2])
-            assert len({*column[key >= 0].tolist()}) == len(names)
-            for name in names:
-                own = np.flatnonzero(key == name)[:: -1 if direction else 1]
-                assert step[own].tolist() == list(range(len(own)))  # from step 0 on, without gaps, in order
-                assert grid[direction, : len(own), column[own[0]]].tolist() == own.tolist()
-                assert len(set(column[own].tolist())) == 1
+# --- Checkpoints ------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------
 def make_ckpt(model: HAN, **more) -> dict:
     return {"task": "han", "model_args": model.model_args, "model": model.state_dict(), "ema": None} | more
 
@@ -350,7 +273,6 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
     save_checkpoint(path, make_ckpt(model.train(), data=data, step=1, best=-0.25))
     assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
     loaded, ckpt = load_checkpoint(path)
-    assert ckpt.keys() == {"format", "task", "model_args", "model", "ema", "data", "step", "best"}
     assert ckpt["data"] == data | {"sizes": [1, 2]}
     assert (ckpt["step"], ckpt["best"], ckpt["model_args"]["layers"]) == (1, -0.25, [1, 1, 2, 1])
     assert not loaded.training
@@ -363,30 +285,18 @@ def test_checkpoint_rebuilds_the_model(tmp_path):
     assert largest(model(batch), raw) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("value", "named"),
-    [
-        ({"best": np.float64(0.5)}, "ckpt['x']['best']: numpy.float64"),
-        ([1, {"mean": np.zeros(2)}], "ckpt['x'][1]['mean']: numpy.ndarray"),
-        (argparse.Namespace(lr=1.0), "ckpt['x']: argparse.Namespace"),
-        ({"f": {(1, 2): 3}}, "ckpt['x']['f']: builtins.dict"),
-    ],
-)
-def test_other_types_are_refused_before_anything_is_written(tmp_path, value, named):
-    with pytest.raises(TypeError, match=re.escape(named)):
-        save_checkpoint(tmp_path / "last.pt", {"task": "han", "x": value})
+def test_other_types_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match=re.escape("ckpt['x'][1]['mean']: numpy.ndarray")):
+        save_checkpoint(tmp_path / "last.pt", {"task": "han", "x": [1, {"mean": np.zeros(2)}]})
     assert not [*tmp_path.iterdir()]
 
 
 BAD_CHECKPOINTS = [  # what was changed, or all that the file holds
-    b"<html>not found</html>",
     b"cposix\nsystem\n(S'true'\ntR.",  # a pickle that would call os.system
     argparse.Namespace(lr=1),
-    [1, 2],
     None,
     {"task": "chess"},
     {"format": 99},
-    {"model_args": None},
     {"model_args": small_han().model_args | {"depth": 3}},
     {"model": small_han(size=16).state_dict()},
 ]
@@ -416,9 +326,9 @@ def test_a_checkpoint_that_is_cut_short_and_one_of_an_older_version(tmp_path):
         load_checkpoint(tmp_path / "cut.pt")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------
+# --- Runs -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("kind", "device", "seconds", "chosen"),
     [
@@ -426,9 +336,7 @@ def test_a_checkpoint_that_is_cut_short_and_one_of_an_older_version(tmp_path):
         ("auto", "cpu", {"off": 1.0, "bf16": 0.95, "fp16": 0.1}, "off"),
         ("auto", "cuda", {"off": 1.0, "bf16": 2.0, "fp16": 0.5}, "bf16"),
         ("auto", "cuda", {"off": 1.0, "fp16": 2.0}, "fp16"),
-        ("auto", "cuda", {"off": 1.0}, "off"),
         ("off", "cpu", {}, "off"),
-        ("bf16", "cpu", {"bf16": 1.0}, "bf16"),
     ],
 )
 def test_amp_takes_what_works(kind, device, seconds, chosen, monkeypatch):
@@ -437,35 +345,6 @@ def test_amp_takes_what_works(kind, device, seconds, chosen, monkeypatch):
     monkeypatch.setattr(models, "probe_amp", lambda *_: math.inf)
     with pytest.raises(DataError, match="--amp fp16"):
         models.working_amp("fp16", torch.device(device), None)
-
-
-def test_amp_probe_runs_and_leaves_the_generator_alone():
-    def make(factor: float):
-        return lambda: (nn.Linear(16, 8), (factor * torch.randn(4, 16),))
-
-    def broken():
-        raise RuntimeError("no kernel")
-
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    assert 0 < models.probe_amp("off", CPU, make(1.0)) < 60
-    assert models.probe_amp("bf16", CPU, make(math.inf)) == math.inf
-    assert models.probe_amp("bf16", CPU, broken) == math.inf
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
-
-
-def test_averaged_weights_are_lent_and_given_back():
-    model = small_han().train()
-    own = {name: value.clone() for name, value in model.state_dict().items()}
-    ema = {name: torch.zeros_like(value) for name, value in own.items()}
-    models.update_ema(ema, model, 0.75)
-    models.update_ema(None, model, 0.75)
-    for lent, factor in ((ema, 0.25), (None, 1.0)):
-        with models.averaged(model, lent):
-            assert all(largest(v, factor * own[k]) < 1e-7 for k, v in model.state_dict().items())
-            model.eval()
-        assert model.training
-        assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
 
 
 def test_suspects_are_the_items_without_a_finite_loss_or_all():
@@ -484,5 +363,3 @@ def test_a_log_without_nan_and_a_board(tmp_path, monkeypatch):
     assert record.keys() == {"step", "epoch", "time", "loss", "norms", "lr"}
     assert (record["step"], record["loss"], record["norms"], record["lr"]) == (3, None, {"a": 1.234568}, 0.5)
     assert [(name, step) for name, _, step in written] == [("loss", 3), ("lr", 3)]
-    models.Run(tmp_path / "other", argparse.Namespace(tensorboard=True), 1).log(3, 1, loss=1.0)
-    assert not (tmp_path / "other").exists()

@@ -108,12 +108,10 @@ SMALL = small_corpus()
 UNSPLIT = [  # names, split, fold, what the line names
     (SMALL, "paper", 0, "paper"),
     (SMALL, "segment", 4, "fold 4"),
-    (["A_8bars_1_1", "B_8bars_1_1"], "segment", 0, "train"),
     ([], "random", 0, "0 performances"),
     ([name for name in SMALL if "D935" not in name], "piece", 1, "test"),
     ([*SMALL, " Schubert_D960_mv2_8bars_1_01"], "segment", 0, "Schubert_D960_mv2_8bars_1_01"),
     ([*SMALL, "A_8bars_Me_06"], "segment", 0, "'A_8bars_Me_06'"),
-    ([*SMALL, "a b_8bars_1_06"], "segment", 0, "'a b_8bars_1_06'"),
 ]
 
 
@@ -236,12 +234,10 @@ def test_labels_and_ratings_by_hand(tmp_path):
 
 # (mean of BAD, what the line names)
 ENTRIES = [
-    ([0.5] * 19, ""),
     (0.5, ""),
     ([float("nan")] + [0.5] * 19, "nan"),
     ([1.01] + [0.5] * 19, "1.01"),
     (["x"] * 20, "'x'"),
-    ([10**400] * 20, ""),
 ]
 
 
@@ -254,14 +250,12 @@ def test_bad_label_entries_are_refused_or_noted(tmp_path, mean, named, capsys):
     assert [f"x.py: {problem}" for problem in problems] == [line]
 
 
-LABEL_FILES = [b"", b"<html>", b"\xff\xfe\x00\x01", b"[" * 100_000, b"[1, 2]"]
-
-
-@pytest.mark.parametrize("content", LABEL_FILES)
-def test_bad_label_files_are_refused(tmp_path, content, capsys):
-    refused(lambda: data.read_labels(tmp_path), capsys, tmp_path / data.MEAN_FILE)
-    (tmp_path / data.MEAN_FILE).write_bytes(content)
-    refused(lambda: data.read_labels(tmp_path), capsys, tmp_path / data.MEAN_FILE)
+@pytest.mark.parametrize("content", [b"<html>", b"\xff\xfe\x00\x01", b"[1, 2]"])
+@pytest.mark.parametrize(("read", "path"), [("labels", data.MEAN_FILE), ("ratings", data.RATINGS_FILE)])
+def test_bad_label_files_are_refused(tmp_path, content, read, path, capsys):
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_bytes(content)
+    refused(lambda: getattr(data, f"read_{read}")(tmp_path), capsys, tmp_path / path)
 
 
 ROWS = [[7, 1], ["x", 1, NAME, *[3] * 19], *([7, 1, NAME, bad, *[3] * 18] for bad in ("a", "nan", -1))]
@@ -271,14 +265,6 @@ ROWS = [[7, 1], ["x", 1, NAME, *[3] * 19], *([7, 1, NAME, bad, *[3] * 18] for ba
 def test_bad_rating_rows_are_named(tmp_path, row, capsys):
     write_labels(tmp_path, rows=[[7, 1, NAME, *[3] * 19, "", ""], row])
     refused(lambda: data.read_ratings(tmp_path), capsys, tmp_path / data.RATINGS_FILE, "line 3")
-
-
-def test_other_ratings_files_are_refused(tmp_path, capsys):
-    refused(lambda: data.read_ratings(tmp_path), capsys, tmp_path / data.RATINGS_FILE)
-    write_labels(tmp_path, rows=[])
-    for content in (b"<html>", b"\xff\xfe", b"", (tmp_path / data.RATINGS_FILE).read_bytes()):
-        (tmp_path / data.RATINGS_FILE).write_bytes(content)
-        refused(lambda: data.read_ratings(tmp_path), capsys, tmp_path / data.RATINGS_FILE)
 
 
 @needs_shared
