@@ -1,6 +1,7 @@
 """The built-in piano by its physics, and the command that writes WAV files."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
