@@ -159,9 +159,3 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
         argv = [word for key, value in given.items() for word in (key, str(tmp_path / value))]
         assert name in refusal([*argv, "--device", "cpu"], capsys)
     assert not (tmp_path / "a.png").exists()
-
-
-def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.os, "access", lambda *_: False)
-    with pytest.raises(data.DataError, match=str(tmp_path)):
-        evaluation.check_picture(tmp_path / "new" / "a.png")

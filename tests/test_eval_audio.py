@@ -44,9 +44,6 @@ def crops_of(x: np.ndarray, *starts: int) -> list[torch.Tensor]:
     return [x[None, start : start + 64] for start in starts]
 
 
-# --- prediction ---------------------------------------------------------------------------------------------
-
-
 def test_crops_cover_an_item_evenly():
     for frames, crops, expected in (
         (50, None, [0]),
@@ -89,9 +86,6 @@ def test_a_short_item_is_filled_with_silence_before_normalisation():
     raw = {key: value for key, value in INFO.items() if "target" not in key}
     spy.forward = lambda x: x.new_full((len(x), 19), 0.25)
     assert evaluation.predict_ast(spy, clips(20), raw, CPU).tolist() == [[0.25] * 19]
-
-
-# --- permutation and paired bootstrap -----------------------------------------------------------------------
 
 
 def test_permutation_equals_enumeration():
@@ -142,9 +136,6 @@ def test_paired_bootstrap_equals_a_plain_loop():
     assert p == approx(np.minimum(1, 2 * (np.minimum(below, above) + 1) / 201))
 
 
-# --- rater ceiling ------------------------------------------------------------------------------------------
-
-
 def simulated(items: int, raters: int, between: float, error: float, again: float) -> tuple:
     """Ratings of known variances: true ratings of variance 1; some raters rate an item several times."""
     rng, truth, rows = np.random.default_rng(8), {}, []
@@ -192,9 +183,6 @@ def test_ceiling_command(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert f"{views['all']['r2'][0]:.4f}" in out
     assert f"{views['no_renderings']['pearson'].mean():.4f}" in out
-
-
-# --- a small corpus: loudness is the rating -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -299,9 +287,6 @@ def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
     assert json.loads((tmp_path / "results/ast_probe_segment.json").read_text())["probe"] == bare
     with pytest.raises(DataError, match="rates.pt: .*a pre-training"):
         evaluation.main([*probe, checkpoint(tmp_path / "rates.pt")])
-
-
-# --- comparison ---------------------------------------------------------------------------------------------
 
 
 def results_file(path, corpus, noise: float, split: str = "segment", segments=range(9)) -> str:

@@ -91,63 +91,6 @@ def _quick(monkeypatch, request):
     monkeypatch.setattr(evaluation, "cluster_bootstrap", partial(evaluation.cluster_bootstrap, n=20))
 
 
-@pytest.fixture
-def corpus(monkeypatch, tmp_path):
-    """Segments 2-3 and 4-5 validate in fold 0, 1; 6-7, test, are unrated."""
-    rng, items = np.random.default_rng(1), {}
-    for segment in range(8):
-        for player in ("1", "2", "3", "Score"):
-            notes, level = int(rng.integers(12, 30)), rng.random()
-            x = rng.normal(0, 0.1, (notes, len(COLUMNS))).astype(np.float32)
-            x[:, COLUMNS.index("velocity")] = level
-            item = {"x": x, "voice": np.ones(notes, int)}
-            item |= {"beat": np.arange(notes) // 3, "measure": np.arange(notes) // 9}
-            items[f"A<script>&amp;_8bars_{player}_{segment:02d}"] = item
-            if segment < 6:
-                item["y"] = np.linspace(0.2 * level, level, 19).astype(np.float32)
-    made = SimpleNamespace(root="fake", synthetic=True, items=items, columns=COLUMNS, left_out=[])
-
-    def parts(corpus, split, fold, keep_overlap=False, keep_misaligned=False):
-        where = {"train": range(2), "valid": range(2 + 2 * fold, 4 + 2 * fold), "test": (6, 7)}
-        return {part: [n for n in items if int(n[-2:]) in segments] for part, segments in where.items()}
-
-    monkeypatch.setattr(evaluation, "load_percepiano", lambda *a, **k: made)
-    monkeypatch.setattr(evaluation, "synthetic_percepiano", lambda cache: "synthetic")
-    monkeypatch.setattr(evaluation, "percepiano_parts", parts)
-    monkeypatch.setattr(evaluation, "prepare_han", lambda corpus, names, data: [items[n] for n in names])
-    monkeypatch.chdir(tmp_path)
-    return made
-
-
-@pytest.fixture
-def speech(monkeypatch, tmp_path):
-    """Two days of two blocks of four trials, and a test trial each."""
-    rng = np.random.default_rng(3)
-    block = np.array([1, 1, 1, 1, 2, 2, 2, 2, 3] * 2)
-    count = len(block)
-    lengths = rng.integers(40, 90, count)
-    made = SpeechCorpus(
-        features=rng.standard_normal((lengths.sum(), 4), np.float32),
-        offsets=np.append(0, lengths.cumsum()),
-        day=np.repeat([0, 1], count // 2),
-        block=block,
-        part=np.where(block == 3, "test", "train"),
-        labels=[rng.integers(1, 41, 6) for _ in range(count)],
-        text=["the <voice>"] * count,
-        ids=[f"trial<{i:02d}>" for i in range(count)],
-        days=list(DAYS),
-        channels=4,
-        root=Path("memory"),
-        synthetic=True,
-        left_out=[],
-        labelled=np.ones(count, bool),
-    )
-    monkeypatch.setattr(evaluation, "open_speech", lambda *a, **k: made)
-    monkeypatch.setattr(evaluation, "synthetic_speech", lambda cache: "synthetic")
-    monkeypatch.chdir(tmp_path)
-    return made
-
-
 def report(*runs: str, more: tuple = ()) -> dict:
     return evaluation.main(["report", "--run", *runs, "--out", "r.html", "--device", "cpu", *more])
 

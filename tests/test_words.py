@@ -45,9 +45,6 @@ def search_of(folder, lexicon: dict[str, str], sentences) -> evaluation.WordSear
     )
 
 
-# --- language model ---
-
-
 def by_definition(sentences, w: str, h: tuple[str, ...]) -> float:
     """Interpolated Witten-Bell probability of w after h, by counting anew at every call."""
     after = [
@@ -104,17 +101,6 @@ def test_a_file_that_is_no_language_model_is_named(tmp_path, capfd, text):
     refused(lambda: evaluation.load_lm(path, ["sea"]), capfd, path)
 
 
-def test_a_language_model_in_capitals_is_understood(tmp_path, capfd):
-    (tmp_path / "lm.arpa").write_text(GOOD)
-    _, scores, known = evaluation.load_lm(tmp_path / "lm.arpa", ["sea", "boat"])
-    assert scores == pytest.approx([-0.5, -1.0])
-    assert known == 1
-    assert capfd.readouterr().err == ""
-
-
-# --- lexicon ---
-
-
 def test_lexicon_files(tmp_path):
     path = tmp_path / "lexicon.txt"
     path.write_text(";;; comment\nSEA\tS IY1\nread R EH D SIL\nread(2)  R IY1 D\n\nsea S IY\n")
@@ -146,9 +132,6 @@ def test_the_training_lexicon_takes_pronunciations_from_the_labels():
     expected = "we W IY,music M Y UW Z IH K,read R EH D,read R IY D,the DH AH,very V EH R IY"
     lexicon = evaluation.training_lexicon(spoken, [np.array(ids(sounds)) for sounds in spoken.values()])
     assert [" ".join([word, evaluation.spell(sounds)]) for word, sounds in lexicon] == expected.split(",")
-
-
-# --- search ---
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -236,19 +219,12 @@ def test_words_by_hand(tmp_path, lexicon, text, heard, expected):
     assert search.known == len(set(text.replace(",", " ").split()) & lexicon.keys())
 
 
-def test_search_refusals(capsys):
-    refused(lambda: evaluation.witten_bell([]), capsys, "--lm")
-    refused(lambda: evaluation.tune_words(lambda *_: [], [], [], NEUTRAL), capsys, "--tune")
-
-
 def test_nearest_words_by_hand():
     spoken = {"sea": "S IY", "see": "S IY", "boat": "B OW T", "the": "DH AH"}
     lexicon = [(word, ids(sounds)) for word, sounds in spoken.items()]
     heard = [ids("S IY SIL B OW SIL"), ids("SIL DH DH AH SIL SIL K OW T"), (), (SIL, SIL), ids("ZH SIL")]
     assert evaluation.nearest_words(heard, lexicon) == [["sea", "boat"], ["the", "boat"], [], [], ["sea"]]
 
-
-# --- the whole ---
 
 CLASSES = {
     "who": "we you they he she",
@@ -351,17 +327,6 @@ def test_given_lexicon_and_lm_and_words_outside_them(corpus, tmp_path):
     figures = run_words(corpus, tmp_path, slice(120, 140), *given)
     assert figures["outside_lexicon"] == " ".join(corpus[0].text[120:140]).split().count("bridge") > 0
     assert figures["wer"] < figures["nearest"]
-
-
-def test_unlabelled_trials_are_decoded_without_a_rate(corpus, tmp_path, capsys):
-    figures = run_words(corpus, tmp_path, slice(140, 160), "--submission", str(tmp_path / "out.txt"))
-    assert "wer" not in figures
-    lines = (tmp_path / "out.txt").read_text().splitlines()
-    assert len(lines) == 20
-    assert all(line.split()[0] in CLASSES["who"].split() for line in lines)
-
-
-# --- submissions ---
 
 
 def test_submissions_stand_in_the_competitions_order(corpus, tmp_path):
