@@ -145,7 +145,6 @@ FORMS = {
     "han": {"pooled": True},
     "measure": {"level": "measure"},
     "beat": {"level": "beat"},
-    "bilstm": {"model": "bilstm"},
     "score": {"features": "score"},
 }
 
@@ -203,8 +202,6 @@ def test_what_cannot_be_explained_is_refused(work, tmp_path):
     ):
         with pytest.raises(DataError, match=name):
             evaluation.explain(kind, tmp_path / "a.png", members, what)
-        with pytest.raises(DataError, match="a.txt"):
-            evaluation.explain(kind, tmp_path / "a.txt", [], {})
     assert not (tmp_path / "a.png").exists()
 
 
