@@ -146,11 +146,15 @@ def test_page_of_a_decoder_holds_the_figures_of_evaluate(speech):
         assert page.row(day)[1:] == [f"{f['per']:.4f}", *counts]
     with open("t.csv", newline="") as file:
         decoded = {row["trial"]: row for row in csv.DictReader(file)}
+    sides = ("reference", "hypothesis")
+    spoken = [[[*map(PHONEMES.index, row[side].split())] for row in decoded.values()] for side in sides]
+    for substitution in evaluation.substitutions(*spoken):
+        assert list(map(str, substitution)) in page.rows
     errors = {t: sum(int(r[key]) for key in evaluation.EDITS) for t, r in decoded.items()}
     worst = max(errors.values())  # every trial has six labels
     row = next(row for row in reversed(page.rows) if row[0] in decoded)
     assert errors[row[0]] == worst
-    assert row[1:] == [decoded[row[0]][side] for side in ("reference", "hypothesis")]
+    assert row[1:] == [decoded[row[0]][side] for side in sides]
 
 
 def test_page_of_a_pretraining_needs_no_data(tmp_path, monkeypatch):
