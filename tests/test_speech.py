@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,15 +143,19 @@ def total(report, name):
     return sum(row[name] for row in report["days"])
 
 
+def named(corpus, *names):
+    """One line of what was left out for each name."""
+    for name in names:
+        assert sum(name in line for line in corpus.left_out) == 1, name
+    assert len(corpus.left_out) == len(names)
+
+
 def one_day(tmp_path, day, folder="train", session=SESSIONS[0], **options):
     """Converts one .mat file beside a sound one."""
     write_mat(tmp_path / "in", {(folder, session): day, ("train", SESSIONS[2]): raw_day(5, 4)})
     return convert(tmp_path / "in", tmp_path / "out", **options)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Formats
-# ------------------------------------------------------------------------------------------------------------
 def test_mat_files_convert_to_the_written_out_formula(corpus, days):
     folders = ("train", "test", "competitionHoldOut")
     order = [key for folder in folders for key in sorted(days) if key[0] == folder]
@@ -224,22 +228,19 @@ def test_pickle_protocols_scalars_and_foreign_labels(protocol, days, tmp_path, m
     assert (got.days, got.text[0]) == (["day00"], raw["sentenceText"][0])
     assert total(report, "standardised") == 0
     assert got.labels[2][0] == ids_of(raw["sentenceText"][2])[0] + 1  # the file's labels are what counts
+    for note in ("without block numbers", "labels not compared with sentences"):
+        assert sum(note in line for line in report["notes"]) == 1
 
 
 HOSTILE = {  # each would write a file if it were obeyed, or names what no data set needs
     "os.system": b"cos\nsystem\n(S'touch {}'\ntR.",
     "builtins.eval": b'cbuiltins\neval\n(S\'open("{}", "w")\'\ntR.',
-    "subprocess.Popen": b"\x80\x04\x8c\nsubprocess\x8c\x05Popen\x93(S'touch {}'\ntR.",
-    "numpy.load": b"cnumpy\nload\n(S'{}'\ntR.",
     "builtins.getattr": b"cbuiltins\ngetattr\n(cnumpy\ndtype\nS'type'\ntR.",
     "numpy.core.multiarray.fromfile": b"cnumpy.core.multiarray\nfromfile\n(S'{}'\ntR.",
     "of type V8": b"cnumpy\ndtype\n(S'V8'\ntR.",
     "NoneType": b"cnumpy\nndarray\n((I4\ntS'O'\ntR.",  # may be named, not called
-    "Ran out": b"\x80\x04",
-    "EOFError|Ran out": b"",
     "unreadable as a pickle": b"garbage",
     "'int' object has no": b"I5\n.",
-    "'int' object is not": b"}S'train'\nI3\ns.",
 }
 
 
@@ -269,31 +270,10 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
     got, report = convert(root, tmp_path / "out", channels=256)
     assert [i[-4:] for i in got.ids] == ["0000", "0001", "0002", "0003", "0004"]
     assert got.block.tolist() == [3, 3, 3, 3, -1]
-    for found in ("data_val.hdf5: unreadable", "notes, trial_0005", "expected numbers, 5 bins", "[41, "):
-        assert sum(found in line for line in got.left_out) == 1, found
-    assert len(got.left_out) == 4
+    named(got, "data_val.hdf5: unreadable", "notes, trial_0005", "expected numbers, 5 bins", "[41, ")
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(data.DataError, match="hdf5: .*pip install h5py"):
         convert(root, tmp_path / "again")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Layouts; bad input: one line each, counted, nothing else lost
-# ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("text", ["padded", "column of cells", "nested cells"])
-def test_layouts_of_text_and_blocks(text, tmp_path):
-    day = raw_day(1, 4)
-    expected = [str(t) for t in day["sentenceText"]]
-    day["blockIdx"] = day["blockIdx"].T
-    day["sentenceText"] = {
-        "padded": np.array([t.ljust(50) for t in expected]),
-        "column of cells": cells(expected).T,
-        "nested cells": cells([cells([t]) for t in expected]),
-    }[text]
-    day["tx1"] = day["tx1"].T
-    got, _ = one_day(tmp_path, day)
-    assert got.text[:4] == expected
-    assert got.block[:4].tolist() == [3, 3, 4, 4]
 
 
 def test_bad_trials_are_reported_and_the_others_kept(tmp_path):
@@ -319,8 +299,6 @@ def test_bad_trials_are_reported_and_the_others_kept(tmp_path):
     with pytest.raises(data.DataError, match="trial 0, 7: 1 bins of NaN"):
         convert(tmp_path / "in", tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()
-    with pytest.raises(data.DataError, match="trial 0, 7: 1 bins of NaN"):
-        data.open_speech(tmp_path / "out", strict=True)
 
 
 def test_constant_channels_and_sentences_without_words(tmp_path):
@@ -336,35 +314,19 @@ def test_constant_channels_and_sentences_without_words(tmp_path):
     assert report["left_out"] == []
 
 
-@pytest.mark.parametrize("block", [None, np.ones((3, 1)), np.full((8, 1), np.nan), np.full((8, 1), 1.5)])
-def test_a_missing_block_index_makes_one_block(block, tmp_path):
-    day = raw_day(1)
-    del day["blockIdx"]
-    got, report = one_day(tmp_path, day if block is None else day | {"blockIdx": block})
-    assert (got.block[:8] == -1).all()
-    one_block = np.concatenate(standardised(day | {"blockIdx": np.ones((8, 1))}))
-    np.testing.assert_array_equal(got.features[: got.offsets[8]], one_block)
-    assert report["left_out"] == []
-
-
 def test_files_that_cannot_be_read_cost_themselves_alone(days, tmp_path, monkeypatch):
     good, other = days["train", SESSIONS[0]], days["test", SESSIONS[2]]
     bad = {
         "no_tx1": {name: good[name] for name in good if name != "tx1"},
         "few_texts": good | {"sentenceText": good["sentenceText"][:5]},
-        "few_powers": good | {"spikePow": good["spikePow"][:, :7]},
         f" {SESSIONS[0]}": good,  # a second file of its session
     }
     files = {("train", SESSIONS[0]): good, ("test", SESSIONS[2]): other}
     root = write_mat(tmp_path / "in", files | {("train", name): day for name, day in bad.items()})
     folder = root / "competitionData"
     whole = (folder / "test" / f"{SESSIONS[2]}.mat").read_bytes()
-    (folder / "train" / "garbage.mat").write_bytes(b"garbage")
     (folder / "train" / "truncated.mat").write_bytes(whole[: len(whole) // 2])
-    crash = bytearray(whole)
-    crash[128] = 0xE7  # an element of an unknown type: SciPy's reader may look beyond its table
-    (folder / "test" / "crash.mat").write_bytes(crash)
-    (folder / "test" / "killer.mat").write_bytes(whole)
+    (folder / "test" / "killer.mat").write_bytes(whole)  # SciPy's reader may crash
     read = data.loadmat
     monkeypatch.setattr(
         data, "loadmat", lambda path, **kw: os._exit(1) if path.stem == "killer" else read(path, **kw)
@@ -372,10 +334,7 @@ def test_files_that_cannot_be_read_cost_themselves_alone(days, tmp_path, monkeyp
     got, report = convert(root, tmp_path / "out")
     assert (len(got.ids), got.days) == (16, [SESSIONS[0], SESSIONS[2]])
     np.testing.assert_array_equal(got.features[: got.offsets[8]], np.concatenate(standardised(good)))
-    for name in ("no_tx1", "few_texts", "few_powers", "garbage", "truncated", "crash", "killer"):
-        assert sum(f"{name}.mat: " in line for line in got.left_out) == 1, name
-    assert sum("a second file of its session" in line for line in got.left_out) == 1
-    assert len(got.left_out) == 8
+    named(got, "no_tx1.mat", "few_texts.mat", "truncated.mat", "killer.mat", "a second file of its session")
 
 
 def test_pickle_days_are_not_mapped_by_position(days, tmp_path):
@@ -388,44 +347,33 @@ def test_pickle_days_are_not_mapped_by_position(days, tmp_path):
     content["train"][2]["phonemes"][4] = [[1], [2, 3]]
     got, _ = convert(write_pickle(tmp_path / "ptDecoder_ctc", content), tmp_path / "out")
     assert (got.days, len(got.ids)) == (["day00", "day02"], 14)
-    for found in (
-        "competition: 1 days for 3 names",
-        "day01: 'timeSeriesLens'",
-        "trial 3: float32",
-        "trial 4",
-    ):
-        assert sum(found in line for line in got.left_out) == 1, found
-    for names in ({"train": [1, 2, 3]}, ["a"], "{"):
-        (tmp_path / "names.json").write_text(names if isinstance(names, str) else json.dumps(names))
+    named(got, "competition: 1 days for 3 names", "day01: 'timeSeriesLens'", "trial 3: float32", "trial 4")
+    for names in ('{"train": [1, 2, 3]}', "{"):
+        (tmp_path / "names.json").write_text(names)
         with pytest.raises(data.DataError, match="names.json: [^\n]*expected JSON"):
             convert(tmp_path / "ptDecoder_ctc", tmp_path / "again", sessions=tmp_path / "names.json")
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "match"),
+    ("files", "out", "match"),
     [
-        (["competitionData/train/readme.txt"], {}, "files of 0 formats"),
-        (["ptDecoder_ctc", "train/a.mat"], {}, "files of 2 formats"),
-        (["train/a.mat"], {"out": ""}, "not empty"),
-        (["train/a.mat"], {}, "a.mat: unreadable"),
+        (["competitionData/train/readme.txt"], "out", "files of 0 formats"),
+        (["ptDecoder_ctc", "train/a.mat"], "out", "files of 2 formats"),
+        (["train/a.mat"], "in", "not empty"),
+        (["train/a.mat"], "out", "a.mat: unreadable"),
     ],
 )
-def test_folders_that_do_not_convert(files, options, match, tmp_path):
-    (tmp_path / "in").mkdir()
+def test_folders_that_do_not_convert(files, out, match, tmp_path):
     for name in files:
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(b"x")
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(data.DataError, match=match):
-        convert(tmp_path / "in", tmp_path / options.get("out", "out"))
+        convert(tmp_path / "in", tmp_path / out)
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(data.DataError, match="absent: no such folder"):
-        data.open_speech(tmp_path / "absent")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The converted folder
-# ------------------------------------------------------------------------------------------------------------
 def test_public_folders_open_through_the_cache(days, corpus, tmp_path, monkeypatch):
     root = write_mat(tmp_path / "in", {key: days[key] for key in days if key[1] == SESSIONS[0]})
     calls, convert_speech = [], data.convert_speech
@@ -448,20 +396,12 @@ def test_public_folders_open_through_the_cache(days, corpus, tmp_path, monkeypat
     assert data.open_speech(root, tmp_path / "cache", quiet=True).root != first.root
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda info: info.update(rules="0123456789ab"), "label rules 0123456789ab"),
-        (lambda info: info.pop("days"), "days"),
-    ],
-)
-def test_a_converted_folder_of_other_rules_or_damage_is_refused(change, match, corpus, tmp_path):
+def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path):
     for name in ("features.npy", "offsets.npy"):
         os.link(corpus.root / name, tmp_path / name)
     info = json.loads((corpus.root / "trials.json").read_text())
-    change(info)
-    (tmp_path / "trials.json").write_text(json.dumps(info))
-    with pytest.raises(data.DataError, match=f"{tmp_path}: [^\n]*{match}[^\n]*decoder-convert"):
+    (tmp_path / "trials.json").write_text(json.dumps(info | {"rules": "0123456789ab"}))
+    with pytest.raises(data.DataError, match=f"{tmp_path}: .*label rules 0123456789ab.*decoder-convert"):
         data.open_speech(tmp_path)
 
 
@@ -469,36 +409,16 @@ def test_the_command_prints_the_report(mat, capsys, tmp_path):
     data.main(["decoder-convert", "--in", str(mat), "--out", str(tmp_path / "out"), "--dtype", "float16"])
     out = capsys.readouterr().out
     assert "56 trials of 3 days" in out
-    assert "float16" in out
     row = next(line.split() for line in out.splitlines() if line.split()[:2] == ["competition", SESSIONS[1]])
     assert row[2:] == ["4", row[3], "0", "0"]
-    assert "left out: 0" in out
     assert "train 12, valid 12, test 24, competition 8" in out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Parts, days, batches
-# ------------------------------------------------------------------------------------------------------------
 def make_corpus(day, block, part, labelled=None):
-    """A corpus without features, of three days."""
-    n = len(day)
-    labelled = np.ones(n, bool) if labelled is None else np.array(labelled)
-    return data.SpeechCorpus(
-        features=np.zeros((n, 4), np.float32),
-        offsets=np.arange(n + 1),
-        day=np.array(day),
-        block=np.array(block),
-        part=np.array(part),
-        labels=[np.array([1, 2])[: 2 * x] for x in labelled],
-        text=[""] * n,
-        ids=[str(i) for i in range(n)],
-        days=[f"t12.2022.01.{d + 1:02d}" for d in range(3)],
-        channels=4,
-        root=Path("made"),
-        synthetic=True,
-        left_out=[],
-        labelled=labelled,
-    )
+    """What `speech_parts` reads of a corpus of three days."""
+    arrays = {"day": np.array(day), "block": np.array(block), "part": np.array(part)}
+    labelled = np.ones(len(day), bool) if labelled is None else np.array(labelled)
+    return SimpleNamespace(days=["one", "two", "three"], root="made", labelled=labelled, **arrays)
 
 
 def test_whole_blocks_validate_a_tenth_and_every_day_of_two_blocks():
@@ -510,22 +430,18 @@ def test_whole_blocks_validate_a_tenth_and_every_day_of_two_blocks():
     key = day * 100 + block
     assert not set(key[parts["train"]]) & set(key[parts["valid"]])
     assert np.unique(day[parts["valid"]]).tolist() == [0, 1, 2]
-    assert not np.array_equal(data.speech_parts(corpus, seed=8)["valid"], parts["valid"])
     few = data.speech_parts(make_corpus([0] * 4 + [1] * 4, [1, 1, 2, 2, 5, 5, 5, 5], ["train"] * 8))
     assert len(few["valid"]) == 2
     assert (few["valid"] < 4).all()  # the day of one block gives none
 
 
 def test_days_without_blocks_and_the_test_part_validate():
-    without = make_corpus([0] * 30 + [1] * 9 + [0] * 2, [-1] * 41, ["train"] * 39 + ["test"] * 2)
-    parts = data.speech_parts(without)
+    parts = ["train"] * 39 + ["test"] * 2
+    parts = data.speech_parts(make_corpus([0] * 30 + [1] * 9 + [0] * 2, [-1] * 41, parts))
     assert (parts["valid"].tolist(), parts["test"].tolist()) == ([27, 28, 29], [39, 40])
     part, labelled = ["train"] * 3 + ["test"] * 2 + ["competition"], [True, False, True, True, False, False]
     parts = data.speech_parts(make_corpus([0] * 6, [1, 1, 2, 2, 3, 3], part, labelled), "test")
-    assert list(parts) == ["train", "valid", "test", "competition"]
     assert [trials.tolist() for trials in parts.values()] == [[0, 2], [3], [3, 4], [5]]
-    with pytest.raises(data.DataError, match="--valid dev: unknown"):
-        data.speech_parts(without, "dev")
     with pytest.raises(data.DataError, match="--valid blocks: no labelled trial"):
         data.speech_parts(make_corpus([0] * 3, [1] * 3, ["train"] * 3))
 
@@ -535,26 +451,20 @@ def test_days_map_by_name():
     assert data.map_days(known[::-1], known).tolist() == [2, 1, 0]
     days = ["t12.2022.05.11", known[0], "t12.2022.05.12", "t12.2025.01.01", "t12.2001.01.01"]
     assert data.map_days(days, known, "nearest").tolist() == [1, 0, 2, 2, 0]  # the earlier of two as near
-    assert data.map_days(days, known[::-1], "nearest").tolist() == [1, 2, 0, 0, 2]
     assert data.map_days(days, known, "mean").tolist() == [-1, 0, -1, -1, -1]
-    for wanted, rule, match in (
-        (days, None, "session t12.2022.05.11.*--day mean"),
-        (["day00"], "nearest", "session day00: no date"),
-        (days, "first", "--day first"),
-    ):
-        with pytest.raises(data.DataError, match=match):
-            data.map_days(wanted, known, rule)
+    with pytest.raises(data.DataError, match="session t12.2022.05.11.*--day mean"):
+        data.map_days(days, known, None)
+    with pytest.raises(data.DataError, match="session day00: no date"):
+        data.map_days(["day00"], known, "nearest")
 
 
 def test_items_and_batches(corpus):
     trials = [0, 30, 50]
     items = [data.speech_item(corpus, i) for i in trials]
     batch = data.collate_speech(items)
-    assert batch["x"].shape == (3, max(corpus.lengths[trials]), 256)
     assert batch["lengths"].tolist() == corpus.lengths[trials].tolist()
     assert batch["day"].tolist() == corpus.day[trials].tolist()
     assert batch["label_lengths"].tolist() == [len(corpus.labels[0]), len(corpus.labels[30]), 0]
-    assert {batch[k].dtype for k in ("lengths", "day", "labels", "label_lengths")} == {torch.int64}
     assert batch["ids"] == [corpus.ids[i] for i in trials]
     for b, i in enumerate(trials):
         T, own = corpus.lengths[i], corpus.features[corpus.offsets[i] : corpus.offsets[i + 1]]
@@ -562,8 +472,6 @@ def test_items_and_batches(corpus):
         assert (batch["x"][b, T:] == 0).all()
         rest = [0] * (batch["labels"].shape[1] - len(corpus.labels[i]))
         assert batch["labels"][b].tolist() == corpus.labels[i].tolist() + rest
-    trial = data.SpeechTrials(corpus, np.array(trials), np.array([5, 6, 7]))[1]
-    assert (trial["id"], trial["day"]) == (corpus.ids[30], 5 + corpus.day[30])
 
 
 @pytest.mark.parametrize("labels", [[], [4], [4, 4], [1, 2, 2, 2, 3, 40, 40]])
@@ -576,9 +484,6 @@ def test_frames_needed_equals_the_shortest_that_ctc_can_spell(labels):
         assert math.isfinite(loss) == (frames == needed)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Noise and masks
-# ------------------------------------------------------------------------------------------------------------
 LENGTHS = torch.tensor([300, 120, 7, 1])
 
 
@@ -597,7 +502,6 @@ def test_noise_has_its_two_scales_on_valid_bins_only():
     assert torch.allclose(offset[0], offset[0, :1].expand(300, -1))
     assert offset[:, 0].std() == pytest.approx(0.2, rel=0.15)
     assert torch.equal(data.add_noise(x, LENGTHS, 0.8, 0.2, seeded(1)), noise)
-    assert torch.equal(data.add_noise(x, LENGTHS, 0.0, 0.0), x)
 
 
 def test_the_mask_hides_what_its_formula_says():
@@ -618,8 +522,6 @@ def test_one_span_is_uniform_in_length_and_place_and_stays_inside():
     assert (masked[:, 30:] == 1).all()
     hidden = masked[:, :, 0] == 0
     length, start = hidden.sum(1), hidden.float().argmax(1)
-    spans = torch.arange(40) - start[:, None]
-    assert torch.equal(hidden, (spans >= 0) & (spans < length[:, None]))  # in one piece
     counts = torch.bincount(length)[1:]
     assert len(counts) == 5
     assert ((counts - 800).abs() < 110).all()
@@ -632,10 +534,6 @@ def test_masks_are_off_at_zero_deterministic_and_fit_short_trials():
     x = torch.ones(4, 300, 3)
     for off in ((0, 15, 2), (0.5, 0, 2), (0.5, 15, 0)):
         assert torch.equal(data.time_mask(x, LENGTHS, *off), x)
-    first, second, third = (data.time_mask(x, LENGTHS, 0.5, 40, 6, seeded(seed)) for seed in (4, 4, 5))
+    first, second = (data.time_mask(x, LENGTHS, 0.5, 40, 6, seeded(4)) for _ in range(2))
     assert torch.equal(first, second)
-    assert not torch.equal(first, third)
-    for b, T in enumerate(LENGTHS):
-        assert (first[b, T:] == 1).all()
     assert not data.time_mask(x, LENGTHS, 1.0, 1000, 50)[3, :1].any()
-    assert torch.equal(data.time_mask(x, torch.zeros(4, dtype=torch.int64), 1.0, 0.5, 3), x)

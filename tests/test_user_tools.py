@@ -1,7 +1,6 @@
 """What a user meets: help texts, slips, and every tool of eval.py on runs that the trainers wrote."""
 
 import argparse
-import csv
 import functools
 import re
 from collections import Counter
@@ -17,7 +16,6 @@ import eval as evaluation
 import pretrain_ast
 import train_decoder
 import train_han
-from data import LABELS
 
 TRAINERS = {"train_han.py": train_han, "train_decoder.py": train_decoder, "pretrain_ast.py": pretrain_ast}
 TOOLS = {name: trainer.parse_args for name, trainer in TRAINERS.items()}
@@ -27,9 +25,6 @@ for main, script, command in COMMANDS:
     run = lambda main, command, argv: main([*command.split(), *argv])  # noqa: E731
     TOOLS[f"{script} {command}"] = functools.partial(run, main, command)
 every_tool = pytest.mark.parametrize("tool", TOOLS)
-
-
-# --- help and slips ---
 
 
 @every_tool
@@ -44,18 +39,16 @@ def test_help_explains_every_option(tool, monkeypatch):
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
-SLIPS = [
-    ("eval.py", [], "evaluate, predict"),
-    ("eval.py", ["florr"], "florr"),
-    ("eval.py", ["floor", "--task", "hann"], "hann"),
-    ("eval.py", ["curves"], "--run"),
-    ("data.py", ["percepinao"], "percepinao"),
-    ("data.py", ["fbank"], "--data"),
-    ("eval.py", ["ceiling", "--qqqq=3"], "--qqqq"),
-]
-
-
-@pytest.mark.parametrize(("script", "argv", "named"), SLIPS)
+@pytest.mark.parametrize(
+    ("script", "argv", "named"),
+    [
+        ("eval.py", [], "evaluate, predict"),
+        ("eval.py", ["florr"], "florr"),
+        ("eval.py", ["floor", "--task", "hann"], "hann"),
+        ("data.py", ["fbank"], "--data"),
+        ("eval.py", ["ceiling", "--qqqq=3"], "--qqqq"),
+    ],
+)
 def test_slips_are_refused_in_a_line_after_the_usage(script, argv, named, capsys):
     main = {"eval.py": evaluation.main, "data.py": data.main}[script]
     with pytest.raises(SystemExit) as stop:
@@ -65,8 +58,6 @@ def test_slips_are_refused_in_a_line_after_the_usage(script, argv, named, capsys
     assert len(usage) <= 1
     assert named in line
 
-
-# --- every tool on runs of every trainer ---
 
 HAN = "--split random --keep-overlap --size 8 --heads 2 --batch 8 --epochs 2 --lr 3e-3 --pooled"
 AST = "--task finetune --split random --keep-overlap --width 16 --depth 1 --heads 2 --frames 64 --batch 8"
@@ -109,58 +100,17 @@ def made(tmp_path_factory):
     )
 
 
-@pytest.fixture
-def rows(made, tmp_path):
-    """What `evaluate --csv` says of a run: one dict a line."""
-
-    def read(kind):
-        where = [*made.data(kind), *made.common, "--csv", str(tmp_path / "rows.csv")]
-        evaluation.main(["evaluate", "--ckpt", made.best(kind), *where])
-        with open(tmp_path / "rows.csv", newline="") as file:
-            return list(csv.DictReader(file))
-
-    return read
-
-
-@pytest.mark.parametrize("kind", ["han", "ast"])
-def test_files_are_rated_as_the_corpus_is(kind, made, rows, tmp_path, capsys):
-    expected = {row["name"]: [float(row[label]) for label in LABELS] for row in rows(kind)}
-    name = next(iter(expected))
-    files = made.root / "piano/virtuoso/data"
-    inputs = ["--midi", str(files / f"all_2rounds/{name}.mid")] + [
-        "--score",
-        str(files / f"score_xml/{data.score_of(name)}.musicxml"),
-    ] * (kind == "han")
-    why = ["--explain", str(tmp_path), "--device", "cpu"]
-    (record,) = evaluation.main(["predict", "--ckpt", made.best(kind), *inputs, *why])
-    assert record["name"] == name
-    assert list(record["ratings"].values()) == pytest.approx(expected[name], abs=6e-5)
-    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_trials_are_decoded_as_the_corpus_is(made, rows):
-    expected = {row["trial"]: row["hypothesis"] for row in rows("decoder")}
-    records = evaluation.main(
-        ["predict", "--ckpt", made.best("decoder"), "--speech", str(made.root / "speech"), *made.common]
-    )
-    spelt = {record["id"]: record["phonemes"] for record in records}
-    assert len(expected) > 2
-    assert {trial: spelt[trial] for trial in expected} == expected
-
-
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_report_stands_alone(kind, made, tmp_path):
     out = tmp_path / "report.html"
-    run = made.runs[kind, "a"]
-    result = evaluation.main(["report", "--run", run, "--out", str(out), *made.common])
+    result = evaluation.main(["report", "--run", made.runs[kind, "a"], "--out", str(out), *made.common])
     page = Page(out)  # tags balanced, nothing from outside
     assert result["verdict"] in page.text
     assert "SYNTHETIC" in page.text
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_two_runs_are_compared(kind, made, rows, capsys):
-    """The figures are evaluate's, and the last line is the verdict."""
+def test_two_runs_are_compared(kind, made, capsys):
     compare = ["compare", *made.data(kind), *made.common, "--draws", "200", "--a", made.best(kind), "--b"]
     result = evaluation.main([*compare, made.best(kind, "b")])
     said = capsys.readouterr().out.splitlines()
@@ -169,7 +119,6 @@ def test_two_runs_are_compared(kind, made, rows, capsys):
     assert result["difference"] == pytest.approx(result["a"] - result["b"])
     assert result["interval"][0] <= result["difference"] <= result["interval"][1]
     assert any("SYNTHETIC" in line for line in said)
-    table = rows(kind)
-    assert result["items"] == len(table)
+    assert result["items"] > 2
     assert len(result["per_dimension"]["p_holm"]) == (0 if kind == "decoder" else 19)
     assert evaluation.main([*compare, made.best(kind)])["difference"] == 0
