@@ -1243,6 +1243,8 @@ def _track_events(track, most, repairs):
             raise ValueError(f"more than {MOST_EVENTS} events")
         if status == META and data[0] == END_OF_TRACK:
             break
+    else:
+        repairs["tracks without their end mark"] += 1
     return events
 
 
