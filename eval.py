@@ -36,17 +36,13 @@ import math
 import platform
 import re
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from html import escape
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +64,6 @@ from data import (
     PHONEMES,
     SAMPLE_RATE,
     SPLITS,
-    ConversionReport,
     Corpus,
     DataError,
     FbankStore,
@@ -77,11 +72,9 @@ from data import (
     collate_han,
     collate_speech,
     column_names,
-    convert_speech,
     extract_performances,
     fbank,
     fbank_frames,
-    frames_needed,
     load_percepiano,
     map_days,
     normalise_fbank,
@@ -117,6 +110,7 @@ from models import (
     AMP_TYPES,
     AST,
     AST_PRESETS,
+    DEVICES,
     HAN,
     PATCH,
     Block,
@@ -177,8 +171,8 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
     """What a trainer logs of ratings y and predictions p, (n, 19); spread: deviation of p over y's."""
     metrics = {"valid_loss": float(mse(y, p).mean())}
     for name, metric in METRICS.items():
-        metrics[f"valid_{name}"] = float(metric(y, p).mean())
-        metrics[f"valid_{name}_per_dimension"] = metric(y, p).tolist()
+        each = metric(y, p)
+        metrics |= {f"valid_{name}": float(each.mean()), f"valid_{name}_per_dimension": each.tolist()}
     spread = float((p.std(0) / y.std(0)).mean())
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
@@ -206,17 +200,11 @@ def resample(statistic: Callable, groups: Iterable, folds, *arrays, n=1000, seed
     return np.array(values if 2 * len(values) >= n else [])
 
 
-def percentile_interval(draws: np.ndarray) -> list[float]:
-    """95 % interval [low, high] of drawn scalars; NaN of none."""
-    return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [math.nan, math.nan]
-
-
 def cluster_bootstrap(y, p, groups, statistic: Callable = r2, n=1000, seed=7, folds=None) -> list[float]:
     """95 % interval of the mean of statistic(y, p), y and p (n, D), when whole groups (n,) (segments) are
     drawn with replacement; with folds (n,) of its mean over folds. NaN where too few draws tell anything."""
-    return percentile_interval(
-        resample(lambda y, p: np.mean(statistic(y, p)), groups, folds, y, p, n=n, seed=seed)
-    )
+    draws = resample(lambda y, p: np.mean(statistic(y, p)), groups, folds, y, p, n=n, seed=seed)
+    return np.percentile(draws, [2.5, 97.5]).tolist() if len(draws) else [math.nan, math.nan]
 
 
 def is_rendering(name: str) -> bool:
@@ -239,12 +227,10 @@ def _stacked(records, truth, part, view):
 
 def of_views(function: Callable, records: list[dict], truth: dict[str, np.ndarray]) -> dict:
     """{part: {view: function(*_stacked), or None where nothing is rated}}."""
-    result: dict = {}
-    for part in dict.fromkeys(record["part"] for record in records):
-        result[part] = {}
-        for view in VIEWS:
-            names, *arrays = _stacked(records, truth, part, view)
-            result[part][view] = function(names, *arrays) if names else None
+    result: dict = {record["part"]: {} for record in records}
+    for part, view in itertools.product(result, VIEWS):
+        names, *arrays = _stacked(records, truth, part, view)
+        result[part][view] = function(names, *arrays) if names else None
     return result
 
 
@@ -274,8 +260,7 @@ def _measure_folds(names, y, p, folds):
 
 
 def scores(y, p, groups) -> dict:
-    """All metrics of one part and fold: counts, each metric's mean, R² with its interval, and each per
-    dimension."""
+    """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
     each = {key: metric(y, p) for key, metric in METRICS.items()}
     return {
         "items": len(y),
@@ -297,6 +282,26 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
     write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
 
 
+def read_csv(path: str | Path) -> dict:
+    """{item: prediction} of a CSV of --csv or --save-results: (part, fold, name): ratings (19,), or trial:
+    (reference, hypothesis), phoneme ids. DataError names the line."""
+    items: dict = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file, strict=True):
+                if "trial" in row:
+                    spelt = row["reference"].split(), row["hypothesis"].split()
+                    items[row["trial"]] = tuple([PHONEMES.index(p) for p in side] for side in spelt)
+                else:
+                    ratings = np.array([float(row[label]) for label in LABELS])
+                    items[row["part"], int(row["fold"]), row["name"]] = ratings
+        if not items:
+            raise ValueError("no prediction")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path}: line {len(items) + 2}: {error!r}; expected one CSV of eval.py") from error
+    return items
+
+
 def write_predictions(path: str | Path, records: list[dict]) -> None:
     """CSV of columns name, part, fold and the 19 labels; one line per item, part and fold; four decimals."""
     rows: list = [["name", "part", "fold", *LABELS]]
@@ -310,22 +315,13 @@ def write_predictions(path: str | Path, records: list[dict]) -> None:
 def read_predictions(path: str | Path) -> list[dict]:
     """Reads what `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19). DataError
     otherwise."""
-    groups: dict[tuple, list] = {}
-    line = 1
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for line, row in enumerate(csv.DictReader(file, strict=True), 2):  # noqa: B007
-                ratings = [float(row[label]) for label in LABELS]
-                groups.setdefault((row["part"], int(row["fold"])), []).append((row["name"], ratings))
-        if not groups:
-            raise ValueError("no predictions")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(f"{path}: line {line}: {error!r}; expected ratings of --save-results") from error
-    records = []
-    for (part, fold), items in groups.items():
-        names, p = zip(*items, strict=True)
-        records.append({"part": part, "fold": fold, "names": list(names), "p": np.array(p)})
-    return records
+    groups: dict[tuple, dict] = {}
+    for (part, fold, name), p in read_csv(path).items():
+        groups.setdefault((part, fold), {})[name] = p
+    return [
+        {"part": part, "fold": fold, "names": [*found], "p": np.array([*found.values()])}
+        for (part, fold), found in groups.items()
+    ]
 
 
 def hardware(device: torch.device) -> dict:
@@ -341,22 +337,19 @@ def hardware(device: torch.device) -> dict:
     }
 
 
-def save_results(stem: str, args, about: dict, figures: dict) -> None:
-    """Writes figures, what they are about and how they were made to stem.json; a list of numbers is one
-    line."""
-    made = {
-        "row": args.save_results,
-        "command": args.command,
-        **git_state(),
-        "hardware": hardware(args.device),
-    }
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    saved = json_ready({**made, "date": date, **about, **figures})
-    text = re.sub(
-        r"\[\s+([^][{}]*?)\s+]",
-        lambda found: f"[{' '.join(found[1].split())}]",
-        json.dumps(saved, indent=1, allow_nan=False),
-    )
+def save_results(write: Callable, args, about: dict, figures: dict) -> None:
+    """--csv and --save-results: write(path) makes a CSV; beside it stand the figures, what they are about and
+    how they were made, as JSON."""
+    if args.csv:
+        write(args.csv)
+    if not args.save_results:
+        return
+    scope = about.get("split") or about["part"]
+    stem = Path(args.results_dir) / f"{about['task']}_{args.save_results}_{scope}"
+    made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
+    made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
+    write(f"{stem}.csv")
     write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
     print(f"saved {stem}.json and .csv")
 
@@ -365,49 +358,35 @@ def corpus_line(synthetic: bool, root: object) -> str:
     return "SYNTHETIC corpus: figures say nothing about real data" if synthetic else f"real data in {root}"
 
 
-def print_table(head: list[str], rows: Iterable[Iterable]) -> None:
-    """Aligned columns; fractions to four digits."""
-    cells = [
-        [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in [head, *rows]
-    ]
+def print_table(head: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Aligned columns; fractions to four digits, intervals in brackets."""
+    cells = [list(map(_cell, row)) for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def _cell(value):
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return str(value) if isinstance(value, str | int) else brackets(value)
 
 
 def brackets(interval: Iterable[float]) -> str:
     return "[{:.4f}, {:.4f}]".format(*interval)
 
 
-def _print_metrics(metrics):
-    for part, views in metrics.items():
-        rows, columns = [], {}
-        for view, figures in views.items():
-            if not figures:
-                print(f"{part}, {VIEWS[view]}: no label: predicted only, no metric")
-                continue
-            mean = figures["mean"]
-            for fold, s in figures["folds"].items():
-                title = f"{part} fold {fold}, {VIEWS[view]}: {s['items']} items, {s['segments']} segments"
-                rows.append([title, *(s[key] for key in METRICS), brackets(s["r2_interval"])])
-            if mean["folds"] > 1:
-                title = f"{part} mean of {mean['folds']} folds, {VIEWS[view]}"
-                rows.append([title, *(mean[key] for key in METRICS), brackets(mean["r2_interval"])])
-                rows.append(["standard deviation", *(mean[f"{key}_std"] for key in METRICS), ""])
-            for key, values in mean["per_dimension"].items():
-                columns[f"{key}, {VIEWS[view]}"] = values
-        if columns:
-            print_table([part, *METRICS, "95 % of r2"], rows)
-            print_table([f"{part} per dimension", *columns], zip(LABELS, *columns.values(), strict=True))
-
-
-def _load_corpus(args):
-    if not args.data:
-        print("no --data: the built-in SYNTHETIC corpus; python data.py fetch percepiano gets the real one")
-    corpus = load_percepiano(args.data or synthetic_percepiano(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
-    return corpus
+def _print_figures(title, figures, tests):
+    if not figures:
+        print(f"{title}: no label: predicted only, no metric")
+        return
+    rows, mean = [], figures["mean"]
+    for fold, s in (figures["folds"] | {"mean": mean}).items():
+        rows.append([fold, s.get("items", ""), *(s[key] for key in METRICS), s["r2_interval"]])
+    rows.append(["std", "", *(mean[f"{key}_std"] for key in METRICS), ""])
+    print_table([f"{title}: fold", "items", *METRICS, "95 % of r2"], rows)
+    each = mean["per_dimension"] | (tests or {})
+    print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
 def _finish(records, corpus, args, about):
@@ -419,20 +398,15 @@ def _finish(records, corpus, args, about):
             record["p"] = np.round(record["p"], 4)
     figures = {"metrics": measure(records, truth)}
     print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
-    _print_metrics(figures["metrics"])
     if about["task"] == "ast":
         figures["significance"] = significance(records, truth)
-        _print_significance(figures["significance"])
+    for part, view in itertools.product(figures["metrics"], VIEWS):
+        tests = figures["significance"][part][view] if "significance" in figures else {}
+        _print_figures(f"{part}, {VIEWS[view]}", figures["metrics"][part][view], tests)
     unrated = {name for record in records for name in record["names"]} - truth.keys()
-    print(
-        f"{len(unrated)} unlabelled items predicted; --csv FILE or --save-results ROW writes all predictions"
-    )
-    if args.csv:
-        write_predictions(args.csv, records)
-    if args.save_results:
-        stem = Path(args.results_dir) / f"{about['task']}_{args.save_results}_{about['split']}"
-        write_predictions(f"{stem}.csv", records)
-        save_results(stem, args, {**about, "synthetic": corpus.synthetic, "labels": list(LABELS)}, figures)
+    print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
+    about["synthetic"] = corpus.synthetic
+    save_results(lambda path: write_predictions(path, records), args, about, figures)
     return figures["metrics"]
 
 
@@ -460,52 +434,39 @@ def predict_han(model: nn.Module, items: list[dict], device: torch.device, batch
 
 
 def _load_models(paths):
-    """[(path, model, what of the checkpoint is needed), ...], all of one task."""
-    loaded = []
-    for path in paths:
-        model, ckpt = load_checkpoint(path)
-        kept = {key: ckpt.get(key) for key in ("task", "args", "data", "step", "epoch", "git_sha")}
-        loaded.append((path, model, kept))
-        first = loaded[0][2]["task"]
-        if kept["task"] != first:
-            raise DataError(f"{path}: of task {kept['task']!r}; {paths[0]} is of {first!r}; split them")
-    return loaded
+    """[(path, model, checkpoint), ...]."""
+    return [(path, *load_checkpoint(path)) for path in paths]
 
 
 def _check_alike(loaded, keys, fixed):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
     of the keys (of its data or its model), has another value there than the first, or than the fixed one."""
-    expected: dict = {}
+    expected = fixed | {"task": loaded[0][2]["task"]}
     for path, model, ckpt in loaded:
-        try:
-            found = {key: (ckpt["data"] | model.model_args)[key] for key in keys}
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: {error} is not in its data; expected a best.pt that predicts"
-            ) from error
-        expected = expected or found | fixed
-        for key in keys:
-            if found[key] != expected[key]:
+        known = {**(ckpt["data"] or {}), **model.model_args, "task": ckpt["task"]}
+        for key in ("task", *keys):
+            value = known.get(key)
+            if key not in known or value != expected.setdefault(key, value):
                 raise DataError(
-                    f"{path}: {key} is {found[key]!r:.60}; expected {expected[key]!r:.60}, as in "
-                    f"{loaded[0][0]} or this version; evaluate them apart, or train again"
+                    f"{path}: {key} is {value!r:.60}; expected {expected.get(key)!r:.60}, as in "
+                    f"{loaded[0][0]} or this version, of a best.pt; evaluate them apart, or train again"
                 )
     return loaded[0][2]["data"]
 
 
 def _load_fold_models(loaded):
-    """{fold: [(model, what of the checkpoint is needed), ...]} and the data settings that all must share."""
+    """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
     task = loaded[0][2]["task"]
-    of_task = {"han": ["features"], **dict.fromkeys(AUDIO_TASKS, ["audio"])}
-    if task not in of_task:
-        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected {', '.join(of_task)} or decoder")
-    alike = ["split", "keep_overlap", "synthetic", "labels", *of_task[task]]
+    if task not in ("han", *AUDIO_TASKS):
+        raise DataError(f"{loaded[0][0]}: of task {task!r}; expected han, {', '.join(AUDIO_TASKS)}")
+    alike = ["split", "keep_overlap", "synthetic", "labels"]
+    if task in AUDIO_TASKS:
+        alike.append("audio")
     data = _check_alike(loaded, alike, {"labels": list(LABELS)})
     folds: dict[int, list[tuple]] = {}
-    for path, model, ckpt in loaded:
-        kept = {**ckpt, "path": str(path), "args": _own_options(ckpt)}
-        folds.setdefault(ckpt["data"]["fold"], []).append((model, kept))
-    return dict(sorted(folds.items())), data
+    for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
+        folds.setdefault(ckpt["data"]["fold"], []).append((model, {**ckpt, "path": str(path)}))
+    return folds, data
 
 
 def _own_options(ckpt):
@@ -514,24 +475,16 @@ def _own_options(ckpt):
     return {key: value for key, value in ckpt["args"].items() if key not in local}
 
 
-def _checkpoints(used):
-    """What a results JSON says of the checkpoints, (path, ckpt) each."""
-    rows = []
-    for path, ckpt in used:
-        kept = {key: ckpt[key] for key in ("epoch", "step", "git_sha")}
-        rows.append({"path": str(path), "fold": ckpt["data"].get("fold"), **kept, "args": _own_options(ckpt)})
-    return {"seeds": [row["args"].get("seed") for row in rows], "checkpoints": rows}
+def seeds_of(loaded):
+    return [ckpt["args"].get("seed") for *_, ckpt in loaded]
 
 
 def evaluate(argv: list[str]) -> dict:
-    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split;
-    returns them (see `measure`; for decoders `evaluate_decoder`, for a pre-training
-    `evaluate_pretraining`)."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py evaluate",
-        usage="python eval.py [evaluate] --ckpt FILE ... [--data DIR] [options]",
-        description="""\
+    """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split."""
+    parser = _parser(
+        "evaluate",
+        "--ckpt FILE ... [--data DIR] [options]",
+        """\
 Scores checkpoints on data that they did not learn from. What they are they know themselves.
 
     python eval.py --ckpt runs/han/NAME/best.pt --data data/percepiano        one fold
@@ -545,7 +498,6 @@ Intervals: 95 %, bootstrap over segments or trials.""",
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
     add("--part", choices=parts, default="valid", help="part to score (%(default)s)")
-    add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
     of_audio = audio_options(parser)
     of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP), *word_options(parser)]
     args = _parse(parser, argv, data_options, result_options)
@@ -560,12 +512,10 @@ Intervals: 95 %, bootstrap over segments or trials.""",
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} is of task {task!r}")
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
         return evaluate_pretraining(args, loaded)
-    folds, data = _load_fold_models(loaded)
-    corpus = _corpus_of(data, args)
-    records = fold_records(folds, corpus, args, ("valid", "test") if args.save_results else (args.part,))
-    about = {"task": "han" if task == "han" else "ast", "model": task}
+    parts = ["valid", "test"] if args.save_results else [args.part]
+    records, corpus, data = _rate_parts(args, loaded, parts)
+    about = {"task": "han" if task == "han" else "ast", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
-    about |= _checkpoints([(ckpt["path"], ckpt) for members in folds.values() for _, ckpt in members])
     return _finish(records, corpus, args, about)
 
 
@@ -577,55 +527,60 @@ def _refuse_given(args, options, trainer, task):
         raise DataError(f"{names}: only for {trainer}; {args.ckpt[0]} is of task {task!r}; leave it out")
 
 
-def _refuse_synthetic(data, args):
-    if args.data is None and not data["synthetic"]:
-        raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
-
-
-def _say_other_corpus(data, synthetic):
-    if synthetic != data["synthetic"]:
-        print(f"evaluated on {'synthetic' if synthetic else 'real'} data, trained on the other kind")
+def _load_corpus(args, speech=False):
+    """PercePiano or a corpus of speech trials: --data, or the synthetic one; says what it left out."""
+    read, made = (open_speech, synthetic_speech) if speech else (load_percepiano, synthetic_percepiano)
+    if not args.data:
+        print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
+    corpus = read(args.data or made(args.cache), args.cache)
+    for line in corpus.left_out:
+        print(f"left out: {line}")
+    return corpus
 
 
 def _corpus_of(data, args):
-    """The corpus of --data for checkpoints of data settings `data`."""
-    _refuse_synthetic(data, args)
-    corpus = _load_corpus(args)
-    _say_other_corpus(data, corpus.synthetic)
+    """The corpus of --data, which must be given for checkpoints (of data settings `data`) of real data."""
+    if args.data is None and not data["synthetic"]:
+        raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
+    corpus = _load_corpus(args, "phonemes" in data)
+    if corpus.synthetic != data["synthetic"]:
+        print("trained on the other kind of data")
     return corpus
+
+
+def _rate_parts(args, loaded, parts):
+    """Predictions of checkpoints that rate, as `measure` takes them; their corpus; their data settings."""
+    folds, data = _load_fold_models(loaded)
+    corpus = _corpus_of(data, args)
+    return fold_records(folds, corpus, args, parts), corpus, data
 
 
 def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Iterable[str]) -> list[dict]:
     """Predictions of the checkpoints of `_load_fold_models`, averaged within a fold, as `measure` takes
     them."""
     records: list[dict] = []
-    first = next(iter(folds.values()))[0][1]
+    _, first = next(iter(folds.values()))[0]
     store = audio_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
         data, options = members[0][1]["data"], members[0][1]["args"]
-        names_of = percepiano_parts(
-            corpus,
-            data["split"],
-            fold,
-            keep_overlap=data["keep_overlap"],
-            keep_misaligned=options.get("keep_misaligned", False),
-        )
-        seeds = [ckpt["args"].get("seed") for _, ckpt in members]
-        print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds}")
+        misaligned = options.get("keep_misaligned", False)
+        kept = {"keep_overlap": data["keep_overlap"], "keep_misaligned": misaligned}
+        names_of = percepiano_parts(corpus, data["split"], fold, **kept)
+        print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds_of(members)}")
         for part in parts:
-            names, p = names_of[part], []
-            if store:
-                names = [name for name in names if name in store.names]
-            for model, ckpt in members:
-                if store:
-                    items = prepare_ast(corpus, store, names, ckpt["data"])
-                    batch = args.batch or 8
-                    p.append(predict_ast(model, items, ckpt["data"], args.device, batch, args.crops))
-                else:
-                    items = prepare_han(corpus, names, ckpt["data"])
-                    p.append(predict_han(model, items, args.device, args.batch or 16))
-            records.append({"part": part, "fold": fold, "names": names, "p": np.mean(p, axis=0)})
+            names = [name for name in names_of[part] if store is None or name in store.names]
+            each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
+            records.append({"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)})
     return records
+
+
+def _predict(model, ckpt, names, corpus, store, args):
+    """Ratings of these items by one model, (n, 19), of their audio where there is a store."""
+    if store is None:
+        items = prepare_han(corpus, names, ckpt["data"])
+        return predict_han(model, items, args.device)
+    items = prepare_ast(corpus, store, names, ckpt["data"])
+    return predict_ast(model, items, ckpt["data"], args.device, crops=args.crops)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -634,14 +589,11 @@ def fold_records(folds: dict[int, list[tuple]], corpus: Corpus, args, parts: Ite
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the parts that the trainers use, HAN.md's ExtraTrees on note
-    statistics or a ridge regression on log-mel statistics unless asked otherwise; returns metrics (see
-    `measure`)."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py floor",
-        usage="python eval.py floor [--task han|ast] [--data DIR] [options]",
-        description="""\
+    """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
+    parser = _parser(
+        "floor",
+        "[--task han|ast] [--data DIR] [options]",
+        """\
 The floor that a network has to beat: scikit-learn on statistics of each performance's notes (han)
 or spectrogram (ast), trained and scored on the same parts as the trainers use. A minute.
 
@@ -651,52 +603,40 @@ or spectrogram (ast), trained and scored on the same parts as the trainers use. 
     )
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
-    add(
-        "--model",
-        choices=["ridge", "forest"],
-        help="ridge regression, or 150 trees (han: forest, ast: ridge)",
-    )
+    add("--model", choices=["ridge", "forest"], help="ridge, or 150 trees (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
     add("--audio", metavar="DIR", help="ast: folder of recordings NAME.wav (off: rendered from the MIDI)")
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
-    add("--keep-misaligned", action="store_true", help="train also on match rates under .6 (off)")
-    add("--seed", type=number(int, 0), default=7, help="of the forest (%(default)s)")
     args = _parse(parser, argv, data_options, result_options)
-    foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
-    if foreign:
+    if args.audio or args.probe if args.task == "han" else args.features != "full":
         raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
-    args.model = args.model or {"han": "forest", "ast": "ridge"}[args.task]
     corpus = _load_corpus(args)
-    statistics = _note_statistics(corpus, args) if args.task == "han" else _clip_statistics(corpus, args)
+    about = {"task": args.task, "seeds": [7], "split": args.split, "keep_overlap": args.keep_overlap}
+    if args.task == "han":
+        about |= {"model": args.model or "forest", "features": args.features}
+        columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
+        statistics = {
+            name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()
+        }
+    else:
+        about |= {"model": args.model or "ridge", "audio": "wav" if args.audio else "rendered"}
+        about["probe"] = args.probe
+        statistics = _clip_statistics(corpus, args)
     records = []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
-        names_of = percepiano_parts(
-            corpus, args.split, fold, keep_overlap=args.keep_overlap, keep_misaligned=args.keep_misaligned
-        )
-        train = [name for name in names_of["train"] if name in statistics]
-        model = _regression(args.model, args.seed, [segment_of(name) for name in train])
+        names_of = percepiano_parts(corpus, args.split, fold, keep_overlap=args.keep_overlap)
+        names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
+        train = names_of["train"]
+        model = _regression(about["model"], list(map(segment_of, train)))
         model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
         for part in ("valid", "test"):
-            names = [name for name in names_of[part] if name in statistics]
-            p = np.zeros((0, len(LABELS)))
-            if names:
-                p = model.predict([statistics[name] for name in names]).clip(0, 1)
-            records.append({"part": part, "fold": fold, "names": names, "p": p})
-    about = {"task": args.task, "model": args.model, "seeds": [args.seed]}
-    about |= {"split": args.split, "keep_overlap": args.keep_overlap}
-    if args.task == "han":
-        about["features"] = args.features
-    else:
-        about |= {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+            rows = [statistics[name] for name in names_of[part]]
+            p = model.predict(rows).clip(0, 1) if rows else np.zeros((0, len(LABELS)))
+            records.append({"part": part, "fold": fold, "names": names_of[part], "p": p})
     return _finish(records, corpus, args, about)
-
-
-def _note_statistics(corpus, args):
-    columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-    return {name: pooled_statistics(item, columns, args.features) for name, item in corpus.items.items()}
 
 
 def _clip_statistics(corpus, args):
@@ -711,7 +651,7 @@ def _clip_statistics(corpus, args):
     return statistics
 
 
-def _regression(kind, seed, groups):
+def _regression(kind, groups):
     """A forest, or ridge regression on standardised columns, its strength chosen by cross-validation over
     whole groups."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
@@ -721,9 +661,7 @@ def _regression(kind, seed, groups):
     from sklearn.preprocessing import StandardScaler
 
     if kind == "forest":
-        return ExtraTreesRegressor(
-            150, min_samples_leaf=3, max_features=0.3, random_state=seed, n_jobs=os.cpu_count()
-        )
+        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
     folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
     return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
 
@@ -851,10 +789,10 @@ def error_rate(counts: np.ndarray) -> float:
     return float(sum(errors) / labels) if labels else math.nan
 
 
-def trial_bootstrap(counts: np.ndarray, n: int = 1000, seed: int = 7) -> list[float]:
+def trial_bootstrap(counts: np.ndarray) -> list[float]:
     """95 % interval of `error_rate` when trials are drawn with replacement; NaN with fewer than two
     trials."""
-    return percentile_interval(resample(error_rate, range(len(counts)), None, counts, n=n, seed=seed))
+    return cluster_bootstrap(counts, counts, range(len(counts)), lambda _, drawn: error_rate(drawn))
 
 
 def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[str]) -> dict:
@@ -863,18 +801,18 @@ def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[
     same figures.
 
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
-
-    def figures(counts):
-        totals = dict(zip(("sub", "del", "ins", "labels"), counts.sum(0).tolist(), strict=True))
-        return {"per": error_rate(counts), **totals, "trials": len(counts)}
-
     counts, days = per_counts(refs, hyps), np.asarray(days)
     speech = [[[k for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
     return {
-        **figures(counts),
+        **_error_figures(counts),
         "per_without_sil": error_rate(per_counts(*speech)),
-        "by_day": {day_names[day]: figures(counts[days == day]) for day in np.unique(days)},
+        "by_day": {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)},
     }
+
+
+def _error_figures(counts):
+    totals = dict(zip(("sub", "del", "ins", "labels"), counts.sum(0).tolist(), strict=True))
+    return {"per": error_rate(counts), **totals, "trials": len(counts)}
 
 
 def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list[np.ndarray]:
@@ -903,27 +841,32 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
 
 def mean_logits(loaded: list[tuple], corpus: SpeechCorpus, trials: np.ndarray, args) -> list[np.ndarray]:
     """`speech_logits` of one checkpoint, or of several the logarithm of their mean probability. args: day,
-    device, batch."""
+    device. Says which day layer stands in for a session that a checkpoint does not know."""
     total: list = []
     used = np.unique(corpus.day[trials])
-    for _, model, ckpt in loaded:
+    sessions = [corpus.days[day] for day in used]
+    for path, model, ckpt in loaded:
+        known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
-        days[used] = map_days([corpus.days[d] for d in used], ckpt["data"]["days"], args.day)
-        each = speech_logits(model.to(args.device), corpus, trials, days, args.device, args.batch or 64)
+        days[used] = map_days(sessions, known, args.day)
+        for session, layer in zip(sessions, days[used], strict=True):
+            if session not in known:
+                stands_in = "the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"
+                print(f"session {session}: unknown to {path}; {stands_in}")
+        each = speech_logits(model.to(args.device), corpus, trials, days, args.device)
         total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
     return [row - np.float32(np.log(len(loaded))) for row in total]
 
 
 def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Iterable[int]) -> list[dict]:
-    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy),
-    "frames"}; log_probs (F, 41) each."""
+    """Of labelled trials: {"trial", "day" (names), "reference", "hypothesis" (phoneme ids, greedy)};
+    log_probs (F, 41) each."""
     return [
         {
             "trial": corpus.ids[i],
             "day": corpus.days[corpus.day[i]],
             "reference": corpus.labels[i].tolist(),
             "hypothesis": ctc_greedy(row[None], [len(row)])[0],
-            "frames": len(row),
         }
         for i, row in zip(trials, log_probs, strict=True)
     ]
@@ -931,34 +874,32 @@ def transcripts(log_probs: list[np.ndarray], corpus: SpeechCorpus, trials: Itera
 
 def evaluate_decoder(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     """Phoneme error rate of one decoder, or of the mean probabilities of several, on args.part: the figures
-    of `decoder_scores`, their 95 % interval over trials and the most frequent substitutions; "words" where
-    these were asked for."""
-    corpus = _speech_corpus(args, loaded)
-    parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+    of `decoder_scores` and their 95 % interval over trials; "words" where these were asked for."""
+    corpus, parts = _speech_parts(args, loaded)
     trials = parts[args.part]
-    labelled = corpus.labelled[trials] & (args.part != "competition")
-    if not labelled.any() and (not args.submission or args.csv or args.save_results or not len(trials)):
+    labelled = corpus.labelled[trials]
+    scored = trials[labelled]
+    if not len(scored) and not (args.submission and len(trials)):
         raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
-    _say_circumstances(args, loaded, corpus, trials)
-    log_probs, figures, records = mean_logits(loaded, corpus, trials, args), {}, []
-    if labelled.any():
-        scored = trials[labelled]
-        records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
-        refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-        figures = {
-            **decoder_scores(refs, hyps, corpus.day[scored], corpus.days),
-            "interval": trial_bootstrap(per_counts(refs, hyps)),
-            "unlabelled": len(trials) - len(scored),
-            "too_short": sum(record["frames"] < frames_needed(record["reference"]) for record in records),
-            "substitutions": substitutions(refs, hyps),
-        }
-        decoder_report(figures, records, args.part)
+    log_probs, figures = mean_logits(loaded, corpus, trials, args), {}
+    records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
+    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+    counts = per_counts(refs, hyps)
+    if records:
+        figures = decoder_scores(refs, hyps, corpus.day[scored], corpus.days)
+        figures["interval"] = trial_bootstrap(counts)
+        _print_decoder(figures, args.part)
     if args.words or args.tune or args.submission:
-        valid = (log_probs, trials)
+        tuned_on = (log_probs, trials)
         if args.tune and args.part != "valid":
-            valid = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
-        figures["words"] = words(log_probs, corpus, trials, args, valid, parts["train"])
-    _write_decoder(figures, records, corpus, args, loaded)
+            tuned_on = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
+        figures["words"] = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
+    rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
+    for record, ref, hyp, numbers in zip(records, refs, hyps, counts.tolist(), strict=True):
+        rows.append([record["trial"], record["day"], spell(ref), spell(hyp), *numbers])
+    about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic}
+    about |= {"valid": loaded[0][2]["data"]["valid"], "seeds": seeds_of(loaded)}
+    save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
     return figures
 
 
@@ -970,35 +911,27 @@ def _shared_settings(loaded):
 
 
 def _speech_corpus(args, loaded):
-    """The corpus of --data, which must be given where the decoders learned from real data, and fit them."""
+    """The corpus of --data, which must fit the decoders."""
     data = _shared_settings(loaded)
-    _refuse_synthetic(data, args)
-    if not args.data:
-        print("no --data: the built-in SYNTHETIC corpus; the real one: Dryad, doi 10.5061/dryad.x69p8czpq")
-    corpus = open_speech(args.data or synthetic_speech(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
+    corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
     return corpus
 
 
-def _say_circumstances(args, loaded, corpus, trials):
-    """Which checkpoints, which trials, and what a reader must know before believing the figures."""
-    data = loaded[0][2]["data"]
-    seeds = [ckpt["args"].get("seed") for _, _, ckpt in loaded]
-    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds}")
+def _speech_parts(args, loaded):
+    """The corpus and its trials by part; says what a reader must know before believing the figures."""
+    corpus = _speech_corpus(args, loaded)
+    _say_circumstances(args, loaded, corpus)
+    return corpus, speech_parts(corpus, loaded[0][2]["data"]["valid"])
+
+
+def _say_circumstances(args, loaded, corpus):
+    """Which checkpoints, and what a reader must know before believing the figures."""
+    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
     print(corpus_line(corpus.synthetic, corpus.root))
-    _say_other_corpus(data, corpus.synthetic)
-    if data["valid"] == "test" and args.part in ("valid", "test"):
+    if loaded[0][2]["data"]["valid"] == "test" and args.part in ("valid", "test"):
         print("the checkpoint was chosen on the test part (--valid test): its score there is no result")
-    for path, _, ckpt in loaded:
-        known = ckpt["data"]["days"]
-        for day in [corpus.days[d] for d in np.unique(corpus.day[trials])]:
-            if args.day and day not in known:
-                layer = map_days([day], known, args.day)[0]
-                used = "the mean of all day layers" if layer < 0 else f"day layer of {known[layer]}"
-                print(f"session {day}: unknown to {path}; {used}")
 
 
 def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
@@ -1016,53 +949,12 @@ def spell(ids: Iterable[int]) -> str:
     return " ".join(PHONEMES[k] for k in ids)
 
 
-def print_samples(names: list[str], references: list[str], decoded: list[str]) -> None:
-    """Prints five evenly spaced trials."""
-    for k in np.unique(np.linspace(0, len(names) - 1, 5).astype(int)):
-        print(f"{names[k]}\n  reference  {references[k]}\n  decoded    {decoded[k]}")
-
-
-def decoder_report(figures: dict, records: list[dict], part: str) -> None:
-    """Prints figures of `evaluate_decoder`: totals, a line a day, substitutions, and sample transcripts."""
+def _print_decoder(figures, part):
     print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
-    print(
-        f"PER without SIL {figures['per_without_sil']:.4f}; {figures['unlabelled']} more trials have no label"
-    )
-    print(
-        f"{figures['too_short']} trials have fewer frames than their labels need: never decoded without error"
-    )
+    print(f"PER without SIL {figures['per_without_sil']:.4f}")
     columns = ["trials", "labels", "per", "sub", "del", "ins"]
-    days = [*figures["by_day"].items(), ("all", figures)]
-    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days])
-    print(
-        "substitutions, reference > decoded:",
-        ", ".join(f"{a} > {b} {n}" for a, b, n in figures["substitutions"]),
-    )
-    spelt = [[spell(record[side]) for record in records] for side in ("reference", "hypothesis")]
-    print_samples([record["trial"] for record in records], *spelt)
-
-
-def _write_decoder(figures, records, corpus, args, loaded):
-    """--csv and --save-results: a line a trial with its transcripts and counts, and the figures with their
-    circumstances."""
-    rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
-    for record in records:
-        ref, hyp = record["reference"], record["hypothesis"]
-        rows.append(
-            [record["trial"], record["day"], spell(ref), spell(hyp), *edit_counts(ref, hyp), len(ref)]
-        )
-    if args.csv:
-        write_csv(args.csv, rows)
-        print(f"transcripts of {len(records)} trials in {args.csv}")
-    if args.save_results:
-        stem = Path(args.results_dir) / f"decoder_{args.save_results}_{args.part}"
-        write_csv(f"{stem}.csv", rows)
-        about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "day_rule": args.day}
-        about |= {
-            "valid": loaded[0][2]["data"]["valid"],
-            **_checkpoints([(path, ckpt) for path, _, ckpt in loaded]),
-        }
-        save_results(stem, args, about, {"metrics": figures})
+    days = {**figures["by_day"], "all": figures}
+    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1084,9 +976,7 @@ WORD_GRID = {
 }
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
-Lexicon = list[
-    tuple[str, tuple[int, ...]]
-]  # (word, phoneme ids without the last SIL), several a word are fine
+Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the last SIL), several a word
 
 
 def spoken_words(text: str) -> list[str]:
@@ -1099,23 +989,20 @@ def read_lexicon(path: str | Path) -> Lexicon:
     """Lines "word PH PH ...", in the file's order, each once. Of the CMU dictionary's habits are understood:
     stress digits, variants "word(2)", comments after ";;;"; and a SIL at the end. DataError names a line
     without phonemes, or with others."""
-    ids = {name: i for i, name in enumerate(PHONEMES)}
     entries: dict[tuple, None] = {}
     try:
-        for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            word, *names = line.split() or [";;;"]
-            if word.startswith(";;;"):
-                continue
-            sounds = tuple(ids.get(name.rstrip("012"), 0) for name in names)
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            word, *names = line.split(";;;")[0].split() or [""]
+            sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
             if sounds[-1:] == (SIL,):
                 sounds = sounds[:-1]
-            if not sounds or 0 in sounds or word.lower() in ("<s>", "</s>", "<unk>"):
-                raise ValueError(f"line {n}, {line[:60]!r}")
-            entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
-        if not entries:
-            raise ValueError("no word in it")
+            if word:
+                if not sounds or 0 in sounds:
+                    raise ValueError(f"{word} has no phonemes")
+                entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}; expected lines of a word and some of{' '.join(ids)}") from error
+        expected = f"expected lines of a word and {' '.join(PHONEMES[1:])}"
+        raise DataError(f"{path}: line {len(entries) + 1} or later: {error}; {expected}") from error
     return list(entries)
 
 
@@ -1148,60 +1035,51 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict[tuple[st
     P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words after h, h'
     without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>. An unseen w gets
     t(h) / (c(h) + t(h)) P(w | h'): the back-off form."""
-    counts: Counter = Counter()
+    after: dict[tuple[str, ...], Counter] = {}  # what followed each history, how often
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
-        for n in range(1, order + 1):
-            counts.update(padded[i : i + n] for i in range(len(padded) - n + 1))
-    if not counts:
+        for i in range(1, len(padded)):
+            for first in range(max(0, i - order + 1), i + 1):
+                after.setdefault(padded[first:i], Counter())[padded[i]] += 1
+    if not after:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
-    del counts[("<s>",)]  # given, never predicted
-    tokens: Counter = Counter()
-    types: Counter = Counter()
-    for gram, count in counts.items():
-        tokens[gram[:-1]] += count
-        types[gram[:-1]] += 1
-    counts[("<unk>",)] = 0
-    uniform = 1 / sum(len(gram) == 1 for gram in counts)
-    model: dict[tuple[str, ...], list] = {}
-    for gram in sorted(counts, key=lambda gram: (len(gram), gram)):
-        h = gram[:-1]
-        below = model[gram[1:]][0] if h else uniform
-        model[gram] = [(counts[gram] + types[h] * below) / (tokens[h] + types[h]), 1.0]
-    model[("<s>",)] = [1e-99, 1.0]
-    for h in types.keys() - {()}:
-        model[h][1] = types[h] / (tokens[h] + types[h])
+    model: dict[tuple[str, ...], list] = {("<s>",): [1e-99, 1.0]}  # given, never predicted
+    for history in sorted(after, key=len):
+        followers = after[history]
+        types = len(followers)
+        total = sum(followers.values()) + types
+        if history:
+            model[history][1] = types / total
+        else:
+            followers["<unk>"] = 0
+        for word, count in followers.items():
+            below = model[(*history[1:], word)][0] if history else 1 / (types + 1)
+            model[(*history, word)] = [(count + types * below) / total, 1.0]
     return model
 
 
 def write_arpa(path: str | Path, model: dict[tuple[str, ...], list]) -> None:
-    """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight."""
-    sections: dict[int, list[str]] = {}
+    """Writes the model of `witten_bell` as an ARPA file: log10 probability, words, log10 back-off weight
+    (which the longest n-grams have not)."""
+    highest = max(map(len, model))
+    sections: dict[int, list[str]] = {n: [] for n in range(1, highest + 1)}
     for gram, (p, backoff) in sorted(model.items()):
-        line = f"{math.log10(p):.7f}\t{' '.join(gram)}\t{math.log10(backoff):.7f}"
-        sections.setdefault(len(gram), []).append(line)
-    highest = max(sections)
-    sections[highest] = [
-        line.rpartition("\t")[0] for line in sections[highest]
-    ]  # these have no back-off weight
-    text = "\\data\\\n"
-    for n in sorted(sections):
-        text += f"ngram {n}={len(sections[n])}\n"
-    for n in sorted(sections):
-        text += "\n".join(["", f"\\{n}-grams:", *sections[n], ""])
-    write_atomic(Path(path), lambda file: file.write(f"{text}\n\\end\\\n".encode()))
+        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < highest else ""
+        sections[len(gram)].append(f"{math.log10(p):.7f}\t{' '.join(gram)}{weight}")
+    lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
+    for n, section in sections.items():
+        lines += ["", f"\\{n}-grams:", *section]
+    text = "\n".join([*lines, "", "\\end\\", ""])
+    write_atomic(Path(path), lambda file: file.write(text.encode()))
 
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
     """KenLM of an ARPA or binary file for these words: (lm, log10 unigram scores, how many the LM knows). A
-    word's id is its place.
-
-    Where it knows less than half of them they are tried in capitals, as public LMs are written. DataError on
-    a file that is no LM or knows none."""
+    word's id is its place. Words are tried in capitals too, as public LMs are written. DataError on a file
+    that is no LM or knows none."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
-    best: tuple = (None, [], 0)
     for form in (str.lower, str.upper):
         try:
             with _silent_stderr():
@@ -1212,13 +1090,9 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
         start = lm.start(True)  # of no sentence: the score is the unigram's
         *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
         known = len(scores) - scores.count(unknown)
-        if known > best[2]:
-            best = (lm, scores, known)
-        if 2 * known >= len(vocabulary):
-            break
-    if not best[2]:
-        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[0]!r}")
-    return best
+        if known:
+            return lm, scores, known
+    raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
 
 
 @contextlib.contextmanager
@@ -1241,11 +1115,8 @@ class WordSearch:
     the least frequent by the LM."""
 
     def __init__(self, lexicon: Lexicon, lm: str | Path):
-        try:
-            from flashlight.lib.text import decoder as flashlight
-            from flashlight.lib.text.decoder import kenlm  # noqa: F401
-        except ImportError as error:
-            raise DataError(f"--words: {error}; run `pip install ufal-flashlight-text`") from error
+        from flashlight.lib.text import decoder as flashlight
+
         self.library = flashlight
         self.words = list(dict.fromkeys(word for word, _ in lexicon))
         self.lm, scores, self.known = load_lm(lm, self.words)
@@ -1266,14 +1137,12 @@ class WordSearch:
         """Words of one trial: log_probs (F, 41), settings as in `words`. No frame, no word."""
         if not len(log_probs):
             return []
-        emissions = settings["acoustic_scale"] * np.asarray(log_probs, np.float32)
-        emissions[:, 0] -= settings["acoustic_scale"] * settings["blank_penalty"]
-        emissions = np.ascontiguousarray(emissions, np.float32)  # its address goes to the library
-        if not np.isfinite(emissions).all():
-            raise DataError("--words: log-probabilities that are not finite; look at the model's weights")
+        scale = settings["acoustic_scale"]
+        emissions = scale * np.ascontiguousarray(log_probs, np.float32)  # its address goes to the library
+        emissions[:, 0] -= scale * settings["blank_penalty"]
         options = self.library.LexiconDecoderOptions(
             beam_size=settings["beam"],
-            beam_size_token=settings["token_beam"],
+            beam_size_token=len(PHONEMES),
             beam_threshold=25.0,
             lm_weight=settings["lm_weight"],
             word_score=settings["word_score"],
@@ -1285,38 +1154,6 @@ class WordSearch:
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
         best = decoder.decode(emissions.ctypes.data, *emissions.shape)[0]
         return [self.words[i] for i in best.words if i >= 0]
-
-
-@contextlib.contextmanager
-def word_decoder(lexicon: Lexicon, lm: str | Path, processes: int = 1):
-    """Gives decode(list of log_probs, settings) -> list of sentences, and the WordSearch, for the length of a
-    with block.
-
-    The library holds Python's lock, so threads gain nothing; with processes > 1 each builds a search of its
-    own."""
-    search = WordSearch(lexicon, lm)
-    if processes == 1:
-        yield lambda trials, settings: [search.decode(trial, settings) for trial in trials], search
-        return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_decoding, (lexicon, lm)) as pool:
-        answer = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # workers inherit this: Ctrl-C is answered here alone
-        for _ in range(processes):  # a task starts a worker as long as none is ready
-            pool.submit(int)
-        signal.signal(signal.SIGINT, answer)
-        yield (
-            lambda trials, settings: list(pool.map(_decode_words, trials, itertools.repeat(settings))),
-            search,
-        )
-
-
-def _start_decoding(lexicon, lm):
-    _decode_words.search = WordSearch(lexicon, lm)
-
-
-def _decode_words(log_probs, settings):
-    return _decode_words.search.decode(log_probs, settings)
 
 
 def nearest_words(sequences: Iterable[list[int]], lexicon: Lexicon) -> list[list[str]]:
@@ -1335,7 +1172,7 @@ def tune_words(
     decode: Callable, log_probs: list, references: list[list[str]], settings: dict
 ) -> tuple[dict, dict]:
     """Coordinate search over WORD_GRID from the settings given, by word errors: (settings, {before, after:
-    WER, searches, sentences}).
+    WER, searches, sentences}). decode(one trial's log_probs, settings) gives its words.
 
     One setting after the other takes the value with the fewest errors, what it had among equals, until a
     round changes none."""
@@ -1346,7 +1183,8 @@ def tune_words(
     def wer(candidate):
         key = tuple(candidate.values())
         if key not in tried:
-            tried[key] = error_rate(per_counts(references, decode(log_probs, candidate)))
+            decoded = [decode(trial, candidate) for trial in log_probs]
+            tried[key] = error_rate(per_counts(references, decoded))
         return tried[key]
 
     before, last = wer(settings), None
@@ -1354,180 +1192,119 @@ def tune_words(
         last = settings
         for name, values in WORD_GRID.items():
             settings = min((settings | {name: value} for value in (settings[name], *values)), key=wer)
-    after = wer(settings)
-    return settings, {"before": before, "after": after, "searches": len(tried), "sentences": len(references)}
+    tuned = {"before": before, "after": wer(settings), "searches": len(tried), "sentences": len(references)}
+    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
+    print(f"tuned on {len(references)} validation sentences: {flags}")
+    print(f"WER there {before:.4f} -> {tuned['after']:.4f}")
+    return settings, tuned
 
 
-def write_submission(
-    path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices: np.ndarray
-) -> None:
+def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices) -> None:
     """Writes the sentences of one whole part in the competitions' order: by session name, then by trial
     number.
 
     FILE.csv: columns id (row number from 0) and text ('25); any other: a sentence a line ('24). Any part may
-    be written, but all of it: DataError where a trial is missing or doubled, or where the '24 competition
-    part is not 1200 rows of 15 days."""
-    parts = {str(corpus.part[i]) for i in indices}
-    whole = np.flatnonzero(np.isin(corpus.part, list(parts)))
-    found = sum(row["found"] for row in corpus.report.get("days", ()) if row["part"] in parts)
+    be written, but all of it: DataError where a trial is missing, also one that the conversion left out, or
+    where the '24 competition part is not 1200 rows of 15 days."""
+    part = corpus.part[indices[0]]
+    days = [row for row in corpus.report.get("days", ()) if row["part"] == part]
+    found = sum(row["trials"] + row["left_out"] for row in days)
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
-    public = parts == {"competition"} and corpus.channels == 256 and not corpus.synthetic
-    if public and rows[0][0].startswith("t12.") and size != COMPETITION_SIZE:
-        raise DataError(f"{path}: {size} rows and days; expected {COMPETITION_SIZE}; convert anew")
-    if len(parts) != 1 or sorted(indices) != whole.tolist() or found > len(rows):
-        raise DataError(
-            f"{path}: {len(rows)} rows of {sorted(parts)}, of {max(found, len(whole))} trials; expected "
-            "each trial of one part once; give --part, or see what the conversion left out"
-        )
+    expected = max(found, int((corpus.part == part).sum())), size[1]
+    if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
+        expected = COMPETITION_SIZE
+    if size != expected:
+        raise DataError(f"{path}: {size} rows and days of part {part}; expected {expected}; give --part")
     texts = [text for *_, text in rows]
     if str(path).endswith(".csv"):
         write_csv(path, [("id", "text"), *enumerate(texts)])
     else:
         write_atomic(Path(path), lambda file: file.write("".join(f"{text}\n" for text in texts).encode()))
-    print(f"{path}: {len(rows)} sentences of {size[1]} days, {texts.count('')} of them empty")
-    print(f"{len(corpus.left_out)} items of the corpus were left out by its conversion")
+    print(f"{path}: {size} sentences and days, {texts.count('')} sentences empty")
 
 
 def word_options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Adds the options of `words`, which runs when --words, --tune or --submission is given, and returns
     them."""
-    add = parser.add_argument_group(
-        "words", "beam search over a lexicon with an n-gram LM (decoder)"
-    ).add_argument
-    scale, penalty = "factor of log-probabilities", "taken off blank, in nats"
+    add = parser.add_argument_group("words", "beam search with lexicon and n-gram LM (decoder)").add_argument
+    scale, ratio = number(float, 0, 100), number(float, -100, 100)
     return [
         add("--words", action="store_true", help="report the word error rate beside PER (off)"),
         add("--tune", action="store_true", help="first choose settings on the validation part (off)"),
         add("--submission", metavar="FILE", help="write .csv of id,text ('25), else lines ('24) (off)"),
         add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)"),
-        add(
-            "--lm",
-            metavar="FILE",
-            help="n-gram ARPA or KenLM file (default: training trigram)",
-        ),
-        add(
-            "--acoustic-scale",
-            type=number(float, 0, 100),
-            help=f"{scale} (default: 0.5; 512 channels: 0.325)",
-        ),
-        add(
-            "--blank-penalty",
-            type=number(float, -100, 100),
-            help=f"{penalty} (default: log 7; 512 channels: log 90)",
-        ),
-        add(
-            "--lm-weight",
-            type=number(float, 0, 100),
-            default=1.0,
-            help="factor of the LM's log10 (%(default)s)",
-        ),
-        add(
-            "--word-score",
-            type=number(float, -100, 100),
-            default=0.0,
-            help="added for every word (%(default)s)",
-        ),
+        add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)"),
+        add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)"),
+        add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)"),
+        add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)"),
+        add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)"),
         add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)"),
-        add(
-            "--token-beam",
-            type=number(int, 1, 41),
-            default=41,
-            help="phonemes tried a frame (%(default)s: all)",
-        ),
-        add("--processes", type=number(int, 1), default=1, help="processes that search (%(default)s)"),
     ]
 
 
 def word_model(corpus: SpeechCorpus, train: Iterable[int], args: argparse.Namespace) -> tuple[Lexicon, str]:
     """(lexicon, LM file): those given, else made from the transcripts of the trials `train`."""
     texts = [corpus.text[i] for i in train]
+    lm = args.lm
+    if lm is None:
+        sentences = list(filter(None, map(spoken_words, texts)))
+        lm = f"{args.cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
+        write_arpa(lm, witten_bell(sentences))
     if args.lexicon:
-        lexicon = read_lexicon(args.lexicon)
-    else:
-        lexicon = training_lexicon(texts, [corpus.labels[i] for i in train])
-    if not lexicon:
-        raise DataError(f"{corpus.root}: no word in its training transcripts; give --lexicon and --lm")
-    if args.lm:
-        return lexicon, args.lm
-    sentences = [spoken_words(text) for text in texts]
-    path = f"{args.cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
-    write_arpa(path, witten_bell(filter(None, sentences)))
-    return lexicon, path
+        return read_lexicon(args.lexicon), lm
+    return training_lexicon(texts, [corpus.labels[i] for i in train]), lm
 
 
 def words(
     log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
 ) -> dict:
-    """Decodes trials into words, prints and returns WER (0 to 1) and what it was got with; writes
-    --submission.
+    """Decodes trials into words, prints and returns WER (0 to 1) and settings; writes --submission.
 
-    log_probs: (F, 41) of each trial of indices. valid: (log_probs, indices) of the validation part, for
-    --tune. train: trials whose transcripts make the lexicon and the LM. Without any labelled trial there is
-    no WER, and never for the competition part. DataError on unreadable files, on --tune without labels, on an
-    incomplete submission."""
+    log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
+    --tune; train: trials whose transcripts make the lexicon and the LM. No labelled trial, no WER."""
+    settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam")}
     start_at = WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])
-    settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam", "token_beam")}
     settings |= {name: value for name, value in start_at.items() if settings[name] is None}
     lexicon, lm = word_model(corpus, train, args)
-    figures: dict = {key: getattr(args, key) or "training transcripts" for key in ("lexicon", "lm")}
-    with word_decoder(lexicon, lm, args.processes) as (decode, search):
-        print(f"{len(search.words)} words, {len(lexicon)} pronunciations from {figures['lexicon']}")
-        print(f"LM {lm} knows {search.known} of them; {search.dropped} homophones left out")
-        if args.tune:
-            settings, figures["tuned"] = _tune(decode, corpus, settings, *valid)
-        start = time.perf_counter()
-        sentences = decode(log_probs, settings)
-        spent = 1000 * (time.perf_counter() - start) / max(1, len(sentences))
-    figures |= {"settings": settings, "sentences": len(sentences), "ms_per_sentence": spent}
-    scored = corpus.labelled[indices] & (corpus.part[indices] != "competition")
-    if scored.any():
-        trials = indices[scored]
-        references = [spoken_words(corpus.text[i]) for i in trials]
-        decoded = list(itertools.compress(sentences, scored))
-        greedy = [
-            record["hypothesis"]
-            for record in transcripts(list(itertools.compress(log_probs, scored)), corpus, trials)
-        ]
-        known = set(search.words)
-        figures["outside_lexicon"] = sum(word not in known for word in itertools.chain(*references))
-        figures |= _word_figures("wer", references, decoded)
-        figures |= _word_figures("nearest", references, nearest_words(greedy, lexicon))
-        if args.tune and set(trials) & set(valid[1]):
-            print("the search was tuned on these very sentences")
-        print(f"{figures['outside_lexicon']} words are outside the lexicon; {spent:.1f} ms a sentence")
-        spelt = [[" ".join(sentence) for sentence in side] for side in (references, decoded)]
-        print_samples([corpus.ids[i] for i in trials], *spelt)
-    else:
-        print(f"words: {len(sentences)} sentences decoded, none labelled: no WER")
+    search = WordSearch(lexicon, lm)
+    figures: dict = {}
+    print(f"{len(search.words)} words, {len(lexicon)} pronunciations; {search.dropped} homophones left out")
+    print(f"LM {lm} knows {search.known} of the words")
+    if args.tune:
+        known = corpus.labelled[valid[1]]
+        references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
+        heard = list(itertools.compress(valid[0], known))
+        settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
+    sentences = [search.decode(row, settings) for row in log_probs]
+    figures["settings"] = settings
+    labelled = corpus.labelled[indices]
+    print(f"words: {len(sentences)} sentences decoded, {labelled.sum()} of them labelled")
+    if labelled.any():
+        scored = indices[labelled]
+        records = transcripts(list(itertools.compress(log_probs, labelled)), corpus, scored)
+        references = [spoken_words(corpus.text[i]) for i in scored]
+        decoded = list(itertools.compress(sentences, labelled))
+        nearest = nearest_words([record["hypothesis"] for record in records], lexicon)
+        vocabulary = set(search.words)
+        outside = [word for word in itertools.chain(*references) if word not in vocabulary]
+        figures |= {"outside_lexicon": len(outside), **_word_figures("wer", references, decoded)}
+        figures |= _word_figures("nearest", references, nearest)
+        print(f"nearest: greedy phonemes to the nearest words; {len(outside)} words are outside the lexicon")
+        for record, reference, sentence in list(zip(records, references, decoded, strict=True))[:5]:
+            print(f"{record['trial']}\n  reference  {' '.join(reference)}\n  decoded    {' '.join(sentence)}")
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
     return figures
 
 
-def _tune(decode, corpus, settings, log_probs, trials):
-    """`tune_words` on the labelled ones of these trials, and what it found printed."""
-    labelled = corpus.labelled[trials]
-    references = [spoken_words(corpus.text[i]) for i in trials[labelled]]
-    settings, tuned = tune_words(decode, list(itertools.compress(log_probs, labelled)), references, settings)
-    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
-    print(f"tuned on {tuned['sentences']} validation sentences by {tuned['searches']} searches: {flags}")
-    print(f"WER there {tuned['before']:.4f} -> {tuned['after']:.4f}")
-    return settings, tuned
-
-
 def _word_figures(name, references, hypotheses):
     """WER, its interval and counts under this name, and a line that says them."""
     counts = per_counts(references, hypotheses)
-    figures = {
-        name: error_rate(counts),
-        f"{name}_interval": trial_bootstrap(counts),
-        f"{name}_counts": dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True)),
-    }
-    title = {"wer": "lexicon and LM", "nearest": "greedy phonemes to the nearest words"}[name]
-    interval = brackets(figures[f"{name}_interval"])
-    print(f"WER, {title}: {figures[name]:.4f} 95 % {interval} {figures[f'{name}_counts']}")
-    return figures
+    numbers = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
+    rate, interval = error_rate(counts), trial_bootstrap(counts)
+    print(f"WER {name}: {rate:.4f} 95 % {brackets(interval)} {numbers}")
+    return {name: rate, f"{name}_interval": interval, f"{name}_counts": numbers}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1601,16 +1378,15 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
     tokens after a quarter, half, three quarters and all of its blocks, (8 width,) float64 by name. In the
     precision that it was trained in."""
     model, ckpt = load_checkpoint(path)
-    info = ckpt.get("data") or {}
-    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None or "std" not in info:
+    info = ckpt["data"]
+    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None:
         raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
     model = model.to(device).eval()
     found, depth = [], model.model_args["depth"]
     for level in sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)}):
         layer = model.norm if level == depth else model.blocks[level - 1]
         layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
-    extra = 0 if model.extra is None else 2
-    half = torch.autocast(device.type, torch.bfloat16, enabled=(ckpt["args"] or {}).get("amp") == "bf16")
+    half = torch.autocast(device.type, torch.bfloat16, enabled=ckpt["args"].get("amp") == "bf16")
     rows = {}
     for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
         moments = []
@@ -1618,7 +1394,8 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
             found.clear()
             with torch.no_grad(), half:
                 model(x.to(device))
-            seen = torch.stack(found, dim=1)[:, :, extra:]  # (B, levels, T, width)
+            seen = torch.stack(found, dim=1)  # (B, levels, extra + T, width)
+            seen = seen if model.extra is None else seen[:, :, 2:]
             moments.append(torch.stack([seen.mean(2), seen.square().mean(2)]))
         mean, square = torch.cat(moments, dim=1).mean(1)  # (levels, width)
         deviation = (square - mean**2).clip(1e-6).sqrt()
@@ -1628,7 +1405,7 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
 
 def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None = None) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
-    store = percepiano_audio(corpus, args.cache, args.audio)
+    store = percepiano_audio(corpus.root, args.cache, args.audio)
     for line in store.left_out:
         print(f"left out: {line}")
     kind = "wav" if args.audio else "rendered"
@@ -1638,20 +1415,23 @@ def audio_store(corpus: Corpus, args: argparse.Namespace, trained_on: str | None
 
 
 def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
-    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, the same share of fewer."""
-    x, lengths = batch["x"], batch["lengths"]
-    B, T = len(x), x.shape[1] // PATCH
-    whole = bool((lengths == x.shape[1]).all())
-    columns = None if whole else (lengths // PATCH).clip(min=1).to(x.device)
+    """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, a like share of fewer."""
+    x, lengths = batch["x"], _lengths_if_unlike(batch)
+    columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
+    T = x.shape[1] // PATCH
     count = max(1, round(masked / 512 * 8 * T))
-    return batch | {"mask": cluster_mask(B, 8, T, count, x.device, generator, columns=columns)}
+    return batch | {"mask": cluster_mask(len(x), 8, T, count, x.device, generator, columns=columns)}
+
+
+def _lengths_if_unlike(batch):
+    """None where all clips fill their rows: attention needs no mask then, and is faster without."""
+    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
+    return None if whole else batch["lengths"]
 
 
 def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict[str, Tensor]:
     """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
-    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
-    lengths = None if whole else batch["lengths"]
-    figures = model(batch["x"], lengths, mask=batch["mask"], compat=compat)
+    figures = model(batch["x"], _lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
@@ -1664,31 +1444,28 @@ def validate_pretraining(model: nn.Module, batches: list[dict], device: torch.de
         for batch in batches:
             batch = to_device(with_masks(batch, args.mask, generator), device)
             for name, value in pretrain_figures(model, batch, args.ssast_compat).items():
-                sums[name] += float(value) * len(batch["names"])
+                sums[f"valid_{name}"] += float(value) * len(batch["names"])
     count = sum(len(batch["names"]) for batch in batches)
-    return {f"valid_{name}": total / count for name, total in sums.items()}
+    return {name: total / count for name, total in sums.items()}
 
 
 def evaluate_pretraining(args: argparse.Namespace, loaded: list[tuple]) -> dict:
     """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
     path, model, ckpt = loaded[0]
     data = ckpt["data"]
-    if len(loaded) > 1 or args.csv or args.save_results or args.crops:
-        raise DataError(
-            f"{path}: a pre-training, which rates nothing; give it alone, no --csv, --save-results, --crops"
-        )
+    if len(loaded) > 1 or args.csv or args.save_results:
+        raise DataError(f"{path}: a pre-training, which rates nothing; give it alone, without result files")
     if args.data is None and not data["synthetic"]:
-        raise DataError(f"{path}: trained on real data; synthetic scores would mean nothing; give --data DIR")
+        raise DataError(f"{path}: trained on real data, not the synthetic; give --data DIR")
     own = {"data": args.data, "audio": args.audio, "cache": args.cache}
-    settings = argparse.Namespace(**{**ckpt["args"], **own})
+    settings = argparse.Namespace(**ckpt["args"] | own)
     norm = {key: data[key] for key in ("mean", "std")}
     _, batches, now = pretrain_data(settings, False, print, norm)
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
-    if now["synthetic"]:
-        print("SYNTHETIC corpus: figures say nothing about real recordings")
-    print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
+    kind = " (SYNTHETIC corpus)" if now["synthetic"] else ""
+    print(f"{path}{kind}, step {ckpt['step']}: {pretrain_summary(figures)}")
     return figures
 
 
@@ -1710,11 +1487,9 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
     nothing.
 
-    y, p (n, D); groups (n,). Items of a group are alike on both sides, so items alone must not be exchanged
-    (which is all that scipy.stats.permutation_test does): every group receives the predictions of a whole
-    group of its fold, in random order (cut or repeated where that one is larger or smaller). Folds that hold
-    the same groups are permuted alike. p = (1 + draws as good as the observed) / (1 + n) (Phipson & Smyth,
-    2010)."""
+    y, p (n, D); groups (n,): items of one are alike, so (other than scipy.stats.permutation_test does) each
+    receives the predictions of a whole group of its fold, in random order, cut or repeated to its size. Folds
+    of the same groups are permuted alike. p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     folds = np.zeros(len(y), int) if folds is None else folds
     _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -1772,36 +1547,18 @@ def significance(records: list[dict], truth: dict[str, np.ndarray], n: int = 100
     """Per dimension, means over the folds: {part: {view: {"pearson_interval", "r2_interval" (19 pairs,
     cluster bootstrap over segments), "p", "p_holm" (19, `permutation_p`)} or None where nothing is rated or
     the segments are too few}}."""
-    return of_views(functools.partial(_significance, n=n), records, truth)
 
+    def test(names, y, p, folds):
+        groups = [segment_of(name) for name in names]
+        draws = resample(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), groups, folds, y, p, n=n)
+        if not len(draws):
+            return None
+        of_pearson, of_r2 = np.percentile(draws, [2.5, 97.5], axis=0).transpose(1, 2, 0).tolist()
+        chance = permutation_p(y, p, groups, n, folds=folds)
+        tests = {"pearson_interval": of_pearson, "r2_interval": of_r2}
+        return tests | {"p": chance.tolist(), "p_holm": holm(chance).tolist()}
 
-def _significance(names, y, p, folds, n):
-    groups = [segment_of(name) for name in names]
-    draws = resample(lambda y, p: np.stack([pearson(y, p), r2(y, p)]), groups, folds, y, p, n=n)
-    if not len(draws):
-        return None
-    intervals = np.percentile(draws, [2.5, 97.5], axis=0)
-    chance = permutation_p(y, p, groups, n, folds=folds)
-    return {
-        "pearson_interval": intervals[:, 0].T.tolist(),
-        "r2_interval": intervals[:, 1].T.tolist(),
-        "p": chance.tolist(),
-        "p_holm": holm(chance).tolist(),
-    }
-
-
-def _print_significance(tests):
-    for part, views in tests.items():
-        for view, figures in views.items():
-            if figures:
-                rows = zip(
-                    LABELS,
-                    map(brackets, figures["pearson_interval"]),
-                    figures["p"],
-                    figures["p_holm"],
-                    strict=True,
-                )
-                print_table([f"{part}, {VIEWS[view]}", "95 % of r", "p by permutation", "p (Holm)"], rows)
+    return of_views(test, records, truth)
 
 
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
@@ -1810,13 +1567,11 @@ FEWEST = 6
 
 
 def compare(argv: list[str]) -> dict:
-    """`python eval.py compare`: paired test of two sets of predictions on the items that both rate; returns
-    its figures."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py compare",
-        usage="python eval.py compare --a FILE ... --b FILE ... [--data DIR] [options]",
-        description="""\
+    """`python eval.py compare`: paired test of two sets of predictions; returns its figures."""
+    parser = _parser(
+        "compare",
+        "--a FILE ... --b FILE ... [--data DIR] [options]",
+        """\
 Is A better than B, or is it chance? Both predict the same items; the last line says it in a sentence.
 Of ratings: the mean metric and each of the 19, with Holm's correction for their number.
 
@@ -1829,228 +1584,131 @@ Intervals (95 %) and p-values: paired bootstrap over segments, or over a decoder
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
+    clusters = ["segment", "performer"]
     add("--part", choices=["valid", "test"], default="valid", help="part to compare (%(default)s)")
     add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
-    add("--batch", type=number(int, 1), help="items per forward pass (16; audio 8; decoder 64)")
-    of_decoder = [add("--day", choices=["nearest", "mean"], help=DAY_HELP)]
-    clusters = ["segment", "performer"]
-    of_ratings = [
-        add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)"),
-        add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)"),
-        add("--no-renderings", action="store_true", help="ratings: without the score renderings (off)"),
-        *audio_options(parser),
-    ]
+    add("--day", choices=["nearest", "mean"], help=DAY_HELP)
+    add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
+    add("--cluster", choices=clusters, default="segment", help="ratings: drawn as a whole (%(default)s)")
+    add("--no-renderings", action="store_true", help="ratings: without the score renderings (off)")
+    audio_options(parser)
     args = _parse(parser, argv, data_options)
-    args.ckpt = args.a
-    loaded = [_load_models(paths) if not paths[0].endswith(".csv") else [] for paths in (args.a, args.b)]
-    decoders = {_is_decoder(paths, models) for paths, models in zip((args.a, args.b), loaded, strict=True)}
-    if len(decoders) > 1:
-        raise DataError(f"{args.a[0]}, {args.b[0]}: one is a decoder's, the other rates pieces")
-    if decoders == {True}:
-        _refuse_given(args, of_ratings, "train_han.py and pretrain_ast.py", "decoder")
-        return _test_pairs(_paired_trials(args, loaded), args)
-    _refuse_given(args, of_decoder, "train_decoder.py", "ratings")
-    return _test_pairs(_paired_ratings(args, loaded), args)
+    (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
+    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
+    if any(about[key] != other[key] for key in about.keys() & other.keys()):
+        raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
+    synthetic = (about | other).get("synthetic")
+    pairs = _paired_trials(a, b) if about["decoder"] else _paired_ratings(a, b, args, synthetic)
+    if len(set(pairs[3])) < 2:
+        raise DataError(
+            f"{args.a[0]}, {args.b[0]}: {len(pairs[0])} rated items or trials that both predict, in "
+            f"one fold of part {args.part}; expected two {args.cluster}s or more; give their --data"
+        )
+    if about["decoder"]:
+        print(corpus_line(synthetic, "the files named"))
+        question = Question("phoneme error rate", "trials", (), -1, lambda _, n: np.array([error_rate(n)]))
+    else:
+        question = _rating_question(pairs[0], METRICS[args.metric], args)
+    print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
+    return _answer(question, *pairs, args.draws)
 
 
 @dataclass
-class Pairs:
-    """What two sides, a and b (n, D), made of the same items of truth y (n, D).
+class Question:
+    """What is compared: statistic(y, p) -> a figure for each of labels, then the whole one, called `name`;
+    sign: 1 where more is better, -1 where less is; unit: what is drawn as a whole."""
 
-    groups (n,) are drawn as a whole, folds (n,) averaged. statistic(y, p) -> a figure for each of labels,
-    then the whole one, called `name`; sign: 1 where more is better, -1 where less is. about: a line on the
-    items."""
-
-    y: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    groups: list
-    folds: np.ndarray
-    unit: str
-    statistic: Callable
-    labels: tuple[str, ...]
     name: str
+    unit: str
+    labels: tuple[str, ...]
     sign: int
-    about: str
+    statistic: Callable
 
 
-def _test_pairs(pairs, args):
+def _rating_question(y, metric, args):
+    # an error is least for the truth itself
+    sign = 1 if metric(y, y).mean() > metric(y, 1 - y).mean() else -1
+    whole = lambda y, p: np.append(metric(y, p), metric(y, p).mean())  # noqa: E731
+    return Question(f"mean {args.metric}", f"{args.cluster}s", LABELS, sign, whole)
+
+
+def _side(args, paths):
+    """Items as `read_csv` gives them, of one CSV or of checkpoints, and what is known of them: decoder,
+    synthetic, split."""
+    args.ckpt = paths
+    if paths[0].endswith(".csv"):
+        if len(paths) > 1:
+            raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
+        items = read_csv(paths[0])
+        beside = Path(paths[0]).with_suffix(".json")
+        saved = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
+        return items, about | {"decoder": isinstance(next(iter(items)), str)}
+    loaded = _load_models(paths)
+    if loaded[0][2]["task"] == "decoder":
+        corpus, parts = _speech_parts(args, loaded)
+        trials = parts[args.part]
+        trials = trials[corpus.labelled[trials]]
+        records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
+        items = {record["trial"]: (record["reference"], record["hypothesis"]) for record in records}
+        return items, {"decoder": True, "synthetic": corpus.synthetic}
+    records, _, data = _rate_parts(args, loaded, [args.part])
+    items = {}
+    for record in records:
+        for name, p in zip(record["names"], record["p"], strict=True):
+            items[args.part, record["fold"], name] = p
+    return items, {"decoder": False, "split": data["split"]}
+
+
+def _paired_ratings(a, b, args, synthetic):
+    """Truth, predictions of A and B (n, 19), groups and folds of the rated items that both predict in a
+    fold."""
+    root = Path(args.data or synthetic_percepiano(args.cache))
+    here = (root / "SYNTHETIC").is_file()
+    if synthetic not in (None, here):  # the names would be the same
+        raise DataError(f"{args.a[0]}, {args.b[0]}: of another corpus than {root}; give --data DIR")
+    print(corpus_line(here, root))
+    truth = read_labels(root, [])
+    both = sorted(item for item in a.keys() & b.keys() if item[0] == args.part and item[2] in truth)
+    if args.no_renderings:
+        both = [item for item in both if not is_rendering(item[2])]
+    y = np.array([truth[name] for *_, name in both])
+    pa, pb = (np.array([side[item] for item in both]) for side in (a, b))
+    group_of = segment_of if args.cluster == "segment" else player_of
+    return y, pa, pb, [str(group_of(name)) for *_, name in both], np.array([fold for _, fold, _ in both])
+
+
+def _paired_trials(a, b):
+    """The same of trials of one reference on both sides: `per_counts` (n, 4), which hold the truth."""
+    both = [trial for trial in a if trial in b and a[trial][0] == b[trial][0]]
+    references = [a[trial][0] for trial in both]
+    of_a, of_b = (per_counts(references, [side[trial][1] for trial in both]) for side in (a, b))
+    return of_a, of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
+
+
+def _answer(question, y, pa, pb, groups, folds, draws):
     """Tests whether the sides differ, prints a table and the verdict, and returns them."""
-    a, b = (by_fold(pairs.statistic, pairs.folds, pairs.y, side) for side in (pairs.a, pairs.b))
-    difference, interval, p = paired_bootstrap(
-        pairs.y, pairs.a, pairs.b, pairs.groups, pairs.statistic, pairs.folds, args.draws
-    )
-    clusters = len(set(pairs.groups))
+    a, b = (by_fold(question.statistic, folds, y, side) for side in (pa, pb))
+    difference, interval, p = paired_bootstrap(y, pa, pb, groups, question.statistic, folds, draws)
+    clusters = len(set(groups))
     if clusters < FEWEST:
         p = np.full_like(p, np.nan)
     tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
-    corrected = holm(p[:-1])
-    print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}\n{pairs.about}")
-    print(f"{clusters} {pairs.unit}, drawn {args.draws} times: no p is under {2 / args.draws:.2g}")
-    labels, intervals = [*pairs.labels, "all"], map(brackets, tests["interval"])
-    rows = zip(labels, a, b, difference, intervals, p, [*corrected, ""], strict=True)
-    print_table([pairs.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
-    verdict = _verdict(pairs, **tests, corrected=corrected)
-    print(verdict)
-    return {
-        "items": len(pairs.y),
-        "clusters": clusters,
-        "a": float(a[-1]),
-        "b": float(b[-1]),
-        **{key: values[-1].tolist() for key, values in tests.items()},
-        "verdict": verdict,
-        "per_dimension": {
-            **{key: values[:-1].tolist() for key, values in tests.items()},
-            "p_holm": corrected.tolist(),
-        },
-    }
-
-
-def _verdict(pairs, difference, interval, p, corrected):
-    """Who is better, in a sentence; the whole figure stands last in each array."""
-    told = f"{pairs.name} {difference[-1]:+.4f}"
-    count = len(set(pairs.groups))
-    if np.isnan(p[-1]):
-        return f"A cannot be told from B: {told}, but {count} {pairs.unit} are too few for a test."
-    gain = pairs.sign * difference
-    says = "cannot be told from"
+    corrected = np.append(holm(p[:-1]), p[-1])
+    print(f"{len(y)} items, {clusters} {question.unit}, drawn {draws} times: no p is under {2 / draws:.2g}")
+    rows = zip([*question.labels, "all"], a, b, *tests.values(), corrected, strict=True)
+    print_table([question.name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    verdict = "A cannot be told from B"
     if p[-1] < 0.05:
-        says = "is better than" if gain[-1] > 0 else "is worse than"
-    sentence = f"A {says} B: {told} {brackets(interval[-1])}, p = {p[-1]:.4f}"
-    for word, clear in (("better", gain[:-1] > 0), ("worse", gain[:-1] < 0)):
-        names = list(itertools.compress(pairs.labels, clear & (corrected < 0.05)))
-        if names:
-            sentence += f"; {word} after Holm's correction in {', '.join(names)}"
-    return f"{sentence}."
-
-
-def _is_decoder(paths, loaded):
-    """Whether one side of a comparison, checkpoints or one CSV, is a decoder's."""
-    if loaded:
-        return loaded[0][2]["task"] == "decoder"
-    if len(paths) > 1:
-        raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
-    try:
-        with open(paths[0], encoding="utf-8", errors="replace") as file:
-            return file.readline(100).startswith("trial,")
-    except OSError as error:
-        raise DataError(f"{paths[0]}: {error.strerror}; expected a CSV of --save-results") from error
-
-
-def _saved_beside(path, key):
-    """An entry of the JSON that --save-results wrote beside a CSV; None where there is none."""
-    try:
-        return json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _paired_ratings(args, loaded):
-    """Pairs of the rated items that both sides predict in the same fold."""
-    root = Path(args.data or synthetic_percepiano(args.cache))
-    synthetic = (root / "SYNTHETIC").is_file()
-    truth = read_labels(root, [])
-    view = "no_renderings" if args.no_renderings else "all"
-    sides, splits = [], set()
-    for paths, models in zip((args.a, args.b), loaded, strict=True):
-        if models:
-            args.ckpt = paths
-            folds, data = _load_fold_models(models)
-            records = fold_records(folds, _corpus_of(data, args), args, (args.part,))
-            splits.add(data["split"])
-        else:
-            records = read_predictions(paths[0])
-            splits.add(_saved_beside(paths[0], "split"))
-            if _saved_beside(paths[0], "synthetic") not in (None, synthetic):  # the names would be the same
-                raise DataError(f"{paths[0]}: predictions of another corpus than {root}; give --data DIR")
-        names, _, p, folds = _stacked(records, truth, args.part, view)
-        sides.append(dict(zip(zip(folds.tolist(), names, strict=True), p, strict=True)))
-    both = sorted(sides[0].keys() & sides[1].keys())
-    names = [name for _, name in both]
-    segments = [segment_of(name) for name in names]
-    if len(splits - {None}) > 1 or len(set(segments)) < 2:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} rated items of part {args.part} that both predict in "
-            f"one fold, splits {splits}; expected two segments or more of one split; give their --data"
-        )
-    y = np.array([truth[name] for name in names])
-    metric = METRICS[args.metric]
-    apart = f"{len(sides[0].keys() ^ sides[1].keys())} items that only one side predicts left out"
-    return Pairs(
-        y=y,
-        a=np.array([sides[0][item] for item in both]),
-        b=np.array([sides[1][item] for item in both]),
-        groups=segments if args.cluster == "segment" else [str(player_of(name)) for name in names],
-        folds=np.array([fold for fold, _ in both]),
-        unit=f"{args.cluster}s",
-        statistic=lambda y, p: np.append(metric(y, p), metric(y, p).mean()),
-        labels=LABELS,
-        name=f"mean {args.metric}",
-        sign=1
-        if metric(y, y).mean() > metric(y, 1 - y).mean()
-        else -1,  # an error is least for the truth itself
-        about=f"{args.part}, {len(both)} items; {apart}; {corpus_line(synthetic, root)}",
-    )
-
-
-def read_transcripts(path: str | Path) -> list[dict]:
-    """Reads a decoder's CSV of --save-results: a list of dicts of trial, day, reference and hypothesis
-    (phoneme ids). DataError otherwise."""
-    records: list[dict] = []
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file, strict=True):
-                ids = {
-                    side: [PHONEMES.index(p) for p in row[side].split()]
-                    for side in ("reference", "hypothesis")
-                }
-                records.append({"trial": row["trial"], "day": row["day"], **ids})
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise DataError(f"{path}: line {len(records) + 2}: {error!r}; expected a decoder's CSV") from error
-    return records
-
-
-def _paired_trials(args, loaded):
-    """Pairs of the labelled trials that both sides decoded; prints their error rates by session."""
-    sides, synthetic = [], False
-    for paths, models in zip((args.a, args.b), loaded, strict=True):
-        if models:
-            args.ckpt = paths
-            corpus = _speech_corpus(args, models)
-            trials = speech_parts(corpus, models[0][2]["data"]["valid"])[args.part]
-            trials = trials[corpus.labelled[trials]]
-            _say_circumstances(args, models, corpus, trials)
-            rows = transcripts(mean_logits(models, corpus, trials, args), corpus, trials)
-            synthetic |= corpus.synthetic
-        else:
-            rows = read_transcripts(paths[0])
-            synthetic |= bool(_saved_beside(paths[0], "synthetic"))
-        sides.append({row["trial"]: row for row in rows})
-    both = [trial for trial in sides[0] if trial in sides[1]]
-    references, others = ([side[trial]["reference"] for trial in both] for side in sides)
-    if len(both) < 2 or references != others:
-        raise DataError(
-            f"{args.a[0]}, {args.b[0]}: {len(both)} labelled trials that both decoded, or of other "
-            "phonemes; expected two or more of one corpus"
-        )
-    a, b = (per_counts(references, [side[trial]["hypothesis"] for trial in both]) for side in sides)
-    days = np.array([sides[0][trial]["day"] for trial in both])
-    rows = [(day, error_rate(a[days == day]), error_rate(b[days == day])) for day in np.unique(days)]
-    print_table(["phoneme error rate", "A", "B"], rows)
-    apart = f"{len(sides[0].keys() ^ sides[1].keys())} trials that only one side decoded left out"
-    return Pairs(
-        y=a,
-        a=a,
-        b=b,
-        groups=list(range(len(both))),
-        folds=np.zeros(len(both), int),
-        unit="trials",
-        statistic=lambda _, counts: np.array([error_rate(counts)]),
-        labels=(),
-        name="phoneme error rate",
-        sign=-1,
-        about=f"{len(both)} trials; {apart}; {corpus_line(synthetic, 'the files named')}",
-    )
+        verdict = f"A is {'better' if question.sign * difference[-1] > 0 else 'worse'} than B"
+    verdict += f": {question.name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
+    if clusters < FEWEST:
+        verdict += f"; {clusters} {question.unit} are too few for a test"
+    print(verdict)
+    whole = {key: values[-1].tolist() for key, values in tests.items()}
+    each = {key: values[:-1].tolist() for key, values in tests.items()} | {"p_holm": corrected[:-1].tolist()}
+    counts = {"items": len(y), "clusters": clusters, "a": float(a[-1]), "b": float(b[-1])}
+    return {**counts, **whole, "verdict": verdict, "per_dimension": each}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2064,7 +1722,7 @@ def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) ->
 
     raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
     "pearson" (its root), "independent" (R² if every rating were another rater's: HAN.md's ≈ .79), "between",
-    "error", "spread" (see `_ceiling_column`), and "items", "per_item"."""
+    "error" (see `_ceiling_column`), and "items", "per_item"."""
     columns = []
     for x in ratings.T:
         rated = np.isfinite(x)
@@ -2079,16 +1737,13 @@ def _ceiling_column(names, raters, x):
     """`rater_ceiling` of one dimension: item, rater and value of every rating, (n,) each.
 
     Model: rating = true + rater's own view of the item (variance b) + error of the moment (variance e, from
-    raters who rated an item twice). Both come from the sums of squares within raters and within items
-    (analysis of variance, unbiased for unequal counts). The mean of item i, of which rater j gave m_ij of N_i
-    ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i; R² = 1 - mean(noise_i) / Var(item means): the
-    reliability of the means."""
+    raters who rated an item twice), both from the sums of squares within raters and within items. The mean of
+    item i, of which rater j gave m_ij of N_i ratings, errs by noise_i = b sum_j(m_ij²) / N_i² + e / N_i;
+    R² = 1 - mean(noise_i) / Var(item means): the reliability of the means."""
     _, item, N = np.unique(names, return_inverse=True, return_counts=True)
     _, rater = np.unique(raters, return_inverse=True)
     key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
     mean = np.bincount(item, x) / N
-    if N.max() == 1 or np.ptp(mean) == 0:
-        return dict.fromkeys(("r2", "independent", "between", "error", "spread"), np.nan)
     squares = (x - mean[item]) ** 2
     within_pair = ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum()
     concentration = np.bincount(key // len(x), m**2) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
@@ -2098,26 +1753,20 @@ def _ceiling_column(names, raters, x):
     noise = between * concentration / N + error / N
     several = N > 1
     noise_independent = np.bincount(item, squares)[several] / (N[several] - 1) / N[several]
-    spread = mean.var()
-    return {
-        "r2": 1 - noise.mean() / spread,
-        "independent": 1 - noise_independent.mean() / spread,
-        "between": between,
-        "error": error,
-        "spread": spread,
-    }
+    r2, independent = 1 - np.array([noise.mean(), noise_independent.mean()]) / mean.var()
+    return {"r2": r2, "independent": independent, "between": between, "error": error}
 
 
 def ceiling(argv: list[str]) -> dict:
     """`python eval.py ceiling`: prints `rater_ceiling` of all rated performances, with and without score
     renderings; returns both."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="eval.py ceiling",
-        usage="python eval.py ceiling [--data DIR] [options]",
-        description="""\
+    parser = _parser(
+        "ceiling",
+        "[--data DIR] [options]",
+        """\
 The most that any model can score: raters disagree, so even somebody who knew every performance's true
-rating would not predict their mean exactly. R2 and Pearson of that somebody, in all and for each rating.
+rating would not predict their mean exactly. R2 and Pearson of that somebody, in all and for each rating;
+independent: r2 if every rating were another rater's.
 
     python eval.py ceiling --data data/percepiano
     python eval.py ceiling                            on the synthetic corpus, as an example""",
@@ -2127,14 +1776,13 @@ rating would not predict their mean exactly. R2 and Pearson of that somebody, in
     raters, names, ratings = read_ratings(root)
     print(corpus_line((root / "SYNTHETIC").is_file(), root))
     human = np.array([not is_rendering(name) for name in names])
-    views, columns = {}, {}
+    views = {}
     for view, chosen in (("all", human | True), ("no_renderings", human)):
         figures = views[view] = rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
         print(f"{VIEWS[view]}: {figures['items']} items, {figures['per_item']:.1f} ratings each")
-        for key in ("r2", "pearson", "independent"):
-            columns[f"{key}, {VIEWS[view]}"] = [*figures[key], figures[key].mean()]
-    print_table(["ceiling", *columns], zip([*LABELS, "mean"], *columns.values(), strict=True))
-    print("independent: r2 if every rating were another rater's")
+        shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
+        rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
+        print_table(["ceiling", *shown], rows)
     return views
 
 
@@ -2142,23 +1790,23 @@ rating would not predict their mean exactly. R2 and Pearson of that somebody, in
 # Attention: pictures, and the roll-out of an AST
 # ------------------------------------------------------------------------------------------------------------
 BLUE, ORANGE = "tab:blue", "tab:orange"
-HOUSE_STYLE = {  # of every picture
+HOUSE_STYLE = {  # of every picture; no TeX in names
     "axes.titlelocation": "left",
     "figure.constrained_layout.use": True,
     "figure.dpi": 100,
     "font.size": 12,
+    "text.parse_math": False,
 }
 PICTURES = (".png", ".pdf", ".svg")
 
 
-@contextlib.contextmanager
 def new_figure(width: float, height: float):
-    """A matplotlib figure of so many inches of 100 pixels; within the block everything has one style."""
-    from matplotlib import rc_context  # here: it takes half a second
+    """A matplotlib figure of so many inches of 100 pixels, in the style of all."""
+    from matplotlib import rcParams  # here: it takes half a second
     from matplotlib.figure import Figure
 
-    with rc_context(HOUSE_STYLE):
-        yield Figure((width, height))
+    rcParams.update(HOUSE_STYLE)
+    return Figure((width, height))
 
 
 def save_figure(figure, out: Path) -> None:
@@ -2169,28 +1817,25 @@ def inline_figure(figure, alt: str) -> str:
     """The figure as an <img> that holds its own pixels."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    pixels = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{pixels}">'
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def picture_title(what: str, members: list[tuple], work: dict) -> str:
     synthetic = ", SYNTHETIC training data" if members[0][1]["data"].get("synthetic") else ""
-    title = f"{work['name']}: {what} ({len(members)} checkpoints){synthetic}"
-    return title.replace("$", r"\$")  # no TeX
+    return f"{work['name']}: {what} ({len(members)} checkpoints){synthetic}"
 
 
-def check_output(path: Path) -> None:
-    """Refuses, before anything is computed, what cannot be written or is no ordinary file."""
+def check_output(path: Path, *suffixes: str) -> None:
+    """Refuses, before anything is computed, what cannot be written, is no file or of another kind."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    if not writable or (path.exists() and not path.is_file()):
-        raise DataError(f"{path}: cannot be written; expected a file in a writable folder; name another")
-
-
-def check_picture(path: Path) -> None:
-    if path.suffix.lower() not in PICTURES:
-        raise DataError(f"{path}: no picture; expected {', '.join(PICTURES)}; name it so")
-    check_output(path)
+    if (
+        not writable
+        or (path.exists() and not path.is_file())
+        or (suffixes and path.suffix.lower() not in suffixes)
+    ):
+        kinds = " or ".join(suffixes)
+        raise DataError(f"{path}: cannot be written; expected a file {kinds} in a writable folder")
 
 
 @torch.no_grad()
@@ -2238,35 +1883,26 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     """Mean roll-out of ASTs in colour over the spectrogram in grey; work: name, energies (frames, 128)."""
-    check_attention(members)
-    energies = work["energies"]
-    shares = []
+    energies, shares = work["energies"], []
     for model, kept in members:
+        if not isinstance(model, AST) or model.stride != members[0][0].stride:
+            raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
     row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
     frame = HOP / SAMPLE_RATE
     reach = max(0.001, np.percentile(np.abs(share - 1), 98))
-    mel = np.linspace(*1127 * np.log1p([20 / 700, SAMPLE_RATE / 2 / 700]), MELS + 2)[1:-1]  # of each band
-    with new_figure(16, 6) as figure:
-        axes = figure.subplots()
-        extent = (0, frame * len(energies), -0.5, MELS - 0.5)
-        axes.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
-        colours = {"cmap": "coolwarm", "vmin": 1 - reach, "vmax": 1 + reach, "alpha": 0.6}
-        shades = axes.pcolormesh(frame * column, row - 0.5, share, **colours)
-        axes.set(title=picture_title("roll-out of AST", members, work), xlabel="time (s)", ylabel="Hz")
-        axes.set_yticks(range(0, MELS, 16), (700 * np.expm1(mel / 1127)).astype(int)[::16])
-        figure.colorbar(shades, extend="both", label="attention of the output (1: even)", pad=0.01)
-        save_figure(figure, out)
+    figure = new_figure(16, 6)
+    axes = figure.subplots()
+    extent = (0, frame * len(energies), -0.5, MELS - 0.5)
+    axes.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
+    colours = {"cmap": "coolwarm", "vmin": 1 - reach, "vmax": 1 + reach, "alpha": 0.6}
+    shades = axes.pcolormesh(frame * column, row - 0.5, share, **colours)
+    axes.set(title=picture_title("roll-out of AST", members, work), xlabel="time (s)", ylabel="mel band")
+    figure.colorbar(shades, extend="both", label="attention of the output (1: even)", pad=0.01)
+    save_figure(figure, out)
     return {"share": share}
-
-
-def check_attention(members: list[tuple]) -> None:
-    """Refuses networks that have no attention to draw, or other patches than the first."""
-    for model, kept in members:
-        if not isinstance(model, AST) or model.stride != members[0][0].stride:
-            raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
 
 
 def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
@@ -2283,11 +1919,11 @@ def attention(argv: list[str]) -> dict:
     about = "Draws over a piece's spectrogram which parts of it reach an AST's output."
     parser = _parser("--attention", "OUT.png --audio FILE.wav | --midi FILE.mid --ckpt FILE", about)
     add = parser.add_argument
-    add("--attention", required=True, metavar="OUT", help="picture to write: .png, .pdf or .svg (required)")
+    add("--attention", required=True, help="picture to write: .png, .pdf or .svg (required)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--audio", metavar="FILE", help="sound file of any length")
-    source.add_argument("--midi", metavar="FILE", help="MIDI file, played by the built-in piano")
-    add("--ckpt", required=True, metavar="FILE", help="best.pt of pretrain_ast.py, of either task (required)")
+    source.add_argument("--audio", help="sound file of any length")
+    source.add_argument("--midi", help="MIDI file, played by the built-in piano")
+    add("--ckpt", required=True, help="best.pt of pretrain_ast.py, of either task (required)")
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
@@ -2307,17 +1943,15 @@ CURVES = ("valid_per", *SCORES, "valid_accuracy", "loss", "valid_loss", "spread"
 CHOSEN_BY = {"valid_per": "valid_per", "valid_r2": "valid_loss", "valid_accuracy": "valid_loss"}
 
 
-def read_metrics(run: str | Path) -> list[dict]:
-    """The lines of a run folder's metrics.jsonl, less a last one that a kill cut short."""
-    path = Path(run) / "metrics.jsonl"
+def read_run(run: str) -> tuple[dict, list[dict]]:
+    """Options and log of a run's folder, less a last line that a kill cut short."""
     try:
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        options = dict(json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
+        whole = Path(run, "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
         records = [json.loads(line) for line in whole.split("\n")]
-        return [record | {"step": int(record["step"])} for record in records]
+        return options, [record | {"step": int(record["step"])} for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: {error!r}; expected log records with a step; give a run's folder"
-        ) from error
+        raise DataError(f"{run}: no args.json and metrics.jsonl of a run ({error})") from error
 
 
 def history(records: list[dict], key: str) -> np.ndarray:
@@ -2339,69 +1973,50 @@ def best_validation(records: list[dict]) -> tuple[str, float, int]:
 
 
 def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
-    """Everything of CURVES that the runs (name -> records) logged, by step, a colour a run."""
+    """Everything of CURVES that the runs (folder -> records) logged, by step, a colour a run."""
     shown = [key for key in CURVES if any(len(history(records, key)) for records in runs.values())]
     for n, key in enumerate(shown):
         axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, n + 1)
-        for name, records in runs.items():
-            axes.plot(*history(records, key).T, ".-", label=name.replace("$", r"\$"))
+        for run, records in runs.items():
+            axes.plot(*history(records, key).T, ".-", label=run)
         axes.set(title=key, xlabel="step", yscale="log" if key == "norm" else "linear")
-        if n == 0:
-            axes.legend()
+    figure.axes[0].legend()
 
 
 def curves(argv: list[str]) -> dict:
     """`python eval.py curves`: what runs logged, in one picture; returns their best scores."""
     parser = _parser("curves", "--run DIR ... --out FILE", "What runs logged, in one picture, by step.")
     add = parser.add_argument
-    add("--run", nargs="+", required=True, metavar="DIR", help="run folders, runs/TASK/NAME (required)")
-    add("--out", required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf (required)")
+    add("--run", nargs="+", required=True, help="run folders, runs/TASK/NAME (required)")
+    add("--out", required=True, type=Path, help="picture to write: .png, .svg or .pdf (required)")
     args = _parse(parser, argv)
-    out = Path(args.out)
-    check_picture(out)
-    runs = {name: read_metrics(path) for name, path in _run_names(args.run).items()}
-    with new_figure(16, 12) as figure:
-        draw_curves(figure, runs)
-        save_figure(figure, out)
+    check_output(args.out, *PICTURES)
+    runs = {run: read_run(run)[1] for run in args.run}
+    figure = new_figure(16, 12)
+    draw_curves(figure, runs)
+    save_figure(figure, args.out)
     best = {}
-    for name, records in runs.items():
-        key, best[name], step = best_validation(records)
-        print(f"{name}: {key} {best[name]:.4f} at step {step}")
+    for run, records in runs.items():
+        key, best[run], step = best_validation(records)
+        print(f"{run}: {key} {best[run]:.4f} at step {step}")
     return best
-
-
-def _run_names(paths: list[str]) -> dict[str, str]:
-    """{name: folder}: the folder's last part, or the whole where two end alike."""
-    names = [Path(path).name for path in paths]
-    return {path if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
-BAR = 25  # characters of the scale from 0 to 1
 MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
-INPUTS = {
-    "han": ("score", "midi"),
-    "ast": ("audio", "midi"),
-    "decoder": ("speech", "day", "raw"),
-}  # options that each takes
 EDITS = ("sub", "del", "ins")
-
-
-def _label_group(label: str) -> str:
-    for group in ("Music_Making", "Emotion_&_Mood"):
-        if label.startswith(group):
-            return group
-    return label.split("_")[0]
+INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
+FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
-    words = label.removeprefix(_label_group(label) + "_").split("_")
-    middle = len(words) // 2
-    return " ".join(words[:middle]).capitalize(), " ".join(words[middle:]).capitalize()
+    words = re.sub(r"^(Music_Making|Emotion_&_Mood|[^_]+)_", "", label).split("_")
+    left, right = words[: len(words) // 2], words[len(words) // 2 :]
+    return " ".join(left).capitalize(), " ".join(right).capitalize()
 
 
 # What a rating of 0 and a rating of 1 say. Against the name for the first articulation: its ratings rise with
@@ -2413,152 +2028,105 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 
 
 def predict(argv: list[str]) -> list[dict]:
-    """`python eval.py predict`: ratings or phonemes of your own files: see `predict_files`."""
+    """`python eval.py predict`: ratings or phonemes of your own files, as --json holds them.
+
+    han, ast: name, path, ratings by label; han also score, match_rate, extra (share of played notes not in
+    the score), notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference, errors by kind.
+    """
     parser = _parser(
         "predict",
         "--ckpt FILE ... INPUT [options]",
         """\
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
-    HAN              --score FILE and --midi PATH
+    HAN              --score FILE and --midi PATH      passages of 4 to 16 bars, 420 notes at most
     AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
     python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
-    python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json -
-
-A rating's bar runs from 0 to 1: o is the prediction, | the mean of the ratings that trained the model.""",
+    python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of one task, averaged (required)")
-    add("--score", nargs="+", metavar="FILE", help="MusicXML: one for all --midi, or one for each")
-    add("--midi", nargs="+", metavar="PATH", help="MIDI files, or folders of them")
-    add("--audio", nargs="+", metavar="PATH", help="sound files of any rate and length, or folders of them")
-    add("--speech", nargs="+", metavar="PATH", help="corpus, .mat of '24, .npy (bins, channels) or folder")
+    add("--ckpt", nargs="+", required=True, help="best.pt of one task, averaged (required)")
+    add("--score", help="MusicXML of what all --midi play")
+    add("--midi", nargs="+", help="MIDI files, or folders of them")
+    add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
+    add("--speech", nargs="+", help="corpus, .mat of '24, .npy (bins, channels) or folder")
     add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
-    add("--raw", action="store_true", help="take .npy as it is (off: z-scored together, as a block)")
-    add("--json", metavar="FILE", help="write predictions and circumstances; -: standard output (off)")
-    add("--csv", metavar="FILE", help="write a line a prediction; -: standard output (off)")
-    add("--explain", metavar="PATH", help="draw what predictions rest on: FILE.png, or a folder (off)")
+    add("--raw", action="store_true", help="take .npy as it is (off: a folder z-scored together, as a block)")
+    add("--json", help="write predictions and circumstances (off)")
+    add("--csv", help="write a line a prediction (off)")
+    add("--explain", help="draw what each prediction rests on, into this folder (off)")
     add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
-    add("--cache", default="cache", metavar="DIR", help="folder of converted speech corpora (%(default)s)")
+    add("--cache", default="cache", help="folder of converted speech corpora (%(default)s)")
     args = _parse(parser, argv)
-    for path in (args.json, args.csv):
-        if path and path != "-":
-            check_output(Path(path))
-    if args.json == args.csv == "-":
-        raise DataError("--json - --csv -: both on standard output; expected one; name a file for the other")
+    for path in filter(None, (args.json, args.csv)):
+        check_output(Path(path))
     loaded = _load_models(args.ckpt)
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr if "-" in (args.json, args.csv) else stdout):
-        records, refused = predict_files(loaded, args)
-        print(f"{len(records)} predicted, {len(refused)} refused")
-        if not records:
-            raise DataError(
-                refused[0] if len(refused) == 1 else f"all {len(refused)} inputs were refused: see above"
-            )
-        texts = {
-            args.csv: predictions_csv(records),
-            args.json: predictions_json(records, refused, loaded, args),
-        }
-        for path, text in texts.items():
-            if path == "-":
-                stdout.write(text)
-            elif path:
-                content = text.encode(errors="surrogateescape")
-                write_atomic(Path(path), lambda file, content=content: file.write(content))
-                print(f"saved {path}")
+    task, about = loaded[0][2]["task"], loaded[0][2]["data"]
+    if task == "decoder":
+        _shared_settings(loaded)
+    else:
+        _load_fold_models(loaded)  # refuses those that cannot be averaged
+    kind = "ast" if task in AUDIO_TASKS else task
+    given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
+    if given not in INPUTS[kind]:
+        raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
+    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints averaged")
+    if about["synthetic"]:
+        print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
+    if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
+        print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
+    predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
+    records, refused = [], []
+
+    def refuse(problem: object) -> None:
+        if args.strict:
+            raise DataError(problem)
+        refused.append(_printable(problem))
+        tqdm.write(f"refused: {refused[-1]}")
+
+    inputs = _expand(args.midi or args.audio or args.speech)
+    for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
+        try:
+            for record, work in predict_file(loaded, args, files, refuse):
+                records.append(record)
+                if args.explain:
+                    _draw(kind, loaded, args, work)
+        except DataError as error:
+            refuse(error)
+    print(f"{len(records)} predicted, {len(refused)} refused")
+    if not records:
+        raise DataError(f"all {len(refused)} inputs were refused: {refused[0]}")
+    if args.csv:
+        write_csv(args.csv, predictions_table(records))
+    if args.json:
+        saved = predictions_summary(records, loaded) | {"refused": refused, "command": args.command}
+        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
+        write_atomic(Path(args.json), lambda file: file.write(f"{text}\n".encode()))
     return records
 
 
-def predict_files(loaded: list[tuple], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
-    """Predictions of all inputs, printed as they come, and the line of each refused one (--strict: raised).
+def _expand(paths: list[str]) -> list[list[Path]]:
+    """Files, and those in folders, hidden ones left out: each alone, but .npy files of a folder together."""
+    blocks: dict[Path, list[Path]] = {}
+    for path in map(Path, paths):
+        inside = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in FOLDER_FILES]
+        if (path / "trials.json").exists() or not inside:
+            inside = [path]
+        for file in inside:
+            blocks.setdefault(file.parent if file.suffix == ".npy" else file, []).append(file)
+    return list(blocks.values())
 
-    han, ast: name, path, ratings (19,); han also score, match_rate, extra (share of played notes not in the
-    score), notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference, errors."""
-    kind, members = _predictors(loaded)
-    jobs = {"han": han_jobs, "ast": audio_jobs, "decoder": decoder_jobs}[kind](members, args)
-    check_explain(args, len(jobs))
-    known = _training_ratings(members)
-    records, refused, taken = [], [], Counter()
 
-    def refuse(error: DataError) -> None:
+def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) -> None:
+    picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", work["name"]) + ".png")
+    try:
+        explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
+    except DataError as error:
         if args.strict:
-            raise error
-        refused.append(_printable(error))
-        tqdm.write(f"refused: {refused[-1]}")
-
-    if kind != "decoder":
-        print(
-            f"{len(members)} checkpoints averaged"
-            if len(members) > 1
-            else f"{args.ckpt[0]}, step {loaded[0][2]['step']}"
-        )
-        if members[0][1]["data"]["synthetic"]:
-            print("trained on the SYNTHETIC corpus: its ratings say nothing about real performances")
-    for job in tqdm(jobs, desc="predict", unit="file", leave=False, disable=None):
-        try:
-            done = job(refuse)
-        except DataError as error:
-            refuse(error)
-            continue
-        for record, work in done:
-            records.append(record)
-            tqdm.write(_show_trial(record) if kind == "decoder" else _show_ratings(record, known))
-            if args.explain:
-                try:
-                    picture = _picture_of(args.explain, work["name"], taken)
-                    explain(kind, picture, members, work)
-                    tqdm.write(f"drawn: {picture}")
-                except DataError as error:
-                    if args.strict or len(jobs) == len(done) == 1:
-                        raise
-                    tqdm.write(f"no picture: {error}")
-    _print_labelled(records)
-    return records, refused
-
-
-def _predictors(loaded: list[tuple]) -> tuple[str, list[tuple]]:
-    """han, ast (all audio tasks) or decoder, and the [(model, its checkpoint), ...] that can be averaged."""
-    task = loaded[0][2]["task"]
-    if task == "decoder":
-        _shared_settings(loaded)
-        return task, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded]
-    for path, model, _ in loaded:
-        if task == "ast" and model.model_args["num_outputs"] is None:
-            raise DataError(f"{path}: a pre-training, which rates nothing; fine-tune it first")
-    folds, _ = _load_fold_models(loaded)
-    return "han" if task == "han" else "ast", list(itertools.chain.from_iterable(folds.values()))
-
-
-def _check_inputs(args: argparse.Namespace, kind: str, complete: bool) -> None:
-    """Refuses inputs that a kind of checkpoint does not take, and incomplete ones."""
-    given = {option for options in INPUTS.values() for option in options if getattr(args, option)}
-    if not complete or given - set(INPUTS[kind]):
-        shown = ", ".join(f"--{option}" for option in sorted(given)) or "none"
-        wanted = {"han": "--score and --midi", "ast": "--audio or --midi", "decoder": "--speech"}[kind]
-        raise DataError(f"{args.ckpt[0]}: takes {wanted}; given {shown}; give those alone")
-
-
-def check_explain(args: argparse.Namespace, count: int) -> None:
-    """Refuses an --explain that is no picture, cannot be written, or is one picture for several inputs."""
-    if not args.explain:
-        return
-    out = Path(args.explain)
-    is_folder = out.is_dir() or not out.suffix
-    check_picture(out / "name.png" if is_folder else out)
-    if count > 1 and not is_folder:
-        raise DataError(f"--explain {out}: one picture for {count} inputs; name a folder")
-
-
-def _picture_of(explain_path: str, name: str, taken: Counter) -> Path:
-    """The file of one explanation; inputs of one name get numbers."""
-    out = Path(explain_path)
-    if out.suffix and not out.is_dir():
-        return out
-    name = re.sub(r"[^\w.@+-]", "_", name)
-    taken[name] += 1
-    return out / (f"{name}.png" if taken[name] == 1 else f"{name}_{taken[name]}.png")
+            raise
+        tqdm.write(f"no picture: {error}")
 
 
 def _printable(text: object) -> str:
@@ -2566,165 +2134,112 @@ def _printable(text: object) -> str:
     return str(text).encode(errors="replace").decode()
 
 
-def _expand(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file, or those of a folder with such a suffix; hidden ones left out."""
-    if not Path(path).is_dir():
-        return [Path(path)]
-    found = sorted(f for f in Path(path).iterdir() if f.suffix.lower() in suffixes and f.name[0] != ".")
-    if not found:
-        raise DataError(f"{path}: a folder without {', '.join(suffixes)}; expected some; name another")
-    return found
-
-
-def _training_ratings(members: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and deviation (19,) of the ratings that trained the models, where checkpoints know them."""
+def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
+    """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
-    for _, kept in members:
-        info = kept["data"]
-        if "rating_mean" in info:
-            rows.append((info["rating_mean"], info["rating_std"]))
-        elif "target_mean" in info and kept["args"].get("standardise") == "dimension":
-            rows.append((info["target_mean"], info["target_std"]))
-    return tuple(np.mean(rows, axis=0)) if rows else None
+    for _, _, ckpt in loaded:
+        kind = "target" if ckpt["args"].get("standardise") == "dimension" else "rating"
+        if f"{kind}_mean" in ckpt["data"]:
+            rows.append([ckpt["data"][f"{kind}_mean"], ckpt["data"][f"{kind}_std"]])
+    if not rows:
+        return {}
+    pairs = zip(LABELS, *np.mean(rows, axis=0).tolist(), strict=True)
+    return {label: {"mean": mean, "sd": spread} for label, mean, spread in pairs}
 
 
-def han_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    _check_inputs(args, "han", args.score and args.midi)
-    scores = args.score if len(args.score) > 1 else args.score * len(args.midi)
-    if len(scores) != len(args.midi):
-        raise DataError(f"--score: {len(scores)} files, --midi: {len(args.midi)}; give one, or one for each")
-    jobs = []
-    for score, path in zip(scores, args.midi, strict=True):
-        for midi in _expand(path, (".mid", ".midi")):
-            jobs.append(functools.partial(rate_performance, members, args, score, midi))
-    return jobs
-
-
-def rate_performance(
-    members: list, args: argparse.Namespace, score: str, midi: Path, _
-) -> list[tuple[dict, dict]]:
-    """One performance of a score: its record, and what explains it."""
-    ((_, item),) = extract_performances((score, [str(midi)]))
+def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
+    """One performance of the score: its record, and what explains it."""
+    path, name = _printable(files[0]), _printable(files[0].stem.strip())
+    ((_, item),) = extract_performances((args.score, [str(files[0])]))
     if isinstance(item, str):
         raise DataError(item)
+    found = f"{item['match_rate']:.1%} of the notes of {args.score}"
     if item["match_rate"] < MISALIGNED:
-        raise DataError(
-            f"{midi}: holds {item['match_rate']:.0%} of the notes of {score}; "
-            f"expected {MISALIGNED:.0%}; is it another piece, edition or passage?"
-        )
-    name, extra = (
-        _printable(midi.stem.strip()),
-        float((item["voice"] == 0).sum() / len(item["performance"].pitch)),
-    )
-    item["name"] = name
-    corpus = Corpus(score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
-    each = [
-        predict_han(model, prepare_han(corpus, [name], kept["data"]), args.device) for model, kept in members
-    ]
+        raise DataError(f"{path}: holds {found}; expected {MISALIGNED:.0%} or more; is it another piece?")
+    corpus = Corpus(args.score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
+    each = [predict_han(m, prepare_han(corpus, [name], ckpt["data"]), args.device) for _, m, ckpt in loaded]
+    extra = float((item["voice"] == 0).sum() / len(item["performance"].pitch))
     record = {
         "name": name,
-        "path": str(midi),
-        "score": score,
+        "path": path,
+        "score": args.score,
         "match_rate": item["match_rate"],
         "extra": extra,
         "notes": len(item["x"]),
-        "ratings": np.mean(each, axis=0)[0],
+        "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
     }
-    work = {"name": name, "item": item}
-    if args.explain:
-        work |= {"score": read_musicxml(score), "performance": item["performance"], "match": item["match"]}
-    return [(record, work)]
+    score = read_musicxml(args.score) if args.explain else None
+    yield record, item | {"name": name, "item": item, "score": score}
 
 
-def audio_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    _check_inputs(args, "ast", bool(args.audio) != bool(args.midi))
-    if args.explain:
-        check_attention(members)
-    paths, suffixes = (args.audio, (".wav",)) if args.audio else (args.midi, (".mid", ".midi"))
-    trained, kind = members[0][1]["data"]["audio"], "wav" if args.audio else "rendered"
-    if trained != kind:
-        print(f"trained on audio of kind {trained}, given {kind}: its ratings say little")
-    files = itertools.chain.from_iterable(_expand(path, suffixes) for path in paths)
-    return [functools.partial(rate_audio, members, args, path) for path in files]
-
-
-def rate_audio(members: list[tuple], args: argparse.Namespace, path: Path, _) -> list[tuple[dict, dict]]:
-    energies, name = read_piece(path, rendered=not args.audio), _printable(path.stem)
+def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
+    """One recording, or MIDI file as it sounds: its record, and what explains it."""
+    energies, name = read_piece(files[0], rendered=not args.audio), _printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
-    each = [predict_ast(model, [item], kept["data"], args.device) for model, kept in members]
+    each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
-    record = {"name": name, "path": str(path), "seconds": seconds, "ratings": np.mean(each, axis=0)[0]}
-    return [(record, {"name": name, "energies": energies})]
+    ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
+    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "ratings": ratings}
+    yield record, {"name": name, "energies": energies}
 
 
-def decoder_jobs(members: list[tuple], args: argparse.Namespace) -> list[Callable]:
-    """A job for each corpus or .mat file, and one for the .npy files of a folder, standardised together."""
-    _check_inputs(args, "decoder", args.speech)
-    sources: dict[Path, list[Path]] = {}
-    for path in map(Path, args.speech):
-        is_corpus = (path / "trials.json").is_file()
-        inside = sorted(path.glob("[!.]*.npy")) if path.is_dir() and not is_corpus else []
-        if path.suffix == ".npy" and not path.is_dir():
-            sources.setdefault(path.parent, []).append(path)
-        else:
-            sources.setdefault(path, []).extend(inside)
-    if args.raw and not any(sources.values()):
-        raise DataError(f"--raw: for .npy files only; given {', '.join(args.speech)}; leave it out")
-    return [functools.partial(decode, members, args, path, files) for path, files in sources.items()]
+def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple]) -> dict[str, float]:
+    """Prints the mean of ratings (1, 19) between their poles, and gives it by label."""
+    ratings = dict(zip(LABELS, np.mean(each, axis=0)[0].tolist(), strict=True))
+    known = _training_ratings(loaded)
+    tqdm.write(f"\n{title}\n{'0':>26} value {'1':<24}{'  mean   SD' if known else ''}")
+    for label, value in ratings.items():
+        low, high = LABEL_POLES[label]
+        trained = f" {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
+        tqdm.write(f"{low:>26} {value:5.2f} {high:<24}{trained}")
+    return ratings
 
 
-def decode(
-    members: list, args: argparse.Namespace, source: Path, files: list[Path], refuse: Callable
-) -> list[tuple]:
+def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
-    channels, stride = members[0][1]["data"]["channels"], members[0][0].stride
-    if files:
-        corpus = _npy_corpus(source, files, channels, args.raw, refuse)
-    elif source.suffix == ".mat":
-        corpus = _mat_corpus(source, channels, args.strict)
+    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix == ".npy"
+    if is_npy:
+        corpus = _npy_corpus(files, channels, args.raw, refuse)
     else:
-        corpus = open_speech(source, args.cache, args.strict)
+        corpus = open_speech(files[0], args.cache, args.strict)
     if corpus.channels != channels:
-        raise DataError(f"{source}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
-    check_explain(args, len(corpus.ids))
+        raise DataError(f"{files[0]}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
     for line in corpus.left_out:
-        print(f"left out: {line}")
-    trials, sessions = np.arange(len(corpus.ids)), [corpus.days[d] for d in corpus.day]
-    rule = args.day or ("mean" if files else None)
-    if files and rule == "mean":  # one unknown session, said once
-        corpus = replace(corpus, day=np.zeros_like(corpus.day), days=["of .npy files"])
+        refuse(line)
+    rule, layers = args.day or ("mean" if is_npy else None), corpus
     if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
-        corpus, rule = replace(corpus, days=[rule] * len(corpus.days)), None
-        print(f"{source}: day layer of {args.day} for every trial")
-    settings = argparse.Namespace(ckpt=args.ckpt, device=args.device, day=rule, batch=64, part=None)
-    loaded = [(kept["path"], model, kept) for model, kept in members]
-    log_probs = mean_logits(loaded, corpus, trials, settings) if len(trials) else []
-    _say_circumstances(settings, loaded, corpus, trials)
-    results = []
-    for i, row in enumerate(log_probs):
-        phonemes = ctc_greedy(row[None], [len(row)])[0]
-        reference = corpus.labels[i].tolist() if corpus.labelled[i] else None
+        layers, rule = replace(corpus, days=[rule] * len(corpus.days)), None
+    settings = argparse.Namespace(**vars(args) | {"day": rule, "batch": None, "part": None})
+    trials = np.arange(len(corpus.ids))
+    _say_circumstances(settings, loaded, layers)
+    log_probs, counts = mean_logits(loaded, layers, trials, settings), []
+    for i, found in enumerate(transcripts(log_probs, corpus, trials)):
+        name, decoded = found["trial"], spell(found["hypothesis"])
         record = {
-            "id": corpus.ids[i],
-            "path": corpus.text[i] if files else str(source),
-            "session": sessions[i],
+            "id": name,
+            "path": corpus.text[i] if is_npy else _printable(files[0]),
+            "session": found["day"],
             "seconds": float(corpus.lengths[i] * BIN),
-            "phonemes": phonemes,
-            "reference": reference,
-            "errors": None if reference is None else edit_counts(reference, phonemes),
+            "phonemes": decoded,
+            "reference": None,
+            "errors": None,
         }
-        work = {
-            "name": corpus.ids[i],
-            "log_probs": row,
-            "labels": reference,
-            "seconds per frame": stride * BIN,
-        }
-        results.append((record, work))
-    return results
+        tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {decoded or '(nothing)'}")
+        labels = found["reference"] if corpus.labelled[i] else None
+        if labels:
+            counts.append([*edit_counts(labels, found["hypothesis"]), len(labels)])
+            record["reference"] = spell(labels)
+            record["errors"] = dict(zip(EDITS, counts[-1], strict=False))
+            tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
+        work = {"name": name, "log_probs": log_probs[i], "labels": labels}
+        yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
+    if counts:
+        rate = error_rate(np.array(counts))
+        tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
 
 
-def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
+def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
     """A trial and day a file; `text` holds their paths. Unless raw, all are z-scored together, as a block."""
     trials = []
     for path in files:
@@ -2732,184 +2247,68 @@ def _npy_corpus(folder: Path, files: list[Path], channels: int, raw: bool, refus
             trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
         except DataError as error:
             refuse(error)
-    how = "taken as they are (--raw)"
-    report = ConversionReport(False)
-    if trials and not raw:
-        kept = standardise_blocks(trials, str(folder), report)[1]
-        how = "standardised when they came" if kept else "z-scored together, as one block"
-    print(f"{folder}: {len(trials)} .npy trials, {how}", *report.notes, sep="\n")
-    features = [trial["x"].astype(np.float32) for trial in trials]
-    names = [_printable(trial["path"].stem) for trial in trials]
+    if not raw:
+        standardise_blocks(trials)
+    features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
+    names, count = [_printable(trial["path"].stem) for trial in trials], len(trials)
     return SpeechCorpus(
-        features=np.concatenate([np.zeros((0, channels), np.float32), *features]),
-        offsets=np.cumsum([0, *map(len, features)]),
-        day=np.arange(len(trials)),
-        block=np.zeros(len(trials), np.int64),
-        part=np.full(len(trials), ""),
-        labels=[np.zeros(0, np.int64)] * len(trials),
-        text=[str(trial["path"]) for trial in trials],
+        features=np.concatenate(features).astype(np.float32),
+        offsets=np.cumsum([len(x) for x in features]),
+        day=np.arange(count),
+        block=np.zeros(count, np.int64),
+        part=np.full(count, ""),
+        labels=[np.zeros(0, np.int64)] * count,
+        text=[_printable(trial["path"]) for trial in trials],
         ids=names,
         days=names,
         channels=channels,
-        root=folder,
+        root=files[0].parent,
         synthetic=False,
         left_out=[],
-        labelled=np.zeros(len(trials), bool),
+        labelled=np.zeros(count, bool),
     )
 
 
 def _read_trial(path: Path, channels: int) -> np.ndarray:
     """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
-    wanted = f"expected (1 to {MOST_BINS} bins of 20 ms, {channels} channels), numbers, as np.save writes"
     try:
         x = np.lib.format.open_memmap(path, mode="r")
+        fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
+        problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
+        if problem:
+            raise ValueError(problem)
     except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())[:150]}; {wanted}") from error
-    if x.dtype.kind not in "fiu" or x.ndim != 2 or x.shape[1] != channels or not 0 < len(x) <= MOST_BINS:
-        raise DataError(f"{path}: type {x.dtype}, shape {x.shape}; {wanted}")
-    unusable = unusable_bins(x)
-    if unusable:
-        raise DataError(f"{path}: {unusable}; leave the trial out or mend it")
+        raise DataError(
+            f"{path}: {error!r:.150}; expected 1-{MOST_BINS} bins × {channels} numbers"
+        ) from error
     return np.array(x)
 
 
-def _mat_corpus(path: Path, channels: int, strict: bool) -> SpeechCorpus:
-    """The trials of one .mat file of the '24 layout: with labels where it has sentences, else without."""
-    refusals = []
-    for part in ("test", "competitionHoldOut"):  # the latter needs no sentences
-        with (
-            tempfile.TemporaryDirectory() as scratch
-        ):  # its converted features stay mapped when the folder goes
-            copy = Path(scratch) / part / path.name
-            copy.parent.mkdir()
-            try:
-                shutil.copyfile(path, copy)
-                asked = None if channels == 256 else channels
-                convert_speech(scratch, f"{scratch}/converted", channels=asked, strict=strict, quiet=True)
-                corpus = open_speech(f"{scratch}/converted")
-            except (DataError, OSError) as error:
-                refusals.append(str(error).replace(str(copy), str(path)))
-                continue
-        for line in refusals:
-            print(f"no labels: {line}")
-        left_out = [line.replace(str(copy), str(path)) for line in corpus.left_out]
-        ids = [trial.partition("/")[2] for trial in corpus.ids]
-        synthetic = any((parent / "SYNTHETIC").is_file() for parent in path.absolute().parents[:3])
-        return replace(corpus, root=path, ids=ids, left_out=left_out, synthetic=synthetic)
-    raise DataError(refusals[0])
-
-
-def _scale(value: float, mean: float | None) -> str:
-    """`....|===o....`: the value among BAR characters from 0 to 1, and its way from the mean."""
-    cells, at = ["."] * BAR, round(value * (BAR - 1))
-    if mean is not None:
-        middle = round(mean * (BAR - 1))
-        low, high = sorted((at, middle))
-        cells[low:high] = ["="] * (high - low)
-        cells[middle] = "|"
-    cells[at] = "o"
-    return "".join(cells)
-
-
-def _show_ratings(record: dict, known: tuple[np.ndarray, np.ndarray] | None) -> str:
-    """The ratings between their poles, in 100 columns; known: mean and deviation of the training ratings."""
-    if "seconds" in record:
-        lines = [f"\n{record['name']}, {record['seconds']:.1f} s"]
-    else:
-        found = f"{record['match_rate']:.1%} of the score's notes were found; "
-        found += f"{record['extra']:.1%} of the played notes are not in it"
-        lines = [f"\n{record['name']} with {Path(record['score']).name}", found]
-        if record["extra"] > 0.5:
-            lines[-1] += ": a longer recording, or another edition?"
-        if record["notes"] > MAX_NOTES:
-            lines.append(f"{record['notes']} notes, PercePiano's passages have {MAX_NOTES} at most: cut it")
-    lines.append(f"{'':<39}0{'':<{BAR - 2}}1{'':<20}value")
-    if known:
-        lines[-1] += "  mean   SD"
-    last = None
-    for d, (label, (left, right)) in enumerate(LABEL_POLES.items()):
-        group, value = _label_group(label), record["ratings"][d]
-        shown = "" if group == last else group.replace("_", " ").capitalize()
-        last = group
-        mean = known[0][d] if known else None
-        line = f"{shown:<14} {left:>23} {_scale(value, mean)} {right:<19}{value:5.2f}"
-        lines.append(f"{line} {mean:5.2f} {known[1][d]:4.2f}" if known else line)
-    return "\n".join(lines)
-
-
-def _show_trial(record: dict) -> str:
-    lines = [f"{record['id']}: {record['seconds']:.2f} s, {len(record['phonemes'])} phonemes"]
-    if record["reference"] is not None:
-        sub, dele, ins = record["errors"]
-        rate = (sub + dele + ins) / len(record["reference"])
-        lines[0] += f", PER {rate:.3f} (sub {sub} del {dele} ins {ins} of {len(record['reference'])})"
-        lines.append(f"  reference  {spell(record['reference'])}")
-    return "\n".join([*lines, f"  decoded    {spell(record['phonemes']) or '(nothing)'}"])
-
-
-def _print_labelled(records: list[dict]) -> None:
-    """The error rate of those trials that came with their phonemes."""
-    labelled = [record for record in records if record.get("errors")]
-    if labelled:
-        rate = error_rate(np.array([[*record["errors"], len(record["reference"])] for record in labelled]))
-        print(f"PER of {len(labelled)} labelled trials {rate:.4f}")
-    if any(
-        record["id"].startswith("train/") or Path(record["path"]).parent.name == "train"
-        for record in labelled
-    ):
-        print("some are of part train, on which the model may have been trained: no result")
-
-
-def _readable(record: dict) -> dict:
-    """A record as files hold it: ratings by label, phonemes spelt, errors by kind."""
-    if "ratings" in record:
-        return record | {"ratings": dict(zip(LABELS, record["ratings"].tolist(), strict=True))}
-    shown = record | {"phonemes": spell(record["phonemes"])}
-    if record["reference"] is not None:
-        shown["reference"] = spell(record["reference"])
-        shown["errors"] = dict(zip(EDITS, record["errors"], strict=True))
-    return shown
-
-
-def predictions_json(
-    records: list[dict], refused: list[str], loaded: list[tuple], args: argparse.Namespace
-) -> str:
-    """Predictions, refusals and circumstances: what --json writes."""
+def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
+    """Predictions and circumstances: what --json writes."""
     used = []
     for path, _, ckpt in loaded:
         about = {"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
         used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
     saved = {
-        "command": args.command,
         **git_state(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
         "checkpoints": used,
+        "predictions": records,
     }
     if "ratings" in records[0]:
-        known = _training_ratings([(model, ckpt) for _, model, ckpt in loaded])
-        saved |= {"poles": {label: list(poles) for label, poles in LABEL_POLES.items()}, "training": None}
-        if known:
-            pairs = zip(LABELS, *np.stack(known).tolist(), strict=True)
-            saved["training"] = {label: {"mean": mean, "sd": spread} for label, mean, spread in pairs}
-    saved |= {"predictions": list(map(_readable, records)), "refused": refused}
-    return json.dumps(json_ready(saved), indent=1, allow_nan=False) + "\n"
+        saved |= {"poles": LABEL_POLES, "training": _training_ratings(loaded) or None}
+    return saved
 
 
-def predictions_csv(records: list[dict]) -> str:
-    """A line a prediction, ratings with six decimals: what --csv writes."""
+def predictions_table(records: list[dict]) -> list[list]:
+    """Head and rows of what --csv writes: a line a prediction."""
     rows = []
-    for record in map(_readable, records):
-        if "ratings" in record:
-            figures = {label: f"{value:.6f}" for label, value in record.pop("ratings").items()}
-        else:
-            figures = record.pop("errors") or dict.fromkeys(EDITS)
-        rows.append(record | figures)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    for record in records:
+        figures = record.get("ratings") or record["errors"] or dict.fromkeys(EDITS)
+        rows.append({key: cell for key, cell in record.items() if key not in ("ratings", "errors")} | figures)
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2919,12 +2318,12 @@ IN_GROUP = {"beat_attention": "note in beat", "measure_attention": "beat in meas
 
 
 def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dict:
-    """Draws what one prediction rests on, 1600 pixels wide; returns the figures in the picture.
+    """Draws what one prediction rests on; returns the figures in the picture.
 
     kind: han, ast or decoder; members: [(model, its checkpoint), ...], averaged; work: what `predict` knows
     of the file. DataError, before anything is written, where nothing can be drawn."""
     out = Path(out)
-    check_picture(out)
+    check_output(out, *PICTURES)
     return {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](out, members, work)
 
 
@@ -2999,27 +2398,26 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
     measures, numbers = _beginnings(score.measure, score.measures, score.onset)
     measures = np.append(seconds(measures), end)
-    every = math.ceil(len(numbers) / 20)  # measures from number to number
     first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
     if any(model.model_args["stats_size"] for model, _ in members):
         title += "\nThe ratings also rest on statistics of the whole piece (--pooled)"
-    with new_figure(16, 12) as figure:
-        roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
-        _draw_roll(roll, x, sounded, levels)
-        _draw_levels(weights, levels, beats, measures)
-        _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats)
-        tempo.set_title("Tempo (quarters per minute)")
-        dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
-        _draw_curve(dynamics, x["beat_dynamics"][first], beats)
-        dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
-        dynamics.set_xlabel("time in the performance (s); lines: measures")
-        for axes in figure.axes[:4]:
-            axes.set_xticks(measures[:-1:every], minor=True)
-            axes.grid(axis="x", which="minor")
-        roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
-        figure.suptitle(title)
-        save_figure(figure, out)
+    figure = new_figure(16, 12)
+    figure.suptitle(title)
+    roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+    _draw_roll(roll, x, sounded, levels)
+    _draw_levels(weights, levels, beats, measures)
+    dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
+    _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats, "Tempo (quarters per minute)")
+    text = "Dynamics (MIDI velocity; of a beat: mean of average and loudest)"
+    _draw_curve(dynamics, x["beat_dynamics"][first], beats, text)
+    dynamics.set_xlabel("time in the performance (s); lines: measures")
+    every = math.ceil(len(numbers) / 20)
+    roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
+    for axes in (roll, weights, tempo, dynamics):
+        axes.set_xticks(measures[:-1:every], minor=True)
+        axes.grid(axis="x", which="minor")
+    save_figure(figure, out)
     return {"levels": levels, "beats": beats, "measures": measures}
 
 
@@ -3050,13 +2448,14 @@ def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) ->
     axes.legend(ncols=3)
 
 
-def _draw_curve(axes, values: np.ndarray, beats: np.ndarray) -> None:
+def _draw_curve(axes, values: np.ndarray, beats: np.ndarray, title: str) -> None:
     """A value a beat, and smoothed."""
     from scipy.ndimage import gaussian_filter1d
 
     axes.stairs(values, beats, baseline=None, color="0.6", label="by beat")
     smooth = gaussian_filter1d(values, 1, mode="nearest")
     axes.plot((beats[1:] + beats[:-1]) / 2, smooth, ".-", color=BLUE, label="smoothed")
+    axes.set_title(title)
     axes.legend(ncols=3)
 
 
@@ -3076,326 +2475,187 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
         wrong[first:last] = tag != "equal"
     start = step * (model.kernel / model.stride - 1) / 2
     times = start + step * (frames + 0.5)
-    with new_figure(16, 9) as figure:
-        axes = figure.subplots()
-        extent = (start, start + step * len(log_probs), len(PHONEMES) - 0.5, -0.5)
-        image = axes.imshow(np.exp(log_probs.T), vmin=0, vmax=1, aspect="auto", extent=extent)
-        figure.colorbar(image, label="probability", pad=0.01)
-        axes.set_yticks(range(len(PHONEMES)), ["blank", *PHONEMES[1:]], fontsize=9)
-        for phoneme, time, off in zip(decoded, times, wrong, strict=True):
-            axes.text(time, -1, PHONEMES[phoneme], rotation=90, ha="center", color=ORANGE if off else "black")
-        truth = "" if labels is None else f"\ntrue: {spell(labels)}"
-        axes.set_xlabel(f"time (s), middle of each frame's window{truth}", wrap=True)
-        figure.suptitle(picture_title("probability of each phoneme", members, work))
-        save_figure(figure, out)
+    figure = new_figure(16, 9)
+    figure.suptitle(picture_title("probability of each phoneme", members, work))
+    axes = figure.subplots()
+    extent = (start, start + step * len(log_probs), len(PHONEMES) - 0.5, -0.5)
+    image = axes.imshow(np.exp(log_probs.T), vmin=0, vmax=1, aspect="auto", extent=extent)
+    figure.colorbar(image, label="probability", pad=0.01)
+    axes.set_yticks(range(len(PHONEMES)), ["blank", *PHONEMES[1:]], fontsize=9)
+    for phoneme, second, off in zip(decoded, times, wrong, strict=True):
+        axes.text(second, -1, PHONEMES[phoneme], rotation=90, ha="center", color=ORANGE if off else "black")
+    truth = "" if labels is None else f"\ntrue: {spell(labels)}"
+    axes.set_xlabel(f"time (s), middle of each frame's window{truth}", wrap=True)
+    save_figure(figure, out)
     return {"decoded": decoded, "times": times, "wrong": wrong}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Report
 # ------------------------------------------------------------------------------------------------------------
-REPORTED = {
-    "han": "HAN: 19 ratings from score and MIDI",
-    "ast": "AST: 19 ratings from audio",
-    "cnn": "CNN: 19 ratings from audio",
-    "mlp": "MLP on pooled spectra: 19 ratings",
-    "pretraining": "AST pre-training: masked patches",
-    "decoder": "Phoneme decoder: neural activity to phonemes",
-}
 CHOSEN = {
     "valid": "The weights were chosen on this validation part: its figures are slightly optimistic.",
     "test": "Test part: for a final figure; choose between models on the validation part.",
 }
-SYNTHETIC = "SYNTHETIC data: figures show that the code works, and nothing about real performances or speech."
 STYLE = """
 body { margin: auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
 h2 { margin-top: 3rem; border-top: 3px solid #0072b2; } img { max-width: 100%; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; } td, th { padding: .2rem .6rem; text-align: left; }
-tr { border-bottom: 1px solid #d5dae1; } .verdict { font-weight: 600; }
-.warn { background: #fff1e6; color: #9a3412; border-left: 4px solid; padding: .5rem .8rem; }
+tr { border-bottom: 1px solid #d5dae1; } .said { background: #fff1e6; border-left: 4px solid; }
 """
 
 
 def report(argv: list[str]) -> dict:
-    """`python eval.py report`: an HTML page about runs; returns {"verdicts", "figures"} by configuration.
-
-    Runs that differ in fold, seed and machine only are one configuration and are evaluated together."""
+    """`python eval.py report`: an HTML page about runs of one configuration; returns its verdict and figures,
+    None where nothing was scored."""
     parser = _parser(
         "report",
         "--run DIR ... --out FILE.html [--data DIR] [options]",
         """\
-One HTML page about training runs: curves, scores, calibration, worst items, confusions, configuration.
-Folds and seeds of one configuration are evaluated together, on their own parts.
+One HTML page about the training of a model: curves, scores, calibration, worst items, confusions, options.
+Several runs are folds and seeds of one configuration, and are evaluated together, on their own parts.
 
     python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
     python eval.py report --run runs/decoder/NAME --no-data --out report.html""",
     )
     add = parser.add_argument
-    add("--run", nargs="+", required=True, metavar="DIR", help="run folders of any task (required)")
-    add("--out", required=True, metavar="FILE", help="page to write, .html (required)")
+    add("--run", nargs="+", required=True, help="run folders of one configuration (required)")
+    add("--out", required=True, type=Path, help="page to write, .html (required)")
     add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
-    add("--audio", metavar="DIR", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
-    add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
+    add("--audio", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, data_options)
-    out = Path(args.out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise DataError(f"--out {out}: no page; expected .html; name it so")
-    check_output(out)
-    groups: dict[str, list[dict]] = {}
-    for name, path in _run_names(args.run).items():
-        run = read_run(path) | {"name": name}
-        groups.setdefault(_configuration(run), []).append(run)
-    kinds = {group[0]["kind"] == "decoder" for group in groups.values() if group[0]["kind"] != "pretraining"}
-    if args.data and len(kinds) > 1:
-        raise DataError(f"--data {args.data}: one data set for ratings and speech; write a report for each")
-    sections = [_section(group, args) for group in groups.values()]
-    page = _page(sections, args)
-    write_atomic(out, lambda file: file.write(page.encode("utf-8", "replace")))
-    verdicts = [section["verdict"] for section in sections]
-    print(*verdicts, f"saved {out}, {len(page) / 2**20:.2f} MiB", sep="\n")
-    return {"verdicts": verdicts, "figures": [section["figures"] for section in sections]}
-
-
-def read_run(path: str) -> dict:
-    """A run folder: kind (of REPORTED), title, args, records, loaded (path, model, ckpt) or None, notes."""
-    folder = Path(path)
-    try:
-        options = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        if "kernel" in options:
-            kind = "decoder"
-        elif "pooled" in options:
-            kind = "han"
-        else:
-            kind = "pretraining" if options["task"] == "pretrain" else options["model"]
-        run = {
-            "path": path,
-            "kind": kind,
-            "title": REPORTED[kind],
-            "args": options,
-            "records": [],
-            "loaded": None,
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no options ({error!r}); give a run's folder") from error
-    run["notes"] = []
-    if options.get("model") in ("bilstm", "bilstm_sa"):
-        run["title"] = run["title"].replace("HAN", options["model"])
-    for part, read in (
-        ("records", read_metrics),
-        ("loaded", lambda path: _load_models([f"{path}/best.pt"])[0]),
-    ):
-        try:
-            run[part] = read(path)
-        except DataError as error:
-            run["notes"].append(str(error))
-    return run
-
-
-def _configuration(run: dict) -> str:
-    """What runs evaluated together have in common: all options but fold, seed and those of one machine."""
-    apart = ("fold", "seed", "git_sha", "git_dirty", "log_every", "save_every", "workers", "debug")
-    own = {key: value for key, value in _own_options(run).items() if key not in apart}
-    return json.dumps([run["kind"], bool(run["args"].get("data")), own], sort_keys=True)
-
-
-def _section(group: list[dict], args: argparse.Namespace) -> dict:
-    """One configuration: title, verdict, synthetic, figures (None where nothing was scored), html."""
-    kind, loaded = group[0]["kind"], [run["loaded"] for run in group if run["loaded"]]
-    known = {run["name"]: best_validation(run["records"]) for run in group}
-    logged = [f"{name} {key} {value:.3f} at step {step}" for name, (key, value, step) in known.items() if key]
-    scored = {
-        "sentence": f"best validation as logged in training: {', '.join(logged) or 'none'}",
-        "synthetic": loaded[0][2]["data"].get("synthetic") if loaded else not group[0]["args"].get("data"),
-        "figures": None,
-        "parts": {},
+    check_output(args.out, ".html")
+    runs = {run: read_run(run) for run in args.run}
+    own = runs[args.run[0]][0]
+    args.data = args.data or own.get("data")
+    args.audio = args.audio or own.get("audio")
+    args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
+    verdict, figures, scored, synthetic = (
+        "nothing was scored: see the best validation",
+        None,
+        {},
+        not args.data,
+    )
+    if own.get("task") != "pretrain" and not args.no_data:
+        loaded = _load_models([f"{run}/best.pt" for run in args.run])
+        score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
+        corpus, verdict, figures, scored = score(loaded, args)
+        synthetic = corpus.synthetic or loaded[0][2]["data"].get("synthetic")
+    lines = [verdict]
+    if synthetic:
+        lines.append("SYNTHETIC data: says that the code works, nothing about real performances or speech")
+    figure = new_figure(16, 13)
+    draw_curves(figure, {run: records for run, (_, records) in runs.items()})
+    best = [[run, *best_validation(records)] for run, (_, records) in runs.items()]
+    rows = [[key, *(options.get(key) for options, _ in runs.values())] for key in own]
+    parts = {
+        "Training curves": inline_figure(figure, "Training curves"),
+        **scored,
+        "Best validation in training": _table(["run", "figure", "value", "step"], best),
+        "Configuration": _table(["option", *runs], rows),
     }
-    if loaded and kind != "pretraining" and not args.no_data:
-        score = decoder_section if kind == "decoder" else rating_section
-        scored = score(loaded, _evaluation_options(group, loaded, args))
-    title = f"{group[0]['title']} (SYNTHETIC)" if scored["synthetic"] else group[0]["title"]
-    verdict = f"{title}: {scored['sentence']}."
-    with new_figure(16, 13) as figure:
-        draw_curves(figure, {run["name"]: run["records"] for run in group})
-        parts = {"Training curves": inline_figure(figure, "Training curves")} | scored["parts"]
-    parts["Skipped updates"] = _table(["run", "step", "kind", "items"], _skips(group))
-    options = dict.fromkeys(key for run in group for key in run["args"])
-    rows = [[key, *(run["args"].get(key, "–") for run in group)] for key in options]
-    parts["Configuration"] = _table(["option", *known], rows)
-    notes = "".join(f'<p class="warn">{_text(note)}</p>' for run in group for note in run["notes"])
-    html = "".join(f"<h3>{heading}</h3>{part}" for heading, part in parts.items())
-    html = f'<section><h2>{_text(title)}</h2><p class="verdict">{_text(verdict)}</p>{notes}{html}</section>'
-    return scored | {"verdict": verdict, "html": html}
+    page = _page(", ".join(runs), lines, parts, args.command)
+    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
+    print(*lines, f"saved {args.out}", sep="\n")
+    return {"verdict": verdict, "figures": figures}
 
 
-def _evaluation_options(
-    group: list[dict], loaded: list[tuple], args: argparse.Namespace
-) -> argparse.Namespace:
-    """The options with which `evaluate` would score these checkpoints."""
-    own = group[0]["args"]
-    data = args.data or own.get("data")
-    if data and not Path(data).exists():
-        raise DataError(f"{group[0]['path']}: {data} is not here; give --data DIR, or --no-data")
-    paths = [path for path, _, _ in loaded]
-    batch = 64 if group[0]["kind"] == "decoder" else None
-    more = {
-        "data": data,
-        "audio": args.audio or own.get("audio"),
-        "ckpt": paths,
-        "crops": None,
-        "batch": batch,
-    }
-    return argparse.Namespace(**(vars(args) | more))
-
-
-def _skips(group: list[dict]) -> list[list]:
-    """Run, step, kind and items of the first 30 skipped updates."""
-    rows = []
-    for run in group:
-        for record in run["records"]:
-            if "skip" in record:
-                rows.append(
-                    [run["name"], record["step"], record["skip"], ", ".join(record.get("names", [])[:8])]
-                )
-    return rows[:30]
-
-
-def rating_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
-    """Runs that rate: each on its own fold's part, seeds averaged; measured as `evaluate` does."""
+def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
+    """Runs that rate, measured as `evaluate` does: corpus, verdict, figures, parts of the page."""
     folds, data = _load_fold_models(loaded)
     corpus = _corpus_of(data, args)
     records = fold_records(folds, corpus, args, (args.part,))
-    truth = {name: item["y"] for name, item in corpus.items.items() if item.get("y") is not None}
+    truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     views = measure(records, truth)[args.part]
-    section = {"figures": views, "synthetic": corpus.synthetic or data["synthetic"], "parts": {}}
     if views["all"] is None:
-        return section | {"sentence": f"no item of part {args.part} has ratings here: nothing to score"}
+        return corpus, f"no item of part {args.part} has ratings here", views, {}
     mean = views["all"]["mean"]
     shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
-    low, high = mean["r2_interval"]
-    section["sentence"] = f"{shown}; 95 % interval of r2 [{low:.3f}, {high:.3f}]; "
-    section["sentence"] += f"part {args.part} of split {data['split']}, folds {[*folds]}"
+    interval = f"95 % interval of r2 {brackets(mean['r2_interval'])}"
     totals = []
     for view, figures in views.items():
-        for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items() if figures else ():
-            totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
-    columns = {metric: mean["per_dimension"][metric] for metric in METRICS}
-    tests = significance(records, truth)[args.part]["all"] or {}
-    for metric in METRICS:
-        if f"{metric}_interval" in tests:
-            columns[f"{metric}, 95 %"] = [
-                f"[{low:.3f}, {high:.3f}]" for low, high in tests[f"{metric}_interval"]
-            ]
+        if figures:
+            for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
+                totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
+    columns = [mean["per_dimension"][metric] for metric in METRICS]
     names, y, p, fold_of = _stacked(records, truth, args.part, "all")
     error = (p - y) ** 2
     worst = []
-    for i in np.argsort(-error.mean(1), kind="stable")[:10]:
+    for i in np.argsort(-error.mean(1))[:10]:
         d = error[i].argmax()
         worst.append([names[i], fold_of[i], error[i].mean(), LABELS[d], p[i, d], y[i, d]])
-    section["parts"] = {
-        "Results": f"<p>{CHOSEN[args.part]}</p>" + _table(["fold, view", *METRICS], totals),
-        "By dimension": _table(["dimension", *columns], zip(LABELS, *columns.values(), strict=True)),
-        "Prediction, rating, calibration": draw_ratings(y, p),
+    parts = {
+        "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
+        "By dimension": _table(["dimension", *METRICS], zip(LABELS, *columns, strict=True)),
+        "Prediction over rating, calibration": draw_ratings(y, p),
         "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
     }
-    return section
+    return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
 
 
-def draw_ratings(y: np.ndarray, p: np.ndarray, bins: int = 12) -> str:
-    """Prediction over rating by dimension; in the last panel the mean rating by bins of all predictions."""
-    low, high = min(y.min(), p.min()) - 0.03, max(y.max(), p.max()) + 0.03
-    edges = np.linspace(p.min(), p.max(), bins + 1)[1:-1]
-    bin_of = np.digitize(p, edges)
-    filled = np.unique(bin_of)
-    with new_figure(16, 14) as figure:
-        *panels, last = figure.subplots(4, 5, sharex=True, sharey=True).flat
-        for d, axes in enumerate(panels):
-            axes.plot(y[:, d], p[:, d], ".", alpha=0.5)
-            axes.set_title(LABELS[d].replace("_", " "), fontsize=8)
-        predicted, rated = ([x[bin_of == b].mean() for b in filled] for x in (p, y))
-        last.plot(rated, predicted, "o-", color=ORANGE)
-        last.set_title("all: mean rating by bins of the prediction", fontsize=8)
-        for axes in (*panels, last):
-            axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1)
-            axes.set(xlim=(low, high), ylim=(low, high))
-        figure.supxlabel("rating")
-        figure.supylabel("prediction")
-        return inline_figure(figure, "Prediction over rating by dimension, and calibration")
+def draw_ratings(y: np.ndarray, p: np.ndarray) -> str:
+    """Prediction over rating by dimension; in the last panel the means of twelfths of all predictions."""
+    order = p.argsort(axis=None)
+    means = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
+    figure = new_figure(16, 14)
+    panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
+    for d, label in enumerate(LABELS):
+        panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
+        panels[d].set_title(label, fontsize=8)
+    panels[-1].plot(*means, "o-")
+    for axes in panels:
+        axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
+    return inline_figure(figure, "Prediction over rating by dimension, and calibration")
 
 
-def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> dict:
-    """Decoders of one configuration, probabilities averaged: error rates by day, confusions, transcripts."""
-    corpus, data = _speech_corpus(args, loaded), loaded[0][2]["data"]
-    trials = speech_parts(corpus, data["valid"])[args.part]
+def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
+    """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
+    corpus, valid = _speech_corpus(args, loaded), loaded[0][2]["data"]["valid"]
+    trials = speech_parts(corpus, valid)[args.part]
     trials = trials[corpus.labelled[trials]]
     if not len(trials):
         raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
     records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-    low, high = trial_bootstrap(per_counts(refs, hyps))
-    figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days) | {"interval": [low, high]}
-    rate = f"phoneme error rate {figures['per']:.3f} [{low:.3f}, {high:.3f}]"
-    caution = CHOSEN[args.part]
-    if data["valid"] == "test":
-        caution = "The checkpoint was chosen on the test part (--valid test): its score there is no result."
+    counts = per_counts(refs, hyps)
+    figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
+    figures["interval"] = trial_bootstrap(counts)
     keys = ("per", "trials", "labels", *EDITS)
     days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
-    order = sorted(records, key=lambda r: error_rate(per_counts([r["reference"]], [r["hypothesis"]])))
+    order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
     samples = []
-    for what, record in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
-        samples.append([what, record["trial"], spell(record["reference"]), spell(record["hypothesis"])])
-    return {
-        "sentence": f"{rate} of {len(trials)} trials, part {args.part}",
-        "figures": figures,
-        "synthetic": corpus.synthetic or data["synthetic"],
-        "parts": {
-            "Error rate by day": f"<p>{caution}</p>" + _table(["day", *keys], days),
-            "Confusions": draw_confusions(refs, hyps),
-            "Transcripts": _table(["", "trial", "reference", "decoded"], samples),
-        },
+    for i in order[[0, len(order) // 2, -1]]:
+        samples.append([records[i]["trial"], spell(refs[i]), spell(hyps[i])])
+    parts = {
+        "Error rate by day": _table(["day", *keys], days) + CHOSEN["valid" if valid == "test" else args.part],
+        "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
+        "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
-
-
-def draw_confusions(refs: list, hyps: list) -> str:
-    """Heat map of what reference phonemes became; ∅: deleted (column) or inserted (row)."""
-    times = np.zeros((len(PHONEMES), len(PHONEMES)))
-    for ref, hyp in zip(refs, hyps, strict=True):
-        for tag, i, j in Levenshtein.editops(ref, hyp).as_list():
-            times[0 if tag == "insert" else ref[i], 0 if tag == "delete" else hyp[j]] += 1
-    with new_figure(12, 11) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(times, cmap="Blues", norm="symlog")
-        names = ["∅", *PHONEMES[1:]]
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
-        axes.set_yticks(range(len(names)), names, fontsize=9)
-        axes.set(xlabel="decoded", ylabel="reference")
-        figure.colorbar(image, ax=axes, label="times")
-        return inline_figure(figure, "Confusions of phonemes")
+    rate = f"phoneme error rate {figures['per']:.3f} {brackets(figures['interval'])}"
+    return corpus, f"{rate} of {len(trials)} trials, part {args.part}", figures, parts
 
 
 def _text(value: object) -> str:
-    """HTML of a value: numbers to four digits, NaN as a dash, the rest escaped."""
-    if isinstance(value, float):
-        return f"{value:.4f}" if math.isfinite(value) else "–"
-    return escape(str(value))
+    """HTML of a value: fractions to four digits, the rest escaped."""
+    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
 
 
-def _table(head: Iterable, rows: Iterable) -> str:
-    lines = ["".join(f"<th>{_text(name)}</th>" for name in head)]
-    lines += ["".join(f"<td>{_text(value)}</td>" for value in row) for row in rows]
-    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
+    lines = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in (head, *rows))
+    return f'<div class="scroll"><table>{lines}</table></div>'
 
 
-def _page(sections: list[dict], args: argparse.Namespace) -> str:
+def _page(title: str, lines: list[str], parts: dict[str, str], command: str) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
-    loud = f'<p class="warn">{SYNTHETIC}</p>' if any(section["synthetic"] for section in sections) else ""
-    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {args.command}"
-    body = "".join(section["html"] for section in sections)
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {command}"
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    said = "".join(f'<p class="said">{_text(line)}</p>' for line in lines)
+    body = "".join(f"<h2>{heading}</h2>{part}" for heading, part in parts.items())
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>Report</title><style>{STYLE}</style></head>
-<body><h1>Report</h1><p>{_text(made)}</p>{loud}{body}</body></html>
+<body><h1>{_text(title)}</h1>{said}<p>{_text(made)}</p>{body}</body></html>
 """
 
 
@@ -3426,36 +2686,29 @@ def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:
 
 def data_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", metavar="DIR", help="data set in its public layout (absent: the built-in synthetic corpus)")
-    add("--cache", default="cache", metavar="DIR", help="folder of extracted features (%(default)s)")
+    add("--data", help="data set in its public layout (absent: the built-in synthetic corpus)")
+    add("--cache", default="cache", help="folder of extracted features (%(default)s)")
 
 
 def result_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--csv", metavar="FILE", help="write the predictions here (off)")
-    add("--save-results", metavar="ROW", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
-    add("--results-dir", default="results", metavar="DIR", help="their folder (%(default)s)")
+    add("--csv", help="write the predictions here (off)")
+    add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
+    add("--results-dir", default="results", help="their folder (%(default)s)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:
     """The parsed options: the command's own, those that `shared` functions add, --device and --debug."""
     for add_options in shared:
         add_options(parser)
-    parser.add_argument(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda"],
-        help="where to compute; auto: a GPU where there is one (%(default)s)",
-    )
+    text = "where to compute (%(default)s here)"
+    parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help=text)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     row = getattr(args, "save_results", None)
     if row and not re.fullmatch(r"[a-z0-9_]+", row):
         raise DataError(f"--save-results {row!r}: expected a row name of a-z, 0-9 and _, such as full")
-    has_gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not has_gpu:
-        raise DataError("--device cuda: not available here; expected auto or cpu")
-    args.device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
+    args.device = torch.device(args.device)
     args.command = "python " + shlex.join([*parser.prog.split(), *argv])
     return args
 
@@ -3477,6 +2730,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # which a shell's background job has
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     run_script("eval.py", main)
