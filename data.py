@@ -190,7 +190,6 @@ _THIRDS = (6, 1.0), (12, 0.5)
 _SUBDIVISIONS = {2: _HALVES, 4: _HALVES, 3: _THIRDS, 6: _THIRDS, 12: _THIRDS, 5: ((5, 2.0),), 9: ((9, 1.0),)}
 _TIME_FLAGS = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}
 _LONGEST = 1000  # quarters, of a note or bar
-_FARTHEST = 1e9  # quarters, of a <forward> or <backup>
 _MAX_XML = 1 << 26  # bytes, unpacked
 _MAX_UNFOLDED = 200_000  # bars and notes
 
@@ -434,9 +433,9 @@ class _Reader:
                     raise self.error(f"a note to quarter {note.end / self.ticks:g}; expected 0 to {_LONGEST}")
                 bar.notes.append(note)
             elif element.tag == "forward":
-                cursor += self.duration(element, most=_FARTHEST)
+                cursor += self.duration(element, most=1e9)
             elif element.tag == "backup":
-                cursor -= self.duration(element, most=_FARTHEST)
+                cursor -= self.duration(element, most=1e9)
                 if cursor < -0.1 * self.ticks:  # rounded tuplets may fall a few divisions short of their bar
                     self.repairs["<backup> past the start of its bar, cut"] += 1
                 cursor = max(cursor, 0.0)
