@@ -49,6 +49,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -68,6 +69,13 @@ from tqdm import tqdm
 
 class DataError(ValueError):
     """Bad input, in one line: file, what was found, what was expected, what to do."""
+
+
+def check_size(path: str | Path, most: int) -> None:
+    """Raises ValueError where the file has more than `most` bytes."""
+    size = Path(path).stat().st_size
+    if size > most:
+        raise ValueError(f"{size} bytes, more than {most}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,7 +169,11 @@ _LINES = (  # what may begin at one note and end at another: name in `_Note.mark
     ("slur", "notations/slur"),
     ("wavy", "notations/ornaments/wavy-line"),
 )
-_JUMP = re.compile(r"\s*(d\.\s*[cs]\.|da capo|dal segno)", re.IGNORECASE)
+_JUMP = re.compile(  # but "d. c. on the beat" is none
+    r"\s*(d\.\s*[cs]\.|da capo|dal segno)\W*"
+    r"($|al|con\b|e\b|fin|ma\b|sin|senza|menu|minu|scherzo|trio)",
+    re.IGNORECASE,
+)
 _STEPS = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
 _COMPOUND = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}  # beats of a compound metre
 _STRONG_BEATS = {3: (1 / 3,), 9: (1 / 3,), 7: (2 / 7, 2 / 5)}  # beats per bar -> positions of weight 2
@@ -170,7 +182,8 @@ _THIRDS = (6, 1.0), (12, 0.5)
 _SUBDIVISIONS = {2: _HALVES, 4: _HALVES, 3: _THIRDS, 6: _THIRDS, 12: _THIRDS, 5: ((5, 2.0),), 9: ((9, 1.0),)}
 _TIME_FLAGS = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}
 _LONGEST = 1000  # quarters, of a note or bar
-_MAX_XML = 1 << 27  # bytes, unpacked
+_MAX_XML = 1 << 26  # bytes, unpacked
+_MAX_UNFOLDED = 200_000  # bars and notes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -189,7 +202,7 @@ class Score:
     pitch: np.ndarray  # (n,) int64, MIDI
     onset: np.ndarray  # (n,) float64, from the first music (hidden pickup padding cut)
     duration: np.ndarray  # (n,) float64, 0 for graces
-    voice: np.ndarray  # (n,) int64, the file's voice (>= 1) + 10 * part index
+    voice: np.ndarray  # (n,) int64, the file's voice (1 to 99) + 10 * part index; others from 10,000
     staff: np.ndarray  # (n,) int64
     measure: np.ndarray  # (n,) int64, contiguous
     beat: np.ndarray  # (n,) int64, contiguous
@@ -205,6 +218,7 @@ class Score:
     sections: np.ndarray
     tempo_qpm: float  # quarters per minute at the first note
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
+    repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,6 +268,7 @@ class _Bar:
     nominal: float  # ticks, by the time signature
     beats: int
     beat_type: int
+    free: bool  # of metre
     implicit: bool
     division: float  # ticks
     length: float = 0.0
@@ -267,6 +282,8 @@ class _Reader:
     def __init__(self, path):
         self.path = path
         self.where = ""
+        self.repairs = Counter()
+        self.voices = {}  # (part, name) -> voice, of names that are no number from 1 to 99
 
     def error(self, problem):
         line = f"{self.path}: {self.where}{problem}; export the score again as MusicXML"
@@ -285,38 +302,55 @@ class _Reader:
     def root(self):
         """The <score-partwise> element of a .musicxml, .xml or compressed .mxl file."""
         try:
+            check_size(self.path, _MAX_XML)
             content = Path(self.path).read_bytes()
             if content.startswith(b"PK\3\4"):
                 content = self.unzip(content)
-            if b"<!ENTITY" in content.replace(b"\0", b""):  # entity bombs; UTF-16 too
-                raise ValueError("its DOCTYPE declares entities")
-            root = ET.fromstring(content)
+            root = self.parse(content)
             if root.tag != "score-partwise":
                 raise ValueError(f"the root element is <{root.tag!s:.40}>")
         except Exception as error:
             raise self.error(f"cannot be read ({error}); expected one <score-partwise>, or .mxl") from error
         return root
 
+    def parse(self, content):
+        if b"<!ENTITY" in content.replace(b"\0", b""):  # entity bombs; UTF-16 too
+            raise ValueError("its DOCTYPE declares entities")
+        root = ET.fromstring(content)
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]  # without its namespace
+        return root
+
     def unzip(self, content):
+        """The score of an archive: what its container names, else its only XML file."""
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            scores = []
-            for entry in archive.infolist():
-                inside = entry.filename.endswith("xml") and not entry.filename.startswith("META-INF")
-                if inside and entry.file_size <= _MAX_XML:
-                    scores.append(entry)
+            names = archive.namelist()
+            scores = [n for n in names if n.lower().endswith("xml") and not n.startswith("META-INF")]
+            if "META-INF/container.xml" in names:
+                container = self.parse(self.unpack(archive, "META-INF/container.xml"))
+                scores = [r.get("full-path") for r in container.iter("rootfile")][:1]
             if len(scores) != 1:
                 raise ValueError(f"an archive of {len(scores)} scores")
-            return archive.read(scores[0])
+            return self.unpack(archive, scores[0])
+
+    def unpack(self, archive, name):
+        size = archive.getinfo(name).file_size
+        if size > _MAX_XML:
+            raise ValueError(f"{size} bytes, more than {_MAX_XML}")
+        return archive.read(name)
 
     def parts(self, root):
         """A list of bars per part, positions relative to the bar."""
-        divisions = {self.number(d.text, "divisions", 1, 1e5, int) for d in root.iter("divisions")}
-        self.ticks = math.lcm(*divisions)  # per quarter
+        divisions = {self.number(d.text, "divisions", 0.01, 1e5) for d in root.iter("divisions")}
+        self.ticks = math.lcm(
+            *(Fraction(d).limit_denominator(1000).numerator for d in divisions)
+        )  # per quarter
         if self.ticks > 1e12:
             raise self.error("unrelated <divisions>; expected a common multiple up to 1e12")
         parts = []
         for index, part in enumerate(root.iterfind("part")):
             self.division = self.time = None
+            self.transposition = 0
             parts.append([self.bar(measure, index) for measure in part.iterfind("measure")])
         self.where = ""
         counts = [len(part) for part in parts]
@@ -327,20 +361,38 @@ class _Reader:
     def attributes(self, element):
         divisions = element.findtext("divisions")
         if divisions is not None:
-            self.division = self.ticks / int(divisions)
+            self.division = self.ticks / float(divisions)
+        transpose = element.find("transpose")
+        if transpose is not None:
+            steps = self.number(transpose.findtext("chromatic", "0"), "chromatic", -48, 48)
+            octaves = self.number(transpose.findtext("octave-change", "0"), "octave-change", -4, 4)
+            self.transposition = round(steps + 12 * octaves)
         time = element.find("time")
         if time is None:
             return
+        if time.find("senza-misura") is not None:
+            self.time = 4, 4, True
+            return
         beats = time.findall("beats")
-        beat_type = self.number(time.findtext("beat-type"), "beat-type", 1, 64, int)
-        if len(beats) != 1 or beat_type.bit_count() != 1:
-            raise self.error(f"{len(beats)} <beats>, beat-type {beat_type}; expected one, a power of two")
-        terms = (beats[0].text or "").split("+")
-        self.time = sum(self.number(x, "beats", 1, 128, int) for x in terms), beat_type
+        types = [self.number(t.text, "beat-type", 1, 64, int) for t in time.findall("beat-type")]
+        if len(beats) != len(types) or {t.bit_count() for t in types} != {1}:
+            raise self.error(f"{len(beats)} <beats>, beat-type {types}; expected pairs, powers of two")
+        count = 0
+        for terms, beat_type in zip(beats, types, strict=True):
+            for term in (terms.text or "").split("+"):
+                count += self.number(term, "beats", 1, 128, int) * max(types) // beat_type
+        self.time = count, max(types), False
 
-    def duration(self, element, least=0):
-        most = _LONGEST * self.ticks / self.division
+    def duration(self, element, least=0.0, most=_LONGEST):
+        """Ticks; `most` in quarters."""
+        most *= self.ticks / self.division
         return self.number(element.findtext("duration"), "duration", least, most) * self.division
+
+    def voice(self, text, part):
+        text = text.strip() or "1"
+        if text.isdecimal() and len(text) < 3 and int(text):
+            return int(text) + 10 * part
+        return self.voices.setdefault((part, text), 10_000 + len(self.voices))
 
     def bar(self, measure, part):
         """Lay out one <measure>: notes and directions at their positions; as long as the cursor came far."""
@@ -348,34 +400,41 @@ class _Reader:
         for element in itertools.takewhile(lambda e: e.tag != "note", measure):
             if element.tag == "attributes":
                 self.attributes(element)
-        if self.division is None or self.time is None:
-            raise self.error("no <divisions> or no <time>; expected both in the first measure")
-        beats, beat_type = self.time
+        if self.division is None:
+            self.repairs["parts without <divisions>, read as 1"] += 1
+            self.division = float(self.ticks)
+        if self.time is None:
+            self.repairs["bars without <time>, read as 4/4"] += 1
+        beats, beat_type, free = self.time or (4, 4, True)
         nominal = beats * 4 / beat_type * self.ticks
-        bar = _Bar(nominal, beats, beat_type, "implicit" in measure.attrib, self.division)
+        bar = _Bar(nominal, beats, beat_type, free, "implicit" in measure.attrib, self.division)
         cursor = chord_onset = 0.0
         for element in measure:
             if element.tag == "note":
                 note = self.note(element, part)
+                if "rest" in note.marks and not note.duration:
+                    self.repairs["rests of no length left out"] += 1
+                    continue
                 if "chord" not in note.marks:
                     chord_onset = cursor
                     cursor += note.duration
                 elif bar.notes:  # unlike the original, where the first note only has the chord's strokes
                     note.tremolo = note.tremolo or bar.notes[-1].tremolo
                 note.onset = chord_onset
+                if note.end > _LONGEST * self.ticks:
+                    raise self.error(f"a note to quarter {note.end / self.ticks:g}; expected 0 to {_LONGEST}")
                 bar.notes.append(note)
             elif element.tag == "forward":
-                cursor += self.duration(element)
+                cursor += self.duration(element, most=1e9)
             elif element.tag == "backup":
-                cursor -= self.duration(element)
+                cursor -= self.duration(element, most=1e9)
+                if cursor < -0.1 * self.ticks:  # rounded tuplets may fall a few divisions short of their bar
+                    self.repairs["<backup> past the start of its bar, cut"] += 1
+                cursor = max(cursor, 0.0)
             elif element.tag in ("direction", "sound"):
                 bar.directions += self.directions(element, cursor)
             elif element.tag == "attributes":
                 self.attributes(element)
-            if not -0.1 <= cursor / self.ticks <= _LONGEST:
-                quarter = cursor / self.ticks
-                raise self.error(f"<{element.tag}> to quarter {quarter:g}; expected 0 to {_LONGEST}")
-            cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
             bar.length = max(bar.length, cursor)
         bar.division = self.division
         return bar
@@ -383,12 +442,15 @@ class _Reader:
     def note(self, element, part):
         """One <note>, at onset 0."""
         marks = _note_marks(element)
+        if element.find("unpitched") is not None:
+            self.repairs["unpitched notes left out"] += 1
+            marks |= {"rest"}
         strokes = element.findtext("notations/ornaments/tremolo", "0")
         return _Note(
             onset=0.0,
-            duration=0.0 if "grace" in marks else self.duration(element, 0.001),
+            duration=0.0 if "grace" in marks else self.duration(element, 0.0 if "rest" in marks else 0.001),
             part=part,
-            voice=self.number(element.findtext("voice", "1"), "voice", 1, 99, int) + 10 * part,
+            voice=self.voice(element.findtext("voice", "1"), part),
             staff=self.number(element.findtext("staff", "1"), "staff", 1, 99, int),
             pitch=0 if "rest" in marks else self.pitch(element),
             marks=marks,
@@ -402,7 +464,8 @@ class _Reader:
             raise self.error(f"a note of pitch step {step!r:.12}; expected A to G, or a <rest>")
         octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, int)
         alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
-        return self.number(12 * (octave + 1) + _STEPS[step] + round(alter), "pitch", 0, 127, int)
+        pitch = 12 * (octave + 1) + _STEPS[step] + round(alter) + self.transposition
+        return self.number(pitch, "pitch", 0, 127, int)
 
     def directions(self, element, onset):
         """Tempi, words, hairpins and dynamics of a <direction> or <sound>."""
@@ -439,6 +502,41 @@ def _note_marks(element):
 # ------------------------------------------------------------------------------------------------------------
 # MusicXML: repeats, padding, ties, graces
 # ------------------------------------------------------------------------------------------------------------
+def _bar_length(bars):
+    """Ticks of one bar (a `_Bar` per part). Whatever moves the cursor fills the metre; past it go only notes
+    that are shown, rests that another voice goes along with, and hidden rests of two staves."""
+    music = 0.0
+    voices, hidden = {}, {}  # (part, voice or staff) -> end
+    for note in itertools.chain(*(bar.notes for bar in bars)):
+        if "hidden" in note.marks:
+            staff = note.part, note.staff
+            hidden[staff] = max(hidden.get(staff, 0.0), note.end)
+            continue
+        voices[note.voice] = max(voices.get(note.voice, 0.0), note.end)
+        if "rest" not in note.marks:
+            music = max(music, note.end)
+    written = sorted(voices.values(), reverse=True)
+    trusted = bars[0].free or music and len(written) == 1
+    agreed = written[0:1] if trusted else written[1:2]
+    agreed += sorted(hidden.values())[-2:-1]
+    filled = min(max(bar.length for bar in bars), 0.0 if bars[0].free else bars[0].nominal)
+    return max(music, filled, *agreed) or bars[0].nominal
+
+
+def _settle_bars(parts, repairs):
+    """Give each bar of all parts its one length, which cuts the rests that pass it."""
+    # Unlike the original, where a bar lasts to the cursor after its last element: parts stay together.
+    for bars in zip(*parts, strict=True):
+        length = _bar_length(bars)
+        if max(bar.length for bar in bars) > length + 1e-6:
+            repairs["bars cut to the end of their music"] += 1
+        for bar in bars:
+            bar.length = length
+            for note in bar.notes:
+                if "rest" in note.marks:
+                    note.duration = min(note.duration, max(length - note.onset, 0.0))
+
+
 def _trim_pickup(bars):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
 
@@ -470,11 +568,15 @@ def _repeat_signs(measures, reader):
         for ending in measure.iterfind("barline/ending"):
             inside = frozenset()
             if ending.get("type") == "start":
-                numbers = re.findall(r"\d+", ending.get("number", ""))
+                name = ending.get("number", "").strip()
+                numbers = re.findall(r"\d+", name)
+                if not name:
+                    reader.repairs["voltas without a number, counted on"] += 1
+                    numbers = [max(volta[-2], default=0) + 1 if len(volta) > 1 else 1]
                 inside = frozenset(reader.number(n, "volta", 1, 16, int) for n in numbers)
                 volta[-1] = inside
                 if not inside:
-                    raise reader.error("volta without a number; expected 1 to 16")
+                    raise reader.error(f"volta {name!r:.20}; expected numbers, 1 to 16")
     if inside:
         raise reader.error(f"volta {sorted(inside)} without end; expected <ending type='stop'>")
     reader.where = ""
@@ -511,23 +613,28 @@ def _play_order(measures, reader):
     """Indices of the <measure> elements in playing order: repeats, voltas, da capo, dal segno, fine, coda.
 
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
-    without end or number or turn, jumps to a sign that is not there.
+    without end or number or turn, jumps to a sign that is not there, a second jump.
     """
     order, last_turns = _unfold_repeats(measures, reader)
     signs = {}  # attribute of a <sound> -> first measure
+    jumps = set()
     for i, measure in enumerate(measures):
         for sound in measure.iter("sound"):
+            if {"dacapo", "dalsegno"} & sound.attrib.keys():
+                jumps.add(i)
             signs = dict.fromkeys(sound.attrib, i) | signs
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
             raise reader.error(f"{jump} without {target}; expected a <sound {target}=...>")
-    jumps = [signs[name] for name in ("dacapo", "dalsegno") if name in signs]
+    if len(jumps) > 1:
+        number = measures[sorted(jumps)[1]].get("number")
+        raise reader.error(f"a second jump in measure {number!s:.10}; expected one, or the piece written out")
     if not jumps:
         for words in itertools.chain(*(measure.iter("words") for measure in measures)):
             if _JUMP.match(words.text or ""):
                 raise reader.error(f"{words.text!r:.20}; expected a <sound> that says where to jump")
         return order
-    jump = min(jumps)
+    (jump,) = jumps
     target = 0 if signs.get("dacapo") == jump else signs["segno"]
     again = [i for i in last_turns if i >= target]
     if signs.get("fine") in again:
@@ -539,18 +646,26 @@ def _play_order(measures, reader):
     return order[:last_time] + again
 
 
-def _join_ties(notes):
-    """Give each tied continuation its `first` note, which grows by it; notes of one part in file order."""
-    starts = {}
-    for note in notes:
-        candidates = starts.setdefault(note.pitch, [])
-        earlier = [c for c in candidates if c.onset < note.onset]
-        if earlier and "tied stop" in note.marks and "grace" not in note.marks:
-            # Unlike the original, which takes the latest: two voices may tie one pitch.
-            abutting = [c for c in earlier if abs(c.end - note.onset) < 1e-6]
-            note.first = (abutting or earlier)[-1]
-            note.first.duration += note.duration
-        elif "tied start" in note.marks:
+def _join_ties(notes, near, repairs):
+    """Give each tied continuation its `first` note, which grows by it; notes of one part. A tie joins what
+    ends and begins at one place (within `near` ticks), its own voice's rather than another's."""
+    begun = {}  # pitch -> firsts of ties that go on
+    # Unlike the original, which goes through the file's order and joins what does not abut.
+    for note in sorted(notes, key=lambda n: n.onset):
+        if "grace" in note.marks:
+            continue
+        candidates = begun.setdefault(note.pitch, [])
+        goes_on = "tied start" in note.marks
+        if "tied stop" in note.marks:
+            abutting = [c for c in candidates if abs(c.end - note.onset) <= near and c.onset < note.onset]
+            if abutting:
+                note.first = max(abutting, key=lambda c: (c.voice == note.voice, c.onset))
+                note.first.duration = note.end - note.first.onset
+                if not goes_on:
+                    candidates.remove(note.first)
+                continue
+            repairs["ends of ties that no note reaches, struck"] += 1
+        if goes_on:
             candidates.append(note)
 
 
@@ -871,12 +986,12 @@ def _unfolded(bars, starts, name):
     return items
 
 
-def _part_notes(notes, rests, slurs):
+def _part_notes(notes, rests, slurs, reader):
     """Of one part's unfolded notes in file order those that sound: ties joined, graces ordered, trills and
     wavy lines resolved. Adds to `rests` and `slurs`."""
     rests += [n for n in _shown(notes) if "rest" in n.marks]
     notes = [n for n in notes if "rest" not in n.marks]
-    _join_ties(_shown(notes))
+    _join_ties(_shown(notes), 0.01 * reader.ticks, reader.repairs)
     slurs |= _resolve_slurs(notes)
     notes = [n for n in notes if n.first is None]
     _order_graces(_shown(notes))
@@ -895,23 +1010,25 @@ def read_musicxml(path: str | Path) -> Score:
     root = reader.root()
     parts = reader.parts(root)
     order = _play_order(root.find("part").findall("measure"), reader)
+    unfolded = len(order) + sum(len(part[i].notes) for part in parts for i in order)
+    if unfolded > _MAX_UNFOLDED:
+        raise reader.error(f"{unfolded} bars and notes with all repeats; expected at most {_MAX_UNFOLDED}")
+    _settle_bars(parts, reader.repairs)
     _trim_pickup([bars[0] for bars in parts])
-    # Unlike the original, where a bar lasts to the cursor after its last element: parts stay together.
-    for bars in zip(*parts, strict=True):
-        bars[0].length = max(bar.length for bar in bars) or bars[0].nominal
     bars = [parts[0][i] for i in order]
     starts = np.cumsum([0.0, *(bar.length for bar in bars[:-1])])
     notes, rests, slurs, directions = [], [], {}, []
     for part in parts:
         played = [part[i] for i in order]
-        notes += _part_notes(_unfolded(played, starts, "notes"), rests, slurs)
+        notes += _part_notes(_unfolded(played, starts, "notes"), rests, slurs, reader)
         directions += _unfolded(played, starts, "directions")
     if not notes:
         raise reader.error("no notes; expected at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
     composer = _composer_vector(root, path)
-    return _build_score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
+    score = _build_score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
+    return replace(score, repairs=reader.repairs)
 
 
 def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
@@ -989,6 +1106,10 @@ SUSTAIN, SOFT = 64, 67
 SHORTEST = 1e-3  # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
 LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
 SMPTE = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}  # frames a second
+MOST_BYTES, MOST_EVENTS = 1 << 26, 500_000  # of a MIDI file
+NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
+ALL_OFF = 120, 123  # controllers: all sound off, all notes off
+META, TEMPO, END_OF_TRACK = 0xFF, 0x51, 0x2F
 
 
 @dataclass
@@ -1007,31 +1128,28 @@ class Performance:
     offset: np.ndarray
     sustain: np.ndarray
     soft: np.ndarray
+    repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
 
 
 def read_midi(path: str | Path) -> Performance:
     """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their
     key and channel.
 
-    A note-on of velocity 0 is a note-off; notes still open at the end of the file end there. Raises
-    DataError.
+    A note-on of velocity 0 is a note-off; notes still open at the end of the file end with its last note.
+    Raises DataError.
     """
+    repairs = Counter()
     try:
-        content = Path(path).read_bytes()
-        if not content.startswith(b"MThd") or re.search(rb"[\x80-\xff]{4096}", content):
-            raise ValueError("another kind of file")  # mido takes minutes over one endless number
-        midi = mido.MidiFile(file=io.BytesIO(content))
-        if midi.type not in (0, 1) or not midi.ticks_per_beat:
-            raise ValueError(f"type {midi.type}, division {midi.ticks_per_beat}")
-        events = []  # (tick, message); unlike the original, which searches unsorted pedal events
-        for track in midi.tracks:
-            ticks = itertools.accumulate(message.time for message in track)
-            events += zip(ticks, track, strict=True)
+        check_size(path, MOST_BYTES)
+        division, tracks = _midi_tracks(Path(path).read_bytes(), repairs)
+        events = []  # (tick, status, data); unlike the original, which searches unsorted pedal events
+        for track in tracks:
+            events += _track_events(track, MOST_EVENTS - len(events), repairs)
         events.sort(key=lambda event: event[0])
-        seconds = _event_seconds(events, midi.ticks_per_beat)
-        notes, pedals = _pair_notes(events, seconds.tolist())
+        seconds = _event_seconds(events, division, repairs)
+        notes, pedals = _pair_notes(events, seconds.tolist(), repairs)
         if not notes or seconds[-1] > LONGEST:
-            raise ValueError(f"{len(notes)} notes in {seconds[-1]:.3g} s; expected some within a day")
+            raise ValueError(f"{len(notes)} notes in {seconds[-1:].sum():.3g} s; expected some within a day")
         pitch, velocity, onset, offset = np.array(notes).T
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
@@ -1046,40 +1164,136 @@ def read_midi(path: str | Path) -> Performance:
         np.where(offset > onset, offset, onset + SHORTEST),
         np.array(pedals[SUSTAIN], float).reshape(-1, 2),
         np.array(pedals[SOFT], float).reshape(-1, 2),
+        repairs,
     )
 
 
-def _event_seconds(events, division):
-    """Seconds of (tick, message): division ticks per quarter under the tempo map, SMPTE where negative."""
-    ticks = np.array([tick for tick, _ in events], float)
+def _midi_tracks(content, repairs):
+    """The division and the bytes of the tracks."""
+    if content.startswith(b"RIFF"):
+        content = content[max(content.find(b"MThd"), 0) :]
+        repairs["RIFF wrappings taken off"] += 1
+    if not content.startswith(b"MThd"):
+        raise ValueError("another kind of file")
+    size, kind, count, division = struct.unpack_from(">LHHh", content, 4)
+    if kind not in (0, 1) or not division:
+        raise ValueError(f"type {kind}, division {division}")
+    tracks = []
+    place = 8 + size
+    while place + 8 <= len(content):
+        name, size = struct.unpack_from(">4sL", content, place)
+        if name == b"MTrk":
+            tracks.append(content[place + 8 : place + 8 + size])
+        else:
+            repairs["chunks of another kind left out"] += 1
+        place += 8 + size
+    if len(tracks) != count:
+        repairs["headers of another number of tracks"] += 1
+    return division, tracks
+
+
+def _variable_number(track, place):
+    """A number of 7 bits a byte, and the place after it."""
+    number = 0
+    for k in range(place, place + 4):
+        number = number << 7 | track[k] & 0x7F
+        if track[k] < 0x80:
+            return number, k + 1
+    raise ValueError("a number of more than 4 bytes")
+
+
+def _track_events(track, most, repairs):
+    """(tick, status, data) of each event; of a meta event its type and data. What ends too early is cut."""
+    events = []
+    place = tick = running = 0
+    while place < len(track):
+        try:
+            delta, place = _variable_number(track, place)
+            status = track[place]
+            place += 1
+            if status < 0x80:  # running status
+                status = running
+                place -= 1
+            if status == META:
+                size, start = _variable_number(track, place + 1)
+                size += start - place
+            elif status in (0xF0, 0xF7):
+                size, place = _variable_number(track, place)
+            elif 0x80 <= status < 0xF0:
+                running = status
+                size = 1 if status >> 4 in (0xC, 0xD) else 2
+            else:
+                raise ValueError(f"status byte {status}")
+            data = track[place : place + size]
+            place += size
+            if len(data) < size:
+                raise IndexError
+        except IndexError:
+            repairs["tracks that end within an event"] += 1
+            break
+        if status < 0xF0 and max(data) > 127:
+            data = bytes(min(byte, 127) for byte in data)
+            repairs["bytes over 127 clipped"] += 1
+        tick += delta
+        events.append((tick, status, data))
+        if len(events) > most:
+            raise ValueError(f"more than {MOST_EVENTS} events")
+        if status == META and data[0] == END_OF_TRACK:
+            break
+    else:
+        repairs["tracks without their end mark"] += 1
+    return events
+
+
+def _event_seconds(events, division, repairs):
+    """Seconds of events: division ticks per quarter under the tempo map, SMPTE where negative."""
+    ticks = np.array([event[0] for event in events], float)
     if division < 0:
         frames, per_frame = -(division >> 8), division & 0xFF
         if frames not in SMPTE or not per_frame:
             raise ValueError(f"a SMPTE division of {frames} frames and {per_frame} ticks")
         return ticks / (per_frame * SMPTE[frames])
     changes = [(0, 500_000)]
-    changes += [(tick, message.tempo) for tick, message in events if message.type == "set_tempo"]
+    for tick, status, data in events:
+        if status == META and data[0] == TEMPO:
+            tempo = int.from_bytes(data[-3:], "big")
+            if tempo:
+                changes.append((tick, tempo))
+            else:
+                repairs["tempi of 0 left out"] += 1
     at, tempo = np.array(changes, float).T
     starts = np.concatenate([[0.0], np.cumsum(np.diff(at) * tempo[:-1])])
     current = np.searchsorted(at, ticks, side="right") - 1
     return (starts[current] + (ticks - at[current]) * tempo[current]) / (division * 1e6)
 
 
-def _pair_notes(events, seconds):
+def _pair_notes(events, seconds, repairs):
     """[pitch, velocity, onset, offset] of each note by onset; {controller: [(second, value)]} of pedals."""
     notes, open_notes = [], {}
     pedals = {SUSTAIN: [], SOFT: []}
-    for now, (_, message) in zip(seconds, events, strict=True):
-        if message.type in ("note_on", "note_off"):
-            waiting = open_notes.setdefault((message.channel, message.note), [])
-            if message.type == "note_on" and message.velocity > 0:
-                waiting.append(len(notes))
-                notes.append([message.note, message.velocity, now, seconds[-1]])
-            elif waiting:
-                notes[waiting.pop(0)][3] = now
-        elif message.type == "control_change" and message.control in pedals:
+    for now, (_, status, data) in zip(seconds, events, strict=True):
+        kind = status >> 4
+        key = status & 0xF, data[0] if data else 0
+        if kind == NOTE_ON and data[1]:
+            open_notes.setdefault(key, []).append(len(notes))
+            notes.append([data[0], data[1], now, None])
+        elif kind in (NOTE_ON, NOTE_OFF):
+            if open_notes.get(key):
+                notes[open_notes[key].pop(0)][3] = now
+        elif kind == CONTROL and data[0] in ALL_OFF:
+            for channel, pitch in open_notes:
+                if channel == key[0]:
+                    for row in open_notes[channel, pitch]:
+                        notes[row][3] = now
+                    open_notes[channel, pitch].clear()
+        elif kind == CONTROL and data[0] in pedals:
             # Unlike the original: value 0 counts, so that a switch-like pedal is released.
-            pedals[message.control].append((now, message.value))
+            pedals[data[0]].append((now, data[1]))
+    end = max((note[3] or note[2] for note in notes), default=0.0)
+    for rows in open_notes.values():
+        for row in rows:
+            notes[row][3] = end
+            repairs["notes never released, ended with the last"] += 1
     return notes, pedals
 
 
@@ -1612,11 +1826,21 @@ def sounding_offset(performance) -> np.ndarray:
     return np.where(_value_held_at(events, offset) >= 64, np.maximum(released, offset), offset)
 
 
+def _ringing_at(times, onset, sounding):
+    """At each time: number of the notes that began earlier (by CHORD_GAP) and ring on."""
+    lasting = sounding - onset > CHORD_GAP + 0.05
+    begun = np.searchsorted(onset[lasting], times - CHORD_GAP)
+    return begun - np.searchsorted(np.sort(sounding[lasting]), times + 0.05, side="right")
+
+
 def _ringing(pitch, onset, sounding):
     """At each onset: number of earlier notes that ring on, and of those that rub (one or two semitones)."""
-    ringing = (onset[None] < onset[:, None] - CHORD_GAP) & (sounding[None] > onset[:, None] + 0.05)
-    rubbing = ringing & np.isin(np.abs(pitch[None] - pitch[:, None]), (1, 2))
-    return ringing.sum(1), rubbing.sum(1)
+    rubbing = np.zeros(len(pitch), np.int64)
+    for key in np.unique(pitch):
+        struck = pitch == key
+        near = np.isin(np.abs(pitch - key), (1, 2))
+        rubbing[struck] = _ringing_at(onset[struck], onset[near], sounding[near])
+    return _ringing_at(onset, onset, sounding), rubbing
 
 
 def _covered(onset, offset):
@@ -2028,7 +2252,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # PercePiano: the corpus, from files to cached features
 # ------------------------------------------------------------------------------------------------------------
 
-FEATURES_VERSION = 1  # count up when what `_extract_all` gives changes: caches are made again
+FEATURES_VERSION = 2  # count up when what `_extract_all` gives changes: caches are made again
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
@@ -2052,6 +2276,7 @@ class Corpus:
     shared: dict[str, set[str]]
     left_out: list[str] = field(default_factory=list)
     cached: bool = False
+    repaired: list[str] = field(default_factory=list)  # a line for each file that was read with repairs
 
 
 def column_names(features: dict[str, Column]) -> list[str]:
@@ -2082,6 +2307,7 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
             "stat_names": list(statistics),
             "performance": performance,
             "match": match,
+            "repairs": {str(f): dict(x.repairs) for f, x in ((score_path, score), (path, performance))},
         }
         results.append((path, item))
     return results
@@ -2128,7 +2354,18 @@ def load_percepiano(
         shared[name].add(other)
     synthetic = (root / "SYNTHETIC").is_file()
     columns, stat_names = column_names(FEATURES), arrays["stat_names"].tolist()
-    return Corpus(str(root), synthetic, items, sorted(files), columns, stat_names, shared, left_out, cached)
+    return Corpus(
+        str(root),
+        synthetic,
+        items,
+        sorted(files),
+        columns,
+        stat_names,
+        shared,
+        left_out,
+        cached,
+        arrays["repaired"].tolist(),
+    )
 
 
 def _performance_files(root):
@@ -2170,6 +2407,16 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def repair_lines(items: Iterable[dict]) -> list[str]:
+    """A line for each repaired file of items' `repairs` (file -> kind -> number)."""
+    repairs = {file: counts for item in items for file, counts in item.items()}
+    lines = []
+    for file, counts in sorted(repairs.items()):
+        if counts:
+            lines.append(f"{file}: " + ", ".join(f"{kind} ({n})" for kind, n in sorted(counts.items())))
+    return lines
+
+
 def _load_arrays(store):
     """The cached arrays, or None where there are none or they cannot be read (then they are made again)."""
     try:
@@ -2203,6 +2450,7 @@ def _extract_all(files, scores, strict, workers, quiet):
         "names": np.array(names),
         "bounds": np.cumsum([0, *map(len, columns["x"])]),
         "left_out": np.array(sorted(left_out), dtype=str),
+        "repaired": np.array(repair_lines(columns["repairs"]), dtype=str),
         "shared": np.array(pairs, dtype=str).reshape(-1, 2),
         "match_rate": np.array(columns["match_rate"]),
         "stats": np.stack(columns["stats"]),
@@ -4765,6 +5013,7 @@ def report_percepiano(corpus: Corpus) -> None:
     print(f"rated {len(items) - unrated}, unrated, to predict, {unrated}")
     print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
     print_left_out(corpus.left_out)
+    print_left_out(corpus.repaired, what="read with repairs")
     for split, fold in itertools.product(SPLITS, range(FOLDS)):
         try:
             sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]

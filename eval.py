@@ -95,6 +95,7 @@ from data import (
     read_ratings,
     read_wav,
     render,
+    repair_lines,
     run_script,
     segment_of,
     speech_item,
@@ -1798,8 +1799,9 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 def predict(argv: list[str]) -> list[dict]:
     """`python eval.py predict`: ratings or phonemes of your own files, as --json holds them.
 
-    han, ast: name, path, ratings by label; han also score, match_rate, extra (share of played notes not in
-    the score), notes; ast seconds. decoder: id, path, session, seconds, phonemes, reference, errors by kind.
+    han, ast: name, path, repairs (of files), ratings by label; han also score, match_rate, extra
+    (share of played notes not in the score), notes; ast seconds. decoder: id, path, session, seconds,
+    phonemes, reference, errors by kind.
     """
     parser = _parser(
         "predict",
@@ -1934,10 +1936,19 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "match_rate": item["match_rate"],
         "extra": extra,
         "notes": len(item["x"]),
+        "repairs": say_repairs(item["repairs"]),
         "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
     }
     score = read_musicxml(args.score) if args.explain else None
     yield record, item | {"name": name, "item": item, "score": score}
+
+
+def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
+    """Prints and gives what was wrong in files (file -> kind -> number) and read all the same."""
+    said = _printable("; ".join(repair_lines([repairs])))
+    if said:
+        print(f"repaired: {said}")
+    return said
 
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
@@ -1947,8 +1958,10 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
+    repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
     ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
-    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "ratings": ratings}
+    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
+    record["ratings"] = ratings
     yield record, {"name": name, "energies": energies}
 
 

@@ -101,13 +101,14 @@ BAD = {
     "empty": (b"", ""),
     "html": (b"<!DOCTYPE html><html></html>", ""),
     "riff": (b"RIFF\x10\0\0\0RMIDdata", ""),
-    "header only": (header(), "ends too early"),
+    "cut header": (header()[:-2], ""),
+    "header only": (header(), "0 notes"),
     "no notes": (header() + track(END), "0 notes"),
     "type 2": (header(kind=2) + track(NOTE + END), "type 2"),
     "no division": (header(division=0) + track(NOTE + END), "division 0"),
     "bad smpte": (header(division=0xFF28) + track(NOTE + END), "SMPTE"),
-    "cut": (header() + track(NOTE + END)[:-2], "ends too early"),
-    "data byte": (header() + track(b"\x00\x90\xbc\x40" + END), ""),
+    "no status": (header() + track(b"\x00\x3c\x40" + END), "status byte 0"),
+    "too many events": (header() + track(NOTE * 500_001), "500000 events"),
     "years": (header() + track(NOTE + b"\xff\xff\xff\x7f\x80\x3c\x00" + END), "within a day"),
     "endless number": (header() + track(b"\xff" * 1_000_000), ""),
     "huge text": (header() + track(b"\x00\xff\x01\x8f\xff\xff\x7f"), ""),
@@ -121,6 +122,52 @@ def test_bad_files_are_refused_in_one_line_with_their_path(tmp_path, capsys, nam
     if content is not None:
         path.write_bytes(content)
     refused(lambda: data.read_midi(path), capsys, f"{path}: ", found, "expected")
+
+
+WHOLE = NOTE + b"\x83\x60\x80\x3c\x00"  # half a second
+# (content of the file, releases, repair)
+REPAIRED = {
+    "byte": (header() + track(b"\x00\xb0\x07\xff" + WHOLE + END), [0.5], "bytes over 127 clipped"),
+    "key signature": (header() + track(b"\x00\xff\x59\x02\x09\x00" + WHOLE + END), [0.5], None),
+    "running status after a meta event": (
+        header() + track(NOTE + b"\x83\x60\xff\x01\x00\x00\x3c\x00" + END),
+        [0.5],
+        None,
+    ),
+    "one track said, two there": (header(1, 1) + track(END) + track(WHOLE + END), [0.5], "number of tracks"),
+    "two said, one there": (header(1, 2) + track(WHOLE + END), [0.5], "number of tracks"),
+    "cut between events": (header() + track(WHOLE), [0.5], "end mark"),
+    "cut": (header() + track(WHOLE + NOTE)[:-1], [0.5], "within an event"),
+    "riff": (b"RIFF\0\0\0\0RMIDdata\0\0\0\0" + header() + track(WHOLE + END), [0.5], "RIFF"),
+    "other chunk": (header() + b"XFIH\0\0\0\1x" + track(WHOLE + END), [0.5], "another kind"),
+    "tempo": (header() + track(b"\x00\xff\x51\x03\0\0\0" + WHOLE + END), [0.5], "tempi of 0"),
+    "all notes off": (
+        header() + track(NOTE + b"\x83\x60\xb0\x7b\x00" + b"\x83\x60\x80\x3c\x00" + END),
+        [0.5],
+        None,
+    ),
+    "of another channel": (
+        header() + track(NOTE + b"\x83\x60\xb1\x7b\x00" + b"\x83\x60\x80\x3c\x00" + END),
+        [1.0],
+        None,
+    ),
+    "never released": (
+        header() + track(b"\x00\x90\x30\x40" + WHOLE + b"\x8f\x00" + END[1:]),
+        [0.5, 0.5],
+        "never released",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_what_other_readers_accept_is_read_and_said(tmp_path, name):
+    content, releases, repair = REPAIRED[name]
+    path = tmp_path / "a.mid"
+    path.write_bytes(content)
+    played = data.read_midi(path)
+    np.testing.assert_allclose(played.offset, releases)
+    assert list(played.repairs.values()) == ([1] if repair else [])
+    assert not repair or repair in next(iter(played.repairs))
 
 
 @pytest.mark.skipif(not PERFORMANCES.is_dir(), reason="needs ../shared")

@@ -230,7 +230,8 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     ]
     name = piano.names[0]
     other = piano.midi(next(n for n in piano.names if data.score_of(n) != data.score_of(name)))
-    score, midi = piano.score(name), piano.midi(name)
+    score, midi = piano.score(name), str(tmp_path / f"{name}.mid")
+    Path(midi).write_bytes(Path(piano.midi(name)).read_bytes() + b"XFIH\0\0\0\1x")
     each = [values(predict("--ckpt", path, "--score", score, "--midi", midi)[0]) for path in paths]
     assert np.abs(each[0] - each[1]).max() > 0.01
     capsys.readouterr()
@@ -238,12 +239,14 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     records = predict("--ckpt", *paths, "--score", score, "--midi", midi, other, *outputs)
     assert values(records[0]) == pytest.approx((each[0] + each[1]) / 2, abs=1e-12)
     said = capsys.readouterr().out
+    assert records[0]["repairs"] == f"{midi}: chunks of another kind left out (1)"
+    assert f"repaired: {records[0]['repairs']}\n" in said
     table = [line for line in said.splitlines() if line.endswith("0.50 0.12")]
     assert (len(table), max(map(len, table)) <= 100) == (19, True)
     assert "SYNTHETIC" in said
     saved = json.loads((tmp_path / "new/a.json").read_text())
     assert saved["predictions"] == evaluation.json_ready(records)
-    assert list(records[0]) == ["name", "path", "score", "match_rate", "extra", "notes", "ratings"]
+    assert list(records[0]) == ["name", "path", "score", "match_rate", "extra", "notes", "repairs", "ratings"]
     assert list(records[0]["ratings"]) == list(LABELS)
     assert saved["training"][LABELS[0]] == {"mean": 0.5, "sd": 0.125}
     assert saved["poles"]["Timing_Stable_Unstable"] == ["Stable", "Unstable"]

@@ -50,6 +50,10 @@ def back(duration):
     return f"<backup><duration>{duration}</duration></backup>"
 
 
+def forward(duration):
+    return f"<forward><duration>{duration}</duration></forward>"
+
+
 def direction(content, staff=1, placement="below"):
     content = f"<direction-type>{content}</direction-type><staff>{staff}</staff>"
     return f'<direction placement="{placement}">{content}</direction>'
@@ -154,10 +158,13 @@ def test_equal_to_the_original_but_for_its_errors(path, scores):
     heads = [*zip(s.voice, s.onset, s.grace_order, strict=True)]
     members = Counter(heads)
     swollen = [bool(re.search("cresc|dim", text)) for text in d["note_dynamic_words"][j]]
+    # There a tie joined notes that do not abut, whose slur went with it.
+    kept = ~((s.onset >= 36) & (s.onset <= 42) & (name == "Schubert_D960_mv2_16bars_Score_08.musicxml"))
     touched = {
+        "duration": ~kept & (s.pitch == 68),
         "dynamic": s.features["dynamic"][:, 2] > 0,
         "distance_from_recent_tempo": np.array(swollen) | ((segment == "13") & (s.onset == 10)),
-        "slur_beam_vec": np.array([members[head] > 1 for head in heads]),
+        "slur_beam_vec": np.array([members[head] > 1 for head in heads]) | ~kept,
         "composer_vec": np.full(n, "Beethoven" in name),
     }
     reference = {}
@@ -171,10 +178,11 @@ def test_equal_to_the_original_but_for_its_errors(path, scores):
     assert (reference["dynamic"][:, 2] == 0).all()
     assert (s.features["dynamic"][:, [0, 1, 3]] == reference["dynamic"][:, [0, 1, 3]]).all()
     assert (s.features["distance_from_recent_tempo"] >= reference["distance_from_recent_tempo"] - 1e-9).all()
-    assert (s.features["slur_beam_vec"][:, :3] == reference["slur_beam_vec"][:, :3]).all()
-    assert (s.features["slur_beam_vec"] <= reference["slur_beam_vec"]).all()  # only others' flags are gone
+    mine, theirs = s.features["slur_beam_vec"][kept], reference["slur_beam_vec"][kept]
+    assert (mine[:, :3] == theirs[:, :3]).all()
+    assert (mine <= theirs).all()  # only others' flags are gone
     for mine, theirs in ALIKE.items():
-        mine, theirs = getattr(s, mine).astype(float), d[theirs][j].astype(float)
+        mine, theirs = getattr(s, mine)[kept].astype(float), d[theirs][j][kept].astype(float)
         np.testing.assert_allclose(mine, theirs, atol=1e-9)
     for grid in ("beats", "measures", "sections"):
         np.testing.assert_allclose(getattr(s, grid), d[f"grid_{grid}_quarter"], atol=1e-6)
@@ -213,7 +221,55 @@ BARS = {
     "two voices tie one pitch": (
         ([note(60, 16, notations=TIE_START) + back(12) + note(60, 12, 2, notations=TIE_START),
           note(60, 4, notations=TIE_STOP) + back(4) + note(60, 8, 2, notations=TIE_STOP)],),
-        dict(onset=[0, 1], duration=[6, 4])),
+        dict(onset=[0, 1], duration=[5, 5])),
+    "a tie joins what abuts only, in the order of time": (
+        ([note(60, 8, notations=TIE_START) + note(62, 8), note(60, 4, notations=TIE_STOP) + note(62, 4)
+          + note(64, 8, notations=TIE_STOP) + back(16) + note(65, 8, 2) + note(64, 8, 2)
+          + back(16) + note(64, 8, 3, 2, notations=TIE_START)],),
+        dict(pitch=[60, 62, 65, 64, 60, 62, 64], onset=[0, 2, 4, 4, 4, 5, 6],
+             duration=[2, 2, 2, 4, 1, 1, 2])),
+    "a grace note and an upbeat begin no tie": (
+        ([note(60, 8, notations=TIE_START) + note(60, 8, notations=TIE_STOP), note(62, 8)
+          + note(60, None, notations=TIE_START) + note(60, 8, notations=TIE_STOP)],),
+        dict(pitch=[60, 62, 60, 60], duration=[4, 2, 0, 2])),
+    "a tie into a repeat is struck the second time": (
+        ([note(60, notations=TIE_START), repeat("forward") + note(60, notations=TIE_STOP) + note(62)
+          + repeat("backward")],),
+        dict(onset=[0, 2, 3, 4], duration=[2, 1, 1, 1])),
+    "what passes the metre: notes": (([A + note(62), B],), dict(onset=[0, 4, 5])),
+    "a rest that no other voice goes along with does not": (
+        ([A + back(16) + note(None, 24, 5, 2), B],), dict(onset=[0, 4])),
+    "a rest that another one goes along with": (
+        ([A + note(None, 8) + back(24) + note(None, 24, 5, 2), B],), dict(onset=[0, 6])),
+    "one voice alone": (([A + note(None, 8), B],), dict(onset=[0, 6])),
+    "hidden rests of one staff do not": (
+        ([C, A + note(None, 8, attributes=HIDDEN) + back(24) + note(48, 16, 5, 2), B],),
+        dict(onset=[0, 4, 4, 8])),
+    "those of both do": (
+        ([C, A + note(None, 8, attributes=HIDDEN) + back(24) + note(48, 16, 5, 2)
+          + note(None, 8, 5, 2, attributes=HIDDEN), B],), dict(onset=[0, 4, 4, 10])),
+    "a <forward> does not; up to the metre it counts": (
+        ([A + forward(8), B + back(8) + forward(8000) + back(8000), note(64, 8) + forward(8), D],),
+        dict(onset=[0, 4, 8, 12])),
+    "a backup ends at the start of its bar": (
+        ([A + back(64) + note(62, 16, 2) + back(4) + chord(72), B],),
+        dict(pitch=[72, 62, 60, 62], onset=[0, 0, 0, 4])),
+    "hidden rests of no length": (([note(60) + note(None, 0, attributes=HIDDEN) + note(62)],),
+                                 dict(onset=[0, 1])),
+    "voices are any text": (
+        ([A + back(16) + note(62, 16, "1b") + back(16) + note(64, 16, 101) + back(16) + note(65, 16, "1b")],),
+        dict(voice=[10_000, 10_001, 10_000, 1])),
+    "unpitched notes take their time": (
+        ([note(60) + note(61).replace("pitch>", "unpitched>") + note(62, 8)],), dict(onset=[0, 2])),
+    "sounding pitch": (
+        (["<attributes><transpose><chromatic>-2</chromatic><octave-change>1</octave-change></transpose>"
+          "</attributes>" + A],), dict(pitch=[70])),
+    "a metre of two pairs, a free one": (
+        (["<attributes><time><beats>3</beats><beat-type>8</beat-type><beats>2</beats><beat-type>4</beat-type>"
+          "</time></attributes>" + note(60, 14),
+          "<attributes><time><senza-misura/></time></attributes>" + note(62, 24),
+          note(64, 4) + forward(4), D],),
+        {"onset": [0, 3.5, 9.5, 10.5], "beats": [*np.arange(0, 3.5, 0.5), *np.arange(3.5, 14.5)]}),
     "a tie from one voice into another": (
         ([note(60, 16, notations=TIE_START), note(60, 4, 2, notations=TIE_STOP)],),
         dict(pitch=[60], duration=[5], voice=[1])),
@@ -380,6 +436,8 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + DA_CAPO, '<sound coda="1"/>' + C], "ab ac"),
     ([A, FORWARD + B], "ab"),
+    ([A, volta("", B) + BACKWARD, volta("", C), D], "ab ac d"),
+    ([A + words("d. c. on the beat"), B], "ab"),
     ([A, FIRST, SECOND, D + DA_CAPO], "ab ac d ac d"),
     ([FORWARD + A + FINE_ + BACKWARD, B + BACKWARD, C + DA_CAPO], "aa bb c a"),
 ])  # fmt: skip
@@ -413,6 +471,67 @@ def test_compressed_and_utf16_files(tmp_path):
     assert data.read_musicxml(str(path)).pitch.tolist() == [60, 62]
 
 
+REPAIRED = {
+    "no time": (GOOD.replace("<time>", "<x>").replace("</time>", "</x>"), [60, 62], "<time>"),
+    "no divisions": (re.sub("<divisions>.*?>", "", GOOD), [60, 62], "<divisions>"),
+    "decimal": (GOOD.replace("<divisions>4", "<divisions>4.50"), [60, 62], None),
+    "namespace": (GOOD.replace("<score-partwise", '<score-partwise xmlns="a:b"'), [60, 62], None),
+    "backup": (document([A + back(64) + B]), [62, 60], "<backup>"),
+    "unpitched": (document([A + note(61).replace("pitch>", "unpitched>")]), [60], "unpitched"),
+    "forward": (document([A + forward(8)]), [60], "bars"),
+    "rest": (document([A + note(None, 0)]), [60], "rests"),
+    "tie": (document([A + note(60, notations=TIE_STOP)]), [60, 60], "ties"),
+    "volta": (document([volta("", A), B]), [60, 62], "voltas"),
+}
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_repairs_are_counted(tmp_path, name):
+    content, pitches, repair = REPAIRED[name]
+    path = tmp_path / "piece.musicxml"
+    path.write_text(content)
+    score = data.read_musicxml(path)
+    assert score.pitch.tolist() == pitches
+    assert len(score.repairs) == bool(repair)
+    assert not repair or repair in next(iter(score.repairs))
+
+
+def test_the_container_names_the_score(tmp_path):
+    path = tmp_path / "piece.mxl"
+    container = '<container><rootfiles><rootfile full-path="S.XML"/></rootfiles></container>'
+    path.write_bytes(zipped(**{"META-INF/container.xml": container, "a.xml": document([C]), "S.XML": GOOD}))
+    assert data.read_musicxml(path).pitch.tolist() == [60, 62]
+
+
+def test_too_large_files_are_refused_by_their_size(tmp_path, capsys):
+    path = tmp_path / "piece.musicxml"
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+    refused(lambda: data.read_musicxml(path), capsys, f"{path}: ", "100000000 bytes")
+    path.write_bytes(zipped(**{"s.xml": " " * 70_000_000}))
+    refused(lambda: data.read_musicxml(path), capsys, f"{path}: ", "70000000 bytes")
+
+
+CASES = SHARED / "cases/score"
+TABLE = (CASES / "README.md").read_text() if CASES.is_dir() else ""
+ROWS = re.findall(r"^\| `([^`]+)` \|.*\| (.*) \| \w+ \|$", TABLE, re.M)
+
+
+@pytest.mark.parametrize(("name", "right"), ROWS)
+def test_small_files_of_the_cases(name, right):
+    midi = name.endswith(".mid")
+    try:
+        notes = data.read_midi(CASES / name) if midi else data.read_musicxml(CASES / name)
+    except DataError:
+        assert "refused" in right
+        return
+    duration = notes.offset - notes.onset if midi else notes.duration
+    found = sorted(zip(notes.onset, notes.pitch, duration, strict=True))
+    values = [re.findall(r"([\d.]+):(\d+)/([\d.]+)", value) for value in re.findall("`([^`]+)`", right)]
+    expected = [sorted(tuple(map(float, row)) for row in rows) for rows in values if len(rows) == len(found)]
+    assert any(np.abs(np.array(found) - rows).max() < 0.01 for rows in expected)
+
+
 def without(pattern, replacement=""):
     return re.sub(pattern, replacement, GOOD)
 
@@ -427,17 +546,19 @@ BAD = {
     "two scores": (zipped(**{"a.xml": GOOD, "b.xml": GOOD}), "2 scores"),
     "cut zip": (zipped(a="<a/>")[:60], ""),
     "no notes": (document([note(None, 16)]), "no notes"), "unequal parts": (document([A, B], [A]), "[2, 1]"),
-    "no divisions": (without("<divisions>4</divisions>"), "divisions"),
-    "no time": (without("<time>.*?</time>"), "time"),
+    "no container": (zipped(**{"META-INF/container.xml": "<a/>", "s.xml": GOOD}), "0 scores"),
+    "second jump": (document([A + '<sound dacapo="yes"/>', B + '<sound dalsegno="1" segno="1"/>']),
+                    "measure 2"),
+    "all unpitched": (without("<pitch>.*?</pitch>", "<unpitched/>"), "no notes"),
+    "x16": (document([quarters(*[60] * 16) + repeat("backward", 16)] * 800), "217600"),
     "beats": (without("<beats>4", "<beats>four"), "measure 1: beats 'four'"),
-    "odd beat-type": (without("<beat-type>4", "<beat-type>6"), "beat-type 6"),
-    "senza misura": (without("<time>.*?</time>", "<time><senza-misura/></time>"), "beat-type None"),
+    "odd beat-type": (without("<beat-type>4", "<beat-type>6"), "beat-type [6]"),
     "no pitch": (without("<pitch>.*?</pitch>"), "step"), "step": (without("<step>C", "<step>H"), "'H'"),
     "no octave": (without("<octave>.*?</octave>"), "octave"),
     "no duration": (without("<duration>16</duration>"), "duration"),
     "NaN": (without("<duration>16", "<duration>NaN"), "'NaN'"),
     "negative": (without("<duration>16", "<duration>-4"), "'-4'"),
-    "endless bar": (document([A * 300]), "1004"), "backup": (document([A + back(64) + B]), "backup"),
+    "endless bar": (document([A * 300]), "1004"),
     "tempo": (document(['<sound tempo="fast"/>' + A]), "tempo 'fast'"),
     "nested": (document([FORWARD + A, FORWARD + B + BACKWARD, C + BACKWARD]), "a repeat inside a repeat"),
     "open volta": (document([volta(1, A, end=False), B]), "volta"),
@@ -491,6 +612,6 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
                 good += 1
                 arrays = [array for array in vars(got).values() if isinstance(array, np.ndarray)]
                 assert all(np.isfinite(array).all() for array in arrays)
-        assert min(good, len(refusals)) > 20
+        assert min(good, len(refusals)) > 5
         assert all(line.startswith(f"{path}: ") and "; expected " in line for line in refusals)
         assert not any("\n" in line for line in refusals)
