@@ -218,7 +218,7 @@ def test_day_layers_and_raw_features(tmp_path, capsys):
     assert len(set(options.values())) == 4
     for option, phonemes in options.items():
         assert predict("--ckpt", path, "--speech", source, *option.split())[0]["phonemes"] == phonemes
-    assert f"session t12.2001.01.07: unknown to {path}; day layer of {DAYS[1]}" in capsys.readouterr().out
+    assert f"day layer they get: {{'t12.2001.01.07': '{DAYS[1]}'}}" in capsys.readouterr().out
     assert predict("--ckpt", path, "--speech", short)[0]["phonemes"] == ""
 
 
