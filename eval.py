@@ -467,6 +467,10 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
+    foreign = args.audio if task == "decoder" else args.day or args.words or args.tune or args.submission
+    if foreign:
+        told = "--audio is of ratings; --day, --words, --tune, --submission of decoders; leave them out"
+        raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
@@ -550,6 +554,9 @@ def floor(argv: list[str]) -> dict:
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
+    foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
+    if foreign:
+        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
     corpus = _load_corpus(args)
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")} | {"seeds": [7]}
     if args.task == "han":

@@ -164,6 +164,8 @@ def test_pooled_statistics_of_matched_notes():
         (["--ckpt", "real.pt"], "--data DIR"),
         (["--ckpt", "good.pt", "--save-results", "../x"], "--save-results"),
         (["--ckpt", "good.pt", "--part", "competition"], "--part competition"),
+        (["--ckpt", "good.pt", "--day", "mean"], "--day"),
+        (["floor", "--task", "ast", "--features", "perf"], "--features"),
         (["--ckpt", "decoder.pt"], "decoder.pt"),
     ],
 )
