@@ -66,7 +66,7 @@ pretrain() {
 
 finetune() {  # the probe of the frozen weights beside fine-tuning
     local fold small=() weights=$WORK/pretrain/runs/pretrain/best.pt
-    [ -z "$TOY" ] || small=(--frames 64 --epochs 1 --workers 0)
+    [ -z "$TOY" ] || small=(--epochs 1 --workers 0)
     for fold in 0 1 2 3; do
         python pretrain_ast.py --task finetune "${rated[@]}" --init "$weights" --frames 1024 --amp bf16 \
             --micro-batch 32 --epochs 15 --workers "$threads" --fold $fold --name f$fold \
@@ -83,8 +83,8 @@ decoder() {  # beside fine-tuning
     for preset in baseline default log; do
         warmup=()
         [ $preset != default ] || warmup=(--warmup 50)  # its own takes 500 steps
-        python train_decoder.py --data "$SPEECH" --preset $preset --hidden 1024 --bidirectional --steps 300 \
-            --eval-every 100 --log-every 10 --workers "$threads" --name $preset \
+        python train_decoder.py --data "$SPEECH" --cache "$WORK/cache" --preset $preset --hidden 1024 \
+            --bidirectional --steps 300 --eval-every 100 --log-every 10 --workers "$threads" --name $preset \
             "${warmup[@]}" "${trainer[@]}" "${small[@]}" &
     done
     all_well
@@ -104,21 +104,22 @@ all_well() {  # waits for every background job; false where one failed
     return $failed
 }
 
-corpora() {  # what DATA does not give; PercePiano's notes are read once
+corpora() {  # what DATA does not give; what several trainers will read is cached before they start
     local pieces=() trials=(--days 4 --trials 150 --bins-per-phoneme 14)
     [ -z "$TOY" ] || pieces=(--segments 8 --players 4)
     [ -z "$TOY" ] || trials=(--days 2 --trials 10)
     [ -d "$PERCEPIANO" ] || python data.py synth-percepiano --out "$PERCEPIANO" "${pieces[@]}"
     [ -d "$SPEECH" ] || python data.py synth-speech --out "$SPEECH" "${trials[@]}"
     python data.py percepiano --data "$PERCEPIANO" --cache "$WORK/cache"
+    python -c 'import sys, data; data.open_speech(*sys.argv[1:])' "$SPEECH" "$WORK/cache"
 }
 
 stage() {  # name, seconds: its log and JSON; never fails
     local name=$1 limit=$2 start=$(date +%s) code=0
     [[ " ${STAGES:-$name} " == *" $name "* ]] || return 0
     [ -z "$TOY" ] || limit=$((5 * limit))
+    rm -rf "${WORK:?}/$name" "$OUT/$name.json"
     mkdir -p "$WORK/$name/results"
-    rm -f "$OUT/$name.json"
     timeout -k 10 "$limit" bash tests/gpu.sh --stage "$name" >"$OUT/logs/$name.log" 2>&1 || code=$?
     python tests/gpu_table.py summary "$WORK/$name" "$OUT/$name.json" \
         exit=$code start="$start" seconds=$(($(date +%s) - start)) limit="$limit" || true

@@ -10,6 +10,8 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+FIGURES = ("loss", "valid_loss", "valid_r2", "valid_accuracy", "valid_chance", "valid_per")
+
 
 def summary(folder: str, out: str, *pairs: str) -> int:
     """Of FOLDER's results/*.json, runs/*/metrics.jsonl and ../gpu.csv (nvidia-smi's time, %, MiB)."""
@@ -42,10 +44,11 @@ def run_summary(path: Path) -> dict:
     found = {name: last[name] for name in ("step", "epoch", "time", "skipped")}
     found["steps_per_second"] = last["step"] / max(last["time"], 0.01)
     found["curve"] = [[record["step"], record["loss"], record["norm"]] for record in records]
-    keys = [key for key in last if key.startswith("valid_")]
-    found["evaluations"] = [
-        {key: record[key] for key in ("step", *keys)} for record in records if "valid_loss" in record
-    ]
+    found["evaluations"] = []
+    for record in records:
+        numbers = {key: value for key, value in record.items() if isinstance(value, float | int)}
+        if "valid_loss" in record:
+            found["evaluations"].append(numbers)
     return found
 
 
@@ -90,8 +93,9 @@ def stage_lines(stage: dict) -> list[str]:
             mean = {part: views["all"]["mean"].get("r2") for part, views in result["metrics"].items()}
             lines.append(f"{name}: R2 {mean}{' SYNTHETIC' if result['synthetic'] else ''}")
     for name, run in stage["runs"].items():
-        last = run["evaluations"][-1] if run["evaluations"] else "none"
-        lines.append(f"{name}: {run['step']} steps, {run['steps_per_second']:.1f} /s, last evaluation {last}")
+        last = run["evaluations"][-1] if run["evaluations"] else {}
+        shown = [f"{key} {last[key]:.4f}" for key in FIGURES if key in last]
+        lines.append(f"{name}: {run['step']} steps, {run['steps_per_second']:.1f} /s, {' '.join(shown)}")
     return lines
 
 
