@@ -11,12 +11,12 @@
 # (logs, predictions, curves, metrics; no weights). A table ends the run; exit code 1 if a stage failed.
 #
 # Variables: OUT results (out); WORK caches and runs, kept if given (a temporary folder); HAN_SECONDS and
-# AST_SECONDS of training (190, 125).
+# AST_SECONDS of training (175, 110).
 set -euo pipefail
 
 export OUT=$(realpath -m "${OUT:-out}")
-export HAN_SECONDS=${HAN_SECONDS:-190}
-export AST_SECONDS=${AST_SECONDS:-125}
+export HAN_SECONDS=${HAN_SECONDS:-175}
+export AST_SECONDS=${AST_SECONDS:-110}
 export PYTHONUNBUFFERED=1
 cores=$(env -u OMP_NUM_THREADS nproc)
 threads=$((cores > 7 ? cores / 4 : 1))
@@ -186,12 +186,12 @@ preparing=$!
 stage environment 60
 wait "$preparing" || echo "corpora: failed, see corpora.log"
 stage bench 60
-stage render 220 &
+stage render 205 &
 rendering=$!
-stage han 220
+stage han 205
 wait "$rendering"
-stage pretrain 140
-stage decoder 65 &
+stage pretrain 125
+stage decoder 130 &
 decoding=$!
-stage finetune 65
+stage finetune 130
 wait "$decoding"
