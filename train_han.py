@@ -13,6 +13,15 @@ Scientific Reports 14, 23002 (2024).
 DIR is a clone of the PercePiano repository (`python data.py fetch percepiano`).
 """
 
+import os
+import signal
+
+# Ctrl-C while torch loads, which takes seconds
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_han.py: interrupted\n") else 1)
+    )
+
 import argparse
 import copy
 import json
@@ -43,6 +52,7 @@ from models import (
     restore,
     run_folder,
     run_options,
+    same_data,
     set_up,
     suspects,
     update_ema,
@@ -50,23 +60,66 @@ from models import (
 )
 
 # Defaults by preset. paper: the original's; tuned: chosen on the validation parts of folds 0 and 2.
+# fmt: off
 PRESETS = {
     "paper": {},
     "tuned": {
-        "pooled": True,
-        "size": 16,
-        "heads": 4,
-        "head_size": 512,
-        "dropout": 0.4,
-        "optimizer": "adamw",
-        "lr": 1e-3,
-        "weight_decay": 1.0,
-        "schedule": "cosine",
-        "ema": 0.99,
-        "batch": 32,
-        "epochs": 40,
+        "pooled": True, "size": 16, "heads": 4, "head_size": 512, "dropout": 0.4, "optimizer": "adamw",
+        "lr": 1e-3, "weight_decay": 1.0, "schedule": "cosine", "ema": 0.99, "batch": 32, "epochs": 40,
         "patience": 0,
     },
+}
+# fmt: on
+NETWORK = ("size", "heads", "dropout", "level", "model", "head_size")
+
+WHOLE = data.number(int, 1)
+COUNT = data.number(int, 0)
+POSITIVE = data.number(float, 0)
+SHARE = data.number(float, 0, 1)
+BELOW_ONE = data.number(float, 0, 0.99999)
+# By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
+OPTIONS = {
+    "defaults of all options below": [
+        ("--preset", PRESETS, "paper", "original recipe, or the best found (%(default)s)")
+    ],
+    "data": [
+        ("--data", "DIR", None, "PercePiano folder; absent: the built-in synthetic corpus (off)"),
+        ("--features", data.FEATURE_SETS, "full", "what the network sees (%(default)s)"),
+        ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
+        ("--fold", [*"0123", "all"], "0", "fold that validates (%(default)s)"),
+        ("--keep-overlap", bool, False, "train on items that share notes with held-out ones too (off)"),
+        ("--keep-misaligned", bool, False, "train on items matched under .6 too (off)"),
+        ("--augment", bool, False, "shift the key by -5..+7 semitones (off)"),
+        ("--cache", "DIR", "cache", "folder of extracted features (%(default)s)"),
+        ("--strict", bool, False, "stop at the first unreadable file instead of leaving it out (off)"),
+    ],
+    "model": [
+        ("--model", FORMS, "han", "network; bilstm: on raw MIDI columns only (%(default)s)"),
+        ("--level", LEVELS, "total_note_cat", "what feeds the final pooling (%(default)s)"),
+        ("--size", WHOLE, 256, "width of every layer (%(default)s)"),
+        ("--heads", WHOLE, 8, "attention heads (%(default)s)"),
+        ("--dropout", BELOW_ONE, 0.2, "of LSTM layers and head, 0: off (%(default)s)"),
+        ("--pooled", bool, False, "statistics of notes and MIDI before the head too (off)"),
+        ("--head-size", WHOLE, None, "hidden width of the head; absent: twice --size (off)"),
+    ],
+    "optimiser": [
+        ("--optimizer", ["adam", "adamw"], "adam", "adam: coupled decay (%(default)s)"),
+        ("--lr", POSITIVE, 2.5e-5, "peak learning rate (%(default)s)"),
+        ("--weight-decay", POSITIVE, 1e-5, "towards 0, 0: off (%(default)s)"),
+        ("--batch", WHOLE, 8, "performances a step and process (%(default)s)"),
+        ("--clip", POSITIVE, 2.0, "largest gradient norm, inf: off (%(default)s)"),
+        ("--ema", BELOW_ONE, 0.0, "decay of averaged weights, 0: off (%(default)s)"),
+    ],
+    "schedule": [
+        ("--schedule", ["step", "cosine", "constant"], "step", "course of the rate (%(default)s)"),
+        ("--warmup", COUNT, 0, "steps of linear warm-up, 0: off (%(default)s)"),
+        ("--step-size", WHOLE, 3000, "step: steps between reductions (%(default)s)"),
+        ("--gamma", SHARE, 0.98, "step: factor of a reduction (%(default)s)"),
+        ("--epochs", WHOLE, None, "passes over the training part; absent: 100, synthetic 12 (off)"),
+        ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
+        ("--patience", COUNT, 20, "epochs without a lower loss that stop it, 0: off (%(default)s)"),
+        ("--diagnose", bool, False, "print the reports of three steps and stop (off)"),
+    ],
 }
 
 
@@ -76,63 +129,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="python %(prog)s [--data DIR] [options]",
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
-    whole, share = data.number(int, 1), data.number(float, 0, 1)
-    positive, count = data.number(float, 0), data.number(int, 0)
-    below_one = data.number(float, 0, 0.99999)
-    switch = argparse.BooleanOptionalAction
-    p.add_argument("--preset", choices=PRESETS, default="paper", help="defaults of all options below (paper)")
-    g = p.add_argument_group("data")
-    g.add_argument("--data", metavar="DIR", help="PercePiano folder (absent: the built-in synthetic corpus)")
-    g.add_argument("--features", choices=data.FEATURE_SETS, default="full", help="what it sees (%(default)s)")
-    g.add_argument(
-        "--split", choices=data.SPLITS, default="segment", help="what parts never share (%(default)s)"
-    )
-    g.add_argument("--fold", choices=[*"0123", "all"], default="0", help="fold that validates (%(default)s)")
-    g.add_argument("--keep-overlap", action="store_true", help="train on notes of held-out items too (off)")
-    g.add_argument("--keep-misaligned", action="store_true", help="train on items matched under .6 too (off)")
-    g.add_argument("--augment", action="store_true", help="shift the key by -5..+7 semitones (off)")
-    g.add_argument("--cache", metavar="DIR", default="cache", help="extracted features (%(default)s)")
-    g.add_argument(
-        "--strict", action="store_true", help="stop at the first unreadable file (off: leave it out)"
-    )
-    g = p.add_argument_group("model")
-    g.add_argument(
-        "--model", choices=FORMS, default="han", help="bilstm: raw MIDI columns only (%(default)s)"
-    )
-    g.add_argument("--level", choices=LEVELS, default="total_note_cat", help="what is pooled (%(default)s)")
-    g.add_argument("--size", type=whole, default=256, help="width of every layer (%(default)s)")
-    g.add_argument("--heads", type=whole, default=8, help="attention heads (%(default)s)")
-    g.add_argument(
-        "--dropout", type=below_one, default=0.2, help="of LSTM layers and head (%(default)s; 0: off)"
-    )
-    g.add_argument("--pooled", action=switch, default=False, help="statistics of notes and MIDI too (off)")
-    g.add_argument("--head-size", type=whole, help="hidden width of the head (default: twice --size)")
-    g = p.add_argument_group("optimiser")
-    g.add_argument(
-        "--optimizer", choices=["adam", "adamw"], default="adam", help="adam: coupled decay (%(default)s)"
-    )
-    g.add_argument("--lr", type=positive, default=2.5e-5, help="peak learning rate (%(default)s)")
-    g.add_argument("--weight-decay", type=positive, default=1e-5, help="towards 0 (%(default)s; 0: off)")
-    g.add_argument("--batch", type=whole, default=8, help="performances a step and process (%(default)s)")
-    g.add_argument("--clip", type=positive, default=2.0, help="largest gradient norm (%(default)s; inf: off)")
-    g.add_argument("--ema", type=below_one, default=0.0, help="decay of averaged weights (0: off)")
-    g = p.add_argument_group("schedule")
-    courses = ["step", "cosine", "constant"]
-    g.add_argument("--schedule", choices=courses, default="step", help="course of the rate (%(default)s)")
-    g.add_argument("--warmup", type=count, default=0, help="steps of linear warm-up (0: off)")
-    g.add_argument(
-        "--step-size", type=whole, default=3000, help="step: steps between reductions (%(default)s)"
-    )
-    g.add_argument("--gamma", type=share, default=0.98, help="step: factor of a reduction (%(default)s)")
-    g.add_argument("--epochs", type=whole, help="passes over the training part (100; synthetic: 12)")
-    g.add_argument("--max-steps", type=whole, help="stop after so many steps (off)")
-    g.add_argument(
-        "--patience", type=count, default=20, help="epochs without a lower loss (%(default)s; 0: off)"
-    )
-    g = run_options(p, out="runs/han", amp="off")
-    g.add_argument(
-        "--diagnose", action="store_true", help="print the reports of the first batches, stop (off)"
-    )
+    data.add_options(p, OPTIONS)
+    run_options(p, out="runs/han", amp="off")
     args = parse_options(p, argv, ("han",), lambda known: PRESETS[known.preset])
     if args.model == "bilstm":
         args.features = "midi"
@@ -151,27 +149,25 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
     return args.lr
 
 
-def load_data(args: argparse.Namespace, info: dict | None, rank: int, world: int, say: Callable) -> tuple:
-    """Training items, validation items, and what inference needs to know (info; a resumed run's own)."""
+def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: int, say: Callable) -> tuple:
+    """Training items, validation items, and what inference needs to know: info, a resumed run's own."""
     if not args.data:
-        say(
-            "no --data: built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano, then --data"
-        )
+        say("no --data: built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano")
     with main_first(rank, world):
         root = args.data or data.synthetic_percepiano(args.cache)
         corpus = data.load_percepiano(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
         say(f"left out: {line}")
-    if info and info["synthetic"] != corpus.synthetic:
-        raise data.DataError(
-            f"{args.resume}: not trained on {corpus.root}; expected the same data; give them with --data"
-        )
-    parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap, args.keep_misaligned)
-    info = info or data.fit_normalisation(corpus, parts["train"], args.features, args.pooled)
+    fold = int(args.fold)
+    parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
+    info = data.fit_normalisation(corpus, parts["train"], args.features, args.pooled)
+    info |= {"split": args.split, "fold": fold, "keep_overlap": args.keep_overlap}
+    info |= {"synthetic": corpus.synthetic, "labels": list(data.LABELS)}
     for key, value in data.fit_targets(corpus, parts["train"]).items():
         info[key.replace("target", "rating")] = value
-    info |= {"split": args.split, "fold": int(args.fold), "keep_overlap": args.keep_overlap}
-    info |= {"synthetic": corpus.synthetic, "labels": list(data.LABELS)}
+    if resumed:
+        same_data(args.resume, resumed["data"], {"synthetic": corpus.synthetic})
+        info = resumed["data"]
     train = data.prepare_han(corpus, parts["train"], info)
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
     say(
@@ -185,18 +181,18 @@ def augment(item: dict, info: dict, args: argparse.Namespace, key: tuple[int, ..
     """One training item as an epoch shows it; `key` (seed, epoch, index): the same after a resume."""
     if not args.augment:
         return item
-    lowest, highest = data.KEY_SHIFTS
-    return data.shift_key(item, info, int(np.random.default_rng(key).integers(lowest, highest + 1)))
+    shift = np.random.default_rng(key).integers(*data.KEY_SHIFTS, endpoint=True)
+    return data.shift_key(item, info, int(shift))
 
 
 def gradient_report(model: HAN) -> dict:
     """Gradient norms by part, before clipping, and what they say of explosion, vanishing and imbalance."""
-    squares: dict[str, float] = {}
+    parts: dict[str, list] = {}
     for name, p in model.named_parameters():
         part = "context_vectors" if name.endswith("context_vector") else name.split(".")[0]
-        squares[part] = squares.get(part, 0.0) + float(p.grad.float().square().sum())
-    norms = {part: math.sqrt(square) for part, square in squares.items()}
-    encoder = math.sqrt(sum(square for part, square in squares.items() if part != "head"))
+        parts.setdefault(part, []).append(p.grad)
+    norms = {part: torch.nn.utils.get_total_norm(grads).item() for part, grads in parts.items()}
+    encoder = math.hypot(*(norm for part, norm in norms.items() if part != "head"))
     ratio = norms["head"] / max(encoder, 1e-12)
     flags = [f"{part} explodes" for part, norm in norms.items() if not norm <= 100]
     flags += [f"{part} vanishes" for part, norm in norms.items() if norm < 1e-6]
@@ -205,28 +201,28 @@ def gradient_report(model: HAN) -> dict:
     return {"gradients": norms, "head_to_encoder": ratio, "flags": flags}
 
 
+@torch.no_grad()
 def activation_report(model: HAN, batch: dict) -> dict:
-    """What the untrained network makes of its first batch: spread of every stage and of the predictions."""
-    training = model.training
-    with torch.no_grad():
-        stages = model.eval().stages(batch)
-    model.train(training)
-    p = torch.sigmoid(stages["logits"].float())
-    x = batch["x"][batch["mask"]]
-    ratio = (p.std() / batch["y"].std()).item()
-    return {
-        "input_mean": x.mean().item(),
-        "input_std": x.std().item(),
-        "input_largest": x.abs().max().item(),
-        "stage_std": {name: value.float().std().item() for name, value in stages.items()},
-        "prediction": [p.mean().item(), p.std().item(), p.min().item(), p.max().item()],
-        "std_ratio": ratio,
-        "std_ratio_ok": 0.8 <= ratio <= 1.5,
-        "flat_dimensions": [label for label, s in zip(data.LABELS, p.std(0), strict=True) if s < 0.05],
-        "context_vectors": [name for name, _ in model.named_parameters() if name.endswith("context_vector")],
-        "head_sizes": [layer.out_features for layer in model.head if isinstance(layer, torch.nn.Linear)],
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    """What the untrained network makes of its first batch: spread of every stage and of the predictions,
+    as [mean, standard deviation, least, largest]."""
+    stages = model.eval().stages(batch)
+    model.train()
+    p = torch.sigmoid(stages["logits"])
+    report = {"parameters": sum(value.numel() for value in model.parameters())}
+    report["head_sizes"] = [model.head[1].out_features, model.head[4].out_features]
+    report["context_vectors"] = [name for name in model.state_dict() if name.endswith("context_vector")]
+    for name, value in {"input": batch["x"][batch["mask"]], **stages, "prediction": p}.items():
+        report[name] = [f(value).item() for f in (torch.mean, torch.std, torch.min, torch.max)]
+    report["std_ratio"] = (p.std() / batch["y"].std()).item()
+    report["std_ratio_ok"] = 0.8 <= report["std_ratio"] <= 1.5
+    report["flat_dimensions"] = [data.LABELS[i] for i in (p.std(0) < 0.05).nonzero().flatten()]
+    return report
+
+
+def validate(model: HAN, valid: list[dict], device: torch.device) -> dict:
+    """Metrics of the present weights."""
+    y = np.stack([item["y"] for item in valid])
+    return validation_metrics(y, predict_han(model, valid, device))
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -239,35 +235,26 @@ def main(args: argparse.Namespace) -> dict:
 
     # ---- data
     resumed = load_training(args.resume, ("han",)) if args.resume else None
-    train, valid, info = load_data(args, resumed and resumed["data"], rank, world, say)
+    train, valid, info = load_data(args, resumed, rank, world, say)
     lengths = [len(item["x"]) for item in train]
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
-    epochs = args.epochs or (12 if info["synthetic"] else 100)
-    planned = epochs * steps_per_epoch
-    last = min(planned, args.max_steps or planned, 3 if args.diagnose else planned)
-    say(f"{steps_per_epoch} steps an epoch, {planned} planned")
+    planned = (args.epochs or (12 if info["synthetic"] else 100)) * steps_per_epoch
+    last = min(planned, 3 if args.diagnose else args.max_steps or planned)
 
     # ---- model
-    bare_model = HAN(
-        input_size=len(info["columns"]),
-        size=args.size,
-        heads=args.heads,
-        dropout=args.dropout,
-        level=args.level,
-        model=args.model,
-        head_size=args.head_size,
-        stats_size=len(train[0]["stats"]) if args.pooled else 0,
-    ).to(device)
+    sizes = {name: getattr(args, name) for name in NETWORK}
+    sizes |= {"input_size": len(info["columns"]), "stats_size": len(train[0]["stats"]) if args.pooled else 0}
+    bare_model = HAN(**sizes).to(device)
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
-    args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model)), world)
+    args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
-    say(f"HAN ({args.model}, {args.level}): {parameters:,} parameters on {device}")
+    say(f"{args.model}, {args.level}: {parameters:,} parameters on {device}; {planned} steps planned")
 
     # ---- optimiser
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     optimizer = optimizer_class(bare_model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
+    ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
     step, in_a_row = 0, 0
@@ -285,16 +272,15 @@ def main(args: argparse.Namespace) -> dict:
         run.save(file, "han", bare_model, optimizer, scaler, scheduler=None, **state)
 
     # ---- loop
-    bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
+    patient = True
+    bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
     with Interrupt(enabled=world == 1) as stop, bar:
-        while step < last and not stop:
+        while step < last and not stop and patient:
             epoch = step // steps_per_epoch
             batches = data.length_batches(lengths, args.batch, args.seed, epoch, world)
             for indices in batches[step % steps_per_epoch :]:
                 items = [augment(train[i], info, args, (args.seed, epoch, i)) for i in indices[rank::world]]
                 batch = to_device(data.collate_han(items), device)
-                if step == 0 and rank == 0:
-                    run.log(step, epoch, activations=activation_report(bare_model, batch))
 
                 lr = lr_at(step, args, planned)
                 for group in optimizer.param_groups:
@@ -305,14 +291,17 @@ def main(args: argparse.Namespace) -> dict:
                     loss = losses.mean()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
-                reporting = args.diagnose or (step + 1) % args.log_every == 0
-                report = gradient_report(bare_model) if reporting else {}
+                report = {}
+                if step == 0:
+                    report["activations"] = activation_report(bare_model, batch)
+                if report or args.diagnose or (step + 1) % args.log_every == 0:
+                    report |= gradient_report(bare_model)
                 norm = torch.nn.utils.clip_grad_norm_(bare_model.parameters(), args.clip).item()
                 finite = math.isfinite(norm)
                 if finite:
                     scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 step += 1
                 bar.update()
 
@@ -331,63 +320,55 @@ def main(args: argparse.Namespace) -> dict:
                             f"step {step}: {in_a_row} non-finite updates in a row, the last with "
                             f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
                         )
-                if reporting:
+                if report:
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
-                if args.save_every and step % args.save_every == 0:
+                if args.diagnose:
+                    say(json.dumps(report, indent=1))
+                if step % steps_per_epoch == 0 or step == last:
+                    metrics = None
+                    if rank == 0:
+                        with averaged(bare_model, ema):
+                            metrics = validate(bare_model, valid, device)
+                    metrics = from_main(metrics, world) | {"epoch": epoch, "step": step}
+                    is_best = metrics["valid_loss"] < best["valid_loss"]
+                    best = metrics if is_best else best
+                    patient = not args.patience or epoch - best["epoch"] < args.patience
+                    run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
+                    say(
+                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
+                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                    )
+                    if is_best:
+                        save("best.pt")
+                    save("last.pt")
+                elif stop or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
                 if step == last or stop:
                     break
 
-            if stop and step % steps_per_epoch:
-                save("last.pt")
-                break
-            metrics = None
-            if rank == 0:
-                with averaged(bare_model, ema):
-                    prediction = predict_han(bare_model, valid, device)
-                metrics = validation_metrics(np.stack([item["y"] for item in valid]), prediction)
-            metrics = from_main(metrics, world) | {"epoch": epoch, "step": step}
-            is_best = metrics["valid_loss"] < best["valid_loss"]
-            best = metrics if is_best else best
-            run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
-            say(
-                f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  {summary(metrics)}"
-                f"{'  *' if is_best else ''}{'  collapsed?' if metrics['spread'] < 0.1 else ''}"
-            )
-            if is_best:
-                save("best.pt")
-            save("last.pt")
-            if args.patience and epoch - best["epoch"] >= args.patience:
-                break
-
     if stop:
         say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
         raise KeyboardInterrupt
-    if "valid_r2" not in best:
-        raise data.DataError(
-            f"{run.folder}: no epoch had a finite validation loss; lower --lr, see metrics.jsonl"
-        )
-    if args.diagnose and rank == 0:
-        for line in (run.folder / "metrics.jsonl").read_text().splitlines():
-            say(json.dumps(json.loads(line), indent=1))
+    if "step" not in best:
+        raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
     say(
-        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: epoch {best['epoch']}, {summary(best)}; "
+        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: epoch {best['epoch']}, valid {summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
     return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
 
 
-def one_layer(model: HAN) -> tuple[torch.nn.Module, tuple]:
-    """What --amp is tried on."""
-    layer = copy.deepcopy(model.embedding)
-    return layer, (torch.randn(1024, layer.in_features, device=layer.weight.device),)
+def one_layer(device: torch.device) -> tuple[torch.nn.Module, tuple]:
+    """A layer and an input, to try a precision with."""
+    return torch.nn.Linear(256, 256).to(device), (torch.randn(1024, 256, device=device),)
 
 
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
     figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
-    return "  ".join([*figures, f"spread {metrics['spread']:.2f}"])
+    spread = f"spread {metrics['spread']:.2f}{' (collapsed?)' if metrics['spread'] < 0.1 else ''}"
+    return "  ".join([*figures, spread])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ AST: attention weights written out, a pass of the encoder for either objective, 
 
 import argparse
 import copy
-import random
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from eval import BENCHES, timed_step
-from models import AST, HAN, BiLSTM, ContextAttention, GRUDecoder, cluster_mask, output_frames
+from models import AST, HAN, BiLSTM, ContextAttention, GRUDecoder, output_frames
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -33,10 +31,6 @@ class PlainHAN(nn.Module):
 
     def __init__(self, model: HAN):
         super().__init__()
-        if model.level != "total_note_cat" or model.model_args["stats_size"]:
-            raise ValueError(
-                f"plain HAN: only level total_note_cat without statistics; got {model.model_args}"
-            )
         dropout = model.model_args["dropout"]
         self.embedding = copy.deepcopy(model.embedding)
         self.contractor = copy.deepcopy(model.contractor)
@@ -119,9 +113,8 @@ def one_hot(group: Tensor, mask: Tensor) -> Tensor:
 def joined_lstm(part: BiLSTM, dropout: float) -> nn.LSTM:
     """A BiLSTM's weights in one bidirectional nn.LSTM."""
     first, layers = part.forward_lstm[0], len(part.forward_lstm)
-    between = dropout if layers > 1 else 0.0
-    sizes = (first.input_size, first.hidden_size, layers)
-    lstm = nn.LSTM(*sizes, batch_first=True, bidirectional=True, dropout=between)
+    options = {"batch_first": True, "bidirectional": True, "dropout": dropout if layers > 1 else 0.0}
+    lstm = nn.LSTM(first.input_size, first.hidden_size, layers, **options)
     with torch.no_grad():
         for suffix, directions in (("", part.forward_lstm), ("_reverse", part.backward_lstm)):
             for i, direction in enumerate(directions):
@@ -140,8 +133,6 @@ class PlainGRUDecoder(nn.Module):
     def __init__(self, model: GRUDecoder):
         super().__init__()
         sizes = model.model_args
-        if sizes["bidirectional"] or sizes["layer_norm"] or not sizes["smooth_width"]:
-            raise ValueError(f"plain decoder: only one direction, no LayerNorm, with smoothing; got {sizes}")
         channels, hidden, layers = sizes["channels"], sizes["hidden"], sizes["layers"]
         self.kernel, self.stride = sizes["kernel"], sizes["stride"]
         self.dayWeights = nn.Parameter(torch.empty(sizes["days"], channels, channels))
@@ -176,9 +167,6 @@ class PlainAST(nn.Module):
 
     def __init__(self, model: AST):
         super().__init__()
-        sizes = model.model_args
-        if sizes["visible_only"] or sizes["ssast_compat"] or sizes["num_outputs"] is not None:
-            raise ValueError(f"plain AST: only pre-training, all patches, no tokens of its own; got {sizes}")
         self.network = copy.deepcopy(model)
 
     def forward(self, clips: Tensor, lengths: None, mask: Tensor) -> dict[str, Tensor]:
@@ -226,22 +214,6 @@ def plain_block(block: nn.Module, x: Tensor) -> Tensor:
     return x + block.dropout(block.fc2(hidden))
 
 
-def plain_mask(batch: int, rows: int, columns: int, count: int, rng: random.Random) -> Tensor:
-    """Patches to mask (batch, count), a loop over clips as in the original: clusters at random until enough
-    patches are covered, the set of all ids built anew after each; then the surplus is cut off at random."""
-    masks = []
-    for _ in range(batch):
-        ids, side = [], rng.randint(3, 5)
-        while len(set(ids)) < count:
-            start = rng.randrange(rows * columns)
-            for i in range(side):
-                for j in range(side):
-                    if start + columns * i + j < rows * columns:
-                        ids.append(start + columns * i + j)
-        masks.append(torch.tensor(rng.sample(sorted(set(ids)), count)))
-    return torch.stack(masks)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Comparison
 # ---------------------------------------------------------------------------------------------------------
@@ -278,36 +250,20 @@ def compare(task: str, sizes: dict, batch: int, steps: int, device: torch.device
     return seconds | {"ratio": seconds["plain"] / seconds["ours"], "difference": difference}
 
 
-def mask_ratio(device: torch.device) -> float:
-    """Seconds of SSAST's masks of 64 clips in a loop over those of cluster_mask."""
-    rng, taken = random.Random(7), []
-    for make in (lambda: plain_mask(64, 8, 64, 400, rng), lambda: cluster_mask(64, 8, 64, 400, device)):
-        make()
-        start = time.perf_counter()
-        for _ in range(5):
-            make()
-        taken.append(time.perf_counter() - start)
-    return taken[0] / taken[1]
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--task", choices=PLAIN, help="one network only (all)")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=PLAIN, nargs="*", default=[*PLAIN], help="networks (all)")
     parser.add_argument(
         "--steps", type=int, default=5, help="steps of each after one of warm-up (%(default)s)"
     )
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (%(default)s)")
     args = parser.parse_args(argv)
-    for task in [args.task] if args.task else PLAIN:
+    for task in args.task:
         result = compare(task, {}, BENCHES[task][1], args.steps, args.device)
         print(
             f"{task}: ours {1000 * result['ours']:.1f} ms/step, plain {1000 * result['plain']:.1f}, "
             f"ratio {result['ratio']:.2f}; outputs differ by at most {result['difference']:.1e}"
         )
-        if task == "ast":
-            print(f"masks: the loop takes {mask_ratio(args.device):.0f} times as long as cluster_mask")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""eval.py: attention weights and their roll-out against plain arithmetic, the picture."""
+"""eval.py --attention: the roll-out against plain arithmetic, the picture."""
 
 import mido
 import numpy as np
@@ -11,9 +11,14 @@ import data
 import eval as evaluation
 from models import AST, GRUDecoder, save_checkpoint
 
-CPU = torch.device("cpu")
 SMALL = {"frames": 96, "mel": 48, "width": 16, "depth": 2, "heads": 2}
-ROWS, COLUMNS = 3, 6
+FORMS = [
+    {},
+    {"num_outputs": 4},
+    {"num_outputs": 4, "pooling": "meanstd", "stride": 10},
+    {"ssast_compat": True},
+    {"num_outputs": 4, "ssast_compat": True, "pooling": "cls"},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,22 +35,10 @@ def small_ast(**args) -> AST:
     return model
 
 
-def checkpoint(path, task="ast", statistics=("mean", "std"), **args) -> str:
-    model = (
-        small_ast(mel=128, **args) if task == "ast" else GRUDecoder(channels=4, days=1, hidden=4, layers=1)
-    )
-    given = {"mean": data.FBANK_MEAN, "std": data.FBANK_STD, "synthetic": True}
-    given = {key: value for key, value in given.items() if key in (*statistics, "synthetic")}
-    save_checkpoint(
-        path,
-        {
-            "task": task,
-            "model_args": model.model_args,
-            "model": model.state_dict(),
-            "args": {},
-            "data": given,
-        },
-    )
+def checkpoint(path, model) -> str:
+    known = {"mean": data.FBANK_MEAN, "std": data.FBANK_STD, "synthetic": True}
+    ckpt = {"task": "ast" if isinstance(model, AST) else "decoder", "args": {}, "data": known}
+    save_checkpoint(path, ckpt | {"model_args": model.model_args, "model": model.state_dict()})
     return str(path)
 
 
@@ -56,146 +49,91 @@ def wav(path, seconds: float) -> str:
     return str(path)
 
 
-# --- weights ---
+def by_hand(model: AST, clip: Tensor) -> np.ndarray:
+    """Roll-out of one clip, token by token."""
+    tokens, _ = model.tokens(clip[None], None)
+    x, extra = tokens + model.position(model.grid(clip[None])), 0
+    if model.extra is not None:
+        x, extra = torch.cat([model.extra.sum(0)[None], x], dim=1), 2
+    T, rolled = x.shape[1], np.eye(x.shape[1])
+    for block in model.blocks:
+        q, k, _ = block.qkv(block.norm1(x))[0].view(T, 3, block.heads, -1).permute(1, 2, 0, 3).double()
+        step = np.zeros((T, T))
+        for h in range(block.heads):
+            for i in range(T):
+                score = np.exp((k[h] @ q[h, i]).numpy() / np.sqrt(q.shape[2]))
+                step[i] += score / score.sum() / block.heads
+        rolled = (step + np.eye(T)) / 2 @ rolled
+        x = block(x)
+    share = rolled[:2].mean(0) if model.pooling == "cls" else rolled[extra:].mean(0)
+    return (share[extra:] / share[extra:].mean()).reshape(model.rows, -1)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_weights_give_the_blocks_own_output(padded):
-    block, x = small_ast().blocks[0], torch.randn(3, 10, 16)
-    attend = torch.arange(10) < torch.tensor([[10], [4], [1]]) if padded else None
-    with torch.no_grad():
-        out, weights = evaluation.explicit_block(block, x, attend)
-        assert torch.allclose(out, block(x, attend), atol=1e-5)
-    assert weights.shape == (3, 2, 10, 10)
-    assert torch.allclose(weights.sum(3), torch.ones(3, 2, 10), atol=1e-6)
-    assert weights.std() > 0.03
-    if padded:
-        assert weights.masked_select(~attend.view(3, 1, 1, 10)).abs().max() == 0
-        assert torch.allclose(weights[2, :, :, 0], torch.ones(2, 10))
-
-
-# --- roll-out ---
-
-
-def by_hand(model: AST, clips: Tensor, lengths: list[int] | None = None) -> np.ndarray:
-    """Roll-out clip by clip, without padding, token by token."""
-    out = np.zeros((len(clips), model.rows, model.count(clips.shape[1])))
-    for b, clip in enumerate(clips):
-        clip = clip[: None if lengths is None else lengths[b]]
-        tokens, _ = model.tokens(clip[None], None)
-        x, extra = tokens + model.position(model.grid(clip[None])), 0
-        if model.extra is not None:
-            x, extra = torch.cat([model.extra.sum(0)[None], x], dim=1), 2
-        T, rolled = x.shape[1], np.eye(x.shape[1])
-        for block in model.blocks:
-            q, k, _ = block.qkv(block.norm1(x))[0].view(T, 3, block.heads, -1).permute(1, 2, 0, 3).double()
-            step = np.zeros((T, T))
-            for h in range(block.heads):
-                for i in range(T):
-                    score = np.exp((k[h] @ q[h, i]).numpy() / np.sqrt(q.shape[2]))
-                    step[i] += score / score.sum() / block.heads
-            rolled = (step + np.eye(T)) / 2 @ rolled
-            x = block(x)
-        share = rolled[:2].mean(0) if model.pooling == "cls" else rolled[extra:].mean(0)
-        share = share[extra:] / share[extra:].mean()
-        out[b, :, : len(share) // model.rows] = share.reshape(model.rows, -1)
-    return out
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        {},
-        {"num_outputs": 4},
-        {"num_outputs": 4, "pooling": "meanstd", "stride": 10},
-        {"ssast_compat": True},
-        {"num_outputs": 4, "ssast_compat": True, "pooling": "cls"},
-    ],
-)
+@pytest.mark.parametrize("args", FORMS)
 @torch.no_grad()
 def test_roll_out_equals_plain_arithmetic(args):
-    model, clips, lengths = small_ast(**args), torch.randn(2, 96, 48), [96, 55]
-    share = evaluation.roll_out(model, clips, torch.tensor(lengths))
-    assert np.abs(share.numpy() - by_hand(model, clips, lengths)).max() < 1e-4
-    assert share[1, :, model.count(55) :].abs().max() == 0
-    assert share[1, :, : model.count(55)].mean().item() == pytest.approx(1, abs=1e-5)
-    assert torch.allclose(evaluation.roll_out(model, clips[:1]), share[:1], atol=1e-4)
-    assert share[0].std() > 0.02
+    model = small_ast(**args)
+    for frames in (96, 55):
+        clip = torch.randn(frames, 48)
+        share = evaluation.roll_out(model, clip)
+        assert np.abs(share.numpy() - by_hand(model, clip)).max() < 1e-4
+        assert share.mean().item() == pytest.approx(1, abs=1e-5)
+        assert share.std() > 0.02
     assert not any(block._forward_pre_hooks for block in model.blocks)
-
-
-def test_roll_out_of_one_uniform_layer_is_even():
-    model = small_ast(depth=1)
-    with torch.no_grad():
-        model.blocks[0].qkv.weight.zero_()
-    assert torch.allclose(
-        evaluation.roll_out(model, torch.randn(1, 96, 48)), torch.ones(1, ROWS, COLUMNS), atol=1e-5
-    )
 
 
 def test_long_pieces_are_joined_crop_by_crop():
     model, piece = small_ast(), torch.randn(96 + 40, 48)
-    share, starts = evaluation.roll_out_file(model, piece, CPU)
-    assert starts == [0, 2]  # 8 columns in crops of 6
-    crops = [evaluation.roll_out(model, piece[None, 16 * s : 16 * s + 96])[0].numpy() for s in starts]
+    share = evaluation.roll_out_file(model, piece)
+    # 8 columns in crops of 6, at 0 and 2
+    crops = [evaluation.roll_out(model, piece[16 * s : 16 * s + 96]).numpy() for s in (0, 2)]
     assert share.shape == (3, 8)
     assert np.allclose(share[:, :2], crops[0][:, :2])
     assert np.allclose(share[:, 2:6], (crops[0][:, 2:] + crops[1][:, :4]) / 2)
     assert np.allclose(share[:, 6:], crops[1][:, 4:])
-    short, starts = evaluation.roll_out_file(model, piece[:40], CPU)
-    assert (short.shape, starts) == ((3, 2), [0])
+    assert evaluation.roll_out_file(model, piece[:40]).shape == (3, 2)
 
 
-# --- picture ---
-
-
-def test_hertz_lie_where_the_filters_are():
-    _, mel = data._fbank_tables(CPU)
-    bins = evaluation.hertz_to_band(np.arange(257) * 31.25)
-    for band in range(40, 128):  # narrow filters at the bottom miss the FFT's grid
-        weight = mel[:, band].numpy()
-        assert (weight @ bins) / weight.sum() == pytest.approx(band, abs=0.3)
-    assert list(evaluation.hertz_to_band([0, 20, 8000])) == [-0.5, -0.5, 127.5]
-
-
-def test_colours_and_ticks_stand_where_the_patches_are(tmp_path, monkeypatch):
-    figures = []
+def test_the_picture_shows_the_mean_of_asts_where_the_patches_are(tmp_path, monkeypatch):
+    figures, members = [], []
     monkeypatch.setattr(evaluation, "save_figure", lambda figure, out: figures.append(figure))
-    energies, share = np.random.default_rng(0).normal(-4, 4, (134, 128)), np.full((12, 12), 0.5)
-    share[3, 4] = 6.0
-    evaluation.draw_attention(tmp_path / "a.png", energies, share, [0, 6], 10, "title")
+    info = {"mean": data.FBANK_MEAN, "std": data.FBANK_STD, "synthetic": True}
+    for frames in (96, 64):
+        model = small_ast(mel=128, frames=frames, stride=10, num_outputs=19)
+        members.append((model, {"path": "best.pt", "task": "ast", "data": info}))
+    energies = np.random.default_rng(0).normal(-4, 4, (134, 128)).astype(np.float32)
+    drawn = evaluation.explain("ast", tmp_path / "a.png", members, {"name": "$a_{", "energies": energies})
+    x = torch.from_numpy(data.normalise_fbank(energies, data.FBANK_MEAN, data.FBANK_STD)).float()
+    each = [evaluation.roll_out_file(model, x) for model, _ in members]
+    assert drawn["share"] == pytest.approx((each[0] + each[1]) / 2)
     axes = figures[0].axes[0]
-    grey, colour = axes.images
+    assert axes.images[0].get_extent() == pytest.approx([0, 1.34, -0.5, 127.5])
     # Patches of 16 every 10: cells around their middles.
-    assert colour.get_extent() == pytest.approx([0.03, 1.23, 2.5, 122.5])
-    assert grey.get_extent() == pytest.approx([0, 1.34, -0.5, 127.5])
-    assert np.asarray(colour.get_array()).argmax() == 3 * 12 + 4
-    assert colour.norm.vcenter == 1
-    assert (grey.get_array().max(), grey.norm.vmin, grey.norm.vmax) == (0, -80, 0)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [str(f) for f in evaluation.HERTZ]
-    assert axes.collections[0].get_segments()[0][0][0] == pytest.approx(0.03 + 0.6)
+    corners = np.asarray(axes.collections[0].get_coordinates())
+    assert corners[0, 0] == pytest.approx([0.03, 2.5])
+    assert corners[-1, -1] == pytest.approx([1.23, 122.5])
+    assert np.asarray(axes.collections[0].get_array()) == pytest.approx(drawn["share"])
+    hertz = [int(label.get_text()) for label in axes.get_yticklabels()]
+    _, mel = data._fbank_tables(torch.device("cpu"))
+    for band in (64, 112):  # where narrow filters do not miss the FFT's grid
+        weight = mel[:, band].numpy()
+        assert hertz[band // 16] == pytest.approx(weight @ (np.arange(257) * 31.25) / weight.sum(), rel=0.02)
+    for word in ("2 checkpoints", "SYNTHETIC"):
+        assert word in axes.get_title(loc="left")
 
 
-@pytest.mark.parametrize("args", [{}, {"num_outputs": 19, "pooling": "meanstd"}])
-def test_a_wav_file_is_drawn(args, tmp_path):
-    out, ckpt = tmp_path / "new" / "a.png", checkpoint(tmp_path / "best.pt", **args)
-    sound = wav(tmp_path / "$a_{.wav", 1.5)
-    result = evaluation.main(["--attention", str(out), "--audio", sound, "--ckpt", ckpt, "--device", "cpu"])
-    head = out.read_bytes()[:24]
-    assert [int.from_bytes(head[k : k + 4], "big") for k in (16, 20)] == [1600, 600]
-    assert (result["frames"], result["share"].shape, result["starts"]) == (148, (8, 9), [0, 3])
-    assert result["share"].mean() == pytest.approx(1, abs=0.2)
-
-
-def test_a_midi_file_is_rendered_and_drawn(tmp_path):
-    file, track = mido.MidiFile(ticks_per_beat=480), mido.MidiTrack()
+def test_a_sound_or_a_midi_file_is_drawn(tmp_path):
+    same = ["--ckpt", checkpoint(tmp_path / "best.pt", small_ast(mel=128)), "--device", "cpu"]
+    out, sound = tmp_path / "new" / "a.png", wav(tmp_path / "$a_{.wav", 1.5)
+    result = evaluation.main(["--attention", str(out), "--audio", sound, *same])
+    assert out.read_bytes()[16:24] == (1600).to_bytes(4, "big") + (600).to_bytes(4, "big")
+    assert result["share"].shape == (8, 9)
+    track = mido.MidiTrack()
     track += [mido.Message("note_on", note=69, velocity=80), mido.Message("note_off", note=69, time=240)]
-    file.tracks.append(track)
-    file.save(tmp_path / "a.mid")
-    argv = ["--midi", str(tmp_path / "a.mid"), "--ckpt", checkpoint(tmp_path / "best.pt"), "--device", "cpu"]
-    result = evaluation.main([f"--attention={tmp_path / 'a.svg'}", *argv])
+    mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(tmp_path / "a.mid")
+    result = evaluation.main([f"--attention={tmp_path / 'a.svg'}", "--midi", str(tmp_path / "a.mid"), *same])
     waveform = data.render(data.read_midi(tmp_path / "a.mid"))
-    assert result["frames"] == data.fbank_frames(len(waveform))
+    assert result["share"].shape == (8, data.fbank_frames(len(waveform)) // 16)
     assert (tmp_path / "a.svg").read_bytes()[:5] == b"<?xml"
 
 
@@ -203,15 +141,13 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
     wav(tmp_path / "a.wav", 0.5)
     wav(tmp_path / "short.wav", 0.17)
     data.write_wav(tmp_path / "zero.wav", np.zeros(16000, np.float32))
-    checkpoint(tmp_path / "best.pt")
-    checkpoint(tmp_path / "d.pt", task="decoder")
-    checkpoint(tmp_path / "s.pt", statistics=("mean",))
+    checkpoint(tmp_path / "best.pt", small_ast(mel=128))
+    checkpoint(tmp_path / "d.pt", GRUDecoder(channels=4, days=1, hidden=4, layers=1))
     (tmp_path / "folder.png").mkdir()
     good = {"--attention": "a.png", "--audio": "a.wav", "--ckpt": "best.pt"}
     for option, name in (
         ("--ckpt", "d.pt"),
         ("--ckpt", "none.pt"),
-        ("--ckpt", "s.pt"),
         ("--audio", "none.wav"),
         ("--audio", "short.wav"),
         ("--audio", "zero.wav"),
@@ -219,9 +155,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
         ("--attention", "a.txt"),
         ("--attention", "folder.png"),
     ):
-        argv = [
-            word for key, value in (good | {option: name}).items() for word in (key, str(tmp_path / value))
-        ]
+        given = good | {option: name}
+        argv = [word for key, value in given.items() for word in (key, str(tmp_path / value))]
         assert name in refusal([*argv, "--device", "cpu"], capsys)
     assert not (tmp_path / "a.png").exists()
 

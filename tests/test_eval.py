@@ -45,20 +45,13 @@ def test_metrics_match_sklearn_and_scipy():
     )
 
 
-def test_metrics_by_hand():
-    y, p = np.array([[0.0], [1.0], [2.0]]), np.array([[0.0], [1.0], [1.0]])
-    assert evaluation.r2(y, p) == pytest.approx([0.5])
-    assert evaluation.mse(y, p) == pytest.approx([1 / 3])
-    assert evaluation.pearson(y, p) == pytest.approx([np.sqrt(3) / 2])
-    assert np.isnan(evaluation.r2(y[:1], p[:1])).all()
-
-
 @pytest.mark.parametrize("prediction", [0.3, 0.4])
 def test_constant_columns(prediction):
     y, p = np.full((7, 2), 0.3), np.full((7, 2), prediction)
     y[:, 1] = np.linspace(0, 1, 7)
     assert evaluation.r2(y, p) == pytest.approx(r2_score(y, p, multioutput="raw_values"))
     assert evaluation.pearson(y, p).tolist() == [0, 0]
+    assert np.isnan(evaluation.r2(y[:1], p[:1])).all()
 
 
 def test_a_metric_added_to_the_table_is_seen(monkeypatch):
@@ -88,12 +81,6 @@ def test_bootstrap_is_scipys_where_every_item_is_a_group():
     assert evaluation.cluster_bootstrap(y, p, range(12), n=200, seed=3) == pytest.approx(
         list(expected), abs=1e-9
     )
-
-
-def test_bootstrap_resamples_whole_segments():
-    error = np.repeat([0.0, 1.0], 50)  # two segments: the draws that hold both all give 1/2
-    zero = np.zeros((100, 1))
-    assert evaluation.cluster_bootstrap(zero, error[:, None], error, evaluation.mse, n=500) == [0.5, 0.5]
 
 
 def test_bootstrap_without_information_is_nan():
@@ -154,14 +141,8 @@ def corpus(monkeypatch, tmp_path):
 def checkpoint(path, fold: int = 0, seed: int = 7, task: str = "han", **data) -> str:
     torch.manual_seed(seed)
     model = HAN(input_size=len(COLUMNS), size=8, heads=2)
-    rest = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "rng", "git_sha", "best", "skipped"))
-    kept = {"format": 1, "task": task, "step": 3, "epoch": 1, "args": {"seed": seed}}
-    kept |= {
-        "model_args": model.model_args,
-        "model": model.state_dict(),
-        "data": {**DATA, "fold": fold, **data},
-    }
-    save_checkpoint(path, rest | kept)
+    kept = {"task": task, "args": {"seed": seed}, "data": {**DATA, "fold": fold, **data}}
+    save_checkpoint(path, kept | {"model_args": model.model_args, "model": model.state_dict()})
     return str(path)
 
 
@@ -198,17 +179,6 @@ def test_checkpoints_are_scored_on_their_own_folds(corpus, tmp_path, capsys):
     assert "SYNTHETIC" in capsys.readouterr().out
 
 
-def test_seeds_of_one_fold_are_averaged(corpus, tmp_path, capsys):
-    paths = [checkpoint(tmp_path / "a.pt", 0, 7), checkpoint(tmp_path / "b.pt", 0, 8)]
-    result = evaluation.main(["--ckpt", *paths, "--device", "cpu"])["valid"]["all"]
-    names = of_part(corpus, (4, 5))
-    p = np.mean([predicted(path, corpus, names) for path in paths], axis=0)
-    expected = mean_squared_error([corpus.items[n]["y"] for n in names], p)
-    assert list(result["folds"]) == ["0"]
-    assert result["folds"]["0"]["mse"] == pytest.approx(expected, abs=1e-6)
-    assert "2 checkpoints averaged, seeds [7, 8]" in capsys.readouterr().out
-
-
 def test_unlabelled_test_items_are_predicted_only(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
     argv = ["--ckpt", path, "--part", "test", "--device", "cpu", "--csv", "p.csv"]
@@ -233,7 +203,7 @@ def test_saved_results(corpus, tmp_path):
     assert first == [["test", "0"], ["test", "1"]]
     assert all(len(value.split(".")[1]) == 4 for value in rows[1][3:])
     saved = json.loads((tmp_path / "out/han_full_segment.json").read_text())
-    assert {"git_sha", "git_dirty", "hardware", "date", "features", "checkpoints"} <= saved.keys()
+    assert {"git_sha", "git_dirty", "hardware", "date", "features"} <= saved.keys()
     assert (saved["task"], saved["split"], saved["synthetic"], saved["seeds"]) == (
         "han",
         "segment",
@@ -277,13 +247,11 @@ def test_pooled_statistics_of_matched_notes():
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["florr"], "florr"),
         (["--ckpt", "good.pt", "piece.pt"], "piece.pt: split"),
         (["--ckpt", "good.pt", "labels.pt"], "labels.pt: labels"),
         (["--ckpt", "real.pt"], "--data DIR"),
         (["--ckpt", "good.pt", "--save-results", "../x"], "--save-results"),
         (["--ckpt", "none.pt"], "none.pt"),
-        (["--ckpt", "good.pt", "--device", "tpu"], "tpu"),
         (["--ckpt", "good.pt", "--part", "competition"], "--part competition"),
         (["--ckpt", "good.pt", "--day", "mean", "--beam", "7"], "--day, --beam"),
         (["--ckpt", "good.pt", "--crops", "2"], "--crops"),

@@ -1,6 +1,5 @@
 """Log-mel energies against Kaldi's numbers, sound files of all kinds, energies on disk."""
 
-import json
 import os
 import struct
 from pathlib import Path
@@ -87,19 +86,13 @@ def test_a_row_depends_neither_on_its_batch_nor_on_autocast():
 
 
 @pytest.mark.parametrize(
-    ("samples", "frames"), [(0, 0), (1, 0), (399, 0), (400, 1), (559, 1), (560, 2), (163840, 1022)]
+    ("samples", "frames"), [(0, 0), (399, 0), (400, 1), (559, 1), (560, 2), (163840, 1022)]
 )
-def test_frames_of_every_length(samples, frames):
+def test_frames_of_every_length_and_silence_is_the_floor(samples, frames):
     assert fbank_frames(samples) == frames
     assert fbank_frames(np.array([samples])).tolist() == [frames]
-    assert fbank(torch.zeros(samples)).shape == (frames, 128)
-    assert fbank(torch.zeros(2, samples)).shape == (2, frames, 128)
-
-
-def test_silence_is_the_floor_and_normalises():
-    silent = fbank(torch.zeros(1600))
-    assert torch.equal(silent, torch.full_like(silent, data.SILENCE))
-    assert pytest.approx(-15.942385, abs=1e-5) == data.SILENCE
+    silent = fbank(torch.zeros(2, samples))
+    assert torch.equal(silent, torch.full((2, frames, 128), data.SILENCE))
     assert data.normalise_fbank(data.SILENCE) == pytest.approx((-15.942385 + 4.2677) / 9.138, abs=1e-6)
 
 
@@ -167,13 +160,6 @@ def test_every_kind_of_file_and_a_crop_of_it(tmp_path, name, subtype, step):
     assert np.abs(crop / 32768 - found[1000:3330]).max() <= 2**-16
 
 
-def test_a_file_of_16_bits_keeps_its_values(tmp_path):
-    path = write_wav(tmp_path / "a.wav")
-    stored = wavfile.read(path)[1]
-    assert np.array_equal(data.read_wav(path), stored.astype(np.float32) / 32768)
-    assert np.array_equal(data.read_wav_crop(path, 300, 5000), stored[300:5000])
-
-
 def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path):
     path = write_wav(tmp_path / "a.wav")
     whole = path.read_bytes()
@@ -195,52 +181,49 @@ def test_resampling_keeps_a_tone_and_a_crop_is_a_crop_of_the_whole(tmp_path, rat
         assert np.abs(crop - whole[start:stop]).max(initial=0) <= 1
 
 
-def test_broken_files_are_refused_in_one_line(tmp_path):
-    good = write_wav(tmp_path / "good.wav").read_bytes()
-    nan = noise(800)
-    nan[[3, 700]] = np.nan, np.inf
-    wavfile.write(tmp_path / "nan.wav", 16000, nan)
-    broken = {
-        "half a header": good[:30],
-        "no samples": good[:40] + struct.pack("<I", 0),
-        "empty": b"",
-        "text": b"plain text\n" * 60,
-        "no channels": good[:22] + struct.pack("<H", 0) + good[24:],
-        "nan": (tmp_path / "nan.wav").read_bytes(),
-        "missing": None,
-    }
-    for name, content in broken.items():
-        path = tmp_path / f"{name}.wav"
-        if content is not None:
-            path.write_bytes(content)
-        for read in (data.read_wav, lambda path: data.read_wav_crop(path, 0, 400)):
-            with pytest.raises(DataError) as caught:
-                read(path)
-            assert str(path) in str(caught.value)
-            assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("broken", ["half a header", "empty", "text", "no channels", "nan", "missing"])
+def test_broken_files_are_refused_in_one_line(tmp_path, broken):
+    path = write_wav(tmp_path / "a.wav")
+    good = path.read_bytes()
+    content = {"half a header": good[:30], "empty": b"", "text": b"plain text\n" * 60}
+    content["no channels"] = good[:22] + struct.pack("<H", 0) + good[24:]
+    path.write_bytes(content.get(broken, good))
+    if broken == "nan":
+        wavfile.write(path, 16000, np.full(800, np.nan, np.float32))
+    if broken == "missing":
+        path.unlink()
+    for read in (data.read_wav, lambda path: data.read_wav_crop(path, 0, 400)):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 # --- stored energies ----------------------------------------------------------------------------------------
 
 
-def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes(tmp_path):
+def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes(tmp_path, capsys):
     root = write_folder(tmp_path / "wav")
-    for workers in (1, 2):
-        store = data.build_fbank(root, tmp_path / str(workers), workers=workers, quiet=True)
-        assert store.names == [f"{i}/take {i}" for i in range(5)]
-        assert store.frames.tolist() == [fbank_frames(int(16000 * s)) for s in SECONDS]
-        for i in range(5):
-            expected = fbank(torch.from_numpy(data.read_wav(root / f"{i}" / f"take {i}.wav"))).numpy()
-            assert np.abs(store.get(i) - expected).max() <= 2**-8  # float16 below 16
-            assert np.array_equal(store.get(i, 3, 20), store.get(i)[3:20])
-            item = store.item(i)
-            assert np.array_equal(item["fbank"][3:20], store.get(i, 3, 20))
-            assert (item["name"], item["frames"]) == (store.names[i], len(expected))
-    one, two = (
-        {p.relative_to(tmp_path / w): p.read_bytes() for p in (tmp_path / w).rglob("*.*")} for w in "12"
-    )
-    assert one == two
-    assert len(one) == 6
+    (root / "SYNTHETIC").touch()
+    made = []
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        data.main(["fbank", "--data", str(root), "--out", str(out), "--workers", workers])
+        printed = capsys.readouterr().out
+        assert "(SYNTHETIC): 5 recordings, 590 frames" in printed
+        assert "left out: 0" in printed
+        made.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")})
+    assert made[0] == made[1]
+    store = data.open_fbank(out)
+    assert store.synthetic
+    assert store.names == [f"{i}/take {i}" for i in range(5)]
+    assert store.frames.tolist() == [fbank_frames(int(16000 * s)) for s in SECONDS]
+    for i, name in enumerate(store.names):
+        expected = fbank(torch.from_numpy(data.read_wav(root / f"{name}.wav"))).numpy()
+        assert np.abs(store.get(i) - expected).max() <= 2**-8  # float16 below 16
+        item = store.item(i)
+        assert np.array_equal(item["fbank"][3:20], store.get(i, 3, 20))
+        assert (item["name"], item["frames"]) == (name, len(expected))
 
 
 def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_again(tmp_path, monkeypatch):
@@ -274,57 +257,21 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
             build(root, strict=True)
 
 
-@pytest.mark.parametrize("how", ["missing", "short", "foreign", "no index", "half an index", "key"])
-def test_damage_is_found_on_opening_and_mended(tmp_path, how):
+@pytest.mark.parametrize(
+    ("damaged", "left"), [("1/take 1.v2.npy", 200), ("index.json", 20), ("index.json", None)]
+)
+def test_damage_is_found_on_opening_and_mended(tmp_path, damaged, left):
     root, out = write_folder(tmp_path / "wav", (0.2, 0.3)), tmp_path / "out"
     expected = data.build_fbank(root, out, workers=1, quiet=True).get(1)
-    energies, index = out / "1/take 1.v2.npy", out / "index.json"
-    damaged = energies if how in ("missing", "short", "foreign") else index
-    if how in ("missing", "no index"):
-        damaged.unlink()
-    elif how == "foreign":
-        energies.write_bytes(b"not an array")
-    elif how in ("short", "half an index"):
-        damaged.write_bytes(damaged.read_bytes()[:-10])
-    else:
-        index.write_text(json.dumps({"left_out": []}))
-    with pytest.raises(DataError) as caught:
+    content = (out / damaged).read_bytes()[:left]
+    (out / damaged).unlink()
+    if left:
+        (out / damaged).write_bytes(content)
+    with pytest.raises(DataError, match=damaged) as caught:
         data.open_fbank(out)
-    assert str(damaged) in str(caught.value)
     assert "\n" not in str(caught.value)
-    energies.unlink(missing_ok=True)
+    (out / damaged).unlink(missing_ok=True)
     assert np.array_equal(data.build_fbank(root, out, workers=1, quiet=True).get(1), expected)
-
-
-def test_crops_repeat_and_cover(tmp_path):
-    root = write_folder(tmp_path / "wav")
-    store, audio = data.build_fbank(root, tmp_path / "out", workers=1, quiet=True), data.open_audio(root)
-    starts = [data.crop_start(100, 91, 7, epoch, 3) for epoch in range(300)]
-    assert set(starts) == set(range(10))
-    assert starts == [data.crop_start(100, 91, 7, epoch, 3) for epoch in range(300)]
-    assert starts != [data.crop_start(100, 91, 8, epoch, 3) for epoch in range(300)]
-    assert data.crop_start(50, 91, 7, 0, 0) == data.crop_start(91, 91, 7, 0, 0) == 0
-    assert (audio.names, audio.frames.tolist()) == (store.names, store.frames.tolist())
-    for i, frames in enumerate((48, 64, 64, 64, 64)):  # the first is shorter than the crop: whole
-        start = data.crop_start(int(store.frames[i]), 64, 7, 2, i)
-        expected = data.random_crop(store, i, 64, 7, 2)
-        assert np.array_equal(expected, store.get(i, start, start + frames))
-        samples = data.random_crop(audio, i, 64, 7, 2)
-        assert samples.dtype == np.int16
-        assert np.abs(fbank(torch.from_numpy(samples)).numpy() - expected).max() < 0.01
-
-
-def test_percepiano_renderings_have_the_corpus_names(tmp_path):
-    names = ["Schubert_D935_no.3_4bars_2_1", "Beethoven_WoO80_thema_8bars_1_1"]
-    for folder in ("plain", "corpus/virtuoso/data/all_2rounds"):
-        write_wav(tmp_path / folder / f" {names[0]}.wav")
-        write_wav(tmp_path / folder / f"{names[1]}.wav")
-    for name in (names[1], "Beethoven_WoO80_thema_8bars_2_1"):
-        (tmp_path / "corpus/virtuoso/data/all_2rounds" / f"{name}.mid").write_bytes(b"MThd")
-    for folder in ("plain", "corpus"):
-        assert data.open_audio(tmp_path / folder).names == sorted(names)
-    (line,) = data.open_audio(tmp_path / "corpus").left_out
-    assert "8bars_2_1.wav: missing; render it with `python data.py render" in line
 
 
 def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, monkeypatch):
@@ -332,7 +279,7 @@ def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, mo
     folder.mkdir(parents=True)
     names = [f"Schubert_D960_mv2_8bars_{player}_01" for player in (1, 2)]
     for i, name in enumerate(names):
-        data._save_midi(folder / f"{name}.mid", [(0, 0.4, 60 + i, 70, 1)], [])
+        data._save_midi(folder / f"{name}.mid", [(0, 0.4, 60 + i, 70)], [])
     (folder / "Schubert_D960_mv2_8bars_3_01.mid").write_bytes(b"MThd")
     arguments = (tmp_path / "corpus", tmp_path / "cache", None, [(1.25, 2)], 1, True)
     store = data.percepiano_audio(*arguments)
@@ -343,29 +290,24 @@ def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, mo
     assert [line.split(".mid")[0][-4:] for line in store.left_out] == ["3_01"]
     monkeypatch.setattr(data, "render", None)  # stored
     assert np.array_equal(data.percepiano_audio(*arguments).get(3), store.get(3))
-    with pytest.raises(DataError, match="variants"):
-        data.percepiano_audio(tmp_path / "corpus", audio=tmp_path, variants=[(1.1, 0)])
     write_wav(tmp_path / f"wav/{names[1]}.wav")
     recorded = data.percepiano_audio(tmp_path / "corpus", tmp_path / "cache", tmp_path / "wav", quiet=True)
     assert (recorded.names, len(recorded.left_out)) == ([names[1]], 2)
+    with pytest.raises(DataError, match="variants"):
+        data.percepiano_audio(tmp_path / "corpus", audio=tmp_path / "wav", variants=[(1.1, 0)])
 
 
-def test_folders_without_recordings_are_refused(tmp_path):
+def test_folders_without_recordings_are_refused_and_silent_ones_named(tmp_path):
     with pytest.raises(DataError, match="none: no sound file"):
         data.open_audio(tmp_path / "none")
     write_wav(tmp_path / "a.wav", 100)
     with pytest.raises(DataError, match="a.wav"):
         data.open_audio(tmp_path)
-    write_wav(tmp_path / "a.WAV")
-    with pytest.raises(DataError, match="'a'"):
-        data.open_audio(tmp_path)
-
-
-def test_command_reports(tmp_path, capsys):
-    root = write_folder(tmp_path / "wav")
-    (root / "SYNTHETIC").touch()
-    data.main(["fbank", "--data", str(root), "--out", str(tmp_path / "out"), "--workers", "1"])
-    printed = capsys.readouterr().out
-    assert "(SYNTHETIC): 5 recordings, 590 frames" in printed
-    assert "left out: 0" in printed
-    assert data.open_fbank(tmp_path / "out").synthetic
+    folder = tmp_path / "virtuoso/data/all_2rounds"
+    write_wav(folder / " b.wav")  # PercePiano has such names
+    write_wav(folder / "b.flac")
+    for name in (" b.mid", "c.mid"):
+        (folder / name).write_bytes(b"MThd")
+    store = data.open_audio(tmp_path)
+    assert store.names == ["b"]
+    assert [line.partition(": ")[0].split("/")[-1] for line in store.left_out] == [" b.wav", "c.wav"]

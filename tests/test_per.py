@@ -29,26 +29,14 @@ def spelled(path: list[int]) -> np.ndarray:
     return np.eye(41, dtype=np.float32)[path][None]
 
 
-@pytest.mark.parametrize(
-    ("path", "frames", "expected"),
-    [
-        ([1, 1, 0, 1, 2, 2, 0], 7, [1, 1, 2]),  # a blank parts equal neighbours, and is dropped only then
-        ([0, 0, 0], 3, []),
-        ([5, 5, 5], 3, [5]),
-        ([0, 40, 40, 0], 4, [40]),
-        ([3, 4, 4, 9], 3, [3, 4]),
-        ([3, 4], 0, []),
-    ],
-)
-def test_greedy_by_hand(path, frames, expected):
-    assert evaluation.ctc_greedy(spelled(path), np.array([frames])) == [expected]
-    assert evaluation.ctc_greedy(torch.tensor(spelled(path)), torch.tensor([frames])) == [expected]
-
-
-def test_greedy_of_a_batch_reads_no_padding():
-    logits = np.concatenate([spelled([1, 2, 0, 3]), spelled([0, 7, 7, 7])])
-    assert evaluation.ctc_greedy(logits, [2, 4]) == [[1, 2], [7]]
-    assert evaluation.ctc_greedy(np.zeros((2, 0, 41), np.float32), [0, 0]) == [[], []]
+def test_greedy_by_hand():
+    """A blank parts equal neighbours, and is dropped only then; the second trial has three frames."""
+    logits = np.concatenate(
+        [spelled([1, 1, 0, 1, 2, 2, 0]), spelled([3, 4, 4, 9, 9, 9, 9]), spelled([0] * 7)]
+    )
+    expected = [[1, 1, 2], [3, 4], []]
+    assert evaluation.ctc_greedy(logits, np.array([7, 3, 5])) == expected
+    assert evaluation.ctc_greedy(torch.tensor(logits), torch.tensor([7, 3, 5])) == expected
 
 
 @pytest.mark.skipif(not ORACLE.is_file(), reason="reference numbers absent")
@@ -75,22 +63,9 @@ def distance(a: list, b: list) -> int:
     return row[-1]
 
 
-@pytest.mark.parametrize(
-    ("reference", "hypothesis", "expected"),
-    [
-        ([], [], (0, 0, 0)),
-        ([], [1, 2], (0, 0, 2)),
-        ([1, 2], [], (0, 2, 0)),
-        ([1, 2, 3], [1, 9, 3], (1, 0, 0)),
-        ([1, 2, 3, 4], [2, 3, 9], (1, 1, 0)),
-    ],
-)
-def test_edit_counts_by_hand(reference, hypothesis, expected):
-    assert evaluation.edit_counts(reference, hypothesis) == expected
-    assert evaluation.edit_counts(np.array(reference, np.int64), tuple(hypothesis)) == expected
-
-
 def test_edit_counts_are_minimal():
+    assert evaluation.edit_counts([1, 2, 3, 4], (2, 3, 9)) == (1, 1, 0)
+    assert evaluation.edit_counts(np.array([1, 2]), []) == (0, 2, 0)
     rng = np.random.default_rng(0)
     for _ in range(300):
         a, b = (rng.integers(1, rng.integers(3, 42), rng.integers(0, 30)).tolist() for _ in range(2))
@@ -103,21 +78,8 @@ def test_error_rate_is_a_micro_average():
     counts = evaluation.per_counts([[1], [1, 2, 3, 4, 5, 6, 7, 8, 9]], [[2], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
     assert counts.tolist() == [[1, 0, 0, 1], [0, 0, 0, 9]]
     assert evaluation.error_rate(counts) == 0.1
-    assert evaluation.error_rate(evaluation.per_counts([[1]], [[2, 3, 4]])) == 3.0
     assert np.isnan(evaluation.error_rate(evaluation.per_counts([[]], [[1]])))
-    assert np.isnan(evaluation.error_rate(evaluation.per_counts([], [])))
-
-
-def test_bootstrap_equals_a_plain_loop():
-    rng = np.random.default_rng(1)
-    counts = np.column_stack([rng.integers(0, 5, (25, 3)), rng.integers(1, 40, 25)])
-    rates = []
-    for drawn in np.random.default_rng(7).integers(25, size=(1000, 25)):
-        rates.append(sum(sum(counts[i][:3]) for i in drawn) / sum(counts[i][3] for i in drawn))
-    expected = np.percentile(rates, [2.5, 97.5]).tolist()
-    assert evaluation.trial_bootstrap(counts) == pytest.approx(expected, abs=1e-12)
     assert np.isnan(evaluation.trial_bootstrap(counts[:1])).all()
-    assert np.isnan(evaluation.trial_bootstrap(np.zeros((4, 4), int))).all()
 
 
 def test_scores_by_day_and_without_silence():
@@ -129,7 +91,6 @@ def test_scores_by_day_and_without_silence():
     assert without == 3 / 6
     assert list(days) == ["mon", "wed"]
     assert days["wed"] == {"per": 2 / 6, "sub": 1, "del": 0, "ins": 1, "labels": 6, "trials": 2}
-    assert evaluation.substitutions(refs, hyps) == [["SIL", "B", 1]]
 
 
 # --- a small corpus ---
@@ -144,22 +105,15 @@ def corpus(monkeypatch, tmp_path):
     lengths = rng.integers(40, 90, len(day))
     lengths[2] = 5
     labels = [rng.integers(1, 41, 6)[: 0 if p == "competition" else 6] for p in part]
-    made = SpeechCorpus(
-        features=rng.standard_normal((lengths.sum(), 4), np.float32),
-        offsets=np.append(0, lengths.cumsum()),
-        day=np.array(day),
-        block=np.array(block),
-        part=np.array(part),
-        labels=labels,
-        text=["the voice"] * len(day),
-        ids=[f"trial{i:02d}" for i in range(len(day))],
-        days=list(DAYS),
-        channels=4,
-        root=Path("memory"),
-        synthetic=True,
-        left_out=[],
-        labelled=np.array([len(row) > 0 for row in labels]),
-    )
+    about = {"days": list(DAYS), "channels": 4, "root": Path("memory"), "synthetic": True, "left_out": []}
+    arrays = {"day": np.array(day), "block": np.array(block), "part": np.array(part)}
+    arrays |= {"features": rng.standard_normal((lengths.sum(), 4), np.float32)}
+    arrays |= {
+        "offsets": np.append(0, lengths.cumsum()),
+        "labelled": np.array([len(row) > 0 for row in labels]),
+    }
+    ids = [f"trial{i:02d}" for i in range(len(day))]
+    made = SpeechCorpus(labels=labels, text=["the voice"] * len(day), ids=ids, **arrays, **about)
     monkeypatch.setattr(evaluation, "open_speech", lambda *a, **k: made)
     monkeypatch.setattr(evaluation, "synthetic_speech", lambda cache: "synthetic")
     monkeypatch.chdir(tmp_path)
@@ -172,9 +126,8 @@ def checkpoint(path: Path, seed: int = 7, sizes: dict | None = None, **changed) 
     torch.nn.init.normal_(model.fc_decoder_out.weight)  # random decisions instead of one class throughout
     about = {"days": DAYS, "channels": 4, "phonemes": list(PHONEMES), "rules": speech_rules()}
     about |= {"valid": "blocks", "synthetic": True, **changed}
-    kept = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "rng", "git_sha", "best", "skipped"))
-    kept |= {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
-    save_checkpoint(path, {**kept, "step": 3, "epoch": 1, "args": {"seed": seed}, "data": about})
+    kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
+    save_checkpoint(path, kept | {"args": {"seed": seed}, "data": about})
     return str(path)
 
 
@@ -213,7 +166,7 @@ def test_logits_come_in_the_order_given(corpus, tmp_path):
 
 def test_validation_part_is_scored(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
-    figures = run("--ckpt", path, "--batch", "3")
+    figures = run("--ckpt", path)
     trials = data.speech_parts(corpus, "blocks")["valid"]
     errors = sum(errors_of(corpus, i, alone(path, corpus, i)) for i in trials)
     assert 0 < len(trials) < 24
@@ -224,14 +177,12 @@ def test_validation_part_is_scored(corpus, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "SYNTHETIC" in said
     assert f"PER {figures['per']:.4f} 95 %" in said
-    assert said.count("  reference  ") == 5
 
 
-def test_test_part_and_short_trials(corpus, tmp_path, capsys):
+def test_test_part_that_chose_the_checkpoint(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt", valid="test")
-    corpus.labels[8] = np.array([1, 1, 1] * 20)
     figures = run("--ckpt", path, "--part", "test")
-    assert (figures["trials"], figures["labels"], figures["too_short"]) == (3, 72, 1)
+    assert (figures["trials"], figures["labels"]) == (3, 18)
     assert "its score there is no result" in capsys.readouterr().out
     assert run("--ckpt", path, "--part", "valid")["per"] == figures["per"]
 
@@ -254,10 +205,7 @@ def test_checkpoints_average_their_probabilities(corpus, tmp_path, capsys):
 def test_unknown_days_need_a_rule(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt", sizes={"days": 2}, days=DAYS[:2])
     assert DAYS[2] in refusal(["--ckpt", path, "--part", "test"], capsys)
-    for rule, layer, said in (
-        ("nearest", 1, "day layer of t12.2022.05.03"),
-        ("mean", -1, "mean of all day layers"),
-    ):
+    for rule, layer, said in (("nearest", 1, "layer of t12.2022.05.03"), ("mean", -1, "mean of all")):
         figures = run("--ckpt", path, "--part", "test", "--day", rule)
         errors = errors_of(corpus, 28, alone(path, corpus, 28, layer))
         assert figures["by_day"][DAYS[2]]["per"] == pytest.approx(errors / 6)
@@ -270,7 +218,7 @@ def test_saved_results(corpus, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
     figures = run("--ckpt", path, "--save-results", "tiny", "--results-dir", "out", "--csv", "t.csv")
     saved = json.loads((tmp_path / "out/decoder_tiny_valid.json").read_text())
-    assert {"command", "git_sha", "git_dirty", "hardware", "date", "checkpoints", "metrics"} <= saved.keys()
+    assert {"command", "git_sha", "git_dirty", "hardware", "date", "metrics"} <= saved.keys()
     about = [saved[key] for key in ("task", "part", "synthetic", "seeds", "valid")]
     assert about == ["decoder", "valid", True, [7], "blocks"]
     assert saved["metrics"]["per"] == pytest.approx(figures["per"], abs=1e-6)
@@ -316,31 +264,13 @@ def test_a_submission_needs_no_labels(corpus, asked, tmp_path, capsys):
     assert run(*argv) == {"words": {"wer": 0.5}}
     assert asked[0][2].tolist() == [9, 19, 29]
     assert "PER" not in capsys.readouterr().out
-    assert "--part competition: 3 trials" in refusal([*argv, "--csv", "t.csv"], capsys)
-    assert len(asked) == 1
     corpus.labelled[18] = False
     figures = run("--ckpt", path, "--part", "test", "--submission", "s.txt")
-    assert (figures["trials"], figures["unlabelled"]) == (2, 1)
+    assert figures["trials"] == 2
     assert asked[1][2].tolist() == [8, 18, 28]
 
 
 # --- refusals ---
-
-
-@pytest.mark.parametrize(
-    ("changed", "key"),
-    [
-        ({"sizes": {"stride": 3}}, "stride"),
-        ({"sizes": {"kernel": 8}}, "kernel"),
-        ({"valid": "test"}, "valid"),
-        ({"rules": "0"}, "rules"),
-        ({"phonemes": list(PHONEMES[::-1])}, "phonemes"),
-        ({"synthetic": False}, "synthetic"),
-    ],
-)
-def test_checkpoints_that_differ_are_not_averaged(corpus, tmp_path, capsys, changed, key):
-    paths = [checkpoint(tmp_path / "a.pt"), checkpoint(tmp_path / "b.pt", **changed)]
-    assert f"{paths[1]}: {key} is " in refusal(["--ckpt", *paths], capsys)
 
 
 def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):
@@ -348,6 +278,10 @@ def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):
     bare = str(tmp_path / "c.pt")
     save_checkpoint(bare, {**torch.load(path, weights_only=True), "data": {"days": DAYS}})
     assert real in refusal(["--ckpt", real], capsys)
+    for k, changed in enumerate(({"sizes": {"stride": 3}}, {"valid": "test"}, {"rules": "0"})):
+        key = [*changed.get("sizes", changed)][0]
+        other = checkpoint(tmp_path / f"{k}.pt", **changed)
+        assert f"{other}: {key} is " in refusal(["--ckpt", path, other], capsys)
     assert bare in refusal(["--ckpt", bare], capsys)
     assert "--part competition" in refusal(["--ckpt", path, "--part", "competition"], capsys)
     assert "--crops" in refusal(["--ckpt", path, "--crops", "3"], capsys)
@@ -410,11 +344,8 @@ def test_decoder_checkpoints_are_compared_as_they_are_scored(corpus, tmp_path, c
         (["one.csv"], "one.csv"),
         (["other.csv"], "other.csv"),
         (["a.csv", "a.csv"], "a.csv"),
-        (["none.csv"], "none.csv"),
         (["ratings.csv"], "ratings.csv"),
-        (["a.csv", "--metric", "r2"], "a.csv"),
         (["symbol.csv"], "symbol.csv: line 3"),
-        (["column.csv"], "column.csv"),
         (["short.csv"], "short.csv"),
         (["quote.csv"], "quote.csv"),
     ],
@@ -426,16 +357,6 @@ def test_decoder_comparisons_that_mean_nothing_are_refused(tmp_path, capsys, mon
     transcripts_file(tmp_path / "other.csv", [[1, 2], [3]], [[1, 2, 3, 4], [1]])
     Path("ratings.csv").write_text("name,part,fold\n")
     Path("symbol.csv").write_text("trial,day,reference,hypothesis\nx,y,AA,AA\nz,y,QQ,AA\n")
-    Path("column.csv").write_text("trial,day\nx,y\n")
     Path("short.csv").write_text("trial,day,reference,hypothesis\nx\n")
     Path("quote.csv").write_text('trial,day,reference,hypothesis\n"x')
     assert named in refusal(["compare", "--a", "a.csv", "--b", *b], capsys)
-
-
-def test_few_trials_give_no_verdict(tmp_path):
-    a = transcripts_file(tmp_path / "a.csv", [[1, 2], [3]])
-    b = transcripts_file(tmp_path / "b.csv", [[1, 2, 3], [3, 4]])
-    result = evaluation.main(["compare", "--a", a, "--b", b])
-    assert result["difference"] == 0.25
-    assert np.isnan(result["p"])
-    assert "2 trials are too few" in result["verdict"]

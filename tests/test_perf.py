@@ -20,7 +20,6 @@ PEDAL = ("pedal_refresh_time", "pedal_cut_time", "pedal_at_start", "pedal_at_end
 needs_shared = pytest.mark.skipif(not ORACLE, reason="the reference data are not beside the repository")
 
 
-# -- look-alikes ---------------------------------------------------------------------------------------------
 def toy_score(onset, duration=None, bar=4.0, tempo_qpm=120.0, **flags):
     """One voice, beats of a quarter; score features count up from 1, so that copies can be told apart."""
     onset = np.array(onset, float)
@@ -79,7 +78,6 @@ def oracle_inputs(path):
     return ref, score, Performance(path.stem, *played, *np.zeros((2, 0, 2)))
 
 
-# -- anchors and cleaning ------------------------------------------------------------------------------------
 # (onsets in quarters, flags, onsets in seconds, rows dropped, anchors)
 # fmt: off
 CHORDS = {
@@ -132,7 +130,6 @@ def test_one_note_and_two_anchors_within_one_beat():
     np.testing.assert_allclose(features["beat_tempo"], np.log10(60))
 
 
-# -- tempo, timing, dynamics ---------------------------------------------------------------------------------
 def test_tempo_deviation_and_articulation_by_hand():
     # Beats at 60, then 120 qpm; a late half beat; a grace half a quarter early; a rest in the last beat.
     score = toy_score([0, 0.5, 1, 2, 2], [0.5, 0.5, 1, 0, 1], grace=[0, 0, 0, 1, 0])
@@ -160,7 +157,6 @@ def test_unmatched_notes_repeat_the_last_matched_one():
     assert features["onset_deviation"][[0, 2]].tolist() == [0, 0]
 
 
-# -- pedal ---------------------------------------------------------------------------------------------------
 def plain_pedal(performance):
     """The description's sections 6.4 and 6.5 note by note, releases counted as events."""
 
@@ -209,7 +205,6 @@ def test_pedal_against_a_plain_rendition_on_random_curves():
         np.testing.assert_allclose(pedal_columns(performance), plain_pedal(performance))
 
 
-# -- extra notes ---------------------------------------------------------------------------------------------
 def column(table, name):
     names = [column.partition(":")[0] for column in data.column_names(data.FEATURES)]
     return table["x"][:, names.index(name)]
@@ -249,17 +244,6 @@ def test_extra_notes_enter_in_time_order():
     assert table["x"].shape == (9, 98)
 
 
-def test_table_without_extra_notes_is_the_features():
-    score, performance = toy_score([0, 1, 2]), toy_performance([0, 1, 2])
-    features, table = (
-        make(score, performance, np.arange(3)) for make in (data.note_features, data.note_table)
-    )
-    for name in data.FEATURES:
-        np.testing.assert_allclose(column(table, name), features[name].reshape(3, -1)[:, 0], rtol=1e-6)
-    assert table["matched"].all()
-
-
-# -- the original's values -----------------------------------------------------------------------------------
 def last_object(grid, anchors, onset):
     """Rows whose tempo object is the last one: the last onset, an anchor here only, may end it."""
     start = data._tempo_of_notes(grid, anchors)[0]

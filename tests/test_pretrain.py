@@ -3,13 +3,9 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import mido
 import numpy as np
 import pytest
 import torch
@@ -19,9 +15,8 @@ from scipy.io import wavfile
 import data
 import eval as evaluation
 import pretrain_ast
-from models import AST, CNN, ClipStatistics, PooledMLP, Run, adapt_ast, load_checkpoint
+from models import CNN, ClipStatistics, PooledMLP, load_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--device cpu --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 1 --workers 0 --amp off "
     "--log-every 1 --dropout 0"
@@ -137,12 +132,10 @@ def test_figures_stand_beside_guessing_and_eval_repeats_them(run, maestro, tmp_p
     assert len({r["valid_mse_mean"] for r in valid}) == 1  # the same crops and masks at each evaluation
     for r in valid:
         assert r["valid_loss"] == pytest.approx(r["valid_nce"] + 10 * r["valid_mse"], rel=1e-5)
-    assert out["valid_loss"] == pytest.approx(min(r["valid_loss"] for r in valid), rel=1e-5)
     assert valid[-1]["valid_nce"] < math.log(25)
     best = str(Path(out["folder"]) / "best.pt")
-    model, ckpt = load_checkpoint(best)
-    assert (ckpt["task"], ckpt["data"]["task"], ckpt["data"]["frames"]) == ("ast", "pretrain", 64)
-    assert model.model_args["num_outputs"] is None
+    ckpt = load_checkpoint(best)[1]
+    assert [ckpt["data"][key] for key in ("task", "frames", "synthetic")] == ["pretrain", 64, False]
 
     argv = ["--ckpt", best, "--device", "cpu", "--cache", str(tmp_path / "cache"), "--data"]
     measured = evaluation.main([*argv, str(maestro)])
@@ -151,28 +144,12 @@ def test_figures_stand_beside_guessing_and_eval_repeats_them(run, maestro, tmp_p
     (tmp_path / "few").mkdir()
     for k in (0, 1, 7):
         (tmp_path / f"few/r{k}.wav").write_bytes((maestro / f"2004/r{k}.wav").read_bytes())
-    assert evaluation.main([*argv, str(tmp_path / "few")]).keys() == measured.keys()
+    evaluation.main([*argv, str(tmp_path / "few")])
     said = capsys.readouterr().out
     assert said.count("other recordings than the model was trained with") == 1
     assert "(chance 0.0400)" in said
-    for argv in (["--save-results", "x"], ["--crops", "2"], [best]):
-        refused(lambda: evaluation.main(["--ckpt", best, *argv, "--data", str(maestro)]), capsys, best)  # noqa: B023
+    refused(lambda: evaluation.main(["--ckpt", best, best]), capsys, best)
     refused(lambda: evaluation.main(["--ckpt", best]), capsys, best, "--data")
-
-
-def test_a_spoiled_crop_spoils_its_whole_step_and_is_named(run, monkeypatch):
-    whole = data.random_crop
-
-    def spoil(store, i, *a):
-        return whole(store, i, *a) * (np.nan if store.names[i] == "2004/r0" else 1)
-
-    monkeypatch.setattr(data, "random_crop", spoil)
-    out = run("--name nan --micro-batch 1")
-    skips = [r for r in records(out) if "skip" in r]
-    assert sum(len(r["names"]) for r in skips) == 3  # 2 s are three crops of 64 frames
-    assert all(name.startswith("2004/r0@") for r in skips for name in r["names"])
-    assert out["skipped"]["bad"] == len(skips)
-    assert math.isfinite(out["valid_loss"])
 
 
 def test_normalisation_is_the_recordings_own(run, maestro):
@@ -196,13 +173,6 @@ def test_online_changes_the_waveform_of_training_crops_only(maestro):
     start = data.crop_start(int(store.frames[0]), 64, 7, 1, 0)
     whole = data.fbank(torch.from_numpy(data.read_wav(maestro / "2004/r0.wav"))).numpy()
     assert np.allclose(plain, whole[start : start + 64], atol=1e-4)
-
-
-def test_saves_by_the_clock(run, monkeypatch):
-    saved = []
-    monkeypatch.setattr(Run, "save", lambda self, name, *a, **state: saved.append((name, state["step"])))
-    run("--name clock --save-minutes 1e-9 --max-steps 3")
-    assert saved == [("last.pt", 1), ("last.pt", 2), ("best.pt", 3), ("last.pt", 3)]
 
 
 def test_patience_stops_and_plateau_halves(run, monkeypatch):
@@ -263,24 +233,18 @@ def test_init_takes_the_encoder(run, tmp_path, capsys):
         assert torch.equal(before[name], after.state_dict()[name])
     (tmp_path / "bad.pt").write_bytes(b"no")
     torch.save({"weights": 1}, tmp_path / "other.pt")
+    torch.save({"module.v.patch_embed.proj.bias": torch.ones(64)}, tmp_path / "ssast.pth")
     for argv, *names in (
         (f"--init {best}", best, "--resume"),
         (f"--task finetune --model cnn --init {best}", best),
         (f"--task finetune --init {tmp_path / 'bad.pt'}", "bad.pt"),
         (f"--task finetune --init {tmp_path / 'other.pt'}", "other.pt"),
+        (f"--task finetune --init {tmp_path / 'ssast.pth'}", "SSAST weights"),
         ("--model mlp", "--model mlp"),
         ("--task finetune --model mlp --balance uncertainty", "--model mlp"),
         ("--augment-groups tempo=nonsense", "tempo=nonsense"),
     ):
         refused(lambda: pretrain_ast.build_model(options(argv)), capsys, *names)  # noqa: B023
-
-
-def test_init_reads_ssast(tmp_path, monkeypatch):
-    torch.save({"module.v.patch_embed.proj.bias": torch.ones(64)}, tmp_path / "ssast.pth")
-    monkeypatch.setattr(pretrain_ast, "ast_from_ssast", lambda *a, **k: (*a, k["num_outputs"], k["pooling"]))
-    weights, *found = pretrain_ast.build_model(tuning(f"--frames 64 --init {tmp_path / 'ssast.pth'}"))
-    assert torch.equal(weights["module.v.patch_embed.proj.bias"], torch.ones(64))
-    assert found == [64, 19, "meanstd"]
 
 
 def test_layer_decay_scales_from_the_head_down():
@@ -303,9 +267,10 @@ def test_augmentation_counts_for_its_groups_only():
     assert sorted(np.flatnonzero(limits["noise"])) == sorted(timing)
     assert limits["mixup"].all()
     item = {"name": "a", "fbank": np.zeros((90, 128)), "frames": 90, "y": np.zeros(19)}
-    train = pretrain_ast.Clips([[item, item | {"name": "a@1.05+0"}]], [(1.05, 0)], args)
-    drawn = {(clip["name"], int(clip["weight"].sum())) for clip in (train[epoch, 0] for epoch in range(30))}
-    assert drawn == {("a", 19), ("a@1.05+0", len(timbre + expression))}
+    train = pretrain_ast.Clips([[item, item | {"name": "a@1.05+0"}]], 64, 7)
+    drawn = [train[epoch, 0] for epoch in range(30)]
+    assert {clip["name"] for clip in drawn} == {"a", "a@1.05+0"}
+    assert {clip["fbank"].shape for clip in drawn} == {(64, 128)}
     args.noise = 1.0
     torch.manual_seed(1)
     out = pretrain_ast.augment(clips(40, 20), args)
@@ -328,61 +293,6 @@ def test_masks_and_mixed_pairs():
     assert (out["lengths"] >= batch["lengths"]).all()
 
 
-def test_groups_hold_every_rating_once():
-    assert sorted(sum(data.LABEL_GROUPS.values(), ())) == sorted(data.LABELS)
-    assert [len(group) for group in data.label_groups()] == [2, 7, 4, 6]
-    y = np.arange(1, 20, dtype=np.float32)
-    corpus = SimpleNamespace(items={"a": {"y": 0 * y}, "b": {"y": np.float32(0.05) * y}})
-    fitted = data.fit_targets(corpus, ["a", "b"])
-    assert fitted["target_mean"] == pytest.approx(0.025 * y)
-    assert fitted["target_std"] == pytest.approx(0.025 * y)
-    by_group = data.fit_targets(corpus, ["a", "b"], "group")["target_std"]
-    assert by_group[0] == by_group[11] == pytest.approx(0.025 * math.sqrt((1 + 144) / 2))
-    plain = data.fit_targets(corpus, ["a", "b"], "none")
-    assert plain == {"target_mean": [0.0] * 19, "target_std": [1.0] * 19}
-
-
-@pytest.fixture(scope="session")
-def percepiano(tmp_path_factory):
-    """Three performances of a few notes in PercePiano's layout; no labels, no scores."""
-    root = tmp_path_factory.mktemp("percepiano") / "corpus"
-    folder = root / "virtuoso/data/all_2rounds"
-    folder.mkdir(parents=True)
-    for player in (1, 2, 3):
-        track = mido.MidiTrack()
-        for pitch in (60, 64, 67, 72):
-            track.append(mido.Message("note_on", note=pitch, velocity=40 + 10 * player, time=10))
-            track.append(mido.Message("note_off", note=pitch, time=240))
-        mido.MidiFile(tracks=[track]).save(folder / f"Schubert_D960_mv2_8bars_{player}_05.mid")
-    return root
-
-
-def test_audio_of_percepiano_with_variants(percepiano, tmp_path, monkeypatch):
-    store = data.percepiano_audio(percepiano, tmp_path, variants=[(0.8, 0), (1, 2)], workers=1, quiet=True)
-    names = [f"Schubert_D960_mv2_8bars_{k}_05" for k in (1, 2, 3)]
-    assert store.names == names + [f"{n}@0.8+0" for n in names] + [f"{n}@1+2" for n in names]
-    waveform = data.render(data.read_midi(percepiano / f"virtuoso/data/all_2rounds/{names[1]}.mid"))
-    assert np.array_equal(store.get(1), data.fbank(torch.from_numpy(waveform)).half().float().numpy())
-    assert 1.05 < store.frames[4] / store.frames[1] < 1.26
-    assert store.get(7).mean(0).argmax() > store.get(1).mean(0).argmax()
-    monkeypatch.setattr(data, "render", None)
-    again = data.percepiano_audio(percepiano, tmp_path, variants=[(1, 2)], quiet=True)  # from the cache
-    assert np.array_equal(again.get(4), store.get(7))
-    with pytest.raises(data.DataError, match="variants"):
-        data.percepiano_audio(percepiano, tmp_path, audio=tmp_path, variants=[(1, 2)])
-
-
-def test_audio_of_percepiano_from_recordings(percepiano, tmp_path):
-    x = np.random.default_rng(7).normal(0, 0.1, 16000).astype(np.float32)
-    data.write_wav(tmp_path / "wav/Schubert_D960_mv2_8bars_2_05.wav", x)
-    store = data.percepiano_audio(percepiano, tmp_path, audio=tmp_path / "wav", workers=1, quiet=True)
-    assert (store.names, store.frames.tolist()) == (["Schubert_D960_mv2_8bars_2_05"], [98])
-    assert len(store.left_out) == 2
-    data.write_wav(tmp_path / "other/a.wav", x)
-    with pytest.raises(data.DataError, match="other"):
-        data.percepiano_audio(percepiano, tmp_path, audio=tmp_path / "other")
-
-
 @pytest.mark.parametrize("network", [CNN, PooledMLP])
 def test_baselines_ignore_padding_and_batch_mates(network):
     torch.manual_seed(1)
@@ -396,49 +306,29 @@ def test_baselines_ignore_padding_and_batch_mates(network):
     assert all(float(p.grad.abs().sum()) > 0 for p in model.parameters())
 
 
-def test_statistics_are_numpys_and_a_bad_clip_counts_for_nothing():
+def test_statistics_are_numpys_and_standardised():
     x = np.random.default_rng(7).normal(0, 1, (1, 50, 128)).astype(np.float32)
     found = ClipStatistics().values(torch.from_numpy(x), torch.tensor([40]))
     x = x[0, :40]
     changes = np.abs(np.diff(x, axis=0)).mean(0)
     expected = np.concatenate([x.mean(0), x.std(0), x.min(0), x.max(0), changes, [math.log(0.4)]])
     assert np.allclose(found[0].numpy(), expected, atol=1e-5)
-
-    table, generator = ClipStatistics(), torch.Generator().manual_seed(3)
-    x, lengths = torch.randn(12, 40, 128, generator=generator), torch.arange(17, 41, 2)
-    x[5, 3] = torch.nan
+    table, lengths = ClipStatistics(), torch.arange(17, 41, 2)
+    x = torch.randn(12, 40, 128, generator=torch.manual_seed(3))
     table.fit([(x[:8], lengths[:8]), (x[8:], lengths[8:])])
-    z = (table.values(x, lengths) - table.mean)[torch.arange(12) != 5] / table.std
+    z = (table.values(x, lengths) - table.mean) / table.std
     assert float(z.mean(0).abs().max()) < 1e-3
     assert torch.allclose(z.std(0), torch.ones(641), atol=1e-3)
 
 
-def test_heads_with_statistics_see_the_clip_beside_the_tokens():
-    torch.manual_seed(2)
-    sizes = {"frames": 64, "width": 8, "depth": 1, "heads": 1}
-    groups = data.label_groups()
-    model = AST(**sizes, num_outputs=19, pooling="meanstd", statistics=True, groups=groups).eval()
-    x, seen = torch.randn(2, 64, 128), []
-    model.head.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
-    model(x)
-    assert torch.equal(seen[0][:, 16:], model.statistics(x))
-    plain = adapt_ast(AST(**sizes, visible_only=True), num_outputs=19, visible_only=False, statistics=True)
-    assert plain.head[1].in_features == 8 + 641
-
-
-@pytest.mark.slow
-def test_two_processes_pretrain_as_one(maestro, tmp_path):
-    (tmp_path / "entry.py").write_text("""import sys, torch, eval, pretrain_ast as t
-torch.set_num_threads(1)
-eval.cluster_mask = lambda B, *a, columns=None: (torch.arange(10) * 4)[None].repeat(B, 1)  # not each its own
-t.main(t.parse_args(sys.argv[1:]))""")
-    shared = ["--data", str(maestro), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path), *TINY]
-    shared += "--max-steps 3 --clip inf --warmup 0 --micro-batch 2 --lr 1e-2 --frames 100".split()
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for world, batch in (("1", "8"), ("2", "4")):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
-        argv = [*torchrun, str(tmp_path / "entry.py"), *shared, "--batch", batch, "--name", f"world{world}"]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path / f"world{k}/last.pt", weights_only=True)["model"] for k in (1, 2))
-    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-4
+def test_targets_are_standardised_by_rating_or_by_group():
+    assert sorted(sum(data.LABEL_GROUPS.values(), ())) == sorted(data.LABELS)
+    y = np.arange(1, 20, dtype=np.float32)
+    corpus = SimpleNamespace(items={"a": {"y": 0 * y}, "b": {"y": np.float32(0.05) * y}})
+    fitted = data.fit_targets(corpus, ["a", "b"])
+    assert fitted["target_mean"] == pytest.approx(0.025 * y)
+    assert fitted["target_std"] == pytest.approx(0.025 * y)
+    by_group = data.fit_targets(corpus, ["a", "b"], "group")["target_std"]
+    assert by_group[0] == by_group[11] == pytest.approx(0.025 * math.sqrt((1 + 144) / 2))
+    plain = data.fit_targets(corpus, ["a", "b"], "none")
+    assert plain == {"target_mean": [0.0] * 19, "target_std": [1.0] * 19}

@@ -14,45 +14,31 @@ import data
 ROOT = Path(__file__).resolve().parents[2] / "shared" / "percepiano"
 needs_shared = pytest.mark.skipif(not ROOT.exists(), reason="PercePiano is not beside the repository")
 
-SIZES = {  # (split, fold): sizes of the parts of the public performances, and with shared notes left out
-    ("segment", 0): ((765, 255, 182), (628, 250, 182)),
-    ("segment", 1): ((765, 255, 182), (641, 235, 182)),
-    ("segment", 2): ((765, 255, 182), (651, 225, 182)),
-    ("segment", 3): ((765, 255, 182), (640, 238, 182)),
-    ("performer", 0): ((834, 175, 193), (834, 175, 193)),
-    ("performer", 1): ((834, 175, 193), (834, 175, 193)),
-    ("performer", 2): ((847, 162, 193), (847, 162, 193)),
-    ("performer", 3): ((834, 175, 193), (834, 175, 193)),
-    ("piece", 0): ((809, 155, 238), (739, 155, 238)),
-    ("piece", 1): ((912, 173, 117), (840, 173, 117)),
-    ("piece", 2): ((768, 146, 288), (727, 146, 288)),
-    ("piece", 3): ((539, 104, 559), (489, 104, 559)),
-    ("random", 0): ((765, 256, 181), (611, 241, 181)),
-    ("random", 1): ((766, 255, 181), (618, 236, 181)),
-    ("random", 2): ((766, 255, 181), (627, 231, 181)),
-    ("random", 3): ((766, 255, 181), (626, 232, 181)),
+# fmt: off
+WHOLE = {  # sizes of the parts of the public performances, by fold
+    "segment": [(765, 255, 182)] * 4,
+    "performer": [(834, 175, 193), (834, 175, 193), (847, 162, 193), (834, 175, 193)],
+    "piece": [(809, 155, 238), (912, 173, 117), (768, 146, 288), (539, 104, 559)],
+    "random": [(765, 256, 181), (766, 255, 181), (766, 255, 181), (766, 255, 181)],
 }
+KEPT = {  # and with shared notes left out
+    "segment": [(628, 250, 182), (641, 235, 182), (651, 225, 182), (640, 238, 182)],
+    "performer": WHOLE["performer"],
+    "piece": [(739, 155, 238), (840, 173, 117), (727, 146, 288), (489, 104, 559)],
+    "random": [(611, 241, 181), (618, 236, 181), (627, 231, 181), (626, 232, 181)],
+}
+# fmt: on
 GROUP_OF = {  # written out a second time on purpose, with plain string handling
     "segment": lambda name: (name.split("bars_")[0], name.split("_")[-1]),
     "performer": lambda name: ("Beethoven" in name, name.split("_")[-2]),
     "random": lambda name: name,
 }
-CASES = pytest.mark.parametrize(("split", "fold"), SIZES)
+CASES = pytest.mark.parametrize(("split", "fold"), [(split, fold) for split in WHOLE for fold in range(4)])
 
 
 @pytest.fixture(scope="module")
 def names():
     return sorted(path.stem.strip() for path in (ROOT / data.MIDI_FOLDER).glob("*.mid"))
-
-
-@pytest.fixture(scope="module")
-def performances():
-    return {path.stem.strip(): data.read_midi(path) for path in (ROOT / data.MIDI_FOLDER).glob("*.mid")}
-
-
-@pytest.fixture(scope="module")
-def shared(performances):
-    return data.overlaps(performances)
 
 
 def small_corpus():
@@ -66,13 +52,9 @@ def lengths(parts):
     return tuple(len(parts[part]) for part in ("train", "valid", "test"))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Names and splits
-# ----------------------------------------------------------------------------------------------------------
 def test_names_are_taken_apart():
     name = " Schubert_D935_no.3_4bars_Score2_07"
     assert data.parse_name(name) == ("Schubert_D935_no.3", "4", "Score2", "07")
-    assert data.work_of(name) == "Schubert_D935_no.3"
     assert data.player_of("Beethoven_WoO80_var25_8bars_19_14.mid") == "19"
     assert data.segment_of(name) == "Schubert_D935_no.3_4bars_07"
     assert data.score_of(name) == "Schubert_D935_no.3_4bars_Score_07"
@@ -119,25 +101,23 @@ def test_folds_validate_on_disjoint_items_and_share_one_test_part(split):
 def test_piece_uses_a_foreign_corpus_own_works():
     names = [f"Etude_{work}_8bars_{p}_{s}" for work in "dbca" for p in range(5) for s in range(1, 6)]
     tests = [data.split_percepiano(names, "piece", fold)["test"] for fold in range(4)]
-    assert [{data.work_of(name) for name in test} for test in tests] == [{f"Etude_{w}"} for w in "abcd"]
+    assert [{data.parse_name(name)[0] for name in test} for test in tests] == [{f"Etude_{w}"} for w in "abcd"]
 
 
-@pytest.mark.parametrize(
-    ("names", "split", "fold", "named"),
-    [
-        (small_corpus(), "paper", 0, "segment, performer, piece, random"),
-        (small_corpus(), "segment", 4, "from 0 to 3"),
-        (small_corpus(), "segment", "all", "'all'"),
-        (["A_8bars_1_1", "B_8bars_1_1"], "segment", 0, "train"),
-        ([], "random", 0, "0 performances"),
-        ([name for name in small_corpus() if "D935" not in name], "piece", 1, "test"),
-        ([*small_corpus(), " Schubert_D960_mv2_8bars_1_01"], "segment", 0, "Schubert_D960_mv2_8bars_1_01"),
-        *[
-            ([*small_corpus(), name], "segment", 0, repr(name))
-            for name in ("", "Schubert_D960_mv2_8bars_06", "A_8bars_Me_06", "A_bars_1_06", "a b_8bars_1_06")
-        ],
-    ],
-)
+SMALL = small_corpus()
+UNSPLIT = [  # names, split, fold, what the line names
+    (SMALL, "paper", 0, "paper"),
+    (SMALL, "segment", 4, "fold 4"),
+    (["A_8bars_1_1", "B_8bars_1_1"], "segment", 0, "train"),
+    ([], "random", 0, "0 performances"),
+    ([name for name in SMALL if "D935" not in name], "piece", 1, "test"),
+    ([*SMALL, " Schubert_D960_mv2_8bars_1_01"], "segment", 0, "Schubert_D960_mv2_8bars_1_01"),
+    ([*SMALL, "A_8bars_Me_06"], "segment", 0, "'A_8bars_Me_06'"),
+    ([*SMALL, "a b_8bars_1_06"], "segment", 0, "'a b_8bars_1_06'"),
+]
+
+
+@pytest.mark.parametrize(("names", "split", "fold", "named"), UNSPLIT)
 def test_what_cannot_be_split_is_refused(names, split, fold, named, capsys):
     refused(lambda: data.split_percepiano(names, split, fold), capsys, named)
 
@@ -146,7 +126,7 @@ def test_what_cannot_be_split_is_refused(names, split, fold, named, capsys):
 @CASES
 def test_sizes_and_groups_of_the_public_names(names, split, fold):
     parts = data.split_percepiano(names, split, fold)
-    assert lengths(parts) == SIZES[split, fold][0]
+    assert lengths(parts) == WHOLE[split][fold]
     key = GROUP_OF["segment" if split == "piece" else split]
     train, valid, test = ({key(name) for name in parts[part]} for part in ("train", "valid", "test"))
     assert not train & valid
@@ -162,21 +142,9 @@ def test_segment_test_part_is_the_withheld_list(names):
     test = data.split_percepiano(names, "segment", 0)["test"]
     assert (len(withheld), len(test)) == (15, 182)
     assert {data.segment_of(name) for name in test} == withheld
-    assert set(names) - set(data.read_labels(ROOT)[0]) == set(test)
+    assert set(names) - set(data.read_labels(ROOT)) == set(test)
 
 
-@needs_shared
-def test_performer_parts_by_hand(names):
-    parts = data.split_percepiano(names, "performer", 0)
-    players = {part: {GROUP_OF["performer"](name) for name in kept} for part, kept in parts.items()}
-    assert players["test"] == {(True, "2"), (True, "3"), (False, "1"), (False, "2")}
-    assert players["valid"] == {(True, "4"), (True, "7"), (False, "3"), (False, "4")}
-    assert {(True, "1"), (True, "Score"), (True, "Score2"), (False, "0")} <= players["train"]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Shared passages
-# ----------------------------------------------------------------------------------------------------------
 def notes(numbers, onset=None):
     numbers = np.asarray(numbers)
     onset = np.arange(len(numbers)) if onset is None else onset
@@ -214,34 +182,34 @@ def test_drop_overlaps_by_hand(capsys):
 
 @pytest.mark.slow
 @needs_shared
-@CASES
-def test_no_run_of_16_survives_between_parts(performances, shared, split, fold):
+def test_no_run_of_16_survives_between_parts():
     """A brute-force second opinion: every run as text, looked for in the other parts' runs."""
+    files = (ROOT / data.MIDI_FOLDER).glob("*.mid")
+    performances = {path.stem.strip(): data.read_midi(path) for path in files}
+    shared = data.overlaps(performances)
     assert (len(shared), sum(map(len, shared.values()))) == (493, 2 * 345)
-    parts = data.drop_overlaps(data.split_percepiano(performances, split, fold), shared)
-    assert lengths(parts) == SIZES[split, fold][1]
-    seen = {part: set() for part in parts}
-    for part, kept in parts.items():
-        for played in map(performances.get, kept):
-            rows = sorted(zip(played.onset, played.pitch, played.velocity, strict=True))
-            line = [f"{pitch}:{velocity}" for _, pitch, velocity in rows]
-            seen[part] |= {" ".join(line[i : i + 16]) for i in range(len(line) - 15)}
-    assert not seen["train"] & seen["valid"]
-    assert not (seen["train"] | seen["valid"]) & seen["test"]
-    assert performances.keys() - set(sum(parts.values(), [])) <= shared.keys()
+    runs = {}
+    for name, played in performances.items():
+        rows = sorted(zip(played.onset, played.pitch, played.velocity, strict=True))
+        line = [f"{pitch}:{velocity}" for _, pitch, velocity in rows]
+        runs[name] = {" ".join(line[i : i + 16]) for i in range(len(line) - 15)}
+    for split in WHOLE:
+        for fold in range(4):
+            parts = data.drop_overlaps(data.split_percepiano(performances, split, fold), shared)
+            assert lengths(parts) == KEPT[split][fold]
+            seen = {part: set().union(*map(runs.get, kept)) for part, kept in parts.items()}
+            assert not seen["train"] & seen["valid"]
+            assert not (seen["train"] | seen["valid"]) & seen["test"]
+            assert performances.keys() - set(sum(parts.values(), [])) <= shared.keys()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Labels and ratings
-# ----------------------------------------------------------------------------------------------------------
 NAME, BAD = "Schubert_D960_mv2_8bars_3_06", "Schubert_D960_mv2_8bars_5_06"
 HEADER = ["user", "dataID", "filename", *range(20), "message"]
 
 
-def write_labels(root, mean=(), std=(), rows=None):
+def write_labels(root, mean=(), rows=None):
     row = [i / 20 for i in range(19)]
     (root / data.MEAN_FILE).write_text(json.dumps({f" {NAME}": [*row, 7]} | dict(mean)))
-    (root / data.STD_FILE).write_text(json.dumps({NAME: row} | dict(std)))
     if rows is not None:
         (root / "labels").mkdir(exist_ok=True)
         lines = [",".join(map(str, row)) for row in [HEADER, *rows]]
@@ -257,8 +225,8 @@ def test_labels_and_ratings_by_hand(tmp_path):
         [9, 1, f"{NAME}.wav", 8.0, *plain, "", ""],
     ]
     write_labels(tmp_path, rows=rows)
-    mean, std, counts = data.read_labels(tmp_path)
-    assert (list(mean), list(std), counts) == ([NAME], [NAME], {NAME: 3})
+    mean = data.read_labels(tmp_path)
+    assert list(mean) == [NAME]
     np.testing.assert_array_equal(mean[NAME], np.arange(19) / 20)
     raters, names, ratings = data.read_ratings(tmp_path)
     assert (raters.tolist(), names.tolist()) == ([7, 7, 8], [NAME] * 3)
@@ -266,63 +234,40 @@ def test_labels_and_ratings_by_hand(tmp_path):
     np.testing.assert_array_equal(ratings[:, 1:], np.full((3, 18), 3.0))
 
 
-HALF = [0.5] * 18
-ENTRIES = [  # mean and deviation of BAD (None: no such key), file and what else the line names
-    ([0.5, *HALF], [0.5, *HALF], data.MEAN_FILE, "20"),
-    ([0.5, *HALF, 1], [0.5, *HALF, 1], data.STD_FILE, "19"),
-    (0.5, [0.5, *HALF], data.MEAN_FILE, "20"),
-    ([float("nan"), *HALF, 1], [0.5, *HALF], data.MEAN_FILE, "Timing_Stable_Unstable"),
-    ([1.01, *HALF, 1], [0.5, *HALF], data.MEAN_FILE, "1.01"),
-    ([0.5, *HALF, 1], ["0.5", *HALF], data.STD_FILE, "'0.5'"),
-    ([True, *HALF, 1], [0.5, *HALF], data.MEAN_FILE, "True"),
-    (None, [0.5, *HALF], data.MEAN_FILE, "key"),
-    ([0.5, *HALF, 1], None, data.STD_FILE, "key"),
+# (mean of BAD, what the line names)
+ENTRIES = [
+    ([0.5] * 19, ""),
+    (0.5, ""),
+    ([float("nan")] + [0.5] * 19, "nan"),
+    ([1.01] + [0.5] * 19, "1.01"),
+    (["x"] * 20, "'x'"),
+    ([10**400] * 20, ""),
 ]
 
 
-@pytest.mark.parametrize(("mean", "std", "file", "named"), ENTRIES)
-def test_bad_label_entries_are_refused_or_noted(tmp_path, mean, std, file, named, capsys):
-    write_labels(tmp_path, {BAD: mean} if mean else (), {BAD: std} if std else ())
-    line = refused(lambda: data.read_labels(tmp_path), capsys, tmp_path / file, BAD, named)
+@pytest.mark.parametrize(("mean", "named"), ENTRIES)
+def test_bad_label_entries_are_refused_or_noted(tmp_path, mean, named, capsys):
+    write_labels(tmp_path, {BAD: mean})
+    line = refused(lambda: data.read_labels(tmp_path), capsys, tmp_path / data.MEAN_FILE, BAD, named)
     problems = []
-    assert list(data.read_labels(tmp_path, problems)[0]) == [NAME]
+    assert list(data.read_labels(tmp_path, problems)) == [NAME]
     assert [f"x.py: {problem}" for problem in problems] == [line]
 
 
-@pytest.mark.parametrize("file", [data.MEAN_FILE, data.STD_FILE])
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        b"",
-        b"<html>",
-        b"\xff\xfe\x00\x01",
-        b'{"a": [0.5, ',
-        b"[" * 100_000,
-        b"[1, 2]",
-        b'{"a": 1, " a": 1}',
-    ],
-)
-def test_bad_label_files_are_refused(tmp_path, file, content, capsys):
-    write_labels(tmp_path)
-    if content is None:
-        (tmp_path / file).unlink()
-    else:
-        (tmp_path / file).write_bytes(content)
-    refused(lambda: data.read_labels(tmp_path), capsys, tmp_path / file)
+LABEL_FILES = [b"", b"<html>", b"\xff\xfe\x00\x01", b"[" * 100_000, b"[1, 2]"]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        [7, 1],
-        ["x", 1, NAME, *[3] * 19],
-        [7, 1, NAME, *[3] * 18],
-        [7, 1, NAME, "a", *[3] * 18],
-        [7, 1, NAME, "nan", *[3] * 18],
-        [7, 1, NAME, -1, *[3] * 18],
-    ],
-)
+@pytest.mark.parametrize("content", LABEL_FILES)
+def test_bad_label_files_are_refused(tmp_path, content, capsys):
+    refused(lambda: data.read_labels(tmp_path), capsys, tmp_path / data.MEAN_FILE)
+    (tmp_path / data.MEAN_FILE).write_bytes(content)
+    refused(lambda: data.read_labels(tmp_path), capsys, tmp_path / data.MEAN_FILE)
+
+
+ROWS = [[7, 1], ["x", 1, NAME, *[3] * 19], *([7, 1, NAME, bad, *[3] * 18] for bad in ("a", "nan", -1))]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_bad_rating_rows_are_named(tmp_path, row, capsys):
     write_labels(tmp_path, rows=[[7, 1, NAME, *[3] * 19, "", ""], row])
     refused(lambda: data.read_ratings(tmp_path), capsys, tmp_path / data.RATINGS_FILE, "line 3")
@@ -338,12 +283,9 @@ def test_other_ratings_files_are_refused(tmp_path, capsys):
 
 @needs_shared
 def test_ratings_explain_the_public_labels():
-    mean, std, counts = data.read_labels(ROOT)
+    mean = data.read_labels(ROOT)
     raters, names, ratings = data.read_ratings(ROOT)
-    assert (len(mean), len(std), len(counts)) == (1020, 1020, 1020)
-    assert (ratings.shape, len(set(raters))) == ((12253, 19), 63)
-    assert (min(counts.values()), max(counts.values())) == (4, 18)
+    assert (len(mean), ratings.shape, len(set(raters))) == (1020, (12253, 19), 63)
     for name in mean:
         rows = ratings[names == name]
         np.testing.assert_allclose(np.nanmean(rows, axis=0) / 7, mean[name], atol=1e-6, rtol=0)
-        np.testing.assert_allclose(np.nan_to_num(rows).std(axis=0) / 7, std[name], atol=1e-6, rtol=0)

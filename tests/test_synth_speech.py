@@ -1,4 +1,4 @@
-"""The synthetic speech corpus: layout, determinism, its sentences, and that its phonemes can be learnt."""
+"""The synthetic speech corpus: layout, determinism, its sentences."""
 
 import hashlib
 import re
@@ -8,24 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy.io import loadmat
 
 import data
 from data import (
     SPEECH_WORDS,
     DataError,
-    collate_speech,
     convert_speech,
     frames_needed,
     open_speech,
     phonemize,
-    speech_item,
-    speech_parts,
     synth_speech,
 )
-from eval import ctc_greedy, error_rate, per_counts
-from models import GRUDecoder, output_frames
+from models import output_frames
 
 PARTS = ("train", "test", "competitionHoldOut")
 VERSION_1 = 1, [169, 263, 164, 228, 204, 189, 215, 203], "508054b6"
@@ -66,7 +61,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"days": 0}, {"days": 100}, {"trials": 5}, {"trials": 1000}, {"bins": 3.9}, {"bins": float("nan")}],
+    [{"days": 0}, {"trials": 1000}, {"bins": float("nan")}],
 )
 def test_odd_sizes_are_refused(sizes, tmp_path):
     with pytest.raises(DataError, match=r"new: .*expected 1\.\.99, 6\.\.999, 4\.\.40"):
@@ -75,8 +70,8 @@ def test_odd_sizes_are_refused(sizes, tmp_path):
 
 
 def test_a_full_folder_stays_and_a_broken_run_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_mat_bytes", lambda table: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(data, "_mat_bytes", lambda table: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         synth_speech(tmp_path / "new", days=1, trials=6)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine.txt").write_text("keep")
@@ -90,7 +85,7 @@ def test_layout_is_the_public_one(root, files):
     names = {part: sorted(p.name for p in (root / "competitionData" / part).iterdir()) for part in PARTS}
     assert len(names["train"]) == 3
     assert names["test"] == names["train"]
-    assert set(names["competitionHoldOut"]) < set(names["train"])  # 15 of 24 days in the public data
+    assert names["competitionHoldOut"] == names["train"][1:]  # without the first, 15 of 24 in the public data
     assert all(re.fullmatch(r"t12\.20\d\d\.\d\d\.\d\d\.mat", name) for name in names["train"])
     kinds = dict.fromkeys(("tx1", "tx2", "tx3", "tx4"), np.uint8) | {"spikePow": np.float32}
     for part, count in zip(PARTS, (12, 2, 2), strict=True):
@@ -101,13 +96,6 @@ def test_layout_is_the_public_one(root, files):
                 assert file[name].shape == (1, count)
                 assert [x.shape for x in file[name][0]] == [(len(x), 256) for x in file["tx1"][0]]
                 assert {x.dtype for x in file[name][0]} == {np.dtype(kind)}
-
-
-def test_competition_lacks_three_days_in_eight(tmp_path):
-    synth_speech(tmp_path / "c", days=8, trials=6, bins=4)
-    names = [sorted(p.name for p in (tmp_path / "c/competitionData" / part).iterdir()) for part in PARTS]
-    assert names[0] == names[1]
-    assert names[2] == [name for i, name in enumerate(names[0]) if i not in (0, 3, 7)]
 
 
 def test_stricter_thresholds_are_crossed_less_often(files):
@@ -168,18 +156,13 @@ def test_days_drift_apart_slowly():
 
 
 def test_the_built_in_corpus_is_written_once(tmp_path, monkeypatch):
-    calls = []
-    write = data._write_speech
-
-    def small(root, seed, days, trials, bins):
-        calls.append((days, trials, bins))
-        write(root, seed, 1, 6, 4.0)
-
-    monkeypatch.setattr(data, "_write_speech", small)
+    calls, write = [], data.synth_speech
+    monkeypatch.setattr(
+        data, "synth_speech", lambda root, **sizes: [calls.append(sizes), write(root, days=1)]
+    )
     first = data.synthetic_speech(tmp_path)
     assert data.synthetic_speech(tmp_path) == first
-    assert calls == [(4, 100, 6.0)]
-    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+    assert calls == [{"days": 4, "trials": 100, "bins": 6.0}]
 
 
 def test_a_changed_corpus_needs_another_version(tmp_path):
@@ -193,50 +176,3 @@ def test_a_changed_corpus_needs_another_version(tmp_path):
     found = data.SPEECH_VERSION, corpus.lengths.tolist(), labels
     assert found == VERSION_1
     assert float((corpus.features * weights).mean()) == pytest.approx(WEIGHTED_1, abs=1e-6)
-
-
-def held_out_per(corpus, shuffle: bool) -> float:
-    """PER on the test part of a small GRU after 200 steps; `shuffle`: training labels are another trial's."""
-    parts, rng = speech_parts(corpus, "test"), np.random.default_rng(0)
-    torch.manual_seed(0)
-    items, held = ([speech_item(corpus, i) for i in parts[part]] for part in ("train", "test"))
-    if shuffle:
-        order = rng.permutation(len(items))
-        items = [item | {"labels": items[j]["labels"]} for item, j in zip(items, order, strict=True)]
-    model = GRUDecoder(
-        corpus.channels, len(corpus.days), hidden=64, layers=1, kernel=14, layer_norm=True, smooth_taps=21
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=200, pct_start=0.15)
-    for _ in range(200):
-        batch = collate_speech([items[i] for i in rng.choice(len(items), 4, replace=False)])
-        x = batch["x"] + 0.2 * torch.randn_like(batch["x"])
-        logits, frames = model(x, batch["lengths"], batch["day"])
-        scores = logits.log_softmax(2).transpose(0, 1)
-        loss = torch.nn.functional.ctc_loss(
-            scores, batch["labels"], frames, batch["label_lengths"], zero_infinity=True
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    batch = collate_speech(held)
-    with torch.no_grad():
-        decoded = ctc_greedy(*model.eval()(batch["x"], batch["lengths"], batch["day"]))
-    return error_rate(per_counts([item["labels"].tolist() for item in held], decoded))
-
-
-@pytest.mark.slow
-def test_phonemes_are_learnable_and_shuffled_ones_are_not(tmp_path):
-    synth_speech(tmp_path / "in", days=2, trials=60, bins=5.0)
-    convert_speech(tmp_path / "in", tmp_path / "out", channels=128, quiet=True)
-    corpus = open_speech(tmp_path / "out")
-    parts = speech_parts(corpus, "test")
-    held = [corpus.labels[i].tolist() for i in parts["test"]]
-    answers = [[corpus.labels[i].tolist()] * len(held) for i in parts["train"]]
-    chance = min(error_rate(per_counts(held, answer)) for answer in answers)  # the best fixed answer
-    assert 0.65 < chance < 0.75
-    learnt, shuffled = held_out_per(corpus, shuffle=False), held_out_per(corpus, shuffle=True)
-    assert 0.2 < learnt < chance - 0.12
-    assert shuffled > chance - 0.02

@@ -22,9 +22,10 @@ import eval as evaluation
 import pretrain_ast
 import train_decoder
 import train_han
-from models import HAN, GRUDecoder, load_checkpoint
+from models import GRUDecoder, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+WRONG = ("--batch 0", "--dropout 3", "--ema 1", "--lr nan", "--seed -1", "--max-steps 0")
 LOG_KEYS = {"step", "epoch", "time", "loss", "lr", "norm", "skipped"}
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -45,7 +46,6 @@ class Case:
     switches: tuple[str, ...]  # each trains one step
     one_pass: str  # every item once at most
     endless: str
-    wrong: tuple[str, ...]  # options out of range
     score: tuple[str, Callable]  # key of the final metrics, and where eval.main returns the same
     main_job: tuple[str, str, Callable]  # README's first command, its score's key, what that must reach
 
@@ -76,7 +76,6 @@ CASES = {
                   "--features score --pooled", "--features perf --level beat", "--level measure --amp bf16"),
         one_pass="--epochs 1",
         endless="--epochs 10000 --patience 0",
-        wrong=("--batch 0", "--dropout 3", "--epochs 0", "--lr nan", "--seed -1"),
         score=("valid_r2", lambda figures: figures["valid"]["all"]["mean"]["r2"]),
         main_job=("--lr 2.5e-5 --fold 0", "valid_r2", lambda score: score > 0.15),
     ),
@@ -100,7 +99,6 @@ CASES = {
                   "--kernel 14 --stride 3 --smooth-width 0 --layers 1", "--optimizer sgd --momentum 0"),
         one_pass="--max-steps 3",
         endless="--steps 1000000 --workers 1",
-        wrong=("--batch 0", "--dropout 3", "--steps 0", "--lr nan", "--seed -1", "--reduce-on-nan 0"),
         score=("valid_per", lambda figures: figures["per"]),
         main_job=("--lr 0.0012", "valid_per", lambda score: score < 0.6),
     ),
@@ -127,7 +125,6 @@ CASES = {
                   "--task pretrain --online", "--task pretrain --checkpointing --amp bf16"),
         one_pass="--epochs 1",
         endless="--epochs 10000 --patience 0",
-        wrong=("--batch 0", "--dropout 3", "--epochs 0", "--lr nan", "--seed -1"),
         score=("valid_r2", lambda figures: figures["valid"]["all"]["mean"]["r2"]),
         main_job=("", "valid_accuracy", lambda score: score > 0.06),
     ),
@@ -137,8 +134,7 @@ TRAINERS = {name: case.module for name, case in CASES.items()}
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def write_corpus(tmp_path_factory):
     """Options that name a trainer's small corpus, written on first use."""
     root = tmp_path_factory.mktemp("corpora")
 
@@ -148,6 +144,9 @@ def corpus(tmp_path_factory):
         return ["--data", str(root / name), "--cache", str(root / f"{name}_cache")]
 
     return options
+
+
+corpus = pytest.fixture(scope="module")(write_corpus)
 
 
 def command(name, corpus, out, *options):
@@ -232,18 +231,15 @@ def test_six_steps_equal_three_and_three(name, run, options):
 @each_trainer
 def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
-    out = run(name, "--max-steps 1 --name one")
-    ckpt = last(out["folder"])
+    folder = run(name, "--max-steps 1 --name one")["folder"]
     refused = [("", tmp_path / "nothing.pt", "nothing.pt"), ("", tmp_path / "foreign.pt", "foreign.pt")]
-    refused += [
-        (option, Path(out["folder"]) / "last.pt", option.split()[0]) for option in CASES[name].refused
-    ]
+    refused += [(option, f"{folder}/last.pt", option.split()[0]) for option in CASES[name].refused]
+    ckpt = last(folder)
     for key in ("optimizer", "rng", "args", "data"):
-        torch.save({**ckpt, key: None}, tmp_path / f"{key}.pt")
+        torch.save(ckpt | {key: None}, tmp_path / f"{key}.pt")
         refused.append(("", tmp_path / f"{key}.pt", key))
     torch.save(ckpt | {"data": ckpt["data"] | {"synthetic": False}}, tmp_path / "other.pt")
-    refused.append(("", tmp_path / "other.pt", "other.pt"))
-    for option, path, named in refused:
+    for option, path, named in [*refused, ("", tmp_path / "other.pt", "other.pt")]:
         with pytest.raises(data.DataError, match=named.replace("--no-", "--")):
             run(name, option, f"--resume {path}")
 
@@ -251,39 +247,32 @@ def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
 @each_trainer
 def test_resume_takes_its_options_from_the_checkpoint(name, run):
     options, kept = CASES[name].kept
-    out = run(name, options, "--max-steps 2 --name kept")
-    argv = [*resume(out["folder"]).split(), "--data", "elsewhere", "--max-steps", "5"]
-    args = TRAINERS[name].parse_args(argv)
-    assert (args.data, args.max_steps) == ("elsewhere", 5)
-    assert {k: getattr(args, k) for k in kept} == kept
+    folder = run(name, options, "--max-steps 2 --name kept")["folder"]
     length = next(k for k in ("epochs", "steps") if k in kept)
-    assert getattr(TRAINERS[name].parse_args([*argv, f"--{length}", "9"]), length) == 9
+    argv = f"{resume(folder)} --data elsewhere --max-steps 5 --{length} 9".split()
+    args = vars(TRAINERS[name].parse_args(argv))
+    expected = kept | {"data": "elsewhere", "max_steps": 5, length: 9}
+    assert {k: args[k] for k in expected} == expected
 
 
 def spoil_first(monkeypatch, name):
     """The training item that is read first holds NaN; returns the list that will hold its name."""
     spoiled = []
-
-    def spoil_items(*a):
-        items, key = whole(*a), "x" if name == "train_han" else "fbank"
-        if not spoiled:
-            items[0][key] = items[0][key] * np.nan
-            spoiled.append(items[0]["name"])
-        return items
-
-    def spoil_speech(corpus, i):
-        item = whole(corpus, i)
-        if item["id"] == (spoiled or [item["id"]])[0]:
-            item["x"] = item["x"] * np.nan
-            spoiled[:] = [item["id"]]
-        return item
-
-    function, spoil = {
-        "train_han": ("prepare_han", spoil_items),
-        "pretrain_ast": ("prepare_ast", spoil_items),
-        "train_decoder": ("speech_item", spoil_speech),
+    function, key, named = {
+        "train_han": ("prepare_han", "x", "name"),
+        "pretrain_ast": ("prepare_ast", "fbank", "name"),
+        "train_decoder": ("speech_item", "x", "id"),
     }[name]
     whole = getattr(data, function)
+
+    def spoil(*a):
+        found = whole(*a)
+        item = found if isinstance(found, dict) else (found or [{named: ""}])[0]
+        if item[named] == (spoiled or [item[named]])[0]:
+            item[key] = item[key][:] * np.nan
+            spoiled[:] = [item[named]]
+        return found
+
     monkeypatch.setattr(data, function, spoil)
     return spoiled
 
@@ -299,23 +288,15 @@ def test_nan_sample_is_skipped_counted_and_named(name, run, monkeypatch):
 
 
 @each_trainer
-def test_nan_step_leaves_weights_untouched_and_advances(name, run, monkeypatch):
-    start = run(name, "--max-steps 1 --name start")
-    before = last(start["folder"])
+def test_nan_steps_leave_the_weights_advance_and_stop_in_a_row(name, run, monkeypatch):
+    folder = run(name, "--max-steps 1 --name start")["folder"]
+    before = last(folder)
     spoil_steps(monkeypatch, name)
-    run(name, "--max-steps 3", resume(start["folder"]))
-    after = last(start["folder"])
-    assert after["step"] == 3
-    assert after["skipped"] == {"bad": 2, "overflow": 0}
+    run(name, "--max-steps 3", resume(folder))
+    after = last(folder)
+    assert (after["step"], after["skipped"]) == (3, {"bad": 2, "overflow": 0})
     assert all(torch.equal(v, after["model"][k]) for k, v in before["model"].items())
-
-
-@each_trainer
-def test_nan_in_a_row_stops_with_step_and_names(name, run, monkeypatch):
-    spoil_steps(monkeypatch, name)
-    with pytest.raises(
-        data.DataError, match=r"step 3: 3 non-finite updates in a row, the last with \w\S+, \w"
-    ):
+    with pytest.raises(data.DataError, match=r"step 3: 3 non-finite updates .* \w\S+, \w"):
         run(name, "--max-skips 3")
 
 
@@ -339,39 +320,38 @@ def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
 
 
 @each_trainer
-def test_log_keys_and_run_folder(name, run):
-    out = run(name, "--name keys")
-    lines = records(out["folder"])
+def test_log_keys_run_folder_and_eval_reproduces_the_score(name, run, corpus, capsys):
+    out = run(name, "--name score --ema 0.9")
+    folder = Path(out["folder"])
+    lines = records(folder)
     steps = [r for r in lines if "loss" in r]
     assert len(steps) > 2
     assert all(r.keys() >= LOG_KEYS for r in steps)
     assert sum("valid_loss" in r for r in lines) == 2
-    files = {path.name for path in Path(out["folder"]).iterdir()}
-    assert files == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
-    assert json.loads((Path(out["folder"]) / "args.json").read_text())["batch"] == 4
-    again = run(name, "--max-steps 1 --name keys")
-    assert Path(again["folder"]).name == "keys_2"
-
-
-@each_trainer
-def test_eval_reproduces_the_logged_score(name, run, corpus, capsys):
-    out = run(name, "--name score --ema 0.9")
+    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert json.loads((folder / "args.json").read_text())["batch"] == 4
     key, figure = CASES[name].score
-    measured = evaluation.main(["--ckpt", str(Path(out["folder"]) / "best.pt"), *corpus(name)])
+    measured = evaluation.main(["--ckpt", str(folder / "best.pt"), *corpus(name)])
     assert figure(measured) == pytest.approx(out[key], abs=1e-6)
     assert "SYNTHETIC" in capsys.readouterr().out
+    assert Path(run(name, "--max-steps 1 --name score")["folder"]).name == "score_2"
 
 
-def test_han_checkpoint_carries_what_inference_needs(run):
-    out = run("train_han", "--max-steps 1 --pooled --name carry")
-    model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")
-    assert isinstance(model, HAN)
-    info = ckpt["data"]
-    assert info["labels"] == list(data.LABELS)
-    assert (info["split"], info["fold"], info["synthetic"], info["features"]) == ("segment", 0, True, "full")
-    sizes = {len(info[key]) for key in ("columns", "mean", "std")} | {model.model_args["input_size"]}
+def test_checkpoints_carry_what_inference_needs(run):
+    ckpt = last(run("train_han", "--max-steps 1 --pooled --name carry")["folder"])
+    expected = {"labels": list(data.LABELS), "split": "segment", "fold": 0, "synthetic": True}
+    assert {key: ckpt["data"][key] for key in expected} == expected
+    sizes = {len(ckpt["data"][key]) for key in ("columns", "mean", "std")} | {
+        ckpt["model_args"]["input_size"]
+    }
     assert sizes == {len(data.column_names(data.FEATURES))}
-    assert info["quantiles"].shape == (101, model.model_args["stats_size"])
+    assert ckpt["data"]["quantiles"].shape == (101, ckpt["model_args"]["stats_size"])
+    ckpt = last(run("train_decoder", "--max-steps 1 --name carry")["folder"])
+    expected = {"phonemes": list(data.PHONEMES), "rules": data.speech_rules(), "valid": "blocks"}
+    expected |= {"synthetic": True, "channels": 256}
+    assert {key: ckpt["data"][key] for key in expected} == expected
+    assert len(ckpt["data"]["days"]) == ckpt["model_args"]["days"] == 2
+    assert (ckpt["task"], ckpt["scheduler"], ckpt["args"]["amp"]) == ("decoder", {"rate": 1.0}, "off")
 
 
 @pytest.mark.parametrize(
@@ -381,22 +361,17 @@ def test_every_preset_and_switch_trains_one_step(name, run, options):
     assert math.isfinite(run(name, options, "--max-steps 1 --name switch")["valid_loss"])
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "steps", "expected"),
-    [
-        ("train_han", "--step-size 10 --gamma 0.5", (0, 9, 10, 25), [1, 1, 0.5, 0.25]),
-        ("train_han", "--schedule cosine --warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.5, 0]),
-        ("train_decoder", "--warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.6, 0.2]),
-        ("train_decoder", "--warmup 10 --lr-schedule linear", (4, 10, 35, 110, 200), [0.5, 1, 0.8, 0.2, 0.2]),
-        (
-            "train_decoder",
-            "--warmup 0 --lr-schedule step --step-size 9 --gamma 0.5",
-            (0, 8, 9, 26),
-            [1, 1, 0.5, 0.25],
-        ),
-        ("train_decoder", "--warmup 0 --lr-schedule constant", (0, 50, 109), [1, 1, 1]),
-    ],
-)
+RATES = [  # of 110 steps
+    ("train_han", "--step-size 10 --gamma 0.5", (0, 9, 10, 25), [1, 1, 0.5, 0.25]),
+    ("train_han", "--schedule cosine --warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.5, 0]),
+    ("train_decoder", "--warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.6, 0.2]),
+    ("train_decoder", "--warmup 10 --lr-schedule linear", (4, 10, 35, 110, 200), [0.5, 1, 0.8, 0.2, 0.2]),
+    ("train_decoder", "--warmup 0 --lr-schedule step --step-size 9 --gamma 0.5", (8, 9, 26), [1, 0.5, 0.25]),
+    ("train_decoder", "--warmup 0 --lr-schedule constant", (0, 50, 109), [1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "steps", "expected"), RATES)
 def test_learning_rate_is_a_pure_function_of_the_step(name, options, steps, expected):
     options = f"--data DIR --lr 1 {'--lr-end 0.2 ' if name == 'train_decoder' else ''}{options}"
     args = TRAINERS[name].parse_args(options.split())
@@ -408,29 +383,21 @@ def test_han_diagnoses_and_stops(fold, run, capsys):
     """The reports of HAN.md: activations of the first batch, gradients by part of every step, of three."""
     run("train_han", f"--diagnose --name look --fold {fold}")
     said = capsys.readouterr().out
-    assert said.count('"stage_std"') == said.count('"gradients"') / 3 == (4 if fold == "all" else 1)
-    for name in (
-        "embedding",
-        "contractor",
-        "context_vectors",
-        "head_to_encoder",
-        "flat_dimensions",
-        "std_ratio",
-    ):
+    assert said.count('"activations"') == said.count('"gradients"') / 3 == (4 if fold == "all" else 1)
+    for name in ("contractor", "context_vectors", "head_to_encoder", "flat_dimensions", "std_ratio", "input"):
         assert f'"{name}"' in said
     assert ("four folds (SYNTHETIC)" in said) == (fold == "all")
 
 
 @each_trainer
 def test_command_line_errors_are_one_line(name, tmp_path, capsys):
-    for option in CASES[name].wrong:
+    trainer = TRAINERS[name]
+    for option in WRONG:
         with pytest.raises(SystemExit):
-            TRAINERS[name].parse_args(option.split())
+            trainer.parse_args(option.split())
         assert option.split()[1] in capsys.readouterr().err.splitlines()[-1]
-    for options, named in (["--device", "foo"], "foo"), (["--data", str(tmp_path)], tmp_path):
-        refused(
-            lambda options=options: TRAINERS[name].main(TRAINERS[name].parse_args(options)), capsys, named
-        )
+    for options in (["--device", "foo"], ["--data", str(tmp_path)]):
+        refused(lambda options=options: trainer.main(trainer.parse_args(options)), capsys, options[1])
 
 
 STEP_ORDER = (
@@ -461,47 +428,31 @@ def test_control_flow_keeps_its_order(name):
 # The phoneme decoder's own
 # ---------------------------------------------------------------------------------------------------------
 # fmt: off
-SHARED = {"hidden": 1024, "layers": 5, "kernel": 32, "stride": 4, "batch": 64, "steps": 10_000,
-          "offset_noise": 0.2, "smooth_width": 2.0, "bidirectional": False}
-ADAMW = {"optimizer": "adamw", "adam_eps": 1e-8, "weight_decay": 1e-4, "decay_all": False, "clip": 1.0,
-         "amp": "auto", "layer_norm": True, "smooth_taps": 21, "input_dropout": 0.1}
 PUBLISHED = {
-    "default": ADAMW | {"lr": 1.2e-3, "lr_schedule": "cosine", "warmup": 500, "ema": 0.9995, "dropout": 0.4,
-                        "white_noise": 0.8, "time_mask_prob": 1.0, "time_mask_width": 0.075,
-                        "time_mask_max": 20},
-    "baseline": {"optimizer": "adam", "adam_eps": 0.1, "lr": 0.02, "lr_schedule": "constant", "warmup": 0,
-                 "weight_decay": 1e-5, "decay_all": True, "clip": math.inf, "ema": 0.0, "amp": "off",
-                 "dropout": 0.4,
-                 "input_dropout": 0.0, "layer_norm": False, "smooth_taps": 20, "white_noise": 0.8,
-                 "time_mask_prob": 0.0},
-    "log": ADAMW | {"lr": 1.5e-3, "lr_schedule": "constant", "warmup": 0, "decay_all": True, "ema": 0.0,
-                    "dropout": 0.3, "white_noise": 0.2, "time_mask_prob": 0.1, "time_mask_width": 15,
-                    "time_mask_max": 2},
+    "default": "--hidden 1024 --layers 5 --kernel 32 --stride 4 --smooth-width 2 --no-bidirectional --steps"
+               " 10000 --optimizer adamw --adam-eps 1e-8 --lr 1.2e-3 --lr-schedule cosine --warmup 500"
+               " --batch 64 --weight-decay 1e-4 --no-decay-all --clip 1 --ema 0.9995 --dropout 0.4"
+               " --input-dropout 0.1 --layer-norm --smooth-taps 21 --white-noise 0.8 --offset-noise 0.2"
+               " --time-mask-prob 1 --time-mask-width 0.075 --time-mask-max 20 --amp auto",
+    "baseline": "--optimizer adam --adam-eps 0.1 --lr 0.02 --lr-schedule constant --warmup 0 --decay-all"
+                " --weight-decay 1e-5 --clip inf --ema 0 --amp off --input-dropout 0 --no-layer-norm"
+                " --smooth-taps 20 --time-mask-prob 0",
+    "log": "--lr 1.5e-3 --lr-schedule constant --warmup 0 --decay-all --ema 0 --dropout 0.3 --white-noise 0.2"
+           " --time-mask-prob 0.1 --time-mask-width 15 --time-mask-max 2",
 }
 # fmt: on
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_decoder_presets_hold_the_published_values(preset):
-    args = vars(train_decoder.parse_args(["--preset", preset, "--data", "DIR"]))
-    expected = SHARED | PUBLISHED[preset]
-    assert {name: args[name] for name in expected} == expected
+    args = vars(train_decoder.parse_args(["--data", "DIR", "--preset", preset]))
+    written = vars(train_decoder.parse_args(["--data", "DIR", *PUBLISHED[preset].split()]))
+    assert args == written | {"preset": preset}
     assert train_decoder.parse_args(["--preset", preset, "--adam-eps", "1e-3"]).adam_eps == 1e-3
 
 
-def test_decoder_checkpoint_carries_what_inference_needs(run):
-    out = run("train_decoder", "--max-steps 1 --name carry")
-    model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")
-    info = ckpt["data"]
-    assert info["phonemes"] == list(data.PHONEMES)
-    assert (info["valid"], info["synthetic"], info["channels"]) == ("blocks", True, 256)
-    assert info["rules"] == data.speech_rules()
-    assert len(info["days"]) == model.model_args["days"] == 2
-    assert (ckpt["task"], ckpt["scheduler"], ckpt["args"]["amp"]) == ("decoder", {"rate": 1.0}, "off")
-
-
 def test_decoder_logs_what_an_evaluation_must_say(run):
-    out = run("train_decoder", "--name logs --ema 0.5")
+    out = run("train_decoder", "--name logs --ema 0.5 --lr 0.03")
     lines = records(out["folder"])
     steps = [r for r in lines if "loss_of_200" in r]
     assert all(0 <= r["blank_fraction"] <= 1 and r["memory"] > 0 for r in steps)
@@ -510,92 +461,68 @@ def test_decoder_logs_what_an_evaluation_must_say(run):
     for r in evaluations:
         errors = r["valid_sub"] + r["valid_del"] + r["valid_ins"]
         assert r["valid_per"] == pytest.approx(errors / r["valid_labels"], abs=1e-6)
-        assert min(r["valid_per_raw"], r["valid_per_without_sil"]) > 0
+        assert r["valid_per_without_sil"] > 0
+        assert r["valid_loss"] != r["valid_loss_raw"]  # averaged beside raw weights
         assert sum(day["trials"] for day in r["valid_by_day"].values()) == r["valid_trials"]
-        assert all(set(s["reference"].split()) <= set(data.PHONEMES) for s in r["samples"])
         assert [s["reference"].split()[-1] for s in r["samples"]] == ["SIL"] * 3
     assert out["valid_per"] == pytest.approx(min(r["valid_per"] for r in evaluations), abs=1e-6)
-
-
-def test_decoder_evaluates_averaged_beside_raw_weights(run):
-    out = run("train_decoder", "--name averaged --ema 0.9 --lr 0.03 --steps 12")
     model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")
-    assert out["valid_loss"] != out["valid_loss_raw"]
-    assert any(not torch.equal(v, ckpt["ema"][k]) for k, v in ckpt["model"].items())
     assert all(torch.equal(v, ckpt["ema"][k]) for k, v in model.state_dict().items())
-    out = run("train_decoder", "--name raw --ema 0 --max-steps 4")
-    assert (out["valid_per"], out["valid_loss"]) == (out["valid_per_raw"], out["valid_loss_raw"])
 
 
 def test_decoder_reduces_its_rate_after_bad_updates_and_a_resume_keeps_it(run, monkeypatch):
     with monkeypatch.context() as patch:
         spoil_steps(patch, "train_decoder")
-        first = run("train_decoder", "--name reduced --reduce-on-nan 0.5 --max-steps 3")
-    assert [r["rate"] for r in records(first["folder"]) if "skip" in r] == [0.5, 0.25, 0.125]
-    run("train_decoder", resume(first["folder"]))
-    args = train_decoder.parse_args(resume(first["folder"]).split())
-    for r in records(first["folder"]):
-        if r["step"] > 3 and "loss_of_200" in r:
-            assert r["lr"] == pytest.approx(0.125 * train_decoder.lr_at(r["step"] - 1, args, 8), rel=1e-5)
-    assert last(first["folder"])["scheduler"] == {"rate": 0.125}
+        folder = run("train_decoder", "--name reduced --reduce-on-nan 0.5 --max-steps 3")["folder"]
+    assert [r["rate"] for r in records(folder) if "skip" in r] == [0.5, 0.25, 0.125]
+    run("train_decoder", resume(folder))
+    args = train_decoder.parse_args(resume(folder).split())
+    for r in [r for r in records(folder) if r["step"] > 3 and "loss_of_200" in r]:
+        assert r["lr"] == pytest.approx(0.125 * train_decoder.lr_at(r["step"] - 1, args, 8), rel=1e-5)
+    assert last(folder)["scheduler"] == {"rate": 0.125}
 
 
 def test_decoder_reports_trials_that_do_not_fit(run, corpus, capsys):
-    """At the stride at which half of the trials have fewer frames than labels."""
     with pytest.raises(data.DataError, match="--stride 100"):
         run("train_decoder", "--kernel 100 --stride 100")
     _, folder, _, cache = corpus("train_decoder")
     speech = data.open_speech(folder, cache)
-    parts = data.speech_parts(speech)
     needed = np.array([data.frames_needed(labels) for labels in speech.labels])
-    trials = np.concatenate([parts["train"], parts["valid"]])
-
-    def short(part, stride):
-        return int(((speech.lengths[part] - 24) // stride + 1 < needed[part]).sum())
-
-    stride = next(s for s in range(1, 50) if short(trials, s) >= len(trials) / 2)
+    short = (speech.lengths - 24) // 6 + 1 < needed
+    assert short.any()
     capsys.readouterr()
-    out = run("train_decoder", f"--kernel 24 --stride {stride} --name few")
+    out = run("train_decoder", "--kernel 24 --stride 6 --name few")
     said = capsys.readouterr().out
-    for part in ("train", "valid"):
-        assert f"{part}: {len(parts[part])} trials, {short(parts[part], stride)} too short" in said
-    assert out["valid_trials"] == len(parts["valid"])
-    assert math.isfinite(out["valid_loss"]) == (short(parts["valid"], stride) < len(parts["valid"]))
+    for part, trials in data.speech_parts(speech).items():
+        wanted = f"{part}: {len(trials)} trials, {short[trials].sum()} too short"
+        assert (wanted in said) == (part in ("train", "valid"))
+    assert out["valid_trials"] == len(data.speech_parts(speech)["valid"])
 
 
-def test_decoder_empty_trials_neither_train_nor_crash(run, monkeypatch):
-    whole = data.speech_parts
-
-    def cut(corpus, *a):
-        parts = whole(corpus, *a)
-        keep = corpus.lengths
-        keep[[parts["train"][0], parts["valid"][0]]] = 0, 20  # no bin at all, and less than a window
-        pieces = [corpus.features[o : o + n] for o, n in zip(corpus.offsets, keep, strict=False)]
-        corpus.features, corpus.offsets = np.concatenate(pieces), np.concatenate([[0], np.cumsum(keep)])
-        return parts
-
-    monkeypatch.setattr(data, "speech_parts", cut)
-    out = run("train_decoder", "--name empty")
-    assert math.isfinite(out["valid_loss"])
-    assert out["valid_del"] > 0
-
-
-def test_a_day_without_training_trials_has_no_layer(run, corpus, monkeypatch):
-    """Nothing would train it: the mean of the others stands in for it, and eval.py wants that to be said."""
+def test_decoder_trains_beside_empty_trials_and_without_a_day(run, corpus, monkeypatch):
+    """Nothing would train the layer of a day without trials: the others' mean stands in, eval.py wants that
+    to be said."""
     whole = data.speech_parts
 
     def without_first_day(speech, *a):
         parts = whole(speech, *a)
+        keep = speech.lengths
+        keep[[parts["train"][-1], parts["valid"][-1]]] = 0, 20  # no bin at all, and less than a window
+        pieces = [speech.features[o : o + n] for o, n in zip(speech.offsets, keep, strict=False)]
+        speech.features, speech.offsets = np.concatenate(pieces), np.concatenate([[0], np.cumsum(keep)])
         return parts | {"train": parts["train"][speech.day[parts["train"]] > 0]}
 
-    monkeypatch.setattr(data, "speech_parts", without_first_day)
-    folder = Path(run("train_decoder", "--name one_day_less")["folder"])
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "speech_parts", without_first_day)
+        out = run("train_decoder", "--name one_day_less")
+    assert math.isfinite(out["valid_loss"])
+    assert out["valid_del"] > 0
     _, root, _, cache = corpus("train_decoder")
     days = data.open_speech(root, cache).days
-    assert last(folder)["data"]["days"] == days[1:]
-    assert last(folder)["model_args"]["days"] == len(days) - 1
+    assert last(out["folder"])["data"]["days"] == days[1:]
+    assert last(out["folder"])["model_args"]["days"] == len(days) - 1
     with pytest.raises(data.DataError, match=days[0]):
-        evaluation.main(["--ckpt", str(folder / "best.pt"), *corpus("train_decoder"), "--device", "cpu"])
+        evaluation.main(["--ckpt", f"{out['folder']}/best.pt", *corpus("train_decoder"), "--device", "cpu"])
 
 
 def test_decoder_noise_and_masks_are_the_options():
@@ -615,17 +542,15 @@ def test_decoder_noise_and_masks_are_the_options():
 
 def test_decoder_decays_matrices_only():
     args = train_decoder.parse_args(["--data", "DIR", "--weight-decay", "0.25"])
-    model = GRUDecoder(channels=8, days=3, hidden=4, layers=2, layer_norm=True)
-    names = {id(p): name for name, p in model.named_parameters()}
+    model = GRUDecoder(channels=8, days=3, hidden=4, layers=1, layer_norm=True)
+    parameters = dict(model.named_parameters())
     decayed, kept = train_decoder.parameter_groups(model, args)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0)
-    matrices = {name for name in names.values() if "gru" in name and "weight" in name} | {
-        "fc_decoder_out.weight"
-    }
-    assert {names[id(p)] for p in decayed["params"]} == matrices
-    assert {names[id(p)] for p in kept["params"]} == set(names.values()) - matrices
+    matrices = ["gru_decoder.weight_ih_l0", "gru_decoder.weight_hh_l0", "fc_decoder_out.weight"]
+    assert [id(p) for p in decayed["params"]] == [id(parameters[name]) for name in matrices]
+    assert len(kept["params"]) == len(parameters) - 3
     baseline = train_decoder.parse_args(["--preset", "baseline"])
-    assert len(train_decoder.parameter_groups(model, baseline)[0]["params"]) == len(names)
+    assert len(train_decoder.parameter_groups(model, baseline)[0]["params"]) == len(parameters)
 
 
 def test_decoder_loss_is_torchs_mean():
@@ -638,18 +563,13 @@ def test_decoder_loss_is_torchs_mean():
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12: torch's threads
-def test_decoder_workers_change_nothing(run):
-    one = last(run("train_decoder", "--max-steps 5 --name none")["folder"])
-    two = last(run("train_decoder", "--max-steps 5 --name two --workers 2")["folder"])
-    assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
-    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
-
-
-def test_decoder_epoch_is_one_pass(run, monkeypatch):
+def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, monkeypatch):
+    two = last(run("train_decoder", "--max-steps 8 --name two --workers 2")["folder"])
     read, whole = [], data.SpeechTrials.__getitem__
     monkeypatch.setattr(data.SpeechTrials, "__getitem__", lambda self, k: read.append(k) or whole(self, k))
-    run("train_decoder", "--name passes")
-    assert len(read) == 32
+    one = last(run("train_decoder", "--max-steps 8 --name none")["folder"])
+    assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
+    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
     assert read[:16] != read[16:]
     assert sorted(read[:16]) == sorted(read[16:]) == list(range(16))
 
@@ -678,14 +598,6 @@ def test_two_processes_equal_one_on_the_joined_batch(name, run, corpus, tmp_path
     one = last(run(name, *options, "--batch 4 --name one")["folder"])["model"]
     two = last(tmp_path / "two")["model"]
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5
-
-
-@pytest.mark.slow
-def test_two_processes_train_all_folds_and_end(corpus, tmp_path):
-    done = torchrun("train_han", corpus, tmp_path, "--batch 2 --max-steps 1 --fold all --name all")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("four folds (SYNTHETIC)") == 1
-    assert all((tmp_path / f"all_f{k}/best.pt").is_file() for k in range(4))
 
 
 @pytest.mark.slow

