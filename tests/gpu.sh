@@ -45,7 +45,7 @@ han() {  # the published recipe, overlaps kept, four folds at once
 render() {  # beside HAN, which goes first; one step of a pre-training makes the filter banks
     renice -n 19 $$
     python data.py render --midi-root "$MIDI" --out "$WORK/wav" --workers "$cores"
-    python pretrain_ast.py "${sound[@]}" --preset tiny --frames 128 --max-steps 1 --batch 2 --valid-crops 2 \
+    python pretrain_ast.py "${sound[@]}" --preset tiny --frames 128 --max-steps 1 --batch 2 \
         --workers 0 --amp off --device cpu --out "$WORK/prepared"
     python -c 'import json, sys, data
 store = data.open_fbank(sys.argv[1])
@@ -57,7 +57,7 @@ print(json.dumps({"files": len(store.names), "hours": float(store.frames.sum()) 
 pretrain() {
     local small=()
     [ -z "$TOY" ] || small=(--width 16 --depth 1 --heads 2 --batch 8 --micro-batch 4 --max-steps 4
-        --eval-every 2 --valid-crops 4 --workers 0)
+        --eval-every 2 --workers 0)
     within "$AST_SECONDS" python pretrain_ast.py "${sound[@]}" --preset small --frames 1024 --visible-only \
         --dropout 0 --amp bf16 --batch 256 --micro-batch 256 --lr 5e-4 --lr-schedule constant --warmup 200 \
         --ema 0.998 --eval-every 100 --epochs 10000 --workers "$cores" --name pretrain \
