@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import plain_networks
 
 import eval as evaluation
+from models import peak_memory
 
 TESTS = Path(__file__).parent
 
@@ -137,17 +138,22 @@ def measure(task: str, batches: list[int], amp: str, sizes: dict, steps: int, de
 
 
 def first_that_fits(task, batches, amp, sizes, steps, device) -> tuple[int, dict]:
-    """The batch that was taken, and what `eval.py bench` returned."""
-    options = ["bench", "--task", task, "--amp", amp, "--steps", str(steps), "--device", device.type]
-    options += ["--set", *(f"{name}={size}" for name, size in sizes.items())]
+    """The batch that was taken, and what `eval.py bench` measures, with sizes of one's own."""
     for batch in batches:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            return batch, evaluation.main([*options, "--batch", str(batch)])
+            torch.manual_seed(7)
+            model, inputs, loss = evaluation.BENCHES[task][0](sizes, batch, device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            taken = [evaluation.timed_step(model, inputs, loss, optimizer, amp) for _ in range(3 + steps)]
         except torch.OutOfMemoryError:
+            model = inputs = loss = optimizer = None
             print(f"{task}: a batch of {batch} does not fit")
+            continue
+        seconds = statistics.median(taken[3:])
+        return batch, {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak_memory(device)}
     raise RuntimeError(f"no batch of {batches} fits")
 
 
