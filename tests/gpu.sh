@@ -120,7 +120,10 @@ stage() {  # name, seconds: its log and JSON; never fails
     [ -z "$TOY" ] || limit=$((5 * limit))
     rm -rf "${WORK:?}/$name" "$OUT/$name.json"
     mkdir -p "$WORK/$name/results"
-    timeout -k 10 "$limit" bash tests/gpu.sh --stage "$name" >"$OUT/logs/$name.log" 2>&1 || code=$?
+    timeout -k 10 "$limit" bash tests/gpu.sh --stage "$name" >"$OUT/logs/$name.log" 2>&1 &
+    echo $! >"$WORK/$name/pid"
+    wait $! || code=$?
+    rm "$WORK/$name/pid"
     python tests/gpu_table.py summary "$WORK/$name" "$OUT/$name.json" \
         exit=$code start="$start" seconds=$(($(date +%s) - start)) limit="$limit" || true
     echo "$name: exit code $code"
@@ -129,6 +132,7 @@ stage() {  # name, seconds: its log and JSON; never fails
 finish() {  # the table, the archive; exit code 1 if a stage failed
     local failed=0
     [ -z "${sampler:-}" ] || kill "$sampler"
+    cat "$WORK"/*/pid 2>/dev/null | xargs -r kill || true  # stages of an interrupted run
     python tests/gpu_table.py table "$OUT" >"$OUT/logs/table.txt" || failed=1
     (cd "$WORK" && find . -path './*/results/*' -o -path './*/runs/*/*.json*') \
         | tar -czf "$OUT/results.tar.gz" -C "$WORK" -T - -C "$OUT" logs
