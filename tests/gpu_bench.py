@@ -1,0 +1,185 @@
+"""The first two stages of `tests/gpu.sh`:
+
+python tests/gpu_bench.py environment DEVICE OUT.json     versions, the card, every test marked gpu
+python tests/gpu_bench.py bench DEVICE OUT.json [toy]     the networks, and the plain ones beside them
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import plain_networks
+
+import eval as evaluation
+from models import peak_memory
+
+TESTS = Path(__file__).parent
+
+PACKAGES = "numpy scipy scikit-learn tqdm g2p_en mido soundfile rapidfuzz ufal-flashlight-text matplotlib"
+AST = {"width": 768, "depth": 12, "heads": 12, "frames": 1024}
+CASES = [  # task, batches of which the first that fits into memory is taken, precision, sizes
+    ("han", [8], "off", {}),
+    ("han", [64], "bf16", {}),
+    ("decoder", [64], "off", {}),
+    ("decoder", [64], "bf16", {}),
+    ("decoder", [64], "bf16", {"hidden": 1024}),
+    ("ast", [512, 256, 128, 64], "bf16", AST),
+    ("ast", [1024, 512, 256, 128], "bf16", AST | {"visible_only": 1}),
+]
+PLAIN = [("han", 8, {}), ("decoder", 64, {}), ("decoder", 64, {"hidden": 1024}), ("ast", 16, {})]
+TOY_SIZES = {
+    "han": {"size": 16, "heads": 4},
+    "decoder": {"hidden": 16, "layers": 2},
+    "ast": {"width": 32, "depth": 1, "heads": 2, "frames": 128},
+}
+TOY_CASES = [(task, [4, 2], "bf16", sizes) for task, sizes in TOY_SIZES.items()]
+TOY_PLAIN = [(task, 2, sizes) for task, sizes in TOY_SIZES.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Environment
+# ---------------------------------------------------------------------------------------------------------
+class Outcomes:
+    """A pytest plugin: outcome by test."""
+
+    def __init__(self):
+        self.of = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == "call" or not report.passed:
+            self.of[report.nodeid] = report.outcome
+
+
+def environment(device: str, out: str) -> int:
+    """Exit code: 0 where nothing is missing and every test passed."""
+    about = {"python": platform.python_version(), "missing": [], "gpu": None}
+    for name in PACKAGES.split():
+        try:
+            about[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            about["missing"].append(name)
+    about |= evaluation.hardware(torch.device(device))
+    if device == "cuda":
+        about["cuda"], about["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+        about["nvidia_smi"] = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    marked = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    if device == "cpu":  # the toy run: the other files' tests need a card
+        os.environ["GPU_TESTS_ON"] = "cpu"
+        marked = [str(TESTS / "test_gpu.py")]
+    outcomes = Outcomes()
+    code = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *marked], plugins=[outcomes])
+    Path(out).write_text(json.dumps(about | {"tests": outcomes.of}, indent=1))
+    return int(code) or len(about["missing"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Bench
+# ---------------------------------------------------------------------------------------------------------
+def bench(device: str, out: str, toy: str = "") -> int:
+    """Writes after every row, so that what comes later loses nothing; exit code: rows that failed."""
+    device = torch.device(device)
+    size, steps = (128, 2) if toy else (8192, 10)
+    peak = {"off": matrix_tflops(torch.float32, size, device)}
+    peak["bf16"] = matrix_tflops(torch.bfloat16, size, device)
+    found = {"hardware": evaluation.hardware(device), "matrix_tflops": peak}
+    found |= {"cases": [], "plain": [], "failed": []}
+    rows = [("plain", compare, row) for row in (TOY_PLAIN if toy else PLAIN)]
+    rows += [("cases", measure, row) for row in (TOY_CASES if toy else CASES)]
+    for kind, function, row in rows:
+        try:
+            result = function(*row, steps, device)
+            if kind == "cases":
+                result["share_of_matrix_peak"] = result["tflops"] / peak[result["amp"]]
+            found[kind].append(result)
+        except Exception as error:  # noqa: BLE001
+            traceback.print_exc()
+            found["failed"].append(f"{row}: {error!r}")
+        Path(out).write_text(json.dumps(found, indent=1))
+    return len(found["failed"])
+
+
+def matrix_tflops(dtype: torch.dtype, size: int, device: torch.device) -> float:
+    """Of a product of two random matrices, median of ten after three."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    taken = []
+    for _ in range(13):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(taken[3:]) / 1e12
+
+
+def compare(task: str, batch: int, sizes: dict, steps: int, device: torch.device) -> dict:
+    times = plain_networks.compare(task, sizes, batch, steps, device)
+    return {"task": task, "batch": batch, "sizes": sizes} | times
+
+
+def measure(task: str, batches: list[int], amp: str, sizes: dict, steps: int, device: torch.device) -> dict:
+    batch, case = first_that_fits(task, batches, amp, sizes, steps, device)
+    case["tflops"] = step_flops(task, batch, sizes) / case["seconds"] / 1e12
+    case["gpu_waits"] = max(0.0, 1 - busy_seconds(task, batch, amp, sizes, device) / case["seconds"])
+    return {"task": task, "batch": batch, "amp": amp, "sizes": sizes} | case
+
+
+def first_that_fits(task, batches, amp, sizes, steps, device) -> tuple[int, dict]:
+    """The batch that was taken, and what `eval.py bench` measures, with sizes of one's own."""
+    for batch in batches:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            torch.manual_seed(7)
+            model, inputs, loss = evaluation.BENCHES[task][0](sizes, batch, device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            taken = [evaluation.timed_step(model, inputs, loss, optimizer, amp) for _ in range(3 + steps)]
+        except torch.OutOfMemoryError:
+            model = inputs = loss = optimizer = None
+            print(f"{task}: a batch of {batch} does not fit")
+            continue
+        seconds = statistics.median(taken[3:])
+        return batch, {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak_memory(device)}
+    raise RuntimeError(f"no batch of {batches} fits")
+
+
+def step_flops(task: str, batch: int, sizes: dict) -> int:
+    """Of a training step, three times a forward pass's; counted on the CPU; AST's clips all cost the same."""
+    counted = 1 if task == "ast" else batch
+    torch.manual_seed(7)  # the bench's own items
+    model, inputs, _ = evaluation.BENCHES[task][0](sizes, counted, torch.device("cpu"))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), counter:
+        model(*inputs)
+    return 3 * counter.get_total_flops() * batch // counted
+
+
+def busy_seconds(task: str, batch: int, amp: str, sizes: dict, device: torch.device) -> float:
+    """The GPU's time in the kernels of a step; 0 on a CPU."""
+    model, inputs, loss = evaluation.BENCHES[task][0](sizes, batch, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    evaluation.timed_step(model, inputs, loss, optimizer, amp)
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            evaluation.timed_step(model, inputs, loss, optimizer, amp)
+    kernels = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    return sum(kernel.self_device_time_total for kernel in kernels) / 3e6
+
+
+if __name__ == "__main__":
+    command = {"environment": environment, "bench": bench}[sys.argv[1]]
+    sys.exit(command(*sys.argv[2:]))
