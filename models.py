@@ -1295,6 +1295,17 @@ def data_loader(dataset: Dataset, batches: list[list], collate: Callable, worker
 
 
 @contextmanager
+def worker_processes(loader: DataLoader) -> Iterator[None]:
+    """Ends the loader's processes with the block, however it ends: the interpreter at its own end sends them
+    two SIGTERM at once, which `quiet_worker` may take for one, and then waits for them without limit."""
+    try:
+        yield
+    finally:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+
+
+@contextmanager
 def Interrupt(enabled: bool) -> Iterator[list]:
     """Ctrl-C and SIGTERM within the block: noted in a list, so that the step in progress ends first.
     Only the main thread can: in others nothing is caught."""

@@ -80,6 +80,7 @@ from models import (
     set_up,
     suspects,
     update_ema,
+    worker_processes,
     working_amp,
 )
 
@@ -544,7 +545,7 @@ def main(args: argparse.Namespace) -> dict:
     saved_at = time.time()
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
-    with Interrupt(enabled=world == 1) as stop, bar:
+    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
         while step < last and not stop and patient:
             epoch = step // steps_per_epoch
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:

@@ -58,6 +58,7 @@ from models import (
     set_up,
     suspects,
     update_ema,
+    worker_processes,
     working_amp,
 )
 
@@ -338,7 +339,7 @@ def main(args: argparse.Namespace) -> dict:
     # ---- loop
     recent: deque[torch.Tensor] = deque(maxlen=200)  # losses, read when they are logged: a GPU need not wait
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
-    with Interrupt(enabled=world == 1) as stop, bar:
+    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
         while step < last and not stop:
             epoch = step // steps_per_epoch
             whole = data.length_batches(lengths, args.batch, args.seed, epoch, world)
