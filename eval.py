@@ -67,6 +67,7 @@ from data import (
     DataError,
     FbankStore,
     SpeechCorpus,
+    all_statistics,
     clean_sentence,
     collate_han,
     collate_speech,
@@ -74,7 +75,9 @@ from data import (
     extract_performances,
     fbank,
     fbank_frames,
+    fit_normalisation,
     frames_needed,
+    han_info,
     load_percepiano,
     map_days,
     normalise_fbank,
@@ -85,7 +88,6 @@ from data import (
     percepiano_parts,
     phonemize,
     player_of,
-    pooled_statistics,
     prepare_ast,
     prepare_han,
     pretrain_data,
@@ -118,12 +120,14 @@ from models import (
     ClipStatistics,
     ContextAttention,
     GRUDecoder,
+    KernelRidge,
     cluster_mask,
     git_state,
     group_softmax,
     json_ready,
     load_checkpoint,
     peak_memory,
+    save_ensemble,
 )
 
 with contextlib.suppress(ImportError):  # Windows has none
@@ -414,14 +418,27 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
 
 
 def _load_models(paths):
-    """[(path, model, checkpoint), ...]."""
-    return [(path, *load_checkpoint(path)) for path in paths]
+    """[(path, model, checkpoint), ...]; a file of several models gives each."""
+    loaded = []
+    for path in paths:
+        model, ckpt = load_checkpoint(path)
+        if ckpt["task"] == "ensemble":
+            each = zip(model.members, ckpt["members"], strict=True)
+            loaded += [(path, member, {**ckpt, **about}) for member, about in each]
+        else:
+            loaded.append((path, model, ckpt))
+    return loaded
+
+
+def kind_of(task: str) -> str:
+    """The task whose files a model reads: a kernel those of a HAN."""
+    return "han" if task == "kernel" else task
 
 
 def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
     or differs there from the first or from this version."""
-    task = loaded[0][2]["task"]
+    task = kind_of(loaded[0][2]["task"])
     expected = {"task": task, "labels": list(LABELS)}
     keys = ["task", "synthetic"]
     if task == "decoder":
@@ -432,7 +449,7 @@ def _check_alike(loaded):
     if task in AUDIO_TASKS:
         keys.append("audio")
     for path, model, ckpt in loaded:
-        known = {**(ckpt["data"] or {}), **model.model_args, "task": ckpt["task"]}
+        known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
             value = known.get(key)
             if key not in known or value != expected.setdefault(key, value):
@@ -477,7 +494,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
     records, corpus, data = _rate_parts(args, loaded, parts)
-    about = {"task": "han" if task == "han" else "ast", "model": task, "seeds": seeds_of(loaded)}
+    about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     return _finish(records, corpus, args, about)
 
@@ -542,11 +559,18 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
-    about = "What a network has to beat: a forest on statistics of the notes (han), ridge on log-mel's (ast)."
+    """`python eval.py floor`: regressions on the trainers' parts; returns metrics (see `measure`)."""
+    about = """\
+What a network has to beat: a regression on pooled statistics of notes and MIDI (han), of log-mels (ast).
+
+    python eval.py floor --model kernel --data DIR --out kernel.pt     seconds; rates like a best.pt"""
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
+    add("--model", choices=REGRESSIONS, help="han: any (forest); ast: forest or ridge (ridge)")
+    add(
+        "--out", metavar="FILE", help="kernel: write the models of all folds, which every command reads (off)"
+    )
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
@@ -555,31 +579,57 @@ def floor(argv: list[str]) -> dict:
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
     foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
-    if foreign:
-        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
+    if foreign or (args.task == "ast" and args.model == "kernel") or (args.out and args.model != "kernel"):
+        told = "--features and --model kernel are of --task han, --audio and --probe of ast, --out of kernel"
+        raise DataError(f"{told}; leave them out")
     corpus = _load_corpus(args)
-    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")} | {"seeds": [7]}
-    if args.task == "han":
-        about |= {"model": "forest", "features": args.features}
-        columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-        statistics = {}
-        for name, item in corpus.items.items():
-            statistics[name] = pooled_statistics(item, columns, args.features)
-    else:
-        about |= {"model": "ridge", "audio": "wav" if args.audio else "rendered", "probe": args.probe}
-        statistics = _clip_statistics(corpus, args)
-    records = []
+    kind = args.model or ("forest" if args.task == "han" else "ridge")
+    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
+    about |= {"seeds": [7], "model": kind}
+    about |= (
+        {"features": args.features}
+        if args.task == "han"
+        else {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+    )
+    clips = _clip_statistics(corpus, args) if args.task == "ast" else None
+    records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
-        names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
-        train = names_of["train"]
-        model = _regression(about["model"], list(map(segment_of, train)))
-        model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
+        if clips:
+            names_of = {part: [n for n in names if n in clips] for part, names in names_of.items()}
+        if kind == "kernel":
+            kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
+            rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
+        else:
+            rate = _fit_regression(kind, corpus, names_of["train"], clips, args.features)
         for part in ("valid", "test"):
-            rows = [statistics[name] for name in names_of[part]]
-            p = model.predict(rows).clip(0, 1) if rows else np.zeros((0, len(LABELS)))
-            records.append({"part": part, "fold": fold, "names": names_of[part], "p": p})
+            names = names_of[part]
+            p = rate(names=names) if names else np.zeros((0, len(LABELS)))
+            records.append({"part": part, "fold": fold, "names": names, "p": p})
+    if args.out:
+        save_ensemble(args.out, kernels)
     return _finish(records, corpus, args, about)
+
+
+def _fit_kernel(corpus, train, args, fold):
+    """A kernel ridge of a fold, and its checkpoint."""
+    info = han_info(corpus, train, args.features, True, args.split, fold, args.keep_overlap)
+    items = prepare_han(corpus, train, info)
+    stats, y = (torch.from_numpy(np.stack([item[key] for item in items])) for key in ("stats", "y"))
+    made = {"task": "kernel", "data": info, "args": {"seed": None}, "step": None, **git_state()}
+    return KernelRidge.fit(stats, y), made
+
+
+def _fit_regression(kind, corpus, train, clips, features):
+    """A function names -> ratings (n, 19): a forest or a ridge on the same statistics."""
+    info = None if clips else fit_normalisation(corpus, train, features)
+
+    def statistics(names):
+        return np.stack([clips[name] for name in names]) if clips else all_statistics(corpus, names, info)
+
+    model = _regression(kind, list(map(segment_of, train)))
+    model.fit(statistics(train), [corpus.items[name]["y"] for name in train])
+    return lambda names: model.predict(statistics(names)).clip(0, 1)
 
 
 def _clip_statistics(corpus, args):
@@ -592,6 +642,9 @@ def _clip_statistics(corpus, args):
         row = of_clip.values(energies[None])[0].double().numpy()
         statistics[name] = np.append(row, tokens.get(name, []))
     return statistics
+
+
+REGRESSIONS = ("kernel", "forest", "ridge")
 
 
 def _regression(kind, groups):
