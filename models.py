@@ -1119,13 +1119,13 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     write_atomic(path, write)
 
 
-def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]]) -> None:
+def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
     """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights and quantiles
-    in float16, what equals an earlier member's (a fold's quantiles) stored once."""
+    in float16, what equals an earlier member's (a fold's quantiles) stored once. known: further keys."""
     once: dict[bytes, Tensor] = {}
-    known, about, weights = [], [], {}
+    forms, about, weights = [], [], {}
     for i, (model, ckpt) in enumerate(members):
-        known.append([ckpt["task"], model.model_args])
+        forms.append([ckpt["task"], model.model_args])
         for name, value in model.state_dict().items():
             weights[f"members.{i}.{name}"] = value.half()
         kept = {key: ckpt.get(key) for key in ("task", "step", "git_sha")}
@@ -1134,8 +1134,8 @@ def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]]) -> No
             half = kept["data"]["quantiles"].half()
             kept["data"]["quantiles"] = once.setdefault(half.numpy().tobytes(), half)
         about.append(kept)
-    made = {"task": "ensemble", "model_args": {"members": known}, "model": weights, "members": about}
-    save_checkpoint(path, made | git_state())
+    made = {"task": "ensemble", "model_args": {"members": forms}, "model": weights, "members": about}
+    save_checkpoint(path, made | git_state() | known)
 
 
 def _plain(value: object, where: str) -> object:
