@@ -2759,9 +2759,10 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
 def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra
     notes, which have no score columns, get the mean there."""
-    known = {*corpus.columns, *corpus.stat_names}
-    foreign = sorted({*info["columns"], *info.get("statistics", ["statistics"])} - known)
-    if foreign:
+    needed = set(info["columns"])
+    if info["quantiles"] is not None:
+        needed |= set(info.get("statistics", ["statistics"]))
+    if foreign := sorted(needed - {*corpus.columns, *corpus.stat_names}):
         raise DataError(f"column {foreign[0]}: not extracted here; the checkpoint is older; train it again")
     index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)

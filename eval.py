@@ -84,6 +84,7 @@ from data import (
     number,
     open_speech,
     pad_fbank,
+    parse_name,
     percepiano_audio,
     percepiano_parts,
     phonemize,
@@ -274,10 +275,8 @@ def _measure_humans(records, truth, root):
         figures = human_figures(records, truth, part)
         if figures:
             parts[part] = figures | {"ceiling": ceiling}
-            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}", end="; ")
-            print(
-                f"raters' noise allows {ceiling:.4f}; 80 % of errors under {np.mean(figures['error80']):.3f}"
-            )
+            allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
+            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}{allowed}")
     return parts
 
 
@@ -1643,25 +1642,34 @@ def _ceiling_column(names, raters, x):
     return {"r2": r2, "independent": independent, "between": between, "error": error, "noise": noise.mean()}
 
 
-def within_ceiling(root: str | Path) -> float:
-    """Pearson correlation within segments of somebody who knew every human performance's true ratings; NaN
-    without the individual ratings."""
+def within_ceiling(root: str | Path) -> list[float] | None:
+    """Pearson correlation within segments of somebody who knew every human performance's true ratings, from
+    if raters' severity stays in the means of a segment to if it cancels; None without individual ratings."""
     try:
         raters, names, ratings = read_ratings(root)
     except DataError:
-        return math.nan
+        return None
     human = np.array([not is_rendering(name) for name in names])
     raters, names, ratings = raters[human], names[human], ratings[human] / 7
     items, item = np.unique(names, return_inverse=True)
-    rated = np.isfinite(ratings)
-    means = [
-        np.bincount(item[r], x[r]) / np.bincount(item[r]) for x, r in zip(ratings.T, rated.T, strict=True)
-    ]
+    means = _means_by(item, ratings)
     segments = [segment_of(name) for name in items]
-    freedom = len(items) - len(set(segments))
-    variance = (within_segments(np.stack(means, 1), segments) ** 2).sum(0) / max(freedom, 1)
-    reached = 1 - rater_ceiling(raters, names, ratings)["noise"] / variance
-    return float(np.sqrt(reached.clip(0)).mean())
+    freedom = max(len(items) - len(set(segments)), 1)
+    variance = (within_segments(means, segments) ** 2).sum(0).clip(1e-12) / freedom
+    rater = np.unique(raters, return_inverse=True)[1]
+    bounds = []
+    for severity in (0, _means_by(rater, ratings)[rater]):
+        noise = rater_ceiling(raters, names, ratings - severity)["noise"]
+        bounds.append(float(np.sqrt((1 - noise / variance).clip(0)).mean()))
+    return bounds
+
+
+def _means_by(group, ratings):
+    """Means (groups, D) of ratings (n, D) with gaps."""
+    rated = np.isfinite(ratings)
+    columns = [np.bincount(group, column) for column in np.where(rated, ratings, 0).T]
+    counts = [np.bincount(group, column) for column in rated.T]
+    return np.stack(columns, 1) / np.maximum(np.stack(counts, 1), 1)
 
 
 def ceiling(argv: list[str]) -> dict:
@@ -1681,7 +1689,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
         shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
         rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
         print_table(["ceiling", *shown], rows)
-    print(f"human players within a segment: Pearson {within_ceiling(root):.4f}")
+    print(f"human players within a segment: Pearson {brackets(within_ceiling(root))}")
     return views
 
 
@@ -1926,6 +1934,10 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 }
 
 
+RESULTS = Path(__file__).parent / "results"
+SHIPPED = [str(RESULTS / "han_network.pt"), str(RESULTS / "han_kernel.pt")]
+
+
 def predict(argv: list[str]) -> list[dict]:
     """`python eval.py predict`: ratings or phonemes of your own files, as --json holds them.
 
@@ -1947,7 +1959,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, help="best.pt of one task, averaged (required)")
+    add("--ckpt", nargs="+", default=SHIPPED, help="best.pt of one task, averaged (HANs in results/)")
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
     add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
@@ -1972,7 +1984,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
-    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints averaged")
+    print(provenance(loaded))
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
@@ -2034,6 +2046,19 @@ def _printable(text: object) -> str:
     return str(text).encode(errors="replace").decode()
 
 
+def provenance(loaded: list[tuple]) -> str:
+    """In a line: the files, what they hold, on what it was trained and how it scored there."""
+    files = []
+    for path, members in itertools.groupby(loaded, key=lambda member: member[0]):
+        ckpts = [ckpt for *_, ckpt in members]
+        score = ckpts[0].get("valid_r2") or (ckpts[0].get("best") or {}).get("valid_r2")
+        scored = f", validation R² {score:.3f}" if score else ""
+        files.append(f"{path} ({len(ckpts)} × {ckpts[0]['task']}{scored})")
+    about = loaded[0][2]["data"]
+    trained = f", split {about['split']}" if "split" in about else ""
+    return f"{' + '.join(files)}: {len(loaded)} checkpoints averaged{trained}, git {loaded[0][2]['git_sha']}"
+
+
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
@@ -2067,7 +2092,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "extra": extra,
         "notes": len(item["x"]),
         "repairs": say_repairs(item["repairs"]),
-        "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
+        **show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded, args.score),
     }
     score = read_musicxml(args.score) if args.explain else None
     yield record, item | {"name": name, "item": item, "score": score}
@@ -2089,22 +2114,75 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
-    ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
-    record["ratings"] = ratings
+    record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
 
-def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple]) -> dict[str, float]:
-    """Prints the mean of ratings (1, 19) between their poles, and gives it by label."""
+@functools.cache
+def measured_unheard() -> dict:
+    """What the row `ensemble` reached on works that it had not heard, human players: r2, and of
+    `_measure_humans`; {} where that row is missing."""
+    path = RESULTS / "han_ensemble_piece.json"
+    if not path.exists():
+        return {}
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return saved["humans"]["test"] | {"r2": saved["metrics"]["test"]["no_renderings"]["mean"]["r2"]}
+
+
+def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
+    """{label: half-width of an 80 % interval} of the mean of ratings `each` (1, 19): the spread over models
+    and the errors on validation (`error80`), or for a work not heard in training those of the row
+    `ensemble` on such works; {} where neither is known."""
+    errors = []
+    for _, _, ckpt in loaded:
+        squares = (ckpt.get("best") or {}).get("valid_mse_per_dimension", [])
+        errors.append(ckpt.get("error80") or (NORMAL_80 * np.sqrt(squares)).tolist())
+    if not heard and measured_unheard():
+        errors = [measured_unheard()["error80"]]
+    if not all(map(len, errors)):
+        return {}
+    half = np.hypot(np.mean(errors, axis=0), NORMAL_80 * np.std(each, axis=0)[0])
+    return dict(zip(LABELS, half.tolist(), strict=True))
+
+
+def heard_in_training(loaded: list[tuple], score: str) -> bool:
+    """Whether a score's name says that all models were trained on its work."""
+    try:
+        work = parse_name(Path(score).stem)[0]
+    except DataError:
+        return False
+    return all(work in ckpt["data"].get("works", []) for _, _, ckpt in loaded)
+
+
+def say_unheard() -> str:
+    """What ratings of a work never heard in training are worth, as measured."""
+    said = "not heard in training: trust the order of several takes, not the ratings themselves"
+    if not measured_unheard():
+        return said
+    measured = " (such works: R² {r2:.2f}; takes of one passage: Pearson {within:.2f}, where raters' noise "
+    noise = "allows {:.2f} to {:.2f})".format(*measured_unheard()["ceiling"])
+    return said + measured.format(**measured_unheard()) + noise
+
+
+def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score: str | None = None) -> dict:
+    """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
     ratings = dict(zip(LABELS, np.mean(each, axis=0)[0].tolist(), strict=True))
+    synthetic = loaded[0][2]["data"]["synthetic"]
+    heard = score is None or synthetic or heard_in_training(loaded, score)
+    errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
-    tqdm.write(f"\n{title}\n{'0':>26} value {'1':<24}{'  mean   SD' if known else ''}")
+    tqdm.write(f"\n{title}")
+    if not heard:
+        tqdm.write(say_unheard())
+    head = "value  ± 80 %" if errors else "value"
+    tqdm.write(f"{'0':>26} {head} {'1':<24}{'  training ratings: mean, SD' if known else ''}")
     for label, value in ratings.items():
         low, high = LABEL_POLES[label]
-        trained = f" {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
-        tqdm.write(f"{low:>26} {value:5.2f} {high:<24}{trained}")
-    return ratings
+        error = f"  ± {errors[label]:4.2f}" if errors else ""
+        trained = f"   {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
+        tqdm.write(f"{low:>26} {value:5.2f}{error} {high:<24}{trained}")
+    return {"ratings": ratings, "uncertainty": errors}
 
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
@@ -2217,8 +2295,12 @@ def predictions_table(records: list[dict]) -> list[list]:
     """Head and rows of what --csv writes: a line a prediction."""
     rows = []
     for record in records:
-        figures = record.get("ratings") or record["errors"] or dict.fromkeys(EDITS)
-        rows.append({key: cell for key, cell in record.items() if key not in ("ratings", "errors")} | figures)
+        row = {key: cell for key, cell in record.items() if key not in ("ratings", "uncertainty", "errors")}
+        row |= record["errors"] or dict.fromkeys(EDITS) if "errors" in record else {}
+        for label, value in record.get("ratings", {}).items():
+            row["{}: {} ... {}".format(label, *LABEL_POLES[label])] = value
+        row |= {f"{label} ± 80 %": error for label, error in record.get("uncertainty", {}).items()}
+        rows.append(row)
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
@@ -2255,7 +2337,8 @@ def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     """What HANs weigh in one un-normalised item: `even_shares` of "note in beat" and "beat in measure" where
     they have such, and of "note", "beat" and "measure" in the piece; averaged over members."""
-    corpus = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {})
+    names, statistics = [item["name"]], item.get("stat_names", [])
+    corpus = Corpus("", False, {item["name"]: item}, names, column_names(FEATURES), statistics, {})
     levels: dict[str, list] = {}
     for model, kept in members:
         batch = collate_han(prepare_han(corpus, [item["name"]], kept["data"]))
@@ -2296,6 +2379,9 @@ def _beginnings(group: np.ndarray, grid: np.ndarray, onset: np.ndarray) -> tuple
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
     (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
+    members = [member for member in members if hasattr(member[0], "attention")]
+    if not members:
+        raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
     score = work["score"]
     item = work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice

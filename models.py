@@ -1121,13 +1121,13 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
 
 def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
     """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights and quantiles
-    in float16, what equals an earlier member's (a fold's quantiles) stored once. known: further keys."""
+    in float16 (but dual weights, which cancel), a fold's quantiles once. known: further keys."""
     once: dict[bytes, Tensor] = {}
     forms, about, weights = [], [], {}
     for i, (model, ckpt) in enumerate(members):
         forms.append([ckpt["task"], model.model_args])
         for name, value in model.state_dict().items():
-            weights[f"members.{i}.{name}"] = value.half()
+            weights[f"members.{i}.{name}"] = value if name == "dual" else value.half()
         kept = {key: ckpt.get(key) for key in ("task", "step", "git_sha")}
         kept |= {"data": dict(ckpt["data"]), "args": {"seed": ckpt["args"].get("seed")}}
         if kept["data"]["quantiles"] is not None:
