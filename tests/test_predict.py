@@ -279,8 +279,8 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     (direct,) = [r for r in evaluation.read_predictions(tmp_path / "kernel.csv") if r["part"] == "valid"]
     mixed = fold_predictions([together, kernel], piano)
     for name, p in zip(direct["names"], direct["p"], strict=True):
-        assert alone[1][name] == pytest.approx(p, abs=0.01)  # float16
-        assert mixed[name] == pytest.approx((2 * alone[0][name] + alone[1][name]) / 3, abs=2e-3)
+        assert alone[1][name] == pytest.approx(p, abs=0.02)  # rounded
+        assert mixed[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, abs=0.02)
     name = piano.names[0]
     capsys.readouterr()
     given = ["--score", piano.score(name), "--midi", piano.midi(name)]
