@@ -1128,7 +1128,7 @@ def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known
         forms.append([ckpt["task"], model.model_args])
         for name, value in model.state_dict().items():
             weights[f"members.{i}.{name}"] = value if name == "dual" else value.half()
-        kept = {key: ckpt.get(key) for key in ("task", "step", "git_sha")}
+        kept = {key: ckpt.get(key) for key in ("task", "step")}
         kept |= {"data": dict(ckpt["data"]), "args": {"seed": ckpt["args"].get("seed")}}
         if kept["data"]["quantiles"] is not None:
             quantiles = kept["data"]["quantiles"][::2].clone()
