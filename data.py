@@ -43,7 +43,7 @@ import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -181,6 +181,7 @@ _HALVES = (4, 1.0), (8, 0.5)  # parts of the bar, weight of a position at one of
 _THIRDS = (6, 1.0), (12, 0.5)
 _SUBDIVISIONS = {2: _HALVES, 4: _HALVES, 3: _THIRDS, 6: _THIRDS, 12: _THIRDS, 5: ((5, 2.0),), 9: ((9, 1.0),)}
 _TIME_FLAGS = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}
+_GRIDS = ("beats", "measures", "sections", "numbers", "repeat")  # arrays of a score that are not of its notes
 _LONGEST = 1000  # quarters, of a note or bar
 _MAX_XML = 1 << 26  # bytes, unpacked
 _MAX_UNFOLDED = 200_000  # bars and notes
@@ -202,7 +203,7 @@ class Score:
     pitch: np.ndarray  # (n,) int64, MIDI
     onset: np.ndarray  # (n,) float64, from the first music (hidden pickup padding cut)
     duration: np.ndarray  # (n,) float64, 0 for graces
-    voice: np.ndarray  # (n,) int64, the file's voice (1 to 99) + 10 * part index; others from 10,000
+    voice: np.ndarray  # (n,) int64, the file's voice (1 to 10) + 10 * part index; others from 10,000
     staff: np.ndarray  # (n,) int64
     measure: np.ndarray  # (n,) int64, contiguous
     beat: np.ndarray  # (n,) int64, contiguous
@@ -213,12 +214,19 @@ class Score:
     trill: np.ndarray  # (n,) bool
     arpeggiate: np.ndarray  # (n,) bool
     tremolo: np.ndarray  # (n,) int64, number of tremolo beams, 0 = none
+    qpm: np.ndarray  # (n,) float64, quarters per minute by the last mark
     beats: np.ndarray  # positions of beats, of measures, of sections
     measures: np.ndarray
     sections: np.ndarray
-    tempo_qpm: float  # quarters per minute at the first note
+    numbers: np.ndarray  # of measures, as printed
+    repeat: np.ndarray  # of measures: the repeat (from 1) that is not taken where they are left out; 0: none
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
     repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
+
+    @property
+    def tempo_qpm(self):
+        """Quarters per minute at the first note."""
+        return float(self.qpm[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -283,7 +291,7 @@ class _Reader:
         self.path = path
         self.where = ""
         self.repairs = Counter()
-        self.voices = {}  # (part, name) -> voice, of names that are no number from 1 to 99
+        self.voices = {}  # (part, name) -> voice, of names that are no number from 1 to 10
 
     def error(self, problem):
         line = f"{self.path}: {self.where}{problem}; export the score again as MusicXML"
@@ -342,9 +350,7 @@ class _Reader:
     def parts(self, root):
         """A list of bars per part, positions relative to the bar."""
         divisions = {self.number(d.text, "divisions", 0.01, 1e5) for d in root.iter("divisions")}
-        self.ticks = math.lcm(
-            *(Fraction(d).limit_denominator(1000).numerator for d in divisions)
-        )  # per quarter
+        self.ticks = math.lcm(*(Fraction(d).limit_denominator(1000).numerator for d in divisions))
         if self.ticks > 1e12:
             raise self.error("unrelated <divisions>; expected a common multiple up to 1e12")
         parts = []
@@ -368,20 +374,25 @@ class _Reader:
             octaves = self.number(transpose.findtext("octave-change", "0"), "octave-change", -4, 4)
             self.transposition = round(steps + 12 * octaves)
         time = element.find("time")
-        if time is None:
-            return
+        if time is not None:
+            self.time = self.metre(time)
+
+    def metre(self, time):
+        """Beats of a bar, the note value of one, and whether bars are as long as their music instead."""
         if time.find("senza-misura") is not None:
-            self.time = 4, 4, True
-            return
-        beats = time.findall("beats")
-        types = [self.number(t.text, "beat-type", 1, 64, int) for t in time.findall("beat-type")]
-        if len(beats) != len(types) or {t.bit_count() for t in types} != {1}:
-            raise self.error(f"{len(beats)} <beats>, beat-type {types}; expected pairs, powers of two")
-        count = 0
-        for terms, beat_type in zip(beats, types, strict=True):
-            for term in (terms.text or "").split("+"):
-                count += self.number(term, "beats", 1, 128, int) * max(types) // beat_type
-        self.time = count, max(types), False
+            return 4, 4, True
+        try:
+            types = [int(element.text) for element in time.findall("beat-type")]
+            unit = max(types)
+            count = 0
+            for terms, beat_type in zip(time.findall("beats"), types, strict=True):
+                count += sum(map(int, terms.text.split("+"))) * unit // beat_type
+            if {t.bit_count() for t in types} == {1} and 0 < count <= 128 and 0 < unit <= 64:
+                return count, unit, False
+        except (TypeError, ValueError, AttributeError, ArithmeticError):
+            pass  # said below
+        self.repairs["metres that say nothing, bars as long as their music"] += 1
+        return 4, 4, True
 
     def duration(self, element, least=0.0, most=_LONGEST):
         """Ticks; `most` in quarters."""
@@ -390,9 +401,13 @@ class _Reader:
 
     def voice(self, text, part):
         text = text.strip() or "1"
-        if text.isdecimal() and len(text) < 3 and int(text):
+        if text.isdecimal() and len(text) < 3 and 0 < int(text) <= 10:
             return int(text) + 10 * part
-        return self.voices.setdefault((part, text), 10_000 + len(self.voices))
+        if (part, text) not in self.voices:
+            self.voices[part, text] = 10_000 + len(self.voices)
+            if not text.isdecimal():
+                self.repairs["voices that are no number, numbered"] += 1
+        return self.voices[part, text]
 
     def bar(self, measure, part):
         """Lay out one <measure>: notes and directions at their positions; as long as the cursor came far."""
@@ -415,10 +430,10 @@ class _Reader:
                 if "rest" in note.marks and not note.duration:
                     self.repairs["rests of no length left out"] += 1
                     continue
-                if "chord" not in note.marks:
+                if "chord" not in note.marks or not bar.notes:
                     chord_onset = cursor
                     cursor += note.duration
-                elif bar.notes:  # unlike the original, where the first note only has the chord's strokes
+                else:  # unlike the original, where the first note only has the chord's strokes
                     note.tremolo = note.tremolo or bar.notes[-1].tremolo
                 note.onset = chord_onset
                 if note.end > _LONGEST * self.ticks:
@@ -537,7 +552,7 @@ def _settle_bars(parts, repairs):
                     note.duration = min(note.duration, max(length - note.onset, 0.0))
 
 
-def _trim_pickup(bars):
+def _trim_pickup(bars, repairs):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
 
     Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50).
@@ -549,6 +564,7 @@ def _trim_pickup(bars):
         return
     low = min(n.onset for n in music)
     high = max(n.end for n in music)
+    repairs["hidden padding of the first bar cut"] += 1
     for bar in bars:
         bar.length = high - low or bar.length
         for item in bar.notes + bar.directions:
@@ -584,10 +600,11 @@ def _repeat_signs(measures, reader):
 
 
 def _unfold_repeats(measures, reader):
-    """Indices of the measures in playing order, and the same with the last turn of each repeat only."""
+    """[(index of a measure, the repeat that plays it once more or 0)] in playing order, and the indices with
+    the last turn of each repeat only."""
     forward, turns, volta = _repeat_signs(measures, reader)
     order, last_turns = [], []
-    start = 0
+    start = repeats = 0
     while start < len(measures):
         stop = start + 1
         while stop < len(measures) and not forward[stop]:
@@ -599,18 +616,20 @@ def _unfold_repeats(measures, reader):
             most = max(most, *itertools.chain([1], *volta[start:stop]))
         elif forward[start] and any(forward[stop:]):
             raise reader.error("a repeat inside a repeat; expected the first one closed, or written out")
-        for turn in range(1, max(most, 1) + 1):
+        most = max(most, 1)
+        repeats += most > 1
+        for turn in range(1, most + 1):
             played = [i for i in range(start, stop) if not volta[i] or turn in volta[i]]
-            order += played
+            order += [(i, repeats if turn < most else 0) for i in played]
         last_turns += played
         start = stop
-    if len(set(order)) < len(measures):
+    if len({i for i, _ in order}) < len(measures):
         raise reader.error("a volta that is never played; expected voltas at the end of a repeat")
     return order, last_turns
 
 
 def _play_order(measures, reader):
-    """Indices of the <measure> elements in playing order: repeats, voltas, da capo, dal segno, fine, coda.
+    """`_unfold_repeats` with da capo, dal segno, fine and coda.
 
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
     without end or number or turn, jumps to a sign that is not there, a second jump.
@@ -642,8 +661,8 @@ def _play_order(measures, reader):
     if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
         to_coda = again.index(signs["tocoda"]) + 1
         again = again[:to_coda] + [i for i in again if i >= signs["coda"]]
-    last_time = len(order) - order[::-1].index(jump)
-    return order[:last_time] + again
+    last_time = max(place for place, (i, _) in enumerate(order) if i == jump)
+    return order[: last_time + 1] + [(i, 0) for i in again]
 
 
 def _join_ties(notes, near, repairs):
@@ -667,6 +686,9 @@ def _join_ties(notes, near, repairs):
             repairs["ends of ties that no note reaches, struck"] += 1
         if goes_on:
             candidates.append(note)
+    endless = sum(map(len, begun.values()))
+    if endless:
+        repairs["ties that no note ends"] += endless
 
 
 def _order_graces(notes):
@@ -705,10 +727,10 @@ def _resolve_slurs(notes):
 
 def _raise_trills(notes):
     """Hand each trill mark to the highest note of its chord, a hidden note's to a main note near in pitch."""
-    shown = _shown(notes)
+    together = _group(_shown(notes), lambda n: n.onset)
     for note in [n for n in notes if "trill-mark" in n.marks]:
         note.marks -= {"trill-mark"}
-        chord = [n for n in shown if n.onset == note.onset]
+        chord = together.get(note.onset, [])
         if "hidden" in note.marks:
             chord = [n for n in chord if "grace" not in n.marks and abs(n.pitch - note.pitch) < 4]
         else:
@@ -721,15 +743,15 @@ def _raise_trills(notes):
 
 def _join_wavy_lines(notes):
     """The notes, those under a wavy line as one long note; in time order."""
-    begun = {}  # voice -> first note
-    for note in list(notes):
+    begun, lines = {}, {}  # voice -> first note; pitch -> first notes
+    for note in notes:
         if "wavy start" in note.marks:
             begun[note.voice] = note
         if "wavy stop" in note.marks and note.voice in begun:
-            long = begun.pop(note.voice)
-            long.duration = max(long.duration, note.end - long.onset)
-            notes = [n for n in notes if n.pitch != long.pitch or not long.onset < n.onset < long.end]
-    return notes
+            first = begun.pop(note.voice)
+            first.duration = max(first.duration, note.end - first.onset)
+            lines.setdefault(first.pitch, []).append(first)
+    return [n for n in notes if not any(x.onset < n.onset < x.end for x in lines.get(n.pitch, []))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -776,9 +798,9 @@ def _split_words(directions, absolute, relative, whole):
 
 
 def _dynamics(directions):
-    """Absolute marks, relative marks with ends, accents as (position, column, value); by position."""
+    """Absolute marks, relative marks with ends, by position; position -> [(column, value)] of accents."""
     absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
-    accents = []
+    accents, opened = {}, []
     wedges = {}  # number -> kind of the last one
     for d in directions:
         if d.kind == "dynamics":
@@ -789,16 +811,18 @@ def _dynamics(directions):
             if column == 0:
                 absolute.append(replace(d, text=now))
             elif column:
-                accents.append((d.onset, column, value))
+                accents.setdefault(d.onset, []).append((column, value))
             if then:
                 absolute.append(replace(d, text=then, delay=0.1 * d.step))
         elif d.kind in _HAIRPINS:
             wedges[d.number] = d.kind
-            relative.append(replace(d, text=d.kind))
+            opened.append(replace(d, text=d.kind))
+            relative.append(opened[-1])
         elif d.kind == "stop":
-            for mark in relative:
-                if mark.end == math.inf and (mark.kind, mark.staff) == (wedges.get(d.number), d.staff):
+            for mark in opened:
+                if (mark.kind, mark.staff) == (wedges.get(d.number), d.staff):
                     mark.end = d.onset
+            opened = [mark for mark in opened if mark.end == math.inf]
     absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
     starts = [a.start for a in absolute]
@@ -807,8 +831,8 @@ def _dynamics(directions):
             mark.end = following.onset
         # As in the original: cut by the entry after the one in force, which before the first entry is the
         # second; the last mark is not cut.
-        later = absolute[_index_at_or_before(starts, mark.onset) + 1 :]
-        mark.end = min([mark.end] + [a.onset for a in later if a.onset > mark.onset])
+        later = itertools.islice(absolute, _index_at_or_before(starts, mark.onset) + 1, None)
+        mark.end = min(mark.end, next((a.onset for a in later if a.onset > mark.onset), math.inf))
     return absolute or [_SILENT], relative, accents
 
 
@@ -824,20 +848,30 @@ def _tempi(directions):
     for mark in absolute:
         if _matches(mark.text, _TEMPO_PRIMO, whole=True):
             mark.text = absolute[0].text
-    for i, mark in enumerate(relative):
-        peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
-        ends = [m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset]
-        mark.end = min(ends, default=math.inf)
+    starts = [*(a.onset for a in absolute), math.inf]
+    peer = long_peer = math.inf  # where the next mark begins
+    for mark in reversed(relative):
+        is_long = _matches(mark.text, _TEMPO_LONG, whole=True)
+        fixed = starts[np.searchsorted(starts[:-1], mark.onset, side="right")]
+        mark.end = min(long_peer if is_long else peer, fixed)
+        peer = mark.onset
+        long_peer = peer if is_long else long_peer
     return absolute or [_SILENT], relative
 
 
-def _active(marks, note):
-    """Relative marks over the note; of both kinds of hairpin the lower ones count for staff 2 only."""
-    active = [m for m in marks if m.onset <= note.onset < m.end]
-    if not set(_HAIRPINS) <= {m.kind for m in active}:
-        return active
-    foreign = {1: "below", 2: "above"}.get(note.staff, "")
-    return [m for m in active if m.kind == "words" or m.placement != foreign]
+def _active(marks, notes):
+    """Per note the relative marks over it; of both kinds of hairpin the lower ones count for staff 2 only.
+    Marks and notes by position."""
+    marks, active = deque(marks), []
+    for note in notes:
+        while marks and marks[0].onset <= note.onset:
+            active.append(marks.popleft())
+        active = [m for m in active if note.onset < m.end]
+        if set(_HAIRPINS) <= {m.kind for m in active}:
+            foreign = {1: "below", 2: "above"}.get(note.staff, "")
+            yield [m for m in active if m.kind == "words" or m.placement != foreign]
+        else:
+            yield active
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -907,14 +941,19 @@ def _rests_after(notes, rests):
     return following
 
 
-def _slur_flags(note, slurs):
-    """Whether a slur starts, continues, stops at the note; with slur elements of its own none continues."""
-    flags = {kind for kind in ("start", "stop") if f"slur {kind}" in note.marks}
-    if not flags:
-        for start, stop in slurs.get(note.voice, []):
-            if start <= note.onset <= stop:
-                flags.add({start: "start", stop: "stop"}.get(note.onset, "continue"))
-    return [kind in flags for kind in ("start", "continue", "stop")]
+def _slur_flags(voice, onset, own, slurs):
+    """(n, 3): whether a slur starts, continues, stops at each note. With slur elements of its `own` (n, 2),
+    starts and stops, none continues."""
+    flags = np.zeros((len(onset), 3))
+    for name, pairs in slurs.items():
+        rows = np.flatnonzero(voice == name)
+        starts, stops = np.sort(np.transpose(pairs))
+        begun, ended = (np.searchsorted(edges, onset[rows], "right") for edges in (starts, stops))
+        before, to_end = (np.searchsorted(edges, onset[rows]) for edges in (starts, stops))
+        flags[rows] = np.transpose([begun > before, before > ended, ended > to_end])
+    marked = own.any(1)
+    flags[marked] = np.insert(own[marked], 1, 0, axis=1)
+    return flags
 
 
 def _overlapped(notes):
@@ -954,15 +993,15 @@ def _direction_features(notes, directions, last_division):
     pace_of = _index_at_or_before([m.start for m in tempi], onsets)
     rows, sections = [], []
     before = None
-    for note, level, pace in zip(notes, level_of, pace_of, strict=True):
+    swelling, moving = _active(hairpins, notes), _active(changes, notes)
+    for note, level, pace, swell, move in zip(notes, level_of, pace_of, swelling, moving, strict=True):
         level = dynamics[level]
-        words = [m.text for m in [level, *_active(hairpins, note)]]
+        words = [m.text for m in [level, *swell]]
         dynamic = _word_vector(" ".join(words), DYNAMIC_WORDS, whole=False)
-        for position, column, value in accents:
-            if position == note.onset and "grace" not in note.marks:
-                dynamic[column] = value
+        for column, value in accents.get(note.onset, []) if "grace" not in note.marks else []:
+            dynamic[column] = value
         # Unlike the original, which takes hairpins and other dynamics for relative tempo marks.
-        marks = [tempi[pace], *_active(changes, note)]
+        marks = [tempi[pace], *move]
         tempo = _word_vector(" ".join(m.text for m in marks), TEMPO_WORDS, whole=True)
         recent = max(m.onset for m in marks)
         rows.append((dynamic, tempo, note.onset - level.start, note.onset - recent))
@@ -1009,12 +1048,14 @@ def read_musicxml(path: str | Path) -> Score:
     reader = _Reader(path)
     root = reader.root()
     parts = reader.parts(root)
-    order = _play_order(root.find("part").findall("measure"), reader)
+    measures = root.find("part").findall("measure")
+    order, repeat = zip(*_play_order(measures, reader), strict=True)
+    numbers = _printed_numbers(measures)[list(order)]
     unfolded = len(order) + sum(len(part[i].notes) for part in parts for i in order)
     if unfolded > _MAX_UNFOLDED:
         raise reader.error(f"{unfolded} bars and notes with all repeats; expected at most {_MAX_UNFOLDED}")
     _settle_bars(parts, reader.repairs)
-    _trim_pickup([bars[0] for bars in parts])
+    _trim_pickup([bars[0] for bars in parts], reader.repairs)
     bars = [parts[0][i] for i in order]
     starts = np.cumsum([0.0, *(bar.length for bar in bars[:-1])])
     notes, rests, slurs, directions = [], [], {}, []
@@ -1027,18 +1068,28 @@ def read_musicxml(path: str | Path) -> Score:
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
     composer = _composer_vector(root, path)
-    score = _build_score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
-    return replace(score, repairs=reader.repairs)
+    known = {"path": Path(path), "numbers": numbers, "repeat": np.array(repeat), "repairs": reader.repairs}
+    return _build_score(known, reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
 
 
-def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
+def _printed_numbers(measures):
+    """Of each measure; where its number is no number, that of the one before."""
+    numbers = [0]
+    for measure in measures:
+        digits = re.match(r"\d{1,9}", measure.get("number", ""))
+        numbers.append(int(digits[0]) if digits else numbers[-1])
+    return np.array(numbers[1:])
+
+
+def _build_score(known, ticks, notes, rests, slurs, directions, bars, starts, composer):
     """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
     columns = {}
     for name in ("pitch", "voice", "staff", "grace_order", "tremolo", "onset", "duration"):
         columns[name] = np.array([getattr(x, name) for x in notes])
     pitch, onset, duration = columns["pitch"], columns.pop("onset"), columns.pop("duration")
-    tempi = [d.text for d in directions if d.kind == "tempo" and d.onset <= notes[0].onset]
-    qpm = [120.0, *tempi][-1]
+    tempi = [(d.onset, d.text) for d in directions if d.kind == "tempo"]
+    at, tempi = np.array([(-1.0, 120.0), *tempi], float).T
+    qpm = tempi[np.searchsorted(at, onset, side="right") - 1]
 
     def marked(*names):
         return np.array([[name in x.marks for name in names] for x in notes], float)
@@ -1054,6 +1105,7 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
     dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
         notes, directions, bars[-1].division
     )
+    slurred = _slur_flags(columns["voice"], onset, marked("slur start", "slur stop"), slurs)
     beams = marked("beam begin", "beam continue", "beam end")
     features = {
         "midi_pitch": pitch.astype(float),
@@ -1061,12 +1113,12 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         "beat_position": position,
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
-        "qpm_primo": np.full(len(notes), math.log10(qpm)),
+        "qpm_primo": np.full(len(notes), math.log10(qpm[0])),
         "following_rest": following[:, 0] / ticks,
         "followed_by_fermata_rest": following[:, 1],
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
-        "xml_position": onset / ((onset + duration)[min(1, len(notes) - 1) :].max() or 1.0),
+        "xml_position": _share_of_piece(onset, duration),
         "grace_order": columns["grace_order"].astype(float),
         "preceded_by_grace_note": np.array(preceded, float),
         "pitch": np.column_stack([(pitch // 12 - 5) / 4, np.eye(12)[pitch % 12]]),
@@ -1075,12 +1127,12 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         "dynamic": dynamic,
         "notation": notation,
         "time_sig_vec": np.array([_time_vector(bars[b]) for b in bar]),
-        "slur_beam_vec": np.hstack([[_slur_flags(x, slurs) for x in notes], beams]),
+        "slur_beam_vec": np.hstack([slurred, beams]),
         "composer_vec": np.tile(composer, (len(notes), 1)),
     }
     beats = _beat_grid(bars, starts, ticks)
     return Score(
-        path=path,
+        **known,
         onset=onset / ticks,
         duration=duration / ticks,
         **columns,
@@ -1094,9 +1146,56 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         beats=beats / ticks,
         measures=starts / ticks,
         sections=sections / ticks,
-        tempo_qpm=float(qpm),
+        qpm=qpm,
         features=features,
     )
+
+
+def _share_of_piece(onset, duration):
+    return onset / ((onset + duration)[min(1, len(onset) - 1) :].max() or 1.0)
+
+
+def bars_of(score: Score) -> np.ndarray:
+    """Index of the played bar (of `score.measures`) of every note."""
+    return _index_at_or_before(score.measures, score.onset, 1e-6)
+
+
+def cut_score(score: Score, kept: np.ndarray) -> Score:
+    """The score of some played bars alone, a mask (bars,); the marks in force stand at its beginning."""
+    left_out = np.cumsum(np.where(kept, 0.0, np.diff(score.measures, append=score.measures[-1:])))
+
+    def moved(positions):
+        bar = _index_at_or_before(score.measures, positions, 1e-6)
+        return (positions - left_out[bar])[kept[bar]]
+
+    rows = kept[bars_of(score)]
+    arrays = {}
+    for name, value in vars(score).items():
+        if isinstance(value, np.ndarray) and name not in _GRIDS:
+            arrays[name] = value[rows]
+    onset, duration, section = moved(score.onset), arrays["duration"], arrays["section"]
+    features = {name: column[rows] for name, column in score.features.items()}
+    for name in ("distance_from_abs_dynamic", "distance_from_recent_tempo"):
+        features[name] = np.minimum(features[name], onset)
+    features["xml_position"] = _share_of_piece(onset, duration)
+    features["qpm_primo"] = np.full(len(onset), math.log10(arrays["qpm"][0]))
+    features["tempo_primo"] = np.tile(features["tempo"][0, :2], (len(onset), 1))
+    beats, measures = moved(score.beats), moved(score.measures)
+    begins = np.flatnonzero(np.diff(section, prepend=-1))
+    end = onset[-1] + score.sections[-1] - score.onset[-1]
+    arrays |= {
+        "onset": onset,
+        "features": features,
+        "beats": beats,
+        "measures": measures,
+        "sections": np.append(onset[begins], end),
+        "measure": _contiguous(_index_at_or_before(measures, onset, 1e-6)),
+        "beat": _contiguous(_index_at_or_before(beats, onset, 1e-6)),
+        "section": np.cumsum(np.diff(section, prepend=section[0]) > 0),
+        "numbers": score.numbers[kept],
+        "repeat": score.repeat[kept],
+    }
+    return replace(score, **arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1109,7 +1208,7 @@ SMPTE = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}  # frames a second
 MOST_BYTES, MOST_EVENTS = 1 << 26, 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
-META, TEMPO, END_OF_TRACK = 0xFF, 0x51, 0x2F
+META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
 
 
 @dataclass
@@ -1151,6 +1250,8 @@ def read_midi(path: str | Path) -> Performance:
         if not notes or seconds[-1] > LONGEST:
             raise ValueError(f"{len(notes)} notes in {seconds[-1:].sum():.3g} s; expected some within a day")
         pitch, velocity, onset, offset = np.array(notes).T
+        if (offset <= onset).any():
+            repairs["notes of no length, made 1 ms"] = int((offset <= onset).sum())
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
         raise DataError(
@@ -1234,6 +1335,8 @@ def _track_events(track, most, repairs):
         if status < 0xF0 and max(data) > 127:
             data = bytes(min(byte, 127) for byte in data)
             repairs["bytes over 127 clipped"] += 1
+        if status == META and data[0] == KEY and (data[-2] + 7) % 256 > 14:
+            repairs["key signatures that do not exist"] += 1
         tick += delta
         events.append((tick, status, data))
         if len(events) > most:
@@ -1307,6 +1410,9 @@ MISS, SKIP, JUMP, RESTART, LATE, RATIO = 4.0, 1.5, 15.0, 3.5, 0.05, 0.3
 WORST = 5.0  # highest price of an interval, so that a pause can be paid
 BLUR = 0.05  # s added to both intervals of the ratio
 STEPS = 4  # furthest step without a jump, in chords
+MOST_OF_KEY = 1000  # notes of one key that are assigned together
+BLOCK = 512  # played notes whose way back is in memory
+MOST_PRICED = 1 << 30  # played notes × chords: minutes
 WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
@@ -1361,57 +1467,79 @@ def _viterbi(position, pace, pitch, chord, performance):
     Where the opening chord starts again, what came before is dropped: recordings may hold the end of the
     bar before.
     """
-    member = np.zeros((len(position), 128), bool)
-    member[chord, pitch] = True
-    hit = member[:, performance.pitch].T
-    origin, restart, last = _cheapest_paths(position, pace, performance.onset, hit)
-    state = np.full(len(hit), last)
-    for j in range(len(hit) - 1, 0, -1):
-        state[j - 1] = origin[j, state[j]]
+    holds = np.zeros((128, len(position)), bool)
+    holds[pitch, chord] = True
+    state, restart = _Lattice(position, pace, holds, performance).cheapest_path()
     begin = np.flatnonzero(restart & (state == 0))[-1:].sum()
-    played = begin + np.flatnonzero(hit[np.arange(begin, len(hit)), state[begin:]])
+    played = begin + np.flatnonzero(holds[performance.pitch, state][begin:])
     first = np.unique(state[played] * 128 + performance.pitch[played], return_index=True)[1]
     return played[first], state[played[first]]
 
 
-def _cheapest_paths(position, pace, onset, hit):
-    """From each played note back: the chord before (P, K), whether the opening starts anew (P,), and the
-    last chord.
+class _Lattice:
+    """Paths of played notes through chords. A state is a chord; it remembers when its first note came, so
+    that chords are timed from start to start.
 
-    hit (P, K): whether the chord holds the played key. A state is a chord; it remembers when its first
-    note came, so that chords are timed from start to start.
+    The way back is kept of one block of played notes at a time, and made again from the prices at the
+    block's begin: memory grows with the chords and the blocks, not with their product.
     """
-    count, chords = hit.shape
-    clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
-    columns = np.arange(chords)
-    steps = np.arange(1, STEPS + 1)[:, None]
-    source = np.maximum(columns - steps, 0)
-    expected = np.log(clock - clock[source] + BLUR)
-    left_out = np.where(columns >= steps, SKIP * (steps - 1), np.inf)
-    ways = np.vstack([source, columns, columns])  # steps, a jump, the same chord once more
 
-    origin = np.tile(columns.astype(np.int32), (count, 1))
-    restart = np.zeros(count, bool)
-    best = np.minimum(SKIP * columns, JUMP) + MISS * ~hit[0]
-    entry = np.full(chords, onset[0])  # first and latest note of each chord on its path
-    latest = entry.copy()
-    for j in range(1, count):
-        interval = np.abs(np.log(onset[j] - entry + BLUR)[source] - expected) / RATIO
-        stepped = best[source] + np.minimum(interval, WORST) + left_out
-        lead = best.argmin()
-        ways[STEPS] = lead
-        jumped = np.where(columns > lead, best[lead] + JUMP, np.inf)
-        prices = np.vstack([stepped, jumped, best + RESTART])
-        way = prices.argmin(0)
-        moved = prices[way, columns] + MISS * ~hit[j]
-        stayed = best + np.where(hit[j], np.minimum((onset[j] - latest) / LATE, MISS), MISS)
-        go = moved < stayed
-        best = np.where(go, moved, stayed)
-        entry[go] = onset[j]
-        latest[go | hit[j]] = onset[j]
-        origin[j, go] = ways[way, columns][go]
-        restart[j] = go[0]
-    return origin, restart, best.argmin()
+    def __init__(self, position, pace, holds, performance):
+        """holds (128, K): whether the chord holds the key; pace (K,): seconds per quarter."""
+        clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
+        steps = np.arange(1, STEPS + 1)[:, None]
+        self.columns = np.arange(len(position))
+        self.source = np.maximum(self.columns - steps, 0)
+        self.expected = np.log(clock - clock[self.source] + BLUR)
+        self.left_out = np.where(self.columns >= steps, SKIP * (steps - 1), np.inf)
+        self.holds, self.pitch, self.onset = holds, performance.pitch, performance.onset
+
+    def cheapest_path(self):
+        """Chord of every played note, and whether the opening starts anew with it: two (P,) arrays."""
+        count = len(self.onset)
+        best = np.minimum(SKIP * self.columns, JUMP) + MISS * ~self.holds[self.pitch[0]]
+        entry = np.full(len(best), self.onset[0])
+        fronts, blocks = [(best, entry, entry)], range(1, count, BLOCK)
+        restart = np.zeros(count, bool)
+        for begin in blocks:
+            front, origin, restart[begin : begin + BLOCK] = self.advance(*fronts[-1], begin)
+            fronts.append(front)
+        state = np.full(count, fronts.pop()[0].argmin())
+        for begin in reversed(blocks):
+            front = fronts.pop()
+            if begin + BLOCK < count:
+                origin = self.advance(*front, begin)[1]
+            for j in range(min(begin + BLOCK, count) - 1, begin - 1, -1):
+                state[j - 1] = origin[j - begin, state[j]]
+        return state, restart
+
+    def advance(self, best, entry, latest, begin):
+        """The front (price of the best path to each chord; first and latest note of the chord on it) after a
+        block of played notes; the chord before, (block, K); whether the opening starts anew, (block,)."""
+        source, columns = self.source, self.columns
+        ways = np.vstack([source, columns, columns])  # steps, a jump, the same chord once more
+        onset, pitch = self.onset[begin : begin + BLOCK], self.pitch[begin : begin + BLOCK]
+        origin = np.tile(columns.astype(np.int32), (len(onset), 1))
+        restart = np.zeros(len(onset), bool)
+        entry, latest = entry.copy(), latest.copy()
+        for j, now in enumerate(onset):
+            hit = self.holds[pitch[j]]
+            interval = np.abs(np.log(now - entry + BLUR)[source] - self.expected) / RATIO
+            stepped = best[source] + np.minimum(interval, WORST) + self.left_out
+            lead = best.argmin()
+            ways[STEPS] = lead
+            jumped = np.where(columns > lead, best[lead] + JUMP, np.inf)
+            prices = np.vstack([stepped, jumped, best + RESTART])
+            way = prices.argmin(0)
+            moved = prices[way, columns] + MISS * ~hit
+            stayed = best + np.where(hit, np.minimum((now - latest) / LATE, MISS), MISS)
+            go = moved < stayed
+            best = np.where(go, moved, stayed)
+            entry[go] = now
+            latest[go | hit] = now
+            origin[j, go] = ways[way, columns][go]
+            restart[j] = go[0]
+        return (best, entry, latest), origin, restart
 
 
 def _time_map(position, chord, onset):
@@ -1474,11 +1602,15 @@ def _assign(pitch, due, room, performance):
     partner = np.full(len(pitch), -1, np.int64)
     for key in np.intersect1d(pitch, performance.pitch):
         rows = np.flatnonzero(pitch == key)
+        rows = rows[np.argsort(due[rows], kind="stable")] if len(rows) > MOST_OF_KEY else rows
         columns = np.flatnonzero(performance.pitch == key)
-        distance = np.abs(performance.onset[columns] - due[rows, None]) / room[rows, None]
-        row, column = linear_sum_assignment(np.minimum(distance, 1) ** 2)
-        near = distance[row, column] < 1
-        partner[rows[row[near]]] = columns[column[near]]
+        cuts = np.searchsorted(performance.onset[columns], due[rows[MOST_OF_KEY::MOST_OF_KEY]])
+        for part, near in enumerate(np.split(columns, cuts)):
+            some = rows[part * MOST_OF_KEY : (part + 1) * MOST_OF_KEY]
+            distance = np.abs(performance.onset[near] - due[some, None]) / room[some, None]
+            row, column = linear_sum_assignment(np.minimum(distance, 1) ** 2)
+            close = distance[row, column] < 1
+            partner[some[row[close]]] = near[column[close]]
     return partner
 
 
