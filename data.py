@@ -1411,7 +1411,9 @@ WORST = 5.0  # highest price of an interval, so that a pause can be paid
 BLUR = 0.05  # s added to both intervals of the ratio
 STEPS = 4  # furthest step without a jump, in chords
 MOST_OF_KEY = 1000  # notes of one key that are assigned together
-BLOCK = 512  # played notes whose way back is in memory
+JUMPED = STEPS + 1
+RISES = np.array([*range(1, STEPS + 1), JUMPED, 0], np.int8)  # of the ways to a chord
+BLOCK = 4096  # played notes whose way back is in memory
 MOST_PRICED = 1 << 30  # played notes × chords: minutes
 WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
@@ -1502,44 +1504,44 @@ class _Lattice:
         fronts, blocks = [(best, entry, entry)], range(1, count, BLOCK)
         restart = np.zeros(count, bool)
         for begin in blocks:
-            front, origin, restart[begin : begin + BLOCK] = self.advance(*fronts[-1], begin)
+            front, rises, leads, restart[begin : begin + BLOCK] = self.advance(*fronts[-1], begin)
             fronts.append(front)
         state = np.full(count, fronts.pop()[0].argmin())
         for begin in reversed(blocks):
             front = fronts.pop()
             if begin + BLOCK < count:
-                origin = self.advance(*front, begin)[1]
+                _, rises, leads, _ = self.advance(*front, begin)
             for j in range(min(begin + BLOCK, count) - 1, begin - 1, -1):
-                state[j - 1] = origin[j - begin, state[j]]
+                rise = rises[j - begin, state[j]]
+                state[j - 1] = leads[j - begin] if rise == JUMPED else max(state[j] - rise, 0)
         return state, restart
 
     def advance(self, best, entry, latest, begin):
         """The front (price of the best path to each chord; first and latest note of the chord on it) after a
-        block of played notes; the chord before, (block, K); whether the opening starts anew, (block,)."""
-        source, columns = self.source, self.columns
-        ways = np.vstack([source, columns, columns])  # steps, a jump, the same chord once more
+        block of played notes; by how many chords the path rose (block, K), JUMPED: from the lead; the lead
+        of each note; whether the opening starts anew."""
         onset, pitch = self.onset[begin : begin + BLOCK], self.pitch[begin : begin + BLOCK]
-        origin = np.tile(columns.astype(np.int32), (len(onset), 1))
+        rises = np.zeros((len(onset), len(best)), np.int8)
+        leads = np.zeros(len(onset), np.int64)
         restart = np.zeros(len(onset), bool)
         entry, latest = entry.copy(), latest.copy()
         for j, now in enumerate(onset):
             hit = self.holds[pitch[j]]
-            interval = np.abs(np.log(now - entry + BLUR)[source] - self.expected) / RATIO
-            stepped = best[source] + np.minimum(interval, WORST) + self.left_out
-            lead = best.argmin()
-            ways[STEPS] = lead
-            jumped = np.where(columns > lead, best[lead] + JUMP, np.inf)
+            interval = np.abs(np.log(now - entry + BLUR)[self.source] - self.expected) / RATIO
+            stepped = best[self.source] + np.minimum(interval, WORST) + self.left_out
+            leads[j] = lead = best.argmin()
+            jumped = np.where(self.columns > lead, best[lead] + JUMP, np.inf)
             prices = np.vstack([stepped, jumped, best + RESTART])
             way = prices.argmin(0)
-            moved = prices[way, columns] + MISS * ~hit
+            moved = prices[way, self.columns] + MISS * ~hit
             stayed = best + np.where(hit, np.minimum((now - latest) / LATE, MISS), MISS)
             go = moved < stayed
             best = np.where(go, moved, stayed)
             entry[go] = now
             latest[go | hit] = now
-            origin[j, go] = ways[way, columns][go]
+            rises[j, go] = RISES[way[go]]
             restart[j] = go[0]
-        return (best, entry, latest), origin, restart
+        return (best, entry, latest), rises, leads, restart
 
 
 def _time_map(position, chord, onset):
