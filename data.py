@@ -1617,6 +1617,194 @@ def _assign(pitch, due, room, performance):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What was played of a score: key, repeats, passage
+# ------------------------------------------------------------------------------------------------------------
+MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
+SURE = 0.8  # match rate of another key
+TAKEN = (
+    0.25,
+    0.75,
+)  # share of a repeated passage's notes found: under, it was not played; over, with its repeat
+UNLIKE = 0.15  # share of notes, written or played, without a partner, over which that is said
+PASSAGE_BARS, PASSAGE_NOTES = (16, 8, 4), 420  # of PercePiano's segments
+
+
+@dataclass
+class Reading:
+    """What a performance plays of a score, and what is to be said about it."""
+
+    score: Score
+    performance: Performance
+    match: np.ndarray  # as of `align`
+    said: list[str] = field(default_factory=list)
+    start: float = 0.0  # seconds, of the performance in its file
+
+    @property
+    def match_rate(self):
+        """Share of the written notes that were played."""
+        return float((self.match >= 0).mean())
+
+    @property
+    def played_rate(self):
+        """Share of the played notes that are written."""
+        return len(np.unique(self.match[self.match >= 0])) / len(self.performance.pitch)
+
+    @property
+    def bars(self):
+        """Their numbers, in words."""
+        numbers = self.score.numbers
+        return f"{numbers[0]}-{numbers[-1]}"
+
+    def warnings(self):
+        """What has been said, and what else a reader of ratings should know."""
+        unplayed, unwritten = 1 - self.match_rate, 1 - self.played_rate
+        lines = list(self.said)
+        if unplayed > UNLIKE:
+            lines.append(f"{unplayed:.0%} of the written notes were not played")
+        if unwritten > UNLIKE:
+            lines.append(f"{unwritten:.0%} of the played notes are not written")
+        return lines
+
+
+def follow(score: Score, performance: Performance, transpose: bool = False) -> Reading:
+    """The performance aligned with what it plays of the score: in its key or, with `transpose`, another,
+    without repeats that were not taken, a passage alone. DataError where it plays something else."""
+    reading = Reading(score, performance, align(score, performance))
+    if max(reading.match_rate, reading.played_rate) < SURE:
+        reading = _in_key(reading, transpose)
+    whole = _without_repeats(reading)
+    if whole.match_rate >= 1 - UNLIKE:
+        return whole
+    part = _longest_passage(whole)
+    shorter = len(whole.score.measures) - len(part.score.measures) >= min(PASSAGE_BARS)
+    if shorter and min(part.match_rate, part.played_rate) >= MISALIGNED:
+        return part
+    if whole.match_rate < MISALIGNED:
+        raise DataError(
+            f"{performance.path}: holds {whole.match_rate:.1%} of the notes of {score.path} (of bars "
+            f"{part.bars} {part.match_rate:.0%}); expected {MISALIGNED:.0%} or more; is it another piece?"
+        )
+    return whole
+
+
+def _in_key(reading, transpose):
+    """The reading in the key in which it matches."""
+    score, performance = reading.score, reading.performance
+    written, played = (np.bincount(x.pitch, minlength=128) / len(x.pitch) for x in (score, performance))
+    lowest = max(KEYBOARD[0] - performance.pitch.min(), -24)
+    highest = min(KEYBOARD[1] - performance.pitch.max(), 24)
+    shifts = [shift for shift in range(lowest, highest + 1) if shift]
+    shifts.sort(key=lambda shift: np.minimum(written, np.roll(played, shift)).sum())
+    for shift in shifts[-3:]:
+        moved = transform_performance(performance, semitones=shift)
+        other = Reading(score, moved, align(score, moved))
+        if max(other.match_rate, other.played_rate) > SURE:
+            found = f"played {abs(shift)} semitones {'higher' if shift < 0 else 'lower'} than {score.path}"
+            if not transpose:
+                raise DataError(
+                    f"{performance.path}: {found}; expected its key; --transpose rates it all the same"
+                )
+            return replace(other, said=[f"{found}, rated as if in its key"])
+    return reading
+
+
+def _without_repeats(reading):
+    """The reading without the repeats whose bars were found once only, or without any, if that is better."""
+    score = reading.score
+    bar, shares = bars_of(score), {}
+    for repeat in np.unique(score.repeat[score.repeat > 0]):
+        rows = np.isin(score.numbers, score.numbers[score.repeat == repeat])[bar]
+        shares[repeat] = np.append(reading.match[rows] >= 0, False).mean()
+    played = [repeat for repeat, share in shares.items() if share > TAKEN[0]]
+    once = [repeat for repeat in played if shares[repeat] < TAKEN[1]]
+    best = reading
+    for left_out in {tuple(once), tuple(played)} - {()}:
+        shorter = cut_score(score, ~np.isin(score.repeat, left_out))
+        said = []
+        for repeat in left_out:
+            numbers = score.numbers[score.repeat == repeat]
+            said.append(f"played without the repeat of bars {numbers[0]}-{numbers[-1]}")
+        other = Reading(
+            shorter, reading.performance, align(shorter, reading.performance), reading.said + said
+        )
+        if other.match_rate + other.played_rate > best.match_rate + best.played_rate:
+            best = other
+    return best
+
+
+def _longest_passage(reading):
+    """The reading of the successive bars with the most found notes less those not found."""
+    part = reading
+    for _ in range(2):
+        score = part.score
+        gain = np.bincount(bars_of(score), np.where(part.match >= 0, 1, -1), len(score.measures))
+        total = np.append(0, np.cumsum(gain))
+        stop = (total - np.minimum.accumulate(total)).argmax()
+        start = total[: stop + 1].argmin()
+        if stop:
+            score = cut_score(score, _mask(score, start, stop))
+        part = Reading(score, reading.performance, align(score, reading.performance))
+    return replace(part, said=[*reading.said, f"plays bars {part.bars} of the score only"])
+
+
+def _mask(score, start, stop):
+    bar = np.arange(len(score.measures))
+    return (bar >= start) & (bar < stop)
+
+
+def cut_bars(reading: Reading, kept: np.ndarray) -> Reading | None:
+    """The reading of some successive played bars, a mask, with what was played from their first note to the
+    one after their last; None where nothing was."""
+    performance, match = reading.performance, reading.match
+    rows = kept[bars_of(reading.score)]
+    hits, others = (match[part & (match >= 0)] for part in (rows, ~rows))
+    if not len(hits):
+        return None
+    onset = performance.onset
+    first, last = onset[hits].min(), onset[hits].max()
+    begin = first if (onset[others] < first).any() else -math.inf
+    end = onset[others][onset[others] > last].min(initial=math.inf)
+    taken = (onset >= begin) & (onset < end)
+    taken[others] = False
+    taken[hits] = True
+    place = np.append(np.cumsum(taken) - 1, -1)
+    start, until = onset[taken].min(), performance.offset[taken].max()
+    arrays = {name: getattr(performance, name)[taken] for name in ("pitch", "velocity", "onset", "offset")}
+    arrays["onset"] = arrays["onset"] - start
+    arrays["offset"] = arrays["offset"] - start
+    for name in ("sustain", "soft"):
+        events = getattr(performance, name)
+        inside = (events[:, 0] > start) & (events[:, 0] <= until)
+        arrays[name] = np.vstack([[0.0, _value_held_at(events, start)], events[inside] - (start, 0)])
+    score, cut = cut_score(reading.score, kept), replace(performance, **arrays)
+    return Reading(score, cut, place[match[rows]], list(reading.said), reading.start + start)
+
+
+def passages(score: Score) -> list[np.ndarray]:
+    """Masks of the bars of passages as long as PercePiano's segments; of all bars, where they are not many
+    more. The last one overlaps the one before."""
+    count = len(score.measures)
+    if count <= 1.5 * PASSAGE_BARS[0] and len(score.pitch) <= 1.5 * PASSAGE_NOTES:
+        return [np.ones(count, bool)]
+    for length in PASSAGE_BARS:
+        starts = [*range(0, count - length, length), max(count - length, 0)]
+        masks = [_mask(score, start, start + length) for start in starts]
+        if np.percentile([mask[bars_of(score)].sum() for mask in masks], 90) <= PASSAGE_NOTES:
+            break
+    return masks
+
+
+def bars_named(score: Score, first: int, last: int) -> np.ndarray:
+    """Mask of the played bars from the one printed `first` to the next one printed `last`."""
+    starts = np.flatnonzero(score.numbers == first)
+    for end in np.flatnonzero(score.numbers == last):
+        if len(starts) and starts[0] <= end:
+            return _mask(score, starts[starts <= end][-1], end + 1)
+    found = f"bars {score.numbers[0]} to {score.numbers[-1]}"
+    raise DataError(f"{score.path}: {found}; expected --bars within them, as 5-12; given {first}-{last}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Columns
 # ------------------------------------------------------------------------------------------------------------
 
@@ -2387,7 +2575,6 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------
 
 FEATURES_VERSION = 2  # count up when what `_extract_all` gives changes: caches are made again
-MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
 NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
@@ -2433,18 +2620,22 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
         except DataError as error:
             results.append((path, str(error)))
             continue
-        match = align(score, performance)
-        statistics = performance_statistics(performance)
-        item = note_table(score, performance, match) | {
-            "match_rate": float((match >= 0).mean()),
-            "stats": np.array(list(statistics.values()), np.float32),
-            "stat_names": list(statistics),
-            "performance": performance,
-            "match": match,
-            "repairs": {str(f): dict(x.repairs) for f, x in ((score_path, score), (path, performance))},
-        }
+        item = describe_performance(score, performance, align(score, performance))
         results.append((path, item))
     return results
+
+
+def describe_performance(score: Score, performance: Performance, match: np.ndarray) -> dict:
+    """The arrays of an item, with its performance, match and repairs."""
+    statistics = performance_statistics(performance)
+    return note_table(score, performance, match) | {
+        "match_rate": float((match >= 0).mean()),
+        "stats": np.array(list(statistics.values()), np.float32),
+        "stat_names": list(statistics),
+        "performance": performance,
+        "match": match,
+        "repairs": {str(x.path): dict(x.repairs) for x in (score, performance)},
+    }
 
 
 def load_percepiano(
