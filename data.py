@@ -1677,7 +1677,8 @@ def follow(score: Score, performance: Performance, transpose: bool = False) -> R
         return whole
     part = _longest_passage(whole)
     shorter = len(whole.score.measures) - len(part.score.measures) >= min(PASSAGE_BARS)
-    if shorter and min(part.match_rate, part.played_rate) >= MISALIGNED:
+    least = max(MISALIGNED, whole.played_rate - 0.05)  # what was played belongs to it
+    if shorter and part.match_rate >= MISALIGNED and part.played_rate >= least:
         return part
     if whole.match_rate < MISALIGNED:
         raise DataError(

@@ -2290,7 +2290,7 @@ def draw_passages(out: Path, members: list[tuple], work: dict) -> dict:
     """The ratings of a long piece, passage by passage over time, and their means; returns them by label."""
     rows = work["passages"]
     figure = new_figure(16, 14)
-    figure.suptitle(picture_title("ratings over time, passage by passage (above: bars; line: mean)", members, work))
+    figure.suptitle(picture_title("ratings over time (above: bars; line: mean)", members, work))
     every = math.ceil(len(rows) / 12)
     middles = [(row["start"] + row["end"]) / 2 for row in rows]
     curves = {label: [row["ratings"][label] for row in rows] for label in LABELS}
