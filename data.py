@@ -181,7 +181,9 @@ _HALVES = (4, 1.0), (8, 0.5)  # parts of the bar, weight of a position at one of
 _THIRDS = (6, 1.0), (12, 0.5)
 _SUBDIVISIONS = {2: _HALVES, 4: _HALVES, 3: _THIRDS, 6: _THIRDS, 12: _THIRDS, 5: ((5, 2.0),), 9: ((9, 1.0),)}
 _TIME_FLAGS = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}
-_GRIDS = ("beats", "measures", "sections", "numbers", "repeat")  # arrays of a score that are not of its notes
+# Arrays of a `Score` with an entry per note
+_OF_NOTES = "pitch duration voice staff measure beat section grace grace_order overlapped trill".split()
+_OF_NOTES += ["arpeggiate", "tremolo", "qpm"]
 _LONGEST = 1000  # quarters, of a note or bar
 _MAX_XML = 1 << 26  # bytes, unpacked
 _MAX_UNFOLDED = 200_000  # bars and notes
@@ -993,16 +995,18 @@ def _direction_features(notes, directions, last_division):
     pace_of = _index_at_or_before([m.start for m in tempi], onsets)
     rows, sections = [], []
     before = None
+    dynamic_of = functools.cache(functools.partial(_word_vector, table=DYNAMIC_WORDS, whole=False))
+    tempo_of = functools.cache(functools.partial(_word_vector, table=TEMPO_WORDS, whole=True))
     swelling, moving = _active(hairpins, notes), _active(changes, notes)
     for note, level, pace, swell, move in zip(notes, level_of, pace_of, swelling, moving, strict=True):
         level = dynamics[level]
         words = [m.text for m in [level, *swell]]
-        dynamic = _word_vector(" ".join(words), DYNAMIC_WORDS, whole=False)
+        dynamic = dynamic_of(" ".join(words)).copy()
         for column, value in accents.get(note.onset, []) if "grace" not in note.marks else []:
             dynamic[column] = value
         # Unlike the original, which takes hairpins and other dynamics for relative tempo marks.
         marks = [tempi[pace], *move]
-        tempo = _word_vector(" ".join(m.text for m in marks), TEMPO_WORDS, whole=True)
+        tempo = tempo_of(" ".join(m.text for m in marks))
         recent = max(m.onset for m in marks)
         rows.append((dynamic, tempo, note.onset - level.start, note.onset - recent))
         now = marks[0].text, [id(m) for m in marks[1:]]
@@ -1113,46 +1117,51 @@ def _build_score(known, ticks, notes, rests, slurs, directions, bars, starts, co
         "beat_position": position,
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
-        "qpm_primo": np.full(len(notes), math.log10(qpm[0])),
         "following_rest": following[:, 0] / ticks,
         "followed_by_fermata_rest": following[:, 1],
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
-        "xml_position": _share_of_piece(onset, duration),
         "grace_order": columns["grace_order"].astype(float),
         "preceded_by_grace_note": np.array(preceded, float),
         "pitch": np.column_stack([(pitch // 12 - 5) / 4, np.eye(12)[pitch % 12]]),
         "tempo": tempo,
-        "tempo_primo": np.tile(tempo[0, :2], (len(notes), 1)),
         "dynamic": dynamic,
         "notation": notation,
-        "time_sig_vec": np.array([_time_vector(bars[b]) for b in bar]),
+        "time_sig_vec": np.array([_time_vector(b) for b in bars])[bar],
         "slur_beam_vec": np.hstack([slurred, beams]),
         "composer_vec": np.tile(composer, (len(notes), 1)),
     }
-    beats = _beat_grid(bars, starts, ticks)
-    return Score(
+    score = Score(
         **known,
         onset=onset / ticks,
         duration=duration / ticks,
         **columns,
-        measure=_contiguous(bar),
-        beat=_contiguous(_index_at_or_before(beats, onset, 1e-6)),
-        section=_index_at_or_before(sections, onset, 1e-6).astype(np.int64),
+        measure=bar,
+        beat=bar,
+        section=_index_at_or_before(sections, onset, 1e-6),
         grace=marked("grace")[:, 0] > 0,
         overlapped=_overlapped(notes),
         trill=notation[:, 0] > 0,
         arpeggiate=notation[:, 5] > 0,
-        beats=beats / ticks,
+        qpm=qpm,
+        beats=_beat_grid(bars, starts, ticks) / ticks,
         measures=starts / ticks,
         sections=sections / ticks,
-        qpm=qpm,
         features=features,
     )
+    return _settle(score)
 
 
-def _share_of_piece(onset, duration):
-    return onset / ((onset + duration)[min(1, len(onset) - 1) :].max() or 1.0)
+def _settle(score):
+    """Set what depends on where the score begins and ends, in place."""
+    onset, features = score.onset, score.features
+    end = (onset + score.duration)[min(1, len(onset) - 1) :].max()
+    features["xml_position"] = onset / (end or 1.0)
+    features["qpm_primo"] = np.full(len(onset), math.log10(score.qpm[0]))
+    features["tempo_primo"] = np.tile(features["tempo"][0, :2], (len(onset), 1))
+    score.measure = _contiguous(bars_of(score))
+    score.beat = _contiguous(_index_at_or_before(score.beats, onset, 1e-6))
+    return score
 
 
 def bars_of(score: Score) -> np.ndarray:
@@ -1169,33 +1178,23 @@ def cut_score(score: Score, kept: np.ndarray) -> Score:
         return (positions - left_out[bar])[kept[bar]]
 
     rows = kept[bars_of(score)]
-    arrays = {}
-    for name, value in vars(score).items():
-        if isinstance(value, np.ndarray) and name not in _GRIDS:
-            arrays[name] = value[rows]
-    onset, duration, section = moved(score.onset), arrays["duration"], arrays["section"]
+    arrays = {name: getattr(score, name)[rows] for name in _OF_NOTES}
     features = {name: column[rows] for name, column in score.features.items()}
+    onset, section = moved(score.onset), arrays["section"]
     for name in ("distance_from_abs_dynamic", "distance_from_recent_tempo"):
         features[name] = np.minimum(features[name], onset)
-    features["xml_position"] = _share_of_piece(onset, duration)
-    features["qpm_primo"] = np.full(len(onset), math.log10(arrays["qpm"][0]))
-    features["tempo_primo"] = np.tile(features["tempo"][0, :2], (len(onset), 1))
-    beats, measures = moved(score.beats), moved(score.measures)
-    begins = np.flatnonzero(np.diff(section, prepend=-1))
     end = onset[-1] + score.sections[-1] - score.onset[-1]
     arrays |= {
         "onset": onset,
         "features": features,
-        "beats": beats,
-        "measures": measures,
-        "sections": np.append(onset[begins], end),
-        "measure": _contiguous(_index_at_or_before(measures, onset, 1e-6)),
-        "beat": _contiguous(_index_at_or_before(beats, onset, 1e-6)),
         "section": np.cumsum(np.diff(section, prepend=section[0]) > 0),
+        "beats": moved(score.beats),
+        "measures": moved(score.measures),
+        "sections": np.append(onset[np.flatnonzero(np.diff(section, prepend=-1))], end),
         "numbers": score.numbers[kept],
         "repeat": score.repeat[kept],
     }
-    return replace(score, **arrays)
+    return _settle(replace(score, **arrays))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1414,7 +1413,6 @@ MOST_OF_KEY = 1000  # notes of one key that are assigned together
 JUMPED = STEPS + 1
 RISES = np.array([*range(1, STEPS + 1), JUMPED, 0], np.int8)  # of the ways to a chord
 BLOCK = 4096  # played notes whose way back is in memory
-MOST_PRICED = 1 << 30  # played notes × chords: minutes
 WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
@@ -1689,24 +1687,23 @@ def follow(score: Score, performance: Performance, transpose: bool = False) -> R
 
 
 def _in_key(reading, transpose):
-    """The reading in the key in which it matches."""
+    """The reading in the key in which the keyboard's use is most alike, if it matches there."""
     score, performance = reading.score, reading.performance
     written, played = (np.bincount(x.pitch, minlength=128) / len(x.pitch) for x in (score, performance))
-    lowest = max(KEYBOARD[0] - performance.pitch.min(), -24)
-    highest = min(KEYBOARD[1] - performance.pitch.max(), 24)
-    shifts = [shift for shift in range(lowest, highest + 1) if shift]
-    shifts.sort(key=lambda shift: np.minimum(written, np.roll(played, shift)).sum())
-    for shift in shifts[-3:]:
-        moved = transform_performance(performance, semitones=shift)
-        other = Reading(score, moved, align(score, moved))
-        if max(other.match_rate, other.played_rate) > SURE:
-            found = f"played {abs(shift)} semitones {'higher' if shift < 0 else 'lower'} than {score.path}"
-            if not transpose:
-                raise DataError(
-                    f"{performance.path}: {found}; expected its key; --transpose rates it all the same"
-                )
-            return replace(other, said=[f"{found}, rated as if in its key"])
-    return reading
+    lowest = KEYBOARD[0] - performance.pitch.min()
+    highest = KEYBOARD[1] - performance.pitch.max()
+    shifts = range(min(lowest, 0), max(highest, 0) + 1)
+    shift = max(shifts, key=lambda shift: np.minimum(written, np.roll(played, shift)).sum())
+    if not shift:
+        return reading
+    moved = transform_performance(performance, semitones=shift)
+    found = f"played {abs(shift)} semitones {'higher' if shift < 0 else 'lower'} than {score.path}"
+    other = Reading(score, moved, align(score, moved), [f"{found}, rated as if in its key"])
+    if max(other.match_rate, other.played_rate) <= SURE:
+        return reading
+    if not transpose:
+        raise DataError(f"{performance.path}: {found}; expected its key; --transpose rates it all the same")
+    return other
 
 
 def _without_repeats(reading):
@@ -1735,17 +1732,15 @@ def _without_repeats(reading):
 
 def _longest_passage(reading):
     """The reading of the successive bars with the most found notes less those not found."""
-    part = reading
-    for _ in range(2):
-        score = part.score
-        gain = np.bincount(bars_of(score), np.where(part.match >= 0, 1, -1), len(score.measures))
-        total = np.append(0, np.cumsum(gain))
-        stop = (total - np.minimum.accumulate(total)).argmax()
-        start = total[: stop + 1].argmin()
-        if stop:
-            score = cut_score(score, _mask(score, start, stop))
-        part = Reading(score, reading.performance, align(score, reading.performance))
-    return replace(part, said=[*reading.said, f"plays bars {part.bars} of the score only"])
+    score = reading.score
+    gain = np.bincount(bars_of(score), np.where(reading.match >= 0, 1, -1), len(score.measures))
+    total = np.append(0, np.cumsum(gain))
+    stop = (total - np.minimum.accumulate(total)).argmax()
+    if stop:
+        score = cut_score(score, _mask(score, total[: stop + 1].argmin(), stop))
+    part = Reading(score, reading.performance, align(score, reading.performance))
+    part.said = [*reading.said, f"plays bars {part.bars} of the score only"]
+    return part
 
 
 def _mask(score, start, stop):
