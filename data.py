@@ -1790,14 +1790,17 @@ def passages(score: Score) -> list[np.ndarray]:
     return masks
 
 
-def bars_named(score: Score, first: int, last: int) -> np.ndarray:
-    """Mask of the played bars from the one printed `first` to the next one printed `last`."""
-    starts = np.flatnonzero(score.numbers == first)
-    for end in np.flatnonzero(score.numbers == last):
-        if len(starts) and starts[0] <= end:
-            return _mask(score, starts[starts <= end][-1], end + 1)
+def bars_named(score: Score, text: str) -> np.ndarray:
+    """Mask of the played bars of "A-B", printed numbers: from the last A before the first B after an A."""
+    numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        starts = np.flatnonzero(score.numbers == first)
+        for end in np.flatnonzero(score.numbers == last):
+            if len(starts) and starts[0] <= end:
+                return _mask(score, starts[starts <= end][-1], end + 1)
     found = f"bars {score.numbers[0]} to {score.numbers[-1]}"
-    raise DataError(f"{score.path}: {found}; expected --bars within them, as 5-12; given {first}-{last}")
+    raise DataError(f"{score.path}: {found}; expected --bars as 5-12 within them; given {text!r:.40}")
 
 
 # ------------------------------------------------------------------------------------------------------------

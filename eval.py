@@ -1978,45 +1978,37 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
 
 
 def _whereabouts(reading: Reading) -> dict:
-    end = reading.start + reading.performance.offset.max()
-    rate = reading.match_rate
-    return {"bars": reading.bars, "start": reading.start, "end": float(end), "match_rate": rate}
+    end = reading.start + float(reading.performance.offset.max())
+    return {"bars": reading.bars, "start": reading.start, "end": end, "match_rate": reading.match_rate}
 
 
 def rated_parts(reading: Reading, bars: str | None) -> list[Reading]:
     """The passages of a reading to rate: bars "A-B", or all of it; adds to `said` which are too unlike."""
     score = reading.score
-    if bars:
-        numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", bars)
-        if not numbers:
-            raise DataError(f"--bars {bars}: expected the numbers of the first and last, as 5-12")
-        masks = [bars_named(score, int(numbers[1]), int(numbers[2] or numbers[1]))]
-    else:
-        masks = passages(score)
-        if len(masks) == 1:
-            return [reading]
+    masks = passages(score) if bars is None else [bars_named(score, bars)]
+    if masks[0].all():
+        return [reading]
     parts = []
     for mask in masks:
         part = cut_bars(reading, mask)
         if part and part.match_rate >= MISALIGNED:
             parts.append(part)
         else:
-            first, *_, last = np.repeat(score.numbers[mask], 2)
-            rate = part.match_rate if part else 0
-            reading.said.append(f"{rate:.0%} of the notes of bars {first}-{last} found: not rated")
+            numbers = score.numbers[mask]
+            reading.said.append(f"bars {numbers[0]}-{numbers[-1]} hardly played, not rated")
     if not parts:
-        raise DataError(f"{reading.performance.path}: {reading.said[-1]}; expected {MISALIGNED:.0%} or more")
+        raise DataError(f"{reading.performance.path}: {reading.said[-1]}; expected bars that it plays")
     return parts
 
 
 def passage_ratings(parts: list[Reading], p: np.ndarray) -> list[dict]:
     """Prints where each rating is lowest and highest; a record of each passage, of ratings (passages, 19)."""
     tqdm.write(f"\n{'lowest':>44} {'highest':>29}")
-    for k, label in enumerate(LABELS):
+    for label, values in zip(LABELS, p.T, strict=True):
         low, high = (
-            f"{p[i, k]:5.2f} in bars {parts[i].bars:9}" for i in (p[:, k].argmin(), p[:, k].argmax())
+            f"{values[i]:5.2f} in bars {parts[i].bars:9}" for i in (values.argmin(), values.argmax())
         )
-        tqdm.write(f"{' / '.join(LABEL_POLES[label]):>44.44} {low} {high}")
+        tqdm.write(f"{' / '.join(LABEL_POLES[label]):>44.44} {low} {high}".rstrip())
     rows = []
     for part, values in zip(parts, p.tolist(), strict=True):
         rows.append(_whereabouts(part) | {"ratings": dict(zip(LABELS, values, strict=True))})
@@ -2261,8 +2253,9 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     sounded = item["matched"] | (item["voice"] == 0)
     end = x["raw_offset"].max()
     beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
-    measures, numbers = _beginnings(score.measure, score.measures, score.onset)
+    measures, place = _beginnings(score.measure, score.measures, score.onset)
     measures = np.append(seconds(measures), end)
+    numbers = score.numbers[place - 1]
     first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
     if any(model.model_args["stats_size"] for model, _ in members):
@@ -2291,7 +2284,6 @@ def draw_passages(out: Path, members: list[tuple], work: dict) -> dict:
     rows = work["passages"]
     figure = new_figure(16, 14)
     figure.suptitle(picture_title("ratings over time (above: bars; line: mean)", members, work))
-    every = math.ceil(len(rows) / 12)
     middles = [(row["start"] + row["end"]) / 2 for row in rows]
     curves = {label: [row["ratings"][label] for row in rows] for label in LABELS}
     grid = figure.subplots(5, 4, sharex=True, sharey=True).flat
@@ -2303,9 +2295,10 @@ def draw_passages(out: Path, members: list[tuple], work: dict) -> dict:
     grid[-1].axis("off")
     for axes in grid[-4:-1]:
         axes.set_xlabel("time in the performance (s)")
+    bars = [row["bars"] for row in rows]
+    every = math.ceil(len(rows) / 12)
     for axes in grid[:4]:
-        top = axes.secondary_xaxis("top")
-        top.set_xticks(middles[::every], [row["bars"] for row in rows[::every]], rotation=90, fontsize=7)
+        axes.secondary_xaxis("top").set_xticks(middles[::every], bars[::every], rotation=90, fontsize=7)
     save_figure(figure, out)
     return {"curves": curves}
 

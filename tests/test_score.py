@@ -257,7 +257,7 @@ BARS = {
     "hidden rests of no length": (([note(60) + note(None, 0, attributes=HIDDEN) + note(62)],),
                                  dict(onset=[0, 1])),
     "voices are any text": (
-        ([A + back(16) + note(62, 16, "1b") + back(16) + note(64, 16, 101) + back(16) + note(65, 16, "1b")],),
+        ([A + back(16) + note(62, 16, "1b") + back(16) + note(64, 16, 11) + back(16) + note(65, 16, "1b")],),
         dict(voice=[10_000, 10_001, 10_000, 1])),
     "unpitched notes take their time": (
         ([note(60) + note(61).replace("pitch>", "unpitched>") + note(62, 8)],), dict(onset=[0, 2])),

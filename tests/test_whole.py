@@ -65,7 +65,7 @@ def test_what_plays_something_else_is_refused(piece, capsys):
 def test_a_cut_score_is_the_score_of_these_bars(piece, tmp_path):
     """Against the file of those bars alone."""
     score = data.read_musicxml(piece.score)
-    cut = data.cut_score(score, data.bars_named(score, 13, 20))
+    cut = data.cut_score(score, data.bars_named(score, "13-20"))
     marks = words("Andante") + '<sound tempo="60"/>'
     path = tmp_path / "part.musicxml"
     bars = [quarters(*KEYS[bar].tolist()) for bar in range(12, 20)]
@@ -80,7 +80,7 @@ def test_a_cut_score_is_the_score_of_these_bars(piece, tmp_path):
 
 def test_score_and_performance_are_cut_alike(piece):
     reading = data.follow(data.read_musicxml(piece.score), piece(AGAIN, more=3))
-    part = data.cut_bars(reading, data.bars_named(reading.score, 10, 11))
+    part = data.cut_bars(reading, data.bars_named(reading.score, "10-11"))
     assert part.performance.pitch.tolist() == KEYS[9:11].ravel().tolist()
     np.testing.assert_allclose(part.performance.onset, np.arange(8) / 2, atol=1e-6)
     assert part.performance.velocity.tolist() == [*range(56, 64)]
