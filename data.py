@@ -1618,7 +1618,7 @@ def _assign(pitch, due, room, performance):
 # What was played of a score: key, repeats, passage
 # ------------------------------------------------------------------------------------------------------------
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
-SURE = 0.8  # match rate of another key
+SURE, PROBE = 0.8, 100  # match rate of another key; played notes that tell which
 TAKEN = (
     0.25,
     0.75,
@@ -1687,23 +1687,23 @@ def follow(score: Score, performance: Performance, transpose: bool = False) -> R
 
 
 def _in_key(reading, transpose):
-    """The reading in the key in which the keyboard's use is most alike, if it matches there."""
+    """The reading in another key, up to an octave away, if its beginning matches there."""
     score, performance = reading.score, reading.performance
-    written, played = (np.bincount(x.pitch, minlength=128) / len(x.pitch) for x in (score, performance))
-    lowest = KEYBOARD[0] - performance.pitch.min()
-    highest = KEYBOARD[1] - performance.pitch.max()
-    shifts = range(min(lowest, 0), max(highest, 0) + 1)
-    shift = max(shifts, key=lambda shift: np.minimum(written, np.roll(played, shift)).sum())
-    if not shift:
+
+    def moved_by(semitones, notes=None):
+        moved = transform_performance(performance, semitones=semitones)
+        arrays = {name: getattr(moved, name)[:notes] for name in ("pitch", "velocity", "onset", "offset")}
+        moved = replace(moved, **arrays)
+        return Reading(score, moved, align(score, moved))
+
+    other = moved_by(max(range(-12, 13), key=lambda shift: moved_by(shift, PROBE).played_rate))
+    higher = performance.pitch[0] - other.performance.pitch[0]
+    if not higher or max(other.match_rate, other.played_rate) <= SURE:
         return reading
-    moved = transform_performance(performance, semitones=shift)
-    found = f"played {abs(shift)} semitones {'higher' if shift < 0 else 'lower'} than {score.path}"
-    other = Reading(score, moved, align(score, moved), [f"{found}, rated as if in its key"])
-    if max(other.match_rate, other.played_rate) <= SURE:
-        return reading
+    found = f"played {abs(higher)} semitones {'higher' if higher > 0 else 'lower'} than {score.path}"
     if not transpose:
         raise DataError(f"{performance.path}: {found}; expected its key; --transpose rates it all the same")
-    return other
+    return replace(other, said=[f"{found}, rated as if in its key"])
 
 
 def _without_repeats(reading):
@@ -1799,7 +1799,7 @@ def bars_named(score: Score, text: str) -> np.ndarray:
         for end in np.flatnonzero(score.numbers == last):
             if len(starts) and starts[0] <= end:
                 return _mask(score, starts[starts <= end][-1], end + 1)
-    found = f"bars {score.numbers[0]} to {score.numbers[-1]}"
+    found = f"played were bars {score.numbers[0]} to {score.numbers[-1]}"
     raise DataError(f"{score.path}: {found}; expected --bars as 5-12 within them; given {text!r:.40}")
 
 
