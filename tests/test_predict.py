@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import refusal
 from sklearn.gaussian_process.kernels import Matern
+from test_whole import ONCE, piece  # noqa: F401
 
 import data
 import eval as evaluation
@@ -135,14 +136,14 @@ def test_ratings_from_files_are_those_of_evaluate(features, piano, tmp_path):
 def test_ratings_from_audio_are_those_of_evaluate(piano, tmp_path, capsys):
     paths = [audio(tmp_path / "a.pt", "ast"), audio(tmp_path / "b.pt", "ast", 8)]
     predict("--ckpt", audio(tmp_path / "c.pt", standardise="group"), "--midi", piano.midi(piano.names[0]))
-    assert "  mean   SD" not in capsys.readouterr().out  # of the ratings in training: by group only
+    assert "mean, SD" not in capsys.readouterr().out  # of the ratings in training: by group only
     expected = fold_predictions(paths, piano)
     chosen = sorted(expected)[:2]
     records = predict("--ckpt", *paths, "--midi", *map(piano.midi, chosen))
     for record, name in zip(records, chosen, strict=True):
         assert values(record) == pytest.approx(expected[name], abs=1e-6)
     said = capsys.readouterr().out
-    assert ("other kind" in said, "  mean   SD" in said) == (False, True)
+    assert ("other kind" in said, "mean, SD" in said) == (False, True)
     wav = tmp_path / "wav" / f"{chosen[0]}.WAV"
     wav.parent.mkdir()
     data.write_wav(wav, data.render(data.read_midi(piano.midi(chosen[0]))))
@@ -248,8 +249,10 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert "SYNTHETIC" in said
     saved = json.loads((tmp_path / "new/a.json").read_text())
     assert saved["predictions"] == evaluation.json_ready(records)
-    found = ["name", "path", "score", "match_rate", "extra", "notes", "repairs", "ratings", "uncertainty"]
-    assert list(records[0]) == found
+    keys = (
+        "name path score bars start end match_rate extra notes repairs ratings uncertainty warnings passages"
+    )
+    assert list(records[0]) == keys.split()
     # of the networks' validation errors and their spread
     half = np.hypot(1.2816 * 0.1, 1.2816 * np.abs(each[0] - each[1]) / 2)
     assert [*records[0]["uncertainty"].values()] == pytest.approx(half)
@@ -261,7 +264,7 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert saved["trained_on_synthetic"] is True
     assert [other in line for line in saved["refused"]] == [True]
     (row,) = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
-    assert list(row)[:7] == list(records[0])[:-2]
+    assert list(row)[:10] == [*list(records[0])[:10]]
     assert float(row["Articulation_Long_Short: Short ... Long"]) == pytest.approx(values(records[0])[1])
     assert float(row[f"{LABELS[18]} ± 80 %"]) == pytest.approx(half[18])
 
@@ -381,6 +384,27 @@ def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(piano
     unlike = f"{others[0]}.mid"
     assert unlike in refuse(capsys, *pair, folder / unlike, "--json", tmp_path / "a.json")
     assert not (tmp_path / "a.json").exists()
+
+
+def test_long_pieces_are_rated_by_passages(piece, piano, tmp_path, capsys):  # noqa: F811
+    pair = "--ckpt", han(tmp_path / "h.pt", piano), "--score", piece.score, "--midi", piece.midi
+    piece(ONCE)
+    (record,) = predict(*pair, "--csv", tmp_path / "a.csv", "--explain", tmp_path)
+    assert [row["bars"] for row in record["passages"]] == ["1-16", "17-32", "33-48"]
+    ratings = np.array([list(row["ratings"].values()) for row in record["passages"]])
+    np.testing.assert_allclose(list(record["ratings"].values()), ratings.mean(0))
+    assert ratings.std(0).max() > 1e-4
+    assert "repeat of bars 9-16" in record["warnings"]
+    assert (tmp_path / "take.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["bars"] for row in rows] == ["1-48", "1-16", "17-32", "33-48"]
+    (part,) = predict(*pair, "--bars", "17-32")
+    np.testing.assert_allclose(list(part["ratings"].values()), ratings[1], atol=1e-5)
+    assert (part["bars"], part["passages"], part["start"]) == ("17-32", [], 32)
+    for bars in ("12-5", "40-60", "x"):
+        assert bars in refuse(capsys, *pair, "--bars", bars)
+    piece([*range(1, 9)])
+    assert "20-27" in refuse(capsys, *pair, "--bars", "20-27")
 
 
 def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_path, capsys):
