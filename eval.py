@@ -16,43 +16,7 @@ Checkpoints of one fold (seeds) are averaged, and so are decoders. Figures stand
 renderings (players `Score`, `Score2`). Without --data the built-in synthetic corpus is used.
 """
 
-import os
-import signal
-
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"eval.py: interrupted\n") else 1))
-
-import argparse
-import base64
-import contextlib
-import csv
-import functools
-import hashlib
-import io
-import itertools
-import json
-import math
-import platform
-import re
-import shlex
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from datetime import datetime, timezone
-from html import escape
-from pathlib import Path
-
-import numpy as np
-import torch
-from rapidfuzz.distance import Levenshtein
-from torch import Tensor, nn
-from torch.nn import functional
-from tqdm import tqdm
-
-from data import (
+from data import (  # first: while torch loads, Ctrl-C is one line
     BIN,
     FEATURE_SETS,
     FEATURES,
@@ -80,6 +44,7 @@ from data import (
     normalise_fbank,
     number,
     open_speech,
+    ordinary,
     pad_fbank,
     percepiano_audio,
     percepiano_parts,
@@ -89,6 +54,10 @@ from data import (
     prepare_ast,
     prepare_han,
     pretrain_data,
+    print_left_out,
+    printable,
+    read_file,
+    read_json,
     read_labels,
     read_midi,
     read_musicxml,
@@ -98,6 +67,7 @@ from data import (
     repair_lines,
     run_script,
     segment_of,
+    shown,
     speech_item,
     speech_parts,
     speech_rules,
@@ -107,6 +77,38 @@ from data import (
     unusable_bins,
     write_atomic,
 )
+
+# isort: split
+import argparse
+import base64
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
 from models import (
     AMP_TYPES,
     AST,
@@ -126,9 +128,6 @@ from models import (
     peak_memory,
 )
 
-with contextlib.suppress(ImportError):  # Windows has none
-    pass
-
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
 MAX_NOTES = 420  # of a PercePiano performance
@@ -140,14 +139,11 @@ MAX_NOTES = 420  # of a PercePiano performance
 
 def r2(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Coefficient of determination per dimension, (D,), of truth y and prediction p, (n, D): scikit-learn's
-    in a tenth of its time, which bootstraps need. Constant truth: 1 when met, else 0; one item: NaN."""
+    in a tenth of its time, which bootstraps need. NaN, undefined, of constant truth."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
-    if len(y) < 2:
-        return np.full(y.shape[1], np.nan)
     residual = ((y - p) ** 2).sum(0)
     total = ((y - y.mean(0)) ** 2).sum(0)
-    varies = total > 1e-20  # a constant's total is only rounding
-    return np.where(varies, 1 - residual / np.where(varies, total, 1), residual == 0)
+    return 1 - residual / np.where(total > 1e-20, total, np.nan)  # a constant's total is only rounding
 
 
 def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -156,11 +152,11 @@ def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant."""
+    """Pearson correlation per dimension, (D,), of (n, D) arrays; NaN where either side is constant."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     a, b = y - y.mean(0), p - p.mean(0)
     scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.where(scale > 1e-15, (a * b).sum(0) / np.maximum(scale, 1e-15), 0.0)
+    return (a * b).sum(0) / np.where(scale > 1e-15, scale, np.nan)
 
 
 METRICS = {"r2": r2, "mse": mse, "pearson": pearson}  # name -> function of (y, p) -> a figure per dimension
@@ -172,7 +168,8 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
     for name, metric in METRICS.items():
         each = metric(y, p)
         metrics |= {f"valid_{name}": float(each.mean()), f"valid_{name}_per_dimension": each.tolist()}
-    spread = float((p.std(0) / y.std(0)).mean())
+    deviation = y.std(0)
+    spread = float((p.std(0) / np.where(deviation > 1e-10, deviation, np.nan)).mean())
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
 
@@ -267,9 +264,15 @@ def scores(y, p, groups) -> dict:
 
 
 def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
     write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
+
+
+def _quoted(cell):
+    formula = isinstance(cell, str) and re.match(r"[=+@\t\r−-]", cell) and not re.match(r"-?[\d.]+$", cell)
+    return f"'{cell}" if formula else cell
 
 
 def read_csv(path: str | Path) -> dict:
@@ -277,7 +280,7 @@ def read_csv(path: str | Path) -> dict:
     (reference, hypothesis), phoneme ids. DataError names the line."""
     items: dict = {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with ordinary(path, 2**28).open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, strict=True):
                 if "trial" in row:
                     spelt = row["reference"].split(), row["hypothesis"].split()
@@ -349,12 +352,12 @@ def print_table(head: Iterable[str], rows: Iterable[Iterable]) -> None:
 
 def _cell(value):
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return shown(value)
     return str(value) if isinstance(value, str | int) else brackets(value)
 
 
 def brackets(interval: Iterable[float]) -> str:
-    return "[{:.4f}, {:.4f}]".format(*interval)
+    return f"[{', '.join(map(shown, interval))}]"
 
 
 def _print_figures(title, figures, tests):
@@ -488,8 +491,8 @@ def _load_corpus(args, speech=False):
     if not args.data:
         print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
     corpus = read(args.data or made(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
+    if corpus.left_out:
+        print_left_out(corpus.left_out)
     return corpus
 
 
@@ -908,7 +911,7 @@ def read_lexicon(path: str | Path) -> Lexicon:
     "word(2)" and comments after ";;;" are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in read_file(path).decode().splitlines():
             line = line.partition(";;;")[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
@@ -1237,8 +1240,8 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
 def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
     store = percepiano_audio(corpus.root, args.cache, args.audio)
-    for line in store.left_out:
-        print(f"left out: {line}")
+    if store.left_out:
+        print_left_out(store.left_out)
     kind = "wav" if args.audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
@@ -1429,7 +1432,7 @@ def _side(args, paths):
             raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
         items = read_csv(paths[0])
         beside = Path(paths[0]).with_suffix(".json")
-        saved = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        saved = read_json(beside) if beside.exists() else {}
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
@@ -1703,7 +1706,7 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": _printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
+    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     rows, columns = drawn["share"].shape
     print(f"{args.attention}: {columns} x {rows} patches")
@@ -1720,14 +1723,24 @@ CHOSEN_BY = {"valid_per": "valid_per", "valid_r2": "valid_loss", "valid_accuracy
 
 
 def read_run(run: str) -> tuple[dict, list[dict]]:
-    """Options and log of a run's folder, less a last line that a kill cut short."""
+    """Options and log of a run's folder; says how many lines a crash has cut short and left unread."""
     try:
-        options = dict(json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
-        whole = Path(run, "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
-        records = [json.loads(line) for line in whole.split("\n")]
-        return options, [record | {"step": int(record["step"])} for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        options = dict(read_json(Path(run, "args.json")))
+        lines = read_file(Path(run, "metrics.jsonl"), 2**28).splitlines()
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{run}: no args.json and metrics.jsonl of a run ({error})") from error
+    records = []
+    for line in lines:
+        try:
+            record = dict(json.loads(line))
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+    if not records:
+        raise DataError(f"{run}/metrics.jsonl: none of its {len(lines)} lines is whole; train again")
+    if len(records) < len(lines):
+        print(f"{run}/metrics.jsonl: {len(lines) - len(records)} of {len(lines)} lines are torn, left out")
+    return options, records
 
 
 def history(records: list[dict], key: str) -> np.ndarray:
@@ -1774,7 +1787,7 @@ def curves(argv: list[str]) -> dict:
     best = {}
     for run, records in runs.items():
         key, best[run], step = best_validation(records)
-        print(f"{run}: {key} {best[run]:.4f} at step {step}")
+        print(f"{run}: {key} {shown(best[run])} at step {step}")
     return best
 
 
@@ -1860,7 +1873,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     def refuse(problem: object) -> None:
         if args.strict:
             raise DataError(problem)
-        refused.append(_printable(problem))
+        refused.append(printable(problem))
         tqdm.write(f"refused: {refused[-1]}")
 
     inputs = _expand(args.midi or args.audio or args.speech)
@@ -1906,11 +1919,6 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) 
         tqdm.write(f"no picture: {error}")
 
 
-def _printable(text: object) -> str:
-    """Without the bytes of a file name that are no text."""
-    return str(text).encode(errors="replace").decode()
-
-
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
@@ -1926,7 +1934,7 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
 
 def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One performance of the score: its record, and what explains it."""
-    path, name = _printable(files[0]), _printable(files[0].stem.strip())
+    path, name = printable(files[0]), printable(files[0].stem.strip())
     ((_, item),) = extract_performances((args.score, [str(files[0])]))
     if isinstance(item, str):
         raise DataError(item)
@@ -1952,7 +1960,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
 
 def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
     """Prints and gives what was wrong in files (file -> kind -> number) and read all the same."""
-    said = _printable("; ".join(repair_lines([repairs])))
+    said = printable("; ".join(repair_lines([repairs])))
     if said:
         print(f"repaired: {said}")
     return said
@@ -1960,14 +1968,14 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, name = read_piece(files[0], rendered=not args.audio), _printable(files[0].stem)
+    energies, name = read_piece(files[0], rendered=not args.audio), printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
     ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
-    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
+    record = {"name": name, "path": printable(files[0]), "seconds": seconds, "repairs": repairs}
     record["ratings"] = ratings
     yield record, {"name": name, "energies": energies}
 
@@ -2006,7 +2014,7 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         name, decoded = found["trial"], spell(found["hypothesis"])
         record = {
             "id": name,
-            "path": corpus.text[i] if is_npy else _printable(files[0]),
+            "path": corpus.text[i] if is_npy else printable(files[0]),
             "session": found["day"],
             "seconds": float(corpus.lengths[i] * BIN),
             "phonemes": decoded,
@@ -2038,7 +2046,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [_printable(trial["path"].stem) for trial in trials], len(trials)
+    names, count = [printable(trial["path"].stem) for trial in trials], len(trials)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2046,7 +2054,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[_printable(trial["path"]) for trial in trials],
+        text=[printable(trial["path"]) for trial in trials],
         ids=names,
         days=names,
         channels=channels,
@@ -2060,7 +2068,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
 def _read_trial(path: Path, channels: int) -> np.ndarray:
     """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
     try:
-        x = np.lib.format.open_memmap(path, mode="r")
+        x = np.lib.format.open_memmap(ordinary(path), mode="r")
         fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
         problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
         if problem:
@@ -2426,7 +2434,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
 
 def _text(value: object) -> str:
     """HTML of a value: fractions to four digits, the rest escaped."""
-    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
+    return shown(value) if isinstance(value, float) else escape(str(value))
 
 
 def _table(head: Iterable, rows: Iterable[Iterable]) -> str:

@@ -21,15 +21,9 @@ many random crops as it has lengths of --frames. PERCEPIANO is a clone of its re
 into the cache. Scores and times: results/README.md.
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"pretrain_ast.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import contextlib
 import math
@@ -43,7 +37,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import data
 from eval import (
     METRICS,
     predict_ast,
@@ -72,9 +65,9 @@ from models import (
     load_checkpoint,
     load_training,
     main_first,
+    on_any,
     parse_options,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -533,7 +526,7 @@ def main(args: argparse.Namespace) -> dict:
         say(f"resumed {args.resume} at step {step}")
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
@@ -541,12 +534,14 @@ def main(args: argparse.Namespace) -> dict:
         run.save(file, args.model, bare_model, optimizer, scaler, **state)
 
     # ---- loop
+    stopped = False
     eval_every = args.eval_every or steps_per_epoch
     saved_at = time.time()
     patient = True
+    loss_name = "loss" if pretraining else "loss (standardised ratings)"
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
-    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
-        while step < last and not stop and patient:
+    with run, Interrupt() as stop, bar, worker_processes(loader):
+        while step < last and not stopped and patient:
             epoch = step // steps_per_epoch
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:
                 balance = from_main(reweigh(balance), world)
@@ -582,6 +577,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -607,6 +603,7 @@ def main(args: argparse.Namespace) -> dict:
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 minutes = (time.time() - saved_at) / 60
                 due = (args.save_every and step % args.save_every == 0) or 0 < args.save_minutes < minutes
+                due = on_any(due, world)
                 if step % eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
@@ -620,21 +617,23 @@ def main(args: argparse.Namespace) -> dict:
                     if args.lr_schedule == "plateau" and waited and waited % 3 == 0:
                         rate *= 0.5
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
+                    scores = summary(metrics)
+                    star = "  *" if is_best and data.UNDEFINED not in scores else ""
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  {loss_name} {loss.item():.4f}  "
+                        f"valid {scores}{star}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or due:
+                elif stopped or due:
                     save("last.pt")
                     saved_at = time.time()
-                if step == last or stop or not patient:
+                if step == last or stopped or not patient:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(f"interrupted after step {step}; go on: python pretrain_ast.py --resume {run.folder / 'last.pt'}")
         raise KeyboardInterrupt
     if "epoch" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
@@ -642,6 +641,9 @@ def main(args: argparse.Namespace) -> dict:
         f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: step {best['step']}, valid {summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
+    tune = f"python pretrain_ast.py --task finetune --init {run.folder / 'best.pt'}"
+    data_set = " --data PERCEPIANO" if args.data else ""
+    say(f"next: {tune}{data_set}" if pretraining else f"next: {run.command()}")
     return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
 
 
@@ -655,8 +657,8 @@ def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
     if "valid_nce" in metrics:
         return pretrain_summary(metrics)
-    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
-    return "  ".join([*figures, f"spread {metrics['spread']:.2f}"])
+    figures = [f"{name} {data.shown(metrics[f'valid_{name}'])}" for name in METRICS]
+    return "  ".join([*figures, f"spread {data.shown(metrics['spread'])}"])
 
 
 if __name__ == "__main__":

@@ -14,15 +14,9 @@ DIR is the competition's folder, the public baseline's pickle, the '25 HDF5 file
 `python data.py decoder-convert` made of one of them. Scores and times: results/README.md.
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_decoder.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import copy
 import math
@@ -35,7 +29,6 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
 from eval import ctc_greedy, decoder_scores, speech_logits, spell
 from models import (
     AMP_TYPES,
@@ -48,11 +41,11 @@ from models import (
     from_main,
     load_training,
     main_first,
+    on_any,
     output_frames,
     parse_options,
     peak_memory,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -254,7 +247,7 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) ->
         root = args.data or data.synthetic_speech(args.cache)
         corpus = data.open_speech(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
-        say(f"left out: {line}")
+        say(f"left out: {data.printable(line)}")
     parts = data.speech_parts(corpus, args.valid)
     days = np.unique(corpus.day[parts["train"]])  # no others: their day layers would stay the identity
     kept = {}
@@ -330,17 +323,18 @@ def main(args: argparse.Namespace) -> dict:
         rate = resumed["scheduler"]["rate"]
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_h{args.hidden}_s{args.seed}"
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
         run.save(file, "decoder", bare_model, optimizer, scaler, scheduler={"rate": rate}, **state)
 
     # ---- loop
+    stopped = False
     recent: deque[torch.Tensor] = deque(maxlen=200)  # losses, read when they are logged: a GPU need not wait
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
-    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
-        while step < last and not stop:
+    with run, Interrupt() as stop, bar, worker_processes(loader):
+        while step < last and not stopped:
             epoch = step // steps_per_epoch
             whole = data.length_batches(lengths, args.batch, args.seed, epoch, world)
             batches[:] = [indices[rank::world] for indices in whole[step % steps_per_epoch :]]
@@ -366,6 +360,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -397,20 +392,24 @@ def main(args: argparse.Namespace) -> dict:
                     is_best = metrics["valid_per"] < best["valid_per"]
                     best = metrics if is_best else best
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
+                    scores = summary(metrics)
+                    star = "  *" if is_best and data.UNDEFINED not in scores else ""
                     say(
                         f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"{scores}{star}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or (args.save_every and step % args.save_every == 0):
+                elif stopped or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                if step == last or stop:
+                if step == last or stopped:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(
+            f"interrupted after step {step}; go on: python train_decoder.py --resume {run.folder / 'last.pt'}"
+        )
         raise KeyboardInterrupt
     if "valid_loss" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had an error rate; validation trials need labels")
@@ -420,13 +419,14 @@ def main(args: argparse.Namespace) -> dict:
         f"best{' (SYNTHETIC)' if corpus.synthetic else ''}: step {best['step']}, validation {summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
+    say(f"next: {run.command()}")
     return best | {"synthetic": corpus.synthetic, "folder": str(run.folder), "skipped": skipped}
 
 
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
     return (
-        f"loss {metrics['valid_loss']:.4f}  PER {metrics['valid_per']:.4f} (without SIL "
+        f"loss {data.shown(metrics['valid_loss'])}  PER {metrics['valid_per']:.4f} (without SIL "
         f"{metrics['valid_per_without_sil']:.4f}, raw weights {metrics['valid_per_raw']:.4f})  "
         f"blank {metrics['valid_blank_fraction']:.2f}"
     )

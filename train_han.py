@@ -13,15 +13,9 @@ Scientific Reports 14, 23002 (2024).
 DIR is a clone of the PercePiano repository (`python data.py fetch percepiano`).
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_han.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import copy
 import json
@@ -34,7 +28,6 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
 from eval import METRICS, predict_han, to_device, validation_metrics
 from models import (
     AMP_TYPES,
@@ -48,9 +41,9 @@ from models import (
     from_main,
     load_training,
     main_first,
+    on_any,
     parse_options,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -157,7 +150,7 @@ def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: 
         root = args.data or data.synthetic_percepiano(args.cache)
         corpus = data.load_percepiano(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
-        say(f"left out: {line}")
+        say(f"left out: {data.printable(line)}")
     fold = int(args.fold)
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
     info = data.fit_normalisation(corpus, parts["train"], args.features, args.pooled)
@@ -265,17 +258,18 @@ def main(args: argparse.Namespace) -> dict:
         step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_{args.model}_{args.features}_{args.split}_f{args.fold}_s{args.seed}"
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
         run.save(file, "han", bare_model, optimizer, scaler, scheduler=None, **state)
 
     # ---- loop
+    stopped = False
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
-    with Interrupt(enabled=world == 1) as stop, bar:
-        while step < last and not stop and patient:
+    with run, Interrupt() as stop, bar:
+        while step < last and not stopped and patient:
             epoch = step // steps_per_epoch
             batches = data.length_batches(lengths, args.batch, args.seed, epoch, world)
             for indices in batches[step % steps_per_epoch :]:
@@ -304,6 +298,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -335,20 +330,22 @@ def main(args: argparse.Namespace) -> dict:
                     best = metrics if is_best else best
                     patient = not args.patience or epoch - best["epoch"] < args.patience
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
+                    scores = summary(metrics)
+                    star = "  *" if is_best and data.UNDEFINED not in scores else ""
                     say(
                         f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"{scores}{star}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or (args.save_every and step % args.save_every == 0):
+                elif stopped or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                if step == last or stop:
+                if step == last or stopped:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(f"interrupted after step {step}; go on: python train_han.py --resume {run.folder / 'last.pt'}")
         raise KeyboardInterrupt
     if "step" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
@@ -356,6 +353,7 @@ def main(args: argparse.Namespace) -> dict:
         f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: epoch {best['epoch']}, valid {summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
+    say(f"next: {run.command()}")
     return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
 
 
@@ -366,8 +364,8 @@ def one_layer(device: torch.device) -> tuple[torch.nn.Module, tuple]:
 
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
-    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
-    spread = f"spread {metrics['spread']:.2f}{' (collapsed?)' if metrics['spread'] < 0.1 else ''}"
+    figures = [f"{name} {data.shown(metrics[f'valid_{name}'])}" for name in METRICS]
+    spread = f"spread {data.shown(metrics['spread'])}{' (collapsed?)' if metrics['spread'] < 0.1 else ''}"
     return "  ".join([*figures, spread])
 
 
