@@ -57,7 +57,7 @@ import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -1414,11 +1414,11 @@ def _pair_notes(events, seconds, repairs):
         kind = status >> 4
         key = status & 0xF, data[0] if data else 0
         if kind == NOTE_ON and data[1]:
-            open_notes.setdefault(key, []).append(len(notes))
+            open_notes.setdefault(key, deque()).append(len(notes))
             notes.append([data[0], data[1], now, None])
         elif kind in (NOTE_ON, NOTE_OFF):
             if open_notes.get(key):
-                notes[open_notes[key].pop(0)][3] = now
+                notes[open_notes[key].popleft()][3] = now
         elif kind == CONTROL and data[0] in ALL_OFF:
             for channel, pitch in open_notes:
                 if channel == key[0]:
@@ -2435,6 +2435,9 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
         try:
             score = score or read_musicxml(score_path)
             performance = read_midi(path)
+            if len(performance.pitch) > 1000 + 20 * len(score.pitch):
+                counts = f"{len(performance.pitch)} notes for the {len(score.pitch)} of {score_path}"
+                raise DataError(f"{path}: {counts}; expected about as many; is it another piece?")
         except DataError as error:
             results.append((path, str(error)))
             continue
@@ -3404,6 +3407,8 @@ def _refuse_mat_bomb(path):
         while file.tell() < size:
             kind, length = struct.unpack(f"{order}II", file.read(8))
             start = file.tell()
+            if kind not in (14, 15):
+                raise ValueError(f"an element of type {kind}")
             if kind == 15:  # compressed
                 packed = file.read(min(length, 1024))
                 _, unpacked = struct.unpack(f"{order}II", zlib.decompressobj().decompress(packed, 8))
@@ -3413,10 +3418,10 @@ def _refuse_mat_bomb(path):
 
 
 class _PickledType:
-    """Stands for a NumPy type in a pickle: numbers or text; no other can be named."""
+    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; no other can be named."""
 
     def __init__(self, name: str, *flags):
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}", name):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}|O8", name):
             raise DataError(f"it holds values of type {name}")
         self.name, self.order = name, "="
 
@@ -3427,7 +3432,9 @@ class _PickledType:
         self.order = order if order in ("<", ">") else "="
 
     def array(self, raw, shape: tuple, order: str = "C"):
-        """Values from their bytes, all of which must be there."""
+        """Values from their bytes, all of which must be there; a list of objects stays one."""
+        if self.name == "O8" and isinstance(raw, list):
+            return raw
         return np.frombuffer(raw, self.order + self.name).reshape(shape, order=order)
 
 

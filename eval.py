@@ -54,7 +54,6 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     prepare_ast,
     prepare_han,
     pretrain_data,
-    print_left_out,
     printable,
     read_file,
     read_json,
@@ -491,8 +490,8 @@ def _load_corpus(args, speech=False):
     if not args.data:
         print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
     corpus = read(args.data or made(args.cache), args.cache)
-    if corpus.left_out:
-        print_left_out(corpus.left_out)
+    for line in corpus.left_out:
+        print(f"left out: {printable(line)}")
     return corpus
 
 
@@ -1240,8 +1239,8 @@ def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) 
 def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
     store = percepiano_audio(corpus.root, args.cache, args.audio)
-    if store.left_out:
-        print_left_out(store.left_out)
+    for line in store.left_out:
+        print(f"left out: {printable(line)}")
     kind = "wav" if args.audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
