@@ -3488,7 +3488,7 @@ def load_plain_pickle(file, allowed: dict[str, object], persistent: Callable | N
 def _load_pickle(path):
     """The public baseline's data set. Its pickle may build plain containers, and arrays through the two
     stand-ins above; nothing of NumPy's is called by it."""
-    room = path.stat().st_size
+    room = path.stat().st_size if path.is_file() else 0
 
     def encode(text, encoding):  # each text stands in the file: more bytes than that are a bomb
         nonlocal room
@@ -4442,7 +4442,7 @@ def _open_sound(path):
     """The open soundfile.SoundFile; what goes wrong in the block becomes a DataError that names the file."""
     try:
         if not Path(path).is_file():
-            raise DataError(f"{path}: No such file; expected a sound file")
+            raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
         with soundfile.SoundFile(path) as file:
             if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
                 raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")

@@ -1162,7 +1162,7 @@ class _Bounded(TorchFunctionMode):
         super().__init__()
         self.calls = 100 * (len(weights) + 10)
         held = sum(value.nbytes for value in weights.values())
-        longest = max(max(value.shape, default=1) for value in weights.values())
+        longest = max((max(value.shape, default=1) for value in weights.values()), default=1)
         if held > file_size:
             raise ValueError(f"weights of {held} bytes in a file of {file_size}")
         self.room = held + 10**6

@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM, SIGHUP and kill -9 of commands: what is said, what stays on the disk, what comes after.
 
-python tests/test_interrupt.py 60    kills a run at random moments and counts the files that cannot be read
+PYTHONPATH=. python tests/test_interrupt.py 60    kills a run at random: how many files cannot be read
 """
 
 import ast
@@ -88,7 +88,7 @@ def test_a_kill_during_a_save_leaves_a_run_that_goes_on(corpus, tmp_path):
 
 
 def random_kills(count: int, corpus, folder: Path, seed: int = 7) -> tuple[int, int, list[str]]:
-    """Kills a run that saves at every step, goes on, kills ...; (unreadable files, bytes cut off, problems)."""
+    """Kills a run that saves at every step, and again: unreadable files, bytes of log cut off, problems."""
     rng = random.Random(seed)
     often = "--name run --save-every 1 --log-every 1"
     options = command("train_han", corpus, folder, often, CASES["train_han"].endless)
@@ -175,13 +175,13 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
 
 JOBS = {  # inputs, script, command, what shows that it is in the middle, what it makes
     "percepiano": (
-        lambda folder: data.synth_percepiano(folder, segments=12, players=12),
+        lambda folder: data.synth_percepiano(folder, segments=8, players=8),
         "percepiano --data {0}/in --cache {0}/out --workers 2",
         lambda process, _: len(process.workers()) >= 2,
         "out/*.npz",
     ),
     "decoder-convert": (
-        lambda folder: data.synth_speech(folder, days=4, trials=40),
+        lambda folder: data.synth_speech(folder, days=2, trials=40, bins=5.0),
         "decoder-convert --in {0}/in --out {0}/out",
         # both workers are there: a Ctrl-C that Python meets while it forks may be lost
         lambda _, folder: len([*folder.glob(".out.*/*")]) >= 2,
