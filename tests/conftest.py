@@ -83,6 +83,8 @@ class Forked:
     def __init__(self, logs: Path, script: str, function: Callable, **environment: object):
         logs.mkdir(exist_ok=True)
         self.logs, self.code = logs, None
+        for stream in ("stdout", "stderr"):
+            (logs / stream).write_text("")
         self.pid = os.fork()
         if self.pid == 0:
             self._be_the_child(script, function, environment)
@@ -93,7 +95,7 @@ class Forked:
             os.setsid()
             os.environ.update({name: str(value) for name, value in environment.items()})
             for stream, number in (("stdout", 1), ("stderr", 2)):
-                os.dup2(os.open(self.logs / stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                os.dup2(os.open(self.logs / stream, os.O_WRONLY), number)
                 setattr(sys, stream, os.fdopen(number, "w", buffering=1))
             data.on_stop(signal.SIG_DFL)
             data.run_script(script, function)
