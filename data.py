@@ -110,6 +110,11 @@ def shown(figure: float) -> str:
     return UNDEFINED if math.isnan(figure) else f"{figure:.4f}"
 
 
+def starred(scores: str, is_best: bool) -> str:
+    """What an evaluation prints: a star at the best so far, unless it is so by undefined figures."""
+    return f"{scores}  *" if is_best and UNDEFINED not in scores else scores
+
+
 class PlainOutput:
     """A stream whose lines go through `printable`: names from outside cannot drive the terminal."""
 
@@ -2343,7 +2348,9 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
         try:
             parse_name(name)
             *row, _ = np.array(row, np.float64)
-            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1 or given[name] > 1:
+            if given[name] > 1:
+                raise ValueError("given twice")
+            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1:
                 raise ValueError(f"{row}")
             means[name] = np.array(row)
         except (TypeError, ValueError, OverflowError) as error:
@@ -5260,6 +5267,13 @@ def number(kind: type, least: float, most: float = float("inf")):
     return parse
 
 
+WHOLE = number(int, 1)
+COUNT = number(int, 0)
+POSITIVE = number(float, 0)
+SHARE = number(float, 0, 1)
+BELOW_ONE = number(float, 0, 0.99999)
+
+
 def convert_and_report(args: argparse.Namespace) -> None:
     options = (args.dtype, args.channels, args.sessions, args.strict)
     convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache)
@@ -5277,17 +5291,17 @@ OPTIONS = {  # as the rows of `add_options`
     "--percepiano": (str, None, "PercePiano's folder: list the recordings that hold its music (off)"),
     "--soundfont": (str, None, "FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
     "--dtype": (["float32", "float16"], "float32", "of the features (%(default)s)"),
-    "--channels": (number(int, 1), None, "channels (default: 256; 512 for HDF5)"),
+    "--channels": (WHOLE, None, "channels (default: 256; 512 for HDF5)"),
     "--sessions": (str, None, "FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
     "--segments": (int, 20, "scores (%(default)s)"),
     "--players": (int, 12, "human players a score (%(default)s)"),
     "--days": (int, 8, "recording days (%(default)s)"),
     "--trials": (int, 60, "training sentences a day (%(default)s)"),
     "--bins-per-phoneme": (float, 7.0, "mean duration in bins of 20 ms (%(default)s)"),
-    "--seed": (number(int, 0), 7, "same seed, same bytes (%(default)s)"),
+    "--seed": (COUNT, 7, "same seed, same bytes (%(default)s)"),
     "--cache": (str, "cache", "folder of what is computed once (%(default)s)"),
     "--strict": (bool, False, "stop at the first bad item (off: leave it out and say so)"),
-    "--workers": (number(int, 1), None, "processes (default: one a core)"),
+    "--workers": (WHOLE, None, "processes (default: one a core)"),
     "--debug": (bool, False, "show the traceback of an error (off)"),
 }
 COMMANDS = {  # name: what it does; required options; others; what is called

@@ -11,13 +11,14 @@ Masks: True = valid. Index tensors come from data.collate_han.
 """
 
 from data import (  # first: while torch loads, Ctrl-C is one line
+    COUNT,
     FOLDS,
     STOPS,
+    WHOLE,
     DataError,
     add_options,
     load_plain_pickle,
     locked,
-    number,
     on_stop,
     ordinary,
     shown,
@@ -1125,9 +1126,6 @@ class _Anything:
     def __call__(self, *args):
         return _Anything()
 
-    def __setstate__(self, state):
-        pass
-
     def __setitem__(self, key, value):
         pass
 
@@ -1201,12 +1199,12 @@ RUN_OPTIONS = [
     ("--name", "NAME", None, "run folder below --out (made of the options)"),
     ("--out", "DIR", None, "folder of runs (%(default)s)"),
     ("--resume", "FILE", None, "last.pt of a stopped run: go on with its options (off)"),
-    ("--seed", number(int, 0), 7, "same seed, same run on CPU (%(default)s)"),
+    ("--seed", COUNT, 7, "same seed, same run on CPU (%(default)s)"),
     ("--device", DEVICES, DEVICES[-1], "where to train (%(default)s here)"),
     ("--amp", ["auto", *AMP_TYPES, "off"], "auto", "mixed precision; auto tries (%(default)s)"),
-    ("--max-skips", number(int, 1), 20, "non-finite updates that stop it (%(default)s)"),
-    ("--log-every", number(int, 1), 100, "steps between log lines (%(default)s)"),
-    ("--save-every", number(int, 0), 0, "steps between extra saves of last.pt (0: none)"),
+    ("--max-skips", WHOLE, 20, "non-finite updates that stop it (%(default)s)"),
+    ("--log-every", WHOLE, 100, "steps between log lines (%(default)s)"),
+    ("--save-every", COUNT, 0, "steps between extra saves of last.pt (0: none)"),
     ("--tensorboard", bool, False, "mirror the metrics (off)"),
     ("--debug", bool, False, "show the traceback of an error (off)"),
 ]

@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import (
     METRICS,
     predict_ast,
@@ -102,11 +103,6 @@ COMPAT = {
 AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
 GROUPS = dict(zip((name.split()[0].lower() for name in data.LABEL_GROUPS), data.label_groups(), strict=True))
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 SIZES = "of the encoder (%(default)s)"
 LIMITS = f"for which changes by {', '.join(AUGMENTATIONS)} count; of {', '.join(GROUPS)} (all)"
 # fmt: off
@@ -152,6 +148,7 @@ OPTIONS = {
         ("--visible-only", bool, False, "pretrain: encode visible patches alone (off)"),
         ("--init", "FILE", None, "finetune: pre-training of this script, or of SSAST (none)"),
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
+        ("--grouped", bool, True, "finetune: a head a group (on)"),
         ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
         ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
@@ -187,20 +184,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="python %(prog)s [--data DIR] [options]",
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
-    for title, rows in OPTIONS.items():
-        group = p.add_argument_group(title)
-        for name, kind, default, text in rows:
-            if kind is bool:
-                how = {"action": "store_true"}
-            elif isinstance(kind, str):
-                how = {"metavar": kind}
-            else:
-                how = {"type": kind} if callable(kind) else {"choices": kind}
-            group.add_argument(name, default=default, help=text, **how)
+    data.add_options(p, OPTIONS)
     add = p.add_argument
-    add(
-        "--grouped", action=argparse.BooleanOptionalAction, default=True, help="finetune: a head a group (on)"
-    )
     spans = {"nargs": 2, "type": COUNT, "default": [0, 0], "metavar": ("BANDS", "FRAMES")}
     add("--spec-augment", **spans, help="finetune: widest masks, on half of the items (0 0: off)")
     add(
@@ -617,11 +602,9 @@ def main(args: argparse.Namespace) -> dict:
                     if args.lr_schedule == "plateau" and waited and waited % 3 == 0:
                         rate *= 0.5
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
-                    scores = summary(metrics)
-                    star = "  *" if is_best and data.UNDEFINED not in scores else ""
                     say(
                         f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  {loss_name} {loss.item():.4f}  "
-                        f"valid {scores}{star}"
+                        f"valid {data.starred(summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")

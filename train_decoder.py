@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import ctc_greedy, decoder_scores, speech_logits, spell
 from models import (
     AMP_TYPES,
@@ -80,11 +81,6 @@ NETWORK = (
     "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps"
 ).split()
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
     "defaults of all options below": [("--preset", PRESETS, "default", "a recipe (%(default)s)")],
@@ -392,11 +388,9 @@ def main(args: argparse.Namespace) -> dict:
                     is_best = metrics["valid_per"] < best["valid_per"]
                     best = metrics if is_best else best
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
-                    scores = summary(metrics)
-                    star = "  *" if is_best and data.UNDEFINED not in scores else ""
                     say(
                         f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{scores}{star}"
+                        f"{data.starred(summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")

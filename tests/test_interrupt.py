@@ -93,6 +93,9 @@ def random_kills(count: int, corpus, folder: Path, seed: int = 7) -> tuple[int, 
     often = "--name run --save-every 1 --log-every 1"
     options = command("train_han", corpus, folder, often, CASES["train_han"].endless)
     run = folder / "run"
+    trainer(
+        "train_han", [*options, "--max-steps", "1", "--name", "first"]
+    )()  # imports what torch imports late
     unreadable, cut, problems = 0, 0, []
     for k in range(count):
         argv = [*options, *(resume(run).split() if (run / "last.pt").exists() else [])]
