@@ -4351,6 +4351,7 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
         played.setdefault(wav, midi)
     if not played:
         raise DataError(f"{root}: no .midi or .mid file below it; name another folder with --midi-root")
+    remove_leftovers(Path(out or root).rglob(".*"))
     tasks = [(midi, wav, soundfont) for wav, midi in played.items() if not wav.is_file()]
     seconds, errors = _run_all(_render_file, tasks, workers, "render", quiet, strict)
     failed += errors.values()
@@ -4441,6 +4442,7 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
     return (x - mean) / (2 * std)
 
 
+MOST_SAMPLES = 2**29  # of a sound file: two channels at 44.1 kHz for 100 minutes
 SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
@@ -4451,6 +4453,9 @@ def _open_sound(path):
         if not Path(path).is_file():
             raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
         with soundfile.SoundFile(path) as file:
+            if file.frames * file.channels > MOST_SAMPLES:
+                samples = f"{file.frames} samples of {file.channels} channels"
+                raise DataError(f"{path}: {samples}; expected at most {MOST_SAMPLES} in all; cut it in parts")
             if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
                 raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
             yield file

@@ -1431,7 +1431,10 @@ def _side(args, paths):
             raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
         items = read_csv(paths[0])
         beside = Path(paths[0]).with_suffix(".json")
-        saved = read_json(beside) if beside.exists() else {}
+        try:
+            saved = dict(read_json(beside)) if beside.exists() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{beside}: {error}; expected what --save-results wrote; remove it") from error
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)

@@ -402,7 +402,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     if not args.init:
         return AST(**sizes, **shared)
     try:
-        weights = torch.load(args.init, map_location="cpu", weights_only=True)
+        weights = torch.load(data.ordinary(args.init), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
         raise data.DataError(f"{args.init}: unreadable; expected best.pt, or SSAST's weights") from error
     if any("patch_embed" in str(name) for name in weights):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 import torch
 from conftest import refused
 
@@ -59,6 +60,13 @@ def mat(kind: int, content: bytes) -> bytes:
     return b"MATLAB 5.0".ljust(124) + b"\0\1IM" + struct.pack("<II", kind, len(content)) + content
 
 
+def flac(samples: int) -> bytes:
+    """A file whose head says that it holds so many samples."""
+    file = io.BytesIO()
+    soundfile.write(file, [0.0] * 9000, 44100, format="FLAC")
+    return file.getvalue()[:22] + struct.pack(">I", samples) + file.getvalue()[26:]
+
+
 SCORE = b"<score-partwise>%s</score-partwise>"
 # fmt: off
 CONTENTS = {
@@ -74,6 +82,7 @@ CONTENTS = {
     ("run", "torn lines alone"): b'{"step": 1, "lo\n{"step"',
     ("mat", "zlib bomb"): mat(15, zlib.compress(struct.pack("<II", 14, 2**27) + bytes(2**27))),
     ("mat", "10**5 elements of no kind"): mat(0, b"") + bytes(8 * 10**5),
+    ("sound", "2 * 10**9 samples"): flac(2 * 10**9),
     ("checkpoint", "zip bomb"): zipped({"x/data.pkl": bytes(2**28)}),
     ("predictions", "a line of 10**6 columns"): b"trial," * 10**6,
 }
@@ -123,7 +132,7 @@ def hostile_pickles() -> dict[str, bytes]:
     return PICKLES | found | {f"key {depth} deep": nested_key(depth) for depth in (30, 48, 60, 10_000)}
 
 
-def checkpoint(task: str, network: torch.nn.Module, **changes) -> bytes:
+def checkpoint(task: str, network: torch.nn.Module, /, **changes) -> bytes:
     file = io.BytesIO()
     content = {"task": task, "format": 1, "model": network.state_dict()}
     content["model_args"] = network.model_args
@@ -143,6 +152,15 @@ def hostile_checkpoints() -> dict[str, bytes]:
     for task, model, changes in networks:
         for change in changes:
             found[f"{task}, {change}"] = checkpoint(task, model, model_args=model.model_args | change)
+    for change in (
+        {"task": "chess"},
+        {"task": "han"},
+        {"format": 99},
+        {"model": None},
+        {"model_args": {"depth": 3}},
+    ):
+        found[str(change)] = checkpoint("decoder", small_decoder(), **change)
+    found["a Namespace"] = checkpoint("decoder", small_decoder(), args=SimpleNamespace())
     long = torch.zeros(1).expand(10**9)
     found["weights of 4 GB in 4 bytes"] = checkpoint("decoder", small_decoder(), model={"w": long})
     found["no weights"] = checkpoint("decoder", small_decoder(), model={})
