@@ -156,7 +156,7 @@ class HAN(nn.Module):
     ):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         if model not in FORMS or level not in LEVELS or size % heads:
             wanted = f"one of {FORMS}, one of {LEVELS}, a multiple of heads {heads}"
             raise DataError(f"HAN: model {model}, level {level}, size {size}; expected {wanted}")
@@ -349,7 +349,7 @@ class GRUDecoder(nn.Module):
         smooth_taps: int = 20,
     ):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         if min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1:
             raise DataError(f"GRUDecoder: {self.model_args}; expected sizes of at least 1")
         self.kernel, self.stride = kernel, stride
@@ -1188,10 +1188,10 @@ def _one_line(error: Exception) -> str:
 # Runs: what every trainer needs beside its control flow
 # ---------------------------------------------------------------------------------------------------------
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what a resumed run may be given otherwise; every other option comes from its checkpoint
+# what a resumed run may be given otherwise than its checkpoint says
 FREE_ON_RESUME = set(
-    "data audio cache out name resume init device max_steps patience log_every save_every save_minutes "
-    "max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
+    "data audio cache out name resume init device max_steps patience log_every eval_every save_every "
+    "save_minutes max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
 )
 DEVICES = ["mps"] if torch.backends.mps.is_available() else []
 DEVICES += ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the last is the default
@@ -1221,10 +1221,9 @@ def parse_options(
     argv: list[str] | None,
     tasks: tuple[str, ...],
     *presets: Callable[[Namespace], dict],
-    free: set[str] = FREE_ON_RESUME,
 ) -> Namespace:
     """Options of a run. presets: functions of the options so far that give defaults of others, in turn.
-    With --resume all those of its checkpoint; others than `free` and more epochs cannot be changed."""
+    With --resume all those of its checkpoint; all but FREE_ON_RESUME and more epochs stay so."""
     argv = sys.argv[1:] if argv is None else argv
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
     for preset in presets:
@@ -1244,7 +1243,7 @@ def parse_options(
     args = parser.parse_args(argv)
     if args.amp == "auto":
         args.amp = saved["amp"]
-    fixed = saved.keys() - free - {"epochs", "steps"}
+    fixed = saved.keys() - FREE_ON_RESUME - {"epochs", "steps"}
     changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
         raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")

@@ -33,7 +33,6 @@ from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import ctc_greedy, decoder_scores, speech_logits, spell
 from models import (
     AMP_TYPES,
-    FREE_ON_RESUME,
     GRUDecoder,
     Interrupt,
     Run,
@@ -145,7 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def preset(known: argparse.Namespace) -> dict:
         return ({} if known.data else BUILT_IN) | PRESETS[known.preset]
 
-    return parse_options(p, argv, ("decoder",), preset, free=FREE_ON_RESUME | {"eval_every"})
+    return parse_options(p, argv, ("decoder",), preset)
 
 
 def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
