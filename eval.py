@@ -30,14 +30,18 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     Corpus,
     DataError,
     FbankStore,
+    Reading,
     SpeechCorpus,
+    bars_named,
     clean_sentence,
     collate_han,
     collate_speech,
     column_names,
-    extract_performances,
+    cut_bars,
+    describe_performance,
     fbank,
     fbank_frames,
+    follow,
     frames_needed,
     load_percepiano,
     map_days,
@@ -46,6 +50,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     open_speech,
     ordinary,
     pad_fbank,
+    passages,
     percepiano_audio,
     percepiano_parts,
     phonemize,
@@ -1821,9 +1826,9 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 def predict(argv: list[str]) -> list[dict]:
     """`python eval.py predict`: ratings or phonemes of your own files, as --json holds them.
 
-    han, ast: name, path, repairs (of files), ratings by label; han also score, match_rate, extra
-    (share of played notes not in the score), notes; ast seconds. decoder: id, path, session, seconds,
-    phonemes, reference, errors by kind.
+    name, path, repairs (of files), ratings by label; han also score, bars, start and end (s), match_rate,
+    extra (share of played notes not in the score), notes, warnings, passages; ast seconds. decoder: id, path,
+    session, seconds, phonemes, reference, errors by kind.
     """
     parser = _parser(
         "predict",
@@ -1831,7 +1836,7 @@ def predict(argv: list[str]) -> list[dict]:
         """\
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
-    HAN              --score FILE and --midi PATH      passages of 4 to 16 bars, 420 notes at most
+    HAN              --score FILE and --midi PATH      long pieces in passages of 4 to 16 bars
     AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
@@ -1848,6 +1853,12 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     add("--raw", action="store_true", help="take .npy as it is (off: a folder z-scored together, as a block)")
     add("--json", help="write predictions and circumstances (off)")
     add("--csv", help="write a line a prediction (off)")
+    add("--bars", help="rate these bars of the score alone, by their printed numbers, as 5-12 (all)")
+    add(
+        "--transpose",
+        action="store_true",
+        help="rate what is played in another key than the score's too (off)",
+    )
     add("--explain", help="draw what each prediction rests on, into this folder (off)")
     add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
     add("--cache", default="cache", help="folder of converted speech corpora (%(default)s)")
@@ -1862,6 +1873,10 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         _load_fold_models(loaded)  # refuses those that cannot be averaged
     kind = "ast" if task in AUDIO_TASKS else task
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
+    if kind != "han" and (args.bars or args.transpose):
+        raise DataError(
+            f"{args.ckpt[0]}: of task {task}; --bars and --transpose are of scores; leave them out"
+        )
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
     print(f"{args.ckpt[0]}: {len(loaded)} checkpoints averaged")
@@ -1935,29 +1950,79 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
 
 
 def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
-    """One performance of the score: its record, and what explains it."""
+    """One performance of the score, passage by passage where it is long: its record, and what explains it."""
     path, name = printable(files[0]), printable(files[0].stem.strip())
-    ((_, item),) = extract_performances((args.score, [str(files[0])]))
-    if isinstance(item, str):
-        raise DataError(item)
-    found = f"{item['match_rate']:.1%} of the notes of {args.score}"
-    if item["match_rate"] < MISALIGNED:
-        raise DataError(f"{path}: holds {found}; expected {MISALIGNED:.0%} or more; is it another piece?")
-    corpus = Corpus(args.score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
-    each = [predict_han(m, prepare_han(corpus, [name], ckpt["data"]), args.device) for _, m, ckpt in loaded]
-    extra = float((item["voice"] == 0).sum() / len(item["performance"].pitch))
+    reading = follow(read_musicxml(args.score), read_midi(files[0]), args.transpose)
+    parts = rated_parts(reading, args.bars)
+    if len(parts) == 1:
+        (reading,) = parts
+    items = {}
+    for part in parts:
+        item = describe_performance(part.score, part.performance, part.match)
+        items[f"{name} {len(items)}"] = item | {"name": name}
+    corpus = Corpus(args.score, False, items, list(items), column_names(FEATURES), item["stat_names"], {})
+    each = []
+    for _, model, ckpt in loaded:
+        each.append(predict_han(model, prepare_han(corpus, list(items), ckpt["data"]), args.device))
+    unwritten = 1 - reading.played_rate
+    title = f"{name}: {reading.match_rate:.1%} of the notes of bars {reading.bars} of {args.score}; "
+    title += f"{unwritten:.1%} of the played are not in it"
+    if len(parts) > 1:
+        title += f"\nlonger than what it was trained on: mean of {len(parts)} passages"
+    ratings = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded)
+    for line in reading.warnings():
+        tqdm.write(f"warning: {printable(line)}")
     record = {
         "name": name,
         "path": path,
         "score": args.score,
-        "match_rate": item["match_rate"],
-        "extra": extra,
-        "notes": len(item["x"]),
+        **_whereabouts(reading),
+        "extra": unwritten,
+        "notes": sum(len(item["x"]) for item in items.values()),
         "repairs": say_repairs(item["repairs"]),
-        "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
+        "warnings": printable("; ".join(reading.warnings())),
+        "ratings": ratings,
+        "passages": passage_ratings(parts, np.mean(each, axis=0)) if len(parts) > 1 else [],
     }
-    score = read_musicxml(args.score) if args.explain else None
-    yield record, item | {"name": name, "item": item, "score": score}
+    yield record, item | {"name": name, "item": item, "score": reading.score, "passages": record["passages"]}
+
+
+def _whereabouts(reading: Reading) -> dict:
+    end = reading.start + float(reading.performance.offset.max())
+    return {"bars": reading.bars, "start": reading.start, "end": end, "match_rate": reading.match_rate}
+
+
+def rated_parts(reading: Reading, bars: str | None) -> list[Reading]:
+    """The passages of a reading to rate: bars "A-B", or all of it; adds to `said` which are too unlike."""
+    score = reading.score
+    masks = passages(score) if bars is None else [bars_named(score, bars)]
+    if masks[0].all():
+        return [reading]
+    parts = []
+    for mask in masks:
+        part = cut_bars(reading, mask)
+        if part and part.match_rate >= MISALIGNED:
+            parts.append(part)
+        else:
+            numbers = score.numbers[mask]
+            reading.said.append(f"bars {numbers[0]}-{numbers[-1]} hardly played, not rated")
+    if not parts:
+        raise DataError(f"{reading.performance.path}: {reading.said[-1]}; expected bars that it plays")
+    return parts
+
+
+def passage_ratings(parts: list[Reading], p: np.ndarray) -> list[dict]:
+    """Prints where each rating is lowest and highest; a record of each passage, of ratings (passages, 19)."""
+    tqdm.write(f"\n{'lowest':>44} {'highest':>29}")
+    for label, values in zip(LABELS, p.T, strict=True):
+        low, high = (
+            f"{values[i]:5.2f} in bars {parts[i].bars:9}" for i in (values.argmin(), values.argmax())
+        )
+        tqdm.write(f"{' / '.join(LABEL_POLES[label]):>44.44} {low} {high}".rstrip())
+    rows = []
+    for part, values in zip(parts, p.tolist(), strict=True):
+        rows.append(_whereabouts(part) | {"ratings": dict(zip(LABELS, values, strict=True))})
+    return rows
 
 
 def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
@@ -2104,8 +2169,10 @@ def predictions_table(records: list[dict]) -> list[list]:
     """Head and rows of what --csv writes: a line a prediction."""
     rows = []
     for record in records:
-        figures = record.get("ratings") or record["errors"] or dict.fromkeys(EDITS)
-        rows.append({key: cell for key, cell in record.items() if key not in ("ratings", "errors")} | figures)
+        for part in [record, *record.get("passages", [])]:
+            figures = part.get("ratings") or record["errors"] or dict.fromkeys(EDITS)
+            cells = {key: part.get(key, "") for key in record if key not in ("ratings", "errors", "passages")}
+            rows.append(cells | {"name": record["name"]} | figures)
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
@@ -2183,6 +2250,8 @@ def _beginnings(group: np.ndarray, grid: np.ndarray, onset: np.ndarray) -> tuple
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
     (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
+    if work.get("passages"):
+        return draw_passages(out, members, work)
     score = work["score"]
     item = work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
@@ -2194,8 +2263,9 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     sounded = item["matched"] | (item["voice"] == 0)
     end = x["raw_offset"].max()
     beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
-    measures, numbers = _beginnings(score.measure, score.measures, score.onset)
+    measures, place = _beginnings(score.measure, score.measures, score.onset)
     measures = np.append(seconds(measures), end)
+    numbers = score.numbers[place - 1]
     first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
     if any(model.model_args["stats_size"] for model, _ in members):
@@ -2217,6 +2287,30 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
         axes.grid(axis="x", which="minor")
     save_figure(figure, out)
     return {"levels": levels, "beats": beats, "measures": measures}
+
+
+def draw_passages(out: Path, members: list[tuple], work: dict) -> dict:
+    """The ratings of a long piece, passage by passage over time, and their means; returns them by label."""
+    rows = work["passages"]
+    figure = new_figure(16, 14)
+    figure.suptitle(picture_title("ratings over time (above: bars; line: mean)", members, work))
+    middles = [(row["start"] + row["end"]) / 2 for row in rows]
+    curves = {label: [row["ratings"][label] for row in rows] for label in LABELS}
+    grid = figure.subplots(5, 4, sharex=True, sharey=True).flat
+    for axes, (label, values) in zip(grid, curves.items(), strict=False):
+        axes.plot(middles, values, ".-", color=BLUE)
+        axes.axhline(np.mean(values), color="0.6")
+        axes.set_title("0: {}, 1: {}".format(*LABEL_POLES[label]), fontsize=9)
+        axes.set_ylim(0, 1)
+    grid[-1].axis("off")
+    for axes in grid[-4:-1]:
+        axes.set_xlabel("time in the performance (s)")
+    bars = [row["bars"] for row in rows]
+    every = math.ceil(len(rows) / 12)
+    for axes in grid[:4]:
+        axes.secondary_xaxis("top").set_xticks(middles[::every], bars[::every], rotation=90, fontsize=7)
+    save_figure(figure, out)
+    return {"curves": curves}
 
 
 def _draw_roll(axes, x: dict[str, np.ndarray], sounded: np.ndarray, levels: dict) -> None:

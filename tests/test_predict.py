@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refusal
+from test_whole import ONCE, piece  # noqa: F401
 
 import data
 import eval as evaluation
@@ -246,7 +247,8 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert "SYNTHETIC" in said
     saved = json.loads((tmp_path / "new/a.json").read_text())
     assert saved["predictions"] == evaluation.json_ready(records)
-    assert list(records[0]) == ["name", "path", "score", "match_rate", "extra", "notes", "repairs", "ratings"]
+    keys = "name path score bars start end match_rate extra notes repairs warnings ratings passages"
+    assert list(records[0]) == keys.split()
     assert list(records[0]["ratings"]) == list(LABELS)
     assert saved["training"][LABELS[0]] == {"mean": 0.5, "sd": 0.125}
     assert saved["poles"]["Timing_Stable_Unstable"] == ["Stable", "Unstable"]
@@ -255,7 +257,7 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert saved["trained_on_synthetic"] is True
     assert [other in line for line in saved["refused"]] == [True]
     (row,) = csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text()))
-    assert list(row) == [*list(records[0])[:-1], *LABELS]
+    assert list(row) == [*list(records[0])[:-2], *LABELS]
     assert [float(row[label]) for label in LABELS] == pytest.approx(values(records[0]), abs=1e-6)
 
 
@@ -310,6 +312,27 @@ def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(piano
     unlike = f"{others[0]}.mid"
     assert unlike in refuse(capsys, *pair, folder / unlike, "--json", tmp_path / "a.json")
     assert not (tmp_path / "a.json").exists()
+
+
+def test_long_pieces_are_rated_by_passages(piece, piano, tmp_path, capsys):  # noqa: F811
+    pair = "--ckpt", han(tmp_path / "h.pt", piano), "--score", piece.score, "--midi", piece.midi
+    piece(ONCE)
+    (record,) = predict(*pair, "--csv", tmp_path / "a.csv", "--explain", tmp_path)
+    assert [row["bars"] for row in record["passages"]] == ["1-16", "17-32", "33-48"]
+    ratings = np.array([list(row["ratings"].values()) for row in record["passages"]])
+    np.testing.assert_allclose(list(record["ratings"].values()), ratings.mean(0))
+    assert ratings.std(0).max() > 1e-4
+    assert "repeat of bars 9-16" in record["warnings"]
+    assert (tmp_path / "take.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["bars"] for row in rows] == ["1-48", "1-16", "17-32", "33-48"]
+    (part,) = predict(*pair, "--bars", "17-32")
+    np.testing.assert_allclose(list(part["ratings"].values()), ratings[1], atol=1e-5)
+    assert (part["bars"], part["passages"], part["start"]) == ("17-32", [], 32)
+    for bars in ("12-5", "40-60", "x"):
+        assert bars in refuse(capsys, *pair, "--bars", bars)
+    piece([*range(1, 9)])
+    assert "20-27" in refuse(capsys, *pair, "--bars", "20-27")
 
 
 def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_path, capsys):
