@@ -3606,8 +3606,24 @@ _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no nu
 def cache_lock(cache: str | Path):
     """Of two first runs one makes a folder of the cache, the other waits and finds it."""
     Path(cache).mkdir(parents=True, exist_ok=True)
-    with locked(Path(cache, ".lock")):
-        yield
+    lock = Path(cache, ".lock")
+    while True:
+        with locked(lock) as file:
+            if not _is_at(file, lock):  # who had the lock has removed the file
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(PermissionError):  # Windows removes no open file
+                    lock.unlink()
+            return
+
+
+def _is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
