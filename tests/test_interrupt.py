@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("eval.py", "train_han.py", "train_decoder.py", "pretrain_ast.py")
 STOPS = {"train_han": signal.SIGINT, "train_decoder": signal.SIGTERM, "pretrain_ast": signal.SIGHUP}
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12: torch's threads
-each_trainer = pytest.mark.parametrize("name", TRAINERS)
 corpus = pytest.fixture(scope="module")(write_corpus)
 
 
@@ -36,8 +35,9 @@ def trainer(name, argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-@each_trainer
+@pytest.mark.parametrize(
+    ("name", "world"), [("train_han", 1), ("train_han", 2), ("train_decoder", 1), ("pretrain_ast", 2)]
+)
 def test_a_trainer_ends_its_step_and_saves(name, world, corpus, tmp_path):
     job = trainer(name, command(name, corpus, tmp_path, "--name stopped", CASES[name].endless))
     logs = tmp_path / "logs"
