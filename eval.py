@@ -176,6 +176,13 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
 
+def rating_summary(metrics: dict) -> str:
+    """`validation_metrics` in a line."""
+    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
+    warning = " (nearly constant)" if metrics["spread"] < 0.1 else ""
+    return "  ".join([*figures, f"SD {metrics['spread']:.0%} of the ratings'{warning}"])
+
+
 def by_fold(statistic: Callable, folds: np.ndarray, *arrays) -> np.ndarray:
     """Mean over folds (n,) of statistic(*arrays), of the rows of that fold."""
     return np.mean([statistic(*(a[folds == fold] for a in arrays)) for fold in np.unique(folds)], axis=0)
