@@ -386,7 +386,7 @@ def _finish(records, corpus, args, about):
             record["p"] = np.round(record["p"], 4)
     figures = {"metrics": measure(records, truth)}
     print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
-    if about["task"] == "ast":
+    if about["task"] == "ast" or args.save_results:
         figures["significance"] = significance(records, truth)
     for part, view in itertools.product(figures["metrics"], VIEWS):
         tests = figures["significance"][part][view] if "significance" in figures else {}
@@ -557,6 +557,7 @@ def floor(argv: list[str]) -> dict:
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
+    add = parser.more.add_argument
     add("--audio", metavar="DIR", help=AUDIO_HELP)
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
@@ -862,10 +863,10 @@ def _speech_parts(args, loaded):
 
 def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
-    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
-    print(corpus_line(corpus.synthetic, corpus.root))
+    tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
+    tqdm.write(corpus_line(corpus.synthetic, corpus.root))
     if loaded[0][2]["data"]["valid"] == "test" and args.part in ("valid", "test"):
-        print("the checkpoint was chosen on the test part (--valid test): its score there is no result")
+        tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
 
 
 def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
@@ -1114,7 +1115,7 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
 
 def word_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `words`, which runs when --words, --tune or --submission is given."""
-    add = parser.add_argument
+    add = parser.more.add_argument
     scale, ratio = number(float, 0, 100), number(float, -100, 100)
     add("--words", action="store_true", help="decoder: report the word error rate beside PER (off)")
     add("--tune", action="store_true", help="words: first choose settings on the validation part (off)")
@@ -1405,7 +1406,9 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
-    add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
+    parser.more.add_argument(
+        "--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)"
+    )
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
     add("--cluster", choices=CLUSTERS, default="segment", help="ratings: drawn as a whole (%(default)s)")
     args = _parse(parser, argv, part_options, data_options)
@@ -1572,7 +1575,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
 # ------------------------------------------------------------------------------------------------------------
 # Attention: pictures, and the roll-out of an AST
 # ------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE = "tab:blue", "tab:orange"
+ORANGE = "tab:orange"
 HOUSE_STYLE = {  # of every picture; no TeX in names
     "axes.titlelocation": "left",
     "figure.constrained_layout.use": True,
@@ -1581,6 +1584,10 @@ HOUSE_STYLE = {  # of every picture; no TeX in names
     "text.parse_math": False,
 }
 PICTURES = (".png", ".pdf", ".svg")
+# Attention over an even share, less 1. One scale, so that a network that prefers nothing looks pale.
+SHARES = {"cmap": "coolwarm", "vmin": -0.25, "vmax": 0.25}
+SHARES_BAR = {"extend": "both", "format": "{x:+.0%}", "pad": 0.01, "label": "against an even share"}
+ONE_FOR_ALL = "Attention, one for all ratings: where the network looks, not why a rating is high"
 
 
 def new_figure(width: float, height: float):
@@ -1600,7 +1607,8 @@ def inline_figure(figure, alt: str) -> str:
     """The figure as an <img> that holds its own pixels."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    pixels = base64.b64encode(file.getvalue()).decode()
+    return f'<div class="scroll"><img alt="{alt}" src="data:image/png;base64,{pixels}"></div>'
 
 
 def picture_title(what: str, members: list[tuple], work: dict) -> str:
@@ -1665,7 +1673,7 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
 
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
-    """Mean roll-out of ASTs in colour over the spectrogram in grey; work: name, energies (frames, 128)."""
+    """The spectrogram, and below it the mean roll-out of ASTs; work: name, energies (frames, 128)."""
     energies, shares = work["energies"], []
     for model, kept in members:
         if not isinstance(model, AST) or model.stride != members[0][0].stride:
@@ -1675,15 +1683,17 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     share = np.mean(shares, axis=0)
     row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
     frame = HOP / SAMPLE_RATE
-    reach = max(0.001, np.percentile(np.abs(share - 1), 98))
-    figure = new_figure(16, 6)
-    axes = figure.subplots()
+    figure = new_figure(16, 9)
+    figure.suptitle(f"{picture_title('AST', members, work)}\n{ONE_FOR_ALL}")
+    loudness, attention = figure.subplots(2, sharex=True, sharey=True)
     extent = (0, frame * len(energies), -0.5, MELS - 0.5)
-    axes.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
-    colours = {"cmap": "coolwarm", "vmin": 1 - reach, "vmax": 1 + reach, "alpha": 0.6}
-    shades = axes.pcolormesh(frame * column, row - 0.5, share, **colours)
-    axes.set(title=picture_title("roll-out of AST", members, work), xlabel="time (s)", ylabel="mel band")
-    figure.colorbar(shades, extend="both", label="attention of the output (1: even)", pad=0.01)
+    dark = loudness.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
+    loudness.set(title="What sounds", ylabel="mel band")
+    figure.colorbar(dark, ax=loudness, label="log energy", pad=0.01)
+    shades = attention.pcolormesh(frame * column, row - 0.5, share - 1, **SHARES)
+    attention.set(title="What of it reaches the output (attention roll-out)")
+    attention.set(xlabel="time (s)", ylabel="mel band")
+    figure.colorbar(shades, ax=attention, **SHARES_BAR)
     save_figure(figure, out)
     return {"share": share}
 
@@ -1755,15 +1765,31 @@ def best_validation(records: list[dict]) -> tuple[str, float, int]:
     return "", math.nan, 0
 
 
-def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
-    """Everything of CURVES that the runs (folder -> records) logged, by step, a colour a run."""
-    shown = [key for key in CURVES if any(len(history(records, key)) for records in runs.values())]
+def is_synthetic(options: dict) -> bool:
+    """Whether a run of these options learned from made-up data."""
+    return options.get("synthetic", not options.get("data"))
+
+
+def draw_curves(runs: dict[str, tuple]):
+    """Figure of everything of CURVES that the runs (folder -> `read_run`) logged, by step, a colour a run."""
+    from matplotlib.ticker import LogFormatter
+
+    figure = new_figure(16, 13)
+    shown = [key for key in CURVES if any(len(history(records, key)) for _, records in runs.values())]
     for n, key in enumerate(shown):
         axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, n + 1)
-        for run, records in runs.items():
-            axes.plot(*history(records, key).T, ".-", label=run)
-        axes.set(title=key, xlabel="step", yscale="log" if key == "norm" else "linear")
-    figure.axes[0].legend()
+        for run, (options, records) in runs.items():
+            kind = ", SYNTHETIC data" if is_synthetic(options) else ""
+            axes.plot(*history(records, key).T, ".-", label=last_part(run) + kind)
+        axes.set(title=key, xlabel="step")
+        if key == "norm":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # the scale's own writes TeX
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        elif not np.any(axes.dataLim.intervaly):  # all 0
+            axes.set_ylim(0, 1)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
+    return figure
 
 
 def curves(argv: list[str]) -> dict:
@@ -1774,12 +1800,10 @@ def curves(argv: list[str]) -> dict:
     add("--out", required=True, type=Path, help="picture to write: .png, .svg or .pdf (required)")
     args = _parse(parser, argv)
     check_output(args.out, *PICTURES)
-    runs = {run: read_run(run)[1] for run in args.run}
-    figure = new_figure(16, 12)
-    draw_curves(figure, runs)
-    save_figure(figure, args.out)
+    runs = {run: read_run(run) for run in args.run}
+    save_figure(draw_curves(runs), args.out)
     best = {}
-    for run, records in runs.items():
+    for run, (_, records) in runs.items():
         key, best[run], step = best_validation(records)
         print(f"{run}: {key} {best[run]:.4f} at step {step}")
     return best
@@ -1810,6 +1834,15 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 }
 
 
+def _in_words(label: str) -> str:
+    """Timing_Stable_Unstable: "Timing: Stable … Unstable"."""
+    group = re.match("Music_Making|Emotion_&_Mood|[^_]+", label)[0].replace("_", " ")
+    return f"{group}: {' … '.join(LABEL_POLES[label])}"
+
+
+RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
+
+
 def predict(argv: list[str]) -> list[dict]:
     """`python eval.py predict`: ratings or phonemes of your own files, as --json holds them.
 
@@ -1836,6 +1869,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     add("--midi", nargs="+", help="MIDI files, or folders of them")
     add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
     add("--speech", nargs="+", help="corpus, .mat of '24, .npy (bins, channels) or folder")
+    add = parser.more.add_argument
     add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
     add("--raw", action="store_true", help="take .npy as it is (off: a folder z-scored together, as a block)")
     add("--json", help="write predictions and circumstances (off)")
@@ -1961,7 +1995,7 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
     """Prints and gives what was wrong in files (file -> kind -> number) and read all the same."""
     said = _printable("; ".join(repair_lines([repairs])))
     if said:
-        print(f"repaired: {said}")
+        tqdm.write(f"repaired: {said}")
     return said
 
 
@@ -2182,6 +2216,9 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
     score = work["score"]
     item = work["item"] | {"name": work["name"]}
+    members = [member for member in members if hasattr(member[0], "attention")]
+    if not members:
+        raise DataError(f"{item['name']}: no checkpoint given has attention to draw; expected HANs")
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
         item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
@@ -2195,17 +2232,18 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     measures = np.append(seconds(measures), end)
     first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
-    if any(model.model_args["stats_size"] for model, _ in members):
-        title += "\nThe ratings also rest on statistics of the whole piece (--pooled)"
+    pooled = any(model.model_args["stats_size"] for model, _ in members)
+    also = "; ratings also rest on statistics of the piece (--pooled)" if pooled else ""
     figure = new_figure(16, 12)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\n{ONE_FOR_ALL}{also}")
     roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
     _draw_roll(roll, x, sounded, levels)
     _draw_levels(weights, levels, beats, measures)
-    dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
-    _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats, "Tempo (quarters per minute)")
-    text = "Dynamics (MIDI velocity; of a beat: mean of average and loudest)"
-    _draw_curve(dynamics, x["beat_dynamics"][first], beats, text)
+    tempo.stairs(10 ** x["beat_tempo"][first], beats, baseline=None)
+    tempo.set_title("Tempo of each beat (quarters per minute)")
+    dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6")
+    dynamics.stairs(x["beat_dynamics"][first], beats, baseline=None)
+    dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
     dynamics.set_xlabel("time in the performance (s); lines: measures")
     every = math.ceil(len(numbers) / 20)
     roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
@@ -2219,17 +2257,15 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
 def _draw_roll(axes, x: dict[str, np.ndarray], sounded: np.ndarray, levels: dict) -> None:
     """Notes as bars in the colour of their weight, those not found dotted."""
     within = "note in beat" if "note in beat" in levels else "note"
-    weight = levels[within] - 1
-    reach = max(0.01, np.percentile(np.abs(weight), 99))
     notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])
     axes.set_facecolor("0.25")
     axes.hlines(*notes[:, ~sounded], "white", "dotted")
-    bars = axes.hlines(*notes[:, sounded], array=weight[sounded], cmap="coolwarm", linewidth=5)
-    bars.set_clim(-reach, reach)
+    bars = axes.hlines(*notes[:, sounded], array=levels[within][sounded] - 1, linewidth=5)
+    bars.set(cmap=SHARES["cmap"], clim=(SHARES["vmin"], SHARES["vmax"]))
     axes.set_yticks(range(24, 120, 12), [f"C{octave}" for octave in range(1, 9)])
     axes.set_ylim(notes[0].min() - 2, notes[0].max() + 2)
-    axes.set_title(f"Weight of each {within} against an even share (dotted: not found)")
-    axes.figure.colorbar(bars, ax=axes, extend="both", format="{x:+.1%}", pad=0.01)
+    axes.set_title(f"Attention to each {within} (dotted: not found)")
+    axes.figure.colorbar(bars, ax=axes, **SHARES_BAR)
 
 
 def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) -> None:
@@ -2237,20 +2273,9 @@ def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) ->
     for level, label in (("beat", "beat in the piece"), ("beat in measure", "beat in its measure")):
         if level in levels:
             axes.stairs(levels[level] - 1, beats, baseline=None, linewidth=2, label=label)
-    reach = max(0.005, *np.abs(axes.get_ylim()))  # rounding errors are no curve
-    axes.set(title="Weight of measures and beats against an even share", ylim=(-reach, reach))
-    axes.yaxis.set_major_formatter("{x:+.1%}")
-    axes.legend(ncols=3)
-
-
-def _draw_curve(axes, values: np.ndarray, beats: np.ndarray, title: str) -> None:
-    """A value a beat, and smoothed."""
-    from scipy.ndimage import gaussian_filter1d
-
-    axes.stairs(values, beats, baseline=None, color="0.6", label="by beat")
-    smooth = gaussian_filter1d(values, 1, mode="nearest")
-    axes.plot((beats[1:] + beats[:-1]) / 2, smooth, ".-", color=BLUE, label="smoothed")
-    axes.set_title(title)
+    reach = max(SHARES["vmax"], *np.abs(axes.get_ylim()))
+    axes.set(title="Attention to measures and beats, against an even share", ylim=(-reach, reach))
+    axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.legend(ncols=3)
 
 
@@ -2292,68 +2317,145 @@ CHOSEN = {
     "valid": "The weights were chosen on this validation part: its figures are slightly optimistic.",
     "test": "Test part: for a final figure; choose between models on the validation part.",
 }
+FAKE = "SYNTHETIC data: says that the code works, nothing about real performances or speech"
 STYLE = """
-body { margin: auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
-h2 { margin-top: 3rem; border-top: 3px solid #0072b2; } img { max-width: 100%; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; } td, th { padding: .2rem .6rem; text-align: left; }
-tr { border-bottom: 1px solid #d5dae1; } .said { background: #fff1e6; border-left: 4px solid; }
+:root { color-scheme: light dark; } body { margin: auto; max-width: 76rem; padding: 1rem; }
+body { font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
+h2 { margin-top: 3rem; border-top: 3px solid #0072b2; }
+.said { background: #e6770022; border-left: 4px solid; padding: .2rem .6rem; } .scroll { overflow-x: auto; }
+img { width: 100%; min-width: 44rem; } table { border-collapse: collapse; font-size: .875rem; }
+td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 9rem; }
+tr { border-bottom: 1px solid #8886; }
 """
 
 
 def report(argv: list[str]) -> dict:
     """`python eval.py report`: an HTML page about runs of one configuration; returns its verdict and figures,
-    None where nothing was scored."""
+    None where nothing was scored. Without runs: about the predictions in results/."""
     parser = _parser(
         "report",
-        "--run DIR ... --out FILE.html [--data DIR] [options]",
+        "[--run DIR ...] --out FILE.html [--data DIR] [options]",
         """\
 One HTML page about the training of a model: curves, scores, calibration, worst items, confusions, options.
 Several runs are folds and seeds of one configuration, and are evaluated together, on their own parts.
+Without --run: the results that come with this repository, which needs neither a run nor data.
 
+    python eval.py report --out results.html
     python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
     python eval.py report --run runs/decoder/NAME --no-data --out report.html""",
     )
     add = parser.add_argument
-    add("--run", nargs="+", required=True, help="run folders of one configuration (required)")
+    add("--run", nargs="+", help="run folders of one configuration (off: the shipped results)")
     add("--out", required=True, type=Path, help="page to write, .html (required)")
     add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
-    add("--audio", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
+    parser.more.add_argument(
+        "--audio", help="folder of recordings NAME.wav (off: the run's own, else rendered)"
+    )
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, data_options)
     check_output(args.out, ".html")
+    title, lines, parts, made = about_runs(args) if args.run else about_results(RESULTS)
+    page = _page(title, lines, parts, args.command)
+    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
+    print(*lines, f"saved {args.out}", sep="\n")
+    return made
+
+
+def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
+    """Of --run: title, sentences and parts of the page, what `report` returns."""
     runs = {run: read_run(run) for run in args.run}
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
     args.audio = args.audio or own.get("audio")
     args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
-    verdict, figures, scored, synthetic = (
-        "nothing was scored: see the best validation",
-        None,
-        {},
-        not args.data,
-    )
+    verdict, figures, scored = "nothing was scored: see the best validation", None, {}
+    synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
         loaded = _load_models([f"{run}/best.pt" for run in args.run])
         score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
         synthetic = corpus.synthetic or loaded[0][2]["data"].get("synthetic")
-    lines = [verdict]
-    if synthetic:
-        lines.append("SYNTHETIC data: says that the code works, nothing about real performances or speech")
-    figure = new_figure(16, 13)
-    draw_curves(figure, {run: records for run, (_, records) in runs.items()})
-    best = [[run, *best_validation(records)] for run, (_, records) in runs.items()]
-    rows = [[key, *(options.get(key) for options, _ in runs.values())] for key in own]
+    names = [last_part(run) for run in runs]
+    best = [[last_part(run), *best_validation(records)] for run, (_, records) in runs.items()]
+    rows = []
+    for key in own:
+        rows.append([key, *(last_part(options.get(key)) for options, _ in runs.values())])
     parts = {
-        "Training curves": inline_figure(figure, "Training curves"),
+        "Training curves": inline_figure(draw_curves(runs), "Training curves"),
         **scored,
         "Best validation in training": _table(["run", "figure", "value", "step"], best),
-        "Configuration": _table(["option", *runs], rows),
+        "Configuration": _table(["option", *names], rows),
     }
-    page = _page(", ".join(runs), lines, parts, args.command)
-    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
-    print(*lines, f"saved {args.out}", sep="\n")
-    return {"verdict": verdict, "figures": figures}
+    lines = [verdict, FAKE] if synthetic else [verdict]
+    return ", ".join(names), lines, parts, {"verdict": verdict, "figures": figures}
+
+
+RESULTS = Path(__file__).with_name("results")
+KINDS = {"han": "PercePiano from score and MIDI", "ast": "PercePiano from sound", "decoder": "Speech"}
+PUBLISHED = {("han", "segment"): 0.397, ("han", "performer"): 0.285}  # Park et al. (2024), overlaps kept
+VALIDATED = (
+    "Validation figures, which chose the models: slightly optimistic. Test: R2 of 182 withheld items, scored "
+    "once by the holder of their labels (within: of players of one segment); published: on its own test part."
+)
+
+
+def about_results(folder: Path) -> tuple[str, list[str], dict, dict]:
+    """As `about_runs`, of the rows in a folder of --save-results: figures as they were saved."""
+    saved = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*_*.json")}
+    test, ceiling = _read_tsv(folder / "withheld_test.tsv"), _read_tsv(folder / "rater_ceiling.tsv")
+    parts = {}
+    for task, title in KINDS.items():
+        tables: dict[str, dict] = {}
+        for stem, row in sorted(saved.items()):
+            if row["task"] == task:
+                tables.setdefault(row.get("split") or row["part"], {})[stem] = row
+        for split, rows in tables.items():
+            made_up = any(row["synthetic"] for row in rows.values())
+            kind = "SYNTHETIC, " if made_up else "RENDERED, " if task == "ast" else ""
+            shown = decoder_rows(rows) if task == "decoder" else rating_rows(rows, test, ceiling)
+            parts[f"{title}, {kind}{split}"] = shown
+    figures = {stem: row["metrics"] for stem, row in saved.items()}
+    return "Results", [VALIDATED], parts, {"verdict": VALIDATED, "figures": figures}
+
+
+def _read_tsv(path: Path) -> dict[str, list[float]]:
+    """{first cell of a line: the numbers after it}, less the head; nothing where there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+    return {line.split("\t")[0]: [*map(float, line.split("\t")[1:])] for line in lines}
+
+
+def rating_rows(rows: dict[str, dict], test: dict, ceiling: dict) -> str:
+    """A table of rows (stem: saved) that rate, best validation first, and of each its 19 ratings."""
+    table, details = [], ""
+    for stem, row in sorted(rows.items(), key=lambda item: -item[1]["metrics"]["valid"]["all"]["mean"]["r2"]):
+        mean = row["metrics"]["valid"]["all"]["mean"]
+        each = mean["per_dimension"]
+        withheld = [*test.get(stem, []), "", ""][:2]
+        table.append(
+            [row["row"], *(mean[key] for key in each), mean["r2_interval"], mean["folds"], *withheld]
+        )
+        tests = row.get("significance", {}).get("valid", {}).get("all") or {}
+        columns = each | {f"95 % of {key[:-9]}": tests[key] for key in tests if key.endswith("_interval")}
+        columns["raters' r2"] = [ceiling[label][0] if ceiling else "" for label in LABELS]
+        shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
+        details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
+    published = PUBLISHED.get((row["task"], row["split"]))
+    if published:
+        table.append(["published", *("" for _ in each), "", "", published, ""])
+    if ceiling:
+        limits = dict(zip(("r2", "pearson"), np.mean([*ceiling.values()], axis=0).tolist(), strict=True))
+        table.append(["raters' own limit", *(limits.get(key, "") for key in each), "", "", "", ""])
+    return _table(["row", *each, "95 % of r2", "folds", "test r2", "within"], table) + details
+
+
+def decoder_rows(rows: dict[str, dict]) -> str:
+    """A table of the error rates of rows, best first."""
+    table = []
+    for row in sorted(rows.values(), key=lambda row: row["metrics"]["per"]):
+        figures, words = row["metrics"], row["metrics"].get("words", {})
+        cells = [figures["per"], figures["interval"], figures["trials"], *(figures[key] for key in EDITS)]
+        table.append([row["row"], *cells, words.get("wer", ""), words.get("wer_interval", "")])
+    return _table(["row", "PER", "95 %", "trials", *EDITS, "WER", "95 %"], table)
 
 
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
@@ -2366,7 +2468,7 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     if views["all"] is None:
         return corpus, f"no item of part {args.part} has ratings here", views, {}
     mean = views["all"]["mean"]
-    shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
+    shown = ", ".join(f"{metric} {mean[metric]:.4f}" for metric in METRICS)
     interval = f"95 % interval of r2 {brackets(mean['r2_interval'])}"
     totals = []
     for view, figures in views.items():
@@ -2379,29 +2481,32 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     worst = []
     for i in np.argsort(-error.mean(1))[:10]:
         d = error[i].argmax()
-        worst.append([names[i], fold_of[i], error[i].mean(), LABELS[d], p[i, d], y[i, d]])
+        worst.append([names[i], str(fold_of[i]), error[i].mean(), RATINGS[LABELS[d]], p[i, d], y[i, d]])
     parts = {
         "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
-        "By dimension": _table(["dimension", *METRICS], zip(LABELS, *columns, strict=True)),
-        "Prediction over rating, calibration": draw_ratings(y, p),
+        "By rating": _table(["rating", *METRICS], zip(RATINGS.values(), *columns, strict=True)),
+        "Prediction over rating, calibration": inline_figure(draw_ratings(y, p), "Prediction over rating"),
         "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
     }
     return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
 
 
-def draw_ratings(y: np.ndarray, p: np.ndarray) -> str:
-    """Prediction over rating by dimension; in the last panel the means of twelfths of all predictions."""
+def draw_ratings(y: np.ndarray, p: np.ndarray):
+    """Figure: prediction over rating; in the last panel the means of twelfths of all predictions."""
     order = p.argsort(axis=None)
     means = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
     figure = new_figure(16, 14)
     panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
-    for d, label in enumerate(LABELS):
+    for d, name in enumerate(RATINGS.values()):
         panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
-        panels[d].set_title(label, fontsize=8)
+        panels[d].set_title(name.replace(": ", "\n").replace(" … ", " …\n"), fontsize=10)
     panels[-1].plot(*means, "o-")
+    panels[-1].set_title("All: means of twelfths\nof the predictions", fontsize=10)
+    figure.supxlabel("rating")
+    figure.supylabel("prediction")
     for axes in panels:
         axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
-    return inline_figure(figure, "Prediction over rating by dimension, and calibration")
+    return figure
 
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
@@ -2427,13 +2532,18 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
-    rate = f"phoneme error rate {figures['per']:.3f} {brackets(figures['interval'])}"
+    rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     return corpus, f"{rate} of {len(trials)} trials, part {args.part}", figures, parts
+
+
+def last_part(text: object) -> str:
+    """Of an absolute path, also behind --option=, the last part: a page shows no folders of its machine."""
+    return re.sub(r"^(--[\w-]+=)?(?:/|~|[A-Za-z]:[\\/])(?:.*[\\/])?(?=.)", lambda m: m[1] or "", str(text))
 
 
 def _text(value: object) -> str:
     """HTML of a value: fractions to four digits, the rest escaped."""
-    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
+    return escape(_cell(value))
 
 
 def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
@@ -2443,13 +2553,14 @@ def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
 
 def _page(title: str, lines: list[str], parts: dict[str, str], command: str) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
-    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {command}"
+    typed = shlex.join(map(last_part, shlex.split(command)))
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {typed}"
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     said = "".join(f'<p class="said">{_text(line)}</p>' for line in lines)
-    body = "".join(f"<h2>{heading}</h2>{part}" for heading, part in parts.items())
+    body = "".join(f"<h2>{_text(heading)}</h2>{part}" for heading, part in parts.items())
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>Report</title><style>{STYLE}</style></head>
+<meta name="viewport" content="width=device-width"><title>{_text(title)}</title><style>{STYLE}</style></head>
 <body><h1>{_text(title)}</h1>{said}<p>{_text(made)}</p>{body}</body></html>
 """
 
@@ -2471,29 +2582,34 @@ COMMANDS = {
 
 
 def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    """Its `more`: the group of the options that matter less, below the others."""
+    parser = argparse.ArgumentParser(
         prog=f"eval.py {command}",
         usage=f"python eval.py {command} {usage}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.more = parser.add_argument_group("more options")
+    return parser
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data", help="data set in its public layout (absent: the built-in synthetic corpus)")
-    add("--cache", default="cache", help="folder of extracted features (%(default)s)")
+    parser.add_argument(
+        "--data", help="data set in its public layout (absent: the built-in synthetic corpus)"
+    )
+    parser.more.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
 
 
 def part_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--part", choices=["valid", "test", "competition"], default="valid", help="scored (%(default)s)")
+    add = parser.more.add_argument
     add("--audio", metavar="DIR", help=AUDIO_HELP)
     add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
 
 
 def result_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.more.add_argument
     add("--csv", help="write the predictions here (off)")
     add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", help="their folder (%(default)s)")
@@ -2504,8 +2620,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) 
     for add_options in shared:
         add_options(parser)
     text = "where to compute (%(default)s here)"
-    parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help=text)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+    parser.more.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help=text)
+    parser.more.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     row = getattr(args, "save_results", None)
     if row and not re.fullmatch(r"[a-z0-9_]+", row):
