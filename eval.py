@@ -2392,10 +2392,11 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
 
 RESULTS = Path(__file__).with_name("results")
 KINDS = {"han": "PercePiano from score and MIDI", "ast": "PercePiano from sound", "decoder": "Speech"}
-PUBLISHED = {("han", "segment"): 0.397, ("han", "performer"): 0.285}  # Park et al. (2024), overlaps kept
+PUBLISHED = {("han", "segment"): "0.397", ("han", "performer"): "0.285"}  # Park et al. (2024), overlaps kept
 VALIDATED = (
     "Validation figures, which chose the models: slightly optimistic. Test: R2 of 182 withheld items, scored "
-    "once by the holder of their labels (within: of players of one segment); published: on its own test part."
+    "once by the holder of their labels (within: players of one segment); published: on its own test part. "
+    "What the rows are: results/README.md."
 )
 
 
@@ -2418,10 +2419,10 @@ def about_results(folder: Path) -> tuple[str, list[str], dict, dict]:
     return "Results", [VALIDATED], parts, {"verdict": VALIDATED, "figures": figures}
 
 
-def _read_tsv(path: Path) -> dict[str, list[float]]:
-    """{first cell of a line: the numbers after it}, less the head; nothing where there is no such file."""
+def _read_tsv(path: Path) -> dict[str, list[str]]:
+    """{first cell of a line: the others}, less the head; nothing where there is no such file."""
     lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
-    return {line.split("\t")[0]: [*map(float, line.split("\t")[1:])] for line in lines}
+    return {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
 
 
 def rating_rows(rows: dict[str, dict], test: dict, ceiling: dict) -> str:
@@ -2443,7 +2444,8 @@ def rating_rows(rows: dict[str, dict], test: dict, ceiling: dict) -> str:
     if published:
         table.append(["published", *("" for _ in each), "", "", published, ""])
     if ceiling:
-        limits = dict(zip(("r2", "pearson"), np.mean([*ceiling.values()], axis=0).tolist(), strict=True))
+        means = np.array([*ceiling.values()], float).mean(0).tolist()
+        limits = dict(zip(("r2", "pearson"), means, strict=True))
         table.append(["raters' own limit", *(limits.get(key, "") for key in each), "", "", "", ""])
     return _table(["row", *each, "95 % of r2", "folds", "test r2", "within"], table) + details
 
