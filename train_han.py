@@ -211,7 +211,7 @@ def activation_report(model: HAN, batch: dict) -> dict:
     model.train()
     p = torch.sigmoid(stages["logits"])
     report = {"parameters": sum(value.numel() for value in model.parameters())}
-    report["head_sizes"] = [model.head[1].out_features, model.head[4].out_features]
+    report["head_sizes"] = [m.out_features for m in model.head if isinstance(m, torch.nn.Linear)]
     report["context_vectors"] = [name for name in model.state_dict() if name.endswith("context_vector")]
     for name, value in {"input": batch["x"][batch["mask"]], **stages, "prediction": p}.items():
         report[name] = [f(value).item() for f in (torch.mean, torch.std, torch.min, torch.max)]
