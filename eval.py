@@ -67,6 +67,7 @@ from data import (
     DataError,
     FbankStore,
     SpeechCorpus,
+    all_statistics,
     clean_sentence,
     collate_han,
     collate_speech,
@@ -74,18 +75,20 @@ from data import (
     extract_performances,
     fbank,
     fbank_frames,
+    fit_normalisation,
     frames_needed,
+    han_info,
     load_percepiano,
     map_days,
     normalise_fbank,
     number,
     open_speech,
     pad_fbank,
+    parse_name,
     percepiano_audio,
     percepiano_parts,
     phonemize,
     player_of,
-    pooled_statistics,
     prepare_ast,
     prepare_han,
     pretrain_data,
@@ -118,12 +121,14 @@ from models import (
     ClipStatistics,
     ContextAttention,
     GRUDecoder,
+    KernelRidge,
     cluster_mask,
     git_state,
     group_softmax,
     json_ready,
     load_checkpoint,
     peak_memory,
+    save_ensemble,
 )
 
 with contextlib.suppress(ImportError):  # Windows has none
@@ -132,6 +137,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
 MAX_NOTES = 420  # of a PercePiano performance
+NORMAL_80 = 1.2816  # standard deviations on either side that hold 80 % of a normal distribution
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -268,6 +274,46 @@ def scores(y, p, groups) -> dict:
     return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
 
+def _measure_humans(records, truth, root):
+    """`human_figures` by part, printed, with what the raters' noise allows."""
+    parts = {record["part"]: None for record in records}
+    ceiling = within_ceiling(root)
+    for part in parts:
+        figures = human_figures(records, truth, part)
+        if figures:
+            parts[part] = figures | {"ceiling": ceiling}
+            allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
+            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}{allowed}")
+    return parts
+
+
+def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
+    """Rows (n, D) less the mean of their group (n,)."""
+    _, group, count = np.unique(groups, return_inverse=True, return_counts=True)
+    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
+    return values - (sums / count[:, None])[group]
+
+
+def human_figures(records: list, truth: dict, part: str) -> dict | None:
+    """Of human players in a part: Pearson correlation within segments (players of the same bars; mean over
+    folds), and error80 (19,): the half-width of an interval that holds 80 % of the errors once that of the
+    spread over models is in it; None where nothing is rated."""
+    names, y, p, folds = _stacked(records, truth, part, "no_renderings")
+    if not names:
+        return None
+    segments = np.array([segment_of(name) for name in names])
+
+    def within(y, p, segments):
+        return pearson(within_segments(y, segments), within_segments(p, segments))
+
+    each = by_fold(within, folds, y, p, segments)
+    spreads = [record | {"p": record.get("spread", 0 * record["p"])} for record in records]
+    spread = _stacked(spreads, truth, part, "no_renderings")[2]
+    rest = ((y - p) ** 2 - (NORMAL_80 * spread) ** 2).clip(0)
+    error = np.sqrt(np.quantile(rest, 0.8, axis=0))
+    return {"within": float(each.mean()), "within_per_dimension": each.tolist(), "error80": error.tolist()}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Results: predictions as CSV, metrics and circumstances as JSON, both printed
 # ------------------------------------------------------------------------------------------------------------
@@ -378,8 +424,9 @@ def _print_figures(title, figures, tests):
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
-def _finish(records, corpus, args, about):
-    """Measures, prints and writes predictions, of task ast with significance; returns the metrics."""
+def _finish(records, corpus, args, about, models=()):
+    """Measures, prints and writes predictions, of task ast with significance, and --out: the models (network,
+    checkpoint); returns the metrics."""
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     if args.save_results:
         for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
@@ -391,6 +438,11 @@ def _finish(records, corpus, args, about):
     for part, view in itertools.product(figures["metrics"], VIEWS):
         tests = figures["significance"][part][view] if "significance" in figures else {}
         _print_figures(f"{part}, {VIEWS[view]}", figures["metrics"][part][view], tests)
+    if about["task"] == "han":
+        figures["humans"] = _measure_humans(records, truth, corpus.root)
+    if args.out:
+        valid = figures["metrics"]["valid"]["all"]["mean"]["r2"]
+        save_ensemble(args.out, models, {"error80": figures["humans"]["valid"]["error80"], "valid_r2": valid})
     unrated = {name for record in records for name in record["names"]} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
     about["synthetic"] = corpus.synthetic
@@ -421,14 +473,27 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
 
 
 def _load_models(paths):
-    """[(path, model, checkpoint), ...]."""
-    return [(path, *load_checkpoint(path)) for path in paths]
+    """[(path, model, checkpoint), ...]; a file of several models gives each."""
+    loaded = []
+    for path in paths:
+        model, ckpt = load_checkpoint(path)
+        if ckpt["task"] == "ensemble":
+            each = zip(model.members, ckpt["members"], strict=True)
+            loaded += [(path, member, {**ckpt, **about}) for member, about in each]
+        else:
+            loaded.append((path, model, ckpt))
+    return loaded
+
+
+def kind_of(task: str) -> str:
+    """The task whose files a model reads: a kernel those of a HAN."""
+    return "han" if task == "kernel" else task
 
 
 def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
     or differs there from the first or from this version."""
-    task = loaded[0][2]["task"]
+    task = kind_of(loaded[0][2]["task"])
     expected = {"task": task, "labels": list(LABELS)}
     keys = ["task", "synthetic"]
     if task == "decoder":
@@ -439,7 +504,7 @@ def _check_alike(loaded):
     if task in AUDIO_TASKS:
         keys.append("audio")
     for path, model, ckpt in loaded:
-        known = {**(ckpt["data"] or {}), **model.model_args, "task": ckpt["task"]}
+        known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
             value = known.get(key)
             if key not in known or value != expected.setdefault(key, value):
@@ -475,6 +540,8 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     foreign = args.audio if task == "decoder" else args.day or args.words or args.tune or args.submission
+    if args.out and (kind_of(task) != "han" or args.part != "valid"):
+        raise DataError(f"--out: of models of task han, on part valid; {args.ckpt[0]}: {task}")
     if foreign:
         told = "--audio is of ratings; --day, --words, --tune, --submission of decoders; leave them out"
         raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
@@ -484,9 +551,9 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
     records, corpus, data = _rate_parts(args, loaded, parts)
-    about = {"task": "han" if task == "han" else "ast", "model": task, "seeds": seeds_of(loaded)}
+    about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
-    return _finish(records, corpus, args, about)
+    return _finish(records, corpus, args, about, [member[1:] for member in loaded])
 
 
 def _load_corpus(args, speech=False):
@@ -532,7 +599,8 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
             each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
-            records.append({"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)})
+            record = {"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)}
+            records.append(record | {"spread": np.std(each, axis=0)})
     return records
 
 
@@ -549,11 +617,15 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
-    about = "What a network has to beat: a forest on statistics of the notes (han), ridge on log-mel's (ast)."
+    """`python eval.py floor`: regressions on the trainers' parts; returns metrics (see `measure`)."""
+    about = """\
+What a network has to beat: a regression on pooled statistics of notes and MIDI (han), of log-mels (ast).
+
+    python eval.py floor --model kernel --data DIR --out kernel.pt     seconds; rates like a best.pt"""
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
+    add("--model", choices=REGRESSIONS, help="han: any (forest); ast: forest or ridge (ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
@@ -563,31 +635,56 @@ def floor(argv: list[str]) -> dict:
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
     foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
-    if foreign:
-        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
+    foreign = foreign or (args.task == "ast" and args.model == "kernel")
+    if foreign or (args.out and args.model != "kernel"):
+        told = "--features and --model kernel are of --task han, --audio and --probe of ast, --out of kernel"
+        raise DataError(f"{told}; leave them out")
     corpus = _load_corpus(args)
-    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")} | {"seeds": [7]}
-    if args.task == "han":
-        about |= {"model": "forest", "features": args.features}
-        columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-        statistics = {}
-        for name, item in corpus.items.items():
-            statistics[name] = pooled_statistics(item, columns, args.features)
-    else:
-        about |= {"model": "ridge", "audio": "wav" if args.audio else "rendered", "probe": args.probe}
-        statistics = _clip_statistics(corpus, args)
-    records = []
+    kind = args.model or ("forest" if args.task == "han" else "ridge")
+    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
+    about |= {"seeds": [7], "model": kind}
+    about |= (
+        {"features": args.features}
+        if args.task == "han"
+        else {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+    )
+    clips = _clip_statistics(corpus, args) if args.task == "ast" else None
+    records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
-        names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
-        train = names_of["train"]
-        model = _regression(about["model"], list(map(segment_of, train)))
-        model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
+        if clips:
+            names_of = {part: [n for n in names if n in clips] for part, names in names_of.items()}
+        if kind == "kernel":
+            kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
+            rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
+        else:
+            rate = _fit_regression(kind, corpus, names_of["train"], clips, args.features)
         for part in ("valid", "test"):
-            rows = [statistics[name] for name in names_of[part]]
-            p = model.predict(rows).clip(0, 1) if rows else np.zeros((0, len(LABELS)))
-            records.append({"part": part, "fold": fold, "names": names_of[part], "p": p})
-    return _finish(records, corpus, args, about)
+            names = names_of[part]
+            p = rate(names=names) if names else np.zeros((0, len(LABELS)))
+            records.append({"part": part, "fold": fold, "names": names, "p": p})
+    return _finish(records, corpus, args, about, kernels)
+
+
+def _fit_kernel(corpus, train, args, fold):
+    """A kernel ridge of a fold, and its checkpoint."""
+    info = han_info(corpus, train, args.features, True, args.split, fold, args.keep_overlap)
+    items = prepare_han(corpus, train, info)
+    stats, y = (torch.from_numpy(np.stack([item[key] for item in items])) for key in ("stats", "y"))
+    made = {"task": "kernel", "data": info, "args": {"seed": None}, "step": None, **git_state()}
+    return KernelRidge.fit(stats, y), made
+
+
+def _fit_regression(kind, corpus, train, clips, features):
+    """A function names -> ratings (n, 19): a forest or a ridge on the same statistics."""
+    info = None if clips else fit_normalisation(corpus, train, features)
+
+    def statistics(names):
+        return np.stack([clips[name] for name in names]) if clips else all_statistics(corpus, names, info)
+
+    model = _regression(kind, list(map(segment_of, train)))
+    model.fit(statistics(train), [corpus.items[name]["y"] for name in train])
+    return lambda names: model.predict(statistics(names)).clip(0, 1)
 
 
 def _clip_statistics(corpus, args):
@@ -600,6 +697,9 @@ def _clip_statistics(corpus, args):
         row = of_clip.values(energies[None])[0].double().numpy()
         statistics[name] = np.append(row, tokens.get(name, []))
     return statistics
+
+
+REGRESSIONS = ("kernel", "forest", "ridge")
 
 
 def _regression(kind, groups):
@@ -1549,7 +1649,37 @@ def _ceiling_column(names, raters, x):
     several = N > 1
     noise_independent = np.bincount(item, squares)[several] / (N[several] - 1) / N[several]
     r2, independent = 1 - np.array([noise.mean(), noise_independent.mean()]) / mean.var()
-    return {"r2": r2, "independent": independent, "between": between, "error": error}
+    return {"r2": r2, "independent": independent, "between": between, "error": error, "noise": noise.mean()}
+
+
+def within_ceiling(root: str | Path) -> list[float] | None:
+    """Pearson correlation within segments of somebody who knew every human performance's true ratings, from
+    if raters' severity stays in the means of a segment to if it cancels; None without individual ratings."""
+    try:
+        raters, names, ratings = read_ratings(root)
+    except DataError:
+        return None
+    human = np.array([not is_rendering(name) for name in names])
+    raters, names, ratings = raters[human], names[human], ratings[human] / 7
+    items, item = np.unique(names, return_inverse=True)
+    means = _means_by(item, ratings)
+    segments = [segment_of(name) for name in items]
+    freedom = max(len(items) - len(set(segments)), 1)
+    variance = (within_segments(means, segments) ** 2).sum(0).clip(1e-12) / freedom
+    rater = np.unique(raters, return_inverse=True)[1]
+    bounds = []
+    for severity in (0, _means_by(rater, ratings)[rater]):
+        noise = rater_ceiling(raters, names, ratings - severity)["noise"]
+        bounds.append(float(np.sqrt((1 - noise / variance).clip(0)).mean()))
+    return bounds
+
+
+def _means_by(group, ratings):
+    """Means (groups, D) of ratings (n, D) with gaps."""
+    rated = np.isfinite(ratings)
+    columns = [np.bincount(group, column) for column in np.where(rated, ratings, 0).T]
+    counts = [np.bincount(group, column) for column in rated.T]
+    return np.stack(columns, 1) / np.maximum(np.stack(counts, 1), 1)
 
 
 def ceiling(argv: list[str]) -> dict:
@@ -1569,6 +1699,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
         shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
         rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
         print_table(["ceiling", *shown], rows)
+    print(f"human players within a segment: Pearson {brackets(within_ceiling(root))}")
     return views
 
 
@@ -1841,6 +1972,8 @@ def _in_words(label: str) -> str:
 
 
 RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
+RESULTS = Path(__file__).parent / "results"
+SHIPPED = [str(RESULTS / "han_network.pt"), str(RESULTS / "han_kernel.pt")]
 
 
 def predict(argv: list[str]) -> list[dict]:
@@ -1864,7 +1997,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, help="best.pt of one task, averaged (required)")
+    add("--ckpt", nargs="+", default=SHIPPED, help="best.pt of one task, averaged (HANs in results/)")
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
     add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
@@ -1890,7 +2023,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
-    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints averaged")
+    print(provenance(loaded))
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
@@ -1952,6 +2085,19 @@ def _printable(text: object) -> str:
     return str(text).encode(errors="replace").decode()
 
 
+def provenance(loaded: list[tuple]) -> str:
+    """In a line: the files, what they hold, on what it was trained and how it scored there."""
+    files = []
+    for path, members in itertools.groupby(loaded, key=lambda member: member[0]):
+        ckpts = [ckpt for *_, ckpt in members]
+        score = ckpts[0].get("valid_r2") or (ckpts[0].get("best") or {}).get("valid_r2")
+        scored = f", validation R² {score:.3f}" if score else ""
+        files.append(f"{path} ({len(ckpts)} × {ckpts[0]['task']}{scored})")
+    about = loaded[0][2]["data"]
+    trained = f", split {about['split']}" if "split" in about else ""
+    return f"{' + '.join(files)}: {len(loaded)} checkpoints averaged{trained}, git {loaded[0][2]['git_sha']}"
+
+
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
@@ -1985,7 +2131,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "extra": extra,
         "notes": len(item["x"]),
         "repairs": say_repairs(item["repairs"]),
-        "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
+        **show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded, args.score),
     }
     score = read_musicxml(args.score) if args.explain else None
     yield record, item | {"name": name, "item": item, "score": score}
@@ -2007,22 +2153,75 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
-    ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
-    record["ratings"] = ratings
+    record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
 
-def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple]) -> dict[str, float]:
-    """Prints the mean of ratings (1, 19) between their poles, and gives it by label."""
+@functools.cache
+def measured_unheard() -> dict:
+    """What the row `ensemble` reached on works that it had not heard, human players: r2, and of
+    `_measure_humans`; {} where that row is missing."""
+    path = RESULTS / "han_ensemble_piece.json"
+    if not path.exists():
+        return {}
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return saved["humans"]["test"] | {"r2": saved["metrics"]["test"]["no_renderings"]["mean"]["r2"]}
+
+
+def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
+    """{label: half-width of an 80 % interval} of the mean of ratings `each` (1, 19): the spread over models
+    and the errors on validation (`error80`), or for a work not heard in training those of the row
+    `ensemble` on such works; {} where neither is known."""
+    errors = []
+    for _, _, ckpt in loaded:
+        squares = (ckpt.get("best") or {}).get("valid_mse_per_dimension", [])
+        errors.append(ckpt.get("error80") or (NORMAL_80 * np.sqrt(squares)).tolist())
+    if not heard and measured_unheard():
+        errors = [measured_unheard()["error80"]]
+    if not all(map(len, errors)):
+        return {}
+    half = np.hypot(np.mean(errors, axis=0), NORMAL_80 * np.std(each, axis=0)[0])
+    return dict(zip(LABELS, half.tolist(), strict=True))
+
+
+def heard_in_training(loaded: list[tuple], score: str) -> bool:
+    """Whether a score's name says that all models were trained on its work."""
+    try:
+        work = parse_name(Path(score).stem)[0]
+    except DataError:
+        return False
+    return all(work in ckpt["data"].get("works", []) for _, _, ckpt in loaded)
+
+
+def say_unheard() -> str:
+    """What ratings of a work never heard in training are worth, as measured."""
+    said = "not heard in training: trust the order of several takes, not the ratings themselves"
+    if not measured_unheard():
+        return said
+    measured = " (such works: R² {r2:.2f}; takes of one passage: Pearson {within:.2f}, where raters' noise "
+    noise = "allows {:.2f} to {:.2f})".format(*measured_unheard()["ceiling"])
+    return said + measured.format(**measured_unheard()) + noise
+
+
+def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score: str | None = None) -> dict:
+    """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
     ratings = dict(zip(LABELS, np.mean(each, axis=0)[0].tolist(), strict=True))
+    synthetic = loaded[0][2]["data"]["synthetic"]
+    heard = score is None or synthetic or heard_in_training(loaded, score)
+    errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
-    tqdm.write(f"\n{title}\n{'0':>26} value {'1':<24}{'  mean   SD' if known else ''}")
+    tqdm.write(f"\n{title}")
+    if not heard:
+        tqdm.write(say_unheard())
+    head = "value  ± 80 %" if errors else "value"
+    tqdm.write(f"{'0':>26} {head} {'1':<24}{'  training ratings: mean, SD' if known else ''}")
     for label, value in ratings.items():
         low, high = LABEL_POLES[label]
-        trained = f" {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
-        tqdm.write(f"{low:>26} {value:5.2f} {high:<24}{trained}")
-    return ratings
+        error = f"  ± {errors[label]:4.2f}" if errors else ""
+        trained = f"   {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
+        tqdm.write(f"{low:>26} {value:5.2f}{error} {high:<24}{trained}")
+    return {"ratings": ratings, "uncertainty": errors}
 
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
@@ -2135,8 +2334,12 @@ def predictions_table(records: list[dict]) -> list[list]:
     """Head and rows of what --csv writes: a line a prediction."""
     rows = []
     for record in records:
-        figures = record.get("ratings") or record["errors"] or dict.fromkeys(EDITS)
-        rows.append({key: cell for key, cell in record.items() if key not in ("ratings", "errors")} | figures)
+        row = {key: cell for key, cell in record.items() if key not in ("ratings", "uncertainty", "errors")}
+        row |= record["errors"] or dict.fromkeys(EDITS) if "errors" in record else {}
+        for label, value in record.get("ratings", {}).items():
+            row["{}: {} ... {}".format(label, *LABEL_POLES[label])] = value
+        row |= {f"{label} ± 80 %": error for label, error in record.get("uncertainty", {}).items()}
+        rows.append(row)
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
@@ -2173,7 +2376,8 @@ def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     """What HANs weigh in one un-normalised item: `even_shares` of "note in beat" and "beat in measure" where
     they have such, and of "note", "beat" and "measure" in the piece; averaged over members."""
-    corpus = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {})
+    names, statistics = [item["name"]], item.get("stat_names", [])
+    corpus = Corpus("", False, {item["name"]: item}, names, column_names(FEATURES), statistics, {})
     levels: dict[str, list] = {}
     for model, kept in members:
         batch = collate_han(prepare_han(corpus, [item["name"]], kept["data"]))
@@ -2214,11 +2418,11 @@ def _beginnings(group: np.ndarray, grid: np.ndarray, onset: np.ndarray) -> tuple
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
     (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
-    score = work["score"]
-    item = work["item"] | {"name": work["name"]}
     members = [member for member in members if hasattr(member[0], "attention")]
     if not members:
-        raise DataError(f"{item['name']}: no checkpoint given has attention to draw; expected HANs")
+        raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
+    score = work["score"]
+    item = work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
         item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
@@ -2390,7 +2594,6 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
     return ", ".join(names), lines, parts, {"verdict": verdict, "figures": figures}
 
 
-RESULTS = Path(__file__).with_name("results")
 KINDS = {"han": "PercePiano from score and MIDI", "ast": "PercePiano from sound", "decoder": "Speech"}
 PUBLISHED = {("han", "segment"): "0.397", ("han", "performer"): "0.285"}  # Park et al. (2024), overlaps kept
 VALIDATED = (
@@ -2615,6 +2818,7 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     add("--csv", help="write the predictions here (off)")
     add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", help="their folder (%(default)s)")
+    add("--out", metavar="FILE", help="han: write the models in one small file, scored on valid (off)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from models import HAN, ContextAttention, GRUDecoder, PooledMLP
 
 COLUMNS = {features: data.column_names(data.FEATURE_SETS[features]) for features in ("full", "score")}
 STATS = 158
+STAT_NAMES = [str(k) for k in range(STATS)]
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,7 @@ def small_han(features: str = "full", pooled: bool = False, **args) -> tuple:
         "columns": columns,
         "mean": [0.0] * len(columns),
         "std": [10.0] * len(columns),
+        "statistics": STAT_NAMES,
         "quantiles": None,
     }
     if pooled:
@@ -81,6 +83,7 @@ def work_of(score, performance, match) -> dict:
     stats = data.performance_statistics(performance)
     item = data.note_table(score, performance, match) | {
         "stats": np.array([*stats.values()], np.float32),
+        "stat_names": STAT_NAMES,
         "match_rate": float((match >= 0).mean()),
     }
     return {"name": "take", "score": score, "performance": performance, "match": match, "item": item}
