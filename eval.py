@@ -2049,6 +2049,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     print(f"{len(records)} predicted, {len(refused)} refused")
     if not records:
         raise DataError(f"all {len(refused)} inputs were refused: {refused[0]}")
+    if args.score and len(records) > 1:
+        compare_takes(records)
     if args.csv:
         write_csv(args.csv, predictions_table(records))
     if args.json:
@@ -2224,6 +2226,27 @@ def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score:
     return {"ratings": ratings, "uncertainty": errors}
 
 
+def compare_takes(records: list[dict]) -> None:
+    """Prints takes of one score side by side, and adds to each record which ratings differ: + or - where one
+    lies above or below the mean of the others by more than 80 % of the errors of such a difference."""
+    p, error = (
+        np.array([[*record[key].values()] for record in records]) for key in ("ratings", "uncertainty")
+    )
+    others = len(p) - 1
+    gap = p - (p.sum(0) - p) / others
+    allowed = error * math.sqrt(1 + 1 / others) if error.size else np.inf
+    marks = np.where(gap > allowed, "+", np.where(-gap > allowed, "-", ""))
+    print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
+    for count, record in enumerate(records, 1):
+        print(f"{count:>4} {record['name']}")
+        record["differs"] = dict(zip(LABELS, marks[count - 1].tolist(), strict=True))
+    cells = [
+        [f"{x:.2f}{mark}" for x, mark in zip(*row, strict=True)] for row in zip(p.T, marks.T, strict=True)
+    ]
+    rows = [[name, *row] for name, row in zip(RATINGS.values(), cells, strict=True)]
+    print_table(["0 … 1", *map(str, range(1, len(p) + 1))], rows)
+
+
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
     channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix == ".npy"
@@ -2334,11 +2357,13 @@ def predictions_table(records: list[dict]) -> list[list]:
     """Head and rows of what --csv writes: a line a prediction."""
     rows = []
     for record in records:
-        row = {key: cell for key, cell in record.items() if key not in ("ratings", "uncertainty", "errors")}
+        apart = ("ratings", "uncertainty", "errors", "differs")
+        row = {key: cell for key, cell in record.items() if key not in apart}
         row |= record["errors"] or dict.fromkeys(EDITS) if "errors" in record else {}
         for label, value in record.get("ratings", {}).items():
             row["{}: {} ... {}".format(label, *LABEL_POLES[label])] = value
         row |= {f"{label} ± 80 %": error for label, error in record.get("uncertainty", {}).items()}
+        row |= {f"{label} differs": mark for label, mark in record.get("differs", {}).items()}
         rows.append(row)
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
