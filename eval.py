@@ -1706,7 +1706,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
 # ------------------------------------------------------------------------------------------------------------
 # Attention: pictures, and the roll-out of an AST
 # ------------------------------------------------------------------------------------------------------------
-ORANGE = "tab:orange"
+BLUE, ORANGE = "tab:blue", "tab:orange"
 HOUSE_STYLE = {  # of every picture; no TeX in names
     "axes.titlelocation": "left",
     "figure.constrained_layout.use": True,
@@ -2417,32 +2417,19 @@ def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     return {level: np.mean(values, axis=0) for level, values in levels.items()}
 
 
-def place_notes(score, item: dict, x: dict[str, np.ndarray]) -> Callable:
-    """The function from quarters to seconds, by the chords that were found; puts the pitch, onset and offset
-    that were expected of other notes into x (columns of the item by name)."""
-    written = np.flatnonzero(item["voice"])
-    matched = item["matched"][written]
-    chords = matched & ~score.grace
+def seconds_of(score, item: dict, onset: np.ndarray) -> Callable:
+    """The function from quarters to seconds, by the chords that were found; onset: of the rows, seconds."""
+    written = item["voice"] > 0
+    chords = item["matched"][written] & ~score.grace
     if not chords.any():
         raise DataError(f"{item['name']}: no note of {score.path} in it; give a take of it")
-    second = _group_mean(x["raw_onset"][written[chords]], score.onset[chords])
-    seconds = functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
-    x["raw_pitch"][written[~matched]] = score.pitch[~matched]
-    x["raw_onset"][written[~matched]] = seconds(score.onset[~matched])
-    x["raw_offset"][written[~matched]] = seconds((score.onset + score.duration)[~matched])
-    return seconds
-
-
-def _beginnings(group: np.ndarray, grid: np.ndarray, onset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quarters at which the beats or measures that hold notes begin, and their numbers from 1."""
-    first = onset[np.unique(group, return_index=True)[1]]
-    number = np.searchsorted(grid, first + 1e-6).clip(1)
-    return grid[number - 1], number
+    second = _group_mean(onset[written][chords], score.onset[chords])
+    return functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
 
 
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
-    (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
+    (`han_attention`), beats and measures (seconds of their first notes, and the end)."""
     members = [member for member in members if hasattr(member[0], "attention")]
     if not members:
         raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
@@ -2453,13 +2440,14 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
         item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
     levels = han_attention(members, item)
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
-    seconds = place_notes(score, item, x)
+    seconds = seconds_of(score, item, x["raw_onset"])
     sounded = item["matched"] | (item["voice"] == 0)
     end = x["raw_offset"].max()
-    beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
-    measures, numbers = _beginnings(score.measure, score.measures, score.onset)
-    measures = np.append(seconds(measures), end)
-    first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
+    heads = np.unique(score.beat, return_index=True)[1]  # first note of each beat
+    beats = np.append(seconds(score.onset[heads]), end)
+    first = np.flatnonzero(item["voice"])[heads]
+    numbers, heads = np.unique(score.measure, return_index=True)
+    measures = np.append(seconds(score.onset[heads]), end)
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
     pooled = any(model.model_args["stats_size"] for model, _ in members)
     also = "; ratings also rest on statistics of the piece (--pooled)" if pooled else ""
@@ -2475,7 +2463,7 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
     dynamics.set_xlabel("time in the performance (s); lines: measures")
     every = math.ceil(len(numbers) / 20)
-    roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
+    roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every] + 1)
     for axes in (roll, weights, tempo, dynamics):
         axes.set_xticks(measures[:-1:every], minor=True)
         axes.grid(axis="x", which="minor")
@@ -2484,16 +2472,15 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
 
 
 def _draw_roll(axes, x: dict[str, np.ndarray], sounded: np.ndarray, levels: dict) -> None:
-    """Notes as bars in the colour of their weight, those not found dotted."""
+    """The notes that sounded as bars in the colour of their weight."""
     within = "note in beat" if "note in beat" in levels else "note"
-    notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])
+    notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])[:, sounded]
     axes.set_facecolor("0.25")
-    axes.hlines(*notes[:, ~sounded], "white", "dotted")
-    bars = axes.hlines(*notes[:, sounded], array=levels[within][sounded] - 1, linewidth=5)
+    bars = axes.hlines(*notes, array=levels[within][sounded] - 1, linewidth=5)
     bars.set(cmap=SHARES["cmap"], clim=(SHARES["vmin"], SHARES["vmax"]))
     axes.set_yticks(range(24, 120, 12), [f"C{octave}" for octave in range(1, 9)])
     axes.set_ylim(notes[0].min() - 2, notes[0].max() + 2)
-    axes.set_title(f"Attention to each {within} (dotted: not found)")
+    axes.set_title(f"Attention to each {within}")
     axes.figure.colorbar(bars, ax=axes, **SHARES_BAR)
 
 
@@ -2577,9 +2564,6 @@ Without --run: the results that come with this repository, which needs neither a
     add("--run", nargs="+", help="run folders of one configuration (off: the shipped results)")
     add("--out", required=True, type=Path, help="page to write, .html (required)")
     add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
-    parser.more.add_argument(
-        "--audio", help="folder of recordings NAME.wav (off: the run's own, else rendered)"
-    )
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, data_options)
     check_output(args.out, ".html")
@@ -2595,7 +2579,7 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
     runs = {run: read_run(run) for run in args.run}
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
-    args.audio = args.audio or own.get("audio")
+    args.audio = own.get("audio")
     args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
     verdict, figures, scored = "nothing was scored: see the best validation", None, {}
     synthetic = is_synthetic(own)
@@ -2630,62 +2614,58 @@ VALIDATED = (
 
 def about_results(folder: Path) -> tuple[str, list[str], dict, dict]:
     """As `about_runs`, of the rows in a folder of --save-results: figures as they were saved."""
-    saved = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*_*.json")}
-    test, ceiling = _read_tsv(folder / "withheld_test.tsv"), _read_tsv(folder / "rater_ceiling.tsv")
-    parts = {}
+    tables: dict[str, list] = {}
     for task, title in KINDS.items():
-        tables: dict[str, dict] = {}
-        for stem, row in sorted(saved.items()):
-            if row["task"] == task:
-                tables.setdefault(row.get("split") or row["part"], {})[stem] = row
-        for split, rows in tables.items():
-            made_up = any(row["synthetic"] for row in rows.values())
-            kind = "SYNTHETIC, " if made_up else "RENDERED, " if task == "ast" else ""
-            shown = decoder_rows(rows) if task == "decoder" else rating_rows(rows, test, ceiling)
-            parts[f"{title}, {kind}{split}"] = shown
-    figures = {stem: row["metrics"] for stem, row in saved.items()}
+        for path in sorted(folder.glob(f"{task}_*.json")):
+            row = json.loads(path.read_text(encoding="utf-8")) | {"stem": path.stem}
+            kind = "SYNTHETIC, " if row["synthetic"] else ""
+            kind += "RENDERED, " if row.get("audio") == "rendered" else ""
+            tables.setdefault(f"{title}, {kind}{row.get('split') or row['part']}", []).append(row)
+    known = [_read_tsv(folder / name) for name in ("withheld_test.tsv", "rater_ceiling.tsv")]
+    parts, figures = {}, {}
+    for heading, rows in tables.items():
+        parts[heading] = decoder_rows(rows) if "part" in rows[0] else rating_rows(rows, *known)
+        figures |= {row["stem"]: row["metrics"] for row in rows}
     return "Results", [VALIDATED], parts, {"verdict": VALIDATED, "figures": figures}
 
 
 def _read_tsv(path: Path) -> dict[str, list[str]]:
-    """{first cell of a line: the others}, less the head; nothing where there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+    """{first cell of a line: the others}; nothing where there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
 
 
-def rating_rows(rows: dict[str, dict], test: dict, ceiling: dict) -> str:
-    """A table of rows (stem: saved) that rate, best validation first, and of each its 19 ratings."""
+def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
+    """A table of rows that rate, best validation first, and of each its 19 ratings."""
     table, details = [], ""
-    for stem, row in sorted(rows.items(), key=lambda item: -item[1]["metrics"]["valid"]["all"]["mean"]["r2"]):
+    for row in rows:
         mean = row["metrics"]["valid"]["all"]["mean"]
         each = mean["per_dimension"]
-        withheld = [*test.get(stem, []), "", ""][:2]
-        table.append(
-            [row["row"], *(mean[key] for key in each), mean["r2_interval"], mean["folds"], *withheld]
-        )
+        withheld = [*test.get(row["stem"], []), "", ""][:2]
+        figures = [mean[key] for key in each]
+        table.append([row["row"], *figures, mean["r2_interval"], mean["folds"], *withheld])
         tests = row.get("significance", {}).get("valid", {}).get("all") or {}
         columns = each | {f"95 % of {key[:-9]}": tests[key] for key in tests if key.endswith("_interval")}
-        columns["raters' r2"] = [ceiling[label][0] if ceiling else "" for label in LABELS]
+        columns["raters' limit of r2"] = [ceiling.get(label, [""])[0] for label in LABELS]
         shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
         details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
-    published = PUBLISHED.get((row["task"], row["split"]))
-    if published:
-        table.append(["published", *("" for _ in each), "", "", published, ""])
-    if ceiling:
-        means = np.array([*ceiling.values()], float).mean(0).tolist()
-        limits = dict(zip(("r2", "pearson"), means, strict=True))
-        table.append(["raters' own limit", *(limits.get(key, "") for key in each), "", "", "", ""])
+    table.sort(key=lambda cells: -cells[1])
+    blank = ["" for _ in table[0]]
+    published = PUBLISHED.get((row["task"], row["split"]), "")
+    table.append(["published", *blank[3:], published, ""])
+    table.append(["raters' limit", *ceiling.get("mean", [""])[:1], *blank[2:]])
     return _table(["row", *each, "95 % of r2", "folds", "test r2", "within"], table) + details
 
 
-def decoder_rows(rows: dict[str, dict]) -> str:
+def decoder_rows(rows: list[dict]) -> str:
     """A table of the error rates of rows, best first."""
     table = []
-    for row in sorted(rows.values(), key=lambda row: row["metrics"]["per"]):
+    for row in rows:
         figures, words = row["metrics"], row["metrics"].get("words", {})
-        cells = [figures["per"], figures["interval"], figures["trials"], *(figures[key] for key in EDITS)]
-        table.append([row["row"], *cells, words.get("wer", ""), words.get("wer_interval", "")])
-    return _table(["row", "PER", "95 %", "trials", *EDITS, "WER", "95 %"], table)
+        cells = [figures["per"], figures["interval"], words.get("wer", ""), words.get("wer_interval", "")]
+        table.append([row["row"], *cells, figures["trials"]])
+    table.sort(key=lambda cells: cells[1])
+    return _table(["row", "PER", "95 %", "WER", "95 %", "trials"], table)
 
 
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:

@@ -145,7 +145,7 @@ def test_page_of_the_results_that_come_with_the_repository(tmp_path):
         evaluation.brackets(mean["r2_interval"]),
     ]
     assert len(page.row("published")) == len(row)
-    assert page.row("raters' own limit")[1] == "0.7198"
+    assert page.row("raters' limit")[1] == "0.7198"
     of_rating = page.row(RATINGS["Articulation_Long_Short"])
     assert of_rating[0] == "Articulation: Short … Long"
     assert of_rating[-1] == "0.7118"
