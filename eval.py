@@ -599,9 +599,16 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
             each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
-            record = {"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)}
-            records.append(record | {"spread": np.std(each, axis=0)})
+            p = average(each, [ckpt["task"] for _, ckpt in members])
+            spread = np.std(each, axis=0)
+            records.append({"part": part, "fold": fold, "names": names, "p": p, "spread": spread})
     return records
+
+
+def average(each: list[np.ndarray], tasks: list[str]) -> np.ndarray:
+    """Mean of predictions, every task (networks, kernels) with the same weight however many models it has."""
+    tasks = np.array(tasks)
+    return np.mean([np.mean(np.array(each)[tasks == task], axis=0) for task in np.unique(tasks)], axis=0)
 
 
 def _predict(model, ckpt, names, corpus, store, args):
@@ -2208,7 +2215,8 @@ def say_unheard() -> str:
 
 def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score: str | None = None) -> dict:
     """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
-    ratings = dict(zip(LABELS, np.mean(each, axis=0)[0].tolist(), strict=True))
+    mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
+    ratings = dict(zip(LABELS, mean[0].tolist(), strict=True))
     synthetic = loaded[0][2]["data"]["synthetic"]
     heard = score is None or synthetic or heard_in_training(loaded, score)
     errors = uncertainty(each, loaded, heard)
