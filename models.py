@@ -1280,7 +1280,7 @@ def from_main(value: object, world: int) -> object:
 
 
 def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
-    """One run a fold, in turn; prints mean and deviation of their best validation R2."""
+    """One run a fold, in turn; prints mean and deviation of their best validation figures."""
     finals, start = [], time.time()
     main_process = os.environ.get("RANK", "0") == "0"
     for fold in range(FOLDS):
@@ -1289,12 +1289,15 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
         left = (time.time() - start) / len(finals) * (FOLDS - len(finals))
         if main_process:
             print(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
-    scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
-    mean, deviation = scores.mean().item(), scores.std(correction=0).item()
+    result, shown = {"folds": finals}, []
+    for key, value in finals[0].items():
+        if key.startswith("valid_") and isinstance(value, float):
+            scores = torch.tensor([final[key] for final in finals], dtype=torch.float64)
+            result |= {key: scores.mean().item(), f"{key}_std": scores.std(correction=0).item()}
+            shown.append(f"{key[6:]} {result[key]:.4f} ± {result[f'{key}_std']:.4f}")
     if main_process:
-        kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
-        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f}")
-    return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
+        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(shown))
+    return result
 
 
 def launch(train: Callable[[Namespace], dict], args: Namespace, then: str = "eval.py --ckpt") -> None:
