@@ -626,7 +626,8 @@ def _predict(model, ckpt, names, corpus, store, args):
 def floor(argv: list[str]) -> dict:
     """`python eval.py floor`: regressions on the trainers' parts; returns metrics (see `measure`)."""
     about = """\
-What a network has to beat: a regression on pooled statistics of notes and MIDI (han), of log-mels (ast).
+What a network has to beat: a forest or ridge on statistics of the notes (han), of log-mels (ast). The kernel
+ridge of han, on all statistics that --pooled takes, is a model like the networks:
 
     python eval.py floor --model kernel --data DIR --out kernel.pt     seconds; rates like a best.pt"""
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
@@ -683,8 +684,8 @@ def _fit_kernel(corpus, train, args, fold):
 
 
 def _fit_regression(kind, corpus, train, clips, features):
-    """A function names -> ratings (n, 19): a forest or a ridge on the same statistics."""
-    info = None if clips else fit_normalisation(corpus, train, features)
+    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes or clips alone."""
+    info = None if clips else fit_normalisation(corpus, train, features) | {"statistics": []}
 
     def statistics(names):
         return np.stack([clips[name] for name in names]) if clips else all_statistics(corpus, names, info)
@@ -2169,9 +2170,9 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
 
 @functools.cache
 def measured_unheard() -> dict:
-    """What the row `ensemble` reached on works that it had not heard, human players: r2, and of
+    """What the row `kernel` reached on works that it had not heard, human players: r2, and of
     `_measure_humans`; {} where that row is missing."""
-    path = RESULTS / "han_ensemble_piece.json"
+    path = RESULTS / "han_kernel_piece.json"
     if not path.exists():
         return {}
     saved = json.loads(path.read_text(encoding="utf-8"))
@@ -2181,7 +2182,7 @@ def measured_unheard() -> dict:
 def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
     """{label: half-width of an 80 % interval} of the mean of ratings `each` (1, 19): the spread over models
     and the errors on validation (`error80`), or for a work not heard in training those of the row
-    `ensemble` on such works; {} where neither is known."""
+    `kernel` on such works; {} where neither is known."""
     errors = []
     for _, _, ckpt in loaded:
         squares = (ckpt.get("best") or {}).get("valid_mse_per_dimension", [])

@@ -1122,8 +1122,8 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
 
 
 def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
-    """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights in float16 (not
-    dual ones, which cancel), every second quantile, a fold's once. known: further keys."""
+    """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights in float16,
+    but dual ones, which cancel; every second quantile, those of a fold once. known: further keys."""
     once: dict[bytes, Tensor] = {}
     forms, about, weights = [], [], {}
     for i, (model, ckpt) in enumerate(members):
