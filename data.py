@@ -5549,9 +5549,10 @@ def report_percepiano(corpus: Corpus) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]], required=False) -> None:
-    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
+    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help.
+    Those of group "options" stand in argparse's own group of that title, the first in the help."""
     for title, options in groups.items():
-        group = parser.add_argument_group(title)
+        group = parser if title == "options" else parser.add_argument_group(title)
         for name, kind, default, text in options:
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}
