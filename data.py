@@ -110,9 +110,9 @@ def shown(figure: float) -> str:
     return UNDEFINED if math.isnan(figure) else f"{figure:.4f}"
 
 
-def starred(scores: str, is_best: bool) -> str:
-    """What an evaluation prints: a star at the best so far, unless it is so by undefined figures."""
-    return f"{scores}  *" if is_best and UNDEFINED not in scores else scores
+def mark(scores: str, is_best: bool) -> str:
+    """Of the best evaluation so far, unless its figures are undefined."""
+    return "  best so far" if is_best and UNDEFINED not in scores else ""
 
 
 class PlainOutput:
@@ -5789,9 +5789,10 @@ def report_percepiano(corpus: Corpus) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]], required=False) -> None:
-    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
+    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help.
+    Those of group "options" stand in argparse's own group of that title, the first in the help."""
     for title, options in groups.items():
-        group = parser.add_argument_group(title)
+        group = parser if title == "options" else parser.add_argument_group(title)
         for name, kind, default, text in options:
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}

@@ -21,7 +21,6 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     locked,
     on_stop,
     ordinary,
-    shown,
     write_atomic,
 )
 
@@ -54,6 +53,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 CHECKPOINT_FORMAT = 1
 
@@ -1386,17 +1386,33 @@ def on_any(flag: bool, world: int) -> bool:
 
 
 def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
-    """One run a fold, in turn; prints mean and deviation of their best validation R2."""
-    finals = []
+    """One run a fold, in turn; prints mean and deviation of their best validation figures."""
+    finals, start = [], time.time()
+    main_process = os.environ.get("RANK", "0") == "0"
     for fold in range(FOLDS):
         name = args.name and f"{args.name}_f{fold}"
         finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
-    scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
-    mean, deviation = scores.mean().item(), scores.std(correction=0).item()
+        left = (time.time() - start) / len(finals) * (FOLDS - len(finals))
+        if main_process:
+            print(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
+    result, shown = {"folds": finals}, []
+    for key, value in finals[0].items():
+        if key.startswith("valid_") and isinstance(value, float):
+            scores = torch.tensor([final[key] for final in finals], dtype=torch.float64)
+            result |= {key: scores.mean().item(), f"{key}_std": scores.std(correction=0).item()}
+            shown.append(f"{key[6:]} {result[key]:.4f} ± {result[f'{key}_std']:.4f}")
+    if main_process:
+        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(shown))
+    return result
+
+
+def launch(train: Callable[[Namespace], dict], args: Namespace, then: str = "eval.py --ckpt") -> None:
+    """Trains, and says what to type next: `then` with the best.pt of every run."""
+    result = train(args)
     if os.environ.get("RANK", "0") == "0":
-        kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
-        print(f"four folds{kind}: validation R2 {shown(mean)} ± {shown(deviation)}")
-    return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
+        files = [f"{final['folder']}/best.pt" for final in result.get("folds", [result])]
+        where = ["--data", args.data] if args.data and "--data" not in then else []
+        print("next: python", shlex.join([*then.split(), *files, *where]))
 
 
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
@@ -1594,10 +1610,9 @@ class Run:
     def seconds(self) -> float:
         return time.time() - self.start
 
-    def command(self) -> str:
-        """What to type when the run has ended."""
-        data = ["--data", self.args.data] if self.args.data else []
-        return shlex.join(["python", "eval.py", "--ckpt", str(self.folder / "best.pt"), *data])
+    def left(self, taken: int, ahead: int) -> str:
+        """How long the steps ahead will take, if they go on like those taken since the start."""
+        return f"{tqdm.format_interval(self.seconds() * ahead / taken)} left"
 
     def log(self, step: int, epoch: int, **values) -> None:
         """One object in metrics.jsonl, on the disk before the next step begins."""

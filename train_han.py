@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
-from eval import METRICS, predict_han, to_device, validation_metrics
+from eval import predict_han, rating_summary, to_device, validation_metrics
 from models import (
     AMP_TYPES,
     FORMS,
@@ -40,6 +40,7 @@ from models import (
     all_folds,
     averaged,
     from_main,
+    launch,
     load_training,
     main_first,
     on_any,
@@ -65,18 +66,19 @@ PRESETS = {
     },
 }
 # fmt: on
+LOSS = F.mse_loss  # of rating and prediction; named in the log; the best epoch is still that of least MSE
 NETWORK = ("size", "heads", "dropout", "level", "model", "head_size")
 
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
-    "defaults of all options below": [
-        ("--preset", PRESETS, "paper", "original recipe, or the best found (%(default)s)")
-    ],
-    "data": [
+    "options": [  # those that matter first
         ("--data", "DIR", None, "PercePiano folder; absent: the built-in synthetic corpus (off)"),
+        ("--preset", PRESETS, "paper", "defaults below: original recipe, or the best found (%(default)s)"),
         ("--features", data.FEATURE_SETS, "full", "what the network sees (%(default)s)"),
         ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
         ("--fold", [*"0123", "all"], "0", "fold that validates (%(default)s)"),
+    ],
+    "data": [
         ("--keep-overlap", bool, False, "train on items that share notes with held-out ones too (off)"),
         ("--keep-misaligned", bool, False, "train on items matched under .6 too (off)"),
         ("--augment", bool, False, "shift the key by -5..+7 semitones (off)"),
@@ -210,7 +212,7 @@ def activation_report(model: HAN, batch: dict) -> dict:
     model.train()
     p = torch.sigmoid(stages["logits"])
     report = {"parameters": sum(value.numel() for value in model.parameters())}
-    report["head_sizes"] = [model.head[1].out_features, model.head[4].out_features]
+    report["head_sizes"] = [m.out_features for m in model.head if isinstance(m, torch.nn.Linear)]
     report["context_vectors"] = [name for name in model.state_dict() if name.endswith("context_vector")]
     for name, value in {"input": batch["x"][batch["mask"]], **stages, "prediction": p}.items():
         report[name] = [f(value).item() for f in (torch.mean, torch.std, torch.min, torch.max)]
@@ -249,6 +251,7 @@ def main(args: argparse.Namespace) -> dict:
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
+    args.loss, args.synthetic = LOSS.__name__, info["synthetic"]
     say(f"{args.model}, {args.level}: {parameters:,} parameters on {device}; {planned} steps planned")
 
     # ---- optimiser
@@ -268,6 +271,7 @@ def main(args: argparse.Namespace) -> dict:
         step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_{args.model}_{args.features}_{args.split}_f{args.fold}_s{args.seed}"
+    began = step
     run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
@@ -292,7 +296,7 @@ def main(args: argparse.Namespace) -> dict:
                     group["lr"] = lr
                 with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
                     logits = model(batch)
-                    losses = F.mse_loss(torch.sigmoid(logits.float()), batch["y"], reduction="none").mean(1)
+                    losses = LOSS(torch.sigmoid(logits.float()), batch["y"], reduction="none").mean(1)
                     loss = losses.mean()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -342,8 +346,9 @@ def main(args: argparse.Namespace) -> dict:
                     patient = not args.patience or epoch - best["epoch"] < args.patience
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{data.starred(summary(metrics), is_best)}"
+                        f"epoch {epoch:3d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
+                        f"valid {rating_summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"{data.mark(rating_summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
@@ -358,11 +363,11 @@ def main(args: argparse.Namespace) -> dict:
         raise KeyboardInterrupt
     if "step" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
+    kind = " (SYNTHETIC)" if info["synthetic"] else ""
     say(
-        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: epoch {best['epoch']}, valid {summary(best)}; "
+        f"best{kind}: epoch {best['epoch']}, valid {rating_summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
-    say(f"next: {run.command()}")
     return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
 
 
@@ -371,12 +376,5 @@ def one_layer(device: torch.device) -> tuple[torch.nn.Module, tuple]:
     return torch.nn.Linear(256, 256).to(device), (torch.randn(1024, 256, device=device),)
 
 
-def summary(metrics: dict) -> str:
-    """The validation metrics in a line."""
-    figures = [f"{name} {data.shown(metrics[f'valid_{name}'])}" for name in METRICS]
-    spread = f"spread {data.shown(metrics['spread'])}{' (collapsed?)' if metrics['spread'] < 0.1 else ''}"
-    return "  ".join([*figures, spread])
-
-
 if __name__ == "__main__":
-    data.run_script("train_han.py", lambda: main(parse_args()))
+    data.run_script("train_han.py", lambda: launch(main, parse_args()))
