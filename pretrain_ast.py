@@ -154,7 +154,6 @@ OPTIONS = {
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
         ("--grouped", bool, True, "finetune: a head a group (on)"),
         ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
-        ("--grouped", bool, True, "finetune: a head a group (on)"),
         ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
     ],
