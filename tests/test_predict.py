@@ -333,6 +333,23 @@ def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
     assert min(held) > 0.74
 
 
+def test_takes_stand_side_by_side_and_what_differs_is_marked(capsys):
+    takes = []
+    for name, value in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
+        record = {"name": name, "ratings": dict.fromkeys(LABELS, value)}
+        takes.append(record | {"uncertainty": dict.fromkeys(LABELS, 0.1)})
+    takes[2]["ratings"] |= {LABELS[1]: 0.62}  # .12 above the others: errors allow .1 * sqrt(1 + 1/2)
+    evaluation.compare_takes(takes)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-20].split() == ["0", "…", "1", "1", "2", "3"]
+    assert lines[-19].split()[-3:] == ["0.50", "0.50", "0.70+"]
+    assert lines[-18].split()[-3:] == ["0.50", "0.50", "0.62"]
+    head, *rows = evaluation.predictions_table(takes)
+    assert [row[head.index(f"{LABELS[0]} differs")] for row in rows] == ["", "", "+"]
+    evaluation.compare_takes([take | {"uncertainty": {}} for take in takes])
+    assert "+" not in capsys.readouterr().out.splitlines()[-19]
+
+
 def test_poles_are_the_halves_of_the_names():
     poles = evaluation.LABEL_POLES
     assert poles["Articulation_Long_Short"] == ("Short", "Long")  # rated the other way round
