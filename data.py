@@ -44,7 +44,7 @@ import xml.etree.ElementTree as ET
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -3115,7 +3115,7 @@ def _load_g2p():
 # ------------------------------------------------------------------------------------------------------------
 # Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
 # trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
-SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
+SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 SPEECH_PARTS = ("train", "test", "competition")
 BIN = 0.02  # s
 _SPEECH_FILES = {
@@ -3583,17 +3583,15 @@ def frames_needed(labels) -> int:
 
 
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
-    """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or
-    more a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day
-    without block numbers the last tenth of its trials. "test": the test part validates too, the baseline's
-    habit. Unlabelled trials neither train nor validate; trials too short for their labels stay here."""
+    """Trial numbers of train, valid, test and competition. `valid` "blocks": `validation_blocks`, and of a
+    day without block numbers the last tenth of its trials. "test": the test part validates too, the '24
+    baseline's habit. Unlabelled trials neither train nor validate; too short ones stay here."""
     parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
     train = parts["train"][corpus.labelled[parts["train"]]]
     if valid == "test":
         held = parts["test"][corpus.labelled[parts["test"]]]
     elif valid == "blocks":
-        days = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
-        held = np.sort(np.concatenate([_held_trials(corpus, trials, seed) for trials in days]))
+        held = _held_trials(corpus, train, seed)
     else:
         raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     if len(train) and not len(held):
@@ -3601,16 +3599,32 @@ def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> 
     return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
 
 
-def _held_trials(corpus, trials, seed):
-    """Those of one day's training trials that validate."""
-    blocks = np.unique(corpus.block[trials]).tolist()
-    if -1 in blocks:
-        return trials[len(trials) - len(trials) // 10 :]
-    if len(blocks) < 2:
-        return trials[:0]
-    day = corpus.days[corpus.day[trials[0]]]
-    blocks.sort(key=lambda block: hashlib.sha1(f"{seed}:{day}:{block}".encode()).hexdigest())
-    return trials[np.isin(corpus.block[trials], blocks[: max(1, round(len(blocks) / 10))])]
+def validation_blocks(days: Iterable[tuple[str, Mapping[int, int]]], seed: int = 7) -> set:
+    """(session, block) that validate: about a tenth of the trials of (session, {block: trials}) in order. While less than a tenth of the trials so far is held out, a day gives its block of the smallest sha1 of
+    (seed, session, block); one block of a day always trains."""
+    held, kept, seen = set(), 0, 0
+    for session, sizes in days:
+        seen += sum(sizes.values())
+        ranked = sorted(sizes, key=lambda k: hashlib.sha1(f"{seed}:{session}:{k}".encode()).hexdigest())
+        for block in ranked[:-1]:
+            if kept < seen / 10:
+                held.add((session, block))
+                kept += sizes[block]
+    return held
+
+
+def _held_trials(corpus, train, seed):
+    """Those of the training trials that `--valid blocks` holds out."""
+    counted, held = [], []
+    for day, session in enumerate(corpus.days):
+        trials = train[corpus.day[train] == day]
+        if (corpus.block[trials] < 0).any():
+            held += trials[len(trials) - len(trials) // 10 :].tolist()
+        else:
+            counted.append((session, Counter(corpus.block[trials].tolist())))
+    blocks = validation_blocks(counted, seed)
+    held += [i for i in train if (corpus.days[corpus.day[i]], int(corpus.block[i])) in blocks]
+    return np.array(sorted(held), np.int64)
 
 
 def speech_item(corpus: SpeechCorpus, i: int) -> dict:
@@ -3806,8 +3820,35 @@ def _record(rate, rng):
     return fields
 
 
-def _record_session(texts, blocks, tuning, seed, bins, rng):
-    """The recordings of a day's sentences as cells (1, n) by field."""
+def _salad(texts, members, share, rng, used):
+    """{place: random words, as many as the sentence there has} for a share of the members' places."""
+    salad = {}
+    for i in rng.permutation(members)[: round(share * len(members))].tolist():
+        text = texts[i]
+        while text in used or not is_salad(text):
+            text = " ".join(rng.choice(list(SPEECH_WORDS), len(texts[i].split())))
+        used.add(text)
+        salad[i] = text
+    return salad
+
+
+@functools.cache
+def _template_pattern():
+    classes = {
+        name: "|".join(e.split()[0] for e in entries.split(",")) for name, entries in _SPEECH_CLASSES.items()
+    }
+    templates = [" ".join(f"(?:{classes.get(word, word)})" for word in t.split()) for t in _SPEECH_TEMPLATES]
+    return re.compile("|".join(templates))
+
+
+def is_salad(text: str) -> bool:
+    """Whether a sentence of a synthetic corpus is random words: it follows none of the templates."""
+    return not _template_pattern().fullmatch(text)
+
+
+def _record_session(texts, salad, blocks, tuning, seed, bins, rng, salad_rng):
+    """The recordings of a day's sentences as cells (1, n) by field. Where words of `salad` are said instead,
+    the sentence's draws are made all the same: the other recordings are as without them."""
     weights, offset = tuning
     cells = {name: np.empty((1, len(texts)), object) for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")}
     for block in np.unique(blocks):
@@ -3817,6 +3858,9 @@ def _record_session(texts, blocks, tuning, seed, bins, rng):
         for place, i in zip(np.linspace(-0.5, 0.5, len(members)), members, strict=True):
             path = _trajectory(phonemize(texts[i]), seed, bins, rng)
             fields = _record(path @ (weights * gain) + (level + place * trend), rng)
+            if i in salad:
+                path = _trajectory(phonemize(salad[i]), seed, bins, salad_rng)
+                fields = _record(path @ (weights * gain) + (level + place * trend), salad_rng)
             for name, values in fields.items():
                 cells[name][0, i] = values
     return cells
@@ -3836,21 +3880,24 @@ def _mat_bytes(table):
     return b"MATLAB 5.0 MAT-file, synthetic".ljust(116) + raw[116:128] + body
 
 
-def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60, bins: float = 7.0) -> None:
+def synth_speech(
+    out: str | Path, seed: int = 7, days: int = 8, trials: int = 60, bins: float = 7.0, salad: float = 0.25
+) -> None:
     """Write a synthetic corpus in the `.mat` layout of the Brain-to-Text '24 competition: made-up sentences
     of SPEECH_WORDS, whose phonemes drive 256 channels that drift from day to day and block to block. Same
     arguments, same bytes.
 
     trials: training sentences a day, and a sixth of that for test and for competitionHoldOut (whose sentences
-    are blank, and which lacks three days in eight, as in the public data); bins: mean 20 ms bins a phoneme. A
-    file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
+    are blank, and which lacks three days in eight, as in the public data); bins: mean 20 ms bins a phoneme;
+    salad: share of the sentences of the test part and of `validation_blocks` that are random words, so that
+    guessing text is not rewarded. A file `SYNTHETIC` marks the folder. DataError if `out` is not empty."""
     if not (1 <= days <= 99 and 6 <= trials <= 999 and 4 <= bins <= 40):
         raise DataError(f"{out}: {days} days, {trials} trials, {bins} bins; expected 1..99, 6..999, 4..40")
-    used, total = set(), Counter()
+    used, total, recorded = set(), Counter(), []
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
     with new_folder(Path(out)) as root:
         for day, tuning in enumerate(_day_tunings(seed, days)):
-            rng = np.random.default_rng([seed, 3, day])
+            rng, salad_rng = np.random.default_rng([seed, 3, day]), np.random.default_rng([seed, 4, day])
             blocks = int(rng.integers(4, 6))
             parts = {
                 "train": np.sort(np.arange(trials) % blocks) + 1,
@@ -3859,12 +3906,18 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
             }
             if days > 1 and day % 8 in (0, 3, 7):
                 del parts["competitionHoldOut"]
+            name = f"t12.{session:%Y.%m.%d}"
+            recorded.append((name, Counter(parts["train"].tolist())))
+            held = [block for told, block in validation_blocks(recorded) if told == name] + [blocks + 1]
             for part, numbers in parts.items():
                 texts = [_sentence(rng, used) for _ in numbers]
-                shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
-                fields = _record_session(texts, numbers, tuning, seed, bins, rng)
+                words = _salad(texts, np.flatnonzero(np.isin(numbers, held)), salad, salad_rng, used)
+                fields = _record_session(texts, words, numbers, tuning, seed, bins, rng, salad_rng)
+                shown = [words.get(i, text) for i, text in enumerate(texts)]
+                if part == "competitionHoldOut":
+                    shown = [" "] * len(texts)
                 index = numbers[:, None].astype(np.float64)
-                path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
+                path = root / "competitionData" / part / f"{name}.mat"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 total[part] += len(texts)
                 path.write_bytes(_mat_bytes({"sentenceText": np.array(shown), **fields, "blockIdx": index}))
@@ -5072,6 +5125,7 @@ OPTIONS = {  # as the rows of `add_options`
     "--players": (int, 12, "human players a score (%(default)s)"),
     "--days": (int, 8, "recording days (%(default)s)"),
     "--trials": (int, 60, "training sentences a day (%(default)s)"),
+    "--salad": (number(float, 0, 1), 0.25, "share of random words in validation and test (%(default)s)"),
     "--bins-per-phoneme": (float, 7.0, "mean duration in bins of 20 ms (%(default)s)"),
     "--seed": (number(int, 0), 7, "same seed, same bytes (%(default)s)"),
     "--cache": (str, "cache", "folder of what is computed once (%(default)s)"),
@@ -5090,8 +5144,9 @@ COMMANDS = {  # name: what it does; required options; others; what is called
         "write a synthetic corpus in PercePiano's layout", "--out", "--seed --segments --players",
         lambda a: synth_percepiano(a.out, a.seed, a.segments, a.players)),
     "synth-speech": (
-        "write synthetic speech in the .mat layout", "--out", "--seed --days --trials --bins-per-phoneme",
-        lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme)),
+        "write synthetic speech in the .mat layout",
+        "--out", "--seed --days --trials --bins-per-phoneme --salad",
+        lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme, a.salad)),
     "decoder-convert": (
         "convert intracortical speech, any of three public formats; report",
         "--in --out", "--dtype --channels --sessions --cache --strict", convert_and_report),
