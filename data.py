@@ -3116,7 +3116,8 @@ def _load_g2p():
 # Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
 # trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
 SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
-SPEECH_PARTS = ("train", "test", "competition")
+SPEECH_PARTS = ("train", "test", "competition")  # of the '24 data
+ALL_PARTS = ("train", "valid", "test", "competition")  # the '25 data have a validation part of their own
 BIN = 0.02  # s
 _SPEECH_FILES = {
     "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
@@ -3125,7 +3126,12 @@ _SPEECH_FILES = {
 }
 # By the folder of a .mat file, or the name of an HDF5 file, whose data_test has no labels.
 _FILE_PARTS = dict(train="train", test="test", competitionHoldOut="competition")
-_FILE_PARTS |= dict(data_train="train", data_val="test", data_test="competition")
+_FILE_PARTS |= dict(data_train="train", data_val="valid", data_test="test")
+# Sessions of the '24 data, which its pickle counts without naming them; the competition part has fifteen.
+_MONTHS = {4: (28,), 5: (5, 17, 19, 24, 26), 6: (2, 7, 14, 16, 21, 23, 28), 7: (5, 14, 21, 27, 29)}
+_MONTHS |= {8: (2, 11, 13, 18, 23, 25)}
+SESSIONS_24 = [f"t12.2022.{month:02d}.{day:02d}" for month, days in _MONTHS.items() for day in days]
+COMPETITION_24 = [SESSIONS_24[i] for i in (4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 18, 19, 20)]
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
 
 
@@ -3144,14 +3150,14 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files, by part, of a folder, the pickle, or one .mat file."""
-    if source.is_file() and source.suffix != ".hdf5":
-        return "mat" if source.suffix == ".mat" else "pickle", [source]
+    """Format (mat, pickle or hdf5) and files, by part, of a folder or of one file."""
+    if source.is_file():
+        return {".mat": "mat", ".hdf5": "hdf5"}.get(source.suffix, "pickle"), [source]
     found = {}
     for kind, pattern in _SPEECH_FILES.items():
         paths = [path for path in sorted(source.rglob("*")) if re.search(pattern, path.as_posix())]
         if paths:
-            found[kind] = sorted(paths, key=lambda path: SPEECH_PARTS.index(_part_of(path)))
+            found[kind] = sorted(paths, key=lambda path: ALL_PARTS.index(_part_of(path)))
     if len(found) != 1:
         raise DataError(
             f"{source}: no such folder, or files of {len(found)} formats in it; expected competitionData, "
@@ -3209,6 +3215,8 @@ def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
     length = arrays[0].shape[:1] if bins is None else (int(bins),)
     widths = [channels] if len(arrays) == 1 else [256, channels // 2]
     for array in arrays:
+        if array.ndim == 2 and array.shape[0] == widths[0] != array.shape[1]:
+            raise DataError("channels x bins, the other way round; expected bins x channels: transpose them")
         right = array.shape in [(*length, width) for width in widths]
         if not right or not array.size or array.dtype.kind not in "biuf":
             expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels"
@@ -3307,27 +3315,28 @@ def _load_pickle(path):
 
 
 def _read_pickle(path, channels, names, left_out):
-    """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part,
-    or else day00, day01 ...: days map by name, never by position."""
-    known = None
+    """The sessions of the baseline's data set. Their names come from `names`, or are the '24 data's where the
+    days are as many, or day00, day01 ...: days map by name, never by position."""
+    fields = ["sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens"]
     for part, days in _load_pickle(path).items():
-        known = known or names.get(part) or [f"day{i:02d}" for i in range(len(days))]
-        sessions = names.get(part, known)
-        if len(sessions) != len(days):
-            count = f"{len(days)} days for {len(sessions)} names"
+        sessions = names.get(part) or names.get("train")
+        public = COMPETITION_24 if part == "competition" else SESSIONS_24
+        if not names and len(days) == len(public):
+            sessions = public
+        elif not names and part != "competition":
+            sessions = [f"day{i:02d}" for i in range(len(days))]
+        if len(sessions or ()) != len(days):
+            count = f"{len(days)} days, names of {len(sessions or ())}"
             left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
             continue
-        fields = ["sentenceDat", "timeSeriesLens"]
-        if part != "competition":
-            fields += ["transcriptions", "phonemes", "phoneLens"]
         for session, day in zip(sessions, days, strict=True):
+            kept = fields[:2] if part == "competition" else fields
             try:
-                trials = list(zip(*[day[name] for name in fields], strict=True))
+                trials = list(zip(*[day[name] for name in kept], strict=True))
             except (LookupError, TypeError, ValueError) as error:
                 left_out.append(f"{path}: {part} {session}: {_one_line(error)}; expected equal lengths")
             else:
-                read = functools.partial(_pickle_trial, channels, trials)
-                yield part, session, range(len(trials)), read
+                yield part, session, range(len(trials)), functools.partial(_pickle_trial, channels, trials)
 
 
 def _pickle_trial(channels, trials, i):
@@ -3365,7 +3374,7 @@ def _hdf5_trial(channels, group):
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read, path, channels, names, target, dtype):
+def _convert_file(read, path, channels, names, target, dtype, standardise):
     """In a process of its own: writes the standardised features of the file's usable trials to `target`.
     Returns the trials without them, the rows of the report, and lines on what is left out."""
     trials, rows, left_out = [], [], []
@@ -3377,45 +3386,59 @@ def _convert_file(read, path, channels, names, target, dtype):
                 try:
                     session.append(about | read_trial(name))
                 except (OSError, LookupError, TypeError, ValueError) as error:
-                    problems.setdefault(_one_line(error), []).append(name)
+                    problems.setdefault(_one_line(error), []).append(str(name))
             for problem, names_of_trials in problems.items():
-                left_out.append(f"{path}: {day}: trial {', '.join(map(str, names_of_trials))}: {problem}")
-            standardised = standardise_blocks(session)
+                left_out.append(f"{path}: {day}: trial {', '.join(names_of_trials)}: {problem}")
+            row = {"part": part, "day": day, "trials": len(session)}
+            row["standardised"] = "here" if standardise_blocks(session, standardise) else "as it came"
             for trial in session:
                 x = trial.pop("x").astype(dtype)
                 trial["bins"] = len(x)
                 x.tofile(file)
-            row = {"part": part, "day": day, "trials": len(session), "bins": sum(t["bins"] for t in session)}
-            rows.append(row | {"standardised": standardised, "left_out": len(found) - len(session)})
+            row["bins"] = sum(trial["bins"] for trial in session)
+            rows.append(row | {"left_out": len(found) - len(session)})
             trials += session
     return trials, rows, left_out
 
 
-def standardise_blocks(trials: list[dict]) -> int:
-    """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel
-    that varies has a mean under .01 and an SD within .02 of 1. Returns how many did."""
-    came_standardised = 0
+def standardise_blocks(trials: list[dict], how: str = "auto") -> bool:
+    """z-scores the features of each block (std + 1e-8), in float64, and says whether it did. "auto": unless
+    they came so: over all trials every channel that varies has a mean under .01 and an SD within .02 of 1.
+    Never of "off"; always of "blocks"."""
+    if how == "off" or not trials or (how == "auto" and _came_standardised(trials)):
+        return False
     for block in {trial["block"] for trial in trials}:
         members = [trial for trial in trials if trial["block"] == block]
         flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
-        varies, mean, std = flat.min(0) < flat.max(0), flat.mean(0), flat.std(0)
-        standard = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
-        if standard[varies].all() and varies.any():
-            came_standardised += 1
-        else:
-            flat = np.where(varies, (flat - mean) / (std + 1e-8), 0.0)
+        varies = flat.min(0) < flat.max(0)
+        flat = np.where(varies, (flat - flat.mean(0)) / (flat.std(0) + 1e-8), 0.0)
         ends = np.cumsum([len(trial["x"]) for trial in members])
         for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
             trial["x"] = x
-    return came_standardised
+    return True
+
+
+def _came_standardised(trials):
+    flat = np.concatenate([trial["x"] for trial in trials]).astype(np.float64)
+    varies = flat.min(0) < flat.max(0)
+    standard = (np.abs(flat.mean(0)) < 0.01) & (np.abs(flat.std(0) - 1) < 0.02)
+    return standard[varies].all() and varies.any()
 
 
 def convert_speech(
-    source, out, dtype="float32", channels=None, sessions=None, strict=False, quiet=False, cache=None
+    source,
+    out,
+    dtype="float32",
+    channels=None,
+    sessions=None,
+    strict=False,
+    quiet=False,
+    cache=None,
+    standardise="auto",
 ) -> dict:
     """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a
-    folder that can be memory-mapped, and returns the report. Features are standardised by block where they
-    did not come so; labels are the file's own, or else `phonemize` of the sentence; by part and session.
+    folder that can be memory-mapped, and returns the report. Features go through `standardise_blocks`, those
+    of HDF5 come standardised; labels are the file's own, or else `phonemize` of the sentence.
     features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
     label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
     labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
@@ -3424,10 +3447,12 @@ def convert_speech(
     kind, files = _speech_files(source)
     channels = channels or (512 if kind == "hdf5" else 256)
     names = _session_names(sessions) if sessions else {}
+    if kind == "hdf5" and standardise == "auto":
+        standardise = "off"
     with new_folder(Path(out)) as folder:
         jobs = []
         for number, path in enumerate(files):
-            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype
+            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype, standardise
             jobs.append((path, functools.partial(_convert_file, *args)))
         results = tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None)
         trials, rows, left_out = _gather(folder, files, results, channels, dtype)
@@ -3437,17 +3462,21 @@ def convert_speech(
         for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
             trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
+        blocks_known = all(trial["block"] >= 0 for trial in trials)
         for trial in trials:
             trial["day"] = days.index(trial["day"])
         near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
         info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
         info |= {"channels": channels, "days": days, "trials": trials}
-        notes = []
-        if any(trial["block"] < 0 for trial in trials):
-            notes.append("days without block numbers are one block each, whose last tenth validates")
-        if not bare:
-            notes.append("labels are the file's own: labels not compared with sentences")
+        told = {
+            "days without block numbers are one block each, whose last tenth validates": blocks_known,
+            "labels are the file's own: labels not compared with sentences": bare,
+            "days are named as the '24 data's, which are as many": sessions
+            or kind != "pickle"
+            or not set(days) & set(SESSIONS_24),
+        }
+        notes = [note for note, needless in told.items() if not needless]
         info["report"] = {"days": rows, "left_out": left_out, "notes": notes}
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
@@ -3465,24 +3494,28 @@ def _session_names(path):
 
 def _gather(folder, files, results, channels, dtype):
     """Writes offsets.npy and features.npy. Trials, rows of the report, and lines on what is left out."""
-    trials, rows, left_out = {}, [], []
-    with (folder / "bins").open("wb") as bins:
-        for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
-            left_out += lines
-            by_id = {trial["id"]: trial for trial in found}
-            if by_id.keys() & trials.keys():
-                left_out.append(f"{path}: a second file of its session; expected one")
-            elif counts:
-                trials |= by_id
-                rows += counts
-                bins.write((folder / f"file{number}").read_bytes())
+    trials, rows, left_out, parts = {}, [], [], []
+    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+        left_out += lines
+        by_id = {trial["id"]: trial for trial in found}
+        if by_id.keys() & trials.keys():
+            left_out.append(f"{path}: a second file of its session; expected one")
+        elif found:
+            trials |= by_id
+            rows += counts
+            parts.append(folder / f"file{number}")
     offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials.values())], dtype=np.int64)
     np.save(folder / "offsets.npy", offsets)
+    at = 0
     if trials:
-        features = np.memmap(folder / "bins", dtype, "r", shape=(int(offsets[-1]), channels))
-        np.save(folder / "features.npy", features)
-    for path in (*folder.glob("file*"), folder / "bins"):
-        path.unlink(missing_ok=True)
+        shape = int(offsets[-1]), channels
+        features = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape)
+        for part in parts:
+            values = np.memmap(part, dtype, "r").reshape(-1, channels)
+            features[at : at + len(values)] = values
+            at += len(values)
+    for path in folder.glob("file*"):
+        path.unlink()
     return list(trials.values()), rows, left_out
 
 
@@ -3512,6 +3545,16 @@ class SpeechCorpus:
     def lengths(self) -> np.ndarray:
         """(n,) int64 bins of 20 ms."""
         return np.diff(self.offsets)
+
+    def __getstate__(self) -> dict:
+        """For a worker process, which opens the file itself: a pickled memory map is a copy of it."""
+        mapped = isinstance(self.features, np.memmap)
+        return vars(self) | ({"features": None} if mapped else {})
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.features is None:
+            self.features = np.load(self.root / "features.npy", mmap_mode="r")
 
 
 def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> SpeechCorpus:
@@ -3566,14 +3609,19 @@ def report_speech(corpus: SpeechCorpus) -> None:
     kind = "SYNTHETIC, " if corpus.synthetic else ""
     hours = len(corpus.features) * BIN / 3600
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
-    print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
+    print(f"{corpus.channels} channels, {corpus.features.dtype}")
     rows = corpus.report["days"]
     for row in (rows[0].keys(), *(row.values() for row in rows)):
         print("".join(f"{value:>16}" for value in row))
     print("".join(f"{note}\n" for note in corpus.report["notes"]), end="")
     print_left_out(corpus.left_out)
-    parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
-    print(f"--valid blocks: {', '.join(parts)}")
+    try:
+        parts = {part: len(trials) for part, trials in speech_parts(corpus).items()}
+    except DataError as error:
+        print(error)
+    else:
+        share = parts["valid"] / max(1, parts["train"] + parts["valid"])
+        print(f"--valid blocks: {parts}; {share:.1%} of the labelled training sentences validate")
 
 
 def frames_needed(labels) -> int:
@@ -3583,25 +3631,23 @@ def frames_needed(labels) -> int:
 
 
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
-    """Trial numbers of train, valid, test and competition. `valid` "blocks": `validation_blocks`, and of a
-    day without block numbers the last tenth of its trials. "test": the test part validates too, the '24
-    baseline's habit. Unlabelled trials neither train nor validate; too short ones stay here."""
-    parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
-    train = parts["train"][corpus.labelled[parts["train"]]]
-    if valid == "test":
-        held = parts["test"][corpus.labelled[parts["test"]]]
-    elif valid == "blocks":
+    """Trial numbers of train, valid, test and competition. `valid` "blocks": the '25 data's own part, or
+    `validation_blocks`, and of a day without block numbers the last tenth of its trials. "test": the test
+    part validates too, the '24 baseline's habit. Unlabelled trials neither train nor validate."""
+    parts = {part: np.flatnonzero(corpus.part == part) for part in ALL_PARTS}
+    labelled = {part: trials[corpus.labelled[trials]] for part, trials in parts.items()}
+    train, held = labelled["train"], labelled["test" if valid == "test" else "valid"]
+    if valid == "blocks" and not len(held):
         held = _held_trials(corpus, train, seed)
-    else:
-        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
     if len(train) and not len(held):
         raise DataError(f"{corpus.root}: --valid {valid}: no labelled trial to validate on; use the other")
-    return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
+    return parts | {"train": np.setdiff1d(train, held), "valid": held}
 
 
 def validation_blocks(days: Iterable[tuple[str, Mapping[int, int]]], seed: int = 7) -> set:
-    """(session, block) that validate: about a tenth of the trials of (session, {block: trials}) in order. While less than a tenth of the trials so far is held out, a day gives its block of the smallest sha1 of
-    (seed, session, block); one block of a day always trains."""
+    """(session, block) that validate, of days (session, {block: trials}) in order: about a tenth of trials.
+    While less than a tenth of those so far is held out, a day gives its block of the smallest sha1 of (seed,
+    session, block); one block of a day always trains."""
     held, kept, seen = set(), 0, 0
     for session, sizes in days:
         seen += sum(sizes.values())
@@ -5104,7 +5150,7 @@ def number(kind: type, least: float, most: float = float("inf")):
 
 def convert_and_report(args: argparse.Namespace) -> None:
     options = (args.dtype, args.channels, args.sessions, args.strict)
-    convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache)
+    convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache, standardise=args.standardise)
     report_speech(open_speech(args.out))
 
 
@@ -5121,6 +5167,7 @@ OPTIONS = {  # as the rows of `add_options`
     "--dtype": (["float32", "float16"], "float32", "of the features (%(default)s)"),
     "--channels": (number(int, 1), None, "channels (default: 256; 512 for HDF5)"),
     "--sessions": (str, None, "FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
+    "--standardise": (["auto", "off", "blocks"], "auto", "auto: blocks, unless it came so (%(default)s)"),
     "--segments": (int, 20, "scores (%(default)s)"),
     "--players": (int, 12, "human players a score (%(default)s)"),
     "--days": (int, 8, "recording days (%(default)s)"),
@@ -5149,7 +5196,7 @@ COMMANDS = {  # name: what it does; required options; others; what is called
         lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme, a.salad)),
     "decoder-convert": (
         "convert intracortical speech, any of three public formats; report",
-        "--in --out", "--dtype --channels --sessions --cache --strict", convert_and_report),
+        "--in --out", "--dtype --channels --sessions --standardise --cache --strict", convert_and_report),
     "maestro": (
         "report what of MAESTRO is here, and what of it holds music of PercePiano",
         "--data", "--audio --percepiano --cache --strict --workers",
