@@ -7,6 +7,7 @@ python data.py render --midi-root DIR               write the missing WAV beside
 python data.py fbank --data DIR --out DIR           log-mel energies of all sound files, once
 python data.py synth-percepiano --out DIR           a synthetic corpus in the same layout
 python data.py decoder-convert --in DIR --out DIR   intracortical speech, any of three public formats; report
+python data.py decoder-weights --in FILE --out CKPT a checkpoint of a public decoder baseline's weights
 python data.py synth-speech --out DIR               synthetic speech in the competition's .mat layout
 """
 
@@ -5148,6 +5149,16 @@ def number(kind: type, least: float, most: float = float("inf")):
     return parse
 
 
+def convert_weights(source: str, out: str) -> None:
+    """A checkpoint of a public decoder baseline's weights."""
+    import models  # the one way up: this file knows no network
+
+    try:
+        models.save_baseline(source, out)
+    except ValueError as error:  # its DataError is another one than that of a script that runs
+        raise DataError(error) from error
+
+
 def convert_and_report(args: argparse.Namespace) -> None:
     options = (args.dtype, args.channels, args.sessions, args.strict)
     convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache, standardise=args.standardise)
@@ -5157,7 +5168,7 @@ def convert_and_report(args: argparse.Namespace) -> None:
 # fmt: off
 OPTIONS = {  # as the rows of `add_options`
     "--data": (str, None, "folder of the data set in its public layout; fbank: any sound files"),
-    "--in": (str, None, "competitionData, ptDecoder_ctc or folder of data_*.hdf5"),
+    "--in": (str, None, "competitionData, ptDecoder_ctc or data_*.hdf5; weights: of a public trainer"),
     "--midi-root": (str, None, "folder with MIDI files, at any depth"),
     "--out": (str, None, "folder to make; fetch: (data/NAME); render: (beside the MIDI files)"),
     "--url": (str, None, "another address of the same archive (GitHub's)"),
@@ -5197,6 +5208,9 @@ COMMANDS = {  # name: what it does; required options; others; what is called
     "decoder-convert": (
         "convert intracortical speech, any of three public formats; report",
         "--in --out", "--dtype --channels --sessions --standardise --cache --strict", convert_and_report),
+    "decoder-weights": (
+        "make a checkpoint of a public decoder baseline's weights", "--in --out", "",
+        lambda a: convert_weights(getattr(a, "in"), a.out)),
     "maestro": (
         "report what of MAESTRO is here, and what of it holds music of PercePiano",
         "--data", "--audio --percepiano --cache --strict --workers",
