@@ -3707,6 +3707,22 @@ def collate_speech(items: list[dict]) -> dict:
     }
 
 
+def speech_batches(lengths, batch, seed, epoch, world=1, days=None, most=0) -> list[list[int]]:
+    """An epoch's batches of all `world` processes together: by length, or, with days (n,) of each trial, as
+    the '25 baseline draws them: equally of `most` days, days without and their trials with replacement."""
+    if days is None:
+        return length_batches(lengths, batch, seed, epoch, world)
+    rng, size = np.random.default_rng([seed, epoch]), batch * world
+    members = [np.flatnonzero(days == day) for day in np.unique(days)]
+    batches = []
+    for _ in range(math.ceil(len(days) / size)):
+        chosen = rng.permutation(len(members))[:most]
+        each = math.ceil(size / len(chosen))
+        trials = np.concatenate([rng.choice(members[day], each) for day in chosen])
+        batches.append(trials[:size].tolist())
+    return batches
+
+
 def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | None = None) -> np.ndarray:
     """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day
     that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
@@ -3732,18 +3748,39 @@ def _session_date(name):
 
 
 def add_noise(
-    x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator=None
+    x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator=None, walk: float = 0.0
 ) -> torch.Tensor:
-    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of
-    SD `offset` per trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing,
-    which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
+    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel, a constant of SD
+    `offset` per trial and channel and a random walk of SD `walk` a bin; 0 turns each off. All come before the
+    model's Gaussian smoothing, which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves
+    the constant as it is."""
     B, T, C = x.shape
     noise = torch.zeros_like(x)
     for sd, bins in ((white, T), (offset, 1)):
         if sd:
             noise = noise + sd * torch.randn(B, bins, C, generator=generator, device=x.device, dtype=x.dtype)
+    if walk:
+        noise = noise + walk * torch.randn(B, T, C, generator=generator, device=x.device).cumsum(1)
     valid = torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]
     return x + noise * valid[:, :, None]
+
+
+def random_gain(x: torch.Tensor, sd: float, generator=None) -> torch.Tensor:
+    """x (B, T, C) times 1 + a number of SD `sd` per trial and channel; 0: off."""
+    if not sd:
+        return x
+    return x * (1 + sd * torch.randn(len(x), 1, x.shape[2], generator=generator, device=x.device))
+
+
+def mask_channels(x: torch.Tensor, electrodes: float, features: float, generator=None) -> torch.Tensor:
+    """x (B, T, C) with a share of each trial's electrodes set to zero, in both halves of the features (counts
+    and power of an electrode), and a share of its single features; 0: off."""
+    B, _, C = x.shape
+    for share, size in ((electrodes, C // 2), (features, C)):
+        if share:
+            hidden = torch.rand(B, 1, size, generator=generator, device=x.device) < share
+            x = x.masked_fill(hidden.repeat(1, 1, C // size), 0.0)
+    return x
 
 
 def time_mask(
@@ -3891,6 +3928,11 @@ def _template_pattern():
 def is_salad(text: str) -> bool:
     """Whether a sentence of a synthetic corpus is random words: it follows none of the templates."""
     return not _template_pattern().fullmatch(text)
+
+
+def salad_trials(corpus: SpeechCorpus) -> np.ndarray:
+    """(n,) bool: sentences of a synthetic corpus that are random words, apart from those without text."""
+    return np.array([corpus.synthetic and bool(text) and is_salad(text) for text in corpus.text], bool)
 
 
 def _record_session(texts, salad, blocks, tuning, seed, bins, rng, salad_rng):

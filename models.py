@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -425,6 +425,26 @@ class GRUDecoder(nn.Module):
         weight = torch.cat([self.dayWeights, self.dayWeights.mean(0, keepdim=True)])
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
         return torch.baddbmm(bias[day], x, weight[day])
+
+    def separate_days(self) -> list[Tensor]:
+        """Every day's matrix, then every day's bias: windows on the parameters that hold all of them."""
+        return [*self.dayWeights.data, *self.dayBias.data]
+
+    def hand_over_days(self, layers: list[Tensor]) -> None:
+        """Gives `separate_days` of the days that a batch had their gradients, the others none: an optimiser
+        leaves those and their moments alone, where a gradient of zero would go on by momentum."""
+        present = self.dayBias.grad.flatten(1).any(1).tolist()
+        gradients = [*self.dayWeights.grad, *self.dayBias.grad]
+        for layer, gradient, here in zip(layers, gradients, present * 2, strict=True):
+            layer.grad = gradient if here else None
+
+    def start_from(self, start: "GRUDecoder", rows: Sequence[int]) -> None:
+        """Weights of a decoder of these sizes; rows: its day of each day here, -1: the mean of all."""
+        weights = start.state_dict()
+        for name in ("dayWeights", "dayBias"):
+            layers = weights[name]
+            weights[name] = torch.cat([layers, layers.mean(0, keepdim=True)])[rows]
+        self.load_state_dict(weights)
 
     def windows(self, x: Tensor, count: int) -> Tensor:
         """x (B, T, C) -> its first `count` windows (B, count, C * kernel), in them channel * kernel + bin."""

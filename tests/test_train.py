@@ -75,7 +75,9 @@ CASES = {
         refused=("--hidden 32", "--valid test", "--no-layer-norm"),
         kept=("--preset log --lr 5e-4",
               {"lr": 5e-4, "hidden": 16, "steps": 8, "lr_schedule": "constant", "time_mask_max": 2}),
-        switches=("--preset baseline --adam-eps 1e-8", "--preset log --bidirectional",
+        switches=("--preset baseline --adam-eps 1e-8 --hidden 8",
+                  "--preset baseline25 --hidden 8 --select wer",
+                  "--random-walk 0.1 --static-gain 0.1 --channel-mask 0.1 --feature-mask 0.1 --aux-layer 1",
                   "--valid test --amp auto",
                   "--lr-schedule linear --optimizer adam --decay-all",
                   "--kernel 14 --stride 3 --smooth-width 0 --layers 1", "--optimizer sgd --momentum 0"),
@@ -297,8 +299,8 @@ def test_every_preset_and_switch_trains_one_step(name, run, options):
 RATES = [  # of 110 steps
     ("train_han", "--step-size 10 --gamma 0.5", (0, 9, 10, 25), [1, 1, 0.5, 0.25]),
     ("train_han", "--schedule cosine --warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.5, 0]),
-    ("train_decoder", "--warmup 10", (0, 9, 10, 60, 110), [0.1, 1, 1, 0.6, 0.2]),
-    ("train_decoder", "--warmup 10 --lr-schedule linear", (4, 10, 35, 110, 200), [0.5, 1, 0.8, 0.2, 0.2]),
+    ("train_decoder", "--warmup 10", (0, 9, 10, 60, 110), [0, 0.9, 1, 0.6, 0.2]),
+    ("train_decoder", "--warmup 10 --lr-schedule linear", (5, 10, 35, 110, 200), [0.5, 1, 0.8, 0.2, 0.2]),
     ("train_decoder", "--warmup 0 --lr-schedule step --step-size 9 --gamma 0.5", (8, 9, 26), [1, 0.5, 0.25]),
     ("train_decoder", "--warmup 0 --lr-schedule constant", (0, 50, 109), [1, 1, 1]),
 ]
@@ -350,7 +352,11 @@ def test_the_step_keeps_its_order(name):
 PUBLISHED = {
     "baseline": "--optimizer adam --adam-eps 0.1 --lr 0.02 --lr-schedule constant --warmup 0 --decay-all"
                 " --weight-decay 1e-5 --clip inf --ema 0 --amp off --input-dropout 0 --no-layer-norm"
-                " --smooth-taps 20 --time-mask-prob 0",
+                " --smooth-taps 20 --time-mask-prob 0 --bidirectional --whole-start --short-frames",
+    "baseline25": "--adam-eps 0.1 --lr 5e-3 --lr-end 1e-4 --warmup 1000 --steps 120000 --weight-decay 1e-3"
+                  " --clip 10 --ema 0 --hidden 768 --kernel 14 --input-dropout 0.2 --no-layer-norm --h0"
+                  " --smooth-taps 9 --whole-start --white-noise 1 --random-cut 2 --time-mask-prob 0 --days-per-batch 4"
+                  " --ctc-reduction sum --still-days --eval-every 2000",
     "log": "--lr 1.5e-3 --lr-schedule constant --warmup 0 --decay-all --ema 0 --dropout 0.3 --white-noise 0.2"
            " --time-mask-prob 0.1 --time-mask-width 15 --time-mask-max 2",
 }
