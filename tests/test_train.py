@@ -63,7 +63,7 @@ CASES = {
     ),
     "train_decoder": SimpleNamespace(
         module=train_decoder,
-        corpus=lambda folder: data.synth_speech(folder, days=2, trials=10, bins=5.0),
+        corpus=lambda folder: data.synth_speech(folder, days=2, trials=9, bins=5.0),
         parts="speech_parts",
         small="--hidden 16 --layers 2 --batch 4 --steps 8 --eval-every 4 --warmup 2 --log-every 2"
               " --workers 0 --amp off",
@@ -355,8 +355,8 @@ PUBLISHED = {
                 " --smooth-taps 20 --time-mask-prob 0 --bidirectional --whole-start --short-frames",
     "baseline25": "--adam-eps 0.1 --lr 5e-3 --lr-end 1e-4 --warmup 1000 --steps 120000 --weight-decay 1e-3"
                   " --clip 10 --ema 0 --hidden 768 --kernel 14 --input-dropout 0.2 --no-layer-norm --h0"
-                  " --smooth-taps 9 --whole-start --white-noise 1 --random-cut 2 --time-mask-prob 0 --days-per-batch 4"
-                  " --ctc-reduction sum --still-days --eval-every 2000",
+                  " --smooth-taps 9 --whole-start --white-noise 1 --random-cut 2 --time-mask-prob 0"
+                  " --days-per-batch 4 --ctc-reduction sum --still-days --eval-every 2000",
     "log": "--lr 1.5e-3 --lr-schedule constant --warmup 0 --decay-all --ema 0 --dropout 0.3 --white-noise 0.2"
            " --time-mask-prob 0.1 --time-mask-width 15 --time-mask-max 2",
 }
@@ -384,7 +384,7 @@ def test_decoder_logs_what_an_evaluation_must_say(run):
         assert r["valid_per_without_sil"] > 0
         assert r["valid_loss"] != r["valid_loss_raw"]  # averaged beside raw weights
         assert sum(day["trials"] for day in r["valid_by_day"].values()) == r["valid_trials"]
-        assert [s["reference"].split()[-1] for s in r["samples"]] == ["SIL"] * 3
+        assert [s["reference"].split()[-1] for s in r["samples"]] == ["SIL"] * min(3, r["valid_trials"])
     assert out["valid_per"] == pytest.approx(min(r["valid_per"] for r in evaluations), abs=1e-6)
     model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")
     assert all(torch.equal(v, ckpt["ema"][k]) for k, v in model.state_dict().items())
