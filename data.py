@@ -3129,10 +3129,10 @@ _SPEECH_FILES = {
 _FILE_PARTS = dict(train="train", test="test", competitionHoldOut="competition")
 _FILE_PARTS |= dict(data_train="train", data_val="valid", data_test="test")
 # Sessions of the '24 data, which its pickle counts without naming them; the competition part has fifteen.
-_MONTHS = {4: (28,), 5: (5, 17, 19, 24, 26), 6: (2, 7, 14, 16, 21, 23, 28), 7: (5, 14, 21, 27, 29)}
-_MONTHS |= {8: (2, 11, 13, 18, 23, 25)}
-SESSIONS_24 = [f"t12.2022.{month:02d}.{day:02d}" for month, days in _MONTHS.items() for day in days]
-COMPETITION_24 = [SESSIONS_24[i] for i in (4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 18, 19, 20)]
+_DATES_24 = """04.28 05.05 05.17 05.19 05.24 05.26 06.02 06.07 06.14 06.16 06.21 06.23 06.28 07.05 07.14 07.21
+    07.27 07.29 08.02 08.11 08.13 08.18 08.23 08.25"""
+SESSIONS_24 = [f"t12.2022.{date}" for date in _DATES_24.split()]
+COMPETITION_24 = [day for i, day in enumerate(SESSIONS_24) if i not in (0, 1, 2, 3, 11, 17, 21, 22, 23)]
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
 
 

@@ -21,7 +21,7 @@ import eval as evaluation
 import pretrain_ast
 import train_decoder
 import train_han
-from models import GRUDecoder, load_checkpoint
+from models import GRUDecoder, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 WRONG = ("--batch 0", "--dropout 3", "--ema 1", "--lr nan", "--seed -1", "--max-steps 0")
@@ -424,14 +424,35 @@ def test_decoder_noise_and_masks_are_the_options():
     item = {"x": np.ones((60, 256), np.float32), "day": 0, "labels": np.array([1, 2]), "id": "a"}
     batch = data.collate_speech([item] * 3)
 
-    def shown(white, offset, masks):
-        options = f"--white-noise {white} --offset-noise {offset} --time-mask-prob {masks}"
+    def shown(white, offset, masks, others=""):
+        options = f"--white-noise {white} --offset-noise {offset} --time-mask-prob {masks} {others}"
         return train_decoder.augment(batch, train_decoder.parse_args(options.split()))["x"]
 
     assert torch.equal(shown(0, 0, 0), batch["x"])
     assert shown(0, 0.5, 0).std(1).max() < 1e-6
     assert shown(0.5, 0, 0).std() == pytest.approx(0.5, abs=0.02)
     assert 0.1 < (shown(0, 0, 1) == 0).float().mean() < 0.8
+    walk = shown(0, 0, 0, "--random-walk 0.2").diff(dim=1)
+    assert (walk.mean().abs() < 0.01, float(walk.std())) == (True, pytest.approx(0.2, abs=0.01))
+    gains = shown(0, 0, 0, "--static-gain 0.3")
+    assert gains.std(1).max() < 1e-6
+    assert gains[:, 0].std() == pytest.approx(0.3, abs=0.05)
+    electrodes = shown(0, 0, 0, "--channel-mask 0.25") == 0
+    assert torch.equal(electrodes[:, :, :128], electrodes[:, :, 128:])
+    features = shown(0, 0, 0, "--feature-mask 0.25") == 0
+    for hidden in (electrodes, features):
+        assert torch.equal(hidden.all(1), hidden.any(1))  # throughout a trial
+        assert hidden.float().mean() == pytest.approx(0.25, abs=0.1)
+    assert {shown(0, 0, 0, "--random-cut 2").shape[1] for _ in range(30)} == {58, 59, 60}
+
+
+def test_decoder_batches_of_a_few_days_hold_as_many_of_each():
+    days = np.repeat(np.arange(5), [3, 50, 8, 20, 19])
+    batches = data.speech_batches([1] * 100, 8, 7, 3, 2, days, 4)
+    assert [len(batch) for batch in batches] == [16] * 7
+    for batch in batches:
+        assert np.bincount(days[batch], minlength=5).tolist().count(4) == 4
+    assert batches == data.speech_batches([1] * 100, 8, 7, 3, 2, days, 4) != batches[::-1]
 
 
 def test_decoder_decays_matrices_only():
@@ -443,6 +464,27 @@ def test_decoder_decays_matrices_only():
     matrices = ["gru_decoder.weight_ih_l0", "gru_decoder.weight_hh_l0", "fc_decoder_out.weight"]
     assert [id(p) for p in decayed["params"]] == [id(parameters[name]) for name in matrices]
     assert len(kept["params"]) == len(parameters) - 3
+
+
+def test_decoder_new_day_trains_its_layer_alone_and_a_resume_finds_its_data(run, tmp_path, monkeypatch):
+    folder = Path(run("train_decoder", "--name start --max-steps 4 --lr 0.01")["folder"])
+    start = torch.load(folder / "best.pt", weights_only=True)
+    known, new = start["data"]["days"]
+    start["data"]["days"] = ["t12.1999.01.01", known]  # of the second day here it knows nothing
+    save_checkpoint(tmp_path / "start.pt", start)
+    options = f"--init {tmp_path / 'start.pt'} --new-day --valid test --lr 0.01 --name new --max-steps 4"
+    out = run("train_decoder", options)["folder"]
+    found = torch.load(Path(out) / "best.pt", weights_only=True)
+    assert found["data"]["days"] == [*start["data"]["days"], new]
+    layers = ("dayWeights", "dayBias")
+    assert all(torch.equal(v, start["model"][k]) for k, v in found["model"].items() if k not in layers)
+    for name in layers:
+        assert torch.equal(found["model"][name][:2], start["model"][name])
+        moved = found["model"][name][2] - start["model"][name].mean(0)
+        assert 0 < moved.abs().max() < 1
+    args = train_decoder.parse_args(["--resume", str(folder / "last.pt"), "--max-steps", "5"])
+    assert train_decoder.main(args)["folder"] == str(folder)
+    assert last(folder)["step"] == 5
 
 
 def test_decoder_loss_is_torchs_mean():
