@@ -95,7 +95,10 @@ PRESETS = {
 # fmt: on
 # Defaults without --data, whatever the preset: minutes on two cores, not hours on a GPU.
 BUILT_IN = {"hidden": 128, "layers": 2, "batch": 16, "steps": 400, "eval_every": 50}
-NEW_DAY = {"lr": 3e-3, "warmup": 0, "batch": 16, "steps": 200, "eval_every": 20, "ema": 0.0}
+# Of --new-day. 20 trials of a day far off, synthetic: validation PER .603 before, .319 after 60 steps (128
+# wide, 2 layers); .390 with the mask and noise of `default`.
+NEW_DAY = {"lr": 3e-3, "warmup": 0, "batch": 16, "steps": 100, "eval_every": 20, "ema": 0.0}
+NEW_DAY |= {"time_mask_prob": 0.0, "white_noise": 0.4}
 NETWORK = (
     "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps h0 "
     "whole_start aux_layer"
