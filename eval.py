@@ -2135,7 +2135,7 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
     log_probs, counts = mean_logits(loaded, layers, trials, settings), []
-    said = predicted_words(args, log_probs, corpus, files[0]) if wants_words(args) else None
+    said = predicted_words(args, loaded, log_probs, corpus, files[0]) if wants_words(args) else None
     for i, found in enumerate(transcripts(log_probs, corpus, trials)):
         name, decoded = found["trial"], spell(found["hypothesis"])
         record = {
@@ -2164,12 +2164,13 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
 
 
-def predicted_words(args, log_probs: list, corpus: SpeechCorpus, path: Path) -> list[list[str]]:
+def predicted_words(args, loaded: list, log_probs: list, corpus: SpeechCorpus, path: Path) -> list[list[str]]:
     """`words` of all trials of a corpus, from the files of --lexicon and --lm or its own training part."""
-    train = np.flatnonzero((corpus.part == "train") & corpus.labelled)
-    if not len(train) and not (args.lexicon and args.lm):
-        raise DataError(f"{path}: no training sentences there; --words needs --lexicon FILE and --lm FILE")
-    trials = np.arange(len(corpus.ids))
+    trials, train = np.arange(len(corpus.ids)), []
+    if not (args.lexicon and args.lm):
+        train = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
+        if not len(train):
+            raise DataError(f"{path}: no training sentences; --words needs --lexicon FILE and --lm FILE")
     return words(log_probs, corpus, trials, args, (log_probs, trials), train)["sentences"]
 
 
