@@ -275,15 +275,13 @@ def start_days(known: list, days: list, rule: str = "nearest") -> np.ndarray:
 
 def start_new_day(model, start, known: list, info: dict, corpus, parts: tuple, *about, say: Callable) -> None:
     """Says what unknown sessions reach with the nearest and the mean day layer, and starts from the better in
-    training; all but the day layers stays as it is."""
+    training."""
     reached = {}
     for rule in ("nearest", "mean"):
         model.start_from(start, start_days(known, info["days"], rule))
         reached[rule], held = (validate_decoder(model, corpus, p, *about)["valid_per"] for p in parts)
         say(f"new day, {rule} day layer: PER {reached[rule]:.4f} in training, {held:.4f} in validation")
     model.start_from(start, start_days(known, info["days"], min(reached, key=reached.get)))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith("day")
 
 
 def evaluate(model: GRUDecoder, ema: dict | None, *about) -> dict:
@@ -356,10 +354,8 @@ def main(args: argparse.Namespace) -> dict:
         args.data = args.data or resumed["args"]["data"]
     corpus, train, valid, info = load_data(args, rank, world, say, known)
     if start and start.model_args["channels"] != corpus.channels:
-        channels = start.model_args["channels"]
-        raise data.DataError(
-            f"{args.init}: {channels} channels; {corpus.root} has {corpus.channels}; convert it"
-        )
+        found = f"{args.init}: {start.model_args['channels']} channels, {corpus.root} {corpus.channels}"
+        raise data.DataError(f"{found}; convert it anew with --channels")
     if resumed:
         same_data(args.resume, resumed["data"], info)
     days = data.map_days(corpus.days, info["days"], "mean")
@@ -382,6 +378,9 @@ def main(args: argparse.Namespace) -> dict:
         start_new_day(bare_model, start, known, info, corpus, parts, days, args.batch, say=say)
     elif start:
         bare_model.start_from(start, start_days(known, info["days"]))
+    if args.new_day:
+        for name, parameter in bare_model.named_parameters():
+            parameter.requires_grad = name.startswith("day")
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
