@@ -50,6 +50,7 @@ from models import (
     averaged,
     data_loader,
     from_main,
+    launch,
     load_decoder,
     load_training,
     main_first,
@@ -111,9 +112,14 @@ SHARE = data.number(float, 0, 1)
 BELOW_ONE = data.number(float, 0, 0.99999)
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
-    "defaults of all options below": [("--preset", PRESETS, "default", "a recipe (%(default)s)")],
-    "data": [
+    "options": [  # those that matter first
         ("--data", "DIR", None, "speech corpus; absent: built-in, synthetic, a smaller network (off)"),
+        ("--preset", PRESETS, "default", "defaults of all options below (%(default)s)"),
+        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
+        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
+        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
+    ],
+    "data": [
         ("--valid", ["blocks", "test"], "blocks", "blocks of train, or '25: its part; or test (%(default)s)"),
         ("--init", "FILE", None, "start from this checkpoint, or a public baseline's file (off)"),
         ("--new-day", bool, False, "--init: train the day layers of unknown sessions alone (off)"),
@@ -150,7 +156,6 @@ OPTIONS = {
     ],
     "optimiser": [
         ("--optimizer", ["adam", "adamw", "sgd"], "adamw", "adam, sgd: coupled decay (%(default)s)"),
-        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
         ("--adam-eps", POSITIVE, 1e-8, "beside the root of the second moment (%(default)s)"),
         ("--momentum", SHARE, 0.9, "sgd: Nesterov momentum, 0: off (%(default)s)"),
         ("--weight-decay", POSITIVE, 1e-4, "of weight matrices, 0: off (%(default)s)"),
@@ -158,7 +163,6 @@ OPTIONS = {
         ("--still-days", bool, False, "absent from a batch a day keeps its layer and moments (off)"),
         ("--ctc-reduction", ["mean", "sum"], "mean", "of a trial's loss over its labels (%(default)s)"),
         ("--short-frames", bool, False, "the loss counts a frame less, as '24's (off)"),
-        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
         ("--clip", POSITIVE, 1.0, "largest gradient norm, inf: off (%(default)s)"),
         ("--ema", BELOW_ONE, 0.9995, "decay of averaged weights, 0: off (%(default)s)"),
     ],
@@ -169,7 +173,6 @@ OPTIONS = {
         ("--step-size", WHOLE, 3000, "step: steps between reductions (%(default)s)"),
         ("--gamma", SHARE, 0.5, "step: factor of a reduction (%(default)s)"),
         ("--reduce-on-nan", data.number(float, 0.01, 1), 1.0, "of the rate, 1: off"),
-        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
         ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
         ("--eval-every", WHOLE, 500, "steps between evaluations (%(default)s)"),
         ("--select", ["per", "loss", "wer"], "per", "best.pt has the lowest in validation (%(default)s)"),
@@ -228,15 +231,18 @@ def fitting(corpus: data.SpeechCorpus, trials: np.ndarray, args: argparse.Namesp
     return frames - args.short_frames >= needed
 
 
+LOSS = ctc_losses  # what is minimised; named in the log
+
+
 def batch_losses(outputs: tuple, batch: dict, args: argparse.Namespace) -> torch.Tensor:
     """Loss of each trial, (B,), of what the model gave: logits, frames and, with --aux-layer, more logits."""
     logits, frames, *auxiliary = outputs
     frames = (frames - int(args.short_frames)).clamp(min=0)
     labels = batch["labels"], batch["label_lengths"]
-    losses = ctc_losses(logits.float().log_softmax(-1), frames, *labels, args.ctc_reduction)
+    losses = LOSS(logits.float().log_softmax(-1), frames, *labels, args.ctc_reduction)
     for lower in auxiliary:
         log_probs = lower.float().log_softmax(-1)
-        losses = losses + args.aux_weight * ctc_losses(log_probs, frames, *labels, args.ctc_reduction)
+        losses = losses + args.aux_weight * LOSS(log_probs, frames, *labels, args.ctc_reduction)
     return losses
 
 
@@ -384,6 +390,7 @@ def main(args: argparse.Namespace) -> dict:
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
+    args.loss, args.synthetic = LOSS.__name__, corpus.synthetic
     say(f"GRU decoder: {parameters:,} parameters on {device}, amp {args.amp}; {planned} steps planned")
 
     # ---- optimiser
@@ -409,6 +416,7 @@ def main(args: argparse.Namespace) -> dict:
         rate = resumed["scheduler"]["rate"]
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_h{args.hidden}_s{args.seed}"
+    began = step
     run = Run(from_main(run_folder(args, name), world), args, rank)
 
     def save(file: str) -> None:
@@ -478,8 +486,9 @@ def main(args: argparse.Namespace) -> dict:
                     best = metrics if is_best else best
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
+                        f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"{'  best so far' if is_best else ''}"
                     )
                     if is_best:
                         save("best.pt")
@@ -510,9 +519,9 @@ def summary(metrics: dict) -> str:
     return (
         f"loss {metrics['valid_loss']:.4f}  PER {metrics['valid_per']:.4f} (without SIL "
         f"{metrics['valid_per_without_sil']:.4f}, raw weights {metrics['valid_per_raw']:.4f}) {shown}  "
-        f"blank {metrics['valid_blank_fraction']:.2f}"
+        f"blank in {metrics['valid_blank_fraction']:.0%} of frames"
     )
 
 
 if __name__ == "__main__":
-    data.run_script("train_decoder.py", lambda: main(parse_args()))
+    data.run_script("train_decoder.py", lambda: launch(main, parse_args()))

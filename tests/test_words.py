@@ -242,7 +242,7 @@ def corpus(tmp_path_factory) -> tuple[SpeechCorpus, list[np.ndarray]]:
 
 
 def options(folder, *given: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = evaluation._parser("evaluate", "", "")
     evaluation.word_options(parser)
     parser.set_defaults(cache=str(folder), ckpt=[str(folder / "best.pt")])
     return parser.parse_args(given)
