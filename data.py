@@ -7,6 +7,7 @@ python data.py render --midi-root DIR               write the missing WAV beside
 python data.py fbank --data DIR --out DIR           log-mel energies of all sound files, once
 python data.py synth-percepiano --out DIR           a synthetic corpus in the same layout
 python data.py decoder-convert --in DIR --out DIR   intracortical speech, any of three public formats; report
+python data.py decoder-weights --in FILE --out CKPT a checkpoint of a public decoder baseline's weights
 python data.py synth-speech --out DIR               synthetic speech in the competition's .mat layout
 """
 
@@ -58,7 +59,7 @@ import xml.etree.ElementTree as ET
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -3790,8 +3791,9 @@ def _load_g2p():
 # ------------------------------------------------------------------------------------------------------------
 # Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
 # trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
-SPEECH_VERSION = 1  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
-SPEECH_PARTS = ("train", "test", "competition")
+SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
+SPEECH_PARTS = ("train", "test", "competition")  # of the '24 data
+ALL_PARTS = ("train", "valid", "test", "competition")  # the '25 data have a validation part of their own
 BIN = 0.02  # s
 _SPEECH_FILES = {
     "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
@@ -3800,7 +3802,12 @@ _SPEECH_FILES = {
 }
 # By the folder of a .mat file, or the name of an HDF5 file, whose data_test has no labels.
 _FILE_PARTS = dict(train="train", test="test", competitionHoldOut="competition")
-_FILE_PARTS |= dict(data_train="train", data_val="test", data_test="competition")
+_FILE_PARTS |= dict(data_train="train", data_val="valid", data_test="test")
+# Sessions of the '24 data, which its pickle counts without naming them; the competition part has fifteen.
+_DATES_24 = """04.28 05.05 05.17 05.19 05.24 05.26 06.02 06.07 06.14 06.16 06.21 06.23 06.28 07.05 07.14 07.21
+    07.27 07.29 08.02 08.11 08.13 08.18 08.23 08.25"""
+SESSIONS_24 = [f"t12.2022.{date}" for date in _DATES_24.split()]
+COMPETITION_24 = [day for i, day in enumerate(SESSIONS_24) if i not in (0, 1, 2, 3, 11, 17, 21, 22, 23)]
 _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no number
 
 
@@ -3846,14 +3853,14 @@ def new_folder(out: Path):
 
 
 def _speech_files(source):
-    """Format (mat, pickle or hdf5) and files, by part, of a folder, the pickle, or one .mat file."""
-    if source.is_file() and source.suffix != ".hdf5":
-        return "mat" if source.suffix == ".mat" else "pickle", [source]
+    """Format (mat, pickle or hdf5) and files, by part, of a folder or of one file."""
+    if source.is_file():
+        return {".mat": "mat", ".hdf5": "hdf5"}.get(source.suffix, "pickle"), [source]
     found = {}
     for kind, pattern in _SPEECH_FILES.items():
         paths = [path for path in sorted(source.rglob("*")) if re.search(pattern, path.as_posix())]
         if paths:
-            found[kind] = sorted(paths, key=lambda path: SPEECH_PARTS.index(_part_of(path)))
+            found[kind] = sorted(paths, key=lambda path: ALL_PARTS.index(_part_of(path)))
     if len(found) != 1:
         raise DataError(
             f"{source}: no such folder, or files of {len(found)} formats in it; expected competitionData, "
@@ -3913,6 +3920,8 @@ def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
     length = arrays[0].shape[:1] if bins is None else (int(bins),)
     widths = [channels] if len(arrays) == 1 else [256, channels // 2]
     for array in arrays:
+        if array.ndim == 2 and array.shape[0] == widths[0] != array.shape[1]:
+            raise DataError("channels x bins, the other way round; expected bins x channels: transpose them")
         right = array.shape in [(*length, width) for width in widths]
         if not right or not array.size or array.dtype.kind not in "biuf":
             expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels"
@@ -4065,27 +4074,28 @@ def _load_pickle(path):
 
 
 def _read_pickle(path, channels, names, left_out):
-    """The sessions of the baseline's data set. Their names come from `names`, or are those of the first part,
-    or else day00, day01 ...: days map by name, never by position."""
-    known = None
+    """The sessions of the baseline's data set. Their names come from `names`, or are the '24 data's where the
+    days are as many, or day00, day01 ...: days map by name, never by position."""
+    fields = ["sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens"]
     for part, days in _load_pickle(path).items():
-        known = known or names.get(part) or [f"day{i:02d}" for i in range(len(days))]
-        sessions = names.get(part, known)
-        if len(sessions) != len(days):
-            count = f"{len(days)} days for {len(sessions)} names"
+        sessions = names.get(part) or names.get("train")
+        public = COMPETITION_24 if part == "competition" else SESSIONS_24
+        if not names and len(days) == len(public):
+            sessions = public
+        elif not names and part != "competition":
+            sessions = [f"day{i:02d}" for i in range(len(days))]
+        if len(sessions or ()) != len(days):
+            count = f"{len(days)} days, names of {len(sessions or ())}"
             left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
             continue
-        fields = ["sentenceDat", "timeSeriesLens"]
-        if part != "competition":
-            fields += ["transcriptions", "phonemes", "phoneLens"]
         for session, day in zip(sessions, days, strict=True):
+            kept = fields[:2] if part == "competition" else fields
             try:
-                trials = list(zip(*[day[name] for name in fields], strict=True))
+                trials = list(zip(*[day[name] for name in kept], strict=True))
             except (LookupError, TypeError, ValueError) as error:
                 left_out.append(f"{path}: {part} {session}: {_one_line(error)}; expected equal lengths")
             else:
-                read = functools.partial(_pickle_trial, channels, trials)
-                yield part, session, range(len(trials)), read
+                yield part, session, range(len(trials)), functools.partial(_pickle_trial, channels, trials)
 
 
 def _pickle_trial(channels, trials, i):
@@ -4123,7 +4133,7 @@ def _hdf5_trial(channels, group):
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read, path, channels, names, target, dtype):
+def _convert_file(read, path, channels, names, target, dtype, standardise):
     """In a process of its own: writes the standardised features of the file's usable trials to `target`.
     Returns the trials without them, the rows of the report, and lines on what is left out."""
     trials, rows, left_out = [], [], []
@@ -4135,45 +4145,59 @@ def _convert_file(read, path, channels, names, target, dtype):
                 try:
                     session.append(about | read_trial(name))
                 except (OSError, LookupError, TypeError, ValueError) as error:
-                    problems.setdefault(_one_line(error), []).append(name)
+                    problems.setdefault(_one_line(error), []).append(str(name))
             for problem, names_of_trials in problems.items():
-                left_out.append(f"{path}: {day}: trial {', '.join(map(str, names_of_trials))}: {problem}")
-            standardised = standardise_blocks(session)
+                left_out.append(f"{path}: {day}: trial {', '.join(names_of_trials)}: {problem}")
+            row = {"part": part, "day": day, "trials": len(session)}
+            row["standardised"] = "here" if standardise_blocks(session, standardise) else "as it came"
             for trial in session:
                 x = trial.pop("x").astype(dtype)
                 trial["bins"] = len(x)
                 x.tofile(file)
-            row = {"part": part, "day": day, "trials": len(session), "bins": sum(t["bins"] for t in session)}
-            rows.append(row | {"standardised": standardised, "left_out": len(found) - len(session)})
+            row["bins"] = sum(trial["bins"] for trial in session)
+            rows.append(row | {"left_out": len(found) - len(session)})
             trials += session
     return trials, rows, left_out
 
 
-def standardise_blocks(trials: list[dict]) -> int:
-    """z-scores the features of each block (std + 1e-8), in float64, unless the block came so: every channel
-    that varies has a mean under .01 and an SD within .02 of 1. Returns how many did."""
-    came_standardised = 0
+def standardise_blocks(trials: list[dict], how: str = "auto") -> bool:
+    """z-scores the features of each block (std + 1e-8), in float64, and says whether it did. "auto": unless
+    they came so: over all trials every channel that varies has a mean under .01 and an SD within .02 of 1.
+    Never of "off"; always of "blocks"."""
+    if how == "off" or not trials or (how == "auto" and _came_standardised(trials)):
+        return False
     for block in {trial["block"] for trial in trials}:
         members = [trial for trial in trials if trial["block"] == block]
         flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
-        varies, mean, std = flat.min(0) < flat.max(0), flat.mean(0), flat.std(0)
-        standard = (np.abs(mean) < 0.01) & (np.abs(std - 1) < 0.02)
-        if standard[varies].all() and varies.any():
-            came_standardised += 1
-        else:
-            flat = np.where(varies, (flat - mean) / (std + 1e-8), 0.0)
+        varies = flat.min(0) < flat.max(0)
+        flat = np.where(varies, (flat - flat.mean(0)) / (flat.std(0) + 1e-8), 0.0)
         ends = np.cumsum([len(trial["x"]) for trial in members])
         for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
             trial["x"] = x
-    return came_standardised
+    return True
+
+
+def _came_standardised(trials):
+    flat = np.concatenate([trial["x"] for trial in trials]).astype(np.float64)
+    varies = flat.min(0) < flat.max(0)
+    standard = (np.abs(flat.mean(0)) < 0.01) & (np.abs(flat.std(0) - 1) < 0.02)
+    return standard[varies].all() and varies.any()
 
 
 def convert_speech(
-    source, out, dtype="float32", channels=None, sessions=None, strict=False, quiet=False, cache=None
+    source,
+    out,
+    dtype="float32",
+    channels=None,
+    sessions=None,
+    strict=False,
+    quiet=False,
+    cache=None,
+    standardise="auto",
 ) -> dict:
     """Converts a public corpus (`.mat` tree of Brain-to-Text '24, the baseline's pickle, HDF5 of '25) into a
-    folder that can be memory-mapped, and returns the report. Features are standardised by block where they
-    did not come so; labels are the file's own, or else `phonemize` of the sentence; by part and session.
+    folder that can be memory-mapped, and returns the report. Features go through `standardise_blocks`, those
+    of HDF5 come standardised; labels are the file's own, or else `phonemize` of the sentence.
     features.npy (all bins, channels) · offsets.npy (n + 1) int64 · trials.json: format, rules (hash of the
     label rules), source, kind, synthetic, channels, days (sorted sessions), trials (id, part, day, block,
     labels, text), report. `sessions`: JSON file {"train": [names], ...} for a pickle's days; `cache` keeps
@@ -4182,10 +4206,12 @@ def convert_speech(
     kind, files = _speech_files(source)
     channels = channels or (512 if kind == "hdf5" else 256)
     names = _session_names(sessions) if sessions else {}
+    if kind == "hdf5" and standardise == "auto":
+        standardise = "off"
     with new_folder(Path(out)) as folder:
         jobs = []
         for number, path in enumerate(files):
-            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype
+            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype, standardise
             jobs.append((path, functools.partial(_convert_file, *args)))
         results = tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None)
         trials, rows, left_out = _gather(folder, files, results, channels, dtype)
@@ -4195,17 +4221,21 @@ def convert_speech(
         for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
             trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
+        blocks_known = all(trial["block"] >= 0 for trial in trials)
         for trial in trials:
             trial["day"] = days.index(trial["day"])
         near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
         info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
         info |= {"channels": channels, "days": days, "trials": trials}
-        notes = []
-        if any(trial["block"] < 0 for trial in trials):
-            notes.append("days without block numbers are one block each, whose last tenth validates")
-        if not bare:
-            notes.append("labels are the file's own: labels not compared with sentences")
+        told = {
+            "days without block numbers are one block each, whose last tenth validates": blocks_known,
+            "labels are the file's own: labels not compared with sentences": bare,
+            "days are named as the '24 data's, which are as many": sessions
+            or kind != "pickle"
+            or not set(days) & set(SESSIONS_24),
+        }
+        notes = [note for note, needless in told.items() if not needless]
         info["report"] = {"days": rows, "left_out": left_out, "notes": notes}
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
@@ -4223,24 +4253,28 @@ def _session_names(path):
 
 def _gather(folder, files, results, channels, dtype):
     """Writes offsets.npy and features.npy. Trials, rows of the report, and lines on what is left out."""
-    trials, rows, left_out = {}, [], []
-    with (folder / "bins").open("wb") as bins:
-        for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
-            left_out += lines
-            by_id = {trial["id"]: trial for trial in found}
-            if by_id.keys() & trials.keys():
-                left_out.append(f"{path}: a second file of its session; expected one")
-            elif counts:
-                trials |= by_id
-                rows += counts
-                bins.write((folder / f"file{number}").read_bytes())
+    trials, rows, left_out, parts = {}, [], [], []
+    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+        left_out += lines
+        by_id = {trial["id"]: trial for trial in found}
+        if by_id.keys() & trials.keys():
+            left_out.append(f"{path}: a second file of its session; expected one")
+        elif found:
+            trials |= by_id
+            rows += counts
+            parts.append(folder / f"file{number}")
     offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials.values())], dtype=np.int64)
     np.save(folder / "offsets.npy", offsets)
+    at = 0
     if trials:
-        features = np.memmap(folder / "bins", dtype, "r", shape=(int(offsets[-1]), channels))
-        np.save(folder / "features.npy", features)
-    for path in (*folder.glob("file*"), folder / "bins"):
-        path.unlink(missing_ok=True)
+        shape = int(offsets[-1]), channels
+        features = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape)
+        for part in parts:
+            values = np.memmap(part, dtype, "r").reshape(-1, channels)
+            features[at : at + len(values)] = values
+            at += len(values)
+    for path in folder.glob("file*"):
+        path.unlink()
     return list(trials.values()), rows, left_out
 
 
@@ -4270,6 +4304,16 @@ class SpeechCorpus:
     def lengths(self) -> np.ndarray:
         """(n,) int64 bins of 20 ms."""
         return np.diff(self.offsets)
+
+    def __getstate__(self) -> dict:
+        """For a worker process, which opens the file itself: a pickled memory map is a copy of it."""
+        mapped = isinstance(self.features, np.memmap)
+        return vars(self) | ({"features": None} if mapped else {})
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.features is None:
+            self.features = np.load(self.root / "features.npy", mmap_mode="r")
 
 
 def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> SpeechCorpus:
@@ -4325,14 +4369,19 @@ def report_speech(corpus: SpeechCorpus) -> None:
     kind = "SYNTHETIC, " if corpus.synthetic else ""
     hours = len(corpus.features) * BIN / 3600
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
-    print(f"{corpus.channels} channels, {corpus.features.dtype}; standardised: blocks that came so")
+    print(f"{corpus.channels} channels, {corpus.features.dtype}")
     rows = corpus.report["days"]
     for row in (rows[0].keys(), *(row.values() for row in rows)):
         print("".join(f"{value:>16}" for value in row))
     print("".join(f"{note}\n" for note in corpus.report["notes"]), end="")
     print_left_out(corpus.left_out)
-    parts = [f"{part} {len(trials)}" for part, trials in speech_parts(corpus).items()]
-    print(f"--valid blocks: {', '.join(parts)}")
+    try:
+        parts = {part: len(trials) for part, trials in speech_parts(corpus).items()}
+    except DataError as error:
+        print(error)
+    else:
+        share = parts["valid"] / max(1, parts["train"] + parts["valid"])
+        print(f"--valid blocks: {parts}; {share:.1%} of the labelled training sentences validate")
 
 
 def frames_needed(labels) -> int:
@@ -4342,34 +4391,46 @@ def frames_needed(labels) -> int:
 
 
 def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
-    """Trial numbers of train, valid, test and competition. `valid` "blocks": of each day with two blocks or
-    more a tenth of the blocks (at least one), those of the smallest sha1 of (seed, day, block); of a day
-    without block numbers the last tenth of its trials. "test": the test part validates too, the baseline's
-    habit. Unlabelled trials neither train nor validate; trials too short for their labels stay here."""
-    parts = {part: np.flatnonzero(corpus.part == part) for part in SPEECH_PARTS}
-    train = parts["train"][corpus.labelled[parts["train"]]]
-    if valid == "test":
-        held = parts["test"][corpus.labelled[parts["test"]]]
-    elif valid == "blocks":
-        days = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
-        held = np.sort(np.concatenate([_held_trials(corpus, trials, seed) for trials in days]))
-    else:
-        raise DataError(f"--valid {valid}: unknown; expected blocks or test")
+    """Trial numbers of train, valid, test and competition. `valid` "blocks": the '25 data's own part, or
+    `validation_blocks`, and of a day without block numbers the last tenth of its trials. "test": the test
+    part validates too, the '24 baseline's habit. Unlabelled trials neither train nor validate."""
+    parts = {part: np.flatnonzero(corpus.part == part) for part in ALL_PARTS}
+    labelled = {part: trials[corpus.labelled[trials]] for part, trials in parts.items()}
+    train, held = labelled["train"], labelled["test" if valid == "test" else "valid"]
+    if valid == "blocks" and not len(held):
+        held = _held_trials(corpus, train, seed)
     if len(train) and not len(held):
         raise DataError(f"{corpus.root}: --valid {valid}: no labelled trial to validate on; use the other")
-    return {"train": np.setdiff1d(train, held), "valid": held} | {k: parts[k] for k in SPEECH_PARTS[1:]}
+    return parts | {"train": np.setdiff1d(train, held), "valid": held}
 
 
-def _held_trials(corpus, trials, seed):
-    """Those of one day's training trials that validate."""
-    blocks = np.unique(corpus.block[trials]).tolist()
-    if -1 in blocks:
-        return trials[len(trials) - len(trials) // 10 :]
-    if len(blocks) < 2:
-        return trials[:0]
-    day = corpus.days[corpus.day[trials[0]]]
-    blocks.sort(key=lambda block: hashlib.sha1(f"{seed}:{day}:{block}".encode()).hexdigest())
-    return trials[np.isin(corpus.block[trials], blocks[: max(1, round(len(blocks) / 10))])]
+def validation_blocks(days: Iterable[tuple[str, Mapping[int, int]]], seed: int = 7) -> set:
+    """(session, block) that validate, of days (session, {block: trials}) in order: about a tenth of trials.
+    While less than a tenth of those so far is held out, a day gives its block of the smallest sha1 of (seed,
+    session, block); one block of a day always trains."""
+    held, kept, seen = set(), 0, 0
+    for session, sizes in days:
+        seen += sum(sizes.values())
+        ranked = sorted(sizes, key=lambda k: hashlib.sha1(f"{seed}:{session}:{k}".encode()).hexdigest())
+        for block in ranked[:-1]:
+            if kept < seen / 10:
+                held.add((session, block))
+                kept += sizes[block]
+    return held
+
+
+def _held_trials(corpus, train, seed):
+    """Those of the training trials that `--valid blocks` holds out."""
+    counted, held = [], []
+    for day, session in enumerate(corpus.days):
+        trials = train[corpus.day[train] == day]
+        if (corpus.block[trials] < 0).any():
+            held += trials[len(trials) - len(trials) // 10 :].tolist()
+        else:
+            counted.append((session, Counter(corpus.block[trials].tolist())))
+    blocks = validation_blocks(counted, seed)
+    held += [i for i in train if (corpus.days[corpus.day[i]], int(corpus.block[i])) in blocks]
+    return np.array(sorted(held), np.int64)
 
 
 def speech_item(corpus: SpeechCorpus, i: int) -> dict:
@@ -4405,6 +4466,22 @@ def collate_speech(items: list[dict]) -> dict:
     }
 
 
+def speech_batches(lengths, batch, seed, epoch, world=1, days=None, most=0) -> list[list[int]]:
+    """An epoch's batches of all `world` processes together: by length, or, with days (n,) of each trial, as
+    the '25 baseline draws them: equally of `most` days, days without and their trials with replacement."""
+    if days is None:
+        return length_batches(lengths, batch, seed, epoch, world)
+    rng, size = np.random.default_rng([seed, epoch]), batch * world
+    members = [np.flatnonzero(days == day) for day in np.unique(days)]
+    batches = []
+    for _ in range(math.ceil(len(days) / size)):
+        chosen = rng.permutation(len(members))[:most]
+        each = math.ceil(size / len(chosen))
+        trials = np.concatenate([rng.choice(members[day], each) for day in chosen])
+        batches.append(trials[:size].tolist())
+    return batches
+
+
 def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | None = None) -> np.ndarray:
     """(n,) int64: each corpus day's index among the model's days, by session name, never by position. A day
     that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
@@ -4430,18 +4507,39 @@ def _session_date(name):
 
 
 def add_noise(
-    x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator=None
+    x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator=None, walk: float = 0.0
 ) -> torch.Tensor:
-    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel and a constant of
-    SD `offset` per trial and channel; 0 turns either off. Both come before the model's Gaussian smoothing,
-    which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves the constant as it is."""
+    """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel, a constant of SD
+    `offset` per trial and channel and a random walk of SD `walk` a bin; 0 turns each off. All come before the
+    model's Gaussian smoothing, which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves
+    the constant as it is."""
     B, T, C = x.shape
     noise = torch.zeros_like(x)
     for sd, bins in ((white, T), (offset, 1)):
         if sd:
             noise = noise + sd * torch.randn(B, bins, C, generator=generator, device=x.device, dtype=x.dtype)
+    if walk:
+        noise = noise + walk * torch.randn(B, T, C, generator=generator, device=x.device).cumsum(1)
     valid = torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]
     return x + noise * valid[:, :, None]
+
+
+def random_gain(x: torch.Tensor, sd: float, generator=None) -> torch.Tensor:
+    """x (B, T, C) times 1 + a number of SD `sd` per trial and channel; 0: off."""
+    if not sd:
+        return x
+    return x * (1 + sd * torch.randn(len(x), 1, x.shape[2], generator=generator, device=x.device))
+
+
+def mask_channels(x: torch.Tensor, electrodes: float, features: float, generator=None) -> torch.Tensor:
+    """x (B, T, C) with a share of each trial's electrodes set to zero, in both halves of the features (counts
+    and power of an electrode), and a share of its single features; 0: off."""
+    B, _, C = x.shape
+    for share, size in ((electrodes, C // 2), (features, C)):
+        if share:
+            hidden = torch.rand(B, 1, size, generator=generator, device=x.device) < share
+            x = x.masked_fill(hidden.repeat(1, 1, C // size), 0.0)
+    return x
 
 
 def time_mask(
@@ -4565,8 +4663,40 @@ def _record(rate, rng):
     return fields
 
 
-def _record_session(texts, blocks, tuning, seed, bins, rng):
-    """The recordings of a day's sentences as cells (1, n) by field."""
+def _salad(texts, members, share, rng, used):
+    """{place: random words, as many as the sentence there has} for a share of the members' places."""
+    salad = {}
+    for i in rng.permutation(members)[: round(share * len(members))].tolist():
+        text = texts[i]
+        while text in used or not is_salad(text):
+            text = " ".join(rng.choice(list(SPEECH_WORDS), len(texts[i].split())))
+        used.add(text)
+        salad[i] = text
+    return salad
+
+
+@functools.cache
+def _template_pattern():
+    classes = {
+        name: "|".join(e.split()[0] for e in entries.split(",")) for name, entries in _SPEECH_CLASSES.items()
+    }
+    templates = [" ".join(f"(?:{classes.get(word, word)})" for word in t.split()) for t in _SPEECH_TEMPLATES]
+    return re.compile("|".join(templates))
+
+
+def is_salad(text: str) -> bool:
+    """Whether a sentence of a synthetic corpus is random words: it follows none of the templates."""
+    return not _template_pattern().fullmatch(text)
+
+
+def salad_trials(corpus: SpeechCorpus) -> np.ndarray:
+    """(n,) bool: sentences of a synthetic corpus that are random words, apart from those without text."""
+    return np.array([corpus.synthetic and bool(text) and is_salad(text) for text in corpus.text], bool)
+
+
+def _record_session(texts, salad, blocks, tuning, seed, bins, rng, salad_rng):
+    """The recordings of a day's sentences as cells (1, n) by field. Where words of `salad` are said instead,
+    the sentence's draws are made all the same: the other recordings are as without them."""
     weights, offset = tuning
     cells = {name: np.empty((1, len(texts)), object) for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")}
     for block in np.unique(blocks):
@@ -4576,6 +4706,9 @@ def _record_session(texts, blocks, tuning, seed, bins, rng):
         for place, i in zip(np.linspace(-0.5, 0.5, len(members)), members, strict=True):
             path = _trajectory(phonemize(texts[i]), seed, bins, rng)
             fields = _record(path @ (weights * gain) + (level + place * trend), rng)
+            if i in salad:
+                path = _trajectory(phonemize(salad[i]), seed, bins, salad_rng)
+                fields = _record(path @ (weights * gain) + (level + place * trend), salad_rng)
             for name, values in fields.items():
                 cells[name][0, i] = values
     return cells
@@ -4595,21 +4728,24 @@ def _mat_bytes(table):
     return b"MATLAB 5.0 MAT-file, synthetic".ljust(116) + raw[116:128] + body
 
 
-def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60, bins: float = 7.0) -> None:
+def synth_speech(
+    out: str | Path, seed: int = 7, days: int = 8, trials: int = 60, bins: float = 7.0, salad: float = 0.25
+) -> None:
     """Write a synthetic corpus in the `.mat` layout of the Brain-to-Text '24 competition: made-up sentences
     of SPEECH_WORDS, whose phonemes drive 256 channels that drift from day to day and block to block. Same
     arguments, same bytes.
 
     trials: training sentences a day, and a sixth of that for test and for competitionHoldOut (whose sentences
-    are blank, and which lacks three days in eight, as in the public data); bins: mean 20 ms bins a phoneme. A
-    file `SYNTHETIC` marks the folder. DataError if `out` exists and is not an empty folder."""
+    are blank, and which lacks three days in eight, as in the public data); bins: mean 20 ms bins a phoneme;
+    salad: share of the sentences of the test part and of `validation_blocks` that are random words, so that
+    guessing text is not rewarded. A file `SYNTHETIC` marks the folder. DataError if `out` is not empty."""
     if not (1 <= days <= 99 and 6 <= trials <= 999 and 4 <= bins <= 40):
         raise DataError(f"{out}: {days} days, {trials} trials, {bins} bins; expected 1..99, 6..999, 4..40")
-    used, total = set(), Counter()
+    used, total, recorded = set(), Counter(), []
     session = date(2001, 1, 2)  # not a public session: no model of these days is taken for a model of those
     with new_folder(Path(out)) as root:
         for day, tuning in enumerate(_day_tunings(seed, days)):
-            rng = np.random.default_rng([seed, 3, day])
+            rng, salad_rng = np.random.default_rng([seed, 3, day]), np.random.default_rng([seed, 4, day])
             blocks = int(rng.integers(4, 6))
             parts = {
                 "train": np.sort(np.arange(trials) % blocks) + 1,
@@ -4618,12 +4754,18 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
             }
             if days > 1 and day % 8 in (0, 3, 7):
                 del parts["competitionHoldOut"]
+            name = f"t12.{session:%Y.%m.%d}"
+            recorded.append((name, Counter(parts["train"].tolist())))
+            held = [block for told, block in validation_blocks(recorded) if told == name] + [blocks + 1]
             for part, numbers in parts.items():
                 texts = [_sentence(rng, used) for _ in numbers]
-                shown = [" "] * len(texts) if part == "competitionHoldOut" else texts
-                fields = _record_session(texts, numbers, tuning, seed, bins, rng)
+                words = _salad(texts, np.flatnonzero(np.isin(numbers, held)), salad, salad_rng, used)
+                fields = _record_session(texts, words, numbers, tuning, seed, bins, rng, salad_rng)
+                shown = [words.get(i, text) for i, text in enumerate(texts)]
+                if part == "competitionHoldOut":
+                    shown = [" "] * len(texts)
                 index = numbers[:, None].astype(np.float64)
-                path = root / "competitionData" / part / f"t12.{session:%Y.%m.%d}.mat"
+                path = root / "competitionData" / part / f"{name}.mat"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 total[part] += len(texts)
                 path.write_bytes(_mat_bytes({"sentenceText": np.array(shown), **fields, "blockIdx": index}))
@@ -5823,16 +5965,26 @@ SHARE = number(float, 0, 1)
 BELOW_ONE = number(float, 0, 0.99999)
 
 
+def convert_weights(source: str, out: str) -> None:
+    """A checkpoint of a public decoder baseline's weights."""
+    import models  # the one way up: this file knows no network
+
+    try:
+        models.save_baseline(source, out)
+    except ValueError as error:  # its DataError is another one than that of a script that runs
+        raise DataError(error) from error
+
+
 def convert_and_report(args: argparse.Namespace) -> None:
     options = (args.dtype, args.channels, args.sessions, args.strict)
-    convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache)
+    convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache, standardise=args.standardise)
     report_speech(open_speech(args.out))
 
 
 # fmt: off
 OPTIONS = {  # as the rows of `add_options`
     "--data": (str, None, "folder of the data set in its public layout; fbank: any sound files"),
-    "--in": (str, None, "competitionData, ptDecoder_ctc or folder of data_*.hdf5"),
+    "--in": (str, None, "competitionData, ptDecoder_ctc or data_*.hdf5; weights: of a public trainer"),
     "--midi-root": (str, None, "folder with MIDI files, at any depth"),
     "--out": (str, None, "folder to make; fetch: (data/NAME); render: (beside the MIDI files)"),
     "--url": (str, None, "another address of the same archive (GitHub's)"),
@@ -5842,10 +5994,12 @@ OPTIONS = {  # as the rows of `add_options`
     "--dtype": (["float32", "float16"], "float32", "of the features (%(default)s)"),
     "--channels": (WHOLE, None, "channels (default: 256; 512 for HDF5)"),
     "--sessions": (str, None, "FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
+    "--standardise": (["auto", "off", "blocks"], "auto", "auto: blocks, unless it came so (%(default)s)"),
     "--segments": (int, 20, "scores (%(default)s)"),
     "--players": (int, 12, "human players a score (%(default)s)"),
     "--days": (int, 8, "recording days (%(default)s)"),
     "--trials": (int, 60, "training sentences a day (%(default)s)"),
+    "--salad": (number(float, 0, 1), 0.25, "share of random words in validation and test (%(default)s)"),
     "--bins-per-phoneme": (float, 7.0, "mean duration in bins of 20 ms (%(default)s)"),
     "--seed": (COUNT, 7, "same seed, same bytes (%(default)s)"),
     "--cache": (str, "cache", "folder of what is computed once (%(default)s)"),
@@ -5864,11 +6018,15 @@ COMMANDS = {  # name: what it does; required options; others; what is called
         "write a synthetic corpus in PercePiano's layout", "--out", "--seed --segments --players",
         lambda a: synth_percepiano(a.out, a.seed, a.segments, a.players)),
     "synth-speech": (
-        "write synthetic speech in the .mat layout", "--out", "--seed --days --trials --bins-per-phoneme",
-        lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme)),
+        "write synthetic speech in the .mat layout",
+        "--out", "--seed --days --trials --bins-per-phoneme --salad",
+        lambda a: synth_speech(a.out, a.seed, a.days, a.trials, a.bins_per_phoneme, a.salad)),
     "decoder-convert": (
         "convert intracortical speech, any of three public formats; report",
-        "--in --out", "--dtype --channels --sessions --cache --strict", convert_and_report),
+        "--in --out", "--dtype --channels --sessions --standardise --cache --strict", convert_and_report),
+    "decoder-weights": (
+        "make a checkpoint of a public decoder baseline's weights", "--in --out", "",
+        lambda a: convert_weights(getattr(a, "in"), a.out)),
     "maestro": (
         "report what of MAESTRO is here, and what of it holds music of PercePiano",
         "--data", "--audio --percepiano --cache --strict --workers",

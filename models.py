@@ -13,6 +13,8 @@ Masks: True = valid. Index tensors come from data.collate_han.
 from data import (  # first: while torch loads, Ctrl-C is one line
     COUNT,
     FOLDS,
+    PHONEMES,
+    SESSIONS_24,
     STOPS,
     WHOLE,
     DataError,
@@ -21,6 +23,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     locked,
     on_stop,
     ordinary,
+    speech_rules,
     write_atomic,
 )
 
@@ -34,14 +37,15 @@ import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -383,9 +387,13 @@ class GRUDecoder(nn.Module):
     layer_norm     LayerNorm on the output of the last GRU layer. Synthetic corpus, 4 layers of 128, 200
                    steps: phoneme error rate .95 without it, .38 with it, .38 with one after every layer
     smooth_width   SD of the Gaussian smoothing, bins; 0 = off
-    smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, the public baseline's way
+    smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, the '24 baseline's way
+    h0             a learned first state, one vector for all layers and trials, the '25 baseline's way
+    whole_start    start of the recurrent weights: orthogonal as one (3H, H) matrix, as in both baselines,
+                   whose gates are then not (gate 0: singular values .01 to .94); off: gate by gate
+    aux_layer      a second head on the output of this GRU layer; 0 = none
 
-    Parameters have the names of the public baseline (`neural_seq_decoder`).
+    Parameters have the names of the '24 baseline (`neural_seq_decoder`).
     """
 
     def __init__(
@@ -403,34 +411,50 @@ class GRUDecoder(nn.Module):
         layer_norm: bool = False,
         smooth_width: float = 2.0,
         smooth_taps: int = 20,
+        h0: bool = False,
+        whole_start: bool = False,
+        aux_layer: int = 0,
     ):
         super().__init__()
         self.model_args = _arguments(locals())
-        if min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1:
-            raise DataError(f"GRUDecoder: {self.model_args}; expected sizes of at least 1")
+        if (
+            min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1
+            or aux_layer >= layers
+        ):
+            found = f"GRUDecoder: {self.model_args}"
+            raise DataError(f"{found}; expected sizes of at least 1, aux_layer < layers")
         self.kernel, self.stride = kernel, stride
         width = hidden * 2 if bidirectional else hidden
-        between = dropout if layers > 1 else 0.0  # nn.GRU warns of dropout in a single layer
+        options = {"batch_first": True, "bidirectional": bidirectional}
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
         self.dayWeights = nn.Parameter(torch.empty(days, channels, channels))
         for weight in self.dayWeights.data:
             nn.init.eye_(weight)
         self.dayBias = nn.Parameter(torch.zeros(days, 1, channels))
+        self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, hidden))) if h0 else None
         self.input_dropout = nn.Dropout(input_dropout)
-        self.gru_decoder = nn.GRU(
-            channels * kernel, hidden, layers, batch_first=True, dropout=between, bidirectional=width > hidden
-        )
+        self.between = nn.Dropout(dropout)
+        lower = aux_layer or layers
+        within = dropout if lower > 1 else 0.0  # nn.GRU warns of dropout in a single layer
+        self.gru_decoder = nn.GRU(channels * kernel, hidden, lower, dropout=within, **options)
+        if aux_layer:
+            within = dropout if layers - lower > 1 else 0.0
+            self.gru_upper = nn.GRU(width, hidden, layers - lower, dropout=within, **options)
+            self.fc_aux = nn.Linear(width, classes)
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.fc_decoder_out = nn.Linear(width, classes)
-        for name, parameter in self.gru_decoder.named_parameters():
+        if h0:
+            nn.init.xavier_uniform_(self.fc_decoder_out.weight)
+        for name, parameter in self.named_parameters():
             if "weight_hh" in name:
-                for gate in parameter.data.chunk(3):
+                for gate in [parameter.data] if whole_start else parameter.data.chunk(3):
                     nn.init.orthogonal_(gate)
             elif "weight_ih" in name:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, 0 beyond frames (B,).
+    def forward(self, x: Tensor, lengths: Tensor, day: Tensor, auxiliary: bool = False) -> tuple:
+        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, 0 beyond frames (B,);
+        if `auxiliary` the logits of the second head as well.
 
         A trial's logits do not depend on its batch-mates, nor on what stands beyond its length. Lengths are
         read on the CPU: keep them there, or a GPU has to wait.
@@ -438,10 +462,16 @@ class GRUDecoder(nn.Module):
         frames = output_frames(lengths, self.kernel, self.stride)
         F = int(frames.max())
         x = nn.functional.softsign(self.day_layer(self.smooth(x, lengths), day))
-        hidden = self.recurrence(self.windows(self.input_dropout(x), max(F, 1)), frames)
-        logits = self.fc_decoder_out(self.norm(hidden))[:, :F].float()
+        lower = self.recurrence(self.gru_decoder, self.windows(self.input_dropout(x), max(F, 1)), frames)
+        upper = lower
+        if self.model_args["aux_layer"]:
+            upper = self.recurrence(self.gru_upper, self.between(lower), frames)
         beyond = torch.arange(F) >= frames.cpu().unsqueeze(1)  # (B, F)
-        return logits.masked_fill(beyond.to(x.device, non_blocking=True).unsqueeze(2), 0.0), frames
+        beyond = beyond.to(x.device, non_blocking=True).unsqueeze(2)
+        logits = self.fc_decoder_out(self.norm(upper))[:, :F].float().masked_fill(beyond, 0.0)
+        if auxiliary:
+            return logits, frames, self.fc_aux(lower)[:, :F].float().masked_fill(beyond, 0.0)
+        return logits, frames
 
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
         """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
@@ -465,21 +495,45 @@ class GRUDecoder(nn.Module):
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
         return torch.baddbmm(bias[day], x, weight[day])
 
+    def separate_days(self) -> list[Tensor]:
+        """Every day's matrix, then every day's bias: windows on the parameters that hold all of them."""
+        return [*self.dayWeights.data, *self.dayBias.data]
+
+    def hand_over_days(self, layers: list[Tensor]) -> None:
+        """Gives `separate_days` of the days that a batch had their gradients, the others none: an optimiser
+        leaves those and their moments alone, where a gradient of zero would go on by momentum."""
+        present = self.dayBias.grad.flatten(1).any(1).tolist()
+        gradients = [*self.dayWeights.grad, *self.dayBias.grad]
+        for layer, gradient, here in zip(layers, gradients, present * 2, strict=True):
+            layer.grad = gradient if here else None
+
+    def start_from(self, start: "GRUDecoder", rows: Sequence[int]) -> None:
+        """Weights of a decoder of these sizes; rows: its day of each day here, -1: the mean of all."""
+        weights = start.state_dict()
+        for name in ("dayWeights", "dayBias"):
+            layers = weights[name]
+            weights[name] = torch.cat([layers, layers.mean(0, keepdim=True)])[rows]
+        self.load_state_dict(weights)
+
     def windows(self, x: Tensor, count: int) -> Tensor:
         """x (B, T, C) -> its first `count` windows (B, count, C * kernel), in them channel * kernel + bin."""
         missing = (count - 1) * self.stride + self.kernel - x.shape[1]
         x = nn.functional.pad(x, (0, 0, 0, max(missing, 0)))
         return x.unfold(1, self.kernel, self.stride)[:, :count].flatten(2)
 
-    def recurrence(self, windows: Tensor, frames: Tensor) -> Tensor:
+    def recurrence(self, gru: nn.GRU, x: Tensor, frames: Tensor) -> Tensor:
         """The GRU's output (B, F, width). One direction may run into padding: nothing of it comes back to a
         trial. Of two directions the second must start at a trial's own last frame, as packing makes it do."""
-        if not self.gru_decoder.bidirectional:
-            return self.gru_decoder(windows)[0]
+        first = None
+        if self.h0 is not None:
+            states = gru.num_layers * (2 if gru.bidirectional else 1)
+            first = self.h0.expand(states, len(x), -1).contiguous().to(x.dtype)
+        if not gru.bidirectional:
+            return gru(x, first)[0]
         packed = nn.utils.rnn.pack_padded_sequence(
-            windows, frames.cpu().clamp(min=1), batch_first=True, enforce_sorted=False
+            x, frames.cpu().clamp(min=1), batch_first=True, enforce_sorted=False
         )
-        return nn.utils.rnn.pad_packed_sequence(self.gru_decoder(packed)[0], True)[0]
+        return nn.utils.rnn.pad_packed_sequence(gru(packed, first)[0], True)[0]
 
 
 def gaussian_taps(width: float, taps: int) -> Tensor:
@@ -492,37 +546,147 @@ def gaussian_taps(width: float, taps: int) -> Tensor:
 
 
 def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecoder:
-    """Weights of the public baseline (arrays or tensors by its names) as a GRUDecoder; sizes from the shapes.
+    """Weights of either public baseline (arrays or tensors by its names) as a GRUDecoder: '24
+    (`neural_seq_decoder`) or '25 (`nejm-brain-to-text`, whose names are `day_weights.N`, `gru.*`, `out.*`).
 
-    The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or
-    missing name, and a smoothing kernel that differs between channels, raise DataError.
+    Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
+    (`inpLayer*`) are left out; any other unknown or missing name, and a smoothing kernel that differs between
+    channels, raise DataError.
     """
     weights = {}
     for name, value in state_dict.items():
-        name = name.removeprefix("module.")
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         if not name.startswith("inpLayer"):
             weights[name] = torch.as_tensor(value).float()
+    of_25 = "day_weights.0" in weights
     try:
+        if of_25:
+            weights = _by_names_of_24(weights)
         smoothing = weights.pop("gaussianSmoother.weight").flatten(1)
         days, channels, _ = weights["dayWeights"].shape
         gates, width = weights["gru_decoder.weight_ih_l0"].shape
         classes = len(weights["fc_decoder_out.weight"])
     except KeyError as error:
-        raise DataError(f"decoder weights: missing {error}; expected those of the public baseline") from error
+        raise DataError(f"decoder weights: missing {error}; expected those of a public baseline") from error
     if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
         raise DataError("decoder weights: gaussianSmoother.weight differs by channel; expected one kernel")
+    kernel = width // channels
     model = GRUDecoder(
         channels,
         days,
         hidden=gates // 3,
         layers=_layer_count(weights, "gru_decoder"),
         classes=classes,
-        kernel=width // channels,
-        stride=stride,
+        kernel=kernel,
+        stride=stride if kernel > 1 else 1,
+        dropout=0.4,
+        input_dropout=0.2 if of_25 else 0.0,
         bidirectional="gru_decoder.weight_ih_l0_reverse" in weights,
         smooth_taps=smoothing.shape[1],
+        h0=of_25,
+        whole_start=True,
     )
     return _with_weights(model, weights | {"smoothing": smoothing[0]})
+
+
+def _by_names_of_24(weights):
+    """The '25 baseline's weights by the names of '24: days stacked, windows from bin-major to channel-major,
+    the trainer's smoothing (SD 2, 9 taps) among them."""
+    days = sum(name.startswith("day_weights.") for name in weights)
+    renamed = {}
+    for name, value in weights.items():
+        if not name.startswith("day_"):
+            name = re.sub(r"^gru\.", "gru_decoder.", name)
+            renamed[re.sub(r"^out\.", "fc_decoder_out.", name)] = value
+    renamed["dayWeights"] = torch.stack([weights[f"day_weights.{i}"] for i in range(days)])
+    renamed["dayBias"] = torch.stack([weights[f"day_biases.{i}"] for i in range(days)])
+    channels = renamed["dayWeights"].shape[1]
+    by_bins = renamed["gru_decoder.weight_ih_l0"]
+    by_channels = by_bins.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1)
+    smoothing = gaussian_taps(2.0, 9).repeat(channels, 1, 1)
+    return renamed | {"gru_decoder.weight_ih_l0": by_channels, "gaussianSmoother.weight": smoothing}
+
+
+class _Float64:
+    """Stands for numpy.dtype in a '25 checkpoint, whose one scalar is read without calling NumPy."""
+
+    def __init__(self, name: str, *flags):
+        if name != "f8":
+            raise ValueError(f"a number of type {name}")
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
+def _float64(kind: _Float64, raw: bytes) -> float:
+    return struct.unpack("<d", raw)[0]
+
+
+def _of_baseline(path):
+    """What to do with a file that is no checkpoint of ours but a public decoder baseline's; else ""."""
+    if read_baseline(path) is None:
+        return ""
+    return (
+        f"a public decoder baseline's weights: convert, python data.py decoder-weights --in {path} --out FILE"
+    )
+
+
+def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
+    """A file of either public trainer ('24: modelWeights, '25: best_checkpoint) as a decoder and its
+    sessions; None where the file is none. Sessions of '25 stand in `args.yaml` beside it, those of '24 are
+    known where they are 24; otherwise day00, day01 ... DataError for weights that are incomplete."""
+    stand_ins = [(_Float64, "numpy.dtype")]
+    stand_ins += [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    content = None
+    with (
+        suppress(Exception),
+        torch.serialization.safe_globals(stand_ins),
+    ):  # of whatever a foreign file raises
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or "format" in content:
+        return None
+    weights = content.get("model_state_dict", content)
+    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
+    if not names & {"day_weights.0", "dayWeights"}:
+        return None
+    try:
+        model = gru_decoder_from_baseline(weights)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    days, beside = model.model_args["days"], Path(path).with_name("args.yaml")
+    sessions = SESSIONS_24
+    if "day_weights.0" in names and beside.is_file():
+        listed = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
+        sessions = list(dict.fromkeys(listed))
+    elif "day_weights.0" in names:
+        sessions = []
+    return model, sessions if len(sessions) == days else [f"day{i:02d}" for i in range(days)]
+
+
+def load_decoder(path: str | Path) -> tuple[GRUDecoder, list[str]]:
+    """A decoder and its sessions from a checkpoint of ours, or from a file of either public baseline."""
+    found = read_baseline(path)
+    if found is None:
+        model, ckpt = load_checkpoint(path)
+        if ckpt["task"] != "decoder":
+            raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
+        found = model, ckpt["data"]["days"]
+    return found
+
+
+def save_baseline(path: str | Path, out: str | Path) -> None:
+    """`python data.py decoder-weights`: a checkpoint of ours of a public baseline's file."""
+    found = read_baseline(path)
+    if found is None:
+        raise DataError(f"{path}: no weights of a public baseline; expected modelWeights or best_checkpoint")
+    model, sessions = found
+    about = {"days": sessions, "channels": model.model_args["channels"], "phonemes": list(PHONEMES)}
+    about |= {"rules": speech_rules(), "valid": "blocks", "synthetic": False}
+    kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
+    absent = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "epoch", "best", "rng", "git_sha"))
+    kept |= absent | {"step": 0, "skipped": {}, "args": {"seed": None}, "data": about}
+    save_checkpoint(out, kept)
+    print(f"{out}: {path}, {len(sessions)} day layers: {', '.join(sessions)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1189,7 +1353,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(f"{path}: unreadable as a checkpoint ({_one_line(error)[:80]}); {advice}") from error
+        found = f"{path}: unreadable as a checkpoint ({_one_line(error)[:80]})"
+        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
     try:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
@@ -1199,7 +1364,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
             model = MODELS[ckpt["task"]](**known)
         model.load_state_dict(weights)
     except Exception as error:
-        raise DataError(f"{path}: does not fit its model ({_one_line(error)}); {advice}") from error
+        found = f"{path}: does not fit its model ({_one_line(error)})"
+        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
