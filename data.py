@@ -224,11 +224,6 @@ class Score:
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
     repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
 
-    @property
-    def tempo_qpm(self):
-        """Quarters per minute at the first note."""
-        return float(self.qpm[0])
-
 
 # ------------------------------------------------------------------------------------------------------------
 # MusicXML: reading bars
@@ -1175,6 +1170,7 @@ def cut_score(score: Score, kept: np.ndarray) -> Score:
 # ------------------------------------------------------------------------------------------------------------
 # Performances
 # ------------------------------------------------------------------------------------------------------------
+PLAYED = ("pitch", "velocity", "onset", "offset")  # arrays of a `Performance` with an entry per note
 SUSTAIN, SOFT = 64, 67
 SHORTEST = 1e-3  # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
 LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
@@ -1201,6 +1197,10 @@ class Performance:
     sustain: np.ndarray
     soft: np.ndarray
     repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
+
+    def of_notes(self, rows):
+        """The performance of some notes and all pedals."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in PLAYED})
 
 
 def read_midi(path: str | Path) -> Performance:
@@ -1630,10 +1630,14 @@ class Reading:
         return lines
 
 
+def _aligned(score, performance, said=()):
+    return Reading(score, performance, align(score, performance), list(said))
+
+
 def follow(score: Score, performance: Performance, transpose: bool = False) -> Reading:
     """The performance aligned with what it plays of the score: in its key or, with `transpose`, another,
     without repeats that were not taken, a passage alone. DataError where it plays something else."""
-    reading = Reading(score, performance, align(score, performance))
+    reading = _aligned(score, performance)
     if max(reading.match_rate, reading.played_rate) < SURE:
         reading = _in_key(reading, transpose)
     whole = _without_repeats(reading)
@@ -1656,13 +1660,11 @@ def _in_key(reading, transpose):
     """The reading in another key, up to an octave away, if its beginning matches there."""
     score, performance = reading.score, reading.performance
 
-    def moved_by(semitones, notes=None):
-        moved = transform_performance(performance, semitones=semitones)
-        arrays = {name: getattr(moved, name)[:notes] for name in ("pitch", "velocity", "onset", "offset")}
-        moved = replace(moved, **arrays)
-        return Reading(score, moved, align(score, moved))
+    def moved(semitones, notes=None):
+        played = transform_performance(performance, semitones=semitones)
+        return _aligned(score, played.of_notes(slice(notes)))
 
-    other = moved_by(max(range(-12, 13), key=lambda shift: moved_by(shift, PROBE).played_rate))
+    other = moved(max(range(-12, 13), key=lambda shift: moved(shift, PROBE).played_rate))
     higher = performance.pitch[0] - other.performance.pitch[0]
     if not higher or max(other.match_rate, other.played_rate) <= SURE:
         return reading
@@ -1681,19 +1683,16 @@ def _without_repeats(reading):
         shares[repeat] = np.append(reading.match[rows] >= 0, False).mean()
     played = [repeat for repeat, share in shares.items() if share > TAKEN[0]]
     once = [repeat for repeat in played if shares[repeat] < TAKEN[1]]
-    best = reading
-    for left_out in {tuple(once), tuple(played)} - {()}:
-        shorter = cut_score(score, ~np.isin(score.repeat, left_out))
+    readings = [reading]
+    for left_out in (once, played) if once != played else (once,):
+        repeated = np.isin(score.repeat, left_out)
         said = []
         for repeat in left_out:
             numbers = score.numbers[score.repeat == repeat]
             said.append(f"played without the repeat of bars {numbers[0]}-{numbers[-1]}")
-        other = Reading(
-            shorter, reading.performance, align(shorter, reading.performance), reading.said + said
-        )
-        if other.match_rate + other.played_rate > best.match_rate + best.played_rate:
-            best = other
-    return best
+        if said:
+            readings.append(_aligned(cut_score(score, ~repeated), reading.performance, reading.said + said))
+    return max(readings, key=lambda other: other.match_rate + other.played_rate)
 
 
 def _longest_passage(reading):
@@ -1704,8 +1703,8 @@ def _longest_passage(reading):
     stop = (total - np.minimum.accumulate(total)).argmax()
     if stop:
         score = cut_score(score, _mask(score, total[: stop + 1].argmin(), stop))
-    part = Reading(score, reading.performance, align(score, reading.performance))
-    part.said = [*reading.said, f"plays bars {part.bars} of the score only"]
+    part = _aligned(score, reading.performance, reading.said)
+    part.said.append(f"plays bars {part.bars} of the score only")
     return part
 
 
@@ -1730,15 +1729,15 @@ def cut_bars(reading: Reading, kept: np.ndarray) -> Reading | None:
     taken[others] = False
     taken[hits] = True
     place = np.append(np.cumsum(taken) - 1, -1)
-    start, until = onset[taken].min(), performance.offset[taken].max()
-    arrays = {name: getattr(performance, name)[taken] for name in ("pitch", "velocity", "onset", "offset")}
-    arrays["onset"] = arrays["onset"] - start
-    arrays["offset"] = arrays["offset"] - start
+    cut = performance.of_notes(taken)
+    start, until = cut.onset.min(), cut.offset.max()
     for name in ("sustain", "soft"):
-        events = getattr(performance, name)
+        events = getattr(cut, name)
         inside = (events[:, 0] > start) & (events[:, 0] <= until)
-        arrays[name] = np.vstack([[0.0, _value_held_at(events, start)], events[inside] - (start, 0)])
-    score, cut = cut_score(reading.score, kept), replace(performance, **arrays)
+        held = [0.0, _value_held_at(events, start)]
+        setattr(cut, name, np.vstack([held, events[inside] - (start, 0)]))
+    cut = replace(cut, onset=cut.onset - start, offset=cut.offset - start)
+    score = cut_score(reading.score, kept)
     return Reading(score, cut, place[match[rows]], list(reading.said), reading.start + start)
 
 
@@ -1758,13 +1757,11 @@ def passages(score: Score) -> list[np.ndarray]:
 
 def bars_named(score: Score, text: str) -> np.ndarray:
     """Mask of the played bars of "A-B", printed numbers: from the last A before the first B after an A."""
-    numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    numbers = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
     if numbers:
-        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
-        starts = np.flatnonzero(score.numbers == first)
-        for end in np.flatnonzero(score.numbers == last):
-            if len(starts) and starts[0] <= end:
-                return _mask(score, starts[starts <= end][-1], end + 1)
+        first, last = (np.flatnonzero(score.numbers == int(number)) for number in numbers.groups())
+        for end in last[last >= first.min(initial=len(score.numbers))][:1]:
+            return _mask(score, first[first <= end][-1], end + 1)
     found = f"played were bars {score.numbers[0]} to {score.numbers[-1]}"
     raise DataError(f"{score.path}: {found}; expected --bars as 5-12 within them; given {text!r:.40}")
 
@@ -1814,7 +1811,7 @@ PERFORMANCE_FEATURES = dict.fromkeys(
     Column(z_scored=True),
 ) | {"performance_qpm_primo": Column(z_scored=True, borrowed=True)}
 # Of every played note, score note or not.
-RAW_FEATURES = dict.fromkeys("raw_pitch raw_velocity raw_onset raw_offset".split(), Column(z_scored=True))
+RAW_FEATURES = {f"raw_{name}": Column(z_scored=True) for name in PLAYED}
 FEATURES = SCORE_FEATURES | PERFORMANCE_FEATURES | RAW_FEATURES
 
 
@@ -1829,62 +1826,57 @@ ARPEGGIO_SPREAD = 1.0  # the same where a member is arpeggiated
 START_VELOCITY = 64  # of score notes before the first matched one
 
 
-class _Onset(NamedTuple):
-    quarter: float
-    second: float
-    row: int = -1  # of the score
-
-    def may_follow(self, anchor):
-        """Whether it is late enough after `anchor` to be played music."""
-        least = ANCHOR_GAP[0] * (self.quarter - anchor.quarter)
-        return self.second > anchor.second + least + ANCHOR_GAP[1]
+def _may_follow(later, earlier):
+    """Whether a (quarter, second) is late enough after another to be played music."""
+    least = ANCHOR_GAP[0] * (later[0] - earlier[0])
+    return later[1] > earlier[1] + least + ANCHOR_GAP[1]
 
 
-def _settle_chord(chord, spread):
-    """Mean second of a chord's onsets without outliers, and the rows of these."""
-    kept, rows = list(chord), []
+def _settle_chord(rows, second, spread):
+    """Mean second of a chord's rows without outliers, and the outliers."""
+    kept, outliers = list(rows), []
     while True:
-        mean = sum(onset.second for onset in kept) / len(kept)
-        far = max(kept, key=lambda onset: abs(onset.second - mean))
-        if abs(far.second - mean) <= spread:
-            return mean, rows
+        mean = sum(second[kept]) / len(kept)
+        far = max(kept, key=lambda row: abs(second[row] - mean))
+        if abs(second[far] - mean) <= spread:
+            return mean, outliers
         if len(kept) == 2:
-            return mean, [onset.row for onset in chord]
+            return mean, rows
         kept.remove(far)
-        rows.append(far.row)
+        outliers.append(far)
 
 
 def _clean(score, performance, match):
     """Drop matches out of the order of time; fix (quarter, second) anchors, two or more, both increasing."""
     match = match.copy()
-    rows = np.flatnonzero((match >= 0) & ~score.grace)
-    places = zip(score.onset[rows].tolist(), performance.onset[match[rows]].tolist(), rows, strict=True)
+    second = performance.onset[match]
+    places = np.stack([score.onset, second], axis=1).tolist()
     chords, anchors, dropped = [], [], []
-    for onset in itertools.starmap(_Onset, places):
-        if chords and onset.quarter == chords[-1][0].quarter:
-            chords[-1].append(onset)
-        elif not chords or onset.may_follow(chords[-1][0]):
-            chords.append([onset])
+    for row in np.flatnonzero((match >= 0) & ~score.grace):
+        first = chords[-1][0] if chords else row
+        if chords and score.onset[row] == score.onset[first]:
+            chords[-1].append(row)
+        elif not chords or _may_follow(places[row], places[first]):
+            chords.append([row])
         else:
-            dropped += [onset.row, chords[-1][0].row]
+            dropped += [row, first]
     # Unlike the original, which leaves the last chord open: it is an anchor too.
     for chord in chords:
-        members = [onset.row for onset in chord]
-        spread = ARPEGGIO_SPREAD if score.arpeggiate[members].any() else CHORD_SPREAD
-        mean, outliers = _settle_chord(chord, spread)
-        anchor = _Onset(chord[0].quarter, mean)
-        if not anchors or anchor.may_follow(anchors[-1]):
+        spread = ARPEGGIO_SPREAD if score.arpeggiate[chord].any() else CHORD_SPREAD
+        mean, outliers = _settle_chord(chord, second, spread)
+        anchor = score.onset[chord[0]], mean
+        if not anchors or _may_follow(anchor, anchors[-1]):
             anchors.append(anchor)
             dropped += outliers
         else:
-            dropped += members
+            dropped += chord
     match[dropped] = -1
     # Unlike the original, which fails with too few anchors: the score's tempo; a bad item stays readable.
     if not anchors:
-        anchors.append(_Onset(score.onset[0], performance.onset[0]))
+        anchors.append((score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
-        anchors.append(_Onset(anchors[0].quarter + 1, anchors[0].second + 60 / score.tempo_qpm))
-    return match, np.array([(anchor.quarter, anchor.second) for anchor in anchors])
+        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.qpm[0]))
+    return match, np.array(anchors)
 
 
 def _tempo_of_notes(grid, anchors):
@@ -1970,11 +1962,7 @@ def _played_features(performance):
         "soft_pedal": _pedal_depth(_value_held_at(performance.soft, onset)),
         "pedal_refresh": refresh,
         "pedal_cut": cut,
-        "raw_pitch": performance.pitch,
-        "raw_velocity": performance.velocity,
-        "raw_onset": onset,
-        "raw_offset": offset,
-    }
+    } | {f"raw_{name}": getattr(performance, name) for name in PLAYED}
 
 
 # ------------------------------------------------------------------------------------------------------------
