@@ -609,7 +609,7 @@ def _play_order(measures, reader):
     """`_unfold_repeats` with da capo, dal segno, fine and coda.
 
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
-    without end or number or turn, jumps to a sign that is not there, a second jump.
+    without end or turn, jumps to a sign that is not there, a second jump.
     """
     order, last_turns = _unfold_repeats(measures, reader)
     signs = {}  # attribute of a <sound> -> first measure
@@ -841,11 +841,9 @@ def _active(marks, notes):
         while marks and marks[0].onset <= note.onset:
             active.append(marks.popleft())
         active = [m for m in active if note.onset < m.end]
-        if set(_HAIRPINS) <= {m.kind for m in active}:
-            foreign = {1: "below", 2: "above"}.get(note.staff, "")
-            yield [m for m in active if m.kind == "words" or m.placement != foreign]
-        else:
-            yield active
+        foreign = {1: "below", 2: "above"}.get(note.staff, "")
+        both = set(_HAIRPINS) <= {m.kind for m in active}
+        yield [m for m in active if not both or m.kind == "words" or m.placement != foreign]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -863,7 +861,7 @@ def _contiguous(index):
 
 def _beat_grid(bars, starts, ticks):
     """Beat positions; compound metres count dotted beats; irregular bars from their start, a pickup back."""
-    beats = []
+    beats = [-math.inf]
     for i, (bar, start) in enumerate(zip(bars, starts, strict=True)):
         count = _COMPOUND.get(bar.beats, bar.beats)
         step = bar.nominal / count
@@ -874,8 +872,9 @@ def _beat_grid(bars, starts, ticks):
         if irregular and i == 0 and len(bars) > 1:
             beats += [starts[1] - step * k for k in range(count, 0, -1)]
         else:
-            beats += [b for b in (start + step * k for k in range(count)) if not beats or b > beats[-1]]
-    return np.array(beats)
+            last = beats[-1]
+            beats += [b for b in start + step * np.arange(count) if b > last]
+    return np.array(beats[1:])
 
 
 def _beat_importance(position, numerator):
@@ -935,10 +934,7 @@ def _overlapped(notes):
     struck = [row for row, note in enumerate(notes) if "grace" not in note.marks]
     struck.sort(key=lambda row: notes[row].duration)
     longest = {(notes[row].part, notes[row].onset, notes[row].pitch): row for row in struck}
-    overlapped = np.zeros(len(notes), bool)
-    overlapped[struck] = True
-    overlapped[list(longest.values())] = False
-    return overlapped
+    return np.isin(np.arange(len(notes)), list({*struck} - {*longest.values()}))
 
 
 def _composer_vector(root, path):
@@ -970,8 +966,7 @@ def _direction_features(notes, directions, last_division):
     swelling, moving = _active(hairpins, notes), _active(changes, notes)
     for note, level, pace, swell, move in zip(notes, level_of, pace_of, swelling, moving, strict=True):
         level = dynamics[level]
-        words = [m.text for m in [level, *swell]]
-        dynamic = dynamic_of(" ".join(words)).copy()
+        dynamic = dynamic_of(" ".join(m.text for m in [level, *swell])).copy()
         for column, value in accents.get(note.onset, []) if "grace" not in note.marks else []:
             dynamic[column] = value
         # Unlike the original, which takes hairpins and other dynamics for relative tempo marks.
@@ -979,7 +974,7 @@ def _direction_features(notes, directions, last_division):
         tempo = tempo_of(" ".join(m.text for m in marks))
         recent = max(m.onset for m in marks)
         rows.append((dynamic, tempo, note.onset - level.start, note.onset - recent))
-        now = marks[0].text, [id(m) for m in marks[1:]]
+        now = marks[0].text, [id(m) for m in move]
         if now != before:
             sections.append(note.onset)
         before = now
@@ -993,10 +988,8 @@ def _shown(notes):
 
 def _unfolded(bars, starts, name):
     """Copies of the bars' notes or directions, at their positions in the unfolded piece."""
-    items = []
-    for bar, start in zip(bars, starts, strict=True):
-        items += [replace(item, onset=item.onset + start) for item in getattr(bar, name)]
-    return items
+    pairs = [(item, start) for bar, start in zip(bars, starts, strict=True) for item in getattr(bar, name)]
+    return [replace(item, onset=item.onset + start) for item, start in pairs]
 
 
 def _part_notes(notes, rests, slurs, reader):
@@ -1023,27 +1016,28 @@ def read_musicxml(path: str | Path) -> Score:
     root = reader.root()
     parts = reader.parts(root)
     measures = root.find("part").findall("measure")
-    order, repeat = zip(*_play_order(measures, reader), strict=True)
-    numbers = _printed_numbers(measures)[list(order)]
+    order, repeat = np.transpose(_play_order(measures, reader))
     unfolded = len(order) + sum(len(part[i].notes) for part in parts for i in order)
     if unfolded > _MAX_UNFOLDED:
         raise reader.error(f"{unfolded} bars and notes with all repeats; expected at most {_MAX_UNFOLDED}")
     _settle_bars(parts, reader.repairs)
     _trim_pickup([bars[0] for bars in parts], reader.repairs)
-    bars = [parts[0][i] for i in order]
+    parts = [[bars[i] for i in order] for bars in parts]
+    bars = parts[0]
     starts = np.cumsum([0.0, *(bar.length for bar in bars[:-1])])
     notes, rests, slurs, directions = [], [], {}, []
-    for part in parts:
-        played = [part[i] for i in order]
+    for played in parts:
         notes += _part_notes(_unfolded(played, starts, "notes"), rests, slurs, reader)
         directions += _unfolded(played, starts, "directions")
     if not notes:
         raise reader.error("no notes; expected at least one <note> with <pitch>")
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
-    composer = _composer_vector(root, path)
-    known = {"path": Path(path), "numbers": numbers, "repeat": np.array(repeat), "repairs": reader.repairs}
-    return _build_score(known, reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
+    features, arrays = _features_of(reader.ticks, notes, rests, slurs, directions, bars, starts)
+    features["composer_vec"] = np.tile(_composer_vector(root, path), (len(notes), 1))
+    numbers = _printed_numbers(measures)[order]
+    known = {"path": Path(path), "numbers": numbers, "repeat": repeat, "repairs": reader.repairs}
+    return _settle(Score(**known, **arrays, features=features))
 
 
 def _printed_numbers(measures):
@@ -1055,35 +1049,32 @@ def _printed_numbers(measures):
     return np.array(numbers[1:])
 
 
-def _build_score(known, ticks, notes, rests, slurs, directions, bars, starts, composer):
-    """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
-    columns = {}
-    for name in ("pitch", "voice", "staff", "grace_order", "tremolo", "onset", "duration"):
-        columns[name] = np.array([getattr(x, name) for x in notes])
-    pitch, onset, duration = columns["pitch"], columns.pop("onset"), columns.pop("duration")
+def _features_of(ticks, notes, rests, slurs, directions, bars, starts):
+    """Notes in row order and what surrounds them, in ticks, to features and the other arrays of a `Score`."""
+    names = ("pitch", "voice", "staff", "grace_order", "tremolo", "onset", "duration")
+    arrays = {name: np.array([getattr(note, name) for note in notes]) for name in names}
+    pitch, onset = arrays["pitch"], arrays["onset"]
     tempi = [(d.onset, d.text) for d in directions if d.kind == "tempo"]
     at, tempi = np.array([(-1.0, 120.0), *tempi], float).T
-    qpm = tempi[np.searchsorted(at, onset, side="right") - 1]
 
     def marked(*names):
-        return np.array([[name in x.marks for name in names] for x in notes], float)
+        return np.array([[name in note.marks for name in names] for note in notes], float)
 
     bar = _index_at_or_before(starts, onset, 1e-6)
     lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
     position = (onset - starts[bar]) / lengths[bar]
     importance = [_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]
     notation = marked(*_NOTATIONS)
-    graced = {(x.voice, x.onset) for x in notes if "graced" in x.marks}
-    preceded = [(x.voice, x.onset) in graced and "grace" not in x.marks for x in notes]
+    graced = {(note.voice, note.onset) for note in notes if "graced" in note.marks}
+    preceded = [(note.voice, note.onset) in graced and "grace" not in note.marks for note in notes]
     following = _rests_after(notes, rests)
     dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
         notes, directions, bars[-1].division
     )
-    slurred = _slur_flags(columns["voice"], onset, marked("slur start", "slur stop"), slurs)
-    beams = marked("beam begin", "beam continue", "beam end")
+    slurred = _slur_flags(arrays["voice"], onset, marked("slur start", "slur stop"), slurs)
     features = {
         "midi_pitch": pitch.astype(float),
-        "duration": duration / ticks,
+        "duration": arrays["duration"] / ticks,
         "beat_position": position,
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
@@ -1091,35 +1082,30 @@ def _build_score(known, ticks, notes, rests, slurs, directions, bars, starts, co
         "followed_by_fermata_rest": following[:, 1],
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
-        "grace_order": columns["grace_order"].astype(float),
+        "grace_order": arrays["grace_order"].astype(float),
         "preceded_by_grace_note": np.array(preceded, float),
         "pitch": np.column_stack([(pitch // 12 - 5) / 4, np.eye(12)[pitch % 12]]),
         "tempo": tempo,
         "dynamic": dynamic,
         "notation": notation,
         "time_sig_vec": np.array([_time_vector(b) for b in bars])[bar],
-        "slur_beam_vec": np.hstack([slurred, beams]),
-        "composer_vec": np.tile(composer, (len(notes), 1)),
+        "slur_beam_vec": np.hstack([slurred, marked("beam begin", "beam continue", "beam end")]),
     }
-    score = Score(
-        **known,
-        onset=onset / ticks,
-        duration=duration / ticks,
-        **columns,
-        measure=bar,
-        beat=bar,
-        section=_index_at_or_before(sections, onset, 1e-6),
-        grace=marked("grace")[:, 0] > 0,
-        overlapped=_overlapped(notes),
-        trill=notation[:, 0] > 0,
-        arpeggiate=notation[:, 5] > 0,
-        qpm=qpm,
-        beats=_beat_grid(bars, starts, ticks) / ticks,
-        measures=starts / ticks,
-        sections=sections / ticks,
-        features=features,
-    )
-    return _settle(score)
+    return features, arrays | {
+        "onset": onset / ticks,
+        "duration": features["duration"],
+        "measure": bar,
+        "beat": bar,
+        "section": _index_at_or_before(sections, onset, 1e-6),
+        "grace": marked("grace")[:, 0] > 0,
+        "overlapped": _overlapped(notes),
+        "trill": notation[:, 0] > 0,
+        "arpeggiate": notation[:, 5] > 0,
+        "qpm": tempi[np.searchsorted(at, onset, side="right") - 1],
+        "beats": _beat_grid(bars, starts, ticks) / ticks,
+        "measures": starts / ticks,
+        "sections": sections / ticks,
+    }
 
 
 def _settle(score):
@@ -1154,17 +1140,11 @@ def cut_score(score: Score, kept: np.ndarray) -> Score:
     for name in ("distance_from_abs_dynamic", "distance_from_recent_tempo"):
         features[name] = np.minimum(features[name], onset)
     end = onset[-1] + score.sections[-1] - score.onset[-1]
-    arrays |= {
-        "onset": onset,
-        "features": features,
-        "section": np.cumsum(np.diff(section, prepend=section[0]) > 0),
-        "beats": moved(score.beats),
-        "measures": moved(score.measures),
-        "sections": np.append(onset[np.flatnonzero(np.diff(section, prepend=-1))], end),
-        "numbers": score.numbers[kept],
-        "repeat": score.repeat[kept],
-    }
-    return _settle(replace(score, **arrays))
+    arrays |= {name: moved(getattr(score, name)) for name in ("onset", "beats", "measures")}
+    arrays |= {name: getattr(score, name)[kept] for name in ("numbers", "repeat")}
+    arrays["section"] = np.cumsum(np.diff(section, prepend=section[0]) > 0)
+    arrays["sections"] = np.append(onset[np.flatnonzero(np.diff(section, prepend=-1))], end)
+    return _settle(replace(score, **arrays, features=features))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1433,7 +1413,7 @@ def _viterbi(position, pace, holds, performance):
 def _stranger(position, holds, performance):
     """Whether no passage of a performance is found anywhere in the score, at a fast pace or a slow one."""
     prices = []
-    for begin in np.linspace(0, len(performance.pitch) - PROBED, 4).astype(int):
+    for begin in np.linspace(0, max(len(performance.pitch) - PROBED, 0), 4).astype(int):
         passage = slice(begin, begin + PROBED)
         for pace in PROBED_PACES:
             paces = np.full(len(position), pace)
@@ -1566,13 +1546,13 @@ def _assign(pitch, due, room, performance):
     Distances are squared, so that the pairs of one key do not cross.
     """
     partner = np.full(len(pitch), -1, np.int64)
+    by_time = np.argsort(due, kind="stable")
     for key in np.intersect1d(pitch, performance.pitch):
-        rows = np.flatnonzero(pitch == key)
-        rows = rows[np.argsort(due[rows], kind="stable")] if len(rows) > MOST_OF_KEY else rows
+        rows = by_time[pitch[by_time] == key]
         columns = np.flatnonzero(performance.pitch == key)
-        cuts = np.searchsorted(performance.onset[columns], due[rows[MOST_OF_KEY::MOST_OF_KEY]])
-        for part, near in enumerate(np.split(columns, cuts)):
-            some = rows[part * MOST_OF_KEY : (part + 1) * MOST_OF_KEY]
+        cuts = range(MOST_OF_KEY, len(rows), MOST_OF_KEY)
+        near_cuts = np.searchsorted(performance.onset[columns], due[rows[cuts]])
+        for some, near in zip(np.split(rows, cuts), np.split(columns, near_cuts), strict=True):
             distance = np.abs(performance.onset[near] - due[some, None]) / room[some, None]
             row, column = linear_sum_assignment(np.minimum(distance, 1) ** 2)
             close = distance[row, column] < 1
