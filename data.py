@@ -361,8 +361,8 @@ class _Reader:
             for name, semitones in (("chromatic", 1), ("octave-change", 12)):
                 steps = self.number(transpose.findtext(name, "0"), name, -48, 48)
                 self.transposition += steps * semitones
-        for time in element.iterfind("time"):
-            self.time = self.metre(time)
+        for metre in element.iterfind("time"):
+            self.time = self.metre(metre)
 
     def metre(self, time):
         """Beats of a bar, the note value of one, and whether bars are as long as their music instead."""
@@ -1760,21 +1760,23 @@ class Column(NamedTuple):
     borrowed: bool = False
 
 
+SCALED, SCALED_BORROWED = Column(z_scored=True), Column(z_scored=True, borrowed=True)
+PLAIN, BORROWED = Column(), Column(borrowed=True)
 # In the order of HAN.md.
 SCORE_FEATURES = {
-    "midi_pitch": Column(z_scored=True),
-    "duration": Column(z_scored=True),
-    "beat_importance": Column(z_scored=True),
-    "measure_length": Column(z_scored=True, borrowed=True),
-    "qpm_primo": Column(z_scored=True, borrowed=True),
-    "following_rest": Column(z_scored=True),
-    "distance_from_abs_dynamic": Column(z_scored=True),
-    "distance_from_recent_tempo": Column(z_scored=True),
-    "beat_position": Column(borrowed=True),
-    "xml_position": Column(borrowed=True),
-    "grace_order": Column(),
-    "preceded_by_grace_note": Column(),
-    "followed_by_fermata_rest": Column(),
+    "midi_pitch": SCALED,
+    "duration": SCALED,
+    "beat_importance": SCALED,
+    "measure_length": SCALED_BORROWED,
+    "qpm_primo": SCALED_BORROWED,
+    "following_rest": SCALED,
+    "distance_from_abs_dynamic": SCALED,
+    "distance_from_recent_tempo": SCALED,
+    "beat_position": BORROWED,
+    "xml_position": BORROWED,
+    "grace_order": PLAIN,
+    "preceded_by_grace_note": PLAIN,
+    "followed_by_fermata_rest": PLAIN,
     "pitch": Column(13),
     "tempo": Column(5),
     "dynamic": Column(4),
@@ -1788,10 +1790,10 @@ PERFORMANCE_FEATURES = dict.fromkeys(
     "beat_tempo measure_tempo section_tempo velocity onset_deviation beat_dynamics measure_dynamics "
     "articulation pedal_refresh_time pedal_cut_time pedal_at_start pedal_at_end soft_pedal pedal_refresh "
     "pedal_cut".split(),
-    Column(z_scored=True),
-) | {"performance_qpm_primo": Column(z_scored=True, borrowed=True)}
+    SCALED,
+) | {"performance_qpm_primo": SCALED_BORROWED}
 # Of every played note, score note or not.
-RAW_FEATURES = {f"raw_{name}": Column(z_scored=True) for name in PLAYED}
+RAW_FEATURES = {f"raw_{name}": SCALED for name in PLAYED}
 FEATURES = SCORE_FEATURES | PERFORMANCE_FEATURES | RAW_FEATURES
 
 
