@@ -1199,7 +1199,7 @@ def read_midi(path: str | Path) -> Performance:
             events += _track_events(track, MOST_EVENTS - len(events), repairs)
         events.sort(key=lambda event: event[0])
         seconds = _event_seconds(events, division, repairs)
-        notes, pedals = _pair_notes(events, seconds, repairs)
+        notes, pedals = _pair_notes(events, seconds.tolist(), repairs)
         if not notes or seconds[-1] > LONGEST:
             raise ValueError(f"{len(notes)} notes in {seconds[-1:].sum():.3g} s; expected some within a day")
     except Exception as error:
@@ -1292,11 +1292,11 @@ def _event_seconds(events, division, repairs):
     changes = [(0, 500_000)]
     for tick, status, data in events:
         if status == META and data[0] == TEMPO:
-            changes.append((tick, int.from_bytes(data[-3:], "big")))
+            if any(data[-3:]):
+                changes.append((tick, int.from_bytes(data[-3:], "big")))
+            else:
+                repairs["tempi of 0 left out"] += 1
     at, tempo = np.array(changes, float).T
-    if (tempo == 0).any():
-        repairs["tempi of 0 left out"] += int((tempo == 0).sum())
-        at, tempo = at[tempo > 0], tempo[tempo > 0]
     starts = np.concatenate([[0.0], np.cumsum(np.diff(at) * tempo[:-1])])
     current = np.searchsorted(at, ticks, side="right") - 1
     return (starts[current] + (ticks - at[current]) * tempo[current]) / (division * 1e6)
@@ -1306,7 +1306,7 @@ def _pair_notes(events, seconds, repairs):
     """[pitch, velocity, onset, offset] of each note by onset; {controller: [(second, value)]} of pedals."""
     notes, sounding = [], {}  # (channel, pitch) -> open notes
     pedals = {SUSTAIN: [], SOFT: []}
-    for now, (_, status, data) in zip(seconds.tolist(), events, strict=True):
+    for now, (_, status, data) in zip(seconds, events, strict=True):
         kind, channel = status >> 4, status & 0xF
         if kind == NOTE_ON and data[1]:
             notes.append([*data, now, None])
@@ -1565,10 +1565,8 @@ def _assign(pitch, due, room, performance):
 # ------------------------------------------------------------------------------------------------------------
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
 SURE, PROBE = 0.8, 100  # match rate of another key; played notes that tell which
-TAKEN = (
-    0.25,
-    0.75,
-)  # share of a repeated passage's notes found: under, it was not played; over, with its repeat
+# Share of a repeated passage's notes found: under, it was not played; over, with its repeat.
+TAKEN = 0.25, 0.75
 UNLIKE = 0.15  # share of notes, written or played, without a partner, over which that is said
 PASSAGE_BARS, PASSAGE_NOTES = (16, 8, 4), 420  # of PercePiano's segments
 
@@ -1601,13 +1599,11 @@ class Reading:
 
     def warnings(self):
         """What has been said, and what else a reader of ratings should know."""
-        unplayed, unwritten = 1 - self.match_rate, 1 - self.played_rate
-        lines = list(self.said)
-        if unplayed > UNLIKE:
-            lines.append(f"{unplayed:.0%} of the written notes were not played")
-        if unwritten > UNLIKE:
-            lines.append(f"{unwritten:.0%} of the played notes are not written")
-        return lines
+        shares = {
+            "written notes were not played": 1 - self.match_rate,
+            "played notes are not written": 1 - self.played_rate,
+        }
+        return self.said + [f"{share:.0%} of the {what}" for what, share in shares.items() if share > UNLIKE]
 
 
 def _aligned(score, performance, said=()):
@@ -1664,14 +1660,12 @@ def _without_repeats(reading):
     played = [repeat for repeat, share in shares.items() if share > TAKEN[0]]
     once = [repeat for repeat in played if shares[repeat] < TAKEN[1]]
     readings = [reading]
-    for left_out in (once, played) if once != played else (once,):
-        repeated = np.isin(score.repeat, left_out)
-        said = []
+    for left_out in {tuple(once), tuple(played)} - {()}:
+        shorter, said = cut_score(score, ~np.isin(score.repeat, left_out)), list(reading.said)
         for repeat in left_out:
             numbers = score.numbers[score.repeat == repeat]
             said.append(f"played without the repeat of bars {numbers[0]}-{numbers[-1]}")
-        if said:
-            readings.append(_aligned(cut_score(score, ~repeated), reading.performance, reading.said + said))
+        readings.append(_aligned(shorter, reading.performance, said))
     return max(readings, key=lambda other: other.match_rate + other.played_rate)
 
 
