@@ -307,8 +307,8 @@ BARS = {
         ([note(60) + note(None) + FERMATA, note(None, 8) + note(62) + note(None, attributes=HIDDEN),
           note(64) + note(None, 8) + note(None)],),
         dict(following_rest=[5, 0, 2], followed_by_fermata_rest=[1, 0, 0])),
-    "parts unfold together": (
-        ([A, B + repeat("backward")], [note(48, 16), note(50, 16)]),
+    "parts unfold together, bars start together": (
+        ([A, B + repeat("backward")], [note(48, 12), note(50, 16)]),
         dict(pitch=[60, 48, 62, 50] * 2, onset=[0, 0, 4, 4, 8, 8, 12, 12])),
     "a pickup counts beats backwards": (
         ([('implicit="yes"', note(60, 6)), A, B],),
@@ -321,8 +321,6 @@ BARS = {
         ([mark("p") + note(None, 12, attributes=HIDDEN) + note(60), B],),
         dict(onset=[0, 1], beats=[0, 1, 2, 3, 4], distance_from_abs_dynamic=[0, 1])),
     "visible rests are no padding": (([note(None, 12) + note(60), B],), dict(onset=[3, 4])),
-    "bars of all parts start together": (
-        ([A, B], [note(48, 12), note(50, 16)]), dict(onset=[0, 0, 4, 4])),
     "the cursor need not return; an empty bar lasts as its metre says": (
         ([A + back(8), "", B],), dict(onset=[0, 8], measures=[0, 4, 8])),
     "a bar of 1/240 quarter too much is regular": (([A, FINE + note(62, 1922)],), dict(beats=range(8))),
@@ -393,8 +391,7 @@ def test_metres(read, time, length, beats, vector, importance):
 
 
 def test_word_vectors_and_their_tables():
-    expected = {"decrescendo": [0, -0.7, 0, 0], "p poco cresc.": [-0.4, 0.5, 0, 0], "nothing": [0, 0, 0, 0]}
-    expected["più forte possibile"] = [1, 0, 0, 0]
+    expected = {"p poco cresc.": [-0.4, 0.5, 0, 0], "più forte possibile": [1, 0, 0, 0]}
     for text, vector in expected.items():
         assert data._word_vector(text, data.DYNAMIC_WORDS, whole=False).tolist() == vector
     # the reference lists 4 more with capitals or commas
@@ -427,12 +424,10 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([A, B + BACKWARD, C + BACKWARD, D], "abab cc d"),
     ([A + repeat("backward", 3), B], "aaa b"),
     ([A, FIRST, SECOND.replace("stop", "discontinue"), D], "ab ac d"),
-    ([A, FIRST, C], "ab ac"),
     ([A, volta("1, 2", B) + BACKWARD, volta(3, C)], "ab ab ac"),
     ([A, volta(1, B, end=False), volta(1, C, begin=False) + BACKWARD, volta(2, D)], "abc ad"),
     ([FORWARD + A, FIRST, SECOND, FORWARD + D + BACKWARD], "ab ac dd"),
     ([A + FINE_, B, C + DA_CAPO], "abc a"),
-    ([A + BACKWARD, B, C + DA_CAPO], "aabc abc"),
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + DA_CAPO, '<sound coda="1"/>' + C], "ab ac"),
     ([A, FORWARD + B], "ab"),
