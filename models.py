@@ -10,20 +10,38 @@ N notes of all pieces · M members and G groups of an attention (notes in beats,
 Masks: True = valid. Index tensors come from data.collate_han.
 """
 
+from data import (  # first: while torch loads, Ctrl-C is one line
+    COUNT,
+    FOLDS,
+    STOPS,
+    WHOLE,
+    DataError,
+    add_options,
+    load_plain_pickle,
+    locked,
+    on_stop,
+    ordinary,
+    write_atomic,
+)
+
+# isort: split
 import atexit
+import io
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,10 +50,10 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-
-from data import FOLDS, DataError, add_options, number, write_atomic
+from tqdm import tqdm
 
 CHECKPOINT_FORMAT = 1
 
@@ -107,7 +125,7 @@ def group_softmax(score: Tensor, group: Tensor, groups: int) -> Tensor:
 # HAN (Park et al., Scientific Reports 14, 23002, 2024)
 # ---------------------------------------------------------------------------------------------------------
 LEVELS = ("note", "beat", "measure", "total_note_cat")
-FORMS = ("han", "bilstm", "bilstm_sa")
+FORMS = ("han", "bilstm", "bilstm_sa", "head")
 
 
 class HAN(nn.Module):
@@ -117,8 +135,9 @@ class HAN(nn.Module):
     size          width of the embedding and of each LSTM direction
     layers        LSTM layers of note, voice, beat, measure
     level         what feeds the final pooling: note | beat | measure | total_note_cat
-    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers)
-                  layers and no hierarchy (level is not used); they differ in the features that they are given
+    model         han | bilstm | bilstm_sa | head: the bilstm are the same network, one BiLSTM of sum(layers)
+                  layers and no hierarchy (level is not used), and differ in the features that they are given;
+                  head: the head alone, on batch["stats"]
     head_size     width inside the head; None = 2 * size
     stats_size    > 0: batch["stats"] (B, stats_size) is concatenated with the pooled vector before the head
     """
@@ -138,16 +157,32 @@ class HAN(nn.Module):
     ):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         if model not in FORMS or level not in LEVELS or size % heads:
             wanted = f"one of {FORMS}, one of {LEVELS}, a multiple of heads {heads}"
             raise DataError(f"HAN: model {model}, level {level}, size {size}; expected {wanted}")
+        if model == "head" and not stats_size:
+            raise DataError("HAN: model head without statistics; expected --pooled")
         if model != "han":
             level = "note"
             layers = [sum(layers), 0, 0, 0]
         self.level = level
         width = 2 * size  # both directions of an LSTM
+        if model != "head":
+            self._make_encoder(input_size, size, heads, layers, dropout)
+        hidden = head_size or width
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(stats_size + (0 if model == "head" else width), hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_label),
+        )
 
+    def _make_encoder(
+        self, input_size: int, size: int, heads: int, layers: list[int], dropout: float
+    ) -> None:
+        level, width = self.level, 2 * size
         self.embedding = nn.Linear(input_size, size)
         self.note = BiLSTM(size, size, layers[0], dropout)
         if level != "note":
@@ -161,14 +196,6 @@ class HAN(nn.Module):
         if level in ("note", "total_note_cat"):
             self.contractor = nn.Linear(4 * width if level == "total_note_cat" else width, width)
         self.attention = ContextAttention(width, heads)
-        hidden = head_size or width
-        self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(width + stats_size, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, num_label),
-        )
 
     def forward(self, batch: dict) -> Tensor:
         """batch of data.collate_han -> logits (B, 19)."""
@@ -181,6 +208,18 @@ class HAN(nn.Module):
         total_note_cat (N, 8s) · contracted: the level that is pooled, 2s wide · pooled (B, 2s); s = size;
         N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
         """
+        out = {} if self.model_args["model"] == "head" else self._encode(batch)
+        parts = [out["pooled"]] if out else []
+        if self.model_args["stats_size"]:
+            parts.append(batch["stats"])
+        seen = torch.cat(parts, dim=1)
+        if "mix" in batch:  # of train_han.mixup: each piece with another of the batch
+            share, partner = batch["mix"]
+            seen = share * seen + (1 - share) * seen[partner]
+        out["logits"] = self.head(seen)
+        return out
+
+    def _encode(self, batch: dict) -> dict[str, Tensor]:
         out = {}
         # indexing by piece and time, not by position in the flattened batch: any further padding is harmless
         out["embedding"] = self.embedding(batch["x"][batch["piece"], batch["time"]])
@@ -205,11 +244,46 @@ class HAN(nn.Module):
             out["total_note_cat"] = torch.cat([hidden, beat, measure], dim=1)
         out["contracted"] = self.contractor(out[self.level])
         out["pooled"] = self.attention(out["contracted"], piece, len(batch["x"]))
-        seen = out["pooled"]
-        if self.model_args["stats_size"]:
-            seen = torch.cat([seen, batch["stats"]], dim=1)
-        out["logits"] = self.head(seen)
         return out
+
+
+class KernelRidge(nn.Module):
+    """Kernel ridge regression on batch["stats"] (B, stats_size) of pooled statistics: 19 ratings, before the
+    sigmoid, as HAN's. Matérn-3/2; distances are root mean squares over the statistics."""
+
+    def __init__(self, items: int, stats_size: int, num_label: int = 19):
+        super().__init__()
+        self.model_args = {"items": items, "stats_size": stats_size, "num_label": num_label}
+        self.register_buffer("items", torch.zeros(items, stats_size))  # those it was fitted on
+        self.register_buffer("dual", torch.zeros(items, num_label))
+        self.register_buffer("mean", torch.zeros(num_label))
+
+    def forward(self, batch: dict) -> Tensor:
+        """batch of data.collate_han -> logits (B, 19)."""
+        p = self.mean + matern(batch["stats"], self.items) @ self.dual
+        return torch.logit(p, eps=1e-4)
+
+    @classmethod
+    def fit(cls, stats: Tensor, ratings: Tensor) -> "KernelRidge":
+        """stats (n, S), ratings (n, D) in [0, 1]. The ratings are turned to their principal components, of
+        which the later, noisier ones are shrunk more: ridge .1 to .5."""
+        model = cls(*stats.shape, ratings.shape[1])
+        stats, ratings = stats.double(), ratings.double()
+        mean = ratings.mean(0)
+        turn = torch.linalg.svd(ratings - mean, full_matrices=False).Vh
+        kernel = matern(stats, stats)
+        ridges = torch.logspace(math.log10(0.1), math.log10(0.5), len(turn))
+        solved = []
+        for ridge, component in zip(ridges, turn @ (ratings - mean).T, strict=True):
+            solved.append(torch.linalg.solve(kernel + ridge * torch.eye(len(kernel)), component))
+        model.load_state_dict({"items": stats, "dual": torch.stack(solved, 1) @ turn, "mean": mean})
+        return model.eval()
+
+
+def matern(a: Tensor, b: Tensor) -> Tensor:
+    """Matérn-3/2 kernel of rows (n, S), (m, S) -> (n, m)."""
+    distance = torch.cdist(a, b) * math.sqrt(3 / a.shape[1])
+    return (1 + distance) * torch.exp(-distance)
 
 
 # our names of the parts -> the original PercePiano network's (reference/percepiano_han.npz)
@@ -331,18 +405,20 @@ class GRUDecoder(nn.Module):
         smooth_taps: int = 20,
     ):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         if min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1:
             raise DataError(f"GRUDecoder: {self.model_args}; expected sizes of at least 1")
         self.kernel, self.stride = kernel, stride
         width = hidden * 2 if bidirectional else hidden
         between = dropout if layers > 1 else 0.0  # nn.GRU warns of dropout in a single layer
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
-        self.dayWeights = nn.Parameter(torch.eye(channels).repeat(days, 1, 1))
+        self.dayWeights = nn.Parameter(torch.empty(days, channels, channels))
+        for weight in self.dayWeights.data:
+            nn.init.eye_(weight)
         self.dayBias = nn.Parameter(torch.zeros(days, 1, channels))
         self.input_dropout = nn.Dropout(input_dropout)
         self.gru_decoder = nn.GRU(
-            channels * kernel, hidden, layers, batch_first=True, dropout=between, bidirectional=bidirectional
+            channels * kernel, hidden, layers, batch_first=True, dropout=between, bidirectional=width > hidden
         )
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.fc_decoder_out = nn.Linear(width, classes)
@@ -1030,7 +1106,17 @@ def _mean_and_deviation(x, inside):
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # ---------------------------------------------------------------------------------------------------------
+class Ensemble(nn.Module):
+    """Models in one file: members [task, model_args] each. `eval.py` rates with the members."""
+
+    def __init__(self, members: list):
+        super().__init__()
+        self.model_args = {"members": members}
+        self.members = nn.ModuleList(MODELS[task](**known) for task, known in members)
+
+
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
+MODELS |= {"kernel": KernelRidge, "ensemble": Ensemble}
 DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
 
@@ -1050,7 +1136,31 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     path = Path(path)
     for half in path.parent.glob(f".{path.name}.*"):  # of a save that was killed: a run has one writer
         half.unlink()
-    write_atomic(path, write)
+    try:
+        write_atomic(path, write)
+    except RuntimeError as error:  # torch's of a full disk
+        raise DataError(
+            f"{path}: not written ({_one_line(error)}); make room; the earlier one is whole"
+        ) from error
+
+
+def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
+    """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights in float16,
+    but dual ones, which cancel; every second quantile, those of a fold once. known: further keys."""
+    once: dict[bytes, Tensor] = {}
+    forms, about, weights = [], [], {}
+    for i, (model, ckpt) in enumerate(members):
+        forms.append([ckpt["task"], model.model_args])
+        for name, value in model.state_dict().items():
+            weights[f"members.{i}.{name}"] = value if name == "dual" else value.half()
+        kept = {key: ckpt.get(key) for key in ("task", "step")}
+        kept |= {"data": dict(ckpt["data"]), "args": {"seed": ckpt["args"].get("seed")}}
+        if kept["data"]["quantiles"] is not None:
+            quantiles = kept["data"]["quantiles"][::2].clone()
+            kept["data"]["quantiles"] = once.setdefault(quantiles.numpy().tobytes(), quantiles)
+        about.append(kept)
+    made = {"task": "ensemble", "model_args": {"members": forms}, "model": weights, "members": about}
+    save_checkpoint(path, made | git_state() | known)
 
 
 def _plain(value: object, where: str) -> object:
@@ -1075,23 +1185,92 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     short or no checkpoint of ours.
     """
     advice = "expected a last.pt or best.pt of this repository"
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; {advice}")
     try:
+        _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}); {advice}") from error
+        raise DataError(f"{path}: unreadable as a checkpoint ({_one_line(error)[:80]}); {advice}") from error
     try:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
-        model = MODELS[ckpt["task"]](**known)
-        model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
+        with _Bounded(weights, known, Path(path).stat().st_size):
+            model = MODELS[ckpt["task"]](**known)
+        model.load_state_dict(weights)
+    except Exception as error:
         raise DataError(f"{path}: does not fit its model ({_one_line(error)}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
+
+
+class _Anything:
+    """Stands for whatever a checkpoint's pickle names: torch itself decides what it may name."""
+
+    def __call__(self, *args):
+        return _Anything()
+
+    def __setitem__(self, key, value):
+        pass
+
+    def __contains__(self, name):
+        return True
+
+    def __getitem__(self, name):
+        return self
+
+
+def _check_archive(path: str | Path) -> None:
+    """ValueError where a record of a checkpoint differs from its checksum, unpacks to more than the file, or
+    has keys that take long to hash."""
+    size = ordinary(path).stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("it unpacks to more than it is")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
+        for record in records:
+            if record.filename.endswith("data.pkl"):
+                anything = _Anything()
+                load_plain_pickle(io.BytesIO(archive.read(record)), anything, anything)
+
+
+def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in nested dicts and lists, with their innermost names."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else ((name, value) for value in tree):
+            yield from _numbers(value, key)
+    elif isinstance(tree, int | float):
+        yield name, tree
+
+
+class _Bounded(TorchFunctionMode):
+    """Ends the making of a network that outgrows the weights it is for: its sizes may be a stranger's."""
+
+    def __init__(self, weights: dict, model_args: dict, file_size: int):
+        super().__init__()
+        self.calls = 100 * (len(weights) + 10)
+        held = sum(value.nbytes for value in weights.values())
+        longest = max((max(value.shape, default=1) for value in weights.values()), default=1)
+        if held > file_size:
+            raise ValueError(f"weights of {held} bytes in a file of {file_size}")
+        self.room = held + 10**6
+        for name, size in _numbers(model_args):
+            most = len(weights) if name in ("depth", "layers", "decoder_depth") else 1000 + 16 * longest
+            if not 0 <= size <= most:
+                raise ValueError(f"{name} is {size}, but its {len(weights)} weights are of others")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.calls -= 1
+        if function is torch.empty:
+            self.room -= made.numel()
+        if min(self.calls, self.room) < 0:
+            raise ValueError("its sizes make more than its weights")
+        return made
 
 
 def _one_line(error: Exception) -> str:
@@ -1102,22 +1281,23 @@ def _one_line(error: Exception) -> str:
 # Runs: what every trainer needs beside its control flow
 # ---------------------------------------------------------------------------------------------------------
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what a resumed run may be given otherwise; every other option comes from its checkpoint
+# what a resumed run may be given otherwise than its checkpoint says
 FREE_ON_RESUME = set(
-    "data audio cache out name resume init device max_steps patience log_every save_every save_minutes "
-    "max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
+    "data audio cache out name resume init device max_steps patience log_every eval_every save_every "
+    "save_minutes max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
 )
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["mps"] if torch.backends.mps.is_available() else []
+DEVICES += ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the last is the default
 RUN_OPTIONS = [
     ("--name", "NAME", None, "run folder below --out (made of the options)"),
     ("--out", "DIR", None, "folder of runs (%(default)s)"),
     ("--resume", "FILE", None, "last.pt of a stopped run: go on with its options (off)"),
-    ("--seed", number(int, 0), 7, "same seed, same run on CPU (%(default)s)"),
+    ("--seed", COUNT, 7, "same seed, same run on CPU (%(default)s)"),
     ("--device", DEVICES, DEVICES[-1], "where to train (%(default)s here)"),
     ("--amp", ["auto", *AMP_TYPES, "off"], "auto", "mixed precision; auto tries (%(default)s)"),
-    ("--max-skips", number(int, 1), 20, "non-finite updates that stop it (%(default)s)"),
-    ("--log-every", number(int, 1), 100, "steps between log lines (%(default)s)"),
-    ("--save-every", number(int, 0), 0, "steps between extra saves of last.pt (0: none)"),
+    ("--max-skips", WHOLE, 20, "non-finite updates that stop it (%(default)s)"),
+    ("--log-every", WHOLE, 100, "steps between log lines (%(default)s)"),
+    ("--save-every", COUNT, 0, "steps between extra saves of last.pt (0: none)"),
     ("--tensorboard", bool, False, "mirror the metrics (off)"),
     ("--debug", bool, False, "show the traceback of an error (off)"),
 ]
@@ -1134,10 +1314,9 @@ def parse_options(
     argv: list[str] | None,
     tasks: tuple[str, ...],
     *presets: Callable[[Namespace], dict],
-    free: set[str] = FREE_ON_RESUME,
 ) -> Namespace:
     """Options of a run. presets: functions of the options so far that give defaults of others, in turn.
-    With --resume those of its checkpoint: others than `free` and more epochs are refused."""
+    With --resume all those of its checkpoint; all but FREE_ON_RESUME and more epochs stay so."""
     argv = sys.argv[1:] if argv is None else argv
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
     for preset in presets:
@@ -1145,13 +1324,19 @@ def parse_options(
     resume = parser.parse_known_args(without_help)[0].resume
     if not resume:
         return parser.parse_args(argv)
-    saved = load_training(resume, tasks)["args"]
-    saved = {name: value for name, value in saved.items() if name not in free}
+    ckpt = load_training(resume, tasks)
+    saved = {
+        name: value for name, value in ckpt["args"].items() if name not in ("resume", "debug", "diagnose")
+    }
+    if (saved["max_steps"] or 0) <= ckpt["step"]:  # that was for then
+        del saved["max_steps"]
+    if saved["device"] not in DEVICES:
+        del saved["device"]
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     if args.amp == "auto":
         args.amp = saved["amp"]
-    fixed = saved.keys() - {"epochs", "steps"}
+    fixed = saved.keys() - FREE_ON_RESUME - {"epochs", "steps"}
     changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
         raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")
@@ -1167,7 +1352,7 @@ def set_up(device: str, seed: int) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)  # NCCL sends objects from the current device
     device = torch.device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: flags and objects
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # caches are made meanwhile
         atexit.register(dist.destroy_process_group)
     torch.manual_seed(seed + rank)
@@ -1192,18 +1377,42 @@ def from_main(value: object, world: int) -> object:
     return box[0]
 
 
+def on_any(flag: bool, world: int) -> bool:
+    """Whether the flag is set on any process."""
+    count = torch.tensor(int(flag))
+    if world > 1:
+        dist.all_reduce(count)
+    return bool(count)
+
+
 def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
-    """One run a fold, in turn; prints mean and deviation of their best validation R2."""
-    finals = []
+    """One run a fold, in turn; prints mean and deviation of their best validation figures."""
+    finals, start = [], time.time()
+    main_process = os.environ.get("RANK", "0") == "0"
     for fold in range(FOLDS):
         name = args.name and f"{args.name}_f{fold}"
         finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
-    scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
-    mean, deviation = scores.mean().item(), scores.std(correction=0).item()
+        left = (time.time() - start) / len(finals) * (FOLDS - len(finals))
+        if main_process:
+            print(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
+    result, shown = {"folds": finals}, []
+    for key, value in finals[0].items():
+        if key.startswith("valid_") and isinstance(value, float):
+            scores = torch.tensor([final[key] for final in finals], dtype=torch.float64)
+            result |= {key: scores.mean().item(), f"{key}_std": scores.std(correction=0).item()}
+            shown.append(f"{key[6:]} {result[key]:.4f} ± {result[f'{key}_std']:.4f}")
+    if main_process:
+        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(shown))
+    return result
+
+
+def launch(train: Callable[[Namespace], dict], args: Namespace, then: str = "eval.py --ckpt") -> None:
+    """Trains, and says what to type next: `then` with the best.pt of every run."""
+    result = train(args)
     if os.environ.get("RANK", "0") == "0":
-        kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
-        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f}")
-    return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
+        files = [f"{final['folder']}/best.pt" for final in result.get("folds", [result])]
+        where = ["--data", args.data] if args.data and "--data" not in then else []
+        print("next: python", shlex.join([*then.split(), *files, *where]))
 
 
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
@@ -1275,7 +1484,7 @@ def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], b
 def quiet_worker(_: int) -> None:
     """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need
     its workers for one more step. A second SIGTERM, which torch sends to those that outlive it, ends one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    on_stop(signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -1306,30 +1515,35 @@ def worker_processes(loader: DataLoader) -> Iterator[None]:
 
 
 @contextmanager
-def Interrupt(enabled: bool) -> Iterator[list]:
-    """Ctrl-C and SIGTERM within the block: noted in a list, so that the step in progress ends first.
+def Interrupt() -> Iterator[list]:
+    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends first.
     Only the main thread can: in others nothing is caught."""
     came = []
     in_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if enabled and in_main else ()
-    before = {sign: signal.signal(sign, lambda *caught: came.append(caught)) for sign in signals}
+    before = {number: signal.getsignal(number) for number in STOPS} if in_main else {}
+    if in_main:
+        on_stop(lambda *caught: came.append(caught))
     try:
         yield came
     finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_folder(args: Namespace, name: str) -> Path:
-    """The folder of a resumed run, or a new one: a taken name gets a number, no run overwrites another."""
+    """The folder of a resumed run, or a new one, made here: a taken name gets a number, no run overwrites
+    another."""
     if args.resume:
         return Path(args.resume).parent
     first = folder = Path(args.out, args.name or name)
     taken = 1
-    while folder.exists():
-        taken += 1
-        folder = Path(f"{first}_{taken}")
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            taken += 1
+            folder = Path(f"{first}_{taken}")
 
 
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
@@ -1349,45 +1563,68 @@ def same_data(path: str, saved: dict, found: dict) -> None:
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
-    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
-    Processes beside the main one, whose states are not saved, go on from states of their own."""
+    """Weights, optimizer, scaler and this process's random state as saved; returns the averaged weights, if
+    there are some. A process that was not there goes on from a state of its own."""
     device = next(model.parameters()).device
+    states = [ckpt["rng"], *ckpt["rng"].get("others", [])]
     try:
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"] or {})
-        torch.set_rng_state(ckpt["rng"]["cpu"])
-        if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
+        if rank < len(states):
+            torch.set_rng_state(states[rank]["cpu"])
+            if device.type == "cuda" and states[rank]["cuda"] is not None:
+                torch.cuda.set_rng_state(states[rank]["cuda"], device)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path}: does not fit this run ({_one_line(error)})") from error
-    if rank:
-        torch.manual_seed(torch.initial_seed() + rank)
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
 
 
 class Run:
-    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone."""
+    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone, which holds a
+    lock on metrics.jsonl: one run, one writer. For a `with`."""
 
-    def __init__(self, folder: Path, args: Namespace, rank: int):
-        self.folder, self.args, self.main = folder, args, rank == 0
+    def __init__(self, args: Namespace, name: str, rank: int, world: int, resumed: dict | None):
+        self.args, self.main, self.world = args, rank == 0, world
         self.start = time.time()
         self.board = None
-        if self.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text(json.dumps(vars(args) | git_state(), indent=1))
-            self.board = tensorboard(folder) if args.tensorboard else None
+        folder = None
+        with ExitStack() as open_files:
+            if self.main:
+                folder = run_folder(args, name)
+                self.metrics = open_files.enter_context(locked(folder / "metrics.jsonl", wait=False))
+                if resumed:
+                    cut_metrics(self.metrics, resumed["step"])
+                text = json.dumps(vars(args) | git_state(), indent=1)
+                write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
+                self.board = tensorboard(folder) if args.tensorboard else None
+            self.open_files = open_files.pop_all()
+        self.folder = from_main(folder, world)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.open_files.close()
 
     def seconds(self) -> float:
         return time.time() - self.start
+
+    def left(self, taken: int, ahead: int) -> str:
+        """How long the steps ahead will take, if they go on like those taken since the start."""
+        return f"{tqdm.format_interval(self.seconds() * ahead / taken)} left"
 
     def log(self, step: int, epoch: int, **values) -> None:
         """One object in metrics.jsonl, on the disk before the next step begins."""
         if not self.main:
             return
         record = {"step": step, "epoch": epoch, "time": round(self.seconds(), 2), **values}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(json_ready(record)) + "\n")
+        try:
+            self.metrics.write(f"{json.dumps(json_ready(record))}\n".encode())
+            self.metrics.flush()
+        except OSError as error:
+            told = f"make room, then go on with --resume {self.folder / 'last.pt'}"
+            raise DataError(f"{self.metrics.name}: not written ({error.strerror}); {told}") from error
         if self.board:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -1395,22 +1632,47 @@ class Run:
             self.board.flush()
 
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
-        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
-        if not self.main:
-            return
+        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data). All
+        processes take part: each has a random state."""
         device = next(model.parameters()).device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        states = [rng] * self.world
+        if self.world > 1:
+            dist.all_gather_object(states, rng)
+        if not self.main:
+            return
         made = {
             "task": task,
             "args": vars(self.args),
             "git_sha": git_state()["git_sha"],
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": rng | {"others": states[1:]},
             "model_args": model.model_args,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() or None,
         }
+        if name == "best.pt":  # what inference needs
+            made["model"] = state["ema"] or made["model"]
+            made |= {"optimizer": None, "scaler": None, "rng": None}
+            state |= {"ema": None, "scheduler": None}
         save_checkpoint(self.folder / name, state | made)
+
+
+def cut_metrics(file: BinaryIO, step: int) -> None:
+    """Cuts what a resumed run will log again, and a line that a crash cut short, off the end of the file."""
+    file.seek(0)
+    end = place = 0
+    for line in file:
+        place += len(line)
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                end = place
+        except (ValueError, LookupError, TypeError):
+            continue  # torn
+    if end < place:
+        file.truncate(end)
+        print(f"{file.name}: {place - end} bytes beyond step {step} cut off the end: they are logged again")
 
 
 def tensorboard(folder: Path):
@@ -1445,12 +1707,12 @@ def git_state() -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN on Windows)."""
+    """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN where that is not told)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:
         return math.nan
-    import resource
-
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

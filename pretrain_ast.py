@@ -21,15 +21,9 @@ many random crops as it has lengths of --frames. PERCEPIANO is a clone of its re
 into the cache. Scores and times: results/README.md.
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"pretrain_ast.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import contextlib
 import math
@@ -43,12 +37,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import data
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import (
-    METRICS,
     predict_ast,
     pretrain_figures,
     pretrain_summary,
+    rating_summary,
     validate_pretraining,
     validation_metrics,
     with_masks,
@@ -69,12 +63,13 @@ from models import (
     averaged,
     data_loader,
     from_main,
+    launch,
     load_checkpoint,
     load_training,
     main_first,
+    on_any,
     parse_options,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -107,24 +102,24 @@ COMPAT = {
 }
 # fmt: on
 AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
+# The command that follows: what a best.pt is for.
+AFTER = {"pretrain": "pretrain_ast.py --task finetune --data PERCEPIANO --init", "finetune": "eval.py --ckpt"}
 GROUPS = dict(zip((name.split()[0].lower() for name in data.LABEL_GROUPS), data.label_groups(), strict=True))
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 SIZES = "of the encoder (%(default)s)"
+LOSS = torch.nn.functional.mse_loss  # of the fine-tuning; named in the log
 LIMITS = f"for which changes by {', '.join(AUGMENTATIONS)} count; of {', '.join(GROUPS)} (all)"
 # fmt: off
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
-    "task": [
+    "options": [  # those that matter first
         ("--task", TASKS, "pretrain", "guess patches, or rate (%(default)s)"),
-        ("--ssast-compat", bool, False, "SSAST's network, objective and recipe (off)"),
+        ("--data", "DIR", None, "MAESTRO; finetune: PercePiano (absent: built in, synthetic)"),
+        ("--preset", AST_PRESETS, "base", "width, depth and heads (%(default)s)"),
+        ("--init", "FILE", None, "finetune: pre-training of this script, or of SSAST (none)"),
+        ("--fold", [*"0123", "all"], "0", "finetune: fold that validates (%(default)s)"),
     ],
     "data": [
-        ("--data", "DIR", None, "MAESTRO; finetune: PercePiano (absent: built in, synthetic)"),
         ("--audio", "DIR", None, "sound files (beside the MIDI; finetune: rendered into --cache)"),
         ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s)"),
         ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's)"),
@@ -140,7 +135,6 @@ OPTIONS = {
     ],
     "data of --task finetune": [
         ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
-        ("--fold", [*"0123", "all"], "0", "fold that validates (%(default)s)"),
         ("--keep-overlap", bool, False, "train on notes of held-out items too (off)"),
         ("--standardise", ["dimension", "group", "none"], "dimension", "ratings, by SD of (%(default)s)"),
         ("--variants", COUNT, 0, "more renderings of an item; one a step (0: off)"),
@@ -151,14 +145,14 @@ OPTIONS = {
     ],
     "model": [
         ("--model", ["ast", "cnn", "mlp"], "ast", "finetune: or baselines (%(default)s)"),
-        ("--preset", AST_PRESETS, "base", "width, depth and heads (%(default)s)"),
+        ("--ssast-compat", bool, False, "SSAST's network, objective and recipe (off)"),
         *((f"--{size}", WHOLE, None, SIZES) for size in ("width", "depth", "heads")),
         ("--dropout", BELOW_ONE, 0.1, "in every block (%(default)s; 0: off)"),
         ("--checkpointing", bool, False, "less memory, a third more time (off)"),
         ("--mask", WHOLE, 400, "pretrain: masked patches of 512 (%(default)s)"),
         ("--visible-only", bool, False, "pretrain: encode visible patches alone (off)"),
-        ("--init", "FILE", None, "finetune: pre-training of this script, or of SSAST (none)"),
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
+        ("--grouped", bool, True, "finetune: a head a group (on)"),
         ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
         ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
@@ -194,25 +188,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="python %(prog)s [--data DIR] [options]",
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
-    for title, rows in OPTIONS.items():
-        group = p.add_argument_group(title)
-        for name, kind, default, text in rows:
-            if kind is bool:
-                how = {"action": "store_true"}
-            elif isinstance(kind, str):
-                how = {"metavar": kind}
-            else:
-                how = {"type": kind} if callable(kind) else {"choices": kind}
-            group.add_argument(name, default=default, help=text, **how)
-    add = p.add_argument
-    add(
-        "--grouped", action=argparse.BooleanOptionalAction, default=True, help="finetune: a head a group (on)"
-    )
+    data.add_options(p, OPTIONS)
+    add = p.add_argument_group("augmentation of --task finetune").add_argument
     spans = {"nargs": 2, "type": COUNT, "default": [0, 0], "metavar": ("BANDS", "FRAMES")}
-    add("--spec-augment", **spans, help="finetune: widest masks, on half of the items (0 0: off)")
-    add(
-        "--augment-groups", nargs="+", default=[], metavar="KIND=GROUP,...", help=f"finetune: groups {LIMITS}"
-    )
+    add("--spec-augment", **spans, help="widest masks, on half of the items (0 0: off)")
+    add("--augment-groups", nargs="+", default=[], metavar="KIND=GROUP,...", help=f"groups {LIMITS}")
     run_options(p, out="runs/ast", log_every=20)
 
     def recipe(known: argparse.Namespace) -> dict:
@@ -326,7 +306,8 @@ def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
 def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, weights: list) -> tuple:
     """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
     exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
-    error = (model(batch["x"], batch["lengths"]) - batch["y"]).square() * batch["weight"]  # (B, 19)
+    rated = model(batch["x"], batch["lengths"])
+    error = LOSS(rated, batch["y"], reduction="none") * batch["weight"]  # (B, 19)
     groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
     losses = error.mean(1)
     if args.balance == "uncertainty":
@@ -424,7 +405,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     if not args.init:
         return AST(**sizes, **shared)
     try:
-        weights = torch.load(args.init, map_location="cpu", weights_only=True)
+        weights = torch.load(data.ordinary(args.init), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
         raise data.DataError(f"{args.init}: unreadable; expected best.pt, or SSAST's weights") from error
     if any("patch_embed" in str(name) for name in weights):
@@ -512,6 +493,7 @@ def main(args: argparse.Namespace) -> dict:
     model = DistributedDataParallel(model) if world > 1 else model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_block(args, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
+    args.loss, args.synthetic = "nce_and_mse" if pretraining else LOSS.__name__, info["synthetic"]
     say(f"{args.task} {args.model}: {parameters:,} parameters on {device}, amp {args.amp}, from {args.init}")
 
     # ---- optimiser
@@ -533,7 +515,8 @@ def main(args: argparse.Namespace) -> dict:
         say(f"resumed {args.resume} at step {step}")
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    began = step
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
@@ -541,12 +524,13 @@ def main(args: argparse.Namespace) -> dict:
         run.save(file, args.model, bare_model, optimizer, scaler, **state)
 
     # ---- loop
+    stopped = False
     eval_every = args.eval_every or steps_per_epoch
     saved_at = time.time()
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
-    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
-        while step < last and not stop and patient:
+    with run, Interrupt() as stop, bar, worker_processes(loader):
+        while step < last and not stopped and patient:
             epoch = step // steps_per_epoch
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:
                 balance = from_main(reweigh(balance), world)
@@ -582,6 +566,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -607,6 +592,7 @@ def main(args: argparse.Namespace) -> dict:
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 minutes = (time.time() - saved_at) / 60
                 due = (args.save_every and step % args.save_every == 0) or 0 < args.save_minutes < minutes
+                due = on_any(due, world)
                 if step % eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
@@ -621,20 +607,21 @@ def main(args: argparse.Namespace) -> dict:
                         rate *= 0.5
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
+                        f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"{data.mark(summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or due:
+                elif stopped or due:
                     save("last.pt")
                     saved_at = time.time()
-                if step == last or stop or not patient:
+                if step == last or stopped or not patient:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(f"interrupted after step {step}; go on: python pretrain_ast.py --resume {run.folder / 'last.pt'}")
         raise KeyboardInterrupt
     if "epoch" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
@@ -653,11 +640,14 @@ def one_block(args: argparse.Namespace, device: torch.device) -> tuple[torch.nn.
 
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
-    if "valid_nce" in metrics:
-        return pretrain_summary(metrics)
-    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
-    return "  ".join([*figures, f"spread {metrics['spread']:.2f}"])
+    return pretrain_summary(metrics) if "valid_nce" in metrics else rating_summary(metrics)
+
+
+def start() -> None:
+    """The run of the command line; after a pre-training comes the fine-tuning, on a corpus of ratings."""
+    args = parse_args()
+    launch(main, args, AFTER[args.task])
 
 
 if __name__ == "__main__":
-    data.run_script("pretrain_ast.py", lambda: main(parse_args()))
+    data.run_script("pretrain_ast.py", start)

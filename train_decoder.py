@@ -14,15 +14,9 @@ DIR is the competition's folder, the public baseline's pickle, the '25 HDF5 file
 `python data.py decoder-convert` made of one of them. Scores and times: results/README.md.
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_decoder.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import copy
 import math
@@ -35,24 +29,24 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import ctc_greedy, decoder_scores, speech_logits, spell
 from models import (
     AMP_TYPES,
-    FREE_ON_RESUME,
     GRUDecoder,
     Interrupt,
     Run,
     averaged,
     data_loader,
     from_main,
+    launch,
     load_training,
     main_first,
+    on_any,
     output_frames,
     parse_options,
     peak_memory,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -87,16 +81,16 @@ NETWORK = (
     "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps"
 ).split()
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
-    "defaults of all options below": [("--preset", PRESETS, "default", "a recipe (%(default)s)")],
-    "data": [
+    "options": [  # those that matter first
         ("--data", "DIR", None, "speech corpus; absent: built-in, synthetic, a smaller network (off)"),
+        ("--preset", PRESETS, "default", "defaults of all options below (%(default)s)"),
+        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
+        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
+        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
+    ],
+    "data": [
         ("--valid", ["blocks", "test"], "blocks", "validates: blocks of train, or test (%(default)s)"),
         ("--white-noise", POSITIVE, 0.8, "SD a bin and channel, 0: off (%(default)s)"),
         ("--offset-noise", POSITIVE, 0.2, "SD a trial and channel, 0: off (%(default)s)"),
@@ -121,12 +115,10 @@ OPTIONS = {
     ],
     "optimiser": [
         ("--optimizer", ["adam", "adamw", "sgd"], "adamw", "adam, sgd: coupled decay (%(default)s)"),
-        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
         ("--adam-eps", POSITIVE, 1e-8, "beside the root of the second moment (%(default)s)"),
         ("--momentum", SHARE, 0.9, "sgd: Nesterov momentum, 0: off (%(default)s)"),
         ("--weight-decay", POSITIVE, 1e-4, "of weight matrices, 0: off (%(default)s)"),
         ("--decay-all", bool, False, "of biases, norms and day layers too (off)"),
-        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
         ("--clip", POSITIVE, 1.0, "largest gradient norm, inf: off (%(default)s)"),
         ("--ema", BELOW_ONE, 0.9995, "decay of averaged weights, 0: off (%(default)s)"),
     ],
@@ -137,7 +129,6 @@ OPTIONS = {
         ("--step-size", WHOLE, 3000, "step: steps between reductions (%(default)s)"),
         ("--gamma", SHARE, 0.5, "step: factor of a reduction (%(default)s)"),
         ("--reduce-on-nan", data.number(float, 0.01, 1), 1.0, "of the rate, 1: off"),
-        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
         ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
         ("--eval-every", WHOLE, 500, "steps between evaluations (%(default)s)"),
     ],
@@ -156,7 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def preset(known: argparse.Namespace) -> dict:
         return ({} if known.data else BUILT_IN) | PRESETS[known.preset]
 
-    return parse_options(p, argv, ("decoder",), preset, free=FREE_ON_RESUME | {"eval_every"})
+    return parse_options(p, argv, ("decoder",), preset)
 
 
 def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
@@ -190,6 +181,9 @@ def ctc_losses(log_probs: torch.Tensor, frames, labels, label_lengths) -> torch.
     """Loss of each trial over its number of labels, (B,), of log_probs (B, F, 41); mean: torch's "mean"."""
     losses = F.ctc_loss(log_probs.transpose(0, 1), labels, frames, label_lengths, reduction="none")
     return losses / label_lengths.clamp(min=1).to(log_probs.device)
+
+
+LOSS = ctc_losses  # what is minimised; named in the log
 
 
 def blank_fraction(logits: torch.Tensor, frames: torch.Tensor) -> float:
@@ -254,7 +248,7 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) ->
         root = args.data or data.synthetic_speech(args.cache)
         corpus = data.open_speech(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
-        say(f"left out: {line}")
+        say(f"left out: {data.printable(line)}")
     parts = data.speech_parts(corpus, args.valid)
     days = np.unique(corpus.day[parts["train"]])  # no others: their day layers would stay the identity
     kept = {}
@@ -307,6 +301,7 @@ def main(args: argparse.Namespace) -> dict:
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
+    args.loss, args.synthetic = LOSS.__name__, corpus.synthetic
     say(f"GRU decoder: {parameters:,} parameters on {device}, amp {args.amp}; {planned} steps planned")
 
     # ---- optimiser
@@ -330,17 +325,19 @@ def main(args: argparse.Namespace) -> dict:
         rate = resumed["scheduler"]["rate"]
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_h{args.hidden}_s{args.seed}"
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    began = step
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
         run.save(file, "decoder", bare_model, optimizer, scaler, scheduler={"rate": rate}, **state)
 
     # ---- loop
+    stopped = False
     recent: deque[torch.Tensor] = deque(maxlen=200)  # losses, read when they are logged: a GPU need not wait
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
-    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
-        while step < last and not stop:
+    with run, Interrupt() as stop, bar, worker_processes(loader):
+        while step < last and not stopped:
             epoch = step // steps_per_epoch
             whole = data.length_batches(lengths, args.batch, args.seed, epoch, world)
             batches[:] = [indices[rank::world] for indices in whole[step % steps_per_epoch :]]
@@ -354,7 +351,7 @@ def main(args: argparse.Namespace) -> dict:
                 with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
                     logits, frames = model(batch["x"], batch["lengths"], batch["day"])
                     log_probs = logits.float().log_softmax(-1)
-                    losses = ctc_losses(log_probs, frames, batch["labels"], batch["label_lengths"])
+                    losses = LOSS(log_probs, frames, batch["labels"], batch["label_lengths"])
                     loss = losses.mean()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -366,6 +363,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -398,19 +396,22 @@ def main(args: argparse.Namespace) -> dict:
                     best = metrics if is_best else best
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
+                        f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"{data.mark(summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or (args.save_every and step % args.save_every == 0):
+                elif stopped or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                if step == last or stop:
+                if step == last or stopped:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(
+            f"interrupted after step {step}; go on: python train_decoder.py --resume {run.folder / 'last.pt'}"
+        )
         raise KeyboardInterrupt
     if "valid_loss" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had an error rate; validation trials need labels")
@@ -426,11 +427,11 @@ def main(args: argparse.Namespace) -> dict:
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
     return (
-        f"loss {metrics['valid_loss']:.4f}  PER {metrics['valid_per']:.4f} (without SIL "
+        f"loss {data.shown(metrics['valid_loss'])}  PER {metrics['valid_per']:.4f} (without SIL "
         f"{metrics['valid_per_without_sil']:.4f}, raw weights {metrics['valid_per_raw']:.4f})  "
-        f"blank {metrics['valid_blank_fraction']:.2f}"
+        f"blank in {metrics['valid_blank_fraction']:.0%} of frames"
     )
 
 
 if __name__ == "__main__":
-    data.run_script("train_decoder.py", lambda: main(parse_args()))
+    data.run_script("train_decoder.py", lambda: launch(main, parse_args()))

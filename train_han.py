@@ -13,15 +13,9 @@ Scientific Reports 14, 23002 (2024).
 DIR is a clone of the PercePiano repository (`python data.py fetch percepiano`).
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_han.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import copy
 import json
@@ -34,8 +28,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
-from eval import METRICS, predict_han, to_device, validation_metrics
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
+from eval import predict_han, rating_summary, to_device, validation_metrics
 from models import (
     AMP_TYPES,
     FORMS,
@@ -46,11 +40,12 @@ from models import (
     all_folds,
     averaged,
     from_main,
+    launch,
     load_training,
     main_first,
+    on_any,
     parse_options,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -59,34 +54,31 @@ from models import (
     working_amp,
 )
 
-# Defaults by preset. paper: the original's; tuned: chosen on the validation parts of folds 0 and 2.
+# Defaults by preset. paper: the original's; tuned: the head alone, on the pooled statistics, without mixup:
+# on validation nothing gained from the notes beside them (--model han), or from --mixup .4.
 # fmt: off
 PRESETS = {
     "paper": {},
     "tuned": {
-        "pooled": True, "size": 16, "heads": 4, "head_size": 512, "dropout": 0.4, "optimizer": "adamw",
-        "lr": 1e-3, "weight_decay": 1.0, "schedule": "cosine", "ema": 0.99, "batch": 32, "epochs": 40,
-        "patience": 0,
+        "model": "head", "pooled": True, "size": 16, "heads": 4, "head_size": 512, "dropout": 0.4,
+        "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1.0, "schedule": "cosine", "ema": 0.99,
+        "batch": 32, "epochs": 40, "patience": 0,
     },
 }
 # fmt: on
+LOSS = F.mse_loss  # of rating and prediction; named in the log; the best epoch is still that of least MSE
 NETWORK = ("size", "heads", "dropout", "level", "model", "head_size")
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
-    "defaults of all options below": [
-        ("--preset", PRESETS, "paper", "original recipe, or the best found (%(default)s)")
-    ],
-    "data": [
+    "options": [  # those that matter first
         ("--data", "DIR", None, "PercePiano folder; absent: the built-in synthetic corpus (off)"),
+        ("--preset", PRESETS, "paper", "defaults below: original recipe, or the best found (%(default)s)"),
         ("--features", data.FEATURE_SETS, "full", "what the network sees (%(default)s)"),
         ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
         ("--fold", [*"0123", "all"], "0", "fold that validates (%(default)s)"),
+    ],
+    "data": [
         ("--keep-overlap", bool, False, "train on items that share notes with held-out ones too (off)"),
         ("--keep-misaligned", bool, False, "train on items matched under .6 too (off)"),
         ("--augment", bool, False, "shift the key by -5..+7 semitones (off)"),
@@ -94,13 +86,14 @@ OPTIONS = {
         ("--strict", bool, False, "stop at the first unreadable file instead of leaving it out (off)"),
     ],
     "model": [
-        ("--model", FORMS, "han", "network; bilstm: on raw MIDI columns only (%(default)s)"),
+        ("--model", FORMS, "han", "bilstm: raw MIDI columns only; head: statistics only (%(default)s)"),
         ("--level", LEVELS, "total_note_cat", "what feeds the final pooling (%(default)s)"),
         ("--size", WHOLE, 256, "width of every layer (%(default)s)"),
         ("--heads", WHOLE, 8, "attention heads (%(default)s)"),
         ("--dropout", BELOW_ONE, 0.2, "of LSTM layers and head, 0: off (%(default)s)"),
         ("--pooled", bool, False, "statistics of notes and MIDI before the head too (off)"),
         ("--head-size", WHOLE, None, "hidden width of the head; absent: twice --size (off)"),
+        ("--mixup", POSITIVE, 0.0, "mixes pooled vectors and ratings, Beta(a, a), 0: off (%(default)s)"),
     ],
     "optimiser": [
         ("--optimizer", ["adam", "adamw"], "adam", "adam: coupled decay (%(default)s)"),
@@ -157,19 +150,19 @@ def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: 
         root = args.data or data.synthetic_percepiano(args.cache)
         corpus = data.load_percepiano(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
-        say(f"left out: {line}")
+        say(f"left out: {data.printable(line)}")
     fold = int(args.fold)
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
-    info = data.fit_normalisation(corpus, parts["train"], args.features, args.pooled)
-    info |= {"split": args.split, "fold": fold, "keep_overlap": args.keep_overlap}
-    info |= {"synthetic": corpus.synthetic, "labels": list(data.LABELS)}
-    for key, value in data.fit_targets(corpus, parts["train"]).items():
-        info[key.replace("target", "rating")] = value
+    given = args.features, args.pooled, args.split, fold, args.keep_overlap
+    info = data.han_info(corpus, parts["train"], *given)
     if resumed:
         same_data(args.resume, resumed["data"], {"synthetic": corpus.synthetic})
         info = resumed["data"]
     train = data.prepare_han(corpus, parts["train"], info)
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
+    if args.model == "head":  # reads no notes
+        for item in train + valid:
+            item |= {key: item[key][:1] for key in data.NOTE_ARRAYS}
     say(
         f"{'SYNTHETIC corpus' if corpus.synthetic else 'PercePiano'}, split {args.split}, fold {args.fold}: "
         f"{len(train)} train, {len(valid)} valid, {len(parts['test'])} test; {len(info['columns'])} columns"
@@ -185,6 +178,16 @@ def augment(item: dict, info: dict, args: argparse.Namespace, key: tuple[int, ..
     return data.shift_key(item, info, int(shift))
 
 
+def mixup(batch: dict, alpha: float) -> None:
+    """Mixes the ratings of each piece with another's, and tells the network to mix what its head sees:
+    one share of Beta(alpha, alpha) a batch, drawn from torch's generator, which checkpoints hold."""
+    if alpha:
+        share = torch.distributions.Beta(alpha, alpha).sample().item()
+        partner = torch.randperm(len(batch["y"])).to(batch["y"].device)
+        batch["mix"] = share, partner
+        batch["y"] = share * batch["y"] + (1 - share) * batch["y"][partner]
+
+
 def gradient_report(model: HAN) -> dict:
     """Gradient norms by part, before clipping, and what they say of explosion, vanishing and imbalance."""
     parts: dict[str, list] = {}
@@ -192,8 +195,8 @@ def gradient_report(model: HAN) -> dict:
         part = "context_vectors" if name.endswith("context_vector") else name.split(".")[0]
         parts.setdefault(part, []).append(p.grad)
     norms = {part: torch.nn.utils.get_total_norm(grads).item() for part, grads in parts.items()}
-    encoder = math.hypot(*(norm for part, norm in norms.items() if part != "head"))
-    ratio = norms["head"] / max(encoder, 1e-12)
+    encoder = [norm for part, norm in norms.items() if part != "head"] or [norms["head"]]
+    ratio = norms["head"] / max(math.hypot(*encoder), 1e-12)
     flags = [f"{part} explodes" for part, norm in norms.items() if not norm <= 100]
     flags += [f"{part} vanishes" for part, norm in norms.items() if norm < 1e-6]
     if not 0.1 <= ratio <= 10:
@@ -209,7 +212,7 @@ def activation_report(model: HAN, batch: dict) -> dict:
     model.train()
     p = torch.sigmoid(stages["logits"])
     report = {"parameters": sum(value.numel() for value in model.parameters())}
-    report["head_sizes"] = [model.head[1].out_features, model.head[4].out_features]
+    report["head_sizes"] = [m.out_features for m in model.head if isinstance(m, torch.nn.Linear)]
     report["context_vectors"] = [name for name in model.state_dict() if name.endswith("context_vector")]
     for name, value in {"input": batch["x"][batch["mask"]], **stages, "prediction": p}.items():
         report[name] = [f(value).item() for f in (torch.mean, torch.std, torch.min, torch.max)]
@@ -248,11 +251,14 @@ def main(args: argparse.Namespace) -> dict:
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
+    args.loss, args.synthetic = LOSS.__name__, info["synthetic"]
     say(f"{args.model}, {args.level}: {parameters:,} parameters on {device}; {planned} steps planned")
 
     # ---- optimiser
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(bare_model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = optimizer_class(
+        bare_model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
@@ -265,29 +271,32 @@ def main(args: argparse.Namespace) -> dict:
         step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_{args.model}_{args.features}_{args.split}_f{args.fold}_s{args.seed}"
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    began = step
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
         run.save(file, "han", bare_model, optimizer, scaler, scheduler=None, **state)
 
     # ---- loop
+    stopped = False
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
-    with Interrupt(enabled=world == 1) as stop, bar:
-        while step < last and not stop and patient:
+    with run, Interrupt() as stop, bar:
+        while step < last and not stopped and patient:
             epoch = step // steps_per_epoch
             batches = data.length_batches(lengths, args.batch, args.seed, epoch, world)
             for indices in batches[step % steps_per_epoch :]:
                 items = [augment(train[i], info, args, (args.seed, epoch, i)) for i in indices[rank::world]]
                 batch = to_device(data.collate_han(items), device)
+                mixup(batch, args.mixup)
 
                 lr = lr_at(step, args, planned)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
                     logits = model(batch)
-                    losses = F.mse_loss(torch.sigmoid(logits.float()), batch["y"], reduction="none").mean(1)
+                    losses = LOSS(torch.sigmoid(logits.float()), batch["y"], reduction="none").mean(1)
                     loss = losses.mean()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -304,6 +313,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -336,24 +346,26 @@ def main(args: argparse.Namespace) -> dict:
                     patient = not args.patience or epoch - best["epoch"] < args.patience
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"epoch {epoch:3d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
+                        f"valid {rating_summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"{data.mark(rating_summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or (args.save_every and step % args.save_every == 0):
+                elif stopped or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                if step == last or stop:
+                if step == last or stopped:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(f"interrupted after step {step}; go on: python train_han.py --resume {run.folder / 'last.pt'}")
         raise KeyboardInterrupt
     if "step" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
+    kind = " (SYNTHETIC)" if info["synthetic"] else ""
     say(
-        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: epoch {best['epoch']}, valid {summary(best)}; "
+        f"best{kind}: epoch {best['epoch']}, valid {rating_summary(best)}; "
         f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
     )
     return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
@@ -364,12 +376,5 @@ def one_layer(device: torch.device) -> tuple[torch.nn.Module, tuple]:
     return torch.nn.Linear(256, 256).to(device), (torch.randn(1024, 256, device=device),)
 
 
-def summary(metrics: dict) -> str:
-    """The validation metrics in a line."""
-    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
-    spread = f"spread {metrics['spread']:.2f}{' (collapsed?)' if metrics['spread'] < 0.1 else ''}"
-    return "  ".join([*figures, spread])
-
-
 if __name__ == "__main__":
-    data.run_script("train_han.py", lambda: main(parse_args()))
+    data.run_script("train_han.py", lambda: launch(main, parse_args()))
