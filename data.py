@@ -371,6 +371,11 @@ class Score:
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
     repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
 
+    @property
+    def tempo_qpm(self):
+        """Quarters per minute at the first note."""
+        return float(self.qpm[0])
+
 
 # ------------------------------------------------------------------------------------------------------------
 # MusicXML: reading bars
@@ -2002,7 +2007,7 @@ def _clean(score, performance, match):
     if not anchors:
         anchors.append((score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
-        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.qpm[0]))
+        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.tempo_qpm))
     return match, np.array(anchors)
 
 

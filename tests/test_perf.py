@@ -20,7 +20,7 @@ PEDAL = ("pedal_refresh_time", "pedal_cut_time", "pedal_at_start", "pedal_at_end
 needs_shared = pytest.mark.skipif(not ORACLE, reason="the reference data are not beside the repository")
 
 
-def toy_score(onset, duration=None, bar=4.0, qpm=120.0, **flags):
+def toy_score(onset, duration=None, bar=4.0, tempo_qpm=120.0, **flags):
     """One voice, beats of a quarter; score features count up from 1, so that copies can be told apart."""
     onset = np.array(onset, float)
     n = len(onset)
@@ -42,7 +42,7 @@ def toy_score(onset, duration=None, bar=4.0, qpm=120.0, **flags):
         beats=beats,
         measures=measures,
         sections=np.array([0.0, onset.max() + 0.025]),
-        qpm=[qpm],
+        tempo_qpm=tempo_qpm,
         features=features,
         **flags,
     )
@@ -71,7 +71,7 @@ def oracle_inputs(path):
         beats=ref["grid_beats_quarter"],
         measures=ref["grid_measures_quarter"],
         sections=ref["grid_sections_quarter"],
-        qpm=[10 ** float(ref["score_qpm_primo"])],
+        tempo_qpm=10 ** float(ref["score_qpm_primo"]),
         features={name: np.zeros((n, width)) for name, (width, *_) in data.SCORE_FEATURES.items()},
     )
     played = [ref[f"perfnote_{name}"] for name in ("midi_pitch", "velocity", "onset_sec", "offset_sec")]
@@ -110,7 +110,7 @@ def test_cleaning_by_hand(case):
 
 
 def test_fewer_than_two_anchors_fall_back_on_the_score_tempo():
-    score = toy_score([2, 3, 4], qpm=90.0)
+    score = toy_score([2, 3, 4], tempo_qpm=90.0)
     performance = toy_performance([1.0, 2.0, 3.0])
     for match in ([-1, -1, -1], [-1, 1, -1]):
         features = data.note_features(score, performance, np.array(match))
