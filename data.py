@@ -1499,7 +1499,7 @@ PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
 GRACE = 0.08  # s from one grace note to the next
 # A pair of more than LONG chords x played notes is searched only if one of four passages of PROBED played
-# notes costs at most STRANGE a note. Measured: 3.4 to 3.8 against other music, .4 to 2.6 against their own.
+# notes costs at most STRANGE a note. Measured: 3.36 to 3.81 against other music, up to 1.99 against its own.
 LONG, PROBED, PROBED_PACES, STRANGE = 10_000_000, 128, (0.4, 1.2), 3.2
 # A note is looked for within .12 s + .2 quarters of its due time; where chords follow faster, .08 s + their
 # interval.
