@@ -3890,9 +3890,10 @@ def synthetic_speech(cache: str | Path = "cache") -> Path:
 # ------------------------------------------------------------------------------------------------------------
 MIDI_KINDS = (".mid", ".midi")
 VELOCITY_LAYERS = 8  # tables a key, over the velocities 1..127; a note blends the two nearest
-# dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
-# PercePiano's segments to -27 (both on average), and 1 sample in 6000 meets the limiter
-TONE_LEVEL = -25.0
+# dB of full scale: root mean square of a key at velocity 64 as it starts; so a loud tenth of a second of
+# PercePiano comes to -31 dB, as with three public soundfonts
+TONE_LEVEL = -32.0
+NOISE_FLOOR = -75.0  # dB of full scale, of white noise: no recording is silent between its notes
 VELOCITY_STEP = 0.22  # dB of level a unit of velocity; brightness adds as much again
 INAUDIBLE = -96.0  # dB of full scale: below it a tone has ended
 LONGEST_TONE = 20.0  # s
@@ -4056,7 +4057,8 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
             sound[held:] *= lines.ravel()[: len(sound) - held]
         out[start[i] : last] += sound
         end = max(end, last)
-    return _limit(out[:end])
+    noise = np.random.default_rng(end).standard_normal(end, np.float32)
+    return _limit(out[:end] + noise * np.float32(_gain(NOISE_FLOOR)))
 
 
 def _limit(waveform):
@@ -4092,17 +4094,21 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) 
 
 
 def _fluidsynth(midi, soundfont):
-    """The file through the `fluidsynth` program, without reverb and chorus: (samples,) float32, mono."""
+    """The file through the `fluidsynth` program, without reverb and chorus, to its last sound (it waits for
+    the end of the track, in PercePiano's files often 15 s later): (samples,) float32, mono."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
-        options = f"-n -i -q -R 0 -C 0 -g 1 -r {SAMPLE_RATE} -T raw -O float -F".split()
+        options = "-n -i -q -R 0 -C 0 -g 1 -o synth.dynamic-sample-loading=1".split()
+        options += f"-r {SAMPLE_RATE} -T raw -O float -F".split()
         command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
     if done.returncode or not sound.any() or b"failed to load" in done.stderr.lower():
         raise DataError(f"{midi}: no sound of fluidsynth with {soundfont}; expected a soundfont; try another")
-    return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
+    sound = sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1)
+    heard = np.flatnonzero(np.abs(sound) > _gain(INAUDIBLE))
+    return _limit(sound[: heard[-1] + 1])
 
 
 def _render_file(task):
@@ -4224,6 +4230,58 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
     return (x - mean) / (2 * std)
 
 
+SOFT_FLOOR = 45.0  # dB under the loud level of a clip
+SILENT = -70.0  # dB of full scale: a recording whose samples stay below holds nothing
+
+
+def front_end(energies: torch.Tensor, ends: bool = False) -> torch.Tensor:
+    """What statistics and networks see of log-mel energies (frames, 128): silent ends cut off (unless
+    `ends`), and a soft floor under the clip's own loud level (that of 1 frame in 20), which hides the noise
+    of a room or microphone, and the digital silence of a renderer, without a step."""
+    level = energies.amax(1)
+    floor = level.quantile(0.95) - SOFT_FLOOR / 10 * math.log(10)
+    sounding = (level > floor).nonzero().flatten().tolist()
+    kept = energies if ends else energies[sounding[0] : sounding[-1] + 1]
+    return torch.logaddexp(kept, floor)
+
+
+ROOMS = 12  # that training copies know; the next one is that of RECORDED
+GAIN_RANGE = (-12.0, 6.0)  # dB
+HISS_RANGE = (-75.0, -40.0)  # dB of full scale
+RECORDED = "recorded"  # the copy by which ratings of a recording are tried: -6 dB, hiss at -50, a room unheard
+
+
+@functools.cache
+def room_response(number: int) -> np.ndarray:
+    """Impulse response of a synthetic room at 16 kHz, of energy 1: the direct sound, five early reflections
+    and a tail of noise that falls by 60 dB in 0.2 to 1.2 s, twice as fast in the treble."""
+    rng = np.random.default_rng(number)
+    lasts = 0.6 if number == ROOMS else 0.2 + number / (ROOMS - 1)
+    t = np.arange(int(lasts * SAMPLE_RATE)) / SAMPLE_RATE
+    dull = np.convolve(rng.standard_normal(len(t)), np.ones(8) / 3, "same")
+    tail = (dull + rng.standard_normal(len(t)) * 10 ** (-3 * t / lasts)) * 10 ** (-3 * t / lasts)
+    tail[: int(0.005 * SAMPLE_RATE)] = 0
+    early = (rng.uniform(0.002, 0.04, 5) * SAMPLE_RATE).astype(int)
+    tail[early] += rng.choice([-1, 1], 5) * tail.std() * 20
+    tail *= _gain(-rng.uniform(0, 10)) / np.sqrt((tail**2).sum())  # under the direct sound
+    tail[0] = 1
+    return (tail / np.sqrt((tail**2).sum())).astype(np.float32)
+
+
+def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bool = False) -> np.ndarray:
+    """The waveform (samples,) as another recording of it: in a room (half of the copies), at another level,
+    with white noise. recorded: as RECORDED says."""
+    from scipy.signal import oaconvolve
+
+    room, gain, hiss = ROOMS, -6.0, -50.0
+    if not recorded:
+        room, gain, hiss = int(rng.integers(2 * ROOMS)), rng.uniform(*GAIN_RANGE), rng.uniform(*HISS_RANGE)
+    if room < ROOMS or recorded:
+        waveform = oaconvolve(waveform, room_response(room))[: len(waveform)]
+    noise = rng.standard_normal(len(waveform), np.float32)
+    return _limit(waveform * np.float32(_gain(gain)) + noise * np.float32(_gain(hiss)))
+
+
 SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
 
@@ -4286,8 +4344,8 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-# in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
-FBANK_FORMAT = 2
+# in the name of every file: count up when `fbank`, `front_end`, `render` or `read_wav` change their results
+FBANK_FORMAT = 3
 
 
 class StoredEnergies:
@@ -4382,13 +4440,37 @@ def _make_store(kind, root, found, frames, left_out):
     return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
 
 
-def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None) -> FbankStore:
+class Version(NamedTuple):
+    """How an item sounds: played `tempo` times as fast and transposed, by a soundfont (a file; None: the
+    built-in piano), and recorded anew (`change_waveform`): copy 1, 2, ... or RECORDED; 0: as it is."""
+
+    tempo: float = 1.0
+    semitones: int = 0
+    soundfont: str | None = None
+    copy: int | str = 0
+
+    def name(self, item: str) -> str:
+        """NAME itself, or e.g. NAME@1.05-2, NAME@FluidR3_GM@copy1, NAME@recorded."""
+        if (self.tempo, self.semitones) != (1, 0):
+            item += f"@{self.tempo:g}{self.semitones:+d}"
+        if self.soundfont:
+            item += f"@{Path(self.soundfont).stem}"
+        if self.copy:
+            item += f"@{RECORDED}" if self.copy == RECORDED else f"@copy{self.copy}"
+        return item
+
+
+def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, copies=0) -> FbankStore:
     """Log-mel energies of all recordings of a folder (`audio_files`), `out`/NAME.npy, made again where the
-    recording is newer, and an index. Unreadable ones are left out and listed; `strict` raises instead."""
+    recording is newer, and an index; of each recording `copies` that sound as recorded elsewhere. Unreadable
+    ones are left out and listed; `strict` raises instead."""
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
-    errors = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
-    split = {name: split for name, split, _ in found if name not in errors}
+    versions = [Version(copy=copy) for copy in range(copies + 1)]
+    jobs = [(version.name(name), path, version) for version in versions for name, _, path in found]
+    errors = _store_missing(out, jobs, workers, quiet, strict)
+    split_of = {name: split for name, split, _ in found}
+    split = {name: split_of[name.partition("@copy")[0]] for name, *_ in jobs if name not in errors}
     index = {"split": split, "left_out": left_out + [*errors.values()]}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
@@ -4418,27 +4500,40 @@ def _open_energies(folder, splits, left_out, root=None):
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
-    """Write missing or outdated folder/NAME.npy of (name, source, tempo, semitones); errors by name."""
+    """Write missing or outdated folder/NAME.npy of (name, source, version); errors by name."""
     todo = []
-    for name, source, *change in jobs:
+    for name, source, version in jobs:
         target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
-            todo.append((name, target, source, *change))
+            todo.append((name, target, source, version))
     _, errors = _run_all(_store_energies, todo, workers, "energies", quiet, strict)
     return {name: error for (name, *_), error in errors.items()}
 
 
 def _store_energies(job):
-    """Write the energies of a sound file, or of a MIDI file played and changed."""
-    _, target, source, *change = job
-    if source.suffix.lower() in MIDI_KINDS:
-        waveform = render(transform_performance(read_midi(source), *change))
-    else:
+    """Write the energies of a sound file, or of a MIDI file played, in this version."""
+    _, target, source, version = job
+    if source.suffix.lower() not in MIDI_KINDS:
         waveform = read_wav(source)
-    energies = fbank(torch.from_numpy(waveform)).half().numpy()
-    if not len(energies):
-        raise DataError(f"{source}: no notes; expected a performance; leave it out")
-    write_atomic(target, lambda file: np.save(file, energies))
+    elif version.soundfont:
+        waveform = _fluidsynth(source, version.soundfont)
+    else:
+        waveform = render(transform_performance(read_midi(source), version.tempo, version.semitones))
+    if version.copy:
+        rng = np.random.default_rng(zlib.crc32(target.name.encode()))
+        waveform = change_waveform(waveform, rng, version.copy == RECORDED)
+    energies = heard_energies(waveform, source)
+    write_atomic(target, lambda file: np.save(file, energies.half().numpy()))
+
+
+def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
+    """`front_end` of the log-mel energies of a recording; refuses silence."""
+    loudest = np.abs(waveform).max(initial=0)
+    if fbank_frames(len(waveform)) < 1 or loudest < _gain(SILENT):
+        seconds = len(waveform) / SAMPLE_RATE
+        found = f"{seconds:.3f} s, loudest sample {20 * np.log10(loudest + 1e-10):.0f} dB of full scale"
+        raise DataError(f"{path}: {found}; expected 0.025 s or more, above {SILENT:.0f} dB; leave it out")
+    return front_end(fbank(torch.from_numpy(waveform)))
 
 
 def _run_all(function, tasks, workers, label, quiet, strict=False):
@@ -4708,31 +4803,49 @@ def label_groups() -> list[list[int]]:
     return [[LABELS.index(name) for name in names] for names in LABEL_GROUPS.values()]
 
 
-def variant_name(name: str, tempo: float, semitones: int) -> str:
-    """NAME itself, or, `tempo` times as fast and transposed, e.g. NAME@1.05-2."""
-    return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
+def percepiano_audio(root, cache="cache", audio=None, versions=(), workers=None, quiet=False) -> FbankStore:
+    """Log-mel energies of all performances of PercePiano (its folder), rendered, or of NAME.wav in the
+    folder or folders `audio`, kept under `cache` as in `build_fbank`: NAME, in the second folder NAME@2, and
+    each in these versions too (`Version.name`). DataError: no recording, or other pianos for `audio`."""
+    versions = list(dict.fromkeys([Version(), *versions]))
+    if audio and any(version != Version(copy=version.copy) for version in versions):
+        raise DataError(f"{audio}: recordings; expected no --variants and --soundfonts with them")
+    played = _performance_files(Path(root))[0]
+    stores = []
+    for folder in audio_folders(audio):
+        files, left_out = played, []
+        if folder:
+            found = {name: path for name, _, path in audio_files(folder)[0]}
+            files = {name: found[name] for name in played if name in found}
+            left_out = [f"{folder}/{name}.wav: missing; not used" for name in sorted({*played} - {*found})]
+        if not files:
+            raise DataError(f"{folder}: expected recordings named as the performances in {root}")
+        key = hashlib.sha1(str(Path(folder or root).resolve()).encode()).hexdigest()[:16]
+        stored = Path(cache) / f"percepiano-audio-{key}"
+        jobs = [(version.name(name), files[name], version) for version in versions for name in files]
+        errors = _store_missing(stored, jobs, workers, quiet)
+        made = {name: "" for name, *_ in jobs if name not in errors}
+        stores.append(_open_energies(stored, made, left_out + sorted({*errors.values()}), root))
+    return join_stores(stores)
 
 
-def percepiano_audio(root, cache="cache", audio=None, variants=(), workers=None, quiet=False) -> FbankStore:
-    """Log-mel energies of all performances of PercePiano (its folder), rendered, or of `audio`/NAME.wav, kept
-    under `cache` as in `build_fbank`. variants: (tempo factor, semitones) by which every performance is
-    played once more (`variant_name`). DataError: no recording, or variants of `audio`."""
-    variants = [(1.0, 0), *variants]
-    files = _performance_files(Path(root))[0]
-    left_out = []
-    if audio:
-        found = {name: path for name, _, path in audio_files(audio)[0]}
-        left_out = [f"{audio}/{name}.wav: missing; not used" for name in sorted(files.keys() - found.keys())]
-        files = {name: found[name] for name in files if name in found}
-        if len(variants) > 1 or not files:
-            raise DataError(f"{audio}: expected recordings named as in {root}, and --variants 0 with them")
-    source = Path(audio or root).resolve()
-    key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
-    folder = Path(cache) / f"percepiano-audio-{key}"
-    jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
-    errors = _store_missing(folder, jobs, workers, quiet)
-    made = {name: "" for name, *_ in jobs if name not in errors}
-    return _open_energies(folder, made, left_out + sorted({*errors.values()}), root)
+def audio_folders(audio) -> list:
+    """--audio as a list: one folder or several; [None] without."""
+    return [audio] if audio is None or isinstance(audio, (str, Path)) else list(audio)
+
+
+def join_stores(stores: list[FbankStore]) -> FbankStore:
+    """Several renderings or recordings of the same items in one: NAME of the first, NAME@2 of the second."""
+    joined = stores[0]
+    for number, store in enumerate(stores[1:], 2):
+        for name in store.names:
+            item, at, version = name.partition("@")
+            joined.names.append(f"{item}@{number}{at}{version}")
+        joined.split += store.split
+        joined.left_out += store.left_out
+        joined.files += store.files
+        joined.frames = np.concatenate([joined.frames, store.frames])
+    return joined
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
@@ -4787,9 +4900,9 @@ def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor,
 
 def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
     """Numbers of the recordings that train and validate: MAESTRO's own splits; without `validation` 15 %
-    validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
-    train = [i for i, split in enumerate(store.split) if split in ("train", "")]
-    valid = [i for i, split in enumerate(store.split) if split == "validation"]
+    validate, in ascending sha1 of the name; of PercePiano's names whole segments. Versions follow theirs."""
+    train = [i for i in versions_of(store) if store.split[i] in ("train", "")]
+    valid = [i for i in versions_of(store) if store.split[i] == "validation"]
     if not valid:
         names = [store.names[i] for i in train]
         groups = _group(names, lambda name: segment_of(name) if _NAME.fullmatch(name) else name)
@@ -4810,14 +4923,24 @@ def crop_start(frames: int, length: int, *key: int) -> int:
     return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
 
 
+def versions_of(store: FbankStore) -> dict[int, list[int]]:
+    """The numbers of all versions (NAME, NAME@...) of each recording, by the number of NAME."""
+    number = {name: i for i, name in enumerate(store.names)}
+    versions: dict[int, list[int]] = {}
+    for i, name in enumerate(store.names):
+        versions.setdefault(number.get(name.partition("@")[0], i), []).append(i)
+    return versions
+
+
 class Crops(torch.utils.data.Dataset):
     """Random crops of recordings, of each as many an epoch as it has lengths of `frames`, by (epoch, number):
-    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white
-    noise of an SD up to `hiss` of full scale."""
+    the same after a resume. `vary`: each of any version of its recording; an AudioStore's waveform changes
+    first (`change_waveform`)."""
 
-    def __init__(self, store, recordings: list[int], frames: int, seed: int, gain=0.0, hiss=0.0):
+    def __init__(self, store, recordings: list[int], frames: int, seed: int, vary: bool = False):
         counts = np.rint(store.frames[recordings] / frames).astype(int).clip(min=1)
-        self.store, self.frames, self.seed, self.gain, self.hiss = store, frames, seed, gain, hiss
+        self.store, self.frames, self.seed, self.vary = store, frames, seed, vary
+        self.versions = versions_of(store)
         self.recordings = np.repeat(recordings, counts)
         self.lengths = np.minimum(store.frames[self.recordings], frames).tolist()
 
@@ -4826,19 +4949,16 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         i = int(self.recordings[key[1]])
+        rng = np.random.default_rng((self.seed, *key, 1))
+        if self.vary:
+            i = int(rng.choice(self.versions[i]))
         start = crop_start(int(self.store.frames[i]), self.frames, self.seed, *key)
         x = self.store.get(i, start, start + self.lengths[key[1]])
         if x.dtype == np.int16:
-            x = self.changed_fbank(x, np.random.default_rng((self.seed, *key, 1)))
+            wave = x / np.float32(32768)
+            x = fbank(torch.from_numpy(change_waveform(wave, rng) if self.vary else wave))
+            x = front_end(x, ends=True).numpy()
         return {"name": f"{self.store.names[i]}@{start / 100:.2f}s", "fbank": x}
-
-    def changed_fbank(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Log-mel energies of int16 samples at another level, with noise."""
-        loudness = np.float32(10 ** (rng.uniform(-self.gain, self.gain) / 20))
-        hiss = np.float32(rng.uniform(0, self.hiss))
-        noise = rng.standard_normal(len(samples), np.float32)
-        wave = samples / np.float32(32768) * loudness + noise * hiss
-        return fbank(torch.from_numpy(wave.clip(-1, 1))).numpy()
 
 
 def spread_crops(crops: torch.utils.data.Dataset, most: int) -> list[dict]:
@@ -4856,13 +4976,14 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
         parts = without_percepiano(store, parts, args, quiet, say)
     for line in store.left_out:
         say(f"left out: {line}")
-    train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
+    train = Crops(store, parts["train"], args.frames, args.seed, vary=True)
     fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
     info = {
         "task": "pretrain",
         "synthetic": store.synthetic,
         "frames": args.frames,
         "audio": "wav",
+        "fbank": FBANK_FORMAT,
         "exclude_overlap": bool(args.exclude_overlap),
         "recordings": fingerprint(store.names, store.frames),
     }
@@ -4883,18 +5004,22 @@ def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
         root = root.with_name(f"{root.name}-audio")
         render_folder(midi, root, quiet=quiet)
         (root / "SYNTHETIC").touch()
-    if args.online:
-        return open_audio(root, args.strict, args.audio)
-    if (root / "index.json").is_file():
+    if (root / "index.json").is_file() and not args.online:
         return open_fbank(root)
-    audio = args.audio and Path(args.audio).resolve()
-    key = hashlib.sha1(f"{root.resolve()} {audio}".encode()).hexdigest()[:16]
-    return build_fbank(root, Path(args.cache) / f"fbank-{key}", None, args.strict, quiet, args.audio)
+    stores = []
+    for audio in audio_folders(args.audio):
+        if args.online:
+            stores.append(open_audio(root, args.strict, audio))
+            continue
+        key = hashlib.sha1(f"{root.resolve()} {audio and Path(audio).resolve()}".encode()).hexdigest()[:16]
+        folder = Path(args.cache) / f"fbank-{key}"
+        stores.append(build_fbank(root, folder, None, args.strict, quiet, audio, args.copies))
+    return join_stores(stores)
 
 
 def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> dict[str, list[int]]:
     """The parts without recordings of music that the performances of --exclude-overlap play."""
-    maestro = read_maestro(args.data or store.root, args.strict, args.audio)
+    maestro = read_maestro(args.data or store.root, args.strict, audio_folders(args.audio)[0])
     found = maestro_overlaps(maestro, args.exclude_overlap, pieces=True, cache=args.cache, quiet=quiet)
     for line in maestro.unchecked:
         say(f"not compared: {line}")

@@ -72,9 +72,8 @@ from data import (
     collate_speech,
     column_names,
     extract_performances,
-    fbank,
-    fbank_frames,
     frames_needed,
+    heard_energies,
     load_percepiano,
     map_days,
     normalise_fbank,
@@ -1684,10 +1683,7 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
 def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
     """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it."""
     waveform = render(read_midi(path)) if rendered else read_wav(path)
-    if fbank_frames(len(waveform)) < PATCH or not waveform.any():
-        seconds = len(waveform) / SAMPLE_RATE
-        raise DataError(f"{path}: {seconds:.3f} s; expected 0.18 s or more, not all of it digital silence")
-    return fbank(torch.from_numpy(waveform)).numpy()
+    return heard_energies(waveform, path).numpy()
 
 
 def attention(argv: list[str]) -> dict:

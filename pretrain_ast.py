@@ -125,7 +125,7 @@ OPTIONS = {
     ],
     "data": [
         ("--data", "DIR", None, "MAESTRO; finetune: PercePiano (absent: built in, synthetic)"),
-        ("--audio", "DIR", None, "sound files (beside the MIDI; finetune: rendered into --cache)"),
+        ("--copies", COUNT, 0, "copies of a recording: room, level, noise; one a step (0: off)"),
         ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s)"),
         ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's)"),
         ("--workers", COUNT, 4, "processes that read crops (%(default)s; 0: none)"),
@@ -133,9 +133,7 @@ OPTIONS = {
         ("--strict", bool, False, "stop at the first unreadable file (off: leave it out)"),
     ],
     "data of --task pretrain": [
-        ("--online", bool, False, "filter banks at each step, of a changed waveform (off)"),
-        ("--gain", POSITIVE, 6.0, "online: change of level, dB (%(default)s; 0: off)"),
-        ("--hiss", SHARE, 0.002, "online: SD of white noise (%(default)s; 0: off)"),
+        ("--online", bool, False, "filter banks at each step, of a new copy each time (off)"),
         ("--exclude-overlap", "PERCEPIANO", None, "leave out recordings of its music (off)"),
     ],
     "data of --task finetune": [
@@ -205,6 +203,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 how = {"type": kind} if callable(kind) else {"choices": kind}
             group.add_argument(name, default=default, help=text, **how)
     add = p.add_argument
+    about = "sound files, several renderings of the same (beside the MIDI; finetune: rendered into --cache)"
+    add("--audio", nargs="+", metavar="DIR", help=about)
     add(
         "--grouped", action=argparse.BooleanOptionalAction, default=True, help="finetune: a head a group (on)"
     )
@@ -356,9 +356,8 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     variants = []
     for _ in range(args.variants):
         tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
-        variants.append((tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
-    changed = dict.fromkeys(variant for variant in variants if variant != (1, 0))
-    store = data.percepiano_audio(root, args.cache, args.audio, changed, quiet=quiet)
+        variants.append(data.Version(tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
+    store = data.percepiano_audio(root, args.cache, args.audio, variants, quiet=quiet)
     for line in corpus.left_out + store.left_out:
         say(f"left out: {line}")
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
