@@ -1969,6 +1969,180 @@ def performance_statistics(performance) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Statistics of a score and of how it is timed
+# ------------------------------------------------------------------------------------------------------------
+# Krumhansl and Kessler (1982): how well each pitch class fits C minor and C major. Scales: the minor one with
+# the natural and the raised seventh.
+_KEY_PROFILES = (
+    [6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17],
+    [6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88],
+)
+_KEY_SCALES = [1, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 1], [1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1]
+_CHORDS = {"maj": (0, 4, 7), "min": (0, 3, 7), "dim": (0, 3, 6), "aug": (0, 4, 8), "dom": (0, 4, 7, 10)}
+_CHORD_OF = {
+    frozenset((root + step) % 12 for step in steps): name
+    for name, steps in _CHORDS.items()
+    for root in range(12)
+}
+_KEY_FIT = ("major", "minor", "difference", "clarity", "out_of_scale")
+
+
+def _in_all_keys(of_c):
+    """(24, 12): rows of C minor and C major, each moved to all twelve keys."""
+    return np.array([np.roll(row, key) for row in of_c for key in range(12)])
+
+
+def _unit(rows):
+    """Rows centred and of length 1, so that products are correlations; zeros where constant."""
+    centred = rows - rows.mean(1, keepdims=True)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+
+
+def _key_fit(weights):
+    """Duration per pitch class (k, 12) -> (k, 5) of _KEY_FIT: best correlation with a major key, with a minor
+    key, their difference, best minus second best, share outside the scale of the best."""
+    fit = _unit(weights) @ _unit(_in_all_keys(_KEY_PROFILES)).T
+    minor, major = fit[:, :12].max(1), fit[:, 12:].max(1)
+    second, best = np.sort(fit)[:, -2:].T
+    scale = _in_all_keys(_KEY_SCALES)[fit.argmax(1)]
+    outside = (weights * (1 - scale)).sum(1) / weights.sum(1)
+    fits = np.stack([major, minor, major - minor, best - second, outside], 1)
+    return np.where(np.ptp(weights, axis=1, keepdims=True) > 0, fits, 0.0)
+
+
+def _sonorities(pitch, onset, end):
+    """At each distinct onset: the pitches written as sounding, ascending, and quarters to the next onset."""
+    starts = np.unique(onset)
+    lasts = np.maximum(np.diff(np.append(starts, end.max())), 1e-3)
+    begun = np.searchsorted(onset, starts + 1e-6, side="right")
+    end_of_key, before = np.zeros(128), 0
+    for start, lasting, until in zip(starts, lasts, begun, strict=True):
+        np.maximum.at(end_of_key, pitch[before:until], end[before:until])
+        before = until
+        yield np.flatnonzero(end_of_key > start + 1e-6), lasting
+
+
+def _sonority_statistics(pitch, onset, end):
+    """Interval classes and chords by their share of time, dissonance, number of sounding keys (17)."""
+    classes, chords, total = np.zeros(7), dict.fromkeys(_CHORDS, 0.0), 0.0
+    dissonance, sizes = [], []
+    for sounding, lasting in _sonorities(pitch, onset, end):
+        distance = np.subtract.outer(sounding, sounding)
+        distance = distance[distance > 0]
+        if len(distance):
+            folded = np.minimum(distance % 12, -distance % 12)
+            classes += lasting * np.bincount(folded, minlength=7) / len(distance)
+        harsh, mild = np.isin(distance, (1, 2)).sum(), np.isin(distance, (6, 10, 11, 13)).sum()
+        dissonance.append(harsh + 0.3 * mild)
+        sizes.append(len(sounding))
+        chord = _CHORD_OF.get(frozenset((sounding % 12).tolist()))
+        if chord:
+            chords[chord] += lasting
+        total += lasting
+    out = {f"interval_class_{k}": value / total for k, value in enumerate(classes)}
+    out |= {f"chord_{name}": value / total for name, value in chords.items()}
+    out["minor_of_triads"] = chords["min"] / (chords["min"] + chords["maj"] + 1e-9)
+    out |= {"dissonance_mean": np.mean(dissonance), "dissonance_q90": np.quantile(dissonance, 0.9)}
+    return out | {"sounding_mean": np.mean(sizes), "sounding_sd": np.std(sizes)}
+
+
+def harmony_statistics(score: Score) -> dict[str, float]:
+    """Key and mode (18), sonority (17) of a score as written, graces left out."""
+    real = ~score.grace | score.grace.all()
+    onset, pitch = score.onset[real], score.pitch[real]
+    duration = np.maximum(score.duration[real], 1e-3)
+    _, bar = np.unique(score.measure[real], return_inverse=True)
+    bars = np.bincount(bar * 12 + pitch % 12, duration, 12 * (bar[-1] + 1)).reshape(-1, 12)
+    whole = bars.sum(0)
+    share = whole / whole.sum()
+    out = {f"key_{name}": value for name, value in zip(_KEY_FIT, _key_fit(whole[None])[0], strict=True)}
+    out["pitch_class_entropy"] = -(share[share > 0] * np.log(share[share > 0])).sum()
+    out["pitch_classes_used"] = (share > 0.01).sum()
+    fits = _key_fit(bars)
+    for name, values in zip(_KEY_FIT, fits.T, strict=True):
+        out |= {f"bar_{name}_mean": values.mean(), f"bar_{name}_sd": values.std()}
+    out["bar_minor_share"] = (fits[:, 2] < 0).mean()
+    out |= _sonority_statistics(pitch, onset, onset + duration)
+    return {name: float(value) for name, value in out.items()}
+
+
+def _tempo_course(grid, quarter, second):
+    """16 statistics of the log pace (seconds a quarter) between the positions of a grid that were played."""
+    grid = np.unique(grid[(grid >= quarter[0] - 1e-6) & (grid <= quarter[-1] + 1e-6)])
+    if len(grid) < 4:
+        grid = np.linspace(quarter[0], quarter[-1], 5)
+    pace = np.log(np.maximum(np.diff(np.interp(grid, quarter, second)) / np.diff(grid), 1e-3))
+    curve = pace - pace.mean()
+    step, smooth = np.diff(curve), gaussian_filter1d(curve, 1.5, mode="nearest")
+    square, slope = 0.0, 0.0
+    if len(curve) > 3:
+        square, slope, _ = np.polyfit(np.linspace(-1, 1, len(curve)), curve, 2)
+    varies = len(curve) > 4 and min(curve[1:].std(), curve[:-1].std()) > 1e-9
+    return {
+        "sd": curve.std(),
+        "step_sd": step.std(),
+        "step_size": np.abs(step).mean(),
+        "second_step_sd": np.diff(step).std() if len(step) > 1 else 0.0,
+        "square": square,
+        "slope": slope,
+        "smooth_sd": smooth.std(),
+        "rest_sd": (curve - smooth).std(),
+        "range": np.ptp(curve),
+        "max": curve.max(),
+        "min": curve.min(),
+        "last": curve[-1],
+        "first": curve[0],
+        "fastest": np.exp(-pace.min()),
+        "lag1": np.corrcoef(curve[1:], curve[:-1])[0, 1] if varies else 0.0,
+        "mean": np.average(pace, weights=np.diff(grid)),
+    }
+
+
+def _held_ratio(score, performance, match, anchors):
+    """Rows of the matched notes, and log of the time held over the time written at the local tempo."""
+    quarter, second = anchors.T
+    rows = np.flatnonzero(match >= 0)
+    played, onset = match[rows], score.onset[rows]
+    held = np.maximum(performance.offset[played] - performance.onset[played], 0.01)
+    # beyond the last anchor: the tempo around it, a Gaussian of 1.5 quarters over what was played
+    step = np.diff(quarter)
+    pace = np.log(np.maximum(np.diff(second) / step, 1e-3))
+    near = np.exp(-0.5 * ((quarter[:-1] - quarter[-2]) / 1.5) ** 2) * step
+    last = np.exp((near * pace).sum() / near.sum())
+    clock = np.append(quarter, quarter[-1] + 8), np.append(second, second[-1] + 8 * last)
+    written = np.interp(onset + score.duration[rows], *clock) - np.interp(onset, quarter, second)
+    return rows, np.log(held / np.maximum(written, 0.02))
+
+
+def timing_statistics(score: Score, performance: Performance, match: np.ndarray) -> dict[str, float]:
+    """Tempo on half-beats, beats and bars (48); mean and deviation of log(held / written) of all, top, other,
+    right, left, short, long notes (14). Matches out of time are dropped first."""
+    match, anchors = _clean(score, performance, match)
+    beats = np.asarray(score.beats, float)
+    halves = np.append(beats, (beats[1:] + beats[:-1]) / 2)
+    out = {}
+    for level, grid in (("half", halves), ("beat", beats), ("bar", np.asarray(score.measures, float))):
+        for name, value in _tempo_course(grid, *anchors.T).items():
+            out[f"tempo_{level}_{name}"] = value
+
+    rows, ratio = _held_ratio(score, performance, match, anchors)
+    written = score.duration[rows]
+    counted = (written > 0) & ~score.trill[rows]
+    by_pitch = np.lexsort((score.pitch[rows], score.onset[rows]))
+    top = np.zeros(len(rows), bool)
+    top[by_pitch[np.diff(score.onset[rows], append=np.inf) > 0]] = True
+    right = score.staff[rows] == 1
+    groups = {"all": counted, "top": top, "other": ~top, "right": right, "left": ~right}
+    for name, members in (groups | {"short": written <= 0.5, "long": written > 0.9}).items():
+        chosen = members & counted
+        values = ratio[chosen if chosen.sum() > 3 else counted]
+        values = values if len(values) else np.zeros(1)
+        out |= {f"held_{name}_mean": values.mean(), f"held_{name}_sd": values.std()}
+    return {name: float(value) for name, value in out.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Names
 # ------------------------------------------------------------------------------------------------------------
 
@@ -2252,7 +2426,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # PercePiano: the corpus, from files to cached features
 # ------------------------------------------------------------------------------------------------------------
 
-FEATURES_VERSION = 2  # count up when what `_extract_all` gives changes: caches are made again
+FEATURES_VERSION = 3  # count up when what `_extract_all` gives changes: caches are made again
 MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
@@ -2291,7 +2465,7 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
     """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its
     performance and match, or the error line."""
     score_path, midi_paths = task
-    score, results = None, []
+    score, harmony, results = None, None, []
     for path in midi_paths:
         try:
             score = score or read_musicxml(score_path)
@@ -2300,7 +2474,10 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
             results.append((path, str(error)))
             continue
         match = align(score, performance)
-        statistics = performance_statistics(performance)
+        harmony = harmony or harmony_statistics(score)
+        statistics = {f"midi:{name}": value for name, value in performance_statistics(performance).items()}
+        statistics |= {f"timing:{k}": v for k, v in timing_statistics(score, performance, match).items()}
+        statistics |= {f"harmony:{name}": value for name, value in harmony.items()}
         item = note_table(score, performance, match) | {
             "match_rate": float((match >= 0).mean()),
             "stats": np.array(list(statistics.values()), np.float32),
@@ -2496,6 +2673,13 @@ FEATURE_SETS = {
     "full": FEATURES,
     "midi": RAW_FEATURES,
 }
+# Groups of the statistics of whole performances that go with each.
+STATISTICS = {
+    "score": ["harmony"],
+    "perf": ["midi", "timing"],
+    "full": ["midi", "timing", "harmony"],
+    "midi": ["midi"],
+}
 CLIP = 8.0  # largest z-score
 KEY_SHIFTS = (-5, 7)  # semitones, within the keyboard
 KEYBOARD = (21, 108)
@@ -2511,15 +2695,15 @@ def pooled_statistics(item: dict, columns: list[int], features: str = "full") ->
     return np.concatenate([x.mean(0), x.std(0), *np.quantile(x, (0.1, 0.5, 0.9), axis=0)])
 
 
-def _statistics(corpus, names, info):
-    """What `--pooled` adds to items, (n, S): pooled note columns and, score features apart, the statistics of
-    the MIDI."""
+def all_statistics(corpus: Corpus, names: list[str], info: dict) -> np.ndarray:
+    """What `--pooled` adds to items, (n, S): statistics of whole performances, and pooled note columns."""
     columns = [corpus.columns.index(column) for column in info["columns"]]
+    chosen = [corpus.stat_names.index(name) for name in info["statistics"]]
     rows = []
     for name in names:
         item = corpus.items[name]
-        row = pooled_statistics(item, columns, info["features"])
-        rows.append(row if info["features"] == "score" else np.concatenate([item["stats"], row]))
+        pooled = pooled_statistics(item, columns, info["features"])
+        rows.append(np.concatenate([item["stats"][chosen], pooled]))
     return np.stack(rows)
 
 
@@ -2537,11 +2721,24 @@ def fit_normalisation(corpus: Corpus, names: list[str], features: str, pooled: b
             values = x[rows, corpus.columns.index(column)]
             mean[k] = float(values.mean())
             std[k] = float(values.std()) or 1.0
-    info = {"features": features, "columns": columns, "mean": mean, "std": std, "quantiles": None}
+    statistics = [name for name in corpus.stat_names if name.split(":")[0] in STATISTICS[features]]
+    info = {"features": features, "columns": columns, "mean": mean, "std": std, "statistics": statistics}
+    info["quantiles"] = None
     if pooled:
-        quantiles = np.quantile(_statistics(corpus, names, info), np.linspace(0, 1, 101), axis=0)
+        quantiles = np.quantile(all_statistics(corpus, names, info), np.linspace(0, 1, 101), axis=0)
         info["quantiles"] = torch.from_numpy(quantiles.astype(np.float32))
     return info
+
+
+def han_info(
+    corpus: Corpus, names: list[str], features: str, pooled: bool, split: str, fold: int, keep_overlap: bool
+) -> dict:
+    """`fit_normalisation`, and what else a checkpoint says of the training part `names` and the ratings."""
+    info = fit_normalisation(corpus, names, features, pooled)
+    info |= {"split": split, "fold": fold, "keep_overlap": keep_overlap, "synthetic": corpus.synthetic}
+    info |= {"labels": list(LABELS), "works": sorted({parse_name(name)[0] for name in names})}
+    targets = fit_targets(corpus, names)
+    return info | {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
 
 
 def _feature(column):
@@ -2562,7 +2759,9 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
 def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra
     notes, which have no score columns, get the mean there."""
-    if foreign := sorted(set(info["columns"]) - set(corpus.columns)):
+    known = {*corpus.columns, *corpus.stat_names}
+    foreign = sorted({*info["columns"], *info.get("statistics", ["statistics"])} - known)
+    if foreign:
         raise DataError(f"column {foreign[0]}: not extracted here; the checkpoint is older; train it again")
     index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
@@ -2577,7 +2776,7 @@ def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
             item |= {key: item[key][written] for key in NOTE_ARRAYS}
         items.append(item)
     if info["quantiles"] is not None and names:
-        table = to_normal(_statistics(corpus, names, info), info["quantiles"].numpy())
+        table = to_normal(all_statistics(corpus, names, info), info["quantiles"].numpy())
         for item, row in zip(items, table, strict=True):
             item["stats"] = row
     return items

@@ -67,12 +67,15 @@ from data import (
     DataError,
     FbankStore,
     SpeechCorpus,
+    all_statistics,
     clean_sentence,
     collate_han,
     collate_speech,
     column_names,
     extract_performances,
+    fit_normalisation,
     frames_needed,
+    han_info,
     heard_energies,
     load_percepiano,
     map_days,
@@ -84,7 +87,6 @@ from data import (
     percepiano_parts,
     phonemize,
     player_of,
-    pooled_statistics,
     prepare_ast,
     prepare_han,
     pretrain_data,
@@ -117,12 +119,14 @@ from models import (
     ClipStatistics,
     ContextAttention,
     GRUDecoder,
+    KernelRidge,
     cluster_mask,
     git_state,
     group_softmax,
     json_ready,
     load_checkpoint,
     peak_memory,
+    save_ensemble,
 )
 
 with contextlib.suppress(ImportError):  # Windows has none
@@ -131,6 +135,7 @@ with contextlib.suppress(ImportError):  # Windows has none
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
 MAX_NOTES = 420  # of a PercePiano performance
+NORMAL_80 = 1.2816  # standard deviations on either side that hold 80 % of a normal distribution
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -260,6 +265,48 @@ def scores(y, p, groups) -> dict:
     return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
 
+def _measure_humans(records, truth, root):
+    """`human_figures` by part, printed, with what the raters' noise allows."""
+    parts = {record["part"]: None for record in records}
+    ceiling = within_ceiling(root)
+    for part in parts:
+        figures = human_figures(records, truth, part)
+        if figures:
+            parts[part] = figures | {"ceiling": ceiling}
+            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}", end="; ")
+            print(
+                f"raters' noise allows {ceiling:.4f}; 80 % of errors under {np.mean(figures['error80']):.3f}"
+            )
+    return parts
+
+
+def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
+    """Rows (n, D) less the mean of their group (n,)."""
+    _, group, count = np.unique(groups, return_inverse=True, return_counts=True)
+    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
+    return values - (sums / count[:, None])[group]
+
+
+def human_figures(records: list, truth: dict, part: str) -> dict | None:
+    """Of human players in a part: Pearson correlation within segments (players of the same bars; mean over
+    folds), and error80 (19,): the half-width of an interval that holds 80 % of the errors once that of the
+    spread over models is in it; None where nothing is rated."""
+    names, y, p, folds = _stacked(records, truth, part, "no_renderings")
+    if not names:
+        return None
+    segments = np.array([segment_of(name) for name in names])
+
+    def within(y, p, segments):
+        return pearson(within_segments(y, segments), within_segments(p, segments))
+
+    each = by_fold(within, folds, y, p, segments)
+    spreads = [record | {"p": record.get("spread", 0 * record["p"])} for record in records]
+    spread = _stacked(spreads, truth, part, "no_renderings")[2]
+    rest = ((y - p) ** 2 - (NORMAL_80 * spread) ** 2).clip(0)
+    error = np.sqrt(np.quantile(rest, 0.8, axis=0))
+    return {"within": float(each.mean()), "within_per_dimension": each.tolist(), "error80": error.tolist()}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Results: predictions as CSV, metrics and circumstances as JSON, both printed
 # ------------------------------------------------------------------------------------------------------------
@@ -370,8 +417,9 @@ def _print_figures(title, figures, tests):
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
-def _finish(records, corpus, args, about):
-    """Measures, prints and writes predictions, of task ast with significance; returns the metrics."""
+def _finish(records, corpus, args, about, models=()):
+    """Measures, prints and writes predictions, of task ast with significance, and --out: the models (network,
+    checkpoint); returns the metrics."""
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     if args.save_results:
         for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
@@ -383,6 +431,11 @@ def _finish(records, corpus, args, about):
     for part, view in itertools.product(figures["metrics"], VIEWS):
         tests = figures["significance"][part][view] if "significance" in figures else {}
         _print_figures(f"{part}, {VIEWS[view]}", figures["metrics"][part][view], tests)
+    if about["task"] == "han":
+        figures["humans"] = _measure_humans(records, truth, corpus.root)
+    if args.out:
+        valid = figures["metrics"]["valid"]["all"]["mean"]["r2"]
+        save_ensemble(args.out, models, {"error80": figures["humans"]["valid"]["error80"], "valid_r2": valid})
     unrated = {name for record in records for name in record["names"]} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
     about["synthetic"] = corpus.synthetic
@@ -413,14 +466,27 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
 
 
 def _load_models(paths):
-    """[(path, model, checkpoint), ...]."""
-    return [(path, *load_checkpoint(path)) for path in paths]
+    """[(path, model, checkpoint), ...]; a file of several models gives each."""
+    loaded = []
+    for path in paths:
+        model, ckpt = load_checkpoint(path)
+        if ckpt["task"] == "ensemble":
+            each = zip(model.members, ckpt["members"], strict=True)
+            loaded += [(path, member, {**ckpt, **about}) for member, about in each]
+        else:
+            loaded.append((path, model, ckpt))
+    return loaded
+
+
+def kind_of(task: str) -> str:
+    """The task whose files a model reads: a kernel those of a HAN."""
+    return "han" if task == "kernel" else task
 
 
 def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
     or differs there from the first or from this version."""
-    task = loaded[0][2]["task"]
+    task = kind_of(loaded[0][2]["task"])
     expected = {"task": task, "labels": list(LABELS)}
     keys = ["task", "synthetic"]
     if task == "decoder":
@@ -431,7 +497,7 @@ def _check_alike(loaded):
     if task in AUDIO_TASKS:
         keys.append("audio")
     for path, model, ckpt in loaded:
-        known = {**(ckpt["data"] or {}), **model.model_args, "task": ckpt["task"]}
+        known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
             value = known.get(key)
             if key not in known or value != expected.setdefault(key, value):
@@ -467,6 +533,8 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     foreign = args.audio if task == "decoder" else args.day or args.words or args.tune or args.submission
+    if args.out and (kind_of(task) != "han" or args.part != "valid"):
+        raise DataError(f"--out: of models of task han, on part valid; {args.ckpt[0]}: {task}")
     if foreign:
         told = "--audio is of ratings; --day, --words, --tune, --submission of decoders; leave them out"
         raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
@@ -476,9 +544,9 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
     records, corpus, data = _rate_parts(args, loaded, parts)
-    about = {"task": "han" if task == "han" else "ast", "model": task, "seeds": seeds_of(loaded)}
+    about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
-    return _finish(records, corpus, args, about)
+    return _finish(records, corpus, args, about, [member[1:] for member in loaded])
 
 
 def _load_corpus(args, speech=False):
@@ -524,7 +592,8 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
             each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
-            records.append({"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)})
+            record = {"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)}
+            records.append(record | {"spread": np.std(each, axis=0)})
     return records
 
 
@@ -541,11 +610,15 @@ def _predict(model, ckpt, names, corpus, store, args):
 
 
 def floor(argv: list[str]) -> dict:
-    """`python eval.py floor`: scikit-learn on the trainers' parts; returns metrics (see `measure`)."""
-    about = "What a network has to beat: a forest on statistics of the notes (han), ridge on log-mel's (ast)."
+    """`python eval.py floor`: regressions on the trainers' parts; returns metrics (see `measure`)."""
+    about = """\
+What a network has to beat: a regression on pooled statistics of notes and MIDI (han), of log-mels (ast).
+
+    python eval.py floor --model kernel --data DIR --out kernel.pt     seconds; rates like a best.pt"""
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
+    add("--model", choices=REGRESSIONS, help="han: any (forest); ast: forest or ridge (ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
@@ -554,31 +627,56 @@ def floor(argv: list[str]) -> dict:
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
     foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
-    if foreign:
-        raise DataError("--features is of --task han, --audio and --probe of ast; leave them out")
+    foreign = foreign or (args.task == "ast" and args.model == "kernel")
+    if foreign or (args.out and args.model != "kernel"):
+        told = "--features and --model kernel are of --task han, --audio and --probe of ast, --out of kernel"
+        raise DataError(f"{told}; leave them out")
     corpus = _load_corpus(args)
-    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")} | {"seeds": [7]}
-    if args.task == "han":
-        about |= {"model": "forest", "features": args.features}
-        columns = [corpus.columns.index(name) for name in column_names(FEATURE_SETS[args.features])]
-        statistics = {}
-        for name, item in corpus.items.items():
-            statistics[name] = pooled_statistics(item, columns, args.features)
-    else:
-        about |= {"model": "ridge", "audio": "wav" if args.audio else "rendered", "probe": args.probe}
-        statistics = _clip_statistics(corpus, args)
-    records = []
+    kind = args.model or ("forest" if args.task == "han" else "ridge")
+    about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
+    about |= {"seeds": [7], "model": kind}
+    about |= (
+        {"features": args.features}
+        if args.task == "han"
+        else {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+    )
+    clips = _clip_statistics(corpus, args) if args.task == "ast" else None
+    records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
-        names_of = {part: [n for n in names if n in statistics] for part, names in names_of.items()}
-        train = names_of["train"]
-        model = _regression(about["model"], list(map(segment_of, train)))
-        model.fit([statistics[name] for name in train], [corpus.items[name]["y"] for name in train])
+        if clips:
+            names_of = {part: [n for n in names if n in clips] for part, names in names_of.items()}
+        if kind == "kernel":
+            kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
+            rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
+        else:
+            rate = _fit_regression(kind, corpus, names_of["train"], clips, args.features)
         for part in ("valid", "test"):
-            rows = [statistics[name] for name in names_of[part]]
-            p = model.predict(rows).clip(0, 1) if rows else np.zeros((0, len(LABELS)))
-            records.append({"part": part, "fold": fold, "names": names_of[part], "p": p})
-    return _finish(records, corpus, args, about)
+            names = names_of[part]
+            p = rate(names=names) if names else np.zeros((0, len(LABELS)))
+            records.append({"part": part, "fold": fold, "names": names, "p": p})
+    return _finish(records, corpus, args, about, kernels)
+
+
+def _fit_kernel(corpus, train, args, fold):
+    """A kernel ridge of a fold, and its checkpoint."""
+    info = han_info(corpus, train, args.features, True, args.split, fold, args.keep_overlap)
+    items = prepare_han(corpus, train, info)
+    stats, y = (torch.from_numpy(np.stack([item[key] for item in items])) for key in ("stats", "y"))
+    made = {"task": "kernel", "data": info, "args": {"seed": None}, "step": None, **git_state()}
+    return KernelRidge.fit(stats, y), made
+
+
+def _fit_regression(kind, corpus, train, clips, features):
+    """A function names -> ratings (n, 19): a forest or a ridge on the same statistics."""
+    info = None if clips else fit_normalisation(corpus, train, features)
+
+    def statistics(names):
+        return np.stack([clips[name] for name in names]) if clips else all_statistics(corpus, names, info)
+
+    model = _regression(kind, list(map(segment_of, train)))
+    model.fit(statistics(train), [corpus.items[name]["y"] for name in train])
+    return lambda names: model.predict(statistics(names)).clip(0, 1)
 
 
 def _clip_statistics(corpus, args):
@@ -591,6 +689,9 @@ def _clip_statistics(corpus, args):
         row = of_clip.values(energies[None])[0].double().numpy()
         statistics[name] = np.append(row, tokens.get(name, []))
     return statistics
+
+
+REGRESSIONS = ("kernel", "forest", "ridge")
 
 
 def _regression(kind, groups):
@@ -1538,7 +1639,28 @@ def _ceiling_column(names, raters, x):
     several = N > 1
     noise_independent = np.bincount(item, squares)[several] / (N[several] - 1) / N[several]
     r2, independent = 1 - np.array([noise.mean(), noise_independent.mean()]) / mean.var()
-    return {"r2": r2, "independent": independent, "between": between, "error": error}
+    return {"r2": r2, "independent": independent, "between": between, "error": error, "noise": noise.mean()}
+
+
+def within_ceiling(root: str | Path) -> float:
+    """Pearson correlation within segments of somebody who knew every human performance's true ratings; NaN
+    without the individual ratings."""
+    try:
+        raters, names, ratings = read_ratings(root)
+    except DataError:
+        return math.nan
+    human = np.array([not is_rendering(name) for name in names])
+    raters, names, ratings = raters[human], names[human], ratings[human] / 7
+    items, item = np.unique(names, return_inverse=True)
+    rated = np.isfinite(ratings)
+    means = [
+        np.bincount(item[r], x[r]) / np.bincount(item[r]) for x, r in zip(ratings.T, rated.T, strict=True)
+    ]
+    segments = [segment_of(name) for name in items]
+    freedom = len(items) - len(set(segments))
+    variance = (within_segments(np.stack(means, 1), segments) ** 2).sum(0) / max(freedom, 1)
+    reached = 1 - rater_ceiling(raters, names, ratings)["noise"] / variance
+    return float(np.sqrt(reached.clip(0)).mean())
 
 
 def ceiling(argv: list[str]) -> dict:
@@ -1558,6 +1680,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
         shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
         rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
         print_table(["ceiling", *shown], rows)
+    print(f"human players within a segment: Pearson {within_ceiling(root):.4f}")
     return views
 
 
@@ -2486,6 +2609,7 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     add("--csv", help="write the predictions here (off)")
     add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", help="their folder (%(default)s)")
+    add("--out", metavar="FILE", help="han: write the models in one small file, scored on valid (off)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:

@@ -107,7 +107,7 @@ def group_softmax(score: Tensor, group: Tensor, groups: int) -> Tensor:
 # HAN (Park et al., Scientific Reports 14, 23002, 2024)
 # ---------------------------------------------------------------------------------------------------------
 LEVELS = ("note", "beat", "measure", "total_note_cat")
-FORMS = ("han", "bilstm", "bilstm_sa")
+FORMS = ("han", "bilstm", "bilstm_sa", "head")
 
 
 class HAN(nn.Module):
@@ -117,8 +117,9 @@ class HAN(nn.Module):
     size          width of the embedding and of each LSTM direction
     layers        LSTM layers of note, voice, beat, measure
     level         what feeds the final pooling: note | beat | measure | total_note_cat
-    model         han | bilstm | bilstm_sa: the last two are the same network, one BiLSTM of sum(layers)
-                  layers and no hierarchy (level is not used); they differ in the features that they are given
+    model         han | bilstm | bilstm_sa | head: the bilstm are the same network, one BiLSTM of sum(layers)
+                  layers and no hierarchy (level is not used), and differ in the features that they are given;
+                  head: the head alone, on batch["stats"]
     head_size     width inside the head; None = 2 * size
     stats_size    > 0: batch["stats"] (B, stats_size) is concatenated with the pooled vector before the head
     """
@@ -142,12 +143,28 @@ class HAN(nn.Module):
         if model not in FORMS or level not in LEVELS or size % heads:
             wanted = f"one of {FORMS}, one of {LEVELS}, a multiple of heads {heads}"
             raise DataError(f"HAN: model {model}, level {level}, size {size}; expected {wanted}")
+        if model == "head" and not stats_size:
+            raise DataError("HAN: model head without statistics; expected --pooled")
         if model != "han":
             level = "note"
             layers = [sum(layers), 0, 0, 0]
         self.level = level
         width = 2 * size  # both directions of an LSTM
+        if model != "head":
+            self._make_encoder(input_size, size, heads, layers, dropout)
+        hidden = head_size or width
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(stats_size + (0 if model == "head" else width), hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_label),
+        )
 
+    def _make_encoder(
+        self, input_size: int, size: int, heads: int, layers: list[int], dropout: float
+    ) -> None:
+        level, width = self.level, 2 * size
         self.embedding = nn.Linear(input_size, size)
         self.note = BiLSTM(size, size, layers[0], dropout)
         if level != "note":
@@ -161,14 +178,6 @@ class HAN(nn.Module):
         if level in ("note", "total_note_cat"):
             self.contractor = nn.Linear(4 * width if level == "total_note_cat" else width, width)
         self.attention = ContextAttention(width, heads)
-        hidden = head_size or width
-        self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(width + stats_size, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, num_label),
-        )
 
     def forward(self, batch: dict) -> Tensor:
         """batch of data.collate_han -> logits (B, 19)."""
@@ -181,6 +190,18 @@ class HAN(nn.Module):
         total_note_cat (N, 8s) · contracted: the level that is pooled, 2s wide · pooled (B, 2s); s = size;
         N, NB, NM notes, beats, measures of all pieces. Stages beyond the level are absent.
         """
+        out = {} if self.model_args["model"] == "head" else self._encode(batch)
+        parts = [out["pooled"]] if out else []
+        if self.model_args["stats_size"]:
+            parts.append(batch["stats"])
+        seen = torch.cat(parts, dim=1)
+        if "mix" in batch:  # of train_han.mixup: each piece with another of the batch
+            share, partner = batch["mix"]
+            seen = share * seen + (1 - share) * seen[partner]
+        out["logits"] = self.head(seen)
+        return out
+
+    def _encode(self, batch: dict) -> dict[str, Tensor]:
         out = {}
         # indexing by piece and time, not by position in the flattened batch: any further padding is harmless
         out["embedding"] = self.embedding(batch["x"][batch["piece"], batch["time"]])
@@ -205,11 +226,46 @@ class HAN(nn.Module):
             out["total_note_cat"] = torch.cat([hidden, beat, measure], dim=1)
         out["contracted"] = self.contractor(out[self.level])
         out["pooled"] = self.attention(out["contracted"], piece, len(batch["x"]))
-        seen = out["pooled"]
-        if self.model_args["stats_size"]:
-            seen = torch.cat([seen, batch["stats"]], dim=1)
-        out["logits"] = self.head(seen)
         return out
+
+
+class KernelRidge(nn.Module):
+    """Kernel ridge regression on batch["stats"] (B, stats_size) of pooled statistics: 19 ratings, before the
+    sigmoid, as HAN's. Matérn-3/2; distances are root mean squares over the statistics."""
+
+    def __init__(self, items: int, stats_size: int, num_label: int = 19):
+        super().__init__()
+        self.model_args = {"items": items, "stats_size": stats_size, "num_label": num_label}
+        self.register_buffer("items", torch.zeros(items, stats_size))  # those it was fitted on
+        self.register_buffer("dual", torch.zeros(items, num_label))
+        self.register_buffer("mean", torch.zeros(num_label))
+
+    def forward(self, batch: dict) -> Tensor:
+        """batch of data.collate_han -> logits (B, 19)."""
+        p = self.mean + matern(batch["stats"], self.items) @ self.dual
+        return torch.logit(p, eps=1e-4)
+
+    @classmethod
+    def fit(cls, stats: Tensor, ratings: Tensor) -> "KernelRidge":
+        """stats (n, S), ratings (n, D) in [0, 1]. The ratings are turned to their principal components, of
+        which the later, noisier ones are shrunk more: ridge .1 to .5."""
+        model = cls(*stats.shape, ratings.shape[1])
+        stats, ratings = stats.double(), ratings.double()
+        mean = ratings.mean(0)
+        turn = torch.linalg.svd(ratings - mean, full_matrices=False).Vh
+        kernel = matern(stats, stats)
+        ridges = torch.logspace(math.log10(0.1), math.log10(0.5), len(turn))
+        solved = []
+        for ridge, component in zip(ridges, turn @ (ratings - mean).T, strict=True):
+            solved.append(torch.linalg.solve(kernel + ridge * torch.eye(len(kernel)), component))
+        model.load_state_dict({"items": stats, "dual": torch.stack(solved, 1) @ turn, "mean": mean})
+        return model.eval()
+
+
+def matern(a: Tensor, b: Tensor) -> Tensor:
+    """Matérn-3/2 kernel of rows (n, S), (m, S) -> (n, m)."""
+    distance = torch.cdist(a, b) * math.sqrt(3 / a.shape[1])
+    return (1 + distance) * torch.exp(-distance)
 
 
 # our names of the parts -> the original PercePiano network's (reference/percepiano_han.npz)
@@ -1030,7 +1086,17 @@ def _mean_and_deviation(x, inside):
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # ---------------------------------------------------------------------------------------------------------
+class Ensemble(nn.Module):
+    """Models in one file: members [task, model_args] each. `eval.py` rates with the members."""
+
+    def __init__(self, members: list):
+        super().__init__()
+        self.model_args = {"members": members}
+        self.members = nn.ModuleList(MODELS[task](**known) for task, known in members)
+
+
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
+MODELS |= {"kernel": KernelRidge, "ensemble": Ensemble}
 DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
 
@@ -1051,6 +1117,25 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     for half in path.parent.glob(f".{path.name}.*"):  # of a save that was killed: a run has one writer
         half.unlink()
     write_atomic(path, write)
+
+
+def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
+    """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights and quantiles
+    in float16, what equals an earlier member's (a fold's quantiles) stored once. known: further keys."""
+    once: dict[bytes, Tensor] = {}
+    forms, about, weights = [], [], {}
+    for i, (model, ckpt) in enumerate(members):
+        forms.append([ckpt["task"], model.model_args])
+        for name, value in model.state_dict().items():
+            weights[f"members.{i}.{name}"] = value.half()
+        kept = {key: ckpt.get(key) for key in ("task", "step", "git_sha")}
+        kept |= {"data": dict(ckpt["data"]), "args": {"seed": ckpt["args"].get("seed")}}
+        if kept["data"]["quantiles"] is not None:
+            half = kept["data"]["quantiles"].half()
+            kept["data"]["quantiles"] = once.setdefault(half.numpy().tobytes(), half)
+        about.append(kept)
+    made = {"task": "ensemble", "model_args": {"members": forms}, "model": weights, "members": about}
+    save_checkpoint(path, made | git_state() | known)
 
 
 def _plain(value: object, where: str) -> object:
@@ -1410,6 +1495,10 @@ class Run:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() or None,
         }
+        if name == "best.pt":  # what inference needs
+            made["model"] = state["ema"] or made["model"]
+            made |= {"optimizer": None, "scaler": None, "rng": None}
+            state |= {"ema": None, "scheduler": None}
         save_checkpoint(self.folder / name, state | made)
 
 

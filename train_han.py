@@ -94,13 +94,14 @@ OPTIONS = {
         ("--strict", bool, False, "stop at the first unreadable file instead of leaving it out (off)"),
     ],
     "model": [
-        ("--model", FORMS, "han", "network; bilstm: on raw MIDI columns only (%(default)s)"),
+        ("--model", FORMS, "han", "bilstm: raw MIDI columns only; head: statistics only (%(default)s)"),
         ("--level", LEVELS, "total_note_cat", "what feeds the final pooling (%(default)s)"),
         ("--size", WHOLE, 256, "width of every layer (%(default)s)"),
         ("--heads", WHOLE, 8, "attention heads (%(default)s)"),
         ("--dropout", BELOW_ONE, 0.2, "of LSTM layers and head, 0: off (%(default)s)"),
         ("--pooled", bool, False, "statistics of notes and MIDI before the head too (off)"),
         ("--head-size", WHOLE, None, "hidden width of the head; absent: twice --size (off)"),
+        ("--mixup", POSITIVE, 0.0, "mixes pooled vectors and ratings, Beta(a, a), 0: off (%(default)s)"),
     ],
     "optimiser": [
         ("--optimizer", ["adam", "adamw"], "adam", "adam: coupled decay (%(default)s)"),
@@ -160,11 +161,8 @@ def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: 
         say(f"left out: {line}")
     fold = int(args.fold)
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
-    info = data.fit_normalisation(corpus, parts["train"], args.features, args.pooled)
-    info |= {"split": args.split, "fold": fold, "keep_overlap": args.keep_overlap}
-    info |= {"synthetic": corpus.synthetic, "labels": list(data.LABELS)}
-    for key, value in data.fit_targets(corpus, parts["train"]).items():
-        info[key.replace("target", "rating")] = value
+    given = args.features, args.pooled, args.split, fold, args.keep_overlap
+    info = data.han_info(corpus, parts["train"], *given)
     if resumed:
         same_data(args.resume, resumed["data"], {"synthetic": corpus.synthetic})
         info = resumed["data"]
@@ -185,6 +183,16 @@ def augment(item: dict, info: dict, args: argparse.Namespace, key: tuple[int, ..
     return data.shift_key(item, info, int(shift))
 
 
+def mixup(batch: dict, alpha: float) -> None:
+    """Mixes the ratings of each piece with another's, and tells the network to mix what its head sees:
+    one share of Beta(alpha, alpha) a batch, drawn from torch's generator, which checkpoints hold."""
+    if alpha:
+        share = torch.distributions.Beta(alpha, alpha).sample().item()
+        partner = torch.randperm(len(batch["y"])).to(batch["y"].device)
+        batch["mix"] = share, partner
+        batch["y"] = share * batch["y"] + (1 - share) * batch["y"][partner]
+
+
 def gradient_report(model: HAN) -> dict:
     """Gradient norms by part, before clipping, and what they say of explosion, vanishing and imbalance."""
     parts: dict[str, list] = {}
@@ -192,8 +200,8 @@ def gradient_report(model: HAN) -> dict:
         part = "context_vectors" if name.endswith("context_vector") else name.split(".")[0]
         parts.setdefault(part, []).append(p.grad)
     norms = {part: torch.nn.utils.get_total_norm(grads).item() for part, grads in parts.items()}
-    encoder = math.hypot(*(norm for part, norm in norms.items() if part != "head"))
-    ratio = norms["head"] / max(encoder, 1e-12)
+    encoder = [norm for part, norm in norms.items() if part != "head"] or [norms["head"]]
+    ratio = norms["head"] / max(math.hypot(*encoder), 1e-12)
     flags = [f"{part} explodes" for part, norm in norms.items() if not norm <= 100]
     flags += [f"{part} vanishes" for part, norm in norms.items() if norm < 1e-6]
     if not 0.1 <= ratio <= 10:
@@ -236,7 +244,7 @@ def main(args: argparse.Namespace) -> dict:
     # ---- data
     resumed = load_training(args.resume, ("han",)) if args.resume else None
     train, valid, info = load_data(args, resumed, rank, world, say)
-    lengths = [len(item["x"]) for item in train]
+    lengths = [0 if args.model == "head" else len(item["x"]) for item in train]
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
     planned = (args.epochs or (12 if info["synthetic"] else 100)) * steps_per_epoch
     last = min(planned, 3 if args.diagnose else args.max_steps or planned)
@@ -281,6 +289,7 @@ def main(args: argparse.Namespace) -> dict:
             for indices in batches[step % steps_per_epoch :]:
                 items = [augment(train[i], info, args, (args.seed, epoch, i)) for i in indices[rank::world]]
                 batch = to_device(data.collate_han(items), device)
+                mixup(batch, args.mixup)
 
                 lr = lr_at(step, args, planned)
                 for group in optimizer.param_groups:

@@ -76,6 +76,7 @@ def corpus(monkeypatch, tmp_path):
         if segment != 9:
             items[name]["y"] = np.linspace(0.2 * level, level, 19).astype(np.float32)
     made = SimpleNamespace(root="fake", synthetic=True, items=items, columns=COLUMNS, left_out=[])
+    made.stat_names = ["midi:a", "harmony:b"]
 
     def parts(corpus, split, fold, keep_overlap=False, keep_misaligned=False):
         where = {"train": range(4), "valid": range(4 + 2 * fold, 6 + 2 * fold), "test": (8, 9)}
