@@ -4447,7 +4447,7 @@ def front_end(energies: torch.Tensor, ends: bool = False) -> torch.Tensor:
 ROOMS = 12  # that training copies know; the next one is that of RECORDED
 GAIN_RANGE = (-12.0, 6.0)  # dB
 HISS_RANGE = (-75.0, -40.0)  # dB of full scale
-RECORDED = "recorded"  # the copy by which ratings of a recording are tried: -6 dB, hiss at -50, a room unheard
+RECORDED = "recorded"  # the copy that tries a model: -6 dB, hiss at -50, a room that none was trained in
 
 
 @functools.cache
@@ -4657,6 +4657,9 @@ class Version(NamedTuple):
         if self.copy:
             item += f"@{RECORDED}" if self.copy == RECORDED else f"@copy{self.copy}"
         return item
+
+
+AS_PLAYED = Version()
 
 
 def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, copies=0) -> FbankStore:
@@ -5002,11 +5005,14 @@ def label_groups() -> list[list[int]]:
     return [[LABELS.index(name) for name in names] for names in LABEL_GROUPS.values()]
 
 
-def percepiano_audio(root, cache="cache", audio=None, versions=(), workers=None, quiet=False) -> FbankStore:
+def percepiano_audio(
+    root, cache="cache", audio=None, versions=(), workers=None, quiet=False, base=AS_PLAYED
+) -> FbankStore:
     """Log-mel energies of all performances of PercePiano (its folder), rendered, or of NAME.wav in the
     folder or folders `audio`, kept under `cache` as in `build_fbank`: NAME, in the second folder NAME@2, and
-    each in these versions too (`Version.name`). DataError: no recording, or other pianos for `audio`."""
-    versions = list(dict.fromkeys([Version(), *versions]))
+    each in these versions too (`Version.name`). base: how NAME itself sounds. DataError: no recording, or
+    other pianos for `audio`."""
+    versions = list(dict.fromkeys([base, *versions]))
     if audio and any(version != Version(copy=version.copy) for version in versions):
         raise DataError(f"{audio}: recordings; expected no --variants and --soundfonts with them")
     played = _performance_files(Path(root))[0]
@@ -5025,7 +5031,10 @@ def percepiano_audio(root, cache="cache", audio=None, versions=(), workers=None,
         errors = _store_missing(stored, jobs, workers, quiet)
         made = {name: "" for name, *_ in jobs if name not in errors}
         stores.append(_open_energies(stored, made, left_out + sorted({*errors.values()}), root))
-    return join_stores(stores)
+    joined = join_stores(stores)
+    suffix = base.name("")
+    joined.names = [name.removesuffix(suffix) for name in joined.names]
+    return joined
 
 
 def audio_folders(audio) -> list:
