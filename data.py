@@ -4662,6 +4662,11 @@ class Version(NamedTuple):
 AS_PLAYED = Version()
 
 
+def heard_versions(copies: int, soundfonts: list[str]) -> list[Version]:
+    """How an item sounds in training: by the built-in piano and each soundfont, and in so many copies."""
+    return [Version(soundfont=f, copy=copy) for f in [None, *soundfonts] for copy in range(copies + 1)]
+
+
 def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, copies=0) -> FbankStore:
     """Log-mel energies of all recordings of a folder (`audio_files`), `out`/NAME.npy, made again where the
     recording is newer, and an index; of each recording `copies` that sound as recorded elsewhere. Unreadable
@@ -4702,30 +4707,35 @@ def _open_energies(folder, splits, left_out, root=None):
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
-    """Write missing or outdated folder/NAME.npy of (name, source, version); errors by name."""
-    todo = []
+    """Write missing or outdated folder/NAME.npy of (name, source, version); errors by name. What differs in
+    the copy alone is played once."""
+    todo: dict[tuple, list] = {}
     for name, source, version in jobs:
         target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
-            todo.append((name, target, source, version))
-    _, errors = _run_all(_store_energies, todo, workers, "energies", quiet, strict)
-    return {name: error for (name, *_), error in errors.items()}
+            played = source, version._replace(copy=0)
+            todo.setdefault(played, []).append((name, target, version.copy))
+    tasks = [(*played, tuple(copies)) for played, copies in todo.items()]
+    _, errors = _run_all(_store_energies, tasks, workers, "energies", quiet, strict)
+    return {name: error for (*_, copies), error in errors.items() for name, *_ in copies}
 
 
-def _store_energies(job):
-    """Write the energies of a sound file, or of a MIDI file played, in this version."""
-    _, target, source, version = job
+def _store_energies(task):
+    """Write the energies of a sound file, or of a MIDI file played, as (name, target, copy) say."""
+    source, version, copies = task
     if source.suffix.lower() not in MIDI_KINDS:
         waveform = read_wav(source)
     elif version.soundfont:
         waveform = _fluidsynth(source, version.soundfont)
     else:
         waveform = render(transform_performance(read_midi(source), version.tempo, version.semitones))
-    if version.copy:
-        rng = np.random.default_rng(zlib.crc32(target.name.encode()))
-        waveform = change_waveform(waveform, rng, version.copy == RECORDED)
-    energies = heard_energies(waveform, source)
-    write_atomic(target, lambda file: np.save(file, energies.half().numpy()))
+    for _, target, copy in copies:
+        heard = waveform
+        if copy:
+            rng = np.random.default_rng(zlib.crc32(target.name.encode()))
+            heard = change_waveform(waveform, rng, copy == RECORDED)
+        energies = heard_energies(heard, source).half().numpy()
+        write_atomic(target, functools.partial(np.save, arr=energies))
 
 
 def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
@@ -5084,17 +5094,28 @@ def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> 
 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
-    """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with
-    silence · lengths (B,) int64 frames · names · y (B, 19) standardised and weight (B, 19) if the items have
-    them. items: fbank (frames, 128), name, ..."""
-    x, lengths = pad_fbank([item["fbank"] for item in items])
-    x = normalise_fbank(x, info["mean"], info["std"])
+    """Joins clips into one batch: x (B, T, 128) float16 as stored, padded with silence, or (B, K, T, 128) of
+    items of K crops · lengths (B,) or (B, K) int64 frames · names · y (B, 19) standardised and weight (B, 19)
+    if the items have them. items: fbank (frames, 128) or (K, frames, 128), name, ... For `on_device`."""
+    crops = [item["fbank"].reshape(-1, *item["fbank"].shape[-2:]) for item in items]
+    x, lengths = pad_fbank([crop for each in crops for crop in each])
+    x = x.half()
+    if items[0]["fbank"].ndim == 3:
+        x, lengths = x.unflatten(0, (len(items), -1)), lengths.unflatten(0, (len(items), -1))
     batch = {"x": x, "lengths": lengths, "names": [item["name"] for item in items]}
     for key in items[0].keys() & {"y", "weight"}:
         batch[key] = torch.as_tensor(np.stack([item[key] for item in items]))
     if "y" in batch:
         batch["y"] = (batch["y"] - torch.tensor(info["target_mean"])) / torch.tensor(info["target_std"])
     return batch
+
+
+def on_device(batch: dict, info: dict, device: torch.device) -> dict:
+    """A batch of `collate_ast` on its device, but for the lengths, x normalised there by info's mean and
+    std."""
+    names = batch.keys() & {"x", "y", "weight"}
+    moved = {name: batch[name].to(device, non_blocking=True) for name in names}
+    return batch | moved | {"x": normalise_fbank(moved["x"].float(), info["mean"], info["std"])}
 
 
 def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -5196,8 +5217,9 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
         "recordings": fingerprint(store.names, store.frames),
     }
     info |= norm or fit_fbank(train, args.audioset_norm)
-    starts = range(0, len(fixed), args.micro_batch)
-    batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
+    batches = []
+    for start in range(0, len(fixed), 16):
+        batches.append(on_device(collate_ast(fixed[start : start + 16], info), info, torch.device("cpu")))
     kind = " (SYNTHETIC)" if store.synthetic else ""
     counts = ", ".join(f"{len(members)} {part}" for part, members in parts.items())
     say(f"{store.root}{kind}: {counts}, {store.frames.sum() / 360_000:.2f} h; {len(train)} crops an epoch")

@@ -84,6 +84,7 @@ from data import (
     frames_needed,
     han_info,
     heard_energies,
+    heard_versions,
     load_percepiano,
     map_days,
     normalise_fbank,
@@ -1381,9 +1382,7 @@ WHOLE_CLIP = 10**9  # frames: more than any recording has
 
 def audio_store(corpus: Corpus, args) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered, and the versions of --copies, --soundfonts."""
-    versions = []
-    for font in [None, *args.soundfonts]:
-        versions += [Version(soundfont=font, copy=copy) for copy in range(args.copies + 1)]
+    versions = heard_versions(args.copies, args.soundfonts)
     store = percepiano_audio(corpus.root, args.cache, args.audio, versions)
     for line in store.left_out:
         print(f"left out: {line}")
@@ -1411,22 +1410,22 @@ def rated_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankSto
 
 def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
     """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, a like share of fewer."""
-    x, lengths = batch["x"], _lengths_if_unlike(batch)
+    x, lengths = batch["x"], lengths_if_unlike(batch)
     columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
     T = x.shape[1] // PATCH
     count = max(1, round(masked / 512 * 8 * T))
     return batch | {"mask": cluster_mask(len(x), 8, T, count, x.device, generator, columns=columns)}
 
 
-def _lengths_if_unlike(batch):
+def lengths_if_unlike(batch):
     """None where all clips fill their rows: attention needs no mask then, and is faster without."""
-    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
+    whole = bool((batch["lengths"] == batch["x"].shape[-2]).all())
     return None if whole else batch["lengths"]
 
 
 def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict:
     """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
-    figures = model(batch["x"], _lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
+    figures = model(batch["x"], lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
