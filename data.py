@@ -4430,6 +4430,7 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
 
 
 SOFT_FLOOR = 45.0  # dB under the loud level of a clip
+SHORTEST = 16  # frames of a recording that says something: one patch of AST
 SILENT = -70.0  # dB of full scale: a recording whose samples stay below holds nothing
 
 
@@ -4439,9 +4440,10 @@ def front_end(energies: torch.Tensor, ends: bool = False) -> torch.Tensor:
     of a room or microphone, and the digital silence of a renderer, without a step."""
     level = energies.amax(1)
     floor = level.quantile(0.95) - SOFT_FLOOR / 10 * math.log(10)
-    sounding = (level > floor).nonzero().flatten().tolist()
-    kept = energies if ends else energies[sounding[0] : sounding[-1] + 1]
-    return torch.logaddexp(kept, floor)
+    sounding = (level > floor).nonzero().flatten().tolist()  # none: of values that are no numbers
+    if sounding and not ends and sounding[-1] - sounding[0] >= SHORTEST:
+        energies = energies[sounding[0] : sounding[-1] + 1]
+    return torch.logaddexp(energies, floor)
 
 
 ROOMS = 12  # that training copies know; the next one is that of RECORDED
@@ -4741,10 +4743,10 @@ def _store_energies(task):
 def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
     """`front_end` of the log-mel energies of a recording; refuses silence."""
     loudest = np.abs(waveform).max(initial=0)
-    if fbank_frames(len(waveform)) < 1 or loudest < _gain(SILENT):
+    if fbank_frames(len(waveform)) < SHORTEST or loudest < _gain(SILENT):
         seconds = len(waveform) / SAMPLE_RATE
         found = f"{seconds:.3f} s, loudest sample {20 * np.log10(loudest + 1e-10):.0f} dB of full scale"
-        raise DataError(f"{path}: {found}; expected 0.025 s or more, above {SILENT:.0f} dB; leave it out")
+        raise DataError(f"{path}: {found}; expected 0.18 s or more, above {SILENT:.0f} dB; leave it out")
     return front_end(fbank(torch.from_numpy(waveform)))
 
 

@@ -1100,11 +1100,13 @@ class ClipKernel(nn.Module):
 
     @torch.no_grad()
     def describe(self, fbank: Tensor) -> Tensor:
-        """fbank (1, frames, mel) of a whole clip, normalised -> (1, S), before the ranks."""
+        """fbank (1, frames, mel) of a whole clip, normalised -> (1, S), before the ranks; of float16's
+        precision, in which a saved model keeps its quantiles."""
         seen = self.statistics.values(fbank)
-        if self.encoder is None:
-            return seen
-        return torch.cat([seen, self.encoder.token_moments(whole_crops(fbank, self.encoder))], dim=1)
+        if self.encoder is not None:
+            moments = self.encoder.token_moments(whole_crops(fbank, self.encoder))
+            seen = torch.cat([seen, moments], dim=1)
+        return seen.half().float()
 
     def ranks(self, described: Tensor) -> Tensor:
         z = to_normal(described.double().cpu().numpy(), self.quantiles.double().cpu().numpy())

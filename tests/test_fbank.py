@@ -95,10 +95,10 @@ def test_stored_energies_name_their_version():
     notes = np.array([[0.1, 0.9, 60, 64], [0.3, 0.5, 40, 100], [0.8, 1.2, 72, 30]]).T
     pedal = np.array([[0.2, 100.0], [1.1, 0.0]])
     played = data.Performance("x", notes[2].astype(int), notes[3].astype(int), *notes[:2], pedal, pedal[:0])
-    x = fbank(torch.from_numpy(data.render(played))).numpy()
-    assert data.FBANK_FORMAT == 2
+    x = data.heard_energies(data.render(played), "x").numpy()
+    assert data.FBANK_FORMAT == 3
     assert x.shape == (156, 128)
-    assert [x.mean(), x[:100].mean(), x[:, 20].std()] == pytest.approx([-8.943, -6.817, 5.725], abs=0.01)
+    assert [x.mean(), x[:100].mean(), x[:, 20].std()] == pytest.approx([-8.108, -7.076, 3.836], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes
     assert store.names == [f"{i}/take {i}" for i in range(5)]
     assert store.frames.tolist() == [fbank_frames(int(16000 * s)) for s in SECONDS]
     for i, name in enumerate(store.names):
-        expected = fbank(torch.from_numpy(data.read_wav(root / f"{name}.wav"))).numpy()
+        expected = data.heard_energies(data.read_wav(root / f"{name}.wav"), name).numpy()
         assert np.abs(store.get(i) - expected).max() <= 2**-8  # float16 below 16
         item = store.item(i)
         assert np.array_equal(item["fbank"][3:20], store.get(i, 3, 20))
@@ -189,16 +189,16 @@ def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_aga
     first = before.get(1)
     path = write_wav(root / "1" / "take 1.wav", int(16000 * 1.2), 77)
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 10))
-    (out / "3" / "take 3.v2.npy").unlink()
+    (out / "3" / "take 3.v3.npy").unlink()
     after = data.build_fbank(root, out, workers=1, quiet=True)
     assert not np.array_equal(first, after.get(1))
     changed = [path.stem for path, at in kept.items() if path.stat().st_mtime_ns != at]
-    assert sorted(changed) == ["take 1.v2", "take 3.v2"]
-    (out / "3" / "take 3.v2.npy").write_bytes(b"half a file")
-    with pytest.raises(DataError, match="take 3.v2.npy"):
+    assert sorted(changed) == ["take 1.v3", "take 3.v3"]
+    (out / "3" / "take 3.v3.npy").write_bytes(b"half a file")
+    with pytest.raises(DataError, match="take 3.v3.npy"):
         data.open_fbank(out)
-    monkeypatch.setattr(data, "FBANK_FORMAT", 3)
-    with pytest.raises(DataError, match="v3.npy"):
+    monkeypatch.setattr(data, "FBANK_FORMAT", 4)
+    with pytest.raises(DataError, match="v4.npy"):
         data.open_fbank(out)
     assert np.array_equal(data.build_fbank(root, out, workers=1, quiet=True).get(1), after.get(1))
 
@@ -222,11 +222,18 @@ def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, mo
     names = [f"Schubert_D960_mv2_8bars_{player}_01" for player in (1, 2)]
     for i, name in enumerate(names):
         data._save_midi(folder / f"{name}.mid", [(0, 0.4, 60 + i, 70)], [])
-    arguments = (tmp_path / "corpus", tmp_path / "cache", None, [(1.25, 2)], 1, True)
+    arguments = (
+        tmp_path / "corpus",
+        tmp_path / "cache",
+        None,
+        [data.Version(1.25, 2), data.Version(copy=1)],
+        1,
+        True,
+    )
     store = data.percepiano_audio(*arguments)
-    assert store.names == [*names, *(f"{name}@1.25+2" for name in names)]
+    assert store.names == [f"{name}{how}" for how in ("", "@1.25+2", "@copy1") for name in names]
     changed = data.transform_performance(data.read_midi(folder / f"{names[1]}.mid"), 1.25, 2)
-    expected = fbank(torch.from_numpy(data.render(changed))).numpy()
+    expected = data.heard_energies(data.render(changed), "x").numpy()
     assert np.abs(store.get(3) - expected).max() <= 2**-8
     monkeypatch.setattr(data, "render", None)  # stored
     assert np.array_equal(data.percepiano_audio(*arguments).get(3), store.get(3))
