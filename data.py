@@ -4323,6 +4323,14 @@ def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and path.is_file())
 
 
+def other_kinds(folder: Path, kinds: tuple[str, ...]) -> list[str]:
+    """A line on the files below a folder whose ending is none of these: how many of which kind."""
+    files = [path for path in folder.rglob("[!.]*") if path.is_file() and path.name != "SYNTHETIC"]
+    counts = Counter(path.suffix.lower() or "without ending" for path in files)
+    others = [f"{count} {kind}" for kind, count in sorted(counts.items()) if kind not in kinds]
+    return [f"{folder}: files of other kinds: {', '.join(others)}"] if others else []
+
+
 def render_folder(root, out=None, soundfont=None, workers=None, strict=False, quiet=False) -> dict:
     """Write the missing .wav of every .mid and .midi below `root`, beside it or at the same place below
     `out`: 16-bit mono. Returns {"rendered", "present": counts, "failed": error lines, "seconds": of audio
@@ -4346,6 +4354,17 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
         raise DataError(failed[0])
     present = len(played) - len(tasks)
     return {"rendered": len(seconds), "present": present, "failed": failed, "seconds": sum(seconds.values())}
+
+
+def render_all(root, out=None, soundfonts=None, workers=None, strict=False) -> None:
+    """`render_folder` by the built-in piano or each soundfont, several into out/FONT each; prints reports."""
+    several = soundfonts and len(soundfonts) > 1
+    if several and not out:
+        raise DataError(f"{root}: several soundfonts; expected --out for a folder of each")
+    for font in soundfonts or [None]:
+        folder = Path(out) / Path(font).stem if several else out
+        print(f"{font or 'built-in piano'}, {folder or root}:")
+        report_render(render_folder(root, folder, font, workers, strict))
 
 
 def report_render(report: dict) -> None:
@@ -4430,6 +4449,7 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
 
 
 SOFT_FLOOR = 45.0  # dB under the loud level of a clip
+CANCELLED = 0.03  # of the loudest channel's power left in the mean: channels out of phase
 SHORTEST = 16  # frames of a recording that says something: one patch of AST
 SILENT = -70.0  # dB of full scale: a recording whose samples stay below holds nothing
 
@@ -4483,7 +4503,13 @@ def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bo
     return _limit(waveform * np.float32(_gain(gain)) + noise * np.float32(_gain(hiss)))
 
 
-SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+# fmt: off
+FFMPEG_KINDS = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".mov", ".mka", ".mkv")
+SOUND_KINDS = (
+    ".wav", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
+    ".caf", *FFMPEG_KINDS,
+)
+# fmt: on
 
 
 @contextlib.contextmanager
@@ -4492,21 +4518,51 @@ def _open_sound(path):
     try:
         if not Path(path).is_file():
             raise DataError(f"{path}: No such file; expected a sound file")
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_sound_source(Path(path))) as file:
             if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
                 raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
             yield file
     except soundfile.SoundFileError as error:
         said = getattr(error, "error_string", error)
-        raise DataError(f"{path}: {said} Expected a sound file: WAV, FLAC, OGG, MP3, AIFF") from error
+        advice = "expected sound, such as WAV, FLAC, OGG, MP3; convert the file to WAV"
+        raise DataError(f"{path}: {said} {advice}") from error
+
+
+def _sound_source(path):
+    """What soundfile opens: the file; decoded by `ffmpeg`; or a WAV stream whose length was never written."""
+    if path.suffix.lower() in FFMPEG_KINDS:
+        return io.BytesIO(_decode(path, path.stat().st_mtime_ns))
+    with path.open("rb") as file:
+        head = file.read(4096)
+    size = head.find(b"data") + 4
+    if head[:4] == b"RIFF" and size > 4 and head[size : size + 4] == bytes(4):
+        stream = path.read_bytes()
+        return io.BytesIO(stream[:size] + b"\xff" * 4 + stream[size + 4 :])
+    return path
+
+
+@functools.lru_cache(maxsize=1)
+def _decode(path, _):
+    """The sound of a file as the bytes of a WAV file, by the `ffmpeg` program."""
+    if not shutil.which("ffmpeg"):
+        raise DataError(f"{path}: read by the program ffmpeg, not installed; install it, or convert to WAV")
+    command = ["ffmpeg", "-v", "error", "-i", path.resolve(), "-f", "wav", "-c:a", "pcm_f32le", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
+        raise DataError(f"{path}: ffmpeg: {said}; expected a file with sound; convert it to WAV")
+    return done.stdout
 
 
 def _read_mono(file, count=-1):
-    """The next `count` samples as the mean over the channels, (n,) float32, integers scaled to [-1, 1)."""
-    x = file.read(count, dtype="float32", always_2d=True).mean(1)
+    """The next `count` samples (n,) float32, integers scaled to [-1, 1): the mean over the channels, or the
+    loudest one where they cancel each other; and whether they do."""
+    x = file.read(count, dtype="float32", always_2d=True)
     if not np.isfinite(x).all():
         raise DataError(f"{file.name}: samples that are NaN or infinite; write the file again")
-    return x
+    mono, power = x.mean(1), (x**2).sum(0, dtype=np.float64)
+    cancel = bool((mono**2).sum(dtype=np.float64) < CANCELLED * power.max())
+    return (x[:, power.argmax()] if cancel else mono), cancel
 
 
 def _ratio(rate):
@@ -4524,8 +4580,37 @@ def _resample(x, rate):
 
 def read_wav(path: str | Path) -> np.ndarray:
     """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged."""
+    return read_sound(path)[0]
+
+
+def read_sound(path: str | Path) -> tuple[np.ndarray, list[str]]:
+    """`read_wav`, and what is wrong with the sound, in words."""
     with _open_sound(path) as file:
-        return _resample(_read_mono(file), file.samplerate)
+        x, cancel = _read_mono(file)
+        x = _resample(x, file.samplerate)
+    said = ["channels cancel each other: the louder one is taken"] if cancel else []
+    return x, said + sound_remarks(x)
+
+
+def sound_remarks(x: np.ndarray) -> list[str]:
+    """Clipping, offset, silence and noise of a recording (samples,), in words; none for a clean one."""
+    remarks = []
+    clipped = np.mean(np.abs(x) >= 0.999 * max(np.abs(x).max(initial=0), 0.5))
+    if clipped > 1e-4:
+        remarks.append(f"{clipped:.2%} of the samples clipped")
+    if abs(x.mean()) > 0.01:
+        remarks.append(f"an offset of {x.mean():.3f} (removed)")
+    power = ((x - x.mean())[: len(x) // FRAME * FRAME].reshape(-1, FRAME) ** 2).mean(1)
+    level = 10 * np.log10(power + 1e-12)
+    silent = np.mean(level < SILENT)
+    if silent > 0.3:
+        remarks.append(f"{silent:.0%} of it silence")
+    loud, noise = np.quantile(level, [0.95, 0.05])
+    if loud < -45:
+        remarks.append(f"quiet: loud passages at {loud:.0f} dB of full scale")
+    if noise > loud - 25:
+        remarks.append(f"noise or room: never under {noise:.0f} dB, loud passages at {loud:.0f} dB")
+    return remarks
 
 
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
@@ -4537,7 +4622,7 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
         margin = 0 if up == down else 10 * max(up, down) // (up * down) + 2
         first = max(0, start // up - margin)
         file.seek(first * down)
-        x = _read_mono(file, (-(-stop // up) + margin - first) * down)
+        x, _ = _read_mono(file, (-(-stop // up) + margin - first) * down)
         x = _resample(x, file.samplerate)[start - first * up : stop - first * up]
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
@@ -4597,7 +4682,8 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
     file: those of MAESTRO's table (sound under `audio`), PercePiano's renderings, or else all sound files."""
     root = Path(root)
     left_out = []
-    if audio or any(root.glob("maestro-v*.csv")):
+    table = audio or any(root.glob("maestro-v*.csv"))
+    if table:
         maestro = read_maestro(root, strict, audio)
         left_out += maestro.left_out
         wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
@@ -4612,6 +4698,8 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
     left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
+    if not table:
+        left_out += other_kinds(folder, (*SOUND_KINDS, *MIDI_KINDS))
     found = sorted(entry for entry in wanted if entry[2].is_file())
     if not found:
         raise DataError(f"{root}: no sound file; name another folder, or {hint}")
@@ -5421,7 +5509,6 @@ OPTIONS = {  # as the rows of `add_options`
     "--url": (str, None, "another address of the same archive (GitHub's)"),
     "--audio": (str, None, "MAESTRO: folder of <year>/*.wav, of `render --out` (beside the MIDI files)"),
     "--percepiano": (str, None, "PercePiano's folder: list the recordings that hold its music (off)"),
-    "--soundfont": (str, None, "FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
     "--dtype": (["float32", "float16"], "float32", "of the features (%(default)s)"),
     "--channels": (number(int, 1), None, "channels (default: 256; 512 for HDF5)"),
     "--sessions": (str, None, "FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
@@ -5457,8 +5544,8 @@ COMMANDS = {  # name: what it does; required options; others; what is called
         "--data", "--audio --percepiano --cache --strict --workers",
         lambda a: report_maestro(read_maestro(a.data, a.strict, a.audio), a.percepiano, a.cache, a.workers)),
     "render": (
-        "write the missing .wav of every MIDI file", "--midi-root", "--out --soundfont --strict --workers",
-        lambda a: report_render(render_folder(a.midi_root, a.out, a.soundfont, a.workers, a.strict))),
+        "write the missing .wav of every MIDI file", "--midi-root", "--out --strict --workers",
+        lambda a: render_all(a.midi_root, a.out, a.soundfont, a.workers, a.strict)),
     "fbank": (
         "compute log-mel energies of all sound files once", "--data --out", "--audio --strict --workers",
         lambda a: report_fbank(build_fbank(a.data, a.out, a.workers, a.strict, audio=a.audio))),
@@ -5480,6 +5567,9 @@ def main(argv: list[str] | None = None) -> None:
         for title, names in (("required", required), ("others", f"{others} --debug")):
             rows = [(option, *OPTIONS[option]) for option in names.split()]
             add_options(command, {title: rows}, required=title == "required")
+        if name == "render":
+            about = "play through fluidsynth; several: into OUT/FONT each (off: the built-in piano)"
+            command.add_argument("--soundfont", nargs="+", metavar="FILE.sf2", help=about)
     args = parser.parse_args(argv)
     args.call(args)
 

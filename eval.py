@@ -63,10 +63,12 @@ from data import (
     HOP,
     LABELS,
     MELS,
+    MIDI_KINDS,
     MISALIGNED,
     PHONEMES,
     RECORDED,
     SAMPLE_RATE,
+    SOUND_KINDS,
     SPLITS,
     Corpus,
     DataError,
@@ -90,6 +92,7 @@ from data import (
     normalise_fbank,
     number,
     open_speech,
+    other_kinds,
     pad_fbank,
     percepiano_audio,
     percepiano_parts,
@@ -102,7 +105,7 @@ from data import (
     read_midi,
     read_musicxml,
     read_ratings,
-    read_wav,
+    read_sound,
     render,
     repair_lines,
     run_script,
@@ -729,9 +732,10 @@ class Clips:
         y = {name: self.corpus.items[name]["y"] for name in names}
         heard = [name for name in self.train if name.partition("@")[0] in y]
         described = torch.stack([self.train[name] for name in heard])
-        ratings = torch.from_numpy(np.stack([y[name.partition("@")[0]] for name in heard]))
+        items = [name.partition("@")[0] for name in heard]
+        ratings = torch.from_numpy(np.stack([y[item] for item in items]))
         if kind != "kernel":
-            model = _regression(kind, list(map(segment_of, heard)))
+            model = _regression(kind, list(map(segment_of, items)))
             model.fit(described.double().numpy(), ratings.numpy())
             return lambda names: model.predict(self._table(names).double().numpy()).clip(0, 1), []
         model = ClipKernel(len(heard), encoder=self.model.model_args["encoder"])
@@ -1377,6 +1381,22 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
     return p.clip(0, 1)
 
 
+@torch.no_grad()
+def unlike_training(model: nn.Module, energies: np.ndarray, info: dict) -> float:
+    """Share of a clip's statistics beyond 4 SD of the training clips'; 0 for models without them. It does not
+    know another piano for what it is."""
+    table = getattr(model, "statistics", None)
+    if table is None:
+        return 0.0
+    x = torch.from_numpy(energies.astype(np.float16)).float()[None]
+    seen = table.values(normalise_fbank(x, info["mean"], info["std"]))[0]
+    mean, std = table.mean, table.std
+    if isinstance(model, ClipKernel):
+        known = model.quantiles[:, : table.size]
+        mean, std = known.mean(0), known.std(0).clip(1e-3)
+    return float(((seen - mean).abs() > 4 * std).float().mean())
+
+
 WHOLE_CLIP = 10**9  # frames: more than any recording has
 
 
@@ -1866,10 +1886,11 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     return {"share": share}
 
 
-def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
-    """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it."""
-    waveform = render(read_midi(path)) if rendered else read_wav(path)
-    return heard_energies(waveform, path).numpy()
+def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str]]:
+    """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it, as
+    networks see them; and remarks on the sound."""
+    waveform, remarks = (render(read_midi(path)), []) if rendered else read_sound(path)
+    return heard_energies(waveform, path).numpy(), remarks
 
 
 def attention(argv: list[str]) -> dict:
@@ -1885,7 +1906,7 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": _printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
+    work = {"name": _printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     rows, columns = drawn["share"].shape
     print(f"{args.attention}: {columns} x {rows} patches")
@@ -1967,7 +1988,7 @@ def curves(argv: list[str]) -> dict:
 MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
-FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
+FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
 
 
 def _poles(label: str) -> tuple[str, str]:
@@ -2046,6 +2067,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         tqdm.write(f"refused: {refused[-1]}")
 
     inputs = _expand(args.midi or args.audio or args.speech)
+    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or [])):
+        print(*(f"left out: {line}" for line in other_kinds(folder, FOLDER_FILES)), sep="\n")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             for record, work in predict_file(loaded, args, files, refuse):
@@ -2142,15 +2165,21 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, name = read_piece(files[0], rendered=not args.audio), _printable(files[0].stem)
+    energies, remarks = read_piece(files[0], rendered=not args.audio)
+    name = _printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
+    unlike = max(unlike_training(model, energies, ckpt["data"]) for _, model, ckpt in loaded)
+    if unlike > 0.02:
+        remarks.append(f"{unlike:.0%} of its statistics lie far outside the training's")
+    for remark in remarks:
+        tqdm.write(f"{name}: {remark}")
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
     ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
-    record["ratings"] = ratings
+    record |= {"sound": "; ".join(remarks), "ratings": ratings}
     yield record, {"name": name, "energies": energies}
 
 

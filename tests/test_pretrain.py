@@ -299,6 +299,41 @@ def test_statistics_are_numpys_and_standardised():
     assert float(z.mean(0).abs().max()) < 1e-3
 
 
+def test_batches_go_to_the_device_as_stored():
+    """float16, normalised there: as normalised float32; whole crops without a key mask, as with one."""
+    rng = np.random.default_rng(1)
+    items = [{"name": str(k), "fbank": rng.normal(-8, 3, (2, 64, 128)).astype(np.float16)} for k in range(3)]
+    info = {"mean": -8.0, "std": 3.0}
+    batch = data.collate_ast(items, info)
+    assert (batch["x"].dtype, batch["x"].shape, batch["lengths"].shape) == (
+        torch.float16,
+        (3, 2, 64, 128),
+        (3, 2),
+    )
+    x = data.on_device(batch, info, torch.device("cpu"))["x"]
+    expected = data.normalise_fbank(np.stack([item["fbank"] for item in items]).astype(np.float32), -8.0, 3.0)
+    assert np.abs(x.numpy() - expected).max() < 1e-6
+    assert evaluation.lengths_if_unlike(batch) is None
+    torch.manual_seed(1)
+    model = pretrain_ast.build_model(options("--task finetune --pooling meanstd --depths 1")).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(x), model(x, batch["lengths"]), atol=1e-5)
+        tokens = model.tokens_of(x[1], None)[0][-1].flatten(0, 1)
+        pooled = torch.cat([tokens.mean(0), (tokens.var(0, correction=0) + 1e-6).sqrt()])
+        assert torch.allclose(model(x)[1], model.head(pooled[None])[0], atol=1e-5)
+
+
+def test_the_encoder_waits_while_the_heads_learn(run, tmp_path, monkeypatch):
+    first = run("--name first --max-steps 1")["folder"] + "/best.pt"
+    before = load_checkpoint(first)[0].state_dict()
+    corpus = data.synthetic_percepiano(tmp_path)
+    argv = f"--task finetune --data {corpus} --cache {tmp_path} --out {tmp_path} --init {first} --crops 2 --ema 0"
+    for freeze, same in ((1, True), (0, False)):
+        out = pretrain_ast.main(options(f"{argv} --freeze {freeze} --max-steps 1 --name f{freeze}"))
+        after = load_checkpoint(out["folder"] + "/last.pt")[0].state_dict()
+        assert torch.equal(before["blocks.0.qkv.weight"], after["blocks.0.qkv.weight"]) == same
+
+
 def test_targets_are_standardised_by_rating_or_by_group():
     assert sorted(sum(data.LABEL_GROUPS.values(), ())) == sorted(data.LABELS)
     y = np.arange(1, 20, dtype=np.float32)

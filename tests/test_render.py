@@ -16,7 +16,7 @@ RATE = 16000
 
 @pytest.fixture(autouse=True)
 def still_room(monkeypatch):
-    monkeypatch.setattr(data, "NOISE_FLOOR", -400.0)
+    monkeypatch.setattr(data, "NOISE_FLOOR", -1e6)
 
 
 def play(*notes, sustain=(), soft=()) -> Performance:
