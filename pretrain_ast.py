@@ -511,6 +511,12 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
     ]
 
 
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, frozen: bool) -> None:
+    """The rate of each group; of the encoder's none while the heads learn alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if frozen and group["encoder"] else lr * group["scale"]
+
+
 def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argparse.Namespace) -> dict:
     """Metrics of the present weights: pretrain on fixed crops and masks, finetune on whole items."""
     device = next(model.parameters()).device
@@ -605,9 +611,7 @@ def main(args: argparse.Namespace) -> dict:
                     batch = with_masks(batch, args.mask)
 
                 lr = lr_at(step, args, planned) * rate
-                frozen = args.init and epoch < args.freeze
-                for group in optimizer.param_groups:
-                    group["lr"] = 0.0 if frozen and group["encoder"] else lr * group["scale"]
+                set_rates(optimizer, lr, frozen=args.init and epoch < args.freeze)
                 loss, losses, figures = 0.0, [], {}
                 for part, share, exchange in micro_batches(batch, args.micro_batch, model):
                     with exchange:

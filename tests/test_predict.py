@@ -84,7 +84,7 @@ def audio(path, task: str = "cnn", seed: int = 7, standardise: str = "dimension"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    known = {"mean": -7.0, "std": 4.0, "frames": 64, "audio": "rendered"}
+    known = {"mean": -7.0, "std": 4.0, "frames": 64, "audio": "rendered", "fbank": data.FBANK_FORMAT}
     known |= {"target_mean": np.linspace(0.3, 0.6, 19).tolist(), "target_std": [0.1] * 19}
     return save(path, task, model, ABOUT | known, seed, standardise=standardise)
 
