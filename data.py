@@ -43,7 +43,7 @@ import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -181,6 +181,9 @@ _HALVES = (4, 1.0), (8, 0.5)  # parts of the bar, weight of a position at one of
 _THIRDS = (6, 1.0), (12, 0.5)
 _SUBDIVISIONS = {2: _HALVES, 4: _HALVES, 3: _THIRDS, 6: _THIRDS, 12: _THIRDS, 5: ((5, 2.0),), 9: ((9, 1.0),)}
 _TIME_FLAGS = {2: "10000", 3: "01000", 4: "10100", 6: "10010", 9: "01010", 12: "10110", 24: "10110"}
+# Arrays of a `Score` with an entry per note
+_OF_NOTES = "pitch duration voice staff measure beat section grace grace_order overlapped trill".split()
+_OF_NOTES += ["arpeggiate", "tremolo", "qpm"]
 _LONGEST = 1000  # quarters, of a note or bar
 _MAX_XML = 1 << 26  # bytes, unpacked
 _MAX_UNFOLDED = 200_000  # bars and notes
@@ -202,7 +205,7 @@ class Score:
     pitch: np.ndarray  # (n,) int64, MIDI
     onset: np.ndarray  # (n,) float64, from the first music (hidden pickup padding cut)
     duration: np.ndarray  # (n,) float64, 0 for graces
-    voice: np.ndarray  # (n,) int64, the file's voice (1 to 99) + 10 * part index; others from 10,000
+    voice: np.ndarray  # (n,) int64, the file's voice (1 to 10) + 10 * part index; others from 10,000
     staff: np.ndarray  # (n,) int64
     measure: np.ndarray  # (n,) int64, contiguous
     beat: np.ndarray  # (n,) int64, contiguous
@@ -213,12 +216,19 @@ class Score:
     trill: np.ndarray  # (n,) bool
     arpeggiate: np.ndarray  # (n,) bool
     tremolo: np.ndarray  # (n,) int64, number of tremolo beams, 0 = none
+    qpm: np.ndarray  # (n,) float64, quarters per minute by the last mark
     beats: np.ndarray  # positions of beats, of measures, of sections
     measures: np.ndarray
     sections: np.ndarray
-    tempo_qpm: float  # quarters per minute at the first note
+    numbers: np.ndarray  # of measures, as printed
+    repeat: np.ndarray  # of measures: the repeat (from 1) that is not taken where they are left out; 0: none
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
     repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
+
+    @property
+    def tempo_qpm(self):
+        """Quarters per minute at the first note."""
+        return float(self.qpm[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -283,7 +293,7 @@ class _Reader:
         self.path = path
         self.where = ""
         self.repairs = Counter()
-        self.voices = {}  # (part, name) -> voice, of names that are no number from 1 to 99
+        self.voices = {}  # (part, name) -> voice, of names that are no number from 1 to 10
 
     def error(self, problem):
         line = f"{self.path}: {self.where}{problem}; export the score again as MusicXML"
@@ -342,9 +352,7 @@ class _Reader:
     def parts(self, root):
         """A list of bars per part, positions relative to the bar."""
         divisions = {self.number(d.text, "divisions", 0.01, 1e5) for d in root.iter("divisions")}
-        self.ticks = math.lcm(
-            *(Fraction(d).limit_denominator(1000).numerator for d in divisions)
-        )  # per quarter
+        self.ticks = math.lcm(*(Fraction(d).limit_denominator(1000).numerator for d in divisions))
         if self.ticks > 1e12:
             raise self.error("unrelated <divisions>; expected a common multiple up to 1e12")
         parts = []
@@ -368,20 +376,25 @@ class _Reader:
             octaves = self.number(transpose.findtext("octave-change", "0"), "octave-change", -4, 4)
             self.transposition = round(steps + 12 * octaves)
         time = element.find("time")
-        if time is None:
-            return
+        if time is not None:
+            self.time = self.metre(time)
+
+    def metre(self, time):
+        """Beats of a bar, the note value of one, and whether bars are as long as their music instead."""
         if time.find("senza-misura") is not None:
-            self.time = 4, 4, True
-            return
-        beats = time.findall("beats")
-        types = [self.number(t.text, "beat-type", 1, 64, int) for t in time.findall("beat-type")]
-        if len(beats) != len(types) or {t.bit_count() for t in types} != {1}:
-            raise self.error(f"{len(beats)} <beats>, beat-type {types}; expected pairs, powers of two")
-        count = 0
-        for terms, beat_type in zip(beats, types, strict=True):
-            for term in (terms.text or "").split("+"):
-                count += self.number(term, "beats", 1, 128, int) * max(types) // beat_type
-        self.time = count, max(types), False
+            return 4, 4, True
+        try:
+            types = [int(element.text) for element in time.findall("beat-type")]
+            unit = max(types)
+            count = 0
+            for terms, beat_type in zip(time.findall("beats"), types, strict=True):
+                count += sum(map(int, terms.text.split("+"))) * unit // beat_type
+            if {t.bit_count() for t in types} == {1} and 0 < count <= 128 and 0 < unit <= 64:
+                return count, unit, False
+        except (TypeError, ValueError, AttributeError, ArithmeticError):
+            pass  # said below
+        self.repairs["metres that say nothing, bars as long as their music"] += 1
+        return 4, 4, True
 
     def duration(self, element, least=0.0, most=_LONGEST):
         """Ticks; `most` in quarters."""
@@ -390,9 +403,13 @@ class _Reader:
 
     def voice(self, text, part):
         text = text.strip() or "1"
-        if text.isdecimal() and len(text) < 3 and int(text):
+        if text.isdecimal() and len(text) < 3 and 0 < int(text) <= 10:
             return int(text) + 10 * part
-        return self.voices.setdefault((part, text), 10_000 + len(self.voices))
+        if (part, text) not in self.voices:
+            self.voices[part, text] = 10_000 + len(self.voices)
+            if not text.isdecimal():
+                self.repairs["voices that are no number, numbered"] += 1
+        return self.voices[part, text]
 
     def bar(self, measure, part):
         """Lay out one <measure>: notes and directions at their positions; as long as the cursor came far."""
@@ -415,10 +432,10 @@ class _Reader:
                 if "rest" in note.marks and not note.duration:
                     self.repairs["rests of no length left out"] += 1
                     continue
-                if "chord" not in note.marks:
+                if "chord" not in note.marks or not bar.notes:
                     chord_onset = cursor
                     cursor += note.duration
-                elif bar.notes:  # unlike the original, where the first note only has the chord's strokes
+                else:  # unlike the original, where the first note only has the chord's strokes
                     note.tremolo = note.tremolo or bar.notes[-1].tremolo
                 note.onset = chord_onset
                 if note.end > _LONGEST * self.ticks:
@@ -537,7 +554,7 @@ def _settle_bars(parts, repairs):
                     note.duration = min(note.duration, max(length - note.onset, 0.0))
 
 
-def _trim_pickup(bars):
+def _trim_pickup(bars, repairs):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
 
     Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50).
@@ -549,6 +566,7 @@ def _trim_pickup(bars):
         return
     low = min(n.onset for n in music)
     high = max(n.end for n in music)
+    repairs["hidden padding of the first bar cut"] += 1
     for bar in bars:
         bar.length = high - low or bar.length
         for item in bar.notes + bar.directions:
@@ -584,10 +602,11 @@ def _repeat_signs(measures, reader):
 
 
 def _unfold_repeats(measures, reader):
-    """Indices of the measures in playing order, and the same with the last turn of each repeat only."""
+    """[(index of a measure, the repeat that plays it once more or 0)] in playing order, and the indices with
+    the last turn of each repeat only."""
     forward, turns, volta = _repeat_signs(measures, reader)
     order, last_turns = [], []
-    start = 0
+    start = repeats = 0
     while start < len(measures):
         stop = start + 1
         while stop < len(measures) and not forward[stop]:
@@ -599,18 +618,20 @@ def _unfold_repeats(measures, reader):
             most = max(most, *itertools.chain([1], *volta[start:stop]))
         elif forward[start] and any(forward[stop:]):
             raise reader.error("a repeat inside a repeat; expected the first one closed, or written out")
-        for turn in range(1, max(most, 1) + 1):
+        most = max(most, 1)
+        repeats += most > 1
+        for turn in range(1, most + 1):
             played = [i for i in range(start, stop) if not volta[i] or turn in volta[i]]
-            order += played
+            order += [(i, repeats if turn < most else 0) for i in played]
         last_turns += played
         start = stop
-    if len(set(order)) < len(measures):
+    if len({i for i, _ in order}) < len(measures):
         raise reader.error("a volta that is never played; expected voltas at the end of a repeat")
     return order, last_turns
 
 
 def _play_order(measures, reader):
-    """Indices of the <measure> elements in playing order: repeats, voltas, da capo, dal segno, fine, coda.
+    """`_unfold_repeats` with da capo, dal segno, fine and coda.
 
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
     without end or number or turn, jumps to a sign that is not there, a second jump.
@@ -642,8 +663,8 @@ def _play_order(measures, reader):
     if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
         to_coda = again.index(signs["tocoda"]) + 1
         again = again[:to_coda] + [i for i in again if i >= signs["coda"]]
-    last_time = len(order) - order[::-1].index(jump)
-    return order[:last_time] + again
+    last_time = max(place for place, (i, _) in enumerate(order) if i == jump)
+    return order[: last_time + 1] + [(i, 0) for i in again]
 
 
 def _join_ties(notes, near, repairs):
@@ -667,6 +688,9 @@ def _join_ties(notes, near, repairs):
             repairs["ends of ties that no note reaches, struck"] += 1
         if goes_on:
             candidates.append(note)
+    endless = sum(map(len, begun.values()))
+    if endless:
+        repairs["ties that no note ends"] += endless
 
 
 def _order_graces(notes):
@@ -705,10 +729,10 @@ def _resolve_slurs(notes):
 
 def _raise_trills(notes):
     """Hand each trill mark to the highest note of its chord, a hidden note's to a main note near in pitch."""
-    shown = _shown(notes)
+    together = _group(_shown(notes), lambda n: n.onset)
     for note in [n for n in notes if "trill-mark" in n.marks]:
         note.marks -= {"trill-mark"}
-        chord = [n for n in shown if n.onset == note.onset]
+        chord = together.get(note.onset, [])
         if "hidden" in note.marks:
             chord = [n for n in chord if "grace" not in n.marks and abs(n.pitch - note.pitch) < 4]
         else:
@@ -721,15 +745,15 @@ def _raise_trills(notes):
 
 def _join_wavy_lines(notes):
     """The notes, those under a wavy line as one long note; in time order."""
-    begun = {}  # voice -> first note
-    for note in list(notes):
+    begun, lines = {}, {}  # voice -> first note; pitch -> first notes
+    for note in notes:
         if "wavy start" in note.marks:
             begun[note.voice] = note
         if "wavy stop" in note.marks and note.voice in begun:
-            long = begun.pop(note.voice)
-            long.duration = max(long.duration, note.end - long.onset)
-            notes = [n for n in notes if n.pitch != long.pitch or not long.onset < n.onset < long.end]
-    return notes
+            first = begun.pop(note.voice)
+            first.duration = max(first.duration, note.end - first.onset)
+            lines.setdefault(first.pitch, []).append(first)
+    return [n for n in notes if not any(x.onset < n.onset < x.end for x in lines.get(n.pitch, []))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -776,9 +800,9 @@ def _split_words(directions, absolute, relative, whole):
 
 
 def _dynamics(directions):
-    """Absolute marks, relative marks with ends, accents as (position, column, value); by position."""
+    """Absolute marks, relative marks with ends, by position; position -> [(column, value)] of accents."""
     absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
-    accents = []
+    accents, opened = {}, []
     wedges = {}  # number -> kind of the last one
     for d in directions:
         if d.kind == "dynamics":
@@ -789,16 +813,18 @@ def _dynamics(directions):
             if column == 0:
                 absolute.append(replace(d, text=now))
             elif column:
-                accents.append((d.onset, column, value))
+                accents.setdefault(d.onset, []).append((column, value))
             if then:
                 absolute.append(replace(d, text=then, delay=0.1 * d.step))
         elif d.kind in _HAIRPINS:
             wedges[d.number] = d.kind
-            relative.append(replace(d, text=d.kind))
+            opened.append(replace(d, text=d.kind))
+            relative.append(opened[-1])
         elif d.kind == "stop":
-            for mark in relative:
-                if mark.end == math.inf and (mark.kind, mark.staff) == (wedges.get(d.number), d.staff):
+            for mark in opened:
+                if (mark.kind, mark.staff) == (wedges.get(d.number), d.staff):
                     mark.end = d.onset
+            opened = [mark for mark in opened if mark.end == math.inf]
     absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
     starts = [a.start for a in absolute]
@@ -807,8 +833,8 @@ def _dynamics(directions):
             mark.end = following.onset
         # As in the original: cut by the entry after the one in force, which before the first entry is the
         # second; the last mark is not cut.
-        later = absolute[_index_at_or_before(starts, mark.onset) + 1 :]
-        mark.end = min([mark.end] + [a.onset for a in later if a.onset > mark.onset])
+        later = itertools.islice(absolute, _index_at_or_before(starts, mark.onset) + 1, None)
+        mark.end = min(mark.end, next((a.onset for a in later if a.onset > mark.onset), math.inf))
     return absolute or [_SILENT], relative, accents
 
 
@@ -824,20 +850,30 @@ def _tempi(directions):
     for mark in absolute:
         if _matches(mark.text, _TEMPO_PRIMO, whole=True):
             mark.text = absolute[0].text
-    for i, mark in enumerate(relative):
-        peers = [m for m in relative[i + 1 :] if mark not in long or m in long]
-        ends = [m.onset for m in peers[:1]] + [a.onset for a in absolute if a.onset > mark.onset]
-        mark.end = min(ends, default=math.inf)
+    starts = [*(a.onset for a in absolute), math.inf]
+    peer = long_peer = math.inf  # where the next mark begins
+    for mark in reversed(relative):
+        is_long = _matches(mark.text, _TEMPO_LONG, whole=True)
+        fixed = starts[np.searchsorted(starts[:-1], mark.onset, side="right")]
+        mark.end = min(long_peer if is_long else peer, fixed)
+        peer = mark.onset
+        long_peer = peer if is_long else long_peer
     return absolute or [_SILENT], relative
 
 
-def _active(marks, note):
-    """Relative marks over the note; of both kinds of hairpin the lower ones count for staff 2 only."""
-    active = [m for m in marks if m.onset <= note.onset < m.end]
-    if not set(_HAIRPINS) <= {m.kind for m in active}:
-        return active
-    foreign = {1: "below", 2: "above"}.get(note.staff, "")
-    return [m for m in active if m.kind == "words" or m.placement != foreign]
+def _active(marks, notes):
+    """Per note the relative marks over it; of both kinds of hairpin the lower ones count for staff 2 only.
+    Marks and notes by position."""
+    marks, active = deque(marks), []
+    for note in notes:
+        while marks and marks[0].onset <= note.onset:
+            active.append(marks.popleft())
+        active = [m for m in active if note.onset < m.end]
+        if set(_HAIRPINS) <= {m.kind for m in active}:
+            foreign = {1: "below", 2: "above"}.get(note.staff, "")
+            yield [m for m in active if m.kind == "words" or m.placement != foreign]
+        else:
+            yield active
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -907,14 +943,19 @@ def _rests_after(notes, rests):
     return following
 
 
-def _slur_flags(note, slurs):
-    """Whether a slur starts, continues, stops at the note; with slur elements of its own none continues."""
-    flags = {kind for kind in ("start", "stop") if f"slur {kind}" in note.marks}
-    if not flags:
-        for start, stop in slurs.get(note.voice, []):
-            if start <= note.onset <= stop:
-                flags.add({start: "start", stop: "stop"}.get(note.onset, "continue"))
-    return [kind in flags for kind in ("start", "continue", "stop")]
+def _slur_flags(voice, onset, own, slurs):
+    """(n, 3): whether a slur starts, continues, stops at each note. With slur elements of its `own` (n, 2),
+    starts and stops, none continues."""
+    flags = np.zeros((len(onset), 3))
+    for name, pairs in slurs.items():
+        rows = np.flatnonzero(voice == name)
+        starts, stops = np.sort(np.transpose(pairs))
+        begun, ended = (np.searchsorted(edges, onset[rows], "right") for edges in (starts, stops))
+        before, to_end = (np.searchsorted(edges, onset[rows]) for edges in (starts, stops))
+        flags[rows] = np.transpose([begun > before, before > ended, ended > to_end])
+    marked = own.any(1)
+    flags[marked] = np.insert(own[marked], 1, 0, axis=1)
+    return flags
 
 
 def _overlapped(notes):
@@ -954,16 +995,18 @@ def _direction_features(notes, directions, last_division):
     pace_of = _index_at_or_before([m.start for m in tempi], onsets)
     rows, sections = [], []
     before = None
-    for note, level, pace in zip(notes, level_of, pace_of, strict=True):
+    dynamic_of = functools.cache(functools.partial(_word_vector, table=DYNAMIC_WORDS, whole=False))
+    tempo_of = functools.cache(functools.partial(_word_vector, table=TEMPO_WORDS, whole=True))
+    swelling, moving = _active(hairpins, notes), _active(changes, notes)
+    for note, level, pace, swell, move in zip(notes, level_of, pace_of, swelling, moving, strict=True):
         level = dynamics[level]
-        words = [m.text for m in [level, *_active(hairpins, note)]]
-        dynamic = _word_vector(" ".join(words), DYNAMIC_WORDS, whole=False)
-        for position, column, value in accents:
-            if position == note.onset and "grace" not in note.marks:
-                dynamic[column] = value
+        words = [m.text for m in [level, *swell]]
+        dynamic = dynamic_of(" ".join(words)).copy()
+        for column, value in accents.get(note.onset, []) if "grace" not in note.marks else []:
+            dynamic[column] = value
         # Unlike the original, which takes hairpins and other dynamics for relative tempo marks.
-        marks = [tempi[pace], *_active(changes, note)]
-        tempo = _word_vector(" ".join(m.text for m in marks), TEMPO_WORDS, whole=True)
+        marks = [tempi[pace], *move]
+        tempo = tempo_of(" ".join(m.text for m in marks))
         recent = max(m.onset for m in marks)
         rows.append((dynamic, tempo, note.onset - level.start, note.onset - recent))
         now = marks[0].text, [id(m) for m in marks[1:]]
@@ -1009,12 +1052,14 @@ def read_musicxml(path: str | Path) -> Score:
     reader = _Reader(path)
     root = reader.root()
     parts = reader.parts(root)
-    order = _play_order(root.find("part").findall("measure"), reader)
+    measures = root.find("part").findall("measure")
+    order, repeat = zip(*_play_order(measures, reader), strict=True)
+    numbers = _printed_numbers(measures)[list(order)]
     unfolded = len(order) + sum(len(part[i].notes) for part in parts for i in order)
     if unfolded > _MAX_UNFOLDED:
         raise reader.error(f"{unfolded} bars and notes with all repeats; expected at most {_MAX_UNFOLDED}")
     _settle_bars(parts, reader.repairs)
-    _trim_pickup([bars[0] for bars in parts])
+    _trim_pickup([bars[0] for bars in parts], reader.repairs)
     bars = [parts[0][i] for i in order]
     starts = np.cumsum([0.0, *(bar.length for bar in bars[:-1])])
     notes, rests, slurs, directions = [], [], {}, []
@@ -1027,18 +1072,28 @@ def read_musicxml(path: str | Path) -> Score:
     notes.sort(key=lambda n: (n.onset, n.grace_order, -n.pitch))
     directions.sort(key=lambda d: d.onset)
     composer = _composer_vector(root, path)
-    score = _build_score(Path(path), reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
-    return replace(score, repairs=reader.repairs)
+    known = {"path": Path(path), "numbers": numbers, "repeat": np.array(repeat), "repairs": reader.repairs}
+    return _build_score(known, reader.ticks, notes, rests, slurs, directions, bars, starts, composer)
 
 
-def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, composer):
+def _printed_numbers(measures):
+    """Of each measure; where its number is no number, that of the one before."""
+    numbers = [0]
+    for measure in measures:
+        digits = re.match(r"\d{1,9}", measure.get("number", ""))
+        numbers.append(int(digits[0]) if digits else numbers[-1])
+    return np.array(numbers[1:])
+
+
+def _build_score(known, ticks, notes, rests, slurs, directions, bars, starts, composer):
     """Notes in row order and what surrounds them, in ticks, to a `Score` with its features."""
     columns = {}
     for name in ("pitch", "voice", "staff", "grace_order", "tremolo", "onset", "duration"):
         columns[name] = np.array([getattr(x, name) for x in notes])
     pitch, onset, duration = columns["pitch"], columns.pop("onset"), columns.pop("duration")
-    tempi = [d.text for d in directions if d.kind == "tempo" and d.onset <= notes[0].onset]
-    qpm = [120.0, *tempi][-1]
+    tempi = [(d.onset, d.text) for d in directions if d.kind == "tempo"]
+    at, tempi = np.array([(-1.0, 120.0), *tempi], float).T
+    qpm = tempi[np.searchsorted(at, onset, side="right") - 1]
 
     def marked(*names):
         return np.array([[name in x.marks for name in names] for x in notes], float)
@@ -1054,6 +1109,7 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
     dynamic, tempo, from_dynamic, from_tempo, sections = _direction_features(
         notes, directions, bars[-1].division
     )
+    slurred = _slur_flags(columns["voice"], onset, marked("slur start", "slur stop"), slurs)
     beams = marked("beam begin", "beam continue", "beam end")
     features = {
         "midi_pitch": pitch.astype(float),
@@ -1061,42 +1117,84 @@ def _build_score(path, ticks, notes, rests, slurs, directions, bars, starts, com
         "beat_position": position,
         "beat_importance": np.array(importance),
         "measure_length": lengths[bar] / ticks,
-        "qpm_primo": np.full(len(notes), math.log10(qpm)),
         "following_rest": following[:, 0] / ticks,
         "followed_by_fermata_rest": following[:, 1],
         "distance_from_abs_dynamic": from_dynamic / ticks,
         "distance_from_recent_tempo": from_tempo / ticks,
-        "xml_position": onset / ((onset + duration)[min(1, len(notes) - 1) :].max() or 1.0),
         "grace_order": columns["grace_order"].astype(float),
         "preceded_by_grace_note": np.array(preceded, float),
         "pitch": np.column_stack([(pitch // 12 - 5) / 4, np.eye(12)[pitch % 12]]),
         "tempo": tempo,
-        "tempo_primo": np.tile(tempo[0, :2], (len(notes), 1)),
         "dynamic": dynamic,
         "notation": notation,
-        "time_sig_vec": np.array([_time_vector(bars[b]) for b in bar]),
-        "slur_beam_vec": np.hstack([[_slur_flags(x, slurs) for x in notes], beams]),
+        "time_sig_vec": np.array([_time_vector(b) for b in bars])[bar],
+        "slur_beam_vec": np.hstack([slurred, beams]),
         "composer_vec": np.tile(composer, (len(notes), 1)),
     }
-    beats = _beat_grid(bars, starts, ticks)
-    return Score(
-        path=path,
+    score = Score(
+        **known,
         onset=onset / ticks,
         duration=duration / ticks,
         **columns,
-        measure=_contiguous(bar),
-        beat=_contiguous(_index_at_or_before(beats, onset, 1e-6)),
-        section=_index_at_or_before(sections, onset, 1e-6).astype(np.int64),
+        measure=bar,
+        beat=bar,
+        section=_index_at_or_before(sections, onset, 1e-6),
         grace=marked("grace")[:, 0] > 0,
         overlapped=_overlapped(notes),
         trill=notation[:, 0] > 0,
         arpeggiate=notation[:, 5] > 0,
-        beats=beats / ticks,
+        qpm=qpm,
+        beats=_beat_grid(bars, starts, ticks) / ticks,
         measures=starts / ticks,
         sections=sections / ticks,
-        tempo_qpm=float(qpm),
         features=features,
     )
+    return _settle(score)
+
+
+def _settle(score):
+    """Set what depends on where the score begins and ends, in place."""
+    onset, features = score.onset, score.features
+    end = (onset + score.duration)[min(1, len(onset) - 1) :].max()
+    features["xml_position"] = onset / (end or 1.0)
+    features["qpm_primo"] = np.full(len(onset), math.log10(score.qpm[0]))
+    features["tempo_primo"] = np.tile(features["tempo"][0, :2], (len(onset), 1))
+    score.measure = _contiguous(bars_of(score))
+    score.beat = _contiguous(_index_at_or_before(score.beats, onset, 1e-6))
+    return score
+
+
+def bars_of(score: Score) -> np.ndarray:
+    """Index of the played bar (of `score.measures`) of every note."""
+    return _index_at_or_before(score.measures, score.onset, 1e-6)
+
+
+def cut_score(score: Score, kept: np.ndarray) -> Score:
+    """The score of some played bars alone, a mask (bars,); the marks in force stand at its beginning."""
+    left_out = np.cumsum(np.where(kept, 0.0, np.diff(score.measures, append=score.measures[-1:])))
+
+    def moved(positions):
+        bar = _index_at_or_before(score.measures, positions, 1e-6)
+        return (positions - left_out[bar])[kept[bar]]
+
+    rows = kept[bars_of(score)]
+    arrays = {name: getattr(score, name)[rows] for name in _OF_NOTES}
+    features = {name: column[rows] for name, column in score.features.items()}
+    onset, section = moved(score.onset), arrays["section"]
+    for name in ("distance_from_abs_dynamic", "distance_from_recent_tempo"):
+        features[name] = np.minimum(features[name], onset)
+    end = onset[-1] + score.sections[-1] - score.onset[-1]
+    arrays |= {
+        "onset": onset,
+        "features": features,
+        "section": np.cumsum(np.diff(section, prepend=section[0]) > 0),
+        "beats": moved(score.beats),
+        "measures": moved(score.measures),
+        "sections": np.append(onset[np.flatnonzero(np.diff(section, prepend=-1))], end),
+        "numbers": score.numbers[kept],
+        "repeat": score.repeat[kept],
+    }
+    return _settle(replace(score, **arrays))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1109,7 +1207,7 @@ SMPTE = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}  # frames a second
 MOST_BYTES, MOST_EVENTS = 1 << 26, 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
-META, TEMPO, END_OF_TRACK = 0xFF, 0x51, 0x2F
+META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
 
 
 @dataclass
@@ -1151,6 +1249,8 @@ def read_midi(path: str | Path) -> Performance:
         if not notes or seconds[-1] > LONGEST:
             raise ValueError(f"{len(notes)} notes in {seconds[-1:].sum():.3g} s; expected some within a day")
         pitch, velocity, onset, offset = np.array(notes).T
+        if (offset <= onset).any():
+            repairs["notes of no length, made 1 ms"] = int((offset <= onset).sum())
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"
         raise DataError(
@@ -1234,6 +1334,8 @@ def _track_events(track, most, repairs):
         if status < 0xF0 and max(data) > 127:
             data = bytes(min(byte, 127) for byte in data)
             repairs["bytes over 127 clipped"] += 1
+        if status == META and data[0] == KEY and (data[-2] + 7) % 256 > 14:
+            repairs["key signatures that do not exist"] += 1
         tick += delta
         events.append((tick, status, data))
         if len(events) > most:
@@ -1307,6 +1409,10 @@ MISS, SKIP, JUMP, RESTART, LATE, RATIO = 4.0, 1.5, 15.0, 3.5, 0.05, 0.3
 WORST = 5.0  # highest price of an interval, so that a pause can be paid
 BLUR = 0.05  # s added to both intervals of the ratio
 STEPS = 4  # furthest step without a jump, in chords
+MOST_OF_KEY = 1000  # notes of one key that are assigned together
+JUMPED = STEPS + 1
+RISES = np.array([*range(1, STEPS + 1), JUMPED, 0], np.int8)  # of the ways to a chord
+BLOCK = 4096  # played notes whose way back is in memory
 WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
@@ -1361,57 +1467,79 @@ def _viterbi(position, pace, pitch, chord, performance):
     Where the opening chord starts again, what came before is dropped: recordings may hold the end of the
     bar before.
     """
-    member = np.zeros((len(position), 128), bool)
-    member[chord, pitch] = True
-    hit = member[:, performance.pitch].T
-    origin, restart, last = _cheapest_paths(position, pace, performance.onset, hit)
-    state = np.full(len(hit), last)
-    for j in range(len(hit) - 1, 0, -1):
-        state[j - 1] = origin[j, state[j]]
+    holds = np.zeros((128, len(position)), bool)
+    holds[pitch, chord] = True
+    state, restart = _Lattice(position, pace, holds, performance).cheapest_path()
     begin = np.flatnonzero(restart & (state == 0))[-1:].sum()
-    played = begin + np.flatnonzero(hit[np.arange(begin, len(hit)), state[begin:]])
+    played = begin + np.flatnonzero(holds[performance.pitch, state][begin:])
     first = np.unique(state[played] * 128 + performance.pitch[played], return_index=True)[1]
     return played[first], state[played[first]]
 
 
-def _cheapest_paths(position, pace, onset, hit):
-    """From each played note back: the chord before (P, K), whether the opening starts anew (P,), and the
-    last chord.
+class _Lattice:
+    """Paths of played notes through chords. A state is a chord; it remembers when its first note came, so
+    that chords are timed from start to start.
 
-    hit (P, K): whether the chord holds the played key. A state is a chord; it remembers when its first
-    note came, so that chords are timed from start to start.
+    The way back is kept of one block of played notes at a time, and made again from the prices at the
+    block's begin: memory grows with the chords and the blocks, not with their product.
     """
-    count, chords = hit.shape
-    clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
-    columns = np.arange(chords)
-    steps = np.arange(1, STEPS + 1)[:, None]
-    source = np.maximum(columns - steps, 0)
-    expected = np.log(clock - clock[source] + BLUR)
-    left_out = np.where(columns >= steps, SKIP * (steps - 1), np.inf)
-    ways = np.vstack([source, columns, columns])  # steps, a jump, the same chord once more
 
-    origin = np.tile(columns.astype(np.int32), (count, 1))
-    restart = np.zeros(count, bool)
-    best = np.minimum(SKIP * columns, JUMP) + MISS * ~hit[0]
-    entry = np.full(chords, onset[0])  # first and latest note of each chord on its path
-    latest = entry.copy()
-    for j in range(1, count):
-        interval = np.abs(np.log(onset[j] - entry + BLUR)[source] - expected) / RATIO
-        stepped = best[source] + np.minimum(interval, WORST) + left_out
-        lead = best.argmin()
-        ways[STEPS] = lead
-        jumped = np.where(columns > lead, best[lead] + JUMP, np.inf)
-        prices = np.vstack([stepped, jumped, best + RESTART])
-        way = prices.argmin(0)
-        moved = prices[way, columns] + MISS * ~hit[j]
-        stayed = best + np.where(hit[j], np.minimum((onset[j] - latest) / LATE, MISS), MISS)
-        go = moved < stayed
-        best = np.where(go, moved, stayed)
-        entry[go] = onset[j]
-        latest[go | hit[j]] = onset[j]
-        origin[j, go] = ways[way, columns][go]
-        restart[j] = go[0]
-    return origin, restart, best.argmin()
+    def __init__(self, position, pace, holds, performance):
+        """holds (128, K): whether the chord holds the key; pace (K,): seconds per quarter."""
+        clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
+        steps = np.arange(1, STEPS + 1)[:, None]
+        self.columns = np.arange(len(position))
+        self.source = np.maximum(self.columns - steps, 0)
+        self.expected = np.log(clock - clock[self.source] + BLUR)
+        self.left_out = np.where(self.columns >= steps, SKIP * (steps - 1), np.inf)
+        self.holds, self.pitch, self.onset = holds, performance.pitch, performance.onset
+
+    def cheapest_path(self):
+        """Chord of every played note, and whether the opening starts anew with it: two (P,) arrays."""
+        count = len(self.onset)
+        best = np.minimum(SKIP * self.columns, JUMP) + MISS * ~self.holds[self.pitch[0]]
+        entry = np.full(len(best), self.onset[0])
+        fronts, blocks = [(best, entry, entry)], range(1, count, BLOCK)
+        restart = np.zeros(count, bool)
+        for begin in blocks:
+            front, rises, leads, restart[begin : begin + BLOCK] = self.advance(*fronts[-1], begin)
+            fronts.append(front)
+        state = np.full(count, fronts.pop()[0].argmin())
+        for begin in reversed(blocks):
+            front = fronts.pop()
+            if begin + BLOCK < count:
+                _, rises, leads, _ = self.advance(*front, begin)
+            for j in range(min(begin + BLOCK, count) - 1, begin - 1, -1):
+                rise = rises[j - begin, state[j]]
+                state[j - 1] = leads[j - begin] if rise == JUMPED else max(state[j] - rise, 0)
+        return state, restart
+
+    def advance(self, best, entry, latest, begin):
+        """The front (price of the best path to each chord; first and latest note of the chord on it) after a
+        block of played notes; by how many chords the path rose (block, K), JUMPED: from the lead; the lead
+        of each note; whether the opening starts anew."""
+        onset, pitch = self.onset[begin : begin + BLOCK], self.pitch[begin : begin + BLOCK]
+        rises = np.zeros((len(onset), len(best)), np.int8)
+        leads = np.zeros(len(onset), np.int64)
+        restart = np.zeros(len(onset), bool)
+        entry, latest = entry.copy(), latest.copy()
+        for j, now in enumerate(onset):
+            hit = self.holds[pitch[j]]
+            interval = np.abs(np.log(now - entry + BLUR)[self.source] - self.expected) / RATIO
+            stepped = best[self.source] + np.minimum(interval, WORST) + self.left_out
+            leads[j] = lead = best.argmin()
+            jumped = np.where(self.columns > lead, best[lead] + JUMP, np.inf)
+            prices = np.vstack([stepped, jumped, best + RESTART])
+            way = prices.argmin(0)
+            moved = prices[way, self.columns] + MISS * ~hit
+            stayed = best + np.where(hit, np.minimum((now - latest) / LATE, MISS), MISS)
+            go = moved < stayed
+            best = np.where(go, moved, stayed)
+            entry[go] = now
+            latest[go | hit] = now
+            rises[j, go] = RISES[way[go]]
+            restart[j] = go[0]
+        return (best, entry, latest), rises, leads, restart
 
 
 def _time_map(position, chord, onset):
@@ -1474,12 +1602,205 @@ def _assign(pitch, due, room, performance):
     partner = np.full(len(pitch), -1, np.int64)
     for key in np.intersect1d(pitch, performance.pitch):
         rows = np.flatnonzero(pitch == key)
+        rows = rows[np.argsort(due[rows], kind="stable")] if len(rows) > MOST_OF_KEY else rows
         columns = np.flatnonzero(performance.pitch == key)
-        distance = np.abs(performance.onset[columns] - due[rows, None]) / room[rows, None]
-        row, column = linear_sum_assignment(np.minimum(distance, 1) ** 2)
-        near = distance[row, column] < 1
-        partner[rows[row[near]]] = columns[column[near]]
+        cuts = np.searchsorted(performance.onset[columns], due[rows[MOST_OF_KEY::MOST_OF_KEY]])
+        for part, near in enumerate(np.split(columns, cuts)):
+            some = rows[part * MOST_OF_KEY : (part + 1) * MOST_OF_KEY]
+            distance = np.abs(performance.onset[near] - due[some, None]) / room[some, None]
+            row, column = linear_sum_assignment(np.minimum(distance, 1) ** 2)
+            close = distance[row, column] < 1
+            partner[some[row[close]]] = near[column[close]]
     return partner
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What was played of a score: key, repeats, passage
+# ------------------------------------------------------------------------------------------------------------
+MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
+SURE, PROBE = 0.8, 100  # match rate of another key; played notes that tell which
+TAKEN = (
+    0.25,
+    0.75,
+)  # share of a repeated passage's notes found: under, it was not played; over, with its repeat
+UNLIKE = 0.15  # share of notes, written or played, without a partner, over which that is said
+PASSAGE_BARS, PASSAGE_NOTES = (16, 8, 4), 420  # of PercePiano's segments
+
+
+@dataclass
+class Reading:
+    """What a performance plays of a score, and what is to be said about it."""
+
+    score: Score
+    performance: Performance
+    match: np.ndarray  # as of `align`
+    said: list[str] = field(default_factory=list)
+    start: float = 0.0  # seconds, of the performance in its file
+
+    @property
+    def match_rate(self):
+        """Share of the written notes that were played."""
+        return float((self.match >= 0).mean())
+
+    @property
+    def played_rate(self):
+        """Share of the played notes that are written."""
+        return len(np.unique(self.match[self.match >= 0])) / len(self.performance.pitch)
+
+    @property
+    def bars(self):
+        """Their numbers, in words."""
+        numbers = self.score.numbers
+        return f"{numbers[0]}-{numbers[-1]}"
+
+    def warnings(self):
+        """What has been said, and what else a reader of ratings should know."""
+        unplayed, unwritten = 1 - self.match_rate, 1 - self.played_rate
+        lines = list(self.said)
+        if unplayed > UNLIKE:
+            lines.append(f"{unplayed:.0%} of the written notes were not played")
+        if unwritten > UNLIKE:
+            lines.append(f"{unwritten:.0%} of the played notes are not written")
+        return lines
+
+
+def follow(score: Score, performance: Performance, transpose: bool = False) -> Reading:
+    """The performance aligned with what it plays of the score: in its key or, with `transpose`, another,
+    without repeats that were not taken, a passage alone. DataError where it plays something else."""
+    reading = Reading(score, performance, align(score, performance))
+    if max(reading.match_rate, reading.played_rate) < SURE:
+        reading = _in_key(reading, transpose)
+    whole = _without_repeats(reading)
+    if whole.match_rate >= 1 - UNLIKE:
+        return whole
+    part = _longest_passage(whole)
+    shorter = len(whole.score.measures) - len(part.score.measures) >= min(PASSAGE_BARS)
+    least = max(MISALIGNED, whole.played_rate - 0.05)  # what was played belongs to it
+    if shorter and part.match_rate >= MISALIGNED and part.played_rate >= least:
+        return part
+    if whole.match_rate < MISALIGNED:
+        raise DataError(
+            f"{performance.path}: holds {whole.match_rate:.1%} of the notes of {score.path} (of bars "
+            f"{part.bars} {part.match_rate:.0%}); expected {MISALIGNED:.0%} or more; is it another piece?"
+        )
+    return whole
+
+
+def _in_key(reading, transpose):
+    """The reading in another key, up to an octave away, if its beginning matches there."""
+    score, performance = reading.score, reading.performance
+
+    def moved_by(semitones, notes=None):
+        moved = transform_performance(performance, semitones=semitones)
+        arrays = {name: getattr(moved, name)[:notes] for name in ("pitch", "velocity", "onset", "offset")}
+        moved = replace(moved, **arrays)
+        return Reading(score, moved, align(score, moved))
+
+    other = moved_by(max(range(-12, 13), key=lambda shift: moved_by(shift, PROBE).played_rate))
+    higher = performance.pitch[0] - other.performance.pitch[0]
+    if not higher or max(other.match_rate, other.played_rate) <= SURE:
+        return reading
+    found = f"played {abs(higher)} semitones {'higher' if higher > 0 else 'lower'} than {score.path}"
+    if not transpose:
+        raise DataError(f"{performance.path}: {found}; expected its key; --transpose rates it all the same")
+    return replace(other, said=[f"{found}, rated as if in its key"])
+
+
+def _without_repeats(reading):
+    """The reading without the repeats whose bars were found once only, or without any, if that is better."""
+    score = reading.score
+    bar, shares = bars_of(score), {}
+    for repeat in np.unique(score.repeat[score.repeat > 0]):
+        rows = np.isin(score.numbers, score.numbers[score.repeat == repeat])[bar]
+        shares[repeat] = np.append(reading.match[rows] >= 0, False).mean()
+    played = [repeat for repeat, share in shares.items() if share > TAKEN[0]]
+    once = [repeat for repeat in played if shares[repeat] < TAKEN[1]]
+    best = reading
+    for left_out in {tuple(once), tuple(played)} - {()}:
+        shorter = cut_score(score, ~np.isin(score.repeat, left_out))
+        said = []
+        for repeat in left_out:
+            numbers = score.numbers[score.repeat == repeat]
+            said.append(f"played without the repeat of bars {numbers[0]}-{numbers[-1]}")
+        other = Reading(
+            shorter, reading.performance, align(shorter, reading.performance), reading.said + said
+        )
+        if other.match_rate + other.played_rate > best.match_rate + best.played_rate:
+            best = other
+    return best
+
+
+def _longest_passage(reading):
+    """The reading of the successive bars with the most found notes less those not found."""
+    score = reading.score
+    gain = np.bincount(bars_of(score), np.where(reading.match >= 0, 1, -1), len(score.measures))
+    total = np.append(0, np.cumsum(gain))
+    stop = (total - np.minimum.accumulate(total)).argmax()
+    if stop:
+        score = cut_score(score, _mask(score, total[: stop + 1].argmin(), stop))
+    part = Reading(score, reading.performance, align(score, reading.performance))
+    part.said = [*reading.said, f"plays bars {part.bars} of the score only"]
+    return part
+
+
+def _mask(score, start, stop):
+    bar = np.arange(len(score.measures))
+    return (bar >= start) & (bar < stop)
+
+
+def cut_bars(reading: Reading, kept: np.ndarray) -> Reading | None:
+    """The reading of some successive played bars, a mask, with what was played from their first note to the
+    one after their last; None where nothing was."""
+    performance, match = reading.performance, reading.match
+    rows = kept[bars_of(reading.score)]
+    hits, others = (match[part & (match >= 0)] for part in (rows, ~rows))
+    if not len(hits):
+        return None
+    onset = performance.onset
+    first, last = onset[hits].min(), onset[hits].max()
+    begin = first if (onset[others] < first).any() else -math.inf
+    end = onset[others][onset[others] > last].min(initial=math.inf)
+    taken = (onset >= begin) & (onset < end)
+    taken[others] = False
+    taken[hits] = True
+    place = np.append(np.cumsum(taken) - 1, -1)
+    start, until = onset[taken].min(), performance.offset[taken].max()
+    arrays = {name: getattr(performance, name)[taken] for name in ("pitch", "velocity", "onset", "offset")}
+    arrays["onset"] = arrays["onset"] - start
+    arrays["offset"] = arrays["offset"] - start
+    for name in ("sustain", "soft"):
+        events = getattr(performance, name)
+        inside = (events[:, 0] > start) & (events[:, 0] <= until)
+        arrays[name] = np.vstack([[0.0, _value_held_at(events, start)], events[inside] - (start, 0)])
+    score, cut = cut_score(reading.score, kept), replace(performance, **arrays)
+    return Reading(score, cut, place[match[rows]], list(reading.said), reading.start + start)
+
+
+def passages(score: Score) -> list[np.ndarray]:
+    """Masks of the bars of passages as long as PercePiano's segments; of all bars, where they are not many
+    more. The last one overlaps the one before."""
+    count = len(score.measures)
+    if count <= 1.5 * PASSAGE_BARS[0] and len(score.pitch) <= 1.5 * PASSAGE_NOTES:
+        return [np.ones(count, bool)]
+    for length in PASSAGE_BARS:
+        starts = [*range(0, count - length, length), max(count - length, 0)]
+        masks = [_mask(score, start, start + length) for start in starts]
+        if np.percentile([mask[bars_of(score)].sum() for mask in masks], 90) <= PASSAGE_NOTES:
+            break
+    return masks
+
+
+def bars_named(score: Score, text: str) -> np.ndarray:
+    """Mask of the played bars of "A-B", printed numbers: from the last A before the first B after an A."""
+    numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+        starts = np.flatnonzero(score.numbers == first)
+        for end in np.flatnonzero(score.numbers == last):
+            if len(starts) and starts[0] <= end:
+                return _mask(score, starts[starts <= end][-1], end + 1)
+    found = f"played were bars {score.numbers[0]} to {score.numbers[-1]}"
+    raise DataError(f"{score.path}: {found}; expected --bars as 5-12 within them; given {text!r:.40}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2427,7 +2748,6 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------
 
 FEATURES_VERSION = 3  # count up when what `_extract_all` gives changes: caches are made again
-MISALIGNED = 0.6  # match rate under which a performance does not belong to its score
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
 NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
@@ -2473,21 +2793,27 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
         except DataError as error:
             results.append((path, str(error)))
             continue
-        match = align(score, performance)
         harmony = harmony or harmony_statistics(score)
-        statistics = {f"midi:{name}": value for name, value in performance_statistics(performance).items()}
-        statistics |= {f"timing:{k}": v for k, v in timing_statistics(score, performance, match).items()}
-        statistics |= {f"harmony:{name}": value for name, value in harmony.items()}
-        item = note_table(score, performance, match) | {
-            "match_rate": float((match >= 0).mean()),
-            "stats": np.array(list(statistics.values()), np.float32),
-            "stat_names": list(statistics),
-            "performance": performance,
-            "match": match,
-            "repairs": {str(f): dict(x.repairs) for f, x in ((score_path, score), (path, performance))},
-        }
+        item = describe_performance(score, performance, align(score, performance), harmony)
         results.append((path, item))
     return results
+
+
+def describe_performance(
+    score: Score, performance: Performance, match: np.ndarray, harmony: dict | None = None
+) -> dict:
+    """The arrays of an item, with its performance, match and repairs. harmony: the score's, where known."""
+    statistics = {f"midi:{name}": value for name, value in performance_statistics(performance).items()}
+    statistics |= {f"timing:{k}": v for k, v in timing_statistics(score, performance, match).items()}
+    statistics |= {f"harmony:{k}": v for k, v in (harmony or harmony_statistics(score)).items()}
+    return note_table(score, performance, match) | {
+        "match_rate": float((match >= 0).mean()),
+        "stats": np.array(list(statistics.values()), np.float32),
+        "stat_names": list(statistics),
+        "performance": performance,
+        "match": match,
+        "repairs": {str(x.path): dict(x.repairs) for x in (score, performance)},
+    }
 
 
 def load_percepiano(
@@ -2759,9 +3085,10 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
 def prepare_han(corpus: Corpus, names: list[str], info: dict) -> list[dict]:
     """Items for `collate_han`: columns chosen and normalised as `info` (of `fit_normalisation`) says. Extra
     notes, which have no score columns, get the mean there."""
-    known = {*corpus.columns, *corpus.stat_names}
-    foreign = sorted({*info["columns"], *info.get("statistics", ["statistics"])} - known)
-    if foreign:
+    needed = set(info["columns"])
+    if info["quantiles"] is not None:
+        needed |= set(info.get("statistics", ["statistics"]))
+    if foreign := sorted(needed - {*corpus.columns, *corpus.stat_names}):
         raise DataError(f"column {foreign[0]}: not extracted here; the checkpoint is older; train it again")
     index = [corpus.columns.index(column) for column in info["columns"]]
     mean, std = np.array(info["mean"], np.float32), np.array(info["std"], np.float32)
@@ -5468,9 +5795,10 @@ def report_percepiano(corpus: Corpus) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]], required=False) -> None:
-    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help."""
+    """Options by group: name; a type, the choices, the name of a value or bool (a switch); default; help.
+    Those of group "options" stand in argparse's own group of that title, the first in the help."""
     for title, options in groups.items():
-        group = parser.add_argument_group(title)
+        group = parser if title == "options" else parser.add_argument_group(title)
         for name, kind, default, text in options:
             if kind is bool:
                 how = {"action": argparse.BooleanOptionalAction}

@@ -73,16 +73,20 @@ from data import (
     Corpus,
     DataError,
     FbankStore,
+    Reading,
     SpeechCorpus,
     Version,
     all_statistics,
+    bars_named,
     clean_sentence,
     collate_han,
     collate_speech,
     column_names,
-    extract_performances,
+    cut_bars,
+    describe_performance,
     fit_normalisation,
     fit_targets,
+    follow,
     frames_needed,
     han_info,
     heard_energies,
@@ -94,6 +98,8 @@ from data import (
     open_speech,
     other_kinds,
     pad_fbank,
+    parse_name,
+    passages,
     percepiano_audio,
     percepiano_parts,
     phonemize,
@@ -141,9 +147,6 @@ from models import (
     save_ensemble,
 )
 
-with contextlib.suppress(ImportError):  # Windows has none
-    pass
-
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
 AUDIO_TASKS = ("ast", "cnn", "mlp", "clip_kernel")  # that rate sound
 MAX_NOTES = 420  # of a PercePiano performance
@@ -190,6 +193,13 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
         metrics |= {f"valid_{name}": float(each.mean()), f"valid_{name}_per_dimension": each.tolist()}
     spread = float((p.std(0) / y.std(0)).mean())
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
+
+
+def rating_summary(metrics: dict) -> str:
+    """`validation_metrics` in a line."""
+    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
+    warning = " (nearly constant)" if metrics["spread"] < 0.1 else ""
+    return "  ".join([*figures, f"SD {metrics['spread']:.0%} of the ratings'{warning}"])
 
 
 def by_fold(statistic: Callable, folds: np.ndarray, *arrays) -> np.ndarray:
@@ -285,10 +295,8 @@ def _measure_humans(records, truth, root):
         figures = human_figures(records, truth, part)
         if figures:
             parts[part] = figures | {"ceiling": ceiling}
-            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}", end="; ")
-            print(
-                f"raters' noise allows {ceiling:.4f}; 80 % of errors under {np.mean(figures['error80']):.3f}"
-            )
+            allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
+            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}{allowed}")
     return parts
 
 
@@ -438,7 +446,7 @@ def _finish(records, corpus, args, about, models=()):
             record["p"] = np.round(record["p"], 4)
     figures = {"metrics": measure(records, truth)}
     print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
-    if about["task"] == "ast":
+    if about["task"] == "ast" or args.save_results:
         figures["significance"] = significance(records, truth)
     for part, view in itertools.product(figures["metrics"], VIEWS):
         tests = figures["significance"][part][view] if "significance" in figures else {}
@@ -611,9 +619,16 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
             each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
-            record = {"part": part, "fold": fold, "names": names, "p": np.mean(each, axis=0)}
-            records.append(record | {"spread": np.std(each, axis=0)})
+            p = average(each, [ckpt["task"] for _, ckpt in members])
+            spread = np.std(each, axis=0)
+            records.append({"part": part, "fold": fold, "names": names, "p": p, "spread": spread})
     return records
+
+
+def average(each: list[np.ndarray], tasks: list[str]) -> np.ndarray:
+    """Mean of predictions, every task (networks, kernels) with the same weight however many models it has."""
+    tasks = np.array(tasks)
+    return np.mean([np.mean(np.array(each)[tasks == task], axis=0) for task in np.unique(tasks)], axis=0)
 
 
 def _predict(model, ckpt, names, corpus, store, args):
@@ -631,7 +646,8 @@ def _predict(model, ckpt, names, corpus, store, args):
 def floor(argv: list[str]) -> dict:
     """`python eval.py floor`: regressions on the trainers' parts; returns metrics (see `measure`)."""
     about = """\
-What a network has to beat: a regression on pooled statistics of notes and MIDI (han), of log-mels (ast).
+What a network has to beat: a forest or ridge on statistics of the notes (han), of log-mels (ast). The kernel
+ridge of han, on all statistics that --pooled takes, is a model like the networks:
 
     python eval.py floor --model kernel --data DIR --out kernel.pt     seconds; rates like a best.pt"""
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
@@ -641,6 +657,7 @@ What a network has to beat: a regression on pooled statistics of notes and MIDI 
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
+    add = parser.more.add_argument
     add("--audio", nargs="+", metavar="DIR", help=AUDIO_HELP)
     add("--rate", metavar="HOW", help=RATE_HELP)
     add("--copies", type=number(int, 0), default=0, help="ast: training copies, as recorded elsewhere (0)")
@@ -692,8 +709,8 @@ def _fit_kernel(corpus, train, args, fold):
 
 
 def _fit_regression(kind, corpus, train, features):
-    """A function names -> ratings (n, 19): a forest or a ridge on the same statistics."""
-    info = fit_normalisation(corpus, train, features)
+    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes alone."""
+    info = fit_normalisation(corpus, train, features) | {"statistics": []}
     model = _regression(kind, list(map(segment_of, train)))
     model.fit(all_statistics(corpus, train, info), [corpus.items[name]["y"] for name in train])
     return lambda names: model.predict(all_statistics(corpus, names, info)).clip(0, 1)
@@ -1031,10 +1048,10 @@ def _speech_parts(args, loaded):
 
 def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
-    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
-    print(corpus_line(corpus.synthetic, corpus.root))
+    tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
+    tqdm.write(corpus_line(corpus.synthetic, corpus.root))
     if loaded[0][2]["data"]["valid"] == "test" and args.part in ("valid", "test"):
-        print("the checkpoint was chosen on the test part (--valid test): its score there is no result")
+        tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
 
 
 def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
@@ -1283,7 +1300,7 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
 
 def word_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `words`, which runs when --words, --tune or --submission is given."""
-    add = parser.add_argument
+    add = parser.more.add_argument
     scale, ratio = number(float, 0, 100), number(float, -100, 100)
     add("--words", action="store_true", help="decoder: report the word error rate beside PER (off)")
     add("--tune", action="store_true", help="words: first choose settings on the validation part (off)")
@@ -1581,7 +1598,9 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
-    add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
+    parser.more.add_argument(
+        "--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)"
+    )
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
     add("--cluster", choices=CLUSTERS, default="segment", help="ratings: drawn as a whole (%(default)s)")
     args = _parse(parser, argv, part_options, data_options)
@@ -1725,25 +1744,34 @@ def _ceiling_column(names, raters, x):
     return {"r2": r2, "independent": independent, "between": between, "error": error, "noise": noise.mean()}
 
 
-def within_ceiling(root: str | Path) -> float:
-    """Pearson correlation within segments of somebody who knew every human performance's true ratings; NaN
-    without the individual ratings."""
+def within_ceiling(root: str | Path) -> list[float] | None:
+    """Pearson correlation within segments of somebody who knew every human performance's true ratings, from
+    if raters' severity stays in the means of a segment to if it cancels; None without individual ratings."""
     try:
         raters, names, ratings = read_ratings(root)
     except DataError:
-        return math.nan
+        return None
     human = np.array([not is_rendering(name) for name in names])
     raters, names, ratings = raters[human], names[human], ratings[human] / 7
     items, item = np.unique(names, return_inverse=True)
-    rated = np.isfinite(ratings)
-    means = [
-        np.bincount(item[r], x[r]) / np.bincount(item[r]) for x, r in zip(ratings.T, rated.T, strict=True)
-    ]
+    means = _means_by(item, ratings)
     segments = [segment_of(name) for name in items]
-    freedom = len(items) - len(set(segments))
-    variance = (within_segments(np.stack(means, 1), segments) ** 2).sum(0) / max(freedom, 1)
-    reached = 1 - rater_ceiling(raters, names, ratings)["noise"] / variance
-    return float(np.sqrt(reached.clip(0)).mean())
+    freedom = max(len(items) - len(set(segments)), 1)
+    variance = (within_segments(means, segments) ** 2).sum(0).clip(1e-12) / freedom
+    rater = np.unique(raters, return_inverse=True)[1]
+    bounds = []
+    for severity in (0, _means_by(rater, ratings)[rater]):
+        noise = rater_ceiling(raters, names, ratings - severity)["noise"]
+        bounds.append(float(np.sqrt((1 - noise / variance).clip(0)).mean()))
+    return bounds
+
+
+def _means_by(group, ratings):
+    """Means (groups, D) of ratings (n, D) with gaps."""
+    rated = np.isfinite(ratings)
+    columns = [np.bincount(group, column) for column in np.where(rated, ratings, 0).T]
+    counts = [np.bincount(group, column) for column in rated.T]
+    return np.stack(columns, 1) / np.maximum(np.stack(counts, 1), 1)
 
 
 def ceiling(argv: list[str]) -> dict:
@@ -1763,7 +1791,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
         shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
         rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
         print_table(["ceiling", *shown], rows)
-    print(f"human players within a segment: Pearson {within_ceiling(root):.4f}")
+    print(f"human players within a segment: Pearson {brackets(within_ceiling(root))}")
     return views
 
 
@@ -1779,6 +1807,10 @@ HOUSE_STYLE = {  # of every picture; no TeX in names
     "text.parse_math": False,
 }
 PICTURES = (".png", ".pdf", ".svg")
+# Attention over an even share, less 1. One scale, so that a network that prefers nothing looks pale.
+SHARES = {"cmap": "coolwarm", "vmin": -0.25, "vmax": 0.25}
+SHARES_BAR = {"extend": "both", "format": "{x:+.0%}", "pad": 0.01, "label": "against an even share"}
+ONE_FOR_ALL = "Attention, one for all ratings: where the network looks, not why a rating is high"
 
 
 def new_figure(width: float, height: float):
@@ -1798,7 +1830,8 @@ def inline_figure(figure, alt: str) -> str:
     """The figure as an <img> that holds its own pixels."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    pixels = base64.b64encode(file.getvalue()).decode()
+    return f'<div class="scroll"><img alt="{alt}" src="data:image/png;base64,{pixels}"></div>'
 
 
 def picture_title(what: str, members: list[tuple], work: dict) -> str:
@@ -1863,7 +1896,7 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
 
 
 def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
-    """Mean roll-out of ASTs in colour over the spectrogram in grey; work: name, energies (frames, 128)."""
+    """The spectrogram, and below it the mean roll-out of ASTs; work: name, energies (frames, 128)."""
     energies, shares = work["energies"], []
     for model, kept in members:
         if not isinstance(model, AST) or model.stride != members[0][0].stride:
@@ -1873,15 +1906,17 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     share = np.mean(shares, axis=0)
     row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
     frame = HOP / SAMPLE_RATE
-    reach = max(0.001, np.percentile(np.abs(share - 1), 98))
-    figure = new_figure(16, 6)
-    axes = figure.subplots()
+    figure = new_figure(16, 9)
+    figure.suptitle(f"{picture_title('AST', members, work)}\n{ONE_FOR_ALL}")
+    loudness, attention = figure.subplots(2, sharex=True, sharey=True)
     extent = (0, frame * len(energies), -0.5, MELS - 0.5)
-    axes.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
-    colours = {"cmap": "coolwarm", "vmin": 1 - reach, "vmax": 1 + reach, "alpha": 0.6}
-    shades = axes.pcolormesh(frame * column, row - 0.5, share, **colours)
-    axes.set(title=picture_title("roll-out of AST", members, work), xlabel="time (s)", ylabel="mel band")
-    figure.colorbar(shades, extend="both", label="attention of the output (1: even)", pad=0.01)
+    dark = loudness.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
+    loudness.set(title="What sounds", ylabel="mel band")
+    figure.colorbar(dark, ax=loudness, label="log energy", pad=0.01)
+    shades = attention.pcolormesh(frame * column, row - 0.5, share - 1, **SHARES)
+    attention.set(title="What of it reaches the output (attention roll-out)")
+    attention.set(xlabel="time (s)", ylabel="mel band")
+    figure.colorbar(shades, ax=attention, **SHARES_BAR)
     save_figure(figure, out)
     return {"share": share}
 
@@ -1951,15 +1986,31 @@ def best_validation(records: list[dict]) -> tuple[str, float, int]:
     return "", math.nan, 0
 
 
-def draw_curves(figure, runs: dict[str, list[dict]]) -> None:
-    """Everything of CURVES that the runs (folder -> records) logged, by step, a colour a run."""
-    shown = [key for key in CURVES if any(len(history(records, key)) for records in runs.values())]
+def is_synthetic(options: dict) -> bool:
+    """Whether a run of these options learned from made-up data."""
+    return options.get("synthetic", not options.get("data"))
+
+
+def draw_curves(runs: dict[str, tuple]):
+    """Figure of everything of CURVES that the runs (folder -> `read_run`) logged, by step, a colour a run."""
+    from matplotlib.ticker import LogFormatter
+
+    figure = new_figure(16, 13)
+    shown = [key for key in CURVES if any(len(history(records, key)) for _, records in runs.values())]
     for n, key in enumerate(shown):
         axes = figure.add_subplot(math.ceil(len(shown) / 3), 3, n + 1)
-        for run, records in runs.items():
-            axes.plot(*history(records, key).T, ".-", label=run)
-        axes.set(title=key, xlabel="step", yscale="log" if key == "norm" else "linear")
-    figure.axes[0].legend()
+        for run, (options, records) in runs.items():
+            kind = ", SYNTHETIC data" if is_synthetic(options) else ""
+            axes.plot(*history(records, key).T, ".-", label=last_part(run) + kind)
+        axes.set(title=key, xlabel="step")
+        if key == "norm":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # the scale's own writes TeX
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        elif not np.any(axes.dataLim.intervaly):  # all 0
+            axes.set_ylim(0, 1)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
+    return figure
 
 
 def curves(argv: list[str]) -> dict:
@@ -1970,12 +2021,10 @@ def curves(argv: list[str]) -> dict:
     add("--out", required=True, type=Path, help="picture to write: .png, .svg or .pdf (required)")
     args = _parse(parser, argv)
     check_output(args.out, *PICTURES)
-    runs = {run: read_run(run)[1] for run in args.run}
-    figure = new_figure(16, 12)
-    draw_curves(figure, runs)
-    save_figure(figure, args.out)
+    runs = {run: read_run(run) for run in args.run}
+    save_figure(draw_curves(runs), args.out)
     best = {}
-    for run, records in runs.items():
+    for run, (_, records) in runs.items():
         key, best[run], step = best_validation(records)
         print(f"{run}: {key} {best[run]:.4f} at step {step}")
     return best
@@ -2006,12 +2055,23 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 }
 
 
+def _in_words(label: str) -> str:
+    """Timing_Stable_Unstable: "Timing: Stable … Unstable"."""
+    group = re.match("Music_Making|Emotion_&_Mood|[^_]+", label)[0].replace("_", " ")
+    return f"{group}: {' … '.join(LABEL_POLES[label])}"
+
+
+RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
+RESULTS = Path(__file__).parent / "results"
+SHIPPED = [str(RESULTS / "han_network.pt"), str(RESULTS / "han_kernel.pt")]
+
+
 def predict(argv: list[str]) -> list[dict]:
     """`python eval.py predict`: ratings or phonemes of your own files, as --json holds them.
 
-    han, ast: name, path, repairs (of files), ratings by label; han also score, match_rate, extra
-    (share of played notes not in the score), notes; ast seconds. decoder: id, path, session, seconds,
-    phonemes, reference, errors by kind.
+    name, path, repairs (of files), ratings by label; han also score, bars, start and end (s), match_rate,
+    extra (share of played notes not in the score), notes, warnings, passages; ast seconds. decoder: id, path,
+    session, seconds, phonemes, reference, errors by kind.
     """
     parser = _parser(
         "predict",
@@ -2019,7 +2079,7 @@ def predict(argv: list[str]) -> list[dict]:
         """\
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
-    HAN              --score FILE and --midi PATH      passages of 4 to 16 bars, 420 notes at most
+    HAN              --score FILE and --midi PATH      long pieces in passages of 4 to 16 bars
     AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
@@ -2027,15 +2087,22 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", required=True, help="best.pt of one task, averaged (required)")
+    add("--ckpt", nargs="+", default=SHIPPED, help="best.pt of one task, averaged (HANs in results/)")
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
     add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
     add("--speech", nargs="+", help="corpus, .mat of '24, .npy (bins, channels) or folder")
+    add = parser.more.add_argument
     add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
     add("--raw", action="store_true", help="take .npy as it is (off: a folder z-scored together, as a block)")
     add("--json", help="write predictions and circumstances (off)")
     add("--csv", help="write a line a prediction (off)")
+    add("--bars", help="rate these bars of the score alone, by their printed numbers, as 5-12 (all)")
+    add(
+        "--transpose",
+        action="store_true",
+        help="rate what is played in another key than the score's too (off)",
+    )
     add("--explain", help="draw what each prediction rests on, into this folder (off)")
     add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
     add("--cache", default="cache", help="folder of converted speech corpora (%(default)s)")
@@ -2050,9 +2117,13 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         _load_fold_models(loaded)  # refuses those that cannot be averaged
     kind = "ast" if task in AUDIO_TASKS else task
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
+    if kind != "han" and (args.bars or args.transpose):
+        raise DataError(
+            f"{args.ckpt[0]}: of task {task}; --bars and --transpose are of scores; leave them out"
+        )
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
-    print(f"{args.ckpt[0]}: {len(loaded)} checkpoints averaged")
+    print(provenance(loaded))
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
@@ -2080,6 +2151,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     print(f"{len(records)} predicted, {len(refused)} refused")
     if not records:
         raise DataError(f"all {len(refused)} inputs were refused: {refused[0]}")
+    if args.score and len(records) > 1:
+        compare_takes(records)
     if args.csv:
         write_csv(args.csv, predictions_table(records))
     if args.json:
@@ -2116,6 +2189,19 @@ def _printable(text: object) -> str:
     return str(text).encode(errors="replace").decode()
 
 
+def provenance(loaded: list[tuple]) -> str:
+    """In a line: the files, what they hold, on what it was trained and how it scored there."""
+    files = []
+    for path, members in itertools.groupby(loaded, key=lambda member: member[0]):
+        ckpts = [ckpt for *_, ckpt in members]
+        score = ckpts[0].get("valid_r2") or (ckpts[0].get("best") or {}).get("valid_r2")
+        scored = f", validation R² {score:.3f}" if score else ""
+        files.append(f"{path} ({len(ckpts)} × {ckpts[0]['task']}{scored})")
+    about = loaded[0][2]["data"]
+    trained = f", split {about['split']}" if "split" in about else ""
+    return f"{' + '.join(files)}: {len(loaded)} checkpoints averaged{trained}, git {loaded[0][2]['git_sha']}"
+
+
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
@@ -2130,36 +2216,87 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
 
 
 def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
-    """One performance of the score: its record, and what explains it."""
+    """One performance of the score, passage by passage where it is long: its record, and what explains it."""
     path, name = _printable(files[0]), _printable(files[0].stem.strip())
-    ((_, item),) = extract_performances((args.score, [str(files[0])]))
-    if isinstance(item, str):
-        raise DataError(item)
-    found = f"{item['match_rate']:.1%} of the notes of {args.score}"
-    if item["match_rate"] < MISALIGNED:
-        raise DataError(f"{path}: holds {found}; expected {MISALIGNED:.0%} or more; is it another piece?")
-    corpus = Corpus(args.score, False, {name: item}, [name], column_names(FEATURES), item["stat_names"], {})
-    each = [predict_han(m, prepare_han(corpus, [name], ckpt["data"]), args.device) for _, m, ckpt in loaded]
-    extra = float((item["voice"] == 0).sum() / len(item["performance"].pitch))
+    reading = follow(read_musicxml(args.score), read_midi(files[0]), args.transpose)
+    parts = rated_parts(reading, args.bars)
+    if len(parts) == 1:
+        (reading,) = parts
+    items = {}
+    for part in parts:
+        item = describe_performance(part.score, part.performance, part.match)
+        items[f"{name} {len(items)}"] = item | {"name": name}
+    corpus = Corpus(args.score, False, items, list(items), column_names(FEATURES), item["stat_names"], {})
+    each = []
+    for _, model, ckpt in loaded:
+        each.append(predict_han(model, prepare_han(corpus, list(items), ckpt["data"]), args.device))
+    unwritten = 1 - reading.played_rate
+    title = f"{name}: {reading.match_rate:.1%} of the notes of bars {reading.bars} of {args.score}; "
+    title += f"{unwritten:.1%} of the played are not in it"
+    if len(parts) > 1:
+        title += f"\nlonger than what it was trained on: mean of {len(parts)} passages"
+    mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
+    rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.score)
+    for line in reading.warnings():
+        tqdm.write(f"warning: {_printable(line)}")
     record = {
         "name": name,
         "path": path,
         "score": args.score,
-        "match_rate": item["match_rate"],
-        "extra": extra,
-        "notes": len(item["x"]),
+        **_whereabouts(reading),
+        "extra": unwritten,
+        "notes": sum(len(item["x"]) for item in items.values()),
         "repairs": say_repairs(item["repairs"]),
-        "ratings": show_ratings(f"{name}: {found}; {extra:.1%} of the played are not in it", each, loaded),
+        **rated,
+        "warnings": _printable("; ".join(reading.warnings())),
+        "passages": passage_ratings(parts, mean) if len(parts) > 1 else [],
     }
-    score = read_musicxml(args.score) if args.explain else None
-    yield record, item | {"name": name, "item": item, "score": score}
+    yield record, item | {"name": name, "item": item, "score": reading.score, "passages": record["passages"]}
+
+
+def _whereabouts(reading: Reading) -> dict:
+    end = reading.start + float(reading.performance.offset.max())
+    return {"bars": reading.bars, "start": reading.start, "end": end, "match_rate": reading.match_rate}
+
+
+def rated_parts(reading: Reading, bars: str | None) -> list[Reading]:
+    """The passages of a reading to rate: bars "A-B", or all of it; adds to `said` which are too unlike."""
+    score = reading.score
+    masks = passages(score) if bars is None else [bars_named(score, bars)]
+    if masks[0].all():
+        return [reading]
+    parts = []
+    for mask in masks:
+        part = cut_bars(reading, mask)
+        if part and part.match_rate >= MISALIGNED:
+            parts.append(part)
+        else:
+            numbers = score.numbers[mask]
+            reading.said.append(f"bars {numbers[0]}-{numbers[-1]} hardly played, not rated")
+    if not parts:
+        raise DataError(f"{reading.performance.path}: {reading.said[-1]}; expected bars that it plays")
+    return parts
+
+
+def passage_ratings(parts: list[Reading], p: np.ndarray) -> list[dict]:
+    """Prints where each rating is lowest and highest; a record of each passage, of ratings (passages, 19)."""
+    tqdm.write(f"\n{'lowest':>44} {'highest':>29}")
+    for label, values in zip(LABELS, p.T, strict=True):
+        low, high = (
+            f"{values[i]:5.2f} in bars {parts[i].bars:9}" for i in (values.argmin(), values.argmax())
+        )
+        tqdm.write(f"{' / '.join(LABEL_POLES[label]):>44.44} {low} {high}".rstrip())
+    rows = []
+    for part, values in zip(parts, p.tolist(), strict=True):
+        rows.append(_whereabouts(part) | {"ratings": dict(zip(LABELS, values, strict=True))})
+    return rows
 
 
 def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
     """Prints and gives what was wrong in files (file -> kind -> number) and read all the same."""
     said = _printable("; ".join(repair_lines([repairs])))
     if said:
-        print(f"repaired: {said}")
+        tqdm.write(f"repaired: {said}")
     return said
 
 
@@ -2177,22 +2314,98 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
         tqdm.write(f"{name}: {remark}")
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
-    ratings = show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
-    record |= {"sound": "; ".join(remarks), "ratings": ratings}
+    record["sound"] = "; ".join(remarks)
+    record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
 
-def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple]) -> dict[str, float]:
-    """Prints the mean of ratings (1, 19) between their poles, and gives it by label."""
-    ratings = dict(zip(LABELS, np.mean(each, axis=0)[0].tolist(), strict=True))
+@functools.cache
+def measured_unheard() -> dict:
+    """What the row `kernel` reached on works that it had not heard, human players: r2, and of
+    `_measure_humans`; {} where that row is missing."""
+    path = RESULTS / "han_kernel_piece.json"
+    if not path.exists():
+        return {}
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return saved["humans"]["test"] | {"r2": saved["metrics"]["test"]["no_renderings"]["mean"]["r2"]}
+
+
+def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
+    """{label: half-width of an 80 % interval} of the mean of ratings `each` (1, 19): the spread over models
+    and the errors on validation (`error80`), or for a work not heard in training those of the row
+    `kernel` on such works; {} where neither is known."""
+    errors = []
+    for _, _, ckpt in loaded:
+        squares = (ckpt.get("best") or {}).get("valid_mse_per_dimension", [])
+        errors.append(ckpt.get("error80") or (NORMAL_80 * np.sqrt(squares)).tolist())
+    if not heard and measured_unheard():
+        errors = [measured_unheard()["error80"]]
+    if not all(map(len, errors)):
+        return {}
+    half = np.hypot(np.mean(errors, axis=0), NORMAL_80 * np.std(each, axis=0)[0])
+    return dict(zip(LABELS, half.tolist(), strict=True))
+
+
+def heard_in_training(loaded: list[tuple], score: str) -> bool:
+    """Whether a score's name says that all models were trained on its work."""
+    try:
+        work = parse_name(Path(score).stem)[0]
+    except DataError:
+        return False
+    return all(work in ckpt["data"].get("works", []) for _, _, ckpt in loaded)
+
+
+def say_unheard() -> str:
+    """What ratings of a work never heard in training are worth, as measured."""
+    said = "not heard in training: trust the order of several takes, not the ratings themselves"
+    if not measured_unheard():
+        return said
+    measured = " (such works: R² {r2:.2f}; takes of one passage: Pearson {within:.2f}, where raters' noise "
+    noise = "allows {:.2f} to {:.2f})".format(*measured_unheard()["ceiling"])
+    return said + measured.format(**measured_unheard()) + noise
+
+
+def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score: str | None = None) -> dict:
+    """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
+    mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
+    ratings = dict(zip(LABELS, mean[0].tolist(), strict=True))
+    synthetic = loaded[0][2]["data"]["synthetic"]
+    heard = score is None or synthetic or heard_in_training(loaded, score)
+    errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
-    tqdm.write(f"\n{title}\n{'0':>26} value {'1':<24}{'  mean   SD' if known else ''}")
+    tqdm.write(f"\n{title}")
+    if not heard:
+        tqdm.write(say_unheard())
+    head = "value  ± 80 %" if errors else "value"
+    tqdm.write(f"{'0':>26} {head} {'1':<24}{'  training ratings: mean, SD' if known else ''}")
     for label, value in ratings.items():
         low, high = LABEL_POLES[label]
-        trained = f" {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
-        tqdm.write(f"{low:>26} {value:5.2f} {high:<24}{trained}")
-    return ratings
+        error = f"  ± {errors[label]:4.2f}" if errors else ""
+        trained = f"   {known[label]['mean']:5.2f} {known[label]['sd']:4.2f}" if known else ""
+        tqdm.write(f"{low:>26} {value:5.2f}{error} {high:<24}{trained}")
+    return {"ratings": ratings, "uncertainty": errors}
+
+
+def compare_takes(records: list[dict]) -> None:
+    """Prints takes of one score side by side, and adds to each record which ratings differ: + or - where one
+    lies above or below the mean of the others by more than 80 % of the errors of such a difference."""
+    p, error = (
+        np.array([[*record[key].values()] for record in records]) for key in ("ratings", "uncertainty")
+    )
+    others = len(p) - 1
+    gap = p - (p.sum(0) - p) / others
+    allowed = error * math.sqrt(1 + 1 / others) if error.size else np.inf
+    marks = np.where(gap > allowed, "+", np.where(-gap > allowed, "-", ""))
+    print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
+    for count, record in enumerate(records, 1):
+        print(f"{count:>4} {record['name']}")
+        record["differs"] = dict(zip(LABELS, marks[count - 1].tolist(), strict=True))
+    cells = [
+        [f"{x:.2f}{mark}" for x, mark in zip(*row, strict=True)] for row in zip(p.T, marks.T, strict=True)
+    ]
+    rows = [[name, *row] for name, row in zip(RATINGS.values(), cells, strict=True)]
+    print_table(["0 … 1", *map(str, range(1, len(p) + 1))], rows)
 
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
@@ -2305,8 +2518,17 @@ def predictions_table(records: list[dict]) -> list[list]:
     """Head and rows of what --csv writes: a line a prediction."""
     rows = []
     for record in records:
-        figures = record.get("ratings") or record["errors"] or dict.fromkeys(EDITS)
-        rows.append({key: cell for key, cell in record.items() if key not in ("ratings", "errors")} | figures)
+        apart = ("ratings", "uncertainty", "errors", "differs", "passages")
+        for part in [record, *record.get("passages", [])]:
+            row = {key: part.get(key, "") for key in record if key not in apart}
+            if "name" in record:
+                row["name"] = record["name"]
+            row |= record["errors"] or dict.fromkeys(EDITS) if "errors" in record else {}
+            for label, value in part.get("ratings", {}).items():
+                row["{}: {} ... {}".format(label, *LABEL_POLES[label])] = value
+            for key, title in (("uncertainty", "± 80 %"), ("differs", "differs")):
+                row |= {f"{label} {title}": part.get(key, {}).get(label, "") for label in record.get(key, {})}
+            rows.append(row)
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
@@ -2343,7 +2565,8 @@ def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     """What HANs weigh in one un-normalised item: `even_shares` of "note in beat" and "beat in measure" where
     they have such, and of "note", "beat" and "measure" in the piece; averaged over members."""
-    corpus = Corpus("", False, {item["name"]: item}, [item["name"]], column_names(FEATURES), [], {})
+    names, statistics = [item["name"]], item.get("stat_names", [])
+    corpus = Corpus("", False, {item["name"]: item}, names, column_names(FEATURES), statistics, {})
     levels: dict[str, list] = {}
     for model, kept in members:
         batch = collate_han(prepare_han(corpus, [item["name"]], kept["data"]))
@@ -2358,32 +2581,24 @@ def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     return {level: np.mean(values, axis=0) for level, values in levels.items()}
 
 
-def place_notes(score, item: dict, x: dict[str, np.ndarray]) -> Callable:
-    """The function from quarters to seconds, by the chords that were found; puts the pitch, onset and offset
-    that were expected of other notes into x (columns of the item by name)."""
-    written = np.flatnonzero(item["voice"])
-    matched = item["matched"][written]
-    chords = matched & ~score.grace
+def seconds_of(score, item: dict, onset: np.ndarray) -> Callable:
+    """The function from quarters to seconds, by the chords that were found; onset: of the rows, seconds."""
+    written = item["voice"] > 0
+    chords = item["matched"][written] & ~score.grace
     if not chords.any():
         raise DataError(f"{item['name']}: no note of {score.path} in it; give a take of it")
-    second = _group_mean(x["raw_onset"][written[chords]], score.onset[chords])
-    seconds = functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
-    x["raw_pitch"][written[~matched]] = score.pitch[~matched]
-    x["raw_onset"][written[~matched]] = seconds(score.onset[~matched])
-    x["raw_offset"][written[~matched]] = seconds((score.onset + score.duration)[~matched])
-    return seconds
-
-
-def _beginnings(group: np.ndarray, grid: np.ndarray, onset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quarters at which the beats or measures that hold notes begin, and their numbers from 1."""
-    first = onset[np.unique(group, return_index=True)[1]]
-    number = np.searchsorted(grid, first + 1e-6).clip(1)
-    return grid[number - 1], number
+    second = _group_mean(onset[written][chords], score.onset[chords])
+    return functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
 
 
 def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
-    (`han_attention`), beats and measures (seconds at which they begin, and the end)."""
+    (`han_attention`), beats and measures (seconds of their first notes, and the end)."""
+    if work.get("passages"):
+        return draw_passages(out, members, work)
+    members = [member for member in members if hasattr(member[0], "attention")]
+    if not members:
+        raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
     score = work["score"]
     item = work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
@@ -2391,25 +2606,28 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
         item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
     levels = han_attention(members, item)
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
-    seconds = place_notes(score, item, x)
+    seconds = seconds_of(score, item, x["raw_onset"])
     sounded = item["matched"] | (item["voice"] == 0)
     end = x["raw_offset"].max()
-    beats = np.append(seconds(_beginnings(score.beat, score.beats, score.onset)[0]), end)
-    measures, numbers = _beginnings(score.measure, score.measures, score.onset)
-    measures = np.append(seconds(measures), end)
-    first = np.flatnonzero(item["voice"])[np.unique(score.beat, return_index=True)[1]]
+    heads = np.unique(score.beat, return_index=True)[1]  # first note of each beat
+    beats = np.append(seconds(score.onset[heads]), end)
+    first = np.flatnonzero(item["voice"])[heads]
+    heads = np.unique(score.measure, return_index=True)[1]
+    measures = np.append(seconds(score.onset[heads]), end)
+    numbers = score.numbers[np.searchsorted(score.measures, score.onset[heads] + 1e-6).clip(1) - 1]
     title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
-    if any(model.model_args["stats_size"] for model, _ in members):
-        title += "\nThe ratings also rest on statistics of the whole piece (--pooled)"
+    pooled = any(model.model_args["stats_size"] for model, _ in members)
+    also = "; ratings also rest on statistics of the piece (--pooled)" if pooled else ""
     figure = new_figure(16, 12)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\n{ONE_FOR_ALL}{also}")
     roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
     _draw_roll(roll, x, sounded, levels)
     _draw_levels(weights, levels, beats, measures)
-    dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6", label="notes")
-    _draw_curve(tempo, 10 ** x["beat_tempo"][first], beats, "Tempo (quarters per minute)")
-    text = "Dynamics (MIDI velocity; of a beat: mean of average and loudest)"
-    _draw_curve(dynamics, x["beat_dynamics"][first], beats, text)
+    tempo.stairs(10 ** x["beat_tempo"][first], beats, baseline=None)
+    tempo.set_title("Tempo of each beat (quarters per minute)")
+    dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6")
+    dynamics.stairs(x["beat_dynamics"][first], beats, baseline=None)
+    dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
     dynamics.set_xlabel("time in the performance (s); lines: measures")
     every = math.ceil(len(numbers) / 20)
     roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
@@ -2420,20 +2638,41 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     return {"levels": levels, "beats": beats, "measures": measures}
 
 
+def draw_passages(out: Path, members: list[tuple], work: dict) -> dict:
+    """The ratings of a long piece, passage by passage over time, and their means; returns them by label."""
+    rows = work["passages"]
+    figure = new_figure(16, 14)
+    figure.suptitle(picture_title("ratings over time (above: bars; line: mean)", members, work))
+    middles = [(row["start"] + row["end"]) / 2 for row in rows]
+    curves = {label: [row["ratings"][label] for row in rows] for label in LABELS}
+    grid = figure.subplots(5, 4, sharex=True, sharey=True).flat
+    for axes, (label, values) in zip(grid, curves.items(), strict=False):
+        axes.plot(middles, values, ".-", color=BLUE)
+        axes.axhline(np.mean(values), color="0.6")
+        axes.set_title("0: {}, 1: {}".format(*LABEL_POLES[label]), fontsize=9)
+        axes.set_ylim(0, 1)
+    grid[-1].axis("off")
+    for axes in grid[-4:-1]:
+        axes.set_xlabel("time in the performance (s)")
+    bars = [row["bars"] for row in rows]
+    every = math.ceil(len(rows) / 12)
+    for axes in grid[:4]:
+        axes.secondary_xaxis("top").set_xticks(middles[::every], bars[::every], rotation=90, fontsize=7)
+    save_figure(figure, out)
+    return {"curves": curves}
+
+
 def _draw_roll(axes, x: dict[str, np.ndarray], sounded: np.ndarray, levels: dict) -> None:
-    """Notes as bars in the colour of their weight, those not found dotted."""
+    """The notes that sounded as bars in the colour of their weight."""
     within = "note in beat" if "note in beat" in levels else "note"
-    weight = levels[within] - 1
-    reach = max(0.01, np.percentile(np.abs(weight), 99))
-    notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])
+    notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])[:, sounded]
     axes.set_facecolor("0.25")
-    axes.hlines(*notes[:, ~sounded], "white", "dotted")
-    bars = axes.hlines(*notes[:, sounded], array=weight[sounded], cmap="coolwarm", linewidth=5)
-    bars.set_clim(-reach, reach)
+    bars = axes.hlines(*notes, array=levels[within][sounded] - 1, linewidth=5)
+    bars.set(cmap=SHARES["cmap"], clim=(SHARES["vmin"], SHARES["vmax"]))
     axes.set_yticks(range(24, 120, 12), [f"C{octave}" for octave in range(1, 9)])
     axes.set_ylim(notes[0].min() - 2, notes[0].max() + 2)
-    axes.set_title(f"Weight of each {within} against an even share (dotted: not found)")
-    axes.figure.colorbar(bars, ax=axes, extend="both", format="{x:+.1%}", pad=0.01)
+    axes.set_title(f"Attention to each {within}")
+    axes.figure.colorbar(bars, ax=axes, **SHARES_BAR)
 
 
 def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) -> None:
@@ -2441,20 +2680,9 @@ def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) ->
     for level, label in (("beat", "beat in the piece"), ("beat in measure", "beat in its measure")):
         if level in levels:
             axes.stairs(levels[level] - 1, beats, baseline=None, linewidth=2, label=label)
-    reach = max(0.005, *np.abs(axes.get_ylim()))  # rounding errors are no curve
-    axes.set(title="Weight of measures and beats against an even share", ylim=(-reach, reach))
-    axes.yaxis.set_major_formatter("{x:+.1%}")
-    axes.legend(ncols=3)
-
-
-def _draw_curve(axes, values: np.ndarray, beats: np.ndarray, title: str) -> None:
-    """A value a beat, and smoothed."""
-    from scipy.ndimage import gaussian_filter1d
-
-    axes.stairs(values, beats, baseline=None, color="0.6", label="by beat")
-    smooth = gaussian_filter1d(values, 1, mode="nearest")
-    axes.plot((beats[1:] + beats[:-1]) / 2, smooth, ".-", color=BLUE, label="smoothed")
-    axes.set_title(title)
+    reach = max(SHARES["vmax"], *np.abs(axes.get_ylim()))
+    axes.set(title="Attention to measures and beats, against an even share", ylim=(-reach, reach))
+    axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.legend(ncols=3)
 
 
@@ -2496,68 +2724,139 @@ CHOSEN = {
     "valid": "The weights were chosen on this validation part: its figures are slightly optimistic.",
     "test": "Test part: for a final figure; choose between models on the validation part.",
 }
+FAKE = "SYNTHETIC data: says that the code works, nothing about real performances or speech"
 STYLE = """
-body { margin: auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
-h2 { margin-top: 3rem; border-top: 3px solid #0072b2; } img { max-width: 100%; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; } td, th { padding: .2rem .6rem; text-align: left; }
-tr { border-bottom: 1px solid #d5dae1; } .said { background: #fff1e6; border-left: 4px solid; }
+:root { color-scheme: light dark; } body { margin: auto; max-width: 76rem; padding: 1rem; }
+body { font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
+h2 { margin-top: 3rem; border-top: 3px solid #0072b2; }
+.said { background: #e6770022; border-left: 4px solid; padding: .2rem .6rem; } .scroll { overflow-x: auto; }
+img { width: 100%; min-width: 44rem; } table { border-collapse: collapse; font-size: .875rem; }
+td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 9rem; }
+tr { border-bottom: 1px solid #8886; }
 """
 
 
 def report(argv: list[str]) -> dict:
     """`python eval.py report`: an HTML page about runs of one configuration; returns its verdict and figures,
-    None where nothing was scored."""
+    None where nothing was scored. Without runs: about the predictions in results/."""
     parser = _parser(
         "report",
-        "--run DIR ... --out FILE.html [--data DIR] [options]",
+        "[--run DIR ...] --out FILE.html [--data DIR] [options]",
         """\
 One HTML page about the training of a model: curves, scores, calibration, worst items, confusions, options.
 Several runs are folds and seeds of one configuration, and are evaluated together, on their own parts.
+Without --run: the results that come with this repository, which needs neither a run nor data.
 
+    python eval.py report --out results.html
     python eval.py report --run runs/han/full_f? --data data/percepiano --out report.html
     python eval.py report --run runs/decoder/NAME --no-data --out report.html""",
     )
     add = parser.add_argument
-    add("--run", nargs="+", required=True, help="run folders of one configuration (required)")
+    add("--run", nargs="+", help="run folders of one configuration (off: the shipped results)")
     add("--out", required=True, type=Path, help="page to write, .html (required)")
     add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
-    add("--audio", help="folder of recordings NAME.wav (off: the run's own, else rendered)")
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, data_options)
     check_output(args.out, ".html")
+    title, lines, parts, made = about_runs(args) if args.run else about_results(RESULTS)
+    page = _page(title, lines, parts, args.command)
+    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
+    print(*lines, f"saved {args.out}", sep="\n")
+    return made
+
+
+def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
+    """Of --run: title, sentences and parts of the page, what `report` returns."""
     runs = {run: read_run(run) for run in args.run}
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
-    args.audio = args.audio or own.get("audio")
+    args.audio = own.get("audio")
     args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
-    verdict, figures, scored, synthetic = (
-        "nothing was scored: see the best validation",
-        None,
-        {},
-        not args.data,
-    )
+    verdict, figures, scored = "nothing was scored: see the best validation", None, {}
+    synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
         loaded = _load_models([f"{run}/best.pt" for run in args.run])
         score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
         synthetic = corpus.synthetic or loaded[0][2]["data"].get("synthetic")
-    lines = [verdict]
-    if synthetic:
-        lines.append("SYNTHETIC data: says that the code works, nothing about real performances or speech")
-    figure = new_figure(16, 13)
-    draw_curves(figure, {run: records for run, (_, records) in runs.items()})
-    best = [[run, *best_validation(records)] for run, (_, records) in runs.items()]
-    rows = [[key, *(options.get(key) for options, _ in runs.values())] for key in own]
+    names = [last_part(run) for run in runs]
+    best = [[last_part(run), *best_validation(records)] for run, (_, records) in runs.items()]
+    rows = []
+    for key in own:
+        rows.append([key, *(last_part(options.get(key)) for options, _ in runs.values())])
     parts = {
-        "Training curves": inline_figure(figure, "Training curves"),
+        "Training curves": inline_figure(draw_curves(runs), "Training curves"),
         **scored,
         "Best validation in training": _table(["run", "figure", "value", "step"], best),
-        "Configuration": _table(["option", *runs], rows),
+        "Configuration": _table(["option", *names], rows),
     }
-    page = _page(", ".join(runs), lines, parts, args.command)
-    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
-    print(*lines, f"saved {args.out}", sep="\n")
-    return {"verdict": verdict, "figures": figures}
+    lines = [verdict, FAKE] if synthetic else [verdict]
+    return ", ".join(names), lines, parts, {"verdict": verdict, "figures": figures}
+
+
+KINDS = {"han": "PercePiano from score and MIDI", "ast": "PercePiano from sound", "decoder": "Speech"}
+PUBLISHED = {("han", "segment"): "0.397", ("han", "performer"): "0.285"}  # Park et al. (2024), overlaps kept
+VALIDATED = (
+    "Validation figures, which chose the models: slightly optimistic. Test: R2 of 182 withheld items, scored "
+    "once by the holder of their labels (within: players of one segment); published: on its own test part. "
+    "What the rows are: results/README.md."
+)
+
+
+def about_results(folder: Path) -> tuple[str, list[str], dict, dict]:
+    """As `about_runs`, of the rows in a folder of --save-results: figures as they were saved."""
+    tables: dict[str, list] = {}
+    for task, title in KINDS.items():
+        for path in sorted(folder.glob(f"{task}_*.json")):
+            row = json.loads(path.read_text(encoding="utf-8")) | {"stem": path.stem}
+            kind = "SYNTHETIC, " if row["synthetic"] else ""
+            kind += "RENDERED, " if row.get("audio") == "rendered" else ""
+            tables.setdefault(f"{title}, {kind}{row.get('split') or row['part']}", []).append(row)
+    known = [_read_tsv(folder / name) for name in ("withheld_test.tsv", "rater_ceiling.tsv")]
+    parts, figures = {}, {}
+    for heading, rows in tables.items():
+        parts[heading] = decoder_rows(rows) if "part" in rows[0] else rating_rows(rows, *known)
+        figures |= {row["stem"]: row["metrics"] for row in rows}
+    return "Results", [VALIDATED], parts, {"verdict": VALIDATED, "figures": figures}
+
+
+def _read_tsv(path: Path) -> dict[str, list[str]]:
+    """{first cell of a line: the others}; nothing where there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
+
+
+def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
+    """A table of rows that rate, best validation first, and of each its 19 ratings."""
+    table, details = [], ""
+    for row in rows:
+        mean = row["metrics"]["valid"]["all"]["mean"]
+        each = mean["per_dimension"]
+        withheld = [*test.get(row["stem"], []), "", ""][:2]
+        figures = [mean[key] for key in each]
+        table.append([row["row"], *figures, mean["r2_interval"], mean["folds"], *withheld])
+        tests = row.get("significance", {}).get("valid", {}).get("all") or {}
+        columns = each | {f"95 % of {key[:-9]}": tests[key] for key in tests if key.endswith("_interval")}
+        columns["raters' limit of r2"] = [ceiling.get(label, [""])[0] for label in LABELS]
+        shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
+        details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
+    table.sort(key=lambda cells: -cells[1])
+    blank = ["" for _ in table[0]]
+    published = PUBLISHED.get((row["task"], row["split"]), "")
+    table.append(["published", *blank[3:], published, ""])
+    table.append(["raters' limit", *ceiling.get("mean", [""])[:1], *blank[2:]])
+    return _table(["row", *each, "95 % of r2", "folds", "test r2", "within"], table) + details
+
+
+def decoder_rows(rows: list[dict]) -> str:
+    """A table of the error rates of rows, best first."""
+    table = []
+    for row in rows:
+        figures, words = row["metrics"], row["metrics"].get("words", {})
+        cells = [figures["per"], figures["interval"], words.get("wer", ""), words.get("wer_interval", "")]
+        table.append([row["row"], *cells, figures["trials"]])
+    table.sort(key=lambda cells: cells[1])
+    return _table(["row", "PER", "95 %", "WER", "95 %", "trials"], table)
 
 
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
@@ -2570,7 +2869,7 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     if views["all"] is None:
         return corpus, f"no item of part {args.part} has ratings here", views, {}
     mean = views["all"]["mean"]
-    shown = ", ".join(f"{metric} {mean[metric]:.3f}" for metric in METRICS)
+    shown = ", ".join(f"{metric} {mean[metric]:.4f}" for metric in METRICS)
     interval = f"95 % interval of r2 {brackets(mean['r2_interval'])}"
     totals = []
     for view, figures in views.items():
@@ -2583,29 +2882,32 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     worst = []
     for i in np.argsort(-error.mean(1))[:10]:
         d = error[i].argmax()
-        worst.append([names[i], fold_of[i], error[i].mean(), LABELS[d], p[i, d], y[i, d]])
+        worst.append([names[i], str(fold_of[i]), error[i].mean(), RATINGS[LABELS[d]], p[i, d], y[i, d]])
     parts = {
         "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
-        "By dimension": _table(["dimension", *METRICS], zip(LABELS, *columns, strict=True)),
-        "Prediction over rating, calibration": draw_ratings(y, p),
+        "By rating": _table(["rating", *METRICS], zip(RATINGS.values(), *columns, strict=True)),
+        "Prediction over rating, calibration": inline_figure(draw_ratings(y, p), "Prediction over rating"),
         "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
     }
     return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
 
 
-def draw_ratings(y: np.ndarray, p: np.ndarray) -> str:
-    """Prediction over rating by dimension; in the last panel the means of twelfths of all predictions."""
+def draw_ratings(y: np.ndarray, p: np.ndarray):
+    """Figure: prediction over rating; in the last panel the means of twelfths of all predictions."""
     order = p.argsort(axis=None)
     means = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
     figure = new_figure(16, 14)
     panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
-    for d, label in enumerate(LABELS):
+    for d, name in enumerate(RATINGS.values()):
         panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
-        panels[d].set_title(label, fontsize=8)
+        panels[d].set_title(name.replace(": ", "\n").replace(" … ", " …\n"), fontsize=10)
     panels[-1].plot(*means, "o-")
+    panels[-1].set_title("All: means of twelfths\nof the predictions", fontsize=10)
+    figure.supxlabel("rating")
+    figure.supylabel("prediction")
     for axes in panels:
         axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
-    return inline_figure(figure, "Prediction over rating by dimension, and calibration")
+    return figure
 
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
@@ -2631,13 +2933,18 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
-    rate = f"phoneme error rate {figures['per']:.3f} {brackets(figures['interval'])}"
+    rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     return corpus, f"{rate} of {len(trials)} trials, part {args.part}", figures, parts
+
+
+def last_part(text: object) -> str:
+    """Of an absolute path, also behind --option=, the last part: a page shows no folders of its machine."""
+    return re.sub(r"^(--[\w-]+=)?(?:/|~|[A-Za-z]:[\\/])(?:.*[\\/])?(?=.)", lambda m: m[1] or "", str(text))
 
 
 def _text(value: object) -> str:
     """HTML of a value: fractions to four digits, the rest escaped."""
-    return f"{value:.4f}" if isinstance(value, float) else escape(str(value))
+    return escape(_cell(value))
 
 
 def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
@@ -2647,13 +2954,14 @@ def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
 
 def _page(title: str, lines: list[str], parts: dict[str, str], command: str) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
-    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {command}"
+    typed = shlex.join(map(last_part, shlex.split(command)))
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {typed}"
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     said = "".join(f'<p class="said">{_text(line)}</p>' for line in lines)
-    body = "".join(f"<h2>{heading}</h2>{part}" for heading, part in parts.items())
+    body = "".join(f"<h2>{_text(heading)}</h2>{part}" for heading, part in parts.items())
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>Report</title><style>{STYLE}</style></head>
+<meta name="viewport" content="width=device-width"><title>{_text(title)}</title><style>{STYLE}</style></head>
 <body><h1>{_text(title)}</h1>{said}<p>{_text(made)}</p>{body}</body></html>
 """
 
@@ -2675,30 +2983,35 @@ COMMANDS = {
 
 
 def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    """Its `more`: the group of the options that matter less, below the others."""
+    parser = argparse.ArgumentParser(
         prog=f"eval.py {command}",
         usage=f"python eval.py {command} {usage}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.more = parser.add_argument_group("more options")
+    return parser
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data", help="data set in its public layout (absent: the built-in synthetic corpus)")
-    add("--cache", default="cache", help="folder of extracted features (%(default)s)")
+    parser.add_argument(
+        "--data", help="data set in its public layout (absent: the built-in synthetic corpus)"
+    )
+    parser.more.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
 
 
 def part_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--part", choices=["valid", "test", "competition"], default="valid", help="scored (%(default)s)")
+    add = parser.more.add_argument
     add("--audio", metavar="DIR", help=AUDIO_HELP)
     add("--rate", metavar="HOW", help=RATE_HELP)
     add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
 
 
 def result_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.more.add_argument
     add("--csv", help="write the predictions here (off)")
     add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", help="their folder (%(default)s)")
@@ -2710,8 +3023,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) 
     for add_options in shared:
         add_options(parser)
     text = "where to compute (%(default)s here)"
-    parser.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help=text)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
+    parser.more.add_argument("--device", default=DEVICES[-1], choices=DEVICES, help=text)
+    parser.more.add_argument("--debug", action="store_true", help="show the traceback of an error (off)")
     args = parser.parse_args(argv)
     row = getattr(args, "save_results", None)
     if row and not re.fullmatch(r"[a-z0-9_]+", row):

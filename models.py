@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from data import FOLDS, DataError, add_options, number, to_normal, write_atomic
 
@@ -1243,19 +1245,19 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
 
 
 def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
-    """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights and quantiles
-    in float16, what equals an earlier member's (a fold's quantiles) stored once. known: further keys."""
+    """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights in float16,
+    but dual ones, which cancel; every second quantile, those of a fold once. known: further keys."""
     once: dict[bytes, Tensor] = {}
     forms, about, weights = [], [], {}
     for i, (model, ckpt) in enumerate(members):
         forms.append([ckpt["task"], model.model_args])
         for name, value in model.state_dict().items():
-            weights[f"members.{i}.{name}"] = value.half()
-        kept = {key: ckpt.get(key) for key in ("task", "step", "git_sha")}
+            weights[f"members.{i}.{name}"] = value if name.endswith("dual") else value.half()
+        kept = {key: ckpt.get(key) for key in ("task", "step")}
         kept |= {"data": dict(ckpt["data"]), "args": {"seed": ckpt["args"].get("seed")}}
         if kept["data"].get("quantiles") is not None:
-            half = kept["data"]["quantiles"].half()
-            kept["data"]["quantiles"] = once.setdefault(half.numpy().tobytes(), half)
+            quantiles = kept["data"]["quantiles"][::2].clone()
+            kept["data"]["quantiles"] = once.setdefault(quantiles.numpy().tobytes(), quantiles)
         about.append(kept)
     made = {"task": "ensemble", "model_args": {"members": forms}, "model": weights, "members": about}
     save_checkpoint(path, made | git_state() | known)
@@ -1401,17 +1403,33 @@ def from_main(value: object, world: int) -> object:
 
 
 def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
-    """One run a fold, in turn; prints mean and deviation of their best validation R2."""
-    finals = []
+    """One run a fold, in turn; prints mean and deviation of their best validation figures."""
+    finals, start = [], time.time()
+    main_process = os.environ.get("RANK", "0") == "0"
     for fold in range(FOLDS):
         name = args.name and f"{args.name}_f{fold}"
         finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
-    scores = torch.tensor([final["valid_r2"] for final in finals], dtype=torch.float64)
-    mean, deviation = scores.mean().item(), scores.std(correction=0).item()
+        left = (time.time() - start) / len(finals) * (FOLDS - len(finals))
+        if main_process:
+            print(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
+    result, shown = {"folds": finals}, []
+    for key, value in finals[0].items():
+        if key.startswith("valid_") and isinstance(value, float):
+            scores = torch.tensor([final[key] for final in finals], dtype=torch.float64)
+            result |= {key: scores.mean().item(), f"{key}_std": scores.std(correction=0).item()}
+            shown.append(f"{key[6:]} {result[key]:.4f} ± {result[f'{key}_std']:.4f}")
+    if main_process:
+        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(shown))
+    return result
+
+
+def launch(train: Callable[[Namespace], dict], args: Namespace, then: str = "eval.py --ckpt") -> None:
+    """Trains, and says what to type next: `then` with the best.pt of every run."""
+    result = train(args)
     if os.environ.get("RANK", "0") == "0":
-        kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
-        print(f"four folds{kind}: validation R2 {mean:.4f} ± {deviation:.4f}")
-    return {"valid_r2": mean, "valid_r2_std": deviation, "folds": finals}
+        files = [f"{final['folder']}/best.pt" for final in result.get("folds", [result])]
+        where = ["--data", args.data] if args.data and "--data" not in then else []
+        print("next: python", shlex.join([*then.split(), *files, *where]))
 
 
 def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
@@ -1588,6 +1606,10 @@ class Run:
 
     def seconds(self) -> float:
         return time.time() - self.start
+
+    def left(self, taken: int, ahead: int) -> str:
+        """How long the steps ahead will take, if they go on like those taken since the start."""
+        return f"{tqdm.format_interval(self.seconds() * ahead / taken)} left"
 
     def log(self, step: int, epoch: int, **values) -> None:
         """One object in metrics.jsonl, on the disk before the next step begins."""

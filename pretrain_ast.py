@@ -45,11 +45,11 @@ from tqdm import tqdm
 
 import data
 from eval import (
-    METRICS,
     lengths_if_unlike,
     predict_ast,
     pretrain_figures,
     pretrain_summary,
+    rating_summary,
     validate_pretraining,
     validation_metrics,
     with_masks,
@@ -70,6 +70,7 @@ from models import (
     averaged,
     data_loader,
     from_main,
+    launch,
     load_checkpoint,
     load_training,
     main_first,
@@ -109,6 +110,8 @@ COMPAT = {
 }
 # fmt: on
 AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
+# The command that follows: what a best.pt is for.
+AFTER = {"pretrain": "pretrain_ast.py --task finetune --data PERCEPIANO --init", "finetune": "eval.py --ckpt"}
 GROUPS = dict(zip((name.split()[0].lower() for name in data.LABEL_GROUPS), data.label_groups(), strict=True))
 
 WHOLE = data.number(int, 1)
@@ -117,16 +120,19 @@ POSITIVE = data.number(float, 0)
 SHARE = data.number(float, 0, 1)
 BELOW_ONE = data.number(float, 0, 0.99999)
 SIZES = "of the encoder (%(default)s)"
+LOSS = torch.nn.functional.mse_loss  # of the fine-tuning; named in the log
 LIMITS = f"for which changes by {', '.join(AUGMENTATIONS)} count; of {', '.join(GROUPS)} (all)"
 # fmt: off
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
-    "task": [
+    "options": [  # those that matter first
         ("--task", TASKS, "pretrain", "guess patches, or rate (%(default)s)"),
-        ("--ssast-compat", bool, False, "SSAST's network, objective and recipe (off)"),
+        ("--data", "DIR", None, "MAESTRO; finetune: PercePiano (absent: built in, synthetic)"),
+        ("--preset", AST_PRESETS, "base", "width, depth and heads (%(default)s)"),
+        ("--init", "FILE", None, "finetune: pre-training of this script, or of SSAST (none)"),
+        ("--fold", [*"0123", "all"], "0", "finetune: fold that validates (%(default)s)"),
     ],
     "data": [
-        ("--data", "DIR", None, "MAESTRO; finetune: PercePiano (absent: built in, synthetic)"),
         ("--copies", COUNT, 0, "copies of a recording: room, level, noise; one a step (0: off)"),
         ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s)"),
         ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's)"),
@@ -140,7 +146,6 @@ OPTIONS = {
     ],
     "data of --task finetune": [
         ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
-        ("--fold", [*"0123", "all"], "0", "fold that validates (%(default)s)"),
         ("--keep-overlap", bool, False, "train on notes of held-out items too (off)"),
         ("--crops", WHOLE, 1, "of --frames of an item, pooled before the heads; baselines: 1 (%(default)s)"),
         ("--standardise", ["dimension", "group", "none"], "dimension", "ratings, by SD of (%(default)s)"),
@@ -152,16 +157,16 @@ OPTIONS = {
     ],
     "model": [
         ("--model", ["ast", "cnn", "mlp"], "ast", "finetune: or baselines (%(default)s)"),
-        ("--preset", AST_PRESETS, "base", "width, depth and heads (%(default)s)"),
+        ("--ssast-compat", bool, False, "SSAST's network, objective and recipe (off)"),
         *((f"--{size}", WHOLE, None, SIZES) for size in ("width", "depth", "heads")),
         ("--dropout", BELOW_ONE, 0.1, "in every block (%(default)s; 0: off)"),
         ("--checkpointing", bool, False, "less memory, a third more time (off)"),
         ("--mask", WHOLE, 400, "pretrain: masked patches of 512 (%(default)s)"),
         ("--visible-only", bool, False, "pretrain: encode visible patches alone (off)"),
-        ("--init", "FILE", None, "finetune: pre-training of this script, or of SSAST (none)"),
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
         ("--depths", WHOLE, 1, "finetune: of so many depths (%(default)s)"),
         ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
+        ("--grouped", bool, True, "finetune: a head a group (on)"),
         ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
     ],
@@ -197,29 +202,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="python %(prog)s [--data DIR] [options]",
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
-    for title, rows in OPTIONS.items():
-        group = p.add_argument_group(title)
-        for name, kind, default, text in rows:
-            if kind is bool:
-                how = {"action": "store_true"}
-            elif isinstance(kind, str):
-                how = {"metavar": kind}
-            else:
-                how = {"type": kind} if callable(kind) else {"choices": kind}
-            group.add_argument(name, default=default, help=text, **how)
+    data.add_options(p, OPTIONS)
     add = p.add_argument
     about = "sound files, several renderings of the same (beside the MIDI; finetune: rendered into --cache)"
     add("--audio", nargs="+", metavar="DIR", help=about)
     about = "finetune: pianos beside the built-in one, through fluidsynth (off)"
     add("--soundfonts", nargs="+", default=[], metavar="FILE", help=about)
-    add(
-        "--grouped", action=argparse.BooleanOptionalAction, default=True, help="finetune: a head a group (on)"
-    )
+    add = p.add_argument_group("augmentation of --task finetune").add_argument
     spans = {"nargs": 2, "type": COUNT, "default": [0, 0], "metavar": ("BANDS", "FRAMES")}
-    add("--spec-augment", **spans, help="finetune: widest masks, on half of the items (0 0: off)")
-    add(
-        "--augment-groups", nargs="+", default=[], metavar="KIND=GROUP,...", help=f"finetune: groups {LIMITS}"
-    )
+    add("--spec-augment", **spans, help="widest masks, on half of the items (0 0: off)")
+    add("--augment-groups", nargs="+", default=[], metavar="KIND=GROUP,...", help=f"groups {LIMITS}")
     run_options(p, out="runs/ast", log_every=20)
 
     def recipe(known: argparse.Namespace) -> dict:
@@ -363,7 +355,8 @@ def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
 def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, weights: list) -> tuple:
     """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
     exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
-    error = (model(batch["x"], lengths_if_unlike(batch)) - batch["y"]).square() * batch["weight"]  # (B, 19)
+    rated = model(batch["x"], lengths_if_unlike(batch))
+    error = LOSS(rated, batch["y"], reduction="none") * batch["weight"]  # (B, 19)
     groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
     losses = error.mean(1)
     if args.balance == "uncertainty":
@@ -562,6 +555,7 @@ def main(args: argparse.Namespace) -> dict:
     model = DistributedDataParallel(model) if world > 1 else model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_block(args, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
+    args.loss, args.synthetic = "nce_and_mse" if pretraining else LOSS.__name__, info["synthetic"]
     say(f"{args.task} {args.model}: {parameters:,} parameters on {device}, amp {args.amp}, from {args.init}")
 
     # ---- optimiser
@@ -585,6 +579,7 @@ def main(args: argparse.Namespace) -> dict:
     args.micro_batch = from_main(micro_batch_that_fits(bare_model, train, info, loss_of, args), world)
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
+    began = step
     run = Run(from_main(run_folder(args, name), world), args, rank)
 
     def save(file: str) -> None:
@@ -670,8 +665,9 @@ def main(args: argparse.Namespace) -> dict:
                         rate *= 0.5
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
+                        f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"{'  best so far' if is_best else ''}"
                     )
                     if is_best:
                         save("best.pt")
@@ -702,11 +698,14 @@ def one_block(args: argparse.Namespace, device: torch.device) -> tuple[torch.nn.
 
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
-    if "valid_nce" in metrics:
-        return pretrain_summary(metrics)
-    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
-    return "  ".join([*figures, f"spread {metrics['spread']:.2f}"])
+    return pretrain_summary(metrics) if "valid_nce" in metrics else rating_summary(metrics)
+
+
+def start() -> None:
+    """The run of the command line; after a pre-training comes the fine-tuning, on a corpus of ratings."""
+    args = parse_args()
+    launch(main, args, AFTER[args.task])
 
 
 if __name__ == "__main__":
-    data.run_script("pretrain_ast.py", lambda: main(parse_args()))
+    data.run_script("pretrain_ast.py", start)

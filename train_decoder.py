@@ -46,6 +46,7 @@ from models import (
     averaged,
     data_loader,
     from_main,
+    launch,
     load_training,
     main_first,
     output_frames,
@@ -94,9 +95,14 @@ SHARE = data.number(float, 0, 1)
 BELOW_ONE = data.number(float, 0, 0.99999)
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
-    "defaults of all options below": [("--preset", PRESETS, "default", "a recipe (%(default)s)")],
-    "data": [
+    "options": [  # those that matter first
         ("--data", "DIR", None, "speech corpus; absent: built-in, synthetic, a smaller network (off)"),
+        ("--preset", PRESETS, "default", "defaults of all options below (%(default)s)"),
+        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
+        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
+        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
+    ],
+    "data": [
         ("--valid", ["blocks", "test"], "blocks", "validates: blocks of train, or test (%(default)s)"),
         ("--white-noise", POSITIVE, 0.8, "SD a bin and channel, 0: off (%(default)s)"),
         ("--offset-noise", POSITIVE, 0.2, "SD a trial and channel, 0: off (%(default)s)"),
@@ -121,12 +127,10 @@ OPTIONS = {
     ],
     "optimiser": [
         ("--optimizer", ["adam", "adamw", "sgd"], "adamw", "adam, sgd: coupled decay (%(default)s)"),
-        ("--lr", POSITIVE, 1.2e-3, "peak learning rate (%(default)s)"),
         ("--adam-eps", POSITIVE, 1e-8, "beside the root of the second moment (%(default)s)"),
         ("--momentum", SHARE, 0.9, "sgd: Nesterov momentum, 0: off (%(default)s)"),
         ("--weight-decay", POSITIVE, 1e-4, "of weight matrices, 0: off (%(default)s)"),
         ("--decay-all", bool, False, "of biases, norms and day layers too (off)"),
-        ("--batch", WHOLE, 64, "trials a step and process (%(default)s)"),
         ("--clip", POSITIVE, 1.0, "largest gradient norm, inf: off (%(default)s)"),
         ("--ema", BELOW_ONE, 0.9995, "decay of averaged weights, 0: off (%(default)s)"),
     ],
@@ -137,7 +141,6 @@ OPTIONS = {
         ("--step-size", WHOLE, 3000, "step: steps between reductions (%(default)s)"),
         ("--gamma", SHARE, 0.5, "step: factor of a reduction (%(default)s)"),
         ("--reduce-on-nan", data.number(float, 0.01, 1), 1.0, "of the rate, 1: off"),
-        ("--steps", WHOLE, 10_000, "updates planned (%(default)s)"),
         ("--max-steps", WHOLE, None, "stop after so many steps (off)"),
         ("--eval-every", WHOLE, 500, "steps between evaluations (%(default)s)"),
     ],
@@ -190,6 +193,9 @@ def ctc_losses(log_probs: torch.Tensor, frames, labels, label_lengths) -> torch.
     """Loss of each trial over its number of labels, (B,), of log_probs (B, F, 41); mean: torch's "mean"."""
     losses = F.ctc_loss(log_probs.transpose(0, 1), labels, frames, label_lengths, reduction="none")
     return losses / label_lengths.clamp(min=1).to(log_probs.device)
+
+
+LOSS = ctc_losses  # what is minimised; named in the log
 
 
 def blank_fraction(logits: torch.Tensor, frames: torch.Tensor) -> float:
@@ -307,6 +313,7 @@ def main(args: argparse.Namespace) -> dict:
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
     args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model, device)), world)
     parameters = sum(p.numel() for p in bare_model.parameters())
+    args.loss, args.synthetic = LOSS.__name__, corpus.synthetic
     say(f"GRU decoder: {parameters:,} parameters on {device}, amp {args.amp}; {planned} steps planned")
 
     # ---- optimiser
@@ -330,6 +337,7 @@ def main(args: argparse.Namespace) -> dict:
         rate = resumed["scheduler"]["rate"]
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_h{args.hidden}_s{args.seed}"
+    began = step
     run = Run(from_main(run_folder(args, name), world), args, rank)
 
     def save(file: str) -> None:
@@ -354,7 +362,7 @@ def main(args: argparse.Namespace) -> dict:
                 with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
                     logits, frames = model(batch["x"], batch["lengths"], batch["day"])
                     log_probs = logits.float().log_softmax(-1)
-                    losses = ctc_losses(log_probs, frames, batch["labels"], batch["label_lengths"])
+                    losses = LOSS(log_probs, frames, batch["labels"], batch["label_lengths"])
                     loss = losses.mean()
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
@@ -398,8 +406,9 @@ def main(args: argparse.Namespace) -> dict:
                     best = metrics if is_best else best
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
                     say(
-                        f"epoch {epoch:3d}  step {step:6d}  lr {lr:.2e}  loss {loss.item():.4f}  valid "
-                        f"{summary(metrics)}{'  *' if is_best else ''}"
+                        f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
+                        f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"{'  best so far' if is_best else ''}"
                     )
                     if is_best:
                         save("best.pt")
@@ -428,9 +437,9 @@ def summary(metrics: dict) -> str:
     return (
         f"loss {metrics['valid_loss']:.4f}  PER {metrics['valid_per']:.4f} (without SIL "
         f"{metrics['valid_per_without_sil']:.4f}, raw weights {metrics['valid_per_raw']:.4f})  "
-        f"blank {metrics['valid_blank_fraction']:.2f}"
+        f"blank in {metrics['valid_blank_fraction']:.0%} of frames"
     )
 
 
 if __name__ == "__main__":
-    data.run_script("train_decoder.py", lambda: main(parse_args()))
+    data.run_script("train_decoder.py", lambda: launch(main, parse_args()))

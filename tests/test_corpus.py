@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import runpy
 import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -246,10 +248,94 @@ def test_statistics_of_a_hand_made_performance():
     np.testing.assert_allclose(data.sounding_offset(p), [1.2, 1.2, 1.4, 1.4, 2.0])
 
 
+NOTE_TYPE = {  # of a Score
+    "duration": float, "onset": float, "pitch": int, "staff": int, "measure": int,
+    "grace": bool, "trill": bool, "arpeggiate": bool,
+}  # fmt: skip
+
+
+def small_score(beats, measures, **notes):
+    n = len(notes["pitch"])
+    columns = {name: np.array(notes.get(name, [0] * n), kind) for name, kind in NOTE_TYPE.items()}
+    grids = {"beats": np.array(beats, float), "measures": np.array(measures, float), "tempo_qpm": 120.0}
+    return SimpleNamespace(**columns, **grids)
+
+
+def test_statistics_of_a_hand_made_score():
+    # a bar of C major, then one of C minor, four quarters each; a grace note that does not count
+    pitch, n = [61, 60, 64, 67, 60, 63, 67], 7
+    onset, duration = [0, 0, 0, 0, 4, 4, 4], [0, 4, 4, 4, 4, 4, 4]
+    grace, measure = [1] + [0] * 6, [0] * 4 + [1] * 3
+    score = small_score(
+        range(9), (0, 4, 8), pitch=pitch, onset=onset, duration=duration, grace=grace, measure=measure
+    )
+    found = data.harmony_statistics(score)
+    assert len(found) == 35
+    expected = {
+        "chord_maj": 0.5,
+        "chord_min": 0.5,
+        "chord_dim": 0,
+        "minor_of_triads": 0.5,
+        "bar_minor_share": 0.5,
+    }
+    expected |= {
+        "interval_class_3": 1 / 3,
+        "interval_class_4": 1 / 3,
+        "interval_class_5": 1 / 3,
+        "sounding_mean": 3,
+    }
+    expected |= {
+        "pitch_classes_used": 4,
+        "pitch_class_entropy": np.log(6) - np.log(2) * 2 / 3,
+        "dissonance_mean": 0,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["bar_out_of_scale_mean"] == pytest.approx(0)
+
+    # played at .5 s a quarter in the first bar and 1 s in the second, held half as long as written
+    second = np.interp(onset, [0, 4, 8], [0, 2, 6])
+    held = performance(pitch, [64] * n, second, second + [0.1, 1, 1, 1, 2, 2, 2])
+    late = data.timing_statistics(score, held, np.arange(n))
+    assert len(late) == 62
+    assert late["tempo_bar_mean"] == pytest.approx(np.log(0.5))  # both anchors lie in the first bar
+    assert late["held_long_mean"] == pytest.approx((3 * np.log(1 / 2) + 3 * np.log(2 / 2)) / 6)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no PercePiano beside the repository")
+@pytest.mark.parametrize("name", ["Schubert_D960_mv2_8bars_4_05", "Beethoven_WoO80_var10_8bars_11_8"])
+def test_statistics_equal_the_prototype(name):
+    prototype = runpy.run_path(SHARED.parent / "prototypes" / "rating_statistics.py")
+    score = data.read_musicxml(SHARED / data.SCORE_FOLDER / f"{data.score_of(name)}.musicxml")
+    played = data.read_midi(SHARED / data.MIDI_FOLDER / f"{name}.mid")
+    found = data.align(score, played)
+    match, anchors = data._clean(score, played, found)
+    assert data.harmony_statistics(score) == pytest.approx(prototype["harmony_statistics"](score), abs=1e-9)
+    expected = prototype["tempo_statistics"](score, anchors)
+    expected |= prototype["articulation_statistics"](score, played, match, anchors)
+    assert data.timing_statistics(score, played, found) == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_statistics_of_almost_nothing_are_finite(n):
-    statistics = data.performance_statistics(performance([60] * n, [64] * n, [1.0] * n, [1.0] * n))
-    assert np.isfinite(list(statistics.values())).all()
+    played = performance([60] * n, [64] * n, [1.0] * n, [1.0] * n)
+    score = small_score([0, 1], [0, 4], pitch=[60] * n, grace=[1] * n)
+    found = data.performance_statistics(played) | data.harmony_statistics(score)
+    for match in (np.arange(n), np.full(n, -1)):
+        assert np.isfinite([*(found | data.timing_statistics(score, played, match)).values()]).all()
+
+
+def test_memory_of_the_statistics_is_linear():
+    n = 16_000
+    notes = {"pitch": 40 + np.arange(n) % 40, "onset": np.arange(n) / 4, "duration": [1] * n}
+    score = small_score(
+        np.arange(n // 4 + 1), np.arange(0, n // 4 + 1, 4), **notes, measure=np.arange(n) // 16
+    )
+    played = performance(notes["pitch"], [64] * n, score.onset / 2, score.onset / 2 + 0.2)
+    tracemalloc.start()
+    data.harmony_statistics(score)
+    data.timing_statistics(score, played, np.arange(n))
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
 
 
 def test_ringing_equals_all_pairs_and_its_memory_is_linear():

@@ -10,6 +10,7 @@ from conftest import COLUMNS, check_results, refusal, refused
 from scipy.stats import bootstrap, pearsonr
 from sklearn.metrics import mean_squared_error, r2_score
 
+import data
 import eval as evaluation
 from data import LABELS
 from models import HAN, save_checkpoint
@@ -153,7 +154,7 @@ def test_floor_learns_what_the_notes_say(corpus, tmp_path):
 def test_pooled_statistics_of_matched_notes():
     x = np.array([[0, 9], [1, 9], [2, 9], [50, 9]], np.float32)
     item = {"x": x, "matched": np.array([1, 1, 1, 0], bool), "voice": np.array([1, 1, 1, 1])}
-    assert evaluation.pooled_statistics(item, [0]) == pytest.approx([1, np.sqrt(2 / 3), 0.2, 1, 1.8])
+    assert data.pooled_statistics(item, [0]) == pytest.approx([1, np.sqrt(2 / 3), 0.2, 1, 1.8])
 
 
 @pytest.mark.parametrize(

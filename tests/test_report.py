@@ -14,6 +14,7 @@ from conftest import COLUMNS, DAYS, refusal
 
 import eval as evaluation
 from data import LABELS, PHONEMES, speech_rules
+from eval import RATINGS
 from models import AST, HAN, GRUDecoder, save_checkpoint
 
 STEPS = [
@@ -49,10 +50,10 @@ class Page:
         return next(row for row in self.rows if row[0] == name)
 
 
-def run(name: str, records: list[dict], **options) -> str:
+def run(name: str, records: list[dict], data: str | None = None, **options) -> str:
     folder = Path("runs") / name
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({"data": None, "seed": 7, "git_sha": "abcdef", **options}))
+    (folder / "args.json").write_text(json.dumps({"data": data, "seed": 7, "git_sha": "abcdef", **options}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(folder)
 
@@ -83,9 +84,11 @@ def decoder_run(name: str, seed: int = 7) -> str:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, request):
-    """Pixels take seconds: they are drawn for the page of a decoder alone."""
-    if "decoder" not in request.node.name:
-        monkeypatch.setattr(evaluation, "inline_figure", lambda figure, alt: f'<img alt="{alt}">')
+    """Pixels take seconds: test_user_tools draws them."""
+    monkeypatch.setattr(evaluation, "inline_figure", lambda figure, alt: f'<img alt="{alt}">')
+    monkeypatch.setattr(evaluation, "draw_ratings", lambda *_: None)
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(evaluation, "draw_curves", lambda *_: None)
     monkeypatch.setattr(evaluation, "cluster_bootstrap", partial(evaluation.cluster_bootstrap, n=20))
 
 
@@ -99,13 +102,13 @@ def test_page_of_ratings_holds_the_figures_of_evaluate(corpus):
     made = report(*runs)
     assert made["figures"] == expected
     page, mean = Page(), expected["all"]["mean"]
-    for heading in ("Training curves", "By dimension", "calibration", "Worst items", "Configuration"):
+    for heading in ("Training curves", "By rating", "calibration", "Worst items", "Configuration"):
         assert any(heading in title for title in page.headings)
     assert page.row("mean, all")[1:] == [f"{mean[metric]:.4f}" for metric in evaluation.METRICS]
     for d, label in enumerate(LABELS):
         values = [mean["per_dimension"][metric][d] for metric in evaluation.METRICS]
-        assert page.row(label)[1:] == [f"{value:.4f}" for value in values]
-    assert f"r2 {mean['r2']:.3f}" in made["verdict"]
+        assert page.row(RATINGS[label])[1:] == [f"{value:.4f}" for value in values]
+    assert f"r2 {mean['r2']:.4f}" in made["verdict"]
     assert page.text.count(made["verdict"]) == page.text.count("SYNTHETIC") == 1
     assert page.row("seed")[1:] == ["7", "8", "7"]
     assert page.row("runs/f0") == ["runs/f0", "valid_r2", "0.2500", "20"]
@@ -113,22 +116,47 @@ def test_page_of_ratings_holds_the_figures_of_evaluate(corpus):
 
 def test_a_metric_added_to_the_table_is_on_the_page(corpus, monkeypatch):
     monkeypatch.setitem(evaluation.METRICS, "bias", lambda y, p: (p - y).mean(0))
-    made = report(rating_run("f0"))
-    bias = made["figures"]["all"]["mean"]["bias"]
-    assert f"bias {bias:.3f}" in made["verdict"]
-    assert Page().row("mean, all")[-1] == f"{bias:.4f}"
-
-
-def test_worst_items(corpus):
     path = rating_run("f0")
-    report(path)
+    made = report(path)
+    bias = made["figures"]["all"]["mean"]["bias"]
+    assert f"bias {bias:.4f}" in made["verdict"]
+    assert Page().row("mean, all")[-1] == f"{bias:.4f}"
+    worst_items(corpus, path)
+    monkeypatch.setattr(evaluation, "RESULTS", Path("results"))
+    evaluation.main(["--ckpt", f"{path}/best.pt", "--save-results", "full", "--device", "cpu"])
+    results = evaluation.main(["report", "--out", "r.html"])["figures"]["han_full_segment"]
+    mean = results["valid"]["all"]["mean"]
+    assert "PercePiano from score and MIDI, SYNTHETIC, segment" in Page().headings
+    last = len(evaluation.METRICS)
+    assert Page().row("full")[1 : last + 1] == [f"{mean[key]:.4f}" for key in evaluation.METRICS]
+    assert Page().row(RATINGS[LABELS[1]])[last] == f"{mean['per_dimension']['bias'][1]:.4f}"
+
+
+def test_page_of_the_results_that_come_with_the_repository(tmp_path):
+    made = evaluation.main(["report", "--out", str(tmp_path / "new" / "r.html")])
+    page = Page(tmp_path / "new" / "r.html")
+    mean = made["figures"]["han_floor_segment"]["valid"]["all"]["mean"]
+    assert page.headings[0] == "PercePiano from score and MIDI, segment"
+    assert {"PercePiano from sound, RENDERED, segment", "Speech, SYNTHETIC, test"} <= set(page.headings)
+    row, known = page.row("floor"), mean["per_dimension"]
+    assert row[1 : len(known) + 1] == [f"{mean[key]:.4f}" for key in known]
+    assert evaluation.brackets(mean["r2_interval"]) in row
+    assert len(page.row("published")) == len(row)
+    assert page.row("raters' limit")[1] == "0.7198"
+    of_rating = page.row(RATINGS["Articulation_Long_Short"])
+    assert of_rating[0] == "Articulation: Short … Long"
+    assert of_rating[-1] == "0.7118"
+    assert str(tmp_path) not in page.text
+
+
+def worst_items(corpus, path: str) -> None:
     names = [n for n in corpus.items if int(n[-2:]) in (4, 5)]
     model = evaluation.load_checkpoint(f"{path}/best.pt")[0]
     y = np.stack([corpus.items[n]["y"] for n in names]).astype(float)
     error = (evaluation.predict_han(model, [corpus.items[n] for n in names], torch.device("cpu")) - y) ** 2
     i = int(error.mean(1).argmax())
     d = int(error[i].argmax())
-    assert Page().row(names[i])[1:4] == ["0", f"{error[i].mean():.4f}", LABELS[d]]
+    assert Page().row(names[i])[1:4] == ["0", f"{error[i].mean():.4f}", RATINGS[LABELS[d]]]
     assert Page().row(names[i])[5] == f"{y[i, d]:.4f}"
 
 
@@ -175,9 +203,13 @@ def test_a_page_without_scores_and_one_of_another_part(corpus):
 
 
 def test_names_are_escaped(corpus):
-    path = rating_run('<script>&"$_\udcff', **{"<b>": ["</table>"]})
-    assert report(path, more=("--no-data",))["figures"] is None
-    assert Page().row("<b>")[1] == "['</table>']"
+    path = rating_run(
+        '<script>&"$_\udcff', **{"<b>": ["</table>"], "cache": "/home/me/all mine/c", "lr": 2.5e-5}
+    )
+    assert report(path, more=("--no-data", "--cache=/home/me/all mine/c"))["figures"] is None
+    assert (Page().row("<b>")[1], Page().row("cache")[1]) == ("['</table>']", "c")
+    assert Page().row("lr")[1] == "2.5e-05"
+    assert "/me/" not in Page().text
     assert escape("<script>") in Path("r.html").read_text()
 
 
@@ -192,12 +224,13 @@ def test_curves_of_runs_in_one_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figures = []
     monkeypatch.setattr(evaluation, "save_figure", lambda figure, out: figures.append(figure))
-    paths = run("a", RATED), run("b", DECODED)
+    paths = run("a", RATED), run("b", DECODED, data="real")
     assert evaluation.main(["curves", "--run", *paths, "--out", "c.svg"]) == {"runs/a": 0.25, "runs/b": 0.625}
     lines = {axes.get_title(loc="left"): axes.lines for axes in figures[0].axes}
     assert lines["valid_r2"][0].get_xydata().tolist() == [[20, 0.25], [40, 0.35]]
     assert lines["skipped"][0].get_xydata().tolist() == [[10, 0], [15, 1]]
-    assert [line.get_label() for line in lines["loss"]] == ["runs/a", "runs/b"]
+    assert [line.get_label() for line in lines["loss"]] == ["runs/a, SYNTHETIC data", "runs/b"]
+    assert figures[0].axes[-1].get_ylim()[1] > 0.5  # whole steps are skipped
 
 
 @pytest.mark.parametrize(

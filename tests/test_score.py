@@ -257,7 +257,7 @@ BARS = {
     "hidden rests of no length": (([note(60) + note(None, 0, attributes=HIDDEN) + note(62)],),
                                  dict(onset=[0, 1])),
     "voices are any text": (
-        ([A + back(16) + note(62, 16, "1b") + back(16) + note(64, 16, 101) + back(16) + note(65, 16, "1b")],),
+        ([A + back(16) + note(62, 16, "1b") + back(16) + note(64, 16, 11) + back(16) + note(65, 16, "1b")],),
         dict(voice=[10_000, 10_001, 10_000, 1])),
     "unpitched notes take their time": (
         ([note(60) + note(61).replace("pitch>", "unpitched>") + note(62, 8)],), dict(onset=[0, 2])),
@@ -481,6 +481,11 @@ REPAIRED = {
     "forward": (document([A + forward(8)]), [60], "bars"),
     "rest": (document([A + note(None, 0)]), [60], "rests"),
     "tie": (document([A + note(60, notations=TIE_STOP)]), [60, 60], "ties"),
+    "endless tie": (document([note(60, notations=TIE_START)]), [60], "ties"),
+    "text voice": (document([note(60, voice="x") + note(62, voice="x")]), [60, 62], "voices"),
+    "padding": (document([note(60) + note(None, 12, attributes=HIDDEN), B]), [60, 62], "padding"),
+    "beats": (GOOD.replace("<beats>4", "<beats>four"), [60, 62], "metres"),
+    "beat-type": (GOOD.replace("<beat-type>4", "<beat-type>6"), [60, 62], "metres"),
     "volta": (document([volta("", A), B]), [60, 62], "voltas"),
 }
 
@@ -551,8 +556,6 @@ BAD = {
                     "measure 2"),
     "all unpitched": (without("<pitch>.*?</pitch>", "<unpitched/>"), "no notes"),
     "x16": (document([quarters(*[60] * 16) + repeat("backward", 16)] * 800), "217600"),
-    "beats": (without("<beats>4", "<beats>four"), "measure 1: beats 'four'"),
-    "odd beat-type": (without("<beat-type>4", "<beat-type>6"), "beat-type [6]"),
     "no pitch": (without("<pitch>.*?</pitch>"), "step"), "step": (without("<step>C", "<step>H"), "'H'"),
     "no octave": (without("<octave>.*?</octave>"), "octave"),
     "no duration": (without("<duration>16</duration>"), "duration"),

@@ -52,10 +52,11 @@ CASES = {
         small="--size 16 --heads 4 --batch 4 --epochs 2 --lr 1e-3 --dropout 0.2 --log-every 2",
         plain="--dropout 0",
         overfit="--epochs 60 --patience 0 --lr 5e-3",
-        exact=("", "--ema 0.9 --optimizer adamw --schedule cosine --warmup 2 --augment --pooled"),
+        exact=("", "--ema 0.9 --optimizer adamw --schedule cosine --warmup 2 --augment --pooled --mixup 0.4"),
         refused=("--size 32", "--fold all", "--lr 3"),
         kept=("--fold 1 --lr 5e-4", {"fold": "1", "lr": 5e-4, "size": 16, "epochs": 2}),
-        switches=("--preset tuned --size 16", "--model bilstm", "--model bilstm_sa --level note",
+        switches=("--preset tuned", "--preset tuned --model han --mixup 0.4", "--model bilstm",
+                  "--model bilstm_sa --level note",
                   "--features score --pooled", "--features perf --level beat", "--level measure --amp bf16"),
         endless="--epochs 10000 --patience 0",
         score=("valid_r2", lambda figures: figures["valid"]["all"]["mean"]["r2"]),
@@ -380,8 +381,11 @@ def test_decoder_logs_what_an_evaluation_must_say(run):
         assert sum(day["trials"] for day in r["valid_by_day"].values()) == r["valid_trials"]
         assert [s["reference"].split()[-1] for s in r["samples"]] == ["SIL"] * 3
     assert out["valid_per"] == pytest.approx(min(r["valid_per"] for r in evaluations), abs=1e-6)
-    model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")
-    assert all(torch.equal(v, ckpt["ema"][k]) for k, v in model.state_dict().items())
+    model, ckpt = load_checkpoint(Path(out["folder"]) / "best.pt")  # slim: the averaged weights alone
+    assert not any(ckpt[part] for part in ("ema", "optimizer", "scaler", "rng", "scheduler"))
+    _, whole = load_checkpoint(Path(out["folder"]) / "last.pt")
+    if whole["step"] == ckpt["step"]:
+        assert all(torch.equal(v, whole["ema"][k]) for k, v in model.state_dict().items())
 
 
 def test_decoder_reduces_its_rate_after_bad_updates_and_a_resume_keeps_it(run, monkeypatch):

@@ -13,6 +13,7 @@ from test_report import Page
 
 import data
 import eval as evaluation
+import models
 import pretrain_ast
 import train_decoder
 import train_han
@@ -35,7 +36,10 @@ def test_help_explains_every_option(tool, monkeypatch):
         TOOLS[tool](["--help"])
     assert stop.value.code == 0
     (parser,) = caught
-    assert "python " in parser.format_help()
+    text = parser.format_help()
+    assert "python " in text
+    first = re.findall("^  --", text.partition("\noptions:\n")[2].partition("\n\n")[0], re.M)
+    assert len(first) == 5 if tool in TRAINERS else len(first) <= 7
     assert [action.dest for action in parser._actions if not action.help] == []
 
 
@@ -57,6 +61,17 @@ def test_slips_are_refused_in_a_line_after_the_usage(script, argv, named, capsys
     *usage, line = capsys.readouterr().err.splitlines()
     assert len(usage) <= 1
     assert named in line
+
+
+def test_a_run_ends_with_the_next_command(capsys):
+    args = argparse.Namespace(data="my data")
+    models.launch(lambda _: {"folds": [{"folder": "runs/a"}, {"folder": "b"}]}, args)
+    assert (
+        capsys.readouterr().out == "next: python eval.py --ckpt runs/a/best.pt b/best.pt --data 'my data'\n"
+    )
+    models.launch(lambda _: {"folder": "runs/a"}, args, pretrain_ast.AFTER["pretrain"])
+    words = capsys.readouterr().out.split()
+    assert words[-4:] == ["--data", "PERCEPIANO", "--init", "runs/a/best.pt"]
 
 
 HAN = "--split random --keep-overlap --size 8 --heads 2 --batch 8 --epochs 2 --lr 3e-3 --pooled"
@@ -101,12 +116,16 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_report_stands_alone(kind, made, tmp_path):
+def test_report_stands_alone(kind, made, tmp_path, monkeypatch):
+    if kind != "han":  # one page with pixels is enough
+        monkeypatch.setattr(evaluation, "inline_figure", lambda figure, alt: alt)
     out = tmp_path / "report.html"
     result = evaluation.main(["report", "--run", made.runs[kind, "a"], "--out", str(out), *made.common])
     page = Page(out)  # tags balanced, nothing from outside
     assert result["verdict"] in page.text
     assert "SYNTHETIC" in page.text
+    assert page.row("loss")[1] == SETTINGS[kind][0].LOSS.__name__
+    assert str(tmp_path) not in page.text
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
