@@ -260,7 +260,7 @@ def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
         mean = np.mean([t.mean(0) for t in seen], axis=0)
         square = np.mean([(t**2).mean(0) for t in seen], axis=0)
         expected = np.concatenate([mean, np.sqrt(square - mean**2)])
-        assert rows[store.names[i]].numpy()[-32:] == approx(expected, abs=1e-5)
+        assert rows[store.names[i]].numpy()[-32:] == approx(expected, abs=1e-3)  # float16
     probe = ["floor", "--task", "ast", "--fold", "1", "--probe"]
     result = evaluation.main([*probe, bare, "--save-results", "probe"])
     assert result["valid"]["all"]["mean"]["r2"] > 0.5

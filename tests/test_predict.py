@@ -113,6 +113,7 @@ def fold_predictions(paths: list[str], piano) -> dict[str, np.ndarray]:
     """name -> what evaluate writes for that item."""
     folds, _ = evaluation._load_fold_models(evaluation._load_models(paths))
     args = SimpleNamespace(device=torch.device("cpu"), batch=None, crops=None, cache=piano.cache, audio=None)
+    args.rate = None
     records = evaluation.fold_records(folds, piano.corpus, args, ("valid", "test"))
     return {name: p for record in records for name, p in zip(record["names"], record["p"], strict=True)}
 
