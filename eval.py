@@ -758,7 +758,8 @@ class Clips:
         model = ClipKernel(len(heard), encoder=self.model.model_args["encoder"])
         if model.encoder is not None:
             model.encoder.load_state_dict(self.model.encoder.state_dict())
-        model.fit(described, ratings)
+        number = {name: i for i, name in enumerate(y)}
+        model.fit(described, ratings, torch.tensor([number[item] for item in items]))
         made = {"task": "clip_kernel", "args": {"seed": None}, "step": None, **git_state()}
         made["data"] = self._about(y, fold)
         return lambda names: model.rate(self._table(names)).double().numpy(), [(model.eval(), made)]

@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -1087,7 +1088,8 @@ class ClipStatistics(nn.Module):
 
 class ClipKernel(nn.Module):
     """KernelRidge on ranks of a whole clip's ClipStatistics and, with `encoder` (arguments of an AST without
-    outputs), of the moments of its frozen tokens."""
+    outputs), of the moments of its frozen tokens. Statistics that change with the piano and the recording
+    weigh less: see `fit`."""
 
     def __init__(self, items: int, mel: int = 128, num_outputs: int = 19, encoder: dict | None = None):
         super().__init__()
@@ -1098,6 +1100,7 @@ class ClipKernel(nn.Module):
         if encoder:
             size += 2 * encoder["width"] * len(self.encoder.levels)
         self.register_buffer("quantiles", torch.zeros(101, size))
+        self.register_buffer("weight", torch.ones(size))
         self.ridge = KernelRidge(items, size, num_outputs)
 
     @torch.no_grad()
@@ -1112,12 +1115,22 @@ class ClipKernel(nn.Module):
 
     def ranks(self, described: Tensor) -> Tensor:
         z = to_normal(described.double().cpu().numpy(), self.quantiles.double().cpu().numpy())
-        return torch.from_numpy(z).to(described.device)
+        return torch.from_numpy(z).to(described.device) * self.weight
 
-    def fit(self, described: Tensor, ratings: Tensor) -> "ClipKernel":
-        """described (items, S), of `describe`; ratings (items, num_outputs) in [0, 1]."""
-        levels = torch.linspace(0, 1, 101, dtype=torch.float64)
-        self.quantiles.copy_(torch.quantile(described.double(), levels, dim=0))
+    def fit(self, described: Tensor, ratings: Tensor, item: Tensor) -> "ClipKernel":
+        """described (n, S), of `describe`; ratings (n, num_outputs) in [0, 1]; item (n,) numbers from 0, the
+        same for versions of a performance: ranks weigh by the share of their variance between performances,
+        to the power 1.5."""
+        quantiles = np.quantile(described.cpu().numpy(), np.linspace(0, 1, 101), axis=0)
+        self.quantiles.copy_(torch.from_numpy(quantiles))
+        ranks, items = self.ranks(described), int(item.max()) + 1
+        if len(ranks) > items:
+            mean = ranks.new_zeros(items, ranks.shape[1]).index_add(0, item, ranks)
+            mean /= item.bincount().unsqueeze(1)
+            within = (ranks - mean[item]).square().sum(0) / (len(ranks) - items)
+            share = (1 - within / ranks.var(0).clip(min=1e-6)).clip(0, 1)
+            self.weight.copy_(share**1.5)
+            self.weight /= self.weight.square().mean().sqrt()
         self.ridge = KernelRidge.fit(self.ranks(described), ratings)
         return self
 

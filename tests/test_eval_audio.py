@@ -13,7 +13,7 @@ from scipy.stats import pearsonr, permutation_test
 
 import eval as evaluation
 from data import FBANK_FORMAT, LABELS, SILENCE, DataError, FbankStore, normalise_fbank
-from models import AST, CNN, save_checkpoint
+from models import AST, CNN, ClipKernel, save_checkpoint
 
 CPU = torch.device("cpu")
 INFO = {"mean": -4.0, "std": 3.0, "frames": 64, "target_mean": [0.5] * 19, "target_std": [0.1] * 19}
@@ -243,6 +243,21 @@ def test_floor_hears_the_loudness(corpus, tmp_path):
     assert result["test"]["no_renderings"]["folds"]["1"]["items"] == 3
     saved = json.loads((tmp_path / "results/ast_floor_segment.json").read_text())
     assert (saved["model"], saved["audio"]) == ("ridge", "rendered")
+
+
+def test_a_kernel_weighs_what_a_piano_does_not_change():
+    rng = np.random.default_rng(3)
+    steady, moved = rng.normal(size=(2, 40, 1, 843)).repeat(2, axis=2)
+    described = np.where(np.arange(843) < 400, steady, moved + 3 * rng.normal(size=moved.shape)).reshape(
+        80, 843
+    )
+    item, ratings = torch.arange(40).repeat_interleave(2), torch.rand(40, 19, generator=torch.manual_seed(1))
+    x = torch.from_numpy(described).float()
+    model = ClipKernel(80).fit(x, ratings[item], item)
+    assert model.weight[:400].min() > 1 > 0.1 > model.weight[400:].mean()
+    assert float(model.weight.square().mean()) == approx(1, abs=1e-4)
+    error = (model.rate(x) - ratings[item]).square().mean()
+    assert float(error) < 0.5 * float(ratings.var())
 
 
 def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
