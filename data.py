@@ -12,15 +12,30 @@ python data.py synth-speech --out DIR               synthetic speech in the comp
 
 import os
 import signal
+import sys
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"data.py: interrupted\n") else 1))
+# Ctrl-C while torch loads, which takes seconds: every script imports this file first
+if os.path.basename(sys.argv[0]) in (
+    "data.py",
+    "eval.py",
+    "train_han.py",
+    "train_decoder.py",
+    "pretrain_ast.py",
+):
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, a background job
+            signal.signal(
+                number,
+                lambda *_: os._exit(
+                    130 if os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted\n".encode()) else 1
+                ),
+            )
 
 import argparse
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.metadata
@@ -33,7 +48,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -66,16 +80,148 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtri
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 
 class DataError(ValueError):
     """Bad input, in one line: file, what was found, what was expected, what to do."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
-def check_size(path: str | Path, most: int) -> None:
-    """Raises ValueError where the file has more than `most` bytes."""
-    size = Path(path).stat().st_size
+
+def printable(text: object, encoding: str = "utf-8") -> str:
+    """In one line: control characters, and what the encoding lacks, as escapes such as \\x1b."""
+    text = str(text)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+UNDEFINED = "–"
+
+
+def shown(figure: float) -> str:
+    """To four digits; an undefined one as a dash."""
+    return UNDEFINED if math.isnan(figure) else f"{figure:.4f}"
+
+
+def mark(scores: str, is_best: bool) -> str:
+    """Of the best evaluation so far, unless its figures are undefined."""
+    return "  best so far" if is_best and UNDEFINED not in scores else ""
+
+
+class PlainOutput:
+    """A stream whose lines go through `printable`: names from outside cannot drive the terminal."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        lines = [printable(line, self.stream.encoding or "utf-8") for line in text.split("\n")]
+        return self.stream.write("\n".join(lines))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def on_stop(action) -> None:
+    """The action of Ctrl-C, SIGTERM and SIGHUP, but for those that nohup or a background job ignores."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
+
+
+MOST_BYTES = 2**26  # of a file that is read as a whole, where nothing else is said
+
+
+def ordinary(path: str | Path, most: float = math.inf) -> Path:
+    """The path. ValueError where it is no ordinary file (a pipe would never end) or has more than `most`
+    bytes; OSError where it is missing."""
+    path = Path(path)
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError("not an ordinary file")
     if size > most:
         raise ValueError(f"{size} bytes, more than {most}")
+    return path
+
+
+def read_file(path: str | Path, most: float = MOST_BYTES) -> bytes:
+    return ordinary(path, most).read_bytes()
+
+
+def read_json(path: str | Path, most: float = 2**28, pairs: Callable | None = None) -> object:
+    """What a JSON file holds; objects as `pairs` makes them of (key, value) pairs. ValueError, OSError."""
+    try:
+        return json.loads(read_file(path, most).decode("utf-8-sig"), object_pairs_hook=pairs or _unique)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True):
+    """The file, open to append; one process at a time is inside, and a crash leaves no lock behind. Without
+    `wait` a second process is refused."""
+    with path.open("a+b") as file:
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=file.close)  # workers may outlive a killed parent
+        if not _lock(file, wait=False):
+            if not wait:
+                raise DataError(f"{path}: another process writes here; wait for its end, or stop it")
+            print(f"{path}: waiting for another process", file=sys.stderr)
+            _lock(file, wait=True)
+        yield file
+
+
+def _lock(file, wait):
+    """Whether the lock was to be had; a file system without locks gives it always."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            file.seek(2**30)  # beyond what others read
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def remove_leftovers(found: Iterable[Path]) -> None:
+    """Of these, the temporary files and folders (.NAME.PID) of processes that have ended."""
+    for path in found:
+        owner = re.fullmatch(r"\..+\.(\d{1,9})", path.name)
+        if owner and not _is_running(int(owner[1])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_running(process):
+    if os.name == "nt":  # os.kill would end it there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -312,8 +458,7 @@ class _Reader:
     def root(self):
         """The <score-partwise> element of a .musicxml, .xml or compressed .mxl file."""
         try:
-            check_size(self.path, _MAX_XML)
-            content = Path(self.path).read_bytes()
+            content = read_file(self.path, _MAX_XML)
             if content.startswith(b"PK\3\4"):
                 content = self.unzip(content)
             root = self.parse(content)
@@ -1204,7 +1349,7 @@ SUSTAIN, SOFT = 64, 67
 SHORTEST = 1e-3  # s; 29 PercePiano files hold a note of length zero, and articulation takes its logarithm
 LONGEST = 24 * 3600.0  # s; corrupt delta times reach years
 SMPTE = {24: 24, 25: 25, 29: 30 / 1.001, 30: 30}  # frames a second
-MOST_BYTES, MOST_EVENTS = 1 << 26, 500_000  # of a MIDI file
+MOST_EVENTS = 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
 META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
@@ -1238,8 +1383,7 @@ def read_midi(path: str | Path) -> Performance:
     """
     repairs = Counter()
     try:
-        check_size(path, MOST_BYTES)
-        division, tracks = _midi_tracks(Path(path).read_bytes(), repairs)
+        division, tracks = _midi_tracks(read_file(path), repairs)
         events = []  # (tick, status, data); unlike the original, which searches unsorted pedal events
         for track in tracks:
             events += _track_events(track, MOST_EVENTS - len(events), repairs)
@@ -1377,11 +1521,11 @@ def _pair_notes(events, seconds, repairs):
         kind = status >> 4
         key = status & 0xF, data[0] if data else 0
         if kind == NOTE_ON and data[1]:
-            open_notes.setdefault(key, []).append(len(notes))
+            open_notes.setdefault(key, deque()).append(len(notes))
             notes.append([data[0], data[1], now, None])
         elif kind in (NOTE_ON, NOTE_OFF):
             if open_notes.get(key):
-                notes[open_notes[key].pop(0)][3] = now
+                notes[open_notes[key].popleft()][3] = now
         elif kind == CONTROL and data[0] in ALL_OFF:
             for channel, pitch in open_notes:
                 if channel == key[0]:
@@ -1428,11 +1572,14 @@ def align(score, performance) -> np.ndarray:
     Notes of several voices that write one key at one time share one played note. A Viterbi path leads the
     played notes through the score's chords, a robust time map tells when each score note is due, and an
     assignment per key takes what was played near that time; the last two alternate. Method: HAN.md,
-    "Reading".
+    "Reading". DataError for a performance of many times the score's notes.
     """
     nothing = np.full(len(score.pitch), -1, np.int64)
     if not len(score.pitch) or not len(performance.pitch):
         return nothing
+    if len(performance.pitch) > 1000 + 20 * len(score.pitch):  # hours of work for nothing
+        found = f"{len(performance.pitch)} notes for the {len(score.pitch)} of {score.path}"
+        raise DataError(f"{performance.path}: {found}; expected about as many; is it another piece?")
     position, chord = np.unique(np.round(score.onset, 6), return_inverse=True)
     keys = np.stack([chord, score.pitch, score.grace_order]).astype(np.int64)
     unique, first, shared = np.unique(keys, axis=1, return_index=True, return_inverse=True)
@@ -2690,16 +2837,18 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
     """
     path = Path(root) / MEAN_FILE
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig")).items()
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        entries = [(name.strip(), row) for name, row in read_json(path, pairs=list)]
+        given = Counter(name for name, _ in entries)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: no JSON object of performance names ({error}); {_FETCH_HINT}") from error
     means = {}
     for name, row in entries:
-        name = name.strip()
         try:
             parse_name(name)
             *row, _ = np.array(row, np.float64)
-            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1 or name in means:
+            if given[name] > 1:
+                raise ValueError("given twice")
+            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1:
                 raise ValueError(f"{row}")
             means[name] = np.array(row)
         except (TypeError, ValueError, OverflowError) as error:
@@ -2722,7 +2871,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     raters, names, ratings = [], [], []
     line = 0
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with ordinary(path, MOST_BYTES).open(newline="", encoding="utf-8-sig") as file:
             for line, row in enumerate(csv.reader(file), 1):
                 if line == 1:
                     continue
@@ -2790,11 +2939,12 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
         try:
             score = score or read_musicxml(score_path)
             performance = read_midi(path)
+            match = align(score, performance)
         except DataError as error:
             results.append((path, str(error)))
             continue
         harmony = harmony or harmony_statistics(score)
-        item = describe_performance(score, performance, align(score, performance), harmony)
+        item = describe_performance(score, performance, match, harmony)
         results.append((path, item))
     return results
 
@@ -2834,6 +2984,7 @@ def load_percepiano(
     arrays = _load_arrays(store)
     cached = arrays is not None
     if not cached:
+        remove_leftovers(store.parent.glob(".*"))
         arrays = _extract_all(files, scores, strict, workers, quiet)
         write_atomic(store, lambda file: np.savez(file, **arrays))
         for other in set(store.parent.glob(f"{prefix}-*.npz")) - {store}:
@@ -2906,6 +3057,9 @@ def write_atomic(path: Path, write) -> None:
         with temporary.open("wb") as f:
             write(f)
         os.replace(temporary, path)
+    except OSError as error:
+        told = "what stood there before is whole; make room, or name another place"
+        raise DataError(f"{path}: not written ({error.strerror or error}); {told}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -3439,14 +3593,8 @@ def synth_percepiano(out: str | Path, seed: int = 7, segments: int = 20, players
     out = Path(out)
     if segments < 8 or not 4 <= players <= 12:
         raise DataError(f"{out}: {segments} segments, {players} players; expected 8 or more, and 4 to 12")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; remove it or name another folder with --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        _write_corpus(temporary, seed, segments, players)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as folder:
+        _write_corpus(folder, seed, segments, players)
 
 
 def _write_corpus(root, seed, segments, players):
@@ -3485,10 +3633,11 @@ def _write_corpus(root, seed, segments, players):
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
     """The folder of the built-in synthetic corpus, written on first use."""
     root = Path(cache) / f"synthetic-percepiano-{SYNTHETIC_VERSION}"
-    if not (root / "SYNTHETIC").is_file():
-        synth_percepiano(root)
-    for stale in set(root.parent.glob("synthetic-percepiano-*")) - {root}:
-        shutil.rmtree(stale, ignore_errors=True)
+    with cache_lock(cache):
+        if not (root / "SYNTHETIC").is_file():
+            synth_percepiano(root)
+        for stale in set(root.parent.glob("synthetic-percepiano-*")) - {root}:
+            shutil.rmtree(stale, ignore_errors=True)
     return root
 
 
@@ -3595,7 +3744,7 @@ def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[i
         return [phonemize(text) for text in texts]
     store = Path(cache) / f"labels-{speech_rules()}-{_g2p_version()}.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        _SPOKEN.update({text: list(map(int, ids)) for text, ids in json.loads(store.read_bytes()).items()})
+        _SPOKEN.update({text: list(map(int, ids)) for text, ids in read_json(store).items()})
     known = len(_SPOKEN)
     labels = [phonemize(text) for text in texts]
     if len(_SPOKEN) > known:
@@ -3656,14 +3805,41 @@ _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no nu
 
 
 @contextlib.contextmanager
+def cache_lock(cache: str | Path):
+    """Of two first runs one makes a folder of the cache, the other waits and finds it."""
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    lock = Path(cache, ".lock")
+    while True:
+        with locked(lock) as file:
+            if not _is_at(file, lock):  # who had the lock has removed the file
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(PermissionError):  # Windows removes no open file
+                    lock.unlink()
+            return
+
+
+def _is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
 def new_folder(out: Path):
     """A folder to fill, which replaces the new or empty `out` when all is written; else nothing is left."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    remove_leftovers(out.parent.glob(f".{glob.escape(out.name)}.*"))
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        if out.is_dir():
+            out.rmdir()  # Windows replaces none
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -3693,7 +3869,9 @@ def _part_of(path):
 def _run_jobs(jobs):
     """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
     and h5py end theirs on some damaged files. A job that raises DataError, or ends so, is one line."""
-    pool = ProcessPoolExecutor(min(4, os.cpu_count() or 1), initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        min(4, os.cpu_count() or 1), initializer=_start_worker, initargs=(os.getpid(),)
+    )
     try:
         futures = [pool.submit(job) for _, job in jobs]
         for (path, job), future in zip(jobs, futures, strict=True):
@@ -3755,6 +3933,7 @@ def _read_mat(path, channels, names, left_out):
     part = _FILE_PARTS.get(path.absolute().parent.name, "competition")
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
+        _refuse_mat_bomb(path)
         raw = loadmat(path, appendmat=False, variable_names=[*fields, "blockIdx"])
         trials = list(zip(*[np.ravel(raw[name]) for name in fields], strict=True))
         blocks = np.ravel(raw.get("blockIdx", ())).astype(float)
@@ -3770,6 +3949,24 @@ def _read_mat(path, channels, names, left_out):
     yield part, path.stem.strip(), range(len(trials)), trial
 
 
+def _refuse_mat_bomb(path):
+    """ValueError where elements say that they unpack to 200 times their size, or end beyond the file."""
+    size = ordinary(path).stat().st_size
+    with path.open("rb") as file:
+        order = "<" if file.read(128)[126:] == b"IM" else ">"
+        while file.tell() < size:
+            kind, length = struct.unpack(f"{order}II", file.read(8))
+            start = file.tell()
+            if kind not in (14, 15):
+                raise ValueError(f"an element of type {kind}")
+            if kind == 15:  # compressed
+                packed = file.read(min(length, 1024))
+                _, unpacked = struct.unpack(f"{order}II", zlib.decompressobj().decompress(packed, 8))
+                if unpacked > max(200 * length, 2**20):
+                    raise ValueError(f"{length} bytes that unpack to {unpacked}")
+            file.seek(start + length)
+
+
 class _PickledType:
     """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; no other can be named."""
 
@@ -3779,12 +3976,15 @@ class _PickledType:
         self.name, self.order = name, "="
 
     def __setstate__(self, state):
-        self.order = state[1] if state[1] in ("<", ">") else "="
+        _, order, *parts = state[:5]
+        if any(parts):
+            raise DataError("it holds values that are arrays or records")
+        self.order = order if order in ("<", ">") else "="
 
     def array(self, raw, shape: tuple, order: str = "C"):
         """Values from their bytes, all of which must be there; a list of objects stays one."""
-        if self.name == "O8":
-            return list(raw)
+        if self.name == "O8" and isinstance(raw, list):
+            return raw
         return np.frombuffer(raw, self.order + self.name).reshape(shape, order=order)
 
 
@@ -3802,30 +4002,62 @@ class _PickledArray:
         return iter(self.values)
 
 
-def _load_pickle(path):
-    """The public baseline's data set. Its pickle may build plain containers, and arrays through the two
-    stand-ins above; every other name in it is refused, and nothing of NumPy's is called by it."""
-    import pickle  # noqa: TID251 the one reader of a foreign pickle
+def load_plain_pickle(file, allowed: dict[str, object], persistent: Callable | None = None) -> object:
+    """What a pickle builds of plain containers and by the stand-ins `allowed`, by name; any other name is
+    refused. Its tuples become lists: as a key, tuples in tuples would take 2^depth steps to hash."""
+    import pickle  # noqa: TID251 the one reader of foreign pickles
 
-    allowed = {
-        "numpy.dtype": _PickledType,
-        "numpy.ndarray": None,
-        "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-        "numpy.core.multiarray._reconstruct": lambda kind, shape, code: _PickledArray(),
-        "numpy.core.multiarray.scalar": lambda kind, raw: kind.array(raw, ())[()],
-        "numpy.core.numeric._frombuffer": lambda raw, kind, shape, order: kind.array(raw, shape, order),
-    }
+    class Restricted(pickle._Unpickler):  # the one in C cannot be told how to make tuples
+        dispatch = dict(pickle._Unpickler.dispatch)
 
-    class Restricted(pickle.Unpickler):
         def find_class(self, module, name):
             name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
             if name not in allowed:
                 raise DataError(f"it names {name}")
             return allowed[name]
 
+        def persistent_load(self, about):
+            if not persistent:
+                raise DataError("it names objects outside it")
+            return persistent(about)
+
+        def last_as_list(self, count):
+            self.stack[len(self.stack) - count :] = [self.stack[len(self.stack) - count :]]
+
+    def marked_as_list(self):
+        items = self.pop_mark()
+        self.append(items)
+
+    Restricted.dispatch[pickle.EMPTY_TUPLE[0]] = Restricted.load_empty_list
+    Restricted.dispatch[pickle.TUPLE[0]] = marked_as_list
+    for count, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1):
+        Restricted.dispatch[code[0]] = functools.partial(Restricted.last_as_list, count=count)
+    return Restricted(file, encoding="latin1").load()
+
+
+def _load_pickle(path):
+    """The public baseline's data set. Its pickle may build plain containers, and arrays through the two
+    stand-ins above; nothing of NumPy's is called by it."""
+    room = path.stat().st_size if path.is_file() else 0
+
+    def encode(text, encoding):  # each text stands in the file: more bytes than that are a bomb
+        nonlocal room
+        room -= len(text)
+        if room < 0:
+            raise DataError("it makes more bytes than it holds")
+        return text.encode("latin1")
+
+    allowed = {
+        "numpy.dtype": _PickledType,
+        "numpy.ndarray": None,
+        "_codecs.encode": encode,
+        "numpy.core.multiarray._reconstruct": lambda kind, shape, code: _PickledArray(),
+        "numpy.core.multiarray.scalar": lambda kind, raw: kind.array(raw, ())[()],
+        "numpy.core.numeric._frombuffer": lambda raw, kind, shape, order: kind.array(raw, shape, order),
+    }
     try:
-        with path.open("rb") as file:
-            content = Restricted(file, encoding="latin1").load()
+        with ordinary(path).open("rb") as file:
+            content = load_plain_pickle(file, allowed)
         return {part: list(content[part]) for part in SPEECH_PARTS if content.get(part)}
     except Exception as error:
         told = "expected the dictionary of the baseline's script, of containers and arrays alone"
@@ -3868,7 +4100,7 @@ def _read_hdf5(path, channels, names, left_out):
     try:
         import h5py
 
-        with h5py.File(path) as file:
+        with h5py.File(ordinary(path)) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
                 sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
             for session, members in sorted(sessions.items()):
@@ -3982,7 +4214,7 @@ def convert_speech(
 def _session_names(path):
     """The sessions of a pickle's days, from a JSON file {"train": [names], ...}."""
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = read_json(path)
         return {part: [day.strip() for day in days] for part, days in names.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
@@ -4050,12 +4282,13 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _speech_files(root)[1]]
         key = hashlib.sha1(json.dumps([SPEECH_VERSION, speech_rules(), stats]).encode())
         root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
-        try:
-            corpus = _open_converted(root)
-        except DataError:  # absent or damaged
-            shutil.rmtree(root, ignore_errors=True)
-            convert_speech(path, root, strict=strict, quiet=quiet, cache=cache)
-            corpus = _open_converted(root)
+        with cache_lock(cache):
+            try:
+                corpus = _open_converted(root)
+            except DataError:  # absent or damaged
+                shutil.rmtree(root, ignore_errors=True)
+                convert_speech(path, root, strict=strict, quiet=quiet, cache=cache)
+                corpus = _open_converted(root)
     if strict and corpus.left_out:
         raise DataError(corpus.left_out[0])
     return corpus
@@ -4063,7 +4296,7 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
 
 def _open_converted(root):
     try:
-        info = json.loads((root / "trials.json").read_text(encoding="utf-8"))
+        info = read_json(root / "trials.json")
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
@@ -4071,8 +4304,8 @@ def _open_converted(root):
         labels = [np.array(ids, np.int64) for ids in column["labels"]]
         kept = {name: info[name] for name in ("days", "channels", "synthetic", "report")}
         return SpeechCorpus(
-            features=np.load(root / "features.npy", mmap_mode="r"),
-            offsets=np.load(root / "offsets.npy"),
+            features=np.load(ordinary(root / "features.npy"), mmap_mode="r"),
+            offsets=np.load(ordinary(root / "offsets.npy")),
             labels=labels,
             labelled=np.array([len(ids) > 0 for ids in labels]),
             text=column["text"],
@@ -4406,8 +4639,9 @@ def synth_speech(out: str | Path, seed: int = 7, days: int = 8, trials: int = 60
 def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
     root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
-    if not root.is_dir():
-        synth_speech(root, days=4, trials=100, bins=6.0)
+    with cache_lock(cache):
+        if not root.is_dir():
+            synth_speech(root, days=4, trials=100, bins=6.0)
     return root
 
 
@@ -4674,6 +4908,7 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
         played.setdefault(wav, midi)
     if not played:
         raise DataError(f"{root}: no .midi or .mid file below it; name another folder with --midi-root")
+    remove_leftovers(Path(out or root).rglob(".*"))
     tasks = [(midi, wav, soundfont) for wav, midi in played.items() if not wav.is_file()]
     seconds, errors = _run_all(_render_file, tasks, workers, "render", quiet, strict)
     failed += errors.values()
@@ -4830,6 +5065,7 @@ def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bo
     return _limit(waveform * np.float32(_gain(gain)) + noise * np.float32(_gain(hiss)))
 
 
+MOST_SAMPLES = 2**29  # of a sound file: two channels at 44.1 kHz for 100 minutes
 # fmt: off
 FFMPEG_KINDS = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".mov", ".mka", ".mkv")
 SOUND_KINDS = (
@@ -4844,8 +5080,11 @@ def _open_sound(path):
     """The open soundfile.SoundFile; what goes wrong in the block becomes a DataError that names the file."""
     try:
         if not Path(path).is_file():
-            raise DataError(f"{path}: No such file; expected a sound file")
+            raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
         with soundfile.SoundFile(_sound_source(Path(path))) as file:
+            if file.frames * file.channels > MOST_SAMPLES:
+                samples = f"{file.frames} samples of {file.channels} channels"
+                raise DataError(f"{path}: {samples}; expected at most {MOST_SAMPLES} in all; cut it in parts")
             if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
                 raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
             yield file
@@ -4969,7 +5208,7 @@ class StoredEnergies:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         try:
-            return np.load(self.path, mmap_mode="r")[where]
+            return np.load(ordinary(self.path), mmap_mode="r")[where]
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{self.path}: {error}; delete it and run the same command again") from error
 
@@ -5106,7 +5345,7 @@ def open_fbank(folder: str | Path) -> FbankStore:
     """Open what `build_fbank` wrote to its end. DataError where that is not so or a file is damaged."""
     path = Path(folder) / "index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         return _open_energies(folder, index["split"], index["left_out"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
@@ -5127,6 +5366,7 @@ def _store_missing(folder, jobs, workers, quiet, strict=False):
     """Write missing or outdated folder/NAME.npy of (name, source, version); errors by name. What differs in
     the copy alone is played once."""
     todo: dict[tuple, list] = {}
+    remove_leftovers(Path(folder).rglob(".*"))
     for name, source, version in jobs:
         target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
@@ -5194,7 +5434,7 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
     if workers <= 1:
         yield from bar((task, function(task)) for task in tasks)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
     try:
         futures = {pool.submit(function, task): task for task in tasks}
         for future in bar(as_completed(futures)):
@@ -5205,11 +5445,11 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """One thread, no answer to Ctrl-C, and an end when the parent ends, even by kill -9."""
+def _start_worker(parent: int) -> None:
+    """One thread, no answer to Ctrl-C and SIGHUP, and an end when the parent ends, even by kill -9."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    on_stop(signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def follow():
         while os.getppid() == parent:
@@ -5227,7 +5467,7 @@ def report_fbank(store: FbankStore) -> None:
 
 
 def print_left_out(lines: list[str], what: str = "left out") -> None:
-    print(f"{what}: {len(lines)}", *lines, sep="\n  ")
+    print(f"{what}: {len(lines)}", *map(printable, lines), sep="\n  ")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5294,10 +5534,10 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
 def _read_table(path):
     """(line number, row) of a CSV file."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with ordinary(path, MOST_BYTES).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             return [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: {error}; expected a CSV table in UTF-8; download it again") from error
 
 
@@ -5344,7 +5584,7 @@ def maestro_overlaps(
     key = hashlib.sha1(json.dumps([OVERLAP_FORMAT, dates]).encode()).hexdigest()[:16]
     kept = Path(cache) / f"maestro-overlaps-{key}.json"
     try:
-        same, alike, unreadable = json.loads(kept.read_text(encoding="utf-8"))
+        same, alike, unreadable = read_json(kept)
     except (OSError, ValueError):
         played, errors = _run_all(_played_order, paths, workers, "overlap", quiet)
         same, alike = _find_overlaps(segments, recordings, played)
@@ -5739,7 +5979,7 @@ def check_percepiano(root: str | Path) -> int:
     for name in sorted(read_labels(root).keys() | files.keys()):
         score = root / SCORE_FOLDER / f"{score_of(name)}.musicxml"
         midi = files.get(name, root / MIDI_FOLDER / f"{name}.mid")
-        if not (score.is_file() and midi.is_file() and midi.read_bytes().startswith(b"MThd")):
+        if not (score.is_file() and midi.is_file() and read_file(midi).startswith(b"MThd")):
             raise DataError(f"{midi}: expected a MIDI file of every labelled performance, and {score}")
     return len(files)
 
@@ -5822,6 +6062,13 @@ def number(kind: type, least: float, most: float = float("inf")):
     return parse
 
 
+WHOLE = number(int, 1)
+COUNT = number(int, 0)
+POSITIVE = number(float, 0)
+SHARE = number(float, 0, 1)
+BELOW_ONE = number(float, 0, 0.99999)
+
+
 def convert_and_report(args: argparse.Namespace) -> None:
     options = (args.dtype, args.channels, args.sessions, args.strict)
     convert_speech(getattr(args, "in"), args.out, *options, cache=args.cache)
@@ -5838,17 +6085,17 @@ OPTIONS = {  # as the rows of `add_options`
     "--audio": (str, None, "MAESTRO: folder of <year>/*.wav, of `render --out` (beside the MIDI files)"),
     "--percepiano": (str, None, "PercePiano's folder: list the recordings that hold its music (off)"),
     "--dtype": (["float32", "float16"], "float32", "of the features (%(default)s)"),
-    "--channels": (number(int, 1), None, "channels (default: 256; 512 for HDF5)"),
+    "--channels": (WHOLE, None, "channels (default: 256; 512 for HDF5)"),
     "--sessions": (str, None, "FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
     "--segments": (int, 20, "scores (%(default)s)"),
     "--players": (int, 12, "human players a score (%(default)s)"),
     "--days": (int, 8, "recording days (%(default)s)"),
     "--trials": (int, 60, "training sentences a day (%(default)s)"),
     "--bins-per-phoneme": (float, 7.0, "mean duration in bins of 20 ms (%(default)s)"),
-    "--seed": (number(int, 0), 7, "same seed, same bytes (%(default)s)"),
+    "--seed": (COUNT, 7, "same seed, same bytes (%(default)s)"),
     "--cache": (str, "cache", "folder of what is computed once (%(default)s)"),
     "--strict": (bool, False, "stop at the first bad item (off: leave it out and say so)"),
-    "--workers": (number(int, 1), None, "processes (default: one a core)"),
+    "--workers": (WHOLE, None, "processes (default: one a core)"),
     "--debug": (bool, False, "show the traceback of an error (off)"),
 }
 COMMANDS = {  # name: what it does; required options; others; what is called
@@ -5903,22 +6150,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_script(name: str, function) -> None:
-    """Call a script's entry function: bad input gives one line and exit code 2, Ctrl-C one line and 130.
-    `--debug` shows tracebacks."""
-    if callable(signal.getsignal(signal.SIGINT)):  # not where a shell's background job ignores it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Call a script's entry function: bad input gives one line and exit code 2; Ctrl-C, SIGTERM and SIGHUP
+    one line and 130, under torchrun the main process's. `--debug` shows tracebacks."""
+    on_stop(signal.default_int_handler)
     try:
-        function()
+        with contextlib.redirect_stdout(PlainOutput(sys.stdout)):
+            function()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
-    except (DataError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
+    except (DataError, OSError, MemoryError) as error:  # OSError: a folder that cannot be written
         if "--debug" in sys.argv:
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {printable(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -16,43 +16,7 @@ Checkpoints of one fold (seeds) are averaged, and so are decoders. Figures stand
 renderings (players `Score`, `Score2`). Without --data the built-in synthetic corpus is used.
 """
 
-import os
-import signal
-
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"eval.py: interrupted\n") else 1))
-
-import argparse
-import base64
-import contextlib
-import csv
-import functools
-import hashlib
-import io
-import itertools
-import json
-import math
-import platform
-import re
-import shlex
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from datetime import datetime, timezone
-from html import escape
-from pathlib import Path
-
-import numpy as np
-import torch
-from rapidfuzz.distance import Levenshtein
-from torch import Tensor, nn
-from torch.nn import functional
-from tqdm import tqdm
-
-from data import (
+from data import (  # first: while torch loads, Ctrl-C is one line
     AS_PLAYED,
     BIN,
     FBANK_FORMAT,
@@ -96,6 +60,7 @@ from data import (
     normalise_fbank,
     number,
     open_speech,
+    ordinary,
     other_kinds,
     pad_fbank,
     parse_name,
@@ -107,6 +72,9 @@ from data import (
     prepare_ast,
     prepare_han,
     pretrain_data,
+    printable,
+    read_file,
+    read_json,
     read_labels,
     read_midi,
     read_musicxml,
@@ -116,6 +84,7 @@ from data import (
     repair_lines,
     run_script,
     segment_of,
+    shown,
     speech_item,
     speech_parts,
     speech_rules,
@@ -125,6 +94,38 @@ from data import (
     unusable_bins,
     write_atomic,
 )
+
+# isort: split
+import argparse
+import base64
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
 from models import (
     AMP_TYPES,
     AST,
@@ -159,14 +160,11 @@ NORMAL_80 = 1.2816  # standard deviations on either side that hold 80 % of a nor
 
 def r2(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Coefficient of determination per dimension, (D,), of truth y and prediction p, (n, D): scikit-learn's
-    in a tenth of its time, which bootstraps need. Constant truth: 1 when met, else 0; one item: NaN."""
+    in a tenth of its time, which bootstraps need. NaN, undefined, of constant truth."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
-    if len(y) < 2:
-        return np.full(y.shape[1], np.nan)
     residual = ((y - p) ** 2).sum(0)
     total = ((y - y.mean(0)) ** 2).sum(0)
-    varies = total > 1e-20  # a constant's total is only rounding
-    return np.where(varies, 1 - residual / np.where(varies, total, 1), residual == 0)
+    return 1 - residual / np.where(total > 1e-20, total, np.nan)  # a constant's total is only rounding
 
 
 def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -175,11 +173,11 @@ def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant."""
+    """Pearson correlation per dimension, (D,), of (n, D) arrays; NaN where either side is constant."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     a, b = y - y.mean(0), p - p.mean(0)
     scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.where(scale > 1e-15, (a * b).sum(0) / np.maximum(scale, 1e-15), 0.0)
+    return (a * b).sum(0) / np.where(scale > 1e-15, scale, np.nan)
 
 
 METRICS = {"r2": r2, "mse": mse, "pearson": pearson}  # name -> function of (y, p) -> a figure per dimension
@@ -191,13 +189,16 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
     for name, metric in METRICS.items():
         each = metric(y, p)
         metrics |= {f"valid_{name}": float(each.mean()), f"valid_{name}_per_dimension": each.tolist()}
-    spread = float((p.std(0) / y.std(0)).mean())
+    deviation = y.std(0)
+    spread = float((p.std(0) / np.where(deviation > 1e-10, deviation, np.nan)).mean())
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
 
 def rating_summary(metrics: dict) -> str:
     """`validation_metrics` in a line."""
-    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
+    figures = [f"{name} {shown(metrics[f'valid_{name}'])}" for name in METRICS]
+    if math.isnan(metrics["spread"]):
+        return "  ".join([*figures, "the ratings do not differ"])
     warning = " (nearly constant)" if metrics["spread"] < 0.1 else ""
     return "  ".join([*figures, f"SD {metrics['spread']:.0%} of the ratings'{warning}"])
 
@@ -333,9 +334,15 @@ def human_figures(records: list, truth: dict, part: str) -> dict | None:
 
 
 def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
     write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
+
+
+def _quoted(cell):
+    formula = isinstance(cell, str) and re.match(r"[=+@\t\r−-]", cell) and not re.match(r"-?[\d.]+$", cell)
+    return f"'{cell}" if formula else cell
 
 
 def read_csv(path: str | Path) -> dict:
@@ -343,7 +350,7 @@ def read_csv(path: str | Path) -> dict:
     (reference, hypothesis), phoneme ids. DataError names the line."""
     items: dict = {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with ordinary(path, 2**28).open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, strict=True):
                 if "trial" in row:
                     spelt = row["reference"].split(), row["hypothesis"].split()
@@ -415,12 +422,12 @@ def print_table(head: Iterable[str], rows: Iterable[Iterable]) -> None:
 
 def _cell(value):
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return shown(value)
     return str(value) if isinstance(value, str | int) else brackets(value)
 
 
 def brackets(interval: Iterable[float]) -> str:
-    return "[{:.4f}, {:.4f}]".format(*interval)
+    return f"[{', '.join(map(shown, interval))}]"
 
 
 def _print_figures(title, figures, tests):
@@ -583,7 +590,7 @@ def _load_corpus(args, speech=False):
         print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
     corpus = read(args.data or made(args.cache), args.cache)
     for line in corpus.left_out:
-        print(f"left out: {line}")
+        print(f"left out: {printable(line)}")
     return corpus
 
 
@@ -1102,7 +1109,7 @@ def read_lexicon(path: str | Path) -> Lexicon:
     "word(2)" and comments after ";;;" are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in read_file(path).decode().splitlines():
             line = line.partition(";;;")[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
@@ -1423,7 +1430,7 @@ def audio_store(corpus: Corpus, args) -> FbankStore:
     versions = heard_versions(args.copies, args.soundfonts)
     store = percepiano_audio(corpus.root, args.cache, args.audio, versions)
     for line in store.left_out:
-        print(f"left out: {line}")
+        print(f"left out: {printable(line)}")
     return store
 
 
@@ -1439,7 +1446,7 @@ def rated_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankSto
         audio, heard = None, Version(soundfont=args.rate)
     store = percepiano_audio(corpus.root, args.cache, audio, base=heard)
     for line in store.left_out:
-        print(f"left out: {line}")
+        print(f"left out: {printable(line)}")
     kind = "wav" if audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
@@ -1632,7 +1639,10 @@ def _side(args, paths):
             raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
         items = read_csv(paths[0])
         beside = Path(paths[0]).with_suffix(".json")
-        saved = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        try:
+            saved = dict(read_json(beside)) if beside.exists() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{beside}: {error}; expected what --save-results wrote; remove it") from error
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
@@ -1942,7 +1952,7 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": _printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
+    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     rows, columns = drawn["share"].shape
     print(f"{args.attention}: {columns} x {rows} patches")
@@ -1959,14 +1969,24 @@ CHOSEN_BY = {"valid_per": "valid_per", "valid_r2": "valid_loss", "valid_accuracy
 
 
 def read_run(run: str) -> tuple[dict, list[dict]]:
-    """Options and log of a run's folder, less a last line that a kill cut short."""
+    """Options and log of a run's folder; says how many lines a crash has cut short and left unread."""
     try:
-        options = dict(json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
-        whole = Path(run, "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
-        records = [json.loads(line) for line in whole.split("\n")]
-        return options, [record | {"step": int(record["step"])} for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        options = dict(read_json(Path(run, "args.json")))
+        lines = read_file(Path(run, "metrics.jsonl"), 2**28).splitlines()
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{run}: no args.json and metrics.jsonl of a run ({error})") from error
+    records = []
+    for line in lines:
+        try:
+            record = dict(json.loads(line))
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+    if not records:
+        raise DataError(f"{run}/metrics.jsonl: none of its {len(lines)} lines is whole; train again")
+    if len(records) < len(lines):
+        print(f"{run}/metrics.jsonl: {len(lines) - len(records)} of {len(lines)} lines are torn, left out")
+    return options, records
 
 
 def history(records: list[dict], key: str) -> np.ndarray:
@@ -2027,7 +2047,7 @@ def curves(argv: list[str]) -> dict:
     best = {}
     for run, (_, records) in runs.items():
         key, best[run], step = best_validation(records)
-        print(f"{run}: {key} {best[run]:.4f} at step {step}")
+        print(f"{run}: {key} {shown(best[run])} at step {step}")
     return best
 
 
@@ -2135,7 +2155,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     def refuse(problem: object) -> None:
         if args.strict:
             raise DataError(problem)
-        refused.append(_printable(problem))
+        refused.append(printable(problem))
         tqdm.write(f"refused: {refused[-1]}")
 
     inputs = _expand(args.midi or args.audio or args.speech)
@@ -2185,11 +2205,6 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) 
         tqdm.write(f"no picture: {error}")
 
 
-def _printable(text: object) -> str:
-    """Without the bytes of a file name that are no text."""
-    return str(text).encode(errors="replace").decode()
-
-
 def provenance(loaded: list[tuple]) -> str:
     """In a line: the files, what they hold, on what it was trained and how it scored there."""
     files = []
@@ -2218,7 +2233,7 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
 
 def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One performance of the score, passage by passage where it is long: its record, and what explains it."""
-    path, name = _printable(files[0]), _printable(files[0].stem.strip())
+    path, name = printable(files[0]), printable(files[0].stem.strip())
     reading = follow(read_musicxml(args.score), read_midi(files[0]), args.transpose)
     parts = rated_parts(reading, args.bars)
     if len(parts) == 1:
@@ -2239,7 +2254,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
     rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.score)
     for line in reading.warnings():
-        tqdm.write(f"warning: {_printable(line)}")
+        tqdm.write(f"warning: {printable(line)}")
     record = {
         "name": name,
         "path": path,
@@ -2249,7 +2264,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "notes": sum(len(item["x"]) for item in items.values()),
         "repairs": say_repairs(item["repairs"]),
         **rated,
-        "warnings": _printable("; ".join(reading.warnings())),
+        "warnings": printable("; ".join(reading.warnings())),
         "passages": passage_ratings(parts, mean) if len(parts) > 1 else [],
     }
     yield record, item | {"name": name, "item": item, "score": reading.score, "passages": record["passages"]}
@@ -2295,7 +2310,7 @@ def passage_ratings(parts: list[Reading], p: np.ndarray) -> list[dict]:
 
 def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
     """Prints and gives what was wrong in files (file -> kind -> number) and read all the same."""
-    said = _printable("; ".join(repair_lines([repairs])))
+    said = printable("; ".join(repair_lines([repairs])))
     if said:
         tqdm.write(f"repaired: {said}")
     return said
@@ -2304,7 +2319,7 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
     energies, remarks = read_piece(files[0], rendered=not args.audio)
-    name = _printable(files[0].stem)
+    name = printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
@@ -2315,7 +2330,7 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
         tqdm.write(f"{name}: {remark}")
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
-    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
+    record = {"name": name, "path": printable(files[0]), "seconds": seconds, "repairs": repairs}
     record["sound"] = "; ".join(remarks)
     record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
@@ -2431,7 +2446,7 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         name, decoded = found["trial"], spell(found["hypothesis"])
         record = {
             "id": name,
-            "path": corpus.text[i] if is_npy else _printable(files[0]),
+            "path": corpus.text[i] if is_npy else printable(files[0]),
             "session": found["day"],
             "seconds": float(corpus.lengths[i] * BIN),
             "phonemes": decoded,
@@ -2463,7 +2478,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [_printable(trial["path"].stem) for trial in trials], len(trials)
+    names, count = [printable(trial["path"].stem) for trial in trials], len(trials)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2471,7 +2486,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[_printable(trial["path"]) for trial in trials],
+        text=[printable(trial["path"]) for trial in trials],
         ids=names,
         days=names,
         channels=channels,
@@ -2485,7 +2500,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
 def _read_trial(path: Path, channels: int) -> np.ndarray:
     """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
     try:
-        x = np.lib.format.open_memmap(path, mode="r")
+        x = np.lib.format.open_memmap(ordinary(path), mode="r")
         fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
         problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
         if problem:

@@ -10,7 +10,24 @@ N notes of all pieces · M members and G groups of an attention (notes in beats,
 Masks: True = valid. Index tensors come from data.collate_han.
 """
 
+from data import (  # first: while torch loads, Ctrl-C is one line
+    COUNT,
+    FOLDS,
+    STOPS,
+    WHOLE,
+    DataError,
+    add_options,
+    load_plain_pickle,
+    locked,
+    on_stop,
+    ordinary,
+    to_normal,
+    write_atomic,
+)
+
+# isort: split
 import atexit
+import io
 import itertools
 import json
 import math
@@ -22,9 +39,10 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,11 +52,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-from data import FOLDS, DataError, add_options, number, to_normal, write_atomic
 
 CHECKPOINT_FORMAT = 1
 
@@ -142,7 +159,7 @@ class HAN(nn.Module):
     ):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         if model not in FORMS or level not in LEVELS or size % heads:
             wanted = f"one of {FORMS}, one of {LEVELS}, a multiple of heads {heads}"
             raise DataError(f"HAN: model {model}, level {level}, size {size}; expected {wanted}")
@@ -390,18 +407,20 @@ class GRUDecoder(nn.Module):
         smooth_taps: int = 20,
     ):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         if min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1:
             raise DataError(f"GRUDecoder: {self.model_args}; expected sizes of at least 1")
         self.kernel, self.stride = kernel, stride
         width = hidden * 2 if bidirectional else hidden
         between = dropout if layers > 1 else 0.0  # nn.GRU warns of dropout in a single layer
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
-        self.dayWeights = nn.Parameter(torch.eye(channels).repeat(days, 1, 1))
+        self.dayWeights = nn.Parameter(torch.empty(days, channels, channels))
+        for weight in self.dayWeights.data:
+            nn.init.eye_(weight)
         self.dayBias = nn.Parameter(torch.zeros(days, 1, channels))
         self.input_dropout = nn.Dropout(input_dropout)
         self.gru_decoder = nn.GRU(
-            channels * kernel, hidden, layers, batch_first=True, dropout=between, bidirectional=bidirectional
+            channels * kernel, hidden, layers, batch_first=True, dropout=between, bidirectional=width > hidden
         )
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.fc_decoder_out = nn.Linear(width, classes)
@@ -1254,7 +1273,12 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     path = Path(path)
     for half in path.parent.glob(f".{path.name}.*"):  # of a save that was killed: a run has one writer
         half.unlink()
-    write_atomic(path, write)
+    try:
+        write_atomic(path, write)
+    except RuntimeError as error:  # torch's of a full disk
+        raise DataError(
+            f"{path}: not written ({_one_line(error)}); make room; the earlier one is whole"
+        ) from error
 
 
 def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
@@ -1298,23 +1322,92 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     short or no checkpoint of ours.
     """
     advice = "expected a last.pt or best.pt of this repository"
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; {advice}")
     try:
+        _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}); {advice}") from error
+        raise DataError(f"{path}: unreadable as a checkpoint ({_one_line(error)[:80]}); {advice}") from error
     try:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
-        model = MODELS[ckpt["task"]](**known)
-        model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
+        with _Bounded(weights, known, Path(path).stat().st_size):
+            model = MODELS[ckpt["task"]](**known)
+        model.load_state_dict(weights)
+    except Exception as error:
         raise DataError(f"{path}: does not fit its model ({_one_line(error)}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
+
+
+class _Anything:
+    """Stands for whatever a checkpoint's pickle names: torch itself decides what it may name."""
+
+    def __call__(self, *args):
+        return _Anything()
+
+    def __setitem__(self, key, value):
+        pass
+
+    def __contains__(self, name):
+        return True
+
+    def __getitem__(self, name):
+        return self
+
+
+def _check_archive(path: str | Path) -> None:
+    """ValueError where a record of a checkpoint differs from its checksum, unpacks to more than the file, or
+    has keys that take long to hash."""
+    size = ordinary(path).stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("it unpacks to more than it is")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
+        for record in records:
+            if record.filename.endswith("data.pkl"):
+                anything = _Anything()
+                load_plain_pickle(io.BytesIO(archive.read(record)), anything, anything)
+
+
+def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in nested dicts and lists, with their innermost names."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else ((name, value) for value in tree):
+            yield from _numbers(value, key)
+    elif isinstance(tree, int | float):
+        yield name, tree
+
+
+class _Bounded(TorchFunctionMode):
+    """Ends the making of a network that outgrows the weights it is for: its sizes may be a stranger's."""
+
+    def __init__(self, weights: dict, model_args: dict, file_size: int):
+        super().__init__()
+        self.calls = 100 * (len(weights) + 10)
+        held = sum(value.nbytes for value in weights.values())
+        longest = max((max(value.shape, default=1) for value in weights.values()), default=1)
+        if held > file_size:
+            raise ValueError(f"weights of {held} bytes in a file of {file_size}")
+        self.room = held + 10**6
+        for name, size in _numbers(model_args):
+            most = len(weights) if name in ("depth", "layers", "decoder_depth") else 1000 + 16 * longest
+            if not 0 <= size <= most:
+                raise ValueError(f"{name} is {size}, but its {len(weights)} weights are of others")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.calls -= 1
+        if function is torch.empty:
+            self.room -= made.numel()
+        if min(self.calls, self.room) < 0:
+            raise ValueError("its sizes make more than its weights")
+        return made
 
 
 def _one_line(error: Exception) -> str:
@@ -1325,22 +1418,23 @@ def _one_line(error: Exception) -> str:
 # Runs: what every trainer needs beside its control flow
 # ---------------------------------------------------------------------------------------------------------
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what a resumed run may be given otherwise; every other option comes from its checkpoint
+# what a resumed run may be given otherwise than its checkpoint says
 FREE_ON_RESUME = set(
-    "data audio cache out name resume init device max_steps patience log_every save_every save_minutes "
-    "max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
+    "data audio cache out name resume init device max_steps patience log_every eval_every save_every "
+    "save_minutes max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
 )
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["mps"] if torch.backends.mps.is_available() else []
+DEVICES += ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the last is the default
 RUN_OPTIONS = [
     ("--name", "NAME", None, "run folder below --out (made of the options)"),
     ("--out", "DIR", None, "folder of runs (%(default)s)"),
     ("--resume", "FILE", None, "last.pt of a stopped run: go on with its options (off)"),
-    ("--seed", number(int, 0), 7, "same seed, same run on CPU (%(default)s)"),
+    ("--seed", COUNT, 7, "same seed, same run on CPU (%(default)s)"),
     ("--device", DEVICES, DEVICES[-1], "where to train (%(default)s here)"),
     ("--amp", ["auto", *AMP_TYPES, "off"], "auto", "mixed precision; auto tries (%(default)s)"),
-    ("--max-skips", number(int, 1), 20, "non-finite updates that stop it (%(default)s)"),
-    ("--log-every", number(int, 1), 100, "steps between log lines (%(default)s)"),
-    ("--save-every", number(int, 0), 0, "steps between extra saves of last.pt (0: none)"),
+    ("--max-skips", WHOLE, 20, "non-finite updates that stop it (%(default)s)"),
+    ("--log-every", WHOLE, 100, "steps between log lines (%(default)s)"),
+    ("--save-every", COUNT, 0, "steps between extra saves of last.pt (0: none)"),
     ("--tensorboard", bool, False, "mirror the metrics (off)"),
     ("--debug", bool, False, "show the traceback of an error (off)"),
 ]
@@ -1357,10 +1451,9 @@ def parse_options(
     argv: list[str] | None,
     tasks: tuple[str, ...],
     *presets: Callable[[Namespace], dict],
-    free: set[str] = FREE_ON_RESUME,
 ) -> Namespace:
     """Options of a run. presets: functions of the options so far that give defaults of others, in turn.
-    With --resume those of its checkpoint: others than `free` and more epochs are refused."""
+    With --resume all those of its checkpoint; all but FREE_ON_RESUME and more epochs stay so."""
     argv = sys.argv[1:] if argv is None else argv
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
     for preset in presets:
@@ -1368,13 +1461,19 @@ def parse_options(
     resume = parser.parse_known_args(without_help)[0].resume
     if not resume:
         return parser.parse_args(argv)
-    saved = load_training(resume, tasks)["args"]
-    saved = {name: value for name, value in saved.items() if name not in free}
+    ckpt = load_training(resume, tasks)
+    saved = {
+        name: value for name, value in ckpt["args"].items() if name not in ("resume", "debug", "diagnose")
+    }
+    if (saved["max_steps"] or 0) <= ckpt["step"]:  # that was for then
+        del saved["max_steps"]
+    if saved["device"] not in DEVICES:
+        del saved["device"]
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     if args.amp == "auto":
         args.amp = saved["amp"]
-    fixed = saved.keys() - {"epochs", "steps"}
+    fixed = saved.keys() - FREE_ON_RESUME - {"epochs", "steps"}
     changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
         raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")
@@ -1390,7 +1489,7 @@ def set_up(device: str, seed: int) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)  # NCCL sends objects from the current device
     device = torch.device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: flags and objects
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # caches are made meanwhile
         atexit.register(dist.destroy_process_group)
     torch.manual_seed(seed + rank)
@@ -1413,6 +1512,14 @@ def from_main(value: object, world: int) -> object:
     if world > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_any(flag: bool, world: int) -> bool:
+    """Whether the flag is set on any process."""
+    count = torch.tensor(int(flag))
+    if world > 1:
+        dist.all_reduce(count)
+    return bool(count)
 
 
 def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
@@ -1514,7 +1621,7 @@ def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], b
 def quiet_worker(_: int) -> None:
     """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need
     its workers for one more step. A second SIGTERM, which torch sends to those that outlive it, ends one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    on_stop(signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -1545,30 +1652,35 @@ def worker_processes(loader: DataLoader) -> Iterator[None]:
 
 
 @contextmanager
-def Interrupt(enabled: bool) -> Iterator[list]:
-    """Ctrl-C and SIGTERM within the block: noted in a list, so that the step in progress ends first.
+def Interrupt() -> Iterator[list]:
+    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends first.
     Only the main thread can: in others nothing is caught."""
     came = []
     in_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if enabled and in_main else ()
-    before = {sign: signal.signal(sign, lambda *caught: came.append(caught)) for sign in signals}
+    before = {number: signal.getsignal(number) for number in STOPS} if in_main else {}
+    if in_main:
+        on_stop(lambda *caught: came.append(caught))
     try:
         yield came
     finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_folder(args: Namespace, name: str) -> Path:
-    """The folder of a resumed run, or a new one: a taken name gets a number, no run overwrites another."""
+    """The folder of a resumed run, or a new one, made here: a taken name gets a number, no run overwrites
+    another."""
     if args.resume:
         return Path(args.resume).parent
     first = folder = Path(args.out, args.name or name)
     taken = 1
-    while folder.exists():
-        taken += 1
-        folder = Path(f"{first}_{taken}")
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            taken += 1
+            folder = Path(f"{first}_{taken}")
 
 
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
@@ -1588,34 +1700,49 @@ def same_data(path: str, saved: dict, found: dict) -> None:
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
-    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
-    Processes beside the main one, whose states are not saved, go on from states of their own."""
+    """Weights, optimizer, scaler and this process's random state as saved; returns the averaged weights, if
+    there are some. A process that was not there goes on from a state of its own."""
     device = next(model.parameters()).device
+    states = [ckpt["rng"], *ckpt["rng"].get("others", [])]
     try:
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"] or {})
-        torch.set_rng_state(ckpt["rng"]["cpu"])
-        if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
+        if rank < len(states):
+            torch.set_rng_state(states[rank]["cpu"])
+            if device.type == "cuda" and states[rank]["cuda"] is not None:
+                torch.cuda.set_rng_state(states[rank]["cuda"], device)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path}: does not fit this run ({_one_line(error)})") from error
-    if rank:
-        torch.manual_seed(torch.initial_seed() + rank)
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
 
 
 class Run:
-    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone."""
+    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone, which holds a
+    lock on metrics.jsonl: one run, one writer. For a `with`."""
 
-    def __init__(self, folder: Path, args: Namespace, rank: int):
-        self.folder, self.args, self.main = folder, args, rank == 0
+    def __init__(self, args: Namespace, name: str, rank: int, world: int, resumed: dict | None):
+        self.args, self.main, self.world = args, rank == 0, world
         self.start = time.time()
         self.board = None
-        if self.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text(json.dumps(vars(args) | git_state(), indent=1))
-            self.board = tensorboard(folder) if args.tensorboard else None
+        folder = None
+        with ExitStack() as open_files:
+            if self.main:
+                folder = run_folder(args, name)
+                self.metrics = open_files.enter_context(locked(folder / "metrics.jsonl", wait=False))
+                if resumed:
+                    cut_metrics(self.metrics, resumed["step"])
+                text = json.dumps(vars(args) | git_state(), indent=1)
+                write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
+                self.board = tensorboard(folder) if args.tensorboard else None
+            self.open_files = open_files.pop_all()
+        self.folder = from_main(folder, world)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.open_files.close()
 
     def seconds(self) -> float:
         return time.time() - self.start
@@ -1629,8 +1756,12 @@ class Run:
         if not self.main:
             return
         record = {"step": step, "epoch": epoch, "time": round(self.seconds(), 2), **values}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(json_ready(record)) + "\n")
+        try:
+            self.metrics.write(f"{json.dumps(json_ready(record))}\n".encode())
+            self.metrics.flush()
+        except OSError as error:
+            told = f"make room, then go on with --resume {self.folder / 'last.pt'}"
+            raise DataError(f"{self.metrics.name}: not written ({error.strerror}); {told}") from error
         if self.board:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -1638,16 +1769,21 @@ class Run:
             self.board.flush()
 
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
-        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
-        if not self.main:
-            return
+        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data). All
+        processes take part: each has a random state."""
         device = next(model.parameters()).device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        states = [rng] * self.world
+        if self.world > 1:
+            dist.all_gather_object(states, rng)
+        if not self.main:
+            return
         made = {
             "task": task,
             "args": vars(self.args),
             "git_sha": git_state()["git_sha"],
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": rng | {"others": states[1:]},
             "model_args": model.model_args,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -1658,6 +1794,22 @@ class Run:
             made |= {"optimizer": None, "scaler": None, "rng": None}
             state |= {"ema": None, "scheduler": None}
         save_checkpoint(self.folder / name, state | made)
+
+
+def cut_metrics(file: BinaryIO, step: int) -> None:
+    """Cuts what a resumed run will log again, and a line that a crash cut short, off the end of the file."""
+    file.seek(0)
+    end = place = 0
+    for line in file:
+        place += len(line)
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                end = place
+        except (ValueError, LookupError, TypeError):
+            continue  # torn
+    if end < place:
+        file.truncate(end)
+        print(f"{file.name}: {place - end} bytes beyond step {step} cut off the end: they are logged again")
 
 
 def tensorboard(folder: Path):
@@ -1692,12 +1844,12 @@ def git_state() -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN on Windows)."""
+    """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN where that is not told)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:
         return math.nan
-    import resource
-
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

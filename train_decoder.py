@@ -14,15 +14,9 @@ DIR is the competition's folder, the public baseline's pickle, the '25 HDF5 file
 `python data.py decoder-convert` made of one of them. Scores and times: results/README.md.
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_decoder.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import copy
 import math
@@ -35,11 +29,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import ctc_greedy, decoder_scores, speech_logits, spell
 from models import (
     AMP_TYPES,
-    FREE_ON_RESUME,
     GRUDecoder,
     Interrupt,
     Run,
@@ -49,11 +42,11 @@ from models import (
     launch,
     load_training,
     main_first,
+    on_any,
     output_frames,
     parse_options,
     peak_memory,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -88,11 +81,6 @@ NETWORK = (
     "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps"
 ).split()
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
     "options": [  # those that matter first
@@ -159,7 +147,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def preset(known: argparse.Namespace) -> dict:
         return ({} if known.data else BUILT_IN) | PRESETS[known.preset]
 
-    return parse_options(p, argv, ("decoder",), preset, free=FREE_ON_RESUME | {"eval_every"})
+    return parse_options(p, argv, ("decoder",), preset)
 
 
 def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
@@ -260,7 +248,7 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable) ->
         root = args.data or data.synthetic_speech(args.cache)
         corpus = data.open_speech(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
-        say(f"left out: {line}")
+        say(f"left out: {data.printable(line)}")
     parts = data.speech_parts(corpus, args.valid)
     days = np.unique(corpus.day[parts["train"]])  # no others: their day layers would stay the identity
     kept = {}
@@ -338,17 +326,18 @@ def main(args: argparse.Namespace) -> dict:
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_h{args.hidden}_s{args.seed}"
     began = step
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
         run.save(file, "decoder", bare_model, optimizer, scaler, scheduler={"rate": rate}, **state)
 
     # ---- loop
+    stopped = False
     recent: deque[torch.Tensor] = deque(maxlen=200)  # losses, read when they are logged: a GPU need not wait
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
-    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
-        while step < last and not stop:
+    with run, Interrupt() as stop, bar, worker_processes(loader):
+        while step < last and not stopped:
             epoch = step // steps_per_epoch
             whole = data.length_batches(lengths, args.batch, args.seed, epoch, world)
             batches[:] = [indices[rank::world] for indices in whole[step % steps_per_epoch :]]
@@ -374,6 +363,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -408,18 +398,20 @@ def main(args: argparse.Namespace) -> dict:
                     say(
                         f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
                         f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
-                        f"{'  best so far' if is_best else ''}"
+                        f"{data.mark(summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or (args.save_every and step % args.save_every == 0):
+                elif stopped or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                if step == last or stop:
+                if step == last or stopped:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(
+            f"interrupted after step {step}; go on: python train_decoder.py --resume {run.folder / 'last.pt'}"
+        )
         raise KeyboardInterrupt
     if "valid_loss" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had an error rate; validation trials need labels")
@@ -435,7 +427,7 @@ def main(args: argparse.Namespace) -> dict:
 def summary(metrics: dict) -> str:
     """The validation metrics in a line."""
     return (
-        f"loss {metrics['valid_loss']:.4f}  PER {metrics['valid_per']:.4f} (without SIL "
+        f"loss {data.shown(metrics['valid_loss'])}  PER {metrics['valid_per']:.4f} (without SIL "
         f"{metrics['valid_per_without_sil']:.4f}, raw weights {metrics['valid_per_raw']:.4f})  "
         f"blank in {metrics['valid_blank_fraction']:.0%} of frames"
     )

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ import mido
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, two_ranks
 
 import data
 import eval as evaluation
@@ -23,10 +21,8 @@ import train_decoder
 import train_han
 from models import GRUDecoder, load_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 WRONG = ("--batch 0", "--dropout 3", "--ema 1", "--lr nan", "--seed -1", "--max-steps 0")
 LOG_KEYS = {"step", "epoch", "time", "loss", "lr", "norm", "skipped"}
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def quick_percepiano(folder):
@@ -228,12 +224,16 @@ def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
 @each_trainer
 def test_resume_takes_its_options_from_the_checkpoint(name, run):
     options, kept = CASES[name].kept
-    folder = run(name, options, "--max-steps 2 --name kept")["folder"]
+    folder = run(name, options, "--max-steps 2 --name kept --max-skips 3")["folder"]
     length = next(k for k in ("epochs", "steps") if k in kept)
     argv = f"{resume(folder)} --data elsewhere --max-steps 5 --{length} 9".split()
     args = vars(TRAINERS[name].parse_args(argv))
     expected = kept | {"data": "elsewhere", "max_steps": 5, length: 9}
     assert {k: args[k] for k in expected} == expected
+    saved, taken = last(folder)["args"], vars(TRAINERS[name].parse_args(resume(folder).split()))
+    changed = {"resume": f"{folder}/last.pt", "max_steps": None}  # the run ended at its --max-steps
+    assert taken == saved | changed
+    assert (taken["max_skips"], taken["log_every"], taken["device"]) == (3, 2, "cpu")
 
 
 @each_trainer
@@ -312,15 +312,14 @@ def test_learning_rate_is_a_pure_function_of_the_step(name, options, steps, expe
     assert [TRAINERS[name].lr_at(step, args, 110) for step in steps] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("fold", ["0", "all"])
-def test_han_diagnoses_and_stops(fold, run, capsys):
+def test_han_diagnoses_and_stops(run, capsys):
     """The reports of HAN.md: activations of the first batch, gradients by part of every step, of three."""
-    run("train_han", f"--diagnose --name look --fold {fold}")
+    run("train_han", "--diagnose --name look --fold all")
     said = capsys.readouterr().out
-    assert said.count('"activations"') == said.count('"gradients"') / 3 == (4 if fold == "all" else 1)
+    assert said.count('"activations"') == said.count('"gradients"') / 3 == 4
     for name in ("contractor", "context_vectors", "head_to_encoder", "flat_dimensions", "std_ratio", "input"):
         assert f'"{name}"' in said
-    assert ("four folds (SYNTHETIC)" in said) == (fold == "all")
+    assert "four folds (SYNTHETIC)" in said
 
 
 @each_trainer
@@ -465,24 +464,22 @@ def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, monkeypatch):
     assert sorted(read[:16]) == sorted(read[16:]) == list(range(16))
 
 
-def torchrun(name, corpus, out, *options, code=""):
-    """Run a trainer in two gloo processes; `code` runs first in each."""
-    imports = f"import os, sys, torch, numpy as np\nimport data, {name} as t\ntorch.set_num_threads(1)"
-    (out / "entry.py").write_text(f"{imports}\n{code}\nt.main(t.parse_args(sys.argv[1:]))")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv = [*launcher, str(out / "entry.py"), *command(name, corpus, out, *options)]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ONE_THREAD)
+def torchrun(name, corpus, out, *options):
+    """Run a trainer in two gloo processes, forked from this one."""
+    argv = command(name, corpus, out, *options)
+    started = two_ranks(out, f"{name}.py", lambda: TRAINERS[name].main(TRAINERS[name].parse_args(argv)))
+    assert [process.wait() for process in started] == [0, 0], started[0].said("stderr") + started[1].said(
+        "stderr"
+    )
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @each_trainer
 def test_two_processes_equal_one_on_the_joined_batch(name, run, corpus, tmp_path, monkeypatch):
     options = (CASES[name].plain, "--max-steps 4 --clip inf")
-    parts = f"data.{CASES[name].parts}"  # twelve items: no batch to fill up
-    code = f"whole = {parts}\n{parts} = lambda *a: (lambda p: p | {{'train': p['train'][:12]}})(whole(*a))"
-    done = torchrun(name, corpus, tmp_path, *options, "--batch 2 --name two", code=code)
-    assert done.returncode == 0, done.stderr[-2000:]
-    train_on(monkeypatch, name, 12)
+    train_on(monkeypatch, name, 12)  # twelve items: no batch to fill up
+    torchrun(name, corpus, tmp_path, *options, "--batch 2 --name two")
     one = last(run(name, *options, "--batch 4 --name one")["folder"])["model"]
     two = last(tmp_path / "two")["model"]
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5
@@ -502,17 +499,33 @@ def test_the_main_job_without_data_learns(name, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @each_trainer
-def test_nan_on_one_rank_neither_hangs_nor_diverges(name, corpus, tmp_path):
-    code = """
-clean, called = t.augment, []
-def augment(item, *a):
-    called.append(item)
-    spoil = os.environ["RANK"] == "1" and len(called) <= 4
-    return item | {"x": item["x"] * np.nan} if spoil else clean(item, *a)
-t.augment = augment"""
-    done = torchrun(name, corpus, tmp_path, "--batch 2 --name nan", code=code)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_three_and_three_steps_in_two_processes_equal_six(name, corpus, tmp_path):
+    """Dropout and noise are on: every process goes on from a random state of its own."""
+    torchrun(name, corpus, tmp_path, "--batch 2 --max-steps 6 --name six")
+    torchrun(name, corpus, tmp_path, "--batch 2 --max-steps 3 --name three")
+    torchrun(name, corpus, tmp_path, "--batch 2 --max-steps 6", resume(tmp_path / "three"))
+    six, three = last(tmp_path / "six"), last(tmp_path / "three")
+    assert six["step"] == three["step"] == 6
+    assert all(torch.equal(value, three["model"][key]) for key, value in six["model"].items())
+    assert torch.equal(six["rng"]["others"][0]["cpu"], three["rng"]["others"][0]["cpu"])
+    assert not torch.equal(six["rng"]["others"][0]["cpu"], six["rng"]["cpu"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@each_trainer
+def test_nan_on_one_rank_neither_hangs_nor_diverges(name, corpus, tmp_path, monkeypatch):
+    clean, called = TRAINERS[name].augment, []
+
+    def augment(item, *a):
+        called.append(item)
+        spoil = os.environ["RANK"] == "1" and len(called) <= 4
+        return item | {"x": item["x"] * np.nan} if spoil else clean(item, *a)
+
+    monkeypatch.setattr(TRAINERS[name], "augment", augment)
+    torchrun(name, corpus, tmp_path, "--batch 2 --name nan")
     ckpt, lines = last(tmp_path / "nan"), records(tmp_path / "nan")
     skips = [r for r in lines if "skip" in r]
     assert ckpt["skipped"]["bad"] == len(skips) > 0
