@@ -4731,9 +4731,10 @@ def synthetic_speech(cache: str | Path = "cache") -> Path:
 # ------------------------------------------------------------------------------------------------------------
 MIDI_KINDS = (".mid", ".midi")
 VELOCITY_LAYERS = 8  # tables a key, over the velocities 1..127; a note blends the two nearest
-# dB of full scale: root mean square of a key at velocity 64 as it starts. Whole MAESTRO files come to -21 dB,
-# PercePiano's segments to -27 (both on average), and 1 sample in 6000 meets the limiter
-TONE_LEVEL = -25.0
+# dB of full scale: root mean square of a key at velocity 64 as it starts; so a loud tenth of a second of
+# PercePiano comes to -31 dB, as with three public soundfonts
+TONE_LEVEL = -32.0
+NOISE_FLOOR = -75.0  # dB of full scale, of white noise: no recording is silent between its notes
 VELOCITY_STEP = 0.22  # dB of level a unit of velocity; brightness adds as much again
 INAUDIBLE = -96.0  # dB of full scale: below it a tone has ended
 LONGEST_TONE = 20.0  # s
@@ -4897,7 +4898,8 @@ def render(performance: Performance, sample_rate: int = 16000) -> np.ndarray:
             sound[held:] *= lines.ravel()[: len(sound) - held]
         out[start[i] : last] += sound
         end = max(end, last)
-    return _limit(out[:end])
+    noise = np.random.default_rng(end).standard_normal(end, np.float32)
+    return _limit(out[:end] + noise * np.float32(_gain(NOISE_FLOOR)))
 
 
 def _limit(waveform):
@@ -4933,17 +4935,21 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) 
 
 
 def _fluidsynth(midi, soundfont):
-    """The file through the `fluidsynth` program, without reverb and chorus: (samples,) float32, mono."""
+    """The file through the `fluidsynth` program, without reverb and chorus, to its last sound (it waits for
+    the end of the track, in PercePiano's files often 15 s later): (samples,) float32, mono."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
-        options = f"-n -i -q -R 0 -C 0 -g 1 -r {SAMPLE_RATE} -T raw -O float -F".split()
+        options = "-n -i -q -R 0 -C 0 -g 1 -o synth.dynamic-sample-loading=1".split()
+        options += f"-r {SAMPLE_RATE} -T raw -O float -F".split()
         command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
     if done.returncode or not sound.any() or b"failed to load" in done.stderr.lower():
         raise DataError(f"{midi}: no sound of fluidsynth with {soundfont}; expected a soundfont; try another")
-    return _limit(sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1))
+    sound = sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(1)
+    heard = np.flatnonzero(np.abs(sound) > _gain(INAUDIBLE))
+    return _limit(sound[: heard[-1] + 1])
 
 
 def _render_file(task):
@@ -4957,6 +4963,14 @@ def _render_file(task):
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Files of these endings (lower case) at any depth, sorted, hidden ones left out."""
     return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and path.is_file())
+
+
+def other_kinds(folder: Path, kinds: tuple[str, ...]) -> list[str]:
+    """A line on the files below a folder whose ending is none of these: how many of which kind."""
+    files = [path for path in folder.rglob("[!.]*") if path.is_file() and path.name != "SYNTHETIC"]
+    counts = Counter(path.suffix.lower() or "without ending" for path in files)
+    others = [f"{count} {kind}" for kind, count in sorted(counts.items()) if kind not in kinds]
+    return [f"{folder}: files of other kinds: {', '.join(others)}"] if others else []
 
 
 def render_folder(root, out=None, soundfont=None, workers=None, strict=False, quiet=False) -> dict:
@@ -4983,6 +4997,17 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
         raise DataError(failed[0])
     present = len(played) - len(tasks)
     return {"rendered": len(seconds), "present": present, "failed": failed, "seconds": sum(seconds.values())}
+
+
+def render_all(root, out=None, soundfonts=None, workers=None, strict=False) -> None:
+    """`render_folder` by the built-in piano or each soundfont, several into out/FONT each; prints reports."""
+    several = soundfonts and len(soundfonts) > 1
+    if several and not out:
+        raise DataError(f"{root}: several soundfonts; expected --out for a folder of each")
+    for font in soundfonts or [None]:
+        folder = Path(out) / Path(font).stem if several else out
+        print(f"{font or 'built-in piano'}, {folder or root}:")
+        report_render(render_folder(root, folder, font, workers, strict))
 
 
 def report_render(report: dict) -> None:
@@ -5066,8 +5091,69 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
     return (x - mean) / (2 * std)
 
 
+SOFT_FLOOR = 45.0  # dB under the loud level of a clip
+CANCELLED = 0.03  # of the loudest channel's power left in the mean: channels out of phase
+SHORTEST = 16  # frames of a recording that says something: one patch of AST
+SILENT = -70.0  # dB of full scale: a recording whose samples stay below holds nothing
+
+
+def front_end(energies: torch.Tensor, ends: bool = False) -> torch.Tensor:
+    """What statistics and networks see of log-mel energies (frames, 128): silent ends cut off (unless
+    `ends`), and a soft floor under the clip's own loud level (that of 1 frame in 20), which hides the noise
+    of a room or microphone, and the digital silence of a renderer, without a step."""
+    level = energies.amax(1)
+    floor = level.quantile(0.95) - SOFT_FLOOR / 10 * math.log(10)
+    sounding = (level > floor).nonzero().flatten().tolist()  # none: of values that are no numbers
+    if sounding and not ends and sounding[-1] - sounding[0] >= SHORTEST:
+        energies = energies[sounding[0] : sounding[-1] + 1]
+    return torch.logaddexp(energies, floor)
+
+
+ROOMS = 12  # that training copies know; the next one is that of RECORDED
+GAIN_RANGE = (-12.0, 6.0)  # dB
+HISS_RANGE = (-75.0, -40.0)  # dB of full scale
+RECORDED = "recorded"  # the copy that tries a model: -6 dB, hiss at -50, a room that none was trained in
+
+
+@functools.cache
+def room_response(number: int) -> np.ndarray:
+    """Impulse response of a synthetic room at 16 kHz, of energy 1: the direct sound, five early reflections
+    and a tail of noise that falls by 60 dB in 0.2 to 1.2 s, twice as fast in the treble."""
+    rng = np.random.default_rng(number)
+    lasts = 0.6 if number == ROOMS else 0.2 + number / (ROOMS - 1)
+    t = np.arange(int(lasts * SAMPLE_RATE)) / SAMPLE_RATE
+    dull = np.convolve(rng.standard_normal(len(t)), np.ones(8) / 3, "same")
+    tail = (dull + rng.standard_normal(len(t)) * 10 ** (-3 * t / lasts)) * 10 ** (-3 * t / lasts)
+    tail[: int(0.005 * SAMPLE_RATE)] = 0
+    early = (rng.uniform(0.002, 0.04, 5) * SAMPLE_RATE).astype(int)
+    tail[early] += rng.choice([-1, 1], 5) * tail.std() * 20
+    tail *= _gain(-rng.uniform(0, 10)) / np.sqrt((tail**2).sum())  # under the direct sound
+    tail[0] = 1
+    return (tail / np.sqrt((tail**2).sum())).astype(np.float32)
+
+
+def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bool = False) -> np.ndarray:
+    """The waveform (samples,) as another recording of it: in a room (half of the copies), at another level,
+    with white noise. recorded: as RECORDED says."""
+    from scipy.signal import oaconvolve
+
+    room, gain, hiss = ROOMS, -6.0, -50.0
+    if not recorded:
+        room, gain, hiss = int(rng.integers(2 * ROOMS)), rng.uniform(*GAIN_RANGE), rng.uniform(*HISS_RANGE)
+    if room < ROOMS or recorded:
+        waveform = oaconvolve(waveform, room_response(room))[: len(waveform)]
+    noise = rng.standard_normal(len(waveform), np.float32)
+    return _limit(waveform * np.float32(_gain(gain)) + noise * np.float32(_gain(hiss)))
+
+
 MOST_SAMPLES = 2**29  # of a sound file: two channels at 44.1 kHz for 100 minutes
-SOUND_KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+# fmt: off
+FFMPEG_KINDS = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".mov", ".mka", ".mkv")
+SOUND_KINDS = (
+    ".wav", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
+    ".caf", *FFMPEG_KINDS,
+)
+# fmt: on
 
 
 @contextlib.contextmanager
@@ -5076,7 +5162,7 @@ def _open_sound(path):
     try:
         if not Path(path).is_file():
             raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_sound_source(Path(path))) as file:
             if file.frames * file.channels > MOST_SAMPLES:
                 samples = f"{file.frames} samples of {file.channels} channels"
                 raise DataError(f"{path}: {samples}; expected at most {MOST_SAMPLES} in all; cut it in parts")
@@ -5085,15 +5171,45 @@ def _open_sound(path):
             yield file
     except soundfile.SoundFileError as error:
         said = getattr(error, "error_string", error)
-        raise DataError(f"{path}: {said} Expected a sound file: WAV, FLAC, OGG, MP3, AIFF") from error
+        advice = "expected sound, such as WAV, FLAC, OGG, MP3; convert the file to WAV"
+        raise DataError(f"{path}: {said} {advice}") from error
+
+
+def _sound_source(path):
+    """What soundfile opens: the file; decoded by `ffmpeg`; or a WAV stream whose length was never written."""
+    if path.suffix.lower() in FFMPEG_KINDS:
+        return io.BytesIO(_decode(path, path.stat().st_mtime_ns))
+    with path.open("rb") as file:
+        head = file.read(4096)
+    size = head.find(b"data") + 4
+    if head[:4] == b"RIFF" and size > 4 and head[size : size + 4] == bytes(4):
+        stream = path.read_bytes()
+        return io.BytesIO(stream[:size] + b"\xff" * 4 + stream[size + 4 :])
+    return path
+
+
+@functools.lru_cache(maxsize=1)
+def _decode(path, _):
+    """The sound of a file as the bytes of a WAV file, by the `ffmpeg` program."""
+    if not shutil.which("ffmpeg"):
+        raise DataError(f"{path}: read by the program ffmpeg, not installed; install it, or convert to WAV")
+    command = ["ffmpeg", "-v", "error", "-i", path.resolve(), "-f", "wav", "-c:a", "pcm_f32le", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
+        raise DataError(f"{path}: ffmpeg: {said}; expected a file with sound; convert it to WAV")
+    return done.stdout
 
 
 def _read_mono(file, count=-1):
-    """The next `count` samples as the mean over the channels, (n,) float32, integers scaled to [-1, 1)."""
-    x = file.read(count, dtype="float32", always_2d=True).mean(1)
+    """The next `count` samples (n,) float32, integers scaled to [-1, 1): the mean over the channels, or the
+    loudest one where they cancel each other; and whether they do."""
+    x = file.read(count, dtype="float32", always_2d=True)
     if not np.isfinite(x).all():
         raise DataError(f"{file.name}: samples that are NaN or infinite; write the file again")
-    return x
+    mono, power = x.mean(1), (x**2).sum(0, dtype=np.float64)
+    cancel = bool((mono**2).sum(dtype=np.float64) < CANCELLED * power.max())
+    return (x[:, power.argmax()] if cancel else mono), cancel
 
 
 def _ratio(rate):
@@ -5111,8 +5227,37 @@ def _resample(x, rate):
 
 def read_wav(path: str | Path) -> np.ndarray:
     """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged."""
+    return read_sound(path)[0]
+
+
+def read_sound(path: str | Path) -> tuple[np.ndarray, list[str]]:
+    """`read_wav`, and what is wrong with the sound, in words."""
     with _open_sound(path) as file:
-        return _resample(_read_mono(file), file.samplerate)
+        x, cancel = _read_mono(file)
+        x = _resample(x, file.samplerate)
+    said = ["channels cancel each other: the louder one is taken"] if cancel else []
+    return x, said + sound_remarks(x)
+
+
+def sound_remarks(x: np.ndarray) -> list[str]:
+    """Clipping, offset, silence and noise of a recording (samples,), in words; none for a clean one."""
+    remarks = []
+    clipped = np.mean(np.abs(x) >= 0.999 * max(np.abs(x).max(initial=0), 0.5))
+    if clipped > 1e-4:
+        remarks.append(f"{clipped:.2%} of the samples clipped")
+    if abs(x.mean()) > 0.01:
+        remarks.append(f"an offset of {x.mean():.3f} (removed)")
+    power = ((x - x.mean())[: len(x) // FRAME * FRAME].reshape(-1, FRAME) ** 2).mean(1)
+    level = 10 * np.log10(power + 1e-12)
+    silent = np.mean(level < SILENT)
+    if silent > 0.3:
+        remarks.append(f"{silent:.0%} of it silence")
+    loud, noise = np.quantile(level, [0.95, 0.05])
+    if loud < -45:
+        remarks.append(f"quiet: loud passages at {loud:.0f} dB of full scale")
+    if noise > loud - 25:
+        remarks.append(f"noise or room: never under {noise:.0f} dB, loud passages at {loud:.0f} dB")
+    return remarks
 
 
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
@@ -5124,7 +5269,7 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
         margin = 0 if up == down else 10 * max(up, down) // (up * down) + 2
         first = max(0, start // up - margin)
         file.seek(first * down)
-        x = _read_mono(file, (-(-stop // up) + margin - first) * down)
+        x, _ = _read_mono(file, (-(-stop // up) + margin - first) * down)
         x = _resample(x, file.samplerate)[start - first * up : stop - first * up]
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
@@ -5132,8 +5277,8 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-# in the name of every file: count up when `fbank`, `render` or `read_wav` change their results
-FBANK_FORMAT = 2
+# in the name of every file: count up when `fbank`, `front_end`, `render` or `read_wav` change their results
+FBANK_FORMAT = 3
 
 
 class StoredEnergies:
@@ -5184,7 +5329,8 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
     file: those of MAESTRO's table (sound under `audio`), PercePiano's renderings, or else all sound files."""
     root = Path(root)
     left_out = []
-    if audio or any(root.glob("maestro-v*.csv")):
+    table = audio or any(root.glob("maestro-v*.csv"))
+    if table:
         maestro = read_maestro(root, strict, audio)
         left_out += maestro.left_out
         wanted = [(r.name, r.part, r.audio) for r in maestro.recordings]
@@ -5199,6 +5345,8 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
     left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
     if strict and left_out:
         raise DataError(left_out[0])
+    if not table:
+        left_out += other_kinds(folder, (*SOUND_KINDS, *MIDI_KINDS))
     found = sorted(entry for entry in wanted if entry[2].is_file())
     if not found:
         raise DataError(f"{root}: no sound file; name another folder, or {hint}")
@@ -5228,13 +5376,45 @@ def _make_store(kind, root, found, frames, left_out):
     return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
 
 
-def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None) -> FbankStore:
+class Version(NamedTuple):
+    """How an item sounds: played `tempo` times as fast and transposed, by a soundfont (a file; None: the
+    built-in piano), and recorded anew (`change_waveform`): copy 1, 2, ... or RECORDED; 0: as it is."""
+
+    tempo: float = 1.0
+    semitones: int = 0
+    soundfont: str | None = None
+    copy: int | str = 0
+
+    def name(self, item: str) -> str:
+        """NAME itself, or e.g. NAME@1.05-2, NAME@FluidR3_GM@copy1, NAME@recorded."""
+        if (self.tempo, self.semitones) != (1, 0):
+            item += f"@{self.tempo:g}{self.semitones:+d}"
+        if self.soundfont:
+            item += f"@{Path(self.soundfont).stem}"
+        if self.copy:
+            item += f"@{RECORDED}" if self.copy == RECORDED else f"@copy{self.copy}"
+        return item
+
+
+AS_PLAYED = Version()
+
+
+def heard_versions(copies: int, soundfonts: list[str]) -> list[Version]:
+    """How an item sounds in training: by the built-in piano and each soundfont, and in so many copies."""
+    return [Version(soundfont=f, copy=copy) for f in [None, *soundfonts] for copy in range(copies + 1)]
+
+
+def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, copies=0) -> FbankStore:
     """Log-mel energies of all recordings of a folder (`audio_files`), `out`/NAME.npy, made again where the
-    recording is newer, and an index. Unreadable ones are left out and listed; `strict` raises instead."""
+    recording is newer, and an index; of each recording `copies` that sound as recorded elsewhere. Unreadable
+    ones are left out and listed; `strict` raises instead."""
     out = Path(out)
     found, left_out = audio_files(root, strict, audio)
-    errors = _store_missing(out, [(name, path, 1.0, 0) for name, _, path in found], workers, quiet, strict)
-    split = {name: split for name, split, _ in found if name not in errors}
+    versions = [Version(copy=copy) for copy in range(copies + 1)]
+    jobs = [(version.name(name), path, version) for version in versions for name, _, path in found]
+    errors = _store_missing(out, jobs, workers, quiet, strict)
+    split_of = {name: split for name, split, _ in found}
+    split = {name: split_of[name.partition("@copy")[0]] for name, *_ in jobs if name not in errors}
     index = {"split": split, "left_out": left_out + [*errors.values()]}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
@@ -5264,28 +5444,46 @@ def _open_energies(folder, splits, left_out, root=None):
 
 
 def _store_missing(folder, jobs, workers, quiet, strict=False):
-    """Write missing or outdated folder/NAME.npy of (name, source, tempo, semitones); errors by name."""
-    todo = []
+    """Write missing or outdated folder/NAME.npy of (name, source, version); errors by name. What differs in
+    the copy alone is played once."""
+    todo: dict[tuple, list] = {}
     remove_leftovers(Path(folder).rglob(".*"))
-    for name, source, *change in jobs:
+    for name, source, version in jobs:
         target = _energies_file(folder, name)
         if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
-            todo.append((name, target, source, *change))
-    _, errors = _run_all(_store_energies, todo, workers, "energies", quiet, strict)
-    return {name: error for (name, *_), error in errors.items()}
+            played = source, version._replace(copy=0)
+            todo.setdefault(played, []).append((name, target, version.copy))
+    tasks = [(*played, tuple(copies)) for played, copies in todo.items()]
+    _, errors = _run_all(_store_energies, tasks, workers, "energies", quiet, strict)
+    return {name: error for (*_, copies), error in errors.items() for name, *_ in copies}
 
 
-def _store_energies(job):
-    """Write the energies of a sound file, or of a MIDI file played and changed."""
-    _, target, source, *change = job
-    if source.suffix.lower() in MIDI_KINDS:
-        waveform = render(transform_performance(read_midi(source), *change))
-    else:
+def _store_energies(task):
+    """Write the energies of a sound file, or of a MIDI file played, as (name, target, copy) say."""
+    source, version, copies = task
+    if source.suffix.lower() not in MIDI_KINDS:
         waveform = read_wav(source)
-    energies = fbank(torch.from_numpy(waveform)).half().numpy()
-    if not len(energies):
-        raise DataError(f"{source}: no notes; expected a performance; leave it out")
-    write_atomic(target, lambda file: np.save(file, energies))
+    elif version.soundfont:
+        waveform = _fluidsynth(source, version.soundfont)
+    else:
+        waveform = render(transform_performance(read_midi(source), version.tempo, version.semitones))
+    for _, target, copy in copies:
+        heard = waveform
+        if copy:
+            rng = np.random.default_rng(zlib.crc32(target.name.encode()))
+            heard = change_waveform(waveform, rng, copy == RECORDED)
+        energies = heard_energies(heard, source).half().numpy()
+        write_atomic(target, functools.partial(np.save, arr=energies))
+
+
+def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
+    """`front_end` of the log-mel energies of a recording; refuses silence."""
+    loudest = np.abs(waveform).max(initial=0)
+    if fbank_frames(len(waveform)) < SHORTEST or loudest < _gain(SILENT):
+        seconds = len(waveform) / SAMPLE_RATE
+        found = f"{seconds:.3f} s, loudest sample {20 * np.log10(loudest + 1e-10):.0f} dB of full scale"
+        raise DataError(f"{path}: {found}; expected 0.18 s or more, above {SILENT:.0f} dB; leave it out")
+    return front_end(fbank(torch.from_numpy(waveform)))
 
 
 def _run_all(function, tasks, workers, label, quiet, strict=False):
@@ -5555,31 +5753,55 @@ def label_groups() -> list[list[int]]:
     return [[LABELS.index(name) for name in names] for names in LABEL_GROUPS.values()]
 
 
-def variant_name(name: str, tempo: float, semitones: int) -> str:
-    """NAME itself, or, `tempo` times as fast and transposed, e.g. NAME@1.05-2."""
-    return name if (tempo, semitones) == (1, 0) else f"{name}@{tempo:g}{semitones:+d}"
+def percepiano_audio(
+    root, cache="cache", audio=None, versions=(), workers=None, quiet=False, base=AS_PLAYED
+) -> FbankStore:
+    """Log-mel energies of all performances of PercePiano (its folder), rendered, or of NAME.wav in the
+    folder or folders `audio`, kept under `cache` as in `build_fbank`: NAME, in the second folder NAME@2, and
+    each in these versions too (`Version.name`). base: how NAME itself sounds. DataError: no recording, or
+    other pianos for `audio`."""
+    versions = list(dict.fromkeys([base, *versions]))
+    if audio and any(version != Version(copy=version.copy) for version in versions):
+        raise DataError(f"{audio}: recordings; expected no --variants and --soundfonts with them")
+    played = _performance_files(Path(root))[0]
+    stores = []
+    for folder in audio_folders(audio):
+        files, left_out = played, []
+        if folder:
+            found = {name: path for name, _, path in audio_files(folder)[0]}
+            files = {name: found[name] for name in played if name in found}
+            left_out = [f"{folder}/{name}.wav: missing; not used" for name in sorted({*played} - {*found})]
+        if not files:
+            raise DataError(f"{folder}: expected recordings named as the performances in {root}")
+        key = hashlib.sha1(str(Path(folder or root).resolve()).encode()).hexdigest()[:16]
+        stored = Path(cache) / f"percepiano-audio-{key}"
+        jobs = [(version.name(name), files[name], version) for version in versions for name in files]
+        errors = _store_missing(stored, jobs, workers, quiet)
+        made = {name: "" for name, *_ in jobs if name not in errors}
+        stores.append(_open_energies(stored, made, left_out + sorted({*errors.values()}), root))
+    joined = join_stores(stores)
+    suffix = base.name("")
+    joined.names = [name.removesuffix(suffix) for name in joined.names]
+    return joined
 
 
-def percepiano_audio(root, cache="cache", audio=None, variants=(), workers=None, quiet=False) -> FbankStore:
-    """Log-mel energies of all performances of PercePiano (its folder), rendered, or of `audio`/NAME.wav, kept
-    under `cache` as in `build_fbank`. variants: (tempo factor, semitones) by which every performance is
-    played once more (`variant_name`). DataError: no recording, or variants of `audio`."""
-    variants = [(1.0, 0), *variants]
-    files = _performance_files(Path(root))[0]
-    left_out = []
-    if audio:
-        found = {name: path for name, _, path in audio_files(audio)[0]}
-        left_out = [f"{audio}/{name}.wav: missing; not used" for name in sorted(files.keys() - found.keys())]
-        files = {name: found[name] for name in files if name in found}
-        if len(variants) > 1 or not files:
-            raise DataError(f"{audio}: expected recordings named as in {root}, and --variants 0 with them")
-    source = Path(audio or root).resolve()
-    key = hashlib.sha1(str(source).encode()).hexdigest()[:16]
-    folder = Path(cache) / f"percepiano-audio-{key}"
-    jobs = [(variant_name(name, *change), files[name], *change) for change in variants for name in files]
-    errors = _store_missing(folder, jobs, workers, quiet)
-    made = {name: "" for name, *_ in jobs if name not in errors}
-    return _open_energies(folder, made, left_out + sorted({*errors.values()}), root)
+def audio_folders(audio) -> list:
+    """--audio as a list: one folder or several; [None] without."""
+    return [audio] if audio is None or isinstance(audio, (str, Path)) else list(audio)
+
+
+def join_stores(stores: list[FbankStore]) -> FbankStore:
+    """Several renderings or recordings of the same items in one: NAME of the first, NAME@2 of the second."""
+    joined = stores[0]
+    for number, store in enumerate(stores[1:], 2):
+        for name in store.names:
+            item, at, version = name.partition("@")
+            joined.names.append(f"{item}@{number}{at}{version}")
+        joined.split += store.split
+        joined.left_out += store.left_out
+        joined.files += store.files
+        joined.frames = np.concatenate([joined.frames, store.frames])
+    return joined
 
 
 def prepare_ast(corpus: Corpus, store: FbankStore, names: Iterable[str], info: dict) -> list[dict]:
@@ -5610,17 +5832,28 @@ def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> 
 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
-    """Joins crops into one batch: x (B, T, 128) float32 normalised by info's mean and std, padded with
-    silence · lengths (B,) int64 frames · names · y (B, 19) standardised and weight (B, 19) if the items have
-    them. items: fbank (frames, 128), name, ..."""
-    x, lengths = pad_fbank([item["fbank"] for item in items])
-    x = normalise_fbank(x, info["mean"], info["std"])
+    """Joins clips into one batch: x (B, T, 128) float16 as stored, padded with silence, or (B, K, T, 128) of
+    items of K crops · lengths (B,) or (B, K) int64 frames · names · y (B, 19) standardised and weight (B, 19)
+    if the items have them. items: fbank (frames, 128) or (K, frames, 128), name, ... For `on_device`."""
+    crops = [item["fbank"].reshape(-1, *item["fbank"].shape[-2:]) for item in items]
+    x, lengths = pad_fbank([crop for each in crops for crop in each])
+    x = x.half()
+    if items[0]["fbank"].ndim == 3:
+        x, lengths = x.unflatten(0, (len(items), -1)), lengths.unflatten(0, (len(items), -1))
     batch = {"x": x, "lengths": lengths, "names": [item["name"] for item in items]}
     for key in items[0].keys() & {"y", "weight"}:
         batch[key] = torch.as_tensor(np.stack([item[key] for item in items]))
     if "y" in batch:
         batch["y"] = (batch["y"] - torch.tensor(info["target_mean"])) / torch.tensor(info["target_std"])
     return batch
+
+
+def on_device(batch: dict, info: dict, device: torch.device) -> dict:
+    """A batch of `collate_ast` on its device, but for the lengths, x normalised there by info's mean and
+    std."""
+    names = batch.keys() & {"x", "y", "weight"}
+    moved = {name: batch[name].to(device, non_blocking=True) for name in names}
+    return batch | moved | {"x": normalise_fbank(moved["x"].float(), info["mean"], info["std"])}
 
 
 def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -5634,9 +5867,9 @@ def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor,
 
 def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
     """Numbers of the recordings that train and validate: MAESTRO's own splits; without `validation` 15 %
-    validate, in ascending sha1 of the name; of PercePiano's names whole segments."""
-    train = [i for i, split in enumerate(store.split) if split in ("train", "")]
-    valid = [i for i, split in enumerate(store.split) if split == "validation"]
+    validate, in ascending sha1 of the name; of PercePiano's names whole segments. Versions follow theirs."""
+    train = [i for i in versions_of(store) if store.split[i] in ("train", "")]
+    valid = [i for i in versions_of(store) if store.split[i] == "validation"]
     if not valid:
         names = [store.names[i] for i in train]
         groups = _group(names, lambda name: segment_of(name) if _NAME.fullmatch(name) else name)
@@ -5657,14 +5890,24 @@ def crop_start(frames: int, length: int, *key: int) -> int:
     return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
 
 
+def versions_of(store: FbankStore) -> dict[int, list[int]]:
+    """The numbers of all versions (NAME, NAME@...) of each recording, by the number of NAME."""
+    number = {name: i for i, name in enumerate(store.names)}
+    versions: dict[int, list[int]] = {}
+    for i, name in enumerate(store.names):
+        versions.setdefault(number.get(name.partition("@")[0], i), []).append(i)
+    return versions
+
+
 class Crops(torch.utils.data.Dataset):
     """Random crops of recordings, of each as many an epoch as it has lengths of `frames`, by (epoch, number):
-    the same after a resume. Of an AudioStore the waveform changes first: by up to `gain` dB, and by white
-    noise of an SD up to `hiss` of full scale."""
+    the same after a resume. `vary`: each of any version of its recording; an AudioStore's waveform changes
+    first (`change_waveform`)."""
 
-    def __init__(self, store, recordings: list[int], frames: int, seed: int, gain=0.0, hiss=0.0):
+    def __init__(self, store, recordings: list[int], frames: int, seed: int, vary: bool = False):
         counts = np.rint(store.frames[recordings] / frames).astype(int).clip(min=1)
-        self.store, self.frames, self.seed, self.gain, self.hiss = store, frames, seed, gain, hiss
+        self.store, self.frames, self.seed, self.vary = store, frames, seed, vary
+        self.versions = versions_of(store)
         self.recordings = np.repeat(recordings, counts)
         self.lengths = np.minimum(store.frames[self.recordings], frames).tolist()
 
@@ -5673,19 +5916,16 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         i = int(self.recordings[key[1]])
+        rng = np.random.default_rng((self.seed, *key, 1))
+        if self.vary:
+            i = int(rng.choice(self.versions[i]))
         start = crop_start(int(self.store.frames[i]), self.frames, self.seed, *key)
         x = self.store.get(i, start, start + self.lengths[key[1]])
         if x.dtype == np.int16:
-            x = self.changed_fbank(x, np.random.default_rng((self.seed, *key, 1)))
+            wave = x / np.float32(32768)
+            x = fbank(torch.from_numpy(change_waveform(wave, rng) if self.vary else wave))
+            x = front_end(x, ends=True).numpy()
         return {"name": f"{self.store.names[i]}@{start / 100:.2f}s", "fbank": x}
-
-    def changed_fbank(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Log-mel energies of int16 samples at another level, with noise."""
-        loudness = np.float32(10 ** (rng.uniform(-self.gain, self.gain) / 20))
-        hiss = np.float32(rng.uniform(0, self.hiss))
-        noise = rng.standard_normal(len(samples), np.float32)
-        wave = samples / np.float32(32768) * loudness + noise * hiss
-        return fbank(torch.from_numpy(wave.clip(-1, 1))).numpy()
 
 
 def spread_crops(crops: torch.utils.data.Dataset, most: int) -> list[dict]:
@@ -5703,19 +5943,21 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
         parts = without_percepiano(store, parts, args, quiet, say)
     for line in store.left_out:
         say(f"left out: {line}")
-    train = Crops(store, parts["train"], args.frames, args.seed, args.gain, args.hiss)
+    train = Crops(store, parts["train"], args.frames, args.seed, vary=True)
     fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
     info = {
         "task": "pretrain",
         "synthetic": store.synthetic,
         "frames": args.frames,
         "audio": "wav",
+        "fbank": FBANK_FORMAT,
         "exclude_overlap": bool(args.exclude_overlap),
         "recordings": fingerprint(store.names, store.frames),
     }
     info |= norm or fit_fbank(train, args.audioset_norm)
-    starts = range(0, len(fixed), args.micro_batch)
-    batches = [collate_ast(fixed[start : start + args.micro_batch], info) for start in starts]
+    batches = []
+    for start in range(0, len(fixed), 16):
+        batches.append(on_device(collate_ast(fixed[start : start + 16], info), info, torch.device("cpu")))
     kind = " (SYNTHETIC)" if store.synthetic else ""
     counts = ", ".join(f"{len(members)} {part}" for part, members in parts.items())
     say(f"{store.root}{kind}: {counts}, {store.frames.sum() / 360_000:.2f} h; {len(train)} crops an epoch")
@@ -5730,18 +5972,22 @@ def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
         root = root.with_name(f"{root.name}-audio")
         render_folder(midi, root, quiet=quiet)
         (root / "SYNTHETIC").touch()
-    if args.online:
-        return open_audio(root, args.strict, args.audio)
-    if (root / "index.json").is_file():
+    if (root / "index.json").is_file() and not args.online:
         return open_fbank(root)
-    audio = args.audio and Path(args.audio).resolve()
-    key = hashlib.sha1(f"{root.resolve()} {audio}".encode()).hexdigest()[:16]
-    return build_fbank(root, Path(args.cache) / f"fbank-{key}", None, args.strict, quiet, args.audio)
+    stores = []
+    for audio in audio_folders(args.audio):
+        if args.online:
+            stores.append(open_audio(root, args.strict, audio))
+            continue
+        key = hashlib.sha1(f"{root.resolve()} {audio and Path(audio).resolve()}".encode()).hexdigest()[:16]
+        folder = Path(args.cache) / f"fbank-{key}"
+        stores.append(build_fbank(root, folder, None, args.strict, quiet, audio, args.copies))
+    return join_stores(stores)
 
 
 def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> dict[str, list[int]]:
     """The parts without recordings of music that the performances of --exclude-overlap play."""
-    maestro = read_maestro(args.data or store.root, args.strict, args.audio)
+    maestro = read_maestro(args.data or store.root, args.strict, audio_folders(args.audio)[0])
     found = maestro_overlaps(maestro, args.exclude_overlap, pieces=True, cache=args.cache, quiet=quiet)
     for line in maestro.unchecked:
         say(f"not compared: {line}")
@@ -5929,7 +6175,6 @@ OPTIONS = {  # as the rows of `add_options`
     "--url": (str, None, "another address of the same archive (GitHub's)"),
     "--audio": (str, None, "MAESTRO: folder of <year>/*.wav, of `render --out` (beside the MIDI files)"),
     "--percepiano": (str, None, "PercePiano's folder: list the recordings that hold its music (off)"),
-    "--soundfont": (str, None, "FILE.sf2: play through the fluidsynth program (off: the built-in piano)"),
     "--dtype": (["float32", "float16"], "float32", "of the features (%(default)s)"),
     "--channels": (WHOLE, None, "channels (default: 256; 512 for HDF5)"),
     "--sessions": (str, None, "FILE.json of a pickle's days: {part: [names]} (off: day00, day01, ...)"),
@@ -5971,8 +6216,8 @@ COMMANDS = {  # name: what it does; required options; others; what is called
         "--data", "--audio --percepiano --cache --strict --workers",
         lambda a: report_maestro(read_maestro(a.data, a.strict, a.audio), a.percepiano, a.cache, a.workers)),
     "render": (
-        "write the missing .wav of every MIDI file", "--midi-root", "--out --soundfont --strict --workers",
-        lambda a: report_render(render_folder(a.midi_root, a.out, a.soundfont, a.workers, a.strict))),
+        "write the missing .wav of every MIDI file", "--midi-root", "--out --strict --workers",
+        lambda a: render_all(a.midi_root, a.out, a.soundfont, a.workers, a.strict)),
     "fbank": (
         "compute log-mel energies of all sound files once", "--data --out", "--audio --strict --workers",
         lambda a: report_fbank(build_fbank(a.data, a.out, a.workers, a.strict, audio=a.audio))),
@@ -5994,6 +6239,9 @@ def main(argv: list[str] | None = None) -> None:
         for title, names in (("required", required), ("others", f"{others} --debug")):
             rows = [(option, *OPTIONS[option]) for option in names.split()]
             add_options(command, {title: rows}, required=title == "required")
+        if name == "render":
+            about = "play through fluidsynth; several: into OUT/FONT each (off: the built-in piano)"
+            command.add_argument("--soundfont", nargs="+", metavar="FILE.sf2", help=about)
     args = parser.parse_args(argv)
     args.call(args)
 

@@ -17,21 +17,29 @@ renderings (players `Score`, `Score2`). Without --data the built-in synthetic co
 """
 
 from data import (  # first: while torch loads, Ctrl-C is one line
+    AS_PLAYED,
     BIN,
+    FBANK_FORMAT,
+    FBANK_MEAN,
+    FBANK_STD,
     FEATURE_SETS,
     FEATURES,
     HOP,
     LABELS,
     MELS,
+    MIDI_KINDS,
     MISALIGNED,
     PHONEMES,
+    RECORDED,
     SAMPLE_RATE,
+    SOUND_KINDS,
     SPLITS,
     Corpus,
     DataError,
     FbankStore,
     Reading,
     SpeechCorpus,
+    Version,
     all_statistics,
     bars_named,
     clean_sentence,
@@ -40,18 +48,20 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     column_names,
     cut_bars,
     describe_performance,
-    fbank,
-    fbank_frames,
     fit_normalisation,
+    fit_targets,
     follow,
     frames_needed,
     han_info,
+    heard_energies,
+    heard_versions,
     load_percepiano,
     map_days,
     normalise_fbank,
     number,
     open_speech,
     ordinary,
+    other_kinds,
     pad_fbank,
     parse_name,
     passages,
@@ -69,7 +79,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     read_midi,
     read_musicxml,
     read_ratings,
-    read_wav,
+    read_sound,
     render,
     repair_lines,
     run_script,
@@ -125,11 +135,12 @@ from models import (
     HAN,
     PATCH,
     Block,
-    ClipStatistics,
+    ClipKernel,
     ContextAttention,
     GRUDecoder,
     KernelRidge,
     cluster_mask,
+    crop_starts,
     git_state,
     group_softmax,
     json_ready,
@@ -139,7 +150,7 @@ from models import (
 )
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
-AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
+AUDIO_TASKS = ("ast", "cnn", "mlp", "clip_kernel")  # that rate sound
 MAX_NOTES = 420  # of a PercePiano performance
 NORMAL_80 = 1.2816  # standard deviations on either side that hold 80 % of a normal distribution
 
@@ -454,8 +465,10 @@ def _finish(records, corpus, args, about, models=()):
     if about["task"] == "han":
         figures["humans"] = _measure_humans(records, truth, corpus.root)
     if args.out:
-        valid = figures["metrics"]["valid"]["all"]["mean"]["r2"]
-        save_ensemble(args.out, models, {"error80": figures["humans"]["valid"]["error80"], "valid_r2": valid})
+        known = {"valid_r2": figures["metrics"]["valid"]["all"]["mean"]["r2"]}
+        if about["task"] == "han":
+            known["error80"] = figures["humans"]["valid"]["error80"]
+        save_ensemble(args.out, models, known)
     unrated = {name for record in records for name in record["names"]} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
     about["synthetic"] = corpus.synthetic
@@ -515,7 +528,8 @@ def _check_alike(loaded):
     else:
         keys += ["split", "keep_overlap", "labels"]
     if task in AUDIO_TASKS:
-        keys.append("audio")
+        keys += ["audio", "fbank"]
+        expected["fbank"] = FBANK_FORMAT
     for path, model, ckpt in loaded:
         known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
@@ -556,10 +570,11 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     foreign = args.audio if task == "decoder" else args.day or args.logits or wants_words(args)
+    foreign = foreign or (args.rate and task not in AUDIO_TASKS)
     if args.out and (kind_of(task) != "han" or args.part != "valid"):
         raise DataError(f"--out: of models of task han, on part valid; {args.ckpt[0]}: {task}")
     if foreign:
-        told = "--audio is of ratings; --day, --logits and those of words of decoders; leave them out"
+        told = "--audio, --rate are of sound; --day, --logits and those of words of decoders; leave them out"
         raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
@@ -569,6 +584,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     records, corpus, data = _rate_parts(args, loaded, parts)
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
+    about |= {"rate": args.rate} if args.rate else {}
     return _finish(records, corpus, args, about, [member[1:] for member in loaded])
 
 
@@ -606,7 +622,7 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
     """Predictions of models of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
     records: list[dict] = []
     _, first = next(iter(folds.values()))[0]
-    store = audio_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
+    store = rated_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
         data, options = members[0][1]["data"], members[0][1]["args"]
         misaligned = options.get("keep_misaligned", False)
@@ -649,40 +665,45 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
-    add("--model", choices=REGRESSIONS, help="han: any (forest); ast: forest or ridge (ridge)")
+    add("--model", choices=REGRESSIONS, help="regression (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
     add = parser.more.add_argument
-    add("--audio", metavar="DIR", help=AUDIO_HELP)
+    add("--audio", nargs="+", metavar="DIR", help=AUDIO_HELP)
+    add("--rate", metavar="HOW", help=RATE_HELP)
+    add("--copies", type=number(int, 0), default=0, help="ast: training copies, as recorded elsewhere (0)")
+    add("--soundfonts", nargs="+", default=[], metavar="FILE", help="ast: pianos that train too (off)")
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
-    foreign = foreign or (args.task == "ast" and args.model == "kernel")
-    if foreign or (args.out and args.model != "kernel"):
-        told = "--features and --model kernel are of --task han, --audio and --probe of ast, --out of kernel"
-        raise DataError(f"{told}; leave them out")
+    of_sound = args.audio or args.rate or args.copies or args.soundfonts or args.probe
+    if (of_sound if args.task == "han" else args.features != "full") or (args.out and args.model != "kernel"):
+        told = "--features is of --task han; --audio, --rate, --copies, --soundfonts, --probe of ast"
+        raise DataError(f"{told}; --out of kernel; leave them out")
     corpus = _load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
     about |= {"seeds": [7], "model": kind}
-    about |= (
-        {"features": args.features}
-        if args.task == "han"
-        else {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
-    )
-    clips = _clip_statistics(corpus, args) if args.task == "ast" else None
+    clips = None
+    if args.task == "han":
+        about["features"] = args.features
+    else:
+        about["audio"] = "wav" if args.audio else "rendered"
+        about |= {key: getattr(args, key) for key in ("rate", "copies", "soundfonts", "probe")}
+        clips = Clips(corpus, args)
     records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         if clips:
-            names_of = {part: [n for n in names if n in clips] for part, names in names_of.items()}
-        if kind == "kernel":
+            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
+            rate, fitted = clips.fit(kind, names_of["train"], fold)
+            kernels += fitted
+        elif kind == "kernel":
             kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
             rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
         else:
-            rate = _fit_regression(kind, corpus, names_of["train"], clips, args.features)
+            rate = _fit_regression(kind, corpus, names_of["train"], args.features)
         for part in ("valid", "test"):
             names = names_of[part]
             p = rate(names=names) if names else np.zeros((0, len(LABELS)))
@@ -699,28 +720,80 @@ def _fit_kernel(corpus, train, args, fold):
     return KernelRidge.fit(stats, y), made
 
 
-def _fit_regression(kind, corpus, train, clips, features):
-    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes or clips alone."""
-    info = None if clips else fit_normalisation(corpus, train, features) | {"statistics": []}
-
-    def statistics(names):
-        return np.stack([clips[name] for name in names]) if clips else all_statistics(corpus, names, info)
-
+def _fit_regression(kind, corpus, train, features):
+    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes alone."""
+    info = fit_normalisation(corpus, train, features) | {"statistics": []}
     model = _regression(kind, list(map(segment_of, train)))
-    model.fit(statistics(train), [corpus.items[name]["y"] for name in train])
-    return lambda names: model.predict(statistics(names)).clip(0, 1)
+    model.fit(all_statistics(corpus, train, info), [corpus.items[name]["y"] for name in train])
+    return lambda names: model.predict(all_statistics(corpus, names, info)).clip(0, 1)
 
 
-def _clip_statistics(corpus, args):
-    """Of each recording's log-mel energies; with --probe also those of a pre-trained AST's tokens."""
-    store = audio_store(corpus, args)
-    tokens = frozen_tokens(args.probe, store, args.device) if args.probe else {}
-    of_clip, statistics = ClipStatistics(), {}
-    for i, name in enumerate(store.names):
-        energies = torch.as_tensor(np.asarray(store.get(i), np.float32))
-        row = of_clip.values(energies[None])[0].double().numpy()
-        statistics[name] = np.append(row, tokens.get(name, []))
-    return statistics
+class Clips:
+    """Descriptions (`ClipKernel.describe`) of all versions that train, and of what is rated: rows by name."""
+
+    def __init__(self, corpus: Corpus, args):
+        self.corpus, self.args = corpus, args
+        self.info = {"mean": FBANK_MEAN, "std": FBANK_STD}
+        self.model = ClipKernel(1)
+        if args.probe:
+            encoder, ckpt = load_checkpoint(args.probe)
+            if not isinstance(encoder, AST) or encoder.model_args["num_outputs"] is not None:
+                found = f"{args.probe}: of task {ckpt['task']!r}"
+                raise DataError(f"{found}; expected a pre-training, which knows no rating")
+            self.model = ClipKernel(1, encoder=encoder.model_args)
+            self.model.encoder.load_state_dict(encoder.state_dict())
+            self.info = {key: ckpt["data"][key] for key in ("mean", "std")}
+        self.model = self.model.to(args.device).eval()
+        self.train = self.rated = self._rows(audio_store(corpus, args))
+        if args.rate:
+            self.rated = self._rows(rated_store(corpus, args))
+
+    def _rows(self, store):
+        rows = {}
+        for i, name in enumerate(tqdm(store.names, desc="statistics", unit="file", disable=None)):
+            (x,) = crop_batches(store.item(i), self.info, WHOLE_CLIP, 1)
+            rows[name] = self.model.describe(x.to(self.args.device))[0].cpu()
+        return rows
+
+    def fit(self, kind: str, names: list[str], fold: int) -> tuple:
+        """A function names -> ratings, of a regression on all versions of these names; and a kernel with its
+        checkpoint, in a list."""
+        y = {name: self.corpus.items[name]["y"] for name in names}
+        heard = [name for name in self.train if name.partition("@")[0] in y]
+        described = torch.stack([self.train[name] for name in heard])
+        items = [name.partition("@")[0] for name in heard]
+        ratings = torch.from_numpy(np.stack([y[item] for item in items]))
+        if kind != "kernel":
+            model = _regression(kind, list(map(segment_of, items)))
+            model.fit(described.double().numpy(), ratings.numpy())
+            return lambda names: model.predict(self._table(names).double().numpy()).clip(0, 1), []
+        model = ClipKernel(len(heard), encoder=self.model.model_args["encoder"])
+        if model.encoder is not None:
+            model.encoder.load_state_dict(self.model.encoder.state_dict())
+        number = {name: i for i, name in enumerate(y)}
+        model.fit(described, ratings, torch.tensor([number[item] for item in items]))
+        made = {"task": "clip_kernel", "args": {"seed": None}, "step": None, **git_state()}
+        made["data"] = self._about(y, fold)
+        return lambda names: model.rate(self._table(names)).double().numpy(), [(model.eval(), made)]
+
+    def _table(self, names):
+        return torch.stack([self.rated[name] for name in names])
+
+    def _about(self, y, fold):
+        """What `predict` and `evaluate` need to know of a kernel's data; y: ratings by training name."""
+        targets = fit_targets(self.corpus, y)
+        return self.info | {
+            "frames": WHOLE_CLIP,
+            "fbank": FBANK_FORMAT,
+            "audio": "wav" if self.args.audio else "rendered",
+            "split": self.args.split,
+            "fold": fold,
+            "keep_overlap": self.args.keep_overlap,
+            "synthetic": self.corpus.synthetic,
+            "labels": list(LABELS),
+            "rating_mean": targets["target_mean"],
+            "rating_std": targets["target_std"],
+        }
 
 
 REGRESSIONS = ("kernel", "forest", "ridge")
@@ -828,6 +901,7 @@ def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: 
 
 SIL = PHONEMES.index("SIL")
 AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)"
+RATE_HELP = f"audio: rate {RECORDED} (copies: -6 dB, hiss, a room), SOUNDFONT or DIR (off: as --audio)"
 
 
 def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list:
@@ -1419,12 +1493,6 @@ def write_logits(folder: str | Path, log_probs: list, names: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def crop_starts(frames: int, length: int) -> list[int]:
-    """First frames of the fewest crops of `length` that cover `frames`, evenly spaced from end to end."""
-    last = max(0, frames - length)
-    return np.linspace(0, last, max(1, math.ceil(frames / length))).round().astype(int).tolist()
-
-
 def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[Tensor]:
     """All crops of an item (frames, fbank (frames, 128)), at most `batch` at once: (B, T, 128), normalised by
     info's mean and std. They are equally long, so no batch needs a mask."""
@@ -1435,17 +1503,21 @@ def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[T
 
 
 def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
-    longer than the model's frames the mean over its crops. info: the checkpoint's data (mean, std, frames;
-    target_mean, target_std where the ratings were standardised)."""
+    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given. Of an item
+    longer than the model's frames an AST pools the tokens of all crops; of other models it is the mean. info:
+    the checkpoint's data (mean, std, frames; target_mean, target_std where ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
     training = model.training
     model = model.to(device).eval()
     rows = []
     with torch.no_grad():
         for item in items:
-            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch)]
-            rows.append(torch.cat(rated).double().mean(0).cpu().numpy())
+            crops = [x.to(device) for x in crop_batches(item, info, longest, batch)]
+            if isinstance(model, AST):
+                rated = model(torch.cat(crops)[None])
+            else:
+                rated = torch.cat([model(x) for x in crops])
+            rows.append(rated.double().mean(0).cpu().numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
     if info.get("target_mean") is not None:
@@ -1453,39 +1525,48 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
     return p.clip(0, 1)
 
 
-def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict:
-    """Mean and deviation over all patches of each recording of a pre-trained AST's tokens after a quarter,
-    half, three quarters and all of its blocks, (8 width,) float64 by name, in its training's precision."""
-    model, ckpt = load_checkpoint(path)
-    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None:
-        raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
-    model = model.to(device).eval()
-    found, depth = [], model.model_args["depth"]
-    for level in sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)}):
-        layer = model.norm if level == depth else model.blocks[level - 1]
-        layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
-    half = torch.autocast(device.type, torch.bfloat16, enabled=ckpt["args"].get("amp") == "bf16")
-    special = 0 if model.extra is None else 2  # tokens before the patches
-    rows = {}
-    for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
-        seen = []
-        for x in crop_batches(store.item(i), ckpt["data"], model.model_args["frames"], batch):
-            found.clear()
-            with torch.no_grad(), half:
-                model(x.to(device))
-            seen.append(torch.stack(found)[:, :, special:])
-        tokens = torch.cat(seen, dim=1).flatten(1, 2)  # (levels, crops * patches, width)
-        deviation = tokens.var(1, correction=0).clip(1e-6).sqrt()
-        rows[name] = torch.cat([tokens.mean(1), deviation], dim=1).flatten().cpu().numpy()
-    return rows
+@torch.no_grad()
+def unlike_training(model: nn.Module, energies: np.ndarray, info: dict) -> float:
+    """Share of a clip's statistics beyond 4 SD of the training clips'; 0 for models without them. It does not
+    know another piano for what it is."""
+    table = getattr(model, "statistics", None)
+    if table is None:
+        return 0.0
+    x = torch.from_numpy(energies.astype(np.float16)).float()[None]
+    seen = table.values(normalise_fbank(x, info["mean"], info["std"]))[0]
+    mean, std = table.mean, table.std
+    if isinstance(model, ClipKernel):
+        known = model.quantiles[:, : table.size]
+        mean, std = known.mean(0), known.std(0).clip(1e-3)
+    return float(((seen - mean).abs() > 4 * std).float().mean())
 
 
-def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
-    """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
-    store = percepiano_audio(corpus.root, args.cache, args.audio)
+WHOLE_CLIP = 10**9  # frames: more than any recording has
+
+
+def audio_store(corpus: Corpus, args) -> FbankStore:
+    """Log-mel energies of the corpus, of --audio or rendered, and the versions of --copies, --soundfonts."""
+    versions = heard_versions(args.copies, args.soundfonts)
+    store = percepiano_audio(corpus.root, args.cache, args.audio, versions)
     for line in store.left_out:
         print(f"left out: {printable(line)}")
-    kind = "wav" if args.audio else "rendered"
+    return store
+
+
+def rated_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
+    """Log-mel energies of what is rated: of --audio or rendered, or as --rate says; says where a model was
+    trained on the other kind."""
+    audio, heard = args.audio, AS_PLAYED
+    if args.rate == RECORDED:
+        heard = Version(copy=RECORDED)
+    elif args.rate and Path(args.rate).is_dir():
+        audio = args.rate
+    elif args.rate:
+        audio, heard = None, Version(soundfont=args.rate)
+    store = percepiano_audio(corpus.root, args.cache, audio, base=heard)
+    for line in store.left_out:
+        print(f"left out: {printable(line)}")
+    kind = "wav" if audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
     return store
@@ -1493,22 +1574,22 @@ def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankSto
 
 def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
     """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, a like share of fewer."""
-    x, lengths = batch["x"], _lengths_if_unlike(batch)
+    x, lengths = batch["x"], lengths_if_unlike(batch)
     columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
     T = x.shape[1] // PATCH
     count = max(1, round(masked / 512 * 8 * T))
     return batch | {"mask": cluster_mask(len(x), 8, T, count, x.device, generator, columns=columns)}
 
 
-def _lengths_if_unlike(batch):
+def lengths_if_unlike(batch):
     """None where all clips fill their rows: attention needs no mask then, and is faster without."""
-    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
+    whole = bool((batch["lengths"] == batch["x"].shape[-2]).all())
     return None if whole else batch["lengths"]
 
 
 def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict:
     """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
-    figures = model(batch["x"], _lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
+    figures = model(batch["x"], lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
@@ -1982,13 +2063,11 @@ def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
     return {"share": share}
 
 
-def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
-    """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it."""
-    waveform = render(read_midi(path)) if rendered else read_wav(path)
-    if fbank_frames(len(waveform)) < PATCH or not waveform.any():
-        seconds = len(waveform) / SAMPLE_RATE
-        raise DataError(f"{path}: {seconds:.3f} s; expected 0.18 s or more, not all of it digital silence")
-    return fbank(torch.from_numpy(waveform)).numpy()
+def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str]]:
+    """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it, as
+    networks see them; and remarks on the sound."""
+    waveform, remarks = (render(read_midi(path)), []) if rendered else read_sound(path)
+    return heard_energies(waveform, path).numpy(), remarks
 
 
 def attention(argv: list[str]) -> dict:
@@ -2004,7 +2083,7 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
+    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     rows, columns = drawn["share"].shape
     print(f"{args.attention}: {columns} x {rows} patches")
@@ -2110,7 +2189,7 @@ def curves(argv: list[str]) -> dict:
 MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
-FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
+FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
 
 
 def _poles(label: str) -> tuple[str, str]:
@@ -2211,6 +2290,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         tqdm.write(f"refused: {refused[-1]}")
 
     inputs = _expand(args.midi or args.audio or args.speech)
+    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or [])):
+        print(*(f"left out: {line}" for line in other_kinds(folder, FOLDER_FILES)), sep="\n")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             for record, work in predict_file(loaded, args, files, refuse):
@@ -2368,13 +2449,20 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, name = read_piece(files[0], rendered=not args.audio), printable(files[0].stem)
+    energies, remarks = read_piece(files[0], rendered=not args.audio)
+    name = printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
+    unlike = max(unlike_training(model, energies, ckpt["data"]) for _, model, ckpt in loaded)
+    if unlike > 0.02:
+        remarks.append(f"{unlike:.0%} of its statistics lie far outside the training's")
+    for remark in remarks:
+        tqdm.write(f"{name}: {remark}")
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
     record = {"name": name, "path": printable(files[0]), "seconds": seconds, "repairs": repairs}
+    record["sound"] = "; ".join(remarks)
     record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
@@ -3091,6 +3179,7 @@ def part_options(parser: argparse.ArgumentParser) -> None:
     add("--part", type=named, choices=parts, default="valid", help="scored (%(default)s)")
     add = parser.more.add_argument
     add("--audio", metavar="DIR", help=AUDIO_HELP)
+    add("--rate", metavar="HOW", help=RATE_HELP)
     add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
 
 
