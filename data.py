@@ -5447,9 +5447,9 @@ def fingerprint(names: list[str], frames: Iterable[int]) -> str:
 SOURCES = {"percepiano": "https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"}
 FETCH_TIMEOUT = 30.0  # seconds without a byte
 _UNPACKED_LIMIT = 2**28  # bytes; the files needed take 20 to 30 MB
-_WANTED = re.compile(
-    r"virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
-    rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)}"
+_WANTED = re.compile(  # below the archive's one top folder
+    r"[^/]+/(virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
+    rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)})"
 )
 _MANUAL = "or unzip it by hand (Zenodo, DOI 10.5281/zenodo.13269612) and give that folder with --data"
 
@@ -5466,11 +5466,17 @@ def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as source, part.open("wb") as file:
-            with tqdm.wrapattr(file, "write", desc=part.name, disable=None) as counted:
+            size = int(source.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(file, "write", total=size, desc=part.name, disable=None) as counted:
                 shutil.copyfileobj(source, counted)
-        _unpack(part, unpacked)
-        count = check_percepiano(unpacked)
-        os.replace(unpacked, out)
+        with zipfile.ZipFile(part) as archive:
+            wanted = [entry for entry in archive.infolist() if _WANTED.fullmatch(entry.filename)]
+            if sum(entry.file_size for entry in wanted) > _UNPACKED_LIMIT:
+                raise DataError(f"more than {_UNPACKED_LIMIT} bytes")
+            archive.extractall(unpacked, wanted)
+        (top,) = unpacked.iterdir()
+        count = check_percepiano(top)
+        os.replace(top, out)
     except (http.client.HTTPException, *ZIP_ERRORS) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
@@ -5493,18 +5499,6 @@ def check_percepiano(root: str | Path) -> int:
         if not (score.is_file() and midi.is_file() and midi.read_bytes().startswith(b"MThd")):
             raise DataError(f"{midi}: expected a MIDI file of every labelled performance, and {score}")
     return len(files)
-
-
-def _unpack(archive, root):
-    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of it."""
-    with zipfile.ZipFile(archive) as source:
-        entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
-        wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
-        if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
-            raise DataError(f"more than {_UNPACKED_LIMIT} bytes")
-        for path, entry in wanted.items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_bytes(source.read(entry))
 
 
 # ------------------------------------------------------------------------------------------------------------

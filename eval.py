@@ -795,7 +795,7 @@ def bench(argv: list[str]) -> dict:
 def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: str = "off") -> float:
     """Seconds of one training step."""
     device = next(model.parameters()).device
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = getattr(torch, device.type).synchronize
     synchronize()
     start = time.perf_counter()
     with torch.autocast(device.type, AMP_TYPES.get(amp), enabled=amp != "off"):
@@ -1612,8 +1612,8 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
     verdict += f": {name} {difference[-1]:+.4f} {brackets(interval[:, -1])}, p = {p[-1]:.4f}"
     print(verdict)
     figures = {"items": len(y), "clusters": clusters, "a": a[-1], "b": b[-1], "difference": difference[-1]}
-    figures |= {"interval": interval[:, -1], "p": p[-1], "verdict": verdict}
-    return json_ready(figures | {"per_dimension": {"p": p[:-1], "p_holm": corrected[:-1]}})
+    figures |= {"interval": interval[:, -1].tolist(), "p": p[-1], "verdict": verdict}
+    return figures | {"per_dimension": {"p": p[:-1], "p_holm": corrected[:-1]}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1883,8 +1883,6 @@ def is_synthetic(options: dict) -> bool:
 
 def draw_curves(runs: dict[str, tuple]):
     """Figure of everything of CURVES that the runs (folder -> `read_run`) logged, by step, a colour a run."""
-    from matplotlib.ticker import LogFormatter
-
     figure = new_figure(16, 13)
     shown = [key for key in CURVES if any(len(history(records, key)) for _, records in runs.values())]
     for n, key in enumerate(shown):
@@ -1894,9 +1892,9 @@ def draw_curves(runs: dict[str, tuple]):
             axes.plot(*history(records, key).T, ".-", label=last_part(run) + kind)
         axes.set(title=key, xlabel="step")
         if key == "norm":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())  # the scale's own writes TeX
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.set_yscale("log", subs=[2, 5])
+            axes.yaxis.set_major_formatter("{x:g}")  # the scale's own writes TeX
+            axes.yaxis.set_minor_formatter("{x:g}")
         elif not np.any(axes.dataLim.intervaly):  # all 0
             axes.set_ylim(0, 1)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
@@ -2618,15 +2616,15 @@ Without --run: the results that come with this repository, which needs neither a
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, data_options)
     check_output(args.out, ".html")
-    title, lines, parts, made = about_runs(args) if args.run else about_results(RESULTS)
+    title, lines, parts, figures = about_runs(args) if args.run else about_results(RESULTS)
     page = _page(title, lines, parts, args.command)
     write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
     print(*lines, f"saved {args.out}", sep="\n")
-    return made
+    return {"verdict": lines[0], "figures": figures}
 
 
 def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
-    """Of --run: title, sentences and parts of the page, what `report` returns."""
+    """Of --run: title, sentences and parts of the page, figures."""
     runs = {run: read_run(run) for run in args.run}
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
@@ -2638,18 +2636,16 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
         loaded = _load_models([f"{run}/best.pt" for run in args.run])
         score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
-        synthetic = corpus.synthetic or loaded[0][2]["data"].get("synthetic")
+        synthetic = synthetic or corpus.synthetic
     names = [last_part(run) for run in runs]
-    rows = []
-    for key in own:
-        rows.append([key, *(last_part(options.get(key)) for options, _ in runs.values())])
+    rows = [[key, *(last_part(options.get(key)) for options, _ in runs.values())] for key in own]
     parts = {
         "Training curves": inline_figure(draw_curves(runs), "Training curves"),
         **scored,
         "Configuration": _table(["option", *names], rows),
     }
     lines = [verdict, FAKE] if synthetic else [verdict]
-    return ", ".join(names), lines, parts, {"verdict": verdict, "figures": figures}
+    return ", ".join(names), lines, parts, figures
 
 
 KINDS = {"han": "PercePiano from score and MIDI", "ast": "PercePiano from sound", "decoder": "Speech"}
@@ -2675,7 +2671,7 @@ def about_results(folder: Path) -> tuple[str, list[str], dict, dict]:
     for heading, rows in tables.items():
         parts[heading] = decoder_rows(rows) if "part" in rows[0] else rating_rows(rows, *known)
         figures |= {row["stem"]: row["metrics"] for row in rows}
-    return "Results", [VALIDATED], parts, {"verdict": VALIDATED, "figures": figures}
+    return "Results", [VALIDATED], parts, figures
 
 
 def _read_tsv(path: Path) -> dict[str, list[str]]:
