@@ -1853,8 +1853,8 @@ def attention(argv: list[str]) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 # Training curves
 # ------------------------------------------------------------------------------------------------------------
-SCORES = [f"valid_{metric}" for metric in METRICS]
-CURVES = ("valid_per", *SCORES, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
+RATED = [f"valid_{metric}" for metric in METRICS]
+CURVES = ("valid_per", *RATED, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
 
 
 def read_run(run: str) -> tuple[dict, list[dict]]:
@@ -2518,9 +2518,9 @@ def draw_passages(figure, members: list[tuple], work: dict) -> dict:
         axes.plot(middles, values, ".-")
         axes.axhline(np.mean(values), color="0.6")
         axes.set_title("0: {}, 1: {}".format(*LABEL_POLES[label]), fontsize=9)
+        axes.tick_params("x", rotation=90, labelsize=8)
     every = math.ceil(len(rows) / 12)
-    axes.set_xticks(middles[::every], [row["bars"] for row in rows[::every]], rotation=90, fontsize=7)
-    axes.set_ylim(0, 1)
+    axes.set(ylim=(0, 1), xticks=middles[::every], xticklabels=[row["bars"] for row in rows[::every]])
     return {"curves": curves}
 
 
