@@ -1436,19 +1436,17 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     folds = np.zeros(len(y), int) if folds is None else folds
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    rows_of: dict = {}  # (fold, group): its rows
-    for row, key in enumerate(zip(folds.tolist(), group.tolist(), strict=True)):
-        rows_of.setdefault(key, []).append(row)
+    takers = sorted(set(zip(folds.tolist(), group.tolist(), strict=True)))
+    rows_of = {(fold, k): np.flatnonzero((folds == fold) & (group == k)) for fold, k in takers}
     largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
-    takers = sorted(rows_of)
     rng = np.random.default_rng(seed)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
         donors = sorted(takers, key=lambda key: (key[0], order[key[1]]))
         for taker, donor in zip(takers, donors, strict=True):
-            given = np.array(rows_of[donor])
+            given = rows_of[donor]
             shuffled = given[np.argsort(within[donor[1], : len(given)])]
             source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
         as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
@@ -1845,8 +1843,7 @@ def attention(argv: list[str]) -> dict:
     model, ckpt = load_checkpoint(args.ckpt)
     work = {"name": _printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
-    rows, columns = drawn["share"].shape
-    print(f"{args.attention}: {columns} x {rows} patches")
+    print(f"saved {args.attention}")
     return drawn
 
 

@@ -178,16 +178,11 @@ def test_page_of_a_decoder_holds_the_figures_of_evaluate(speech):
     assert row[1:] == [decoded[row[0]][side] for side in sides]
 
 
-def test_page_of_a_pretraining_needs_no_data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_pages_of_a_pretraining_without_scores_and_of_another_part(corpus):
     path = run("p", MASKED, task="pretrain", model="ast", data="gone")
     model = AST(frames=64, width=16, depth=1, heads=2)
     assert report(save(path, "ast", model, {"synthetic": False}))["figures"] is None
-    assert Page().row("model") == ["model", "ast"]
     assert "SYNTHETIC" not in Page().text
-
-
-def test_a_page_without_scores_and_one_of_another_part(corpus):
     bare = run("bare", RATED, pooled=False, model="bilstm")
     with Path(bare, "metrics.jsonl").open("a") as file:
         file.write('{"step": 60, "lo')
@@ -207,21 +202,16 @@ def test_names_are_escaped(corpus):
     assert escape("<script>") in Path("r.html").read_text()
 
 
-def test_history_of_a_resumed_run():
-    records = [{"step": 2, "loss": 9.0}, {"step": 1, "loss": None}]
-    records.append({"step": 2, "loss": 3, "skipped": {"bad": 2, "overflow": 1}})
-    assert evaluation.history(records, "loss").tolist() == [[2, 3]]
-    assert evaluation.history(records, "skipped").tolist() == [[2, 3]]
-
-
 def test_curves_of_runs_in_one_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figures = []
     monkeypatch.setattr(evaluation, "save_figure", lambda figure, out: figures.append(figure))
-    paths = run("a", RATED), run("b", DECODED, data="real")
+    again = [{"step": 41, "loss": 9.0}, {"step": 41, "loss": 3.0}]  # a resumed run's step
+    paths = run("a", RATED + again), run("b", DECODED, data="real")
     assert evaluation.main(["curves", "--run", *paths, "--out", "c.svg"]).keys() == set(paths)
     lines = {axes.get_title(loc="left"): axes.lines for axes in figures[0].axes}
     assert lines["valid_r2"][0].get_xydata().tolist() == [[20, 0.25], [40, 0.35]]
+    assert lines["loss"][0].get_xydata().tolist() == [[10, 0.5], [20, 0.4], [40, 0.4], [41, 3]]
     assert lines["skipped"][0].get_xydata().tolist() == [[10, 0], [15, 1]]
     assert [line.get_label() for line in lines["loss"]] == ["runs/a, SYNTHETIC data", "runs/b"]
     assert figures[0].axes[-1].get_ylim()[1] > 0.5  # whole steps are skipped
