@@ -16,43 +16,7 @@ Checkpoints of one fold (seeds) are averaged, and so are decoders. Figures stand
 renderings (players `Score`, `Score2`). Without --data the built-in synthetic corpus is used.
 """
 
-import os
-import signal
-
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"eval.py: interrupted\n") else 1))
-
-import argparse
-import base64
-import contextlib
-import csv
-import functools
-import hashlib
-import io
-import itertools
-import json
-import math
-import platform
-import re
-import shlex
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from datetime import datetime, timezone
-from html import escape
-from pathlib import Path
-
-import numpy as np
-import torch
-from rapidfuzz.distance import Levenshtein
-from torch import Tensor, nn
-from torch.nn import functional
-from tqdm import tqdm
-
-from data import (
+from data import (  # first: while torch loads, Ctrl-C is one line
     BIN,
     FEATURE_SETS,
     FEATURES,
@@ -87,6 +51,7 @@ from data import (
     normalise_fbank,
     number,
     open_speech,
+    ordinary,
     pad_fbank,
     parse_name,
     passages,
@@ -97,6 +62,9 @@ from data import (
     prepare_ast,
     prepare_han,
     pretrain_data,
+    printable,
+    read_file,
+    read_json,
     read_labels,
     read_midi,
     read_musicxml,
@@ -105,7 +73,9 @@ from data import (
     render,
     repair_lines,
     run_script,
+    salad_trials,
     segment_of,
+    shown,
     speech_item,
     speech_parts,
     speech_rules,
@@ -115,6 +85,38 @@ from data import (
     unusable_bins,
     write_atomic,
 )
+
+# isort: split
+import argparse
+import base64
+import contextlib
+import csv
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
 from models import (
     AMP_TYPES,
     AST,
@@ -148,14 +150,11 @@ NORMAL_80 = 1.2816  # standard deviations on either side that hold 80 % of a nor
 
 def r2(y: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Coefficient of determination per dimension, (D,), of truth y and prediction p, (n, D): scikit-learn's
-    in a tenth of its time, which bootstraps need. Constant truth: 1 when met, else 0; one item: NaN."""
+    in a tenth of its time, which bootstraps need. NaN, undefined, of constant truth."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
-    if len(y) < 2:
-        return np.full(y.shape[1], np.nan)
     residual = ((y - p) ** 2).sum(0)
     total = ((y - y.mean(0)) ** 2).sum(0)
-    varies = total > 1e-20  # a constant's total is only rounding
-    return np.where(varies, 1 - residual / np.where(varies, total, 1), residual == 0)
+    return 1 - residual / np.where(total > 1e-20, total, np.nan)  # a constant's total is only rounding
 
 
 def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -164,11 +163,11 @@ def mse(y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def pearson(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Pearson correlation per dimension, (D,), of (n, D) arrays; 0 where either side is constant."""
+    """Pearson correlation per dimension, (D,), of (n, D) arrays; NaN where either side is constant."""
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     a, b = y - y.mean(0), p - p.mean(0)
     scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.where(scale > 1e-15, (a * b).sum(0) / np.maximum(scale, 1e-15), 0.0)
+    return (a * b).sum(0) / np.where(scale > 1e-15, scale, np.nan)
 
 
 METRICS = {"r2": r2, "mse": mse, "pearson": pearson}  # name -> function of (y, p) -> a figure per dimension
@@ -180,13 +179,16 @@ def validation_metrics(y: np.ndarray, p: np.ndarray) -> dict:
     for name, metric in METRICS.items():
         each = metric(y, p)
         metrics |= {f"valid_{name}": float(each.mean()), f"valid_{name}_per_dimension": each.tolist()}
-    spread = float((p.std(0) / y.std(0)).mean())
+    deviation = y.std(0)
+    spread = float((p.std(0) / np.where(deviation > 1e-10, deviation, np.nan)).mean())
     return metrics | {"prediction_mean": float(p.mean()), "prediction_std": float(p.std()), "spread": spread}
 
 
 def rating_summary(metrics: dict) -> str:
     """`validation_metrics` in a line."""
-    figures = [f"{name} {metrics[f'valid_{name}']:.4f}" for name in METRICS]
+    figures = [f"{name} {shown(metrics[f'valid_{name}'])}" for name in METRICS]
+    if math.isnan(metrics["spread"]):
+        return "  ".join([*figures, "the ratings do not differ"])
     warning = " (nearly constant)" if metrics["spread"] < 0.1 else ""
     return "  ".join([*figures, f"SD {metrics['spread']:.0%} of the ratings'{warning}"])
 
@@ -322,21 +324,30 @@ def human_figures(records: list, truth: dict, part: str) -> dict | None:
 
 
 def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
+    """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
     write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
+
+
+def _quoted(cell):
+    formula = isinstance(cell, str) and re.match(r"[=+@\t\r−-]", cell) and not re.match(r"-?[\d.]+$", cell)
+    return f"'{cell}" if formula else cell
 
 
 def read_csv(path: str | Path) -> dict:
     """{item: prediction} of a CSV of --csv or --save-results: (part, fold, name): ratings (19,), or trial:
-    (reference, hypothesis), phoneme ids. DataError names the line."""
+    (reference, hypothesis), phoneme ids, and words where there are any. DataError names the line."""
     items: dict = {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with ordinary(path, 2**28).open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, strict=True):
                 if "trial" in row:
                     spelt = row["reference"].split(), row["hypothesis"].split()
                     items[row["trial"]] = tuple([PHONEMES.index(p) for p in side] for side in spelt)
+                    if "words_hypothesis" in row:
+                        said = row["words_reference"].split(), row["words_hypothesis"].split()
+                        items[row["trial"]] += said
                 else:
                     ratings = np.array([float(row[label]) for label in LABELS])
                     items[row["part"], int(row["fold"]), row["name"]] = ratings
@@ -404,12 +415,12 @@ def print_table(head: Iterable[str], rows: Iterable[Iterable]) -> None:
 
 def _cell(value):
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return shown(value)
     return str(value) if isinstance(value, str | int) else brackets(value)
 
 
 def brackets(interval: Iterable[float]) -> str:
-    return "[{:.4f}, {:.4f}]".format(*interval)
+    return f"[{', '.join(map(shown, interval))}]"
 
 
 def _print_figures(title, figures, tests):
@@ -538,14 +549,17 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     parser = _parser("evaluate", "--ckpt FILE ... [--data DIR] [options]", about)
     help_of_ckpt = "best.pt of folds or seeds (required)"
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help=help_of_ckpt)
+    parser.add_argument(
+        "--logits", metavar="DIR", help="decoder: write log-probabilities, a trial a file (off)"
+    )
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
-    foreign = args.audio if task == "decoder" else args.day or args.words or args.tune or args.submission
+    foreign = args.audio if task == "decoder" else args.day or args.logits or wants_words(args)
     if args.out and (kind_of(task) != "han" or args.part != "valid"):
         raise DataError(f"--out: of models of task han, on part valid; {args.ckpt[0]}: {task}")
     if foreign:
-        told = "--audio is of ratings; --day, --words, --tune, --submission of decoders; leave them out"
+        told = "--audio is of ratings; --day, --logits and those of words of decoders; leave them out"
         raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
@@ -565,7 +579,7 @@ def _load_corpus(args, speech=False):
         print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
     corpus = read(args.data or made(args.cache), args.cache)
     for line in corpus.left_out:
-        print(f"left out: {line}")
+        print(f"left out: {printable(line)}")
     return corpus
 
 
@@ -905,6 +919,44 @@ def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) ->
     return [row - np.float32(np.log(len(loaded))) for row in total]
 
 
+def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean") -> Tensor:
+    """Loss of each trial, (B,), of log_probs (B, F, 41); "mean", as torch's: over its number of labels."""
+    losses = functional.ctc_loss(log_probs.transpose(0, 1), labels, frames, label_lengths, reduction="none")
+    return losses if reduction == "sum" else losses / label_lengths.clamp(min=1).to(log_probs.device)
+
+
+def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batch: int, search=None) -> dict:
+    """Metrics of the present weights; days: the model's index of each day of the corpus. Trials too short for
+    their labels count in every error rate, not in the loss. search: a WordSearch, for word errors as well."""
+    device = next(model.parameters()).device
+    log_probs = [torch.as_tensor(row) for row in speech_logits(model, corpus, trials, days, device, batch)]
+    references = [corpus.labels[i].tolist() for i in trials]
+    decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
+    losses = []
+    for row, labels in zip(log_probs, references, strict=True):
+        counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
+        if len(row) >= max(1, frames_needed(labels)):
+            losses.append(float(ctc_losses(row[None], *counts)))
+    scores = decoder_scores(references, decoded, corpus.day[trials], corpus.days)
+    metrics = {f"valid_{name}": value for name, value in scores.items()}
+    salad = salad_trials(corpus)[trials]
+    if salad.any():
+        random = [list(itertools.compress(side, salad)) for side in (references, decoded)]
+        metrics["valid_per_salad"] = error_rate(per_counts(*random))
+    if search:
+        settings = word_settings(corpus.channels)
+        sentences = [search.decode(row.numpy(), settings) for row in log_probs]
+        metrics["valid_wer"] = error_rate(word_counts(sentences, corpus, trials))
+    metrics["valid_loss"] = float(np.mean(losses)) if losses else math.nan
+    metrics["valid_blank_fraction"] = float((torch.cat(log_probs).argmax(1) == 0).float().mean())
+    shown = np.linspace(0, len(trials) - 1, min(3, len(trials))).astype(int)
+    metrics["samples"] = [
+        {"id": corpus.ids[trials[k]], "reference": spell(references[k]), "hypothesis": spell(decoded[k])}
+        for k in shown
+    ]
+    return metrics
+
+
 def transcripts(log_probs: list, corpus: SpeechCorpus, trials: Iterable[int]) -> list:
     """Of trials, log_probs (F, 41) each: "trial", "day", "reference", "hypothesis" (phoneme ids, greedy)."""
     records = []
@@ -922,7 +974,7 @@ def evaluate_decoder(args, loaded: list) -> dict:
     trials = parts[args.part]
     labelled = corpus.labelled[trials]
     scored = trials[labelled]
-    if not len(scored) and not (args.submission and len(trials)):
+    if not len(scored) and not ((args.submission or args.logits or args.nbest) and len(trials)):
         raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
     log_probs, figures = mean_logits(loaded, corpus, trials, args), {}
     heard = list(itertools.compress(log_probs, labelled))
@@ -935,23 +987,38 @@ def evaluate_decoder(args, loaded: list) -> dict:
         figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
         print(f"{args.part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
         print(f"PER without SIL {figures['per_without_sil']:.4f}")
+        salad = salad_trials(corpus)[scored]
+        if salad.any():
+            figures |= {"per_salad": error_rate(counts[salad]), "trials_salad": int(salad.sum())}
+            print(f"PER of {salad.sum()} sentences of random words {figures['per_salad']:.4f}")
         print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
         days = {**figures["by_day"], "all": figures}
         columns = ["per", "sub", "del", "ins", "labels", "trials"]
         print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
-    if args.words or args.tune or args.submission:
-        tuned_on = (log_probs, trials)
-        if args.tune and args.part != "valid":
-            tuned_on = (mean_logits(loaded, corpus, parts["valid"], args), parts["valid"])
-        figures["words"] = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
-    rows: list = [["trial", "day", "reference", "hypothesis", "sub", "del", "ins", "labels"]]
+    if args.logits:
+        write_logits(args.logits, log_probs, [corpus.ids[i] for i in trials])
+    rows: list = [["trial", "day", "reference", "hypothesis", *EDITS, "labels"]]
     for record, numbers in zip(records, counts.tolist(), strict=True):
         trial, day, *spelt = record.values()
         rows.append([trial, day, *map(spell, spelt), *numbers])
+    if wants_words(args):
+        figures["words"] = words_of_part(args, loaded, corpus, parts, log_probs)
+        said = itertools.compress(figures["words"].pop("sentences"), labelled)
+        rows[0] += ["words_reference", "words_hypothesis"]
+        for row, i, sentence in zip(rows[1:], scored, said, strict=True):
+            row += [" ".join(spoken_words(corpus.text[i])), " ".join(sentence)]
     about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "seeds": seeds_of(loaded)}
     about["valid"] = loaded[0][2]["data"]["valid"]
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
     return figures
+
+
+def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: list) -> dict:
+    """`words` of the trials of args.part, --tune on those that validate."""
+    tuned_on = log_probs, parts[args.part]
+    if args.tune and args.part != "valid":
+        tuned_on = mean_logits(loaded, corpus, parts["valid"], args), parts["valid"]
+    return words(log_probs, corpus, parts[args.part], args, tuned_on, parts["train"])
 
 
 def _speech_corpus(args, loaded):
@@ -1004,12 +1071,12 @@ WORD_SETTINGS = {
     256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)},
     512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)},
 }
+# What --tune tries. Acoustic scale, LM weight and word score share a factor, so that the scale stays fixed.
 WORD_GRID = {
     "lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0),
-    "blank_penalty": tuple(math.log(k) for k in (1, 2, 7, 25, 90)),
-    "acoustic_scale": (0.2, 0.325, 0.5, 0.8, 1.2),
     "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0),
 }
+WORD_OPTIONS = ("acoustic_scale", "blank_penalty", "lm_weight", "word_score", "beam")
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
 Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the last SIL), several a word
@@ -1025,7 +1092,7 @@ def read_lexicon(path: str | Path) -> Lexicon:
     "word(2)" and comments after ";;;" are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in read_file(path).decode().splitlines():
             line = line.partition(";;;")[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
@@ -1157,9 +1224,13 @@ class WordSearch:
         self.trie.smear(flashlight.SmearingMode.MAX)
 
     def decode(self, log_probs: np.ndarray, settings: dict) -> list[str]:
-        """Words of one trial: log_probs (F, 41), settings as in `words`. No frame, no word."""
+        """The best words of one trial: log_probs (F, 41), settings by WORD_OPTIONS. No frame, no word."""
+        return self.hypotheses(log_probs, settings, 1)[0]["words"]
+
+    def hypotheses(self, log_probs: np.ndarray, settings: dict, most: int | None = None) -> list[dict]:
+        """The beam's word strings, best first: words, acoustic (scaled), lm (log10) and total score."""
         if not len(log_probs):
-            return []
+            return [{"words": [], "acoustic": 0.0, "lm": 0.0, "total": 0.0}]
         scale = settings["acoustic_scale"]
         emissions = scale * np.ascontiguousarray(log_probs, np.float32)  # its address goes to the library
         emissions[:, 0] -= scale * settings["blank_penalty"]
@@ -1170,35 +1241,31 @@ class WordSearch:
             settings["beam"], len(PHONEMES), 25.0, *weights, -math.inf, 0.0, False, ctc
         )
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
-        best = decoder.decode(emissions.ctypes.data, *emissions.shape)[0]
-        return [self.words[i] for i in best.words if i >= 0]
+        found: dict[tuple, dict] = {}
+        for one in decoder.decode(emissions.ctypes.data, *emissions.shape)[:most]:
+            words = [self.words[i] for i in one.words if i >= 0]
+            scores = {"acoustic": one.emittingModelScore, "lm": one.lmScore, "total": one.score}
+            found.setdefault(tuple(words), {"words": words, **scores})
+        return list(found.values())
 
 
 def tune_words(decode: Callable, log_probs: list, references: list, settings: dict) -> tuple[dict, dict]:
-    """Coordinate search over WORD_GRID from the settings given: (settings, WER before and after). One setting
-    after the other takes the value with the fewest word errors, what it had among equals, until a round
-    changes none. decode(one trial's log_probs, settings) gives its words."""
+    """The settings given, with the LM weight and word score, of WORD_GRID or their own, of the fewest errors;
+    WER before and after. decode(one trial's log_probs, settings) gives its words."""
     if not any(references):
         raise DataError("--tune: no labelled validation trial; leave it out or give the settings")
-    tried: dict[tuple, float] = {}
 
     def wer(candidate):
-        key = tuple(candidate.values())
-        if key not in tried:
-            decoded = [decode(trial, candidate) for trial in log_probs]
-            tried[key] = error_rate(per_counts(references, decoded))
-        return tried[key]
+        return error_rate(per_counts(references, [decode(trial, candidate) for trial in log_probs]))
 
-    before, last = wer(settings), None
-    while settings != last:
-        last = settings
-        for name, values in WORD_GRID.items():
-            settings = min((settings | {name: value} for value in (settings[name], *values)), key=wer)
-    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]:.4g}" for name in WORD_GRID)
-    print(
-        f"tuned on {len(references)} validation sentences, WER {before:.4f} -> {wer(settings):.4f}: {flags}"
-    )
-    return settings, {"before": before, "after": wer(settings)}
+    tried = [(wer(settings), settings)]
+    for values in itertools.product(*WORD_GRID.values()):
+        candidate = settings | dict(zip(WORD_GRID, values, strict=True))
+        tried.append((wer(candidate), candidate))
+    after, best = min(tried, key=lambda pair: pair[0])  # the first of equals: what was given, if it is one
+    flags = " ".join(f"--{name.replace('_', '-')} {best[name]:.4g}" for name in WORD_GRID)
+    print(f"tuned on {len(references)} validation sentences, WER {tried[0][0]:.4f} -> {after:.4f}: {flags}")
+    return best, {"before": tried[0][0], "after": after}
 
 
 def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpus, indices) -> None:
@@ -1223,12 +1290,14 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
 
 
 def word_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `words`, which runs when --words, --tune or --submission is given."""
+    """Adds the options of `words`, which runs when --words, --tune, --nbest or --submission is given."""
     add = parser.more.add_argument
     scale, ratio = number(float, 0, 100), number(float, -100, 100)
     add("--words", action="store_true", help="decoder: report the word error rate beside PER (off)")
-    add("--tune", action="store_true", help="words: first choose settings on the validation part (off)")
+    add("--tune", action="store_true", help="words: LM weight and word score by validation (off)")
     add("--submission", metavar="FILE", help="words: write .csv of id,text ('25), else lines ('24) (off)")
+    add("--nbest", type=number(int, 1), help="words: write so many hypotheses a trial, with scores (off)")
+    add("--nbest-file", default="nbest.jsonl", metavar="FILE", help="where, an object a line (%(default)s)")
     add("--lexicon", metavar="FILE", help="word and phonemes a line (default: training words)")
     add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)")
     add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)")
@@ -1238,51 +1307,110 @@ def word_options(parser: argparse.ArgumentParser) -> None:
     add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)")
 
 
-def word_model(corpus: SpeechCorpus, train: Iterable[int], args) -> tuple:
-    """(lexicon, LM file): those given, else made from the transcripts of the trials `train`."""
+def wants_words(args) -> bool:
+    return bool(args.words or args.tune or args.nbest or args.submission)
+
+
+def word_model(corpus: SpeechCorpus, train: Iterable[int], cache, lexicon=None, lm=None) -> tuple:
+    """(lexicon, LM file): the files given, else made from the transcripts of the trials `train`."""
     texts = [corpus.text[i] for i in train]
-    lm = args.lm
     if lm is None:
         sentences = list(filter(None, map(spoken_words, texts)))
-        lm = f"{args.cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
+        lm = f"{cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
         write_arpa(lm, witten_bell(sentences))
-    if args.lexicon:
-        return read_lexicon(args.lexicon), lm
+    if lexicon:
+        return read_lexicon(lexicon), lm
     return training_lexicon(texts, [corpus.labels[i] for i in train]), lm
+
+
+def word_settings(channels: int, args=None) -> dict:
+    """Settings of the search: those of the options where given, else the public ones for so many channels."""
+    settings = dict.fromkeys(WORD_OPTIONS) | {"lm_weight": 1.0, "word_score": 0.0, "beam": 100}
+    start_at = WORD_SETTINGS.get(channels, WORD_SETTINGS[256])
+    given = {name: getattr(args, name) for name in WORD_OPTIONS if getattr(args, name, None) is not None}
+    return settings | start_at | given
+
+
+def word_counts(sentences: Iterable[list[str]], corpus: SpeechCorpus, trials: Iterable[int]) -> np.ndarray:
+    """`per_counts` of the words of trials."""
+    return per_counts([spoken_words(corpus.text[i]) for i in trials], sentences)
 
 
 def words(
     log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
 ) -> dict:
-    """Decodes trials into words, prints and returns WER (0 to 1) and settings; writes --submission.
+    """Decodes trials into words, prints and returns "sentences", settings and, of labelled trials, WER (0 to
+    1), that of the settings before --tune and of the beam's best string; writes --submission and --nbest.
     log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
-    --tune; train: trials whose transcripts make the lexicon and the LM. No labelled trial, no WER."""
-    settings = {name: getattr(args, name) for name in (*WORD_GRID, "beam")}
-    start_at = WORD_SETTINGS.get(corpus.channels, WORD_SETTINGS[256])
-    settings |= {name: value for name, value in start_at.items() if settings[name] is None}
-    lexicon, lm = word_model(corpus, train, args)
+    --tune; train: trials whose transcripts make the lexicon and the LM."""
+    settings = word_settings(corpus.channels, args)
+    lexicon, lm = word_model(corpus, train, args.cache, args.lexicon, args.lm)
     search = WordSearch(lexicon, lm)
     figures: dict = {}
+    labelled = corpus.labelled[indices]
+    scored = indices[labelled]
     print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
     if args.tune:
         known = corpus.labelled[valid[1]]
         references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
         heard = list(itertools.compress(valid[0], known))
+        untuned = [search.decode(row, settings) for row in itertools.compress(log_probs, labelled)]
+        figures["wer_untuned"] = error_rate(word_counts(untuned, corpus, scored))
         settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
-    sentences = [search.decode(row, settings) for row in log_probs]
-    figures["settings"] = settings
-    labelled = corpus.labelled[indices]
-    if labelled.any():
-        references = [spoken_words(corpus.text[i]) for i in indices[labelled]]
-        counts = per_counts(references, itertools.compress(sentences, labelled))
+        print(f"WER without it {figures['wer_untuned']:.4f}")
+    beams = [search.hypotheses(row, settings) for row in log_probs]
+    sentences = [beam[0]["words"] for beam in beams]
+    figures |= {"settings": settings, "sentences": sentences}
+    if len(scored):
+        heard = list(itertools.compress(sentences, labelled))
+        counts = word_counts(heard, corpus, scored)
         figures |= {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
         figures["wer_counts"] = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
-        figures["outside_lexicon"] = len([w for w in itertools.chain(*references) if w not in search.words])
+        figures["oracle_wer"] = oracle_wer(itertools.compress(beams, labelled), corpus, scored)
+        references = itertools.chain(*(spoken_words(corpus.text[i]) for i in scored))
+        figures["outside_lexicon"] = len([word for word in references if word not in search.words])
+        salad = salad_trials(corpus)[scored]
+        if salad.any():
+            figures["wer_salad"] = error_rate(counts[salad])
+            print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
         print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
+        print(f"best string of the beam: WER {figures['oracle_wer']:.4f}")
         print(f"{figures['outside_lexicon']} words are outside the lexicon")
+    if args.nbest:
+        write_nbest(args.nbest_file, beams, [corpus.ids[i] for i in indices], args.nbest)
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
     return figures
+
+
+def oracle_wer(beams: Iterable[list[dict]], corpus: SpeechCorpus, trials: Iterable[int]) -> float:
+    """Error rate of the string of each trial's beam that is nearest to what was said."""
+    best = []
+    for i, beam in zip(trials, beams, strict=True):
+        counts = word_counts([one["words"] for one in beam], corpus, [i] * len(beam))
+        best.append(counts[counts[:, :3].sum(1).argmin()])
+    return error_rate(np.array(best))
+
+
+def write_nbest(path: str | Path, beams: list[list[dict]], names: list[str], most: int) -> None:
+    """An object a line: trial, rank from 1, text, acoustic score (scaled, blank penalty in it), LM score
+    (log10) and total, of a trial's `most` best hypotheses."""
+    lines = []
+    for name, beam in zip(names, beams, strict=True):
+        for rank, one in enumerate(beam[:most], 1):
+            about = {"trial": name, "rank": rank, "text": " ".join(one["words"])}
+            lines.append(json.dumps(about | {key: one[key] for key in ("acoustic", "lm", "total")}) + "\n")
+    write_atomic(Path(path), lambda file: file.write("".join(lines).encode()))
+    print(f"{path}: {len(lines)} hypotheses of {len(names)} trials")
+
+
+def write_logits(folder: str | Path, log_probs: list, names: list[str]) -> None:
+    """A float16 array (frames, 41) a trial, natural logarithms of probabilities, for a search elsewhere."""
+    for name, row in zip(names, log_probs, strict=True):
+        write_atomic(
+            Path(folder, f"{name.replace('/', '_')}.npy"), lambda f, x=row: np.save(f, np.float16(x))
+        )
+    print(f"{folder}: {len(names)} arrays, columns blank {spell(range(1, len(PHONEMES)))}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1355,7 +1483,7 @@ def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankSto
     """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
     store = percepiano_audio(corpus.root, args.cache, args.audio)
     for line in store.left_out:
-        print(f"left out: {line}")
+        print(f"left out: {printable(line)}")
     kind = "wav" if args.audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
@@ -1517,7 +1645,7 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     )
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
     add("--cluster", choices=CLUSTERS, default="segment", help="ratings: drawn as a whole (%(default)s)")
-    args = _parse(parser, argv, part_options, data_options)
+    args = _parse(parser, argv, part_options, word_options, data_options)
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
     if any(about[key] != other[key] for key in about.keys() & other.keys()):
@@ -1526,6 +1654,9 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
+        of_words = (
+            _paired_trials(a, b, 2) if all(len(item) == 4 for item in (*a.values(), *b.values())) else None
+        )
         question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
@@ -1534,6 +1665,9 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
         found = f"{len(pairs[0])} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
+    if about["decoder"] and of_words:
+        told = {"words": _answer("word error rate", *question[1:], *of_words, args.draws)}
+        return _answer(*question, *pairs, args.draws) | told
     return _answer(*question, *pairs, args.draws)
 
 
@@ -1545,7 +1679,10 @@ def _side(args, paths):
             raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
         items = read_csv(paths[0])
         beside = Path(paths[0]).with_suffix(".json")
-        saved = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        try:
+            saved = dict(read_json(beside)) if beside.exists() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{beside}: {error}; expected what --save-results wrote; remove it") from error
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
@@ -1554,8 +1691,13 @@ def _side(args, paths):
         corpus, parts = _speech_parts(args, loaded)
         trials = parts[args.part]
         trials = trials[corpus.labelled[trials]]
-        for record in transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials):
+        log_probs = mean_logits(loaded, corpus, trials, args)
+        for record in transcripts(log_probs, corpus, trials):
             items[record["trial"]] = record["reference"], record["hypothesis"]
+        if wants_words(args):
+            said = words_of_part(args, loaded, corpus, parts | {args.part: trials}, log_probs)["sentences"]
+            for i, sentence in zip(trials, said, strict=True):
+                items[corpus.ids[i]] += spoken_words(corpus.text[i]), sentence
         return items, {"decoder": True, "synthetic": corpus.synthetic}
     records, _, data = _rate_parts(args, loaded, [args.part])
     for record in records:
@@ -1579,11 +1721,12 @@ def _paired_ratings(a, b, args, synthetic):
     return y, pa, pb, groups, np.array([fold for _, fold, _ in both])
 
 
-def _paired_trials(a, b):
-    """The same of trials of one reference on both sides: `per_counts` (n, 4); the truth has no error."""
+def _paired_trials(a, b, first=0):
+    """The same of trials of one reference on both sides: `per_counts` (n, 4); the truth has no error. first:
+    where in an item the reference stands, 0 of phonemes, 2 of words."""
     both = [trial for trial in a if trial in b and a[trial][0] == b[trial][0]]
-    refs = [a[trial][0] for trial in both]
-    of_a, of_b = (per_counts(refs, [side[trial][1] for trial in both]) for side in (a, b))
+    refs = [a[trial][first] for trial in both]
+    of_a, of_b = (per_counts(refs, [side[trial][first + 1] for trial in both]) for side in (a, b))
     return per_counts(refs, refs), of_a, of_b, list(range(len(both))), np.zeros(len(both), int)
 
 
@@ -1841,7 +1984,7 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": _printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
+    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     print(f"saved {args.attention}")
     return drawn
@@ -1855,14 +1998,24 @@ CURVES = ("valid_per", *RATED, "valid_accuracy", "loss", "valid_loss", "spread",
 
 
 def read_run(run: str) -> tuple[dict, list[dict]]:
-    """Options and log of a run's folder, less a last line that a kill cut short."""
+    """Options and log of a run's folder; says how many lines a crash has cut short and left unread."""
     try:
-        options = dict(json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
-        whole = Path(run, "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
-        records = [json.loads(line) for line in whole.split("\n")]
-        return options, [record | {"step": int(record["step"])} for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        options = dict(read_json(Path(run, "args.json")))
+        lines = read_file(Path(run, "metrics.jsonl"), 2**28).splitlines()
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{run}: no args.json and metrics.jsonl of a run ({error})") from error
+    records = []
+    for line in lines:
+        try:
+            record = dict(json.loads(line))
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+    if not records:
+        raise DataError(f"{run}/metrics.jsonl: none of its {len(lines)} lines is whole; train again")
+    if len(records) < len(lines):
+        print(f"{run}/metrics.jsonl: {len(lines) - len(records)} of {len(lines)} lines are torn, left out")
+    return options, records
 
 
 def history(records: list[dict], key: str) -> np.ndarray:
@@ -1988,7 +2141,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     add("--explain", help="draw what each prediction rests on, into this folder (off)")
     add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
     add("--cache", default="cache", help="folder of converted speech corpora (%(default)s)")
-    args = _parse(parser, argv)
+    args = _parse(parser, argv, word_options)
     for path in filter(None, (args.json, args.csv)):
         check_output(Path(path))
     loaded = _load_models(args.ckpt)
@@ -2016,7 +2169,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     def refuse(problem: object) -> None:
         if args.strict:
             raise DataError(problem)
-        refused.append(_printable(problem))
+        refused.append(printable(problem))
         tqdm.write(f"refused: {refused[-1]}")
 
     inputs = _expand(args.midi or args.audio or args.speech)
@@ -2064,11 +2217,6 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) 
         tqdm.write(f"no picture: {error}")
 
 
-def _printable(text: object) -> str:
-    """Without the bytes of a file name that are no text."""
-    return str(text).encode(errors="replace").decode()
-
-
 def provenance(loaded: list[tuple]) -> str:
     """In a line: the files, what they hold, on what it was trained and how it scored there."""
     files = []
@@ -2097,7 +2245,7 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
 
 def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One performance of the score, passage by passage where it is long: its record, and what explains it."""
-    path, name = _printable(files[0]), _printable(files[0].stem.strip())
+    path, name = printable(files[0]), printable(files[0].stem.strip())
     reading = follow(read_musicxml(args.score), read_midi(files[0]), args.transpose)
     parts = rated_parts(reading, args.bars)
     if len(parts) == 1:
@@ -2118,7 +2266,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
     rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.score)
     for line in reading.warnings():
-        tqdm.write(f"warning: {_printable(line)}")
+        tqdm.write(f"warning: {printable(line)}")
     record = {
         "name": name,
         "path": path,
@@ -2128,7 +2276,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "notes": sum(len(item["x"]) for item in items.values()),
         "repairs": say_repairs(item["repairs"]),
         **rated,
-        "warnings": _printable("; ".join(reading.warnings())),
+        "warnings": printable("; ".join(reading.warnings())),
         "passages": passage_ratings(parts, mean) if len(parts) > 1 else [],
     }
     yield record, item | {"name": name, "item": item, "score": reading.score, "passages": record["passages"]}
@@ -2174,7 +2322,7 @@ def passage_ratings(parts: list[Reading], p: np.ndarray) -> list[dict]:
 
 def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
     """Prints and gives what was wrong in files (file -> kind -> number) and read all the same."""
-    said = _printable("; ".join(repair_lines([repairs])))
+    said = printable("; ".join(repair_lines([repairs])))
     if said:
         tqdm.write(f"repaired: {said}")
     return said
@@ -2182,13 +2330,13 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, name = read_piece(files[0], rendered=not args.audio), _printable(files[0].stem)
+    energies, name = read_piece(files[0], rendered=not args.audio), printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
-    record = {"name": name, "path": _printable(files[0]), "seconds": seconds, "repairs": repairs}
+    record = {"name": name, "path": printable(files[0]), "seconds": seconds, "repairs": repairs}
     record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
@@ -2299,11 +2447,12 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
     log_probs, counts = mean_logits(loaded, layers, trials, settings), []
+    said = predicted_words(args, loaded, log_probs, corpus, files[0]) if wants_words(args) else None
     for i, found in enumerate(transcripts(log_probs, corpus, trials)):
         name, decoded = found["trial"], spell(found["hypothesis"])
         record = {
             "id": name,
-            "path": corpus.text[i] if is_npy else _printable(files[0]),
+            "path": corpus.text[i] if is_npy else printable(files[0]),
             "session": found["day"],
             "seconds": float(corpus.lengths[i] * BIN),
             "phonemes": decoded,
@@ -2311,6 +2460,9 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
             "errors": None,
         }
         tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {decoded or '(nothing)'}")
+        if said:
+            record["words"] = " ".join(said[i])
+            tqdm.write(f"  words      {record['words'] or '(none)'}")
         labels = found["reference"] if corpus.labelled[i] else None
         if labels:
             counts.append([*edit_counts(labels, found["hypothesis"]), len(labels)])
@@ -2324,6 +2476,16 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
 
 
+def predicted_words(args, loaded: list, log_probs: list, corpus: SpeechCorpus, path: Path) -> list[list[str]]:
+    """`words` of all trials of a corpus, from the files of --lexicon and --lm or its own training part."""
+    trials, train = np.arange(len(corpus.ids)), []
+    if not (args.lexicon and args.lm):
+        train = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
+        if not len(train):
+            raise DataError(f"{path}: no training sentences; --words needs --lexicon FILE and --lm FILE")
+    return words(log_probs, corpus, trials, args, (log_probs, trials), train)["sentences"]
+
+
 def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
     """A trial and day a file; `text` holds their paths. Unless raw, all are z-scored together, as a block."""
     trials = []
@@ -2335,7 +2497,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [_printable(trial["path"].stem) for trial in trials], len(trials)
+    names, count = [printable(trial["path"].stem) for trial in trials], len(trials)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2343,7 +2505,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[_printable(trial["path"]) for trial in trials],
+        text=[printable(trial["path"]) for trial in trials],
         ids=names,
         days=names,
         channels=channels,
@@ -2357,7 +2519,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
 def _read_trial(path: Path, channels: int) -> np.ndarray:
     """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
     try:
-        x = np.lib.format.open_memmap(path, mode="r")
+        x = np.lib.format.open_memmap(ordinary(path), mode="r")
         fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
         problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
         if problem:
@@ -2611,7 +2773,7 @@ Without --run: the results that come with this repository, which needs neither a
     add("--out", required=True, type=Path, help="page to write, .html (required)")
     add("--part", choices=["valid", "test"], default="valid", help="part to score (%(default)s)")
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
-    args = _parse(parser, argv, data_options)
+    args = _parse(parser, argv, word_options, data_options)
     check_output(args.out, ".html")
     title, lines, parts, figures = about_runs(args) if args.run else about_results(RESULTS)
     page = _page(title, lines, parts, args.command)
@@ -2756,11 +2918,12 @@ def draw_ratings(y: np.ndarray, p: np.ndarray):
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
     """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
     corpus, valid = _speech_corpus(args, loaded), loaded[0][2]["data"]["valid"]
-    trials = speech_parts(corpus, valid)[args.part]
-    trials = trials[corpus.labelled[trials]]
+    split = speech_parts(corpus, valid)
+    trials = split[args.part][corpus.labelled[split[args.part]]]
     if not len(trials):
         raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
-    records = transcripts(mean_logits(loaded, corpus, trials, args), corpus, trials)
+    log_probs = mean_logits(loaded, corpus, trials, args)
+    records = transcripts(log_probs, corpus, trials)
     refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
     counts = per_counts(refs, hyps)
     figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
@@ -2777,6 +2940,16 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
+    if wants_words(args):
+        found = words_of_part(args, loaded, corpus, split | {args.part: trials}, log_probs)
+        said = found.pop("sentences")
+        rows = [
+            [records[i]["trial"], " ".join(spoken_words(corpus.text[trials[i]])), " ".join(said[i])]
+            for i in order
+        ]
+        parts["Words, fewest phoneme errors first"] = _table(["trial", "said", "decoded"], rows)
+        figures["words"] = found
+        rate += f", word error rate {found['wer']:.4f} {brackets(found['wer_interval'])}"
     return corpus, f"{rate} of {len(trials)} trials, part {args.part}", figures, parts
 
 
@@ -2846,7 +3019,8 @@ def data_options(parser: argparse.ArgumentParser) -> None:
 
 def part_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--part", choices=["valid", "test", "competition"], default="valid", help="scored (%(default)s)")
+    parts, named = ["valid", "test", "competition"], lambda part: {"val": "valid"}.get(part, part)
+    add("--part", type=named, choices=parts, default="valid", help="scored (%(default)s)")
     add = parser.more.add_argument
     add("--audio", metavar="DIR", help=AUDIO_HELP)
     add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")

@@ -10,7 +10,26 @@ N notes of all pieces · M members and G groups of an attention (notes in beats,
 Masks: True = valid. Index tensors come from data.collate_han.
 """
 
+from data import (  # first: while torch loads, Ctrl-C is one line
+    COUNT,
+    FOLDS,
+    PHONEMES,
+    SESSIONS_24,
+    STOPS,
+    WHOLE,
+    DataError,
+    add_options,
+    load_plain_pickle,
+    locked,
+    on_stop,
+    ordinary,
+    speech_rules,
+    write_atomic,
+)
+
+# isort: split
 import atexit
+import io
 import itertools
 import json
 import math
@@ -18,13 +37,15 @@ import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,11 +54,10 @@ from typing import BinaryIO
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-from data import FOLDS, DataError, add_options, number, write_atomic
 
 CHECKPOINT_FORMAT = 1
 
@@ -141,7 +161,7 @@ class HAN(nn.Module):
     ):
         super().__init__()
         layers = list(layers)  # as a checkpoint holds it
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
+        self.model_args = _arguments(locals())
         if model not in FORMS or level not in LEVELS or size % heads:
             wanted = f"one of {FORMS}, one of {LEVELS}, a multiple of heads {heads}"
             raise DataError(f"HAN: model {model}, level {level}, size {size}; expected {wanted}")
@@ -367,9 +387,13 @@ class GRUDecoder(nn.Module):
     layer_norm     LayerNorm on the output of the last GRU layer. Synthetic corpus, 4 layers of 128, 200
                    steps: phoneme error rate .95 without it, .38 with it, .38 with one after every layer
     smooth_width   SD of the Gaussian smoothing, bins; 0 = off
-    smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, the public baseline's way
+    smooth_taps    length of the smoothing kernel; an even one shifts by half a bin, the '24 baseline's way
+    h0             a learned first state, one vector for all layers and trials, the '25 baseline's way
+    whole_start    start of the recurrent weights: orthogonal as one (3H, H) matrix, as in both baselines,
+                   whose gates are then not (gate 0: singular values .01 to .94); off: gate by gate
+    aux_layer      a second head on the output of this GRU layer; 0 = none
 
-    Parameters have the names of the public baseline (`neural_seq_decoder`).
+    Parameters have the names of the '24 baseline (`neural_seq_decoder`).
     """
 
     def __init__(
@@ -387,32 +411,50 @@ class GRUDecoder(nn.Module):
         layer_norm: bool = False,
         smooth_width: float = 2.0,
         smooth_taps: int = 20,
+        h0: bool = False,
+        whole_start: bool = False,
+        aux_layer: int = 0,
     ):
         super().__init__()
-        self.model_args = {k: v for k, v in dict(locals()).items() if k not in ("self", "__class__")}
-        if min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1:
-            raise DataError(f"GRUDecoder: {self.model_args}; expected sizes of at least 1")
+        self.model_args = _arguments(locals())
+        if (
+            min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1
+            or aux_layer >= layers
+        ):
+            found = f"GRUDecoder: {self.model_args}"
+            raise DataError(f"{found}; expected sizes of at least 1, aux_layer < layers")
         self.kernel, self.stride = kernel, stride
         width = hidden * 2 if bidirectional else hidden
-        between = dropout if layers > 1 else 0.0  # nn.GRU warns of dropout in a single layer
+        options = {"batch_first": True, "bidirectional": bidirectional}
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
-        self.dayWeights = nn.Parameter(torch.eye(channels).repeat(days, 1, 1))
+        self.dayWeights = nn.Parameter(torch.empty(days, channels, channels))
+        for weight in self.dayWeights.data:
+            nn.init.eye_(weight)
         self.dayBias = nn.Parameter(torch.zeros(days, 1, channels))
+        self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, hidden))) if h0 else None
         self.input_dropout = nn.Dropout(input_dropout)
-        self.gru_decoder = nn.GRU(
-            channels * kernel, hidden, layers, batch_first=True, dropout=between, bidirectional=bidirectional
-        )
+        self.between = nn.Dropout(dropout)
+        lower = aux_layer or layers
+        within = dropout if lower > 1 else 0.0  # nn.GRU warns of dropout in a single layer
+        self.gru_decoder = nn.GRU(channels * kernel, hidden, lower, dropout=within, **options)
+        if aux_layer:
+            within = dropout if layers - lower > 1 else 0.0
+            self.gru_upper = nn.GRU(width, hidden, layers - lower, dropout=within, **options)
+            self.fc_aux = nn.Linear(width, classes)
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.fc_decoder_out = nn.Linear(width, classes)
-        for name, parameter in self.gru_decoder.named_parameters():
+        if h0:
+            nn.init.xavier_uniform_(self.fc_decoder_out.weight)
+        for name, parameter in self.named_parameters():
             if "weight_hh" in name:
-                for gate in parameter.data.chunk(3):
+                for gate in [parameter.data] if whole_start else parameter.data.chunk(3):
                     nn.init.orthogonal_(gate)
             elif "weight_ih" in name:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, x: Tensor, lengths: Tensor, day: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, 0 beyond frames (B,).
+    def forward(self, x: Tensor, lengths: Tensor, day: Tensor, auxiliary: bool = False) -> tuple:
+        """x (B, T, C), lengths (B,) bins, day (B,) -> logits (B, F, classes) float32, 0 beyond frames (B,);
+        if `auxiliary` the logits of the second head as well.
 
         A trial's logits do not depend on its batch-mates, nor on what stands beyond its length. Lengths are
         read on the CPU: keep them there, or a GPU has to wait.
@@ -420,10 +462,16 @@ class GRUDecoder(nn.Module):
         frames = output_frames(lengths, self.kernel, self.stride)
         F = int(frames.max())
         x = nn.functional.softsign(self.day_layer(self.smooth(x, lengths), day))
-        hidden = self.recurrence(self.windows(self.input_dropout(x), max(F, 1)), frames)
-        logits = self.fc_decoder_out(self.norm(hidden))[:, :F].float()
+        lower = self.recurrence(self.gru_decoder, self.windows(self.input_dropout(x), max(F, 1)), frames)
+        upper = lower
+        if self.model_args["aux_layer"]:
+            upper = self.recurrence(self.gru_upper, self.between(lower), frames)
         beyond = torch.arange(F) >= frames.cpu().unsqueeze(1)  # (B, F)
-        return logits.masked_fill(beyond.to(x.device, non_blocking=True).unsqueeze(2), 0.0), frames
+        beyond = beyond.to(x.device, non_blocking=True).unsqueeze(2)
+        logits = self.fc_decoder_out(self.norm(upper))[:, :F].float().masked_fill(beyond, 0.0)
+        if auxiliary:
+            return logits, frames, self.fc_aux(lower)[:, :F].float().masked_fill(beyond, 0.0)
+        return logits, frames
 
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
         """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
@@ -447,21 +495,45 @@ class GRUDecoder(nn.Module):
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
         return torch.baddbmm(bias[day], x, weight[day])
 
+    def separate_days(self) -> list[Tensor]:
+        """Every day's matrix, then every day's bias: windows on the parameters that hold all of them."""
+        return [*self.dayWeights.data, *self.dayBias.data]
+
+    def hand_over_days(self, layers: list[Tensor]) -> None:
+        """Gives `separate_days` of the days that a batch had their gradients, the others none: an optimiser
+        leaves those and their moments alone, where a gradient of zero would go on by momentum."""
+        present = self.dayBias.grad.flatten(1).any(1).tolist()
+        gradients = [*self.dayWeights.grad, *self.dayBias.grad]
+        for layer, gradient, here in zip(layers, gradients, present * 2, strict=True):
+            layer.grad = gradient if here else None
+
+    def start_from(self, start: "GRUDecoder", rows: Sequence[int]) -> None:
+        """Weights of a decoder of these sizes; rows: its day of each day here, -1: the mean of all."""
+        weights = start.state_dict()
+        for name in ("dayWeights", "dayBias"):
+            layers = weights[name]
+            weights[name] = torch.cat([layers, layers.mean(0, keepdim=True)])[rows]
+        self.load_state_dict(weights)
+
     def windows(self, x: Tensor, count: int) -> Tensor:
         """x (B, T, C) -> its first `count` windows (B, count, C * kernel), in them channel * kernel + bin."""
         missing = (count - 1) * self.stride + self.kernel - x.shape[1]
         x = nn.functional.pad(x, (0, 0, 0, max(missing, 0)))
         return x.unfold(1, self.kernel, self.stride)[:, :count].flatten(2)
 
-    def recurrence(self, windows: Tensor, frames: Tensor) -> Tensor:
+    def recurrence(self, gru: nn.GRU, x: Tensor, frames: Tensor) -> Tensor:
         """The GRU's output (B, F, width). One direction may run into padding: nothing of it comes back to a
         trial. Of two directions the second must start at a trial's own last frame, as packing makes it do."""
-        if not self.gru_decoder.bidirectional:
-            return self.gru_decoder(windows)[0]
+        first = None
+        if self.h0 is not None:
+            states = gru.num_layers * (2 if gru.bidirectional else 1)
+            first = self.h0.expand(states, len(x), -1).contiguous().to(x.dtype)
+        if not gru.bidirectional:
+            return gru(x, first)[0]
         packed = nn.utils.rnn.pack_padded_sequence(
-            windows, frames.cpu().clamp(min=1), batch_first=True, enforce_sorted=False
+            x, frames.cpu().clamp(min=1), batch_first=True, enforce_sorted=False
         )
-        return nn.utils.rnn.pad_packed_sequence(self.gru_decoder(packed)[0], True)[0]
+        return nn.utils.rnn.pad_packed_sequence(gru(packed, first)[0], True)[0]
 
 
 def gaussian_taps(width: float, taps: int) -> Tensor:
@@ -474,37 +546,147 @@ def gaussian_taps(width: float, taps: int) -> Tensor:
 
 
 def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecoder:
-    """Weights of the public baseline (arrays or tensors by its names) as a GRUDecoder; sizes from the shapes.
+    """Weights of either public baseline (arrays or tensors by its names) as a GRUDecoder: '24
+    (`neural_seq_decoder`) or '25 (`nejm-brain-to-text`, whose names are `day_weights.N`, `gru.*`, `out.*`).
 
-    The stride is not in the weights. Its dead parameters (`inpLayer*`) are left out; any other unknown or
-    missing name, and a smoothing kernel that differs between channels, raise DataError.
+    Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
+    (`inpLayer*`) are left out; any other unknown or missing name, and a smoothing kernel that differs between
+    channels, raise DataError.
     """
     weights = {}
     for name, value in state_dict.items():
-        name = name.removeprefix("module.")
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         if not name.startswith("inpLayer"):
             weights[name] = torch.as_tensor(value).float()
+    of_25 = "day_weights.0" in weights
     try:
+        if of_25:
+            weights = _by_names_of_24(weights)
         smoothing = weights.pop("gaussianSmoother.weight").flatten(1)
         days, channels, _ = weights["dayWeights"].shape
         gates, width = weights["gru_decoder.weight_ih_l0"].shape
         classes = len(weights["fc_decoder_out.weight"])
     except KeyError as error:
-        raise DataError(f"decoder weights: missing {error}; expected those of the public baseline") from error
+        raise DataError(f"decoder weights: missing {error}; expected those of a public baseline") from error
     if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
         raise DataError("decoder weights: gaussianSmoother.weight differs by channel; expected one kernel")
+    kernel = width // channels
     model = GRUDecoder(
         channels,
         days,
         hidden=gates // 3,
         layers=_layer_count(weights, "gru_decoder"),
         classes=classes,
-        kernel=width // channels,
-        stride=stride,
+        kernel=kernel,
+        stride=stride if kernel > 1 else 1,
+        dropout=0.4,
+        input_dropout=0.2 if of_25 else 0.0,
         bidirectional="gru_decoder.weight_ih_l0_reverse" in weights,
         smooth_taps=smoothing.shape[1],
+        h0=of_25,
+        whole_start=True,
     )
     return _with_weights(model, weights | {"smoothing": smoothing[0]})
+
+
+def _by_names_of_24(weights):
+    """The '25 baseline's weights by the names of '24: days stacked, windows from bin-major to channel-major,
+    the trainer's smoothing (SD 2, 9 taps) among them."""
+    days = sum(name.startswith("day_weights.") for name in weights)
+    renamed = {}
+    for name, value in weights.items():
+        if not name.startswith("day_"):
+            name = re.sub(r"^gru\.", "gru_decoder.", name)
+            renamed[re.sub(r"^out\.", "fc_decoder_out.", name)] = value
+    renamed["dayWeights"] = torch.stack([weights[f"day_weights.{i}"] for i in range(days)])
+    renamed["dayBias"] = torch.stack([weights[f"day_biases.{i}"] for i in range(days)])
+    channels = renamed["dayWeights"].shape[1]
+    by_bins = renamed["gru_decoder.weight_ih_l0"]
+    by_channels = by_bins.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1)
+    smoothing = gaussian_taps(2.0, 9).repeat(channels, 1, 1)
+    return renamed | {"gru_decoder.weight_ih_l0": by_channels, "gaussianSmoother.weight": smoothing}
+
+
+class _Float64:
+    """Stands for numpy.dtype in a '25 checkpoint, whose one scalar is read without calling NumPy."""
+
+    def __init__(self, name: str, *flags):
+        if name != "f8":
+            raise ValueError(f"a number of type {name}")
+
+    def __setstate__(self, state) -> None:
+        pass
+
+
+def _float64(kind: _Float64, raw: bytes) -> float:
+    return struct.unpack("<d", raw)[0]
+
+
+def _of_baseline(path):
+    """What to do with a file that is no checkpoint of ours but a public decoder baseline's; else ""."""
+    if read_baseline(path) is None:
+        return ""
+    return (
+        f"a public decoder baseline's weights: convert, python data.py decoder-weights --in {path} --out FILE"
+    )
+
+
+def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
+    """A file of either public trainer ('24: modelWeights, '25: best_checkpoint) as a decoder and its
+    sessions; None where the file is none. Sessions of '25 stand in `args.yaml` beside it, those of '24 are
+    known where they are 24; otherwise day00, day01 ... DataError for weights that are incomplete."""
+    stand_ins = [(_Float64, "numpy.dtype")]
+    stand_ins += [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    content = None
+    with (
+        suppress(Exception),
+        torch.serialization.safe_globals(stand_ins),
+    ):  # of whatever a foreign file raises
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or "format" in content:
+        return None
+    weights = content.get("model_state_dict", content)
+    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
+    if not names & {"day_weights.0", "dayWeights"}:
+        return None
+    try:
+        model = gru_decoder_from_baseline(weights)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    days, beside = model.model_args["days"], Path(path).with_name("args.yaml")
+    sessions = SESSIONS_24
+    if "day_weights.0" in names and beside.is_file():
+        listed = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
+        sessions = list(dict.fromkeys(listed))
+    elif "day_weights.0" in names:
+        sessions = []
+    return model, sessions if len(sessions) == days else [f"day{i:02d}" for i in range(days)]
+
+
+def load_decoder(path: str | Path) -> tuple[GRUDecoder, list[str]]:
+    """A decoder and its sessions from a checkpoint of ours, or from a file of either public baseline."""
+    found = read_baseline(path)
+    if found is None:
+        model, ckpt = load_checkpoint(path)
+        if ckpt["task"] != "decoder":
+            raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
+        found = model, ckpt["data"]["days"]
+    return found
+
+
+def save_baseline(path: str | Path, out: str | Path) -> None:
+    """`python data.py decoder-weights`: a checkpoint of ours of a public baseline's file."""
+    found = read_baseline(path)
+    if found is None:
+        raise DataError(f"{path}: no weights of a public baseline; expected modelWeights or best_checkpoint")
+    model, sessions = found
+    about = {"days": sessions, "channels": model.model_args["channels"], "phonemes": list(PHONEMES)}
+    about |= {"rules": speech_rules(), "valid": "blocks", "synthetic": False}
+    kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
+    absent = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "epoch", "best", "rng", "git_sha"))
+    kept |= absent | {"step": 0, "skipped": {}, "args": {"seed": None}, "data": about}
+    save_checkpoint(out, kept)
+    print(f"{out}: {path}, {len(sessions)} day layers: {', '.join(sessions)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1118,7 +1300,12 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     path = Path(path)
     for half in path.parent.glob(f".{path.name}.*"):  # of a save that was killed: a run has one writer
         half.unlink()
-    write_atomic(path, write)
+    try:
+        write_atomic(path, write)
+    except RuntimeError as error:  # torch's of a full disk
+        raise DataError(
+            f"{path}: not written ({_one_line(error)}); make room; the earlier one is whole"
+        ) from error
 
 
 def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
@@ -1162,23 +1349,94 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     short or no checkpoint of ours.
     """
     advice = "expected a last.pt or best.pt of this repository"
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; {advice}")
     try:
+        _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(f"{path}: unreadable as a checkpoint ({type(error).__name__}); {advice}") from error
+        found = f"{path}: unreadable as a checkpoint ({_one_line(error)[:80]})"
+        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
     try:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
-        model = MODELS[ckpt["task"]](**known)
-        model.load_state_dict(ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"])
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path}: does not fit its model ({_one_line(error)}); {advice}") from error
+        weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
+        with _Bounded(weights, known, Path(path).stat().st_size):
+            model = MODELS[ckpt["task"]](**known)
+        model.load_state_dict(weights)
+    except Exception as error:
+        found = f"{path}: does not fit its model ({_one_line(error)})"
+        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
+
+
+class _Anything:
+    """Stands for whatever a checkpoint's pickle names: torch itself decides what it may name."""
+
+    def __call__(self, *args):
+        return _Anything()
+
+    def __setitem__(self, key, value):
+        pass
+
+    def __contains__(self, name):
+        return True
+
+    def __getitem__(self, name):
+        return self
+
+
+def _check_archive(path: str | Path) -> None:
+    """ValueError where a record of a checkpoint differs from its checksum, unpacks to more than the file, or
+    has keys that take long to hash."""
+    size = ordinary(path).stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("it unpacks to more than it is")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
+        for record in records:
+            if record.filename.endswith("data.pkl"):
+                anything = _Anything()
+                load_plain_pickle(io.BytesIO(archive.read(record)), anything, anything)
+
+
+def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers in nested dicts and lists, with their innermost names."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else ((name, value) for value in tree):
+            yield from _numbers(value, key)
+    elif isinstance(tree, int | float):
+        yield name, tree
+
+
+class _Bounded(TorchFunctionMode):
+    """Ends the making of a network that outgrows the weights it is for: its sizes may be a stranger's."""
+
+    def __init__(self, weights: dict, model_args: dict, file_size: int):
+        super().__init__()
+        self.calls = 100 * (len(weights) + 10)
+        held = sum(value.nbytes for value in weights.values())
+        longest = max((max(value.shape, default=1) for value in weights.values()), default=1)
+        if held > file_size:
+            raise ValueError(f"weights of {held} bytes in a file of {file_size}")
+        self.room = held + 10**6
+        for name, size in _numbers(model_args):
+            most = len(weights) if name in ("depth", "layers", "decoder_depth") else 1000 + 16 * longest
+            if not 0 <= size <= most:
+                raise ValueError(f"{name} is {size}, but its {len(weights)} weights are of others")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.calls -= 1
+        if function is torch.empty:
+            self.room -= made.numel()
+        if min(self.calls, self.room) < 0:
+            raise ValueError("its sizes make more than its weights")
+        return made
 
 
 def _one_line(error: Exception) -> str:
@@ -1189,22 +1447,23 @@ def _one_line(error: Exception) -> str:
 # Runs: what every trainer needs beside its control flow
 # ---------------------------------------------------------------------------------------------------------
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# what a resumed run may be given otherwise; every other option comes from its checkpoint
+# what a resumed run may be given otherwise than its checkpoint says
 FREE_ON_RESUME = set(
-    "data audio cache out name resume init device max_steps patience log_every save_every save_minutes "
-    "max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
+    "data audio cache out name resume init device max_steps patience log_every eval_every save_every "
+    "save_minutes max_skips strict workers compile checkpointing diagnose tensorboard debug".split()
 )
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["mps"] if torch.backends.mps.is_available() else []
+DEVICES += ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]  # the last is the default
 RUN_OPTIONS = [
     ("--name", "NAME", None, "run folder below --out (made of the options)"),
     ("--out", "DIR", None, "folder of runs (%(default)s)"),
     ("--resume", "FILE", None, "last.pt of a stopped run: go on with its options (off)"),
-    ("--seed", number(int, 0), 7, "same seed, same run on CPU (%(default)s)"),
+    ("--seed", COUNT, 7, "same seed, same run on CPU (%(default)s)"),
     ("--device", DEVICES, DEVICES[-1], "where to train (%(default)s here)"),
     ("--amp", ["auto", *AMP_TYPES, "off"], "auto", "mixed precision; auto tries (%(default)s)"),
-    ("--max-skips", number(int, 1), 20, "non-finite updates that stop it (%(default)s)"),
-    ("--log-every", number(int, 1), 100, "steps between log lines (%(default)s)"),
-    ("--save-every", number(int, 0), 0, "steps between extra saves of last.pt (0: none)"),
+    ("--max-skips", WHOLE, 20, "non-finite updates that stop it (%(default)s)"),
+    ("--log-every", WHOLE, 100, "steps between log lines (%(default)s)"),
+    ("--save-every", COUNT, 0, "steps between extra saves of last.pt (0: none)"),
     ("--tensorboard", bool, False, "mirror the metrics (off)"),
     ("--debug", bool, False, "show the traceback of an error (off)"),
 ]
@@ -1221,10 +1480,9 @@ def parse_options(
     argv: list[str] | None,
     tasks: tuple[str, ...],
     *presets: Callable[[Namespace], dict],
-    free: set[str] = FREE_ON_RESUME,
 ) -> Namespace:
     """Options of a run. presets: functions of the options so far that give defaults of others, in turn.
-    With --resume those of its checkpoint: others than `free` and more epochs are refused."""
+    With --resume all those of its checkpoint; all but FREE_ON_RESUME and more epochs stay so."""
     argv = sys.argv[1:] if argv is None else argv
     without_help = [arg for arg in argv if arg not in ("-h", "--help")]
     for preset in presets:
@@ -1232,13 +1490,19 @@ def parse_options(
     resume = parser.parse_known_args(without_help)[0].resume
     if not resume:
         return parser.parse_args(argv)
-    saved = load_training(resume, tasks)["args"]
-    saved = {name: value for name, value in saved.items() if name not in free}
+    ckpt = load_training(resume, tasks)
+    saved = {
+        name: value for name, value in ckpt["args"].items() if name not in ("resume", "debug", "diagnose")
+    }
+    if (saved["max_steps"] or 0) <= ckpt["step"]:  # that was for then
+        del saved["max_steps"]
+    if saved["device"] not in DEVICES:
+        del saved["device"]
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     if args.amp == "auto":
         args.amp = saved["amp"]
-    fixed = saved.keys() - {"epochs", "steps"}
+    fixed = saved.keys() - FREE_ON_RESUME - {"epochs", "steps"}
     changed = [f"--{name.replace('_', '-')}" for name in fixed if getattr(args, name) != saved[name]]
     if changed:
         raise DataError(f"{resume}: {', '.join(changed)} differ from that run's; leave them out")
@@ -1254,7 +1518,7 @@ def set_up(device: str, seed: int) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)  # NCCL sends objects from the current device
     device = torch.device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: flags and objects
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # caches are made meanwhile
         atexit.register(dist.destroy_process_group)
     torch.manual_seed(seed + rank)
@@ -1277,6 +1541,14 @@ def from_main(value: object, world: int) -> object:
     if world > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_any(flag: bool, world: int) -> bool:
+    """Whether the flag is set on any process."""
+    count = torch.tensor(int(flag))
+    if world > 1:
+        dist.all_reduce(count)
+    return bool(count)
 
 
 def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
@@ -1378,7 +1650,7 @@ def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], b
 def quiet_worker(_: int) -> None:
     """For a DataLoader: Ctrl-C and SIGTERM reach every process of a group; the main one decides, and may need
     its workers for one more step. A second SIGTERM, which torch sends to those that outlive it, ends one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    on_stop(signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -1409,30 +1681,35 @@ def worker_processes(loader: DataLoader) -> Iterator[None]:
 
 
 @contextmanager
-def Interrupt(enabled: bool) -> Iterator[list]:
-    """Ctrl-C and SIGTERM within the block: noted in a list, so that the step in progress ends first.
+def Interrupt() -> Iterator[list]:
+    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends first.
     Only the main thread can: in others nothing is caught."""
     came = []
     in_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if enabled and in_main else ()
-    before = {sign: signal.signal(sign, lambda *caught: came.append(caught)) for sign in signals}
+    before = {number: signal.getsignal(number) for number in STOPS} if in_main else {}
+    if in_main:
+        on_stop(lambda *caught: came.append(caught))
     try:
         yield came
     finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_folder(args: Namespace, name: str) -> Path:
-    """The folder of a resumed run, or a new one: a taken name gets a number, no run overwrites another."""
+    """The folder of a resumed run, or a new one, made here: a taken name gets a number, no run overwrites
+    another."""
     if args.resume:
         return Path(args.resume).parent
     first = folder = Path(args.out, args.name or name)
     taken = 1
-    while folder.exists():
-        taken += 1
-        folder = Path(f"{first}_{taken}")
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            taken += 1
+            folder = Path(f"{first}_{taken}")
 
 
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
@@ -1452,34 +1729,49 @@ def same_data(path: str, saved: dict, found: dict) -> None:
 
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
-    """Weights, optimizer, scaler and random state as saved; returns the averaged weights, if there are some.
-    Processes beside the main one, whose states are not saved, go on from states of their own."""
+    """Weights, optimizer, scaler and this process's random state as saved; returns the averaged weights, if
+    there are some. A process that was not there goes on from a state of its own."""
     device = next(model.parameters()).device
+    states = [ckpt["rng"], *ckpt["rng"].get("others", [])]
     try:
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         scaler.load_state_dict(ckpt["scaler"] or {})
-        torch.set_rng_state(ckpt["rng"]["cpu"])
-        if device.type == "cuda" and ckpt["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(ckpt["rng"]["cuda"], device)
+        if rank < len(states):
+            torch.set_rng_state(states[rank]["cpu"])
+            if device.type == "cuda" and states[rank]["cuda"] is not None:
+                torch.cuda.set_rng_state(states[rank]["cuda"], device)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path}: does not fit this run ({_one_line(error)})") from error
-    if rank:
-        torch.manual_seed(torch.initial_seed() + rank)
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
 
 
 class Run:
-    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone."""
+    """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone, which holds a
+    lock on metrics.jsonl: one run, one writer. For a `with`."""
 
-    def __init__(self, folder: Path, args: Namespace, rank: int):
-        self.folder, self.args, self.main = folder, args, rank == 0
+    def __init__(self, args: Namespace, name: str, rank: int, world: int, resumed: dict | None):
+        self.args, self.main, self.world = args, rank == 0, world
         self.start = time.time()
         self.board = None
-        if self.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text(json.dumps(vars(args) | git_state(), indent=1))
-            self.board = tensorboard(folder) if args.tensorboard else None
+        folder = None
+        with ExitStack() as open_files:
+            if self.main:
+                folder = run_folder(args, name)
+                self.metrics = open_files.enter_context(locked(folder / "metrics.jsonl", wait=False))
+                if resumed:
+                    cut_metrics(self.metrics, resumed["step"])
+                text = json.dumps(vars(args) | git_state(), indent=1)
+                write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
+                self.board = tensorboard(folder) if args.tensorboard else None
+            self.open_files = open_files.pop_all()
+        self.folder = from_main(folder, world)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.open_files.close()
 
     def seconds(self) -> float:
         return time.time() - self.start
@@ -1493,8 +1785,12 @@ class Run:
         if not self.main:
             return
         record = {"step": step, "epoch": epoch, "time": round(self.seconds(), 2), **values}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(json_ready(record)) + "\n")
+        try:
+            self.metrics.write(f"{json.dumps(json_ready(record))}\n".encode())
+            self.metrics.flush()
+        except OSError as error:
+            told = f"make room, then go on with --resume {self.folder / 'last.pt'}"
+            raise DataError(f"{self.metrics.name}: not written ({error.strerror}); {told}") from error
         if self.board:
             for name, value in values.items():
                 if isinstance(value, int | float):
@@ -1502,16 +1798,21 @@ class Run:
             self.board.flush()
 
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
-        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data)."""
-        if not self.main:
-            return
+        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data). All
+        processes take part: each has a random state."""
         device = next(model.parameters()).device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        states = [rng] * self.world
+        if self.world > 1:
+            dist.all_gather_object(states, rng)
+        if not self.main:
+            return
         made = {
             "task": task,
             "args": vars(self.args),
             "git_sha": git_state()["git_sha"],
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": rng | {"others": states[1:]},
             "model_args": model.model_args,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -1522,6 +1823,22 @@ class Run:
             made |= {"optimizer": None, "scaler": None, "rng": None}
             state |= {"ema": None, "scheduler": None}
         save_checkpoint(self.folder / name, state | made)
+
+
+def cut_metrics(file: BinaryIO, step: int) -> None:
+    """Cuts what a resumed run will log again, and a line that a crash cut short, off the end of the file."""
+    file.seek(0)
+    end = place = 0
+    for line in file:
+        place += len(line)
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                end = place
+        except (ValueError, LookupError, TypeError):
+            continue  # torn
+    if end < place:
+        file.truncate(end)
+        print(f"{file.name}: {place - end} bytes beyond step {step} cut off the end: they are logged again")
 
 
 def tensorboard(folder: Path):
@@ -1556,12 +1873,12 @@ def git_state() -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN on Windows)."""
+    """Peak so far, MiB: allocated on the GPU, or resident in this process (NaN where that is not told)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:
         return math.nan
-    import resource
-
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -21,15 +21,9 @@ many random crops as it has lengths of --frames. PERCEPIANO is a clone of its re
 into the cache. Scores and times: results/README.md.
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"pretrain_ast.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import contextlib
 import math
@@ -43,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import data
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import (
     predict_ast,
     pretrain_figures,
@@ -73,9 +67,9 @@ from models import (
     load_checkpoint,
     load_training,
     main_first,
+    on_any,
     parse_options,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -112,11 +106,6 @@ AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
 AFTER = {"pretrain": "pretrain_ast.py --task finetune --data PERCEPIANO --init", "finetune": "eval.py --ckpt"}
 GROUPS = dict(zip((name.split()[0].lower() for name in data.LABEL_GROUPS), data.label_groups(), strict=True))
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 SIZES = "of the encoder (%(default)s)"
 LOSS = torch.nn.functional.mse_loss  # of the fine-tuning; named in the log
 LIMITS = f"for which changes by {', '.join(AUGMENTATIONS)} count; of {', '.join(GROUPS)} (all)"
@@ -163,8 +152,8 @@ OPTIONS = {
         ("--mask", WHOLE, 400, "pretrain: masked patches of 512 (%(default)s)"),
         ("--visible-only", bool, False, "pretrain: encode visible patches alone (off)"),
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
-        ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
         ("--grouped", bool, True, "finetune: a head a group (on)"),
+        ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
         ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
     ],
@@ -416,7 +405,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     if not args.init:
         return AST(**sizes, **shared)
     try:
-        weights = torch.load(args.init, map_location="cpu", weights_only=True)
+        weights = torch.load(data.ordinary(args.init), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own text suggests unsafe loading
         raise data.DataError(f"{args.init}: unreadable; expected best.pt, or SSAST's weights") from error
     if any("patch_embed" in str(name) for name in weights):
@@ -527,7 +516,7 @@ def main(args: argparse.Namespace) -> dict:
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
     began = step
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
@@ -535,12 +524,13 @@ def main(args: argparse.Namespace) -> dict:
         run.save(file, args.model, bare_model, optimizer, scaler, **state)
 
     # ---- loop
+    stopped = False
     eval_every = args.eval_every or steps_per_epoch
     saved_at = time.time()
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
-    with Interrupt(enabled=world == 1) as stop, bar, worker_processes(loader):
-        while step < last and not stop and patient:
+    with run, Interrupt() as stop, bar, worker_processes(loader):
+        while step < last and not stopped and patient:
             epoch = step // steps_per_epoch
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:
                 balance = from_main(reweigh(balance), world)
@@ -576,6 +566,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -601,6 +592,7 @@ def main(args: argparse.Namespace) -> dict:
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 minutes = (time.time() - saved_at) / 60
                 due = (args.save_every and step % args.save_every == 0) or 0 < args.save_minutes < minutes
+                due = on_any(due, world)
                 if step % eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
@@ -617,19 +609,19 @@ def main(args: argparse.Namespace) -> dict:
                     say(
                         f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
                         f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
-                        f"{'  best so far' if is_best else ''}"
+                        f"{data.mark(summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or due:
+                elif stopped or due:
                     save("last.pt")
                     saved_at = time.time()
-                if step == last or stop or not patient:
+                if step == last or stopped or not patient:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(f"interrupted after step {step}; go on: python pretrain_ast.py --resume {run.folder / 'last.pt'}")
         raise KeyboardInterrupt
     if "epoch" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")

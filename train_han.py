@@ -13,15 +13,9 @@ Scientific Reports 14, 23002 (2024).
 DIR is a clone of the PercePiano repository (`python data.py fetch percepiano`).
 """
 
-import os
-import signal
+import data  # first: while torch loads, Ctrl-C is one line
 
-# Ctrl-C while torch loads, which takes seconds
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, lambda *_: os._exit(130 if os.write(2, b"train_han.py: interrupted\n") else 1)
-    )
-
+# isort: split
 import argparse
 import copy
 import json
@@ -34,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import predict_han, rating_summary, to_device, validation_metrics
 from models import (
     AMP_TYPES,
@@ -49,9 +43,9 @@ from models import (
     launch,
     load_training,
     main_first,
+    on_any,
     parse_options,
     restore,
-    run_folder,
     run_options,
     same_data,
     set_up,
@@ -75,11 +69,6 @@ PRESETS = {
 LOSS = F.mse_loss  # of rating and prediction; named in the log; the best epoch is still that of least MSE
 NETWORK = ("size", "heads", "dropout", "level", "model", "head_size")
 
-WHOLE = data.number(int, 1)
-COUNT = data.number(int, 0)
-POSITIVE = data.number(float, 0)
-SHARE = data.number(float, 0, 1)
-BELOW_ONE = data.number(float, 0, 0.99999)
 # By group: name; a type, the choices, the name of a value, or bool for a switch; default; help.
 OPTIONS = {
     "options": [  # those that matter first
@@ -161,7 +150,7 @@ def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: 
         root = args.data or data.synthetic_percepiano(args.cache)
         corpus = data.load_percepiano(root, args.cache, args.strict, quiet=rank > 0)
     for line in corpus.left_out:
-        say(f"left out: {line}")
+        say(f"left out: {data.printable(line)}")
     fold = int(args.fold)
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
     given = args.features, args.pooled, args.split, fold, args.keep_overlap
@@ -283,17 +272,18 @@ def main(args: argparse.Namespace) -> dict:
         say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_{args.model}_{args.features}_{args.split}_f{args.fold}_s{args.seed}"
     began = step
-    run = Run(from_main(run_folder(args, name), world), args, rank)
+    run = Run(args, name, rank, world, resumed)
 
     def save(file: str) -> None:
         state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
         run.save(file, "han", bare_model, optimizer, scaler, scheduler=None, **state)
 
     # ---- loop
+    stopped = False
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
-    with Interrupt(enabled=world == 1) as stop, bar:
-        while step < last and not stop and patient:
+    with run, Interrupt() as stop, bar:
+        while step < last and not stopped and patient:
             epoch = step // steps_per_epoch
             batches = data.length_batches(lengths, args.batch, args.seed, epoch, world)
             for indices in batches[step % steps_per_epoch :]:
@@ -323,6 +313,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
+                stopped = on_any(bool(stop), world)
 
                 if finite:
                     in_a_row = 0
@@ -357,18 +348,18 @@ def main(args: argparse.Namespace) -> dict:
                     say(
                         f"epoch {epoch:3d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
                         f"valid {rating_summary(metrics)}  {run.left(step - began, last - step)}"
-                        f"{'  best so far' if is_best else ''}"
+                        f"{data.mark(rating_summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stop or (args.save_every and step % args.save_every == 0):
+                elif stopped or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                if step == last or stop:
+                if step == last or stopped:
                     break
 
-    if stop:
-        say(f"interrupted after step {step}; go on with --resume {run.folder / 'last.pt'}")
+    if stopped:
+        say(f"interrupted after step {step}; go on: python train_han.py --resume {run.folder / 'last.pt'}")
         raise KeyboardInterrupt
     if "step" not in best:
         raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")

@@ -6,16 +6,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import itertools
 import json
+import signal
+import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import data
 import eval as evaluation
 
+tqdm.monitor_interval = 0  # its thread and forks do not go together
 COLUMNS = data.column_names(data.FEATURES)
 DAYS = ["t12.2022.05.01", "t12.2022.05.03", "t12.2022.06.01"]
 
@@ -58,6 +65,85 @@ def check_results(path: str | Path, truth: dict[str, np.ndarray]) -> int:
     for key, value in computed.items():
         assert saved[key] == pytest.approx(value, abs=2e-6), key
     return len(saved)
+
+
+LONG = 300  # seconds that a busy machine may take for what takes five
+
+
+def until(condition: Callable[[], object]) -> bool:
+    end = time.time() + LONG
+    while not condition() and time.time() < end:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+class Forked:
+    """A script's function in a process and session of its own, all imported already; its output in files."""
+
+    def __init__(self, logs: Path, script: str, function: Callable, **environment: object):
+        logs.mkdir(exist_ok=True)
+        self.logs, self.code = logs, None
+        for stream in ("stdout", "stderr"):
+            (logs / stream).write_text("")
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be_the_child(script, function, environment)
+
+    def _be_the_child(self, script, function, environment):
+        code = 1
+        try:
+            os.setsid()
+            os.environ.update({name: str(value) for name, value in environment.items()})
+            for stream, number in (("stdout", 1), ("stderr", 2)):
+                os.dup2(os.open(self.logs / stream, os.O_WRONLY), number)
+                setattr(sys, stream, os.fdopen(number, "w", buffering=1))
+            data.on_stop(signal.SIG_DFL)
+            data.run_script(script, function)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except Exception:
+            traceback.print_exc()
+            raise
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def ended(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def wait(self) -> int:
+        assert until(self.ended)
+        return self.code
+
+    def said(self, stream: str) -> str:
+        return (self.logs / stream).read_text()
+
+    def workers(self) -> list[int]:
+        """Processes of the same session, this one apart."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended meanwhile
+                continue
+            if int(fields[3]) == self.pid != int(folder.name) and fields[0] != "Z":
+                found.append(int(folder.name))
+        return found
+
+
+def two_ranks(logs: Path, script: str, function: Callable) -> list[Forked]:
+    """The function in two processes of a gloo group, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Forked(logs / f"rank{rank}", script, function, RANK=rank, LOCAL_RANK=rank, **group) for rank in (0, 1)
+    ]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The three networks as the public code computes them: yardsticks of speed, and oracles of the tests.
 
     python tests/plain_networks.py [--task han|decoder|ast]    step times of both, their ratio
+    python tests/plain_networks.py --epoch       an epoch of the decoder, trials of 200-800 bins
 
 HAN: packed bidirectional LSTMs, a Python loop over voices, dense one-hot matrices between levels.
 GRU decoder: a depthwise filter per channel, windows by nn.Unfold, a GRU over the padding too.
@@ -10,6 +11,7 @@ AST: attention weights written out, a pass of the encoder for either objective, 
 import argparse
 import copy
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import length_batches
 from eval import BENCHES, timed_step
 from models import AST, HAN, BiLSTM, ContextAttention, GRUDecoder, output_frames
 
@@ -248,12 +251,47 @@ def compare(task: str, sizes: dict, batch: int, steps: int, device: torch.device
     return seconds | {"ratio": seconds["plain"] / seconds["ours"], "difference": difference}
 
 
+def compare_epochs(trials: int, batch: int, channels: int, hidden: int, layers: int) -> dict:
+    """Processor seconds of an epoch of the decoder: ours in batches by length, the public way in random ones,
+    a batch of either in turn."""
+    torch.manual_seed(7)
+    rng = np.random.default_rng(7)
+    lengths = rng.integers(200, 801, trials)
+    ours = GRUDecoder(channels, 8, hidden, layers)
+    networks = {"ours": ours, "plain": PlainGRUDecoder(ours)}
+    order = rng.permutation(trials)
+    batches = {
+        "ours": length_batches(lengths.tolist(), batch, 7, 0),
+        "plain": np.split(order, trials // batch),
+    }
+    seconds = dict.fromkeys(networks, 0.0)
+    for pair in zip(*batches.values(), strict=True):
+        for (name, network), chosen in zip(networks.items(), pair, strict=True):
+            counts = torch.as_tensor(lengths[chosen])
+            x, day = torch.randn(batch, int(counts.max()), channels), torch.randint(8, (batch,))
+            labels = torch.randint(1, 41, (batch, 30))
+            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+            start = time.process_time()
+            logits, frames = network(x, counts, day)
+            scores = logits.log_softmax(2).transpose(0, 1)
+            functional.ctc_loss(scores, labels, frames, torch.full((batch,), 30)).backward()
+            optimizer.step()
+            seconds[name] += time.process_time() - start
+            network.zero_grad()
+    return seconds | {"ratio": seconds["plain"] / seconds["ours"]}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=PLAIN, nargs="*", default=[*PLAIN], help="networks (all)")
     parser.add_argument("--steps", type=int, default=5, help="steps of each after the first (%(default)s)")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--epoch", action="store_true", help="time an epoch of the decoder instead (off)")
     args = parser.parse_args(argv)
+    if args.epoch:
+        sizes = {"trials": 512, "batch": 64, "channels": 32, "hidden": 256, "layers": 2}
+        print(sizes, compare_epochs(**sizes))
+        return
     for task in args.task:
         result = compare(task, {}, BENCHES[task][1], args.steps, args.device)
         print(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -36,11 +37,14 @@ def test_metrics_match_sklearn_and_scipy():
 
 
 @pytest.mark.parametrize("prediction", [0.3, 0.4])
-def test_constant_columns(prediction):
+def test_figures_of_constant_columns_are_undefined(prediction, capsys):
     y, p = np.full((7, 2), 0.3), np.full((7, 2), prediction)
     y[:, 1] = np.linspace(0, 1, 7)
-    assert evaluation.r2(y, p) == pytest.approx(r2_score(y, p, multioutput="raw_values"))
-    assert evaluation.pearson(y, p).tolist() == [0, 0]
+    assert np.isnan(evaluation.r2(y, p)).tolist() == [True, False]
+    assert evaluation.r2(y, p)[1] == pytest.approx(r2_score(y[:, 1], p[:, 1]))
+    assert np.isnan(evaluation.pearson(y, p)).all()
+    evaluation.print_table(["r2", "interval"], [[math.nan, [math.nan, 0.5]]])
+    assert capsys.readouterr().out.split()[2:] == ["–", "[–,", "0.5000]"]
     assert np.isnan(evaluation.r2(y[:1], p[:1])).all()
 
 

@@ -6,13 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from torch import Tensor, nn
 
+import data
+import train_decoder
 from data import DataError
 from models import (
     GRUDecoder,
     gaussian_taps,
     gru_decoder_from_baseline,
+    load_checkpoint,
+    load_decoder,
     output_frames,
 )
 
@@ -81,11 +86,10 @@ def test_logits_losses_and_strings_equal_the_baselines(oracle, form):
         assert largest(model.smooth(x, length), oracle[f"trial{i}/smoothed"]) < 1e-6
         scores = alone.log_softmax(2)
         assert largest(scores, trial["log_probs"]) < 1e-5
-        for kind in ("exact", "original"):
-            n = trial[f"n_frames_{kind}"].view(1)
-            loss = nn.functional.ctc_loss(
-                scores.transpose(0, 1), target[None], n, torch.tensor([len(target)]), zero_infinity=True
-            )
+        batch = {"labels": target[None], "label_lengths": torch.tensor([len(target)])}
+        for kind, preset in (("exact", "default"), ("original", "baseline")):
+            args = train_decoder.parse_args(["--data", "DIR", "--preset", preset])
+            loss = train_decoder.batch_losses((alone, frames), batch, args)
             assert loss.item() == pytest.approx(trial[f"ctc_loss_{kind}"].item(), abs=1e-4)
 
 
@@ -247,3 +251,110 @@ def test_unknown_day_takes_the_mean_of_the_day_layers():
 def test_impossible_days_and_lengths_are_refused(lengths, day, message):
     with pytest.raises(DataError, match=message):
         small_decoder()(make_batch(40)[0], torch.tensor(lengths), torch.tensor(day))
+
+
+# --- The '25 baseline ---
+
+
+@pytest.fixture(scope="module")
+def oracle25() -> dict[str, Tensor]:
+    path = ORACLE.with_name("gru_baseline25.npz")
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not here")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: torch.as_tensor(value) for key, value in file.items()}
+
+
+def weights25(oracle25: dict, prefix: str = "w/") -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in oracle25.items() if key.startswith(prefix)}
+
+
+def test_logits_and_strings_equal_the_25_baselines(oracle25):
+    model = gru_decoder_from_baseline(weights25(oracle25), int(oracle25["cfg/patch_stride"]))
+    assert largest(model.smoothing, oracle25["smooth/kernel"]) < 1e-6
+    assert (model.model_args["dropout"], model.model_args["input_dropout"]) == (0.4, 0.2)
+    for i in range(3):
+        trial = {k.removeprefix(f"trial{i}/"): v for k, v in oracle25.items()}
+        logits, frames = model(trial["x"], torch.tensor([trial["x"].shape[1]]), trial["day"])
+        assert frames.tolist() == [trial["n_frames"]]
+        assert largest(logits, trial["logits"]) < 1e-5
+        assert largest(logits, trial["logits_h0_zero"]) > 1
+
+
+def test_two_updates_of_the_25_baselines_trainer(oracle25):
+    args = train_decoder.parse_args(["--data", "DIR", "--preset", "baseline25"])
+    model = gru_decoder_from_baseline(weights25(oracle25), int(oracle25["cfg/patch_stride"]))
+    x = nn.utils.rnn.pad_sequence([oracle25[f"trial{i}/x"][0] for i in range(3)], batch_first=True)
+    whole = {name: oracle25[f"batch/{name}"] for name in ("x_len", "target_len", "day", "target_padded")}
+    layers = model.separate_days()
+    groups = train_decoder.parameter_groups(model, args, layers)
+    optimizer = torch.optim.AdamW(groups, lr=float(oracle25["train/rate"]), eps=args.adam_eps)
+    losses, norms = [], []
+    for update, trials in enumerate((torch.arange(3), oracle25["train/step2_trials"], torch.arange(3))):
+        batch = {"labels": whole["target_padded"][trials], "label_lengths": whole["target_len"][trials]}
+        outputs = model(x[trials], whole["x_len"][trials], whole["day"][trials])
+        loss = train_decoder.batch_losses(outputs, batch, args).mean()
+        losses.append(loss.item())
+        if update == 2:
+            break
+        before = model.dayWeights[0].clone()
+        loss.backward()
+        model.hand_over_days(layers)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), args.clip).item())
+        optimizer.step()
+        model.zero_grad()
+        stride = int(oracle25["cfg/patch_stride"])
+        after = gru_decoder_from_baseline(weights25(oracle25, f"train/w_after{update + 1}/"), stride)
+        assert max(largest(model.state_dict()[k], v) for k, v in after.state_dict().items()) < 2e-6
+    assert torch.equal(model.dayWeights[0], before)  # absent from the second batch
+    assert losses == pytest.approx(oracle25["train/losses"].tolist(), rel=1e-5)
+    assert norms == pytest.approx(oracle25["train/grad_norms"].tolist(), rel=1e-4)
+    for update, rate in zip(
+        oracle25["schedule/update"].tolist(), oracle25["schedule/rate"].tolist(), strict=True
+    ):
+        assert train_decoder.lr_at(update, args, args.steps) == pytest.approx(rate, rel=1e-6)
+
+
+def weights_of_25() -> dict[str, Tensor]:
+    """A small network by the '25 baseline's names, as torch.compile stores it."""
+    weights = {f"gru.{name}": value for name, value in nn.GRU(C * 4, 8, 2).state_dict().items()}
+    weights |= {f"out.{name}": value for name, value in nn.Linear(8, 41).state_dict().items()}
+    weights |= {f"day_weights.{i}": torch.randn(C, C) for i in range(2)} | {"h0": torch.randn(1, 1, 8)}
+    weights |= {f"day_biases.{i}": torch.randn(1, C) for i in range(2)}
+    return {f"_orig_mod.{name}": value for name, value in weights.items()}
+
+
+def test_public_files_are_read_as_they_are(tmp_path, capsys):
+    sessions = ["t15.2023.08.11", "t15.2023.08.13"]
+    path, out = tmp_path / "best_checkpoint", tmp_path / "made.pt"
+    torch.save({"model_state_dict": weights_of_25(), "val_loss": np.float64(3.5)}, path)
+    line = refused(lambda: load_checkpoint(path), capsys, path)
+    assert "decoder-weights" in line
+    (tmp_path / "args.yaml").write_text("dataset:\n  sessions:\n" + "".join(f"  - {s}\n" for s in sessions))
+    data.main(["decoder-weights", "--in", str(path), "--out", str(out)])
+    model, ckpt = load_checkpoint(out)
+    assert ckpt["data"]["days"] == sessions
+    own = load_decoder(path)[0]
+    assert all(torch.equal(v, own.state_dict()[k]) for k, v in model.state_dict().items())
+    first = torch.load(out, weights_only=True)["model"]["gru_decoder.weight_ih_l0"]
+    bins = own.state_dict()["gru_decoder.weight_ih_l0"].unflatten(1, (C, 4))
+    assert torch.equal(first.unflatten(1, (C, 4)), bins)
+    torch.save({"model_state_dict": {"day_weights.0": torch.ones(1)}}, path)
+    refused(lambda: load_decoder(path), capsys, path)
+
+
+def test_a_second_head_and_a_first_state():
+    batch = make_batch(40, 22)
+    plain, deep = small_decoder(layers=3), small_decoder(layers=3, aux_layer=2, h0=True)
+    logits, frames, lower = deep(*batch, auxiliary=True)
+    assert lower.shape == logits.shape
+    assert not lower[1, frames[1] :].any()
+    with torch.no_grad():
+        for name, value in plain.state_dict().items():
+            name = name.replace("gru_decoder", "gru_upper") if "_l2" in name else name
+            deep.state_dict()[name.replace("_l2", "_l0")].copy_(value)
+        deep.h0.zero_()
+    assert largest(deep(*batch)[0], plain(*batch)[0]) < 1e-6
+    with torch.no_grad():
+        deep.h0.fill_(0.5)
+    assert largest(deep(*batch)[0], plain(*batch)[0]) > 1e-3

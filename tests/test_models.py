@@ -291,30 +291,6 @@ def test_other_types_are_refused_before_anything_is_written(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-BAD_CHECKPOINTS = [  # what was changed, or all that the file holds
-    b"cposix\nsystem\n(S'true'\ntR.",  # a pickle that would call os.system
-    argparse.Namespace(lr=1),
-    None,
-    {"task": "chess"},
-    {"format": 99},
-    {"model_args": small_han().model_args | {"depth": 3}},
-    {"model": small_han(size=16).state_dict()},
-]
-
-
-@pytest.mark.parametrize("content", BAD_CHECKPOINTS)
-def test_bad_checkpoint_is_refused_in_one_line(tmp_path, content):
-    path = tmp_path / "run.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif isinstance(content, dict):
-        torch.save(make_ckpt(small_han(), format=1) | content, path)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: [^\n]*$"):
-        load_checkpoint(path)
-
-
 def test_a_checkpoint_that_is_cut_short_and_one_of_an_older_version(tmp_path):
     """Options that are gone stand in model_args of older files: switched off they mean nothing."""
     model = small_han()
@@ -357,9 +333,20 @@ def test_a_log_without_nan_and_a_board(tmp_path, monkeypatch):
     written = []
     board = argparse.Namespace(add_scalar=lambda *a: written.append(a), flush=lambda: None)
     monkeypatch.setattr(models, "tensorboard", lambda folder: board)
-    run = models.Run(tmp_path / "run", argparse.Namespace(tensorboard=True), 0)
+    args = argparse.Namespace(tensorboard=True, out=str(tmp_path), name="run", resume=None)
+    run = models.Run(args, "", 0, 1, None)
     run.log(3, 1, loss=math.nan, norms={"a": 1.23456789}, lr=0.5)
     record = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert record.keys() == {"step", "epoch", "time", "loss", "norms", "lr"}
     assert (record["step"], record["loss"], record["norms"], record["lr"]) == (3, None, {"a": 1.234568}, 0.5)
     assert [(name, step) for name, _, step in written] == [("loss", 3), ("lr", 3)]
+    args.resume = str(tmp_path / "run/last.pt")
+    with pytest.raises(DataError, match="metrics.jsonl: another process"):
+        models.Run(args, "", 0, 1, {"step": 3})
+    run.log(6, 1, loss=1.0)
+    with run:
+        run.metrics.write(b'{"step": 3, "to')  # a crash
+    with models.Run(args, "", 0, 1, {"step": 5}) as again:
+        again.log(6, 1, loss=2.0)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [3, 6]

@@ -130,7 +130,7 @@ def test_validation_part_is_scored(corpus, tmp_path, capsys):
     assert 0 < len(trials) < 24
     assert figures["per"] == pytest.approx(errors / (6 * len(trials)))
     assert figures["sub"] + figures["del"] + figures["ins"] == errors
-    assert list(figures["by_day"]) == DAYS
+    assert list(figures["by_day"]) == DAYS[:1]  # a tenth of 24 trials: a block of one day
     assert figures["interval"][0] <= figures["per"] <= figures["interval"][1]
     said = capsys.readouterr().out
     assert "SYNTHETIC" in said
@@ -192,7 +192,8 @@ def test_saved_results(corpus, tmp_path):
 def asked(monkeypatch) -> list:
     """What `words` was called with, instead of a search."""
     calls: list = []
-    monkeypatch.setattr(evaluation, "words", lambda *args: calls.append(args) or {"wer": 0.5})
+    found = lambda trials: {"wer": 0.5, "sentences": [["the", "voice"]] * len(trials)}  # noqa: E731
+    monkeypatch.setattr(evaluation, "words", lambda *args: calls.append(args) or found(args[2]))
     return calls
 
 
@@ -220,9 +221,15 @@ def test_a_submission_needs_no_labels(corpus, asked, tmp_path, capsys):
     assert asked[0][2].tolist() == [9, 19, 29]
     assert "PER" not in capsys.readouterr().out
     corpus.labelled[18] = False
-    figures = run("--ckpt", path, "--part", "test", "--submission", "s.txt")
+    figures = run(
+        "--ckpt", path, "--part", "test", "--submission", "s.txt", "--logits", "out", "--csv", "w.csv"
+    )
     assert figures["trials"] == 2
     assert asked[1][2].tolist() == [8, 18, 28]
+    row = np.load(f"out/{corpus.ids[18]}.npy")  # unlabelled ones too
+    assert (row.dtype, row.shape[1]) == (np.float16, 41)
+    assert row == pytest.approx(alone(path, corpus, 18), abs=0.01)
+    assert evaluation.read_csv("w.csv")[corpus.ids[8]][2:] == (["the", "voice"],) * 2
 
 
 def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):
@@ -268,6 +275,13 @@ def test_decoders_are_compared_by_trial(tmp_path, capsys):
     assert result["verdict"].startswith(f"A is better than B: phoneme error rate {result['difference']:.4f}")
     swapped = evaluation.main(["compare", "--a", paths[1], "--b", paths[0], "--draws", "100"])
     assert "A is worse than B" in swapped["verdict"]
+    for side, said in (("a", "the boat"), ("b", "a boat")):
+        rows = [f"t{i},d,AA,AA,the boat,{said}" for i in range(8)]
+        head = "trial,day,reference,hypothesis,words_reference,words_hypothesis"
+        (tmp_path / f"w{side}.csv").write_text("\n".join([head, *rows]))
+    argv = ["compare", "--a", str(tmp_path / "wa.csv"), "--b", str(tmp_path / "wb.csv"), "--draws", "100"]
+    result = evaluation.main(argv)
+    assert (result["difference"], result["words"]["a"], result["words"]["b"]) == (0, 0, 0.5)
 
 
 @pytest.mark.parametrize("b", ["one.csv", "other.csv", "a.csv a.csv", "symbol.csv", "short.csv"])

@@ -155,7 +155,17 @@ def test_ratings_from_audio_are_those_of_evaluate(piano, tmp_path, capsys):
 
 def evaluated(paths: list[str], speech, out: Path) -> dict[str, dict]:
     """trial -> the row that evaluate writes."""
-    argv = ["--data", str(speech.converted), "--part", "test", "--csv", str(out), "--device", "cpu"]
+    argv = [
+        "--data",
+        str(speech.converted),
+        "--part",
+        "test",
+        "--csv",
+        str(out),
+        "--device",
+        "cpu",
+        "--words",
+    ]
     evaluation.main(["--ckpt", *paths, *argv])
     return {row["trial"]: row for row in csv.DictReader(io.StringIO(out.read_text()))}
 
@@ -168,7 +178,9 @@ def test_phonemes_from_files_are_those_of_evaluate(count, speech, tmp_path, caps
     cache = "--cache", tmp_path / "cache"
     for source in (speech.converted, mat):
         capsys.readouterr()
-        records = {record["id"]: record for record in predict("--ckpt", *paths, "--speech", source, *cache)}
+        asked = ["--words"] if source == speech.converted else []
+        found = predict("--ckpt", *paths, "--speech", source, *cache, *asked)
+        records = {record["id"]: record for record in found}
         said = capsys.readouterr().out
         assert "SYNTHETIC corpus: figures" in said
         of_test = [trial for trial in expected if source != mat or DAYS[0] in trial]
@@ -176,6 +188,8 @@ def test_phonemes_from_files_are_those_of_evaluate(count, speech, tmp_path, caps
         for trial in of_test:
             assert records[trial]["phonemes"] == expected[trial]["hypothesis"] != ""
             assert records[trial]["reference"] == expected[trial]["reference"]
+            if asked:
+                assert records[trial]["words"] == expected[trial]["words_hypothesis"]
             assert records[trial]["errors"] == {key: int(expected[trial][key]) for key in evaluation.EDITS}
         labelled = sum(record["reference"] is not None for record in records.values())
         assert f"PER of {labelled} labelled trials" in said
@@ -197,6 +211,12 @@ def test_a_block_of_npy_files_is_standardised_as_in_training(scale, speech, tmp_
         assert record["seconds"] == 0.02 * corpus.lengths[i]
     one_by_one = predict("--ckpt", path, "--speech", *sorted(folder.iterdir()), "--day", DAYS[0])
     assert one_by_one == records
+
+
+def test_words_of_other_files_need_a_lexicon_and_a_language_model(speech, tmp_path, capsys):
+    (mat,) = speech.root.glob(f"competitionData/test/{DAYS[0]}.mat")
+    line = refuse(capsys, "--ckpt", decoder(tmp_path / "a.pt"), "--speech", mat, "--words", "--strict")
+    assert "--lexicon" in line
 
 
 def test_day_layers_and_raw_features(tmp_path, capsys):

@@ -23,8 +23,8 @@ from data import (
 from models import output_frames
 
 PARTS = ("train", "test", "competitionHoldOut")
-VERSION_1 = 1, [169, 263, 164, 228, 204, 189, 215, 203], "508054b6"
-WEIGHTED_1 = 0.00004051
+VERSION_2 = 2, [169, 263, 164, 228, 255, 189, 271, 203], "f05de8dc"
+WEIGHTED_2 = 0.00048278
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,23 @@ def test_layout_is_the_public_one(root, files):
                 assert {x.dtype for x in file[name][0]} == {np.dtype(kind)}
 
 
+def test_salad_takes_the_place_of_held_out_sentences_alone(tmp_path):
+    made = {}
+    for share in (0, 1):
+        synth_speech(tmp_path / str(share), days=1, trials=6, bins=4.0, salad=share)
+        convert_speech(tmp_path / str(share), tmp_path / f"c{share}", standardise="off", quiet=True)
+        made[share] = open_speech(tmp_path / f"c{share}")
+    plain, salad = made[0], made[1]
+    parts = data.speech_parts(salad)
+    assert not data.salad_trials(plain).any()
+    assert np.flatnonzero(data.salad_trials(salad)).tolist() == sorted([*parts["valid"], *parts["test"]])
+    for i, (before, after) in enumerate(zip(plain.text, salad.text, strict=True)):
+        assert (before == after) == (i in parts["train"] or not before)
+        assert len(before.split()) == len(after.split())
+        if before == after:  # whatever trains is as it was, to the bit
+            np.testing.assert_array_equal(data.speech_item(plain, i)["x"], data.speech_item(salad, i)["x"])
+
+
 def test_stricter_thresholds_are_crossed_less_often(files):
     day = files["train"][0]
     fields = [day[name][0] for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")]
@@ -110,13 +127,13 @@ def test_sentences_are_new_in_every_part_and_made_of_the_word_list(files):
     assert len(set(spoken)) == len(spoken) == 3 * 14
     assert set(sentences(files, "competitionHoldOut")) == {""}
     rng, used = np.random.default_rng(1), set()
-    texts = [data._sentence(rng, used) for _ in range(2000)]
+    texts = [data._sentence(rng, used) for _ in range(800)]
     words = Counter(" ".join(texts).split())
     assert words.keys() == SPEECH_WORDS.keys()  # every word has a place in the templates
     assert {len(text.split()) for text in texts} <= {5, 6, 7, 8}
     labels = Counter(i for text in texts for i in phonemize(text))
     assert len(labels) == 40
-    assert min(labels.values()) > 150  # of 60 000: the rarest phoneme can be learnt too
+    assert min(labels.values()) > 50  # of 24 000: the rarest phoneme can be learnt too
 
 
 @pytest.mark.parametrize(("bins", "low", "high"), [(7.0, 220, 290), (16.0, 450, 650)])
@@ -141,12 +158,12 @@ def test_days_drift_apart_slowly():
 
 def test_a_changed_corpus_needs_another_version(tmp_path):
     """Seed 7 as it is converted: whoever changes it raises data.SPEECH_VERSION with these numbers."""
-    options = "--days 1 --trials 6 --seed 7 --bins-per-phoneme 5".split()
+    options = "--days 1 --trials 6 --seed 7 --bins-per-phoneme 5 --salad 1".split()
     data.main(["synth-speech", "--out", str(tmp_path / "in"), *options])
     convert_speech(tmp_path / "in", tmp_path / "out", quiet=True)
     corpus = open_speech(tmp_path / "out")
     labels = hashlib.sha1(str([ids.tolist() for ids in corpus.labels]).encode()).hexdigest()[:8]
     weights = np.sin(np.arange(corpus.features.size)).reshape(corpus.features.shape)
     found = data.SPEECH_VERSION, corpus.lengths.tolist(), labels
-    assert found == VERSION_1
-    assert float((corpus.features * weights).mean()) == pytest.approx(WEIGHTED_1, abs=1e-6)
+    assert found == VERSION_2
+    assert float((corpus.features * weights).mean()) == pytest.approx(WEIGHTED_2, abs=1e-6)

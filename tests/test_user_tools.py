@@ -98,7 +98,7 @@ def made(tmp_path_factory):
         midi = mido.MidiFile(path)
         midi.ticks_per_beat *= 8
         midi.save(path)
-    data.synth_speech(root / "speech", days=2, trials=10, bins=5.0)
+    data.synth_speech(root / "speech", days=2, trials=20, bins=5.0)
     runs = {}
     for kind, (trainer, options, runs_of_kind) in SETTINGS.items():
         folder = root / ("speech" if kind == "decoder" else "piano")

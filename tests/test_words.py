@@ -3,6 +3,7 @@ lexicons, submissions."""
 
 import argparse
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -241,7 +242,7 @@ def corpus(tmp_path_factory) -> tuple[SpeechCorpus, list[np.ndarray]]:
 
 
 def options(folder, *given: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = evaluation._parser("evaluate", "", "")
     evaluation.word_options(parser)
     parser.set_defaults(cache=str(folder), ckpt=[str(folder / "best.pt")])
     return parser.parse_args(given)
@@ -265,7 +266,32 @@ def test_wer_is_far_under_the_phonemes_errors(corpus, tmp_path, capsys):
     assert f"{figures['wer']:.4f} 95 %" in capsys.readouterr().out
 
 
-def test_coordinate_search_takes_the_best_and_keeps_what_is_as_good():
+def test_nbest_lists_the_beam_and_its_best_string_is_the_oracle(corpus, tmp_path):
+    path = tmp_path / "n.jsonl"
+    figures = run_words(
+        corpus, tmp_path, slice(120, 140), "--tune", "--nbest", "5", "--nbest-file", str(path)
+    )
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    first = [line for line in lines if line["rank"] == 1]
+    assert [line["text"] for line in first] == [" ".join(words) for words in figures["sentences"]]
+    assert [line["trial"] for line in first] == corpus[0].ids[120:140]
+    assert 20 < len(lines) <= 100
+    weight, score = (figures["settings"][name] for name in ("lm_weight", "word_score"))
+    for line in lines:
+        total = line["acoustic"] + weight * line["lm"] + score * len(line["text"].split())
+        assert line["total"] == pytest.approx(total, abs=1e-3)
+    wrong = {}
+    for line in lines:
+        said = corpus[0].text[corpus[0].ids.index(line["trial"])].split()
+        errors = sum(evaluation.edit_counts(said, line["text"].split()))
+        wrong[line["trial"]] = min(errors, wrong.get(line["trial"], errors))
+    words = figures["wer_counts"]["words"]
+    assert figures["oracle_wer"] <= sum(wrong.values()) / words <= figures["wer"]
+    untuned = run_words(corpus, tmp_path, slice(120, 140), "--words")
+    assert figures["wer_untuned"] == untuned["wer"]
+
+
+def test_tuning_takes_the_best_and_keeps_what_is_as_good():
     asked = []
 
     def decode(log_probs, settings):
