@@ -1654,9 +1654,6 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
-        of_words = (
-            _paired_trials(a, b, 2) if all(len(item) == 4 for item in (*a.values(), *b.values())) else None
-        )
         question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
@@ -1665,10 +1662,10 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
         found = f"{len(pairs[0])} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
-    if about["decoder"] and of_words:
-        told = {"words": _answer("word error rate", *question[1:], *of_words, args.draws)}
-        return _answer(*question, *pairs, args.draws) | told
-    return _answer(*question, *pairs, args.draws)
+    told = {}
+    if about["decoder"] and all(len(item) == 4 for item in (*a.values(), *b.values())):
+        told["words"] = _answer("word error rate", *question[1:], *_paired_trials(a, b, 2), args.draws)
+    return _answer(*question, *pairs, args.draws) | told
 
 
 def _side(args, paths):
@@ -1754,7 +1751,7 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
     print(verdict)
     figures = {"items": len(y), "clusters": clusters, "a": a[-1], "b": b[-1], "difference": difference[-1]}
     figures |= {"interval": interval[:, -1].tolist(), "p": p[-1], "verdict": verdict}
-    return figures | {"per_dimension": {"p": p[:-1], "p_holm": corrected[:-1]}}
+    return figures | {"per_dimension": {"p": p[:-1].tolist(), "p_holm": corrected[:-1].tolist()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
