@@ -3344,9 +3344,8 @@ def _sequence_grid(sequence, name):
 # Synthetic PercePiano
 # ------------------------------------------------------------------------------------------------------------
 
-SYNTHETIC_VERSION = (
-    2  # count up when `synth_percepiano` writes other bytes: the built-in corpus is written anew
-)
+# Count up when `synth_percepiano` writes other bytes: the built-in corpus is written anew.
+SYNTHETIC_VERSION = 2
 SYNTHETIC_WORKS = (
     "Beethoven_WoO80_var3_8bars",
     "Schubert_D935_no.3_4bars",
@@ -3386,22 +3385,13 @@ RATING_RULES = {
 }
 
 
-class _Chord(NamedTuple):
-    """Notes that begin together in one voice (1: melody, 5: accompaniment); in quarters."""
-
-    onset: float
-    duration: float
-    pitches: list[int]
-    voice: int
-
-
 class _Piece(NamedTuple):
     bars: int
     beats: int  # quarters a bar
     fifths: int
     pace: float  # what the score says, in the unit of the latent `tempo`
     dynamic: str
-    chords: list[_Chord]
+    chords: list[tuple]  # onset, duration (quarters), pitches, voice (1: melody, 5: accompaniment)
 
 
 def _qpm(tempo):
@@ -3418,11 +3408,11 @@ def _compose(rng, bars):
     for bar in range(bars):
         root = (0, 3, 4, 0)[bar % 4]
         onset, end = bar * beats, (bar + 1) * beats
-        chords.append(_Chord(onset, beats, scale[root : root + 5 : 2], 5))
+        chords.append((onset, beats, scale[root : root + 5 : 2], 5))
         while onset < end:
             duration = min((0.5, 0.5, 1, 1, 1.5)[rng.integers(5)], end - onset)
             degree = int(np.clip(degree + rng.integers(-2, 3), 9, 20))
-            chords.append(_Chord(onset, duration, [scale[degree]], 1))
+            chords.append((onset, duration, [scale[degree]], 1))
             onset += duration
     return _Piece(bars, beats, fifths, rng.normal(), dynamic, chords)
 
@@ -3441,22 +3431,26 @@ def _musicxml(piece):
                 f"<direction><direction-type><dynamics><{piece.dynamic}/></dynamics></direction-type>"
                 f'<staff>1</staff><sound tempo="{_qpm(piece.pace):.0f}"/></direction>'
             )
-        chords = [chord for chord in piece.chords if chord.onset // piece.beats == bar]
-        xml += [_note_xml(chord, pitch) for chord in chords if chord.voice == 1 for pitch in chord.pitches]
+        xml += _notes_xml(piece, bar, 1)
         xml.append(f"<backup><duration>{2 * piece.beats}</duration></backup>")
-        xml += [_note_xml(chord, pitch) for chord in chords if chord.voice == 5 for pitch in chord.pitches]
+        xml += _notes_xml(piece, bar, 5)
         xml.append("</measure>")
     return "\n".join([*xml, "</part></score-partwise>\n"])
 
 
-def _note_xml(chord, pitch):
-    name = "C C# D D# E F F# G G# A A# B".split()[pitch % 12]
-    joined = "" if pitch == chord.pitches[0] else "<chord/>"
-    return (
-        f"<note>{joined}<pitch><step>{name[0]}</step><alter>{len(name) - 1}</alter>"
-        f"<octave>{pitch // 12 - 1}</octave></pitch><duration>{2 * chord.duration:.0f}</duration>"
-        f"<voice>{chord.voice}</voice><staff>{1 + chord.voice // 5}</staff></note>"
-    )
+def _notes_xml(piece, bar, voice):
+    names, xml = "C C# D D# E F F# G G# A A# B".split(), []
+    for onset, duration, pitches, part in piece.chords:
+        if (onset // piece.beats, part) == (bar, voice):
+            for k, pitch in enumerate(pitches):
+                name = names[pitch % 12]
+                xml.append(
+                    f"<note>{'<chord/>' if k else ''}<pitch><step>{name[0]}</step>"
+                    f"<alter>{len(name) - 1}</alter><octave>{pitch // 12 - 1}</octave></pitch>"
+                    f"<duration>{2 * duration:.0f}</duration>"
+                    f"<voice>{voice}</voice><staff>{1 + voice // 5}</staff></note>"
+                )
+    return xml
 
 
 def _play(piece, z, rng):
@@ -3470,18 +3464,18 @@ def _play(piece, z, rng):
 
     jitter = 0.01 * np.exp(0.6 * z["noise"])
     notes = []
-    for chord in piece.chords:
-        length = clock(chord.onset + chord.duration) - clock(chord.onset)
-        length = max(length * 0.8 * 2 ** (0.4 * z["length"]), 0.03)
-        level = 64 + 10 * z["loud"] + 7 * np.exp(0.5 * z["range"]) * np.sin(phrase * chord.onset)
-        level += (6 + 5 * z["voicing"]) * (1 if chord.voice == 1 else -0.5)
-        if chord.onset % piece.beats == 0:
+    for onset, duration, pitches, voice in piece.chords:
+        second = clock(onset)
+        length = max((clock(onset + duration) - second) * 0.8 * 2 ** (0.4 * z["length"]), 0.03)
+        level = 64 + 10 * z["loud"] + 7 * np.exp(0.5 * z["range"]) * np.sin(phrase * onset)
+        level += (6 + 5 * z["voicing"]) * (1 if voice == 1 else -0.5)
+        if onset % piece.beats == 0:
             level += 5 * np.exp(0.5 * z["hard"])
-        for pitch in chord.pitches:
-            onset = clock(chord.onset) + jitter * rng.normal()
+        for pitch in pitches:
+            start = second + jitter * rng.normal()
             velocity = np.clip(level + 300 * jitter * rng.normal(), 5, 125)
             slip = rng.random() < 0.01 * np.exp(0.6 * z["error"])
-            notes.append((onset, onset + length, pitch + slip, round(velocity)))
+            notes.append((start, start + length, pitch + slip, round(velocity)))
     return notes, _pedal([clock(bar * piece.beats) for bar in range(piece.bars + 1)], z)
 
 
@@ -3515,9 +3509,10 @@ def _save_midi(path, notes, controls):
 def _rate(z, bias, rng):
     """Votes (raters, 19) from 1 to 7, 0 where not given. What all would agree on, 4 + ..., is
     RATING_RULES'."""
+    signed = z | {f"-{name}": -value for name, value in z.items()}
     truth = []
     for rule in RATING_RULES.values():
-        parts = [-z[word[1:]] if word.startswith("-") else z[word] for word in rule.split()]
+        parts = [signed[word] for word in rule.split()]
         truth.append(4 + 0.8 * sum(parts) / math.sqrt(len(parts)))
     votes = truth + bias[:, None] + rng.normal(size=(len(bias), len(truth)))
     return votes.round().clip(1, 7) * (rng.random(votes.shape) > 0.003)
@@ -6019,9 +6014,9 @@ def fingerprint(names: list[str], frames: Iterable[int]) -> str:
 SOURCES = {"percepiano": "https://github.com/JonghoKimSNU/PercePiano/archive/refs/heads/main.zip"}
 FETCH_TIMEOUT = 30.0  # seconds without a byte
 _UNPACKED_LIMIT = 2**28  # bytes; the files needed take 20 to 30 MB
-_WANTED = re.compile(
-    r"virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
-    rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)}"
+_WANTED = re.compile(  # below the archive's one top folder
+    r"[^/]+/(virtuoso/data/(all_2rounds|score_midi)/[^/\\]+\.mid|virtuoso/data/score_xml/[^/\\]+\.musicxml|"
+    rf"LICENSE|README\.md|{re.escape(MEAN_FILE)}|{re.escape(STD_FILE)}|{re.escape(RATINGS_FILE)})"
 )
 _MANUAL = "or unzip it by hand (Zenodo, DOI 10.5281/zenodo.13269612) and give that folder with --data"
 
@@ -6037,10 +6032,18 @@ def fetch(name: str, out: str | Path, url: str | None = None) -> Path:
     part, unpacked = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.unpacked")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part)
-        _unpack(part, unpacked)
-        count = check_percepiano(unpacked)
-        os.replace(unpacked, out)
+        with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as source, part.open("wb") as file:
+            size = int(source.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(file, "write", total=size, desc=part.name, disable=None) as counted:
+                shutil.copyfileobj(source, counted)
+        with zipfile.ZipFile(part) as archive:
+            wanted = [entry for entry in archive.infolist() if _WANTED.fullmatch(entry.filename)]
+            if sum(entry.file_size for entry in wanted) > _UNPACKED_LIMIT:
+                raise DataError(f"more than {_UNPACKED_LIMIT} bytes")
+            archive.extractall(unpacked, wanted)
+        (top,) = unpacked.iterdir()
+        count = check_percepiano(top)
+        os.replace(top, out)
     except (http.client.HTTPException, *ZIP_ERRORS) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
@@ -6063,27 +6066,6 @@ def check_percepiano(root: str | Path) -> int:
         if not (score.is_file() and midi.is_file() and read_file(midi).startswith(b"MThd")):
             raise DataError(f"{midi}: expected a MIDI file of every labelled performance, and {score}")
     return len(files)
-
-
-def _download(url, part):
-    with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT) as response, part.open("wb") as file:
-        size = int(response.headers.get("Content-Length", 0))
-        with tqdm.wrapattr(file, "write", total=size or None, desc=part.name, disable=None) as counted:
-            shutil.copyfileobj(response, counted)
-    if size and part.stat().st_size != size:
-        raise DataError(f"connection cut after {part.stat().st_size} of {size} bytes")
-
-
-def _unpack(archive, root):
-    """The wanted files of the archive's one top folder; as whole paths must match, none leads out of it."""
-    with zipfile.ZipFile(archive) as source:
-        entries = {entry.filename.partition("/")[2]: entry for entry in source.infolist()}
-        wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
-        if sum(entry.file_size for entry in wanted.values()) > _UNPACKED_LIMIT:
-            raise DataError(f"more than {_UNPACKED_LIMIT} bytes")
-        for path, entry in wanted.items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_bytes(source.read(entry))
 
 
 # ------------------------------------------------------------------------------------------------------------

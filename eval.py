@@ -849,8 +849,7 @@ def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple:
     """AST in pre-training, its arguments, loss of its output; masked: 400 of 512 patches or such a share."""
     model = AST(**AST_PRESETS["small"] | sizes).to(device)
     clips = torch.randn(batch, model.model_args["frames"], MELS, device=device) / 2
-    count = model.rows * model.columns * 400 // 512
-    mask = cluster_mask(batch, model.rows, model.columns, count, device)
+    mask = cluster_mask(batch, model.rows, model.columns, model.rows * model.columns * 400 // 512, device)
     return model, (clips, None, mask), lambda output: output["nce"] + 10 * output["mse"]
 
 
@@ -883,7 +882,7 @@ def bench(argv: list[str]) -> dict:
 def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: str = "off") -> float:
     """Seconds of one training step."""
     device = next(model.parameters()).device
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = getattr(torch, device.type).synchronize
     synchronize()
     start = time.perf_counter()
     with torch.autocast(device.type, AMP_TYPES.get(amp), enabled=amp != "off"):
@@ -1646,19 +1645,17 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     folds = np.zeros(len(y), int) if folds is None else folds
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    rows_of: dict = {}  # (fold, group): its rows
-    for row, key in enumerate(zip(folds.tolist(), group.tolist(), strict=True)):
-        rows_of.setdefault(key, []).append(row)
+    takers = sorted(set(zip(folds.tolist(), group.tolist(), strict=True)))
+    rows_of = {(fold, k): np.flatnonzero((folds == fold) & (group == k)) for fold, k in takers}
     largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
-    takers = sorted(rows_of)
     rng = np.random.default_rng(seed)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
         donors = sorted(takers, key=lambda key: (key[0], order[key[1]]))
         for taker, donor in zip(takers, donors, strict=True):
-            given = np.array(rows_of[donor])
+            given = rows_of[donor]
             shuffled = given[np.argsort(within[donor[1], : len(given)])]
             source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
         as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
@@ -1676,8 +1673,8 @@ def holm(p: Iterable[float]) -> np.ndarray:
 def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 5000, seed: int = 7) -> tuple:
     """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, of the
     statistic's shape, when whole groups are drawn with replacement, the same for both; folds as in
-    `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one;
-    NaN when too few groups remain."""
+    `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one.
+    Interval NaN and p 1 when too few groups remain."""
 
     def gain(y, a, b):
         return statistic(y, a) - statistic(y, b)
@@ -1685,12 +1682,11 @@ def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 500
     difference = by_fold(gain, folds, y, pa, pb)
     draws = resample(gain, groups, folds, y, pa, pb, n=n, seed=seed)
     if not len(draws):
-        nothing = np.full_like(difference, np.nan)
-        return difference, (nothing, nothing), nothing
+        draws = np.full((1, *difference.shape), np.nan)
     tie = 1e-12  # a difference of 0 but for rounding counts on either side
     fewer = np.minimum((draws < tie).sum(0), (draws > -tie).sum(0))
     p = np.minimum(2 * (fewer + 1) / (len(draws) + 1), 1)
-    return difference, tuple(np.percentile(draws, [2.5, 97.5], axis=0)), p
+    return difference, np.percentile(draws, [2.5, 97.5], axis=0), p
 
 
 def significance(records: list, truth: dict, n: int = 1000) -> dict:
@@ -1739,9 +1735,6 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
-        of_words = (
-            _paired_trials(a, b, 2) if all(len(item) == 4 for item in (*a.values(), *b.values())) else None
-        )
         question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
@@ -1750,10 +1743,10 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
         found = f"{len(pairs[0])} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
-    if about["decoder"] and of_words:
-        told = {"words": _answer("word error rate", *question[1:], *of_words, args.draws)}
-        return _answer(*question, *pairs, args.draws) | told
-    return _answer(*question, *pairs, args.draws)
+    told = {}
+    if about["decoder"] and all(len(item) == 4 for item in (*a.values(), *b.values())):
+        told["words"] = _answer("word error rate", *question[1:], *_paired_trials(a, b, 2), args.draws)
+    return _answer(*question, *pairs, args.draws) | told
 
 
 def _side(args, paths):
@@ -1828,20 +1821,18 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
     clusters = len(set(groups))
     if clusters < FEWEST:
         p = np.full_like(p, np.nan)
-    tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
     corrected = np.append(holm(p[:-1]), p[-1])
     print(f"{len(y)} items in {clusters} groups (a test needs {FEWEST}), drawn {draws} times")
-    rows = zip([*labels, "all"], a, b, *tests.values(), corrected, strict=True)
-    print_table([name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    columns = {"A": a, "B": b, "A - B": difference, "95 %": interval.T, "p": p, "p (Holm)": corrected}
+    print_table([name, *columns], zip([*labels, "all"], *columns.values(), strict=True))
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
         verdict = f"A is {'better' if abs(a - perfect)[-1] < abs(b - perfect)[-1] else 'worse'} than B"
-    verdict += f": {name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
+    verdict += f": {name} {difference[-1]:+.4f} {brackets(interval[:, -1])}, p = {p[-1]:.4f}"
     print(verdict)
-    whole = {key: values[-1].tolist() for key, values in tests.items()}
-    counts = {"items": len(y), "clusters": clusters, "a": float(a[-1]), "b": float(b[-1])}
-    each = {"p": p[:-1].tolist(), "p_holm": corrected[:-1].tolist()}
-    return {**counts, **whole, "verdict": verdict, "per_dimension": each}
+    figures = {"items": len(y), "clusters": clusters, "a": a[-1], "b": b[-1], "difference": difference[-1]}
+    figures |= {"interval": interval[:, -1].tolist(), "p": p[-1], "verdict": verdict}
+    return figures | {"per_dimension": {"p": p[:-1].tolist(), "p_holm": corrected[:-1].tolist()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1852,8 +1843,7 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
 def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) -> dict:
     """What perfect knowledge of every item's true rating would score against the means of the raters there
     are. raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
-    "pearson" (its root), "independent" (r2 if every rating were another rater's), "between", "error" (see
-    `_ceiling_column`), and "items", "per_item"."""
+    "pearson" (its root), "between", "error", "noise" (see `_ceiling_column`), and "items", "per_item"."""
     columns = []
     for x in ratings.T:
         rated = np.isfinite(x)
@@ -1873,17 +1863,14 @@ def _ceiling_column(names, raters, x):
     _, rater = np.unique(raters, return_inverse=True)
     key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
     mean = np.bincount(item, x) / N
-    squares = (x - mean[item]) ** 2
+    within_item = ((x - mean[item]) ** 2).sum()
     within_pair = ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum()
     concentration = np.bincount(key // len(x), m**2) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
     error = within_pair / max(len(x) - len(m), 1)
-    excess = squares.sum() - error * (len(x) - len(N))
+    excess = within_item - error * (len(x) - len(N))
     between = max(0.0, excess / max((N - concentration).sum(), 1e-12))
-    noise = between * concentration / N + error / N
-    several = N > 1
-    noise_independent = np.bincount(item, squares)[several] / (N[several] - 1) / N[several]
-    r2, independent = 1 - np.array([noise.mean(), noise_independent.mean()]) / mean.var()
-    return {"r2": r2, "independent": independent, "between": between, "error": error, "noise": noise.mean()}
+    noise = (between * concentration / N + error / N).mean()
+    return {"r2": 1 - noise / mean.var(), "between": between, "error": error, "noise": noise}
 
 
 def within_ceiling(root: str | Path) -> list[float] | None:
@@ -1895,32 +1882,30 @@ def within_ceiling(root: str | Path) -> list[float] | None:
         return None
     human = np.array([not is_rendering(name) for name in names])
     raters, names, ratings = raters[human], names[human], ratings[human] / 7
-    items, item = np.unique(names, return_inverse=True)
-    means = _means_by(item, ratings)
-    segments = [segment_of(name) for name in items]
-    freedom = max(len(items) - len(set(segments)), 1)
+    segments = [segment_of(name) for name in np.unique(names)]
+    means = group_means(ratings, names)
+    freedom = max(len(segments) - len(set(segments)), 1)
     variance = (within_segments(means, segments) ** 2).sum(0).clip(1e-12) / freedom
     rater = np.unique(raters, return_inverse=True)[1]
     bounds = []
-    for severity in (0, _means_by(rater, ratings)[rater]):
+    for severity in (0, group_means(ratings, rater)[rater]):
         noise = rater_ceiling(raters, names, ratings - severity)["noise"]
         bounds.append(float(np.sqrt((1 - noise / variance).clip(0)).mean()))
     return bounds
 
 
-def _means_by(group, ratings):
-    """Means (groups, D) of ratings (n, D) with gaps."""
-    rated = np.isfinite(ratings)
-    columns = [np.bincount(group, column) for column in np.where(rated, ratings, 0).T]
-    counts = [np.bincount(group, column) for column in rated.T]
-    return np.stack(columns, 1) / np.maximum(np.stack(counts, 1), 1)
+def group_means(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Means (groups, ...) of values (n, ...) by ascending group; NaN is no value."""
+    _, index, count = np.unique(group, return_inverse=True, return_counts=True)
+    parts = np.split(values[index.argsort()], count.cumsum()[:-1])
+    return np.stack([np.nanmean(part, axis=0) for part in parts])
 
 
 def ceiling(argv: list[str]) -> dict:
     """`python eval.py ceiling`: prints and returns `rater_ceiling`, with and without score renderings."""
     about = """\
 The most that any model can score, since raters disagree: r2 and Pearson of somebody who knew every
-performance's true rating; independent: r2 if every rating were another rater's."""
+performance's true rating."""
     args = _parse(_parser("ceiling", "[--data DIR] [options]", about), argv, data_options)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
@@ -1930,9 +1915,8 @@ performance's true rating; independent: r2 if every rating were another rater's.
     for view, chosen in (("all", human | True), ("no_renderings", human)):
         figures = views[view] = rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
         print(f"{VIEWS[view]}: {figures['items']} items, {figures['per_item']:.1f} ratings each")
-        shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
-        rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
-        print_table(["ceiling", *shown], rows)
+        columns = [np.append(figures[key], figures[key].mean()) for key in ("r2", "pearson")]
+        print_table(["ceiling", "r2", "pearson"], zip([*LABELS, "mean"], *columns, strict=True))
     print(f"human players within a segment: Pearson {brackets(within_ceiling(root))}")
     return views
 
@@ -1940,7 +1924,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
 # ------------------------------------------------------------------------------------------------------------
 # Attention: pictures, and the roll-out of an AST
 # ------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE = "tab:blue", "tab:orange"
+ORANGE = "tab:orange"
 HOUSE_STYLE = {  # of every picture; no TeX in names
     "axes.titlelocation": "left",
     "figure.constrained_layout.use": True,
@@ -1950,7 +1934,7 @@ HOUSE_STYLE = {  # of every picture; no TeX in names
 }
 PICTURES = (".png", ".pdf", ".svg")
 # Attention over an even share, less 1. One scale, so that a network that prefers nothing looks pale.
-SHARES = {"cmap": "coolwarm", "vmin": -0.25, "vmax": 0.25}
+SHARES = {"cmap": "coolwarm", "clim": (-0.25, 0.25)}
 SHARES_BAR = {"extend": "both", "format": "{x:+.0%}", "pad": 0.01, "label": "against an even share"}
 ONE_FOR_ALL = "Attention, one for all ratings: where the network looks, not why a rating is high"
 
@@ -1976,22 +1960,17 @@ def inline_figure(figure, alt: str) -> str:
     return f'<div class="scroll"><img alt="{alt}" src="data:image/png;base64,{pixels}"></div>'
 
 
-def picture_title(what: str, members: list[tuple], work: dict) -> str:
+def picture_title(figure, what: str, members: list[tuple], work: dict) -> None:
     synthetic = ", SYNTHETIC training data" if members[0][1]["data"].get("synthetic") else ""
-    return f"{work['name']}: {what} ({len(members)} checkpoints){synthetic}"
+    figure.suptitle(f"{work['name']} ({len(members)} checkpoints{synthetic}): {what}")
 
 
 def check_output(path: Path, *suffixes: str) -> None:
-    """Refuses, before anything is computed, what cannot be written, is no file or of another kind."""
+    """Refuses, before anything is computed, what cannot be written or is of another kind."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    if (
-        not writable
-        or (path.exists() and not path.is_file())
-        or (suffixes and path.suffix.lower() not in suffixes)
-    ):
-        kinds = " or ".join(suffixes)
-        raise DataError(f"{path}: cannot be written; expected a file {kinds} in a writable folder")
+    known = not suffixes or path.suffix.lower() in suffixes
+    if not (known and folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DataError(f"{path}: expected a file {' or '.join(suffixes)} in a folder that can be written")
 
 
 @torch.no_grad()
@@ -2037,29 +2016,27 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
     return share / crops
 
 
-def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
+def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     """The spectrogram, and below it the mean roll-out of ASTs; work: name, energies (frames, 128)."""
-    energies, shares = work["energies"], []
+    energies, stride, shares = work["energies"], getattr(members[0][0], "stride", None), []
     for model, kept in members:
-        if not isinstance(model, AST) or model.stride != members[0][0].stride:
+        if not isinstance(model, AST) or model.stride != stride:
             raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
-    row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
+    row, column = (PATCH / 2 + stride * np.arange(count) for count in share.shape)
     frame = HOP / SAMPLE_RATE
-    figure = new_figure(16, 9)
-    figure.suptitle(f"{picture_title('AST', members, work)}\n{ONE_FOR_ALL}")
+    picture_title(figure, f"AST\n{ONE_FOR_ALL}", members, work)
     loudness, attention = figure.subplots(2, sharex=True, sharey=True)
     extent = (0, frame * len(energies), -0.5, MELS - 0.5)
     dark = loudness.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
     loudness.set(title="What sounds", ylabel="mel band")
     figure.colorbar(dark, ax=loudness, label="log energy", pad=0.01)
     shades = attention.pcolormesh(frame * column, row - 0.5, share - 1, **SHARES)
-    attention.set(title="What of it reaches the output (attention roll-out)")
-    attention.set(xlabel="time (s)", ylabel="mel band")
+    attention.set(title="What of it reaches the output (attention roll-out)", ylabel="mel band")
+    attention.set_xlabel("time (s)")
     figure.colorbar(shades, ax=attention, **SHARES_BAR)
-    save_figure(figure, out)
     return {"share": share}
 
 
@@ -2085,18 +2062,15 @@ def attention(argv: list[str]) -> dict:
     model, ckpt = load_checkpoint(args.ckpt)
     work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
-    rows, columns = drawn["share"].shape
-    print(f"{args.attention}: {columns} x {rows} patches")
+    print(f"saved {args.attention}")
     return drawn
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training curves
 # ------------------------------------------------------------------------------------------------------------
-SCORES = tuple(f"valid_{metric}" for metric in METRICS)
-CURVES = ("valid_per", *SCORES, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
-# Score shown, and the key by whose least value the trainer chose its best.pt.
-CHOSEN_BY = {"valid_per": "valid_per", "valid_r2": "valid_loss", "valid_accuracy": "valid_loss"}
+RATED = [f"valid_{metric}" for metric in METRICS]
+CURVES = ("valid_per", *RATED, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
 
 
 def read_run(run: str) -> tuple[dict, list[dict]]:
@@ -2128,16 +2102,6 @@ def history(records: list[dict], key: str) -> np.ndarray:
     return np.array(sorted(values.items()), float).reshape(-1, 2)
 
 
-def best_validation(records: list[dict]) -> tuple[str, float, int]:
-    """(key, value, step) of the evaluation that the trainer kept; ("", NaN, 0) without any."""
-    for key, least in CHOSEN_BY.items():
-        found = [r for r in records if r.get(key) is not None and r.get(least) is not None]
-        if found:
-            kept = min(found, key=lambda r: r[least])
-            return key, kept[key], kept["step"]
-    return "", math.nan, 0
-
-
 def is_synthetic(options: dict) -> bool:
     """Whether a run of these options learned from made-up data."""
     return options.get("synthetic", not options.get("data"))
@@ -2145,8 +2109,6 @@ def is_synthetic(options: dict) -> bool:
 
 def draw_curves(runs: dict[str, tuple]):
     """Figure of everything of CURVES that the runs (folder -> `read_run`) logged, by step, a colour a run."""
-    from matplotlib.ticker import LogFormatter
-
     figure = new_figure(16, 13)
     shown = [key for key in CURVES if any(len(history(records, key)) for _, records in runs.values())]
     for n, key in enumerate(shown):
@@ -2156,9 +2118,9 @@ def draw_curves(runs: dict[str, tuple]):
             axes.plot(*history(records, key).T, ".-", label=last_part(run) + kind)
         axes.set(title=key, xlabel="step")
         if key == "norm":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())  # the scale's own writes TeX
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.set_yscale("log", subs=[2, 5])
+            axes.yaxis.set_major_formatter("{x:g}")  # the scale's own writes TeX
+            axes.yaxis.set_minor_formatter("{x:g}")
         elif not np.any(axes.dataLim.intervaly):  # all 0
             axes.set_ylim(0, 1)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
@@ -2166,7 +2128,7 @@ def draw_curves(runs: dict[str, tuple]):
 
 
 def curves(argv: list[str]) -> dict:
-    """`python eval.py curves`: what runs logged, in one picture; returns their best scores."""
+    """`python eval.py curves`: what runs logged, in one picture; returns it by run."""
     parser = _parser("curves", "--run DIR ... --out FILE", "What runs logged, in one picture, by step.")
     add = parser.add_argument
     add("--run", nargs="+", required=True, help="run folders, runs/TASK/NAME (required)")
@@ -2175,11 +2137,8 @@ def curves(argv: list[str]) -> dict:
     check_output(args.out, *PICTURES)
     runs = {run: read_run(run) for run in args.run}
     save_figure(draw_curves(runs), args.out)
-    best = {}
-    for run, (_, records) in runs.items():
-        key, best[run], step = best_validation(records)
-        print(f"{run}: {key} {shown(best[run])} at step {step}")
-    return best
+    print(f"saved {args.out}")
+    return runs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2704,9 +2663,11 @@ def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dic
 
     kind: han, ast or decoder; members: [(model, its checkpoint), ...], averaged; work: what `predict` knows
     of the file. DataError, before anything is written, where nothing can be drawn."""
-    out = Path(out)
-    check_output(out, *PICTURES)
-    return {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](out, members, work)
+    check_output(Path(out), *PICTURES)
+    figure = new_figure(16, 12)
+    drawn = {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](figure, members, work)
+    save_figure(figure, Path(out))
+    return drawn
 
 
 @torch.no_grad()
@@ -2715,12 +2676,6 @@ def even_shares(attention: ContextAttention, x: Tensor, group: Tensor, groups: i
     hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
     weights = group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
     return (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
-
-
-def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Means by ascending group."""
-    index = np.unique(group, return_inverse=True)[1]
-    return np.bincount(index, values) / np.bincount(index)
 
 
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
@@ -2736,7 +2691,7 @@ def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
         piece = shares.pop("attention")
         if model.level in ("beat", "measure"):
             piece = piece[np.unique(item[model.level], return_inverse=True)[1]]
-        shares |= {"note": piece, **{key: _group_mean(piece, item[key]) for key in ("beat", "measure")}}
+        shares |= {"note": piece, **{key: group_means(piece, item[key]) for key in ("beat", "measure")}}
         for level, values in shares.items():
             levels.setdefault(IN_GROUP.get(level, level), []).append(values)
     return {level: np.mean(values, axis=0) for level, values in levels.items()}
@@ -2748,20 +2703,19 @@ def seconds_of(score, item: dict, onset: np.ndarray) -> Callable:
     chords = item["matched"][written] & ~score.grace
     if not chords.any():
         raise DataError(f"{item['name']}: no note of {score.path} in it; give a take of it")
-    second = _group_mean(onset[written][chords], score.onset[chords])
+    second = group_means(onset[written][chords], score.onset[chords])
     return functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
 
 
-def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
+def explain_han(figure, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
     (`han_attention`), beats and measures (seconds of their first notes, and the end)."""
     if work.get("passages"):
-        return draw_passages(out, members, work)
+        return draw_passages(figure, members, work)
     members = [member for member in members if hasattr(member[0], "attention")]
     if not members:
         raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
-    score = work["score"]
-    item = work["item"] | {"name": work["name"]}
+    score, item = work["score"], work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
         item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
@@ -2769,57 +2723,48 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
     seconds = seconds_of(score, item, x["raw_onset"])
     sounded = item["matched"] | (item["voice"] == 0)
+    of_beat, of_measure = (np.unique(group, return_index=True)[1] for group in (score.beat, score.measure))
     end = x["raw_offset"].max()
-    heads = np.unique(score.beat, return_index=True)[1]  # first note of each beat
-    beats = np.append(seconds(score.onset[heads]), end)
-    first = np.flatnonzero(item["voice"])[heads]
-    heads = np.unique(score.measure, return_index=True)[1]
-    measures = np.append(seconds(score.onset[heads]), end)
-    numbers = score.numbers[np.searchsorted(score.measures, score.onset[heads] + 1e-6).clip(1) - 1]
-    title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
+    beats, measures = (np.append(seconds(score.onset[first]), end) for first in (of_beat, of_measure))
+    numbers = score.numbers[np.searchsorted(score.measures, score.onset[of_measure] + 1e-6).clip(1) - 1]
     pooled = any(model.model_args["stats_size"] for model, _ in members)
     also = "; ratings also rest on statistics of the piece (--pooled)" if pooled else ""
-    figure = new_figure(16, 12)
-    figure.suptitle(f"{title}\n{ONE_FOR_ALL}{also}")
-    roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+    found = f"{item['match_rate']:.0%} of the written notes found"
+    picture_title(figure, f"HAN, {found}\n{ONE_FOR_ALL}{also}", members, work)
+    panels = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+    roll, weights, tempo, dynamics = panels
     _draw_roll(roll, x, sounded, levels)
     _draw_levels(weights, levels, beats, measures)
-    tempo.stairs(10 ** x["beat_tempo"][first], beats, baseline=None)
+    rows = np.flatnonzero(item["voice"])[of_beat]
+    tempo.stairs(10 ** x["beat_tempo"][rows], beats, baseline=None)
     tempo.set_title("Tempo of each beat (quarters per minute)")
     dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6")
-    dynamics.stairs(x["beat_dynamics"][first], beats, baseline=None)
+    dynamics.stairs(x["beat_dynamics"][rows], beats, baseline=None)
     dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
     dynamics.set_xlabel("time in the performance (s); lines: measures")
     every = math.ceil(len(numbers) / 20)
     roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
-    for axes in (roll, weights, tempo, dynamics):
+    for axes in panels:
         axes.set_xticks(measures[:-1:every], minor=True)
         axes.grid(axis="x", which="minor")
-    save_figure(figure, out)
     return {"levels": levels, "beats": beats, "measures": measures}
 
 
-def draw_passages(out: Path, members: list[tuple], work: dict) -> dict:
+def draw_passages(figure, members: list[tuple], work: dict) -> dict:
     """The ratings of a long piece, passage by passage over time, and their means; returns them by label."""
     rows = work["passages"]
-    figure = new_figure(16, 14)
-    figure.suptitle(picture_title("ratings over time (above: bars; line: mean)", members, work))
+    picture_title(figure, "ratings over time, by bars (line: mean)", members, work)
     middles = [(row["start"] + row["end"]) / 2 for row in rows]
     curves = {label: [row["ratings"][label] for row in rows] for label in LABELS}
-    grid = figure.subplots(5, 4, sharex=True, sharey=True).flat
-    for axes, (label, values) in zip(grid, curves.items(), strict=False):
-        axes.plot(middles, values, ".-", color=BLUE)
+    *grid, empty = figure.subplots(5, 4, sharex=True, sharey=True).flat
+    empty.axis("off")
+    for axes, (label, values) in zip(grid, curves.items(), strict=True):
+        axes.plot(middles, values, ".-")
         axes.axhline(np.mean(values), color="0.6")
         axes.set_title("0: {}, 1: {}".format(*LABEL_POLES[label]), fontsize=9)
-        axes.set_ylim(0, 1)
-    grid[-1].axis("off")
-    for axes in grid[-4:-1]:
-        axes.set_xlabel("time in the performance (s)")
-    bars = [row["bars"] for row in rows]
+        axes.tick_params("x", rotation=90, labelsize=8)
     every = math.ceil(len(rows) / 12)
-    for axes in grid[:4]:
-        axes.secondary_xaxis("top").set_xticks(middles[::every], bars[::every], rotation=90, fontsize=7)
-    save_figure(figure, out)
+    axes.set(ylim=(0, 1), xticks=middles[::every], xticklabels=[row["bars"] for row in rows[::every]])
     return {"curves": curves}
 
 
@@ -2828,11 +2773,9 @@ def _draw_roll(axes, x: dict[str, np.ndarray], sounded: np.ndarray, levels: dict
     within = "note in beat" if "note in beat" in levels else "note"
     notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])[:, sounded]
     axes.set_facecolor("0.25")
-    bars = axes.hlines(*notes, array=levels[within][sounded] - 1, linewidth=5)
-    bars.set(cmap=SHARES["cmap"], clim=(SHARES["vmin"], SHARES["vmax"]))
+    bars = axes.hlines(*notes, array=levels[within][sounded] - 1, linewidth=5, **SHARES)
     axes.set_yticks(range(24, 120, 12), [f"C{octave}" for octave in range(1, 9)])
-    axes.set_ylim(notes[0].min() - 2, notes[0].max() + 2)
-    axes.set_title(f"Attention to each {within}")
+    axes.set(title=f"Attention to each {within}", ylim=(notes[0].min() - 2, notes[0].max() + 2))
     axes.figure.colorbar(bars, ax=axes, **SHARES_BAR)
 
 
@@ -2841,13 +2784,13 @@ def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) ->
     for level, label in (("beat", "beat in the piece"), ("beat in measure", "beat in its measure")):
         if level in levels:
             axes.stairs(levels[level] - 1, beats, baseline=None, linewidth=2, label=label)
-    reach = max(SHARES["vmax"], *np.abs(axes.get_ylim()))
+    reach = max(*SHARES["clim"], *np.abs(axes.get_ylim()))
     axes.set(title="Attention to measures and beats, against an even share", ylim=(-reach, reach))
     axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.legend(ncols=3)
 
 
-def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
+def explain_decoder(figure, members: list[tuple], work: dict) -> dict:
     """Probability of each phoneme over time; above it what is decoded, wrong ones in colour, below the truth.
 
     work: name, log_probs (F, 41), labels or None, "seconds per frame" (at a window's middle)."""
@@ -2855,16 +2798,15 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
     if not len(log_probs):
         raise DataError(f"{work['name']}: no frames; expected a longer trial")
     best = log_probs.argmax(1)
-    model = members[0][0]
     frames = np.flatnonzero((best > 0) & (best != np.append(0, best[:-1])))
     decoded = best[frames].tolist()
     wrong = np.zeros(len(decoded), bool)
     for tag, _, _, first, last in Levenshtein.opcodes(decoded if labels is None else labels, decoded):
         wrong[first:last] = tag != "equal"
+    model = members[0][0]
     start = step * (model.kernel / model.stride - 1) / 2
     times = start + step * (frames + 0.5)
-    figure = new_figure(16, 9)
-    figure.suptitle(picture_title("probability of each phoneme", members, work))
+    picture_title(figure, "probability of each phoneme", members, work)
     axes = figure.subplots()
     extent = (start, start + step * len(log_probs), len(PHONEMES) - 0.5, -0.5)
     image = axes.imshow(np.exp(log_probs.T), vmin=0, vmax=1, aspect="auto", extent=extent)
@@ -2874,7 +2816,6 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
         axes.text(second, -1, PHONEMES[phoneme], rotation=90, ha="center", color=ORANGE if off else "black")
     truth = "" if labels is None else f"\ntrue: {spell(labels)}"
     axes.set_xlabel(f"time (s), middle of each frame's window{truth}", wrap=True)
-    save_figure(figure, out)
     return {"decoded": decoded, "times": times, "wrong": wrong}
 
 
@@ -2919,40 +2860,36 @@ Without --run: the results that come with this repository, which needs neither a
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, word_options, data_options)
     check_output(args.out, ".html")
-    title, lines, parts, made = about_runs(args) if args.run else about_results(RESULTS)
+    title, lines, parts, figures = about_runs(args) if args.run else about_results(RESULTS)
     page = _page(title, lines, parts, args.command)
     write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
     print(*lines, f"saved {args.out}", sep="\n")
-    return made
+    return {"verdict": lines[0], "figures": figures}
 
 
 def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
-    """Of --run: title, sentences and parts of the page, what `report` returns."""
+    """Of --run: title, sentences and parts of the page, figures."""
     runs = {run: read_run(run) for run in args.run}
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
     args.audio = own.get("audio")
     args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
-    verdict, figures, scored = "nothing was scored: see the best validation", None, {}
+    verdict, figures, scored = "nothing was scored: see the curves of validation", None, {}
     synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
         loaded = _load_models([f"{run}/best.pt" for run in args.run])
         score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
-        synthetic = corpus.synthetic or loaded[0][2]["data"].get("synthetic")
+        synthetic = synthetic or corpus.synthetic
     names = [last_part(run) for run in runs]
-    best = [[last_part(run), *best_validation(records)] for run, (_, records) in runs.items()]
-    rows = []
-    for key in own:
-        rows.append([key, *(last_part(options.get(key)) for options, _ in runs.values())])
+    rows = [[key, *(last_part(options.get(key)) for options, _ in runs.values())] for key in own]
     parts = {
         "Training curves": inline_figure(draw_curves(runs), "Training curves"),
         **scored,
-        "Best validation in training": _table(["run", "figure", "value", "step"], best),
         "Configuration": _table(["option", *names], rows),
     }
     lines = [verdict, FAKE] if synthetic else [verdict]
-    return ", ".join(names), lines, parts, {"verdict": verdict, "figures": figures}
+    return ", ".join(names), lines, parts, figures
 
 
 KINDS = {"han": "PercePiano from score and MIDI", "ast": "PercePiano from sound", "decoder": "Speech"}
@@ -2978,34 +2915,33 @@ def about_results(folder: Path) -> tuple[str, list[str], dict, dict]:
     for heading, rows in tables.items():
         parts[heading] = decoder_rows(rows) if "part" in rows[0] else rating_rows(rows, *known)
         figures |= {row["stem"]: row["metrics"] for row in rows}
-    return "Results", [VALIDATED], parts, {"verdict": VALIDATED, "figures": figures}
+    return "Results", [VALIDATED], parts, figures
 
 
 def _read_tsv(path: Path) -> dict[str, list[str]]:
     """{first cell of a line: the others}; nothing where there is no such file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
+    return {key: cells for key, *cells in csv.reader(lines, delimiter="\t")}
 
 
 def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
     """A table of rows that rate, best validation first, and of each its 19 ratings."""
     table, details = [], ""
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row["metrics"]["valid"]["all"]["mean"]["r2"]):
         mean = row["metrics"]["valid"]["all"]["mean"]
         each = mean["per_dimension"]
-        withheld = [*test.get(row["stem"], []), "", ""][:2]
-        figures = [mean[key] for key in each]
-        table.append([row["row"], *figures, mean["r2_interval"], mean["folds"], *withheld])
+        withheld = test.get(row["stem"], ["", ""])[:2]
+        table.append(
+            [row["row"], *(mean[key] for key in each), mean["r2_interval"], mean["folds"], *withheld]
+        )
         tests = row.get("significance", {}).get("valid", {}).get("all") or {}
         columns = each | {f"95 % of {key[:-9]}": tests[key] for key in tests if key.endswith("_interval")}
         columns["raters' limit of r2"] = [ceiling.get(label, [""])[0] for label in LABELS]
         shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
         details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
-    table.sort(key=lambda cells: -cells[1])
-    blank = ["" for _ in table[0]]
     published = PUBLISHED.get((row["task"], row["split"]), "")
-    table.append(["published", *blank[3:], published, ""])
-    table.append(["raters' limit", *ceiling.get("mean", [""])[:1], *blank[2:]])
+    table.append(["published", *["" for _ in table[0][3:]], published, ""])
+    table.append(["raters' limit", *ceiling.get("mean", [])[:1]])
     return _table(["row", *each, "95 % of r2", "folds", "test r2", "within"], table) + details
 
 
@@ -3013,9 +2949,9 @@ def decoder_rows(rows: list[dict]) -> str:
     """A table of the error rates of rows, best first."""
     table = []
     for row in rows:
-        figures, words = row["metrics"], row["metrics"].get("words", {})
-        cells = [figures["per"], figures["interval"], words.get("wer", ""), words.get("wer_interval", "")]
-        table.append([row["row"], *cells, figures["trials"]])
+        figures = row["metrics"] | row["metrics"].get("words", {})
+        keys = ("per", "interval", "wer", "wer_interval", "trials")
+        table.append([row["row"], *(figures.get(key, "") for key in keys)])
     table.sort(key=lambda cells: cells[1])
     return _table(["row", "PER", "95 %", "WER", "95 %", "trials"], table)
 
@@ -3037,37 +2973,30 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
         if figures:
             for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
                 totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
-    columns = [mean["per_dimension"][metric] for metric in METRICS]
+    each = mean["per_dimension"]
     names, y, p, fold_of = _stacked(records, truth, args.part, "all")
-    error = (p - y) ** 2
-    worst = []
-    for i in np.argsort(-error.mean(1))[:10]:
-        d = error[i].argmax()
-        worst.append([names[i], str(fold_of[i]), error[i].mean(), RATINGS[LABELS[d]], p[i, d], y[i, d]])
+    error = ((p - y) ** 2).mean(1)
+    ranked = [[names[i], str(fold_of[i]), error[i]] for i in error.argsort()[::-1]]
     parts = {
         "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
-        "By rating": _table(["rating", *METRICS], zip(RATINGS.values(), *columns, strict=True)),
+        "By rating": _table(["rating", *each], zip(RATINGS.values(), *each.values(), strict=True)),
         "Prediction over rating, calibration": inline_figure(draw_ratings(y, p), "Prediction over rating"),
-        "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
+        "Worst and best items": _table(["item", "fold", "mse"], [*ranked[:10], *ranked[10:][-5:]]),
     }
     return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
 
 
 def draw_ratings(y: np.ndarray, p: np.ndarray):
-    """Figure: prediction over rating; in the last panel the means of twelfths of all predictions."""
+    """Figure: prediction over rating, of all 19, and the means of twelfths of the predictions."""
+    figure = new_figure(9, 9)
+    axes = figure.subplots()
+    axes.plot(y.ravel(), p.ravel(), ".", alpha=0.1)
+    axes.axline((0, 0), slope=1, color="0.5")
     order = p.argsort(axis=None)
-    means = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
-    figure = new_figure(16, 14)
-    panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
-    for d, name in enumerate(RATINGS.values()):
-        panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
-        panels[d].set_title(name.replace(": ", "\n").replace(" … ", " …\n"), fontsize=10)
-    panels[-1].plot(*means, "o-")
-    panels[-1].set_title("All: means of twelfths\nof the predictions", fontsize=10)
-    figure.supxlabel("rating")
-    figure.supylabel("prediction")
-    for axes in panels:
-        axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
+    twelfths = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
+    axes.plot(*twelfths, "o-", label="means of twelfths of the predictions")
+    axes.set(xlabel="rating (all 19)", ylabel="prediction", aspect="equal")
+    axes.legend()
     return figure
 
 
@@ -3214,7 +3143,7 @@ def main(argv: list[str] | None = None) -> dict:
     if command in ("-h", "--help"):
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}. `python eval.py COMMAND --help` explains each.")
         return {}
-    if any(option.split("=")[0] == "--attention" for option in argv):
+    if command.startswith("--attention"):
         return attention(argv)
     if command.startswith("-"):
         return evaluate(argv)
