@@ -3815,24 +3815,8 @@ _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no nu
 def cache_lock(cache: str | Path):
     """Of two first runs one makes a folder of the cache, the other waits and finds it."""
     Path(cache).mkdir(parents=True, exist_ok=True)
-    lock = Path(cache, ".lock")
-    while True:
-        with locked(lock) as file:
-            if not _is_at(file, lock):  # who had the lock has removed the file
-                continue
-            try:
-                yield
-            finally:
-                with contextlib.suppress(PermissionError):  # Windows removes no open file
-                    lock.unlink()
-            return
-
-
-def _is_at(file, path):
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    with locked(Path(cache, ".lock")):
+        yield
 
 
 @contextlib.contextmanager
@@ -4076,58 +4060,61 @@ def _load_pickle(path):
 def _read_pickle(path, channels, names, left_out):
     """The sessions of the baseline's data set. Their names come from `names`, or are the '24 data's where the
     days are as many, or day00, day01 ...: days map by name, never by position."""
-    fields = ["sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens"]
     for part, days in _load_pickle(path).items():
-        sessions = names.get(part) or names.get("train")
         public = COMPETITION_24 if part == "competition" else SESSIONS_24
+        sessions = names.get(part) or names.get("train", ())
         if not names and len(days) == len(public):
             sessions = public
         elif not names and part != "competition":
             sessions = [f"day{i:02d}" for i in range(len(days))]
-        if len(sessions or ()) != len(days):
-            count = f"{len(days)} days, names of {len(sessions or ())}"
+        if len(sessions) != len(days):
+            count = f"{len(days)} days, names of {len(sessions)}"
             left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
             continue
+        fields = ["sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens"]
         for session, day in zip(sessions, days, strict=True):
-            kept = fields[:2] if part == "competition" else fields
             try:
-                trials = list(zip(*[day[name] for name in kept], strict=True))
+                columns = [day[name] for name in fields[: 2 if part == "competition" else None]]
+                trials = list(zip(*columns, strict=True))
             except (LookupError, TypeError, ValueError) as error:
                 left_out.append(f"{path}: {part} {session}: {_one_line(error)}; expected equal lengths")
-            else:
-                yield part, session, range(len(trials)), functools.partial(_pickle_trial, channels, trials)
+                continue
 
+            def trial(i, trials=trials):
+                x, bins, text, labels, count = (*trials[i], "", (), 0)[:5]
+                return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
 
-def _pickle_trial(channels, trials, i):
-    x, bins, *rest = trials[i]
-    text, labels, count = rest or ("", (), 0)
-    return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
+            yield part, session, range(len(trials)), trial
 
 
 def _read_hdf5(path, channels, names, left_out):
     """The sessions of a file of the '25 competition; most hold one."""
-    sessions = {}
     try:
         import h5py
+    except ImportError as error:
+        raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
 
+    def trial(name):
+        told, group = file[name].attrs, file[name]
+        if not told.get("session"):
+            raise DataError("no trial of a session")
+        labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
+        block, text, bins = (
+            told.get("block_num", -1),
+            told.get("sentence_label", ""),
+            told.get("n_time_steps"),
+        )
+        return _speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
+
+    try:
+        sessions = {}
         with h5py.File(ordinary(path)) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
                 sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
             for session, members in sorted(sessions.items()):
-                yield _part_of(path), session, members, lambda name: _hdf5_trial(channels, file[name])
-    except ImportError as error:
-        raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
+                yield _part_of(path), session, members, trial
     except Exception as error:
         raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
-
-
-def _hdf5_trial(channels, group):
-    told = group.attrs
-    if not told.get("session"):
-        raise DataError("no trial of a session")
-    labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
-    block, text, bins = told.get("block_num", -1), told.get("sentence_label", ""), told.get("n_time_steps")
-    return _speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
 
 
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
@@ -4141,13 +4128,13 @@ def _convert_file(read, path, channels, names, target, dtype, standardise):
         for part, day, found, read_trial in read(path, channels, names, left_out):
             session, problems = [], {}
             for number, name in enumerate(found):
-                about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
                 try:
+                    about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
                     session.append(about | read_trial(name))
                 except (OSError, LookupError, TypeError, ValueError) as error:
                     problems.setdefault(_one_line(error), []).append(str(name))
-            for problem, names_of_trials in problems.items():
-                left_out.append(f"{path}: {day}: trial {', '.join(names_of_trials)}: {problem}")
+            for problem, numbers in problems.items():
+                left_out.append(f"{path}: {day}: trial {', '.join(numbers)}: {problem}")
             row = {"part": part, "day": day, "trials": len(session)}
             row["standardised"] = "here" if standardise_blocks(session, standardise) else "as it came"
             for trial in session:
@@ -4164,24 +4151,27 @@ def standardise_blocks(trials: list[dict], how: str = "auto") -> bool:
     """z-scores the features of each block (std + 1e-8), in float64, and says whether it did. "auto": unless
     they came so: over all trials every channel that varies has a mean under .01 and an SD within .02 of 1.
     Never of "off"; always of "blocks"."""
-    if how == "off" or not trials or (how == "auto" and _came_standardised(trials)):
+    if how == "off" or not trials:
         return False
+    if how == "auto":
+        mean, sd, varies = _statistics(trials)[1:]
+        standard = (np.abs(mean) < 0.01) & (np.abs(sd - 1) < 0.02)
+        if varies.any() and standard[varies].all():
+            return False
     for block in {trial["block"] for trial in trials}:
         members = [trial for trial in trials if trial["block"] == block]
-        flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
-        varies = flat.min(0) < flat.max(0)
-        flat = np.where(varies, (flat - flat.mean(0)) / (flat.std(0) + 1e-8), 0.0)
+        flat, mean, sd, varies = _statistics(members)
+        flat = np.where(varies, (flat - mean) / (sd + 1e-8), 0.0).astype(np.float32)
         ends = np.cumsum([len(trial["x"]) for trial in members])
-        for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
+        for trial, x in zip(members, np.split(flat, ends[:-1]), strict=True):
             trial["x"] = x
     return True
 
 
-def _came_standardised(trials):
+def _statistics(trials):
+    """All bins of trials, float64; of each channel the mean, the SD, and whether it varies."""
     flat = np.concatenate([trial["x"] for trial in trials]).astype(np.float64)
-    varies = flat.min(0) < flat.max(0)
-    standard = (np.abs(flat.mean(0)) < 0.01) & (np.abs(flat.std(0) - 1) < 0.02)
-    return standard[varies].all() and varies.any()
+    return flat, flat.mean(0), flat.std(0), flat.min(0) < flat.max(0)
 
 
 def convert_speech(
@@ -4205,9 +4195,14 @@ def convert_speech(
     source = Path(source)
     kind, files = _speech_files(source)
     channels = channels or (512 if kind == "hdf5" else 256)
-    names = _session_names(sessions) if sessions else {}
     if kind == "hdf5" and standardise == "auto":
         standardise = "off"
+    try:
+        given = read_json(sessions) if sessions else {}
+        names = {part: [day.strip() for day in days] for part, days in given.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
+        raise DataError(f"{sessions}: {_one_line(error)}; {told}") from error
     with new_folder(Path(out)) as folder:
         jobs = []
         for number, path in enumerate(files):
@@ -4221,34 +4216,22 @@ def convert_speech(
         for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
             trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
-        blocks_known = all(trial["block"] >= 0 for trial in trials)
+        notes = []
+        if any(trial["block"] < 0 for trial in trials):
+            notes.append("days without block numbers are one block each, whose last tenth validates")
+        if not bare:
+            notes.append("labels are the file's own: labels not compared with sentences")
+        if kind == "pickle" and not sessions and set(days) & set(SESSIONS_24):
+            notes.append("days are named as the '24 data's, which are as many")
         for trial in trials:
             trial["day"] = days.index(trial["day"])
         near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
         info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
         info |= {"channels": channels, "days": days, "trials": trials}
-        told = {
-            "days without block numbers are one block each, whose last tenth validates": blocks_known,
-            "labels are the file's own: labels not compared with sentences": bare,
-            "days are named as the '24 data's, which are as many": sessions
-            or kind != "pickle"
-            or not set(days) & set(SESSIONS_24),
-        }
-        notes = [note for note, needless in told.items() if not needless]
         info["report"] = {"days": rows, "left_out": left_out, "notes": notes}
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
-
-
-def _session_names(path):
-    """The sessions of a pickle's days, from a JSON file {"train": [names], ...}."""
-    try:
-        names = read_json(path)
-        return {part: [day.strip() for day in days] for part, days in names.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
-        raise DataError(f"{path}: {_one_line(error)}; {told}") from error
 
 
 def _gather(folder, files, results, channels, dtype):
@@ -4263,16 +4246,14 @@ def _gather(folder, files, results, channels, dtype):
             trials |= by_id
             rows += counts
             parts.append(folder / f"file{number}")
-    offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials.values())], dtype=np.int64)
-    np.save(folder / "offsets.npy", offsets)
-    at = 0
-    if trials:
-        shape = int(offsets[-1]), channels
-        features = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape)
+    bins = [trial.pop("bins") for trial in trials.values()]
+    np.save(folder / "offsets.npy", np.cumsum([0, *bins], dtype=np.int64))
+    about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(bins), channels)}
+    with (folder / "features.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, about)
         for part in parts:
-            values = np.memmap(part, dtype, "r").reshape(-1, channels)
-            features[at : at + len(values)] = values
-            at += len(values)
+            with part.open("rb") as features:
+                shutil.copyfileobj(features, file)
     for path in folder.glob("file*"):
         path.unlink()
     return list(trials.values()), rows, left_out
@@ -4297,8 +4278,10 @@ class SpeechCorpus:
     root: Path
     synthetic: bool
     left_out: list[str]
-    labelled: np.ndarray
     report: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.labelled = np.array([len(ids) > 0 for ids in self.labels], bool)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -4344,20 +4327,16 @@ def _open_converted(root):
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
-        arrays = {name: np.array(column[name]) for name in ("day", "block", "part")}
-        labels = [np.array(ids, np.int64) for ids in column["labels"]]
-        kept = {name: info[name] for name in ("days", "channels", "synthetic", "report")}
         return SpeechCorpus(
             features=np.load(ordinary(root / "features.npy"), mmap_mode="r"),
             offsets=np.load(ordinary(root / "offsets.npy")),
-            labels=labels,
-            labelled=np.array([len(ids) > 0 for ids in labels]),
+            labels=[np.array(ids, np.int64) for ids in column["labels"]],
             text=column["text"],
             ids=column["id"],
             root=root,
             left_out=info["report"]["left_out"],
-            **arrays,
-            **kept,
+            **{name: np.array(column[name]) for name in ("day", "block", "part")},
+            **{name: info[name] for name in ("days", "channels", "synthetic", "report")},
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         remedy = "`python data.py decoder-convert` makes one"
@@ -4371,17 +4350,17 @@ def report_speech(corpus: SpeechCorpus) -> None:
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}")
     rows = corpus.report["days"]
-    for row in (rows[0].keys(), *(row.values() for row in rows)):
+    for row in (rows[0], *(row.values() for row in rows)):
         print("".join(f"{value:>16}" for value in row))
-    print("".join(f"{note}\n" for note in corpus.report["notes"]), end="")
+    for note in corpus.report["notes"]:
+        print(note)
     print_left_out(corpus.left_out)
     try:
         parts = {part: len(trials) for part, trials in speech_parts(corpus).items()}
-    except DataError as error:
-        print(error)
-    else:
         share = parts["valid"] / max(1, parts["train"] + parts["valid"])
         print(f"--valid blocks: {parts}; {share:.1%} of the labelled training sentences validate")
+    except DataError as error:
+        print(error)
 
 
 def frames_needed(labels) -> int:
