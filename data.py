@@ -3697,11 +3697,12 @@ _SPEECH_CLASSES = {
         IH D, to T UW, both B OW TH""",
 }
 # fmt: on
-SPEECH_WORDS = {}
-for _entries in _SPEECH_CLASSES.values():
-    for _entry in " ".join(_entries.split()).split(", "):
-        _word, _sounds = _entry.split(maxsplit=1)
-        SPEECH_WORDS[_word] = _sounds
+_WORDS_OF = {}  # class: its words
+SPEECH_WORDS = {}  # word: its phonemes
+for _name, _entries in _SPEECH_CLASSES.items():
+    _pairs = dict(entry.split(maxsplit=1) for entry in " ".join(_entries.split()).split(", "))
+    _WORDS_OF[_name] = list(_pairs)
+    SPEECH_WORDS |= _pairs
 
 PHONEMES = (
     "",
@@ -3890,14 +3891,7 @@ def _string(value):
     return str(value.decode() if isinstance(value, bytes) else value).strip()
 
 
-def unusable_bins(x: np.ndarray) -> str | None:
-    """What is wrong with the values of a trial, or None."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        bad = int((~(np.abs(x) < _LARGEST)).any(1).sum())
-    return f"{bad} bins of NaN, infinite or absurd values; expected finite ones" if bad else None
-
-
-def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
+def speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
     """A trial as it is kept: block (-1: unknown), labels (None: from the text), text and x (bins, channels),
     the first channels of the one or two arrays. DataError where it cannot be used. bins: as the file says."""
     arrays = [np.asarray(array) for array in arrays]
@@ -3911,9 +3905,10 @@ def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
             expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels"
             raise DataError(f"{array.dtype} of shape {array.shape}; expected {expected}")
     x = np.concatenate([array[:, : channels // len(arrays)] for array in arrays], axis=1)
-    problem = unusable_bins(x)
-    if problem:
-        raise DataError(problem)
+    with np.errstate(invalid="ignore", over="ignore"):
+        bad = (~(np.abs(x) < _LARGEST)).any(1).sum()
+    if bad:
+        raise DataError(f"{bad} bins of NaN, infinite or absurd values; expected finite ones")
     ids = [int(label) for label in labels or ()]
     if any(not 0 < label < len(PHONEMES) for label in ids):
         raise DataError(f"labels {ids}; expected 1 to {len(PHONEMES) - 1}")
@@ -3937,7 +3932,7 @@ def _read_mat(path, channels, names, left_out):
         blocks = [-1] * len(trials)
 
     def trial(i):
-        return _speech_trial(channels, trials[i][:2], blocks[i], *trials[i][2:])
+        return speech_trial(channels, trials[i][:2], blocks[i], *trials[i][2:])
 
     yield part, path.stem.strip(), range(len(trials)), trial
 
@@ -4014,17 +4009,13 @@ def load_plain_pickle(file, allowed: dict[str, object], persistent: Callable | N
                 raise DataError("it names objects outside it")
             return persistent(about)
 
-        def last_as_list(self, count):
-            self.stack[len(self.stack) - count :] = [self.stack[len(self.stack) - count :]]
+    def as_list(load_tuple, unpickler):
+        load_tuple(unpickler)
+        unpickler.stack[-1] = list(unpickler.stack[-1])
 
-    def marked_as_list(self):
-        items = self.pop_mark()
-        self.append(items)
-
-    Restricted.dispatch[pickle.EMPTY_TUPLE[0]] = Restricted.load_empty_list
-    Restricted.dispatch[pickle.TUPLE[0]] = marked_as_list
-    for count, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1):
-        Restricted.dispatch[code[0]] = functools.partial(Restricted.last_as_list, count=count)
+    for name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+        code = getattr(pickle, name)[0]
+        Restricted.dispatch[code] = functools.partial(as_list, Restricted.dispatch[code])
     return Restricted(file, encoding="latin1").load()
 
 
@@ -4082,7 +4073,7 @@ def _read_pickle(path, channels, names, left_out):
 
             def trial(i, trials=trials):
                 x, bins, text, labels, count = (*trials[i], "", (), 0)[:5]
-                return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
+                return speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
 
             yield part, session, range(len(trials)), trial
 
@@ -4104,7 +4095,7 @@ def _read_hdf5(path, channels, names, left_out):
             told.get("sentence_label", ""),
             told.get("n_time_steps"),
         )
-        return _speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
+        return speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
 
     try:
         sessions = {}
@@ -4470,9 +4461,10 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     if rule not in ("nearest", "mean") and (unknown or rule):
         told = f"not of {', '.join(days_of_model)}; use --day nearest or --day mean"
         raise DataError(f"session {', '.join(unknown)}, --day {rule}: {told}")
-    for name in unknown if rule == "nearest" else ():
-        dates = [(abs(_session_date(day) - _session_date(name)), _session_date(day)) for day in days_of_model]
-        index[name] = dates.index(min(dates))
+    dates = list(map(_session_date, days_of_model)) if rule == "nearest" and unknown else []
+    for name in unknown if dates else ():
+        far = [(abs(day - _session_date(name)), day) for day in dates]
+        index[name] = far.index(min(far))
     return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
 
 
@@ -4493,12 +4485,14 @@ def add_noise(
     model's Gaussian smoothing, which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves
     the constant as it is."""
     B, T, C = x.shape
+    draw = functools.partial(torch.randn, generator=generator, device=x.device)
     noise = torch.zeros_like(x)
-    for sd, bins in ((white, T), (offset, 1)):
-        if sd:
-            noise = noise + sd * torch.randn(B, bins, C, generator=generator, device=x.device, dtype=x.dtype)
+    if white:
+        noise = noise + white * draw(B, T, C)
+    if offset:
+        noise = noise + offset * draw(B, 1, C)
     if walk:
-        noise = noise + walk * torch.randn(B, T, C, generator=generator, device=x.device).cumsum(1)
+        noise = noise + walk * draw(B, T, C).cumsum(1)
     valid = torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]
     return x + noise * valid[:, :, None]
 
@@ -4535,7 +4529,7 @@ def time_mask(
     B, T, C = x.shape
     draw = torch.rand(3, B, most, generator=generator, device=x.device)
     length = lengths.to(x.device)[:, None]
-    widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
+    widest = (length * width if width < 1 else torch.full_like(length, width)).long()
     widest = torch.minimum(widest.clamp(min=1), length)
     span = torch.minimum((draw[1] * widest).long() + 1, widest)  # float32 can round a draw up to its bound
     start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)
@@ -4580,10 +4574,9 @@ def _sentence(rng, used):
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
-            if word in _SPEECH_CLASSES:
-                choice = [entry.split()[0] for entry in _SPEECH_CLASSES[word].split(",")]
-                weights = 1 / (3 + np.arange(len(choice)))
-                words[i] = str(rng.choice(choice, p=weights / weights.sum()))
+            if word in _WORDS_OF:
+                weights = 1 / (3 + np.arange(len(_WORDS_OF[word])))
+                words[i] = str(rng.choice(_WORDS_OF[word], p=weights / weights.sum()))
         text = " ".join(words)
         if text not in used:
             used.add(text)
@@ -4654,18 +4647,14 @@ def _salad(texts, members, share, rng, used):
     return salad
 
 
-@functools.cache
-def _template_pattern():
-    classes = {
-        name: "|".join(e.split()[0] for e in entries.split(",")) for name, entries in _SPEECH_CLASSES.items()
-    }
-    templates = [" ".join(f"(?:{classes.get(word, word)})" for word in t.split()) for t in _SPEECH_TEMPLATES]
-    return re.compile("|".join(templates))
-
-
 def is_salad(text: str) -> bool:
     """Whether a sentence of a synthetic corpus is random words: it follows none of the templates."""
-    return not _template_pattern().fullmatch(text)
+    words = text.split()
+    for template in map(str.split, _SPEECH_TEMPLATES):
+        fits = [word in _WORDS_OF.get(place, [place]) for word, place in zip(words, template, strict=False)]
+        if len(words) == len(template) and all(fits):
+            return False
+    return True
 
 
 def salad_trials(corpus: SpeechCorpus) -> np.ndarray:

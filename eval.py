@@ -79,10 +79,10 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     speech_item,
     speech_parts,
     speech_rules,
+    speech_trial,
     standardise_blocks,
     synthetic_percepiano,
     synthetic_speech,
-    unusable_bins,
     write_atomic,
 )
 
@@ -1041,8 +1041,7 @@ def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
     for ref, hyp in zip(refs, hyps, strict=True):
         edits = Levenshtein.editops(ref, hyp)
         pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
-    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
+    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in pairs.most_common(most)]
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -1145,10 +1144,9 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
 
 def write_arpa(path: str | Path, model: dict) -> None:
     """Writes the model of `witten_bell` as ARPA: log10 probability, words, log10 back-off weight."""
-    highest = max(map(len, model))
-    sections: dict[int, list[str]] = {n: [] for n in range(1, highest + 1)}
+    sections: dict[int, list[str]] = {n: [] for n in range(1, max(map(len, model)) + 1)}
     for gram, (p, backoff) in sorted(model.items()):
-        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < highest else ""
+        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < len(sections) else ""
         sections[len(gram)].append(f"{math.log10(p):.7f}\t{' '.join(gram)}{weight}")
     lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
     for n, section in sections.items():
@@ -1347,7 +1345,7 @@ def words(
     beams = [search.hypotheses(row, settings) for row in log_probs]
     sentences = [beam[0]["words"] for beam in beams]
     if len(scored):
-        figures |= _word_scores(list(itertools.compress(beams, labelled)), corpus, scored, search.words)
+        figures |= _word_scores(list(itertools.compress(beams, labelled)), corpus, scored)
     if args.nbest:
         write_nbest(args.nbest_file, beams, [corpus.ids[i] for i in indices], args.nbest)
     if args.submission:
@@ -1355,21 +1353,18 @@ def words(
     return figures | {"settings": settings, "sentences": sentences}
 
 
-def _word_scores(beams, corpus, trials, lexicon):
+def _word_scores(beams, corpus, trials):
     """Figures of `words` of labelled trials, printed."""
     counts = word_counts([beam[0]["words"] for beam in beams], corpus, trials)
     figures = {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
     figures["wer_counts"] = dict(zip((*EDITS, "words"), counts.sum(0).tolist(), strict=True))
     figures["oracle_wer"] = oracle_wer(beams, corpus, trials)
-    said = Counter(word for i in trials for word in spoken_words(corpus.text[i]))
-    figures["outside_lexicon"] = sum(times for word, times in said.items() if word not in lexicon)
     print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
     salad = salad_trials(corpus)[trials]
     if salad.any():
         figures["wer_salad"] = error_rate(counts[salad])
         print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
     print(f"best string of the beam: WER {figures['oracle_wer']:.4f}")
-    print(f"{figures['outside_lexicon']} words are outside the lexicon")
     return figures
 
 
@@ -2095,7 +2090,6 @@ def curves(argv: list[str]) -> dict:
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
-MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
 FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
@@ -2509,13 +2503,14 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     trials = []
     for path in files:
         try:
-            trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
-        except DataError as error:
-            refuse(error)
+            x = np.lib.format.open_memmap(ordinary(path), mode="r")
+            trials.append(speech_trial(channels, [x], text=printable(path)) | {"name": printable(path.stem)})
+        except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
+            refuse(f"{path}: {error!s:.150}; expected bins × {channels} numbers")
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [printable(trial["path"].stem) for trial in trials], len(trials)
+    names, count = [trial["name"] for trial in trials], len(trials)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2523,7 +2518,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[printable(trial["path"]) for trial in trials],
+        text=[trial["text"] for trial in trials],
         ids=names,
         days=names,
         channels=channels,
@@ -2531,21 +2526,6 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         synthetic=False,
         left_out=[],
     )
-
-
-def _read_trial(path: Path, channels: int) -> np.ndarray:
-    """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
-    try:
-        x = np.lib.format.open_memmap(ordinary(path), mode="r")
-        fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
-        problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
-        if problem:
-            raise ValueError(problem)
-    except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
-        raise DataError(
-            f"{path}: {error!r:.150}; expected 1-{MOST_BINS} bins × {channels} numbers"
-        ) from error
-    return np.array(x)
 
 
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:

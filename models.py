@@ -476,8 +476,6 @@ class GRUDecoder(nn.Module):
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
         """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
         B, T, C = x.shape
-        if lengths.max() > T:
-            raise DataError(f"GRUDecoder: {int(lengths.max())} bins in a batch of {T}; expected at most that")
         beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
         x = x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2)
         taps = len(self.smoothing)
@@ -487,9 +485,6 @@ class GRUDecoder(nn.Module):
 
     def day_layer(self, x: Tensor, day: Tensor) -> Tensor:
         """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
-        days = len(self.dayBias)
-        if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
-            raise DataError(f"GRUDecoder: day {day.tolist()}; expected up to {days - 1}, or -1: the mean")
         day = day.to(x.device, non_blocking=True)
         weight = torch.cat([self.dayWeights, self.dayWeights.mean(0, keepdim=True)])
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
@@ -550,14 +545,11 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     (`neural_seq_decoder`) or '25 (`nejm-brain-to-text`, whose names are `day_weights.N`, `gru.*`, `out.*`).
 
     Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
-    (`inpLayer*`) are left out; any other unknown or missing name, and a smoothing kernel that differs between
-    channels, raise DataError.
+    (`inpLayer*`) are left out; any other unknown or missing name raises DataError.
     """
-    weights = {}
-    for name, value in state_dict.items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        if not name.startswith("inpLayer"):
-            weights[name] = torch.as_tensor(value).float()
+    weights = {_bare(name): torch.as_tensor(value).float() for name, value in state_dict.items()}
+    for name in [name for name in weights if name.startswith("inpLayer")]:
+        del weights[name]
     of_25 = "day_weights.0" in weights
     try:
         if of_25:
@@ -568,8 +560,6 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         classes = len(weights["fc_decoder_out.weight"])
     except KeyError as error:
         raise DataError(f"decoder weights: missing {error}; expected those of a public baseline") from error
-    if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
-        raise DataError("decoder weights: gaussianSmoother.weight differs by channel; expected one kernel")
     kernel = width // channels
     model = GRUDecoder(
         channels,
@@ -587,6 +577,11 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         whole_start=True,
     )
     return _with_weights(model, weights | {"smoothing": smoothing[0]})
+
+
+def _bare(name):
+    """A parameter's name without what DataParallel and torch.compile put before it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
 
 
 def _by_names_of_24(weights):
@@ -646,7 +641,7 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     if not isinstance(content, dict) or "format" in content:
         return None
     weights = content.get("model_state_dict", content)
-    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
+    names = set(map(_bare, weights))
     if not names & {"day_weights.0", "dayWeights"}:
         return None
     try:
@@ -654,24 +649,28 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     days, beside = model.model_args["days"], Path(path).with_name("args.yaml")
-    sessions = SESSIONS_24
-    if "day_weights.0" in names and beside.is_file():
-        listed = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
-        sessions = list(dict.fromkeys(listed))
-    elif "day_weights.0" in names:
-        sessions = []
+    sessions = [] if "day_weights.0" in names else SESSIONS_24
+    if not sessions and beside.is_file():
+        sessions = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
+        sessions = list(dict.fromkeys(sessions))
     return model, sessions if len(sessions) == days else [f"day{i:02d}" for i in range(days)]
 
 
 def load_decoder(path: str | Path) -> tuple[GRUDecoder, list[str]]:
     """A decoder and its sessions from a checkpoint of ours, or from a file of either public baseline."""
     found = read_baseline(path)
-    if found is None:
-        model, ckpt = load_checkpoint(path)
-        if ckpt["task"] != "decoder":
-            raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
-        found = model, ckpt["data"]["days"]
-    return found
+    if found:
+        return found
+    model, ckpt = load_checkpoint(path)
+    if ckpt["task"] != "decoder":
+        raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
+    return model, ckpt["data"]["days"]
+
+
+def decoder_info(days: list[str], channels: int, valid: str, synthetic: bool) -> dict:
+    """What a decoder's checkpoint says of its data."""
+    about = {"days": days, "channels": channels, "phonemes": list(PHONEMES), "rules": speech_rules()}
+    return about | {"valid": valid, "synthetic": synthetic}
 
 
 def save_baseline(path: str | Path, out: str | Path) -> None:
@@ -680,8 +679,7 @@ def save_baseline(path: str | Path, out: str | Path) -> None:
     if found is None:
         raise DataError(f"{path}: no weights of a public baseline; expected modelWeights or best_checkpoint")
     model, sessions = found
-    about = {"days": sessions, "channels": model.model_args["channels"], "phonemes": list(PHONEMES)}
-    about |= {"rules": speech_rules(), "valid": "blocks", "synthetic": False}
+    about = decoder_info(sessions, model.model_args["channels"], "blocks", False)
     kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
     absent = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "epoch", "best", "rng", "git_sha"))
     kept |= absent | {"step": 0, "skipped": {}, "args": {"seed": None}, "data": about}

@@ -313,8 +313,7 @@ def test_given_lexicon_and_lm_and_words_outside_them(corpus, tmp_path):
     lm = arpa_of(tmp_path / "lm.arpa", [text.split() for text in corpus[0].text[:100]])
     given = ["--words", "--lexicon", str(lexicon), "--lm", lm]
     figures = run_words(corpus, tmp_path, slice(120, 140), *given)
-    assert figures["outside_lexicon"] == " ".join(corpus[0].text[120:140]).split().count("bridge") > 0
-    assert figures["wer"] < 0.2
+    assert 0 < figures["wer"] < 0.2
 
 
 def test_submissions_stand_in_the_competitions_order(corpus, tmp_path):
