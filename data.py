@@ -3793,7 +3793,6 @@ def _load_g2p():
 # Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
 # trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
 SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
-SPEECH_PARTS = ("train", "test", "competition")  # of the '24 data
 ALL_PARTS = ("train", "valid", "test", "competition")  # the '25 data have a validation part of their own
 BIN = 0.02  # s
 _SPEECH_FILES = {
@@ -4042,7 +4041,7 @@ def _load_pickle(path):
     try:
         with ordinary(path).open("rb") as file:
             content = load_plain_pickle(file, allowed)
-        return {part: list(content[part]) for part in SPEECH_PARTS if content.get(part)}
+        return {part: list(content[part]) for part in ALL_PARTS if content.get(part)}
     except Exception as error:
         told = "expected the dictionary of the baseline's script, of containers and arrays alone"
         raise DataError(f"{path}: refused or unreadable as a pickle ({_one_line(error)}); {told}") from error
@@ -4672,11 +4671,10 @@ def _record_session(texts, salad, blocks, tuning, seed, bins, rng, salad_rng):
         level, trend = offset + rng.normal(0, 0.15, len(offset)), rng.normal(0, 0.2, len(offset))
         gain = rng.lognormal(0, 0.1, len(offset))
         for place, i in zip(np.linspace(-0.5, 0.5, len(members)), members, strict=True):
-            path = _trajectory(phonemize(texts[i]), seed, bins, rng)
-            fields = _record(path @ (weights * gain) + (level + place * trend), rng)
-            if i in salad:
-                path = _trajectory(phonemize(salad[i]), seed, bins, salad_rng)
-                fields = _record(path @ (weights * gain) + (level + place * trend), salad_rng)
+            for text, draws in ((texts[i], rng), (salad.get(i), salad_rng)):
+                if text:
+                    path = _trajectory(phonemize(text), seed, bins, draws)
+                    fields = _record(path @ (weights * gain) + (level + place * trend), draws)
             for name, values in fields.items():
                 cells[name][0, i] = values
     return cells

@@ -369,9 +369,8 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
 # Phoneme decoder
 # ------------------------------------------------------------------------------------------------------------
 def output_frames(lengths, kernel: int, stride: int):
-    """CTC frames of trials of `lengths` bins (int, tensor, array): (T - kernel) // stride + 1, at least 0."""
-    frames = (lengths - kernel) // stride + 1
-    return frames.clip(0) if hasattr(frames, "clip") else max(frames, 0)
+    """CTC frames of trials of `lengths` bins (tensor or array): (T - kernel) // stride + 1, at least 0."""
+    return ((lengths - kernel) // stride + 1).clip(0)
 
 
 class GRUDecoder(nn.Module):
@@ -425,7 +424,12 @@ class GRUDecoder(nn.Module):
             raise DataError(f"{found}; expected sizes of at least 1, aux_layer < layers")
         self.kernel, self.stride = kernel, stride
         width = hidden * 2 if bidirectional else hidden
-        options = {"batch_first": True, "bidirectional": bidirectional}
+
+        def gru(inputs, count):
+            within = dropout if count > 1 else 0.0  # nn.GRU warns of dropout in a single layer
+            options = {"dropout": within, "batch_first": True, "bidirectional": bidirectional}
+            return nn.GRU(inputs, hidden, count, **options)
+
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
         self.dayWeights = nn.Parameter(torch.empty(days, channels, channels))
         for weight in self.dayWeights.data:
@@ -435,11 +439,9 @@ class GRUDecoder(nn.Module):
         self.input_dropout = nn.Dropout(input_dropout)
         self.between = nn.Dropout(dropout)
         lower = aux_layer or layers
-        within = dropout if lower > 1 else 0.0  # nn.GRU warns of dropout in a single layer
-        self.gru_decoder = nn.GRU(channels * kernel, hidden, lower, dropout=within, **options)
+        self.gru_decoder = gru(channels * kernel, lower)
         if aux_layer:
-            within = dropout if layers - lower > 1 else 0.0
-            self.gru_upper = nn.GRU(width, hidden, layers - lower, dropout=within, **options)
+            self.gru_upper = gru(width, layers - lower)
             self.fc_aux = nn.Linear(width, classes)
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.fc_decoder_out = nn.Linear(width, classes)

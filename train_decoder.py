@@ -222,11 +222,10 @@ def batch_losses(outputs: tuple, batch: dict, args: argparse.Namespace) -> torch
     logits, frames, *auxiliary = outputs
     frames = (frames - int(args.short_frames)).clamp(min=0)
     labels = batch["labels"], batch["label_lengths"]
-    losses = LOSS(logits.float().log_softmax(-1), frames, *labels, args.ctc_reduction)
-    for lower in auxiliary:
-        log_probs = lower.float().log_softmax(-1)
-        losses = losses + args.aux_weight * LOSS(log_probs, frames, *labels, args.ctc_reduction)
-    return losses
+    each = []
+    for scores in (logits, *auxiliary):
+        each.append(LOSS(scores.float().log_softmax(-1), frames, *labels, args.ctc_reduction))
+    return each[0] + args.aux_weight * each[1] if auxiliary else each[0]
 
 
 def one_layer(model: GRUDecoder, device: torch.device) -> tuple[torch.nn.Module, tuple]:

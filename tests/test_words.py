@@ -108,7 +108,7 @@ def test_the_training_lexicon_takes_pronunciations_from_the_labels():
     assert [" ".join([word, evaluation.spell(sounds)]) for word, sounds in lexicon] == expected.split(",")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_search_finds_the_best_of_all_frame_strings(tmp_path, seed):
     lexicon = {"ba": "B AA", "bob": "B AA B", "bah": "B AA", "a": "AA"}
     text = ["ba a bob".split(), "a a ba".split(), "bob bah".split(), ["a"]]
