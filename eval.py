@@ -1062,10 +1062,7 @@ WORD_SETTINGS = {
 }
 WORD_DEFAULTS = {"lm_weight": 1.0, "word_score": 0.0, "beam": 100}
 # What --tune tries. Acoustic scale, LM weight and word score share a factor, so that the scale stays fixed.
-WORD_GRID = {
-    "lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0),
-    "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0),
-}
+WORD_GRID = {"lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0), "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0)}
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
 Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the last SIL), several a word

@@ -683,9 +683,7 @@ def save_baseline(path: str | Path, out: str | Path) -> None:
     model, sessions = found
     about = decoder_info(sessions, model.model_args["channels"], "blocks", False)
     kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
-    absent = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "epoch", "best", "rng", "git_sha"))
-    kept |= absent | {"step": 0, "skipped": {}, "args": {"seed": None}, "data": about}
-    save_checkpoint(out, kept)
+    save_checkpoint(out, kept | {"step": 0, "args": {"seed": None}, "data": about})
     print(f"{out}: {path}, {len(sessions)} day layers: {', '.join(sessions)}")
 
 
