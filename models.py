@@ -24,6 +24,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     on_stop,
     ordinary,
     speech_rules,
+    to_normal,
     write_atomic,
 )
 
@@ -51,6 +52,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -806,6 +808,7 @@ class AST(nn.Module):
         checkpointing: bool = False,  # keep no activations inside blocks, compute them again for the gradient
         num_outputs: int | None = None,  # ratings; None: pre-training
         pooling: str = "mean",  # or meanstd (and deviation over the patches), cls (mean of both tokens)
+        depths: int = 1,  # tokens after so many evenly spaced blocks, the last included, are pooled
         statistics: bool = False,  # the heads see the clip's ClipStatistics too
         groups: list[list[int]] | None = None,  # outputs of each head (GroupedHead); None: one linear layer
         cross: bool = False,  # heads of groups see each other
@@ -825,6 +828,8 @@ class AST(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = self.log_variance = self.statistics = None
+        shares = 4 if num_outputs is None else depths
+        self.levels = sorted({max(1, round(depth * k / shares)) for k in range(1, shares + 1)})
         if num_outputs is None:
             if visible_only:
                 width = width // 2
@@ -837,7 +842,7 @@ class AST(nn.Module):
             self.discriminate = _pixel_head(width)
             self.generate = _pixel_head(width)
         else:
-            size = 2 * width if pooling == "meanstd" else width
+            size = (2 if pooling == "meanstd" else 1) * width * len(self.levels)
             if statistics:
                 self.statistics = ClipStatistics(mel)
                 size += self.statistics.size
@@ -860,21 +865,40 @@ class AST(nn.Module):
     def forward(
         self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, compat: bool = False
     ) -> Tensor | dict:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid.
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid. Or K crops of each item:
+        (B, K, frames, mel) and (B, K): their tokens are pooled together before the heads.
 
         With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or
         without num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
         """
         if mask is not None:
             return self.pretrain_losses(fbank, mask, compat, lengths)
-        tokens, valid = self.tokens(fbank, lengths)
-        tokens = self.encode(tokens + self.position(self.grid(fbank)), valid)
         if self.model_args["num_outputs"] is None:
-            return tokens
-        pooled = self.pool(tokens, valid)
+            return self.tokens_of(fbank, lengths)[0][-1]
+        return self.head(self.describe(fbank, lengths)).float()
+
+    def describe(self, fbank, lengths=None):
+        """What the heads see of items, (B, size), arguments as `forward`."""
+        crops = fbank.shape[1] if fbank.dim() == 4 else 1
+        fbank = fbank.flatten(0, -3)
+        lengths = None if lengths is None else lengths.flatten()
+        levels, valid = self.tokens_of(fbank, lengths)
+        pooled = [self.pool(tokens, valid, crops) for tokens in levels]
         if self.statistics is not None:
-            pooled = torch.cat([pooled, self.statistics(fbank, lengths)], dim=1)
-        return self.head(pooled).float()
+            pooled.append(self.statistics(fbank, lengths).unflatten(0, (-1, crops)).mean(1))
+        return torch.cat(pooled, dim=1)
+
+    def token_moments(self, fbank: Tensor) -> Tensor:
+        """fbank (B, K, frames, mel) -> mean and deviation of the tokens at each of `levels`: (B, levels * 2 *
+        width)."""
+        levels, _ = self.tokens_of(fbank.flatten(0, 1), None)
+        return torch.cat([self.pool(tokens, None, fbank.shape[1], "meanstd") for tokens in levels], dim=1)
+
+    def tokens_of(self, fbank, lengths):
+        """Tokens (B, extra + patches, width) after the blocks `levels`, the last after the norm, and which
+        patches are valid."""
+        tokens, valid = self.tokens(fbank, lengths)
+        return self.encode(tokens + self.position(self.grid(fbank)), valid, self.levels), valid
 
     def grid(self, fbank):
         """Time columns of a batch; refuses one that this model cannot take."""
@@ -892,13 +916,19 @@ class AST(nn.Module):
             return x, None
         return x, _inside(columns, self.count(lengths.to(x.device))).repeat(1, self.rows)
 
-    def encode(self, x, valid):
+    def encode(self, x, valid, levels=()):
         """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last
-        norm."""
+        norm; or the tokens after each of these blocks."""
         if self.extra is not None:
             x = torch.cat([self.extra.sum(0).expand(len(x), -1, -1), x], dim=1)
             valid = None if valid is None else nn.functional.pad(valid, (2, 0), value=True)
-        return self.norm(self.through(self.blocks, self.dropout(x), valid))
+        x = self.dropout(x)
+        found = []
+        for first, last in itertools.pairwise([0, *(levels or [len(self.blocks)])]):
+            x = self.through(self.blocks[first:last], x, valid)
+            found.append(x)
+        found[-1] = self.norm(x)
+        return found if levels else found[0]
 
     def through(self, blocks, x, valid):
         for block in blocks:
@@ -908,16 +938,18 @@ class AST(nn.Module):
                 x = block(x, valid)
         return x
 
-    def pool(self, tokens, valid):
-        """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width,
-        float32."""
+    def pool(self, tokens, valid, crops=1, pooling=None):
+        """Tokens (B * crops, extra + T, width) of the encoder, valid (B * crops, T) -> (B, width), or twice
+        the width, float32."""
+        pooling = pooling or self.pooling
         tokens = tokens.float()
-        if self.pooling == "cls":
-            return tokens[:, :2].mean(1)
+        if pooling == "cls":
+            return tokens[:, :2].unflatten(0, (-1, crops)).mean((1, 2))
         tokens = tokens if self.extra is None else tokens[:, 2:]
         valid = tokens.new_ones(tokens.shape[:2]) if valid is None else valid
+        tokens, valid = (x.unflatten(0, (-1, crops)).flatten(1, 2) for x in (tokens, valid))
         mean, deviation = _mean_and_deviation(tokens, valid)
-        return mean if self.pooling == "mean" else torch.cat([mean, deviation], dim=1)
+        return mean if pooling == "mean" else torch.cat([mean, deviation], dim=1)
 
     def pretrain_losses(
         self, fbank: Tensor, mask: Tensor, compat: bool = False, lengths: Tensor | None = None
@@ -1189,14 +1221,19 @@ class CNN(nn.Module):
         return self.head(torch.cat(_mean_and_deviation(x, inside), dim=1)).float()
 
 
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SPANS = (3, 8, 20, 50, 125, 312)  # frames: half a period of a modulation of 16 to 0.16 Hz
+
+
 class ClipStatistics(nn.Module):
-    """Statistics of a whole clip: mean, standard deviation, least and largest value, and mean absolute change
-    from frame to frame of every mel band, and the logarithm of the length in seconds: 5 mel + 1 values,
-    standardised once `fit` has seen the training clips."""
+    """Statistics of a whole clip, whatever its order: of every mel band mean, standard deviation, largest
+    value, and mean absolute change from frame to frame; of 32 bands mean rise and fall, and quantiles over
+    time, as of the level and the spectral centroid; modulation of 16 bands; logarithm of the seconds. 843 of
+    128 mel bands, standardised once `fit` has seen the training clips."""
 
     def __init__(self, mel: int = 128):
         super().__init__()
-        self.size = 5 * mel + 1
+        self.size = 4 * mel + 2 * 32 + len(QUANTILES) * 34 + len(SPANS) * 16 + 1
         self.register_buffer("mean", torch.zeros(self.size))
         self.register_buffer("std", torch.ones(self.size))
 
@@ -1207,21 +1244,100 @@ class ClipStatistics(nn.Module):
         self.std.copy_(values.std(0).clip(min=1e-3))
 
     def values(self, fbank, lengths=None):
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, size), not
         standardised."""
         x = fbank.float()
         inside = _frames_inside(x, lengths)
-        outside = ~inside.unsqueeze(2)
         mean, deviation = _mean_and_deviation(x, inside)
-        least = x.masked_fill(outside, torch.inf).amin(1)
-        largest = x.masked_fill(outside, -torch.inf).amax(1)
+        largest = x.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1)
         change, _ = _mean_and_deviation(x.diff(dim=1).abs(), inside[:, 1:])
-        seconds = inside.sum(1, keepdim=True) / 100
-        return torch.cat([mean, deviation, least, largest, change, seconds.log()], dim=1)
+        coarse = x.unflatten(2, (32, -1)).mean(3)
+        rise, _ = _mean_and_deviation(coarse.diff(dim=1).clip(min=0), inside[:, 1:])
+        fall, _ = _mean_and_deviation(coarse.diff(dim=1).clip(max=0), inside[:, 1:])
+        # the factor turns normalised values into log-energies again, about
+        level = torch.logsumexp(8 * x, dim=2, keepdim=True) / 8
+        centroid = (8 * x).softmax(2) @ torch.linspace(0, 1, x.shape[2], device=x.device).unsqueeze(1)
+        spread = _time_quantiles(torch.cat([coarse, level, centroid], dim=2), inside).flatten(1)
+        modulation = _modulation(coarse.unflatten(2, (16, -1)).mean(3), inside).flatten(1)
+        seconds = (inside.sum(1, keepdim=True) / 100).log()
+        return torch.cat([mean, deviation, largest, change, rise, fall, spread, modulation, seconds], dim=1)
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `values`, standardised and cut at eight deviations."""
         return ((self.values(fbank, lengths) - self.mean) / self.std).clip(-8, 8)
+
+
+class ClipKernel(nn.Module):
+    """KernelRidge on ranks of a whole clip's ClipStatistics and, with `encoder` (arguments of an AST without
+    outputs), of the moments of its frozen tokens. Statistics that change with the piano and the recording
+    weigh less: see `fit`."""
+
+    def __init__(self, items: int, mel: int = 128, num_outputs: int = 19, encoder: dict | None = None):
+        super().__init__()
+        self.model_args = _arguments(locals())
+        self.statistics = ClipStatistics(mel)
+        self.encoder = AST(**encoder) if encoder else None
+        size = self.statistics.size
+        if encoder:
+            size += 2 * encoder["width"] * len(self.encoder.levels)
+        self.register_buffer("quantiles", torch.zeros(101, size))
+        self.register_buffer("weight", torch.ones(size))
+        self.ridge = KernelRidge(items, size, num_outputs)
+
+    @torch.no_grad()
+    def describe(self, fbank: Tensor) -> Tensor:
+        """fbank (1, frames, mel) of a whole clip, normalised -> (1, S), before the ranks; of float16's
+        precision, in which a saved model keeps its quantiles."""
+        seen = self.statistics.values(fbank)
+        if self.encoder is not None:
+            moments = self.encoder.token_moments(whole_crops(fbank, self.encoder))
+            seen = torch.cat([seen, moments], dim=1)
+        return seen.half().float()
+
+    def ranks(self, described: Tensor) -> Tensor:
+        z = to_normal(described.double().cpu().numpy(), self.quantiles.double().cpu().numpy())
+        return torch.from_numpy(z).to(described.device) * self.weight
+
+    def fit(self, described: Tensor, ratings: Tensor, item: Tensor) -> "ClipKernel":
+        """described (n, S), of `describe`; ratings (n, num_outputs) in [0, 1]; item (n,) numbers from 0, the
+        same for versions of a performance: ranks weigh by the share of their variance between performances,
+        to the power 1.5."""
+        quantiles = np.quantile(described.cpu().numpy(), np.linspace(0, 1, 101), axis=0)
+        self.quantiles.copy_(torch.from_numpy(quantiles))
+        ranks, items = self.ranks(described), int(item.max()) + 1
+        if len(ranks) > items:
+            mean = ranks.new_zeros(items, ranks.shape[1]).index_add(0, item, ranks)
+            mean /= item.bincount().unsqueeze(1)
+            within = (ranks - mean[item]).square().sum(0) / (len(ranks) - items)
+            share = (1 - within / ranks.var(0).clip(min=1e-6)).clip(0, 1)
+            self.weight.copy_(share**1.5)
+            self.weight /= self.weight.square().mean().sqrt()
+        self.ridge = KernelRidge.fit(self.ranks(described), ratings)
+        return self
+
+    def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """fbank (B, frames, mel) normalised, lengths (B,) -> ratings (B, num_outputs) in [0, 1]."""
+        counts = [fbank.shape[1]] * len(fbank) if lengths is None else lengths.tolist()
+        rows = [self.describe(x[None, :count]) for x, count in zip(fbank, counts, strict=True)]
+        return self.rate(torch.cat(rows))
+
+    def rate(self, described: Tensor) -> Tensor:
+        """(B, S), of `describe` -> ratings (B, num_outputs) in [0, 1]."""
+        return self.ridge({"stats": self.ranks(described)}).sigmoid().float()
+
+
+def crop_starts(frames: int, length: int) -> list[int]:
+    """First frames of the fewest crops of `length` that cover `frames`, evenly spaced from end to end."""
+    last = max(0, frames - length)
+    count = max(1, math.ceil(frames / length))
+    return torch.linspace(0, last, count).round().long().tolist()
+
+
+def whole_crops(fbank: Tensor, model: AST) -> Tensor:
+    """A clip (1, frames, mel) as the crops (1, K, T, mel) of the model's length that cover it."""
+    longest = model.model_args["frames"]
+    starts = crop_starts(fbank.shape[1], longest)
+    return torch.stack([fbank[:, start : start + longest] for start in starts], dim=1)
 
 
 class PooledMLP(nn.Module):
@@ -1265,6 +1381,27 @@ def _mean_and_deviation(x, inside):
     return mean, (((x - mean.unsqueeze(1)).square() * weight).sum(1) + 1e-6).sqrt()
 
 
+def _time_quantiles(x, inside):
+    """QUANTILES over the frames inside, nearest ranks, of x (B, T, C): (B, Q, C)."""
+    ordered = x.masked_fill(~inside.unsqueeze(2), torch.inf).sort(dim=1).values
+    last = inside.sum(1, keepdim=True) - 1
+    rank = (last * torch.tensor(QUANTILES, device=x.device)).round().long()
+    return gather_patches(ordered, rank)
+
+
+def _modulation(x, inside):
+    """Log mean square of the change from SPANS frames to the next as many, of x (B, T, C): (B, SPANS, C)."""
+    total = nn.functional.pad(x.double().cumsum(1), (0, 0, 1, 0))
+    found = []
+    for span in SPANS:
+        power = x.new_zeros(len(x), x.shape[2])
+        if x.shape[1] >= 2 * span:
+            change = (total[:, 2 * span :] - 2 * total[:, span:-span] + total[:, : -2 * span]) / span
+            power, _ = _mean_and_deviation(change.square().float(), inside[:, 2 * span - 1 :])
+        found.append((power + 1e-4).log())
+    return torch.stack(found, dim=1)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # ---------------------------------------------------------------------------------------------------------
@@ -1278,7 +1415,7 @@ class Ensemble(nn.Module):
 
 
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
-MODELS |= {"kernel": KernelRidge, "ensemble": Ensemble}
+MODELS |= {"kernel": KernelRidge, "clip_kernel": ClipKernel, "ensemble": Ensemble}
 DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
 
@@ -1314,10 +1451,10 @@ def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known
     for i, (model, ckpt) in enumerate(members):
         forms.append([ckpt["task"], model.model_args])
         for name, value in model.state_dict().items():
-            weights[f"members.{i}.{name}"] = value if name == "dual" else value.half()
+            weights[f"members.{i}.{name}"] = value if name.endswith("dual") else value.half()
         kept = {key: ckpt.get(key) for key in ("task", "step")}
         kept |= {"data": dict(ckpt["data"]), "args": {"seed": ckpt["args"].get("seed")}}
-        if kept["data"]["quantiles"] is not None:
+        if kept["data"].get("quantiles") is not None:
             quantiles = kept["data"]["quantiles"][::2].clone()
             kept["data"]["quantiles"] = once.setdefault(quantiles.numpy().tobytes(), quantiles)
         about.append(kept)
