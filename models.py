@@ -551,9 +551,10 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
     (`inpLayer*`) are left out; any other unknown or missing name raises DataError.
     """
-    weights = {_bare(name): torch.as_tensor(value).float() for name, value in state_dict.items()}
-    for name in [name for name in weights if name.startswith("inpLayer")]:
-        del weights[name]
+    weights = {}
+    for name, value in state_dict.items():
+        if "inpLayer" not in name:
+            weights[_bare(name)] = torch.as_tensor(value).float()
     of_25 = "day_weights.0" in weights
     try:
         if of_25:
@@ -592,13 +593,13 @@ def _by_names_of_24(weights):
     """The '25 baseline's weights by the names of '24: days stacked, windows from bin-major to channel-major,
     the trainer's smoothing (SD 2, 9 taps) among them."""
     days = sum(name.startswith("day_weights.") for name in weights)
-    renamed = {}
+    renamed = {
+        "dayWeights": torch.stack([weights.pop(f"day_weights.{i}") for i in range(days)]),
+        "dayBias": torch.stack([weights.pop(f"day_biases.{i}") for i in range(days)]),
+    }
     for name, value in weights.items():
-        if not name.startswith("day_"):
-            name = re.sub(r"^gru\.", "gru_decoder.", name)
-            renamed[re.sub(r"^out\.", "fc_decoder_out.", name)] = value
-    renamed["dayWeights"] = torch.stack([weights[f"day_weights.{i}"] for i in range(days)])
-    renamed["dayBias"] = torch.stack([weights[f"day_biases.{i}"] for i in range(days)])
+        name = name.replace("gru.", "gru_decoder.")
+        renamed[name.replace("out.", "fc_decoder_out.")] = value
     channels = renamed["dayWeights"].shape[1]
     by_bins = renamed["gru_decoder.weight_ih_l0"]
     by_channels = by_bins.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1)

@@ -265,12 +265,11 @@ def start_new_day(model, start, known: list, info: dict, corpus, parts: tuple, *
     model.start_from(start, start_days(known, info["days"], min(reached, key=reached.get)))
 
 
-def evaluate(model: GRUDecoder, ema: dict | None, *about) -> dict:
+def evaluate(model: GRUDecoder, ema: dict | None, search: WordSearch | None, *about) -> dict:
     """`validate` of the weights that will be used, averaged where there are such; `_raw`: the model's own."""
-    *but_words, search = about
-    own = validate_decoder(model, *but_words, search=None if ema else search)
+    own = validate_decoder(model, *about, None if ema else search)
     with averaged(model, ema):
-        metrics = validate_decoder(model, *about) if ema else own
+        metrics = validate_decoder(model, *about, search) if ema else own
     return metrics | {"valid_per_raw": own["valid_per"], "valid_loss_raw": own["valid_loss"]}
 
 
@@ -441,7 +440,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step % args.eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
-                        metrics = evaluate(bare_model, ema, corpus, valid, days, args.batch, search)
+                        metrics = evaluate(bare_model, ema, search, corpus, valid, days, args.batch)
                     metrics = from_main(metrics, world) | {"epoch": epoch, "step": step}
                     is_best = metrics[chosen_by] < best[chosen_by]  # NaN is never best
                     best = metrics if is_best else best
