@@ -741,7 +741,7 @@ class Clips:
                 found = f"{args.probe}: of task {ckpt['task']!r}"
                 raise DataError(f"{found}; expected a pre-training, which knows no rating")
             self.model = ClipKernel(1, encoder=encoder.model_args)
-            self.model.encoder.load_state_dict(encoder.state_dict())
+            self.model.encoder = encoder
             self.info = {key: ckpt["data"][key] for key in ("mean", "std")}
         self.model = self.model.to(args.device).eval()
         self.train = self.rated = self._rows(audio_store(corpus, args))
@@ -768,8 +768,7 @@ class Clips:
             model.fit(described.double().numpy(), ratings.numpy())
             return lambda names: model.predict(self._table(names).double().numpy()).clip(0, 1), []
         model = ClipKernel(len(heard), encoder=self.model.model_args["encoder"])
-        if model.encoder is not None:
-            model.encoder.load_state_dict(self.model.encoder.state_dict())
+        model.encoder = self.model.encoder
         number = {name: i for i, name in enumerate(y)}
         model.fit(described, ratings, torch.tensor([number[item] for item in items]))
         made = {"task": "clip_kernel", "args": {"seed": None}, "step": None, **git_state()}
@@ -2155,6 +2154,7 @@ def _in_words(label: str) -> str:
 RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = [str(RESULTS / "han_network.pt"), str(RESULTS / "han_kernel.pt")]
+SHIPPED_FOR_SOUND = [str(RESULTS / "ast_kernel.pt")]
 
 
 def predict(argv: list[str]) -> list[dict]:
@@ -2171,14 +2171,14 @@ def predict(argv: list[str]) -> list[dict]:
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
     HAN              --score FILE and --midi PATH      long pieces in passages of 4 to 16 bars
-    AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
+    sound            --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
     python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", default=SHIPPED, help="best.pt of one task, averaged (HANs in results/)")
+    add("--ckpt", nargs="+", help="best.pt of one task, averaged (of --score and --audio: those in results/)")
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
     add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
@@ -2200,6 +2200,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     args = _parse(parser, argv, word_options)
     for path in filter(None, (args.json, args.csv)):
         check_output(Path(path))
+    args.ckpt = args.ckpt or (SHIPPED_FOR_SOUND if args.audio else SHIPPED)
     loaded = _load_models(args.ckpt)
     task, about = loaded[0][2]["task"], loaded[0][2]["data"]
     if task == "decoder":
