@@ -3631,11 +3631,12 @@ _SPEECH_CLASSES = {
         IH D, to T UW, both B OW TH""",
 }
 # fmt: on
-SPEECH_WORDS = {}
-for _entries in _SPEECH_CLASSES.values():
-    for _entry in " ".join(_entries.split()).split(", "):
-        _word, _sounds = _entry.split(maxsplit=1)
-        SPEECH_WORDS[_word] = _sounds
+_WORDS_OF = {}  # class: its words
+SPEECH_WORDS = {}  # word: its phonemes
+for _name, _entries in _SPEECH_CLASSES.items():
+    _pairs = dict(entry.split(maxsplit=1) for entry in " ".join(_entries.split()).split(", "))
+    _WORDS_OF[_name] = list(_pairs)
+    SPEECH_WORDS |= _pairs
 
 PHONEMES = (
     "",
@@ -3726,7 +3727,6 @@ def _load_g2p():
 # Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
 # trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
 SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
-SPEECH_PARTS = ("train", "test", "competition")  # of the '24 data
 ALL_PARTS = ("train", "valid", "test", "competition")  # the '25 data have a validation part of their own
 BIN = 0.02  # s
 _SPEECH_FILES = {
@@ -3749,24 +3749,8 @@ _LARGEST = 1e30  # a feature beyond this is no measurement, and its square no nu
 def cache_lock(cache: str | Path):
     """Of two first runs one makes a folder of the cache, the other waits and finds it."""
     Path(cache).mkdir(parents=True, exist_ok=True)
-    lock = Path(cache, ".lock")
-    while True:
-        with locked(lock) as file:
-            if not _is_at(file, lock):  # who had the lock has removed the file
-                continue
-            try:
-                yield
-            finally:
-                with contextlib.suppress(PermissionError):  # Windows removes no open file
-                    lock.unlink()
-            return
-
-
-def _is_at(file, path):
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    with locked(Path(cache, ".lock")):
+        yield
 
 
 @contextlib.contextmanager
@@ -3840,14 +3824,7 @@ def _string(value):
     return str(value.decode() if isinstance(value, bytes) else value).strip()
 
 
-def unusable_bins(x: np.ndarray) -> str | None:
-    """What is wrong with the values of a trial, or None."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        bad = int((~(np.abs(x) < _LARGEST)).any(1).sum())
-    return f"{bad} bins of NaN, infinite or absurd values; expected finite ones" if bad else None
-
-
-def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
+def speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
     """A trial as it is kept: block (-1: unknown), labels (None: from the text), text and x (bins, channels),
     the first channels of the one or two arrays. DataError where it cannot be used. bins: as the file says."""
     arrays = [np.asarray(array) for array in arrays]
@@ -3861,9 +3838,10 @@ def _speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
             expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels"
             raise DataError(f"{array.dtype} of shape {array.shape}; expected {expected}")
     x = np.concatenate([array[:, : channels // len(arrays)] for array in arrays], axis=1)
-    problem = unusable_bins(x)
-    if problem:
-        raise DataError(problem)
+    with np.errstate(invalid="ignore", over="ignore"):
+        bad = (~(np.abs(x) < _LARGEST)).any(1).sum()
+    if bad:
+        raise DataError(f"{bad} bins of NaN, infinite or absurd values; expected finite ones")
     ids = [int(label) for label in labels or ()]
     if any(not 0 < label < len(PHONEMES) for label in ids):
         raise DataError(f"labels {ids}; expected 1 to {len(PHONEMES) - 1}")
@@ -3887,7 +3865,7 @@ def _read_mat(path, channels, names, left_out):
         blocks = [-1] * len(trials)
 
     def trial(i):
-        return _speech_trial(channels, trials[i][:2], blocks[i], *trials[i][2:])
+        return speech_trial(channels, trials[i][:2], blocks[i], *trials[i][2:])
 
     yield part, path.stem.strip(), range(len(trials)), trial
 
@@ -3964,17 +3942,13 @@ def load_plain_pickle(file, allowed: dict[str, object], persistent: Callable | N
                 raise DataError("it names objects outside it")
             return persistent(about)
 
-        def last_as_list(self, count):
-            self.stack[len(self.stack) - count :] = [self.stack[len(self.stack) - count :]]
+    def as_list(load_tuple, unpickler):
+        load_tuple(unpickler)
+        unpickler.stack[-1] = list(unpickler.stack[-1])
 
-    def marked_as_list(self):
-        items = self.pop_mark()
-        self.append(items)
-
-    Restricted.dispatch[pickle.EMPTY_TUPLE[0]] = Restricted.load_empty_list
-    Restricted.dispatch[pickle.TUPLE[0]] = marked_as_list
-    for count, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 1):
-        Restricted.dispatch[code[0]] = functools.partial(Restricted.last_as_list, count=count)
+    for name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+        code = getattr(pickle, name)[0]
+        Restricted.dispatch[code] = functools.partial(as_list, Restricted.dispatch[code])
     return Restricted(file, encoding="latin1").load()
 
 
@@ -4001,7 +3975,7 @@ def _load_pickle(path):
     try:
         with ordinary(path).open("rb") as file:
             content = load_plain_pickle(file, allowed)
-        return {part: list(content[part]) for part in SPEECH_PARTS if content.get(part)}
+        return {part: list(content[part]) for part in ALL_PARTS if content.get(part)}
     except Exception as error:
         told = "expected the dictionary of the baseline's script, of containers and arrays alone"
         raise DataError(f"{path}: refused or unreadable as a pickle ({_one_line(error)}); {told}") from error
@@ -4010,58 +3984,61 @@ def _load_pickle(path):
 def _read_pickle(path, channels, names, left_out):
     """The sessions of the baseline's data set. Their names come from `names`, or are the '24 data's where the
     days are as many, or day00, day01 ...: days map by name, never by position."""
-    fields = ["sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens"]
     for part, days in _load_pickle(path).items():
-        sessions = names.get(part) or names.get("train")
         public = COMPETITION_24 if part == "competition" else SESSIONS_24
+        sessions = names.get(part) or names.get("train", ())
         if not names and len(days) == len(public):
             sessions = public
         elif not names and part != "competition":
             sessions = [f"day{i:02d}" for i in range(len(days))]
-        if len(sessions or ()) != len(days):
-            count = f"{len(days)} days, names of {len(sessions or ())}"
+        if len(sessions) != len(days):
+            count = f"{len(days)} days, names of {len(sessions)}"
             left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
             continue
+        fields = ["sentenceDat", "timeSeriesLens", "transcriptions", "phonemes", "phoneLens"]
         for session, day in zip(sessions, days, strict=True):
-            kept = fields[:2] if part == "competition" else fields
             try:
-                trials = list(zip(*[day[name] for name in kept], strict=True))
+                columns = [day[name] for name in fields[: 2 if part == "competition" else None]]
+                trials = list(zip(*columns, strict=True))
             except (LookupError, TypeError, ValueError) as error:
                 left_out.append(f"{path}: {part} {session}: {_one_line(error)}; expected equal lengths")
-            else:
-                yield part, session, range(len(trials)), functools.partial(_pickle_trial, channels, trials)
+                continue
 
+            def trial(i, trials=trials):
+                x, bins, text, labels, count = (*trials[i], "", (), 0)[:5]
+                return speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
 
-def _pickle_trial(channels, trials, i):
-    x, bins, *rest = trials[i]
-    text, labels, count = rest or ("", (), 0)
-    return _speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
+            yield part, session, range(len(trials)), trial
 
 
 def _read_hdf5(path, channels, names, left_out):
     """The sessions of a file of the '25 competition; most hold one."""
-    sessions = {}
     try:
         import h5py
+    except ImportError as error:
+        raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
 
+    def trial(name):
+        told, group = file[name].attrs, file[name]
+        if not told.get("session"):
+            raise DataError("no trial of a session")
+        labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
+        block, text, bins = (
+            told.get("block_num", -1),
+            told.get("sentence_label", ""),
+            told.get("n_time_steps"),
+        )
+        return speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
+
+    try:
+        sessions = {}
         with h5py.File(ordinary(path)) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
                 sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
             for session, members in sorted(sessions.items()):
-                yield _part_of(path), session, members, lambda name: _hdf5_trial(channels, file[name])
-    except ImportError as error:
-        raise DataError(f"{path}: HDF5 is read by the package h5py; run `pip install h5py`") from error
+                yield _part_of(path), session, members, trial
     except Exception as error:
         raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
-
-
-def _hdf5_trial(channels, group):
-    told = group.attrs
-    if not told.get("session"):
-        raise DataError("no trial of a session")
-    labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
-    block, text, bins = told.get("block_num", -1), told.get("sentence_label", ""), told.get("n_time_steps")
-    return _speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
 
 
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
@@ -4075,13 +4052,13 @@ def _convert_file(read, path, channels, names, target, dtype, standardise):
         for part, day, found, read_trial in read(path, channels, names, left_out):
             session, problems = [], {}
             for number, name in enumerate(found):
-                about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
                 try:
+                    about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
                     session.append(about | read_trial(name))
                 except (OSError, LookupError, TypeError, ValueError) as error:
                     problems.setdefault(_one_line(error), []).append(str(name))
-            for problem, names_of_trials in problems.items():
-                left_out.append(f"{path}: {day}: trial {', '.join(names_of_trials)}: {problem}")
+            for problem, numbers in problems.items():
+                left_out.append(f"{path}: {day}: trial {', '.join(numbers)}: {problem}")
             row = {"part": part, "day": day, "trials": len(session)}
             row["standardised"] = "here" if standardise_blocks(session, standardise) else "as it came"
             for trial in session:
@@ -4098,24 +4075,27 @@ def standardise_blocks(trials: list[dict], how: str = "auto") -> bool:
     """z-scores the features of each block (std + 1e-8), in float64, and says whether it did. "auto": unless
     they came so: over all trials every channel that varies has a mean under .01 and an SD within .02 of 1.
     Never of "off"; always of "blocks"."""
-    if how == "off" or not trials or (how == "auto" and _came_standardised(trials)):
+    if how == "off" or not trials:
         return False
+    if how == "auto":
+        mean, sd, varies = _statistics(trials)[1:]
+        standard = (np.abs(mean) < 0.01) & (np.abs(sd - 1) < 0.02)
+        if varies.any() and standard[varies].all():
+            return False
     for block in {trial["block"] for trial in trials}:
         members = [trial for trial in trials if trial["block"] == block]
-        flat = np.concatenate([trial["x"] for trial in members]).astype(np.float64)
-        varies = flat.min(0) < flat.max(0)
-        flat = np.where(varies, (flat - flat.mean(0)) / (flat.std(0) + 1e-8), 0.0)
+        flat, mean, sd, varies = _statistics(members)
+        flat = np.where(varies, (flat - mean) / (sd + 1e-8), 0.0).astype(np.float32)
         ends = np.cumsum([len(trial["x"]) for trial in members])
-        for trial, x in zip(members, np.split(flat.astype(np.float32), ends[:-1]), strict=True):
+        for trial, x in zip(members, np.split(flat, ends[:-1]), strict=True):
             trial["x"] = x
     return True
 
 
-def _came_standardised(trials):
+def _statistics(trials):
+    """All bins of trials, float64; of each channel the mean, the SD, and whether it varies."""
     flat = np.concatenate([trial["x"] for trial in trials]).astype(np.float64)
-    varies = flat.min(0) < flat.max(0)
-    standard = (np.abs(flat.mean(0)) < 0.01) & (np.abs(flat.std(0) - 1) < 0.02)
-    return standard[varies].all() and varies.any()
+    return flat, flat.mean(0), flat.std(0), flat.min(0) < flat.max(0)
 
 
 def convert_speech(
@@ -4139,9 +4119,14 @@ def convert_speech(
     source = Path(source)
     kind, files = _speech_files(source)
     channels = channels or (512 if kind == "hdf5" else 256)
-    names = _session_names(sessions) if sessions else {}
     if kind == "hdf5" and standardise == "auto":
         standardise = "off"
+    try:
+        given = read_json(sessions) if sessions else {}
+        names = {part: [day.strip() for day in days] for part, days in given.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
+        raise DataError(f"{sessions}: {_one_line(error)}; {told}") from error
     with new_folder(Path(out)) as folder:
         jobs = []
         for number, path in enumerate(files):
@@ -4155,34 +4140,22 @@ def convert_speech(
         for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
             trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
-        blocks_known = all(trial["block"] >= 0 for trial in trials)
+        notes = []
+        if any(trial["block"] < 0 for trial in trials):
+            notes.append("days without block numbers are one block each, whose last tenth validates")
+        if not bare:
+            notes.append("labels are the file's own: labels not compared with sentences")
+        if kind == "pickle" and not sessions and set(days) & set(SESSIONS_24):
+            notes.append("days are named as the '24 data's, which are as many")
         for trial in trials:
             trial["day"] = days.index(trial["day"])
         near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
         info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
         info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
         info |= {"channels": channels, "days": days, "trials": trials}
-        told = {
-            "days without block numbers are one block each, whose last tenth validates": blocks_known,
-            "labels are the file's own: labels not compared with sentences": bare,
-            "days are named as the '24 data's, which are as many": sessions
-            or kind != "pickle"
-            or not set(days) & set(SESSIONS_24),
-        }
-        notes = [note for note, needless in told.items() if not needless]
         info["report"] = {"days": rows, "left_out": left_out, "notes": notes}
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
-
-
-def _session_names(path):
-    """The sessions of a pickle's days, from a JSON file {"train": [names], ...}."""
-    try:
-        names = read_json(path)
-        return {part: [day.strip() for day in days] for part, days in names.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
-        raise DataError(f"{path}: {_one_line(error)}; {told}") from error
 
 
 def _gather(folder, files, results, channels, dtype):
@@ -4197,16 +4170,14 @@ def _gather(folder, files, results, channels, dtype):
             trials |= by_id
             rows += counts
             parts.append(folder / f"file{number}")
-    offsets = np.cumsum([0, *(trial.pop("bins") for trial in trials.values())], dtype=np.int64)
-    np.save(folder / "offsets.npy", offsets)
-    at = 0
-    if trials:
-        shape = int(offsets[-1]), channels
-        features = np.lib.format.open_memmap(folder / "features.npy", "w+", dtype, shape)
+    bins = [trial.pop("bins") for trial in trials.values()]
+    np.save(folder / "offsets.npy", np.cumsum([0, *bins], dtype=np.int64))
+    about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(bins), channels)}
+    with (folder / "features.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, about)
         for part in parts:
-            values = np.memmap(part, dtype, "r").reshape(-1, channels)
-            features[at : at + len(values)] = values
-            at += len(values)
+            with part.open("rb") as features:
+                shutil.copyfileobj(features, file)
     for path in folder.glob("file*"):
         path.unlink()
     return list(trials.values()), rows, left_out
@@ -4231,8 +4202,10 @@ class SpeechCorpus:
     root: Path
     synthetic: bool
     left_out: list[str]
-    labelled: np.ndarray
     report: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.labelled = np.array([len(ids) > 0 for ids in self.labels], bool)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -4278,20 +4251,16 @@ def _open_converted(root):
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
-        arrays = {name: np.array(column[name]) for name in ("day", "block", "part")}
-        labels = [np.array(ids, np.int64) for ids in column["labels"]]
-        kept = {name: info[name] for name in ("days", "channels", "synthetic", "report")}
         return SpeechCorpus(
             features=np.load(ordinary(root / "features.npy"), mmap_mode="r"),
             offsets=np.load(ordinary(root / "offsets.npy")),
-            labels=labels,
-            labelled=np.array([len(ids) > 0 for ids in labels]),
+            labels=[np.array(ids, np.int64) for ids in column["labels"]],
             text=column["text"],
             ids=column["id"],
             root=root,
             left_out=info["report"]["left_out"],
-            **arrays,
-            **kept,
+            **{name: np.array(column[name]) for name in ("day", "block", "part")},
+            **{name: info[name] for name in ("days", "channels", "synthetic", "report")},
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         remedy = "`python data.py decoder-convert` makes one"
@@ -4305,17 +4274,17 @@ def report_speech(corpus: SpeechCorpus) -> None:
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}")
     rows = corpus.report["days"]
-    for row in (rows[0].keys(), *(row.values() for row in rows)):
+    for row in (rows[0], *(row.values() for row in rows)):
         print("".join(f"{value:>16}" for value in row))
-    print("".join(f"{note}\n" for note in corpus.report["notes"]), end="")
+    for note in corpus.report["notes"]:
+        print(note)
     print_left_out(corpus.left_out)
     try:
         parts = {part: len(trials) for part, trials in speech_parts(corpus).items()}
-    except DataError as error:
-        print(error)
-    else:
         share = parts["valid"] / max(1, parts["train"] + parts["valid"])
         print(f"--valid blocks: {parts}; {share:.1%} of the labelled training sentences validate")
+    except DataError as error:
+        print(error)
 
 
 def frames_needed(labels) -> int:
@@ -4425,9 +4394,10 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     if rule not in ("nearest", "mean") and (unknown or rule):
         told = f"not of {', '.join(days_of_model)}; use --day nearest or --day mean"
         raise DataError(f"session {', '.join(unknown)}, --day {rule}: {told}")
-    for name in unknown if rule == "nearest" else ():
-        dates = [(abs(_session_date(day) - _session_date(name)), _session_date(day)) for day in days_of_model]
-        index[name] = dates.index(min(dates))
+    dates = list(map(_session_date, days_of_model)) if rule == "nearest" and unknown else []
+    for name in unknown if dates else ():
+        far = [(abs(day - _session_date(name)), day) for day in dates]
+        index[name] = far.index(min(far))
     return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
 
 
@@ -4448,12 +4418,14 @@ def add_noise(
     model's Gaussian smoothing, which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves
     the constant as it is."""
     B, T, C = x.shape
+    draw = functools.partial(torch.randn, generator=generator, device=x.device)
     noise = torch.zeros_like(x)
-    for sd, bins in ((white, T), (offset, 1)):
-        if sd:
-            noise = noise + sd * torch.randn(B, bins, C, generator=generator, device=x.device, dtype=x.dtype)
+    if white:
+        noise = noise + white * draw(B, T, C)
+    if offset:
+        noise = noise + offset * draw(B, 1, C)
     if walk:
-        noise = noise + walk * torch.randn(B, T, C, generator=generator, device=x.device).cumsum(1)
+        noise = noise + walk * draw(B, T, C).cumsum(1)
     valid = torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]
     return x + noise * valid[:, :, None]
 
@@ -4490,7 +4462,7 @@ def time_mask(
     B, T, C = x.shape
     draw = torch.rand(3, B, most, generator=generator, device=x.device)
     length = lengths.to(x.device)[:, None]
-    widest = (length * width).long() if width < 1 else torch.full_like(length, int(width))
+    widest = (length * width if width < 1 else torch.full_like(length, width)).long()
     widest = torch.minimum(widest.clamp(min=1), length)
     span = torch.minimum((draw[1] * widest).long() + 1, widest)  # float32 can round a draw up to its bound
     start = torch.minimum((draw[2] * (length - span + 1)).long(), length - span)
@@ -4535,10 +4507,9 @@ def _sentence(rng, used):
     while True:
         words = _SPEECH_TEMPLATES[rng.integers(len(_SPEECH_TEMPLATES))].split()
         for i, word in enumerate(words):
-            if word in _SPEECH_CLASSES:
-                choice = [entry.split()[0] for entry in _SPEECH_CLASSES[word].split(",")]
-                weights = 1 / (3 + np.arange(len(choice)))
-                words[i] = str(rng.choice(choice, p=weights / weights.sum()))
+            if word in _WORDS_OF:
+                weights = 1 / (3 + np.arange(len(_WORDS_OF[word])))
+                words[i] = str(rng.choice(_WORDS_OF[word], p=weights / weights.sum()))
         text = " ".join(words)
         if text not in used:
             used.add(text)
@@ -4609,18 +4580,14 @@ def _salad(texts, members, share, rng, used):
     return salad
 
 
-@functools.cache
-def _template_pattern():
-    classes = {
-        name: "|".join(e.split()[0] for e in entries.split(",")) for name, entries in _SPEECH_CLASSES.items()
-    }
-    templates = [" ".join(f"(?:{classes.get(word, word)})" for word in t.split()) for t in _SPEECH_TEMPLATES]
-    return re.compile("|".join(templates))
-
-
 def is_salad(text: str) -> bool:
     """Whether a sentence of a synthetic corpus is random words: it follows none of the templates."""
-    return not _template_pattern().fullmatch(text)
+    words = text.split()
+    for template in map(str.split, _SPEECH_TEMPLATES):
+        fits = [word in _WORDS_OF.get(place, [place]) for word, place in zip(words, template, strict=False)]
+        if len(words) == len(template) and all(fits):
+            return False
+    return True
 
 
 def salad_trials(corpus: SpeechCorpus) -> np.ndarray:
@@ -4638,11 +4605,10 @@ def _record_session(texts, salad, blocks, tuning, seed, bins, rng, salad_rng):
         level, trend = offset + rng.normal(0, 0.15, len(offset)), rng.normal(0, 0.2, len(offset))
         gain = rng.lognormal(0, 0.1, len(offset))
         for place, i in zip(np.linspace(-0.5, 0.5, len(members)), members, strict=True):
-            path = _trajectory(phonemize(texts[i]), seed, bins, rng)
-            fields = _record(path @ (weights * gain) + (level + place * trend), rng)
-            if i in salad:
-                path = _trajectory(phonemize(salad[i]), seed, bins, salad_rng)
-                fields = _record(path @ (weights * gain) + (level + place * trend), salad_rng)
+            for text, draws in ((texts[i], rng), (salad.get(i), salad_rng)):
+                if text:
+                    path = _trajectory(phonemize(text), seed, bins, draws)
+                    fields = _record(path @ (weights * gain) + (level + place * trend), draws)
             for name, values in fields.items():
                 cells[name][0, i] = values
     return cells

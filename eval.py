@@ -89,10 +89,10 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     speech_item,
     speech_parts,
     speech_rules,
+    speech_trial,
     standardise_blocks,
     synthetic_percepiano,
     synthetic_speech,
-    unusable_bins,
     write_atomic,
 )
 
@@ -910,15 +910,13 @@ def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list
     return [[k for k in row if k != 0] for row in merged]
 
 
-def edit_counts(reference: Iterable, hypothesis: Iterable) -> tuple[int, int, int]:
-    """(substitutions, deletions, insertions) of a minimal script from the reference to the hypothesis."""
-    tags = [edit.tag for edit in Levenshtein.editops(list(reference), list(hypothesis))]
-    return tags.count("replace"), tags.count("delete"), tags.count("insert")
-
-
 def per_counts(refs: Iterable, hyps: Iterable) -> np.ndarray:
-    """(n, 4) int64 of n trials: substitutions, deletions, insertions, reference length."""
-    rows = [(*edit_counts(ref, hyp), len(ref)) for ref, hyp in zip(refs, hyps, strict=True)]
+    """(n, 4) int64 of n trials: substitutions, deletions and insertions of a minimal script from the
+    reference to the hypothesis, reference length."""
+    rows = []
+    for ref, hyp in zip(refs, hyps, strict=True):
+        tags = [edit.tag for edit in Levenshtein.editops(list(ref), list(hyp))]
+        rows.append([*(tags.count(tag) for tag in ("replace", "delete", "insert")), len(ref)])
     return np.array(rows, np.int64).reshape(-1, 4)
 
 
@@ -938,16 +936,33 @@ def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[
     sides) and by_day {day name: the same}, micro-averaged. The trainer logs these figures.
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
     counts, days = per_counts(refs, hyps), np.asarray(days)
-    figures = _error_figures(counts)
     speech = [[[k for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
-    figures["per_without_sil"] = error_rate(per_counts(*speech))
     by_day = {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)}
-    return figures | {"by_day": by_day}
+    without_sil = error_rate(per_counts(*speech))
+    return _error_figures(counts) | {"per_without_sil": without_sil, "by_day": by_day}
 
 
 def _error_figures(counts):
-    totals = dict(zip(("sub", "del", "ins", "labels"), counts.sum(0).tolist(), strict=True))
+    totals = dict(zip((*EDITS, "labels"), counts.sum(0).tolist(), strict=True))
     return {"per": error_rate(counts), **totals, "trials": len(counts)}
+
+
+def greedy_strings(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[list, list]:
+    """Phoneme ids of trials, as labelled and as decoded from log_probs (F, 41) each."""
+    decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
+    return [corpus.labels[i].tolist() for i in trials], decoded
+
+
+def part_scores(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[dict, list, list]:
+    """Of labelled trials: `decoder_scores` with too_short and, of sentences of random words, per_salad and
+    trials_salad; and their `greedy_strings`."""
+    refs, hyps = greedy_strings(log_probs, corpus, trials)
+    scores = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
+    scores["too_short"] = sum(len(row) < frames_needed(ref) for row, ref in zip(log_probs, refs, strict=True))
+    salad = salad_trials(corpus)[trials]
+    if salad.any():
+        scores |= {"per_salad": error_rate(per_counts(refs, hyps)[salad]), "trials_salad": int(salad.sum())}
+    return scores, refs, hyps
 
 
 def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list:
@@ -1002,78 +1017,46 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
     """Metrics of the present weights; days: the model's index of each day of the corpus. Trials too short for
     their labels count in every error rate, not in the loss. search: a WordSearch, for word errors as well."""
     device = next(model.parameters()).device
-    log_probs = [torch.as_tensor(row) for row in speech_logits(model, corpus, trials, days, device, batch)]
-    references = [corpus.labels[i].tolist() for i in trials]
-    decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
+    log_probs = speech_logits(model, corpus, trials, days, device, batch)
+    scores, refs, hyps = part_scores(log_probs, corpus, trials)
+    metrics = {f"valid_{name}": value for name, value in scores.items()}
     losses = []
-    for row, labels in zip(log_probs, references, strict=True):
+    for row, labels in zip(log_probs, refs, strict=True):
         counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
         if len(row) >= max(1, frames_needed(labels)):
-            losses.append(float(ctc_losses(row[None], *counts)))
-    scores = decoder_scores(references, decoded, corpus.day[trials], corpus.days)
-    metrics = {f"valid_{name}": value for name, value in scores.items()}
-    salad = salad_trials(corpus)[trials]
-    if salad.any():
-        random = [list(itertools.compress(side, salad)) for side in (references, decoded)]
-        metrics["valid_per_salad"] = error_rate(per_counts(*random))
+            losses.append(float(ctc_losses(torch.as_tensor(row)[None], *counts)))
     if search:
         settings = word_settings(corpus.channels)
-        sentences = [search.decode(row.numpy(), settings) for row in log_probs]
+        sentences = [search.decode(row, settings) for row in log_probs]
         metrics["valid_wer"] = error_rate(word_counts(sentences, corpus, trials))
     metrics["valid_loss"] = float(np.mean(losses)) if losses else math.nan
-    metrics["valid_blank_fraction"] = float((torch.cat(log_probs).argmax(1) == 0).float().mean())
-    shown = np.linspace(0, len(trials) - 1, min(3, len(trials))).astype(int)
+    metrics["valid_blank_fraction"] = float((np.concatenate(log_probs).argmax(1) == 0).mean())
     metrics["samples"] = [
-        {"id": corpus.ids[trials[k]], "reference": spell(references[k]), "hypothesis": spell(decoded[k])}
-        for k in shown
+        {"id": corpus.ids[trials[k]], "reference": spell(refs[k]), "hypothesis": spell(hyps[k])}
+        for k in sorted({0, len(trials) // 2, len(trials) - 1})
     ]
     return metrics
 
 
-def transcripts(log_probs: list, corpus: SpeechCorpus, trials: Iterable[int]) -> list:
-    """Of trials, log_probs (F, 41) each: "trial", "day", "reference", "hypothesis" (phoneme ids, greedy)."""
-    records = []
-    for i, row in zip(trials, log_probs, strict=True):
-        record = {"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]]}
-        record |= {"reference": corpus.labels[i].tolist(), "hypothesis": ctc_greedy(row[None], [len(row)])[0]}
-        records.append(record)
-    return records
-
-
 def evaluate_decoder(args, loaded: list) -> dict:
-    """Phoneme error rate of the mean probabilities of decoders on args.part: `decoder_scores`, their 95 %
-    interval over trials, too_short; "words" where these were asked for."""
+    """Phoneme error rate of the mean probabilities of decoders on args.part: `part_scores`, their 95 %
+    interval over trials; "words" where these were asked for."""
     corpus, parts = _speech_parts(args, loaded)
     trials = parts[args.part]
     labelled = corpus.labelled[trials]
     scored = trials[labelled]
     if not len(scored) and not ((args.submission or args.logits or args.nbest) and len(trials)):
         raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
-    log_probs, figures = mean_logits(loaded, corpus, trials, args), {}
-    heard = list(itertools.compress(log_probs, labelled))
-    records = transcripts(heard, corpus, scored)
-    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-    counts = per_counts(refs, hyps)
-    if records:
-        figures = decoder_scores(refs, hyps, corpus.day[scored], corpus.days)
-        figures["interval"] = trial_bootstrap(counts)
-        figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
-        print(f"{args.part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
-        print(f"PER without SIL {figures['per_without_sil']:.4f}")
-        salad = salad_trials(corpus)[scored]
-        if salad.any():
-            figures |= {"per_salad": error_rate(counts[salad]), "trials_salad": int(salad.sum())}
-            print(f"PER of {salad.sum()} sentences of random words {figures['per_salad']:.4f}")
-        print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
-        days = {**figures["by_day"], "all": figures}
-        columns = ["per", "sub", "del", "ins", "labels", "trials"]
-        print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
+    log_probs, figures, refs, hyps = mean_logits(loaded, corpus, trials, args), {}, [], []
+    if len(scored):
+        figures, refs, hyps = part_scores(list(itertools.compress(log_probs, labelled)), corpus, scored)
+        figures["interval"] = trial_bootstrap(per_counts(refs, hyps))
+        _print_scores(args.part, figures)
     if args.logits:
         write_logits(args.logits, log_probs, [corpus.ids[i] for i in trials])
     rows: list = [["trial", "day", "reference", "hypothesis", *EDITS, "labels"]]
-    for record, numbers in zip(records, counts.tolist(), strict=True):
-        trial, day, *spelt = record.values()
-        rows.append([trial, day, *map(spell, spelt), *numbers])
+    for i, ref, hyp, counts in zip(scored, refs, hyps, per_counts(refs, hyps).tolist(), strict=True):
+        rows.append([corpus.ids[i], corpus.days[corpus.day[i]], spell(ref), spell(hyp), *counts])
     if wants_words(args):
         figures["words"] = words_of_part(args, loaded, corpus, parts, log_probs)
         said = itertools.compress(figures["words"].pop("sentences"), labelled)
@@ -1086,28 +1069,34 @@ def evaluate_decoder(args, loaded: list) -> dict:
     return figures
 
 
+def _print_scores(part, figures):
+    print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
+    print(f"PER without SIL {figures['per_without_sil']:.4f}")
+    if "per_salad" in figures:
+        told = f"{figures['trials_salad']} sentences of random words"
+        print(f"PER of {told} {figures['per_salad']:.4f}")
+    print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
+    columns = ["per", *EDITS, "labels", "trials"]
+    days = figures["by_day"] | {"all": figures}
+    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
+
+
 def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: list) -> dict:
     """`words` of the trials of args.part, --tune on those that validate."""
     tuned_on = log_probs, parts[args.part]
-    if args.tune and args.part != "valid":
+    if args.tune and parts["valid"] is not tuned_on[1]:
         tuned_on = mean_logits(loaded, corpus, parts["valid"], args), parts["valid"]
     return words(log_probs, corpus, parts[args.part], args, tuned_on, parts["train"])
 
 
-def _speech_corpus(args, loaded):
-    """The corpus of --data, which must fit the decoders."""
+def _speech_parts(args, loaded):
+    """The corpus of --data, which must fit the decoders, and its trials by part."""
     data = _check_alike(loaded)
     corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
-    return corpus
-
-
-def _speech_parts(args, loaded):
-    """The corpus and its trials by part; says what a reader must know before believing the figures."""
-    corpus = _speech_corpus(args, loaded)
     _say_circumstances(args, loaded, corpus)
-    return corpus, speech_parts(corpus, loaded[0][2]["data"]["valid"])
+    return corpus, speech_parts(corpus, data["valid"])
 
 
 def _say_circumstances(args, loaded, corpus):
@@ -1124,8 +1113,7 @@ def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
     for ref, hyp in zip(refs, hyps, strict=True):
         edits = Levenshtein.editops(ref, hyp)
         pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
-    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
+    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in pairs.most_common(most)]
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -1144,12 +1132,9 @@ WORD_SETTINGS = {
     256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)},
     512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)},
 }
+WORD_DEFAULTS = {"lm_weight": 1.0, "word_score": 0.0, "beam": 100}
 # What --tune tries. Acoustic scale, LM weight and word score share a factor, so that the scale stays fixed.
-WORD_GRID = {
-    "lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0),
-    "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0),
-}
-WORD_OPTIONS = ("acoustic_scale", "blank_penalty", "lm_weight", "word_score", "beam")
+WORD_GRID = {"lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0), "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0)}
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
 Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the last SIL), several a word
@@ -1228,10 +1213,9 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
 
 def write_arpa(path: str | Path, model: dict) -> None:
     """Writes the model of `witten_bell` as ARPA: log10 probability, words, log10 back-off weight."""
-    highest = max(map(len, model))
-    sections: dict[int, list[str]] = {n: [] for n in range(1, highest + 1)}
+    sections: dict[int, list[str]] = {n: [] for n in range(1, max(map(len, model)) + 1)}
     for gram, (p, backoff) in sorted(model.items()):
-        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < highest else ""
+        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < len(sections) else ""
         sections[len(gram)].append(f"{math.log10(p):.7f}\t{' '.join(gram)}{weight}")
     lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
     for n, section in sections.items():
@@ -1328,13 +1312,11 @@ def tune_words(decode: Callable, log_probs: list, references: list, settings: di
     if not any(references):
         raise DataError("--tune: no labelled validation trial; leave it out or give the settings")
 
-    def wer(candidate):
-        return error_rate(per_counts(references, [decode(trial, candidate) for trial in log_probs]))
-
-    tried = [(wer(settings), settings)]
-    for values in itertools.product(*WORD_GRID.values()):
-        candidate = settings | dict(zip(WORD_GRID, values, strict=True))
-        tried.append((wer(candidate), candidate))
+    tried = []
+    grid = (dict(zip(WORD_GRID, values, strict=True)) for values in itertools.product(*WORD_GRID.values()))
+    for candidate in ({}, *grid):
+        decoded = [decode(trial, settings | candidate) for trial in log_probs]
+        tried.append((error_rate(per_counts(references, decoded)), settings | candidate))
     after, best = min(tried, key=lambda pair: pair[0])  # the first of equals: what was given, if it is one
     flags = " ".join(f"--{name.replace('_', '-')} {best[name]:.4g}" for name in WORD_GRID)
     print(f"tuned on {len(references)} validation sentences, WER {tried[0][0]:.4f} -> {after:.4f}: {flags}")
@@ -1375,9 +1357,9 @@ def word_options(parser: argparse.ArgumentParser) -> None:
     add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)")
     add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)")
     add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)")
-    add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)")
-    add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)")
-    add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)")
+    add("--lm-weight", type=scale, help="factor of the LM's log10 (1)")
+    add("--word-score", type=ratio, help="added for every word (0)")
+    add("--beam", type=number(int, 1), help="hypotheses kept a frame (100)")
 
 
 def wants_words(args) -> bool:
@@ -1398,10 +1380,9 @@ def word_model(corpus: SpeechCorpus, train: Iterable[int], cache, lexicon=None, 
 
 def word_settings(channels: int, args=None) -> dict:
     """Settings of the search: those of the options where given, else the public ones for so many channels."""
-    settings = dict.fromkeys(WORD_OPTIONS) | {"lm_weight": 1.0, "word_score": 0.0, "beam": 100}
-    start_at = WORD_SETTINGS.get(channels, WORD_SETTINGS[256])
-    given = {name: getattr(args, name) for name in WORD_OPTIONS if getattr(args, name, None) is not None}
-    return settings | start_at | given
+    settings = WORD_DEFAULTS | WORD_SETTINGS.get(channels, WORD_SETTINGS[256])
+    given = {name: getattr(args, name, None) for name in settings}
+    return settings | {name: value for name, value in given.items() if value is not None}
 
 
 def word_counts(sentences: Iterable[list[str]], corpus: SpeechCorpus, trials: Iterable[int]) -> np.ndarray:
@@ -1416,10 +1397,9 @@ def words(
     1), that of the settings before --tune and of the beam's best string; writes --submission and --nbest.
     log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
     --tune; train: trials whose transcripts make the lexicon and the LM."""
-    settings = word_settings(corpus.channels, args)
+    settings, figures = word_settings(corpus.channels, args), {}
     lexicon, lm = word_model(corpus, train, args.cache, args.lexicon, args.lm)
     search = WordSearch(lexicon, lm)
-    figures: dict = {}
     labelled = corpus.labelled[indices]
     scored = indices[labelled]
     print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
@@ -1433,26 +1413,27 @@ def words(
         print(f"WER without it {figures['wer_untuned']:.4f}")
     beams = [search.hypotheses(row, settings) for row in log_probs]
     sentences = [beam[0]["words"] for beam in beams]
-    figures |= {"settings": settings, "sentences": sentences}
     if len(scored):
-        heard = list(itertools.compress(sentences, labelled))
-        counts = word_counts(heard, corpus, scored)
-        figures |= {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
-        figures["wer_counts"] = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
-        figures["oracle_wer"] = oracle_wer(itertools.compress(beams, labelled), corpus, scored)
-        references = itertools.chain(*(spoken_words(corpus.text[i]) for i in scored))
-        figures["outside_lexicon"] = len([word for word in references if word not in search.words])
-        salad = salad_trials(corpus)[scored]
-        if salad.any():
-            figures["wer_salad"] = error_rate(counts[salad])
-            print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
-        print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
-        print(f"best string of the beam: WER {figures['oracle_wer']:.4f}")
-        print(f"{figures['outside_lexicon']} words are outside the lexicon")
+        figures |= _word_scores(list(itertools.compress(beams, labelled)), corpus, scored)
     if args.nbest:
         write_nbest(args.nbest_file, beams, [corpus.ids[i] for i in indices], args.nbest)
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
+    return figures | {"settings": settings, "sentences": sentences}
+
+
+def _word_scores(beams, corpus, trials):
+    """Figures of `words` of labelled trials, printed."""
+    counts = word_counts([beam[0]["words"] for beam in beams], corpus, trials)
+    figures = {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
+    figures["wer_counts"] = dict(zip((*EDITS, "words"), counts.sum(0).tolist(), strict=True))
+    figures["oracle_wer"] = oracle_wer(beams, corpus, trials)
+    print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
+    salad = salad_trials(corpus)[trials]
+    if salad.any():
+        figures["wer_salad"] = error_rate(counts[salad])
+        print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
+    print(f"best string of the beam: WER {figures['oracle_wer']:.4f}")
     return figures
 
 
@@ -1769,8 +1750,8 @@ def _side(args, paths):
         trials = parts[args.part]
         trials = trials[corpus.labelled[trials]]
         log_probs = mean_logits(loaded, corpus, trials, args)
-        for record in transcripts(log_probs, corpus, trials):
-            items[record["trial"]] = record["reference"], record["hypothesis"]
+        for i, *strings in zip(trials, *greedy_strings(log_probs, corpus, trials), strict=True):
+            items[corpus.ids[i]] = tuple(strings)
         if wants_words(args):
             said = words_of_part(args, loaded, corpus, parts | {args.part: trials}, log_probs)["sentences"]
             for i, sentence in zip(trials, said, strict=True):
@@ -2144,7 +2125,6 @@ def curves(argv: list[str]) -> dict:
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
-MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
 FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
@@ -2529,47 +2509,39 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     rule, layers = args.day or ("mean" if is_npy else None), corpus
     if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
         layers, rule = replace(corpus, days=[rule] * len(corpus.days)), None
-    settings = argparse.Namespace(**vars(args) | {"day": rule, "batch": None, "part": None})
+    settings = argparse.Namespace(**vars(args) | {"day": rule, "part": None})
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
-    log_probs, counts = mean_logits(loaded, layers, trials, settings), []
-    said = predicted_words(args, loaded, log_probs, corpus, files[0]) if wants_words(args) else None
-    for i, found in enumerate(transcripts(log_probs, corpus, trials)):
-        name, decoded = found["trial"], spell(found["hypothesis"])
+    log_probs = mean_logits(loaded, layers, trials, settings)
+    parts = {None: trials, "valid": trials, "train": []}
+    if wants_words(args) and not (args.lexicon and args.lm):
+        parts["train"] = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
+        if not len(parts["train"]):
+            raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
+    said = words_of_part(settings, loaded, corpus, parts, log_probs) if wants_words(args) else None
+    refs, hyps = greedy_strings(log_probs, corpus, trials)
+    counts = per_counts(refs, hyps)
+    for i, (name, ref, hyp) in enumerate(zip(corpus.ids, refs, hyps, strict=True)):
         record = {
             "id": name,
             "path": corpus.text[i] if is_npy else printable(files[0]),
-            "session": found["day"],
+            "session": corpus.days[corpus.day[i]],
             "seconds": float(corpus.lengths[i] * BIN),
-            "phonemes": decoded,
-            "reference": None,
-            "errors": None,
+            "phonemes": spell(hyp),
+            "reference": spell(ref) if ref else None,
+            "errors": dict(zip(EDITS, counts[i].tolist(), strict=False)) if ref else None,
         }
-        tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {decoded or '(nothing)'}")
+        tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {record['phonemes'] or '(nothing)'}")
         if said:
-            record["words"] = " ".join(said[i])
+            record["words"] = " ".join(said["sentences"][i])
             tqdm.write(f"  words      {record['words'] or '(none)'}")
-        labels = found["reference"] if corpus.labelled[i] else None
-        if labels:
-            counts.append([*edit_counts(labels, found["hypothesis"]), len(labels)])
-            record["reference"] = spell(labels)
-            record["errors"] = dict(zip(EDITS, counts[-1], strict=False))
+        if ref:
             tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
-        work = {"name": name, "log_probs": log_probs[i], "labels": labels}
+        work = {"name": name, "log_probs": log_probs[i], "labels": ref or None}
         yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
-    if counts:
-        rate = error_rate(np.array(counts))
-        tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
-
-
-def predicted_words(args, loaded: list, log_probs: list, corpus: SpeechCorpus, path: Path) -> list[list[str]]:
-    """`words` of all trials of a corpus, from the files of --lexicon and --lm or its own training part."""
-    trials, train = np.arange(len(corpus.ids)), []
-    if not (args.lexicon and args.lm):
-        train = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
-        if not len(train):
-            raise DataError(f"{path}: no training sentences; --words needs --lexicon FILE and --lm FILE")
-    return words(log_probs, corpus, trials, args, (log_probs, trials), train)["sentences"]
+    if corpus.labelled.any():
+        rate, count = error_rate(counts[corpus.labelled]), corpus.labelled.sum()
+        tqdm.write(f"PER of {count} labelled trials {rate:.4f}: no result where they trained the model")
 
 
 def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
@@ -2577,13 +2549,14 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     trials = []
     for path in files:
         try:
-            trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
-        except DataError as error:
-            refuse(error)
+            x = np.lib.format.open_memmap(ordinary(path), mode="r")
+            trials.append(speech_trial(channels, [x], text=printable(path)) | {"name": printable(path.stem)})
+        except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
+            refuse(f"{path}: {error!s:.150}; expected bins × {channels} numbers")
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [printable(trial["path"].stem) for trial in trials], len(trials)
+    names, count = [trial["name"] for trial in trials], len(trials)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2591,30 +2564,14 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[printable(trial["path"]) for trial in trials],
+        text=[trial["text"] for trial in trials],
         ids=names,
         days=names,
         channels=channels,
         root=files[0].parent,
         synthetic=False,
         left_out=[],
-        labelled=np.zeros(count, bool),
     )
-
-
-def _read_trial(path: Path, channels: int) -> np.ndarray:
-    """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
-    try:
-        x = np.lib.format.open_memmap(ordinary(path), mode="r")
-        fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
-        problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
-        if problem:
-            raise ValueError(problem)
-    except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
-        raise DataError(
-            f"{path}: {error!r:.150}; expected 1-{MOST_BINS} bins × {channels} numbers"
-        ) from error
-    return np.array(x)
 
 
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
@@ -3003,36 +2960,33 @@ def draw_ratings(y: np.ndarray, p: np.ndarray):
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
     """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
-    corpus, valid = _speech_corpus(args, loaded), loaded[0][2]["data"]["valid"]
-    split = speech_parts(corpus, valid)
+    corpus, split = _speech_parts(args, loaded)
     trials = split[args.part][corpus.labelled[split[args.part]]]
     if not len(trials):
         raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
     log_probs = mean_logits(loaded, corpus, trials, args)
-    records = transcripts(log_probs, corpus, trials)
-    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+    figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
-    figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
     figures["interval"] = trial_bootstrap(counts)
     keys = ("per", "trials", "labels", *EDITS)
     days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
-    samples = []
-    for i in order[[0, len(order) // 2, -1]]:
-        samples.append([records[i]["trial"], spell(refs[i]), spell(hyps[i])])
+    samples = [
+        [corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])] for i in order[[0, len(order) // 2, -1]]
+    ]
+    chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
     parts = {
-        "Error rate by day": _table(["day", *keys], days) + CHOSEN["valid" if valid == "test" else args.part],
+        "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     if wants_words(args):
         found = words_of_part(args, loaded, corpus, split | {args.part: trials}, log_probs)
-        said = found.pop("sentences")
-        rows = [
-            [records[i]["trial"], " ".join(spoken_words(corpus.text[trials[i]])), " ".join(said[i])]
-            for i in order
-        ]
+        said, rows = found.pop("sentences"), []
+        for i in order:
+            text = " ".join(spoken_words(corpus.text[trials[i]]))
+            rows.append([corpus.ids[trials[i]], text, " ".join(said[i])])
         parts["Words, fewest phoneme errors first"] = _table(["trial", "said", "decoded"], rows)
         figures["words"] = found
         rate += f", word error rate {found['wer']:.4f} {brackets(found['wer_interval'])}"

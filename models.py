@@ -371,9 +371,8 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
 # Phoneme decoder
 # ------------------------------------------------------------------------------------------------------------
 def output_frames(lengths, kernel: int, stride: int):
-    """CTC frames of trials of `lengths` bins (int, tensor, array): (T - kernel) // stride + 1, at least 0."""
-    frames = (lengths - kernel) // stride + 1
-    return frames.clip(0) if hasattr(frames, "clip") else max(frames, 0)
+    """CTC frames of trials of `lengths` bins (tensor or array): (T - kernel) // stride + 1, at least 0."""
+    return ((lengths - kernel) // stride + 1).clip(0)
 
 
 class GRUDecoder(nn.Module):
@@ -427,7 +426,12 @@ class GRUDecoder(nn.Module):
             raise DataError(f"{found}; expected sizes of at least 1, aux_layer < layers")
         self.kernel, self.stride = kernel, stride
         width = hidden * 2 if bidirectional else hidden
-        options = {"batch_first": True, "bidirectional": bidirectional}
+
+        def gru(inputs, count):
+            within = dropout if count > 1 else 0.0  # nn.GRU warns of dropout in a single layer
+            options = {"dropout": within, "batch_first": True, "bidirectional": bidirectional}
+            return nn.GRU(inputs, hidden, count, **options)
+
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
         self.dayWeights = nn.Parameter(torch.empty(days, channels, channels))
         for weight in self.dayWeights.data:
@@ -437,11 +441,9 @@ class GRUDecoder(nn.Module):
         self.input_dropout = nn.Dropout(input_dropout)
         self.between = nn.Dropout(dropout)
         lower = aux_layer or layers
-        within = dropout if lower > 1 else 0.0  # nn.GRU warns of dropout in a single layer
-        self.gru_decoder = nn.GRU(channels * kernel, hidden, lower, dropout=within, **options)
+        self.gru_decoder = gru(channels * kernel, lower)
         if aux_layer:
-            within = dropout if layers - lower > 1 else 0.0
-            self.gru_upper = nn.GRU(width, hidden, layers - lower, dropout=within, **options)
+            self.gru_upper = gru(width, layers - lower)
             self.fc_aux = nn.Linear(width, classes)
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.fc_decoder_out = nn.Linear(width, classes)
@@ -478,8 +480,6 @@ class GRUDecoder(nn.Module):
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
         """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
         B, T, C = x.shape
-        if lengths.max() > T:
-            raise DataError(f"GRUDecoder: {int(lengths.max())} bins in a batch of {T}; expected at most that")
         beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
         x = x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2)
         taps = len(self.smoothing)
@@ -489,9 +489,6 @@ class GRUDecoder(nn.Module):
 
     def day_layer(self, x: Tensor, day: Tensor) -> Tensor:
         """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
-        days = len(self.dayBias)
-        if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
-            raise DataError(f"GRUDecoder: day {day.tolist()}; expected up to {days - 1}, or -1: the mean")
         day = day.to(x.device, non_blocking=True)
         weight = torch.cat([self.dayWeights, self.dayWeights.mean(0, keepdim=True)])
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
@@ -552,14 +549,12 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     (`neural_seq_decoder`) or '25 (`nejm-brain-to-text`, whose names are `day_weights.N`, `gru.*`, `out.*`).
 
     Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
-    (`inpLayer*`) are left out; any other unknown or missing name, and a smoothing kernel that differs between
-    channels, raise DataError.
+    (`inpLayer*`) are left out; any other unknown or missing name raises DataError.
     """
     weights = {}
     for name, value in state_dict.items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        if not name.startswith("inpLayer"):
-            weights[name] = torch.as_tensor(value).float()
+        if "inpLayer" not in name:
+            weights[_bare(name)] = torch.as_tensor(value).float()
     of_25 = "day_weights.0" in weights
     try:
         if of_25:
@@ -570,8 +565,6 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         classes = len(weights["fc_decoder_out.weight"])
     except KeyError as error:
         raise DataError(f"decoder weights: missing {error}; expected those of a public baseline") from error
-    if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
-        raise DataError("decoder weights: gaussianSmoother.weight differs by channel; expected one kernel")
     kernel = width // channels
     model = GRUDecoder(
         channels,
@@ -591,17 +584,22 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     return _with_weights(model, weights | {"smoothing": smoothing[0]})
 
 
+def _bare(name):
+    """A parameter's name without what DataParallel and torch.compile put before it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
+
+
 def _by_names_of_24(weights):
     """The '25 baseline's weights by the names of '24: days stacked, windows from bin-major to channel-major,
     the trainer's smoothing (SD 2, 9 taps) among them."""
     days = sum(name.startswith("day_weights.") for name in weights)
-    renamed = {}
+    renamed = {
+        "dayWeights": torch.stack([weights.pop(f"day_weights.{i}") for i in range(days)]),
+        "dayBias": torch.stack([weights.pop(f"day_biases.{i}") for i in range(days)]),
+    }
     for name, value in weights.items():
-        if not name.startswith("day_"):
-            name = re.sub(r"^gru\.", "gru_decoder.", name)
-            renamed[re.sub(r"^out\.", "fc_decoder_out.", name)] = value
-    renamed["dayWeights"] = torch.stack([weights[f"day_weights.{i}"] for i in range(days)])
-    renamed["dayBias"] = torch.stack([weights[f"day_biases.{i}"] for i in range(days)])
+        name = name.replace("gru.", "gru_decoder.")
+        renamed[name.replace("out.", "fc_decoder_out.")] = value
     channels = renamed["dayWeights"].shape[1]
     by_bins = renamed["gru_decoder.weight_ih_l0"]
     by_channels = by_bins.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1)
@@ -648,7 +646,7 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     if not isinstance(content, dict) or "format" in content:
         return None
     weights = content.get("model_state_dict", content)
-    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
+    names = set(map(_bare, weights))
     if not names & {"day_weights.0", "dayWeights"}:
         return None
     try:
@@ -656,24 +654,28 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     days, beside = model.model_args["days"], Path(path).with_name("args.yaml")
-    sessions = SESSIONS_24
-    if "day_weights.0" in names and beside.is_file():
-        listed = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
-        sessions = list(dict.fromkeys(listed))
-    elif "day_weights.0" in names:
-        sessions = []
+    sessions = [] if "day_weights.0" in names else SESSIONS_24
+    if not sessions and beside.is_file():
+        sessions = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
+        sessions = list(dict.fromkeys(sessions))
     return model, sessions if len(sessions) == days else [f"day{i:02d}" for i in range(days)]
 
 
 def load_decoder(path: str | Path) -> tuple[GRUDecoder, list[str]]:
     """A decoder and its sessions from a checkpoint of ours, or from a file of either public baseline."""
     found = read_baseline(path)
-    if found is None:
-        model, ckpt = load_checkpoint(path)
-        if ckpt["task"] != "decoder":
-            raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
-        found = model, ckpt["data"]["days"]
-    return found
+    if found:
+        return found
+    model, ckpt = load_checkpoint(path)
+    if ckpt["task"] != "decoder":
+        raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
+    return model, ckpt["data"]["days"]
+
+
+def decoder_info(days: list[str], channels: int, valid: str, synthetic: bool) -> dict:
+    """What a decoder's checkpoint says of its data."""
+    about = {"days": days, "channels": channels, "phonemes": list(PHONEMES), "rules": speech_rules()}
+    return about | {"valid": valid, "synthetic": synthetic}
 
 
 def save_baseline(path: str | Path, out: str | Path) -> None:
@@ -682,12 +684,9 @@ def save_baseline(path: str | Path, out: str | Path) -> None:
     if found is None:
         raise DataError(f"{path}: no weights of a public baseline; expected modelWeights or best_checkpoint")
     model, sessions = found
-    about = {"days": sessions, "channels": model.model_args["channels"], "phonemes": list(PHONEMES)}
-    about |= {"rules": speech_rules(), "valid": "blocks", "synthetic": False}
+    about = decoder_info(sessions, model.model_args["channels"], "blocks", False)
     kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
-    absent = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "epoch", "best", "rng", "git_sha"))
-    kept |= absent | {"step": 0, "skipped": {}, "args": {"seed": None}, "data": about}
-    save_checkpoint(out, kept)
+    save_checkpoint(out, kept | {"step": 0, "args": {"seed": None}, "data": about})
     print(f"{out}: {path}, {len(sessions)} day layers: {', '.join(sessions)}")
 
 
