@@ -910,13 +910,15 @@ def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list
     return [[k for k in row if k != 0] for row in merged]
 
 
+def edit_counts(reference: Iterable, hypothesis: Iterable) -> tuple[int, int, int]:
+    """(substitutions, deletions, insertions) of a minimal script from the reference to the hypothesis."""
+    tags = [edit.tag for edit in Levenshtein.editops(list(reference), list(hypothesis))]
+    return tags.count("replace"), tags.count("delete"), tags.count("insert")
+
+
 def per_counts(refs: Iterable, hyps: Iterable) -> np.ndarray:
-    """(n, 4) int64 of n trials: substitutions, deletions and insertions of a minimal script from the
-    reference to the hypothesis, reference length."""
-    rows = []
-    for ref, hyp in zip(refs, hyps, strict=True):
-        tags = [edit.tag for edit in Levenshtein.editops(list(ref), list(hyp))]
-        rows.append([*(tags.count(tag) for tag in ("replace", "delete", "insert")), len(ref)])
+    """(n, 4) int64 of n trials: substitutions, deletions, insertions, reference length."""
+    rows = [(*edit_counts(ref, hyp), len(ref)) for ref, hyp in zip(refs, hyps, strict=True)]
     return np.array(rows, np.int64).reshape(-1, 4)
 
 
