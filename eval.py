@@ -224,19 +224,21 @@ def cluster_bootstrap(y, p, groups, statistic: Callable = r2, n=1000, seed=7, fo
 
 def is_rendering(name: str) -> bool:
     """True for a rendering of the score (player `Score` or `Score2`), no human performance."""
-    return str(player_of(name)).startswith("Score")
+    return player_of(name).startswith("Score")
 
 
 def _stacked(records, truth, part, view):
     """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view."""
-    rows = []
+    names, y, p, folds = [], [], [], []
     for record in records:
-        if record["part"] == part:
-            found = zip(record["names"], record["p"], strict=True)
-            rows += [(name, truth[name], p, record["fold"]) for name, p in found if name in truth]
-    rows = [row for row in rows if view == "all" or not is_rendering(row[0])]
-    names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
+        for name, predicted in zip(record["names"], record["p"], strict=True):
+            wanted = record["part"] == part and name in truth
+            if wanted and (view == "all" or not is_rendering(name)):
+                names.append(name)
+                y.append(truth[name])
+                p.append(predicted)
+                folds.append(record["fold"])
+    return names, np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
 
 def of_views(function: Callable, records: list, truth: dict) -> dict:
@@ -272,8 +274,8 @@ def _measure_folds(names, y, p, folds):
 
 def scores(y, p, groups) -> dict:
     """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
-    each = {key: metric(y, p) for key, metric in METRICS.items()}
     figures = {"items": len(y), "segments": len(set(groups)), "r2_interval": cluster_bootstrap(y, p, groups)}
+    each = {key: metric(y, p) for key, metric in METRICS.items()}
     figures |= {key: float(values.mean()) for key, values in each.items()}
     return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
@@ -556,11 +558,9 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     foreign = args.audio if task == "decoder" else args.day or args.logits or wants_words(args)
-    if args.out and (kind_of(task) != "han" or args.part != "valid"):
-        raise DataError(f"--out: of models of task han, on part valid; {args.ckpt[0]}: {task}")
-    if foreign:
-        told = "--audio is of ratings; --day, --logits and those of words of decoders; leave them out"
-        raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
+    if foreign or (args.out and (kind_of(task) != "han" or args.part != "valid")):
+        told = "--audio is of ratings, --out of task han on valid, --day, --logits and words of decoders"
+        raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}; leave them out")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
@@ -579,7 +579,7 @@ def _load_corpus(args, speech=False):
         print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
     corpus = read(args.data or made(args.cache), args.cache)
     for line in corpus.left_out:
-        print(f"left out: {printable(line)}")
+        print(f"left out: {line}")
     return corpus
 
 
@@ -649,7 +649,11 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
-    add("--model", choices=REGRESSIONS, help="han: any (forest); ast: forest or ridge (ridge)")
+    add(
+        "--model",
+        choices=["kernel", "forest", "ridge"],
+        help="han: any (forest); ast: forest or ridge (ridge)",
+    )
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
@@ -658,8 +662,10 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    foreign = args.audio or args.probe if args.task == "han" else args.features != "full"
-    foreign = foreign or (args.task == "ast" and args.model == "kernel")
+    if args.task == "han":
+        foreign = args.audio or args.probe
+    else:
+        foreign = args.features != "full" or args.model == "kernel"
     if foreign or (args.out and args.model != "kernel"):
         told = "--features and --model kernel are of --task han, --audio and --probe of ast, --out of kernel"
         raise DataError(f"{told}; leave them out")
@@ -667,12 +673,12 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
     about |= {"seeds": [7], "model": kind}
-    about |= (
-        {"features": args.features}
-        if args.task == "han"
-        else {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
-    )
-    clips = _clip_statistics(corpus, args) if args.task == "ast" else None
+    clips = None
+    if args.task == "ast":
+        clips = _clip_statistics(corpus, args)
+        about |= {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
+    else:
+        about["features"] = args.features
     records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
@@ -700,13 +706,25 @@ def _fit_kernel(corpus, train, args, fold):
 
 
 def _fit_regression(kind, corpus, train, clips, features):
-    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes or clips alone."""
+    """A function names -> ratings (n, 19) on statistics of the notes or clips alone: a forest, or ridge on
+    standardised columns, its strength cross-validated over whole segments."""
+    from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     info = None if clips else fit_normalisation(corpus, train, features) | {"statistics": []}
 
     def statistics(names):
         return np.stack([clips[name] for name in names]) if clips else all_statistics(corpus, names, info)
 
-    model = _regression(kind, list(map(segment_of, train)))
+    if kind == "forest":
+        model = ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
+    else:
+        groups = list(map(segment_of, train))
+        folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
+        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
     model.fit(statistics(train), [corpus.items[name]["y"] for name in train])
     return lambda names: model.predict(statistics(names)).clip(0, 1)
 
@@ -721,23 +739,6 @@ def _clip_statistics(corpus, args):
         row = of_clip.values(energies[None])[0].double().numpy()
         statistics[name] = np.append(row, tokens.get(name, []))
     return statistics
-
-
-REGRESSIONS = ("kernel", "forest", "ridge")
-
-
-def _regression(kind, groups):
-    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
-    from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import GroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if kind == "forest":
-        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
-    folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
-    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2184,10 +2185,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         check_output(Path(path))
     loaded = _load_models(args.ckpt)
     task, about = loaded[0][2]["task"], loaded[0][2]["data"]
-    if task == "decoder":
-        _check_alike(loaded)
-    else:
-        _load_fold_models(loaded)  # refuses those that cannot be averaged
+    _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if kind != "han" and (args.bars or args.transpose):
@@ -2258,11 +2256,11 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) 
 def provenance(loaded: list[tuple]) -> str:
     """In a line: the files, what they hold, on what it was trained and how it scored there."""
     files = []
-    for path, members in itertools.groupby(loaded, key=lambda member: member[0]):
-        ckpts = [ckpt for *_, ckpt in members]
-        score = ckpts[0].get("valid_r2") or (ckpts[0].get("best") or {}).get("valid_r2")
+    for path, (_, model, ckpt) in {member[0]: member for member in loaded}.items():
+        count = sum(member[0] == path for member in loaded)
+        score = ckpt.get("valid_r2") or (ckpt.get("best") or {}).get("valid_r2")
         scored = f", validation R² {score:.3f}" if score else ""
-        files.append(f"{path} ({len(ckpts)} × {ckpts[0]['task']}{scored})")
+        files.append(f"{path} ({count} × {model.model_args.get('model', ckpt['task'])}{scored})")
     about = loaded[0][2]["data"]
     trained = f", split {about['split']}" if "split" in about else ""
     return f"{' + '.join(files)}: {len(loaded)} checkpoints averaged{trained}, git {loaded[0][2]['git_sha']}"
@@ -2304,7 +2302,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
     rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.score)
     for line in reading.warnings():
-        tqdm.write(f"warning: {printable(line)}")
+        tqdm.write(f"warning: {line}")
     record = {
         "name": name,
         "path": path,
@@ -2460,10 +2458,9 @@ def compare_takes(records: list[dict]) -> None:
     for count, record in enumerate(records, 1):
         print(f"{count:>4} {record['name']}")
         record["differs"] = dict(zip(LABELS, marks[count - 1].tolist(), strict=True))
-    cells = [
-        [f"{x:.2f}{mark}" for x, mark in zip(*row, strict=True)] for row in zip(p.T, marks.T, strict=True)
-    ]
-    rows = [[name, *row] for name, row in zip(RATINGS.values(), cells, strict=True)]
+    rows = []
+    for name, values, signs in zip(RATINGS.values(), p.T, marks.T, strict=True):
+        rows.append([name, *(f"{x:.2f}{sign}" for x, sign in zip(values, signs, strict=True))])
     print_table(["0 … 1", *map(str, range(1, len(p) + 1))], rows)
 
 

@@ -23,6 +23,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     locked,
     on_stop,
     ordinary,
+    shown,
     speech_rules,
     write_atomic,
 )
@@ -40,7 +41,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from argparse import ArgumentParser, Namespace
@@ -1281,7 +1281,6 @@ class Ensemble(nn.Module):
 
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
 MODELS |= {"kernel": KernelRidge, "ensemble": Ensemble}
-DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
 
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:
@@ -1348,24 +1347,19 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     Averaged weights (ckpt["ema"]) are used where there are any. DataError for a file that is missing, cut
     short or no checkpoint of ours.
     """
-    advice = "expected a last.pt or best.pt of this repository"
     try:
         _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own text suggests unsafe loading
-        found = f"{path}: unreadable as a checkpoint ({_one_line(error)[:80]})"
-        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
-    try:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
-        known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
-        with _Bounded(weights, known, Path(path).stat().st_size):
-            model = MODELS[ckpt["task"]](**known)
+        with _Bounded(weights, ckpt["model_args"], Path(path).stat().st_size):
+            model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(weights)
     except Exception as error:
-        found = f"{path}: does not fit its model ({_one_line(error)})"
-        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
+        advice = _of_baseline(path) or "expected a last.pt or best.pt of this repository"
+        found = _one_line(error).split("weights_only")[0]  # torch's own text suggests unsafe loading
+        raise DataError(f"{path}: no checkpoint to read ({found}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
@@ -1561,15 +1555,15 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
         left = (time.time() - start) / len(finals) * (FOLDS - len(finals))
         if main_process:
             print(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
-    result, shown = {"folds": finals}, []
+    said = []
     for key, value in finals[0].items():
         if key.startswith("valid_") and isinstance(value, float):
             scores = torch.tensor([final[key] for final in finals], dtype=torch.float64)
-            result |= {key: scores.mean().item(), f"{key}_std": scores.std(correction=0).item()}
-            shown.append(f"{key[6:]} {result[key]:.4f} ± {result[f'{key}_std']:.4f}")
+            mean, deviation = scores.mean().item(), scores.std(correction=0).item()
+            said.append(f"{key[6:]} {shown(mean)} ± {shown(deviation)}")
     if main_process:
-        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(shown))
-    return result
+        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(said))
+    return {"folds": finals}
 
 
 def launch(train: Callable[[Namespace], dict], args: Namespace, then: str = "eval.py --ckpt") -> None:
@@ -1682,13 +1676,11 @@ def worker_processes(loader: DataLoader) -> Iterator[None]:
 
 @contextmanager
 def Interrupt() -> Iterator[list]:
-    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends first.
-    Only the main thread can: in others nothing is caught."""
+    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends
+    first."""
     came = []
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in STOPS} if in_main else {}
-    if in_main:
-        on_stop(lambda *caught: came.append(caught))
+    before = {number: signal.getsignal(number) for number in STOPS}
+    on_stop(lambda *caught: came.append(caught))
     try:
         yield came
     finally:
@@ -1702,13 +1694,11 @@ def run_folder(args: Namespace, name: str) -> Path:
     if args.resume:
         return Path(args.resume).parent
     first = folder = Path(args.out, args.name or name)
-    taken = 1
-    while True:
+    for taken in itertools.count(2):
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            taken += 1
             folder = Path(f"{first}_{taken}")
 
 
