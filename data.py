@@ -2435,8 +2435,7 @@ def performance_statistics(performance) -> dict[str, float]:
     for name, values in summarised.items():
         out |= _summary(name, values)
     out |= _pedal_use(performance.sustain, performance, start, end, "sustain")
-    out |= _pedal_use(performance.soft, performance, start, end, "soft")
-    return {name: float(value) for name, value in out.items()}
+    return out | _pedal_use(performance.soft, performance, start, end, "soft")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2187,11 +2187,10 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     task, about = loaded[0][2]["task"], loaded[0][2]["data"]
     _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
-    given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
-    if kind != "han" and (args.bars or args.transpose):
-        raise DataError(
-            f"{args.ckpt[0]}: of task {task}; --bars and --transpose are of scores; leave them out"
-        )
+    names = ["score", "midi", "audio", "speech"]
+    if kind != "han":
+        names += ["bars", "transpose"]  # of scores
+    given = " ".join(f"--{name}" for name in names if getattr(args, name))
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
     print(provenance(loaded))

@@ -642,6 +642,7 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
         suppress(Exception),
         torch.serialization.safe_globals(stand_ins),
     ):  # of whatever a foreign file raises
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or "format" in content:
         return None
@@ -1374,6 +1375,9 @@ class _Anything:
     def __setitem__(self, key, value):
         pass
 
+    def __setstate__(self, state):
+        pass
+
     def __contains__(self, name):
         return True
 
@@ -1398,15 +1402,6 @@ def _check_archive(path: str | Path) -> None:
                 load_plain_pickle(io.BytesIO(archive.read(record)), anything, anything)
 
 
-def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers in nested dicts and lists, with their innermost names."""
-    if isinstance(tree, dict | list):
-        for key, value in tree.items() if isinstance(tree, dict) else ((name, value) for value in tree):
-            yield from _numbers(value, key)
-    elif isinstance(tree, int | float):
-        yield name, tree
-
-
 class _Bounded(TorchFunctionMode):
     """Ends the making of a network that outgrows the weights it is for: its sizes may be a stranger's."""
 
@@ -1418,10 +1413,12 @@ class _Bounded(TorchFunctionMode):
         if held > file_size:
             raise ValueError(f"weights of {held} bytes in a file of {file_size}")
         self.room = held + 10**6
-        for name, size in _numbers(model_args):
-            most = len(weights) if name in ("depth", "layers", "decoder_depth") else 1000 + 16 * longest
-            if not 0 <= size <= most:
-                raise ValueError(f"{name} is {size}, but its {len(weights)} weights are of others")
+
+        def check(digits: str) -> None:
+            if not 0 <= int(digits) <= 1000 + 16 * longest:
+                raise ValueError(f"a size of {digits}, but its {len(weights)} weights are of others")
+
+        json.loads(json.dumps(model_args), parse_int=check)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
@@ -1736,32 +1733,25 @@ def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: in
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
 
 
-class Run:
+class Run(ExitStack):
     """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone, which holds a
     lock on metrics.jsonl: one run, one writer. For a `with`."""
 
     def __init__(self, args: Namespace, name: str, rank: int, world: int, resumed: dict | None):
+        super().__init__()
         self.args, self.main, self.world = args, rank == 0, world
         self.start = time.time()
         self.board = None
         folder = None
-        with ExitStack() as open_files:
-            if self.main:
-                folder = run_folder(args, name)
-                self.metrics = open_files.enter_context(locked(folder / "metrics.jsonl", wait=False))
-                if resumed:
-                    cut_metrics(self.metrics, resumed["step"])
-                text = json.dumps(vars(args) | git_state(), indent=1)
-                write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
-                self.board = tensorboard(folder) if args.tensorboard else None
-            self.open_files = open_files.pop_all()
+        if self.main:
+            folder = run_folder(args, name)
+            self.metrics = self.enter_context(locked(folder / "metrics.jsonl", wait=False))
+            if resumed:
+                cut_metrics(self.metrics, resumed["step"])
+            text = json.dumps(vars(args) | git_state(), indent=1)
+            write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
+            self.board = tensorboard(folder) if args.tensorboard else None
         self.folder = from_main(folder, world)
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.open_files.close()
 
     def seconds(self) -> float:
         return time.time() - self.start

@@ -480,10 +480,10 @@ def test_decoder_new_day_trains_its_layer_alone_and_a_resume_finds_its_data(run,
     found = torch.load(Path(out) / "best.pt", weights_only=True)
     assert found["data"]["days"] == [*start["data"]["days"], new]
     layers = ("dayWeights", "dayBias")
-    assert all(torch.equal(v, start["ema"][k]) for k, v in found["model"].items() if k not in layers)
+    assert all(torch.equal(v, start["model"][k]) for k, v in found["model"].items() if k not in layers)
     for name in layers:
-        assert torch.equal(found["model"][name][:2], start["ema"][name])
-        moved = found["model"][name][2] - start["ema"][name].mean(0)
+        assert torch.equal(found["model"][name][:2], start["model"][name])
+        moved = found["model"][name][2] - start["model"][name].mean(0)
         assert 0 < moved.abs().max() < 1
     args = train_decoder.parse_args(["--resume", str(folder / "last.pt"), "--max-steps", "5"])
     assert train_decoder.main(args)["folder"] == str(folder)
