@@ -17,21 +17,29 @@ renderings (players `Score`, `Score2`). Without --data the built-in synthetic co
 """
 
 from data import (  # first: while torch loads, Ctrl-C is one line
+    AS_PLAYED,
     BIN,
+    FBANK_FORMAT,
+    FBANK_MEAN,
+    FBANK_STD,
     FEATURE_SETS,
     FEATURES,
     HOP,
     LABELS,
     MELS,
+    MIDI_KINDS,
     MISALIGNED,
     PHONEMES,
+    RECORDED,
     SAMPLE_RATE,
+    SOUND_KINDS,
     SPLITS,
     Corpus,
     DataError,
     FbankStore,
     Reading,
     SpeechCorpus,
+    Version,
     all_statistics,
     bars_named,
     clean_sentence,
@@ -40,18 +48,20 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     column_names,
     cut_bars,
     describe_performance,
-    fbank,
-    fbank_frames,
     fit_normalisation,
+    fit_targets,
     follow,
     frames_needed,
     han_info,
+    heard_energies,
+    heard_versions,
     load_percepiano,
     map_days,
     normalise_fbank,
     number,
     open_speech,
     ordinary,
+    other_kinds,
     pad_fbank,
     parse_name,
     passages,
@@ -69,7 +79,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     read_midi,
     read_musicxml,
     read_ratings,
-    read_wav,
+    read_sound,
     render,
     repair_lines,
     run_script,
@@ -79,10 +89,10 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     speech_item,
     speech_parts,
     speech_rules,
+    speech_trial,
     standardise_blocks,
     synthetic_percepiano,
     synthetic_speech,
-    unusable_bins,
     write_atomic,
 )
 
@@ -125,11 +135,12 @@ from models import (
     HAN,
     PATCH,
     Block,
-    ClipStatistics,
+    ClipKernel,
     ContextAttention,
     GRUDecoder,
     KernelRidge,
     cluster_mask,
+    crop_starts,
     git_state,
     group_softmax,
     json_ready,
@@ -139,7 +150,7 @@ from models import (
 )
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
-AUDIO_TASKS = ("ast", "cnn", "mlp")  # what pretrain_ast.py writes
+AUDIO_TASKS = ("ast", "cnn", "mlp", "clip_kernel")  # that rate sound
 MAX_NOTES = 420  # of a PercePiano performance
 NORMAL_80 = 1.2816  # standard deviations on either side that hold 80 % of a normal distribution
 
@@ -456,8 +467,10 @@ def _finish(records, corpus, args, about, models=()):
     if about["task"] == "han":
         figures["humans"] = _measure_humans(records, truth, corpus.root)
     if args.out:
-        valid = figures["metrics"]["valid"]["all"]["mean"]["r2"]
-        save_ensemble(args.out, models, {"error80": figures["humans"]["valid"]["error80"], "valid_r2": valid})
+        known = {"valid_r2": figures["metrics"]["valid"]["all"]["mean"]["r2"]}
+        if about["task"] == "han":
+            known["error80"] = figures["humans"]["valid"]["error80"]
+        save_ensemble(args.out, models, known)
     unrated = {name for record in records for name in record["names"]} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
     about["synthetic"] = corpus.synthetic
@@ -517,7 +530,8 @@ def _check_alike(loaded):
     else:
         keys += ["split", "keep_overlap", "labels"]
     if task in AUDIO_TASKS:
-        keys.append("audio")
+        keys += ["audio", "fbank"]
+        expected["fbank"] = FBANK_FORMAT
     for path, model, ckpt in loaded:
         known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
@@ -558,9 +572,12 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
     foreign = args.audio if task == "decoder" else args.day or args.logits or wants_words(args)
-    if foreign or (args.out and (kind_of(task) != "han" or args.part != "valid")):
-        told = "--audio is of ratings, --out of task han on valid, --day, --logits and words of decoders"
-        raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}; leave them out")
+    foreign = foreign or (args.rate and task not in AUDIO_TASKS)
+    if args.out and (kind_of(task) != "han" or args.part != "valid"):
+        raise DataError(f"--out: of models of task han, on part valid; {args.ckpt[0]}: {task}")
+    if foreign:
+        told = "--audio, --rate are of sound; --day, --logits and those of words of decoders; leave them out"
+        raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
     if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
@@ -569,6 +586,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     records, corpus, data = _rate_parts(args, loaded, parts)
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
+    about |= {"rate": args.rate} if args.rate else {}
     return _finish(records, corpus, args, about, [member[1:] for member in loaded])
 
 
@@ -606,7 +624,7 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
     """Predictions of models of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
     records: list[dict] = []
     _, first = next(iter(folds.values()))[0]
-    store = audio_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
+    store = rated_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
         data, options = members[0][1]["data"], members[0][1]["args"]
         misaligned = options.get("keep_misaligned", False)
@@ -649,46 +667,45 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     parser = _parser("floor", "[--task han|ast] [--data DIR] [options]", about)
     add = parser.add_argument
     add("--task", choices=["han", "ast"], default="han", help="han: score and MIDI, ast: audio (%(default)s)")
-    add(
-        "--model",
-        choices=["kernel", "forest", "ridge"],
-        help="han: any (forest); ast: forest or ridge (ridge)",
-    )
+    add("--model", choices=REGRESSIONS, help="regression (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
     add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
     add = parser.more.add_argument
-    add("--audio", metavar="DIR", help=AUDIO_HELP)
+    add("--audio", nargs="+", metavar="DIR", help=AUDIO_HELP)
+    add("--rate", metavar="HOW", help=RATE_HELP)
+    add("--copies", type=number(int, 0), default=0, help="ast: training copies, as recorded elsewhere (0)")
+    add("--soundfonts", nargs="+", default=[], metavar="FILE", help="ast: pianos that train too (off)")
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    if args.task == "han":
-        foreign = args.audio or args.probe
-    else:
-        foreign = args.features != "full" or args.model == "kernel"
-    if foreign or (args.out and args.model != "kernel"):
-        told = "--features and --model kernel are of --task han, --audio and --probe of ast, --out of kernel"
-        raise DataError(f"{told}; leave them out")
+    of_sound = args.audio or args.rate or args.copies or args.soundfonts or args.probe
+    if (of_sound if args.task == "han" else args.features != "full") or (args.out and args.model != "kernel"):
+        told = "--features is of --task han; --audio, --rate, --copies, --soundfonts, --probe of ast"
+        raise DataError(f"{told}; --out of kernel; leave them out")
     corpus = _load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
     about |= {"seeds": [7], "model": kind}
     clips = None
-    if args.task == "ast":
-        clips = _clip_statistics(corpus, args)
-        about |= {"audio": "wav" if args.audio else "rendered", "probe": args.probe}
-    else:
+    if args.task == "han":
         about["features"] = args.features
+    else:
+        about["audio"] = "wav" if args.audio else "rendered"
+        about |= {key: getattr(args, key) for key in ("rate", "copies", "soundfonts", "probe")}
+        clips = Clips(corpus, args)
     records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         if clips:
-            names_of = {part: [n for n in names if n in clips] for part, names in names_of.items()}
-        if kind == "kernel":
+            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
+            rate, fitted = clips.fit(kind, names_of["train"], fold)
+            kernels += fitted
+        elif kind == "kernel":
             kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
             rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
         else:
-            rate = _fit_regression(kind, corpus, names_of["train"], clips, args.features)
+            rate = _fit_regression(kind, corpus, names_of["train"], args.features)
         for part in ("valid", "test"):
             names = names_of[part]
             p = rate(names=names) if names else np.zeros((0, len(LABELS)))
@@ -705,40 +722,96 @@ def _fit_kernel(corpus, train, args, fold):
     return KernelRidge.fit(stats, y), made
 
 
-def _fit_regression(kind, corpus, train, clips, features):
-    """A function names -> ratings (n, 19) on statistics of the notes or clips alone: a forest, or ridge on
-    standardised columns, its strength cross-validated over whole segments."""
+REGRESSIONS = ("kernel", "forest", "ridge")
+
+
+def _regression(kind, groups):
+    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    info = None if clips else fit_normalisation(corpus, train, features) | {"statistics": []}
-
-    def statistics(names):
-        return np.stack([clips[name] for name in names]) if clips else all_statistics(corpus, names, info)
-
     if kind == "forest":
-        model = ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
-    else:
-        groups = list(map(segment_of, train))
-        folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
-        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
-    model.fit(statistics(train), [corpus.items[name]["y"] for name in train])
-    return lambda names: model.predict(statistics(names)).clip(0, 1)
+        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
+    folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
+    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
 
 
-def _clip_statistics(corpus, args):
-    """Of each recording's log-mel energies; with --probe also those of a pre-trained AST's tokens."""
-    store = audio_store(corpus, args)
-    tokens = frozen_tokens(args.probe, store, args.device) if args.probe else {}
-    of_clip, statistics = ClipStatistics(), {}
-    for i, name in enumerate(store.names):
-        energies = torch.as_tensor(np.asarray(store.get(i), np.float32))
-        row = of_clip.values(energies[None])[0].double().numpy()
-        statistics[name] = np.append(row, tokens.get(name, []))
-    return statistics
+def _fit_regression(kind, corpus, train, features):
+    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes alone."""
+    info = fit_normalisation(corpus, train, features) | {"statistics": []}
+    model = _regression(kind, list(map(segment_of, train)))
+    model.fit(all_statistics(corpus, train, info), [corpus.items[name]["y"] for name in train])
+    return lambda names: model.predict(all_statistics(corpus, names, info)).clip(0, 1)
+
+
+class Clips:
+    """Descriptions (`ClipKernel.describe`) of all versions that train, and of what is rated: rows by name."""
+
+    def __init__(self, corpus: Corpus, args):
+        self.corpus, self.args = corpus, args
+        self.info = {"mean": FBANK_MEAN, "std": FBANK_STD}
+        self.model = ClipKernel(1)
+        if args.probe:
+            encoder, ckpt = load_checkpoint(args.probe)
+            if not isinstance(encoder, AST) or encoder.model_args["num_outputs"] is not None:
+                found = f"{args.probe}: of task {ckpt['task']!r}"
+                raise DataError(f"{found}; expected a pre-training, which knows no rating")
+            self.model = ClipKernel(1, encoder=encoder.model_args)
+            self.model.encoder = encoder
+            self.info = {key: ckpt["data"][key] for key in ("mean", "std")}
+        self.model = self.model.to(args.device).eval()
+        self.train = self.rated = self._rows(audio_store(corpus, args))
+        if args.rate:
+            self.rated = self._rows(rated_store(corpus, args))
+
+    def _rows(self, store):
+        rows = {}
+        for i, name in enumerate(tqdm(store.names, desc="statistics", unit="file", disable=None)):
+            (x,) = crop_batches(store.item(i), self.info, WHOLE_CLIP, 1)
+            rows[name] = self.model.describe(x.to(self.args.device))[0].cpu()
+        return rows
+
+    def fit(self, kind: str, names: list[str], fold: int) -> tuple:
+        """A function names -> ratings, of a regression on all versions of these names; and a kernel with its
+        checkpoint, in a list."""
+        y = {name: self.corpus.items[name]["y"] for name in names}
+        heard = [name for name in self.train if name.partition("@")[0] in y]
+        described = torch.stack([self.train[name] for name in heard])
+        items = [name.partition("@")[0] for name in heard]
+        ratings = torch.from_numpy(np.stack([y[item] for item in items]))
+        if kind != "kernel":
+            model = _regression(kind, list(map(segment_of, items)))
+            model.fit(described.double().numpy(), ratings.numpy())
+            return lambda names: model.predict(self._table(names).double().numpy()).clip(0, 1), []
+        model = ClipKernel(len(heard), encoder=self.model.model_args["encoder"])
+        model.encoder = self.model.encoder
+        number = {name: i for i, name in enumerate(y)}
+        model.fit(described, ratings, torch.tensor([number[item] for item in items]))
+        made = {"task": "clip_kernel", "args": {"seed": None}, "step": None, **git_state()}
+        made["data"] = self._about(y, fold)
+        return lambda names: model.rate(self._table(names)).double().numpy(), [(model.eval(), made)]
+
+    def _table(self, names):
+        return torch.stack([self.rated[name] for name in names])
+
+    def _about(self, y, fold):
+        """What `predict` and `evaluate` need to know of a kernel's data; y: ratings by training name."""
+        targets = fit_targets(self.corpus, y)
+        return self.info | {
+            "frames": WHOLE_CLIP,
+            "fbank": FBANK_FORMAT,
+            "audio": "wav" if self.args.audio else "rendered",
+            "split": self.args.split,
+            "fold": fold,
+            "keep_overlap": self.args.keep_overlap,
+            "synthetic": self.corpus.synthetic,
+            "labels": list(LABELS),
+            "rating_mean": targets["target_mean"],
+            "rating_std": targets["target_std"],
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -777,8 +850,7 @@ def bench_ast(sizes: dict, batch: int, device: torch.device) -> tuple:
     """AST in pre-training, its arguments, loss of its output; masked: 400 of 512 patches or such a share."""
     model = AST(**AST_PRESETS["small"] | sizes).to(device)
     clips = torch.randn(batch, model.model_args["frames"], MELS, device=device) / 2
-    count = model.rows * model.columns * 400 // 512
-    mask = cluster_mask(batch, model.rows, model.columns, count, device)
+    mask = cluster_mask(batch, model.rows, model.columns, model.rows * model.columns * 400 // 512, device)
     return model, (clips, None, mask), lambda output: output["nce"] + 10 * output["mse"]
 
 
@@ -811,7 +883,7 @@ def bench(argv: list[str]) -> dict:
 def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: str = "off") -> float:
     """Seconds of one training step."""
     device = next(model.parameters()).device
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = getattr(torch, device.type).synchronize
     synchronize()
     start = time.perf_counter()
     with torch.autocast(device.type, AMP_TYPES.get(amp), enabled=amp != "off"):
@@ -829,6 +901,7 @@ def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: 
 
 SIL = PHONEMES.index("SIL")
 AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)"
+RATE_HELP = f"audio: rate {RECORDED} (copies: -6 dB, hiss, a room), SOUNDFONT or DIR (off: as --audio)"
 
 
 def ctc_greedy(logits: Tensor | np.ndarray, frames: Tensor | np.ndarray) -> list:
@@ -867,16 +940,33 @@ def decoder_scores(refs: list, hyps: list, days: Iterable[int], day_names: list[
     sides) and by_day {day name: the same}, micro-averaged. The trainer logs these figures.
     refs, hyps: phoneme ids of each trial; days: index of each trial's day in day_names."""
     counts, days = per_counts(refs, hyps), np.asarray(days)
-    figures = _error_figures(counts)
     speech = [[[k for k in sequence if k != SIL] for sequence in side] for side in (refs, hyps)]
-    figures["per_without_sil"] = error_rate(per_counts(*speech))
     by_day = {day_names[day]: _error_figures(counts[days == day]) for day in np.unique(days)}
-    return figures | {"by_day": by_day}
+    without_sil = error_rate(per_counts(*speech))
+    return _error_figures(counts) | {"per_without_sil": without_sil, "by_day": by_day}
 
 
 def _error_figures(counts):
-    totals = dict(zip(("sub", "del", "ins", "labels"), counts.sum(0).tolist(), strict=True))
+    totals = dict(zip((*EDITS, "labels"), counts.sum(0).tolist(), strict=True))
     return {"per": error_rate(counts), **totals, "trials": len(counts)}
+
+
+def greedy_strings(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[list, list]:
+    """Phoneme ids of trials, as labelled and as decoded from log_probs (F, 41) each."""
+    decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
+    return [corpus.labels[i].tolist() for i in trials], decoded
+
+
+def part_scores(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[dict, list, list]:
+    """Of labelled trials: `decoder_scores` with too_short and, of sentences of random words, per_salad and
+    trials_salad; and their `greedy_strings`."""
+    refs, hyps = greedy_strings(log_probs, corpus, trials)
+    scores = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
+    scores["too_short"] = sum(len(row) < frames_needed(ref) for row, ref in zip(log_probs, refs, strict=True))
+    salad = salad_trials(corpus)[trials]
+    if salad.any():
+        scores |= {"per_salad": error_rate(per_counts(refs, hyps)[salad]), "trials_salad": int(salad.sum())}
+    return scores, refs, hyps
 
 
 def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list:
@@ -931,78 +1021,46 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
     """Metrics of the present weights; days: the model's index of each day of the corpus. Trials too short for
     their labels count in every error rate, not in the loss. search: a WordSearch, for word errors as well."""
     device = next(model.parameters()).device
-    log_probs = [torch.as_tensor(row) for row in speech_logits(model, corpus, trials, days, device, batch)]
-    references = [corpus.labels[i].tolist() for i in trials]
-    decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
+    log_probs = speech_logits(model, corpus, trials, days, device, batch)
+    scores, refs, hyps = part_scores(log_probs, corpus, trials)
+    metrics = {f"valid_{name}": value for name, value in scores.items()}
     losses = []
-    for row, labels in zip(log_probs, references, strict=True):
+    for row, labels in zip(log_probs, refs, strict=True):
         counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
         if len(row) >= max(1, frames_needed(labels)):
-            losses.append(float(ctc_losses(row[None], *counts)))
-    scores = decoder_scores(references, decoded, corpus.day[trials], corpus.days)
-    metrics = {f"valid_{name}": value for name, value in scores.items()}
-    salad = salad_trials(corpus)[trials]
-    if salad.any():
-        random = [list(itertools.compress(side, salad)) for side in (references, decoded)]
-        metrics["valid_per_salad"] = error_rate(per_counts(*random))
+            losses.append(float(ctc_losses(torch.as_tensor(row)[None], *counts)))
     if search:
         settings = word_settings(corpus.channels)
-        sentences = [search.decode(row.numpy(), settings) for row in log_probs]
+        sentences = [search.decode(row, settings) for row in log_probs]
         metrics["valid_wer"] = error_rate(word_counts(sentences, corpus, trials))
     metrics["valid_loss"] = float(np.mean(losses)) if losses else math.nan
-    metrics["valid_blank_fraction"] = float((torch.cat(log_probs).argmax(1) == 0).float().mean())
-    shown = np.linspace(0, len(trials) - 1, min(3, len(trials))).astype(int)
+    metrics["valid_blank_fraction"] = float((np.concatenate(log_probs).argmax(1) == 0).mean())
     metrics["samples"] = [
-        {"id": corpus.ids[trials[k]], "reference": spell(references[k]), "hypothesis": spell(decoded[k])}
-        for k in shown
+        {"id": corpus.ids[trials[k]], "reference": spell(refs[k]), "hypothesis": spell(hyps[k])}
+        for k in sorted({0, len(trials) // 2, len(trials) - 1})
     ]
     return metrics
 
 
-def transcripts(log_probs: list, corpus: SpeechCorpus, trials: Iterable[int]) -> list:
-    """Of trials, log_probs (F, 41) each: "trial", "day", "reference", "hypothesis" (phoneme ids, greedy)."""
-    records = []
-    for i, row in zip(trials, log_probs, strict=True):
-        record = {"trial": corpus.ids[i], "day": corpus.days[corpus.day[i]]}
-        record |= {"reference": corpus.labels[i].tolist(), "hypothesis": ctc_greedy(row[None], [len(row)])[0]}
-        records.append(record)
-    return records
-
-
 def evaluate_decoder(args, loaded: list) -> dict:
-    """Phoneme error rate of the mean probabilities of decoders on args.part: `decoder_scores`, their 95 %
-    interval over trials, too_short; "words" where these were asked for."""
+    """Phoneme error rate of the mean probabilities of decoders on args.part: `part_scores`, their 95 %
+    interval over trials; "words" where these were asked for."""
     corpus, parts = _speech_parts(args, loaded)
     trials = parts[args.part]
     labelled = corpus.labelled[trials]
     scored = trials[labelled]
     if not len(scored) and not ((args.submission or args.logits or args.nbest) and len(trials)):
         raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
-    log_probs, figures = mean_logits(loaded, corpus, trials, args), {}
-    heard = list(itertools.compress(log_probs, labelled))
-    records = transcripts(heard, corpus, scored)
-    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
-    counts = per_counts(refs, hyps)
-    if records:
-        figures = decoder_scores(refs, hyps, corpus.day[scored], corpus.days)
-        figures["interval"] = trial_bootstrap(counts)
-        figures["too_short"] = sum(len(p) < frames_needed(ref) for p, ref in zip(heard, refs, strict=True))
-        print(f"{args.part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
-        print(f"PER without SIL {figures['per_without_sil']:.4f}")
-        salad = salad_trials(corpus)[scored]
-        if salad.any():
-            figures |= {"per_salad": error_rate(counts[salad]), "trials_salad": int(salad.sum())}
-            print(f"PER of {salad.sum()} sentences of random words {figures['per_salad']:.4f}")
-        print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
-        days = {**figures["by_day"], "all": figures}
-        columns = ["per", "sub", "del", "ins", "labels", "trials"]
-        print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
+    log_probs, figures, refs, hyps = mean_logits(loaded, corpus, trials, args), {}, [], []
+    if len(scored):
+        figures, refs, hyps = part_scores(list(itertools.compress(log_probs, labelled)), corpus, scored)
+        figures["interval"] = trial_bootstrap(per_counts(refs, hyps))
+        _print_scores(args.part, figures)
     if args.logits:
         write_logits(args.logits, log_probs, [corpus.ids[i] for i in trials])
     rows: list = [["trial", "day", "reference", "hypothesis", *EDITS, "labels"]]
-    for record, numbers in zip(records, counts.tolist(), strict=True):
-        trial, day, *spelt = record.values()
-        rows.append([trial, day, *map(spell, spelt), *numbers])
+    for i, ref, hyp, counts in zip(scored, refs, hyps, per_counts(refs, hyps).tolist(), strict=True):
+        rows.append([corpus.ids[i], corpus.days[corpus.day[i]], spell(ref), spell(hyp), *counts])
     if wants_words(args):
         figures["words"] = words_of_part(args, loaded, corpus, parts, log_probs)
         said = itertools.compress(figures["words"].pop("sentences"), labelled)
@@ -1015,28 +1073,34 @@ def evaluate_decoder(args, loaded: list) -> dict:
     return figures
 
 
+def _print_scores(part, figures):
+    print(f"{part}: PER {figures['per']:.4f} 95 % {brackets(figures['interval'])}")
+    print(f"PER without SIL {figures['per_without_sil']:.4f}")
+    if "per_salad" in figures:
+        told = f"{figures['trials_salad']} sentences of random words"
+        print(f"PER of {told} {figures['per_salad']:.4f}")
+    print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
+    columns = ["per", *EDITS, "labels", "trials"]
+    days = figures["by_day"] | {"all": figures}
+    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
+
+
 def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: list) -> dict:
     """`words` of the trials of args.part, --tune on those that validate."""
     tuned_on = log_probs, parts[args.part]
-    if args.tune and args.part != "valid":
+    if args.tune and parts["valid"] is not tuned_on[1]:
         tuned_on = mean_logits(loaded, corpus, parts["valid"], args), parts["valid"]
     return words(log_probs, corpus, parts[args.part], args, tuned_on, parts["train"])
 
 
-def _speech_corpus(args, loaded):
-    """The corpus of --data, which must fit the decoders."""
+def _speech_parts(args, loaded):
+    """The corpus of --data, which must fit the decoders, and its trials by part."""
     data = _check_alike(loaded)
     corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
-    return corpus
-
-
-def _speech_parts(args, loaded):
-    """The corpus and its trials by part; says what a reader must know before believing the figures."""
-    corpus = _speech_corpus(args, loaded)
     _say_circumstances(args, loaded, corpus)
-    return corpus, speech_parts(corpus, loaded[0][2]["data"]["valid"])
+    return corpus, speech_parts(corpus, data["valid"])
 
 
 def _say_circumstances(args, loaded, corpus):
@@ -1053,8 +1117,7 @@ def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
     for ref, hyp in zip(refs, hyps, strict=True):
         edits = Levenshtein.editops(ref, hyp)
         pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
-    ranked = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in ranked[:most]]
+    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in pairs.most_common(most)]
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -1073,12 +1136,9 @@ WORD_SETTINGS = {
     256: {"acoustic_scale": 0.5, "blank_penalty": math.log(7)},
     512: {"acoustic_scale": 0.325, "blank_penalty": math.log(90)},
 }
+WORD_DEFAULTS = {"lm_weight": 1.0, "word_score": 0.0, "beam": 100}
 # What --tune tries. Acoustic scale, LM weight and word score share a factor, so that the scale stays fixed.
-WORD_GRID = {
-    "lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0),
-    "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0),
-}
-WORD_OPTIONS = ("acoustic_scale", "blank_penalty", "lm_weight", "word_score", "beam")
+WORD_GRID = {"lm_weight": (0.25, 0.5, 1.0, 1.6, 2.3, 3.5, 5.0), "word_score": (-3.0, -1.5, 0.0, 1.5, 3.0)}
 MOST_HOMOPHONES = 6  # of one pronunciation; the library's trie drops any further one
 COMPETITION_SIZE = 1200, 15  # rows and days of the '24 competition part
 Lexicon = list[tuple[str, tuple[int, ...]]]  # (word, phoneme ids without the last SIL), several a word
@@ -1157,10 +1217,9 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
 
 def write_arpa(path: str | Path, model: dict) -> None:
     """Writes the model of `witten_bell` as ARPA: log10 probability, words, log10 back-off weight."""
-    highest = max(map(len, model))
-    sections: dict[int, list[str]] = {n: [] for n in range(1, highest + 1)}
+    sections: dict[int, list[str]] = {n: [] for n in range(1, max(map(len, model)) + 1)}
     for gram, (p, backoff) in sorted(model.items()):
-        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < highest else ""
+        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < len(sections) else ""
         sections[len(gram)].append(f"{math.log10(p):.7f}\t{' '.join(gram)}{weight}")
     lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
     for n, section in sections.items():
@@ -1257,13 +1316,11 @@ def tune_words(decode: Callable, log_probs: list, references: list, settings: di
     if not any(references):
         raise DataError("--tune: no labelled validation trial; leave it out or give the settings")
 
-    def wer(candidate):
-        return error_rate(per_counts(references, [decode(trial, candidate) for trial in log_probs]))
-
-    tried = [(wer(settings), settings)]
-    for values in itertools.product(*WORD_GRID.values()):
-        candidate = settings | dict(zip(WORD_GRID, values, strict=True))
-        tried.append((wer(candidate), candidate))
+    tried = []
+    grid = (dict(zip(WORD_GRID, values, strict=True)) for values in itertools.product(*WORD_GRID.values()))
+    for candidate in ({}, *grid):
+        decoded = [decode(trial, settings | candidate) for trial in log_probs]
+        tried.append((error_rate(per_counts(references, decoded)), settings | candidate))
     after, best = min(tried, key=lambda pair: pair[0])  # the first of equals: what was given, if it is one
     flags = " ".join(f"--{name.replace('_', '-')} {best[name]:.4g}" for name in WORD_GRID)
     print(f"tuned on {len(references)} validation sentences, WER {tried[0][0]:.4f} -> {after:.4f}: {flags}")
@@ -1304,9 +1361,9 @@ def word_options(parser: argparse.ArgumentParser) -> None:
     add("--lm", metavar="FILE", help="n-gram ARPA or KenLM file (default: training trigram)")
     add("--acoustic-scale", type=scale, help="of log-probabilities (0.5; 512 channels: 0.325)")
     add("--blank-penalty", type=ratio, help="off blank, in nats (log 7; 512 channels: log 90)")
-    add("--lm-weight", type=scale, default=1.0, help="factor of the LM's log10 (%(default)s)")
-    add("--word-score", type=ratio, default=0.0, help="added for every word (%(default)s)")
-    add("--beam", type=number(int, 1), default=100, help="hypotheses kept a frame (%(default)s)")
+    add("--lm-weight", type=scale, help="factor of the LM's log10 (1)")
+    add("--word-score", type=ratio, help="added for every word (0)")
+    add("--beam", type=number(int, 1), help="hypotheses kept a frame (100)")
 
 
 def wants_words(args) -> bool:
@@ -1327,10 +1384,9 @@ def word_model(corpus: SpeechCorpus, train: Iterable[int], cache, lexicon=None, 
 
 def word_settings(channels: int, args=None) -> dict:
     """Settings of the search: those of the options where given, else the public ones for so many channels."""
-    settings = dict.fromkeys(WORD_OPTIONS) | {"lm_weight": 1.0, "word_score": 0.0, "beam": 100}
-    start_at = WORD_SETTINGS.get(channels, WORD_SETTINGS[256])
-    given = {name: getattr(args, name) for name in WORD_OPTIONS if getattr(args, name, None) is not None}
-    return settings | start_at | given
+    settings = WORD_DEFAULTS | WORD_SETTINGS.get(channels, WORD_SETTINGS[256])
+    given = {name: getattr(args, name, None) for name in settings}
+    return settings | {name: value for name, value in given.items() if value is not None}
 
 
 def word_counts(sentences: Iterable[list[str]], corpus: SpeechCorpus, trials: Iterable[int]) -> np.ndarray:
@@ -1345,10 +1401,9 @@ def words(
     1), that of the settings before --tune and of the beam's best string; writes --submission and --nbest.
     log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
     --tune; train: trials whose transcripts make the lexicon and the LM."""
-    settings = word_settings(corpus.channels, args)
+    settings, figures = word_settings(corpus.channels, args), {}
     lexicon, lm = word_model(corpus, train, args.cache, args.lexicon, args.lm)
     search = WordSearch(lexicon, lm)
-    figures: dict = {}
     labelled = corpus.labelled[indices]
     scored = indices[labelled]
     print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
@@ -1362,26 +1417,27 @@ def words(
         print(f"WER without it {figures['wer_untuned']:.4f}")
     beams = [search.hypotheses(row, settings) for row in log_probs]
     sentences = [beam[0]["words"] for beam in beams]
-    figures |= {"settings": settings, "sentences": sentences}
     if len(scored):
-        heard = list(itertools.compress(sentences, labelled))
-        counts = word_counts(heard, corpus, scored)
-        figures |= {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
-        figures["wer_counts"] = dict(zip(("sub", "del", "ins", "words"), counts.sum(0).tolist(), strict=True))
-        figures["oracle_wer"] = oracle_wer(itertools.compress(beams, labelled), corpus, scored)
-        references = itertools.chain(*(spoken_words(corpus.text[i]) for i in scored))
-        figures["outside_lexicon"] = len([word for word in references if word not in search.words])
-        salad = salad_trials(corpus)[scored]
-        if salad.any():
-            figures["wer_salad"] = error_rate(counts[salad])
-            print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
-        print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
-        print(f"best string of the beam: WER {figures['oracle_wer']:.4f}")
-        print(f"{figures['outside_lexicon']} words are outside the lexicon")
+        figures |= _word_scores(list(itertools.compress(beams, labelled)), corpus, scored)
     if args.nbest:
         write_nbest(args.nbest_file, beams, [corpus.ids[i] for i in indices], args.nbest)
     if args.submission:
         write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
+    return figures | {"settings": settings, "sentences": sentences}
+
+
+def _word_scores(beams, corpus, trials):
+    """Figures of `words` of labelled trials, printed."""
+    counts = word_counts([beam[0]["words"] for beam in beams], corpus, trials)
+    figures = {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
+    figures["wer_counts"] = dict(zip((*EDITS, "words"), counts.sum(0).tolist(), strict=True))
+    figures["oracle_wer"] = oracle_wer(beams, corpus, trials)
+    print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
+    salad = salad_trials(corpus)[trials]
+    if salad.any():
+        figures["wer_salad"] = error_rate(counts[salad])
+        print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
+    print(f"best string of the beam: WER {figures['oracle_wer']:.4f}")
     return figures
 
 
@@ -1420,12 +1476,6 @@ def write_logits(folder: str | Path, log_probs: list, names: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def crop_starts(frames: int, length: int) -> list[int]:
-    """First frames of the fewest crops of `length` that cover `frames`, evenly spaced from end to end."""
-    last = max(0, frames - length)
-    return np.linspace(0, last, max(1, math.ceil(frames / length))).round().astype(int).tolist()
-
-
 def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[Tensor]:
     """All crops of an item (frames, fbank (frames, 128)), at most `batch` at once: (B, T, 128), normalised by
     info's mean and std. They are equally long, so no batch needs a mask."""
@@ -1436,17 +1486,21 @@ def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[T
 
 
 def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
-    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given; of an item
-    longer than the model's frames the mean over its crops. info: the checkpoint's data (mean, std, frames;
-    target_mean, target_std where the ratings were standardised)."""
+    """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given. Of an item
+    longer than the model's frames an AST pools the tokens of all crops; of other models it is the mean. info:
+    the checkpoint's data (mean, std, frames; target_mean, target_std where ratings were standardised)."""
     longest = model.model_args.get("frames") or info["frames"]
     training = model.training
     model = model.to(device).eval()
     rows = []
     with torch.no_grad():
         for item in items:
-            rated = [model(x.to(device)) for x in crop_batches(item, info, longest, batch)]
-            rows.append(torch.cat(rated).double().mean(0).cpu().numpy())
+            crops = [x.to(device) for x in crop_batches(item, info, longest, batch)]
+            if isinstance(model, AST):
+                rated = model(torch.cat(crops)[None])
+            else:
+                rated = torch.cat([model(x) for x in crops])
+            rows.append(rated.double().mean(0).cpu().numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
     if info.get("target_mean") is not None:
@@ -1454,39 +1508,48 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
     return p.clip(0, 1)
 
 
-def frozen_tokens(path: str, store: FbankStore, device: torch.device, batch=32) -> dict:
-    """Mean and deviation over all patches of each recording of a pre-trained AST's tokens after a quarter,
-    half, three quarters and all of its blocks, (8 width,) float64 by name, in its training's precision."""
-    model, ckpt = load_checkpoint(path)
-    if not isinstance(model, AST) or model.model_args["num_outputs"] is not None:
-        raise DataError(f"{path}: of task {ckpt['task']!r}; expected a pre-training, which knows no rating")
-    model = model.to(device).eval()
-    found, depth = [], model.model_args["depth"]
-    for level in sorted({max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)}):
-        layer = model.norm if level == depth else model.blocks[level - 1]
-        layer.register_forward_hook(lambda _, __, out: found.append(out.double()))
-    half = torch.autocast(device.type, torch.bfloat16, enabled=ckpt["args"].get("amp") == "bf16")
-    special = 0 if model.extra is None else 2  # tokens before the patches
-    rows = {}
-    for i, name in enumerate(tqdm(store.names, desc="frozen AST", unit="file", disable=None)):
-        seen = []
-        for x in crop_batches(store.item(i), ckpt["data"], model.model_args["frames"], batch):
-            found.clear()
-            with torch.no_grad(), half:
-                model(x.to(device))
-            seen.append(torch.stack(found)[:, :, special:])
-        tokens = torch.cat(seen, dim=1).flatten(1, 2)  # (levels, crops * patches, width)
-        deviation = tokens.var(1, correction=0).clip(1e-6).sqrt()
-        rows[name] = torch.cat([tokens.mean(1), deviation], dim=1).flatten().cpu().numpy()
-    return rows
+@torch.no_grad()
+def unlike_training(model: nn.Module, energies: np.ndarray, info: dict) -> float:
+    """Share of a clip's statistics beyond 4 SD of the training clips'; 0 for models without them. It does not
+    know another piano for what it is."""
+    table = getattr(model, "statistics", None)
+    if table is None:
+        return 0.0
+    x = torch.from_numpy(energies.astype(np.float16)).float()[None]
+    seen = table.values(normalise_fbank(x, info["mean"], info["std"]))[0]
+    mean, std = table.mean, table.std
+    if isinstance(model, ClipKernel):
+        known = model.quantiles[:, : table.size]
+        mean, std = known.mean(0), known.std(0).clip(1e-3)
+    return float(((seen - mean).abs() > 4 * std).float().mean())
 
 
-def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
-    """Log-mel energies of the corpus, of --audio or rendered; says where a model was trained on the other."""
-    store = percepiano_audio(corpus.root, args.cache, args.audio)
+WHOLE_CLIP = 10**9  # frames: more than any recording has
+
+
+def audio_store(corpus: Corpus, args) -> FbankStore:
+    """Log-mel energies of the corpus, of --audio or rendered, and the versions of --copies, --soundfonts."""
+    versions = heard_versions(args.copies, args.soundfonts)
+    store = percepiano_audio(corpus.root, args.cache, args.audio, versions)
     for line in store.left_out:
         print(f"left out: {printable(line)}")
-    kind = "wav" if args.audio else "rendered"
+    return store
+
+
+def rated_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankStore:
+    """Log-mel energies of what is rated: of --audio or rendered, or as --rate says; says where a model was
+    trained on the other kind."""
+    audio, heard = args.audio, AS_PLAYED
+    if args.rate == RECORDED:
+        heard = Version(copy=RECORDED)
+    elif args.rate and Path(args.rate).is_dir():
+        audio = args.rate
+    elif args.rate:
+        audio, heard = None, Version(soundfont=args.rate)
+    store = percepiano_audio(corpus.root, args.cache, audio, base=heard)
+    for line in store.left_out:
+        print(f"left out: {printable(line)}")
+    kind = "wav" if audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
     return store
@@ -1494,22 +1557,22 @@ def audio_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankSto
 
 def with_masks(batch: dict, masked: int, generator: torch.Generator | None = None) -> dict:
     """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, a like share of fewer."""
-    x, lengths = batch["x"], _lengths_if_unlike(batch)
+    x, lengths = batch["x"], lengths_if_unlike(batch)
     columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
     T = x.shape[1] // PATCH
     count = max(1, round(masked / 512 * 8 * T))
     return batch | {"mask": cluster_mask(len(x), 8, T, count, x.device, generator, columns=columns)}
 
 
-def _lengths_if_unlike(batch):
+def lengths_if_unlike(batch):
     """None where all clips fill their rows: attention needs no mask then, and is faster without."""
-    whole = bool((batch["lengths"] == batch["x"].shape[1]).all())
+    whole = bool((batch["lengths"] == batch["x"].shape[-2]).all())
     return None if whole else batch["lengths"]
 
 
 def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict:
     """nce, accuracy, chance, mse, mse_mean of the masked patches, and loss: nce + 10 mse (SSAST, eq. 3)."""
-    figures = model(batch["x"], _lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
+    figures = model(batch["x"], lengths_if_unlike(batch), mask=batch["mask"], compat=compat)
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
@@ -1566,19 +1629,17 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     folds = np.zeros(len(y), int) if folds is None else folds
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    rows_of: dict = {}  # (fold, group): its rows
-    for row, key in enumerate(zip(folds.tolist(), group.tolist(), strict=True)):
-        rows_of.setdefault(key, []).append(row)
+    takers = sorted(set(zip(folds.tolist(), group.tolist(), strict=True)))
+    rows_of = {(fold, k): np.flatnonzero((folds == fold) & (group == k)) for fold, k in takers}
     largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
-    takers = sorted(rows_of)
     rng = np.random.default_rng(seed)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
         donors = sorted(takers, key=lambda key: (key[0], order[key[1]]))
         for taker, donor in zip(takers, donors, strict=True):
-            given = np.array(rows_of[donor])
+            given = rows_of[donor]
             shuffled = given[np.argsort(within[donor[1], : len(given)])]
             source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
         as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
@@ -1596,8 +1657,8 @@ def holm(p: Iterable[float]) -> np.ndarray:
 def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 5000, seed: int = 7) -> tuple:
     """statistic(y, pa) - statistic(y, pb), its 95 % interval (low, high) and two-sided p-value, of the
     statistic's shape, when whole groups are drawn with replacement, the same for both; folds as in
-    `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one;
-    NaN when too few groups remain."""
+    `cluster_bootstrap`. p is twice the smaller share of draws on either side of 0, counting the observed one.
+    Interval NaN and p 1 when too few groups remain."""
 
     def gain(y, a, b):
         return statistic(y, a) - statistic(y, b)
@@ -1605,12 +1666,11 @@ def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 500
     difference = by_fold(gain, folds, y, pa, pb)
     draws = resample(gain, groups, folds, y, pa, pb, n=n, seed=seed)
     if not len(draws):
-        nothing = np.full_like(difference, np.nan)
-        return difference, (nothing, nothing), nothing
+        draws = np.full((1, *difference.shape), np.nan)
     tie = 1e-12  # a difference of 0 but for rounding counts on either side
     fewer = np.minimum((draws < tie).sum(0), (draws > -tie).sum(0))
     p = np.minimum(2 * (fewer + 1) / (len(draws) + 1), 1)
-    return difference, tuple(np.percentile(draws, [2.5, 97.5], axis=0)), p
+    return difference, np.percentile(draws, [2.5, 97.5], axis=0), p
 
 
 def significance(records: list, truth: dict, n: int = 1000) -> dict:
@@ -1659,9 +1719,6 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
-        of_words = (
-            _paired_trials(a, b, 2) if all(len(item) == 4 for item in (*a.values(), *b.values())) else None
-        )
         question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
@@ -1670,10 +1727,10 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
         found = f"{len(pairs[0])} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
-    if about["decoder"] and of_words:
-        told = {"words": _answer("word error rate", *question[1:], *of_words, args.draws)}
-        return _answer(*question, *pairs, args.draws) | told
-    return _answer(*question, *pairs, args.draws)
+    told = {}
+    if about["decoder"] and all(len(item) == 4 for item in (*a.values(), *b.values())):
+        told["words"] = _answer("word error rate", *question[1:], *_paired_trials(a, b, 2), args.draws)
+    return _answer(*question, *pairs, args.draws) | told
 
 
 def _side(args, paths):
@@ -1697,8 +1754,8 @@ def _side(args, paths):
         trials = parts[args.part]
         trials = trials[corpus.labelled[trials]]
         log_probs = mean_logits(loaded, corpus, trials, args)
-        for record in transcripts(log_probs, corpus, trials):
-            items[record["trial"]] = record["reference"], record["hypothesis"]
+        for i, *strings in zip(trials, *greedy_strings(log_probs, corpus, trials), strict=True):
+            items[corpus.ids[i]] = tuple(strings)
         if wants_words(args):
             said = words_of_part(args, loaded, corpus, parts | {args.part: trials}, log_probs)["sentences"]
             for i, sentence in zip(trials, said, strict=True):
@@ -1748,20 +1805,18 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
     clusters = len(set(groups))
     if clusters < FEWEST:
         p = np.full_like(p, np.nan)
-    tests = {"difference": difference, "interval": np.stack(interval, 1), "p": p}
     corrected = np.append(holm(p[:-1]), p[-1])
     print(f"{len(y)} items in {clusters} groups (a test needs {FEWEST}), drawn {draws} times")
-    rows = zip([*labels, "all"], a, b, *tests.values(), corrected, strict=True)
-    print_table([name, "A", "B", "A - B", "95 %", "p", "p (Holm)"], rows)
+    columns = {"A": a, "B": b, "A - B": difference, "95 %": interval.T, "p": p, "p (Holm)": corrected}
+    print_table([name, *columns], zip([*labels, "all"], *columns.values(), strict=True))
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
         verdict = f"A is {'better' if abs(a - perfect)[-1] < abs(b - perfect)[-1] else 'worse'} than B"
-    verdict += f": {name} {difference[-1]:+.4f} {brackets(tests['interval'][-1])}, p = {p[-1]:.4f}"
+    verdict += f": {name} {difference[-1]:+.4f} {brackets(interval[:, -1])}, p = {p[-1]:.4f}"
     print(verdict)
-    whole = {key: values[-1].tolist() for key, values in tests.items()}
-    counts = {"items": len(y), "clusters": clusters, "a": float(a[-1]), "b": float(b[-1])}
-    each = {"p": p[:-1].tolist(), "p_holm": corrected[:-1].tolist()}
-    return {**counts, **whole, "verdict": verdict, "per_dimension": each}
+    figures = {"items": len(y), "clusters": clusters, "a": a[-1], "b": b[-1], "difference": difference[-1]}
+    figures |= {"interval": interval[:, -1].tolist(), "p": p[-1], "verdict": verdict}
+    return figures | {"per_dimension": {"p": p[:-1].tolist(), "p_holm": corrected[:-1].tolist()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1772,8 +1827,7 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
 def rater_ceiling(raters: np.ndarray, names: np.ndarray, ratings: np.ndarray) -> dict:
     """What perfect knowledge of every item's true rating would score against the means of the raters there
     are. raters (n,), names (n,), ratings (n, D), NaN = none; as data.read_ratings. Returns arrays (D,) "r2",
-    "pearson" (its root), "independent" (r2 if every rating were another rater's), "between", "error" (see
-    `_ceiling_column`), and "items", "per_item"."""
+    "pearson" (its root), "between", "error", "noise" (see `_ceiling_column`), and "items", "per_item"."""
     columns = []
     for x in ratings.T:
         rated = np.isfinite(x)
@@ -1793,17 +1847,14 @@ def _ceiling_column(names, raters, x):
     _, rater = np.unique(raters, return_inverse=True)
     key, pair, m = np.unique(item * len(x) + rater, return_inverse=True, return_counts=True)
     mean = np.bincount(item, x) / N
-    squares = (x - mean[item]) ** 2
+    within_item = ((x - mean[item]) ** 2).sum()
     within_pair = ((x - (np.bincount(pair, x) / m)[pair]) ** 2).sum()
     concentration = np.bincount(key // len(x), m**2) / N  # sum_j(m_ij²) / N_i, 1 if nobody rated twice
     error = within_pair / max(len(x) - len(m), 1)
-    excess = squares.sum() - error * (len(x) - len(N))
+    excess = within_item - error * (len(x) - len(N))
     between = max(0.0, excess / max((N - concentration).sum(), 1e-12))
-    noise = between * concentration / N + error / N
-    several = N > 1
-    noise_independent = np.bincount(item, squares)[several] / (N[several] - 1) / N[several]
-    r2, independent = 1 - np.array([noise.mean(), noise_independent.mean()]) / mean.var()
-    return {"r2": r2, "independent": independent, "between": between, "error": error, "noise": noise.mean()}
+    noise = (between * concentration / N + error / N).mean()
+    return {"r2": 1 - noise / mean.var(), "between": between, "error": error, "noise": noise}
 
 
 def within_ceiling(root: str | Path) -> list[float] | None:
@@ -1815,32 +1866,30 @@ def within_ceiling(root: str | Path) -> list[float] | None:
         return None
     human = np.array([not is_rendering(name) for name in names])
     raters, names, ratings = raters[human], names[human], ratings[human] / 7
-    items, item = np.unique(names, return_inverse=True)
-    means = _means_by(item, ratings)
-    segments = [segment_of(name) for name in items]
-    freedom = max(len(items) - len(set(segments)), 1)
+    segments = [segment_of(name) for name in np.unique(names)]
+    means = group_means(ratings, names)
+    freedom = max(len(segments) - len(set(segments)), 1)
     variance = (within_segments(means, segments) ** 2).sum(0).clip(1e-12) / freedom
     rater = np.unique(raters, return_inverse=True)[1]
     bounds = []
-    for severity in (0, _means_by(rater, ratings)[rater]):
+    for severity in (0, group_means(ratings, rater)[rater]):
         noise = rater_ceiling(raters, names, ratings - severity)["noise"]
         bounds.append(float(np.sqrt((1 - noise / variance).clip(0)).mean()))
     return bounds
 
 
-def _means_by(group, ratings):
-    """Means (groups, D) of ratings (n, D) with gaps."""
-    rated = np.isfinite(ratings)
-    columns = [np.bincount(group, column) for column in np.where(rated, ratings, 0).T]
-    counts = [np.bincount(group, column) for column in rated.T]
-    return np.stack(columns, 1) / np.maximum(np.stack(counts, 1), 1)
+def group_means(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Means (groups, ...) of values (n, ...) by ascending group; NaN is no value."""
+    _, index, count = np.unique(group, return_inverse=True, return_counts=True)
+    parts = np.split(values[index.argsort()], count.cumsum()[:-1])
+    return np.stack([np.nanmean(part, axis=0) for part in parts])
 
 
 def ceiling(argv: list[str]) -> dict:
     """`python eval.py ceiling`: prints and returns `rater_ceiling`, with and without score renderings."""
     about = """\
 The most that any model can score, since raters disagree: r2 and Pearson of somebody who knew every
-performance's true rating; independent: r2 if every rating were another rater's."""
+performance's true rating."""
     args = _parse(_parser("ceiling", "[--data DIR] [options]", about), argv, data_options)
     root = Path(args.data or synthetic_percepiano(args.cache))
     raters, names, ratings = read_ratings(root)
@@ -1850,9 +1899,8 @@ performance's true rating; independent: r2 if every rating were another rater's.
     for view, chosen in (("all", human | True), ("no_renderings", human)):
         figures = views[view] = rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
         print(f"{VIEWS[view]}: {figures['items']} items, {figures['per_item']:.1f} ratings each")
-        shown = {key: figures[key] for key in ("r2", "pearson", "independent")}
-        rows = [*zip(LABELS, *shown.values(), strict=True), ("mean", *(x.mean() for x in shown.values()))]
-        print_table(["ceiling", *shown], rows)
+        columns = [np.append(figures[key], figures[key].mean()) for key in ("r2", "pearson")]
+        print_table(["ceiling", "r2", "pearson"], zip([*LABELS, "mean"], *columns, strict=True))
     print(f"human players within a segment: Pearson {brackets(within_ceiling(root))}")
     return views
 
@@ -1860,7 +1908,7 @@ performance's true rating; independent: r2 if every rating were another rater's.
 # ------------------------------------------------------------------------------------------------------------
 # Attention: pictures, and the roll-out of an AST
 # ------------------------------------------------------------------------------------------------------------
-BLUE, ORANGE = "tab:blue", "tab:orange"
+ORANGE = "tab:orange"
 HOUSE_STYLE = {  # of every picture; no TeX in names
     "axes.titlelocation": "left",
     "figure.constrained_layout.use": True,
@@ -1870,7 +1918,7 @@ HOUSE_STYLE = {  # of every picture; no TeX in names
 }
 PICTURES = (".png", ".pdf", ".svg")
 # Attention over an even share, less 1. One scale, so that a network that prefers nothing looks pale.
-SHARES = {"cmap": "coolwarm", "vmin": -0.25, "vmax": 0.25}
+SHARES = {"cmap": "coolwarm", "clim": (-0.25, 0.25)}
 SHARES_BAR = {"extend": "both", "format": "{x:+.0%}", "pad": 0.01, "label": "against an even share"}
 ONE_FOR_ALL = "Attention, one for all ratings: where the network looks, not why a rating is high"
 
@@ -1896,22 +1944,17 @@ def inline_figure(figure, alt: str) -> str:
     return f'<div class="scroll"><img alt="{alt}" src="data:image/png;base64,{pixels}"></div>'
 
 
-def picture_title(what: str, members: list[tuple], work: dict) -> str:
+def picture_title(figure, what: str, members: list[tuple], work: dict) -> None:
     synthetic = ", SYNTHETIC training data" if members[0][1]["data"].get("synthetic") else ""
-    return f"{work['name']}: {what} ({len(members)} checkpoints){synthetic}"
+    figure.suptitle(f"{work['name']} ({len(members)} checkpoints{synthetic}): {what}")
 
 
 def check_output(path: Path, *suffixes: str) -> None:
-    """Refuses, before anything is computed, what cannot be written, is no file or of another kind."""
+    """Refuses, before anything is computed, what cannot be written or is of another kind."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-    if (
-        not writable
-        or (path.exists() and not path.is_file())
-        or (suffixes and path.suffix.lower() not in suffixes)
-    ):
-        kinds = " or ".join(suffixes)
-        raise DataError(f"{path}: cannot be written; expected a file {kinds} in a writable folder")
+    known = not suffixes or path.suffix.lower() in suffixes
+    if not (known and folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DataError(f"{path}: expected a file {' or '.join(suffixes)} in a folder that can be written")
 
 
 @torch.no_grad()
@@ -1957,39 +2000,35 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
     return share / crops
 
 
-def explain_ast(out: Path, members: list[tuple], work: dict) -> dict:
+def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     """The spectrogram, and below it the mean roll-out of ASTs; work: name, energies (frames, 128)."""
-    energies, shares = work["energies"], []
+    energies, stride, shares = work["energies"], getattr(members[0][0], "stride", None), []
     for model, kept in members:
-        if not isinstance(model, AST) or model.stride != members[0][0].stride:
+        if not isinstance(model, AST) or model.stride != stride:
             raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
-    row, column = (PATCH / 2 + members[0][0].stride * np.arange(count) for count in share.shape)
+    row, column = (PATCH / 2 + stride * np.arange(count) for count in share.shape)
     frame = HOP / SAMPLE_RATE
-    figure = new_figure(16, 9)
-    figure.suptitle(f"{picture_title('AST', members, work)}\n{ONE_FOR_ALL}")
+    picture_title(figure, f"AST\n{ONE_FOR_ALL}", members, work)
     loudness, attention = figure.subplots(2, sharex=True, sharey=True)
     extent = (0, frame * len(energies), -0.5, MELS - 0.5)
     dark = loudness.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
     loudness.set(title="What sounds", ylabel="mel band")
     figure.colorbar(dark, ax=loudness, label="log energy", pad=0.01)
     shades = attention.pcolormesh(frame * column, row - 0.5, share - 1, **SHARES)
-    attention.set(title="What of it reaches the output (attention roll-out)")
-    attention.set(xlabel="time (s)", ylabel="mel band")
+    attention.set(title="What of it reaches the output (attention roll-out)", ylabel="mel band")
+    attention.set_xlabel("time (s)")
     figure.colorbar(shades, ax=attention, **SHARES_BAR)
-    save_figure(figure, out)
     return {"share": share}
 
 
-def read_piece(path: str | Path, rendered: bool) -> np.ndarray:
-    """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it."""
-    waveform = render(read_midi(path)) if rendered else read_wav(path)
-    if fbank_frames(len(waveform)) < PATCH or not waveform.any():
-        seconds = len(waveform) / SAMPLE_RATE
-        raise DataError(f"{path}: {seconds:.3f} s; expected 0.18 s or more, not all of it digital silence")
-    return fbank(torch.from_numpy(waveform)).numpy()
+def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str]]:
+    """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it, as
+    networks see them; and remarks on the sound."""
+    waveform, remarks = (render(read_midi(path)), []) if rendered else read_sound(path)
+    return heard_energies(waveform, path).numpy(), remarks
 
 
 def attention(argv: list[str]) -> dict:
@@ -2005,20 +2044,17 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)}
+    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
-    rows, columns = drawn["share"].shape
-    print(f"{args.attention}: {columns} x {rows} patches")
+    print(f"saved {args.attention}")
     return drawn
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training curves
 # ------------------------------------------------------------------------------------------------------------
-SCORES = tuple(f"valid_{metric}" for metric in METRICS)
-CURVES = ("valid_per", *SCORES, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
-# Score shown, and the key by whose least value the trainer chose its best.pt.
-CHOSEN_BY = {"valid_per": "valid_per", "valid_r2": "valid_loss", "valid_accuracy": "valid_loss"}
+RATED = [f"valid_{metric}" for metric in METRICS]
+CURVES = ("valid_per", *RATED, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
 
 
 def read_run(run: str) -> tuple[dict, list[dict]]:
@@ -2050,16 +2086,6 @@ def history(records: list[dict], key: str) -> np.ndarray:
     return np.array(sorted(values.items()), float).reshape(-1, 2)
 
 
-def best_validation(records: list[dict]) -> tuple[str, float, int]:
-    """(key, value, step) of the evaluation that the trainer kept; ("", NaN, 0) without any."""
-    for key, least in CHOSEN_BY.items():
-        found = [r for r in records if r.get(key) is not None and r.get(least) is not None]
-        if found:
-            kept = min(found, key=lambda r: r[least])
-            return key, kept[key], kept["step"]
-    return "", math.nan, 0
-
-
 def is_synthetic(options: dict) -> bool:
     """Whether a run of these options learned from made-up data."""
     return options.get("synthetic", not options.get("data"))
@@ -2067,8 +2093,6 @@ def is_synthetic(options: dict) -> bool:
 
 def draw_curves(runs: dict[str, tuple]):
     """Figure of everything of CURVES that the runs (folder -> `read_run`) logged, by step, a colour a run."""
-    from matplotlib.ticker import LogFormatter
-
     figure = new_figure(16, 13)
     shown = [key for key in CURVES if any(len(history(records, key)) for _, records in runs.values())]
     for n, key in enumerate(shown):
@@ -2078,9 +2102,9 @@ def draw_curves(runs: dict[str, tuple]):
             axes.plot(*history(records, key).T, ".-", label=last_part(run) + kind)
         axes.set(title=key, xlabel="step")
         if key == "norm":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())  # the scale's own writes TeX
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.set_yscale("log", subs=[2, 5])
+            axes.yaxis.set_major_formatter("{x:g}")  # the scale's own writes TeX
+            axes.yaxis.set_minor_formatter("{x:g}")
         elif not np.any(axes.dataLim.intervaly):  # all 0
             axes.set_ylim(0, 1)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
@@ -2088,7 +2112,7 @@ def draw_curves(runs: dict[str, tuple]):
 
 
 def curves(argv: list[str]) -> dict:
-    """`python eval.py curves`: what runs logged, in one picture; returns their best scores."""
+    """`python eval.py curves`: what runs logged, in one picture; returns it by run."""
     parser = _parser("curves", "--run DIR ... --out FILE", "What runs logged, in one picture, by step.")
     add = parser.add_argument
     add("--run", nargs="+", required=True, help="run folders, runs/TASK/NAME (required)")
@@ -2097,21 +2121,17 @@ def curves(argv: list[str]) -> dict:
     check_output(args.out, *PICTURES)
     runs = {run: read_run(run) for run in args.run}
     save_figure(draw_curves(runs), args.out)
-    best = {}
-    for run, (_, records) in runs.items():
-        key, best[run], step = best_validation(records)
-        print(f"{run}: {key} {shown(best[run])} at step {step}")
-    return best
+    print(f"saved {args.out}")
+    return runs
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
-MOST_BINS = 60_000  # of a trial in an .npy file: 20 minutes
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
-FOLDER_FILES = (".mid", ".midi", ".wav", ".npy")
+FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
 
 
 def _poles(label: str) -> tuple[str, str]:
@@ -2138,6 +2158,7 @@ def _in_words(label: str) -> str:
 RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = [str(RESULTS / "han_network.pt"), str(RESULTS / "han_kernel.pt")]
+SHIPPED_FOR_SOUND = [str(RESULTS / "ast_kernel.pt")]
 
 
 def predict(argv: list[str]) -> list[dict]:
@@ -2154,14 +2175,14 @@ def predict(argv: list[str]) -> list[dict]:
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
     HAN              --score FILE and --midi PATH      long pieces in passages of 4 to 16 bars
-    AST, CNN, MLP    --audio PATH or --midi PATH       MIDI is played by the built-in piano
+    sound            --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
     python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", default=SHIPPED, help="best.pt of one task, averaged (HANs in results/)")
+    add("--ckpt", nargs="+", help="best.pt of one task, averaged (of --score and --audio: those in results/)")
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
     add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
@@ -2183,6 +2204,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     args = _parse(parser, argv, word_options)
     for path in filter(None, (args.json, args.csv)):
         check_output(Path(path))
+    args.ckpt = args.ckpt or (SHIPPED_FOR_SOUND if args.audio else SHIPPED)
     loaded = _load_models(args.ckpt)
     task, about = loaded[0][2]["task"], loaded[0][2]["data"]
     _check_alike(loaded)
@@ -2208,6 +2230,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         tqdm.write(f"refused: {refused[-1]}")
 
     inputs = _expand(args.midi or args.audio or args.speech)
+    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or [])):
+        print(*(f"left out: {line}" for line in other_kinds(folder, FOLDER_FILES)), sep="\n")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             for record, work in predict_file(loaded, args, files, refuse):
@@ -2365,13 +2389,20 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, name = read_piece(files[0], rendered=not args.audio), printable(files[0].stem)
+    energies, remarks = read_piece(files[0], rendered=not args.audio)
+    name = printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
     each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
+    unlike = max(unlike_training(model, energies, ckpt["data"]) for _, model, ckpt in loaded)
+    if unlike > 0.02:
+        remarks.append(f"{unlike:.0%} of its statistics lie far outside the training's")
+    for remark in remarks:
+        tqdm.write(f"{name}: {remark}")
     seconds = len(energies) * HOP / SAMPLE_RATE
     repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
     record = {"name": name, "path": printable(files[0]), "seconds": seconds, "repairs": repairs}
+    record["sound"] = "; ".join(remarks)
     record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
@@ -2477,47 +2508,39 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     rule, layers = args.day or ("mean" if is_npy else None), corpus
     if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
         layers, rule = replace(corpus, days=[rule] * len(corpus.days)), None
-    settings = argparse.Namespace(**vars(args) | {"day": rule, "batch": None, "part": None})
+    settings = argparse.Namespace(**vars(args) | {"day": rule, "part": None})
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
-    log_probs, counts = mean_logits(loaded, layers, trials, settings), []
-    said = predicted_words(args, loaded, log_probs, corpus, files[0]) if wants_words(args) else None
-    for i, found in enumerate(transcripts(log_probs, corpus, trials)):
-        name, decoded = found["trial"], spell(found["hypothesis"])
+    log_probs = mean_logits(loaded, layers, trials, settings)
+    parts = {None: trials, "valid": trials, "train": []}
+    if wants_words(args) and not (args.lexicon and args.lm):
+        parts["train"] = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
+        if not len(parts["train"]):
+            raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
+    said = words_of_part(settings, loaded, corpus, parts, log_probs) if wants_words(args) else None
+    refs, hyps = greedy_strings(log_probs, corpus, trials)
+    counts = per_counts(refs, hyps)
+    for i, (name, ref, hyp) in enumerate(zip(corpus.ids, refs, hyps, strict=True)):
         record = {
             "id": name,
             "path": corpus.text[i] if is_npy else printable(files[0]),
-            "session": found["day"],
+            "session": corpus.days[corpus.day[i]],
             "seconds": float(corpus.lengths[i] * BIN),
-            "phonemes": decoded,
-            "reference": None,
-            "errors": None,
+            "phonemes": spell(hyp),
+            "reference": spell(ref) if ref else None,
+            "errors": dict(zip(EDITS, counts[i].tolist(), strict=False)) if ref else None,
         }
-        tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {decoded or '(nothing)'}")
+        tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {record['phonemes'] or '(nothing)'}")
         if said:
-            record["words"] = " ".join(said[i])
+            record["words"] = " ".join(said["sentences"][i])
             tqdm.write(f"  words      {record['words'] or '(none)'}")
-        labels = found["reference"] if corpus.labelled[i] else None
-        if labels:
-            counts.append([*edit_counts(labels, found["hypothesis"]), len(labels)])
-            record["reference"] = spell(labels)
-            record["errors"] = dict(zip(EDITS, counts[-1], strict=False))
+        if ref:
             tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
-        work = {"name": name, "log_probs": log_probs[i], "labels": labels}
+        work = {"name": name, "log_probs": log_probs[i], "labels": ref or None}
         yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
-    if counts:
-        rate = error_rate(np.array(counts))
-        tqdm.write(f"PER of {len(counts)} labelled trials {rate:.4f}: no result where they trained the model")
-
-
-def predicted_words(args, loaded: list, log_probs: list, corpus: SpeechCorpus, path: Path) -> list[list[str]]:
-    """`words` of all trials of a corpus, from the files of --lexicon and --lm or its own training part."""
-    trials, train = np.arange(len(corpus.ids)), []
-    if not (args.lexicon and args.lm):
-        train = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
-        if not len(train):
-            raise DataError(f"{path}: no training sentences; --words needs --lexicon FILE and --lm FILE")
-    return words(log_probs, corpus, trials, args, (log_probs, trials), train)["sentences"]
+    if corpus.labelled.any():
+        rate, count = error_rate(counts[corpus.labelled]), corpus.labelled.sum()
+        tqdm.write(f"PER of {count} labelled trials {rate:.4f}: no result where they trained the model")
 
 
 def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -> SpeechCorpus:
@@ -2525,13 +2548,14 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     trials = []
     for path in files:
         try:
-            trials.append({"path": path, "block": 0, "x": _read_trial(path, channels)})
-        except DataError as error:
-            refuse(error)
+            x = np.lib.format.open_memmap(ordinary(path), mode="r")
+            trials.append(speech_trial(channels, [x], text=printable(path)) | {"name": printable(path.stem)})
+        except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
+            refuse(f"{path}: {error!s:.150}; expected bins × {channels} numbers")
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [printable(trial["path"].stem) for trial in trials], len(trials)
+    names, count = [trial["name"] for trial in trials], len(trials)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2539,30 +2563,14 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[printable(trial["path"]) for trial in trials],
+        text=[trial["text"] for trial in trials],
         ids=names,
         days=names,
         channels=channels,
         root=files[0].parent,
         synthetic=False,
         left_out=[],
-        labelled=np.zeros(count, bool),
     )
-
-
-def _read_trial(path: Path, channels: int) -> np.ndarray:
-    """(bins, channels) finite numbers from an .npy file; nothing is unpickled. DataError for all else."""
-    try:
-        x = np.lib.format.open_memmap(ordinary(path), mode="r")
-        fits = x.dtype.kind in "fiu" and x.shape[1:] == (channels,) and 0 < len(x) <= MOST_BINS
-        problem = unusable_bins(x) if fits else f"type {x.dtype}, shape {x.shape}"
-        if problem:
-            raise ValueError(problem)
-    except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
-        raise DataError(
-            f"{path}: {error!r:.150}; expected 1-{MOST_BINS} bins × {channels} numbers"
-        ) from error
-    return np.array(x)
 
 
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
@@ -2612,9 +2620,11 @@ def explain(kind: str, out: str | Path, members: list[tuple], work: dict) -> dic
 
     kind: han, ast or decoder; members: [(model, its checkpoint), ...], averaged; work: what `predict` knows
     of the file. DataError, before anything is written, where nothing can be drawn."""
-    out = Path(out)
-    check_output(out, *PICTURES)
-    return {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](out, members, work)
+    check_output(Path(out), *PICTURES)
+    figure = new_figure(16, 12)
+    drawn = {"han": explain_han, "ast": explain_ast, "decoder": explain_decoder}[kind](figure, members, work)
+    save_figure(figure, Path(out))
+    return drawn
 
 
 @torch.no_grad()
@@ -2623,12 +2633,6 @@ def even_shares(attention: ContextAttention, x: Tensor, group: Tensor, groups: i
     hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
     weights = group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
     return (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
-
-
-def _group_mean(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Means by ascending group."""
-    index = np.unique(group, return_inverse=True)[1]
-    return np.bincount(index, values) / np.bincount(index)
 
 
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
@@ -2644,7 +2648,7 @@ def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
         piece = shares.pop("attention")
         if model.level in ("beat", "measure"):
             piece = piece[np.unique(item[model.level], return_inverse=True)[1]]
-        shares |= {"note": piece, **{key: _group_mean(piece, item[key]) for key in ("beat", "measure")}}
+        shares |= {"note": piece, **{key: group_means(piece, item[key]) for key in ("beat", "measure")}}
         for level, values in shares.items():
             levels.setdefault(IN_GROUP.get(level, level), []).append(values)
     return {level: np.mean(values, axis=0) for level, values in levels.items()}
@@ -2656,20 +2660,19 @@ def seconds_of(score, item: dict, onset: np.ndarray) -> Callable:
     chords = item["matched"][written] & ~score.grace
     if not chords.any():
         raise DataError(f"{item['name']}: no note of {score.path} in it; give a take of it")
-    second = _group_mean(onset[written][chords], score.onset[chords])
+    second = group_means(onset[written][chords], score.onset[chords])
     return functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
 
 
-def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
+def explain_han(figure, members: list[tuple], work: dict) -> dict:
     """What HANs weigh in a performance, its tempo, dynamics; work: name, score, item. Returns levels
     (`han_attention`), beats and measures (seconds of their first notes, and the end)."""
     if work.get("passages"):
-        return draw_passages(out, members, work)
+        return draw_passages(figure, members, work)
     members = [member for member in members if hasattr(member[0], "attention")]
     if not members:
         raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
-    score = work["score"]
-    item = work["item"] | {"name": work["name"]}
+    score, item = work["score"], work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
         item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
@@ -2677,57 +2680,48 @@ def explain_han(out: Path, members: list[tuple], work: dict) -> dict:
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
     seconds = seconds_of(score, item, x["raw_onset"])
     sounded = item["matched"] | (item["voice"] == 0)
+    of_beat, of_measure = (np.unique(group, return_index=True)[1] for group in (score.beat, score.measure))
     end = x["raw_offset"].max()
-    heads = np.unique(score.beat, return_index=True)[1]  # first note of each beat
-    beats = np.append(seconds(score.onset[heads]), end)
-    first = np.flatnonzero(item["voice"])[heads]
-    heads = np.unique(score.measure, return_index=True)[1]
-    measures = np.append(seconds(score.onset[heads]), end)
-    numbers = score.numbers[np.searchsorted(score.measures, score.onset[heads] + 1e-6).clip(1) - 1]
-    title = picture_title(f"HAN, {item['match_rate']:.0%} of the written notes found", members, work)
+    beats, measures = (np.append(seconds(score.onset[first]), end) for first in (of_beat, of_measure))
+    numbers = score.numbers[np.searchsorted(score.measures, score.onset[of_measure] + 1e-6).clip(1) - 1]
     pooled = any(model.model_args["stats_size"] for model, _ in members)
     also = "; ratings also rest on statistics of the piece (--pooled)" if pooled else ""
-    figure = new_figure(16, 12)
-    figure.suptitle(f"{title}\n{ONE_FOR_ALL}{also}")
-    roll, weights, tempo, dynamics = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+    found = f"{item['match_rate']:.0%} of the written notes found"
+    picture_title(figure, f"HAN, {found}\n{ONE_FOR_ALL}{also}", members, work)
+    panels = figure.subplots(4, sharex=True, height_ratios=[5, 4, 3, 3])
+    roll, weights, tempo, dynamics = panels
     _draw_roll(roll, x, sounded, levels)
     _draw_levels(weights, levels, beats, measures)
-    tempo.stairs(10 ** x["beat_tempo"][first], beats, baseline=None)
+    rows = np.flatnonzero(item["voice"])[of_beat]
+    tempo.stairs(10 ** x["beat_tempo"][rows], beats, baseline=None)
     tempo.set_title("Tempo of each beat (quarters per minute)")
     dynamics.plot(x["raw_onset"][sounded], x["raw_velocity"][sounded], ".", color="0.6")
-    dynamics.stairs(x["beat_dynamics"][first], beats, baseline=None)
+    dynamics.stairs(x["beat_dynamics"][rows], beats, baseline=None)
     dynamics.set_title("Dynamics (MIDI velocity; of a beat: mean of average and loudest)")
     dynamics.set_xlabel("time in the performance (s); lines: measures")
     every = math.ceil(len(numbers) / 20)
     roll.secondary_xaxis("top").set_xticks(measures[:-1:every], numbers[::every])
-    for axes in (roll, weights, tempo, dynamics):
+    for axes in panels:
         axes.set_xticks(measures[:-1:every], minor=True)
         axes.grid(axis="x", which="minor")
-    save_figure(figure, out)
     return {"levels": levels, "beats": beats, "measures": measures}
 
 
-def draw_passages(out: Path, members: list[tuple], work: dict) -> dict:
+def draw_passages(figure, members: list[tuple], work: dict) -> dict:
     """The ratings of a long piece, passage by passage over time, and their means; returns them by label."""
     rows = work["passages"]
-    figure = new_figure(16, 14)
-    figure.suptitle(picture_title("ratings over time (above: bars; line: mean)", members, work))
+    picture_title(figure, "ratings over time, by bars (line: mean)", members, work)
     middles = [(row["start"] + row["end"]) / 2 for row in rows]
     curves = {label: [row["ratings"][label] for row in rows] for label in LABELS}
-    grid = figure.subplots(5, 4, sharex=True, sharey=True).flat
-    for axes, (label, values) in zip(grid, curves.items(), strict=False):
-        axes.plot(middles, values, ".-", color=BLUE)
+    *grid, empty = figure.subplots(5, 4, sharex=True, sharey=True).flat
+    empty.axis("off")
+    for axes, (label, values) in zip(grid, curves.items(), strict=True):
+        axes.plot(middles, values, ".-")
         axes.axhline(np.mean(values), color="0.6")
         axes.set_title("0: {}, 1: {}".format(*LABEL_POLES[label]), fontsize=9)
-        axes.set_ylim(0, 1)
-    grid[-1].axis("off")
-    for axes in grid[-4:-1]:
-        axes.set_xlabel("time in the performance (s)")
-    bars = [row["bars"] for row in rows]
+        axes.tick_params("x", rotation=90, labelsize=8)
     every = math.ceil(len(rows) / 12)
-    for axes in grid[:4]:
-        axes.secondary_xaxis("top").set_xticks(middles[::every], bars[::every], rotation=90, fontsize=7)
-    save_figure(figure, out)
+    axes.set(ylim=(0, 1), xticks=middles[::every], xticklabels=[row["bars"] for row in rows[::every]])
     return {"curves": curves}
 
 
@@ -2736,11 +2730,9 @@ def _draw_roll(axes, x: dict[str, np.ndarray], sounded: np.ndarray, levels: dict
     within = "note in beat" if "note in beat" in levels else "note"
     notes = np.stack([x["raw_pitch"], x["raw_onset"], x["raw_offset"]])[:, sounded]
     axes.set_facecolor("0.25")
-    bars = axes.hlines(*notes, array=levels[within][sounded] - 1, linewidth=5)
-    bars.set(cmap=SHARES["cmap"], clim=(SHARES["vmin"], SHARES["vmax"]))
+    bars = axes.hlines(*notes, array=levels[within][sounded] - 1, linewidth=5, **SHARES)
     axes.set_yticks(range(24, 120, 12), [f"C{octave}" for octave in range(1, 9)])
-    axes.set_ylim(notes[0].min() - 2, notes[0].max() + 2)
-    axes.set_title(f"Attention to each {within}")
+    axes.set(title=f"Attention to each {within}", ylim=(notes[0].min() - 2, notes[0].max() + 2))
     axes.figure.colorbar(bars, ax=axes, **SHARES_BAR)
 
 
@@ -2749,13 +2741,13 @@ def _draw_levels(axes, levels: dict, beats: np.ndarray, measures: np.ndarray) ->
     for level, label in (("beat", "beat in the piece"), ("beat in measure", "beat in its measure")):
         if level in levels:
             axes.stairs(levels[level] - 1, beats, baseline=None, linewidth=2, label=label)
-    reach = max(SHARES["vmax"], *np.abs(axes.get_ylim()))
+    reach = max(*SHARES["clim"], *np.abs(axes.get_ylim()))
     axes.set(title="Attention to measures and beats, against an even share", ylim=(-reach, reach))
     axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.legend(ncols=3)
 
 
-def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
+def explain_decoder(figure, members: list[tuple], work: dict) -> dict:
     """Probability of each phoneme over time; above it what is decoded, wrong ones in colour, below the truth.
 
     work: name, log_probs (F, 41), labels or None, "seconds per frame" (at a window's middle)."""
@@ -2763,16 +2755,15 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
     if not len(log_probs):
         raise DataError(f"{work['name']}: no frames; expected a longer trial")
     best = log_probs.argmax(1)
-    model = members[0][0]
     frames = np.flatnonzero((best > 0) & (best != np.append(0, best[:-1])))
     decoded = best[frames].tolist()
     wrong = np.zeros(len(decoded), bool)
     for tag, _, _, first, last in Levenshtein.opcodes(decoded if labels is None else labels, decoded):
         wrong[first:last] = tag != "equal"
+    model = members[0][0]
     start = step * (model.kernel / model.stride - 1) / 2
     times = start + step * (frames + 0.5)
-    figure = new_figure(16, 9)
-    figure.suptitle(picture_title("probability of each phoneme", members, work))
+    picture_title(figure, "probability of each phoneme", members, work)
     axes = figure.subplots()
     extent = (start, start + step * len(log_probs), len(PHONEMES) - 0.5, -0.5)
     image = axes.imshow(np.exp(log_probs.T), vmin=0, vmax=1, aspect="auto", extent=extent)
@@ -2782,7 +2773,6 @@ def explain_decoder(out: Path, members: list[tuple], work: dict) -> dict:
         axes.text(second, -1, PHONEMES[phoneme], rotation=90, ha="center", color=ORANGE if off else "black")
     truth = "" if labels is None else f"\ntrue: {spell(labels)}"
     axes.set_xlabel(f"time (s), middle of each frame's window{truth}", wrap=True)
-    save_figure(figure, out)
     return {"decoded": decoded, "times": times, "wrong": wrong}
 
 
@@ -2827,40 +2817,36 @@ Without --run: the results that come with this repository, which needs neither a
     add("--no-data", action="store_true", help="score nothing: curves and configuration only (off)")
     args = _parse(parser, argv, word_options, data_options)
     check_output(args.out, ".html")
-    title, lines, parts, made = about_runs(args) if args.run else about_results(RESULTS)
+    title, lines, parts, figures = about_runs(args) if args.run else about_results(RESULTS)
     page = _page(title, lines, parts, args.command)
     write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
     print(*lines, f"saved {args.out}", sep="\n")
-    return made
+    return {"verdict": lines[0], "figures": figures}
 
 
 def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
-    """Of --run: title, sentences and parts of the page, what `report` returns."""
+    """Of --run: title, sentences and parts of the page, figures."""
     runs = {run: read_run(run) for run in args.run}
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
     args.audio = own.get("audio")
     args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
-    verdict, figures, scored = "nothing was scored: see the best validation", None, {}
+    verdict, figures, scored = "nothing was scored: see the curves of validation", None, {}
     synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
         loaded = _load_models([f"{run}/best.pt" for run in args.run])
         score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
-        synthetic = corpus.synthetic or loaded[0][2]["data"].get("synthetic")
+        synthetic = synthetic or corpus.synthetic
     names = [last_part(run) for run in runs]
-    best = [[last_part(run), *best_validation(records)] for run, (_, records) in runs.items()]
-    rows = []
-    for key in own:
-        rows.append([key, *(last_part(options.get(key)) for options, _ in runs.values())])
+    rows = [[key, *(last_part(options.get(key)) for options, _ in runs.values())] for key in own]
     parts = {
         "Training curves": inline_figure(draw_curves(runs), "Training curves"),
         **scored,
-        "Best validation in training": _table(["run", "figure", "value", "step"], best),
         "Configuration": _table(["option", *names], rows),
     }
     lines = [verdict, FAKE] if synthetic else [verdict]
-    return ", ".join(names), lines, parts, {"verdict": verdict, "figures": figures}
+    return ", ".join(names), lines, parts, figures
 
 
 KINDS = {"han": "PercePiano from score and MIDI", "ast": "PercePiano from sound", "decoder": "Speech"}
@@ -2886,34 +2872,33 @@ def about_results(folder: Path) -> tuple[str, list[str], dict, dict]:
     for heading, rows in tables.items():
         parts[heading] = decoder_rows(rows) if "part" in rows[0] else rating_rows(rows, *known)
         figures |= {row["stem"]: row["metrics"] for row in rows}
-    return "Results", [VALIDATED], parts, {"verdict": VALIDATED, "figures": figures}
+    return "Results", [VALIDATED], parts, figures
 
 
 def _read_tsv(path: Path) -> dict[str, list[str]]:
     """{first cell of a line: the others}; nothing where there is no such file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
+    return {key: cells for key, *cells in csv.reader(lines, delimiter="\t")}
 
 
 def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
     """A table of rows that rate, best validation first, and of each its 19 ratings."""
     table, details = [], ""
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -row["metrics"]["valid"]["all"]["mean"]["r2"]):
         mean = row["metrics"]["valid"]["all"]["mean"]
         each = mean["per_dimension"]
-        withheld = [*test.get(row["stem"], []), "", ""][:2]
-        figures = [mean[key] for key in each]
-        table.append([row["row"], *figures, mean["r2_interval"], mean["folds"], *withheld])
+        withheld = test.get(row["stem"], ["", ""])[:2]
+        table.append(
+            [row["row"], *(mean[key] for key in each), mean["r2_interval"], mean["folds"], *withheld]
+        )
         tests = row.get("significance", {}).get("valid", {}).get("all") or {}
         columns = each | {f"95 % of {key[:-9]}": tests[key] for key in tests if key.endswith("_interval")}
         columns["raters' limit of r2"] = [ceiling.get(label, [""])[0] for label in LABELS]
         shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
         details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
-    table.sort(key=lambda cells: -cells[1])
-    blank = ["" for _ in table[0]]
     published = PUBLISHED.get((row["task"], row["split"]), "")
-    table.append(["published", *blank[3:], published, ""])
-    table.append(["raters' limit", *ceiling.get("mean", [""])[:1], *blank[2:]])
+    table.append(["published", *["" for _ in table[0][3:]], published, ""])
+    table.append(["raters' limit", *ceiling.get("mean", [])[:1]])
     return _table(["row", *each, "95 % of r2", "folds", "test r2", "within"], table) + details
 
 
@@ -2921,9 +2906,9 @@ def decoder_rows(rows: list[dict]) -> str:
     """A table of the error rates of rows, best first."""
     table = []
     for row in rows:
-        figures, words = row["metrics"], row["metrics"].get("words", {})
-        cells = [figures["per"], figures["interval"], words.get("wer", ""), words.get("wer_interval", "")]
-        table.append([row["row"], *cells, figures["trials"]])
+        figures = row["metrics"] | row["metrics"].get("words", {})
+        keys = ("per", "interval", "wer", "wer_interval", "trials")
+        table.append([row["row"], *(figures.get(key, "") for key in keys)])
     table.sort(key=lambda cells: cells[1])
     return _table(["row", "PER", "95 %", "WER", "95 %", "trials"], table)
 
@@ -2945,72 +2930,62 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
         if figures:
             for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
                 totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
-    columns = [mean["per_dimension"][metric] for metric in METRICS]
+    each = mean["per_dimension"]
     names, y, p, fold_of = _stacked(records, truth, args.part, "all")
-    error = (p - y) ** 2
-    worst = []
-    for i in np.argsort(-error.mean(1))[:10]:
-        d = error[i].argmax()
-        worst.append([names[i], str(fold_of[i]), error[i].mean(), RATINGS[LABELS[d]], p[i, d], y[i, d]])
+    error = ((p - y) ** 2).mean(1)
+    ranked = [[names[i], str(fold_of[i]), error[i]] for i in error.argsort()[::-1]]
     parts = {
         "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
-        "By rating": _table(["rating", *METRICS], zip(RATINGS.values(), *columns, strict=True)),
+        "By rating": _table(["rating", *each], zip(RATINGS.values(), *each.values(), strict=True)),
         "Prediction over rating, calibration": inline_figure(draw_ratings(y, p), "Prediction over rating"),
-        "Worst items": _table(["item", "fold", "mse", "errs most in", "predicted", "rated"], worst),
+        "Worst and best items": _table(["item", "fold", "mse"], [*ranked[:10], *ranked[10:][-5:]]),
     }
     return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
 
 
 def draw_ratings(y: np.ndarray, p: np.ndarray):
-    """Figure: prediction over rating; in the last panel the means of twelfths of all predictions."""
+    """Figure: prediction over rating, of all 19, and the means of twelfths of the predictions."""
+    figure = new_figure(9, 9)
+    axes = figure.subplots()
+    axes.plot(y.ravel(), p.ravel(), ".", alpha=0.1)
+    axes.axline((0, 0), slope=1, color="0.5")
     order = p.argsort(axis=None)
-    means = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
-    figure = new_figure(16, 14)
-    panels = figure.subplots(4, 5, sharex=True, sharey=True).ravel()
-    for d, name in enumerate(RATINGS.values()):
-        panels[d].plot(y[:, d], p[:, d], ".", alpha=0.5)
-        panels[d].set_title(name.replace(": ", "\n").replace(" … ", " …\n"), fontsize=10)
-    panels[-1].plot(*means, "o-")
-    panels[-1].set_title("All: means of twelfths\nof the predictions", fontsize=10)
-    figure.supxlabel("rating")
-    figure.supylabel("prediction")
-    for axes in panels:
-        axes.axline((0, 0), slope=1, color="0.5", linewidth=1)
+    twelfths = [[part.mean() for part in np.array_split(x.ravel()[order], 12)] for x in (y, p)]
+    axes.plot(*twelfths, "o-", label="means of twelfths of the predictions")
+    axes.set(xlabel="rating (all 19)", ylabel="prediction", aspect="equal")
+    axes.legend()
     return figure
 
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
     """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
-    corpus, valid = _speech_corpus(args, loaded), loaded[0][2]["data"]["valid"]
-    split = speech_parts(corpus, valid)
+    corpus, split = _speech_parts(args, loaded)
     trials = split[args.part][corpus.labelled[split[args.part]]]
     if not len(trials):
         raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
     log_probs = mean_logits(loaded, corpus, trials, args)
-    records = transcripts(log_probs, corpus, trials)
-    refs, hyps = ([record[side] for record in records] for side in ("reference", "hypothesis"))
+    figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
-    figures = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
     figures["interval"] = trial_bootstrap(counts)
     keys = ("per", "trials", "labels", *EDITS)
     days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
-    samples = []
-    for i in order[[0, len(order) // 2, -1]]:
-        samples.append([records[i]["trial"], spell(refs[i]), spell(hyps[i])])
+    samples = [
+        [corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])] for i in order[[0, len(order) // 2, -1]]
+    ]
+    chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
     parts = {
-        "Error rate by day": _table(["day", *keys], days) + CHOSEN["valid" if valid == "test" else args.part],
+        "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     if wants_words(args):
         found = words_of_part(args, loaded, corpus, split | {args.part: trials}, log_probs)
-        said = found.pop("sentences")
-        rows = [
-            [records[i]["trial"], " ".join(spoken_words(corpus.text[trials[i]])), " ".join(said[i])]
-            for i in order
-        ]
+        said, rows = found.pop("sentences"), []
+        for i in order:
+            text = " ".join(spoken_words(corpus.text[trials[i]]))
+            rows.append([corpus.ids[trials[i]], text, " ".join(said[i])])
         parts["Words, fewest phoneme errors first"] = _table(["trial", "said", "decoded"], rows)
         figures["words"] = found
         rate += f", word error rate {found['wer']:.4f} {brackets(found['wer_interval'])}"
@@ -3087,6 +3062,7 @@ def part_options(parser: argparse.ArgumentParser) -> None:
     add("--part", type=named, choices=parts, default="valid", help="scored (%(default)s)")
     add = parser.more.add_argument
     add("--audio", metavar="DIR", help=AUDIO_HELP)
+    add("--rate", metavar="HOW", help=RATE_HELP)
     add("--day", choices=["nearest", "mean"], help="decoder: day layer of unknown sessions (off: refused)")
 
 
@@ -3121,7 +3097,7 @@ def main(argv: list[str] | None = None) -> dict:
     if command in ("-h", "--help"):
         print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}. `python eval.py COMMAND --help` explains each.")
         return {}
-    if any(option.split("=")[0] == "--attention" for option in argv):
+    if command.startswith("--attention"):
         return attention(argv)
     if command.startswith("-"):
         return evaluate(argv)

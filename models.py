@@ -25,6 +25,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     ordinary,
     shown,
     speech_rules,
+    to_normal,
     write_atomic,
 )
 
@@ -51,6 +52,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -369,9 +371,8 @@ def _percepiano_name(name: str, parts: dict[str, str]) -> str:
 # Phoneme decoder
 # ------------------------------------------------------------------------------------------------------------
 def output_frames(lengths, kernel: int, stride: int):
-    """CTC frames of trials of `lengths` bins (int, tensor, array): (T - kernel) // stride + 1, at least 0."""
-    frames = (lengths - kernel) // stride + 1
-    return frames.clip(0) if hasattr(frames, "clip") else max(frames, 0)
+    """CTC frames of trials of `lengths` bins (tensor or array): (T - kernel) // stride + 1, at least 0."""
+    return ((lengths - kernel) // stride + 1).clip(0)
 
 
 class GRUDecoder(nn.Module):
@@ -425,7 +426,12 @@ class GRUDecoder(nn.Module):
             raise DataError(f"{found}; expected sizes of at least 1, aux_layer < layers")
         self.kernel, self.stride = kernel, stride
         width = hidden * 2 if bidirectional else hidden
-        options = {"batch_first": True, "bidirectional": bidirectional}
+
+        def gru(inputs, count):
+            within = dropout if count > 1 else 0.0  # nn.GRU warns of dropout in a single layer
+            options = {"dropout": within, "batch_first": True, "bidirectional": bidirectional}
+            return nn.GRU(inputs, hidden, count, **options)
+
         self.register_buffer("smoothing", gaussian_taps(smooth_width, smooth_taps))
         self.dayWeights = nn.Parameter(torch.empty(days, channels, channels))
         for weight in self.dayWeights.data:
@@ -435,11 +441,9 @@ class GRUDecoder(nn.Module):
         self.input_dropout = nn.Dropout(input_dropout)
         self.between = nn.Dropout(dropout)
         lower = aux_layer or layers
-        within = dropout if lower > 1 else 0.0  # nn.GRU warns of dropout in a single layer
-        self.gru_decoder = nn.GRU(channels * kernel, hidden, lower, dropout=within, **options)
+        self.gru_decoder = gru(channels * kernel, lower)
         if aux_layer:
-            within = dropout if layers - lower > 1 else 0.0
-            self.gru_upper = nn.GRU(width, hidden, layers - lower, dropout=within, **options)
+            self.gru_upper = gru(width, layers - lower)
             self.fc_aux = nn.Linear(width, classes)
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.fc_decoder_out = nn.Linear(width, classes)
@@ -476,8 +480,6 @@ class GRUDecoder(nn.Module):
     def smooth(self, x: Tensor, lengths: Tensor) -> Tensor:
         """x (B, T, C) smoothed in time, with zeros beyond each trial's own ends; always float32."""
         B, T, C = x.shape
-        if lengths.max() > T:
-            raise DataError(f"GRUDecoder: {int(lengths.max())} bins in a batch of {T}; expected at most that")
         beyond = torch.arange(T, device=x.device) >= lengths.to(x.device, non_blocking=True).unsqueeze(1)
         x = x.masked_fill(beyond.unsqueeze(2), 0.0).transpose(1, 2)
         taps = len(self.smoothing)
@@ -487,9 +489,6 @@ class GRUDecoder(nn.Module):
 
     def day_layer(self, x: Tensor, day: Tensor) -> Tensor:
         """x W_day + b_day, (B, T, C); day -1 finds the mean, which stands last."""
-        days = len(self.dayBias)
-        if day.device.type == "cpu" and not ((day >= -1) & (day < days)).all():
-            raise DataError(f"GRUDecoder: day {day.tolist()}; expected up to {days - 1}, or -1: the mean")
         day = day.to(x.device, non_blocking=True)
         weight = torch.cat([self.dayWeights, self.dayWeights.mean(0, keepdim=True)])
         bias = torch.cat([self.dayBias, self.dayBias.mean(0, keepdim=True)])
@@ -550,14 +549,12 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     (`neural_seq_decoder`) or '25 (`nejm-brain-to-text`, whose names are `day_weights.N`, `gru.*`, `out.*`).
 
     Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
-    (`inpLayer*`) are left out; any other unknown or missing name, and a smoothing kernel that differs between
-    channels, raise DataError.
+    (`inpLayer*`) are left out; any other unknown or missing name raises DataError.
     """
     weights = {}
     for name, value in state_dict.items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        if not name.startswith("inpLayer"):
-            weights[name] = torch.as_tensor(value).float()
+        if "inpLayer" not in name:
+            weights[_bare(name)] = torch.as_tensor(value).float()
     of_25 = "day_weights.0" in weights
     try:
         if of_25:
@@ -568,8 +565,6 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
         classes = len(weights["fc_decoder_out.weight"])
     except KeyError as error:
         raise DataError(f"decoder weights: missing {error}; expected those of a public baseline") from error
-    if not torch.equal(smoothing, smoothing[:1].expand_as(smoothing)):
-        raise DataError("decoder weights: gaussianSmoother.weight differs by channel; expected one kernel")
     kernel = width // channels
     model = GRUDecoder(
         channels,
@@ -589,17 +584,22 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     return _with_weights(model, weights | {"smoothing": smoothing[0]})
 
 
+def _bare(name):
+    """A parameter's name without what DataParallel and torch.compile put before it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
+
+
 def _by_names_of_24(weights):
     """The '25 baseline's weights by the names of '24: days stacked, windows from bin-major to channel-major,
     the trainer's smoothing (SD 2, 9 taps) among them."""
     days = sum(name.startswith("day_weights.") for name in weights)
-    renamed = {}
+    renamed = {
+        "dayWeights": torch.stack([weights.pop(f"day_weights.{i}") for i in range(days)]),
+        "dayBias": torch.stack([weights.pop(f"day_biases.{i}") for i in range(days)]),
+    }
     for name, value in weights.items():
-        if not name.startswith("day_"):
-            name = re.sub(r"^gru\.", "gru_decoder.", name)
-            renamed[re.sub(r"^out\.", "fc_decoder_out.", name)] = value
-    renamed["dayWeights"] = torch.stack([weights[f"day_weights.{i}"] for i in range(days)])
-    renamed["dayBias"] = torch.stack([weights[f"day_biases.{i}"] for i in range(days)])
+        name = name.replace("gru.", "gru_decoder.")
+        renamed[name.replace("out.", "fc_decoder_out.")] = value
     channels = renamed["dayWeights"].shape[1]
     by_bins = renamed["gru_decoder.weight_ih_l0"]
     by_channels = by_bins.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1)
@@ -647,7 +647,7 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     if not isinstance(content, dict) or "format" in content:
         return None
     weights = content.get("model_state_dict", content)
-    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)) for name in weights}
+    names = set(map(_bare, weights))
     if not names & {"day_weights.0", "dayWeights"}:
         return None
     try:
@@ -655,24 +655,28 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     days, beside = model.model_args["days"], Path(path).with_name("args.yaml")
-    sessions = SESSIONS_24
-    if "day_weights.0" in names and beside.is_file():
-        listed = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
-        sessions = list(dict.fromkeys(listed))
-    elif "day_weights.0" in names:
-        sessions = []
+    sessions = [] if "day_weights.0" in names else SESSIONS_24
+    if not sessions and beside.is_file():
+        sessions = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
+        sessions = list(dict.fromkeys(sessions))
     return model, sessions if len(sessions) == days else [f"day{i:02d}" for i in range(days)]
 
 
 def load_decoder(path: str | Path) -> tuple[GRUDecoder, list[str]]:
     """A decoder and its sessions from a checkpoint of ours, or from a file of either public baseline."""
     found = read_baseline(path)
-    if found is None:
-        model, ckpt = load_checkpoint(path)
-        if ckpt["task"] != "decoder":
-            raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
-        found = model, ckpt["data"]["days"]
-    return found
+    if found:
+        return found
+    model, ckpt = load_checkpoint(path)
+    if ckpt["task"] != "decoder":
+        raise DataError(f"{path}: of task {ckpt['task']}; expected a decoder")
+    return model, ckpt["data"]["days"]
+
+
+def decoder_info(days: list[str], channels: int, valid: str, synthetic: bool) -> dict:
+    """What a decoder's checkpoint says of its data."""
+    about = {"days": days, "channels": channels, "phonemes": list(PHONEMES), "rules": speech_rules()}
+    return about | {"valid": valid, "synthetic": synthetic}
 
 
 def save_baseline(path: str | Path, out: str | Path) -> None:
@@ -681,12 +685,9 @@ def save_baseline(path: str | Path, out: str | Path) -> None:
     if found is None:
         raise DataError(f"{path}: no weights of a public baseline; expected modelWeights or best_checkpoint")
     model, sessions = found
-    about = {"days": sessions, "channels": model.model_args["channels"], "phonemes": list(PHONEMES)}
-    about |= {"rules": speech_rules(), "valid": "blocks", "synthetic": False}
+    about = decoder_info(sessions, model.model_args["channels"], "blocks", False)
     kept = {"task": "decoder", "model_args": model.model_args, "model": model.state_dict()}
-    absent = dict.fromkeys(("optimizer", "scheduler", "scaler", "ema", "epoch", "best", "rng", "git_sha"))
-    kept |= absent | {"step": 0, "skipped": {}, "args": {"seed": None}, "data": about}
-    save_checkpoint(out, kept)
+    save_checkpoint(out, kept | {"step": 0, "args": {"seed": None}, "data": about})
     print(f"{out}: {path}, {len(sessions)} day layers: {', '.join(sessions)}")
 
 
@@ -809,6 +810,7 @@ class AST(nn.Module):
         checkpointing: bool = False,  # keep no activations inside blocks, compute them again for the gradient
         num_outputs: int | None = None,  # ratings; None: pre-training
         pooling: str = "mean",  # or meanstd (and deviation over the patches), cls (mean of both tokens)
+        depths: int = 1,  # tokens after so many evenly spaced blocks, the last included, are pooled
         statistics: bool = False,  # the heads see the clip's ClipStatistics too
         groups: list[list[int]] | None = None,  # outputs of each head (GroupedHead); None: one linear layer
         cross: bool = False,  # heads of groups see each other
@@ -828,6 +830,8 @@ class AST(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder = self.log_variance = self.statistics = None
+        shares = 4 if num_outputs is None else depths
+        self.levels = sorted({max(1, round(depth * k / shares)) for k in range(1, shares + 1)})
         if num_outputs is None:
             if visible_only:
                 width = width // 2
@@ -840,7 +844,7 @@ class AST(nn.Module):
             self.discriminate = _pixel_head(width)
             self.generate = _pixel_head(width)
         else:
-            size = 2 * width if pooling == "meanstd" else width
+            size = (2 if pooling == "meanstd" else 1) * width * len(self.levels)
             if statistics:
                 self.statistics = ClipStatistics(mel)
                 size += self.statistics.size
@@ -863,21 +867,40 @@ class AST(nn.Module):
     def forward(
         self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, compat: bool = False
     ) -> Tensor | dict:
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid.
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid. Or K crops of each item:
+        (B, K, frames, mel) and (B, K): their tokens are pooled together before the heads.
 
         With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or
         without num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
         """
         if mask is not None:
             return self.pretrain_losses(fbank, mask, compat, lengths)
-        tokens, valid = self.tokens(fbank, lengths)
-        tokens = self.encode(tokens + self.position(self.grid(fbank)), valid)
         if self.model_args["num_outputs"] is None:
-            return tokens
-        pooled = self.pool(tokens, valid)
+            return self.tokens_of(fbank, lengths)[0][-1]
+        return self.head(self.describe(fbank, lengths)).float()
+
+    def describe(self, fbank, lengths=None):
+        """What the heads see of items, (B, size), arguments as `forward`."""
+        crops = fbank.shape[1] if fbank.dim() == 4 else 1
+        fbank = fbank.flatten(0, -3)
+        lengths = None if lengths is None else lengths.flatten()
+        levels, valid = self.tokens_of(fbank, lengths)
+        pooled = [self.pool(tokens, valid, crops) for tokens in levels]
         if self.statistics is not None:
-            pooled = torch.cat([pooled, self.statistics(fbank, lengths)], dim=1)
-        return self.head(pooled).float()
+            pooled.append(self.statistics(fbank, lengths).unflatten(0, (-1, crops)).mean(1))
+        return torch.cat(pooled, dim=1)
+
+    def token_moments(self, fbank: Tensor) -> Tensor:
+        """fbank (B, K, frames, mel) -> mean and deviation of the tokens at each of `levels`: (B, levels * 2 *
+        width)."""
+        levels, _ = self.tokens_of(fbank.flatten(0, 1), None)
+        return torch.cat([self.pool(tokens, None, fbank.shape[1], "meanstd") for tokens in levels], dim=1)
+
+    def tokens_of(self, fbank, lengths):
+        """Tokens (B, extra + patches, width) after the blocks `levels`, the last after the norm, and which
+        patches are valid."""
+        tokens, valid = self.tokens(fbank, lengths)
+        return self.encode(tokens + self.position(self.grid(fbank)), valid, self.levels), valid
 
     def grid(self, fbank):
         """Time columns of a batch; refuses one that this model cannot take."""
@@ -895,13 +918,19 @@ class AST(nn.Module):
             return x, None
         return x, _inside(columns, self.count(lengths.to(x.device))).repeat(1, self.rows)
 
-    def encode(self, x, valid):
+    def encode(self, x, valid, levels=()):
         """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last
-        norm."""
+        norm; or the tokens after each of these blocks."""
         if self.extra is not None:
             x = torch.cat([self.extra.sum(0).expand(len(x), -1, -1), x], dim=1)
             valid = None if valid is None else nn.functional.pad(valid, (2, 0), value=True)
-        return self.norm(self.through(self.blocks, self.dropout(x), valid))
+        x = self.dropout(x)
+        found = []
+        for first, last in itertools.pairwise([0, *(levels or [len(self.blocks)])]):
+            x = self.through(self.blocks[first:last], x, valid)
+            found.append(x)
+        found[-1] = self.norm(x)
+        return found if levels else found[0]
 
     def through(self, blocks, x, valid):
         for block in blocks:
@@ -911,16 +940,18 @@ class AST(nn.Module):
                 x = block(x, valid)
         return x
 
-    def pool(self, tokens, valid):
-        """Tokens (B, extra + T, width) of the encoder, valid (B, T) -> (B, width), or twice the width,
-        float32."""
+    def pool(self, tokens, valid, crops=1, pooling=None):
+        """Tokens (B * crops, extra + T, width) of the encoder, valid (B * crops, T) -> (B, width), or twice
+        the width, float32."""
+        pooling = pooling or self.pooling
         tokens = tokens.float()
-        if self.pooling == "cls":
-            return tokens[:, :2].mean(1)
+        if pooling == "cls":
+            return tokens[:, :2].unflatten(0, (-1, crops)).mean((1, 2))
         tokens = tokens if self.extra is None else tokens[:, 2:]
         valid = tokens.new_ones(tokens.shape[:2]) if valid is None else valid
+        tokens, valid = (x.unflatten(0, (-1, crops)).flatten(1, 2) for x in (tokens, valid))
         mean, deviation = _mean_and_deviation(tokens, valid)
-        return mean if self.pooling == "mean" else torch.cat([mean, deviation], dim=1)
+        return mean if pooling == "mean" else torch.cat([mean, deviation], dim=1)
 
     def pretrain_losses(
         self, fbank: Tensor, mask: Tensor, compat: bool = False, lengths: Tensor | None = None
@@ -1192,14 +1223,19 @@ class CNN(nn.Module):
         return self.head(torch.cat(_mean_and_deviation(x, inside), dim=1)).float()
 
 
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SPANS = (3, 8, 20, 50, 125, 312)  # frames: half a period of a modulation of 16 to 0.16 Hz
+
+
 class ClipStatistics(nn.Module):
-    """Statistics of a whole clip: mean, standard deviation, least and largest value, and mean absolute change
-    from frame to frame of every mel band, and the logarithm of the length in seconds: 5 mel + 1 values,
-    standardised once `fit` has seen the training clips."""
+    """Statistics of a whole clip, whatever its order: of every mel band mean, standard deviation, largest
+    value, and mean absolute change from frame to frame; of 32 bands mean rise and fall, and quantiles over
+    time, as of the level and the spectral centroid; modulation of 16 bands; logarithm of the seconds. 843 of
+    128 mel bands, standardised once `fit` has seen the training clips."""
 
     def __init__(self, mel: int = 128):
         super().__init__()
-        self.size = 5 * mel + 1
+        self.size = 4 * mel + 2 * 32 + len(QUANTILES) * 34 + len(SPANS) * 16 + 1
         self.register_buffer("mean", torch.zeros(self.size))
         self.register_buffer("std", torch.ones(self.size))
 
@@ -1210,21 +1246,100 @@ class ClipStatistics(nn.Module):
         self.std.copy_(values.std(0).clip(min=1e-3))
 
     def values(self, fbank, lengths=None):
-        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, 5 mel + 1), not
+        """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, size), not
         standardised."""
         x = fbank.float()
         inside = _frames_inside(x, lengths)
-        outside = ~inside.unsqueeze(2)
         mean, deviation = _mean_and_deviation(x, inside)
-        least = x.masked_fill(outside, torch.inf).amin(1)
-        largest = x.masked_fill(outside, -torch.inf).amax(1)
+        largest = x.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1)
         change, _ = _mean_and_deviation(x.diff(dim=1).abs(), inside[:, 1:])
-        seconds = inside.sum(1, keepdim=True) / 100
-        return torch.cat([mean, deviation, least, largest, change, seconds.log()], dim=1)
+        coarse = x.unflatten(2, (32, -1)).mean(3)
+        rise, _ = _mean_and_deviation(coarse.diff(dim=1).clip(min=0), inside[:, 1:])
+        fall, _ = _mean_and_deviation(coarse.diff(dim=1).clip(max=0), inside[:, 1:])
+        # the factor turns normalised values into log-energies again, about
+        level = torch.logsumexp(8 * x, dim=2, keepdim=True) / 8
+        centroid = (8 * x).softmax(2) @ torch.linspace(0, 1, x.shape[2], device=x.device).unsqueeze(1)
+        spread = _time_quantiles(torch.cat([coarse, level, centroid], dim=2), inside).flatten(1)
+        modulation = _modulation(coarse.unflatten(2, (16, -1)).mean(3), inside).flatten(1)
+        seconds = (inside.sum(1, keepdim=True) / 100).log()
+        return torch.cat([mean, deviation, largest, change, rise, fall, spread, modulation, seconds], dim=1)
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `values`, standardised and cut at eight deviations."""
         return ((self.values(fbank, lengths) - self.mean) / self.std).clip(-8, 8)
+
+
+class ClipKernel(nn.Module):
+    """KernelRidge on ranks of a whole clip's ClipStatistics and, with `encoder` (arguments of an AST without
+    outputs), of the moments of its frozen tokens. Statistics that change with the piano and the recording
+    weigh less: see `fit`."""
+
+    def __init__(self, items: int, mel: int = 128, num_outputs: int = 19, encoder: dict | None = None):
+        super().__init__()
+        self.model_args = _arguments(locals())
+        self.statistics = ClipStatistics(mel)
+        self.encoder = AST(**encoder) if encoder else None
+        size = self.statistics.size
+        if encoder:
+            size += 2 * encoder["width"] * len(self.encoder.levels)
+        self.register_buffer("quantiles", torch.zeros(101, size))
+        self.register_buffer("weight", torch.ones(size))
+        self.ridge = KernelRidge(items, size, num_outputs)
+
+    @torch.no_grad()
+    def describe(self, fbank: Tensor) -> Tensor:
+        """fbank (1, frames, mel) of a whole clip, normalised -> (1, S), before the ranks; of float16's
+        precision, in which a saved model keeps its quantiles."""
+        seen = self.statistics.values(fbank)
+        if self.encoder is not None:
+            moments = self.encoder.token_moments(whole_crops(fbank, self.encoder))
+            seen = torch.cat([seen, moments], dim=1)
+        return seen.half().float()
+
+    def ranks(self, described: Tensor) -> Tensor:
+        z = to_normal(described.double().cpu().numpy(), self.quantiles.double().cpu().numpy())
+        return torch.from_numpy(z).to(described.device) * self.weight
+
+    def fit(self, described: Tensor, ratings: Tensor, item: Tensor) -> "ClipKernel":
+        """described (n, S), of `describe`; ratings (n, num_outputs) in [0, 1]; item (n,) numbers from 0, the
+        same for versions of a performance: ranks weigh by the share of their variance between performances,
+        to the power 1.5."""
+        quantiles = np.quantile(described.cpu().numpy(), np.linspace(0, 1, 101), axis=0)
+        self.quantiles.copy_(torch.from_numpy(quantiles))
+        ranks, items = self.ranks(described), int(item.max()) + 1
+        if len(ranks) > items:
+            mean = ranks.new_zeros(items, ranks.shape[1]).index_add(0, item, ranks)
+            mean /= item.bincount().unsqueeze(1)
+            within = (ranks - mean[item]).square().sum(0) / (len(ranks) - items)
+            share = (1 - within / ranks.var(0).clip(min=1e-6)).clip(0, 1)
+            self.weight.copy_(share**1.5)
+            self.weight /= self.weight.square().mean().sqrt()
+        self.ridge = KernelRidge.fit(self.ranks(described), ratings)
+        return self
+
+    def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """fbank (B, frames, mel) normalised, lengths (B,) -> ratings (B, num_outputs) in [0, 1]."""
+        counts = [fbank.shape[1]] * len(fbank) if lengths is None else lengths.tolist()
+        rows = [self.describe(x[None, :count]) for x, count in zip(fbank, counts, strict=True)]
+        return self.rate(torch.cat(rows))
+
+    def rate(self, described: Tensor) -> Tensor:
+        """(B, S), of `describe` -> ratings (B, num_outputs) in [0, 1]."""
+        return self.ridge({"stats": self.ranks(described)}).sigmoid().float()
+
+
+def crop_starts(frames: int, length: int) -> list[int]:
+    """First frames of the fewest crops of `length` that cover `frames`, evenly spaced from end to end."""
+    last = max(0, frames - length)
+    count = max(1, math.ceil(frames / length))
+    return torch.linspace(0, last, count).round().long().tolist()
+
+
+def whole_crops(fbank: Tensor, model: AST) -> Tensor:
+    """A clip (1, frames, mel) as the crops (1, K, T, mel) of the model's length that cover it."""
+    longest = model.model_args["frames"]
+    starts = crop_starts(fbank.shape[1], longest)
+    return torch.stack([fbank[:, start : start + longest] for start in starts], dim=1)
 
 
 class PooledMLP(nn.Module):
@@ -1268,6 +1383,27 @@ def _mean_and_deviation(x, inside):
     return mean, (((x - mean.unsqueeze(1)).square() * weight).sum(1) + 1e-6).sqrt()
 
 
+def _time_quantiles(x, inside):
+    """QUANTILES over the frames inside, nearest ranks, of x (B, T, C): (B, Q, C)."""
+    ordered = x.masked_fill(~inside.unsqueeze(2), torch.inf).sort(dim=1).values
+    last = inside.sum(1, keepdim=True) - 1
+    rank = (last * torch.tensor(QUANTILES, device=x.device)).round().long()
+    return gather_patches(ordered, rank)
+
+
+def _modulation(x, inside):
+    """Log mean square of the change from SPANS frames to the next as many, of x (B, T, C): (B, SPANS, C)."""
+    total = nn.functional.pad(x.double().cumsum(1), (0, 0, 1, 0))
+    found = []
+    for span in SPANS:
+        power = x.new_zeros(len(x), x.shape[2])
+        if x.shape[1] >= 2 * span:
+            change = (total[:, 2 * span :] - 2 * total[:, span:-span] + total[:, : -2 * span]) / span
+            power, _ = _mean_and_deviation(change.square().float(), inside[:, 2 * span - 1 :])
+        found.append((power + 1e-4).log())
+    return torch.stack(found, dim=1)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Checkpoints (DESIGN.md, "Checkpoints")
 # ---------------------------------------------------------------------------------------------------------
@@ -1281,7 +1417,8 @@ class Ensemble(nn.Module):
 
 
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
-MODELS |= {"kernel": KernelRidge, "ensemble": Ensemble}
+MODELS |= {"kernel": KernelRidge, "clip_kernel": ClipKernel, "ensemble": Ensemble}
+DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
 
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:
@@ -1316,10 +1453,10 @@ def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known
     for i, (model, ckpt) in enumerate(members):
         forms.append([ckpt["task"], model.model_args])
         for name, value in model.state_dict().items():
-            weights[f"members.{i}.{name}"] = value if name == "dual" else value.half()
+            weights[f"members.{i}.{name}"] = value if name.endswith("dual") else value.half()
         kept = {key: ckpt.get(key) for key in ("task", "step")}
         kept |= {"data": dict(ckpt["data"]), "args": {"seed": ckpt["args"].get("seed")}}
-        if kept["data"]["quantiles"] is not None:
+        if kept["data"].get("quantiles") is not None:
             quantiles = kept["data"]["quantiles"][::2].clone()
             kept["data"]["quantiles"] = once.setdefault(quantiles.numpy().tobytes(), quantiles)
         about.append(kept)

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
 from eval import (
+    lengths_if_unlike,
     predict_ast,
     pretrain_figures,
     pretrain_summary,
@@ -85,6 +86,7 @@ TASKS = {
     "pretrain": {},
     "finetune": {
         "batch": 32, "lr": 2e-4, "epochs": 50, "patience": 10, "layer_decay": 0.8, "pooling": "meanstd",
+        "crops": 4, "depths": 4, "freeze": 5, "ema": 0.99,
     },
 }
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
@@ -98,7 +100,7 @@ COMPAT = {
         "optimizer": "adam", "beta1": 0.95, "weight_decay": 5e-7, "batch": 24, "lr": 1e-4,
         "lr_schedule": "plateau", "warmup": 1000, "epochs": 10, "eval_every": 4000, "amp": "off",
     },
-    "finetune": {"pooling": "mean", "grouped": False},
+    "finetune": {"pooling": "mean", "grouped": False, "crops": 1, "depths": 1, "freeze": 0, "ema": 0.0},
 }
 # fmt: on
 AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
@@ -120,7 +122,7 @@ OPTIONS = {
         ("--fold", [*"0123", "all"], "0", "finetune: fold that validates (%(default)s)"),
     ],
     "data": [
-        ("--audio", "DIR", None, "sound files (beside the MIDI; finetune: rendered into --cache)"),
+        ("--copies", COUNT, 0, "copies of a recording: room, level, noise; one a step (0: off)"),
         ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s)"),
         ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's)"),
         ("--workers", COUNT, 4, "processes that read crops (%(default)s; 0: none)"),
@@ -128,14 +130,13 @@ OPTIONS = {
         ("--strict", bool, False, "stop at the first unreadable file (off: leave it out)"),
     ],
     "data of --task pretrain": [
-        ("--online", bool, False, "filter banks at each step, of a changed waveform (off)"),
-        ("--gain", POSITIVE, 6.0, "online: change of level, dB (%(default)s; 0: off)"),
-        ("--hiss", SHARE, 0.002, "online: SD of white noise (%(default)s; 0: off)"),
+        ("--online", bool, False, "filter banks at each step, of a new copy each time (off)"),
         ("--exclude-overlap", "PERCEPIANO", None, "leave out recordings of its music (off)"),
     ],
     "data of --task finetune": [
         ("--split", data.SPLITS, "segment", "what parts never share (%(default)s)"),
         ("--keep-overlap", bool, False, "train on notes of held-out items too (off)"),
+        ("--crops", WHOLE, 1, "of --frames of an item, pooled before the heads; baselines: 1 (%(default)s)"),
         ("--standardise", ["dimension", "group", "none"], "dimension", "ratings, by SD of (%(default)s)"),
         ("--variants", COUNT, 0, "more renderings of an item; one a step (0: off)"),
         ("--tempo", SHARE, 0.05, "variants: change of tempo (%(default)s; 0: off)"),
@@ -152,6 +153,7 @@ OPTIONS = {
         ("--mask", WHOLE, 400, "pretrain: masked patches of 512 (%(default)s)"),
         ("--visible-only", bool, False, "pretrain: encode visible patches alone (off)"),
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
+        ("--depths", WHOLE, 1, "finetune: of so many depths (%(default)s)"),
         ("--grouped", bool, True, "finetune: a head a group (on)"),
         ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
         ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
@@ -162,9 +164,10 @@ OPTIONS = {
         ("--lr", POSITIVE, 1e-4, "peak learning rate (%(default)s)"),
         ("--beta1", BELOW_ONE, 0.9, "decay of the mean gradient (%(default)s)"),
         ("--weight-decay", POSITIVE, 0.01, "of matrices (%(default)s; 0: off)"),
+        ("--freeze", COUNT, 0, "finetune --init: epochs in which the heads learn alone (%(default)s)"),
         ("--layer-decay", SHARE, 1.0, "of the rate, by layer (%(default)s; 1: off)"),
         ("--batch", WHOLE, 128, "clips a step and process (%(default)s)"),
-        ("--micro-batch", WHOLE, 16, "of these, so many at a time (%(default)s)"),
+        ("--micro-batch", COUNT, 0, "of these, so many at a time (0: as fit a GPU's memory; CPU: 16)"),
         ("--clip", POSITIVE, 1.0, "largest gradient norm (%(default)s; inf: off)"),
         ("--ema", BELOW_ONE, 0.0, "decay of averaged weights (%(default)s; 0: off)"),
     ],
@@ -189,6 +192,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
     data.add_options(p, OPTIONS)
+    add = p.add_argument
+    about = "sound files, several renderings of the same (beside the MIDI; finetune: rendered into --cache)"
+    add("--audio", nargs="+", metavar="DIR", help=about)
+    about = "finetune: pianos beside the built-in one, through fluidsynth (off)"
+    add("--soundfonts", nargs="+", default=[], metavar="FILE", help=about)
     add = p.add_argument_group("augmentation of --task finetune").add_argument
     spans = {"nargs": 2, "type": COUNT, "default": [0, 0], "metavar": ("BANDS", "FRAMES")}
     add("--spec-augment", **spans, help="widest masks, on half of the items (0 0: off)")
@@ -216,11 +224,12 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
 
 
 class Clips(Dataset):
-    """Rated performances by (epoch, number): one version of each (as played, or of another tempo and pitch),
-    at most `frames` of it. versions: items of each performance."""
+    """Rated performances by (epoch, number): one version of each (as played, by another piano, in another
+    tempo, ...), and of it `crops` pieces of at most `frames`, each at random within its share of the whole.
+    versions: items of each performance."""
 
-    def __init__(self, versions: list[list[dict]], frames: int, seed: int):
-        self.versions, self.frames, self.seed = versions, frames, seed
+    def __init__(self, versions: list[list[dict]], frames: int, seed: int, crops: int = 1):
+        self.versions, self.frames, self.seed, self.crops = versions, frames, seed, crops
         self.lengths = [min(items[0]["frames"], frames) for items in versions]
 
     def __len__(self) -> int:
@@ -230,8 +239,10 @@ class Clips(Dataset):
         items = self.versions[key[1]]
         rng = np.random.default_rng((self.seed, *key))
         item = items[int(rng.integers(len(items)))]
-        start = int(rng.integers(max(0, item["frames"] - self.frames) + 1))
-        return item | {"fbank": np.asarray(item["fbank"][start : start + self.frames], np.float32)}
+        room = max(0, item["frames"] - self.frames)
+        starts = (np.arange(self.crops) + rng.random(self.crops)) / self.crops * (room + 1)
+        crops = [item["fbank"][start : start + self.frames] for start in starts.astype(int)]
+        return item | {"fbank": np.stack(crops) if self.crops > 1 else np.asarray(crops[0])}
 
 
 def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -252,9 +263,10 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
     Pre-training needs none: its crops and masks are random enough (AST.md)."""
     if args.task == "pretrain" or not (args.noise or any(args.spec_augment) or args.mixup):
         return batch
-    x, y, weight = batch["x"], batch["y"], batch["weight"]
+    x, y, weight = batch["x"].flatten(1, -2), batch["y"], batch["weight"]  # crops one behind the other
     B, T, M = x.shape
-    lengths = batch["lengths"].to(x.device)
+    whole = batch["lengths"].to(x.device)
+    lengths = whole.view(B, -1).sum(1)
     limits = {kind: limit.to(x.device) for kind, limit in augmentation_limits(args).items()}
     if args.noise:
         hit = torch.rand(B, 1, device=x.device) < 0.5
@@ -272,8 +284,8 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
         x = torch.lerp(x[other], x, share[:, :, None])
         y = torch.lerp(y[other], y, share)
         weight = weight * weight[other] * limits["mixup"]
-        lengths = torch.maximum(lengths, lengths[other])
-    return batch | {"x": x, "y": y, "weight": weight, "lengths": lengths.cpu()}
+        whole = torch.maximum(whole, whole[other])
+    return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole.cpu()}
 
 
 def random_span(size: int, widest: int, lengths: torch.Tensor) -> torch.Tensor:
@@ -294,6 +306,32 @@ def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tu
         yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
 
 
+def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
+    """--micro-batch; 0: on a GPU the largest half, quarter, ... of the batch whose gradients it can hold with
+    a quarter of its memory free, on a CPU 16."""
+    device = next(model.parameters()).device
+    if args.micro_batch or device.type != "cuda":
+        return args.micro_batch or min(16, args.batch)
+    size = args.batch
+    while size > 1:
+        held = torch.empty(torch.cuda.mem_get_info()[0] // 4, dtype=torch.uint8, device=device)
+        try:
+            numbers = sorted(range(len(train)), key=lambda k: -train.lengths[k])[:size]
+            batch = data.on_device(data.collate_ast([train[0, k] for k in numbers], info), info, device)
+            batch = with_masks(batch, args.mask) if args.task == "pretrain" else batch
+            with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
+                mean, *_ = loss_of(model, batch, args, [1.0] * len(GROUPS))
+            mean.backward()
+            return size
+        except torch.cuda.OutOfMemoryError:
+            size = (size + 1) // 2
+        finally:
+            del held
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    return size
+
+
 def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, _) -> tuple:
     """NCE + 10 MSE of the masked patches; the same by clip, NaN where a clip is not finite; the figures."""
     figures = pretrain_figures(model, batch, args.ssast_compat)
@@ -306,7 +344,7 @@ def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
 def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, weights: list) -> tuple:
     """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
     exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
-    rated = model(batch["x"], batch["lengths"])
+    rated = model(batch["x"], lengths_if_unlike(batch))
     error = LOSS(rated, batch["y"], reduction="none") * batch["weight"]  # (B, 19)
     groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
     losses = error.mean(1)
@@ -337,9 +375,9 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     variants = []
     for _ in range(args.variants):
         tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
-        variants.append((tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
-    changed = dict.fromkeys(variant for variant in variants if variant != (1, 0))
-    store = data.percepiano_audio(root, args.cache, args.audio, changed, quiet=quiet)
+        variants.append(data.Version(tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
+    heard = data.heard_versions(args.copies, args.soundfonts)
+    store = data.percepiano_audio(root, args.cache, args.audio, [*heard, *variants], quiet=quiet)
     for line in corpus.left_out + store.left_out:
         say(f"left out: {line}")
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
@@ -351,26 +389,31 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
         "keep_overlap": args.keep_overlap,
         "synthetic": corpus.synthetic,
         "frames": args.frames,
+        "fbank": data.FBANK_FORMAT,
         "audio": "wav" if args.audio else "rendered",
         "recordings": data.fingerprint(corpus.names, [len(corpus.items)]),
     }
     info |= data.fit_targets(corpus, parts["train"], args.standardise)
     limits = augmentation_limits(args)
+    weights = {}
+    for version in variants:
+        tempo = limits["tempo"] if version.tempo != 1 else 1.0
+        pitch = limits["pitch"] if version.semitones else 1.0
+        weights[version.name("")] = torch.ones(len(data.LABELS)) * tempo * pitch
+    trained = {*parts["train"]}
     versions: dict[str, list[dict]] = {}
-    for tempo, semitones in [(1, 0), *variants]:
-        weight = torch.ones(len(data.LABELS))
-        if tempo != 1:
-            weight = weight * limits["tempo"]
-        if semitones:
-            weight = weight * limits["pitch"]
-        names = [data.variant_name(name, tempo, semitones) for name in parts["train"]]
-        for item in data.prepare_ast(corpus, store, names, info):
-            versions.setdefault(item["name"].partition("@")[0], []).append(item | {"weight": weight.numpy()})
+    for item in data.prepare_ast(
+        corpus, store, [name for name in store.names if name.partition("@")[0] in trained], info
+    ):
+        name, at, version = item["name"].partition("@")
+        weight = weights.get(at + version, torch.ones(len(data.LABELS)))
+        versions.setdefault(name, []).append(item | {"weight": weight.numpy()})
     rated = [name for name in parts["valid"] if "y" in corpus.items[name]]
     valid = data.prepare_ast(corpus, store, rated, info)
     if not versions or not valid:
         raise data.DataError(f"{corpus.root}: no audio of training or validation items; add it to --audio")
-    train = Clips([*versions.values()], args.frames, args.seed)
+    crops = args.crops if args.model == "ast" else 1
+    train = Clips([*versions.values()], args.frames, args.seed, crops)
     info |= data.fit_fbank(train, args.audioset_norm)
     say(
         f"{root}{' (SYNTHETIC)' if corpus.synthetic else ''}, {info['audio']}, split {args.split}, fold "
@@ -397,6 +440,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     shared |= {
         "num_outputs": len(data.LABELS),
         "pooling": args.pooling,
+        "depths": args.depths,
         "statistics": args.statistics,
         "groups": data.label_groups() if args.grouped else None,
         "cross": args.cross_groups,
@@ -420,8 +464,8 @@ def clip_batches(train: Dataset, info: dict, device: torch.device) -> Iterator[t
     """Every training clip of epoch 0, in order: fbank (32, T, 128) normalised, and lengths."""
     for start in range(0, len(train), 32):
         numbers = range(start, min(start + 32, len(train)))
-        batch = data.collate_ast([train[0, k] for k in numbers], info)
-        yield batch["x"].to(device), batch["lengths"]
+        batch = data.on_device(data.collate_ast([train[0, k] for k in numbers], info), info, device)
+        yield batch["x"].flatten(0, -3), batch["lengths"].flatten()
 
 
 def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
@@ -443,9 +487,16 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
             "params": parameters,
             "weight_decay": args.weight_decay if decays else 0.0,
             "scale": args.layer_decay ** (depth + 1 - level),
+            "encoder": level <= depth,
         }
         for (level, decays), parameters in groups.items()
     ]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, frozen: bool) -> None:
+    """The rate of each group; of the encoder's none while the heads learn alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if frozen and group["encoder"] else lr * group["scale"]
 
 
 def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argparse.Namespace) -> dict:
@@ -498,7 +549,8 @@ def main(args: argparse.Namespace) -> dict:
 
     # ---- optimiser
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(parameter_groups(bare_model, args), lr=args.lr, betas=(args.beta1, 0.999))
+    options = {"lr": args.lr, "betas": (args.beta1, 0.999), "fused": device.type == "cuda"}
+    optimizer = optimizer_class(parameter_groups(bare_model, args), **options)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
 
@@ -513,6 +565,7 @@ def main(args: argparse.Namespace) -> dict:
         step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
         rate, waited, balance = (resumed["scheduler"][key] for key in ("rate", "waited", "balance"))
         say(f"resumed {args.resume} at step {step}")
+    args.micro_batch = from_main(micro_batch_that_fits(bare_model, train, info, loss_of, args), world)
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
     began = step
@@ -538,15 +591,12 @@ def main(args: argparse.Namespace) -> dict:
             rest = whole[step % steps_per_epoch :]
             batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in rest]
             for batch in loader:
-                names = batch.keys() & {"x", "y", "weight"}  # the model wants lengths on the CPU
-                moved = {name: batch[name].to(device, non_blocking=True) for name in names}
-                batch = augment(batch | moved, args)
+                batch = augment(data.on_device(batch, info, device), args)
                 if pretraining:
                     batch = with_masks(batch, args.mask)
 
                 lr = lr_at(step, args, planned) * rate
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["scale"]
+                set_rates(optimizer, lr, frozen=args.init and epoch < args.freeze)
                 loss, losses, figures = 0.0, [], {}
                 for part, share, exchange in micro_batches(batch, args.micro_batch, model):
                     with exchange:

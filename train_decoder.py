@@ -29,12 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
-from eval import (
-    WordSearch,
-    ctc_losses,
-    validate_decoder,
-    word_model,
-)
+from eval import WordSearch, ctc_losses, validate_decoder, word_model
 from models import (
     AMP_TYPES,
     GRUDecoder,
@@ -42,6 +37,7 @@ from models import (
     Run,
     averaged,
     data_loader,
+    decoder_info,
     from_main,
     launch,
     load_decoder,
@@ -143,9 +139,8 @@ OPTIONS = {
         ("--aux-weight", POSITIVE, 0.3, "of its loss (%(default)s)"),
     ],
     "optimiser": [
-        ("--optimizer", ["adam", "adamw", "sgd"], "adamw", "adam, sgd: coupled decay (%(default)s)"),
+        ("--optimizer", ["adam", "adamw"], "adamw", "adam: coupled decay (%(default)s)"),
         ("--adam-eps", POSITIVE, 1e-8, "beside the root of the second moment (%(default)s)"),
-        ("--momentum", SHARE, 0.9, "sgd: Nesterov momentum, 0: off (%(default)s)"),
         ("--weight-decay", POSITIVE, 1e-4, "of weight matrices, 0: off (%(default)s)"),
         ("--decay-all", bool, False, "of biases, norms and day layers too (off)"),
         ("--still-days", bool, False, "absent from a batch a day keeps its layer and moments (off)"),
@@ -227,18 +222,10 @@ def batch_losses(outputs: tuple, batch: dict, args: argparse.Namespace) -> torch
     logits, frames, *auxiliary = outputs
     frames = (frames - int(args.short_frames)).clamp(min=0)
     labels = batch["labels"], batch["label_lengths"]
-    losses = LOSS(logits.float().log_softmax(-1), frames, *labels, args.ctc_reduction)
-    for lower in auxiliary:
-        log_probs = lower.float().log_softmax(-1)
-        losses = losses + args.aux_weight * LOSS(log_probs, frames, *labels, args.ctc_reduction)
-    return losses
-
-
-def blank_fraction(logits: torch.Tensor, frames: torch.Tensor) -> float:
-    """Share of the frames whose best class is the blank."""
-    best = logits.argmax(2).cpu()
-    inside = torch.arange(best.shape[1]) < frames.cpu()[:, None]
-    return (best[inside] == 0).float().mean().item()
+    each = []
+    for scores in (logits, *auxiliary):
+        each.append(LOSS(scores.float().log_softmax(-1), frames, *labels, args.ctc_reduction))
+    return each[0] + args.aux_weight * each[1] if auxiliary else each[0]
 
 
 def one_layer(model: GRUDecoder, device: torch.device) -> tuple[torch.nn.Module, tuple]:
@@ -278,12 +265,11 @@ def start_new_day(model, start, known: list, info: dict, corpus, parts: tuple, *
     model.start_from(start, start_days(known, info["days"], min(reached, key=reached.get)))
 
 
-def evaluate(model: GRUDecoder, ema: dict | None, *about) -> dict:
+def evaluate(model: GRUDecoder, ema: dict | None, search: WordSearch | None, *about) -> dict:
     """`validate` of the weights that will be used, averaged where there are such; `_raw`: the model's own."""
-    *but_words, search = about
-    own = validate_decoder(model, *but_words, search=None if ema else search)
+    own = validate_decoder(model, *about, None if ema else search)
     with averaged(model, ema):
-        metrics = validate_decoder(model, *about) if ema else own
+        metrics = validate_decoder(model, *about, search) if ema else own
     return metrics | {"valid_per_raw": own["valid_per"], "valid_loss_raw": own["valid_loss"]}
 
 
@@ -303,32 +289,20 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
         new = np.array([day not in known for day in corpus.days])
         parts = {part: trials[new[corpus.day[trials]]] for part, trials in parts.items()}
         names = [*known, *(name for name in names if name not in known)]
-    kept = {}
-    for part in ("train", "valid"):
+    for part in ("valid", "train"):
         fits = fitting(corpus, parts[part], args)
-        kept[part] = parts[part][fits]
         short = [corpus.ids[i] for i in parts[part][~fits]]
         say(f"{part}: {len(fits)} trials, {len(short)} too short for their labels: no loss {short[:10]}")
-    if not len(kept["train"]):
-        told = (
-            "of an unknown session"
-            if args.new_day
-            else f"fits --stride {args.stride}, --kernel {args.kernel}"
-        )
+    train = parts["train"][fits]
+    if not (len(train) and len(parts["valid"])):
+        told = f"of a session to train, fits --stride {args.stride}, --kernel {args.kernel}"
         raise data.DataError(f"{corpus.root}: no trial {told}; give other data or sizes")
-    info = {
-        "days": names,
-        "channels": corpus.channels,
-        "phonemes": list(data.PHONEMES),
-        "rules": data.speech_rules(),
-        "valid": args.valid,
-        "synthetic": corpus.synthetic,
-    }
+    info = decoder_info(names, corpus.channels, args.valid, corpus.synthetic)
     kind = "SYNTHETIC corpus" if corpus.synthetic else corpus.root
     say(f"{kind} of {len(corpus.days)} days, {len(names)} day layers")
     if args.valid == "test":
         say("validation IS the test part: its score is no result")
-    return corpus, kept["train"], parts["valid"], info
+    return corpus, train, parts["valid"], info
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -384,17 +358,13 @@ def main(args: argparse.Namespace) -> dict:
     # ---- optimiser
     layers = bare_model.separate_days() if args.still_days else None
     groups = parameter_groups(bare_model, args, layers)
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.momentum > 0)
-    else:
-        optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-        optimizer = optimizer_class(groups, lr=args.lr, eps=args.adam_eps)
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer = optimizer_class(groups, lr=args.lr, eps=args.adam_eps)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
-    step, in_a_row = 0, 0
-    rate = 1.0
+    step, in_a_row, rate = 0, 0, 1.0
     chosen_by = f"valid_{args.select}"
     best = {chosen_by: math.inf, "step": 0}
     skipped = {"bad": 0, "overflow": 0}
@@ -463,14 +433,14 @@ def main(args: argparse.Namespace) -> dict:
                             f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
                         )
                 if step % args.log_every == 0:
-                    report = {"blank_fraction": blank_fraction(*outputs[:2]), "memory": peak_memory(device)}
-                    report["loss_of_200"] = float(np.mean([x.item() for x in recent])) if recent else math.nan
+                    average = float(np.mean([x.item() for x in recent])) if recent else math.nan
+                    report = {"loss_of_200": average, "memory": peak_memory(device)}
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 if step % args.eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
-                        metrics = evaluate(bare_model, ema, corpus, valid, days, args.batch, search)
+                        metrics = evaluate(bare_model, ema, search, corpus, valid, days, args.batch)
                     metrics = from_main(metrics, world) | {"epoch": epoch, "step": step}
                     is_best = metrics[chosen_by] < best[chosen_by]  # NaN is never best
                     best = metrics if is_best else best

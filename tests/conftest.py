@@ -188,10 +188,7 @@ def speech(monkeypatch, tmp_path):
     about = {"days": list(DAYS), "channels": 4, "root": Path("memory"), "synthetic": True, "left_out": []}
     arrays = {"day": np.array(day), "block": np.array(block), "part": np.array(part)}
     arrays |= {"features": rng.standard_normal((lengths.sum(), 4), np.float32)}
-    arrays |= {
-        "offsets": np.append(0, lengths.cumsum()),
-        "labelled": np.array([len(row) > 0 for row in labels]),
-    }
+    arrays |= {"offsets": np.append(0, lengths.cumsum())}
     ids = [f"trial{i:02d}" for i in range(len(day))]
     made = data.SpeechCorpus(labels=labels, text=["the voice"] * len(day), ids=ids, **arrays, **about)
     monkeypatch.setattr(evaluation, "open_speech", lambda *a, **k: made)

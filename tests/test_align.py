@@ -114,13 +114,11 @@ PERTURBATIONS = {
     "tempo": {"rubato": 0.3, "ritardando": 1.5, "pause": 1.5, "silence": 5.0},
     "notes": {"wrong": 0.02, "missing": 0.03, "extra": 0.04, "restrike": 0.02},
     "chords": {"roll": 0.3, "left_early": 0.05, "grace": -0.05},
-    "late start": {"cut": (0.15, 0.0)},
+    "late start": {"cut": (0.5, 0.0), "silence": 4.0},
     "early end": {"cut": (0.0, 0.15)},
-    "fast": {"pace": 0.25},
     "slow": {"pace": 1.6},
     "middle left out": {"skip": (0.3, 0.6)},
     "cadenza": {"cadenza": 40},
-    "half": {"cut": (0.5, 0.0), "silence": 4.0},
     "free tempo": {"rubato": 0.6, "ritardando": 2.0, "pause": 3.0},
     "everything": dict(rubato=0.2, ritardando=1.0, jitter=0.02, left_early=0.04, roll=0.1, wrong=0.02)
     | dict(missing=0.03, extra=0.04, restrike=0.02, silence=1.0, pause=0.5),
@@ -152,27 +150,22 @@ def test_unisons_share_one_note_and_never_cross():
     assert data.align(score, performance).tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 5]
 
 
-def test_repeated_keys_keep_their_order_and_a_left_out_one_stays_empty():
-    score = make_score([(step, 60, 0) for step in range(8)] + [(step, 40 + step, 0) for step in range(8)])
-    onset = [step * 0.5 for step in range(8) if step != 3]
-    performance = make_performance([60] * 7 + list(range(40, 48)), onset + [step * 0.5 for step in range(8)])
+def test_a_long_pair_without_a_passage_in_common_is_not_searched(monkeypatch):
+    score = written_score(1)
+    performance, _ = perform(score, 1, cut=(0.3, 0.0), silence=3.0)
     match = data.align(score, performance)
-    expected = np.where(match >= 0, performance.onset[match], np.nan)[score.pitch == 60]
-    np.testing.assert_allclose(expected, [0, 0.5, 1.0, np.nan, 2.0, 2.5, 3.0, 3.5])
-
-
-def test_a_stray_note_far_from_its_due_time_is_not_taken():
-    score = make_score([(step, 60 + step, 0) for step in range(12)])
-    pitch = [60 + step for step in range(12) if step != 6]
-    onset = [0.5 * step for step in range(12) if step != 6]
-    match = data.align(score, make_performance([*pitch, 66], [*onset, 4.2]))
-    assert match[6] == -1
-    assert np.sum(match >= 0) == 11
+    monkeypatch.setattr(data, "LONG", 0)
+    monkeypatch.setattr(data, "PROBED", 60)
+    assert data.align(score, performance).tolist() == match.tolist()
+    assert (match >= 0).sum() > 0.6 * len(match)
+    performance.pitch = np.random.default_rng(2).integers(40, 90, len(performance.pitch))
+    monkeypatch.delattr(data, "_viterbi")
+    assert set(data.align(score, performance)) == {-1}
 
 
 # fmt: off
 @pytest.mark.parametrize(("written", "played", "expected"), [
-    ([], [], []), ([], [60], []), ([60], [], [-1]), ([60, 62], [], [-1, -1]), ([60], [60], [0]),
+    ([], [60], []), ([60, 62], [], [-1, -1]), ([60], [60], [0]),
     ([60], [61], [-1]), ([60, 62, 64], [61, 63, 65], [-1, -1, -1]), ([60], [60, 62, 64], [0]),
     ([60, 62, 64], [62], [-1, 0, -1]),
 ])

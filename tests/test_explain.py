@@ -147,7 +147,6 @@ def test_shares_are_even_on_average_and_count_members_alike(work):
 FORMS = {
     "han": {"pooled": True},
     "measure": {"level": "measure"},
-    "beat": {"level": "beat"},
     "score": {"features": "score"},
 }
 

@@ -1,5 +1,6 @@
 """Log-mel energies against Kaldi's numbers, sound files of all kinds, energies on disk."""
 
+import math
 import os
 from pathlib import Path
 
@@ -95,10 +96,10 @@ def test_stored_energies_name_their_version():
     notes = np.array([[0.1, 0.9, 60, 64], [0.3, 0.5, 40, 100], [0.8, 1.2, 72, 30]]).T
     pedal = np.array([[0.2, 100.0], [1.1, 0.0]])
     played = data.Performance("x", notes[2].astype(int), notes[3].astype(int), *notes[:2], pedal, pedal[:0])
-    x = fbank(torch.from_numpy(data.render(played))).numpy()
-    assert data.FBANK_FORMAT == 2
+    x = data.heard_energies(data.render(played), "x").numpy()
+    assert data.FBANK_FORMAT == 3
     assert x.shape == (156, 128)
-    assert [x.mean(), x[:100].mean(), x[:, 20].std()] == pytest.approx([-8.943, -6.817, 5.725], abs=0.01)
+    assert [x.mean(), x[:100].mean(), x[:, 20].std()] == pytest.approx([-8.108, -7.076, 3.836], abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +122,73 @@ def test_every_kind_of_file(tmp_path, name, subtype, step):
     assert np.abs(found[:8000] - x).max() <= step
 
 
-def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path):
+@pytest.mark.parametrize("size", [b"\xff" * 4, bytes(4)])
+def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path, size):
     path = write_wav(tmp_path / "a.wav")
     whole = path.read_bytes()
-    path.write_bytes(whole[:4] + b"\xff" * 4 + whole[8:40] + b"\xff" * 4 + whole[44:])
+    path.write_bytes(whole[:4] + size + whole[8:40] + size + whole[44:])
     assert len(data.read_wav(path)) == 8000
+
+
+def test_what_ffmpeg_reads_is_decoded_or_named(tmp_path, monkeypatch):
+    write_wav(tmp_path / "a.wav").rename(tmp_path / "a.m4a")
+    program = tmp_path / "ffmpeg"  # in its place: hands the file through
+    program.write_text('#!/bin/sh\nwhile [ "$1" != -i ]; do shift; done\ncat "$2"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert (
+        len(data.read_wav(tmp_path / "a.m4a")) == len(data.read_wav_crop(tmp_path / "a.m4a", 0, 8000)) == 8000
+    )
+    data._decode.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(DataError, match=r"a\.m4a: .*ffmpeg"):
+        data.read_wav(tmp_path / "a.m4a")
+
+
+def test_what_is_wrong_with_a_sound_is_said(tmp_path):
+    tone = 0.3 * np.sin(np.arange(16000) * 0.3) * np.exp(-(np.arange(16000) % 8000) / 1000)
+    hiss = noise(16000)
+    for name, channels, said in (
+        ("clean", [tone + 1e-4 * hiss], []),
+        ("out of phase", [tone, -0.9 * tone], ["channels"]),
+        ("clipped", [np.clip(9 * tone, -1, 1)], ["clipped"]),
+        ("offset", [tone + 0.1], ["offset"]),
+        ("half silent", [tone * (np.arange(16000) < 8000)], ["silence"]),
+        ("noisy", [tone + hiss], ["noise"]),
+    ):
+        soundfile.write(tmp_path / "a.wav", np.stack(channels, 1), 16000, "FLOAT")
+        found, remarks = data.read_sound(tmp_path / "a.wav")
+        assert np.allclose(found, channels[0], atol=1e-6), name
+        assert len(remarks) == len(said), (name, remarks)
+        assert all(word in remark for word, remark in zip(said, remarks, strict=True)), remarks
+
+
+def test_copies_sound_as_recorded_elsewhere():
+    still = data.change_waveform(np.zeros(16000, np.float32), np.random.default_rng(1), recorded=True)
+    assert 20 * np.log10(still.std()) == pytest.approx(-50, abs=0.2)
+    wave = np.zeros(16000, np.float32)
+    wave[0] = 0.5
+    heard = data.change_waveform(wave, np.random.default_rng(1), recorded=True) - still
+    expected = 0.5 * 10 ** (-6 / 20) * data.room_response(data.ROOMS)
+    assert heard[: len(expected)] == pytest.approx(expected, abs=1e-6)
+    for number in range(data.ROOMS + 1):
+        room = data.room_response(number)
+        assert (room**2).sum() == pytest.approx(1, abs=1e-4)
+        halves = np.array_split(room[800:] ** 2, 4)
+        assert np.all(np.diff([half.sum() for half in halves]) < 0), number
+    copies = [data.change_waveform(wave, np.random.default_rng(k)) for k in (3, 3, 4)]
+    assert np.array_equal(copies[0], copies[1])
+    assert not np.array_equal(copies[0], copies[2])
+
+
+def test_the_front_end_hides_digital_silence_and_level():
+    x = torch.from_numpy(noise(16000)) * torch.linspace(1, 0, 16000).clip(1e-6)
+    quiet = torch.nn.functional.pad(x / 4, (3200, 4800))
+    loud, soft = data.front_end(fbank(x)), data.front_end(fbank(quiet))
+    assert abs(len(loud) - len(soft)) <= 4
+    assert float(loud.min()) > float(fbank(x).amax(1).quantile(0.95)) - 10.4
+    assert float((loud.mean() - soft.mean() - 2 * math.log(4)).abs()) < 0.1
+    assert len(data.front_end(fbank(quiet), ends=True)) == fbank_frames(24000)
 
 
 @pytest.mark.parametrize("rate", [16000, 8000, 44100, 11025])
@@ -175,7 +238,7 @@ def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes
     assert store.names == [f"{i}/take {i}" for i in range(5)]
     assert store.frames.tolist() == [fbank_frames(int(16000 * s)) for s in SECONDS]
     for i, name in enumerate(store.names):
-        expected = fbank(torch.from_numpy(data.read_wav(root / f"{name}.wav"))).numpy()
+        expected = data.heard_energies(data.read_wav(root / f"{name}.wav"), name).numpy()
         assert np.abs(store.get(i) - expected).max() <= 2**-8  # float16 below 16
         item = store.item(i)
         assert np.array_equal(item["fbank"][3:20], store.get(i, 3, 20))
@@ -189,16 +252,16 @@ def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_aga
     first = before.get(1)
     path = write_wav(root / "1" / "take 1.wav", int(16000 * 1.2), 77)
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 10))
-    (out / "3" / "take 3.v2.npy").unlink()
+    (out / "3" / "take 3.v3.npy").unlink()
     after = data.build_fbank(root, out, workers=1, quiet=True)
     assert not np.array_equal(first, after.get(1))
     changed = [path.stem for path, at in kept.items() if path.stat().st_mtime_ns != at]
-    assert sorted(changed) == ["take 1.v2", "take 3.v2"]
-    (out / "3" / "take 3.v2.npy").write_bytes(b"half a file")
-    with pytest.raises(DataError, match="take 3.v2.npy"):
+    assert sorted(changed) == ["take 1.v3", "take 3.v3"]
+    (out / "3" / "take 3.v3.npy").write_bytes(b"half a file")
+    with pytest.raises(DataError, match="take 3.v3.npy"):
         data.open_fbank(out)
-    monkeypatch.setattr(data, "FBANK_FORMAT", 3)
-    with pytest.raises(DataError, match="v3.npy"):
+    monkeypatch.setattr(data, "FBANK_FORMAT", 4)
+    with pytest.raises(DataError, match="v4.npy"):
         data.open_fbank(out)
     assert np.array_equal(data.build_fbank(root, out, workers=1, quiet=True).get(1), after.get(1))
 
@@ -208,9 +271,13 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
     (root / "2" / "take 2.wav").write_bytes(b"RIFF")
     write_wav(root / "short.wav", 300)
     (root / ".hidden.wav").write_bytes(b"RIFF")
+    (root / "notes.pdf").touch()
     for store in (data.build_fbank(root, tmp_path / "out", workers=1, quiet=True), data.open_audio(root)):
         assert store.names == [f"{i}/take {i}" for i in (0, 1, 3, 4)]
-        assert sorted(line.split(".wav")[0].split("/")[-1] for line in store.left_out) == ["short", "take 2"]
+        assert [word in "\n".join(store.left_out) for word in ("1 .pdf", "short.wav", "take 2.wav")] == [
+            True
+        ] * 3
+        assert len(store.left_out) == 3
     for build in (data.open_audio, lambda *a, **k: data.build_fbank(root, tmp_path / "s", 1, **k)):
         with pytest.raises(DataError, match="take 2.wav"):
             build(root, strict=True)
@@ -222,11 +289,18 @@ def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, mo
     names = [f"Schubert_D960_mv2_8bars_{player}_01" for player in (1, 2)]
     for i, name in enumerate(names):
         data._save_midi(folder / f"{name}.mid", [(0, 0.4, 60 + i, 70)], [])
-    arguments = (tmp_path / "corpus", tmp_path / "cache", None, [(1.25, 2)], 1, True)
+    arguments = (
+        tmp_path / "corpus",
+        tmp_path / "cache",
+        None,
+        [data.Version(1.25, 2), data.Version(copy=1)],
+        1,
+        True,
+    )
     store = data.percepiano_audio(*arguments)
-    assert store.names == [*names, *(f"{name}@1.25+2" for name in names)]
+    assert store.names == [f"{name}{how}" for how in ("", "@1.25+2", "@copy1") for name in names]
     changed = data.transform_performance(data.read_midi(folder / f"{names[1]}.mid"), 1.25, 2)
-    expected = fbank(torch.from_numpy(data.render(changed))).numpy()
+    expected = data.heard_energies(data.render(changed), "x").numpy()
     assert np.abs(store.get(3) - expected).max() <= 2**-8
     monkeypatch.setattr(data, "render", None)  # stored
     assert np.array_equal(data.percepiano_audio(*arguments).get(3), store.get(3))

@@ -25,13 +25,18 @@ import data
 import eval as evaluation
 import models
 
+
+def stop(problem):
+    raise data.DataError(problem)
+
+
 READERS = {  # name of a file of the kind, and what reads it
     "score": ("x.musicxml", data.read_musicxml),
     "midi": ("x.mid", data.read_midi),
     "sound": ("x.wav", data.read_wav),
     "labels": (data.MEAN_FILE, lambda path: data.read_labels(path.parent)),
     "run": ("metrics.jsonl", lambda path: evaluation.read_run(path.parent)),
-    "trial": ("x.npy", lambda path: evaluation._read_trial(path, 2)),
+    "trial": ("x.npy", lambda path: evaluation._npy_corpus([path], 2, False, stop)),
     "mat": ("t12.2022.01.01.mat", lambda path: [*data._read_mat(path, 2, {}, [])]),
     "pickle": ("ptDecoder_ctc", data._load_pickle),
     "predictions": ("x.csv", evaluation.read_csv),

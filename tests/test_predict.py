@@ -86,7 +86,7 @@ def audio(path, task: str = "cnn", seed: int = 7, standardise: str = "dimension"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    known = {"mean": -7.0, "std": 4.0, "frames": 64, "audio": "rendered"}
+    known = {"mean": -7.0, "std": 4.0, "frames": 64, "audio": "rendered", "fbank": data.FBANK_FORMAT}
     known |= {"target_mean": np.linspace(0.3, 0.6, 19).tolist(), "target_std": [0.1] * 19}
     return save(path, task, model, ABOUT | known, seed, standardise=standardise)
 
@@ -112,6 +112,7 @@ def fold_predictions(paths: list[str], piano) -> dict[str, np.ndarray]:
     """name -> what evaluate writes for that item."""
     folds, _ = evaluation._load_fold_models(evaluation._load_models(paths))
     args = SimpleNamespace(device=torch.device("cpu"), batch=None, crops=None, cache=piano.cache, audio=None)
+    args.rate = None
     records = evaluation.fold_records(folds, piano.corpus, args, ("valid", "test"))
     return {name: p for record in records for name, p in zip(record["names"], record["p"], strict=True)}
 

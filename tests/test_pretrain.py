@@ -14,7 +14,7 @@ from conftest import refused
 import data
 import eval as evaluation
 import pretrain_ast
-from models import CNN, ClipStatistics, PooledMLP, load_checkpoint
+from models import CNN, QUANTILES, ClipStatistics, PooledMLP, load_checkpoint
 
 TINY = (
     "--device cpu --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 1 --workers 0 --amp off "
@@ -44,7 +44,7 @@ def maestro(tmp_path_factory):
         for k in range(8):
             t = np.arange(16000 * (k + 2)) / 16000
             x = 0.2 * np.sin(2 * np.pi * 110 * (k + 1) * t) * np.exp(-3 * (t % 0.5))
-            data.write_wav(root / f"2004/r{k}.wav", x + rng.normal(0, 0.002, len(t)))
+            data.write_wav(root / f"2004/r{k}.wav", x + rng.normal(0, 0.02, len(t)))
             part = "train" if k < 6 else "validation"
             table.writerow(["C", f"T{k}", part, 2004, f"2004/r{k}.midi", f"2004/r{k}.wav", k + 2])
     return root
@@ -140,15 +140,14 @@ def test_normalisation_is_the_recordings_own(run, maestro):
         return info["mean"], info["std"]
 
     waves = [torch.from_numpy(data.read_wav(maestro / f"2004/r{k}.wav")) for k in range(6)]
-    x = np.concatenate([data.fbank(wave).half().float().numpy() for wave in waves])
+    x = np.concatenate([data.front_end(data.fbank(wave)).half().float().numpy() for wave in waves])
     assert norm("--name own --frames 1024") == pytest.approx((x.mean(), x.std()), abs=1e-3)
     assert norm("--name audioset --audioset-norm") == (data.FBANK_MEAN, data.FBANK_STD)
 
 
 def test_online_changes_the_waveform_of_training_crops_only(maestro):
     store = data.open_audio(maestro)
-    changes = ((), (6, 0.002), (6, 0.002))
-    plain, loud, again = (data.Crops(store, [0, 1], 64, 7, *a)[1, 0]["fbank"] for a in changes)
+    plain, loud, again = (data.Crops(store, [0, 1], 64, 7, v)[1, 0]["fbank"] for v in (False, True, True))
     assert plain.shape == loud.shape == (64, 128)
     assert np.array_equal(loud, again)
     assert np.abs(loud - plain).max() > 0.1
@@ -229,6 +228,12 @@ def test_layer_decay_scales_from_the_head_down():
     chosen = "embed.weight position.freq blocks.0.qkv.weight blocks.1.fc1.bias norm.weight head.read.0.weight"
     expected = [(0.125, 0.1), (0.125, 0), (0.25, 0.1), (0.5, 0), (1, 0), (1, 0.1)]
     assert [found[name] for name in chosen.split()] == expected
+    optimizer = torch.optim.SGD(groups, lr=1)
+    for frozen in (False, True):
+        pretrain_ast.set_rates(optimizer, 2.0, frozen)
+        rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+        assert rates["head.read.0.weight"] == 2
+        assert rates["blocks.0.qkv.weight"] == (0 if frozen else 0.5)
 
 
 def test_augmentation_counts_for_its_groups_only():
@@ -274,16 +279,54 @@ def test_baselines_ignore_padding_and_batch_mates(network):
 
 def test_statistics_are_numpys_and_standardised():
     x = np.random.default_rng(7).normal(0, 1, (1, 50, 128)).astype(np.float32)
-    found = ClipStatistics().values(torch.from_numpy(x), torch.tensor([40]))
-    x = x[0, :40]
+    found = ClipStatistics().values(torch.from_numpy(x), torch.tensor([41]))
+    x = x[0, :41]
     changes = np.abs(np.diff(x, axis=0)).mean(0)
-    expected = np.concatenate([x.mean(0), x.std(0), x.min(0), x.max(0), changes, [math.log(0.4)]])
-    assert np.allclose(found[0].numpy(), expected, atol=1e-5)
+    coarse = x.reshape(41, 32, 4).mean(2)
+    steps = np.diff(coarse, axis=0)
+    assert np.allclose(found[0, :384], np.concatenate([x.mean(0), x.std(0), x.max(0)]), atol=1e-5)
+    expected = np.concatenate([changes, steps.clip(0).mean(0), steps.clip(None, 0).mean(0)])
+    assert np.allclose(found[0, 384:576], expected, atol=1e-5)
+    spread = found[0, 576:746].reshape(5, 34).numpy()
+    expected = np.quantile(coarse, QUANTILES, axis=0, method="nearest")
+    assert np.allclose(spread[:, :32], expected, atol=1e-5)
+    power = np.exp(8 * x.astype(float))
+    centroid = (power * np.linspace(0, 1, 128)).sum(1) / power.sum(1)
+    assert spread[2, 33] == pytest.approx(np.sort(centroid)[20], abs=1e-5)
+    bands = x.reshape(41, 16, 8).mean(2)
+    change = [bands[t + 3 : t + 6].mean(0) - bands[t : t + 3].mean(0) for t in range(36)]
+    expected = np.log(np.square(change).mean(0) + 1e-4)
+    assert np.allclose(found[0, 746:762], expected, atol=1e-4)
+    assert np.allclose(found[0, [-17, -1]], np.log([1e-4, 0.41]))  # too short for the longest; its seconds
     table, lengths = ClipStatistics(), torch.arange(17, 41, 2)
     x = torch.randn(12, 40, 128, generator=torch.manual_seed(3))
     table.fit([(x[:8], lengths[:8]), (x[8:], lengths[8:])])
     z = (table.values(x, lengths) - table.mean) / table.std
     assert float(z.mean(0).abs().max()) < 1e-3
+
+
+def test_batches_go_to_the_device_as_stored():
+    """float16, normalised there: as normalised float32; whole crops without a key mask, as with one."""
+    rng = np.random.default_rng(1)
+    items = [{"name": str(k), "fbank": rng.normal(-8, 3, (2, 64, 128)).astype(np.float16)} for k in range(3)]
+    info = {"mean": -8.0, "std": 3.0}
+    batch = data.collate_ast(items, info)
+    assert (batch["x"].dtype, batch["x"].shape, batch["lengths"].shape) == (
+        torch.float16,
+        (3, 2, 64, 128),
+        (3, 2),
+    )
+    x = data.on_device(batch, info, torch.device("cpu"))["x"]
+    expected = data.normalise_fbank(np.stack([item["fbank"] for item in items]).astype(np.float32), -8.0, 3.0)
+    assert np.abs(x.numpy() - expected).max() < 1e-6
+    assert evaluation.lengths_if_unlike(batch) is None
+    torch.manual_seed(1)
+    model = pretrain_ast.build_model(options("--task finetune --pooling meanstd --depths 1")).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(x), model(x, batch["lengths"]), atol=1e-5)
+        tokens = model.tokens_of(x[1], None)[0][-1].flatten(0, 1)
+        pooled = torch.cat([tokens.mean(0), (tokens.var(0, correction=0) + 1e-6).sqrt()])
+        assert torch.allclose(model(x)[1], model.head(pooled[None])[0], atol=1e-5)
 
 
 def test_targets_are_standardised_by_rating_or_by_group():

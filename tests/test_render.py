@@ -14,6 +14,11 @@ SOUNDFONTS = sorted(Path("/usr/share/sounds/sf2").glob("*.sf2"), key=lambda p: p
 RATE = 16000
 
 
+@pytest.fixture(autouse=True)
+def still_room(monkeypatch):
+    monkeypatch.setattr(data, "NOISE_FLOOR", -1e6)
+
+
 def play(*notes, sustain=(), soft=()) -> Performance:
     """Notes are (onset, offset, pitch, velocity); pedals (second, value)."""
     onset, offset, pitch, velocity = np.array(sorted(notes), float).reshape(-1, 4).T
@@ -115,6 +120,14 @@ def test_partials_are_where_stiff_strings_put_them():
             near = np.abs(bins - expected) < 0.02 * expected
             if expected < 0.45 * RATE:
                 assert abs(bins[near][found[near].argmax()] - expected) < 2, (key, n)
+
+
+def test_noise_between_notes_and_level_of_soundfonts(monkeypatch):
+    monkeypatch.undo()
+    sound = render(play((0.5, 1, 60, 64), (3, 3.5, 60, 64)))
+    assert level(sound, 0, 0.4) == pytest.approx(-75, abs=0.3)
+    assert level(sound, 2, 2.9) == pytest.approx(-75, abs=0.3)
+    assert -38 < level(sound, 0.5, 0.6) < -30
 
 
 def test_edges():

@@ -307,8 +307,8 @@ BARS = {
         ([note(60) + note(None) + FERMATA, note(None, 8) + note(62) + note(None, attributes=HIDDEN),
           note(64) + note(None, 8) + note(None)],),
         dict(following_rest=[5, 0, 2], followed_by_fermata_rest=[1, 0, 0])),
-    "parts unfold together": (
-        ([A, B + repeat("backward")], [note(48, 16), note(50, 16)]),
+    "parts unfold together, bars start together": (
+        ([A, B + repeat("backward")], [note(48, 12), note(50, 16)]),
         dict(pitch=[60, 48, 62, 50] * 2, onset=[0, 0, 4, 4, 8, 8, 12, 12])),
     "a pickup counts beats backwards": (
         ([('implicit="yes"', note(60, 6)), A, B],),
@@ -321,8 +321,6 @@ BARS = {
         ([mark("p") + note(None, 12, attributes=HIDDEN) + note(60), B],),
         dict(onset=[0, 1], beats=[0, 1, 2, 3, 4], distance_from_abs_dynamic=[0, 1])),
     "visible rests are no padding": (([note(None, 12) + note(60), B],), dict(onset=[3, 4])),
-    "bars of all parts start together": (
-        ([A, B], [note(48, 12), note(50, 16)]), dict(onset=[0, 0, 4, 4])),
     "the cursor need not return; an empty bar lasts as its metre says": (
         ([A + back(8), "", B],), dict(onset=[0, 8], measures=[0, 4, 8])),
     "a bar of 1/240 quarter too much is regular": (([A, FINE + note(62, 1922)],), dict(beats=range(8))),
@@ -393,8 +391,7 @@ def test_metres(read, time, length, beats, vector, importance):
 
 
 def test_word_vectors_and_their_tables():
-    expected = {"decrescendo": [0, -0.7, 0, 0], "p poco cresc.": [-0.4, 0.5, 0, 0], "nothing": [0, 0, 0, 0]}
-    expected["più forte possibile"] = [1, 0, 0, 0]
+    expected = {"p poco cresc.": [-0.4, 0.5, 0, 0], "più forte possibile": [1, 0, 0, 0]}
     for text, vector in expected.items():
         assert data._word_vector(text, data.DYNAMIC_WORDS, whole=False).tolist() == vector
     # the reference lists 4 more with capitals or commas
@@ -406,12 +403,12 @@ def test_word_vectors_and_their_tables():
 def test_tempo_and_composer(read):
     creator = '<identification><creator type="composer">Clara Schumann</creator></identification>'
     s = read(['<sound tempo="90"/>' + A, '<sound tempo="60"/>' + B], head=creator)
-    assert s.tempo_qpm == 90
+    assert s.qpm[0] == 90
     np.testing.assert_allclose(s.features["qpm_primo"], np.log10([90, 90]))
     assert s.features["composer_vec"].argmax(1).tolist() == [14, 14]
     assert read([A], name="Chopin_op10.musicxml").features["composer_vec"].argmax() == 4
     plain = read([A])
-    assert plain.tempo_qpm == 120
+    assert plain.qpm[0] == 120
     assert plain.features["composer_vec"].argmax() == 16
 
 
@@ -427,12 +424,10 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([A, B + BACKWARD, C + BACKWARD, D], "abab cc d"),
     ([A + repeat("backward", 3), B], "aaa b"),
     ([A, FIRST, SECOND.replace("stop", "discontinue"), D], "ab ac d"),
-    ([A, FIRST, C], "ab ac"),
     ([A, volta("1, 2", B) + BACKWARD, volta(3, C)], "ab ab ac"),
     ([A, volta(1, B, end=False), volta(1, C, begin=False) + BACKWARD, volta(2, D)], "abc ad"),
     ([FORWARD + A, FIRST, SECOND, FORWARD + D + BACKWARD], "ab ac dd"),
     ([A + FINE_, B, C + DA_CAPO], "abc a"),
-    ([A + BACKWARD, B, C + DA_CAPO], "aabc abc"),
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + DA_CAPO, '<sound coda="1"/>' + C], "ab ac"),
     ([A, FORWARD + B], "ab"),
@@ -463,8 +458,8 @@ def zipped(**members):
 
 def test_compressed_and_utf16_files(tmp_path):
     path = tmp_path / "piece.mxl"
-    container = '<container><rootfiles><rootfile full-path="s.xml"/></rootfiles></container>'
-    path.write_bytes(zipped(**{"META-INF/container.xml": container, "s.xml": GOOD}))
+    container = '<container><rootfiles><rootfile full-path="S.XML"/></rootfiles></container>'
+    path.write_bytes(zipped(**{"META-INF/container.xml": container, "a.xml": document([C]), "S.XML": GOOD}))
     assert data.read_musicxml(path).pitch.tolist() == [60, 62]
     path = tmp_path / "wide.xml"
     path.write_bytes(('<?xml version="1.0" encoding="UTF-16"?>' + GOOD).encode("utf-16"))
@@ -482,11 +477,10 @@ REPAIRED = {
     "rest": (document([A + note(None, 0)]), [60], "rests"),
     "tie": (document([A + note(60, notations=TIE_STOP)]), [60, 60], "ties"),
     "endless tie": (document([note(60, notations=TIE_START)]), [60], "ties"),
-    "text voice": (document([note(60, voice="x") + note(62, voice="x")]), [60, 62], "voices"),
     "padding": (document([note(60) + note(None, 12, attributes=HIDDEN), B]), [60, 62], "padding"),
     "beats": (GOOD.replace("<beats>4", "<beats>four"), [60, 62], "metres"),
     "beat-type": (GOOD.replace("<beat-type>4", "<beat-type>6"), [60, 62], "metres"),
-    "volta": (document([volta("", A), B]), [60, 62], "voltas"),
+    "volta": (document([volta("x", A), B]), [60, 62], "voltas"),
 }
 
 
@@ -499,13 +493,6 @@ def test_repairs_are_counted(tmp_path, name):
     assert score.pitch.tolist() == pitches
     assert len(score.repairs) == bool(repair)
     assert not repair or repair in next(iter(score.repairs))
-
-
-def test_the_container_names_the_score(tmp_path):
-    path = tmp_path / "piece.mxl"
-    container = '<container><rootfiles><rootfile full-path="S.XML"/></rootfiles></container>'
-    path.write_bytes(zipped(**{"META-INF/container.xml": container, "a.xml": document([C]), "S.XML": GOOD}))
-    assert data.read_musicxml(path).pitch.tolist() == [60, 62]
 
 
 def test_too_large_files_are_refused_by_their_size(tmp_path, capsys):
@@ -565,7 +552,6 @@ BAD = {
     "tempo": (document(['<sound tempo="fast"/>' + A]), "tempo 'fast'"),
     "nested": (document([FORWARD + A, FORWARD + B + BACKWARD, C + BACKWARD]), "a repeat inside a repeat"),
     "open volta": (document([volta(1, A, end=False), B]), "volta"),
-    "volta x": (document([volta("x", A)]), "measure 1: volta"),
     "volta in volta": (document([volta(1, A, end=False), volta(2, B)]), "volta"),
     "repeat times": (document([A + repeat("backward", "x")]), "'x'"),
     "unplayed": (document([A, volta(2, B), C]), "volta"),

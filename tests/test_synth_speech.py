@@ -111,17 +111,6 @@ def test_salad_takes_the_place_of_held_out_sentences_alone(tmp_path):
             np.testing.assert_array_equal(data.speech_item(plain, i)["x"], data.speech_item(salad, i)["x"])
 
 
-def test_stricter_thresholds_are_crossed_less_often(files):
-    day = files["train"][0]
-    fields = [day[name][0] for name in ("tx1", "tx2", "tx3", "tx4", "spikePow")]
-    for *counts, power in zip(*fields, strict=True):
-        for loose, strict in zip(counts, counts[1:], strict=False):
-            assert (strict <= loose).all()
-            assert 0.3 < strict.sum() / loose.sum() < 0.6
-        assert (power > 0).all()
-    assert 0.3 < np.mean([x.mean() for x in fields[0]]) < 1.0  # 15 to 50 crossings a second
-
-
 def test_sentences_are_new_in_every_part_and_made_of_the_word_list(files):
     spoken = sentences(files, "train") + sentences(files, "test")
     assert len(set(spoken)) == len(spoken) == 3 * 14
@@ -139,21 +128,11 @@ def test_sentences_are_new_in_every_part_and_made_of_the_word_list(files):
 @pytest.mark.parametrize(("bins", "low", "high"), [(7.0, 220, 290), (16.0, 450, 650)])
 def test_trials_are_as_long_as_asked_and_long_enough_for_their_labels(bins, low, high):
     rng, used, lengths = np.random.default_rng(2), set(), []
-    for _ in range(200):
+    for _ in range(60):
         labels = phonemize(data._sentence(rng, used))
         lengths.append(len(data._trajectory(labels, 7, bins, rng)))
-        assert output_frames(lengths[-1], 32, 4) >= frames_needed(labels)
+        assert output_frames(np.array(lengths[-1]), 32, 4) >= frames_needed(labels)
     assert low < np.mean(lengths) < high
-
-
-def test_days_drift_apart_slowly():
-    tunings = [weights / np.linalg.norm(weights) for weights, _ in data._day_tunings(7, 8)]
-    near = np.mean([(a * b).sum() for a, b in zip(tunings, tunings[1:], strict=False)])
-    far = (tunings[0] * tunings[7]).sum()
-    assert 0.8 < near < 0.99
-    assert far < near - 0.1
-    for one, same in zip(data._day_tunings(7, 3)[2], data._day_tunings(7, 8)[2], strict=True):
-        assert np.array_equal(one, same)  # more days leave the first as they are
 
 
 def test_a_changed_corpus_needs_another_version(tmp_path):
