@@ -2193,12 +2193,15 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
 # Statistics of a whole performance, straight from the MIDI
 # ------------------------------------------------------------------------------------------------------------
 CHORD_GAP = 0.035  # seconds: onsets closer than this to their predecessor belong to one chord
-SPREAD = ("mean", "sd", "q10", "q50", "q90")
 
 
-def _summary(x):
-    """Mean, standard deviation and 10 / 50 / 90 % quantiles; zeros for an empty array."""
-    return [x.mean(), x.std(), *np.quantile(x, (0.1, 0.5, 0.9))] if len(x) else [0.0] * len(SPREAD)
+def _summary(name, values, percents=(10, 50, 90)):
+    """NAME_mean, _sd and quantiles such as _q10; zeros for an empty array."""
+    values = values if len(values) else np.zeros(1)
+    out = {f"{name}_mean": values.mean(), f"{name}_sd": values.std()}
+    for percent, value in zip(percents, np.quantile(values, np.array(percents) / 100), strict=True):
+        out[f"{name}_q{percent}"] = value
+    return out
 
 
 def _pedal_use(events, performance, start, end, name):
@@ -2369,11 +2372,9 @@ def performance_statistics(performance) -> dict[str, float]:
         "register_bass": pitch[bass] / 12,
     }
     for name, values in summarised.items():
-        for part, value in zip(SPREAD, _summary(values), strict=True):
-            out[f"{name}_{part}"] = value
+        out |= _summary(name, values)
     out |= _pedal_use(performance.sustain, performance, start, end, "sustain")
-    out |= _pedal_use(performance.soft, performance, start, end, "soft")
-    return {name: float(value) for name, value in out.items()}
+    return out | _pedal_use(performance.soft, performance, start, end, "soft")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2452,7 +2453,7 @@ def _sonority_statistics(pitch, onset, end):
     out |= {f"chord_{name}": value / total for name, value in chords.items()}
     out["minor_of_triads"] = chords["min"] / (chords["min"] + chords["maj"] + 1e-9)
     out |= {"dissonance_mean": np.mean(dissonance), "dissonance_q90": np.quantile(dissonance, 0.9)}
-    return out | {"sounding_mean": np.mean(sizes), "sounding_sd": np.std(sizes)}
+    return out | _summary("sounding", np.array(sizes), ())
 
 
 def harmony_statistics(score: Score) -> dict[str, float]:
@@ -2464,15 +2465,14 @@ def harmony_statistics(score: Score) -> dict[str, float]:
     bars = np.bincount(bar * 12 + pitch % 12, duration, 12 * (bar[-1] + 1)).reshape(-1, 12)
     whole = bars.sum(0)
     share = whole / whole.sum()
-    out = {f"key_{name}": value for name, value in zip(_KEY_FIT, _key_fit(whole[None])[0], strict=True)}
+    out = {f"key_{name}": value for name, value in zip(_KEY_FIT, *_key_fit(whole[None]), strict=True)}
     out["pitch_class_entropy"] = -(share[share > 0] * np.log(share[share > 0])).sum()
     out["pitch_classes_used"] = (share > 0.01).sum()
     fits = _key_fit(bars)
     for name, values in zip(_KEY_FIT, fits.T, strict=True):
-        out |= {f"bar_{name}_mean": values.mean(), f"bar_{name}_sd": values.std()}
+        out |= _summary(f"bar_{name}", values, ())
     out["bar_minor_share"] = (fits[:, 2] < 0).mean()
-    out |= _sonority_statistics(pitch, onset, onset + duration)
-    return {name: float(value) for name, value in out.items()}
+    return out | _sonority_statistics(pitch, onset, onset + duration)
 
 
 def _tempo_course(grid, quarter, second):
@@ -2544,10 +2544,8 @@ def timing_statistics(score: Score, performance: Performance, match: np.ndarray)
     groups = {"all": counted, "top": top, "other": ~top, "right": right, "left": ~right}
     for name, members in (groups | {"short": written <= 0.5, "long": written > 0.9}).items():
         chosen = members & counted
-        values = ratio[chosen if chosen.sum() > 3 else counted]
-        values = values if len(values) else np.zeros(1)
-        out |= {f"held_{name}_mean": values.mean(), f"held_{name}_sd": values.std()}
-    return {name: float(value) for name, value in out.items()}
+        out |= _summary(f"held_{name}", ratio[chosen if chosen.sum() > 3 else counted], ())
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2858,7 +2856,6 @@ class Corpus:
     stat_names: list[str]
     shared: dict[str, set[str]]
     left_out: list[str] = field(default_factory=list)
-    cached: bool = False
     repaired: list[str] = field(default_factory=list)  # a line for each file that was read with repairs
 
 
@@ -2922,8 +2919,7 @@ def load_percepiano(
     prefix = f"percepiano-{hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:8]}"
     store = Path(cache) / f"{prefix}-{_files_key(root, [*files.values(), *scores.values()])}.npz"
     arrays = _load_arrays(store)
-    cached = arrays is not None
-    if not cached:
+    if arrays is None:
         remove_leftovers(store.parent.glob(".*"))
         arrays = _extract_all(files, scores, strict, workers, quiet)
         write_atomic(store, lambda file: np.savez(file, **arrays))
@@ -2933,9 +2929,9 @@ def load_percepiano(
     names, bounds = arrays["names"].tolist(), arrays["bounds"]
     items = {}
     for i, name in enumerate(names):
-        items[name] = {key: arrays[key][bounds[i] : bounds[i + 1]] for key in NOTE_ARRAYS}
-        items[name] |= {"name": name, "match_rate": float(arrays["match_rate"][i])}
-        items[name]["stats"] = arrays["stats"][i]
+        item = {key: arrays[key][bounds[i] : bounds[i + 1]] for key in NOTE_ARRAYS}
+        item |= {"name": name, "match_rate": float(arrays["match_rate"][i]), "stats": arrays["stats"][i]}
+        items[name] = item
     for name, rating in sorted(read_labels(root, left_out).items()):
         if name in items:
             items[name]["y"] = rating.astype(np.float32)
@@ -2946,18 +2942,15 @@ def load_percepiano(
     shared = {name: set() for name in names}
     for name, other in arrays["shared"].tolist():
         shared[name].add(other)
-    synthetic = (root / "SYNTHETIC").is_file()
-    columns, stat_names = column_names(FEATURES), arrays["stat_names"].tolist()
     return Corpus(
         str(root),
-        synthetic,
+        (root / "SYNTHETIC").is_file(),
         items,
         sorted(files),
-        columns,
-        stat_names,
+        column_names(FEATURES),
+        arrays["stat_names"].tolist(),
         shared,
         left_out,
-        cached,
         arrays["repaired"].tolist(),
     )
 
@@ -3226,9 +3219,9 @@ def shift_key(item: dict, info: dict, semitones: int) -> dict:
     if "pitch:0" in at:  # octave, then twelve pitch classes
         octave = at["pitch:0"]
         classes = slice(octave + 1, octave + 13)
-        pitch = (x[written, octave] * 4 + 5) * 12 + x[written, classes].argmax(1) + semitones
+        pitch = raw("midi_pitch")[written].round().astype(int) + semitones
         x[written, octave] = (pitch // 12 - 5) / 4
-        x[written, classes] = np.eye(12)[pitch.astype(int) % 12]
+        x[written, classes] = np.eye(12)[pitch % 12]
     return item | {"x": x}
 
 
@@ -6055,12 +6048,6 @@ def report_percepiano(corpus: Corpus) -> None:
     print(f"sharing a run of {SHARED_RUN} notes with another: {sum(map(bool, corpus.shared.values()))}")
     print_left_out(corpus.left_out)
     print_left_out(corpus.repaired, what="read with repairs")
-    for split, fold in itertools.product(SPLITS, range(FOLDS)):
-        try:
-            sizes = [len(names) for names in percepiano_parts(corpus, split, fold).values()]
-            print(f"split {split}, fold {fold}: train, valid, test {sizes}")
-        except DataError as error:
-            print(error)
 
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]], required=False) -> None:

@@ -235,19 +235,21 @@ def cluster_bootstrap(y, p, groups, statistic: Callable = r2, n=1000, seed=7, fo
 
 def is_rendering(name: str) -> bool:
     """True for a rendering of the score (player `Score` or `Score2`), no human performance."""
-    return str(player_of(name)).startswith("Score")
+    return player_of(name).startswith("Score")
 
 
 def _stacked(records, truth, part, view):
     """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view."""
-    rows = []
+    names, y, p, folds = [], [], [], []
     for record in records:
-        if record["part"] == part:
-            found = zip(record["names"], record["p"], strict=True)
-            rows += [(name, truth[name], p, record["fold"]) for name, p in found if name in truth]
-    rows = [row for row in rows if view == "all" or not is_rendering(row[0])]
-    names, y, p, folds = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return list(names), np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
+        for name, predicted in zip(record["names"], record["p"], strict=True):
+            wanted = record["part"] == part and name in truth
+            if wanted and (view == "all" or not is_rendering(name)):
+                names.append(name)
+                y.append(truth[name])
+                p.append(predicted)
+                folds.append(record["fold"])
+    return names, np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
 
 def of_views(function: Callable, records: list, truth: dict) -> dict:
@@ -283,8 +285,8 @@ def _measure_folds(names, y, p, folds):
 
 def scores(y, p, groups) -> dict:
     """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
-    each = {key: metric(y, p) for key, metric in METRICS.items()}
     figures = {"items": len(y), "segments": len(set(groups)), "r2_interval": cluster_bootstrap(y, p, groups)}
+    each = {key: metric(y, p) for key, metric in METRICS.items()}
     figures |= {key: float(values.mean()) for key, values in each.items()}
     return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
@@ -595,7 +597,7 @@ def _load_corpus(args, speech=False):
         print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
     corpus = read(args.data or made(args.cache), args.cache)
     for line in corpus.left_out:
-        print(f"left out: {printable(line)}")
+        print(f"left out: {line}")
     return corpus
 
 
@@ -720,6 +722,23 @@ def _fit_kernel(corpus, train, args, fold):
     return KernelRidge.fit(stats, y), made
 
 
+REGRESSIONS = ("kernel", "forest", "ridge")
+
+
+def _regression(kind, groups):
+    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
+    from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if kind == "forest":
+        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
+    folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
+    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
+
+
 def _fit_regression(kind, corpus, train, features):
     """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes alone."""
     info = fit_normalisation(corpus, train, features) | {"statistics": []}
@@ -793,23 +812,6 @@ class Clips:
             "rating_mean": targets["target_mean"],
             "rating_std": targets["target_std"],
         }
-
-
-REGRESSIONS = ("kernel", "forest", "ridge")
-
-
-def _regression(kind, groups):
-    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
-    from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import GroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if kind == "forest":
-        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
-    folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
-    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2205,16 +2207,12 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     args.ckpt = args.ckpt or (SHIPPED_FOR_SOUND if args.audio else SHIPPED)
     loaded = _load_models(args.ckpt)
     task, about = loaded[0][2]["task"], loaded[0][2]["data"]
-    if task == "decoder":
-        _check_alike(loaded)
-    else:
-        _load_fold_models(loaded)  # refuses those that cannot be averaged
+    _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
-    given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
-    if kind != "han" and (args.bars or args.transpose):
-        raise DataError(
-            f"{args.ckpt[0]}: of task {task}; --bars and --transpose are of scores; leave them out"
-        )
+    names = ["score", "midi", "audio", "speech"]
+    if kind != "han":
+        names += ["bars", "transpose"]  # of scores
+    given = " ".join(f"--{name}" for name in names if getattr(args, name))
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
     print(provenance(loaded))
@@ -2281,11 +2279,11 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) 
 def provenance(loaded: list[tuple]) -> str:
     """In a line: the files, what they hold, on what it was trained and how it scored there."""
     files = []
-    for path, members in itertools.groupby(loaded, key=lambda member: member[0]):
-        ckpts = [ckpt for *_, ckpt in members]
-        score = ckpts[0].get("valid_r2") or (ckpts[0].get("best") or {}).get("valid_r2")
+    for path, (_, model, ckpt) in {member[0]: member for member in loaded}.items():
+        count = sum(member[0] == path for member in loaded)
+        score = ckpt.get("valid_r2") or (ckpt.get("best") or {}).get("valid_r2")
         scored = f", validation R² {score:.3f}" if score else ""
-        files.append(f"{path} ({len(ckpts)} × {ckpts[0]['task']}{scored})")
+        files.append(f"{path} ({count} × {model.model_args.get('model', ckpt['task'])}{scored})")
     about = loaded[0][2]["data"]
     trained = f", split {about['split']}" if "split" in about else ""
     return f"{' + '.join(files)}: {len(loaded)} checkpoints averaged{trained}, git {loaded[0][2]['git_sha']}"
@@ -2327,7 +2325,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
     rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.score)
     for line in reading.warnings():
-        tqdm.write(f"warning: {printable(line)}")
+        tqdm.write(f"warning: {line}")
     record = {
         "name": name,
         "path": path,
@@ -2490,10 +2488,9 @@ def compare_takes(records: list[dict]) -> None:
     for count, record in enumerate(records, 1):
         print(f"{count:>4} {record['name']}")
         record["differs"] = dict(zip(LABELS, marks[count - 1].tolist(), strict=True))
-    cells = [
-        [f"{x:.2f}{mark}" for x, mark in zip(*row, strict=True)] for row in zip(p.T, marks.T, strict=True)
-    ]
-    rows = [[name, *row] for name, row in zip(RATINGS.values(), cells, strict=True)]
+    rows = []
+    for name, values, signs in zip(RATINGS.values(), p.T, marks.T, strict=True):
+        rows.append([name, *(f"{x:.2f}{sign}" for x, sign in zip(values, signs, strict=True))])
     print_table(["0 … 1", *map(str, range(1, len(p) + 1))], rows)
 
 

@@ -23,6 +23,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     locked,
     on_stop,
     ordinary,
+    shown,
     speech_rules,
     to_normal,
     write_atomic,
@@ -41,7 +42,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from argparse import ArgumentParser, Namespace
@@ -642,6 +642,7 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
         suppress(Exception),
         torch.serialization.safe_globals(stand_ins),
     ):  # of whatever a foreign file raises
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or "format" in content:
         return None
@@ -1484,24 +1485,19 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     Averaged weights (ckpt["ema"]) are used where there are any. DataError for a file that is missing, cut
     short or no checkpoint of ours.
     """
-    advice = "expected a last.pt or best.pt of this repository"
     try:
         _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own text suggests unsafe loading
-        found = f"{path}: unreadable as a checkpoint ({_one_line(error)[:80]})"
-        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
-    try:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
-        known = {name: value for name, value in ckpt["model_args"].items() if name not in DROPPED_ARGS}
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
-        with _Bounded(weights, known, Path(path).stat().st_size):
-            model = MODELS[ckpt["task"]](**known)
+        with _Bounded(weights, ckpt["model_args"], Path(path).stat().st_size):
+            model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(weights)
     except Exception as error:
-        found = f"{path}: does not fit its model ({_one_line(error)})"
-        raise DataError(f"{found}; {_of_baseline(path) or advice}") from error
+        advice = _of_baseline(path) or "expected a last.pt or best.pt of this repository"
+        found = _one_line(error).split("weights_only")[0]  # torch's own text suggests unsafe loading
+        raise DataError(f"{path}: no checkpoint to read ({found}); {advice}") from error
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
     return model.eval(), ckpt
@@ -1514,6 +1510,9 @@ class _Anything:
         return _Anything()
 
     def __setitem__(self, key, value):
+        pass
+
+    def __setstate__(self, state):
         pass
 
     def __contains__(self, name):
@@ -1540,15 +1539,6 @@ def _check_archive(path: str | Path) -> None:
                 load_plain_pickle(io.BytesIO(archive.read(record)), anything, anything)
 
 
-def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers in nested dicts and lists, with their innermost names."""
-    if isinstance(tree, dict | list):
-        for key, value in tree.items() if isinstance(tree, dict) else ((name, value) for value in tree):
-            yield from _numbers(value, key)
-    elif isinstance(tree, int | float):
-        yield name, tree
-
-
 class _Bounded(TorchFunctionMode):
     """Ends the making of a network that outgrows the weights it is for: its sizes may be a stranger's."""
 
@@ -1560,10 +1550,12 @@ class _Bounded(TorchFunctionMode):
         if held > file_size:
             raise ValueError(f"weights of {held} bytes in a file of {file_size}")
         self.room = held + 10**6
-        for name, size in _numbers(model_args):
-            most = len(weights) if name in ("depth", "layers", "decoder_depth") else 1000 + 16 * longest
-            if not 0 <= size <= most:
-                raise ValueError(f"{name} is {size}, but its {len(weights)} weights are of others")
+
+        def check(digits: str) -> None:
+            if not 0 <= int(digits) <= 1000 + 16 * longest:
+                raise ValueError(f"a size of {digits}, but its {len(weights)} weights are of others")
+
+        json.loads(json.dumps(model_args), parse_int=check)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
@@ -1697,15 +1689,15 @@ def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
         left = (time.time() - start) / len(finals) * (FOLDS - len(finals))
         if main_process:
             print(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
-    result, shown = {"folds": finals}, []
+    said = []
     for key, value in finals[0].items():
         if key.startswith("valid_") and isinstance(value, float):
             scores = torch.tensor([final[key] for final in finals], dtype=torch.float64)
-            result |= {key: scores.mean().item(), f"{key}_std": scores.std(correction=0).item()}
-            shown.append(f"{key[6:]} {result[key]:.4f} ± {result[f'{key}_std']:.4f}")
+            mean, deviation = scores.mean().item(), scores.std(correction=0).item()
+            said.append(f"{key[6:]} {shown(mean)} ± {shown(deviation)}")
     if main_process:
-        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(shown))
-    return result
+        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(said))
+    return {"folds": finals}
 
 
 def launch(train: Callable[[Namespace], dict], args: Namespace, then: str = "eval.py --ckpt") -> None:
@@ -1818,13 +1810,11 @@ def worker_processes(loader: DataLoader) -> Iterator[None]:
 
 @contextmanager
 def Interrupt() -> Iterator[list]:
-    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends first.
-    Only the main thread can: in others nothing is caught."""
+    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends
+    first."""
     came = []
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in STOPS} if in_main else {}
-    if in_main:
-        on_stop(lambda *caught: came.append(caught))
+    before = {number: signal.getsignal(number) for number in STOPS}
+    on_stop(lambda *caught: came.append(caught))
     try:
         yield came
     finally:
@@ -1838,13 +1828,11 @@ def run_folder(args: Namespace, name: str) -> Path:
     if args.resume:
         return Path(args.resume).parent
     first = folder = Path(args.out, args.name or name)
-    taken = 1
-    while True:
+    for taken in itertools.count(2):
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            taken += 1
             folder = Path(f"{first}_{taken}")
 
 
@@ -1882,32 +1870,25 @@ def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: in
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
 
 
-class Run:
+class Run(ExitStack):
     """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone, which holds a
     lock on metrics.jsonl: one run, one writer. For a `with`."""
 
     def __init__(self, args: Namespace, name: str, rank: int, world: int, resumed: dict | None):
+        super().__init__()
         self.args, self.main, self.world = args, rank == 0, world
         self.start = time.time()
         self.board = None
         folder = None
-        with ExitStack() as open_files:
-            if self.main:
-                folder = run_folder(args, name)
-                self.metrics = open_files.enter_context(locked(folder / "metrics.jsonl", wait=False))
-                if resumed:
-                    cut_metrics(self.metrics, resumed["step"])
-                text = json.dumps(vars(args) | git_state(), indent=1)
-                write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
-                self.board = tensorboard(folder) if args.tensorboard else None
-            self.open_files = open_files.pop_all()
+        if self.main:
+            folder = run_folder(args, name)
+            self.metrics = self.enter_context(locked(folder / "metrics.jsonl", wait=False))
+            if resumed:
+                cut_metrics(self.metrics, resumed["step"])
+            text = json.dumps(vars(args) | git_state(), indent=1)
+            write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
+            self.board = tensorboard(folder) if args.tensorboard else None
         self.folder = from_main(folder, world)
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.open_files.close()
 
     def seconds(self) -> float:
         return time.time() - self.start

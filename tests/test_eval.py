@@ -31,9 +31,8 @@ def test_metrics_match_sklearn_and_scipy():
     close = {"abs": 1e-12}
     assert evaluation.r2(y, p) == pytest.approx(r2_score(y, p, multioutput="raw_values"), **close)
     assert evaluation.mse(y, p) == pytest.approx(mean_squared_error(y, p, multioutput="raw_values"), **close)
-    assert evaluation.pearson(y, p) == pytest.approx(
-        [pearsonr(y[:, d], p[:, d])[0] for d in range(19)], **close
-    )
+    expected = [pearsonr(y[:, d], p[:, d])[0] for d in range(19)]
+    assert evaluation.pearson(y, p) == pytest.approx(expected, **close)
 
 
 @pytest.mark.parametrize("prediction", [0.3, 0.4])
@@ -50,18 +49,11 @@ def test_figures_of_constant_columns_are_undefined(prediction, capsys):
 
 def test_bootstrap_is_scipys_where_every_item_is_a_group():
     y, p = ratings(12)
-    rng = np.random.default_rng(3)
-    expected = bootstrap(
-        (np.arange(12),),
-        lambda rows: r2_score(y[rows], p[rows]),
-        vectorized=False,
-        method="percentile",
-        n_resamples=200,
-        random_state=rng,
-    ).confidence_interval
-    assert evaluation.cluster_bootstrap(y, p, range(12), n=200, seed=3) == pytest.approx(
-        list(expected), abs=1e-9
-    )
+    how = {"vectorized": False, "method": "percentile", "n_resamples": 200}
+    how["random_state"] = np.random.default_rng(3)
+    expected = bootstrap((np.arange(12),), lambda rows: r2_score(y[rows], p[rows]), **how)
+    found = evaluation.cluster_bootstrap(y, p, range(12), n=200, seed=3)
+    assert found == pytest.approx([*expected.confidence_interval], abs=1e-9)
 
 
 def test_bootstrap_averages_folds_on_one_draw():

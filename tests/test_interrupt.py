@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,11 +47,8 @@ def test_a_trainer_ends_its_step_and_saves(name, world, corpus, tmp_path):
     for process in started:  # as a terminal or a batch system does: the workers get it too
         os.killpg(process.pid, STOPS[name])
     assert [process.wait() for process in started] == [130] * world
-    assert (
-        "".join(p.said("stderr").replace("\r", "\n").split("\n")[-2] for p in started[:1])
-        == f"{script}: interrupted"
-    )
-    assert all("Traceback" not in process.said("stderr") for process in started)
+    said = started[0].said("stderr").replace("\r", "\n").split("\n")
+    assert (said[-2], "Traceback" in str(said)) == (f"{script}: interrupted", False)
     assert all(process.said("stderr") == "" for process in started[1:])
     assert f"python {script} --resume {tmp_path}/stopped/last.pt" in started[0].said("stdout")
     saved = last(tmp_path / "stopped")
@@ -93,9 +89,7 @@ def random_kills(count: int, corpus, folder: Path, seed: int = 7) -> tuple[int, 
     often = "--name run --save-every 1 --log-every 1"
     options = command("train_han", corpus, folder, often, CASES["train_han"].endless)
     run = folder / "run"
-    trainer(
-        "train_han", [*options, "--max-steps", "1", "--name", "first"]
-    )()  # imports what torch imports late
+    trainer("train_han", [*options, "--max-steps", "1", "--name", "first"])()  # what torch imports late
     unreadable, cut, problems = 0, 0, []
     for k in range(count):
         argv = [*options, *(resume(run).split() if (run / "last.pt").exists() else [])]
@@ -120,12 +114,6 @@ def random_kills(count: int, corpus, folder: Path, seed: int = 7) -> tuple[int, 
     return unreadable, cut, problems
 
 
-@pytest.mark.slow
-def test_random_kills_leave_readable_files(corpus, tmp_path):
-    unreadable, _, problems = random_kills(4, corpus, tmp_path)
-    assert (unreadable, problems) == (0, [])
-
-
 def test_an_interrupt_is_noted_within_its_block_only():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -137,15 +125,6 @@ def test_an_interrupt_is_noted_within_its_block_only():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_is_left_to_the_main_thread():
-    def caught() -> list:
-        with models.Interrupt() as stop:
-            return [signal.getsignal(signal.SIGINT), bool(stop)]
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(caught).result() == [signal.getsignal(signal.SIGINT), False]
 
 
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
@@ -234,30 +213,21 @@ def test_two_first_runs_share_an_empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "number"), [("data.py", signal.SIGTERM), ("pretrain_ast.py", signal.SIGINT)]
-)
-def test_an_interrupt_while_a_script_loads_is_one_line(script, number, tmp_path):
+def test_an_interrupt_while_a_script_loads_is_one_line(tmp_path):
+    script = [sys.executable, ROOT / "pretrain_ast.py"]
     with (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, ROOT / script, "fetch"],
-            cwd=tmp_path,
-            stderr=err,
-            stdout=err,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(script, cwd=tmp_path, stderr=err, stdout=err, start_new_session=True)
     maps = Path(f"/proc/{process.pid}/maps")
     assert until(lambda: process.poll() is not None or "libtorch" in maps.read_text())
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     assert process.wait(LONG) == 130
-    assert (tmp_path / "err").read_text() == f"{script}: interrupted\n"
+    assert (tmp_path / "err").read_text() == "pretrain_ast.py: interrupted\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_imports_first_what_minds_an_interrupt(script):
-    first = next(
-        n for n in ast.parse((ROOT / script).read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
-    )
+    body = ast.parse((ROOT / script).read_text()).body
+    first = next(node for node in body if isinstance(node, ast.Import | ast.ImportFrom))
     assert "data" in (getattr(first, "module", None), first.names[0].name)
 
 
@@ -271,7 +241,4 @@ if __name__ == "__main__":
 
         kills = int(sys.argv[1])
         unreadable, cut, problems = random_kills(kills, small_corpus, Path(place))
-        print(
-            f"{kills} kills at random moments: {unreadable} unreadable files; {cut} bytes of log cut",
-            *problems,
-        )
+        print(f"{kills} kills at random: {unreadable} unreadable files; {cut} bytes of log cut", *problems)
