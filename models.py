@@ -1274,7 +1274,14 @@ class ClipKernel(nn.Module):
     outputs), of the moments of its frozen tokens. Statistics that change with the piano and the recording
     weigh less: see `fit`."""
 
-    def __init__(self, items: int, mel: int = 128, num_outputs: int = 19, encoder: dict | None = None):
+    def __init__(
+        self,
+        items: int,
+        mel: int = 128,
+        num_outputs: int = 19,
+        encoder: dict | None = None,
+        columns: int | None = None,  # statistics that the kernel sees (None: all)
+    ):
         super().__init__()
         self.model_args = _arguments(locals())
         self.statistics = ClipStatistics(mel)
@@ -1284,7 +1291,8 @@ class ClipKernel(nn.Module):
             size += 2 * encoder["width"] * len(self.encoder.levels)
         self.register_buffer("quantiles", torch.zeros(101, size))
         self.register_buffer("weight", torch.ones(size))
-        self.ridge = KernelRidge(items, size, num_outputs)
+        self.register_buffer("seen", torch.arange(size) < (columns or size))
+        self.ridge = KernelRidge(items, columns or size, num_outputs)
 
     @torch.no_grad()
     def describe(self, fbank: Tensor) -> Tensor:
@@ -1298,12 +1306,12 @@ class ClipKernel(nn.Module):
 
     def ranks(self, described: Tensor) -> Tensor:
         z = to_normal(described.double().cpu().numpy(), self.quantiles.double().cpu().numpy())
-        return torch.from_numpy(z).to(described.device) * self.weight
+        return (torch.from_numpy(z).to(described.device) * self.weight)[:, self.seen]
 
     def fit(self, described: Tensor, ratings: Tensor, item: Tensor) -> "ClipKernel":
         """described (n, S), of `describe`; ratings (n, num_outputs) in [0, 1]; item (n,) numbers from 0, the
         same for versions of a performance: ranks weigh by the share of their variance between performances,
-        to the power 1.5."""
+        to the power 1.5; those under a twentieth are left out."""
         quantiles = np.quantile(described.cpu().numpy(), np.linspace(0, 1, 101), axis=0)
         self.quantiles.copy_(torch.from_numpy(quantiles))
         ranks, items = self.ranks(described), int(item.max()) + 1
@@ -1312,8 +1320,10 @@ class ClipKernel(nn.Module):
             mean /= item.bincount().unsqueeze(1)
             within = (ranks - mean[item]).square().sum(0) / (len(ranks) - items)
             share = (1 - within / ranks.var(0).clip(min=1e-6)).clip(0, 1)
-            self.weight.copy_(share**1.5)
-            self.weight /= self.weight.square().mean().sqrt()
+            self.seen.copy_(share > 0.05)
+            self.model_args["columns"] = int(self.seen.sum())
+            self.weight.copy_(share**1.5 * self.seen)
+            self.weight /= self.weight[self.seen].square().mean().sqrt()
         self.ridge = KernelRidge.fit(self.ranks(described), ratings)
         return self
 

@@ -313,6 +313,11 @@ def test_shipped_models_rate_without_being_named(piano, capsys):
         assert f"{path} (" in said.splitlines()[0]
         assert Path(path).stat().st_size <= 1e6 * megabytes
     assert len(record["uncertainty"]) == 19
+    sound = Path(piano.midi(name)).with_suffix(".wav")
+    data.write_wav(sound, data.render(data.read_midi(piano.midi(name))))
+    (record,) = predict("--audio", str(sound))
+    assert f"{evaluation.SHIPPED_FOR_SOUND[0]} (" in capsys.readouterr().out.splitlines()[0]
+    assert 0 < min(record["ratings"].values()) < max(record["ratings"].values()) < 1
 
 
 def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
