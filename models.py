@@ -1647,8 +1647,9 @@ def parse_options(
     return args
 
 
-def set_up(device: str, seed: int) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes; seeds torch, joins the process group under torchrun."""
+def set_up(device: str, seed: int, exact: bool) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes; seeds torch, joins the process group under torchrun. Unless
+    exact, float32 products on a GPU are of TF32."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     if device == "cuda" and world > 1:
@@ -1659,6 +1660,8 @@ def set_up(device: str, seed: int) -> tuple[torch.device, int, int]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: flags and objects
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # caches are made meanwhile
         atexit.register(dist.destroy_process_group)
+    if device.type == "cuda" and not exact:
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed + rank)
     return device, rank, world
 

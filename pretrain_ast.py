@@ -511,7 +511,7 @@ def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argpar
 def main(args: argparse.Namespace) -> dict:
     """Pre-train, or fine-tune one fold or all; returns the validation metrics of the best weights."""
     # ---- device, process group, seed
-    device, rank, world = set_up(args.device, args.seed)
+    device, rank, world = set_up(args.device, args.seed, args.ssast_compat)
     say = tqdm.write if rank == 0 else lambda line: None
     if args.task == "finetune" and args.fold == "all":
         return all_folds(main, args)

@@ -308,7 +308,7 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
 def main(args: argparse.Namespace) -> dict:
     """Train one decoder; returns the metrics of the best weights on the validation part."""
     # ---- device, process group, seed
-    device, rank, world = set_up(args.device, args.seed)
+    device, rank, world = set_up(args.device, args.seed, args.preset.startswith("baseline"))
     say = tqdm.write if rank == 0 else lambda line: None
 
     # ---- data
@@ -359,7 +359,7 @@ def main(args: argparse.Namespace) -> dict:
     layers = bare_model.separate_days() if args.still_days else None
     groups = parameter_groups(bare_model, args, layers)
     optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(groups, lr=args.lr, eps=args.adam_eps)
+    optimizer = optimizer_class(groups, lr=args.lr, eps=args.adam_eps, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 

@@ -232,7 +232,7 @@ def validate(model: HAN, valid: list[dict], device: torch.device) -> dict:
 def main(args: argparse.Namespace) -> dict:
     """Train one fold, or all four; returns the metrics of the best weights on the validation part."""
     # ---- device, process group, seed
-    device, rank, world = set_up(args.device, args.seed)
+    device, rank, world = set_up(args.device, args.seed, args.preset == "paper")
     say = tqdm.write if rank == 0 else lambda line: None
     if args.fold == "all":
         return all_folds(main, args)

@@ -97,7 +97,8 @@ class Forked:
             for stream, number in (("stdout", 1), ("stderr", 2)):
                 os.dup2(os.open(self.logs / stream, os.O_WRONLY), number)
                 setattr(sys, stream, os.fdopen(number, "w", buffering=1))
-            data.on_stop(signal.SIG_DFL)
+            for number in data.STOPS:  # heeded, even where these tests run under nohup
+                signal.signal(number, signal.SIG_DFL)
             data.run_script(script, function)
             code = 0
         except SystemExit as stop:

@@ -78,14 +78,15 @@ finetune() {  # the probe of the frozen weights beside fine-tuning
 }
 
 decoder() {  # beside fine-tuning
-    local preset small=() warmup
+    local preset small=() own
     [ -z "$TOY" ] || small=(--hidden 16 --layers 2 --batch 4 --steps 6 --eval-every 3 --log-every 1 --workers 0)
-    for preset in baseline default log; do
-        warmup=()
-        [ $preset != default ] || warmup=(--warmup 50)  # its own takes 500 steps
-        python train_decoder.py --data "$SPEECH" --cache "$WORK/cache" --preset $preset --hidden 1024 \
-            --bidirectional --steps 300 --eval-every 100 --log-every 10 --workers "$threads" --name $preset \
-            "${warmup[@]}" "${trainer[@]}" "${small[@]}" &
+    for preset in baseline default baseline25; do
+        own=(--hidden 1024 --bidirectional)
+        [ $preset != baseline25 ] || own=(--hidden 1024)  # one direction, by its learned start
+        [ $preset != default ] || own+=(--warmup 50)  # its own takes 500 steps
+        python train_decoder.py --data "$SPEECH" --cache "$WORK/cache" --preset $preset \
+            --steps 300 --eval-every 100 --log-every 10 --workers "$threads" --name $preset \
+            "${own[@]}" "${trainer[@]}" "${small[@]}" &
     done
     all_well
     python eval.py curves --run "$run"/runs/* --out "$run/results/curves.png"
