@@ -89,7 +89,7 @@ CASES = {
         small="--task finetune --width 16 --depth 1 --heads 2 --frames 64 --batch 4 --epochs 2 --lr 1e-3"
               " --warmup 0 --workers 0 --amp off --log-every 2",
         plain="--dropout 0 --frames 512",
-        overfit="--epochs 60 --eval-every 60 --patience 0 --lr 1e-2 --lr-schedule constant --width 32",
+        overfit="--epochs 200 --eval-every 200 --patience 0 --lr 1e-2 --lr-schedule constant --width 32",
         exact=("",
                "--ema 0.9 --variants 1 --noise 0.1 --spec-augment 8 8 --mixup 0.4 --balance dwa"
                " --eval-every 2 --batch 8",
@@ -178,7 +178,7 @@ def test_overfits_one_batch(name, run, monkeypatch):
     train_on(monkeypatch, name, 4)
     out = run(name, CASES[name].plain, CASES[name].overfit, "--name overfit --log-every 1")
     losses = [r["loss"] for r in records(out["folder"]) if "loss" in r and "valid_loss" not in r]
-    assert len(losses) in (40, 60)
+    assert len(losses) in (40, 60, 200)
     assert losses[-1] < 0.05 * losses[0]
 
 
