@@ -115,16 +115,17 @@ def random_kills(count: int, corpus, folder: Path, seed: int = 7) -> tuple[int, 
 
 
 def test_an_interrupt_is_noted_within_its_block_only():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in data.STOPS}
     try:
         with models.Interrupt() as stop:
             assert not stop
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in data.STOPS:
                 signal.raise_signal(number)
-            assert len(stop) == 3
+            assert len(stop) == len(data.STOPS)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
