@@ -5047,7 +5047,7 @@ def normalise_fbank(x, mean: float = FBANK_MEAN, std: float = FBANK_STD):
 
 SOFT_FLOOR = 45.0  # dB under the loud level of a clip
 CANCELLED = 0.03  # of the loudest channel's power left in the mean: channels out of phase
-SHORTEST = 16  # frames of a recording that says something: one patch of AST
+FEWEST_FRAMES = 16  # frames of a recording that says something: one patch of AST
 SILENT = -70.0  # dB of full scale: a recording whose samples stay below holds nothing
 
 
@@ -5058,7 +5058,7 @@ def front_end(energies: torch.Tensor, ends: bool = False) -> torch.Tensor:
     level = energies.amax(1)
     floor = level.quantile(0.95) - SOFT_FLOOR / 10 * math.log(10)
     sounding = (level > floor).nonzero().flatten().tolist()  # none: of values that are no numbers
-    if sounding and not ends and sounding[-1] - sounding[0] >= SHORTEST:
+    if sounding and not ends and sounding[-1] - sounding[0] >= FEWEST_FRAMES:
         energies = energies[sounding[0] : sounding[-1] + 1]
     return torch.logaddexp(energies, floor)
 
@@ -5433,7 +5433,7 @@ def _store_energies(task):
 def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
     """`front_end` of the log-mel energies of a recording; refuses silence."""
     loudest = np.abs(waveform).max(initial=0)
-    if fbank_frames(len(waveform)) < SHORTEST or loudest < _gain(SILENT):
+    if fbank_frames(len(waveform)) < FEWEST_FRAMES or loudest < _gain(SILENT):
         seconds = len(waveform) / SAMPLE_RATE
         found = f"{seconds:.3f} s, loudest sample {20 * np.log10(loudest + 1e-10):.0f} dB of full scale"
         raise DataError(f"{path}: {found}; expected 0.18 s or more, above {SILENT:.0f} dB; leave it out")

@@ -2829,7 +2829,7 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
     runs = {run: read_run(run) for run in args.run}
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
-    args.audio = own.get("audio")
+    args.audio, args.rate = own.get("audio"), None
     args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
     verdict, figures, scored = "nothing was scored: see the curves of validation", None, {}
     synthetic = is_synthetic(own)
