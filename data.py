@@ -3882,10 +3882,10 @@ def _refuse_mat_bomb(path):
 
 
 class _PickledType:
-    """Stands for a NumPy type in a pickle: numbers, text, or (a list of) objects; no other can be named."""
+    """Stands for a NumPy type in a pickle: numbers or text; no other can be named."""
 
     def __init__(self, name: str, *flags):
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}|O8", name):
+        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU]\d{1,6}", name):
             raise DataError(f"it holds values of type {name}")
         self.name, self.order = name, "="
 
@@ -3896,9 +3896,7 @@ class _PickledType:
         self.order = order if order in ("<", ">") else "="
 
     def array(self, raw, shape: tuple, order: str = "C"):
-        """Values from their bytes, all of which must be there; a list of objects stays one."""
-        if self.name == "O8" and isinstance(raw, list):
-            return raw
+        """Values from their bytes, all of which must be there."""
         return np.frombuffer(raw, self.order + self.name).reshape(shape, order=order)
 
 

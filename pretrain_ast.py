@@ -91,7 +91,9 @@ TASKS = {
 }
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
 BUILT_IN = {
-    "pretrain": {"preset": "tiny", "frames": 128, "batch": 16, "epochs": 1, "lr": 1e-3},
+    "pretrain": {
+        "preset": "tiny", "frames": 128, "batch": 16, "epochs": 1, "lr": 1e-3, "visible_only": True,
+    },
     "finetune": {"preset": "tiny", "frames": 256, "batch": 16, "epochs": 6},
 }
 # --ssast-compat: the original's recipe (its run scripts and traintest_mask.py), and its head in fine-tuning.
@@ -99,6 +101,7 @@ COMPAT = {
     "pretrain": {
         "optimizer": "adam", "beta1": 0.95, "weight_decay": 5e-7, "batch": 24, "lr": 1e-4,
         "lr_schedule": "plateau", "warmup": 1000, "epochs": 10, "eval_every": 4000, "amp": "off",
+        "visible_only": False,
     },
     "finetune": {"pooling": "mean", "grouped": False, "crops": 1, "depths": 1, "freeze": 0, "ema": 0.0},
 }
@@ -192,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
     )
     data.add_options(p, OPTIONS)
-    add = p.add_argument
+    add = p.add_argument_group("sound").add_argument
     about = "sound files, several renderings of the same (beside the MIDI; finetune: rendered into --cache)"
     add("--audio", nargs="+", metavar="DIR", help=about)
     about = "finetune: pianos beside the built-in one, through fluidsynth (off)"

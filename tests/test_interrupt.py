@@ -4,6 +4,7 @@ PYTHONPATH=. python tests/test_interrupt.py 60    kills a run at random: how man
 """
 
 import ast
+import functools
 import json
 import os
 import random
@@ -216,8 +217,11 @@ def test_two_first_runs_share_an_empty_cache(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_interrupt_while_a_script_loads_is_one_line(tmp_path):
     script = [sys.executable, ROOT / "pretrain_ast.py"]
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job of `&` ignores it
     with (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(script, cwd=tmp_path, stderr=err, stdout=err, start_new_session=True)
+        process = subprocess.Popen(
+            script, cwd=tmp_path, stderr=err, stdout=err, start_new_session=True, preexec_fn=heeds
+        )
     maps = Path(f"/proc/{process.pid}/maps")
     assert until(lambda: process.poll() is not None or "libtorch" in maps.read_text())
     process.send_signal(signal.SIGINT)
