@@ -2005,7 +2005,7 @@ def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     energies, stride, shares = work["energies"], getattr(members[0][0], "stride", None), []
     for model, kept in members:
         if not isinstance(model, AST) or model.stride != stride:
-            raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
+            raise DataError(f"{kept['path']}: expected ASTs of one stride; give best.pt of pretrain_ast.py")
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
@@ -2671,7 +2671,7 @@ def explain_han(figure, members: list[tuple], work: dict) -> dict:
         return draw_passages(figure, members, work)
     members = [member for member in members if hasattr(member[0], "attention")]
     if not members:
-        raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
+        raise DataError(f"{work['name']}: rated from statistics; give --ckpt of `train_han.py --model han`")
     score, item = work["score"], work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
@@ -2790,7 +2790,7 @@ body { font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
 h2 { margin-top: 3rem; border-top: 3px solid #0072b2; }
 .said { background: #e6770022; border-left: 4px solid; padding: .2rem .6rem; } .scroll { overflow-x: auto; }
 img { width: 100%; min-width: 44rem; } table { border-collapse: collapse; font-size: .875rem; }
-td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 9rem; }
+td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 11rem; }
 tr { border-bottom: 1px solid #8886; }
 """
 
