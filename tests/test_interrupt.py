@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LONG, Forked, two_ranks, until
-from test_train import CASES, TRAINERS, command, last, resume, write_corpus
+from test_train import CASES, TRAINERS, command, last, records, resume, write_corpus
 
 import data
+import eval as evaluation
 import models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,6 +156,66 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     assert f"{tmp_path}/last.pt" in lines[0]
     assert last(tmp_path)["step"] == 1
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "logs"}
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_within_a_line_of_the_log(corpus, tmp_path, capsys):
+    """One line, exit 2; what is whole is read; a resume cuts the torn line and what is beyond last.pt."""
+    resource = pytest.importorskip("resource")
+    options = command("train_han", corpus, tmp_path, "--name full --save-every 3 --log-every 1")
+    whole = models.Run.log
+
+    def log(self, step, epoch, **values):
+        if step == 5:  # twenty bytes fit
+            size = os.path.getsize(self.metrics.name) + 20
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        whole(self, step, epoch, **values)
+
+    def on_a_full_disk():
+        models.Run.log = log
+        trainer("train_han", options)()
+
+    process = Forked(tmp_path / "logs", "train_han.py", on_a_full_disk)
+    assert process.wait() == 2
+    folder = tmp_path / "full"
+    (line,) = process.said("stderr").splitlines()
+    assert f"{folder}/metrics.jsonl" in line
+    assert f"--resume {folder}/last.pt" in line
+    torn = (folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+    assert (len(torn), last(folder)["step"]) == (20, 3)
+    assert evaluation.read_run(folder)[1][-1]["step"] == 4
+    assert "1 of 5 lines" in capsys.readouterr().out
+    assert evaluation.draw_curves({"full": evaluation.read_run(folder)}).axes
+    trainer("train_han", [*options, *resume(folder).split(), "--max-steps", "6"])()
+    assert [record["step"] for record in records(folder) if "valid_loss" not in record] == [*range(1, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unwell", "where"), [(0, "load_percepiano"), (1, "load_percepiano"), (1, "collate_han")]
+)
+def test_an_error_of_one_process_is_one_line_and_ends_all(unwell, where, corpus, tmp_path):
+    """While the other waits for the cache or for a gradient; a second TERM is torchrun's to the other."""
+    options = command("train_han", corpus, tmp_path, "--name two --batch 2")
+
+    def fails(*args, **kwargs):
+        raise data.DataError("x.mid: torn; expected a file")
+
+    def job():
+        is_unwell = os.environ["RANK"] == str(unwell)
+        data.TORCHRUN_TAKES = 0.1 if is_unwell else LONG
+        if is_unwell:
+            setattr(data, where, fails)
+        trainer("train_han", options)()
+
+    started = two_ranks(tmp_path, "train_han.py", job)
+    assert started[unwell].wait() == 2
+    assert started[unwell].said("stderr") == "train_han.py: x.mid: torn; expected a file\n"
+    other = started[1 - unwell]
+    time.sleep(0.5)  # the connection breaks first, as far as a busy machine lets it
+    os.kill(other.pid, signal.SIGTERM)
+    assert other.wait() in (2, 130)
+    assert other.said("stderr") in ("", "train_han.py: interrupted\n"[: 27 * unwell])
 
 
 JOBS = {  # inputs, script, command, what shows that it is in the middle, what it makes
