@@ -218,12 +218,20 @@ def test_an_error_of_one_process_is_one_line_and_ends_all(unwell, where, corpus,
     assert other.said("stderr") in ("", "train_han.py: interrupted\n"[: 27 * unwell])
 
 
-JOBS = {  # inputs, script, command, what shows that it is in the middle, what it makes
+JOBS = {  # inputs, command, what shows that it is in the middle, what it makes, what a kill may leave
     "percepiano": (
         lambda folder: data.synth_percepiano(folder, segments=8, players=8),
         "percepiano --data {0}/in --cache {0}/out --workers 2",
         lambda process, _: len(process.workers()) >= 2,
         "out/*.npz",
+        "out/.x.npz.{}",
+    ),
+    "render": (
+        lambda folder: data.synth_percepiano(folder, segments=8, players=4),
+        "render --midi-root {0}/in --out {0}/out --workers 2",
+        lambda process, folder: [*folder.rglob("out/**/*.wav")],
+        "out/**/*.wav",
+        "out/virtuoso/.x.wav.{}",
     ),
     "decoder-convert": (
         lambda folder: data.synth_speech(folder, days=2, trials=40, bins=5.0),
@@ -231,6 +239,7 @@ JOBS = {  # inputs, script, command, what shows that it is in the middle, what i
         # both workers are there: a Ctrl-C that Python meets while it forks may be lost
         lambda _, folder: len([*folder.glob(".out.*/*")]) >= 2,
         "out/*",
+        ".out.{}",
     ),
 }
 
@@ -238,27 +247,40 @@ JOBS = {  # inputs, script, command, what shows that it is in the middle, what i
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "number"),
-    [("percepiano", signal.SIGINT), ("decoder-convert", signal.SIGHUP), ("decoder-convert", signal.SIGKILL)],
+    [
+        ("percepiano", signal.SIGINT),
+        ("percepiano", signal.SIGKILL),
+        ("decoder-convert", signal.SIGHUP),
+        ("decoder-convert", signal.SIGKILL),
+        ("render", signal.SIGTERM),
+        ("render", signal.SIGKILL),
+    ],
 )
 def test_a_stopped_command_is_one_line_leaves_nothing_half_and_goes_on(job, number, tmp_path):
-    make, line, begun, outputs = JOBS[job]
+    make, line, begun, outputs, left = JOBS[job]
     make(tmp_path / "in")
     argv = line.format(tmp_path).split()
     process = Forked(tmp_path / "logs", "data.py", lambda: data.main(argv))
     assert until(lambda: begun(process, tmp_path) or process.ended())
-    if number == signal.SIGKILL:
+    if number in (signal.SIGKILL, signal.SIGTERM):  # of `kill`: the workers do not get it
         os.kill(process.pid, number)
     else:
         os.killpg(process.pid, number)  # as a terminal does: the workers get it too
     assert process.wait() == (-number if number == signal.SIGKILL else 130), process.said("stderr")
     assert until(lambda: not process.workers())
-    assert not [*tmp_path.glob(outputs)]
+    made = {path: path.read_bytes() for path in tmp_path.glob(outputs)}
+    assert bool(made) == (job == "render")  # whose files count one by one
     if number != signal.SIGKILL:
         assert process.said("stderr") == "data.py: interrupted\n"
         assert not [*tmp_path.rglob(".*")]
+    else:
+        half = tmp_path / left.format(process.pid)
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.exists() or half.touch()
     again = Forked(tmp_path / "logs", "data.py", lambda: data.main(argv))
     assert again.wait() == 0, again.said("stderr")
-    assert [*tmp_path.glob(outputs)]
+    assert len([*tmp_path.glob(outputs)]) > len(made)
+    assert all(path.read_bytes() == content for path, content in made.items())
     assert not [*tmp_path.rglob(".*")]  # what the killed one left is gone
 
 
