@@ -275,7 +275,7 @@ def test_where_torch_has_apples_gpu(monkeypatch):
 
 
 WINDOWS = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time, torch, torch.distributed, scipy.io, soundfile, sklearn.metrics
 sys.modules.update(fcntl=None, resource=None, msvcrt=type(sys)("msvcrt"))
 for module, names in {os: "sched_getaffinity fork register_at_fork mkfifo getuid", time: "tzset",
                       signal: "SIGHUP SIGKILL SIGUSR1 pthread_sigmask setitimer"}.items():
