@@ -300,7 +300,7 @@ def _measure_humans(records, truth, root):
         if figures:
             parts[part] = figures | {"ceiling": ceiling}
             allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
-            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}{allowed}")
+            print(f"{part}, human players within a segment: Pearson {shown(figures['within'])}{allowed}")
     return parts
 
 
