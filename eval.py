@@ -496,7 +496,7 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             logits = model(to_device(collate_han([items[i] for i in chosen]), device))
-            p[chosen] = torch.sigmoid(logits.float()).double().cpu().numpy()
+            p[chosen] = torch.sigmoid(logits.float()).cpu().double().numpy()
     return p
 
 
@@ -1500,7 +1500,7 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
                 rated = model(torch.cat(crops)[None])
             else:
                 rated = torch.cat([model(x) for x in crops])
-            rows.append(rated.double().mean(0).cpu().numpy())
+            rows.append(rated.cpu().double().mean(0).numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
     if info.get("target_mean") is not None:
@@ -1561,7 +1561,8 @@ def with_masks(batch: dict, masked: int, generator: torch.Generator | None = Non
     columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
     T = x.shape[1] // PATCH
     count = max(1, round(masked / 512 * 8 * T))
-    return batch | {"mask": cluster_mask(len(x), 8, T, count, x.device, generator, columns=columns)}
+    where = "cpu" if x.is_mps else x.device  # no float64 there
+    return batch | {"mask": cluster_mask(len(x), 8, T, count, where, generator, columns=columns).to(x.device)}
 
 
 def lengths_if_unlike(batch):
@@ -1995,7 +1996,7 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
     for start in crop_starts(total, span):
         first = start * model.stride
         crop = energies[first : first + (span - 1) * model.stride + PATCH]
-        share[:, start : start + span] += roll_out(model, crop).double().cpu().numpy()
+        share[:, start : start + span] += roll_out(model, crop).cpu().double().numpy()
         crops[start : start + span] += 1
     return share / crops
 
@@ -2632,7 +2633,7 @@ def even_shares(attention: ContextAttention, x: Tensor, group: Tensor, groups: i
     """Weights (M,) within `attention(x, group, groups)`: mean of the heads, in units of an even share."""
     hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
     weights = group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
-    return (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
+    return (weights.cpu().double().mean(1) * torch.bincount(group)[group].cpu()).numpy()
 
 
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
