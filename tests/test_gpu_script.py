@@ -1,4 +1,4 @@
-"""tests/gpu.sh at its toy size: every stage runs to its end on a CPU, so that the first card meets no slip."""
+"""tests/gpu.sh at its toy size: every stage runs to its end on a CPU, so that a first card meets no slip."""
 
 import json
 import os
