@@ -15,22 +15,19 @@ import os
 import signal
 import sys
 
+if sys.platform == "darwin":  # what Apple's GPU lacks, such as CTC, goes to the CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 # Ctrl-C while torch loads, which takes seconds: every script imports this file first
-if os.path.basename(sys.argv[0]) in (
-    "data.py",
-    "eval.py",
-    "train_han.py",
-    "train_decoder.py",
-    "pretrain_ast.py",
-):
+if os.path.basename(sys.argv[0]) in "data.py eval.py train_han.py train_decoder.py pretrain_ast.py".split():
+
+    def _interrupted(*_):
+        os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted\n".encode())
+        os._exit(130)
+
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, a background job
-            signal.signal(
-                number,
-                lambda *_: os._exit(
-                    130 if os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted\n".encode()) else 1
-                ),
-            )
+            signal.signal(number, _interrupted)
 
 import argparse
 import contextlib
@@ -6192,23 +6189,31 @@ def main(argv: list[str] | None = None) -> None:
     args.call(args)
 
 
+TORCHRUN_TAKES = 10.0  # seconds, from the failure of a process to the end of the others
+
+
 def run_script(name: str, function) -> None:
     """Call a script's entry function: bad input gives one line and exit code 2; Ctrl-C, SIGTERM and SIGHUP
     one line and 130, under torchrun the main process's. `--debug` shows tracebacks."""
     on_stop(signal.default_int_handler)
+    main_process = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.redirect_stdout(PlainOutput(sys.stdout)):
             function()
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
-    except (DataError, OSError, MemoryError) as error:  # OSError: a folder that cannot be written
-        if "--debug" in sys.argv:
+    except (DataError, OSError, MemoryError, RuntimeError) as error:  # OSError: a folder not to be written
+        left_alone = "gloo" in str(error) or "NCCL" in str(error)
+        if "--debug" in sys.argv or (isinstance(error, RuntimeError) and not left_alone):
             raise
+        if left_alone or not main_process:  # another process tells why, unless torchrun lets this one live
+            on_stop(lambda *_: sys.exit(2))
+            time.sleep(TORCHRUN_TAKES)
         print(f"{name}: {printable(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if main_process:
             print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
 

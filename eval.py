@@ -301,7 +301,7 @@ def _measure_humans(records, truth, root):
         if figures:
             parts[part] = figures | {"ceiling": ceiling}
             allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
-            print(f"{part}, human players within a segment: Pearson {figures['within']:.4f}{allowed}")
+            print(f"{part}, human players within a segment: Pearson {shown(figures['within'])}{allowed}")
     return parts
 
 
@@ -497,7 +497,7 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             logits = model(to_device(collate_han([items[i] for i in chosen]), device))
-            p[chosen] = torch.sigmoid(logits.float()).double().cpu().numpy()
+            p[chosen] = torch.sigmoid(logits.float()).cpu().double().numpy()
     return p
 
 
@@ -1501,7 +1501,7 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
                 rated = model(torch.cat(crops)[None])
             else:
                 rated = torch.cat([model(x) for x in crops])
-            rows.append(rated.double().mean(0).cpu().numpy())
+            rows.append(rated.cpu().double().mean(0).numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
     if info.get("target_mean") is not None:
@@ -1562,7 +1562,8 @@ def with_masks(batch: dict, masked: int, generator: torch.Generator | None = Non
     columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
     T = x.shape[1] // PATCH
     count = max(1, round(masked / 512 * 8 * T))
-    return batch | {"mask": cluster_mask(len(x), 8, T, count, x.device, generator, columns=columns)}
+    where = "cpu" if x.is_mps else x.device  # no float64 there
+    return batch | {"mask": cluster_mask(len(x), 8, T, count, where, generator, columns=columns).to(x.device)}
 
 
 def lengths_if_unlike(batch):
@@ -1996,7 +1997,7 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
     for start in crop_starts(total, span):
         first = start * model.stride
         crop = energies[first : first + (span - 1) * model.stride + PATCH]
-        share[:, start : start + span] += roll_out(model, crop).double().cpu().numpy()
+        share[:, start : start + span] += roll_out(model, crop).cpu().double().numpy()
         crops[start : start + span] += 1
     return share / crops
 
@@ -2006,7 +2007,7 @@ def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     energies, stride, shares = work["energies"], getattr(members[0][0], "stride", None), []
     for model, kept in members:
         if not isinstance(model, AST) or model.stride != stride:
-            raise DataError(f"{kept['path']}: of task {kept['task']}; expected ASTs of one stride")
+            raise DataError(f"{kept['path']}: expected ASTs of one stride; give best.pt of pretrain_ast.py")
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
@@ -2634,7 +2635,7 @@ def even_shares(attention: ContextAttention, x: Tensor, group: Tensor, groups: i
     """Weights (M,) within `attention(x, group, groups)`: mean of the heads, in units of an even share."""
     hidden = torch.tanh(attention.linear(x)).view(len(x), *attention.context_vector.shape)
     weights = group_softmax((hidden * attention.context_vector).sum(2).float(), group, groups)
-    return (weights.double().mean(1) * torch.bincount(group)[group]).cpu().numpy()
+    return (weights.cpu().double().mean(1) * torch.bincount(group)[group].cpu()).numpy()
 
 
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
@@ -2673,7 +2674,7 @@ def explain_han(figure, members: list[tuple], work: dict) -> dict:
         return draw_passages(figure, members, work)
     members = [member for member in members if hasattr(member[0], "attention")]
     if not members:
-        raise DataError(f"{work['name']}: rated from statistics alone; --explain needs the best.pt of a HAN")
+        raise DataError(f"{work['name']}: rated from statistics; give --ckpt of `train_han.py --model han`")
     score, item = work["score"], work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
@@ -2792,7 +2793,7 @@ body { font: 1rem/1.5 sans-serif; overflow-wrap: anywhere; }
 h2 { margin-top: 3rem; border-top: 3px solid #0072b2; }
 .said { background: #e6770022; border-left: 4px solid; padding: .2rem .6rem; } .scroll { overflow-x: auto; }
 img { width: 100%; min-width: 44rem; } table { border-collapse: collapse; font-size: .875rem; }
-td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 9rem; }
+td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 11rem; }
 tr { border-bottom: 1px solid #8886; }
 """
 

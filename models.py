@@ -1305,7 +1305,7 @@ class ClipKernel(nn.Module):
         return seen.half().float()
 
     def ranks(self, described: Tensor) -> Tensor:
-        z = to_normal(described.double().cpu().numpy(), self.quantiles.double().cpu().numpy())
+        z = to_normal(described.cpu().double().numpy(), self.quantiles.cpu().double().numpy())
         return (torch.from_numpy(z).to(described.device) * self.weight)[:, self.seen]
 
     def fit(self, described: Tensor, ratings: Tensor, item: Tensor) -> "ClipKernel":
@@ -1403,7 +1403,7 @@ def _time_quantiles(x, inside):
 
 def _modulation(x, inside):
     """Log mean square of the change from SPANS frames to the next as many, of x (B, T, C): (B, SPANS, C)."""
-    total = nn.functional.pad(x.double().cumsum(1), (0, 0, 1, 0))
+    total = nn.functional.pad((x if x.is_mps else x.double()).cumsum(1), (0, 0, 1, 0))
     found = []
     for span in SPANS:
         power = x.new_zeros(len(x), x.shape[2])
@@ -1850,12 +1850,13 @@ def run_folder(args: Namespace, name: str) -> Path:
 
 
 def load_training(path: str, tasks: tuple[str, ...]) -> dict:
-    """The checkpoint to resume from; DataError unless it is a whole one of a trainer of `tasks`."""
+    """The checkpoint to resume from, "written" then; DataError unless a whole one of a trainer of `tasks`."""
+    written = os.path.exists(path) and os.path.getmtime(path)
     _, ckpt = load_checkpoint(path)
     whole = all(ckpt.get(part) for part in ("args", "data", "optimizer", "rng", "best"))
     if ckpt["task"] not in tasks or not whole:
         raise DataError(f"{path}: of task {ckpt['task']}; expected the last.pt of a run of {tasks}")
-    return ckpt
+    return ckpt | {"written": written}
 
 
 def same_data(path: str, saved: dict, found: dict) -> None:
@@ -1896,12 +1897,15 @@ class Run(ExitStack):
         if self.main:
             folder = run_folder(args, name)
             self.metrics = self.enter_context(locked(folder / "metrics.jsonl", wait=False))
+        self.folder = from_main(folder, world)
+        if resumed and resumed["written"] != os.path.getmtime(args.resume):
+            raise DataError(f"{args.resume}: another process wrote it meanwhile; give the command again")
+        if self.main:
             if resumed:
                 cut_metrics(self.metrics, resumed["step"])
             text = json.dumps(vars(args) | git_state(), indent=1)
             write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
             self.board = tensorboard(folder) if args.tensorboard else None
-        self.folder = from_main(folder, world)
 
     def seconds(self) -> float:
         return time.time() - self.start
@@ -1919,6 +1923,8 @@ class Run(ExitStack):
             self.metrics.write(f"{json.dumps(json_ready(record))}\n".encode())
             self.metrics.flush()
         except OSError as error:
+            with suppress(OSError):  # it tries once more
+                self.metrics.close()
             told = f"make room, then go on with --resume {self.folder / 'last.pt'}"
             raise DataError(f"{self.metrics.name}: not written ({error.strerror}); {told}") from error
         if self.board:

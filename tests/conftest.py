@@ -17,11 +17,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tqdm import tqdm
 
 import data
 import eval as evaluation
 
+SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[2] / "shared"))  # real data, oracles
 tqdm.monitor_interval = 0  # its thread and forks do not go together
 COLUMNS = data.column_names(data.FEATURES)
 DAYS = ["t12.2022.05.01", "t12.2022.05.03", "t12.2022.06.01"]
@@ -43,6 +45,15 @@ def refused(function: Callable, capsys, *names: object, script: str = "x.py") ->
 def refusal(argv: list[str], capsys) -> str:
     """The one line with which eval.py refuses this command line."""
     return refused(lambda: evaluation.main(argv), capsys, script="eval.py")
+
+
+def oracle_tensors(name: str) -> dict[str, torch.Tensor]:
+    """The numbers of a file of reference/; the test is skipped where it is not here."""
+    path = SHARED / "reference" / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not here")
+    with np.load(path, allow_pickle=False) as file:
+        return {key: torch.as_tensor(value) for key, value in file.items()}
 
 
 def leaves(tree: object, key: str = "") -> dict[str, object]:

@@ -56,8 +56,8 @@ print(json.dumps({"files": len(store.names), "hours": float(store.frames.sum()) 
 
 pretrain() {
     local small=()
-    [ -z "$TOY" ] || small=(--width 16 --depth 1 --heads 2 --batch 8 --micro-batch 4 --max-steps 4
-        --eval-every 2 --workers 0)
+    [ -z "$TOY" ] || small=(--width 16 --depth 1 --heads 2 --frames 128 --batch 8 --micro-batch 4
+        --max-steps 4 --eval-every 2 --workers 0 --amp off)
     within "$AST_SECONDS" python pretrain_ast.py "${sound[@]}" --preset small --frames 1024 --visible-only \
         --dropout 0 --amp bf16 --batch 256 --micro-batch 256 --lr 5e-4 --lr-schedule constant --warmup 200 \
         --ema 0.998 --eval-every 100 --epochs 10000 --workers "$cores" --name pretrain \
@@ -66,7 +66,7 @@ pretrain() {
 
 finetune() {  # the probe of the frozen weights beside fine-tuning
     local fold small=() weights=$WORK/pretrain/runs/pretrain/best.pt
-    [ -z "$TOY" ] || small=(--epochs 1 --workers 0)
+    [ -z "$TOY" ] || small=(--epochs 1 --frames 128 --batch 8 --workers 0 --amp off)
     for fold in 0 1 2 3; do
         python pretrain_ast.py --task finetune "${rated[@]}" --init "$weights" --frames 1024 --amp bf16 \
             --micro-batch 32 --epochs 15 --workers "$threads" --fold $fold --name f$fold \
@@ -79,7 +79,8 @@ finetune() {  # the probe of the frozen weights beside fine-tuning
 
 decoder() {  # beside fine-tuning
     local preset small=() own
-    [ -z "$TOY" ] || small=(--hidden 16 --layers 2 --batch 4 --steps 6 --eval-every 3 --log-every 1 --workers 0)
+    [ -z "$TOY" ] || small=(--hidden 16 --layers 2 --batch 4 --steps 6 --eval-every 3 --log-every 1 --workers 0
+        --amp off)
     for preset in baseline default baseline25; do
         own=(--hidden 1024 --bidirectional)
         [ $preset != baseline25 ] || own=(--hidden 1024)  # one direction, by its learned start

@@ -46,7 +46,7 @@ TOY_SIZES = {
     "decoder": {"hidden": 16, "layers": 2},
     "ast": {"width": 32, "depth": 1, "heads": 2, "frames": 128},
 }
-TOY_CASES = [(task, [4, 2], "bf16", sizes) for task, sizes in TOY_SIZES.items()]
+TOY_CASES = [(task, [4, 2], "off", sizes) for task, sizes in TOY_SIZES.items()]
 TOY_PLAIN = [(task, 2, sizes) for task, sizes in TOY_SIZES.items()]
 
 

@@ -1,15 +1,13 @@
 """The aligner: performances with known truth (perturbed scores), real performances, degenerate input."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import SHARED
 
 import data
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 REFERENCE = SHARED / "reference/percepiano_features"
 
 

@@ -1,19 +1,16 @@
 """models.AST against the original's numbers, plain attention and plain loops; its masks."""
 
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import oracle_tensors
 from torch import Tensor, nn
 
 from data import DataError
 from models import AST, adapt_ast, ast_from_ssast, cluster_mask, patches
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
-ORACLE = SHARED / "reference" / "ssast.npz"
 SMALL = {"frames": 96, "mel": 48, "width": 16, "depth": 2, "heads": 2}
 ROWS, COLUMNS = 3, 6
 GROUPS = [[4, 0], [2], [1, 3]]
@@ -44,10 +41,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Tensor]:
-    if not ORACLE.is_file():
-        pytest.skip(f"{ORACLE.name} is not here")
-    with np.load(ORACLE, allow_pickle=False) as file:
-        return {key: torch.as_tensor(value) for key, value in file.items()}
+    return oracle_tensors("ssast.npz")
 
 
 def original_weights(oracle: dict, *prefixes: str) -> dict[str, Tensor]:

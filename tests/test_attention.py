@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import refusal
+from test_ast import small_ast
 from torch import Tensor
 
 import data
 import eval as evaluation
 from models import AST, GRUDecoder, save_checkpoint
 
-SMALL = {"frames": 96, "mel": 48, "width": 16, "depth": 2, "heads": 2}
 FORMS = [
     {},
     {"num_outputs": 4, "pooling": "meanstd", "stride": 10},
@@ -23,15 +23,6 @@ FORMS = [
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def small_ast(**args) -> AST:
-    """Weights larger than at the start, so that attention is far from even."""
-    model = AST(**(SMALL | args)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return model
 
 
 def checkpoint(path, model) -> str:

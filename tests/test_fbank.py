@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SHARED
 from scipy.io import wavfile
 
 import data
 from data import DataError, fbank, fbank_frames
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 ORACLE = SHARED / "reference" / "fbank.npz"
 SECONDS = (0.5, 1.2, 0.8, 2.0, 1.5)
 

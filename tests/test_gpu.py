@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import CASES, TRAINERS, command, last, resume, spoil_steps
+from test_train import CASES, TRAINERS, command, last, resume, spoil_steps, write_corpus
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,17 +66,7 @@ def weights(folder: str) -> Tensor:
     return torch.cat([value.flatten().double().cpu() for value in last(folder)["model"].values()])
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Options that name a trainer's small corpus, written on first use."""
-    root = tmp_path_factory.mktemp("corpora")
-
-    def options(name):
-        if not (root / name).exists():
-            CASES[name].corpus(root / name)
-        return ["--data", str(root / name), "--cache", str(root / f"{name}_cache")]
-
-    return options
+corpus = pytest.fixture(scope="module")(write_corpus)
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
 """models.GRUDecoder against the public baseline's numbers and a plain rendition by single operations."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import oracle_tensors, refused
 from torch import Tensor, nn
 
 import data
@@ -21,8 +18,6 @@ from models import (
     output_frames,
 )
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
-ORACLE = SHARED / "reference" / "gru_decoder.npz"
 DIRECTIONS = {"uni": False, "bi": True}
 C = 6
 
@@ -54,10 +49,7 @@ def largest(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, Tensor]:
-    if not ORACLE.is_file():
-        pytest.skip(f"{ORACLE.name} is not here")
-    with np.load(ORACLE, allow_pickle=False) as file:
-        return {key: torch.as_tensor(value) for key, value in file.items()}
+    return oracle_tensors("gru_decoder.npz")
 
 
 def original_weights(oracle: dict, form: str, prefix: str = "w/") -> dict[str, Tensor]:
@@ -249,11 +241,7 @@ def test_unknown_day_takes_the_mean_of_the_day_layers():
 
 @pytest.fixture(scope="module")
 def oracle25() -> dict[str, Tensor]:
-    path = ORACLE.with_name("gru_baseline25.npz")
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not here")
-    with np.load(path, allow_pickle=False) as file:
-        return {key: torch.as_tensor(value) for key, value in file.items()}
+    return oracle_tensors("gru_baseline25.npz")
 
 
 def weights25(oracle25: dict, prefix: str = "w/") -> dict[str, Tensor]:

@@ -3,11 +3,14 @@
 PYTHONPATH=. python tests/test_hostile.py    the table of what is tried: how each ended, in how many seconds
 """
 
+import argparse
 import contextlib
 import io
 import itertools
 import os
+import runpy
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -255,6 +258,47 @@ def test_without_what_other_systems_lack(tmp_path, monkeypatch):
     (tmp_path / ".x.999999999").touch()
     data.remove_leftovers([*tmp_path.glob(".*")])
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_where_torch_has_apples_gpu(monkeypatch):
+    """Simulated: the option takes it, by name alone (the CPU stays the default), and a run starts there."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    apple = runpy.run_path(models.__file__)
+    parser = argparse.ArgumentParser()
+    apple["run_options"](parser)
+    assert [parser.parse_args(line.split()).device for line in ("", "--device mps")] == [
+        models.DEVICES[-1],
+        "mps",
+    ]
+    assert apple["set_up"]("mps", 7, exact=False) == (torch.device("mps"), 0, 1)
+
+
+WINDOWS = """
+import os, signal, subprocess, sys, time, torch, torch.distributed, scipy.io, soundfile, sklearn.metrics
+sys.modules.update(fcntl=None, resource=None, msvcrt=type(sys)("msvcrt"))
+for module, names in {os: "sched_getaffinity fork register_at_fork mkfifo getuid", time: "tzset",
+                      signal: "SIGHUP SIGKILL SIGUSR1 pthread_sigmask setitimer"}.items():
+    for name in names.split():
+        hasattr(module, name) and delattr(module, name)
+sys.argv = ["train_han.py"]
+import data, eval, models, train_han, train_decoder, pretrain_ast
+data.on_stop(signal.default_int_handler)
+with models.Interrupt() as stop:
+    signal.raise_signal(signal.SIGTERM)
+print(len(data.STOPS), len(stop), models.peak_memory(models.torch.device("cpu")))
+"""
+
+
+@pytest.mark.slow
+def test_every_script_loads_without_what_windows_lacks():
+    ran = subprocess.run(
+        [sys.executable, "-c", WINDOWS],
+        cwd=Path(models.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (ran.stdout, ran.stderr) == ("2 1 nan\n", "")
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LONG, Forked, two_ranks, until
-from test_train import CASES, TRAINERS, command, last, resume, write_corpus
+from test_train import CASES, TRAINERS, command, last, records, resume, write_corpus
 
 import data
+import eval as evaluation
 import models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,12 +158,80 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "logs"}
 
 
-JOBS = {  # inputs, script, command, what shows that it is in the middle, what it makes
+@pytest.mark.slow
+def test_a_disk_that_fills_within_a_line_of_the_log(corpus, tmp_path, capsys):
+    """One line, exit 2; what is whole is read; a resume cuts the torn line and what is beyond last.pt."""
+    resource = pytest.importorskip("resource")
+    options = command("train_han", corpus, tmp_path, "--name full --save-every 3 --log-every 1")
+    whole = models.Run.log
+
+    def log(self, step, epoch, **values):
+        if step == 5:  # twenty bytes fit
+            size = os.path.getsize(self.metrics.name) + 20
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        whole(self, step, epoch, **values)
+
+    def on_a_full_disk():
+        models.Run.log = log
+        trainer("train_han", options)()
+
+    process = Forked(tmp_path / "logs", "train_han.py", on_a_full_disk)
+    assert process.wait() == 2
+    folder = tmp_path / "full"
+    (line,) = process.said("stderr").splitlines()
+    assert f"{folder}/metrics.jsonl" in line
+    assert f"--resume {folder}/last.pt" in line
+    torn = (folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+    assert (len(torn), last(folder)["step"]) == (20, 3)
+    assert evaluation.read_run(folder)[1][-1]["step"] == 4
+    assert "1 of 5 lines" in capsys.readouterr().out
+    assert evaluation.draw_curves({"full": evaluation.read_run(folder)}).axes
+    trainer("train_han", [*options, *resume(folder).split(), "--max-steps", "6"])()
+    assert [record["step"] for record in records(folder) if "valid_loss" not in record] == [*range(1, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unwell", "where"), [(0, "load_percepiano"), (1, "load_percepiano"), (1, "collate_han")]
+)
+def test_an_error_of_one_process_is_one_line_and_ends_all(unwell, where, corpus, tmp_path):
+    """While the other waits for the cache or for a gradient; a second TERM is torchrun's to the other."""
+    options = command("train_han", corpus, tmp_path, "--name two --batch 2")
+
+    def fails(*args, **kwargs):
+        raise data.DataError("x.mid: torn; expected a file")
+
+    def job():
+        is_unwell = os.environ["RANK"] == str(unwell)
+        data.TORCHRUN_TAKES = 0.1 if is_unwell else LONG
+        if is_unwell:
+            setattr(data, where, fails)
+        trainer("train_han", options)()
+
+    started = two_ranks(tmp_path, "train_han.py", job)
+    assert started[unwell].wait() == 2
+    assert started[unwell].said("stderr") == "train_han.py: x.mid: torn; expected a file\n"
+    other = started[1 - unwell]
+    time.sleep(0.5)  # the connection breaks first, as far as a busy machine lets it
+    os.kill(other.pid, signal.SIGTERM)
+    assert other.wait() in (2, 130)
+    assert other.said("stderr") in ("", "train_han.py: interrupted\n"[: 27 * unwell])
+
+
+JOBS = {  # inputs, command, what shows that it is in the middle, what it makes, what a kill may leave
     "percepiano": (
         lambda folder: data.synth_percepiano(folder, segments=8, players=8),
         "percepiano --data {0}/in --cache {0}/out --workers 2",
         lambda process, _: len(process.workers()) >= 2,
         "out/*.npz",
+        "out/.x.npz.{}",
+    ),
+    "render": (
+        lambda folder: data.synth_percepiano(folder, segments=8, players=4),
+        "render --midi-root {0}/in --out {0}/out --workers 2",
+        lambda process, folder: [*folder.rglob("out/**/*.wav")],
+        "out/**/*.wav",
+        "out/virtuoso/.x.wav.{}",
     ),
     "decoder-convert": (
         lambda folder: data.synth_speech(folder, days=2, trials=40, bins=5.0),
@@ -170,6 +239,7 @@ JOBS = {  # inputs, script, command, what shows that it is in the middle, what i
         # both workers are there: a Ctrl-C that Python meets while it forks may be lost
         lambda _, folder: len([*folder.glob(".out.*/*")]) >= 2,
         "out/*",
+        ".out.{}",
     ),
 }
 
@@ -177,27 +247,40 @@ JOBS = {  # inputs, script, command, what shows that it is in the middle, what i
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "number"),
-    [("percepiano", signal.SIGINT), ("decoder-convert", signal.SIGHUP), ("decoder-convert", signal.SIGKILL)],
+    [
+        ("percepiano", signal.SIGINT),
+        ("percepiano", signal.SIGKILL),
+        ("decoder-convert", signal.SIGHUP),
+        ("decoder-convert", signal.SIGKILL),
+        ("render", signal.SIGTERM),
+        ("render", signal.SIGKILL),
+    ],
 )
 def test_a_stopped_command_is_one_line_leaves_nothing_half_and_goes_on(job, number, tmp_path):
-    make, line, begun, outputs = JOBS[job]
+    make, line, begun, outputs, left = JOBS[job]
     make(tmp_path / "in")
     argv = line.format(tmp_path).split()
     process = Forked(tmp_path / "logs", "data.py", lambda: data.main(argv))
     assert until(lambda: begun(process, tmp_path) or process.ended())
-    if number == signal.SIGKILL:
+    if number in (signal.SIGKILL, signal.SIGTERM):  # of `kill`: the workers do not get it
         os.kill(process.pid, number)
     else:
         os.killpg(process.pid, number)  # as a terminal does: the workers get it too
     assert process.wait() == (-number if number == signal.SIGKILL else 130), process.said("stderr")
     assert until(lambda: not process.workers())
-    assert not [*tmp_path.glob(outputs)]
+    made = {path: path.read_bytes() for path in tmp_path.glob(outputs)}
+    assert bool(made) == (job == "render")  # whose files count one by one
     if number != signal.SIGKILL:
         assert process.said("stderr") == "data.py: interrupted\n"
         assert not [*tmp_path.rglob(".*")]
+    else:
+        half = tmp_path / left.format(process.pid)
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.exists() or half.touch()
     again = Forked(tmp_path / "logs", "data.py", lambda: data.main(argv))
     assert again.wait() == 0, again.said("stderr")
-    assert [*tmp_path.glob(outputs)]
+    assert len([*tmp_path.glob(outputs)]) > len(made)
+    assert all(path.read_bytes() == content for path, content in made.items())
     assert not [*tmp_path.rglob(".*")]  # what the killed one left is gone
 
 

@@ -1,7 +1,6 @@
 """MAESTRO's table and folders, splits that are not known, and what PercePiano shares with it."""
 
 import csv
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,12 +8,12 @@ from pathlib import Path
 import mido
 import numpy as np
 import pytest
+from conftest import SHARED
 from scipy.io import wavfile
 
 import data
 from data import DataError, maestro_overlaps, read_maestro
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 REAL, PERCEPIANO = SHARED / "maestro_midi", SHARED / "percepiano"
 real_files = pytest.mark.skipif(not REAL.is_dir() or not PERCEPIANO.is_dir(), reason="no real files")
 

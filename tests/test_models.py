@@ -3,14 +3,13 @@
 import argparse
 import json
 import math
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import plain_networks
 import pytest
 import torch
+from conftest import SHARED
 from torch import Tensor
 
 import eval as evaluation
@@ -18,7 +17,6 @@ import models
 from data import DataError, _sequence_grid, collate_han
 from models import HAN, BiLSTM, han_from_percepiano, load_checkpoint, save_checkpoint
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 ORACLE = SHARED / "reference" / "percepiano_han.npz"
 VARIANTS = {"total_note_cat": "", "measure": "measure/", "note": "note/", "bilstm": "bilstm/"}
 CPU = torch.device("cpu")

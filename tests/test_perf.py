@@ -1,16 +1,14 @@
 """Performance features: hand-worked cases, plain slow renditions, the original's values."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import SHARED
 
 import data
 from data import Performance, read_midi
 
-SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 ORACLE = sorted((SHARED / "reference/percepiano_features").glob("*.npz"))
 MIDI = SHARED / "percepiano/virtuoso/data/all_2rounds"
 # fmt: off

@@ -16,6 +16,7 @@ from conftest import refused, two_ranks
 
 import data
 import eval as evaluation
+import models
 import pretrain_ast
 import train_decoder
 import train_han
@@ -224,6 +225,22 @@ def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
 
 
 @each_trainer
+def test_a_last_pt_that_another_process_writes_meanwhile_is_refused(name, run, monkeypatch):
+    folder = Path(run(name, "--max-steps 1 --name one")["folder"])
+    log, whole = (folder / "metrics.jsonl").read_bytes(), models.run_folder
+
+    def run_folder(*a):
+        os.utime(folder / "last.pt", (1, 1))
+        return whole(*a)
+
+    monkeypatch.setattr(models, "run_folder", run_folder)
+    with pytest.raises(data.DataError, match="last.pt"):
+        run(name, "--max-steps 2", resume(folder))
+    assert (folder / "metrics.jsonl").read_bytes() == log
+    assert last(folder)["step"] == 1
+
+
+@each_trainer
 def test_resume_takes_its_options_from_the_checkpoint(name, run):
     options, kept = CASES[name].kept
     folder = run(name, options, "--max-steps 2 --name kept --max-skips 3")["folder"]
@@ -327,7 +344,7 @@ def test_han_diagnoses_and_stops(run, capsys):
 @each_trainer
 def test_command_line_errors_are_one_line(name, tmp_path, capsys):
     trainer = TRAINERS[name]
-    for option in (*WRONG, "--device foo"):
+    for option in (*WRONG, "--device foo", "--device mps"):
         with pytest.raises(SystemExit):
             trainer.parse_args(option.split())
         assert option.split()[1] in capsys.readouterr().err.splitlines()[-1]
