@@ -591,6 +591,8 @@ class _Reader:
         if element.find("unpitched") is not None:
             self.repairs["unpitched notes left out"] += 1
             marks |= {"rest"}
+        if "hidden" in marks and "rest" not in marks:
+            self.repairs["hidden notes left out"] += 1
         strokes = element.findtext("notations/ornaments/tremolo", "0")
         return _Note(
             onset=0.0,
@@ -704,23 +706,26 @@ def _trim_pickup(bars, repairs):
 
 def _repeat_signs(measures, reader):
     """Per measure: whether a repeat opens, turns of the repeat that closes (0: none), its volta's numbers."""
-    forward, turns, volta = [], [], []
+    forward, turns, volta = [False], [], []
     inside = frozenset()
     for measure in measures:
         reader.where = f"measure {measure.get('number')!s:.10}: "
         repeats = {r.get("direction"): r.get("times", "2") for r in measure.iterfind("barline/repeat")}
-        forward.append("forward" in repeats)
+        behind = measure.find("barline[@location='right']/repeat[@direction='forward']") is not None
+        forward[-1] |= "forward" in repeats and not behind
+        forward.append(behind)
         turns.append(reader.number(repeats.get("backward", "0"), "repeat times", 0, 16, int))
+        endings = {e.get("type"): e.get("number", "") for e in measure.iterfind("barline/ending")}
+        if "start" in endings or "stop" in endings and turns[-1] and not inside:
+            text = endings.get("start", "")
+            numbers = [reader.number(n, "volta", 1, 16, int) for n in re.findall(r"\d+", text)]
+            if not numbers:
+                reader.repairs["voltas without a number or a beginning, counted on"] += 1
+                numbers = [max(itertools.chain(*volta[-1:]), default=0) + 1]
+            inside = frozenset(range(numbers[0], numbers[-1] + 1) if "-" in text else numbers)
         volta.append(inside)
-        for ending in measure.iterfind("barline/ending"):
+        if {"stop", "discontinue"} & endings.keys():
             inside = frozenset()
-            if ending.get("type") == "start":
-                numbers = re.findall(r"\d+", ending.get("number", ""))
-                if not numbers:
-                    reader.repairs["voltas without a number, counted on"] += 1
-                    numbers = [max(itertools.chain(*volta[-2:-1]), default=0) + 1]
-                inside = frozenset(reader.number(n, "volta", 1, 16, int) for n in numbers)
-                volta[-1] = inside
     if inside:
         raise reader.error(f"volta {sorted(inside)} without end; expected <ending type='stop'>")
     reader.where = ""
@@ -803,7 +808,7 @@ def _join_ties(notes, near, repairs):
             continue
         candidates = begun.setdefault(note.pitch, [])
         first = note
-        if "tied stop" in note.marks:
+        if {"tied stop", "tied continue"} & note.marks:
             abutting = [c for c in candidates if abs(c.end - note.onset) <= near and c.onset < note.onset]
             if abutting:
                 first = note.first = max(abutting, key=lambda c: (c.voice == note.voice, c.onset))
@@ -811,10 +816,9 @@ def _join_ties(notes, near, repairs):
                 candidates.remove(first)
             else:
                 repairs["ends of ties that no note reaches, struck"] += 1
-        if "tied start" in note.marks:
+        if {"tied start", "tied continue"} & note.marks:
             candidates.append(first)
-    for _ in itertools.chain(*begun.values()):
-        repairs["ties that no note ends"] += 1
+    repairs += Counter({"ties that no note ends": sum(map(len, begun.values()))})
 
 
 def _order_graces(notes):
@@ -1167,6 +1171,9 @@ def read_musicxml(path: str | Path) -> Score:
     root = reader.root()
     parts = reader.parts(root)
     measures = root.find("part").findall("measure")
+    for part in root.findall("part")[1:]:  # repeats and jumps of any
+        for measure, other in zip(measures, part.iterfind("measure"), strict=True):
+            measure.extend(e for e in other if e.tag in ("barline", "direction", "sound"))
     order, repeat = np.transpose(_play_order(measures, reader))
     unfolded = len(order) + sum(len(part[i].notes) for part in parts for i in order)
     if unfolded > _MAX_UNFOLDED:
@@ -1358,8 +1365,7 @@ def read_midi(path: str | Path) -> Performance:
             f"{path}: not a whole MIDI file ({found}); expected type 0 or 1, with notes; export it again"
         ) from error
     pitch, velocity, onset, offset = np.array(notes).T
-    for _ in np.flatnonzero(offset <= onset):
-        repairs["notes of no length, made 1 ms"] += 1
+    repairs += Counter({"notes of no length, made 1 ms": int((offset <= onset).sum())})
     offset = np.where(offset > onset, offset, onset + SHORTEST)
     keys = pitch.astype(np.int64), velocity.astype(np.int64)
     sustain, soft = (np.array(pedals[pedal], float).reshape(-1, 2) for pedal in (SUSTAIN, SOFT))
@@ -1372,7 +1378,7 @@ def _midi_tracks(content, repairs):
         content = content[max(content.find(b"MThd"), 0) :]
         repairs["RIFF wrappings taken off"] += 1
     name, size, kind, count, division = struct.unpack_from(">4sLHHh", content)
-    if name != b"MThd" or kind not in (0, 1) or division <= 0:
+    if name != b"MThd" or kind not in (0, 1) or division <= 0 and not division & 0xFF:
         raise ValueError(f"{name}, type {kind}, division {division}")
     tracks = []
     place = 8 + size
@@ -1424,7 +1430,7 @@ def _track_events(track, most, repairs):
             if status < 0xF0 and max(data) > 127:
                 data = [min(byte, 127) for byte in data]
                 repairs["bytes over 127 clipped"] += 1
-            if status == META and data[0] == KEY and (data[-2] + 7) % 256 > 14:
+            if status == META and data[0] == KEY and (len(data) != 3 or (data[1] + 7) % 256 > 14):
                 repairs["key signatures that do not exist"] += 1
             events.append((tick, status, data))
             if len(events) > most:
@@ -1437,13 +1443,17 @@ def _track_events(track, most, repairs):
 
 
 def _event_seconds(events, division, repairs):
-    """Seconds of events; division ticks per quarter under the tempo map."""
+    """Seconds of events; division: ticks per quarter under the tempo map, or as SMPTE."""
     ticks = np.array([event[0] for event in events], float)
+    if division < 0:
+        repairs["times in frames a second (SMPTE), tempi left out"] += 1
+        frames = -(division >> 8)
+        return ticks / ((29.97 if frames == 29 else frames) * (division & 0xFF))
     changes = [(0, 500_000)]
     for tick, status, data in events:
         if status == META and data[0] == TEMPO:
-            if any(data[-3:]):
-                changes.append((tick, int.from_bytes(data[-3:], "big")))
+            if any(data[1:]):
+                changes.append((tick, int.from_bytes(data[1:], "big")))
             else:
                 repairs["tempi of 0 left out"] += 1
     at, tempo = np.array(changes, float).T
@@ -1464,6 +1474,8 @@ def _pair_notes(events, seconds, repairs):
         elif kind in (NOTE_ON, NOTE_OFF):
             if sounding.get((channel, data[0])):
                 sounding[channel, data[0]].popleft()[3] = now
+            else:
+                repairs["releases of keys that do not sound, left out"] += 1
         elif kind == CONTROL and data[0] in ALL_OFF:
             for note in itertools.chain(*(sounding.pop((channel, pitch), []) for pitch in range(128))):
                 note[3] = now
@@ -1747,9 +1759,7 @@ class Reading:
 
     @property
     def bars(self):
-        """Their numbers, in words."""
-        numbers = self.score.numbers
-        return f"{numbers[0]}-{numbers[-1]}"
+        return bars_in_words(self.score.numbers)
 
     def warnings(self):
         """What has been said, and what else a reader of ratings should know."""
@@ -1758,6 +1768,12 @@ class Reading:
             "played notes are not written": 1 - self.played_rate,
         }
         return self.said + [f"{share:.0%} of the {what}" for what, share in shares.items() if share > UNLIKE]
+
+
+def bars_in_words(numbers: np.ndarray) -> str:
+    """Numbers of played bars as 1-16, 9-48: anew where a repeat or jump leads back."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) < 0) + 1)
+    return ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _aligned(score, performance, said=()):
@@ -1817,8 +1833,8 @@ def _without_repeats(reading):
     for left_out in {tuple(once), tuple(played)} - {()}:
         shorter, said = cut_score(score, ~np.isin(score.repeat, left_out)), list(reading.said)
         for repeat in left_out:
-            numbers = score.numbers[score.repeat == repeat]
-            said.append(f"played without the repeat of bars {numbers[0]}-{numbers[-1]}")
+            bars = bars_in_words(score.numbers[score.repeat == repeat])
+            said.append(f"played without the repeat of bars {bars}")
         readings.append(_aligned(shorter, reading.performance, said))
     return max(readings, key=lambda other: other.match_rate + other.played_rate)
 
@@ -2996,12 +3012,9 @@ def write_atomic(path: Path, write) -> None:
 
 def repair_lines(items: Iterable[dict]) -> list[str]:
     """A line for each repaired file of items' `repairs` (file -> kind -> number)."""
-    repairs = {file: counts for item in items for file, counts in item.items()}
-    lines = []
-    for file, counts in sorted(repairs.items()):
-        if counts:
-            lines.append(f"{file}: " + ", ".join(f"{kind} ({n})" for kind, n in sorted(counts.items())))
-    return lines
+    repairs = {file: counts for item in items for file, counts in item.items() if counts}
+    said = {file: [f"{kind} ({n})" for kind, n in sorted(x.items())] for file, x in repairs.items()}
+    return [f"{file}: {', '.join(kinds)}" for file, kinds in sorted(said.items())]
 
 
 def _load_arrays(store):

@@ -41,6 +41,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     SpeechCorpus,
     Version,
     all_statistics,
+    bars_in_words,
     bars_named,
     clean_sentence,
     collate_han,
@@ -2348,36 +2349,37 @@ def _whereabouts(reading: Reading) -> dict:
 
 
 def rated_parts(reading: Reading, bars: str | None) -> list[Reading]:
-    """The passages of a reading to rate: bars "A-B", or all of it; adds to `said` which are too unlike."""
+    """Passages of a reading to rate: bars "A-B", or all of it; adds to `said` what is left out or twice."""
     score = reading.score
     masks = passages(score) if bars is None else [bars_named(score, bars)]
     if masks[0].all():
         return [reading]
-    parts = []
+    parts, times = [], np.zeros(len(score.numbers))
     for mask in masks:
         part = cut_bars(reading, mask)
         if part and part.match_rate >= MISALIGNED:
             parts.append(part)
+            times += mask
         else:
-            numbers = score.numbers[mask]
-            reading.said.append(f"bars {numbers[0]}-{numbers[-1]} hardly played, not rated")
+            reading.said.append(f"bars {bars_in_words(score.numbers[mask])} hardly played, not rated")
     if not parts:
         raise DataError(f"{reading.performance.path}: {reading.said[-1]}; expected bars that it plays")
+    if times.max() > 1:
+        twice = bars_in_words(score.numbers[times > 1])
+        reading.said.append(f"bars {twice} stand in the last two passages and count twice in the mean")
     return parts
 
 
 def passage_ratings(parts: list[Reading], p: np.ndarray) -> list[dict]:
     """Prints where each rating is lowest and highest; a record of each passage, of ratings (passages, 19)."""
-    tqdm.write(f"\n{'lowest':>44} {'highest':>29}")
+    places = [f"in bars {part.bars} at {part.start:.0f} s" for part in parts]
+    width = max(map(len, places)) + 7
+    tqdm.write(f"\n{'':45} {'lowest':{width}} highest")
     for label, values in zip(LABELS, p.T, strict=True):
-        low, high = (
-            f"{values[i]:5.2f} in bars {parts[i].bars:9}" for i in (values.argmin(), values.argmax())
-        )
-        tqdm.write(f"{' / '.join(LABEL_POLES[label]):>44.44} {low} {high}".rstrip())
-    rows = []
-    for part, values in zip(parts, p.tolist(), strict=True):
-        rows.append(_whereabouts(part) | {"ratings": dict(zip(LABELS, values, strict=True))})
-    return rows
+        low, high = (f"{values[i]:5.2f} {places[i]:{width}}" for i in (values.argmin(), values.argmax()))
+        tqdm.write(f"{' / '.join(LABEL_POLES[label]):>44.44} {low}{high}".rstrip())
+    ratings = [dict(zip(LABELS, values, strict=True)) for values in p.tolist()]
+    return [_whereabouts(part) | {"ratings": x} for part, x in zip(parts, ratings, strict=True)]
 
 
 def say_repairs(repairs: dict[str, dict[str, int]]) -> str:

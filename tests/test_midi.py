@@ -97,7 +97,7 @@ BAD = {
     "no notes": (header() + track(END), "0 notes"),
     "type 2": (header(kind=2) + track(NOTE + END), "type 2"),
     "no division": (header(division=0) + track(NOTE + END), "division 0"),
-    "smpte": (header(division=0xE728) + track(NOTE + END), "division -6360"),
+    "smpte of no ticks": (header(division=0xE700) + track(NOTE + END), "division -6400"),
     "no status": (header() + track(b"\x00\x3c\x40" + END), "status byte 0"),
     "too many events": (header() + track(NOTE * 500_001), "500000 events"),
     "years": (header() + track(NOTE + b"\xff\xff\xff\x7f\x80\x3c\x00" + END), "within a day"),
@@ -135,8 +135,13 @@ REPAIRED = {
     "all notes off": (
         header() + track(NOTE + b"\x83\x60\xb0\x7b\x00" + b"\x83\x60\x80\x3c\x00" + END),
         [0.5],
-        None,
+        "releases of keys",
     ),
+    "no length": (header() + track(NOTE + b"\x00\x80\x3c\x00" + END), [data.SHORTEST], "no length"),
+    "tempo without data": (header() + track(b"\x00\xff\x51\x00" + WHOLE + END), [0.5], "tempi of 0"),
+    "key without data": (header() + track(b"\x00\xff\x59\x00" + WHOLE + END), [0.5], "key signatures"),
+    "frames": (header(division=0xE728) + track(WHOLE + END), [0.48], "SMPTE"),
+    "dropped frames": (header(division=0xE350) + track(WHOLE + END), [480 / 29.97 / 80], "SMPTE"),
     "of another channel": (
         header() + track(NOTE + b"\x83\x60\xb1\x7b\x00" + b"\x83\x60\x80\x3c\x00" + END),
         [1.0],

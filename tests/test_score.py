@@ -270,6 +270,13 @@ BARS = {
           "<attributes><time><senza-misura/></time></attributes>" + note(62, 24),
           note(64, 4) + forward(4), D],),
         {"onset": [0, 3.5, 9.5, 10.5], "beats": [*np.arange(0, 3.5, 0.5), *np.arange(3.5, 14.5)]}),
+    "a tie that goes on": (
+        ([note(60, 16, notations=TIE_START), note(60, 16, notations='<tied type="continue"/>'),
+          note(60, 4, notations=TIE_STOP)],),
+        dict(duration=[9])),
+    "repeats and jumps of any part": (
+        ([A, B], [note(48, 16) + repeat("backward"), note(50, 16) + '<sound dacapo="yes"/>']),
+        dict(pitch=[60, 48, 60, 48, 62, 50, 60, 48, 62, 50])),
     "a tie from one voice into another": (
         ([note(60, 16, notations=TIE_START), note(60, 4, 2, notations=TIE_STOP)],),
         dict(pitch=[60], duration=[5], voice=[1])),
@@ -431,6 +438,8 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + DA_CAPO, '<sound coda="1"/>' + C], "ab ac"),
     ([A, FORWARD + B], "ab"),
+    ([A + FORWARD.replace("<barline>", '<barline location="right">'), B + BACKWARD, C], "abb c"),
+    ([A, volta("1-3", B) + BACKWARD, volta(4, C)], "ab ab ab ac"),
     ([A, volta("", B) + BACKWARD, volta("", C), D], "ab ac d"),
     ([A + words("d. c. on the beat"), B], "ab"),
     ([A, FIRST, SECOND, D + DA_CAPO], "ab ac d ac d"),
@@ -481,6 +490,12 @@ REPAIRED = {
     "beats": (GOOD.replace("<beats>4", "<beats>four"), [60, 62], "metres"),
     "beat-type": (GOOD.replace("<beat-type>4", "<beat-type>6"), [60, 62], "metres"),
     "volta": (document([volta("x", A), B]), [60, 62], "voltas"),
+    "hidden": (document([A, note(61, 16, attributes=HIDDEN)]), [60], "hidden"),
+    "volta's beginning": (
+        document([A, volta(1, B, begin=False) + BACKWARD, volta(2, C)]),
+        [60, 62, 60, 64],
+        "voltas",
+    ),
 }
 
 
