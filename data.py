@@ -4923,8 +4923,8 @@ def _render_file(task):
 
 
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
-    """Files of these endings (lower case) at any depth, sorted, hidden ones left out."""
-    return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and path.is_file())
+    """Files of these endings (lower case) at any depth, pipes too, sorted, hidden ones left out."""
+    return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and not path.is_dir())
 
 
 def other_kinds(folder: Path, kinds: tuple[str, ...]) -> list[str]:
@@ -5304,14 +5304,16 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
         wanted = [(name, "", path) for name, path in named.items()]
         left_out += [f"{p}: another file has its name; rename it" for p in set(sounds) - {*named.values()}]
     hint = f"render it: python data.py render --midi-root {root}" + (f" --out {audio}" if audio else "")
-    left_out += [f"{path}: missing; {hint}" for _, _, path in wanted if not path.is_file()]
+    for _, _, path in wanted:
+        if not path.is_file():
+            left_out.append(f"{path}: {'not an ordinary file' if path.exists() else 'missing'}; {hint}")
     if strict and left_out:
         raise DataError(left_out[0])
     if not table:
         left_out += other_kinds(folder, (*SOUND_KINDS, *MIDI_KINDS))
     found = sorted(entry for entry in wanted if entry[2].is_file())
     if not found:
-        raise DataError(f"{root}: no sound file; name another folder, or {hint}")
+        raise DataError(left_out[0] if wanted else f"{root}: no sound file; name another folder, or {hint}")
     return found, left_out
 
 

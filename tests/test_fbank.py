@@ -272,12 +272,13 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
     write_wav(root / "short.wav", 300)
     (root / ".hidden.wav").write_bytes(b"RIFF")
     (root / "notes.pdf").touch()
+    os.mkfifo(root / "pipe.wav")
+    named = ("1 .pdf", "pipe.wav: not an ordinary file", "short.wav", "take 2.wav")
     for store in (data.build_fbank(root, tmp_path / "out", workers=1, quiet=True), data.open_audio(root)):
         assert store.names == [f"{i}/take {i}" for i in (0, 1, 3, 4)]
-        assert [word in "\n".join(store.left_out) for word in ("1 .pdf", "short.wav", "take 2.wav")] == [
-            True
-        ] * 3
-        assert len(store.left_out) == 3
+        assert [word in "\n".join(store.left_out) for word in named] == [True] * 4
+        assert len(store.left_out) == 4
+    (root / "pipe.wav").unlink()
     for build in (data.open_audio, lambda *a, **k: data.build_fbank(root, tmp_path / "s", 1, **k)):
         with pytest.raises(DataError, match="take 2.wav"):
             build(root, strict=True)
