@@ -495,7 +495,7 @@ class _Reader:
         parts = []
         for index, part in enumerate(root.iterfind("part")):
             self.division = self.time = None
-            self.transposition = 0
+            self.transposition = {}  # semitones by staff; None: of all staves
             parts.append([self.bar(measure, index) for measure in part.iterfind("measure")])
         self.where = ""
         counts = [len(part) for part in parts]
@@ -508,10 +508,13 @@ class _Reader:
         if divisions is not None:
             self.division = self.ticks / float(divisions)
         for transpose in element.iterfind("transpose"):
-            self.transposition = 0
-            for name, semitones in (("chromatic", 1), ("octave-change", 12)):
-                steps = self.number(transpose.findtext(name, "0"), name, -48, 48)
-                self.transposition += steps * semitones
+            chromatic, octaves = (
+                self.number(transpose.findtext(name, "0"), name, -48, 48)
+                for name in ("chromatic", "octave-change")
+            )
+            if transpose.get("number") is None:
+                self.transposition.clear()
+            self.transposition[transpose.get("number")] = chromatic + 12 * octaves
         for metre in element.iterfind("time"):
             self.time = self.metre(metre)
 
@@ -612,7 +615,8 @@ class _Reader:
             raise self.error(f"a note of pitch step {step!r:.12}; expected A to G, or a <rest>")
         octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, int)
         alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
-        pitch = 12 * (octave + 1) + _STEPS[step] + round(alter) + self.transposition
+        shift = self.transposition.get(note.findtext("staff", "1"), self.transposition.get(None, 0))
+        pitch = 12 * (octave + 1) + _STEPS[step] + round(alter) + shift
         return self.number(pitch, "pitch", 0, 127, int)
 
     def directions(self, element, onset):

@@ -264,6 +264,9 @@ BARS = {
     "sounding pitch": (
         (["<attributes><transpose><chromatic>-2</chromatic><octave-change>1</octave-change></transpose>"
           "</attributes>" + A],), dict(pitch=[70])),
+    "sounding pitch of one staff": (
+        (["<attributes><transpose number='2'><chromatic>-2</chromatic></transpose></attributes>" + A
+          + back(16) + note(64, 16, 2, extra="<staff>2</staff>")],), dict(pitch=[62, 60])),
     "a metre of two pairs, a free one": (
         (["<attributes><time><beats>3</beats><beat-type>8</beat-type><beats>2</beats><beat-type>4</beat-type>"
           "</time></attributes>" + note(60, 14),
