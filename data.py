@@ -6210,8 +6210,9 @@ def run_script(name: str, function) -> None:
         sys.stdout = open(os.devnull, "w")
         sys.exit(1)
     except (DataError, OSError, MemoryError, RuntimeError) as error:  # OSError: a folder not to be written
-        left_alone = "gloo" in str(error) or "NCCL" in str(error)
-        if "--debug" in sys.argv or (isinstance(error, RuntimeError) and not left_alone):
+        of_torch = isinstance(error, RuntimeError)
+        left_alone = of_torch and re.search("gloo|NCCL|torch.distributed", f"{type(error)} {error}")
+        if "--debug" in sys.argv or (of_torch and not left_alone):
             raise
         if left_alone or not main_process:  # another process tells why, unless torchrun lets this one live
             on_stop(lambda *_: sys.exit(2))

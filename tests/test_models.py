@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import plain_networks
@@ -337,12 +338,14 @@ def test_a_log_without_nan_and_a_board(tmp_path, monkeypatch):
     assert (record["step"], record["loss"], record["norms"], record["lr"]) == (3, None, {"a": 1.234568}, 0.5)
     assert [(name, step) for name, _, step in written] == [("loss", 3), ("lr", 3)]
     args.resume = str(tmp_path / "run/last.pt")
+    Path(args.resume).touch()
+    resumed = {"step": 5, "written": Path(args.resume).stat().st_mtime}
     with pytest.raises(DataError, match="metrics.jsonl: another process"):
         models.Run(args, "", 0, 1, {"step": 3})
     run.log(6, 1, loss=1.0)
     with run:
         run.metrics.write(b'{"step": 3, "to')  # a crash
-    with models.Run(args, "", 0, 1, {"step": 5}) as again:
+    with models.Run(args, "", 0, 1, resumed) as again:
         again.log(6, 1, loss=2.0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 6]

@@ -221,7 +221,7 @@ def test_pickle_protocols_scalars_and_foreign_labels(protocol, days, tmp_path, m
     day = pickle_day(raw)
     day["transcriptions"] = [np.str_(text) for text in day["transcriptions"]]
     day["phoneLens"] = [np.int64(count) for count in day["phoneLens"]]
-    day["sentenceDat"] = cells([3 * x + 5 for x in day["sentenceDat"]])[0]
+    day["sentenceDat"] = [3 * x + 5 for x in day["sentenceDat"]]
     day["sentenceDat"][1] = np.asfortranarray(day["sentenceDat"][1])
     day["phonemes"][2][0] += 1
     source = write_pickle(tmp_path / "ptDecoder_ctc", {"train": [day], "test": [day]}, protocol)
