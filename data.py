@@ -121,7 +121,10 @@ class PlainOutput:
 
     def write(self, text: str) -> int:
         lines = [printable(line, self.stream.encoding or "utf-8") for line in text.split("\n")]
-        return self.stream.write("\n".join(lines))
+        count = self.stream.write("\n".join(lines))
+        if len(lines) > 1:  # a log is read while it grows
+            self.stream.flush()
+        return count
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

@@ -235,7 +235,6 @@ def test_what_no_terminal_should_get():
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with contextlib.redirect_stdout(data.PlainOutput(terminal)):
         print("é\x1b[2J", "b", sep="\n")
-    terminal.flush()
     assert terminal.buffer.getvalue() == b"\\xe9\\x1b[2J\nb\n"
 
 
