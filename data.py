@@ -729,7 +729,7 @@ def _repeat_signs(measures, reader):
             if not numbers:
                 reader.repairs["voltas without a number or a beginning, counted on"] += 1
                 numbers = [max(itertools.chain(*volta[-1:]), default=0) + 1]
-            inside = frozenset(range(numbers[0], numbers[-1] + 1) if "-" in text else numbers)
+            inside = frozenset(range(min(numbers), max(numbers) + 1) if "-" in text else numbers)
         volta.append(inside)
         if {"stop", "discontinue"} & endings.keys():
             inside = frozenset()

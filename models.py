@@ -1428,7 +1428,6 @@ class Ensemble(nn.Module):
 
 MODELS = {"han": HAN, "decoder": GRUDecoder, "ast": AST, "cnn": CNN, "mlp": PooledMLP}
 MODELS |= {"kernel": KernelRidge, "clip_kernel": ClipKernel, "ensemble": Ensemble}
-DROPPED_ARGS = {"layernorm", "head_gain"}  # in older checkpoints, switched off
 
 
 def save_checkpoint(path: str | Path, ckpt: dict) -> None:
