@@ -2222,6 +2222,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
         print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
+    args.written = read_musicxml(args.score) if args.score else None
     predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
     records, refused = [], []
 
@@ -2287,8 +2288,9 @@ def provenance(loaded: list[tuple]) -> str:
         scored = f", validation R² {score:.3f}" if score else ""
         files.append(f"{path} ({count} × {model.model_args.get('model', ckpt['task'])}{scored})")
     about = loaded[0][2]["data"]
+    counted = f"mean of {len(loaded)} checkpoints" if len(loaded) > 1 else "one checkpoint"
     trained = f", split {about['split']}" if "split" in about else ""
-    return f"{' + '.join(files)}: {len(loaded)} checkpoints averaged{trained}, git {loaded[0][2]['git_sha']}"
+    return f"{' + '.join(files)}: {counted}{trained}, git {loaded[0][2]['git_sha']}"
 
 
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
@@ -2307,7 +2309,7 @@ def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
 def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One performance of the score, passage by passage where it is long: its record, and what explains it."""
     path, name = printable(files[0]), printable(files[0].stem.strip())
-    reading = follow(read_musicxml(args.score), read_midi(files[0]), args.transpose)
+    reading = follow(args.written, read_midi(files[0]), args.transpose)
     parts = rated_parts(reading, args.bars)
     if len(parts) == 1:
         (reading,) = parts
@@ -2478,22 +2480,23 @@ def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score:
 
 
 def compare_takes(records: list[dict]) -> None:
-    """Prints takes of one score side by side, and adds to each record which ratings differ: + or - where one
-    lies above or below the mean of the others by more than 80 % of the errors of such a difference."""
+    """Prints takes of one score side by side, and adds to each record which ratings differ: above or below
+    the mean of the others by more than 80 % of the errors of such a difference."""
     p, error = (
         np.array([[*record[key].values()] for record in records]) for key in ("ratings", "uncertainty")
     )
     others = len(p) - 1
     gap = p - (p.sum(0) - p) / others
     allowed = error * math.sqrt(1 + 1 / others) if error.size else np.inf
-    marks = np.where(gap > allowed, "+", np.where(-gap > allowed, "-", ""))
+    differs = np.where(gap > allowed, "above", np.where(-gap > allowed, "below", ""))
+    marks = {"above": "+", "below": "-", "": ""}
     print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
     for count, record in enumerate(records, 1):
         print(f"{count:>4} {record['name']}")
-        record["differs"] = dict(zip(LABELS, marks[count - 1].tolist(), strict=True))
+        record["differs"] = dict(zip(LABELS, differs[count - 1].tolist(), strict=True))
     rows = []
-    for name, values, signs in zip(RATINGS.values(), p.T, marks.T, strict=True):
-        rows.append([name, *(f"{x:.2f}{sign}" for x, sign in zip(values, signs, strict=True))])
+    for name, values, said in zip(RATINGS.values(), p.T, differs.T, strict=True):
+        rows.append([name, *(f"{x:.2f}{marks[word]}" for x, word in zip(values, said, strict=True))])
     print_table(["0 … 1", *map(str, range(1, len(p) + 1))], rows)
 
 
@@ -2795,6 +2798,7 @@ h2 { margin-top: 3rem; border-top: 3px solid #0072b2; }
 img { width: 100%; min-width: 44rem; } table { border-collapse: collapse; font-size: .875rem; }
 td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 11rem; }
 tr { border-bottom: 1px solid #8886; }
+@media (prefers-color-scheme: dark) { img { filter: invert(1) hue-rotate(180deg); } }
 """
 
 

@@ -349,7 +349,7 @@ def test_takes_stand_side_by_side_and_what_differs_is_marked(capsys):
     assert lines[-19].split()[-3:] == ["0.50", "0.50", "0.70+"]
     assert lines[-18].split()[-3:] == ["0.50", "0.50", "0.62"]
     head, *rows = evaluation.predictions_table(takes)
-    assert [row[head.index(f"{LABELS[0]} differs")] for row in rows] == ["", "", "+"]
+    assert [row[head.index(f"{LABELS[0]} differs")] for row in rows] == ["", "", "above"]
     evaluation.compare_takes([take | {"uncertainty": {}} for take in takes])
     assert "+" not in capsys.readouterr().out.splitlines()[-19]
 
