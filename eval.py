@@ -630,7 +630,7 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
         data, options = members[0][1]["data"], members[0][1]["args"]
         misaligned = options.get("keep_misaligned", False)
         names_of = percepiano_parts(corpus, data["split"], fold, data["keep_overlap"], misaligned)
-        print(f"fold {fold}: predictions of {len(members)} checkpoints averaged, seeds {seeds_of(members)}")
+        print(f"fold {fold}: {counted(members)}, seeds {seeds_of(members)}")
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
             each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
@@ -1948,7 +1948,11 @@ def inline_figure(figure, alt: str) -> str:
 
 def picture_title(figure, what: str, members: list[tuple], work: dict) -> None:
     synthetic = ", SYNTHETIC training data" if members[0][1]["data"].get("synthetic") else ""
-    figure.suptitle(f"{work['name']} ({len(members)} checkpoints{synthetic}): {what}")
+    figure.suptitle(f"{work['name']} ({counted(members)}{synthetic}): {what}")
+
+
+def counted(members: list) -> str:
+    return f"mean of {len(members)} checkpoints" if len(members) > 1 else "one checkpoint"
 
 
 def check_output(path: Path, *suffixes: str) -> None:
@@ -2019,10 +2023,14 @@ def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     dark = loudness.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
     loudness.set(title="What sounds", ylabel="mel band")
     figure.colorbar(dark, ax=loudness, label="log energy", pad=0.01)
-    shades = attention.pcolormesh(frame * column, row - 0.5, share - 1, **SHARES)
+    # fixed, so that an undecided network looks undecided; pre-trained ones give single patches many shares
+    shades = attention.pcolormesh(
+        frame * column, row - 0.5, share, cmap=SHARES["cmap"], norm="log", vmin=1 / 8, vmax=8
+    )
     attention.set(title="What of it reaches the output (attention roll-out)", ylabel="mel band")
     attention.set_xlabel("time (s)")
-    figure.colorbar(shades, ax=attention, **SHARES_BAR)
+    bar = SHARES_BAR | {"format": "{x:g}", "label": "in even shares"}
+    figure.colorbar(shades, ax=attention, ticks=2.0 ** np.arange(-3, 4), **bar).minorticks_off()
     return {"share": share}
 
 
@@ -2288,9 +2296,8 @@ def provenance(loaded: list[tuple]) -> str:
         scored = f", validation R² {score:.3f}" if score else ""
         files.append(f"{path} ({count} × {model.model_args.get('model', ckpt['task'])}{scored})")
     about = loaded[0][2]["data"]
-    counted = f"mean of {len(loaded)} checkpoints" if len(loaded) > 1 else "one checkpoint"
     trained = f", split {about['split']}" if "split" in about else ""
-    return f"{' + '.join(files)}: {counted}{trained}, git {loaded[0][2]['git_sha']}"
+    return f"{' + '.join(files)}: {counted(loaded)}{trained}, git {loaded[0][2]['git_sha']}"
 
 
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:

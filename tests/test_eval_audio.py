@@ -212,7 +212,7 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     paths = [checkpoint(tmp_path / f"{fold}{seed}.pt", fold, seed) for fold in (0, 1) for seed in (7, 8)]
     metrics = evaluation.main(["--ckpt", *paths, "--device", "cpu", "--save-results", "scratch"])
     out = capsys.readouterr().out
-    assert "predictions of 2 checkpoints averaged, seeds [7, 8]" in out
+    assert "fold 0: mean of 2 checkpoints, seeds [7, 8]" in out
     assert "left out: a line" in out
     saved = json.loads((tmp_path / "results/ast_scratch_segment.json").read_text())
     assert [saved[k] for k in ("task", "model", "audio", "seeds")] == ["ast", "ast", "rendered", [7, 8, 7, 8]]
