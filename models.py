@@ -270,15 +270,16 @@ class KernelRidge(nn.Module):
         return torch.logit(p, eps=1e-4)
 
     @classmethod
-    def fit(cls, stats: Tensor, ratings: Tensor) -> "KernelRidge":
+    def fit(cls, stats: Tensor, ratings: Tensor, versions: float = 1.0) -> "KernelRidge":
         """stats (n, S), ratings (n, D) in [0, 1]. The ratings are turned to their principal components, of
-        which the later, noisier ones are shrunk more: ridge .1 to .5."""
+        which the later, noisier ones are shrunk more: ridge .1 to .5, times `versions`, rows an item, since
+        they share the noise of one rating."""
         model = cls(*stats.shape, ratings.shape[1])
         stats, ratings = stats.double(), ratings.double()
         mean = ratings.mean(0)
         turn = torch.linalg.svd(ratings - mean, full_matrices=False).Vh
         kernel = matern(stats, stats)
-        ridges = torch.logspace(math.log10(0.1), math.log10(0.5), len(turn))
+        ridges = versions * torch.logspace(math.log10(0.1), math.log10(0.5), len(turn))
         solved = []
         for ridge, component in zip(ridges, turn @ (ratings - mean).T, strict=True):
             solved.append(torch.linalg.solve(kernel + ridge * torch.eye(len(kernel)), component))
@@ -1324,7 +1325,7 @@ class ClipKernel(nn.Module):
             self.model_args["columns"] = int(self.seen.sum())
             self.weight.copy_(share**1.5 * self.seen)
             self.weight /= self.weight[self.seen].square().mean().sqrt()
-        self.ridge = KernelRidge.fit(self.ranks(described), ratings)
+        self.ridge = KernelRidge.fit(self.ranks(described), ratings, len(ranks) / items)
         return self
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
