@@ -305,6 +305,15 @@ def test_kernel_is_scikit_learns():
     np.testing.assert_allclose(found, y.mean() + kernel(new, x) @ dual, atol=1e-5)
 
 
+def test_equal_versions_of_every_item_change_no_rating():
+    rng = np.random.default_rng(1)
+    x, y, new = (torch.from_numpy(rng.uniform(0.2, 0.8, size)) for size in ((30, 5), (30, 3), (4, 5)))
+    once = KernelRidge.fit(x, y)({"stats": new.float()})
+    thrice = KernelRidge.fit(x.repeat(3, 1), y.repeat(3, 1), versions=3)({"stats": new.float()})
+    torch.testing.assert_close(thrice, once, atol=1e-4, rtol=0)
+    assert (KernelRidge.fit(x.repeat(3, 1), y.repeat(3, 1))({"stats": new.float()}) - once).abs().max() > 0.01
+
+
 def test_shipped_models_rate_without_being_named(piano, capsys):
     name = piano.names[0]
     (record,) = predict("--score", piano.score(name), "--midi", piano.midi(name))
