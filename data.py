@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost peer torch prints its own stack
 if sys.platform == "darwin":  # what Apple's GPU lacks, such as CTC, goes to the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
