@@ -464,7 +464,7 @@ class _Reader:
             if content.startswith(b"PK\3\4"):
                 content = self.unzip(content)
             return self.parse(content)
-        except OSError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise DataError(f"{self.path}: {error.strerror}; expected a MusicXML file") from error
         except Exception as error:
             raise self.error(f"cannot be read ({error}); expected one <score-partwise>, or .mxl") from error
@@ -1369,7 +1369,7 @@ def read_midi(path: str | Path) -> Performance:
         notes, pedals = _pair_notes(events, seconds.tolist(), repairs)
         if not notes or seconds[-1] > LONGEST:
             raise ValueError(f"{len(notes)} notes in {seconds[-1:].sum():.3g} s; expected some within a day")
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise DataError(f"{path}: {error.strerror}; expected a MIDI file") from error
     except Exception as error:
         found = " ".join(str(error).split()) or "it ends too early"

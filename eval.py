@@ -693,7 +693,10 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         about["features"] = args.features
     else:
         about["audio"] = "wav" if args.audio else "rendered"
-        about |= {key: getattr(args, key) for key in ("rate", "copies", "soundfonts", "probe")}
+        about |= {"copies": args.copies, "soundfonts": list(map(last_part, args.soundfonts))}
+        about |= {
+            key: value and last_part(value) for key, value in (("rate", args.rate), ("probe", args.probe))
+        }
         clips = Clips(corpus, args)
     records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
@@ -3007,7 +3010,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
 
 
 def last_part(text: object) -> str:
-    """Of an absolute path, also behind --option=, the last part: a page shows no folders of its machine."""
+    """Of an absolute path, also behind --option=, the last part: results show no folders of their machine."""
     return re.sub(r"^(--[\w-]+=)?(?:/|~|[A-Za-z]:[\\/])(?:.*[\\/])?(?=.)", lambda m: m[1] or "", str(text))
 
 
@@ -3023,8 +3026,7 @@ def _table(head: Iterable, rows: Iterable[Iterable]) -> str:
 
 def _page(title: str, lines: list[str], parts: dict[str, str], command: str) -> str:
     """The whole document. Its policy forbids the browser to load anything."""
-    typed = shlex.join(map(last_part, shlex.split(command)))
-    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {typed}"
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {git_state()['git_sha']}: {command}"
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     said = "".join(f'<p class="said">{_text(line)}</p>' for line in lines)
     body = "".join(f"<h2>{_text(heading)}</h2>{part}" for heading, part in parts.items())
@@ -3100,7 +3102,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) 
     if row and not re.fullmatch(r"[a-z0-9_]+", row):
         raise DataError(f"--save-results {row!r}: expected a row name of a-z, 0-9 and _, such as full")
     args.device = torch.device(args.device)
-    args.command = "python " + shlex.join([*parser.prog.split(), *argv])
+    args.command = "python " + shlex.join(map(last_part, [*parser.prog.split(), *argv]))
     return args
 
 

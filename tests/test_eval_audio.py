@@ -215,6 +215,8 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     assert "fold 0: mean of 2 checkpoints, seeds [7, 8]" in out
     assert "left out: a line" in out
     saved = json.loads((tmp_path / "results/ast_scratch_segment.json").read_text())
+    assert str(tmp_path) not in saved["command"]
+    assert "--ckpt 07.pt 08.pt" in saved["command"]
     assert [saved[k] for k in ("task", "model", "audio", "seeds")] == ["ast", "ast", "rendered", [7, 8, 7, 8]]
     assert check_results("results/ast_scratch_segment.json", corpus.rated) > 500
     tests = saved["significance"]["valid"]["no_renderings"]
@@ -279,7 +281,7 @@ def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
     probe = ["floor", "--task", "ast", "--fold", "1", "--probe"]
     result = evaluation.main([*probe, bare, "--save-results", "probe"])
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
-    assert json.loads((tmp_path / "results/ast_probe_segment.json").read_text())["probe"] == bare
+    assert json.loads((tmp_path / "results/ast_probe_segment.json").read_text())["probe"] == "bare.pt"
     with pytest.raises(DataError, match="rates.pt: .*a pre-training"):
         evaluation.main([*probe, checkpoint(tmp_path / "rates.pt")])
 
