@@ -2219,8 +2219,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         check_output(Path(path))
     args.ckpt = args.ckpt or (SHIPPED_FOR_SOUND if args.audio else SHIPPED)
     loaded = _load_models(args.ckpt)
-    task, about = loaded[0][2]["task"], loaded[0][2]["data"]
-    _check_alike(loaded)
+    task, about = kind_of(loaded[0][2]["task"]), _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
     names = ["score", "midi", "audio", "speech"]
     if kind != "han":

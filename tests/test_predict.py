@@ -286,7 +286,10 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     name = piano.names[0]
     capsys.readouterr()
     given = ["--score", piano.score(name), "--midi", piano.midi(name)]
+    first = [predict("--ckpt", *order, *given)[0] for order in ([kernel, together], [kernel])]
     (record,) = predict("--ckpt", together, kernel, *given)
+    assert first[0]["ratings"] == pytest.approx(record["ratings"])
+    assert max(abs(x - record["ratings"][label]) for label, x in first[1]["ratings"].items()) > 1e-4
     said = capsys.readouterr().out.splitlines()[0]
     assert f"{together} (2 × han, validation R² " in said
     assert f"{kernel} (1 × kernel, validation R² " in said
