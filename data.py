@@ -318,10 +318,14 @@ _LINES = (  # what may begin at one note and end at another: name in `_Note.mark
     ("wavy", "notations/ornaments/wavy-line"),
 )
 _JUMP = re.compile(  # but "d. c. on the beat" is none
-    r"\s*(d\.\s*[cs]\.|da capo|dal segno)\W*"
+    r"(?<!\w)(d\.?\s*[cs]\b\.?|da\s+capo|dal\s+(segno|[^\w\s]))\W*"
     r"($|al|con\b|e\b|fin|ma\b|sin|senza|menu|minu|scherzo|trio)",
     re.IGNORECASE,
 )
+_SIGN_WORDS = {  # attribute of a <sound> where a jump ends or leaves: what is printed there and at the jump
+    "fine": re.compile(r"^\W*fine\W*$|\bal\W+fine\b", re.IGNORECASE),
+    "tocoda": re.compile(r"\bcoda\b", re.IGNORECASE),
+}
 _STEPS = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
 _COMPOUND = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}  # beats of a compound metre
 _STRONG_BEATS = {3: (1 / 3,), 9: (1 / 3,), 7: (2 / 7, 2 / 5)}  # beats per bar -> positions of weight 2
@@ -484,7 +488,7 @@ class _Reader:
             if size > _MAX_XML:
                 raise ValueError(f"{size} bytes, more than {_MAX_XML}")
             files = {name: archive.read(name) for name in archive.namelist()}
-        scores = [n for n in files if n.lower().endswith("xml") and not n.startswith("META-INF")]
+        scores = [n for n in files if re.match("(?!META-INF|__MACOSX).*xml$", n, re.IGNORECASE)]
         if "META-INF/container.xml" in files:
             container = self.parse(files["META-INF/container.xml"])
             scores = [r.get("full-path") for r in container.iter("rootfile")][:1]
@@ -608,7 +612,7 @@ class _Reader:
             duration=0.0 if "grace" in marks else self.duration(element),
             part=part,
             voice=self.voice(element.findtext("voice", "").strip() or "1", part),
-            staff=self.number(element.findtext("staff", "1"), "staff", 1, 99, int),
+            staff=self.number(element.findtext("staff") or "1", "staff", 1, 99, int),
             pitch=0 if "rest" in marks else self.pitch(element),
             marks=marks,
             slurs=tuple((s.get("type"), s.get("number", "1")) for s in element.iterfind("notations/slur")),
@@ -620,7 +624,7 @@ class _Reader:
         if step not in _STEPS:
             raise self.error(f"a note of pitch step {step!r:.12}; expected A to G, or a <rest>")
         octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, int)
-        alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
+        alter = self.number(note.findtext("pitch/alter") or "0", "alter", -4, 4)
         shift = self.transposition.get(note.findtext("staff", "1"), self.transposition.get(None, 0))
         pitch = 12 * (octave + 1) + _STEPS[step] + round(alter) + shift
         return self.number(pitch, "pitch", 0, 127, int)
@@ -716,15 +720,21 @@ def _trim_pickup(bars, repairs):
 
 def _repeat_signs(measures, reader):
     """Per measure: whether a repeat opens, turns of the repeat that closes (0: none), its volta's numbers."""
-    forward, turns, volta = [False], [], []
+    forward, turns, volta = [False], [0], []  # turns: from the bar line before the first measure
     inside = frozenset()
     for measure in measures:
         reader.where = f"measure {measure.get('number')!s:.10}: "
-        repeats = {r.get("direction"): r.get("times", "2") for r in measure.iterfind("barline/repeat")}
-        behind = measure.find("barline[@location='right']/repeat[@direction='forward']") is not None
-        forward[-1] |= "forward" in repeats and not behind
-        forward.append(behind)
-        turns.append(reader.number(repeats.get("backward", "0"), "repeat times", 0, 16, int))
+        forward.append(False)
+        turns.append(0)
+        for barline in measure.iterfind("barline[repeat]"):
+            sign, place = barline.find("repeat"), barline.get("location")
+            if place == "middle":
+                raise reader.error("a repeat inside the bar; expected it at a bar line")
+            if sign.get("direction") == "forward":
+                forward[-1 if place == "right" else -2] = True
+            else:
+                times = reader.number(sign.get("times", "2"), "repeat times", 0, 16, int)
+                turns[-2 if place == "left" else -1] = times
         endings = {e.get("type"): e.get("number", "") for e in measure.iterfind("barline/ending")}
         if "start" in endings or "stop" in endings and turns[-1] and not inside:
             text = endings.get("start", "")
@@ -739,7 +749,7 @@ def _repeat_signs(measures, reader):
     if inside:
         raise reader.error(f"volta {sorted(inside)} without end; expected <ending type='stop'>")
     reader.where = ""
-    return forward, turns, volta
+    return forward, turns[1:], volta
 
 
 def _unfold_repeats(measures, reader):
@@ -782,19 +792,21 @@ def _play_order(measures, reader):
     jumps = set()
     for i, measure in enumerate(measures):
         for sound in measure.iter("sound"):
-            if {"dacapo", "dalsegno"} & sound.attrib.keys():
+            found = {name for name, value in sound.items() if value != "no"}
+            if {"dacapo", "dalsegno"} & found:
                 jumps.add(i)
-            signs = dict.fromkeys(sound.attrib, i) | signs
+            signs = dict.fromkeys(found, i) | signs
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
             raise reader.error(f"{jump} without {target}; expected a <sound {target}=...>")
     if len(jumps) > 1:
         number = measures[sorted(jumps)[1]].get("number")
         raise reader.error(f"a second jump in measure {number!s:.10}; expected one, or the piece written out")
+    unsaid = [word for sign, word in _SIGN_WORDS.items() if sign not in signs] if jumps else [_JUMP]
+    for words in itertools.chain(*(measure.iter("words") for measure in measures)):
+        if any(word.search(words.text or "") for word in unsaid):
+            raise reader.error(f"{words.text!r:.40}; expected a <sound> that says where to jump")
     if not jumps:
-        for words in itertools.chain(*(measure.iter("words") for measure in measures)):
-            if _JUMP.match(words.text or ""):
-                raise reader.error(f"{words.text!r:.20}; expected a <sound> that says where to jump")
         return order
     (jump,) = jumps
     target = 0 if signs.get("dacapo") == jump else signs["segno"]
@@ -1229,7 +1241,7 @@ def _features_of(ticks, notes, rests, slurs, directions, bars, starts):
         return np.array([[name in note.marks for name in names] for note in notes], float)
 
     bar = _index_at_or_before(starts, onset, 1e-6)
-    lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
+    lengths = np.append(np.diff(starts), max(bars[-1].nominal, bars[-1].length))
     position = (onset - starts[bar]) / lengths[bar]
     importance = [_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]
     notation = marked(*_NOTATIONS)
@@ -1326,6 +1338,8 @@ MOST_EVENTS = 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
 META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
+# Data bytes of messages between devices, which some recorders write down: song position, clock, ...
+SYSTEM = {0xF1: 1, 0xF2: 2, 0xF3: 1} | dict.fromkeys((0xF6, 0xF8, 0xFA, 0xFB, 0xFC, 0xFE), 0)
 
 
 @dataclass
@@ -1389,6 +1403,8 @@ def _midi_tracks(content, repairs):
     if content.startswith(b"RIFF"):
         content = content[max(content.find(b"MThd"), 0) :]
         repairs["RIFF wrappings taken off"] += 1
+    if len(content) < 14:
+        raise ValueError(f"{len(content)} bytes")
     name, size, kind, count, division = struct.unpack_from(">4sLHHh", content)
     if name != b"MThd" or kind not in (0, 1) or division <= 0 and not division & 0xFF:
         raise ValueError(f"{name}, type {kind}, division {division}")
@@ -1436,6 +1452,8 @@ def _track_events(track, most, repairs):
                 size = _variable_number(left)
             elif 0x80 <= status < 0xF0:
                 size = 2 - (status >> 4 in (0xC, 0xD)) - len(data)
+            elif status in SYSTEM:
+                size = SYSTEM[status]
             else:
                 raise ValueError(f"status byte {status}")
             data += [next(left) for _ in range(size)]
@@ -1747,6 +1765,7 @@ SURE, PROBE = 0.8, 100  # match rate of another key; played notes that tell whic
 TAKEN = 0.25, 0.75
 UNLIKE = 0.15  # share of notes, written or played, without a partner, over which that is said
 PASSAGE_BARS, PASSAGE_NOTES = (16, 8, 4), 420  # of PercePiano's segments
+LEAD = 3.0  # s of silence before the first note; 2.99 at most in PercePiano's files
 
 
 @dataclass
@@ -1885,16 +1904,23 @@ def cut_bars(reading: Reading, kept: np.ndarray) -> Reading | None:
     taken[others] = False
     taken[hits] = True
     place = np.append(np.cumsum(taken) - 1, -1)
-    cut = performance.of_notes(taken)
-    start, until = cut.onset.min(), cut.offset.max()
+    score, cut = cut_score(reading.score, kept), performance.of_notes(taken)
+    part = Reading(score, cut, place[match[rows]], list(reading.said), reading.start)
+    return from_first_note(part, cut.offset.max())
+
+
+def from_first_note(reading: Reading, until: float = math.inf) -> Reading:
+    """The reading with its performance moved to begin at 0 s; pedals from there to `until`."""
+    played = reading.performance
+    start = played.onset.min()
+    pedals = {}
     for name in ("sustain", "soft"):
-        events = getattr(cut, name)
+        events = getattr(played, name)
         inside = (events[:, 0] > start) & (events[:, 0] <= until)
         held = [0.0, _value_held_at(events, start)]
-        setattr(cut, name, np.vstack([held, events[inside] - (start, 0)]))
-    cut = replace(cut, onset=cut.onset - start, offset=cut.offset - start)
-    score = cut_score(reading.score, kept)
-    return Reading(score, cut, place[match[rows]], list(reading.said), reading.start + start)
+        pedals[name] = np.vstack([held, events[inside] - (start, 0)])
+    played = replace(played, onset=played.onset - start, offset=played.offset - start, **pedals)
+    return replace(reading, performance=played, start=reading.start + start)
 
 
 def passages(score: Score) -> list[np.ndarray]:
@@ -2811,8 +2837,9 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
             *row, _ = np.array(row, np.float64)
             if given[name] > 1:
                 raise ValueError("given twice")
-            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1:
-                raise ValueError(f"{row}")
+            outside = [float(rating) for rating in row if not 0 <= rating <= 1]
+            if len(row) != len(LABELS) or outside:
+                raise ValueError(f"{len(row)} ratings, outside are {outside[:3]}")
             means[name] = np.array(row)
         except (TypeError, ValueError, OverflowError) as error:
             line = f"{path}: {name!r}: {error}; expected a name given once, 20 numbers, 19 from 0 to 1"
@@ -2836,7 +2863,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
         with ordinary(path, MOST_BYTES).open(newline="", encoding="utf-8-sig") as file:
             for line, row in enumerate(csv.reader(file), 1):
-                if line == 1:
+                if line == 1 or not any(row):
                     continue
                 values = [float(value or 0) for value in row[3:22]]
                 if len(values) < len(LABELS) or not min(values) >= 0:
@@ -2903,7 +2930,7 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
             performance = read_midi(path)
             match = align(score, performance)
         except DataError as error:
-            results.append((path, str(error)))
+            results.append((path, str(error) if score else f"{path}: {error}"))
             continue
         harmony = harmony or harmony_statistics(score)
         item = describe_performance(score, performance, match, harmony)
@@ -2964,6 +2991,7 @@ def load_percepiano(
             left_out.append(f"{root}: {name} is rated but has no performance to read")
     if strict and left_out:
         raise DataError(left_out[0])
+    left_out += other_kinds(root / MIDI_FOLDER, (".mid", *SOUND_KINDS))
     shared = {name: set() for name in names}
     for name, other in arrays["shared"].tolist():
         shared[name].add(other)
@@ -2983,7 +3011,7 @@ def load_percepiano(
 def _performance_files(root):
     """name -> MIDI file, and a line for every file whose name says nothing or is another's but for spaces."""
     files, left_out = {}, []
-    for path in sorted((root / MIDI_FOLDER).glob("[!.]*.mid")):
+    for path in files_below(root / MIDI_FOLDER, (".mid",)):
         name = path.stem.strip()
         if not _NAME.fullmatch(name) or name in files:
             left_out.append(

@@ -26,6 +26,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     FEATURES,
     HOP,
     LABELS,
+    LEAD,
     MELS,
     MIDI_KINDS,
     MISALIGNED,
@@ -49,10 +50,12 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     column_names,
     cut_bars,
     describe_performance,
+    files_below,
     fit_normalisation,
     fit_targets,
     follow,
     frames_needed,
+    from_first_note,
     han_info,
     heard_energies,
     heard_versions,
@@ -2234,7 +2237,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
     args.written = read_musicxml(args.score) if args.score else None
     predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
-    records, refused = [], []
+    records, refused, drawn = [], [], set()
 
     def refuse(problem: object) -> None:
         if args.strict:
@@ -2250,7 +2253,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
             for record, work in predict_file(loaded, args, files, refuse):
                 records.append(record)
                 if args.explain:
-                    _draw(kind, loaded, args, work)
+                    _draw(kind, loaded, args, work, drawn)
         except DataError as error:
             refuse(error)
     print(f"{len(records)} predicted, {len(refused)} refused")
@@ -2268,10 +2271,11 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
 
 def _expand(paths: list[str]) -> list[list[Path]]:
-    """Files, and those in folders, hidden ones left out: each alone, but .npy files of a folder together."""
+    """Files, and those below folders, hidden ones left out: each alone, but .npy of one folder together."""
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
-        inside = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in FOLDER_FILES]
+        found = files_below(path, FOLDER_FILES)
+        inside = [file for file in found if file.parent == path or file.suffix != ".npy"]
         if (path / "trials.json").exists() or not inside:
             inside = [path]
         for file in inside:
@@ -2279,8 +2283,13 @@ def _expand(paths: list[str]) -> list[list[Path]]:
     return list(blocks.values())
 
 
-def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) -> None:
-    picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", work["name"]) + ".png")
+def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, drawn: set) -> None:
+    """Draws a picture named by the input, unlike those already `drawn`."""
+    name = re.sub(r"[^\w.@+-]", "_", work["name"])
+    while name in drawn:
+        name += "_"
+    drawn.add(name)
+    picture = Path(args.explain, f"{name}.png")
     try:
         explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
     except DataError as error:
@@ -2364,7 +2373,8 @@ def rated_parts(reading: Reading, bars: str | None) -> list[Reading]:
     score = reading.score
     masks = passages(score) if bars is None else [bars_named(score, bars)]
     if masks[0].all():
-        return [reading]
+        late = reading.performance.onset[0] > LEAD
+        return [from_first_note(reading) if late else reading]
     parts, times = [], np.zeros(len(score.numbers))
     for mask in masks:
         part = cut_bars(reading, mask)
@@ -2501,7 +2511,7 @@ def compare_takes(records: list[dict]) -> None:
     marks = {"above": "+", "below": "-", "": ""}
     print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
     for count, record in enumerate(records, 1):
-        print(f"{count:>4} {record['name']}")
+        print(f"{count:>4} {record['path']}, bars {record['bars']}")
         record["differs"] = dict(zip(LABELS, differs[count - 1].tolist(), strict=True))
     rows = []
     for name, values, said in zip(RATINGS.values(), p.T, differs.T, strict=True):

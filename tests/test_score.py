@@ -334,6 +334,11 @@ BARS = {
     "the cursor need not return; an empty bar lasts as its metre says": (
         ([A + back(8), "", B],), dict(onset=[0, 8], measures=[0, 4, 8])),
     "a bar of 1/240 quarter too much is regular": (([A, FINE + note(62, 1922)],), dict(beats=range(8))),
+    "the last bar has its own length": (
+        ([A, THREE_FOUR + quarters(60, 62, 64)],), dict(measure_length=[4, 3, 3, 3],
+                                                        beat_importance=[4, 4, 2, 1])),
+    "empty <alter> and <staff>": (
+        ([note(60, 16).replace("<alter>0", "<alter>").replace("<staff>1", "<staff>")],), dict(pitch=[60])),
     "a longer one is not": (([A, FINE + note(62, 2000)],), dict(beats=range(9))),
     "the metre changes": (
         ([A, THREE_FOUR + note(62, 12), note(64, 12)],),
@@ -441,6 +446,8 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + DA_CAPO, '<sound coda="1"/>' + C], "ab ac"),
     ([A, FORWARD + B], "ab"),
+    ([A, B, BACKWARD.replace("<barline>", '<barline location="left">') + C], "abab c"),
+    ([A, B + DA_CAPO.replace("yes", "no"), C + words("sempre D. e coda. C")], "abc"),
     ([A + FORWARD.replace("<barline>", '<barline location="right">'), B + BACKWARD, C], "abb c"),
     ([A, volta("1-3", B) + BACKWARD, volta(4, C)], "ab ab ab ac"),
     ([A, volta("", B) + BACKWARD, volta("", C), D], "ab ac d"),
@@ -575,6 +582,15 @@ BAD = {
     "unplayed": (document([A, volta(2, B), C]), "volta"),
     "no segno": (document([A, B + '<sound dalsegno="1"/>']), "dalsegno"),
     "words only": (document([A, B + words("D.C. al Fine")]), "D.C. al Fine"),
+    "words without dots": (document([A, B + words("DC al Fine")]), "DC al Fine"),
+    "words after others": (document([A, B + words("Menuetto da capo")]), "Menuetto da capo"),
+    "sign in words": (document([A, B + words("Dal \N{MUSICAL SYMBOL SEGNO} al Fine")]), "Dal"),
+    "fine in words only": (document([A + words("Fine"), B + DA_CAPO]), "Fine"),
+    "to a coda in words only": (document([A + words("D.C. al Coda") + DA_CAPO, B]), "D.C. al Coda"),
+    "repeat inside a bar": (
+        document([note(60, 8) + BACKWARD.replace("<barline>", '<barline location="middle">') + note(62, 8)]),
+        "measure 1",
+    ),
 }
 # fmt: on
 
