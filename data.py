@@ -2866,7 +2866,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 if line == 1 or not any(row):
                     continue
                 values = [float(value or 0) for value in row[3:22]]
-                if len(values) < len(LABELS) or not min(values) >= 0:
+                if len(values) < len(LABELS) or not all(value >= 0 for value in values):
                     raise ValueError(f"{row[3:22]}")
                 if max(values) <= 7:
                     raters.append(int(row[0]))

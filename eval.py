@@ -344,7 +344,7 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
     """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
-    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
+    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))
 
 
 def _quoted(cell):
@@ -357,7 +357,7 @@ def read_csv(path: str | Path) -> dict:
     (reference, hypothesis), phoneme ids, and words where there are any. DataError names the line."""
     items: dict = {}
     try:
-        with ordinary(path, 2**28).open(newline="", encoding="utf-8") as file:
+        with ordinary(path, 2**28).open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, strict=True):
                 if "trial" in row:
                     spelt = row["reference"].split(), row["hypothesis"].split()
