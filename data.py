@@ -566,7 +566,7 @@ class _Reader:
             self.repairs["bars without <time>, read as 4/4"] += 1
         beats, beat_type, free = self.time or (4, 4, True)
         nominal = beats * 4 / beat_type * self.ticks
-        bar = _Bar(nominal, beats, beat_type, free, "implicit" in measure.attrib, self.division)
+        bar = _Bar(nominal, beats, beat_type, free, measure.get("implicit") == "yes", self.division)
         cursor = chord_onset = 0.0
         for element in measure:
             if element.tag == "note":
@@ -583,6 +583,7 @@ class _Reader:
                 if note.end > _LONGEST * self.ticks:
                     raise self.error(f"a note to quarter {note.end / self.ticks:g}; expected 0 to {_LONGEST}")
                 bar.notes.append(note)
+                bar.directions += self.directions(element, note.onset)
             elif element.tag == "forward":
                 cursor += self.duration(element)
             elif element.tag == "backup":
@@ -630,7 +631,7 @@ class _Reader:
         return self.number(pitch, "pitch", 0, 127, int)
 
     def directions(self, element, onset):
-        """Tempi, words, hairpins and dynamics of a <direction> or <sound>."""
+        """Tempi, words, hairpins and dynamics of a <direction>, <sound> or <note>."""
         for sound in element.iter("sound"):
             if "tempo" in sound.attrib:
                 yield _Direction(onset, "tempo", self.number(sound.get("tempo"), "tempo", 1, 2000))
@@ -639,7 +640,7 @@ class _Reader:
             yield _Direction(onset, "words", words.text or "", **place)
         for wedge in element.iterfind("direction-type/wedge"):
             yield _Direction(onset, wedge.get("type") or "", number=wedge.get("number", "1"), **place)
-        for mark in element.iterfind("direction-type/dynamics/*"):
+        for mark in element.iterfind("*/dynamics/*"):  # of a direction, or a note's own
             yield _Direction(onset, "dynamics", mark.tag, **place)
 
 
@@ -776,8 +777,6 @@ def _unfold_repeats(measures, reader):
             order += [(i, repeats if turn < most else 0) for i in played]
         last_turns += played
         start = stop
-    if len({i for i, _ in order}) < len(measures):
-        raise reader.error("a volta that is never played; expected voltas at the end of a repeat")
     return order, last_turns
 
 
@@ -785,7 +784,7 @@ def _play_order(measures, reader):
     """`_unfold_repeats` with da capo, dal segno, fine and coda.
 
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
-    without end or turn, jumps to a sign that is not there, a second jump.
+    without end, jumps to a sign that is not there, a second jump, measures that are never played.
     """
     order, last_turns = _unfold_repeats(measures, reader)
     signs = {}  # attribute of a <sound> -> first measure
@@ -806,18 +805,21 @@ def _play_order(measures, reader):
     for words in itertools.chain(*(measure.iter("words") for measure in measures)):
         if any(word.search(words.text or "") for word in unsaid):
             raise reader.error(f"{words.text!r:.40}; expected a <sound> that says where to jump")
-    if not jumps:
-        return order
-    (jump,) = jumps
-    target = 0 if signs.get("dacapo") == jump else signs["segno"]
-    again = [i for i in last_turns if i >= target]
-    if signs.get("fine") in again:
-        again = again[: again.index(signs["fine"]) + 1]
-    if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
-        to_coda = again.index(signs["tocoda"]) + 1
-        again = again[:to_coda] + [i for i in again if i >= signs["coda"]]
-    last_time = max(place for place, (i, _) in enumerate(order) if i == jump)
-    return order[: last_time + 1] + [(i, 0) for i in again]
+    for jump in jumps:
+        target = 0 if signs.get("dacapo") == jump else signs["segno"]
+        again = [i for i in last_turns if i >= target]
+        if signs.get("fine") in again:
+            again = again[: again.index(signs["fine"]) + 1]
+        if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
+            to_coda = again.index(signs["tocoda"]) + 1
+            again = again[:to_coda] + [i for i in again if i >= signs["coda"]]
+        last_time = max(place for place, (i, _) in enumerate(order) if i == jump)
+        order = order[: last_time + 1] + [(i, 0) for i in again]
+    for unplayed in sorted({*range(len(measures))} - {i for i, _ in order}):
+        number = measures[unplayed].get("number")
+        expected = "expected voltas at the end of a repeat, no bars behind a jump"
+        raise reader.error(f"measure {number!s:.10} is never played; {expected}")
+    return order
 
 
 def _join_ties(notes, near, repairs):

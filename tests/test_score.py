@@ -353,6 +353,9 @@ BARS = {
           note(60) + mark("fp") + note(61) + note(62) + mark("sfp") + note(71, None) + note(63)],),
         {"dynamic:2": [0, 0.5, 0.7, 0.3, 0, 0, 0, 0, 0.5], "grace": [0] * 7 + [1, 0],
          "dynamic:0": [-0.4] * 5 + [0.4, -0.4, -0.4, -0.4]}),
+    "marks at a note": (
+        ([note(60, notations="<dynamics><p/></dynamics>") + note(61, notations="<dynamics><f/></dynamics>")],),
+        {"dynamic:0": [-0.4, 0.4]}),
     "rfz is a relative mark": (([note(60) + mark("rfz") + note(61)],), {"dynamic:2,3": [[0, 0], [0, 0.3]]}),
     "hairpins end at their own stop; of two the one below counts for staff 2 only": (
         ([wedge("crescendo") + note(60) + wedge("diminuendo", 2, "above") + note(61) + wedge("stop")
@@ -579,7 +582,8 @@ BAD = {
     "open volta": (document([volta(1, A, end=False), B]), "volta"),
     "volta in volta": (document([volta(1, A, end=False), volta(2, B)]), "volta"),
     "repeat times": (document([A + repeat("backward", "x")]), "'x'"),
-    "unplayed": (document([A, volta(2, B), C]), "volta"),
+    "unplayed": (document([A, volta(2, B), C]), "measure 2"),
+    "behind Fine and jump": (document([A + FINE_, B + DA_CAPO, C]), "measure 3"),
     "no segno": (document([A, B + '<sound dalsegno="1"/>']), "dalsegno"),
     "words only": (document([A, B + words("D.C. al Fine")]), "D.C. al Fine"),
     "words without dots": (document([A, B + words("DC al Fine")]), "DC al Fine"),
