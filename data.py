@@ -358,7 +358,7 @@ class Score:
     onset: np.ndarray  # (n,) float64, from the first music (hidden pickup padding cut)
     duration: np.ndarray  # (n,) float64, 0 for graces
     voice: np.ndarray  # (n,) int64, the file's voice (1 to 10) + 10 * part index; others from 10,000
-    staff: np.ndarray  # (n,) int64
+    staff: np.ndarray  # (n,) int64, counted through the parts
     measure: np.ndarray  # (n,) int64, contiguous
     beat: np.ndarray  # (n,) int64, contiguous
     section: np.ndarray  # (n,) int64
@@ -410,8 +410,8 @@ class _Direction:
     onset: float  # ticks
     kind: str  # words, dynamics, tempo, or the type of a wedge: crescendo, diminuendo, stop
     text: str = ""  # of a tempo: quarters per minute
-    number: str = "1"
-    staff: str | None = None
+    number: tuple = ()  # of a wedge in its part
+    staff: int = 1
     placement: str | None = None
     step: float = 0.0  # ticks of one division
     delay: float = 0.0  # the p of an fp is in force a little later
@@ -502,11 +502,13 @@ class _Reader:
         self.ticks = math.lcm(*(Fraction(d).limit_denominator(1000).numerator for d in divisions))
         if self.ticks > 1e12:
             raise self.error("unrelated <divisions>; expected a common multiple up to 1e12")
-        parts = []
+        parts, self.staves = [], 0  # of the parts before
         for index, part in enumerate(root.iterfind("part")):
             self.division = self.time = None
             self.transposition = {}  # semitones by staff; None: of all staves
             parts.append([self.bar(measure, index) for measure in part.iterfind("measure")])
+            notes = itertools.chain(*(bar.notes for bar in parts[-1]))
+            self.staves = max((note.staff for note in notes), default=self.staves)
         self.where = ""
         counts = [len(part) for part in parts]
         if len(set(counts)) != 1 or not counts[0]:
@@ -552,6 +554,9 @@ class _Reader:
         if re.fullmatch("[1-9]|10", text):
             return int(text) + 10 * part
         return self.voices.setdefault((part, text), 10_000 + len(self.voices))
+
+    def staff(self, element):
+        return self.staves + self.number(element.findtext("staff") or "1", "staff", 1, 99, int)
 
     def bar(self, measure, part):
         """Lay out one <measure>: notes and directions at their positions; as long as the cursor came far."""
@@ -613,7 +618,7 @@ class _Reader:
             duration=0.0 if "grace" in marks else self.duration(element),
             part=part,
             voice=self.voice(element.findtext("voice", "").strip() or "1", part),
-            staff=self.number(element.findtext("staff") or "1", "staff", 1, 99, int),
+            staff=self.staff(element),
             pitch=0 if "rest" in marks else self.pitch(element),
             marks=marks,
             slurs=tuple((s.get("type"), s.get("number", "1")) for s in element.iterfind("notations/slur")),
@@ -635,11 +640,12 @@ class _Reader:
         for sound in element.iter("sound"):
             if "tempo" in sound.attrib:
                 yield _Direction(onset, "tempo", self.number(sound.get("tempo"), "tempo", 1, 2000))
-        place = dict(staff=element.findtext("staff"), placement=element.get("placement"), step=self.division)
+        place = dict(staff=self.staff(element), placement=element.get("placement"), step=self.division)
         for words in element.iterfind("direction-type/words"):
             yield _Direction(onset, "words", words.text or "", **place)
         for wedge in element.iterfind("direction-type/wedge"):
-            yield _Direction(onset, wedge.get("type") or "", number=wedge.get("number", "1"), **place)
+            number = self.staves, wedge.get("number", "1")
+            yield _Direction(onset, wedge.get("type") or "", number=number, **place)
         for mark in element.iterfind("*/dynamics/*"):  # of a direction, or a note's own
             yield _Direction(onset, "dynamics", mark.tag, **place)
 

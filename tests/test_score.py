@@ -211,7 +211,7 @@ FERMATA = note(None, 8, notations="<fermata/>")
 BARS = {
     "notes, chords, voices, parts": (
         ([note(60, 8) + chord(64, 8) + note(None, 8) + back(16) + note(48, 16, 2, 2)], [note(72, 16)]),
-        dict(pitch=[72, 64, 60, 48], voice=[11, 1, 1, 2], staff=[1, 1, 1, 2], duration=[4, 2, 2, 4],
+        dict(pitch=[72, 64, 60, 48], voice=[11, 1, 1, 2], staff=[3, 1, 1, 2], duration=[4, 2, 2, 4],
              following_rest=[0, 2, 2, 0])),
     "ties join and carry slurs; one whose beginning was cut off stays": (
         ([note(60, 16, notations=TIE_START), note(60, 16, notations=TIE_STOP + TIE_START), SLURRED,
@@ -354,13 +354,17 @@ BARS = {
         {"dynamic:2": [0, 0.5, 0.7, 0.3, 0, 0, 0, 0, 0.5], "grace": [0] * 7 + [1, 0],
          "dynamic:0": [-0.4] * 5 + [0.4, -0.4, -0.4, -0.4]}),
     "marks at a note": (
-        ([note(60, notations="<dynamics><p/></dynamics>") + note(61, notations="<dynamics><f/></dynamics>")],),
+        ([note(60, notations="<dynamics><p/></dynamics>"), note(61, notations="<dynamics><f/></dynamics>")],),
         {"dynamic:0": [-0.4, 0.4]}),
     "rfz is a relative mark": (([note(60) + mark("rfz") + note(61)],), {"dynamic:2,3": [[0, 0], [0, 0.3]]}),
     "hairpins end at their own stop; of two the one below counts for staff 2 only": (
         ([wedge("crescendo") + note(60) + wedge("diminuendo", 2, "above") + note(61) + wedge("stop")
           + note(62) + wedge("stop", 2, "above") + note(63)],),
         {"dynamic:1": [0.7, -0.7, -0.7, 0]}),
+    "hairpins of two parts": (
+        ([wedge("crescendo") + note(60) + note(61) + wedge("stop") + note(62) + note(63)],
+         [note(None) + wedge("diminuendo") + note(50, 8) + wedge("stop") + note(51)]),
+        {"pitch": [60, 61, 50, 62, 63, 51], "dynamic:1": [0.7, 0, -0.7, -0.7, 0, 0]}),
     "tempo words are whole words": (
         ([words("Allegro assai") + FOUR, words("sempre staccato") + FOUR, words("riten.") + FOUR,
           words("a tempo") + FOUR],),
