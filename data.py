@@ -350,8 +350,7 @@ class Score:
 
     A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the
     reference (`tremolo` tells it apart): the strokes between are played notes without a score note.
-    Onsets, durations and grids in quarters.
-    """
+    Onsets, durations and grids in quarters."""
 
     path: Path
     pitch: np.ndarray  # (n,) int64, MIDI
@@ -708,9 +707,7 @@ def _settle_bars(parts, repairs):
 
 def _trim_pickup(bars, repairs):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
-
-    Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50).
-    """
+    Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50)."""
     padding = {"rest", "hidden"}
     music = [n for bar in bars for n in bar.notes if not padding <= n.marks]
     padded = all(not bar.notes or any(padding <= n.marks for n in bar.notes) for bar in bars)
@@ -788,10 +785,8 @@ def _unfold_repeats(measures, reader):
 
 def _play_order(measures, reader):
     """`_unfold_repeats` with da capo, dal segno, fine and coda.
-
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
-    without end, jumps to a sign that is not there, a second jump, measures that are never played.
-    """
+    without end, jumps to a sign that is not there, a second jump, measures that are never played."""
     order, last_turns = _unfold_repeats(measures, reader)
     signs = {}  # attribute of a <sound> -> first measure
     jumps = set()
@@ -998,9 +993,7 @@ def _dynamics(directions):
 
 def _tempi(directions):
     """Absolute and relative tempo marks in order of position, the relative ones with their ends.
-
-    Unlike the original: whole words, `acc` in staccato is no accelerando; `riten` counts.
-    """
+    Unlike the original: whole words, `acc` in staccato is no accelerando; `riten` counts."""
     absolute, relative = _split_words(directions, _TEMPO_ABSOLUTE, _TEMPO_RELATIVE, whole=True)
     long = [m for m in relative if _matches(m.text, _TEMPO_LONG, whole=True)]
     if long and long[0].onset == 0 and not (absolute and absolute[0].onset == 0):
@@ -1193,10 +1186,8 @@ def _part_notes(notes, rests, slurs, reader):
 
 def read_musicxml(path: str | Path) -> Score:
     """Read a MusicXML score (`.musicxml`, `.xml`, or compressed `.mxl`) and compute its features.
-
     Raises DataError, in one line, for whatever cannot be read as one piece of music: see `_Reader`,
-    `_play_order`.
-    """
+    `_play_order`."""
     reader = _Reader(path)
     root = reader.root()
     parts = reader.parts(root)
@@ -1346,8 +1337,9 @@ MOST_EVENTS = 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
 META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
-# Data bytes of messages between devices, which some recorders write down: song position, clock, ...
-SYSTEM = {0xF1: 1, 0xF2: 2, 0xF3: 1} | dict.fromkeys((0xF6, 0xF8, 0xFA, 0xFB, 0xFC, 0xFE), 0)
+# Data bytes of each status; those from 0xF1 are messages between devices, which some recorders write down.
+DATA_BYTES = {status: 2 - (status >> 4 in (0xC, 0xD)) for status in range(0x80, 0xF0)}
+DATA_BYTES |= {0xF1: 1, 0xF2: 2, 0xF3: 1} | dict.fromkeys((0xF6, 0xF8, 0xFA, 0xFB, 0xFC, 0xFE), 0)
 
 
 @dataclass
@@ -1356,8 +1348,7 @@ class Performance:
 
     pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key
     release, offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second,
-    value 0..127) in time order.
-    """
+    value 0..127) in time order."""
 
     path: str
     pitch: np.ndarray
@@ -1374,12 +1365,8 @@ class Performance:
 
 
 def read_midi(path: str | Path) -> Performance:
-    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their
-    key and channel.
-
-    A note-on of velocity 0 is a note-off; notes still open at the end of the file end with its last note.
-    Raises DataError.
-    """
+    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their key
+    and channel; notes still open at the end of the file end with its last note. Raises DataError."""
     repairs = Counter()
     try:
         division, tracks = _midi_tracks(read_file(path), repairs)
@@ -1411,8 +1398,6 @@ def _midi_tracks(content, repairs):
     if content.startswith(b"RIFF"):
         content = content[max(content.find(b"MThd"), 0) :]
         repairs["RIFF wrappings taken off"] += 1
-    if len(content) < 14:
-        raise ValueError(f"{len(content)} bytes")
     name, size, kind, count, division = struct.unpack_from(">4sLHHh", content)
     if name != b"MThd" or kind not in (0, 1) or division <= 0 and not division & 0xFF:
         raise ValueError(f"{name}, type {kind}, division {division}")
@@ -1458,10 +1443,8 @@ def _track_events(track, most, repairs):
                 data = [next(left)]
             if status in (META, 0xF0, 0xF7):
                 size = _variable_number(left)
-            elif 0x80 <= status < 0xF0:
-                size = 2 - (status >> 4 in (0xC, 0xD)) - len(data)
-            elif status in SYSTEM:
-                size = SYSTEM[status]
+            elif status in DATA_BYTES:
+                size = DATA_BYTES[status] - len(data)
             else:
                 raise ValueError(f"status byte {status}")
             data += [next(left) for _ in range(size)]
@@ -1555,13 +1538,11 @@ NEAR = 0.12, 0.2, 0.08
 
 def align(score, performance) -> np.ndarray:
     """Index of the played note of every score note, -1 where there is none: (n score notes,) int64.
-
     Notes of several voices that write one key at one time share one played note. A Viterbi path leads the
     played notes through the score's chords, a robust time map tells when each score note is due, and an
     assignment per key takes what was played near that time; the last two alternate. Of a long pair without
     a passage in common all are -1. Method: HAN.md, "Reading". DataError for a performance of many times the
-    score's notes.
-    """
+    score's notes."""
     nothing = np.full(len(score.pitch), -1, np.int64)
     if not len(score.pitch) or not len(performance.pitch):
         return nothing
@@ -1602,10 +1583,8 @@ def align(score, performance) -> np.ndarray:
 
 def _viterbi(position, pace, holds, performance):
     """Played notes on the best path and their chords: for each chord and key the first one.
-
     Where the opening chord starts again, what came before is dropped: recordings may hold the end of the
-    bar before.
-    """
+    bar before."""
     lattice = _Lattice(position, pace, holds, performance.pitch, performance.onset)
     state, restart = lattice.cheapest_path()
     begin = np.flatnonzero(restart & (state == 0))[-1:].sum()
@@ -1632,8 +1611,7 @@ class _Lattice:
     that chords are timed from start to start.
 
     The way back is kept of one block of played notes at a time, and made again from the prices at the
-    block's begin: memory grows with the chords and the blocks, not with their product.
-    """
+    block's begin: memory grows with the chords and the blocks, not with their product."""
 
     def __init__(self, position, pace, holds, pitch, onset):
         """holds (128, K): whether the chord holds the key; pace (K,): seconds per quarter; played notes."""
@@ -1694,11 +1672,9 @@ class _Lattice:
 
 def _time_map(position, chord, onset):
     """When every chord is due, from the onsets of some notes of the chords: three (K,) arrays.
-
     Seconds; seconds as the neighbours alone would have it, for chords whose keys do not confirm each
     other; seconds per quarter. A chord's time is dropped if neither the chords before nor those after lead
-    there and its keys do not confirm each other: so pauses survive and slips do not.
-    """
+    there and its keys do not confirm each other: so pauses survive and slips do not."""
     order = np.lexsort((onset, chord))
     known, start, size = np.unique(chord[order], return_index=True, return_counts=True)
     onset = onset[order]
@@ -1728,9 +1704,7 @@ def _time_map(position, chord, onset):
 
 def _slip(x, y, pace, side):
     """Seconds by which each chord misses the time that the three before (side -1) or after (1) lead to.
-
-    Half the expected interval to the nearest of them is free; infinite where there is none.
-    """
+    Half the expected interval to the nearest of them is free; infinite where there is none."""
     rank = np.arange(len(x))
     near = np.clip(rank + side * np.arange(1, 4)[:, None], 0, len(x) - 1)
     miss = np.abs(np.median(y - y[near] - pace * (x - x[near]), axis=0)) - pace * np.abs(x - x[near[0]]) / 2
@@ -1747,8 +1721,7 @@ def _assign(pitch, due, room, performance):
     """Played note of every score note, -1 for none: per key the best pairs less than `room` seconds from
     `due`.
 
-    Distances are squared, so that the pairs of one key do not cross.
-    """
+    Distances are squared, so that the pairs of one key do not cross."""
     partner = np.full(len(pitch), -1, np.int64)
     by_time = np.argsort(due, kind="stable")
     for key in np.intersect1d(pitch, performance.pitch):
@@ -2073,7 +2046,6 @@ def _clean(score, performance, match):
 
 def _tempo_of_notes(grid, anchors):
     """Tempo objects of a list of positions: start (quarters), start (seconds), quarters per minute.
-
     A tempo runs from anchor to anchor: the neighbouring pairs of the list chain up over its distinct anchors.
     """
     ends = np.unique(_index_at_or_before(anchors[:, 0], grid))
@@ -2100,9 +2072,7 @@ def _timing(score, performance, match, tempi):
 # ------------------------------------------------------------------------------------------------------------
 def _level_dynamics(group, match, velocity):
     """(mean + max) / 2 of the velocities of the matched notes of a beat or measure, on all its rows: (n,).
-
-    Unlike the original, which halves the last beat's and measure's maximum by their count.
-    """
+    Unlike the original, which halves the last beat's and measure's maximum by their count."""
     rows = np.flatnonzero(match >= 0)
     if not len(rows):
         return np.full(len(group), float(START_VELOCITY))
@@ -2194,17 +2164,14 @@ def note_features(score: Score, performance: Performance, match: np.ndarray) -> 
     `match` (n,) is `align`'s; matches out of time are dropped first. Returns the score features, the
     performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite: tempi in
     log10(quarters per minute), onset deviation in quarters, times in seconds. Source: sections 3 and 6 of
-    the description of the original; where a definition differs, a comment says "Unlike the original".
-    """
+    the description of the original; where a definition differs, a comment says "Unlike the original"."""
     return _all_features(score, performance, match)[0]
 
 
 def _places(onset, seconds, anchors, qpm):
     """For played notes at `seconds`: before which row of the score they belong, and the row nearest in time.
-
     The score's positions in seconds are prolonged beyond the outer anchors at the outer beat tempi. Unlike
-    the original, which goes by matched rows only: there extra notes land too early after unmatched ones.
-    """
+    the original, which goes by matched rows only: there extra notes land too early after unmatched ones."""
     reach = 10_000.0  # quarters
     first_anchor = anchors[0] - (reach, reach * 60 / qpm[0])
     last_anchor = anchors[-1] + (reach, reach * 60 / qpm[-1])
@@ -2223,8 +2190,7 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,)
     bool. An inserted row has voice 0, its own velocity, pedal and raw columns, the borrowed columns, beat
     and measure of the score note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An
-    unmatched score note keeps its voice.
-    """
+    unmatched score note keeps its voice."""
     features, played, match, anchors, qpm = _all_features(score, performance, match)
     extra = np.setdiff1d(np.arange(len(performance.onset)), match)
 
@@ -2637,8 +2603,7 @@ _NAME = re.compile(r"(\S+)_(\d+)bars_(\d+|Score\d*)_(\d+)")
 
 def parse_name(name: str) -> tuple[str, str, str, str]:
     """Work, bars, player and segment; all text, because segment "09" is not segment "9". Surrounding spaces
-    (one public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form.
-    """
+    (one public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form."""
     match = _NAME.fullmatch(name.strip().removesuffix(".mid"))
     if match is None:
         raise DataError(f"{name!r}: expected <work>_<N>bars_<player>_<segment>, player a number or Score")
@@ -2689,8 +2654,7 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
     random:    as segment, with every performance as its own group, hashed as sha1("random:" + name).
 
     Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
-    Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty.
-    """
+    Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty."""
     names = sorted(names, key=str.strip)
     what = f"split {split!r}, fold {fold!r}, of {len(names)} performances"
     if split not in SPLITS or fold not in range(FOLDS):
@@ -2787,8 +2751,7 @@ def overlaps(performances: dict) -> dict[str, set[str]]:
 
     performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of
     at least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no
-    order of their own.
-    """
+    order of their own."""
     owners = {}
     for name, performance in performances.items():
         order = np.lexsort((performance.velocity, performance.pitch, performance.onset))
@@ -2806,8 +2769,7 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
     """Parts without what leaks: validation leaves out what shares notes with a test item, training what
     shares notes with a test item or with an item of the given validation part, one left out there included.
 
-    shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty.
-    """
+    shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty."""
     held = {"train": {*parts["valid"], *parts["test"]}, "valid": {*parts["test"]}, "test": set()}
     kept = {}
     for part, names in parts.items():
@@ -2830,8 +2792,7 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
     spaces.
 
     The file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad entry is
-    described there and left out; without, as for a bad file in either case, DataError is raised.
-    """
+    described there and left out; without, as for a bad file in either case, DataError is raised."""
     path = Path(root) / MEAN_FILE
     try:
         entries = [(name.strip(), row) for name, row in read_json(path, pairs=list)]
@@ -2863,8 +2824,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Rows with any value above 7 are dropped, as for the published means (checked: the mean over a
     performance's ratings, / 7, is its entry in the label file). Raises DataError for a missing or broken
-    file.
-    """
+    file."""
     path = Path(root) / RATINGS_FILE
     raters, names, ratings = [], [], []
     line = 0
@@ -2941,8 +2901,7 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
             results.append((path, str(error) if score else f"{path}: {error}"))
             continue
         harmony = harmony or harmony_statistics(score)
-        item = describe_performance(score, performance, match, harmony)
-        results.append((path, item))
+        results.append((path, describe_performance(score, performance, match, harmony)))
     return results
 
 
@@ -2950,9 +2909,12 @@ def describe_performance(
     score: Score, performance: Performance, match: np.ndarray, harmony: dict | None = None
 ) -> dict:
     """The arrays of an item, with its performance, match and repairs. harmony: the score's, where known."""
-    statistics = {f"midi:{name}": value for name, value in performance_statistics(performance).items()}
-    statistics |= {f"timing:{k}": v for k, v in timing_statistics(score, performance, match).items()}
-    statistics |= {f"harmony:{k}": v for k, v in (harmony or harmony_statistics(score)).items()}
+    groups = {
+        "midi": performance_statistics(performance),
+        "timing": timing_statistics(score, performance, match),
+        "harmony": harmony or harmony_statistics(score),
+    }
+    statistics = {f"{group}:{name}": x for group, values in groups.items() for name, x in values.items()}
     return note_table(score, performance, match) | {
         "match_rate": float((match >= 0).mean()),
         "stats": np.array(list(statistics.values()), np.float32),
@@ -3113,8 +3075,7 @@ def percepiano_parts(
     unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored.
 
     A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" +
-    key) join it until 15 % of what could train validates.
-    """
+    key) join it until 15 % of what could train validates."""
     rated = {name for name, item in corpus.items.items() if "y" in item}
     parts = split_percepiano(corpus.names, split, fold)
     if not rated & set(parts["valid"]):
@@ -3319,8 +3280,7 @@ def collate_han(items: list[dict]) -> dict:
 
     piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of
     each member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) voice > 0 ·
-    {note,voice,beat,measure}_grid (2, steps, sequences), _slot (2, members): see `_sequence_grid`.
-    """
+    {note,voice,beat,measure}_grid (2, steps, sequences), _slot (2, members): see `_sequence_grid`."""
     lengths = np.array([len(item["x"]) for item in items])
     B, T, N = len(items), lengths.max(), lengths.sum()
     piece = np.repeat(np.arange(B), lengths)
@@ -3377,8 +3337,7 @@ def _sequence_grid(sequence, name):
 
     NAME_grid (2, steps, sequences): member at each position, forward and with every sequence reversed by its
     own length; padding repeats member 0, harmless since it comes after the sequence and is never read back.
-    NAME_slot (2, members): position of each member in the flattened grid of either direction.
-    """
+    NAME_slot (2, members): position of each member in the flattened grid of either direction."""
     members = np.argsort(sequence, kind="stable")[np.sum(sequence < 0) :]
     _, column, length = np.unique(sequence[members], return_inverse=True, return_counts=True)
     step = np.arange(len(members)) - (np.cumsum(length) - length)[column]

@@ -30,6 +30,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     MELS,
     MIDI_KINDS,
     MISALIGNED,
+    NOTE_ARRAYS,
     PHONEMES,
     RECORDED,
     SAMPLE_RATE,
@@ -310,9 +311,8 @@ def _measure_humans(records, truth, root):
 
 def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
     """Rows (n, D) less the mean of their group (n,)."""
-    _, group, count = np.unique(groups, return_inverse=True, return_counts=True)
-    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
-    return values - (sums / count[:, None])[group]
+    group = np.unique(groups, return_inverse=True)[1]
+    return values - group_means(values, group)[group]
 
 
 def human_figures(records: list, truth: dict, part: str) -> dict | None:
@@ -2148,11 +2148,12 @@ def curves(argv: list[str]) -> dict:
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
 FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
+_GROUP = re.compile("Music_Making|Emotion_&_Mood|[^_]+")
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
-    words = re.sub(r"^(Music_Making|Emotion_&_Mood|[^_]+)_", "", label).split("_")
+    words = label[_GROUP.match(label).end() + 1 :].split("_")
     left, right = words[: len(words) // 2], words[len(words) // 2 :]
     return " ".join(left).capitalize(), " ".join(right).capitalize()
 
@@ -2167,8 +2168,7 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 
 def _in_words(label: str) -> str:
     """Timing_Stable_Unstable: "Timing: Stable … Unstable"."""
-    group = re.match("Music_Making|Emotion_&_Mood|[^_]+", label)[0].replace("_", " ")
-    return f"{group}: {' … '.join(LABEL_POLES[label])}"
+    return f"{_GROUP.match(label)[0].replace('_', ' ')}: {' … '.join(LABEL_POLES[label])}"
 
 
 RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
@@ -2700,7 +2700,7 @@ def explain_han(figure, members: list[tuple], work: dict) -> dict:
     score, item = work["score"], work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
-        item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
+        item |= {key: item[key][rows] for key in NOTE_ARRAYS}
     levels = han_attention(members, item)
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
     seconds = seconds_of(score, item, x["raw_onset"])
