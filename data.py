@@ -788,14 +788,14 @@ def _play_order(measures, reader):
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
     without end, jumps to a sign that is not there, a second jump, measures that are never played."""
     order, last_turns = _unfold_repeats(measures, reader)
-    signs = {}  # attribute of a <sound> -> first measure
-    jumps = set()
+    signs = {}  # attribute of a <sound>, and (attribute, value) -> first measure
+    jumps = {}  # measure -> the segno's name, if there
     for i, measure in enumerate(measures):
         for sound in measure.iter("sound"):
-            found = {name for name, value in sound.items() if value != "no"}
-            if {"dacapo", "dalsegno"} & found:
-                jumps.add(i)
-            signs = dict.fromkeys(found, i) | signs
+            found = {name: value for name, value in sound.items() if value != "no"}
+            if {"dacapo", "dalsegno"} & found.keys():
+                jumps[i] = found.get("dalsegno")
+            signs = dict.fromkeys([*found, *found.items()], i) | signs
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
             raise reader.error(f"{jump} without {target}; expected a <sound {target}=...>")
@@ -806,8 +806,8 @@ def _play_order(measures, reader):
     for words in itertools.chain(*(measure.iter("words") for measure in measures)):
         if any(word.search(words.text or "") for word in unsaid):
             raise reader.error(f"{words.text!r:.40}; expected a <sound> that says where to jump")
-    for jump in jumps:
-        target = 0 if signs.get("dacapo") == jump else signs["segno"]
+    for jump, name in jumps.items():
+        target = 0 if signs.get("dacapo") == jump else signs.get(("segno", name), signs["segno"])
         again = [i for i in last_turns if i >= target]
         if signs.get("fine") in again:
             again = again[: again.index(signs["fine"]) + 1]

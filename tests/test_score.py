@@ -451,6 +451,7 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([FORWARD + A, FIRST, SECOND, FORWARD + D + BACKWARD], "ab ac dd"),
     ([A + FINE_, B, C + DA_CAPO], "abc a"),
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
+    (['<sound segno="1"/>' + A, '<sound segno="2"/>' + B, C + '<sound dalsegno="2"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + DA_CAPO, '<sound coda="1"/>' + C], "ab ac"),
     ([A, FORWARD + B], "ab"),
     ([A, B, BACKWARD.replace("<barline>", '<barline location="left">') + C], "abab c"),
