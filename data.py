@@ -1389,7 +1389,7 @@ def read_midi(path: str | Path) -> Performance:
     repairs += Counter({"notes of no length, made 1 ms": int((offset <= onset).sum())})
     offset = np.where(offset > onset, offset, onset + SHORTEST)
     keys = pitch.astype(np.int64), velocity.astype(np.int64)
-    sustain, soft = (np.array(pedals[pedal], float).reshape(-1, 2) for pedal in (SUSTAIN, SOFT))
+    sustain, soft = (np.array(events, float).reshape(-1, 2) for events in pedals.values())
     return Performance(str(path), *keys, onset, offset, sustain, soft, repairs)
 
 
@@ -2663,12 +2663,9 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
         if name.strip() == next_name.strip():
             raise DataError(f"{what}: {name.strip()!r} is given twice; drop the copies")
 
-    if split == "segment":
-        test, valid = _hashed_parts(_group(names, segment_of), "segment:", fold)
-    elif split == "random":
-        test, valid = _hashed_parts(
-            _group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold
-        )
+    keys = {"segment": segment_of, "random": lambda name: name.strip().removesuffix(".mid")}
+    if split in keys:
+        test, valid = _hashed_parts(_group(names, keys[split]), f"{split}:", fold)
     elif split == "performer":
         test = {name for name in names if player_index(name) in TEST_PLAYERS}
         valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
