@@ -99,6 +99,7 @@ def test_the_cache_is_read_until_a_file_or_the_version_changes(few, tmp_path, mo
     assert len(made) == 5
 
 
+@pytest.mark.slow
 def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus, tmp_path, capsys):
     midi = sorted((copy / data.MIDI_FOLDER).iterdir())
     midi[0].write_bytes(b"garbage")
@@ -314,6 +315,7 @@ def test_statistics_of_almost_nothing_are_finite(n):
         assert np.isfinite([*(found | data.timing_statistics(score, played, match)).values()]).all()
 
 
+@pytest.mark.slow
 def test_memory_of_the_statistics_is_linear():
     n = 16_000
     notes = {"pitch": 40 + np.arange(n) % 40, "onset": np.arange(n) / 4, "duration": [1] * n}
@@ -341,6 +343,7 @@ def test_ringing_equals_all_pairs():
         assert (ringing[i], rubbing[i]) == (rings.sum(), (rings & near).sum())
 
 
+@pytest.mark.slow
 def test_the_report_names_what_was_repaired(copy, tmp_path, capsys):
     midi = sorted((copy / data.MIDI_FOLDER).iterdir())
     content = midi[0].read_bytes()

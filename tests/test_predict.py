@@ -121,6 +121,7 @@ def values(record: dict) -> np.ndarray:
     return np.array(list(record["ratings"].values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["full", "score", "perf"])
 def test_ratings_from_files_are_those_of_evaluate(features, piano, tmp_path):
     path, records = han(tmp_path / "a.pt", piano, features), []
@@ -133,6 +134,7 @@ def test_ratings_from_files_are_those_of_evaluate(features, piano, tmp_path):
     assert np.ptp([values(record) for record in records], axis=0).max() > 0.05
 
 
+@pytest.mark.slow
 def test_ratings_from_audio_are_those_of_evaluate(piano, tmp_path, capsys):
     paths = [audio(tmp_path / "a.pt", "ast"), audio(tmp_path / "b.pt", "ast", 8)]
     predict("--ckpt", audio(tmp_path / "c.pt", standardise="group"), "--midi", piano.midi(piano.names[0]))
@@ -160,6 +162,7 @@ def evaluated(paths: list[str], speech, out: Path) -> dict[str, dict]:
     return {row["trial"]: row for row in csv.DictReader(io.StringIO(out.read_text()))}
 
 
+@pytest.mark.slow
 def test_phonemes_from_files_are_those_of_evaluate(speech, tmp_path, capsys):
     paths = [decoder(tmp_path / f"{seed}.pt", seed) for seed in range(2)]
     expected = evaluated(paths, speech, tmp_path / "t.csv")
@@ -268,6 +271,7 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert float(row[f"{LABELS[18]} ± 80 %"]) == pytest.approx(half[18])
 
 
+@pytest.mark.slow
 def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     """What floor and evaluate --out write, averaged with each other as alone."""
     data_of = ["--data", str(piano.root), "--cache", str(piano.cache), "--device", "cpu"]

@@ -621,6 +621,7 @@ def damaged(content, rng):
     return bytes(raw[: rng.randrange(len(raw))] if kind == 4 else raw)
 
 
+@pytest.mark.slow
 def test_damaged_files_never_raise_anything_else(tmp_path):
     rng = random.Random(7)
     first = words("Andante") + note(71, None) + note(60, 8, notations='<slur type="start"/>' + TIE_START)
