@@ -694,7 +694,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     corpus = _load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
-    about |= {"seeds": [7], "model": kind}
+    about |= {"seeds": list(range(7, 7 + (args.heads or 1))), "model": kind}
     clips = None
     if args.task == "han":
         about["features"] = args.features
