@@ -4911,12 +4911,18 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) 
 def _fluidsynth(midi, soundfont):
     """The file through the `fluidsynth` program, without reverb and chorus, to its last sound (it waits for
     the end of the track, in PercePiano's files often 15 s later): (samples,) float32, mono."""
+    patience = 60 + read_midi(midi).offset.max()  # s; it plays many times as fast
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
         options = "-n -i -q -R 0 -C 0 -g 1 -o synth.dynamic-sample-loading=1".split()
         options += f"-r {SAMPLE_RATE} -T raw -O float -F".split()
         command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=patience)
+        except subprocess.TimeoutExpired as error:
+            found = f"fluidsynth plays for more than {patience:.0f} s"
+            expected = "expected an end of track soon after the last note; export it again"
+            raise DataError(f"{midi}: {found}; {expected}") from error
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
     if done.returncode or not sound.any() or b"failed to load" in done.stderr.lower():
@@ -4934,17 +4940,38 @@ def _render_file(task):
     return len(waveform) / SAMPLE_RATE
 
 
+def _below(root):
+    """What a folder holds at any depth, but for what is hidden or in hidden folders, sorted."""
+    paths = sorted(root.rglob("[!.]*"))
+    return [path for path in paths if not any(part[0] == "." for part in path.relative_to(root).parts)]
+
+
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Files of these endings (lower case) at any depth, pipes too, sorted, hidden ones left out."""
-    return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and not path.is_dir())
+    return [path for path in _below(root) if path.suffix.lower() in kinds and not path.is_dir()]
 
 
 def other_kinds(folder: Path, kinds: tuple[str, ...]) -> list[str]:
-    """A line on the files below a folder whose ending is none of these: how many of which kind."""
-    files = [path for path in folder.rglob("[!.]*") if path.is_file() and path.name != "SYNTHETIC"]
-    counts = Counter(path.suffix.lower() or "without ending" for path in files)
+    """A line on the files below a folder whose ending is none of these: how many of which kind; and on links
+    to folders, which are not followed."""
+    counts: Counter[str] = Counter()
+    for path in _below(folder):
+        if path.is_dir() and path.is_symlink():
+            counts["linked folder"] += 1
+        elif path.is_file() and path.name != "SYNTHETIC":
+            counts[path.suffix.lower() or "without ending"] += 1
     others = [f"{count} {kind}" for kind, count in sorted(counts.items()) if kind not in kinds]
     return [f"{folder}: files of other kinds: {', '.join(others)}"] if others else []
+
+
+def check_soundfonts(fonts: list) -> None:
+    """Refuses what cannot be played, and two of one name, by which what they play is kept."""
+    names = [Path(font).stem for font in fonts]
+    for font, name in zip(fonts, names, strict=True):
+        if not (shutil.which("fluidsynth") and Path(font).is_file()):
+            raise DataError(f"{font}: expected a soundfont, and `fluidsynth` installed; or none")
+        if names.count(name) > 1:
+            raise DataError(f"{font}: another soundfont has its name; expected one of each; rename one")
 
 
 def render_folder(root, out=None, soundfont=None, workers=None, strict=False, quiet=False) -> dict:
@@ -4952,8 +4979,7 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
     `out`: 16-bit mono. Returns {"rendered", "present": counts, "failed": error lines, "seconds": of audio
     written}; `strict` raises at the first failure instead."""
     root = Path(root)
-    if soundfont and not (shutil.which("fluidsynth") and Path(soundfont).is_file()):
-        raise DataError(f"{soundfont}: expected a soundfont, and `fluidsynth` installed; or no --soundfont")
+    check_soundfonts([soundfont] if soundfont else [])
     played = {}
     failed = []
     for midi in files_below(root, MIDI_KINDS):
@@ -4976,6 +5002,7 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
 def render_all(root, out=None, soundfonts=None, workers=None, strict=False) -> None:
     """`render_folder` by the built-in piano or each soundfont, several into out/FONT each; prints reports."""
     several = soundfonts and len(soundfonts) > 1
+    check_soundfonts(soundfonts or [])
     if several and not out:
         raise DataError(f"{root}: several soundfonts; expected --out for a folder of each")
     for font in soundfonts or [None]:
@@ -5121,69 +5148,144 @@ def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bo
 
 
 MOST_SAMPLES = 2**29  # of a sound file: two channels at 44.1 kHz for 100 minutes
+RATES = range(1000, 1_000_001)  # Hz, of sound files: others are damage
+BLOCK = 2**14  # samples read at once: what is damaged ends there
 # fmt: off
-FFMPEG_KINDS = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".mov", ".mka", ".mkv")
 SOUND_KINDS = (
     ".wav", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
-    ".caf", *FFMPEG_KINDS,
+    ".caf", ".m4a", ".m4b", ".mp4", ".aac", ".webm", ".wma", ".mov", ".mka", ".mkv", ".3gp", ".amr", ".wv",
 )
 # fmt: on
 
 
 @contextlib.contextmanager
 def _open_sound(path):
-    """The open soundfile.SoundFile; what goes wrong in the block becomes a DataError that names the file."""
+    """The open soundfile.SoundFile, and what is wrong with it, in words; what goes wrong in the block becomes
+    a DataError that names the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
     try:
-        if not Path(path).is_file():
-            raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
-        with soundfile.SoundFile(_sound_source(Path(path))) as file:
-            if file.frames * file.channels > MOST_SAMPLES:
-                samples = f"{file.frames} samples of {file.channels} channels"
-                raise DataError(f"{path}: {samples}; expected at most {MOST_SAMPLES} in all; cut it in parts")
+        with _quiet_libraries(), contextlib.ExitStack() as opened:
+            file, said = _sound_file(path)
+            opened.enter_context(file)
+            if file.frames * file.channels > MOST_SAMPLES or file.samplerate not in RATES:
+                found = f"{file.frames} samples of {file.channels} channels at {file.samplerate} Hz"
+                expected = f"expected at most {MOST_SAMPLES} in all, {RATES[0]} to {RATES[-1]} Hz"
+                raise DataError(f"{path}: {found}; {expected}; cut it in parts, or write it again")
             if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
                 raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
-            yield file
+            yield file, said
     except soundfile.SoundFileError as error:
-        said = getattr(error, "error_string", error)
-        advice = "expected sound, such as WAV, FLAC, OGG, MP3; convert the file to WAV"
-        raise DataError(f"{path}: {said} {advice}") from error
+        raise DataError(f"{path}: {error}; expected a whole file; write it again") from error
+
+
+@contextlib.contextmanager
+def _quiet_libraries():
+    """Nothing on standard error: mpg123 writes there what it thinks of a file."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _sound_file(path):
+    """The open file, and remarks: by soundfile, or decoded by the program ffmpeg where soundfile cannot open
+    it, or would guess how long it is."""
+    ffmpeg = shutil.which("ffmpeg")
+    try:
+        file = soundfile.SoundFile(_sound_source(path))
+        guessed = file.format == "MP3" and not _has_length(path)
+        if file.frames < 2**62 and not (guessed and ffmpeg):
+            said = ["it does not say how long it is, and may be longer: install the program ffmpeg"]
+            return file, said if guessed else _cut_short(file.extra_info)
+        file.close()
+        found = "a stream of unknown length"
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
+        found = getattr(error, "error_string", error)
+    if not ffmpeg:
+        advice = "expected WAV, FLAC, OGG, MP3; convert it to WAV, or install the program ffmpeg"
+        raise DataError(f"{path}: {found}; {advice}")
+    wav, said = _decode(path, path.stat().st_mtime_ns)
+    return soundfile.SoundFile(io.BytesIO(wav)), said
 
 
 def _sound_source(path):
-    """What soundfile opens: the file; decoded by `ffmpeg`; or a WAV stream whose length was never written."""
-    if path.suffix.lower() in FFMPEG_KINDS:
-        return io.BytesIO(_decode(path, path.stat().st_mtime_ns))
+    """What soundfile opens: the file's name, or a WAV stream whose length was never written."""
     with path.open("rb") as file:
-        head = file.read(4096)
-    size = head.find(b"data") + 4
-    if head[:4] == b"RIFF" and size > 4 and head[size : size + 4] == bytes(4):
-        stream = path.read_bytes()
-        return io.BytesIO(stream[:size] + b"\xff" * 4 + stream[size + 4 :])
-    return path
+        head = file.read(12)[:4]
+        for _ in range(99 if head == b"RIFF" else 0):  # parts of the file
+            head = file.read(8)
+            if head[:4] == b"data":
+                break
+            size = int.from_bytes(head[4:], "little")
+            file.seek(size + size % 2, os.SEEK_CUR)
+        if head == b"data" + bytes(4):
+            start = file.tell()
+            file.seek(0)
+            stream = file.read()
+            return io.BytesIO(stream[: start - 4] + b"\xff" * 4 + stream[start:])
+    return path if os.name == "nt" else os.fsencode(path)  # not every name is UTF-8
+
+
+def _has_length(path):
+    """Whether the first frame of an MP3, behind its ID3 tags, says how many there are."""
+    with path.open("rb") as file:
+        head = file.read(10)
+        if head[:3] == b"ID3":
+            a, b, c, d = head[6:]
+            file.seek((a << 21) + (b << 14) + (c << 7) + d, os.SEEK_CUR)
+        return re.search(b"Xing|Info|VBRI", head + file.read(4096)) is not None
+
+
+def _cut_short(log):
+    """A remark where soundfile's log of a header tells of more bytes than there are; a stream's of 2 GB."""
+    sizes = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log)
+    written, here = map(int, sizes.groups()) if sizes else (0, 0)
+    return [f"cut short: {here / written:.0%} of it is here"] if here < 0.99 * written < 2e9 else []
 
 
 @functools.lru_cache(maxsize=1)
 def _decode(path, _):
-    """The sound of a file as the bytes of a WAV file, by the `ffmpeg` program."""
-    if not shutil.which("ffmpeg"):
-        raise DataError(f"{path}: read by the program ffmpeg, not installed; install it, or convert to WAV")
-    command = ["ffmpeg", "-v", "error", "-i", path.resolve(), "-f", "wav", "-c:a", "pcm_f32le", "-"]
+    """The sound of a file as the bytes of a WAV file, and remarks, by the `ffmpeg` program."""
+    command = ["ffmpeg", "-v", "error", "-i", path.resolve(), "-f", "wav", "-c:a", "pcm_f32le"]
+    command += ["-fs", str(5 * MOST_SAMPLES), "-"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    said = [f"ffmpeg: {line}" for line in done.stderr.decode(errors="replace").splitlines()[-1:]]
     if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
-        raise DataError(f"{path}: ffmpeg: {said}; expected a file with sound; convert it to WAV")
-    return done.stdout
+        raise DataError(f"{path}: {''.join(said)}; expected a file with sound; convert it to WAV")
+    return done.stdout, [f"damaged: {line}" for line in said]
 
 
-def _read_mono(file, count=-1):
+def _read_mono(path, file, count=MOST_SAMPLES):
     """The next `count` samples (n,) float32, integers scaled to [-1, 1): the mean over the channels, or the
-    loudest one where they cancel each other; and whether they do."""
-    x = file.read(count, dtype="float32", always_2d=True)
-    if not np.isfinite(x).all():
-        raise DataError(f"{file.name}: samples that are NaN or infinite; write the file again")
+    loudest one where they cancel each other; and remarks."""
+    count = min(count, file.frames - file.tell())
+    x = np.empty((count, file.channels), np.float32)
+    read = 0
+    with contextlib.suppress(soundfile.SoundFileError):
+        for start in range(0, count, BLOCK):
+            read += len(file.read(out=x[start : start + BLOCK]))
+    x = x[:read]
+    peak = np.abs(x).max(initial=0)
+    if read < min(count, 1) or not peak <= LOUDEST:
+        found = f"a sample of {peak:g}" if read else "nothing that can be read"
+        raise DataError(f"{path}: {found}; expected samples in [-1, 1]; write the file again")
     mono, power = x.mean(1), (x**2).sum(0, dtype=np.float64)
-    cancel = bool((mono**2).sum(dtype=np.float64) < CANCELLED * power.max())
-    return (x[:, power.argmax()] if cancel else mono), cancel
+    said = []
+    if read < 0.99 * count:
+        said.append(f"cut short: {read / file.samplerate:.1f} of {count / file.samplerate:.1f} s are here")
+    clipped = np.mean(np.abs(x) >= 0.999 * peak.clip(0.5, 1)) if read else 0
+    if clipped > 1e-4:
+        said.append(f"{clipped:.2%} of the samples clipped: at full scale or beyond")
+    if (mono**2).sum(dtype=np.float64) < CANCELLED * power.max():
+        mono = x[:, power.argmax()]
+        said.append("channels cancel each other, or most are silent: the loudest one is taken")
+    return mono, said
 
 
 def _ratio(rate):
@@ -5205,20 +5307,16 @@ def read_wav(path: str | Path) -> np.ndarray:
 
 
 def read_sound(path: str | Path) -> tuple[np.ndarray, list[str]]:
-    """`read_wav`, and what is wrong with the sound, in words."""
-    with _open_sound(path) as file:
-        x, cancel = _read_mono(file)
+    """`read_wav`, and what is wrong with the file and its sound, in words."""
+    with _open_sound(path) as (file, said):
+        x, heard = _read_mono(path, file)
         x = _resample(x, file.samplerate)
-    said = ["channels cancel each other: the louder one is taken"] if cancel else []
-    return x, said + sound_remarks(x)
+    return x, said + heard + sound_remarks(x)
 
 
 def sound_remarks(x: np.ndarray) -> list[str]:
-    """Clipping, offset, silence and noise of a recording (samples,), in words; none for a clean one."""
+    """Offset, silence and noise of a recording (samples,), in words; none for a clean one."""
     remarks = []
-    clipped = np.mean(np.abs(x) >= 0.999 * max(np.abs(x).max(initial=0), 0.5))
-    if clipped > 1e-4:
-        remarks.append(f"{clipped:.2%} of the samples clipped")
     if abs(x.mean()) > 0.01:
         remarks.append(f"an offset of {x.mean():.3f} (removed)")
     power = ((x - x.mean())[: len(x) // FRAME * FRAME].reshape(-1, FRAME) ** 2).mean(1)
@@ -5237,14 +5335,16 @@ def sound_remarks(x: np.ndarray) -> list[str]:
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
     """Samples start..stop at 16 kHz as int16, without reading the rest of the file: a crop of `read_wav`,
     rounded; at another rate the filter sees its neighbours on both sides."""
-    with _open_sound(path) as file:
+    with _open_sound(path) as (file, _):
         up, down = _ratio(file.samplerate)
         # scipy's filter reaches 10 * max(up, down) of its inner samples, up * down of which are a block
         margin = 0 if up == down else 10 * max(up, down) // (up * down) + 2
         first = max(0, start // up - margin)
         file.seek(first * down)
-        x, _ = _read_mono(file, (-(-stop // up) + margin - first) * down)
+        x, _ = _read_mono(path, file, (-(-stop // up) + margin - first) * down)
         x = _resample(x, file.samplerate)[start - first * up : stop - first * up]
+    if len(x) < stop - start:
+        raise DataError(f"{path}: ends before sample {stop} at 16 kHz; expected a whole file; write it again")
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
 
@@ -5338,8 +5438,13 @@ def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
 
 
 def _frames_of_sound(path):
-    with _open_sound(path) as file:
+    with _open_sound(path) as (file, _):
         up, down = _ratio(file.samplerate)
+        file.seek(file.frames - 1)
+        if not len(file.read(1)):
+            raise DataError(
+                f"{path}: ends earlier than its header says; expected a whole file; write it again"
+            )
         return fbank_frames(-(-file.frames * up // down))
 
 
@@ -5389,8 +5494,9 @@ def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, 
     versions = [Version(copy=copy) for copy in range(copies + 1)]
     jobs = [(version.name(name), path, version) for version in versions for name, _, path in found]
     errors = _store_missing(out, jobs, workers, quiet, strict)
-    split_of = {name: split for name, split, _ in found}
-    split = {name: split_of[name.partition("@copy")[0]] for name, *_ in jobs if name not in errors}
+    split = {version.name(name): split for version in versions for name, split, _ in found}
+    for name in errors:
+        del split[name]
     index = {"split": split, "left_out": left_out + [*errors.values()]}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
@@ -5404,7 +5510,7 @@ def open_fbank(folder: str | Path) -> FbankStore:
     try:
         index = read_json(path)
         return _open_energies(folder, index["split"], index["left_out"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
 
 
@@ -5426,12 +5532,19 @@ def _store_missing(folder, jobs, workers, quiet, strict=False):
     remove_leftovers(Path(folder).rglob(".*"))
     for name, source, version in jobs:
         target = _energies_file(folder, name)
-        if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
+        made_of = [source, version.soundfont] if version.soundfont else [source]
+        if not target.is_file() or target.stat().st_mtime < max(map(_changed, made_of)):
             played = source, version._replace(copy=0)
             todo.setdefault(played, []).append((name, target, version.copy))
     tasks = [(*played, tuple(copies)) for played, copies in todo.items()]
     _, errors = _run_all(_store_energies, tasks, workers, "energies", quiet, strict)
     return {name: error for (*_, copies), error in errors.items() for name, *_ in copies}
+
+
+def _changed(path):
+    """When a file came to be as it is, s: one that was copied or moved here may keep an older date."""
+    about = Path(path).stat()
+    return max(about.st_mtime, about.st_ctime)
 
 
 def _store_energies(task):
@@ -5579,8 +5692,11 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
             if recording.name in found:
                 raise DataError(f"{recording.midi} stands in an earlier line too; remove one")
             found[recording.name] = recording
-        except (ValueError, KeyError, TypeError) as error:
+        except DataError as error:
             left_out.append(f"{tables[0]}: line {line}: {error}")
+        except (ValueError, KeyError, TypeError) as error:
+            expected = "expected MAESTRO's columns, commas between them"
+            left_out.append(f"{tables[0]}: line {line}: {error}; {expected}; download it again")
     if not found or (left_out and strict):
         raise DataError((left_out or [f"{tables[0]}: no rows; download it again"])[0])
     recordings = [*found.values()]
@@ -5739,6 +5855,7 @@ def percepiano_audio(
     versions = list(dict.fromkeys([base, *versions]))
     if audio and any(version != Version(copy=version.copy) for version in versions):
         raise DataError(f"{audio}: recordings; expected no --variants and --soundfonts with them")
+    check_soundfonts(list(filter(None, {version.soundfont: 1 for version in versions})))
     played = _performance_files(Path(root))[0]
     stores = []
     for folder in audio_folders(audio):
@@ -5747,6 +5864,7 @@ def percepiano_audio(
             found = {name: path for name, _, path in audio_files(folder)[0]}
             files = {name: found[name] for name in played if name in found}
             left_out = [f"{folder}/{name}.wav: missing; not used" for name in sorted({*played} - {*found})]
+            left_out += [f"{found[name]}: no performance's name" for name in sorted({*found} - {*played})]
         if not files:
             raise DataError(f"{folder}: expected recordings named as the performances in {root}")
         key = hashlib.sha1(str(Path(folder or root).resolve()).encode()).hexdigest()[:16]

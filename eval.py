@@ -49,6 +49,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     column_names,
     cut_bars,
     describe_performance,
+    files_below,
     fit_normalisation,
     fit_targets,
     follow,
@@ -2144,7 +2145,6 @@ def curves(argv: list[str]) -> dict:
 
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
-FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
 
 
 def _poles(label: str) -> tuple[str, str]:
@@ -2198,7 +2198,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     add("--ckpt", nargs="+", help="best.pt of one task, averaged (of --score and --audio: those in results/)")
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
-    add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
+    add("--audio", nargs="+", help="sound files of any rate and length, or folders of them")
     add("--speech", nargs="+", help="corpus, .mat of '24, .npy (bins, channels) or folder")
     add = parser.more.add_argument
     add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
@@ -2234,7 +2234,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
     args.written = read_musicxml(args.score) if args.score else None
     predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
-    records, refused = [], []
+    records, refused, drawn = [], [], Counter()
 
     def refuse(problem: object) -> None:
         if args.strict:
@@ -2242,15 +2242,18 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         refused.append(printable(problem))
         tqdm.write(f"refused: {refused[-1]}")
 
-    inputs = _expand(args.midi or args.audio or args.speech)
+    kinds = MIDI_KINDS if args.midi else SOUND_KINDS if args.audio else (".npy",)
+    inputs = _expand(args.midi or args.audio or args.speech, kinds)
     for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or [])):
-        print(*(f"left out: {line}" for line in other_kinds(folder, FOLDER_FILES)), sep="\n")
+        for line in other_kinds(folder, kinds):
+            print(f"left out: {line}")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             for record, work in predict_file(loaded, args, files, refuse):
                 records.append(record)
                 if args.explain:
-                    _draw(kind, loaded, args, work)
+                    drawn[work["name"]] += 1
+                    _draw(kind, loaded, args, work, drawn[work["name"]])
         except DataError as error:
             refuse(error)
     print(f"{len(records)} predicted, {len(refused)} refused")
@@ -2267,11 +2270,11 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     return records
 
 
-def _expand(paths: list[str]) -> list[list[Path]]:
-    """Files, and those in folders, hidden ones left out: each alone, but .npy files of a folder together."""
+def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
+    """Files, and those of these kinds below folders: each alone, but .npy files of a folder together."""
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
-        inside = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in FOLDER_FILES]
+        inside = files_below(path, kinds)
         if (path / "trials.json").exists() or not inside:
             inside = [path]
         for file in inside:
@@ -2279,8 +2282,10 @@ def _expand(paths: list[str]) -> list[list[Path]]:
     return list(blocks.values())
 
 
-def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) -> None:
-    picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", work["name"]) + ".png")
+def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, count: int) -> None:
+    """The count-th picture of this name."""
+    name = work["name"] if count == 1 else f"{work['name']}_{count}"
+    picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", name) + ".png")
     try:
         explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
     except DataError as error:
