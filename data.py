@@ -2712,7 +2712,9 @@ def _held_keys(groups, prefix):
     """Groups in ascending sha1(prefix + key) until they hold 15 % of all members."""
 
     def rank(key):
-        return hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
+        return hashlib.sha1(
+            (prefix + key).encode(errors="surrogateescape"), usedforsecurity=False
+        ).hexdigest()
 
     total = sum(map(len, groups.values()))
     keys, held = [], 0
@@ -5307,11 +5309,10 @@ def read_wav(path: str | Path) -> np.ndarray:
 
 
 def read_sound(path: str | Path) -> tuple[np.ndarray, list[str]]:
-    """`read_wav`, and what is wrong with the file and its sound, in words."""
+    """`read_wav`, and what is wrong with the file, in words."""
     with _open_sound(path) as (file, said):
         x, heard = _read_mono(path, file)
-        x = _resample(x, file.samplerate)
-    return x, said + heard + sound_remarks(x)
+        return _resample(x, file.samplerate), said + heard
 
 
 def sound_remarks(x: np.ndarray) -> list[str]:
@@ -5414,7 +5415,9 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
         sounds = files_below(folder, SOUND_KINDS)
         named = {p.relative_to(folder).with_suffix("").as_posix().strip(): p for p in rendered + sounds}
         wanted = [(name, "", path) for name, path in named.items()]
-        left_out += [f"{p}: another file has its name; rename it" for p in set(sounds) - {*named.values()}]
+        left_out += [
+            f"{p}: another file has its name; rename it" for p in sorted({*sounds} - {*named.values()})
+        ]
     hint = f"render it: python data.py render --midi-root {root}" + (f" --out {audio}" if audio else "")
     for _, _, path in wanted:
         if not path.is_file():
@@ -5497,7 +5500,7 @@ def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, 
     split = {version.name(name): split for version in versions for name, split, _ in found}
     for name in errors:
         del split[name]
-    index = {"split": split, "left_out": left_out + [*errors.values()]}
+    index = {"split": split, "left_out": left_out + list(dict.fromkeys(errors.values()))}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
     write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
@@ -5537,7 +5540,10 @@ def _store_missing(folder, jobs, workers, quiet, strict=False):
             played = source, version._replace(copy=0)
             todo.setdefault(played, []).append((name, target, version.copy))
     tasks = [(*played, tuple(copies)) for played, copies in todo.items()]
-    _, errors = _run_all(_store_energies, tasks, workers, "energies", quiet, strict)
+    said, errors = _run_all(_store_energies, tasks, workers, "energies", quiet, strict)
+    remarks = sorted(f"{source}: {remark}" for (source, *_), heard in said.items() for remark in heard)
+    if remarks and not quiet:
+        print_left_out(remarks, "read with remarks")
     return {name: error for (*_, copies), error in errors.items() for name, *_ in copies}
 
 
@@ -5548,10 +5554,11 @@ def _changed(path):
 
 
 def _store_energies(task):
-    """Write the energies of a sound file, or of a MIDI file played, as (name, target, copy) say."""
+    """Write the energies of a sound file, or of a MIDI file played, as (name, target, copy) say; remarks."""
     source, version, copies = task
+    remarks = []
     if source.suffix.lower() not in MIDI_KINDS:
-        waveform = read_wav(source)
+        waveform, remarks = read_sound(source)
     elif version.soundfont:
         waveform = _fluidsynth(source, version.soundfont)
     else:
@@ -5559,10 +5566,11 @@ def _store_energies(task):
     for _, target, copy in copies:
         heard = waveform
         if copy:
-            rng = np.random.default_rng(zlib.crc32(target.name.encode()))
+            rng = np.random.default_rng(zlib.crc32(target.name.encode(errors="surrogateescape")))
             heard = change_waveform(waveform, rng, copy == RECORDED)
         energies = heard_energies(heard, source).half().numpy()
         write_atomic(target, functools.partial(np.save, arr=energies))
+    return remarks
 
 
 def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
@@ -5867,8 +5875,8 @@ def percepiano_audio(
             left_out += [f"{found[name]}: no performance's name" for name in sorted({*found} - {*played})]
         if not files:
             raise DataError(f"{folder}: expected recordings named as the performances in {root}")
-        key = hashlib.sha1(str(Path(folder or root).resolve()).encode()).hexdigest()[:16]
-        stored = Path(cache) / f"percepiano-audio-{key}"
+        key = str(Path(folder or root).resolve()).encode(errors="surrogateescape")
+        stored = Path(cache) / f"percepiano-audio-{hashlib.sha1(key).hexdigest()[:16]}"
         jobs = [(version.name(name), files[name], version) for version in versions for name in files]
         errors = _store_missing(stored, jobs, workers, quiet)
         made = {name: "" for name, *_ in jobs if name not in errors}
@@ -6073,8 +6081,8 @@ def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
         if args.online:
             stores.append(open_audio(root, args.strict, audio))
             continue
-        key = hashlib.sha1(f"{root.resolve()} {audio and Path(audio).resolve()}".encode()).hexdigest()[:16]
-        folder = Path(args.cache) / f"fbank-{key}"
+        key = f"{root.resolve()} {audio and Path(audio).resolve()}".encode(errors="surrogateescape")
+        folder = Path(args.cache) / f"fbank-{hashlib.sha1(key).hexdigest()[:16]}"
         stores.append(build_fbank(root, folder, None, args.strict, quiet, audio, args.copies))
     return join_stores(stores)
 

@@ -88,6 +88,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     salad_trials,
     segment_of,
     shown,
+    sound_remarks,
     speech_item,
     speech_parts,
     speech_rules,
@@ -703,8 +704,8 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         if clips:
-            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
             rate, fitted = clips.fit(kind, names_of["train"], fold)
+            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
             kernels += fitted
         elif kind == "kernel":
             kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
@@ -784,8 +785,11 @@ class Clips:
         checkpoint, in a list."""
         y = {name: self.corpus.items[name]["y"] for name in names}
         heard = [name for name in self.train if name.partition("@")[0] in y]
-        described = torch.stack([self.train[name] for name in heard])
         items = [name.partition("@")[0] for name in heard]
+        if len(set(map(segment_of, items))) < 2:
+            found = f"{self.corpus.root}: fold {fold}, {len(items)} recordings to train with"
+            raise DataError(f"{found}; expected some of two segments or more; add recordings")
+        described = torch.stack([self.train[name] for name in heard])
         ratings = torch.from_numpy(np.stack([y[item] for item in items]))
         if kind != "kernel":
             model = _regression(kind, list(map(segment_of, items)))
@@ -2042,7 +2046,8 @@ def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str]]
     """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it, as
     networks see them; and remarks on the sound."""
     waveform, remarks = (render(read_midi(path)), []) if rendered else read_sound(path)
-    return heard_energies(waveform, path).numpy(), remarks
+    energies = heard_energies(waveform, path).numpy()
+    return energies, remarks if rendered else remarks + sound_remarks(waveform)
 
 
 def attention(argv: list[str]) -> dict:

@@ -185,6 +185,8 @@ def test_a_file_that_was_cut_short_is_read_as_far_as_it_goes_and_that_is_said(tm
     found, remarks = data.read_sound(path)
     assert 160000 * share <= len(found) <= 80000
     assert len([r for r in remarks if "cut short" in r]) == 1
+    data.main(["fbank", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert f"read with remarks: 1\n  {path}: cut short" in capfd.readouterr().out
     if share == 0.4:  # its header tells of more than is there
         assert data.open_audio(write_folder(tmp_path / "whole")).left_out == []
         with pytest.raises(DataError, match=name):
@@ -213,6 +215,7 @@ def test_what_is_wrong_with_a_sound_is_said(tmp_path):
         soundfile.write(tmp_path / "a.wav", np.stack(channels, 1), 16000, "FLOAT")
         found, remarks = data.read_sound(tmp_path / "a.wav")
         assert np.allclose(found, channels[0], atol=1e-6), name
+        remarks += data.sound_remarks(found)
         assert len(remarks) == len(said), (name, remarks)
         assert all(word in remark for word, remark in zip(said, remarks, strict=True)), remarks
 
