@@ -93,6 +93,12 @@ class DataError(ValueError):
         return printable(super().__str__())
 
 
+def short_hash(about: object, digits: int = 16) -> str:
+    """Of its text, the first digits of sha1."""
+    content = str(about).encode(errors="surrogateescape")
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()[:digits]
+
+
 def printable(text: object, encoding: str = "utf-8") -> str:
     """In one line: control characters, and what the encoding lacks, as escapes such as \\x1b."""
     text = str(text)
@@ -2710,15 +2716,9 @@ def _group(names, key_of):
 
 def _held_keys(groups, prefix):
     """Groups in ascending sha1(prefix + key) until they hold 15 % of all members."""
-
-    def rank(key):
-        return hashlib.sha1(
-            (prefix + key).encode(errors="surrogateescape"), usedforsecurity=False
-        ).hexdigest()
-
     total = sum(map(len, groups.values()))
     keys, held = [], 0
-    for key in sorted(groups, key=rank):
+    for key in sorted(groups, key=lambda key: short_hash(prefix + key, 40)):
         if 100 * held >= HELD_PERCENT * total:
             break
         keys.append(key)
@@ -2943,7 +2943,7 @@ def load_percepiano(
     root = Path(root)
     files, left_out = _performance_files(root)
     scores = {name: root / SCORE_FOLDER / f"{score_of(name)}.musicxml" for name in files}
-    prefix = f"percepiano-{hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:8]}"
+    prefix = f"percepiano-{short_hash(root.resolve(), 8)}"
     store = Path(cache) / f"{prefix}-{_files_key(root, [*files.values(), *scores.values()])}.npz"
     arrays = _load_arrays(store)
     if arrays is None:
@@ -4891,9 +4891,8 @@ def transform_performance(performance: Performance, tempo: float = 1.0, semitone
     keyboard is shortened to its end, as in `shift_key`, so that no note is lost."""
     pitch = performance.pitch
     if len(pitch):
-        up = max(KEYBOARD[1] - pitch.max(), 0)
-        down = min(KEYBOARD[0] - pitch.min(), 0)
-        semitones = max(min(semitones, up), down)
+        down, up = min(KEYBOARD[0] - pitch.min(), 0), max(KEYBOARD[1] - pitch.max(), 0)
+        semitones = np.clip(semitones, down, up)
     return replace(
         performance,
         pitch=pitch + semitones,
@@ -4934,10 +4933,16 @@ def _fluidsynth(midi, soundfont):
     return _limit(sound[: heard[-1] + 1])
 
 
+def _played_sound(midi, version):
+    if version.soundfont:
+        return _fluidsynth(midi, version.soundfont)
+    return render(transform_performance(read_midi(midi), version.tempo, version.semitones))
+
+
 def _render_file(task):
     """Seconds of audio written."""
     midi, wav, soundfont = task
-    waveform = _fluidsynth(midi, soundfont) if soundfont else render(read_midi(midi))
+    waveform = _played_sound(midi, Version(soundfont=soundfont))
     write_wav(wav, waveform)
     return len(waveform) / SAMPLE_RATE
 
@@ -4966,7 +4971,7 @@ def other_kinds(folder: Path, kinds: tuple[str, ...]) -> list[str]:
     return [f"{folder}: files of other kinds: {', '.join(others)}"] if others else []
 
 
-def check_soundfonts(fonts: list) -> None:
+def check_soundfonts(fonts: Iterable) -> None:
     """Refuses what cannot be played, and two of one name, by which what they play is kept."""
     names = [Path(font).stem for font in fonts]
     for font, name in zip(fonts, names, strict=True):
@@ -4981,7 +4986,7 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
     `out`: 16-bit mono. Returns {"rendered", "present": counts, "failed": error lines, "seconds": of audio
     written}; `strict` raises at the first failure instead."""
     root = Path(root)
-    check_soundfonts([soundfont] if soundfont else [])
+    check_soundfonts({soundfont} - {None})
     played = {}
     failed = []
     for midi in files_below(root, MIDI_KINDS):
@@ -5168,16 +5173,17 @@ def _open_sound(path):
     if not path.is_file():
         raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
     try:
-        with _quiet_libraries(), contextlib.ExitStack() as opened:
+        with _quiet_libraries():
             file, said = _sound_file(path)
-            opened.enter_context(file)
-            if file.frames * file.channels > MOST_SAMPLES or file.samplerate not in RATES:
-                found = f"{file.frames} samples of {file.channels} channels at {file.samplerate} Hz"
-                expected = f"expected at most {MOST_SAMPLES} in all, {RATES[0]} to {RATES[-1]} Hz"
-                raise DataError(f"{path}: {found}; {expected}; cut it in parts, or write it again")
-            if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
-                raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
-            yield file, said
+            with file:
+                if file.frames * file.channels > MOST_SAMPLES or file.samplerate not in RATES:
+                    found = f"{file.frames} samples of {file.channels} channels at {file.samplerate} Hz"
+                    expected = f"expected {MOST_SAMPLES} in all, 1 kHz to 1 MHz"
+                    raise DataError(f"{path}: {found}; {expected}; cut it, or write it again")
+                if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
+                    expected = "expected a recording; leave it out"
+                    raise DataError(f"{path}: less than one frame of 25 ms; {expected}")
+                yield file, said
     except soundfile.SoundFileError as error:
         raise DataError(f"{path}: {error}; expected a whole file; write it again") from error
 
@@ -5219,29 +5225,18 @@ def _sound_file(path):
 def _sound_source(path):
     """What soundfile opens: the file's name, or a WAV stream whose length was never written."""
     with path.open("rb") as file:
-        head = file.read(12)[:4]
-        for _ in range(99 if head == b"RIFF" else 0):  # parts of the file
-            head = file.read(8)
-            if head[:4] == b"data":
-                break
-            size = int.from_bytes(head[4:], "little")
-            file.seek(size + size % 2, os.SEEK_CUR)
-        if head == b"data" + bytes(4):
-            start = file.tell()
-            file.seek(0)
-            stream = file.read()
-            return io.BytesIO(stream[: start - 4] + b"\xff" * 4 + stream[start:])
+        head = file.read(2**16)
+        size = head.rfind(b"data" + bytes(4)) + 4  # the last one: notes before the sound may hold the word
+        if head[:4] == b"RIFF" and size > 4:
+            stream = head + file.read()
+            return io.BytesIO(stream[:size] + b"\xff" * 4 + stream[size + 4 :])
     return path if os.name == "nt" else os.fsencode(path)  # not every name is UTF-8
 
 
 def _has_length(path):
-    """Whether the first frame of an MP3, behind its ID3 tags, says how many there are."""
+    """Whether an MP3 says in its first frame, behind tags and pictures, how many there are."""
     with path.open("rb") as file:
-        head = file.read(10)
-        if head[:3] == b"ID3":
-            a, b, c, d = head[6:]
-            file.seek((a << 21) + (b << 14) + (c << 7) + d, os.SEEK_CUR)
-        return re.search(b"Xing|Info|VBRI", head + file.read(4096)) is not None
+        return re.search(b"Xing|Info|VBRI", file.read(2**20)) is not None
 
 
 def _cut_short(log):
@@ -5557,12 +5552,10 @@ def _store_energies(task):
     """Write the energies of a sound file, or of a MIDI file played, as (name, target, copy) say; remarks."""
     source, version, copies = task
     remarks = []
-    if source.suffix.lower() not in MIDI_KINDS:
-        waveform, remarks = read_sound(source)
-    elif version.soundfont:
-        waveform = _fluidsynth(source, version.soundfont)
+    if source.suffix.lower() in MIDI_KINDS:
+        waveform = _played_sound(source, version)
     else:
-        waveform = render(transform_performance(read_midi(source), version.tempo, version.semitones))
+        waveform, remarks = read_sound(source)
     for _, target, copy in copies:
         heard = waveform
         if copy:
@@ -5700,11 +5693,9 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
             if recording.name in found:
                 raise DataError(f"{recording.midi} stands in an earlier line too; remove one")
             found[recording.name] = recording
-        except DataError as error:
-            left_out.append(f"{tables[0]}: line {line}: {error}")
         except (ValueError, KeyError, TypeError) as error:
-            expected = "expected MAESTRO's columns, commas between them"
-            left_out.append(f"{tables[0]}: line {line}: {error}; {expected}; download it again")
+            advice = "compare with MAESTRO's own table: commas between columns, none empty"
+            left_out.append(f"{tables[0]}: line {line}: {error}; {advice}")
     if not found or (left_out and strict):
         raise DataError((left_out or [f"{tables[0]}: no rows; download it again"])[0])
     recordings = [*found.values()]
@@ -5726,11 +5717,12 @@ def _read_recording(root, audio, row):
     paths = [Path(row["midi_filename"]), Path(row["audio_filename"])]
     outside = any(path.is_absolute() or ".." in path.parts for path in paths)
     midi, sound = root / paths[0], audio / paths[1]
-    if outside or row["split"] not in MAESTRO_SPLITS or not (midi.is_file() or sound.is_file()):
-        raise DataError(f"{midi}, {sound}, split {row['split']!r}; expected a file here, {MAESTRO_SPLITS}")
-    name, split = paths[0].with_suffix("").as_posix(), row["split"]
+    split, seconds = row["split"], float(row["duration"])
+    if outside or split not in MAESTRO_SPLITS or not (midi.is_file() or sound.is_file()) or not seconds > 0:
+        found = f"{midi}, {sound}, split {split!r}, {seconds} s"
+        raise DataError(f"{found}; expected a file here, {MAESTRO_SPLITS}")
     about = row["canonical_composer"], row["canonical_title"]
-    return Recording(name, *about, split, midi, sound, float(row["duration"]), split)
+    return Recording(paths[0].with_suffix("").as_posix(), *about, split, midi, sound, seconds, split)
 
 
 def _mark_unknown_splits(root, recordings):
@@ -5762,8 +5754,7 @@ def maestro_overlaps(
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
     dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha1(json.dumps([OVERLAP_FORMAT, dates]).encode()).hexdigest()[:16]
-    kept = Path(cache) / f"maestro-overlaps-{key}.json"
+    kept = Path(cache) / f"maestro-overlaps-{short_hash(json.dumps([OVERLAP_FORMAT, dates]))}.json"
     try:
         same, alike, unreadable = read_json(kept)
     except (OSError, ValueError):
@@ -5863,7 +5854,7 @@ def percepiano_audio(
     versions = list(dict.fromkeys([base, *versions]))
     if audio and any(version != Version(copy=version.copy) for version in versions):
         raise DataError(f"{audio}: recordings; expected no --variants and --soundfonts with them")
-    check_soundfonts(list(filter(None, {version.soundfont: 1 for version in versions})))
+    check_soundfonts({version.soundfont for version in versions} - {None})
     played = _performance_files(Path(root))[0]
     stores = []
     for folder in audio_folders(audio):
@@ -5875,8 +5866,7 @@ def percepiano_audio(
             left_out += [f"{found[name]}: no performance's name" for name in sorted({*found} - {*played})]
         if not files:
             raise DataError(f"{folder}: expected recordings named as the performances in {root}")
-        key = str(Path(folder or root).resolve()).encode(errors="surrogateescape")
-        stored = Path(cache) / f"percepiano-audio-{hashlib.sha1(key).hexdigest()[:16]}"
+        stored = Path(cache) / f"percepiano-audio-{short_hash(Path(folder or root).resolve())}"
         jobs = [(version.name(name), files[name], version) for version in versions for name in files]
         errors = _store_missing(stored, jobs, workers, quiet)
         made = {name: "" for name, *_ in jobs if name not in errors}
@@ -6081,8 +6071,8 @@ def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
         if args.online:
             stores.append(open_audio(root, args.strict, audio))
             continue
-        key = f"{root.resolve()} {audio and Path(audio).resolve()}".encode(errors="surrogateescape")
-        folder = Path(args.cache) / f"fbank-{hashlib.sha1(key).hexdigest()[:16]}"
+        key = short_hash(f"{root.resolve()} {audio and Path(audio).resolve()}")
+        folder = Path(args.cache) / f"fbank-{key}"
         stores.append(build_fbank(root, folder, None, args.strict, quiet, audio, args.copies))
     return join_stores(stores)
 
@@ -6111,7 +6101,7 @@ def fit_fbank(train, audioset: bool) -> dict[str, float]:
 
 def fingerprint(names: list[str], frames: Iterable[int]) -> str:
     """A short hash of which recordings these are."""
-    return hashlib.sha1(json.dumps([names, [int(n) for n in frames]]).encode()).hexdigest()[:16]
+    return short_hash(json.dumps([names, [int(n) for n in frames]]))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     assert metrics["valid"]["all"]["folds"]["1"]["items"] == 8
 
 
-def test_floor_hears_the_loudness(corpus, tmp_path):
+def test_floor_hears_the_loudness(corpus, tmp_path, monkeypatch):
     kernel = ["--model", "kernel", "--out", str(tmp_path / "k.pt"), "--save-results", "kernel"]
     result = evaluation.main(["floor", "--task", "ast", "--fold", "1", *kernel])
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
@@ -244,6 +244,16 @@ def test_floor_hears_the_loudness(corpus, tmp_path):
     assert result["test"]["no_renderings"]["folds"]["1"]["items"] == 3
     saved = json.loads((tmp_path / "results/ast_floor_segment.json").read_text())
     assert (saved["model"], saved["audio"]) == ("ridge", "rendered")
+    few = (
+        evaluation.percepiano_audio()
+    )  # recordings of what validates alone: the renderings train all the same
+    few.names = [n for n in few.names if n in evaluation.percepiano_parts(corpus, "segment", 1)["valid"]]
+    monkeypatch.setattr(evaluation, "rated_store", lambda *_: few)
+    again = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--rate", "recorded"])
+    assert again["valid"]["all"]["mean"]["r2"] == approx(result["valid"]["all"]["mean"]["r2"])
+    monkeypatch.setattr(evaluation, "audio_store", lambda *_: few)
+    with pytest.raises(DataError, match="fold 1, 0 recordings"):
+        evaluation.main(["floor", "--task", "ast", "--fold", "1"])
 
 
 def test_a_kernel_weighs_what_a_piano_does_not_change():

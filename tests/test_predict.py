@@ -151,6 +151,24 @@ def test_ratings_from_audio_are_those_of_evaluate(piano, tmp_path, capsys):
     assert (heard["name"], heard["path"]) == (chosen[0], str(wav))
     assert values(heard) == pytest.approx(values(records[0]), abs=0.02)  # 16 bits
     assert "other kind" in capsys.readouterr().out
+    for beside in ("day 2/b.wav", ".trash/c.wav", "d.mid"):
+        (wav.parent / beside).parent.mkdir(exist_ok=True)
+        (wav.parent / beside).write_bytes(wav.read_bytes())
+    heard = predict("--ckpt", *paths, "--audio", wav.parent)
+    assert sorted(record["name"] for record in heard) == sorted([chosen[0], "b"])
+    said = capsys.readouterr().out
+    assert ("1 .mid" in said, "2 predicted, 0 refused" in said) == (True, True)
+
+
+def test_pictures_of_one_name_are_kept_apart(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "explain", lambda kind, picture, *_: drawn.append(picture.name))
+    sound = tmp_path / "1" / "a.wav"
+    data.write_wav(sound, np.random.default_rng(1).uniform(-0.5, 0.5, 8000))
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "a.wav").write_bytes(sound.read_bytes())
+    predict("--ckpt", audio(tmp_path / "a.pt"), "--audio", tmp_path, "--explain", tmp_path / "out")
+    assert drawn == ["a.png", "a_2.png"]
 
 
 def evaluated(paths: list[str], speech, out: Path) -> dict[str, dict]:

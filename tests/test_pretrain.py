@@ -207,11 +207,13 @@ def test_init_takes_the_encoder(run, tmp_path, capsys):
     for name in ("embed.weight", "blocks.0.qkv.weight", "norm.bias"):
         assert torch.equal(before[name], after.state_dict()[name])
     (tmp_path / "bad.pt").write_bytes(b"no")
+    torch.save(torch.tensor(1.0), tmp_path / "one.pth")
     torch.save({"module.v.patch_embed.proj.bias": torch.ones(64)}, tmp_path / "ssast.pth")
     for argv, *names in (
         (f"--init {best}", best, "--resume"),
         (f"--task finetune --init {tmp_path / 'bad.pt'}", "bad.pt"),
-        (f"--task finetune --init {tmp_path / 'ssast.pth'}", "SSAST weights"),
+        (f"--task finetune --init {tmp_path / 'ssast.pth'}", "ssast.pth: SSAST weights"),
+        (f"--task finetune --init {tmp_path / 'one.pth'}", "one.pth"),
         ("--model mlp", "--model mlp"),
         ("--augment-groups tempo=nonsense", "tempo=nonsense"),
     ):
