@@ -5015,13 +5015,10 @@ def render_all(root, out=None, soundfonts=None, workers=None, strict=False) -> N
     for font in soundfonts or [None]:
         folder = Path(out) / Path(font).stem if several else out
         print(f"{font or 'built-in piano'}, {folder or root}:")
-        report_render(render_folder(root, folder, font, workers, strict))
-
-
-def report_render(report: dict) -> None:
-    hours = report["seconds"] / 3600
-    print(f"rendered {report['rendered']} files, {hours:.2f} h of audio; present {report['present']}")
-    print_left_out(report["failed"], "failed")
+        report = render_folder(root, folder, font, workers, strict)
+        hours = report["seconds"] / 3600
+        print(f"rendered {report['rendered']} files, {hours:.2f} h of audio; present {report['present']}")
+        print_left_out(report["failed"], "failed")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5298,13 +5295,9 @@ def _resample(x, rate):
     return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
 
 
-def read_wav(path: str | Path) -> np.ndarray:
-    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged."""
-    return read_sound(path)[0]
-
-
 def read_sound(path: str | Path) -> tuple[np.ndarray, list[str]]:
-    """`read_wav`, and what is wrong with the file, in words."""
+    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged; and what is wrong
+    with the file, in words."""
     with _open_sound(path) as (file, said):
         x, heard = _read_mono(path, file)
         return _resample(x, file.samplerate), said + heard
@@ -5329,7 +5322,7 @@ def sound_remarks(x: np.ndarray) -> list[str]:
 
 
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
-    """Samples start..stop at 16 kHz as int16, without reading the rest of the file: a crop of `read_wav`,
+    """Samples start..stop at 16 kHz as int16, without reading the rest of the file: a crop of `read_sound`,
     rounded; at another rate the filter sees its neighbours on both sides."""
     with _open_sound(path) as (file, _):
         up, down = _ratio(file.samplerate)
@@ -5347,7 +5340,7 @@ def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-# in the name of every file: count up when `fbank`, `front_end`, `render` or `read_wav` change their results
+# in the name of every file: count up when `fbank`, `front_end`, `render` or `read_sound` change their results
 FBANK_FORMAT = 3
 
 

@@ -117,7 +117,7 @@ def test_stored_energies_name_their_version():
 def test_every_kind_of_file(tmp_path, name, subtype, step):
     x = np.convolve(np.clip(noise(8000) * 3, -0.99, 0.99), np.ones(8) / 8, "same")
     soundfile.write(tmp_path / name, x, 16000, subtype)
-    found = data.read_wav(tmp_path / name)
+    found = data.read_sound(tmp_path / name)[0]
     assert found.dtype == np.float32
     assert np.abs(found[:8000] - x).max() <= step
 
@@ -131,7 +131,7 @@ def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path, size, before):
     path = write_wav(tmp_path / "a.wav")
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + size + whole[8:36] + before + b"data" + size + whole[44:])
-    assert len(data.read_wav(path)) == 8000
+    assert len(data.read_sound(path)[0]) == 8000
 
 
 @pytest.fixture
@@ -151,10 +151,10 @@ def ffmpeg(tmp_path, monkeypatch):
 def test_what_soundfile_cannot_open_is_decoded_by_ffmpeg_or_named(tmp_path, ffmpeg, name):
     path = tmp_path / name
     path.write_bytes(b"not sound" + write_wav(tmp_path / "x" / "a.wav").read_bytes())
-    assert len(data.read_wav(path)) == len(data.read_wav_crop(path, 0, 8000)) == 8000
+    assert len(data.read_sound(path)[0]) == len(data.read_wav_crop(path, 0, 8000)) == 8000
     ffmpeg()
     with pytest.raises(DataError, match=r": .*ffmpeg") as caught:
-        data.read_wav(path)
+        data.read_sound(path)
     assert data.printable(path) in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg):
     assert data._has_length(path)
     path.write_bytes(tagged.replace(b"Xing", b"None").replace(b"Info", b"None"))
     with pytest.raises(DataError, match="a.mp3"):  # to ffmpeg, here of no help
-        data.read_wav(path)
+        data.read_sound(path)
     ffmpeg()
     found, remarks = data.read_sound(path)
     assert len(found) > 8000
@@ -265,7 +265,7 @@ def test_the_front_end_hides_digital_silence_and_level():
 def test_resampling_keeps_a_tone_and_a_crop_is_a_crop_of_the_whole(tmp_path, rate):
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
     soundfile.write(tmp_path / "a.wav", np.stack([tone * 1.5, tone * 0.5], 1), rate, "FLOAT")
-    found = data.read_wav(tmp_path / "a.wav")
+    found = data.read_sound(tmp_path / "a.wav")[0]
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     assert np.abs(found - expected)[200:-200].max() < 2e-3
     whole = np.rint(found * 32768)
@@ -288,7 +288,7 @@ def test_broken_files_are_refused_in_one_line(tmp_path, broken):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:30] if broken == "half a header" else b"plain text\n" * 60)
-    for read in (data.read_wav, lambda path: data.read_wav_crop(path, 0, 400)):
+    for read in (data.read_sound, lambda path: data.read_wav_crop(path, 0, 400)):
         with pytest.raises(DataError) as caught:
             read(path)
         assert str(path) in str(caught.value)
@@ -312,7 +312,7 @@ def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes
     assert store.names == [f"{i}/take {i}" for i in range(5)]
     assert store.frames.tolist() == [fbank_frames(int(16000 * s)) for s in SECONDS]
     for i, name in enumerate(store.names):
-        expected = data.heard_energies(data.read_wav(root / f"{name}.wav"), name).numpy()
+        expected = data.heard_energies(data.read_sound(root / f"{name}.wav")[0], name).numpy()
         assert np.abs(store.get(i) - expected).max() <= 2**-8  # float16 below 16
         item = store.item(i)
         assert np.array_equal(item["fbank"][3:20], store.get(i, 3, 20))

@@ -139,7 +139,7 @@ def test_normalisation_is_the_recordings_own(run, maestro):
         info = load_checkpoint(Path(run(f"--max-steps 1 {argv}")["folder"]) / "last.pt")[1]["data"]
         return info["mean"], info["std"]
 
-    waves = [torch.from_numpy(data.read_wav(maestro / f"2004/r{k}.wav")) for k in range(6)]
+    waves = [torch.from_numpy(data.read_sound(maestro / f"2004/r{k}.wav")[0]) for k in range(6)]
     x = np.concatenate([data.front_end(data.fbank(wave)).half().float().numpy() for wave in waves])
     assert norm("--name own --frames 1024") == pytest.approx((x.mean(), x.std()), abs=1e-3)
     assert norm("--name audioset --audioset-norm") == (data.FBANK_MEAN, data.FBANK_STD)
