@@ -2069,7 +2069,10 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
+    energies, remarks = read_piece(path, rendered=not args.audio)
+    for remark in remarks:
+        print(remark)
+    work = {"name": printable(Path(path).name), "energies": energies}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     print(f"saved {args.attention}")
     return drawn

@@ -251,8 +251,10 @@ def test_floor_hears_the_loudness(corpus, tmp_path, monkeypatch):
     few = FbankStore("few", True, valid, np.zeros(len(valid), int), [], [], [])
     few.item = lambda i: whole.item(whole.names.index(valid[i]))
     monkeypatch.setattr(evaluation, "rated_store", lambda *_: few)
+    monkeypatch.setattr(evaluation, "_finish", lambda records, *_: records)
     again = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--rate", "recorded"])
-    assert again["valid"]["all"]["mean"]["r2"] == approx(result["valid"]["all"]["mean"]["r2"], abs=1e-4)
+    before = evaluation.read_predictions("results/ast_floor_segment.csv")
+    assert np.abs(again[0]["p"] - before[0]["p"]).max() < 1e-4
     monkeypatch.setattr(evaluation, "audio_store", lambda *_: few)
     with pytest.raises(DataError, match="fold 1, 0 recordings"):
         evaluation.main(["floor", "--task", "ast", "--fold", "1"])
