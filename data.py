@@ -5175,7 +5175,7 @@ def _open_sound(path):
             with file:
                 if file.frames * file.channels > MOST_SAMPLES or file.samplerate not in RATES:
                     found = f"{file.frames} samples of {file.channels} channels at {file.samplerate} Hz"
-                    expected = f"expected {MOST_SAMPLES} in all, 1 kHz to 1 MHz"
+                    expected = f"expected at most {MOST_SAMPLES} in all, 1 kHz to 1 MHz"
                     raise DataError(f"{path}: {found}; {expected}; cut it, or write it again")
                 if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
                     expected = "expected a recording; leave it out"
