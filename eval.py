@@ -26,9 +26,11 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     FEATURES,
     HOP,
     LABELS,
+    LEAD,
     MELS,
     MIDI_KINDS,
     MISALIGNED,
+    NOTE_ARRAYS,
     PHONEMES,
     RECORDED,
     SAMPLE_RATE,
@@ -54,6 +56,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     fit_targets,
     follow,
     frames_needed,
+    from_first_note,
     han_info,
     heard_energies,
     heard_versions,
@@ -309,9 +312,8 @@ def _measure_humans(records, truth, root):
 
 def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
     """Rows (n, D) less the mean of their group (n,)."""
-    _, group, count = np.unique(groups, return_inverse=True, return_counts=True)
-    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
-    return values - (sums / count[:, None])[group]
+    group = np.unique(groups, return_inverse=True)[1]
+    return values - group_means(values, group)[group]
 
 
 def human_figures(records: list, truth: dict, part: str) -> dict | None:
@@ -343,7 +345,7 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
     """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
-    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
+    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))
 
 
 def _quoted(cell):
@@ -356,7 +358,7 @@ def read_csv(path: str | Path) -> dict:
     (reference, hypothesis), phoneme ids, and words where there are any. DataError names the line."""
     items: dict = {}
     try:
-        with ordinary(path, 2**28).open(newline="", encoding="utf-8") as file:
+        with ordinary(path, 2**28).open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, strict=True):
                 if "trial" in row:
                     spelt = row["reference"].split(), row["hypothesis"].split()
@@ -2159,11 +2161,12 @@ def curves(argv: list[str]) -> dict:
 
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
+_GROUP = re.compile("Music_Making|Emotion_&_Mood|[^_]+")
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
-    words = re.sub(r"^(Music_Making|Emotion_&_Mood|[^_]+)_", "", label).split("_")
+    words = label[_GROUP.match(label).end() + 1 :].split("_")
     left, right = words[: len(words) // 2], words[len(words) // 2 :]
     return " ".join(left).capitalize(), " ".join(right).capitalize()
 
@@ -2178,8 +2181,7 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 
 def _in_words(label: str) -> str:
     """Timing_Stable_Unstable: "Timing: Stable … Unstable"."""
-    group = re.match("Music_Making|Emotion_&_Mood|[^_]+", label)[0].replace("_", " ")
-    return f"{group}: {' … '.join(LABEL_POLES[label])}"
+    return f"{_GROUP.match(label)[0].replace('_', ' ')}: {' … '.join(LABEL_POLES[label])}"
 
 
 RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
@@ -2248,7 +2250,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
     args.written = read_musicxml(args.score) if args.score else None
     predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
-    records, refused, drawn = [], [], Counter()
+    records, refused, drawn = [], [], set()
 
     def refuse(problem: object) -> None:
         if args.strict:
@@ -2266,8 +2268,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
             for record, work in predict_file(loaded, args, files, refuse):
                 records.append(record)
                 if args.explain:
-                    drawn[work["name"]] += 1
-                    _draw(kind, loaded, args, work, drawn[work["name"]])
+                    _draw(kind, loaded, args, work, drawn)
         except DataError as error:
             refuse(error)
     print(f"{len(records)} predicted, {len(refused)} refused")
@@ -2285,10 +2286,11 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
 
 def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
-    """Files, and those of these kinds below folders: each alone, but .npy files of a folder together."""
+    """Files, and those of these kinds below folders: each alone, but .npy files of one folder together."""
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
-        inside = files_below(path, kinds)
+        found = files_below(path, kinds)
+        inside = [file for file in found if file.parent == path or file.suffix != ".npy"]
         if (path / "trials.json").exists() or not inside:
             inside = [path]
         for file in inside:
@@ -2296,10 +2298,13 @@ def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
     return list(blocks.values())
 
 
-def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, count: int) -> None:
-    """The count-th picture of this name."""
-    name = work["name"] if count == 1 else f"{work['name']}_{count}"
-    picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", name) + ".png")
+def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, drawn: set) -> None:
+    """Draws a picture named by the input, unlike those already `drawn`."""
+    name = re.sub(r"[^\w.@+-]", "_", work["name"])
+    while name in drawn:
+        name += "_"
+    drawn.add(name)
+    picture = Path(args.explain, f"{name}.png")
     try:
         explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
     except DataError as error:
@@ -2383,7 +2388,8 @@ def rated_parts(reading: Reading, bars: str | None) -> list[Reading]:
     score = reading.score
     masks = passages(score) if bars is None else [bars_named(score, bars)]
     if masks[0].all():
-        return [reading]
+        late = reading.performance.onset[0] > LEAD
+        return [from_first_note(reading) if late else reading]
     parts, times = [], np.zeros(len(score.numbers))
     for mask in masks:
         part = cut_bars(reading, mask)
@@ -2520,7 +2526,7 @@ def compare_takes(records: list[dict]) -> None:
     marks = {"above": "+", "below": "-", "": ""}
     print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
     for count, record in enumerate(records, 1):
-        print(f"{count:>4} {record['name']}")
+        print(f"{count:>4} {record['path']}, bars {record['bars']}")
         record["differs"] = dict(zip(LABELS, differs[count - 1].tolist(), strict=True))
     rows = []
     for name, values, said in zip(RATINGS.values(), p.T, differs.T, strict=True):
@@ -2709,7 +2715,7 @@ def explain_han(figure, members: list[tuple], work: dict) -> dict:
     score, item = work["score"], work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
-        item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
+        item |= {key: item[key][rows] for key in NOTE_ARRAYS}
     levels = han_attention(members, item)
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
     seconds = seconds_of(score, item, x["raw_onset"])
