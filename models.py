@@ -1172,7 +1172,9 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
         if head and num_outputs is not None and not kw.get("groups"):
             model.load_state_dict(model.state_dict() | head)
     except (KeyError, RuntimeError) as error:
-        raise DataError(f"SSAST weights: {_one_line(error)}; expected an SSAST checkpoint") from error
+        raise DataError(
+            f"SSAST weights: {_one_line(error)}; expected patches of 16 x 16, stride 16, its names"
+        ) from error
     return model
 
 

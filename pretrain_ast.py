@@ -453,10 +453,14 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         return AST(**sizes, **shared)
     try:
         weights = torch.load(data.ordinary(args.init), map_location="cpu", weights_only=True)
+        foreign = any("patch_embed" in str(name) for name in weights.keys())
     except Exception as error:  # torch's own text suggests unsafe loading
         raise data.DataError(f"{args.init}: unreadable; expected best.pt, or SSAST's weights") from error
-    if any("patch_embed" in str(name) for name in weights):
-        return ast_from_ssast(weights, args.frames, **shared)
+    if foreign:
+        try:
+            return ast_from_ssast(weights, args.frames, **shared)
+        except data.DataError as error:
+            raise data.DataError(f"{args.init}: {error}") from error
     model, ckpt = load_checkpoint(args.init)
     if ckpt["task"] != "ast":
         raise data.DataError(f"{args.init}: task {ckpt['task']!r}; expected best.pt of a pre-training")
