@@ -354,7 +354,7 @@ def read_csv(path: str | Path) -> dict:
     (reference, hypothesis), phoneme ids, and words where there are any. DataError names the line."""
     items: dict = {}
     try:
-        with ordinary(path, 2**28).open(newline="", encoding="utf-8") as file:
+        with ordinary(path, 2**28).open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file, strict=True):
                 if "trial" in row:
                     spelt = row["reference"].split(), row["hypothesis"].split()
@@ -996,23 +996,20 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
 def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> list:
     """`speech_logits`; of several checkpoints the logarithm of their mean probability. args: day, device.
     Says which day layer stands in for a session that a checkpoint does not know."""
-    total: list = []
+    each = []
     used = np.unique(corpus.day[trials])
     sessions = [corpus.days[day] for day in used]
     for path, model, ckpt in loaded:
         known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
         days[used] = map_days(sessions, known, args.day)
-        unknown = {
-            s: known[k] if k >= 0 else "mean"
-            for s, k in zip(sessions, days[used], strict=True)
-            if s not in known
-        }
+        layers = [*known, "mean"]
+        unknown = {s: layers[k] for s, k in zip(sessions, days[used], strict=True) if s not in known}
         if unknown:
             print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
-        each = speech_logits(model.to(args.device), corpus, trials, days, args.device)
-        total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
-    return [row - np.float32(np.log(len(loaded))) for row in total]
+        each.append(speech_logits(model.to(args.device), corpus, trials, days, args.device))
+    count = np.float32(len(loaded))
+    return [np.logaddexp.reduce(rows) - np.log(count) for rows in zip(*each, strict=True)]
 
 
 def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean") -> Tensor:
@@ -1031,7 +1028,7 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
     losses = []
     for row, labels in zip(log_probs, refs, strict=True):
         counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
-        if len(row) >= max(1, frames_needed(labels)):
+        if len(row) >= frames_needed(labels):
             losses.append(float(ctc_losses(torch.as_tensor(row)[None], *counts)))
     if search:
         settings = word_settings(corpus.channels)
@@ -1084,9 +1081,14 @@ def _print_scores(part, figures):
         told = f"{figures['trials_salad']} sentences of random words"
         print(f"PER of {told} {figures['per_salad']:.4f}")
     print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
+    print_table(*table_of_days(figures))
+
+
+def table_of_days(figures: dict) -> tuple[list, list]:
+    """Head and rows: the error rate of each session, and of all."""
     columns = ["per", *EDITS, "labels", "trials"]
     days = figures["by_day"] | {"all": figures}
-    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
+    return ["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()]
 
 
 def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: list) -> dict:
@@ -1155,20 +1157,24 @@ def spoken_words(text: str) -> list[str]:
 
 def read_lexicon(path: str | Path) -> Lexicon:
     """Lines "word PH PH ...", in order, each once; of the CMU dictionary's habits stress digits, variants
-    "word(2)" and comments after ";;;" are understood, and a SIL at the end."""
+    "word(2)" and comments after ";;;" or "# " are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
+    ids, at = {name: k for k, name in enumerate(PHONEMES)}, 0
     try:
-        for line in read_file(path).decode().splitlines():
-            line = line.partition(";;;")[0].strip().removesuffix(" SIL")
+        lines = read_file(path).decode("utf-8-sig", "replace").splitlines()  # transcripts are ASCII
+        for at, line in enumerate(lines, 1):  # noqa: B007
+            line = re.split(r";;;|(?:^|\s)#\s", line)[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
-                sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
+                sounds = tuple(ids[name.rstrip("012")] for name in names)
                 if not sounds or 0 in sounds:
                     raise ValueError(f"{word} has no phonemes")
                 entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
-    except (OSError, ValueError) as error:
-        expected = "expected lines of a word and its phonemes"
-        raise DataError(f"{path}: line {len(entries) + 1} or later: {error}; {expected}") from error
+        if not entries:
+            raise ValueError("no word")
+    except (OSError, ValueError, KeyError) as error:
+        expected = "expected lines of a word and its phonemes, as THE DH AH0"
+        raise DataError(f"{path}: line {at}: {error}; {expected}") from error
     return list(entries)
 
 
@@ -1248,7 +1254,8 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
     *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
     known = len(scores) - scores.count(unknown)
     if not known:
-        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
+        told = f"knows none of {len(vocabulary)} words, such as {vocabulary[:1]}"
+        raise DataError(f"{path}: {told}; expected an n-gram model of words in lower case")
     return lm, scores, known
 
 
@@ -1416,9 +1423,10 @@ def words(
         references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
         heard = list(itertools.compress(valid[0], known))
         untuned = [search.decode(row, settings) for row in itertools.compress(log_probs, labelled)]
-        figures["wer_untuned"] = error_rate(word_counts(untuned, corpus, scored))
         settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
-        print(f"WER without it {figures['wer_untuned']:.4f}")
+        if untuned:
+            figures["wer_untuned"] = error_rate(word_counts(untuned, corpus, scored))
+            print(f"WER without it {figures['wer_untuned']:.4f}")
     beams = [search.hypotheses(row, settings) for row in log_probs]
     sentences = [beam[0]["words"] for beam in beams]
     if len(scored):
@@ -2243,7 +2251,9 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         tqdm.write(f"refused: {refused[-1]}")
 
     inputs = _expand(args.midi or args.audio or args.speech)
-    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or [])):
+    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or args.speech)):
+        if args.speech and [folder] in inputs:
+            continue  # a corpus
         print(*(f"left out: {line}" for line in other_kinds(folder, FOLDER_FILES)), sep="\n")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
@@ -2275,7 +2285,8 @@ def _expand(paths: list[str]) -> list[list[Path]]:
         if (path / "trials.json").exists() or not inside:
             inside = [path]
         for file in inside:
-            blocks.setdefault(file.parent if file.suffix == ".npy" else file, []).append(file)
+            is_npy = file.suffix.lower() == ".npy"
+            blocks.setdefault(file.parent if is_npy else file, []).append(file)
     return list(blocks.values())
 
 
@@ -2511,7 +2522,7 @@ def compare_takes(records: list[dict]) -> None:
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
-    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix == ".npy"
+    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix.lower() == ".npy"
     if is_npy:
         corpus = _npy_corpus(files, channels, args.raw, refuse)
     else:
@@ -2527,12 +2538,13 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
     log_probs = mean_logits(loaded, layers, trials, settings)
-    parts = {None: trials, "valid": trials, "train": []}
-    if wants_words(args) and not (args.lexicon and args.lm):
-        parts["train"] = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
-        if not len(parts["train"]):
+    said = None
+    if wants_words(args):
+        parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+        if not (len(parts["train"]) or (args.lexicon and args.lm)):
             raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
-    said = words_of_part(settings, loaded, corpus, parts, log_probs) if wants_words(args) else None
+        tuned_on = [log_probs[i] for i in parts["valid"]], parts["valid"]
+        said = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
     refs, hyps = greedy_strings(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     for i, (name, ref, hyp) in enumerate(zip(corpus.ids, refs, hyps, strict=True)):
@@ -2983,15 +2995,13 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     figures["interval"] = trial_bootstrap(counts)
-    keys = ("per", "trials", "labels", *EDITS)
-    days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
     samples = [
         [corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])] for i in order[[0, len(order) // 2, -1]]
     ]
     chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
     parts = {
-        "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
+        "Error rate by day": _table(*table_of_days(figures)) + CHOSEN[chosen],
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }

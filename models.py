@@ -22,6 +22,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     load_plain_pickle,
     locked,
     on_stop,
+    one_line,
     ordinary,
     shown,
     speech_rules,
@@ -352,7 +353,7 @@ def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"{type(model).__name__} weights: {_one_line(error)}; expected others") from error
+        raise DataError(f"{type(model).__name__} weights: {one_line(error)}; expected others") from error
     return model.eval()
 
 
@@ -419,10 +420,8 @@ class GRUDecoder(nn.Module):
     ):
         super().__init__()
         self.model_args = _arguments(locals())
-        if (
-            min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1
-            or aux_layer >= layers
-        ):
+        sizes = channels, days, hidden, layers - aux_layer, classes, kernel, stride, smooth_taps
+        if min(sizes) < 1:
             found = f"GRUDecoder: {self.model_args}"
             raise DataError(f"{found}; expected sizes of at least 1, aux_layer < layers")
         self.kernel, self.stride = kernel, stride
@@ -627,9 +626,8 @@ def _of_baseline(path):
     """What to do with a file that is no checkpoint of ours but a public decoder baseline's; else ""."""
     if read_baseline(path) is None:
         return ""
-    return (
-        f"a public decoder baseline's weights: convert, python data.py decoder-weights --in {path} --out FILE"
-    )
+    how = f"python data.py decoder-weights --in {path} --out FILE"
+    return f"a public decoder baseline's weights: convert, {how}"
 
 
 def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
@@ -639,10 +637,7 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     stand_ins = [(_Float64, "numpy.dtype")]
     stand_ins += [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     content = None
-    with (
-        suppress(Exception),
-        torch.serialization.safe_globals(stand_ins),
-    ):  # of whatever a foreign file raises
+    with suppress(Exception), torch.serialization.safe_globals(stand_ins):  # of what a foreign file raises
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or "format" in content:
@@ -653,12 +648,15 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
         return None
     try:
         model = gru_decoder_from_baseline(weights)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        found = f"{path}: unlike a public baseline's weights ({one_line(error)})"
+        raise DataError(f"{found}; expected modelWeights or best_checkpoint, whole") from error
+    _check_finite(path, model)
     days, beside = model.model_args["days"], Path(path).with_name("args.yaml")
     sessions = [] if "day_weights.0" in names else SESSIONS_24
     if not sessions and beside.is_file():
-        sessions = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
+        text = beside.read_text(encoding="utf-8", errors="replace")
+        sessions = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", text, re.MULTILINE)
         sessions = list(dict.fromkeys(sessions))
     return model, sessions if len(sessions) == days else [f"day{i:02d}" for i in range(days)]
 
@@ -682,7 +680,7 @@ def decoder_info(days: list[str], channels: int, valid: str, synthetic: bool) ->
 
 def save_baseline(path: str | Path, out: str | Path) -> None:
     """`python data.py decoder-weights`: a checkpoint of ours of a public baseline's file."""
-    found = read_baseline(path)
+    found = read_baseline(ordinary(path))
     if found is None:
         raise DataError(f"{path}: no weights of a public baseline; expected modelWeights or best_checkpoint")
     model, sessions = found
@@ -1167,7 +1165,7 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
         if head and num_outputs is not None and not kw.get("groups"):
             model.load_state_dict(model.state_dict() | head)
     except (KeyError, RuntimeError) as error:
-        raise DataError(f"SSAST weights: {_one_line(error)}; expected an SSAST checkpoint") from error
+        raise DataError(f"SSAST weights: {one_line(error)}; expected an SSAST checkpoint") from error
     return model
 
 
@@ -1451,7 +1449,7 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
         write_atomic(path, write)
     except RuntimeError as error:  # torch's of a full disk
         raise DataError(
-            f"{path}: not written ({_one_line(error)}); make room; the earlier one is whole"
+            f"{path}: not written ({one_line(error)}); make room; the earlier one is whole"
         ) from error
 
 
@@ -1506,11 +1504,15 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model.load_state_dict(weights)
     except Exception as error:
         advice = _of_baseline(path) or "expected a last.pt or best.pt of this repository"
-        found = _one_line(error).split("weights_only")[0]  # torch's own text suggests unsafe loading
+        found = re.split("This file can|weights_only", one_line(error))[0]  # torch advises unsafe loading
         raise DataError(f"{path}: no checkpoint to read ({found}); {advice}") from error
+    _check_finite(path, model)
+    return model.eval(), ckpt
+
+
+def _check_finite(path, model):
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
-    return model.eval(), ckpt
 
 
 class _Anything:
@@ -1575,10 +1577,6 @@ class _Bounded(TorchFunctionMode):
         if min(self.calls, self.room) < 0:
             raise ValueError("its sizes make more than its weights")
         return made
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1880,7 +1878,7 @@ def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: in
             if device.type == "cuda" and states[rank]["cuda"] is not None:
                 torch.cuda.set_rng_state(states[rank]["cuda"], device)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: does not fit this run ({_one_line(error)})") from error
+        raise DataError(f"{path}: does not fit this run ({one_line(error)})") from error
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
 
 

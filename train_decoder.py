@@ -209,7 +209,7 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
 
 def fitting(corpus: data.SpeechCorpus, trials: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """(n,) bool: True where the frames of a trial can spell its labels; CTC has no finite loss elsewhere."""
-    needed = np.array([max(1, data.frames_needed(corpus.labels[i])) for i in trials])
+    needed = np.array([data.frames_needed(corpus.labels[i]) for i in trials])
     frames = output_frames(corpus.lengths[trials] - args.random_cut, args.kernel, args.stride)
     return frames - args.short_frames >= needed
 
@@ -288,6 +288,9 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
     if args.new_day:
         new = np.array([day not in known for day in corpus.days])
         parts = {part: trials[new[corpus.day[trials]]] for part, trials in parts.items()}
+        if not len(parts["valid"]):  # all the blocks held out are of known sessions
+            parts["valid"] = data.last_tenth(parts["train"])
+            parts["train"] = np.setdiff1d(parts["train"], parts["valid"])
         names = [*known, *(name for name in names if name not in known)]
     for part in ("valid", "train"):
         fits = fitting(corpus, parts[part], args)
@@ -295,8 +298,9 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
         say(f"{part}: {len(fits)} trials, {len(short)} too short for their labels: no loss {short[:10]}")
     train = parts["train"][fits]
     if not (len(train) and len(parts["valid"])):
-        told = f"of a session to train, fits --stride {args.stride}, --kernel {args.kernel}"
-        raise data.DataError(f"{corpus.root}: no trial {told}; give other data or sizes")
+        told = f"fits --stride {args.stride}, --kernel {args.kernel}; give other data or sizes"
+        new = " of a session that --init does not know" if args.new_day else ""
+        raise data.DataError(f"{corpus.root}: no labelled trial of train{new} {told}")
     info = decoder_info(names, corpus.channels, args.valid, corpus.synthetic)
     kind = "SYNTHETIC corpus" if corpus.synthetic else corpus.root
     say(f"{kind} of {len(corpus.days)} days, {len(names)} day layers")
@@ -315,7 +319,9 @@ def main(args: argparse.Namespace) -> dict:
     resumed = load_training(args.resume, ("decoder",)) if args.resume else None
     start, known = load_decoder(args.init) if args.init else (None, [])
     if start:
-        vars(args).update({name: start.model_args[name] for name in NETWORK if "dropout" not in name})
+        sizes = {name: start.model_args[name] for name in NETWORK if "dropout" not in name}
+        vars(args).update(sizes)
+        say(f"sizes as in {args.init}, whatever the options say: {sizes}")
     elif args.new_day:
         raise data.DataError("--new-day: without --init; give the checkpoint of the other days")
     if resumed:
