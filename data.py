@@ -3791,17 +3791,16 @@ def _speech_files(source):
         kinds = {".mat": "mat", ".hdf5": "hdf5", ".h5": "hdf5"}
         return kinds.get(source.suffix.lower(), "pickle"), [source]
     found = {}
-    for path in sorted(source.rglob("*")):
-        for kind, pattern in _SPEECH_FILES.items():
-            if re.search(pattern, path.absolute().as_posix()):
-                found.setdefault(kind, []).append(path)
+    for kind, pattern in _SPEECH_FILES.items():
+        paths = [path for path in source.rglob("*") if re.search(pattern, path.absolute().as_posix())]
+        if paths:
+            found[kind] = sorted(paths, key=lambda path: (ALL_PARTS.index(_part_of(path)), path))
     if len(found) != 1:
         raise DataError(
             f"{source}: no such folder, or files of {len(found)} formats in it; expected competitionData, "
             "ptDecoder_ctc, data_{train,val,test}.hdf5 or a converted folder"
         )
-    ((kind, paths),) = found.items()
-    return kind, sorted(paths, key=lambda path: ALL_PARTS.index(_part_of(path)))
+    return found.popitem()
 
 
 def _part_of(path, otherwise="train"):
@@ -4005,12 +4004,11 @@ def _read_pickle(path, channels, names, left_out):
     """The sessions of the baseline's data set. Their names come from `names`, or are the '24 data's where the
     days are as many, or day00, day01 ...: days map by name, never by position."""
     for part, days in _load_pickle(path).items():
-        public = COMPETITION_24 if part == "competition" else SESSIONS_24
-        sessions = names.get(part) or names.get("train", ())
-        if not names and len(days) == len(public):
-            sessions = public
-        elif not names and part != "competition":
-            sessions = [f"day{i:02d}" for i in range(len(days))]
+        sessions = COMPETITION_24 if part == "competition" else SESSIONS_24
+        if names:
+            sessions = names.get(part) or names.get("train", ())
+        elif len(days) != len(sessions):
+            sessions = [f"day{i:02d}" for i in range(len(days)) if part != "competition"]
         if len(sessions) != len(days):
             count = f"{len(days)} days, names of {len(sessions)}"
             left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
@@ -4237,6 +4235,11 @@ class SpeechCorpus:
         """(n,) int64 bins of 20 ms."""
         return np.diff(self.offsets)
 
+    def __getitem__(self, i: int) -> dict:
+        """Trial i as collate_speech takes it: x (T, C) float32, day, labels (L,) int64, id."""
+        x = np.array(self.features[self.offsets[i] : self.offsets[i + 1]], np.float32)
+        return {"x": x, "day": self.day[i], "labels": self.labels[i], "id": self.ids[i]}
+
     def __getstate__(self) -> dict:
         """For a worker process, which opens the file itself: a pickled memory map is a copy of it."""
         mapped = isinstance(self.features, np.memmap)
@@ -4365,26 +4368,6 @@ def last_tenth(trials: np.ndarray, least: int = 1) -> np.ndarray:
     """The last tenth of trials, at least so many; the first of them is never of it."""
     rest = trials[1:]
     return rest[len(rest) - max(least, len(trials) // 10) :]
-
-
-def speech_item(corpus: SpeechCorpus, i: int) -> dict:
-    """Trial i as collate_speech takes it: x (T, C) float32, day, labels (L,) int64, id."""
-    x = np.array(corpus.features[corpus.offsets[i] : corpus.offsets[i + 1]], np.float32)
-    return {"x": x, "day": int(corpus.day[i]), "labels": corpus.labels[i], "id": corpus.ids[i]}
-
-
-class SpeechTrials(torch.utils.data.Dataset):
-    """Trials `numbers` of the corpus, read when asked for. `days`: `map_days` to the model's."""
-
-    def __init__(self, corpus: SpeechCorpus, numbers: np.ndarray, days: np.ndarray):
-        self.corpus, self.numbers, self.days = corpus, numbers, days
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, k: int) -> dict:
-        item = speech_item(self.corpus, self.numbers[k])
-        return item | {"day": int(self.days[item["day"]])}
 
 
 def collate_speech(items: list[dict]) -> dict:

@@ -87,7 +87,6 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     salad_trials,
     segment_of,
     shown,
-    speech_item,
     speech_parts,
     speech_rules,
     speech_trial,
@@ -984,7 +983,7 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
     with torch.no_grad():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            items = collate_speech([speech_item(corpus, i) for i in indices[chosen]])
+            items = collate_speech([corpus[i] for i in indices[chosen]])
             logits, frames = model(items["x"].to(device), items["lengths"], days[items["day"]].to(device))
             log_probs = logits.float().log_softmax(-1).cpu().numpy()
             for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
@@ -1109,6 +1108,15 @@ def _speech_parts(args, loaded):
     return corpus, speech_parts(corpus, data["valid"])
 
 
+def _labelled_part(args, loaded):
+    """`_speech_parts` with the labelled trials of args.part alone; these, and their log-probabilities."""
+    corpus, parts = _speech_parts(args, loaded)
+    trials = parts[args.part][corpus.labelled[parts[args.part]]]
+    if not len(trials):
+        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another")
+    return corpus, parts | {args.part: trials}, trials, mean_logits(loaded, corpus, trials, args)
+
+
 def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
     tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
@@ -1198,7 +1206,7 @@ def split_at_silence(ids: Iterable[int]) -> list:
     return [tuple(piece) for silent, piece in itertools.groupby(map(int, ids), SIL.__eq__) if not silent]
 
 
-def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
+def witten_bell(sentences: Iterable[list[str]]) -> dict:
     """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen
     & Goodman 1999): P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words
     after h, h' without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>."""
@@ -1206,7 +1214,7 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
         for i in range(1, len(padded)):
-            for first in range(max(0, i - order + 1), i + 1):
+            for first in range(max(0, i - 2), i + 1):
                 after.setdefault(padded[first:i], Counter())[padded[i]] += 1
     if not after:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
@@ -1763,14 +1771,11 @@ def _side(args, paths):
     loaded = _load_models(paths)
     items = {}
     if loaded[0][2]["task"] == "decoder":
-        corpus, parts = _speech_parts(args, loaded)
-        trials = parts[args.part]
-        trials = trials[corpus.labelled[trials]]
-        log_probs = mean_logits(loaded, corpus, trials, args)
+        corpus, parts, trials, log_probs = _labelled_part(args, loaded)
         for i, *strings in zip(trials, *greedy_strings(log_probs, corpus, trials), strict=True):
             items[corpus.ids[i]] = tuple(strings)
         if wants_words(args):
-            said = words_of_part(args, loaded, corpus, parts | {args.part: trials}, log_probs)["sentences"]
+            said = words_of_part(args, loaded, corpus, parts, log_probs)["sentences"]
             for i, sentence in zip(trials, said, strict=True):
                 items[corpus.ids[i]] += spoken_words(corpus.text[i]), sentence
         return items, {"decoder": True, "synthetic": corpus.synthetic}
@@ -2576,13 +2581,14 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     for path in files:
         try:
             x = np.lib.format.open_memmap(ordinary(path), mode="r")
-            trials.append(speech_trial(channels, [x], text=printable(path)) | {"name": printable(path.stem)})
+            trials.append(speech_trial(channels, [x], text=printable(path)))
         except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
             refuse(f"{path}: {error!s:.150}; expected bins × {channels} numbers")
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [trial["name"] for trial in trials], len(trials)
+    paths = [trial["text"] for trial in trials]
+    names, count = [Path(path).stem for path in paths], len(paths)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2590,7 +2596,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[trial["text"] for trial in trials],
+        text=paths,
         ids=names,
         days=names,
         channels=channels,
@@ -2987,11 +2993,7 @@ def draw_ratings(y: np.ndarray, p: np.ndarray):
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
     """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
-    corpus, split = _speech_parts(args, loaded)
-    trials = split[args.part][corpus.labelled[split[args.part]]]
-    if not len(trials):
-        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
-    log_probs = mean_logits(loaded, corpus, trials, args)
+    corpus, split, trials, log_probs = _labelled_part(args, loaded)
     figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     figures["interval"] = trial_bootstrap(counts)
@@ -3007,7 +3009,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     }
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     if wants_words(args):
-        found = words_of_part(args, loaded, corpus, split | {args.part: trials}, log_probs)
+        found = words_of_part(args, loaded, corpus, split, log_probs)
         said, rows = found.pop("sentences"), []
         for i in order:
             text = " ".join(spoken_words(corpus.text[trials[i]]))

@@ -551,10 +551,8 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
     (`inpLayer*`) are left out; any other unknown or missing name raises DataError.
     """
-    weights = {}
-    for name, value in state_dict.items():
-        if "inpLayer" not in name:
-            weights[_bare(name)] = torch.as_tensor(value).float()
+    alive = [name for name in state_dict if "inpLayer" not in name]
+    weights = {_bare(name): torch.as_tensor(state_dict[name]).float() for name in alive}
     of_25 = "day_weights.0" in weights
     try:
         if of_25:
@@ -620,14 +618,6 @@ class _Float64:
 
 def _float64(kind: _Float64, raw: bytes) -> float:
     return struct.unpack("<d", raw)[0]
-
-
-def _of_baseline(path):
-    """What to do with a file that is no checkpoint of ours but a public decoder baseline's; else ""."""
-    if read_baseline(path) is None:
-        return ""
-    how = f"python data.py decoder-weights --in {path} --out FILE"
-    return f"a public decoder baseline's weights: convert, {how}"
 
 
 def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
@@ -1503,7 +1493,10 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
             model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(weights)
     except Exception as error:
-        advice = _of_baseline(path) or "expected a last.pt or best.pt of this repository"
+        advice = "expected a last.pt or best.pt of this repository"
+        if read_baseline(path):
+            how = f"python data.py decoder-weights --in {path} --out FILE"
+            advice = f"a public decoder baseline's weights: convert, {how}"
         found = re.split("This file can|weights_only", one_line(error))[0]  # torch advises unsafe loading
         raise DataError(f"{path}: no checkpoint to read ({found}); {advice}") from error
     _check_finite(path, model)

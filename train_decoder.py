@@ -298,9 +298,9 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
         say(f"{part}: {len(fits)} trials, {len(short)} too short for their labels: no loss {short[:10]}")
     train = parts["train"][fits]
     if not (len(train) and len(parts["valid"])):
+        new = " of a session that --init does not know" * args.new_day
         told = f"fits --stride {args.stride}, --kernel {args.kernel}; give other data or sizes"
-        new = " of a session that --init does not know" if args.new_day else ""
-        raise data.DataError(f"{corpus.root}: no labelled trial of train{new} {told}")
+        raise data.DataError(f"{corpus.root}: no labelled trial of part train{new} {told}")
     info = decoder_info(names, corpus.channels, args.valid, corpus.synthetic)
     kind = "SYNTHETIC corpus" if corpus.synthetic else corpus.root
     say(f"{kind} of {len(corpus.days)} days, {len(names)} day layers")
@@ -319,9 +319,8 @@ def main(args: argparse.Namespace) -> dict:
     resumed = load_training(args.resume, ("decoder",)) if args.resume else None
     start, known = load_decoder(args.init) if args.init else (None, [])
     if start:
-        sizes = {name: start.model_args[name] for name in NETWORK if "dropout" not in name}
-        vars(args).update(sizes)
-        say(f"sizes as in {args.init}, whatever the options say: {sizes}")
+        vars(args).update({name: start.model_args[name] for name in NETWORK if "dropout" not in name})
+        say(f"{args.init}: its sizes stay, whatever the options: hidden {args.hidden}, layers {args.layers}")
     elif args.new_day:
         raise data.DataError("--new-day: without --init; give the checkpoint of the other days")
     if resumed:
@@ -335,8 +334,7 @@ def main(args: argparse.Namespace) -> dict:
     days = data.map_days(corpus.days, info["days"], "mean")
     lengths = corpus.lengths[train].tolist()
     batches: list[list[int]] = []  # of the epoch
-    trials = data.SpeechTrials(corpus, train, days)
-    loader = data_loader(trials, batches, data.collate_speech, args.workers, device)
+    loader = data_loader(corpus, batches, data.collate_speech, args.workers, device)
     drawn = (corpus.day[train], args.days_per_batch) if args.days_per_batch else ()
     steps_per_epoch = len(data.speech_batches(lengths, args.batch, args.seed, 0, world, *drawn))
     search = WordSearch(*word_model(corpus, train, args.cache)) if args.select == "wer" else None
@@ -395,9 +393,10 @@ def main(args: argparse.Namespace) -> dict:
         while step < last and not stopped:
             epoch = step // steps_per_epoch
             whole = data.speech_batches(lengths, args.batch, args.seed, epoch, world, *drawn)
-            batches[:] = [indices[rank::world] for indices in whole[step % steps_per_epoch :]]
+            batches[:] = [train[indices[rank::world]] for indices in whole[step % steps_per_epoch :]]
             for batch in loader:
                 moved = {key: batch[key].to(device, non_blocking=True) for key in ("x", "labels")}
+                moved["day"] = torch.as_tensor(days)[batch["day"]]
                 batch = augment(batch | moved, args)  # the model wants lengths on the CPU
 
                 lr = lr_at(step, args, planned) * rate

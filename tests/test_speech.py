@@ -210,7 +210,7 @@ def test_float16_and_fewer_channels(mat, corpus, tmp_path):
     got, _ = convert(mat, tmp_path / "out", dtype="float16")
     np.testing.assert_array_equal(got.features, corpus.features.astype(np.float16))
     assert (tmp_path / "out" / "features.npy").stat().st_size == 128 + 2 * corpus.features.size
-    assert data.speech_item(got, 3)["x"].dtype == np.float32
+    assert got[3]["x"].dtype == np.float32
     got, _ = convert(mat, tmp_path / "few", channels=20)
     np.testing.assert_array_equal(got.features, corpus.features[:, [*range(10), *range(128, 138)]])
 
@@ -496,7 +496,7 @@ def test_days_map_by_name():
 
 def test_items_and_batches(corpus):
     trials = [0, 30, 50]
-    items = [data.speech_item(corpus, i) for i in trials]
+    items = [corpus[i] for i in trials]
     batch = data.collate_speech(items)
     assert batch["lengths"].tolist() == corpus.lengths[trials].tolist()
     assert batch["day"].tolist() == corpus.day[trials].tolist()

@@ -518,15 +518,19 @@ def test_decoder_loss_is_torchs_mean():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12: torch's threads
-def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, monkeypatch):
+def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, corpus, monkeypatch):
+    _, folder, _, cache = corpus("train_decoder")
+    train = data.speech_parts(data.open_speech(folder, cache))["train"].tolist()
     two = last(run("train_decoder", "--max-steps 8 --name two --workers 2")["folder"])
-    read, whole = [], data.SpeechTrials.__getitem__
-    monkeypatch.setattr(data.SpeechTrials, "__getitem__", lambda self, k: read.append(k) or whole(self, k))
+    read, whole = [], data.SpeechCorpus.__getitem__
+    monkeypatch.setattr(data.SpeechCorpus, "__getitem__", lambda self, k: read.append(k) or whole(self, k))
     one = last(run("train_decoder", "--max-steps 8 --name none")["folder"])
     assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
     assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    read = [k for k in read if k in train]  # validation reads as well
+    assert len(train) == 16
     assert read[:16] != read[16:]
-    assert sorted(read[:16]) == sorted(read[16:]) == list(range(16))
+    assert sorted(read[:16]) == sorted(read[16:]) == train
 
 
 def torchrun(name, corpus, out, *options):
