@@ -215,6 +215,33 @@ def test_float16_and_fewer_channels(mat, corpus, tmp_path):
     np.testing.assert_array_equal(got.features, corpus.features[:, [*range(10), *range(128, 138)]])
 
 
+def test_channels_and_numbers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    day = raw_day(1, 4)
+    day["spikePow"][0, 2] *= np.float32(1e5)
+    root = write_mat(tmp_path / "in", {("train", SESSIONS[0]): day})
+    for wrong in ({"channels": 255}, {"channels": 600}, {"dtype": "float16", "standardise": "off"}):
+        with pytest.raises(data.DataError, match=f"{SESSIONS[0]}.mat: .*(channels|float32)"):
+            convert(root, tmp_path / "out", **wrong)
+    monkeypatch.chdir(root / "competitionData")  # a folder named from within; other names
+    source, others = (
+        tmp_path / f"in/competitionData/train/{SESSIONS[0]}.mat",
+        ["Train/a.mat", "train/b.mat.part"],
+    )
+    source.rename(source.with_suffix(".MAT"))
+    for name in others:
+        path = source.parents[1] / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    for folder, unread in ((".", 2), ("train", 1), (f"train/{SESSIONS[0]}.MAT", 0)):
+        got, report = convert(folder, tmp_path / f"out{unread}")
+        assert got.part.tolist() == ["train"] * 4
+        assert [note.split(":")[0] for note in report["notes"]] == [f"{unread} other files not read"] * (
+            unread > 0
+        )
+    (source.with_name("b.mat")).write_bytes(b"MATLAB 7.3 MAT-file".ljust(126) + b"IM" + bytes(600))
+    assert "save it with -v7" in convert(".", tmp_path / "new")[1]["left_out"][0]
+
+
 @pytest.mark.parametrize("protocol", [0, 5])
 def test_pickle_protocols_scalars_and_foreign_labels(protocol, days, tmp_path, monkeypatch):
     raw = days["train", SESSIONS[0]] | {"blockIdx": np.ones((8, 1))}
@@ -244,7 +271,8 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
         convert(root, tmp_path / "out")
     with h5py.File(path, "a") as file:
         del file["trial_0004"].attrs["block_num"]
-        del file["trial_0005"].attrs["session"]
+        del file["trial_0005"].attrs["session"], file["trial_0003/seq_class_ids"]
+        file["trial_0008"] = h5py.SoftLink("/none")
         file["trial_0006"].attrs["n_time_steps"] = 5
         file["trial_0007/seq_class_ids"][0] = 41
         file["notes"] = 1
@@ -252,7 +280,15 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
     got, report = convert(root, tmp_path / "out", channels=256)
     assert [i[-4:] for i in got.ids] == ["0000", "0001", "0002", "0003", "0004"]
     assert got.block.tolist() == [3, 3, 3, 3, -1]
-    named(got, "data_val.hdf5: unreadable", "notes, trial_0005", "expected numbers, 5 bins", "[41, ")
+    assert got.labels[3].tolist() == ids_of(got.text[3])  # of its sentence
+    whole = (
+        "data_val.hdf5: unreadable",
+        "notes, trial_0005",
+        "trial_0008: ",
+        "expected numbers, 5 bins",
+        "[41, ",
+    )
+    named(got, *whole)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(data.DataError, match="hdf5: .*pip install h5py"):
         convert(root, tmp_path / "again")
@@ -302,7 +338,7 @@ def test_constant_channels_and_sentences_without_words(tmp_path):
     assert (got.features[: got.offsets[4]][:, [17, 131]] == 0).all()
     assert got.labelled[:4].tolist() == [True, False, False, True]
     assert not set(data.speech_parts(got)["train"]) & {1, 2}
-    assert report["left_out"] == []
+    assert (report["left_out"], report["notes"][0][:24]) == ([], "2 trials without labels ")
 
 
 def test_files_that_cannot_be_read_cost_themselves_alone(days, tmp_path, monkeypatch):
@@ -339,9 +375,14 @@ def test_pickle_days_are_not_mapped_by_position(days, tmp_path):
     got, _ = convert(write_pickle(tmp_path / "ptDecoder_ctc", content), tmp_path / "out")
     assert (got.days, len(got.ids)) == (["day00", "day02"], 14)
     named(got, "competition: 1 days, names of 0", "day01: 'timeSeriesLens'", "trial 3: float32", "trial 4")
-    for names in ('{"train": [1, 2, 3]}', "{"):
+    write_pickle(tmp_path / "ptDecoder_ctc", {"train": [content["train"][0]] * 2})
+    for names, found in (
+        ('{"train": [1, 2, 3]}', "names.json: [^\n]*expected JSON"),
+        ("{", "names.json: [^\n]*expected JSON"),
+        ('{"train": ["a", "a"]}', "ptDecoder_ctc: .*day of its name"),
+    ):
         (tmp_path / "names.json").write_text(names)
-        with pytest.raises(data.DataError, match="names.json: [^\n]*expected JSON"):
+        with pytest.raises(data.DataError, match=found):
             convert(tmp_path / "ptDecoder_ctc", tmp_path / "again", sessions=tmp_path / "names.json")
 
 
