@@ -3796,10 +3796,9 @@ def _speech_files(source):
         if paths:
             found[kind] = sorted(paths, key=lambda path: (ALL_PARTS.index(_part_of(path)), path))
     if len(found) != 1:
-        raise DataError(
-            f"{source}: no such folder, or files of {len(found)} formats in it; expected competitionData, "
-            "ptDecoder_ctc, data_{train,val,test}.hdf5 or a converted folder"
-        )
+        told = f"files of {len(found)} formats in it" if source.is_dir() else "no such folder"
+        expected = "competitionData/{train,test}/*.mat, ptDecoder_ctc or data_{train,val,test}.hdf5"
+        raise DataError(f"{source}: {told}; expected {expected}, or a converted folder")
     return found.popitem()
 
 
@@ -4074,8 +4073,8 @@ def _convert_file(read, path, channels, names, target, dtype, standardise):
                     problems.setdefault(one_line(error), []).append(str(name))
             for problem, numbers in problems.items():
                 left_out.append(f"{path}: {day}: trial {', '.join(numbers)}: {problem}")
-            row = {"part": part, "day": day, "trials": len(session)}
-            row["standardised"] = "here" if standardise_blocks(session, standardise) else "as it came"
+            how = "here" if standardise_blocks(session, standardise) else "as it came"
+            row = {"part": part, "day": day, "trials": len(session), "standardised": how}
             for trial in session:
                 with np.errstate(over="ignore"):
                     x = trial.pop("x").astype(dtype)
@@ -4258,7 +4257,8 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
     else:
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _speech_files(root)[1]]
+        files = filter(Path.exists, _speech_files(root)[1])
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha1(json.dumps([SPEECH_VERSION, speech_rules(), stats]).encode())
         root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
         with cache_lock(cache):
@@ -4279,9 +4279,13 @@ def _open_converted(root):
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
+        features = np.load(ordinary(root / "features.npy"), mmap_mode="r")
+        offsets = np.load(ordinary(root / "offsets.npy"))
+        if (len(offsets), offsets[-1]) != (len(info["trials"]) + 1, len(features)):
+            raise ValueError(f"{len(offsets)} offsets, {len(features)} bins, of other files than trials.json")
         return SpeechCorpus(
-            features=np.load(ordinary(root / "features.npy"), mmap_mode="r"),
-            offsets=np.load(ordinary(root / "offsets.npy")),
+            features=features,
+            offsets=offsets,
             labels=[np.array(ids, np.int64) for ids in column["labels"]],
             text=column["text"],
             ids=column["id"],
@@ -4357,17 +4361,14 @@ def _held_trials(corpus, train):
     sizes = [Counter(corpus.block[trials].tolist()) for trials in of_day]
     blocks = validation_blocks((day, n) for day, n in zip(corpus.days, sizes, strict=True) if -1 not in n)
     held = [i for i in train if (corpus.days[corpus.day[i]], int(corpus.block[i])) in blocks]
-    tenths = [last_tenth(trials, 0) for trials, n in zip(of_day, sizes, strict=True) if -1 in n]
-    held = np.concatenate([held, *tenths])
-    if not len(held):
-        held = np.concatenate([last_tenth(trials) for trials in of_day])
-    return np.sort(held).astype(np.int64)
+    whole = [trials for trials, n in zip(of_day, sizes, strict=True) if -1 in n and len(trials) > 9]
+    tenths = map(last_tenth, whole if held or whole else of_day)
+    return np.sort(np.concatenate([held, *tenths])).astype(np.int64)
 
 
-def last_tenth(trials: np.ndarray, least: int = 1) -> np.ndarray:
-    """The last tenth of trials, at least so many; the first of them is never of it."""
-    rest = trials[1:]
-    return rest[len(rest) - max(least, len(trials) // 10) :]
+def last_tenth(trials: np.ndarray) -> np.ndarray:
+    """The last tenth of trials, at least one; the first of them is never of it."""
+    return trials[1:][-max(1, len(trials) // 10) :]
 
 
 def collate_speech(items: list[dict]) -> dict:

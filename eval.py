@@ -1007,8 +1007,7 @@ def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) ->
         if unknown:
             print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
         each.append(speech_logits(model.to(args.device), corpus, trials, days, args.device))
-    count = np.float32(len(loaded))
-    return [np.logaddexp.reduce(rows) - np.log(count) for rows in zip(*each, strict=True)]
+    return [np.logaddexp.reduce(rows) - np.float32(np.log(len(each))) for rows in zip(*each, strict=True)]
 
 
 def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean") -> Tensor:
@@ -1167,22 +1166,22 @@ def read_lexicon(path: str | Path) -> Lexicon:
     """Lines "word PH PH ...", in order, each once; of the CMU dictionary's habits stress digits, variants
     "word(2)" and comments after ";;;" or "# " are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
-    ids, at = {name: k for k, name in enumerate(PHONEMES)}, 0
+    at = 0
     try:
         lines = read_file(path).decode("utf-8-sig", "replace").splitlines()  # transcripts are ASCII
         for at, line in enumerate(lines, 1):  # noqa: B007
             line = re.split(r";;;|(?:^|\s)#\s", line)[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
-                sounds = tuple(ids[name.rstrip("012")] for name in names)
-                if not sounds or 0 in sounds:
-                    raise ValueError(f"{word} has no phonemes")
-                entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
+                names = [name.rstrip("012") for name in names]
+                if not names or not set(PHONEMES[1:]).issuperset(names):
+                    raise ValueError(line)
+                entries[re.sub(r"\(\d+\)$", "", word).lower(), tuple(map(PHONEMES.index, names))] = None
         if not entries:
             raise ValueError("no word")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         expected = "expected lines of a word and its phonemes, as THE DH AH0"
-        raise DataError(f"{path}: line {at}: {error}; {expected}") from error
+        raise DataError(f"{path}: line {at}: {error!s:.80}; {expected}") from error
     return list(entries)
 
 
@@ -1235,9 +1234,9 @@ def witten_bell(sentences: Iterable[list[str]]) -> dict:
 
 def write_arpa(path: str | Path, model: dict) -> None:
     """Writes the model of `witten_bell` as ARPA: log10 probability, words, log10 back-off weight."""
-    sections: dict[int, list[str]] = {n: [] for n in range(1, max(map(len, model)) + 1)}
+    sections: dict[int, list[str]] = {1: [], 2: [], 3: []}
     for gram, (p, backoff) in sorted(model.items()):
-        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < len(sections) else ""
+        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < 3 else ""
         sections[len(gram)].append(f"{math.log10(p):.7f}\t{' '.join(gram)}{weight}")
     lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
     for n, section in sections.items():
@@ -1305,9 +1304,9 @@ class WordSearch:
 
     def decode(self, log_probs: np.ndarray, settings: dict) -> list[str]:
         """The best words of one trial: log_probs (F, 41), settings by WORD_OPTIONS. No frame, no word."""
-        return self.hypotheses(log_probs, settings, 1)[0]["words"]
+        return self.hypotheses(log_probs, settings)[0]["words"]
 
-    def hypotheses(self, log_probs: np.ndarray, settings: dict, most: int | None = None) -> list[dict]:
+    def hypotheses(self, log_probs: np.ndarray, settings: dict) -> list[dict]:
         """The beam's word strings, best first: words, acoustic (scaled), lm (log10) and total score."""
         if not len(log_probs):
             return [{"words": [], "acoustic": 0.0, "lm": 0.0, "total": 0.0}]
@@ -1322,7 +1321,7 @@ class WordSearch:
         )
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
         found: dict[tuple, dict] = {}
-        for one in decoder.decode(emissions.ctypes.data, *emissions.shape)[:most]:
+        for one in decoder.decode(emissions.ctypes.data, *emissions.shape):
             words = [self.words[i] for i in one.words if i >= 0]
             scores = {"acoustic": one.emittingModelScore, "lm": one.lmScore, "total": one.score}
             found.setdefault(tuple(words), {"words": words, **scores})

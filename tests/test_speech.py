@@ -424,8 +424,11 @@ def test_public_folders_open_through_the_cache(days, corpus, tmp_path, monkeypat
     store.write_bytes(whole[: len(whole) // 2])
     assert len(data.open_speech(root, tmp_path / "cache", quiet=True).ids) == 16
     assert (len(calls), store.read_bytes()) == (2, whole)
+    (root / "competitionData/train/gone.mat").symlink_to(tmp_path / "nowhere")
     os.utime(root / "competitionData/train" / f"{SESSIONS[0]}.mat", (1, 1))
-    assert data.open_speech(root, tmp_path / "cache", quiet=True).root != first.root
+    again = data.open_speech(root, tmp_path / "cache", quiet=True)
+    assert (again.root != first.root, len(again.ids)) == (True, 16)
+    named(again, "gone.mat: unreadable")
 
 
 def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path):
@@ -434,6 +437,9 @@ def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path):
     info = json.loads((corpus.root / "trials.json").read_text())
     (tmp_path / "trials.json").write_text(json.dumps(info | {"rules": "0123456789ab"}))
     with pytest.raises(data.DataError, match=f"{tmp_path}: .*label rules 0123456789ab.*decoder-convert"):
+        data.open_speech(tmp_path)
+    (tmp_path / "trials.json").write_text(json.dumps(info | {"trials": info["trials"][1:]}))
+    with pytest.raises(data.DataError, match=f"{tmp_path}: .*57 offsets"):  # one of another conversion
         data.open_speech(tmp_path)
 
 
