@@ -677,12 +677,16 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     add("--copies", type=number(int, 0), default=0, help="ast: training copies, as recorded elsewhere (0)")
     add("--soundfonts", nargs="+", default=[], metavar="FILE", help="ast: pianos that train too (off)")
     add("--probe", metavar="FILE", help="ast: best.pt of a pre-training, whose frozen tokens join in (off)")
+    add("--heads", type=number(int, 0), default=0, help="ast kernel: networks averaged with it (0)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    of_sound = args.audio or args.rate or args.copies or args.soundfonts or args.probe
-    if (of_sound if args.task == "han" else args.features != "full") or (args.out and args.model != "kernel"):
-        told = "--features is of --task han; --audio, --rate, --copies, --soundfonts, --probe of ast"
-        raise DataError(f"{told}; --out of kernel; leave them out")
+    of_sound = args.audio or args.rate or args.copies or args.soundfonts or args.probe or args.heads
+    of_kernel = args.out or args.heads
+    if (of_sound if args.task == "han" else args.features != "full") or (
+        of_kernel and args.model != "kernel"
+    ):
+        told = "--features is of --task han; --audio, --rate, --copies, --soundfonts, --probe, --heads of ast"
+        raise DataError(f"{told}; --out, --heads of kernel; leave them out")
     corpus = _load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
@@ -693,6 +697,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     else:
         about["audio"] = "wav" if args.audio else "rendered"
         about |= {"copies": args.copies, "soundfonts": list(map(last_part, args.soundfonts))}
+        about["heads"] = args.heads
         about |= {
             key: value and last_part(value) for key, value in (("rate", args.rate), ("probe", args.probe))
         }
@@ -789,13 +794,14 @@ class Clips:
             model = _regression(kind, list(map(segment_of, items)))
             model.fit(described.double().numpy(), ratings.numpy())
             return lambda names: model.predict(self._table(names).double().numpy()).clip(0, 1), []
-        model = ClipKernel(len(heard), encoder=self.model.model_args["encoder"])
+        encoder = self.model.model_args["encoder"]
+        model = ClipKernel(len(heard), encoder=encoder, heads=self.args.heads)
         model.encoder = self.model.encoder
         number = {name: i for i, name in enumerate(y)}
         model.fit(described, ratings, torch.tensor([number[item] for item in items]))
         made = {"task": "clip_kernel", "args": {"seed": None}, "step": None, **git_state()}
         made["data"] = self._about(y, fold)
-        return lambda names: model.rate(self._table(names)).double().numpy(), [(model.eval(), made)]
+        return lambda names: model.rate(self._table(names)).double().numpy(), [(model, made)]
 
     def _table(self, names):
         return torch.stack([self.rated[name] for name in names])

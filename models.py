@@ -135,6 +135,17 @@ LEVELS = ("note", "beat", "measure", "total_note_cat")
 FORMS = ("han", "bilstm", "bilstm_sa", "head")
 
 
+def rating_head(size: int, hidden: int, num_label: int, dropout: float) -> nn.Sequential:
+    """Two layers, (B, size) -> logits (B, num_label)."""
+    return nn.Sequential(
+        nn.Dropout(dropout),
+        nn.Linear(size, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, num_label),
+    )
+
+
 class HAN(nn.Module):
     """Hierarchical attention network over the notes of a performance: 19 ratings, before the sigmoid.
 
@@ -177,14 +188,8 @@ class HAN(nn.Module):
         width = 2 * size  # both directions of an LSTM
         if model != "head":
             self._make_encoder(input_size, size, heads, layers, dropout)
-        hidden = head_size or width
-        self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(stats_size + (0 if model == "head" else width), hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, num_label),
-        )
+        seen = stats_size + (0 if model == "head" else width)
+        self.head = rating_head(seen, head_size or width, num_label, dropout)
 
     def _make_encoder(
         self, input_size: int, size: int, heads: int, layers: list[int], dropout: float
@@ -1213,6 +1218,7 @@ class CNN(nn.Module):
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CLIP_HEAD = {"hidden": 128, "dropout": 0.1}  # of ClipKernel's heads
 SPANS = (3, 8, 20, 50, 125, 312)  # frames: half a period of a modulation of 16 to 0.16 Hz
 
 
@@ -1270,6 +1276,7 @@ class ClipKernel(nn.Module):
         num_outputs: int = 19,
         encoder: dict | None = None,
         columns: int | None = None,  # statistics that the kernel sees (None: all)
+        heads: int = 0,  # networks on the same ranks; their mean and the kernel's ratings are averaged
     ):
         super().__init__()
         self.model_args = _arguments(locals())
@@ -1282,6 +1289,9 @@ class ClipKernel(nn.Module):
         self.register_buffer("weight", torch.ones(size))
         self.register_buffer("seen", torch.arange(size) < (columns or size))
         self.ridge = KernelRidge(items, columns or size, num_outputs)
+        self.heads = nn.ModuleList(
+            rating_head(columns or size, num_label=num_outputs, **CLIP_HEAD) for _ in range(heads)
+        )
 
     @torch.no_grad()
     def describe(self, fbank: Tensor) -> Tensor:
@@ -1300,7 +1310,7 @@ class ClipKernel(nn.Module):
     def fit(self, described: Tensor, ratings: Tensor, item: Tensor) -> "ClipKernel":
         """described (n, S), of `describe`; ratings (n, num_outputs) in [0, 1]; item (n,) numbers from 0, the
         same for versions of a performance: ranks weigh by the share of their variance between performances,
-        to the power 1.5; those under a twentieth are left out."""
+        to the power 1.5; those under a twentieth are left out. Heads: seeds 7, 8, ..."""
         quantiles = np.quantile(described.cpu().numpy(), np.linspace(0, 1, 101), axis=0)
         self.quantiles.copy_(torch.from_numpy(quantiles))
         ranks, items = self.ranks(described), int(item.max()) + 1
@@ -1313,8 +1323,11 @@ class ClipKernel(nn.Module):
             self.model_args["columns"] = int(self.seen.sum())
             self.weight.copy_(share**1.5 * self.seen)
             self.weight /= self.weight[self.seen].square().mean().sqrt()
-        self.ridge = KernelRidge.fit(self.ranks(described), ratings, len(ranks) / items)
-        return self
+        ranks = self.ranks(described)
+        self.ridge = KernelRidge.fit(ranks, ratings, len(ranks) / items)
+        for i in range(len(self.heads)):
+            self.heads[i] = fit_rating_head(ranks, ratings, item, seed=7 + i)
+        return self.eval()
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """fbank (B, frames, mel) normalised, lengths (B,) -> ratings (B, num_outputs) in [0, 1]."""
@@ -1322,9 +1335,38 @@ class ClipKernel(nn.Module):
         rows = [self.describe(x[None, :count]) for x, count in zip(fbank, counts, strict=True)]
         return self.rate(torch.cat(rows))
 
+    @torch.no_grad()
     def rate(self, described: Tensor) -> Tensor:
         """(B, S), of `describe` -> ratings (B, num_outputs) in [0, 1]."""
-        return self.ridge({"stats": self.ranks(described)}).sigmoid().float()
+        ranks = self.ranks(described)
+        ratings = self.ridge({"stats": ranks}).sigmoid().float()
+        if self.heads:
+            of_heads = torch.stack([head(ranks).sigmoid() for head in self.heads])
+            ratings = (ratings + of_heads.mean(0)) / 2
+        return ratings
+
+
+def fit_rating_head(ranks: Tensor, ratings: Tensor, item: Tensor, seed: int) -> nn.Module:
+    """A `rating_head` trained on ranks (n, S), ratings (n, D) in [0, 1], item (n,) as of `ClipKernel.fit`: an
+    epoch shows one version of every performance."""
+    epochs = 40
+    versions = [torch.nonzero(item == i).flatten() for i in range(int(item.max()) + 1)]
+    torch.manual_seed(seed)
+    head = rating_head(ranks.shape[1], num_label=ratings.shape[1], **CLIP_HEAD)
+    with torch.no_grad():
+        head[-1].bias.copy_(torch.logit(ratings.mean(0), eps=1e-4))
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=2.0)
+    steps = epochs * math.ceil(len(versions) / 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps, pct_start=0.1)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(versions)).split(64):
+            rows = torch.stack([versions[i][torch.randint(len(versions[i]), ())] for i in batch.tolist()])
+            loss = nn.functional.mse_loss(head(ranks[rows]).sigmoid(), ratings[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return head
 
 
 def crop_starts(frames: int, length: int) -> list[int]:
@@ -1348,13 +1390,7 @@ class PooledMLP(nn.Module):
         super().__init__()
         self.model_args = _arguments(locals())
         self.statistics = ClipStatistics(mel)
-        self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(self.statistics.size, width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(width, num_outputs),
-        )
+        self.head = rating_head(self.statistics.size, width, num_outputs, dropout)
 
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)

@@ -233,9 +233,9 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
 
 
 def test_floor_hears_the_loudness(corpus, tmp_path):
-    kernel = ["--model", "kernel", "--out", str(tmp_path / "k.pt"), "--save-results", "kernel"]
-    result = evaluation.main(["floor", "--task", "ast", "--fold", "1", *kernel])
-    assert result["valid"]["all"]["mean"]["r2"] > 0.5
+    kernel = ["floor", "--task", "ast", "--fold", "1", "--model", "kernel"]
+    assert evaluation.main(kernel)["valid"]["all"]["mean"]["r2"] > 0.5
+    evaluation.main([*kernel, "--heads", "2", "--out", str(tmp_path / "k.pt"), "--save-results", "kernel"])
     evaluation.main(["--ckpt", str(tmp_path / "k.pt"), "--device", "cpu", "--csv", "again.csv"])
     again, before = (evaluation.read_predictions(f) for f in ("again.csv", "results/ast_kernel_segment.csv"))
     assert np.abs(again[0]["p"] - before[0]["p"]).max() < 0.01  # float16
@@ -244,6 +244,8 @@ def test_floor_hears_the_loudness(corpus, tmp_path):
     assert result["test"]["no_renderings"]["folds"]["1"]["items"] == 3
     saved = json.loads((tmp_path / "results/ast_floor_segment.json").read_text())
     assert (saved["model"], saved["audio"]) == ("ridge", "rendered")
+    with pytest.raises(DataError, match="--heads of kernel"):
+        evaluation.main([*kernel[:-1], "ridge", "--heads", "2"])
 
 
 def test_a_kernel_weighs_what_a_piano_does_not_change():
@@ -258,8 +260,14 @@ def test_a_kernel_weighs_what_a_piano_does_not_change():
     assert model.weight[:400].min() > 1 > 0.1 > model.weight[400:].mean()
     assert float(model.weight[model.seen].square().mean()) == approx(1, abs=1e-4)
     assert 400 <= model.seen.sum() == model.model_args["columns"] < 843
-    error = (model.rate(x) - ratings[item]).square().mean()
-    assert float(error) < 0.5 * float(ratings.var())
+    alone = model.rate(x)
+    assert float((alone - ratings[item]).square().mean()) < 0.5 * float(ratings.var())
+    model = ClipKernel(80, heads=2).fit(x, ratings[item], item)
+    with torch.no_grad():
+        heads = torch.stack([head(model.ranks(x)).sigmoid() for head in model.heads])
+    assert model.rate(x).numpy() == approx((alone + heads.mean(0)).numpy() / 2, abs=1e-5)
+    assert float((heads[0] - heads[1]).abs().max()) > 1e-3  # seeds of their own
+    assert float((heads[0] - ratings[item]).square().mean()) < 0.8 * float(ratings.var())
 
 
 def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
