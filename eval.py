@@ -978,12 +978,12 @@ def part_scores(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tu
     return scores, refs, hyps
 
 
-def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list:
+def speech_logits(model, corpus: SpeechCorpus, indices, days, batch: int = 64) -> list:
     """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
     window. days (corpus days,): the model's index of each, from data.map_days. Batches by length."""
     indices, training = np.asarray(indices, np.int64), model.training
     order = np.argsort(corpus.lengths[indices], kind="stable")
-    days = torch.as_tensor(days)
+    days, device = torch.as_tensor(days), next(model.parameters()).device
     result: list = [None] * len(indices)
     model.eval()
     with torch.no_grad():
@@ -1012,7 +1012,7 @@ def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) ->
         unknown = {s: layers[k] for s, k in zip(sessions, days[used], strict=True) if s not in known}
         if unknown:
             print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
-        each.append(speech_logits(model.to(args.device), corpus, trials, days, args.device))
+        each.append(speech_logits(model.to(args.device), corpus, trials, days))
     return [np.logaddexp.reduce(rows) - np.float32(np.log(len(each))) for rows in zip(*each, strict=True)]
 
 
@@ -1025,8 +1025,7 @@ def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean
 def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batch: int, search=None) -> dict:
     """Metrics of the present weights; days: the model's index of each day of the corpus. Trials too short for
     their labels count in every error rate, not in the loss. search: a WordSearch, for word errors as well."""
-    device = next(model.parameters()).device
-    log_probs = speech_logits(model, corpus, trials, days, device, batch)
+    log_probs = speech_logits(model, corpus, trials, days, batch)
     scores, refs, hyps = part_scores(log_probs, corpus, trials)
     metrics = {f"valid_{name}": value for name, value in scores.items()}
     losses = []
@@ -1130,13 +1129,13 @@ def _say_circumstances(args, loaded, corpus):
         tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
 
 
-def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
-    """The most frequent [reference phoneme, decoded phoneme, times]."""
+def substitutions(refs: list, hyps: list) -> list[list]:
+    """The thirty most frequent [reference phoneme, decoded phoneme, times]."""
     pairs: Counter = Counter()
     for ref, hyp in zip(refs, hyps, strict=True):
         edits = Levenshtein.editops(ref, hyp)
         pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
-    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in pairs.most_common(most)]
+    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in pairs.most_common(30)]
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -1172,22 +1171,21 @@ def read_lexicon(path: str | Path) -> Lexicon:
     """Lines "word PH PH ...", in order, each once; of the CMU dictionary's habits stress digits, variants
     "word(2)" and comments after ";;;" or "# " are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
-    at = 0
     try:
         lines = read_file(path).decode("utf-8-sig", "replace").splitlines()  # transcripts are ASCII
-        for at, line in enumerate(lines, 1):  # noqa: B007
+        for number, line in enumerate(lines, 1):
             line = re.split(r";;;|(?:^|\s)#\s", line)[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
                 names = [name.rstrip("012") for name in names]
                 if not names or not set(PHONEMES[1:]).issuperset(names):
-                    raise ValueError(line)
+                    raise ValueError(f"line {number}: {line:.80}")
                 entries[re.sub(r"\(\d+\)$", "", word).lower(), tuple(map(PHONEMES.index, names))] = None
         if not entries:
             raise ValueError("no word")
     except (OSError, ValueError) as error:
         expected = "expected lines of a word and its phonemes, as THE DH AH0"
-        raise DataError(f"{path}: line {at}: {error!s:.80}; {expected}") from error
+        raise DataError(f"{path}: {error}; {expected}") from error
     return list(entries)
 
 
@@ -1648,7 +1646,7 @@ def pretrain_summary(figures: dict) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray | None = None) -> np.ndarray:
+def permutation_p(y, p, groups, n: int = 1000, folds: np.ndarray | None = None) -> np.ndarray:
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
     nothing. Items of one of groups (n,) are alike, so each receives the predictions of a whole group of its
     fold, in random order, cut or repeated to its size; folds of the same groups are permuted alike.
@@ -1659,7 +1657,7 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     rows_of = {(fold, k): np.flatnonzero((folds == fold) & (group == k)) for fold, k in takers}
     largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(7)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
@@ -3009,7 +3007,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
     parts = {
         "Error rate by day": _table(*table_of_days(figures)) + CHOSEN[chosen],
-        "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
+        "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"

@@ -298,9 +298,9 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
         say(f"{part}: {len(fits)} trials, {len(short)} too short for their labels: no loss {short[:10]}")
     train = parts["train"][fits]
     if not (len(train) and len(parts["valid"])):
-        new = " of a session that --init does not know" * args.new_day
-        told = f"fits --stride {args.stride}, --kernel {args.kernel}; give other data or sizes"
-        raise data.DataError(f"{corpus.root}: no labelled trial of part train{new} {told}")
+        told = "of a session that --init does not know" if args.new_day else "of part train"
+        sizes = f"--stride {args.stride}, --kernel {args.kernel}; give other data or sizes"
+        raise data.DataError(f"{corpus.root}: no labelled trial {told} fits {sizes}")
     info = decoder_info(names, corpus.channels, args.valid, corpus.synthetic)
     kind = "SYNTHETIC corpus" if corpus.synthetic else corpus.root
     say(f"{kind} of {len(corpus.days)} days, {len(names)} day layers")
