@@ -1084,14 +1084,9 @@ def _print_scores(part, figures):
         told = f"{figures['trials_salad']} sentences of random words"
         print(f"PER of {told} {figures['per_salad']:.4f}")
     print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
-    print_table(*table_of_days(figures))
-
-
-def table_of_days(figures: dict) -> tuple[list, list]:
-    """Head and rows: the error rate of each session, and of all."""
     columns = ["per", *EDITS, "labels", "trials"]
     days = figures["by_day"] | {"all": figures}
-    return ["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()]
+    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
 
 
 def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: list) -> dict:
@@ -3000,13 +2995,15 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     figures["interval"] = trial_bootstrap(counts)
+    keys = ("per", "trials", "labels", *EDITS)
+    days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
     samples = [
         [corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])] for i in order[[0, len(order) // 2, -1]]
     ]
     chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
     parts = {
-        "Error rate by day": _table(*table_of_days(figures)) + CHOSEN[chosen],
+        "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
