@@ -318,10 +318,14 @@ _LINES = (  # what may begin at one note and end at another: name in `_Note.mark
     ("wavy", "notations/ornaments/wavy-line"),
 )
 _JUMP = re.compile(  # but "d. c. on the beat" is none
-    r"\s*(d\.\s*[cs]\.|da capo|dal segno)\W*"
+    r"(?<!\w)(d\.?\s*[cs]\b\.?|da\s+capo|dal\s+(segno|[^\w\s]))\W*"
     r"($|al|con\b|e\b|fin|ma\b|sin|senza|menu|minu|scherzo|trio)",
     re.IGNORECASE,
 )
+_SIGN_WORDS = {  # attribute of a <sound> where a jump ends or leaves: what is printed there and at the jump
+    "fine": re.compile(r"^\W*fine\W*$|\bal\W+fine\b", re.IGNORECASE),
+    "tocoda": re.compile(r"\bcoda\b", re.IGNORECASE),
+}
 _STEPS = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
 _COMPOUND = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}  # beats of a compound metre
 _STRONG_BEATS = {3: (1 / 3,), 9: (1 / 3,), 7: (2 / 7, 2 / 5)}  # beats per bar -> positions of weight 2
@@ -346,15 +350,14 @@ class Score:
 
     A tie makes one note; repeats are unfolded. A tremolo is one row per *written* note, as in the
     reference (`tremolo` tells it apart): the strokes between are played notes without a score note.
-    Onsets, durations and grids in quarters.
-    """
+    Onsets, durations and grids in quarters."""
 
     path: Path
     pitch: np.ndarray  # (n,) int64, MIDI
     onset: np.ndarray  # (n,) float64, from the first music (hidden pickup padding cut)
     duration: np.ndarray  # (n,) float64, 0 for graces
     voice: np.ndarray  # (n,) int64, the file's voice (1 to 10) + 10 * part index; others from 10,000
-    staff: np.ndarray  # (n,) int64
+    staff: np.ndarray  # (n,) int64, counted through the parts
     measure: np.ndarray  # (n,) int64, contiguous
     beat: np.ndarray  # (n,) int64, contiguous
     section: np.ndarray  # (n,) int64
@@ -406,8 +409,8 @@ class _Direction:
     onset: float  # ticks
     kind: str  # words, dynamics, tempo, or the type of a wedge: crescendo, diminuendo, stop
     text: str = ""  # of a tempo: quarters per minute
-    number: str = "1"
-    staff: str | None = None
+    number: tuple = ()  # of a wedge in its part
+    staff: int = 1
     placement: str | None = None
     step: float = 0.0  # ticks of one division
     delay: float = 0.0  # the p of an fp is in force a little later
@@ -484,7 +487,7 @@ class _Reader:
             if size > _MAX_XML:
                 raise ValueError(f"{size} bytes, more than {_MAX_XML}")
             files = {name: archive.read(name) for name in archive.namelist()}
-        scores = [n for n in files if n.lower().endswith("xml") and not n.startswith("META-INF")]
+        scores = [n for n in files if re.match("(?!META-INF|__MACOSX).*xml$", n, re.IGNORECASE)]
         if "META-INF/container.xml" in files:
             container = self.parse(files["META-INF/container.xml"])
             scores = [r.get("full-path") for r in container.iter("rootfile")][:1]
@@ -498,11 +501,13 @@ class _Reader:
         self.ticks = math.lcm(*(Fraction(d).limit_denominator(1000).numerator for d in divisions))
         if self.ticks > 1e12:
             raise self.error("unrelated <divisions>; expected a common multiple up to 1e12")
-        parts = []
+        parts, self.staves = [], 0  # of the parts before
         for index, part in enumerate(root.iterfind("part")):
             self.division = self.time = None
             self.transposition = {}  # semitones by staff; None: of all staves
             parts.append([self.bar(measure, index) for measure in part.iterfind("measure")])
+            notes = itertools.chain(*(bar.notes for bar in parts[-1]))
+            self.staves = max((note.staff for note in notes), default=self.staves)
         self.where = ""
         counts = [len(part) for part in parts]
         if len(set(counts)) != 1 or not counts[0]:
@@ -549,6 +554,9 @@ class _Reader:
             return int(text) + 10 * part
         return self.voices.setdefault((part, text), 10_000 + len(self.voices))
 
+    def staff(self, element):
+        return self.staves + self.number(element.findtext("staff") or "1", "staff", 1, 99, int)
+
     def bar(self, measure, part):
         """Lay out one <measure>: notes and directions at their positions; as long as the cursor came far."""
         self.where = f"part {part + 1}, measure {measure.get('number')!s:.10}: "
@@ -562,7 +570,7 @@ class _Reader:
             self.repairs["bars without <time>, read as 4/4"] += 1
         beats, beat_type, free = self.time or (4, 4, True)
         nominal = beats * 4 / beat_type * self.ticks
-        bar = _Bar(nominal, beats, beat_type, free, "implicit" in measure.attrib, self.division)
+        bar = _Bar(nominal, beats, beat_type, free, measure.get("implicit") == "yes", self.division)
         cursor = chord_onset = 0.0
         for element in measure:
             if element.tag == "note":
@@ -579,6 +587,7 @@ class _Reader:
                 if note.end > _LONGEST * self.ticks:
                     raise self.error(f"a note to quarter {note.end / self.ticks:g}; expected 0 to {_LONGEST}")
                 bar.notes.append(note)
+                bar.directions += self.directions(element, note.onset)
             elif element.tag == "forward":
                 cursor += self.duration(element)
             elif element.tag == "backup":
@@ -608,7 +617,7 @@ class _Reader:
             duration=0.0 if "grace" in marks else self.duration(element),
             part=part,
             voice=self.voice(element.findtext("voice", "").strip() or "1", part),
-            staff=self.number(element.findtext("staff", "1"), "staff", 1, 99, int),
+            staff=self.staff(element),
             pitch=0 if "rest" in marks else self.pitch(element),
             marks=marks,
             slurs=tuple((s.get("type"), s.get("number", "1")) for s in element.iterfind("notations/slur")),
@@ -620,22 +629,23 @@ class _Reader:
         if step not in _STEPS:
             raise self.error(f"a note of pitch step {step!r:.12}; expected A to G, or a <rest>")
         octave = self.number(note.findtext("pitch/octave"), "octave", 0, 9, int)
-        alter = self.number(note.findtext("pitch/alter", "0"), "alter", -4, 4)
+        alter = self.number(note.findtext("pitch/alter") or "0", "alter", -4, 4)
         shift = self.transposition.get(note.findtext("staff", "1"), self.transposition.get(None, 0))
         pitch = 12 * (octave + 1) + _STEPS[step] + round(alter) + shift
         return self.number(pitch, "pitch", 0, 127, int)
 
     def directions(self, element, onset):
-        """Tempi, words, hairpins and dynamics of a <direction> or <sound>."""
+        """Tempi, words, hairpins and dynamics of a <direction>, <sound> or <note>."""
         for sound in element.iter("sound"):
             if "tempo" in sound.attrib:
                 yield _Direction(onset, "tempo", self.number(sound.get("tempo"), "tempo", 1, 2000))
-        place = dict(staff=element.findtext("staff"), placement=element.get("placement"), step=self.division)
+        place = dict(staff=self.staff(element), placement=element.get("placement"), step=self.division)
         for words in element.iterfind("direction-type/words"):
             yield _Direction(onset, "words", words.text or "", **place)
         for wedge in element.iterfind("direction-type/wedge"):
-            yield _Direction(onset, wedge.get("type") or "", number=wedge.get("number", "1"), **place)
-        for mark in element.iterfind("direction-type/dynamics/*"):
+            number = self.staves, wedge.get("number", "1")
+            yield _Direction(onset, wedge.get("type") or "", number=number, **place)
+        for mark in element.iterfind("*/dynamics/*"):  # of a direction, or a note's own
             yield _Direction(onset, "dynamics", mark.tag, **place)
 
 
@@ -697,9 +707,7 @@ def _settle_bars(parts, repairs):
 
 def _trim_pickup(bars, repairs):
     """Cut hidden rests around the music of the first bar (one `_Bar` per part), in place.
-
-    Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50).
-    """
+    Unlike the original, for which a pickup padded so lasts a full bar (D935 no.3 segments 25, 42, 50)."""
     padding = {"rest", "hidden"}
     music = [n for bar in bars for n in bar.notes if not padding <= n.marks]
     padded = all(not bar.notes or any(padding <= n.marks for n in bar.notes) for bar in bars)
@@ -716,15 +724,21 @@ def _trim_pickup(bars, repairs):
 
 def _repeat_signs(measures, reader):
     """Per measure: whether a repeat opens, turns of the repeat that closes (0: none), its volta's numbers."""
-    forward, turns, volta = [False], [], []
+    forward, turns, volta = [False], [0], []  # turns: from the bar line before the first measure
     inside = frozenset()
     for measure in measures:
         reader.where = f"measure {measure.get('number')!s:.10}: "
-        repeats = {r.get("direction"): r.get("times", "2") for r in measure.iterfind("barline/repeat")}
-        behind = measure.find("barline[@location='right']/repeat[@direction='forward']") is not None
-        forward[-1] |= "forward" in repeats and not behind
-        forward.append(behind)
-        turns.append(reader.number(repeats.get("backward", "0"), "repeat times", 0, 16, int))
+        forward.append(False)
+        turns.append(0)
+        for barline in measure.iterfind("barline[repeat]"):
+            sign, place = barline.find("repeat"), barline.get("location")
+            if place == "middle":
+                raise reader.error("a repeat inside the bar; expected it at a bar line")
+            if sign.get("direction") == "forward":
+                forward[-1 if place == "right" else -2] = True
+            else:
+                times = reader.number(sign.get("times", "2"), "repeat times", 0, 16, int)
+                turns[-2 if place == "left" else -1] = times
         endings = {e.get("type"): e.get("number", "") for e in measure.iterfind("barline/ending")}
         if "start" in endings or "stop" in endings and turns[-1] and not inside:
             text = endings.get("start", "")
@@ -739,7 +753,7 @@ def _repeat_signs(measures, reader):
     if inside:
         raise reader.error(f"volta {sorted(inside)} without end; expected <ending type='stop'>")
     reader.where = ""
-    return forward, turns, volta
+    return forward, turns[1:], volta
 
 
 def _unfold_repeats(measures, reader):
@@ -766,46 +780,47 @@ def _unfold_repeats(measures, reader):
             order += [(i, repeats if turn < most else 0) for i in played]
         last_turns += played
         start = stop
-    if len({i for i, _ in order}) < len(measures):
-        raise reader.error("a volta that is never played; expected voltas at the end of a repeat")
     return order, last_turns
 
 
 def _play_order(measures, reader):
     """`_unfold_repeats` with da capo, dal segno, fine and coda.
-
     After a jump repeats are not taken and the last volta is played. DataError for nested repeats, voltas
-    without end or turn, jumps to a sign that is not there, a second jump.
-    """
+    without end, jumps to a sign that is not there, a second jump, measures that are never played."""
     order, last_turns = _unfold_repeats(measures, reader)
-    signs = {}  # attribute of a <sound> -> first measure
-    jumps = set()
+    signs = {}  # attribute of a <sound>, and (attribute, value) -> first measure
+    jumps = {}  # measure -> the segno's name, if there
     for i, measure in enumerate(measures):
         for sound in measure.iter("sound"):
-            if {"dacapo", "dalsegno"} & sound.attrib.keys():
-                jumps.add(i)
-            signs = dict.fromkeys(sound.attrib, i) | signs
+            found = {name: value for name, value in sound.items() if value != "no"}
+            if {"dacapo", "dalsegno"} & found.keys():
+                jumps[i] = found.get("dalsegno")
+            signs = dict.fromkeys([*found, *found.items()], i) | signs
     for jump, target in (("dalsegno", "segno"), ("tocoda", "coda")):
         if jump in signs and target not in signs:
             raise reader.error(f"{jump} without {target}; expected a <sound {target}=...>")
     if len(jumps) > 1:
         number = measures[sorted(jumps)[1]].get("number")
         raise reader.error(f"a second jump in measure {number!s:.10}; expected one, or the piece written out")
-    if not jumps:
-        for words in itertools.chain(*(measure.iter("words") for measure in measures)):
-            if _JUMP.match(words.text or ""):
-                raise reader.error(f"{words.text!r:.20}; expected a <sound> that says where to jump")
-        return order
-    (jump,) = jumps
-    target = 0 if signs.get("dacapo") == jump else signs["segno"]
-    again = [i for i in last_turns if i >= target]
-    if signs.get("fine") in again:
-        again = again[: again.index(signs["fine"]) + 1]
-    if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
-        to_coda = again.index(signs["tocoda"]) + 1
-        again = again[:to_coda] + [i for i in again if i >= signs["coda"]]
-    last_time = max(place for place, (i, _) in enumerate(order) if i == jump)
-    return order[: last_time + 1] + [(i, 0) for i in again]
+    unsaid = [word for sign, word in _SIGN_WORDS.items() if sign not in signs] if jumps else [_JUMP]
+    for words in itertools.chain(*(measure.iter("words") for measure in measures)):
+        if any(word.search(words.text or "") for word in unsaid):
+            raise reader.error(f"{words.text!r:.40}; expected a <sound> that says where to jump")
+    for jump, name in jumps.items():
+        target = 0 if signs.get("dacapo") == jump else signs.get(("segno", name), signs["segno"])
+        again = [i for i in last_turns if i >= target]
+        if signs.get("fine") in again:
+            again = again[: again.index(signs["fine"]) + 1]
+        if signs.get("tocoda") in again and signs["coda"] > signs["tocoda"]:
+            to_coda = again.index(signs["tocoda"]) + 1
+            again = again[:to_coda] + [i for i in again if i >= signs["coda"]]
+        last_time = max(place for place, (i, _) in enumerate(order) if i == jump)
+        order = order[: last_time + 1] + [(i, 0) for i in again]
+    for unplayed in sorted({*range(len(measures))} - {i for i, _ in order}):
+        number = measures[unplayed].get("number")
+        expected = "expected voltas at the end of a repeat, no bars behind a jump"
+        raise reader.error(f"measure {number!s:.10} is never played; {expected}")
+    return order
 
 
 def _join_ties(notes, near, repairs):
@@ -978,9 +993,7 @@ def _dynamics(directions):
 
 def _tempi(directions):
     """Absolute and relative tempo marks in order of position, the relative ones with their ends.
-
-    Unlike the original: whole words, `acc` in staccato is no accelerando; `riten` counts.
-    """
+    Unlike the original: whole words, `acc` in staccato is no accelerando; `riten` counts."""
     absolute, relative = _split_words(directions, _TEMPO_ABSOLUTE, _TEMPO_RELATIVE, whole=True)
     long = [m for m in relative if _matches(m.text, _TEMPO_LONG, whole=True)]
     if long and long[0].onset == 0 and not (absolute and absolute[0].onset == 0):
@@ -1173,10 +1186,8 @@ def _part_notes(notes, rests, slurs, reader):
 
 def read_musicxml(path: str | Path) -> Score:
     """Read a MusicXML score (`.musicxml`, `.xml`, or compressed `.mxl`) and compute its features.
-
     Raises DataError, in one line, for whatever cannot be read as one piece of music: see `_Reader`,
-    `_play_order`.
-    """
+    `_play_order`."""
     reader = _Reader(path)
     root = reader.root()
     parts = reader.parts(root)
@@ -1229,7 +1240,7 @@ def _features_of(ticks, notes, rests, slurs, directions, bars, starts):
         return np.array([[name in note.marks for name in names] for note in notes], float)
 
     bar = _index_at_or_before(starts, onset, 1e-6)
-    lengths = np.append(np.diff(starts), bars[-2].length if len(bars) > 1 else bars[0].nominal)
+    lengths = np.append(np.diff(starts), max(bars[-1].nominal, bars[-1].length))
     position = (onset - starts[bar]) / lengths[bar]
     importance = [_beat_importance(p, bars[b].beats) for p, b in zip(position, bar, strict=True)]
     notation = marked(*_NOTATIONS)
@@ -1326,6 +1337,9 @@ MOST_EVENTS = 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
 META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
+# Data bytes of each status; those from 0xF1 are messages between devices, which some recorders write down.
+DATA_BYTES = {status: 2 - (status >> 4 in (0xC, 0xD)) for status in range(0x80, 0xF0)}
+DATA_BYTES |= {0xF1: 1, 0xF2: 2, 0xF3: 1} | dict.fromkeys((0xF6, 0xF8, 0xFA, 0xFB, 0xFC, 0xFE), 0)
 
 
 @dataclass
@@ -1334,8 +1348,7 @@ class Performance:
 
     pitch, velocity: (n,) int64, 0..127, 1..127.  onset, offset: (n,) float64, seconds, key down and key
     release, offset > onset.  sustain, soft: (k, 2) float64, all controller 64 / 67 events as (second,
-    value 0..127) in time order.
-    """
+    value 0..127) in time order."""
 
     path: str
     pitch: np.ndarray
@@ -1352,12 +1365,8 @@ class Performance:
 
 
 def read_midi(path: str | Path) -> Performance:
-    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their
-    key and channel.
-
-    A note-on of velocity 0 is a note-off; notes still open at the end of the file end with its last note.
-    Raises DataError.
-    """
+    """Read a type 0 or 1 MIDI file; tracks are merged and note-offs close the oldest open note of their key
+    and channel; notes still open at the end of the file end with its last note. Raises DataError."""
     repairs = Counter()
     try:
         division, tracks = _midi_tracks(read_file(path), repairs)
@@ -1380,7 +1389,7 @@ def read_midi(path: str | Path) -> Performance:
     repairs += Counter({"notes of no length, made 1 ms": int((offset <= onset).sum())})
     offset = np.where(offset > onset, offset, onset + SHORTEST)
     keys = pitch.astype(np.int64), velocity.astype(np.int64)
-    sustain, soft = (np.array(pedals[pedal], float).reshape(-1, 2) for pedal in (SUSTAIN, SOFT))
+    sustain, soft = (np.array(events, float).reshape(-1, 2) for events in pedals.values())
     return Performance(str(path), *keys, onset, offset, sustain, soft, repairs)
 
 
@@ -1434,8 +1443,8 @@ def _track_events(track, most, repairs):
                 data = [next(left)]
             if status in (META, 0xF0, 0xF7):
                 size = _variable_number(left)
-            elif 0x80 <= status < 0xF0:
-                size = 2 - (status >> 4 in (0xC, 0xD)) - len(data)
+            elif status in DATA_BYTES:
+                size = DATA_BYTES[status] - len(data)
             else:
                 raise ValueError(f"status byte {status}")
             data += [next(left) for _ in range(size)]
@@ -1529,13 +1538,11 @@ NEAR = 0.12, 0.2, 0.08
 
 def align(score, performance) -> np.ndarray:
     """Index of the played note of every score note, -1 where there is none: (n score notes,) int64.
-
     Notes of several voices that write one key at one time share one played note. A Viterbi path leads the
     played notes through the score's chords, a robust time map tells when each score note is due, and an
     assignment per key takes what was played near that time; the last two alternate. Of a long pair without
     a passage in common all are -1. Method: HAN.md, "Reading". DataError for a performance of many times the
-    score's notes.
-    """
+    score's notes."""
     nothing = np.full(len(score.pitch), -1, np.int64)
     if not len(score.pitch) or not len(performance.pitch):
         return nothing
@@ -1576,10 +1583,8 @@ def align(score, performance) -> np.ndarray:
 
 def _viterbi(position, pace, holds, performance):
     """Played notes on the best path and their chords: for each chord and key the first one.
-
     Where the opening chord starts again, what came before is dropped: recordings may hold the end of the
-    bar before.
-    """
+    bar before."""
     lattice = _Lattice(position, pace, holds, performance.pitch, performance.onset)
     state, restart = lattice.cheapest_path()
     begin = np.flatnonzero(restart & (state == 0))[-1:].sum()
@@ -1606,8 +1611,7 @@ class _Lattice:
     that chords are timed from start to start.
 
     The way back is kept of one block of played notes at a time, and made again from the prices at the
-    block's begin: memory grows with the chords and the blocks, not with their product.
-    """
+    block's begin: memory grows with the chords and the blocks, not with their product."""
 
     def __init__(self, position, pace, holds, pitch, onset):
         """holds (128, K): whether the chord holds the key; pace (K,): seconds per quarter; played notes."""
@@ -1668,11 +1672,9 @@ class _Lattice:
 
 def _time_map(position, chord, onset):
     """When every chord is due, from the onsets of some notes of the chords: three (K,) arrays.
-
     Seconds; seconds as the neighbours alone would have it, for chords whose keys do not confirm each
     other; seconds per quarter. A chord's time is dropped if neither the chords before nor those after lead
-    there and its keys do not confirm each other: so pauses survive and slips do not.
-    """
+    there and its keys do not confirm each other: so pauses survive and slips do not."""
     order = np.lexsort((onset, chord))
     known, start, size = np.unique(chord[order], return_index=True, return_counts=True)
     onset = onset[order]
@@ -1702,9 +1704,7 @@ def _time_map(position, chord, onset):
 
 def _slip(x, y, pace, side):
     """Seconds by which each chord misses the time that the three before (side -1) or after (1) lead to.
-
-    Half the expected interval to the nearest of them is free; infinite where there is none.
-    """
+    Half the expected interval to the nearest of them is free; infinite where there is none."""
     rank = np.arange(len(x))
     near = np.clip(rank + side * np.arange(1, 4)[:, None], 0, len(x) - 1)
     miss = np.abs(np.median(y - y[near] - pace * (x - x[near]), axis=0)) - pace * np.abs(x - x[near[0]]) / 2
@@ -1721,8 +1721,7 @@ def _assign(pitch, due, room, performance):
     """Played note of every score note, -1 for none: per key the best pairs less than `room` seconds from
     `due`.
 
-    Distances are squared, so that the pairs of one key do not cross.
-    """
+    Distances are squared, so that the pairs of one key do not cross."""
     partner = np.full(len(pitch), -1, np.int64)
     by_time = np.argsort(due, kind="stable")
     for key in np.intersect1d(pitch, performance.pitch):
@@ -1747,6 +1746,7 @@ SURE, PROBE = 0.8, 100  # match rate of another key; played notes that tell whic
 TAKEN = 0.25, 0.75
 UNLIKE = 0.15  # share of notes, written or played, without a partner, over which that is said
 PASSAGE_BARS, PASSAGE_NOTES = (16, 8, 4), 420  # of PercePiano's segments
+LEAD = 3.0  # s of silence before the first note; 2.99 at most in PercePiano's files
 
 
 @dataclass
@@ -1885,16 +1885,23 @@ def cut_bars(reading: Reading, kept: np.ndarray) -> Reading | None:
     taken[others] = False
     taken[hits] = True
     place = np.append(np.cumsum(taken) - 1, -1)
-    cut = performance.of_notes(taken)
-    start, until = cut.onset.min(), cut.offset.max()
+    score, cut = cut_score(reading.score, kept), performance.of_notes(taken)
+    part = Reading(score, cut, place[match[rows]], list(reading.said), reading.start)
+    return from_first_note(part, cut.offset.max())
+
+
+def from_first_note(reading: Reading, until: float = math.inf) -> Reading:
+    """The reading with its performance moved to begin at 0 s; pedals from there to `until`."""
+    played = reading.performance
+    start = played.onset.min()
+    pedals = {}
     for name in ("sustain", "soft"):
-        events = getattr(cut, name)
+        events = getattr(played, name)
         inside = (events[:, 0] > start) & (events[:, 0] <= until)
         held = [0.0, _value_held_at(events, start)]
-        setattr(cut, name, np.vstack([held, events[inside] - (start, 0)]))
-    cut = replace(cut, onset=cut.onset - start, offset=cut.offset - start)
-    score = cut_score(reading.score, kept)
-    return Reading(score, cut, place[match[rows]], list(reading.said), reading.start + start)
+        pedals[name] = np.vstack([held, events[inside] - (start, 0)])
+    played = replace(played, onset=played.onset - start, offset=played.offset - start, **pedals)
+    return replace(reading, performance=played, start=reading.start + start)
 
 
 def passages(score: Score) -> list[np.ndarray]:
@@ -2039,7 +2046,6 @@ def _clean(score, performance, match):
 
 def _tempo_of_notes(grid, anchors):
     """Tempo objects of a list of positions: start (quarters), start (seconds), quarters per minute.
-
     A tempo runs from anchor to anchor: the neighbouring pairs of the list chain up over its distinct anchors.
     """
     ends = np.unique(_index_at_or_before(anchors[:, 0], grid))
@@ -2066,9 +2072,7 @@ def _timing(score, performance, match, tempi):
 # ------------------------------------------------------------------------------------------------------------
 def _level_dynamics(group, match, velocity):
     """(mean + max) / 2 of the velocities of the matched notes of a beat or measure, on all its rows: (n,).
-
-    Unlike the original, which halves the last beat's and measure's maximum by their count.
-    """
+    Unlike the original, which halves the last beat's and measure's maximum by their count."""
     rows = np.flatnonzero(match >= 0)
     if not len(rows):
         return np.full(len(group), float(START_VELOCITY))
@@ -2160,17 +2164,14 @@ def note_features(score: Score, performance: Performance, match: np.ndarray) -> 
     `match` (n,) is `align`'s; matches out of time are dropped first. Returns the score features, the
     performance features, the raw columns (0 where unmatched) and `matched` (0 or 1), all finite: tempi in
     log10(quarters per minute), onset deviation in quarters, times in seconds. Source: sections 3 and 6 of
-    the description of the original; where a definition differs, a comment says "Unlike the original".
-    """
+    the description of the original; where a definition differs, a comment says "Unlike the original"."""
     return _all_features(score, performance, match)[0]
 
 
 def _places(onset, seconds, anchors, qpm):
     """For played notes at `seconds`: before which row of the score they belong, and the row nearest in time.
-
     The score's positions in seconds are prolonged beyond the outer anchors at the outer beat tempi. Unlike
-    the original, which goes by matched rows only: there extra notes land too early after unmatched ones.
-    """
+    the original, which goes by matched rows only: there extra notes land too early after unmatched ones."""
     reach = 10_000.0  # quarters
     first_anchor = anchors[0] - (reach, reach * 60 / qpm[0])
     last_anchor = anchors[-1] + (reach, reach * 60 / qpm[-1])
@@ -2189,8 +2190,7 @@ def note_table(score: Score, performance: Performance, match: np.ndarray) -> dic
     Returns x (T, F) float32 with the columns of FEATURES, voice, beat, measure (T,) int64, matched (T,)
     bool. An inserted row has voice 0, its own velocity, pedal and raw columns, the borrowed columns, beat
     and measure of the score note nearest in time, 0 elsewhere; beat and measure stay non-decreasing. An
-    unmatched score note keeps its voice.
-    """
+    unmatched score note keeps its voice."""
     features, played, match, anchors, qpm = _all_features(score, performance, match)
     extra = np.setdiff1d(np.arange(len(performance.onset)), match)
 
@@ -2603,8 +2603,7 @@ _NAME = re.compile(r"(\S+)_(\d+)bars_(\d+|Score\d*)_(\d+)")
 
 def parse_name(name: str) -> tuple[str, str, str, str]:
     """Work, bars, player and segment; all text, because segment "09" is not segment "9". Surrounding spaces
-    (one public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form.
-    """
+    (one public file has one) and a `.mid` ending are ignored. Raises DataError for a name of another form."""
     match = _NAME.fullmatch(name.strip().removesuffix(".mid"))
     if match is None:
         raise DataError(f"{name!r}: expected <work>_<N>bars_<player>_<segment>, player a number or Score")
@@ -2655,8 +2654,7 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
     random:    as segment, with every performance as its own group, hashed as sha1("random:" + name).
 
     Source: Park et al. 2024 for segment (there "piece split") and performer, made deterministic.
-    Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty.
-    """
+    Raises DataError: unknown split or fold, a name given twice or not parsed, a part left empty."""
     names = sorted(names, key=str.strip)
     what = f"split {split!r}, fold {fold!r}, of {len(names)} performances"
     if split not in SPLITS or fold not in range(FOLDS):
@@ -2665,12 +2663,9 @@ def split_percepiano(names: Iterable[str], split: str, fold: int) -> dict[str, l
         if name.strip() == next_name.strip():
             raise DataError(f"{what}: {name.strip()!r} is given twice; drop the copies")
 
-    if split == "segment":
-        test, valid = _hashed_parts(_group(names, segment_of), "segment:", fold)
-    elif split == "random":
-        test, valid = _hashed_parts(
-            _group(names, lambda name: name.strip().removesuffix(".mid")), "random:", fold
-        )
+    keys = {"segment": segment_of, "random": lambda name: name.strip().removesuffix(".mid")}
+    if split in keys:
+        test, valid = _hashed_parts(_group(names, keys[split]), f"{split}:", fold)
     elif split == "performer":
         test = {name for name in names if player_index(name) in TEST_PLAYERS}
         valid = {name for name in names if player_index(name) in (2 * fold + 3, 2 * fold + 4)}
@@ -2753,8 +2748,7 @@ def overlaps(performances: dict) -> dict[str, set[str]]:
 
     performances: name -> `Performance` (only `.pitch`, `.velocity`, `.onset` are used). Shared means a run of
     at least 16 consecutive (pitch, velocity) in order of (onset, pitch, velocity): a chord's notes have no
-    order of their own.
-    """
+    order of their own."""
     owners = {}
     for name, performance in performances.items():
         order = np.lexsort((performance.velocity, performance.pitch, performance.onset))
@@ -2772,8 +2766,7 @@ def drop_overlaps(parts: dict[str, list[str]], shared: dict[str, set[str]]) -> d
     """Parts without what leaks: validation leaves out what shares notes with a test item, training what
     shares notes with a test item or with an item of the given validation part, one left out there included.
 
-    shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty.
-    """
+    shared: from `overlaps`, under the same names. Raises DataError where a part would be left empty."""
     held = {"train": {*parts["valid"], *parts["test"]}, "valid": {*parts["test"]}, "test": set()}
     kept = {}
     for part, names in parts.items():
@@ -2796,8 +2789,7 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
     spaces.
 
     The file's 20th number, a player index, is ignored. With a list as `problems`, an item with a bad entry is
-    described there and left out; without, as for a bad file in either case, DataError is raised.
-    """
+    described there and left out; without, as for a bad file in either case, DataError is raised."""
     path = Path(root) / MEAN_FILE
     try:
         entries = [(name.strip(), row) for name, row in read_json(path, pairs=list)]
@@ -2811,8 +2803,9 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
             *row, _ = np.array(row, np.float64)
             if given[name] > 1:
                 raise ValueError("given twice")
-            if len(row) != len(LABELS) or not min(row) >= 0 or not max(row) <= 1:
-                raise ValueError(f"{row}")
+            outside = [float(rating) for rating in row if not 0 <= rating <= 1]
+            if len(row) != len(LABELS) or outside:
+                raise ValueError(f"{len(row)} ratings, outside are {outside[:3]}")
             means[name] = np.array(row)
         except (TypeError, ValueError, OverflowError) as error:
             line = f"{path}: {name!r}: {error}; expected a name given once, 20 numbers, 19 from 0 to 1"
@@ -2828,18 +2821,17 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Rows with any value above 7 are dropped, as for the published means (checked: the mean over a
     performance's ratings, / 7, is its entry in the label file). Raises DataError for a missing or broken
-    file.
-    """
+    file."""
     path = Path(root) / RATINGS_FILE
     raters, names, ratings = [], [], []
     line = 0
     try:
         with ordinary(path, MOST_BYTES).open(newline="", encoding="utf-8-sig") as file:
             for line, row in enumerate(csv.reader(file), 1):
-                if line == 1:
+                if line == 1 or not any(row):
                     continue
                 values = [float(value or 0) for value in row[3:22]]
-                if len(values) < len(LABELS) or not min(values) >= 0:
+                if len(values) < len(LABELS) or not all(value >= 0 for value in values):
                     raise ValueError(f"{row[3:22]}")
                 if max(values) <= 7:
                     raters.append(int(row[0]))
@@ -2903,11 +2895,10 @@ def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
             performance = read_midi(path)
             match = align(score, performance)
         except DataError as error:
-            results.append((path, str(error)))
+            results.append((path, str(error) if score else f"{path}: {error}"))
             continue
         harmony = harmony or harmony_statistics(score)
-        item = describe_performance(score, performance, match, harmony)
-        results.append((path, item))
+        results.append((path, describe_performance(score, performance, match, harmony)))
     return results
 
 
@@ -2915,9 +2906,12 @@ def describe_performance(
     score: Score, performance: Performance, match: np.ndarray, harmony: dict | None = None
 ) -> dict:
     """The arrays of an item, with its performance, match and repairs. harmony: the score's, where known."""
-    statistics = {f"midi:{name}": value for name, value in performance_statistics(performance).items()}
-    statistics |= {f"timing:{k}": v for k, v in timing_statistics(score, performance, match).items()}
-    statistics |= {f"harmony:{k}": v for k, v in (harmony or harmony_statistics(score)).items()}
+    groups = {
+        "midi": performance_statistics(performance),
+        "timing": timing_statistics(score, performance, match),
+        "harmony": harmony or harmony_statistics(score),
+    }
+    statistics = {f"{group}:{name}": x for group, values in groups.items() for name, x in values.items()}
     return note_table(score, performance, match) | {
         "match_rate": float((match >= 0).mean()),
         "stats": np.array(list(statistics.values()), np.float32),
@@ -2964,6 +2958,7 @@ def load_percepiano(
             left_out.append(f"{root}: {name} is rated but has no performance to read")
     if strict and left_out:
         raise DataError(left_out[0])
+    left_out += other_kinds(root / MIDI_FOLDER, (".mid", *SOUND_KINDS))
     shared = {name: set() for name in names}
     for name, other in arrays["shared"].tolist():
         shared[name].add(other)
@@ -2983,7 +2978,7 @@ def load_percepiano(
 def _performance_files(root):
     """name -> MIDI file, and a line for every file whose name says nothing or is another's but for spaces."""
     files, left_out = {}, []
-    for path in sorted((root / MIDI_FOLDER).glob("[!.]*.mid")):
+    for path in files_below(root / MIDI_FOLDER, (".mid",)):
         name = path.stem.strip()
         if not _NAME.fullmatch(name) or name in files:
             left_out.append(
@@ -3077,8 +3072,7 @@ def percepiano_parts(
     unrated and the misaligned. Unrated validation and test items stay: they are predicted, not scored.
 
     A validation part without any rating cannot stop a run: training segments in ascending sha1("segment:" +
-    key) join it until 15 % of what could train validates.
-    """
+    key) join it until 15 % of what could train validates."""
     rated = {name for name, item in corpus.items.items() if "y" in item}
     parts = split_percepiano(corpus.names, split, fold)
     if not rated & set(parts["valid"]):
@@ -3283,8 +3277,7 @@ def collate_han(items: list[dict]) -> dict:
 
     piece, time (N,): where note n stands in x · note_beat, note_measure (N,), beat_measure (NB,): group of
     each member, counted over the batch · beat_piece (NB,), measure_piece (NM,) · voiced (N,) voice > 0 ·
-    {note,voice,beat,measure}_grid (2, steps, sequences), _slot (2, members): see `_sequence_grid`.
-    """
+    {note,voice,beat,measure}_grid (2, steps, sequences), _slot (2, members): see `_sequence_grid`."""
     lengths = np.array([len(item["x"]) for item in items])
     B, T, N = len(items), lengths.max(), lengths.sum()
     piece = np.repeat(np.arange(B), lengths)
@@ -3341,8 +3334,7 @@ def _sequence_grid(sequence, name):
 
     NAME_grid (2, steps, sequences): member at each position, forward and with every sequence reversed by its
     own length; padding repeats member 0, harmless since it comes after the sequence and is never read back.
-    NAME_slot (2, members): position of each member in the flattened grid of either direction.
-    """
+    NAME_slot (2, members): position of each member in the flattened grid of either direction."""
     members = np.argsort(sequence, kind="stable")[np.sum(sequence < 0) :]
     _, column, length = np.unique(sequence[members], return_inverse=True, return_counts=True)
     step = np.arange(len(members)) - (np.cumsum(length) - length)[column]

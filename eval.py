@@ -26,9 +26,11 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     FEATURES,
     HOP,
     LABELS,
+    LEAD,
     MELS,
     MIDI_KINDS,
     MISALIGNED,
+    NOTE_ARRAYS,
     PHONEMES,
     RECORDED,
     SAMPLE_RATE,
@@ -49,10 +51,12 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     column_names,
     cut_bars,
     describe_performance,
+    files_below,
     fit_normalisation,
     fit_targets,
     follow,
     frames_needed,
+    from_first_note,
     han_info,
     heard_energies,
     heard_versions,
@@ -306,9 +310,8 @@ def _measure_humans(records, truth, root):
 
 def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
     """Rows (n, D) less the mean of their group (n,)."""
-    _, group, count = np.unique(groups, return_inverse=True, return_counts=True)
-    sums = np.stack([np.bincount(group, column) for column in values.T], 1)
-    return values - (sums / count[:, None])[group]
+    group = np.unique(groups, return_inverse=True)[1]
+    return values - group_means(values, group)[group]
 
 
 def human_figures(records: list, truth: dict, part: str) -> dict | None:
@@ -340,7 +343,7 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
     """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
-    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode()))
+    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))
 
 
 def _quoted(cell):
@@ -690,7 +693,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     corpus = _load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
-    about |= {"seeds": [7], "model": kind}
+    about |= {"seeds": list(range(7, 7 + (args.heads or 1))), "model": kind}
     clips = None
     if args.task == "han":
         about["features"] = args.features
@@ -2156,11 +2159,12 @@ def curves(argv: list[str]) -> dict:
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
 FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
+_GROUP = re.compile("Music_Making|Emotion_&_Mood|[^_]+")
 
 
 def _poles(label: str) -> tuple[str, str]:
     """The two halves of what follows the group in a label's name: either pole has as many words."""
-    words = re.sub(r"^(Music_Making|Emotion_&_Mood|[^_]+)_", "", label).split("_")
+    words = label[_GROUP.match(label).end() + 1 :].split("_")
     left, right = words[: len(words) // 2], words[len(words) // 2 :]
     return " ".join(left).capitalize(), " ".join(right).capitalize()
 
@@ -2175,8 +2179,7 @@ LABEL_POLES = {label: _poles(label) for label in LABELS} | {
 
 def _in_words(label: str) -> str:
     """Timing_Stable_Unstable: "Timing: Stable … Unstable"."""
-    group = re.match("Music_Making|Emotion_&_Mood|[^_]+", label)[0].replace("_", " ")
-    return f"{group}: {' … '.join(LABEL_POLES[label])}"
+    return f"{_GROUP.match(label)[0].replace('_', ' ')}: {' … '.join(LABEL_POLES[label])}"
 
 
 RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
@@ -2245,7 +2248,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
     args.written = read_musicxml(args.score) if args.score else None
     predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
-    records, refused = [], []
+    records, refused, drawn = [], [], set()
 
     def refuse(problem: object) -> None:
         if args.strict:
@@ -2263,7 +2266,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
             for record, work in predict_file(loaded, args, files, refuse):
                 records.append(record)
                 if args.explain:
-                    _draw(kind, loaded, args, work)
+                    _draw(kind, loaded, args, work, drawn)
         except DataError as error:
             refuse(error)
     print(f"{len(records)} predicted, {len(refused)} refused")
@@ -2281,10 +2284,11 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
 
 def _expand(paths: list[str]) -> list[list[Path]]:
-    """Files, and those in folders, hidden ones left out: each alone, but .npy files of a folder together."""
+    """Files, and those below folders, hidden ones left out: each alone, but .npy of one folder together."""
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
-        inside = [f for f in sorted(path.glob("[!.]*")) if f.suffix.lower() in FOLDER_FILES]
+        found = files_below(path, FOLDER_FILES)
+        inside = [file for file in found if file.parent == path or file.suffix != ".npy"]
         if (path / "trials.json").exists() or not inside:
             inside = [path]
         for file in inside:
@@ -2293,8 +2297,13 @@ def _expand(paths: list[str]) -> list[list[Path]]:
     return list(blocks.values())
 
 
-def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict) -> None:
-    picture = Path(args.explain, re.sub(r"[^\w.@+-]", "_", work["name"]) + ".png")
+def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, drawn: set) -> None:
+    """Draws a picture named by the input, unlike those already `drawn`."""
+    name = re.sub(r"[^\w.@+-]", "_", work["name"])
+    while name in drawn:
+        name += "_"
+    drawn.add(name)
+    picture = Path(args.explain, f"{name}.png")
     try:
         explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
     except DataError as error:
@@ -2378,7 +2387,8 @@ def rated_parts(reading: Reading, bars: str | None) -> list[Reading]:
     score = reading.score
     masks = passages(score) if bars is None else [bars_named(score, bars)]
     if masks[0].all():
-        return [reading]
+        late = reading.performance.onset[0] > LEAD
+        return [from_first_note(reading) if late else reading]
     parts, times = [], np.zeros(len(score.numbers))
     for mask in masks:
         part = cut_bars(reading, mask)
@@ -2515,7 +2525,7 @@ def compare_takes(records: list[dict]) -> None:
     marks = {"above": "+", "below": "-", "": ""}
     print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
     for count, record in enumerate(records, 1):
-        print(f"{count:>4} {record['name']}")
+        print(f"{count:>4} {record['path']}, bars {record['bars']}")
         record["differs"] = dict(zip(LABELS, differs[count - 1].tolist(), strict=True))
     rows = []
     for name, values, said in zip(RATINGS.values(), p.T, differs.T, strict=True):
@@ -2706,7 +2716,7 @@ def explain_han(figure, members: list[tuple], work: dict) -> dict:
     score, item = work["score"], work["item"] | {"name": work["name"]}
     if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
         rows = item["voice"] > 0
-        item |= {key: item[key][rows] for key in ("x", "voice", "beat", "measure", "matched")}
+        item |= {key: item[key][rows] for key in NOTE_ARRAYS}
     levels = han_attention(members, item)
     x = dict(zip(column_names(FEATURES), item["x"].T.astype(float), strict=True))
     seconds = seconds_of(score, item, x["raw_onset"])

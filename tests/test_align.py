@@ -123,6 +123,7 @@ PERTURBATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PERTURBATIONS)
 def test_written_scores_with_known_truth(name):
     pairs = []
@@ -175,6 +176,7 @@ def test_degenerate_input(written, played, expected):
     assert match.tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared")
 def test_agrees_with_the_original_where_that_matched():
     same = total = 0

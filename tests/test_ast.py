@@ -264,6 +264,7 @@ def test_masks_hold_exactly_as_many_patches_as_asked(freq, time, count):
     assert torch.equal(*masks)
 
 
+@pytest.mark.slow
 def test_every_patch_of_the_grid_is_equally_likely():
     n, draws = 10000, torch.manual_seed(5)
     masks = torch.cat([cluster_mask(2000, 8, 64, 400, generator=draws) for _ in range(n // 2000)])

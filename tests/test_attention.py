@@ -84,6 +84,7 @@ def test_long_pieces_are_joined_crop_by_crop():
     assert evaluation.roll_out_file(model, piece[:40]).shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_mean_of_asts_where_the_patches_are(tmp_path, monkeypatch):
     figures, members = [], []
     monkeypatch.setattr(evaluation, "save_figure", lambda figure, out: figures.append(figure))
@@ -107,6 +108,7 @@ def test_the_picture_shows_the_mean_of_asts_where_the_patches_are(tmp_path, monk
     assert "SYNTHETIC" in figures[0].get_suptitle()
 
 
+@pytest.mark.slow
 def test_a_sound_or_a_midi_file_is_drawn(tmp_path, monkeypatch):
     same = ["--ckpt", checkpoint(tmp_path / "best.pt", small_ast(mel=128)), "--device", "cpu"]
     out, sound = tmp_path / "new" / "a.png", wav(tmp_path / "$a_{.wav", 1.5)

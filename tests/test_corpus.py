@@ -99,10 +99,12 @@ def test_the_cache_is_read_until_a_file_or_the_version_changes(few, tmp_path, mo
     assert len(made) == 5
 
 
+@pytest.mark.slow
 def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus, tmp_path, capsys):
     midi = sorted((copy / data.MIDI_FOLDER).iterdir())
     midi[0].write_bytes(b"garbage")
-    midi[2].rename(midi[2].with_name(f" {midi[2].name}"))  # as one public file is called
+    midi[2].rename(midi[2].with_name(f" {midi[2].stem}.MID"))  # a space, as in one public file's name
+    midi[1].with_name("Thumbs.db").write_bytes(b"")
     foreign = shutil.copy(midi[1], midi[1].with_name("my own recording.mid"))
     score = copy / data.SCORE_FOLDER / f"{data.score_of(midi[-1].stem)}.musicxml"
     score.write_text("<html>404</html>")
@@ -111,10 +113,10 @@ def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus,
     (copy / data.MEAN_FILE).write_text(json.dumps(labels))
     got = data.load_percepiano(copy, tmp_path / "cache", quiet=True)
     lines = "\n".join(got.left_out)
-    for path in (midi[0], foreign, midi[1].stem):
+    for path in (midi[0], foreign, midi[1].stem, "1 .db"):
         assert str(path) in lines
     assert lines.count(str(score)) == 5
-    assert len(got.left_out) == 2 + 5 + 1
+    assert len({*got.left_out}) == len(got.left_out) == 2 + 5 + 1 + 1
     assert "y" not in got.items[midi[1].stem]
     assert "y" in got.items[midi[2].stem]
     whole, parts = (data.percepiano_parts(c, "segment", 0) for c in (corpus, got))
@@ -313,6 +315,7 @@ def test_statistics_of_almost_nothing_are_finite(n):
         assert np.isfinite([*(found | data.timing_statistics(score, played, match)).values()]).all()
 
 
+@pytest.mark.slow
 def test_memory_of_the_statistics_is_linear():
     n = 16_000
     notes = {"pitch": 40 + np.arange(n) % 40, "onset": np.arange(n) / 4, "duration": [1] * n}
@@ -340,6 +343,7 @@ def test_ringing_equals_all_pairs():
         assert (ringing[i], rubbing[i]) == (rings.sum(), (rings & near).sum())
 
 
+@pytest.mark.slow
 def test_the_report_names_what_was_repaired(copy, tmp_path, capsys):
     midi = sorted((copy / data.MIDI_FOLDER).iterdir())
     content = midi[0].read_bytes()

@@ -86,6 +86,7 @@ def truth_of(corpus) -> dict:
     return {name: item["y"] for name, item in corpus.items.items() if "y" in item}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_scored_on_their_own_folds(corpus, tmp_path, capsys):
     paths = [checkpoint(tmp_path / "a.pt", 0, 7), checkpoint(tmp_path / "b.pt", 1, 8)]
     result = evaluation.main(["--ckpt", *paths, "--device", "cpu"])["valid"]
@@ -107,6 +108,9 @@ def test_unlabelled_test_items_are_predicted_only(corpus, tmp_path, capsys):
     assert evaluation.main(argv)["test"]["all"]["folds"]["0"]["items"] == 4
     record = evaluation.read_predictions("p.csv")[0]
     assert sorted(record["names"]) == sorted(of_part(corpus, (8, 9)))
+    table = tmp_path / "p.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())  # as Excel saves it
+    assert evaluation.read_predictions("p.csv")[0]["names"] == record["names"]
     assert record["p"] == pytest.approx(predicted(path, corpus, record["names"]), abs=6e-5)
     for name in of_part(corpus, (8,)):
         del corpus.items[name]["y"]
@@ -114,6 +118,7 @@ def test_unlabelled_test_items_are_predicted_only(corpus, tmp_path, capsys):
     assert "8 unlabelled items" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_saved_results(corpus, tmp_path):
     paths = [checkpoint(tmp_path / "a.pt", 0), checkpoint(tmp_path / "b.pt", 1)]
     evaluation.main(["--ckpt", *paths, "--save-results", "full", "--results-dir", "out", "--device", "cpu"])
@@ -137,6 +142,7 @@ def test_bad_predictions_are_refused(tmp_path, capsys, text):
     refused(lambda: evaluation.read_predictions(path), capsys, path)
 
 
+@pytest.mark.slow
 def test_floor_learns_what_the_notes_say(corpus, tmp_path):
     result = evaluation.main(["floor", "--fold", "1", "--features", "perf", "--save-results", "floor"])
     assert list(result["valid"]["all"]["folds"]) == ["1"]

@@ -81,6 +81,7 @@ def test_a_short_item_is_filled_with_silence_before_normalisation():
     assert seen[1][0, 5:].unique().tolist() == approx([(SILENCE + 4) / 6], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_permutation_equals_enumeration():
     rng = np.random.default_rng(2)
     y = rng.normal(size=(6, 1))
@@ -208,6 +209,7 @@ def checkpoint(path, fold: int = 0, seed: int = 7, task: str = "ast", bare: bool
     return str(path)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     paths = [checkpoint(tmp_path / f"{fold}{seed}.pt", fold, seed) for fold in (0, 1) for seed in (7, 8)]
     metrics = evaluation.main(["--ckpt", *paths, "--device", "cpu", "--save-results", "scratch"])
@@ -232,6 +234,7 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     assert metrics["valid"]["all"]["folds"]["1"]["items"] == 8
 
 
+@pytest.mark.slow
 def test_floor_hears_the_loudness(corpus, tmp_path):
     kernel = ["floor", "--task", "ast", "--fold", "1", "--model", "kernel"]
     assert evaluation.main(kernel)["valid"]["all"]["mean"]["r2"] > 0.5
@@ -270,6 +273,7 @@ def test_a_kernel_weighs_what_a_piano_does_not_change():
     assert float((heads[0] - ratings[item]).square().mean()) < 0.8 * float(ratings.var())
 
 
+@pytest.mark.slow
 def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
     """Of one depth: mean and deviation of the final tokens over all crops, here by one pass a crop."""
     bare, store = checkpoint(tmp_path / "bare.pt", bare=True), evaluation.percepiano_audio()

@@ -241,6 +241,8 @@ def test_what_no_terminal_should_get():
 def test_no_cell_of_a_csv_is_a_formula(tmp_path):
     evaluation.write_csv(tmp_path / "x.csv", [["=1+1", "@a", "-a", "+b", "−c", "-0.5", -0.5, "plain"]])
     assert (tmp_path / "x.csv").read_text() == "'=1+1,'@a,'-a,'+b,'−c,-0.5,-0.5,plain\n"
+    evaluation.write_csv(tmp_path / "x.csv", [["a file \udcff", "é"]])  # what a name of no encoding holds
+    assert (tmp_path / "x.csv").read_text() == "a file \\udcff,é\n"
 
 
 def test_without_what_other_systems_lack(tmp_path, monkeypatch):

@@ -120,6 +120,11 @@ WHOLE = NOTE + b"\x83\x60\x80\x3c\x00"  # half a second
 REPAIRED = {
     "byte": (header() + track(b"\x00\xb0\x07\xff" + WHOLE + END), [0.5], "bytes over 127 clipped"),
     "key signature": (header() + track(b"\x00\xff\x59\x02\x09\x00" + WHOLE + END), [0.5], "key signatures"),
+    "messages between devices": (
+        header() + track(b"\x00\xf2\0\0\x00\xfe" + NOTE + b"\x00\xf8" + WHOLE[4:] + END),
+        [0.5],
+        None,
+    ),
     "running status after a meta event": (
         header() + track(NOTE + b"\x83\x60\xff\x01\x00\x00\x3c\x00" + END),
         [0.5],

@@ -235,6 +235,7 @@ def test_equal_to_the_original_on_its_own_alignment(path):
     assert np.abs(features["section_tempo"] - ref["perf_section_tempo"]).max() < 0.02
 
 
+@pytest.mark.slow
 @needs_shared
 def test_pedal_of_the_original_where_releases_are_left_out():
     equal = []

@@ -121,6 +121,7 @@ def values(record: dict) -> np.ndarray:
     return np.array(list(record["ratings"].values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["full", "score", "perf"])
 def test_ratings_from_files_are_those_of_evaluate(features, piano, tmp_path):
     path, records = han(tmp_path / "a.pt", piano, features), []
@@ -133,6 +134,7 @@ def test_ratings_from_files_are_those_of_evaluate(features, piano, tmp_path):
     assert np.ptp([values(record) for record in records], axis=0).max() > 0.05
 
 
+@pytest.mark.slow
 def test_ratings_from_audio_are_those_of_evaluate(piano, tmp_path, capsys):
     paths = [audio(tmp_path / "a.pt", "ast"), audio(tmp_path / "b.pt", "ast", 8)]
     predict("--ckpt", audio(tmp_path / "c.pt", standardise="group"), "--midi", piano.midi(piano.names[0]))
@@ -160,6 +162,7 @@ def evaluated(paths: list[str], speech, out: Path) -> dict[str, dict]:
     return {row["trial"]: row for row in csv.DictReader(io.StringIO(out.read_text()))}
 
 
+@pytest.mark.slow
 def test_phonemes_from_files_are_those_of_evaluate(speech, tmp_path, capsys):
     paths = [decoder(tmp_path / f"{seed}.pt", seed) for seed in range(2)]
     expected = evaluated(paths, speech, tmp_path / "t.csv")
@@ -281,6 +284,7 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert float(row[f"{LABELS[18]} ± 80 %"]) == pytest.approx(half[18])
 
 
+@pytest.mark.slow
 def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     """What floor and evaluate --out write, averaged with each other as alone."""
     data_of = ["--data", str(piano.root), "--cache", str(piano.cache), "--device", "cpu"]
@@ -365,11 +369,13 @@ def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
 def test_takes_stand_side_by_side_and_what_differs_is_marked(capsys):
     takes = []
     for name, value in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
-        record = {"name": name, "ratings": dict.fromkeys(LABELS, value)}
+        record = {"name": name, "path": f"{name}/take.mid", "bars": "1-8"}
+        record["ratings"] = dict.fromkeys(LABELS, value)
         takes.append(record | {"uncertainty": dict.fromkeys(LABELS, 0.1)})
     takes[2]["ratings"] |= {LABELS[1]: 0.62}  # .12 above the others: errors allow .1 * sqrt(1 + 1/2)
     evaluation.compare_takes(takes)
     lines = capsys.readouterr().out.splitlines()
+    assert "b/take.mid, bars 1-8" in lines[-22]
     assert lines[-20].split() == ["0", "…", "1", "1", "2", "3"]
     assert lines[-19].split()[-3:] == ["0.50", "0.50", "0.70+"]
     assert lines[-18].split()[-3:] == ["0.50", "0.50", "0.62"]
@@ -414,7 +420,9 @@ def test_explanations_get_what_they_need(piano, speech, tmp_path, monkeypatch, c
     assert "nothing to see" in refuse(capsys, *heard, *pictures, "--strict")
 
 
-def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(piano, tmp_path, capsys):
+def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(
+    piano, tmp_path, capsys, monkeypatch
+):
     path, name = han(tmp_path / "a.pt", piano), piano.names[0]
     takes = [n for n in piano.names if data.score_of(n) == data.score_of(name)]
     others = [n for n in piano.names if data.score_of(n) != data.score_of(name)][:1]
@@ -423,9 +431,15 @@ def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(piano
     for n in [*takes, *others]:
         (folder / f"{n}.mid").write_bytes(Path(piano.midi(n)).read_bytes())
     (folder / "bad.mid").write_bytes(b"MThd")
+    (folder / "day 2").mkdir()
+    (folder / "day 2" / f"{takes[0]}.MID").write_bytes(Path(piano.midi(takes[0])).read_bytes())
     pair = "--ckpt", path, "--score", piano.score(name), "--midi"
-    assert [record["name"] for record in predict(*pair, folder)] == sorted(takes)
-    assert f"{len(takes)} predicted, 2 refused" in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr(evaluation, "explain", lambda kind, picture, *_: drawn.append(picture))
+    rated = [record["name"] for record in predict(*pair, folder, "--explain", tmp_path)]
+    assert sorted(rated) == sorted([*takes, takes[0]])
+    assert len({*drawn}) == len(rated)
+    assert f"{len(rated)} predicted, 2 refused" in capsys.readouterr().out
     assert "bad.mid" in refuse(capsys, *pair, folder / "bad.mid", piano.midi(name), "--strict")
     unlike = f"{others[0]}.mid"
     assert unlike in refuse(capsys, *pair, folder / unlike, "--json", tmp_path / "a.json")

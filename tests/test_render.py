@@ -208,6 +208,7 @@ def test_a_soundfont_needs_the_program_and_a_file(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.wav"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("fluidsynth") and SOUNDFONTS), reason="fluidsynth or a soundfont is not installed"
 )

@@ -211,7 +211,7 @@ FERMATA = note(None, 8, notations="<fermata/>")
 BARS = {
     "notes, chords, voices, parts": (
         ([note(60, 8) + chord(64, 8) + note(None, 8) + back(16) + note(48, 16, 2, 2)], [note(72, 16)]),
-        dict(pitch=[72, 64, 60, 48], voice=[11, 1, 1, 2], staff=[1, 1, 1, 2], duration=[4, 2, 2, 4],
+        dict(pitch=[72, 64, 60, 48], voice=[11, 1, 1, 2], staff=[3, 1, 1, 2], duration=[4, 2, 2, 4],
              following_rest=[0, 2, 2, 0])),
     "ties join and carry slurs; one whose beginning was cut off stays": (
         ([note(60, 16, notations=TIE_START), note(60, 16, notations=TIE_STOP + TIE_START), SLURRED,
@@ -334,6 +334,11 @@ BARS = {
     "the cursor need not return; an empty bar lasts as its metre says": (
         ([A + back(8), "", B],), dict(onset=[0, 8], measures=[0, 4, 8])),
     "a bar of 1/240 quarter too much is regular": (([A, FINE + note(62, 1922)],), dict(beats=range(8))),
+    "the last bar has its own length": (
+        ([A, THREE_FOUR + quarters(60, 62, 64)],), dict(measure_length=[4, 3, 3, 3],
+                                                        beat_importance=[4, 4, 2, 1])),
+    "empty <alter> and <staff>": (
+        ([note(60, 16).replace("<alter>0", "<alter>").replace("<staff>1", "<staff>")],), dict(pitch=[60])),
     "a longer one is not": (([A, FINE + note(62, 2000)],), dict(beats=range(9))),
     "the metre changes": (
         ([A, THREE_FOUR + note(62, 12), note(64, 12)],),
@@ -348,11 +353,18 @@ BARS = {
           note(60) + mark("fp") + note(61) + note(62) + mark("sfp") + note(71, None) + note(63)],),
         {"dynamic:2": [0, 0.5, 0.7, 0.3, 0, 0, 0, 0, 0.5], "grace": [0] * 7 + [1, 0],
          "dynamic:0": [-0.4] * 5 + [0.4, -0.4, -0.4, -0.4]}),
+    "marks at a note": (
+        ([note(60, notations="<dynamics><p/></dynamics>"), note(61, notations="<dynamics><f/></dynamics>")],),
+        {"dynamic:0": [-0.4, 0.4]}),
     "rfz is a relative mark": (([note(60) + mark("rfz") + note(61)],), {"dynamic:2,3": [[0, 0], [0, 0.3]]}),
     "hairpins end at their own stop; of two the one below counts for staff 2 only": (
         ([wedge("crescendo") + note(60) + wedge("diminuendo", 2, "above") + note(61) + wedge("stop")
           + note(62) + wedge("stop", 2, "above") + note(63)],),
         {"dynamic:1": [0.7, -0.7, -0.7, 0]}),
+    "hairpins of two parts": (
+        ([wedge("crescendo") + note(60) + note(61) + wedge("stop") + note(62) + note(63)],
+         [note(None) + wedge("diminuendo") + note(50, 8) + wedge("stop") + note(51)]),
+        {"pitch": [60, 61, 50, 62, 63, 51], "dynamic:1": [0.7, 0, -0.7, -0.7, 0, 0]}),
     "tempo words are whole words": (
         ([words("Allegro assai") + FOUR, words("sempre staccato") + FOUR, words("riten.") + FOUR,
           words("a tempo") + FOUR],),
@@ -439,8 +451,11 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([FORWARD + A, FIRST, SECOND, FORWARD + D + BACKWARD], "ab ac dd"),
     ([A + FINE_, B, C + DA_CAPO], "abc a"),
     ([A, '<sound segno="1"/>' + B, C + '<sound dalsegno="1"/>'], "abc bc"),
+    (['<sound segno="1"/>' + A, '<sound segno="2"/>' + B, C + '<sound dalsegno="2"/>'], "abc bc"),
     ([A + '<sound tocoda="1"/>', B + DA_CAPO, '<sound coda="1"/>' + C], "ab ac"),
     ([A, FORWARD + B], "ab"),
+    ([A, B, BACKWARD.replace("<barline>", '<barline location="left">') + C], "abab c"),
+    ([A, B + DA_CAPO.replace("yes", "no"), C + words("sempre D. e coda. C")], "abc"),
     ([A + FORWARD.replace("<barline>", '<barline location="right">'), B + BACKWARD, C], "abb c"),
     ([A, volta("1-3", B) + BACKWARD, volta(4, C)], "ab ab ab ac"),
     ([A, volta("", B) + BACKWARD, volta("", C), D], "ab ac d"),
@@ -572,9 +587,19 @@ BAD = {
     "open volta": (document([volta(1, A, end=False), B]), "volta"),
     "volta in volta": (document([volta(1, A, end=False), volta(2, B)]), "volta"),
     "repeat times": (document([A + repeat("backward", "x")]), "'x'"),
-    "unplayed": (document([A, volta(2, B), C]), "volta"),
+    "unplayed": (document([A, volta(2, B), C]), "measure 2"),
+    "behind Fine and jump": (document([A + FINE_, B + DA_CAPO, C]), "measure 3"),
     "no segno": (document([A, B + '<sound dalsegno="1"/>']), "dalsegno"),
     "words only": (document([A, B + words("D.C. al Fine")]), "D.C. al Fine"),
+    "words without dots": (document([A, B + words("DC al Fine")]), "DC al Fine"),
+    "words after others": (document([A, B + words("Menuetto da capo")]), "Menuetto da capo"),
+    "sign in words": (document([A, B + words("Dal \N{MUSICAL SYMBOL SEGNO} al Fine")]), "Dal"),
+    "fine in words only": (document([A + words("Fine"), B + DA_CAPO]), "Fine"),
+    "to a coda in words only": (document([A + words("D.C. al Coda") + DA_CAPO, B]), "D.C. al Coda"),
+    "repeat inside a bar": (
+        document([note(60, 8) + BACKWARD.replace("<barline>", '<barline location="middle">') + note(62, 8)]),
+        "measure 1",
+    ),
 }
 # fmt: on
 
@@ -596,6 +621,7 @@ def damaged(content, rng):
     return bytes(raw[: rng.randrange(len(raw))] if kind == 4 else raw)
 
 
+@pytest.mark.slow
 def test_damaged_files_never_raise_anything_else(tmp_path):
     rng = random.Random(7)
     first = words("Andante") + note(71, None) + note(60, 8, notations='<slur type="start"/>' + TIE_START)

@@ -221,6 +221,8 @@ def test_labels_and_ratings_by_hand(tmp_path):
         [7, 1, f"{NAME}.wav", "", *plain, 6.0, "message"],
         [8, 1, f" {NAME}.wav", 0.0, *plain, 6.0, ""],
         [9, 1, f"{NAME}.wav", 8.0, *plain, "", ""],
+        [],
+        [""] * 24,
     ]
     write_labels(tmp_path, rows=rows)
     mean = data.read_labels(tmp_path)
@@ -238,6 +240,7 @@ ENTRIES = [
     ([float("nan")] + [0.5] * 19, "nan"),
     ([1.01] + [0.5] * 19, "1.01"),
     (["x"] * 20, "'x'"),
+    ([0.5] * 19, "18 ratings"),
 ]
 
 
@@ -259,6 +262,7 @@ def test_bad_label_files_are_refused(tmp_path, content, read, path, capsys):
 
 
 ROWS = [[7, 1], ["x", 1, NAME, *[3] * 19], *([7, 1, NAME, bad, *[3] * 18] for bad in ("a", "nan", -1))]
+ROWS.append([7, 1, NAME, *[3] * 18, "nan"])
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -26,6 +26,7 @@ def contents(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
         data.synth_percepiano(tmp_path / folder, seed=seed, segments=8, players=4)
@@ -56,6 +57,7 @@ def test_refuses_full_folder_and_odd_sizes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_label_files_follow_from_the_votes_as_in_the_public_readme(corpus, performances):
     mean, std = (json.loads((corpus / file).read_text()) for file in (data.MEAN_FILE, data.STD_FILE))
     assert len(mean) == 20 * 13

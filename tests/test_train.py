@@ -186,7 +186,9 @@ def test_overfits_one_batch(name, run, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param(name, options, marks=[pytest.mark.slow] if options else [])
+        pytest.param(
+            name, options, marks=[] if (name, options) == ("train_decoder", "") else [pytest.mark.slow]
+        )
         for name, case in CASES.items()
         for options in case.exact
     ],

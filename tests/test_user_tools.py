@@ -115,6 +115,7 @@ def made(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["han", "ast"])
 def test_report_stands_alone(kind, made, tmp_path, monkeypatch):
     if kind != "han":  # one page with pixels is enough

@@ -94,3 +94,14 @@ def test_score_and_performance_are_cut_alike(piece):
     whole = sum(len(part.performance.pitch) for part in parts[:3])
     assert (whole, len(parts[3].performance.pitch)) == (48 * 4 + 3, 64)
     assert data.cut_bars(reading, np.zeros(56, bool)) is None
+
+
+def test_silence_before_the_first_note_changes_no_rating(piece):
+    reading = data.follow(data.read_musicxml(piece.score), piece(ONCE[:4]))
+    played = reading.performance
+    late = data.replace(played, **{name: getattr(played, name) + 9 for name in ("onset", "offset")})
+    late.sustain = played.sustain + [9, 0]
+    here, there = (data.from_first_note(data.replace(reading, performance=p)) for p in (played, late))
+    assert (here.start, there.start) == (0, 9)
+    for name in ("onset", "offset", "sustain"):
+        np.testing.assert_allclose(*(getattr(r.performance, name) for r in (here, there)), atol=1e-9)

@@ -270,6 +270,7 @@ def test_wer_is_far_under_the_phonemes_errors(corpus, tmp_path, capsys):
     assert f"{figures['wer']:.4f} 95 %" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_nbest_lists_the_beam_and_its_best_string_is_the_oracle(corpus, tmp_path):
     path = tmp_path / "n.jsonl"
     figures = run_words(
