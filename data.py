@@ -4127,8 +4127,8 @@ def convert_speech(
     what g2p_en said. DataError if `out` is not empty, nothing can be used, or, `strict`, anything cannot."""
     source = Path(source)
     kind, files = _speech_files(source)
-    read = {*files, source / "SYNTHETIC"}
-    others = [path.name for path in source.rglob("[!.]*") if path.is_file() and path not in read]
+    others = [path.name for path in source.rglob("[!.]*") if path.is_file() and path not in files]
+    others = sorted(name for name in others if name != "SYNTHETIC")
     channels = channels or (512 if kind == "hdf5" else 256)
     if kind == "hdf5" and standardise == "auto":
         standardise = "off"
