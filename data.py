@@ -93,6 +93,12 @@ class DataError(ValueError):
         return printable(super().__str__())
 
 
+def short_hash(about: object, digits: int = 16) -> str:
+    """Of its text, the first digits of sha1."""
+    content = str(about).encode(errors="surrogateescape")
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()[:digits]
+
+
 def printable(text: object, encoding: str = "utf-8") -> str:
     """In one line: control characters, and what the encoding lacks, as escapes such as \\x1b."""
     text = str(text)
@@ -2705,13 +2711,9 @@ def _group(names, key_of):
 
 def _held_keys(groups, prefix):
     """Groups in ascending sha1(prefix + key) until they hold 15 % of all members."""
-
-    def rank(key):
-        return hashlib.sha1((prefix + key).encode(), usedforsecurity=False).hexdigest()
-
     total = sum(map(len, groups.values()))
     keys, held = [], 0
-    for key in sorted(groups, key=rank):
+    for key in sorted(groups, key=lambda key: short_hash(prefix + key, 40)):
         if 100 * held >= HELD_PERCENT * total:
             break
         keys.append(key)
@@ -2935,7 +2937,7 @@ def load_percepiano(
     root = Path(root)
     files, left_out = _performance_files(root)
     scores = {name: root / SCORE_FOLDER / f"{score_of(name)}.musicxml" for name in files}
-    prefix = f"percepiano-{hashlib.sha1(str(root.resolve()).encode()).hexdigest()[:8]}"
+    prefix = f"percepiano-{short_hash(root.resolve(), 8)}"
     store = Path(cache) / f"{prefix}-{_files_key(root, [*files.values(), *scores.values()])}.npz"
     arrays = _load_arrays(store)
     if arrays is None:
@@ -4880,9 +4882,8 @@ def transform_performance(performance: Performance, tempo: float = 1.0, semitone
     keyboard is shortened to its end, as in `shift_key`, so that no note is lost."""
     pitch = performance.pitch
     if len(pitch):
-        up = max(KEYBOARD[1] - pitch.max(), 0)
-        down = min(KEYBOARD[0] - pitch.min(), 0)
-        semitones = max(min(semitones, up), down)
+        down, up = min(KEYBOARD[0] - pitch.min(), 0), max(KEYBOARD[1] - pitch.max(), 0)
+        semitones = np.clip(semitones, down, up)
     return replace(
         performance,
         pitch=pitch + semitones,
@@ -4902,12 +4903,18 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) 
 def _fluidsynth(midi, soundfont):
     """The file through the `fluidsynth` program, without reverb and chorus, to its last sound (it waits for
     the end of the track, in PercePiano's files often 15 s later): (samples,) float32, mono."""
+    patience = 60 + read_midi(midi).offset.max()  # s; it plays many times as fast
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
         options = "-n -i -q -R 0 -C 0 -g 1 -o synth.dynamic-sample-loading=1".split()
         options += f"-r {SAMPLE_RATE} -T raw -O float -F".split()
         command = ["fluidsynth", *options, raw, Path(soundfont).resolve(), Path(midi).resolve()]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=patience)
+        except subprocess.TimeoutExpired as error:
+            found = f"fluidsynth plays for more than {patience:.0f} s"
+            expected = "expected an end of track soon after the last note; export it again"
+            raise DataError(f"{midi}: {found}; {expected}") from error
         sound = np.fromfile(raw, np.float32) if raw.is_file() else np.zeros(0, np.float32)
     # a broken soundfont is no error to it: it plays the system's own instead
     if done.returncode or not sound.any() or b"failed to load" in done.stderr.lower():
@@ -4917,25 +4924,52 @@ def _fluidsynth(midi, soundfont):
     return _limit(sound[: heard[-1] + 1])
 
 
+def _played_sound(midi, version):
+    if version.soundfont:
+        return _fluidsynth(midi, version.soundfont)
+    return render(transform_performance(read_midi(midi), version.tempo, version.semitones))
+
+
 def _render_file(task):
     """Seconds of audio written."""
     midi, wav, soundfont = task
-    waveform = _fluidsynth(midi, soundfont) if soundfont else render(read_midi(midi))
+    waveform = _played_sound(midi, Version(soundfont=soundfont))
     write_wav(wav, waveform)
     return len(waveform) / SAMPLE_RATE
 
 
+def _below(root):
+    """What a folder holds at any depth, but for what is hidden or in hidden folders, sorted."""
+    paths = sorted(root.rglob("[!.]*"))
+    return [path for path in paths if not any(part[0] == "." for part in path.relative_to(root).parts)]
+
+
 def files_below(root: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Files of these endings (lower case) at any depth, pipes too, sorted, hidden ones left out."""
-    return sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in kinds and not path.is_dir())
+    return [path for path in _below(root) if path.suffix.lower() in kinds and not path.is_dir()]
 
 
 def other_kinds(folder: Path, kinds: tuple[str, ...]) -> list[str]:
-    """A line on the files below a folder whose ending is none of these: how many of which kind."""
-    files = [path for path in folder.rglob("[!.]*") if path.is_file() and path.name != "SYNTHETIC"]
-    counts = Counter(path.suffix.lower() or "without ending" for path in files)
+    """A line on the files below a folder whose ending is none of these: how many of which kind; and on links
+    to folders, which are not followed."""
+    counts: Counter[str] = Counter()
+    for path in _below(folder):
+        if path.is_dir() and path.is_symlink():
+            counts["linked folder"] += 1
+        elif path.is_file() and path.name != "SYNTHETIC":
+            counts[path.suffix.lower() or "without ending"] += 1
     others = [f"{count} {kind}" for kind, count in sorted(counts.items()) if kind not in kinds]
     return [f"{folder}: files of other kinds: {', '.join(others)}"] if others else []
+
+
+def check_soundfonts(fonts: Iterable) -> None:
+    """Refuses what cannot be played, and two of one name, by which what they play is kept."""
+    names = [Path(font).stem for font in fonts]
+    for font, name in zip(fonts, names, strict=True):
+        if not (shutil.which("fluidsynth") and Path(font).is_file()):
+            raise DataError(f"{font}: expected a soundfont, and `fluidsynth` installed; or none")
+        if names.count(name) > 1:
+            raise DataError(f"{font}: another soundfont has its name; expected one of each; rename one")
 
 
 def render_folder(root, out=None, soundfont=None, workers=None, strict=False, quiet=False) -> dict:
@@ -4943,8 +4977,7 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
     `out`: 16-bit mono. Returns {"rendered", "present": counts, "failed": error lines, "seconds": of audio
     written}; `strict` raises at the first failure instead."""
     root = Path(root)
-    if soundfont and not (shutil.which("fluidsynth") and Path(soundfont).is_file()):
-        raise DataError(f"{soundfont}: expected a soundfont, and `fluidsynth` installed; or no --soundfont")
+    check_soundfonts({soundfont} - {None})
     played = {}
     failed = []
     for midi in files_below(root, MIDI_KINDS):
@@ -4967,18 +5000,16 @@ def render_folder(root, out=None, soundfont=None, workers=None, strict=False, qu
 def render_all(root, out=None, soundfonts=None, workers=None, strict=False) -> None:
     """`render_folder` by the built-in piano or each soundfont, several into out/FONT each; prints reports."""
     several = soundfonts and len(soundfonts) > 1
+    check_soundfonts(soundfonts or [])
     if several and not out:
         raise DataError(f"{root}: several soundfonts; expected --out for a folder of each")
     for font in soundfonts or [None]:
         folder = Path(out) / Path(font).stem if several else out
         print(f"{font or 'built-in piano'}, {folder or root}:")
-        report_render(render_folder(root, folder, font, workers, strict))
-
-
-def report_render(report: dict) -> None:
-    hours = report["seconds"] / 3600
-    print(f"rendered {report['rendered']} files, {hours:.2f} h of audio; present {report['present']}")
-    print_left_out(report["failed"], "failed")
+        report = render_folder(root, folder, font, workers, strict)
+        hours = report["seconds"] / 3600
+        print(f"rendered {report['rendered']} files, {hours:.2f} h of audio; present {report['present']}")
+        print_left_out(report["failed"], "failed")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5112,69 +5143,134 @@ def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bo
 
 
 MOST_SAMPLES = 2**29  # of a sound file: two channels at 44.1 kHz for 100 minutes
+RATES = range(1000, 1_000_001)  # Hz, of sound files: others are damage
+BLOCK = 2**14  # samples read at once: what is damaged ends there
 # fmt: off
-FFMPEG_KINDS = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".mov", ".mka", ".mkv")
 SOUND_KINDS = (
     ".wav", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
-    ".caf", *FFMPEG_KINDS,
+    ".caf", ".m4a", ".m4b", ".mp4", ".aac", ".webm", ".wma", ".mov", ".mka", ".mkv", ".3gp", ".amr", ".wv",
 )
 # fmt: on
 
 
 @contextlib.contextmanager
 def _open_sound(path):
-    """The open soundfile.SoundFile; what goes wrong in the block becomes a DataError that names the file."""
+    """The open soundfile.SoundFile, and what is wrong with it, in words; what goes wrong in the block becomes
+    a DataError that names the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
     try:
-        if not Path(path).is_file():
-            raise DataError(f"{path}: missing, or not an ordinary file; expected a sound file")
-        with soundfile.SoundFile(_sound_source(Path(path))) as file:
-            if file.frames * file.channels > MOST_SAMPLES:
-                samples = f"{file.frames} samples of {file.channels} channels"
-                raise DataError(f"{path}: {samples}; expected at most {MOST_SAMPLES} in all; cut it in parts")
-            if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
-                raise DataError(f"{path}: less than one frame of 25 ms; expected a recording; leave it out")
-            yield file
+        with _quiet_libraries():
+            file, said = _sound_file(path)
+            with file:
+                if file.frames * file.channels > MOST_SAMPLES or file.samplerate not in RATES:
+                    found = f"{file.frames} samples of {file.channels} channels at {file.samplerate} Hz"
+                    expected = f"expected at most {MOST_SAMPLES} in all, 1 kHz to 1 MHz"
+                    raise DataError(f"{path}: {found}; {expected}; cut it, or write it again")
+                if file.frames * SAMPLE_RATE < FRAME * file.samplerate:
+                    expected = "expected a recording; leave it out"
+                    raise DataError(f"{path}: less than one frame of 25 ms; {expected}")
+                yield file, said
     except soundfile.SoundFileError as error:
-        said = getattr(error, "error_string", error)
-        advice = "expected sound, such as WAV, FLAC, OGG, MP3; convert the file to WAV"
-        raise DataError(f"{path}: {said} {advice}") from error
+        raise DataError(f"{path}: {error}; expected a whole file; write it again") from error
+
+
+@contextlib.contextmanager
+def _quiet_libraries():
+    """Nothing on standard error: mpg123 writes there what it thinks of a file."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _sound_file(path):
+    """The open file, and remarks: by soundfile, or decoded by the program ffmpeg where soundfile cannot open
+    it, or would guess how long it is."""
+    ffmpeg = shutil.which("ffmpeg")
+    try:
+        file = soundfile.SoundFile(_sound_source(path))
+        guessed = file.format == "MP3" and not _has_length(path)
+        if file.frames < 2**62 and not (guessed and ffmpeg):
+            said = ["it does not say how long it is, and may be longer: install the program ffmpeg"]
+            return file, said if guessed else _cut_short(file.extra_info)
+        file.close()
+        found = "a stream of unknown length"
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
+        found = getattr(error, "error_string", error)
+    if not ffmpeg:
+        advice = "expected WAV, FLAC, OGG, MP3; convert it to WAV, or install the program ffmpeg"
+        raise DataError(f"{path}: {found}; {advice}")
+    wav, said = _decode(path, path.stat().st_mtime_ns)
+    return soundfile.SoundFile(io.BytesIO(wav)), said
 
 
 def _sound_source(path):
-    """What soundfile opens: the file; decoded by `ffmpeg`; or a WAV stream whose length was never written."""
-    if path.suffix.lower() in FFMPEG_KINDS:
-        return io.BytesIO(_decode(path, path.stat().st_mtime_ns))
+    """What soundfile opens: the file's name, or a WAV stream whose length was never written."""
     with path.open("rb") as file:
-        head = file.read(4096)
-    size = head.find(b"data") + 4
-    if head[:4] == b"RIFF" and size > 4 and head[size : size + 4] == bytes(4):
-        stream = path.read_bytes()
-        return io.BytesIO(stream[:size] + b"\xff" * 4 + stream[size + 4 :])
-    return path
+        head = file.read(2**16)
+        size = head.rfind(b"data" + bytes(4)) + 4  # the last one: notes before the sound may hold the word
+        if head[:4] == b"RIFF" and size > 4:
+            stream = head + file.read()
+            return io.BytesIO(stream[:size] + b"\xff" * 4 + stream[size + 4 :])
+    return path if os.name == "nt" else os.fsencode(path)  # not every name is UTF-8
+
+
+def _has_length(path):
+    """Whether an MP3 says in its first frame, behind tags and pictures, how many there are."""
+    with path.open("rb") as file:
+        return re.search(b"Xing|Info|VBRI", file.read(2**20)) is not None
+
+
+def _cut_short(log):
+    """A remark where soundfile's log of a header tells of more bytes than there are; a stream's of 2 GB."""
+    sizes = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log)
+    written, here = map(int, sizes.groups()) if sizes else (0, 0)
+    return [f"cut short: {here / written:.0%} of it is here"] if here < 0.99 * written < 2e9 else []
 
 
 @functools.lru_cache(maxsize=1)
 def _decode(path, _):
-    """The sound of a file as the bytes of a WAV file, by the `ffmpeg` program."""
-    if not shutil.which("ffmpeg"):
-        raise DataError(f"{path}: read by the program ffmpeg, not installed; install it, or convert to WAV")
-    command = ["ffmpeg", "-v", "error", "-i", path.resolve(), "-f", "wav", "-c:a", "pcm_f32le", "-"]
+    """The sound of a file as the bytes of a WAV file, and remarks, by the `ffmpeg` program."""
+    command = ["ffmpeg", "-v", "error", "-i", path.resolve(), "-f", "wav", "-c:a", "pcm_f32le"]
+    command += ["-fs", str(5 * MOST_SAMPLES), "-"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    said = [f"ffmpeg: {line}" for line in done.stderr.decode(errors="replace").splitlines()[-1:]]
     if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
-        raise DataError(f"{path}: ffmpeg: {said}; expected a file with sound; convert it to WAV")
-    return done.stdout
+        raise DataError(f"{path}: {''.join(said)}; expected a file with sound; convert it to WAV")
+    return done.stdout, [f"damaged: {line}" for line in said]
 
 
-def _read_mono(file, count=-1):
+def _read_mono(path, file, count=MOST_SAMPLES):
     """The next `count` samples (n,) float32, integers scaled to [-1, 1): the mean over the channels, or the
-    loudest one where they cancel each other; and whether they do."""
-    x = file.read(count, dtype="float32", always_2d=True)
-    if not np.isfinite(x).all():
-        raise DataError(f"{file.name}: samples that are NaN or infinite; write the file again")
+    loudest one where they cancel each other; and remarks."""
+    count = min(count, file.frames - file.tell())
+    x = np.empty((count, file.channels), np.float32)
+    read = 0
+    with contextlib.suppress(soundfile.SoundFileError):
+        for start in range(0, count, BLOCK):
+            read += len(file.read(out=x[start : start + BLOCK]))
+    x = x[:read]
+    peak = np.abs(x).max(initial=0)
+    if read < min(count, 1) or not peak <= LOUDEST:
+        found = f"a sample of {peak:g}" if read else "nothing that can be read"
+        raise DataError(f"{path}: {found}; expected samples in [-1, 1]; write the file again")
     mono, power = x.mean(1), (x**2).sum(0, dtype=np.float64)
-    cancel = bool((mono**2).sum(dtype=np.float64) < CANCELLED * power.max())
-    return (x[:, power.argmax()] if cancel else mono), cancel
+    said = []
+    if read < 0.99 * count:
+        said.append(f"cut short: {read / file.samplerate:.1f} of {count / file.samplerate:.1f} s are here")
+    clipped = np.mean(np.abs(x) >= 0.999 * peak.clip(0.5, 1)) if read else 0
+    if clipped > 1e-4:
+        said.append(f"{clipped:.2%} of the samples clipped: at full scale or beyond")
+    if (mono**2).sum(dtype=np.float64) < CANCELLED * power.max():
+        mono = x[:, power.argmax()]
+        said.append("channels cancel each other, or most are silent: the loudest one is taken")
+    return mono, said
 
 
 def _ratio(rate):
@@ -5190,26 +5286,17 @@ def _resample(x, rate):
     return x if rate == SAMPLE_RATE else resample_poly(x, *_ratio(rate)).astype(np.float32, copy=False)
 
 
-def read_wav(path: str | Path) -> np.ndarray:
-    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged."""
-    return read_sound(path)[0]
-
-
 def read_sound(path: str | Path) -> tuple[np.ndarray, list[str]]:
-    """`read_wav`, and what is wrong with the sound, in words."""
-    with _open_sound(path) as file:
-        x, cancel = _read_mono(file)
-        x = _resample(x, file.samplerate)
-    said = ["channels cancel each other: the louder one is taken"] if cancel else []
-    return x, said + sound_remarks(x)
+    """A sound file as float32 (samples,) at 16 kHz in [-1, 1]: any rate, channels averaged; and what is wrong
+    with the file, in words."""
+    with _open_sound(path) as (file, said):
+        x, heard = _read_mono(path, file)
+        return _resample(x, file.samplerate), said + heard
 
 
 def sound_remarks(x: np.ndarray) -> list[str]:
-    """Clipping, offset, silence and noise of a recording (samples,), in words; none for a clean one."""
+    """Offset, silence and noise of a recording (samples,), in words; none for a clean one."""
     remarks = []
-    clipped = np.mean(np.abs(x) >= 0.999 * max(np.abs(x).max(initial=0), 0.5))
-    if clipped > 1e-4:
-        remarks.append(f"{clipped:.2%} of the samples clipped")
     if abs(x.mean()) > 0.01:
         remarks.append(f"an offset of {x.mean():.3f} (removed)")
     power = ((x - x.mean())[: len(x) // FRAME * FRAME].reshape(-1, FRAME) ** 2).mean(1)
@@ -5226,23 +5313,25 @@ def sound_remarks(x: np.ndarray) -> list[str]:
 
 
 def read_wav_crop(path: str | Path, start: int, stop: int) -> np.ndarray:
-    """Samples start..stop at 16 kHz as int16, without reading the rest of the file: a crop of `read_wav`,
+    """Samples start..stop at 16 kHz as int16, without reading the rest of the file: a crop of `read_sound`,
     rounded; at another rate the filter sees its neighbours on both sides."""
-    with _open_sound(path) as file:
+    with _open_sound(path) as (file, _):
         up, down = _ratio(file.samplerate)
         # scipy's filter reaches 10 * max(up, down) of its inner samples, up * down of which are a block
         margin = 0 if up == down else 10 * max(up, down) // (up * down) + 2
         first = max(0, start // up - margin)
         file.seek(first * down)
-        x, _ = _read_mono(file, (-(-stop // up) + margin - first) * down)
+        x, _ = _read_mono(path, file, (-(-stop // up) + margin - first) * down)
         x = _resample(x, file.samplerate)[start - first * up : stop - first * up]
+    if len(x) < stop - start:
+        raise DataError(f"{path}: ends before sample {stop} at 16 kHz; expected a whole file; write it again")
     return np.clip(np.rint(x * 32768), -32768, 32767).astype(np.int16)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Audio: log-mel energies on disk
 # ------------------------------------------------------------------------------------------------------------
-# in the name of every file: count up when `fbank`, `front_end`, `render` or `read_wav` change their results
+# in the name of every file: count up when `fbank`, `front_end`, `render` or `read_sound` change their results
 FBANK_FORMAT = 3
 
 
@@ -5305,7 +5394,9 @@ def audio_files(root: str | Path, strict=False, audio=None) -> tuple[list[tuple[
         sounds = files_below(folder, SOUND_KINDS)
         named = {p.relative_to(folder).with_suffix("").as_posix().strip(): p for p in rendered + sounds}
         wanted = [(name, "", path) for name, path in named.items()]
-        left_out += [f"{p}: another file has its name; rename it" for p in set(sounds) - {*named.values()}]
+        left_out += [
+            f"{p}: another file has its name; rename it" for p in sorted({*sounds} - {*named.values()})
+        ]
     hint = f"render it: python data.py render --midi-root {root}" + (f" --out {audio}" if audio else "")
     for _, _, path in wanted:
         if not path.is_file():
@@ -5329,8 +5420,13 @@ def open_audio(root: str | Path, strict=False, audio=None) -> AudioStore:
 
 
 def _frames_of_sound(path):
-    with _open_sound(path) as file:
+    with _open_sound(path) as (file, _):
         up, down = _ratio(file.samplerate)
+        file.seek(file.frames - 1)
+        if not len(file.read(1)):
+            raise DataError(
+                f"{path}: ends earlier than its header says; expected a whole file; write it again"
+            )
         return fbank_frames(-(-file.frames * up // down))
 
 
@@ -5380,9 +5476,10 @@ def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, 
     versions = [Version(copy=copy) for copy in range(copies + 1)]
     jobs = [(version.name(name), path, version) for version in versions for name, _, path in found]
     errors = _store_missing(out, jobs, workers, quiet, strict)
-    split_of = {name: split for name, split, _ in found}
-    split = {name: split_of[name.partition("@copy")[0]] for name, *_ in jobs if name not in errors}
-    index = {"split": split, "left_out": left_out + [*errors.values()]}
+    split = {version.name(name): split for version in versions for name, split, _ in found}
+    for name in errors:
+        del split[name]
+    index = {"split": split, "left_out": left_out + list(dict.fromkeys(errors.values()))}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
     write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
@@ -5395,7 +5492,7 @@ def open_fbank(folder: str | Path) -> FbankStore:
     try:
         index = read_json(path)
         return _open_energies(folder, index["split"], index["left_out"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
 
 
@@ -5417,30 +5514,40 @@ def _store_missing(folder, jobs, workers, quiet, strict=False):
     remove_leftovers(Path(folder).rglob(".*"))
     for name, source, version in jobs:
         target = _energies_file(folder, name)
-        if not target.is_file() or target.stat().st_mtime < source.stat().st_mtime:
+        made_of = [source, version.soundfont] if version.soundfont else [source]
+        if not target.is_file() or target.stat().st_mtime < max(map(_changed, made_of)):
             played = source, version._replace(copy=0)
             todo.setdefault(played, []).append((name, target, version.copy))
     tasks = [(*played, tuple(copies)) for played, copies in todo.items()]
-    _, errors = _run_all(_store_energies, tasks, workers, "energies", quiet, strict)
+    said, errors = _run_all(_store_energies, tasks, workers, "energies", quiet, strict)
+    remarks = sorted(f"{source}: {remark}" for (source, *_), heard in said.items() for remark in heard)
+    if remarks and not quiet:
+        print_left_out(remarks, "read with remarks")
     return {name: error for (*_, copies), error in errors.items() for name, *_ in copies}
 
 
+def _changed(path):
+    """When a file came to be as it is, s: one that was copied or moved here may keep an older date."""
+    about = Path(path).stat()
+    return max(about.st_mtime, about.st_ctime)
+
+
 def _store_energies(task):
-    """Write the energies of a sound file, or of a MIDI file played, as (name, target, copy) say."""
+    """Write the energies of a sound file, or of a MIDI file played, as (name, target, copy) say; remarks."""
     source, version, copies = task
-    if source.suffix.lower() not in MIDI_KINDS:
-        waveform = read_wav(source)
-    elif version.soundfont:
-        waveform = _fluidsynth(source, version.soundfont)
+    remarks = []
+    if source.suffix.lower() in MIDI_KINDS:
+        waveform = _played_sound(source, version)
     else:
-        waveform = render(transform_performance(read_midi(source), version.tempo, version.semitones))
+        waveform, remarks = read_sound(source)
     for _, target, copy in copies:
         heard = waveform
         if copy:
-            rng = np.random.default_rng(zlib.crc32(target.name.encode()))
+            rng = np.random.default_rng(zlib.crc32(target.name.encode(errors="surrogateescape")))
             heard = change_waveform(waveform, rng, copy == RECORDED)
         energies = heard_energies(heard, source).half().numpy()
         write_atomic(target, functools.partial(np.save, arr=energies))
+    return remarks
 
 
 def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
@@ -5571,7 +5678,8 @@ def read_maestro(root: str | Path, strict=False, audio=None) -> Maestro:
                 raise DataError(f"{recording.midi} stands in an earlier line too; remove one")
             found[recording.name] = recording
         except (ValueError, KeyError, TypeError) as error:
-            left_out.append(f"{tables[0]}: line {line}: {error}")
+            advice = "compare with MAESTRO's own table: commas between columns, none empty"
+            left_out.append(f"{tables[0]}: line {line}: {error}; {advice}")
     if not found or (left_out and strict):
         raise DataError((left_out or [f"{tables[0]}: no rows; download it again"])[0])
     recordings = [*found.values()]
@@ -5593,11 +5701,12 @@ def _read_recording(root, audio, row):
     paths = [Path(row["midi_filename"]), Path(row["audio_filename"])]
     outside = any(path.is_absolute() or ".." in path.parts for path in paths)
     midi, sound = root / paths[0], audio / paths[1]
-    if outside or row["split"] not in MAESTRO_SPLITS or not (midi.is_file() or sound.is_file()):
-        raise DataError(f"{midi}, {sound}, split {row['split']!r}; expected a file here, {MAESTRO_SPLITS}")
-    name, split = paths[0].with_suffix("").as_posix(), row["split"]
+    split, seconds = row["split"], float(row["duration"])
+    if outside or split not in MAESTRO_SPLITS or not (midi.is_file() or sound.is_file()) or not seconds > 0:
+        found = f"{midi}, {sound}, split {split!r}, {seconds} s"
+        raise DataError(f"{found}; expected a file here, {MAESTRO_SPLITS}")
     about = row["canonical_composer"], row["canonical_title"]
-    return Recording(name, *about, split, midi, sound, float(row["duration"]), split)
+    return Recording(paths[0].with_suffix("").as_posix(), *about, split, midi, sound, seconds, split)
 
 
 def _mark_unknown_splits(root, recordings):
@@ -5629,8 +5738,7 @@ def maestro_overlaps(
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
     dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha1(json.dumps([OVERLAP_FORMAT, dates]).encode()).hexdigest()[:16]
-    kept = Path(cache) / f"maestro-overlaps-{key}.json"
+    kept = Path(cache) / f"maestro-overlaps-{short_hash(json.dumps([OVERLAP_FORMAT, dates]))}.json"
     try:
         same, alike, unreadable = read_json(kept)
     except (OSError, ValueError):
@@ -5730,6 +5838,7 @@ def percepiano_audio(
     versions = list(dict.fromkeys([base, *versions]))
     if audio and any(version != Version(copy=version.copy) for version in versions):
         raise DataError(f"{audio}: recordings; expected no --variants and --soundfonts with them")
+    check_soundfonts({version.soundfont for version in versions} - {None})
     played = _performance_files(Path(root))[0]
     stores = []
     for folder in audio_folders(audio):
@@ -5738,10 +5847,10 @@ def percepiano_audio(
             found = {name: path for name, _, path in audio_files(folder)[0]}
             files = {name: found[name] for name in played if name in found}
             left_out = [f"{folder}/{name}.wav: missing; not used" for name in sorted({*played} - {*found})]
+            left_out += [f"{found[name]}: no performance's name" for name in sorted({*found} - {*played})]
         if not files:
             raise DataError(f"{folder}: expected recordings named as the performances in {root}")
-        key = hashlib.sha1(str(Path(folder or root).resolve()).encode()).hexdigest()[:16]
-        stored = Path(cache) / f"percepiano-audio-{key}"
+        stored = Path(cache) / f"percepiano-audio-{short_hash(Path(folder or root).resolve())}"
         jobs = [(version.name(name), files[name], version) for version in versions for name in files]
         errors = _store_missing(stored, jobs, workers, quiet)
         made = {name: "" for name, *_ in jobs if name not in errors}
@@ -5946,7 +6055,7 @@ def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
         if args.online:
             stores.append(open_audio(root, args.strict, audio))
             continue
-        key = hashlib.sha1(f"{root.resolve()} {audio and Path(audio).resolve()}".encode()).hexdigest()[:16]
+        key = short_hash(f"{root.resolve()} {audio and Path(audio).resolve()}")
         folder = Path(args.cache) / f"fbank-{key}"
         stores.append(build_fbank(root, folder, None, args.strict, quiet, audio, args.copies))
     return join_stores(stores)
@@ -5976,7 +6085,7 @@ def fit_fbank(train, audioset: bool) -> dict[str, float]:
 
 def fingerprint(names: list[str], frames: Iterable[int]) -> str:
     """A short hash of which recordings these are."""
-    return hashlib.sha1(json.dumps([names, [int(n) for n in frames]]).encode()).hexdigest()[:16]
+    return short_hash(json.dumps([names, [int(n) for n in frames]]))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     salad_trials,
     segment_of,
     shown,
+    sound_remarks,
     speech_parts,
     speech_rules,
     speech_trial,
@@ -709,8 +710,8 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         if clips:
-            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
             rate, fitted = clips.fit(kind, names_of["train"], fold)
+            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
             kernels += fitted
         elif kind == "kernel":
             kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
@@ -790,8 +791,11 @@ class Clips:
         checkpoint, in a list."""
         y = {name: self.corpus.items[name]["y"] for name in names}
         heard = [name for name in self.train if name.partition("@")[0] in y]
-        described = torch.stack([self.train[name] for name in heard])
         items = [name.partition("@")[0] for name in heard]
+        if len(set(map(segment_of, items))) < 2:
+            found = f"{self.corpus.root}: fold {fold}, {len(items)} recordings to train with"
+            raise DataError(f"{found}; expected some of two segments or more; add recordings")
+        described = torch.stack([self.train[name] for name in heard])
         ratings = torch.from_numpy(np.stack([y[item] for item in items]))
         if kind != "kernel":
             model = _regression(kind, list(map(segment_of, items)))
@@ -2055,7 +2059,8 @@ def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str]]
     """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it, as
     networks see them; and remarks on the sound."""
     waveform, remarks = (render(read_midi(path)), []) if rendered else read_sound(path)
-    return heard_energies(waveform, path).numpy(), remarks
+    energies = heard_energies(waveform, path).numpy()
+    return energies, remarks if rendered else remarks + sound_remarks(waveform)
 
 
 def attention(argv: list[str]) -> dict:
@@ -2071,7 +2076,10 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    work = {"name": printable(Path(path).name), "energies": read_piece(path, rendered=not args.audio)[0]}
+    energies, remarks = read_piece(path, rendered=not args.audio)
+    for remark in remarks:
+        print(remark)
+    work = {"name": printable(Path(path).name), "energies": energies}
     drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
     print(f"saved {args.attention}")
     return drawn
@@ -2158,7 +2166,6 @@ def curves(argv: list[str]) -> dict:
 
 EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
-FOLDER_FILES = (*MIDI_KINDS, *SOUND_KINDS, ".npy")
 _GROUP = re.compile("Music_Making|Emotion_&_Mood|[^_]+")
 
 
@@ -2212,7 +2219,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     add("--ckpt", nargs="+", help="best.pt of one task, averaged (of --score and --audio: those in results/)")
     add("--score", help="MusicXML of what all --midi play")
     add("--midi", nargs="+", help="MIDI files, or folders of them")
-    add("--audio", nargs="+", help="sound files of any rate and length, or folders of .wav")
+    add("--audio", nargs="+", help="sound files of any rate and length, or folders of them")
     add("--speech", nargs="+", help="corpus, .mat of '24, .npy (bins, channels) or folder")
     add = parser.more.add_argument
     add("--day", help="day layer: a session's name; for unknown ones nearest (date) or mean (.npy: mean)")
@@ -2256,11 +2263,13 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         refused.append(printable(problem))
         tqdm.write(f"refused: {refused[-1]}")
 
-    inputs = _expand(args.midi or args.audio or args.speech)
+    kinds = MIDI_KINDS if args.midi else SOUND_KINDS if args.audio else (".npy",)
+    inputs = _expand(args.midi or args.audio or args.speech, kinds)
     for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or args.speech)):
         if args.speech and [folder] in inputs:
             continue  # a corpus
-        print(*(f"left out: {line}" for line in other_kinds(folder, FOLDER_FILES)), sep="\n")
+        for line in other_kinds(folder, kinds):
+            print(f"left out: {line}")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             for record, work in predict_file(loaded, args, files, refuse):
@@ -2283,12 +2292,12 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     return records
 
 
-def _expand(paths: list[str]) -> list[list[Path]]:
-    """Files, and those below folders, hidden ones left out: each alone, but .npy of one folder together."""
+def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
+    """Files, and those of these kinds below folders: each alone, but .npy files of one folder together."""
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
-        found = files_below(path, FOLDER_FILES)
-        inside = [file for file in found if file.parent == path or file.suffix != ".npy"]
+        found = files_below(path, kinds)
+        inside = [file for file in found if file.parent == path or file.suffix.lower() != ".npy"]
         if (path / "trials.json").exists() or not inside:
             inside = [path]
         for file in inside:

@@ -1132,41 +1132,57 @@ def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | None = None, **kw) -> AST:
-    """A public SSAST checkpoint of 16 x 16 patches (arrays or tensors by its names) as an AST for input of
-    `frames`.
+    """A public checkpoint of 16 x 16 patches (arrays or tensors by its names: SSAST, AST, or AST of Hugging
+    Face) as an AST for input of `frames`.
 
-    num_outputs None: for pre-training; otherwise for ratings, with the checkpoint's `mlp_head.*` where it has
-    one. kw: other model_args (stride, dropout, pooling, ...). Sizes come from the shapes, heads are 64 wide.
-    Unknown, missing or misshapen weights raise DataError; ImageNet's heads (`v.head*`) are left out.
+    num_outputs None: for pre-training (stride 16); otherwise for ratings, with the checkpoint's head where it
+    has so many outputs. kw: other model_args (stride: as in the checkpoint, 16 or 10). Sizes come from the
+    shapes, heads are 64 wide. Unknown, missing or misshapen weights raise DataError; ImageNet's heads
+    (`v.head*`) are left out.
     """
-    weights = {_ssast_name(k): torch.as_tensor(v).float() for k, v in state_dict.items() if "v.head" not in k}
+    weights = {
+        _public_name(k): torch.as_tensor(v).float() for k, v in state_dict.items() if "v.head" not in k
+    }
+    for name in [name for name in weights if ".query." in name]:
+        parts = [
+            weights.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")
+        ]
+        weights[name.replace("query", "qkv")] = torch.cat(parts)
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("head.")}
     mel = int(weights.pop("p_input_fdim", 128))
     try:
         table = weights.pop("pos_embed")[0]
         tokens = torch.cat([weights.pop("cls_token"), weights.pop("dist_token")], dim=1)[0]
-        long = int(weights.pop("p_input_tdim", (len(table) - 2) // (mel // PATCH) * PATCH))
+        count, stride = len(table) - 2, PATCH
+        if "hidden" not in weights and count % ((mel - PATCH) // 10 + 1) == 0:  # no pre-training: AST's own
+            stride = 10
+        columns = count // ((mel - PATCH) // stride + 1)
+        long = int(weights.pop("p_input_tdim", (columns - 1) * stride + PATCH))
         width = len(weights["embed.weight"])
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        model = AST(long, mel, width, depth, width // 64, ssast_compat=True)
+        outputs = None if stride == PATCH else num_outputs
+        model = AST(long, mel, width, depth, width // 64, stride, ssast_compat=True, num_outputs=outputs)
         weights["extra"] = torch.stack([tokens, table[:2]])
         weights["position.freq"] = table[2:].unflatten(0, (model.rows, -1))
+        if "hidden" in weights:
+            weights["hidden"] = weights["hidden"].flatten()
         if num_outputs is not None:  # what only pre-training needs may be absent
-            needed = ("hidden", "discriminate.", "generate.")
+            needed = ("hidden", "discriminate.", "generate.", "head.")
             weights = {k: v for k, v in model.state_dict().items() if k.startswith(needed)} | weights
-        weights["hidden"] = weights["hidden"].flatten()
         model.load_state_dict(weights)
-        model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **kw)
-        if head and num_outputs is not None and not kw.get("groups"):
+        model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **{"stride": stride} | kw)
+        if head and len(head["head.1.bias"]) == num_outputs and not kw.get("groups"):
             model.load_state_dict(model.state_dict() | head)
     except (KeyError, RuntimeError) as error:
-        raise DataError(f"SSAST weights: {one_line(error)}; expected an SSAST checkpoint") from error
+        raise DataError(
+            f"SSAST weights: {one_line(error)}; expected patches of 16 x 16, stride 16 or 10, public names"
+        ) from error
     return model
 
 
-def _ssast_name(name):
-    """Our name of an SSAST weight."""
-    name = re.sub(r"^(module\.)?(v\.)?", "", name)
+def _public_name(name):
+    """Our name of a weight of SSAST or AST, or of Hugging Face's AST."""
+    name = re.sub(r"^(module\.)?(v\.)?(audio_spectrogram_transformer\.)?(embeddings\.)?", "", name)
     for original, own in (
         ("attn.", ""),
         ("mlp.", ""),
@@ -1175,6 +1191,19 @@ def _ssast_name(name):
         ("cpredlayer", "discriminate"),
         ("gpredlayer", "generate"),
         ("mlp_head", "head"),
+        ("position_embeddings", "pos_embed"),  # Hugging Face's from here
+        ("distillation_token", "dist_token"),
+        ("patch_embeddings.projection", "embed"),
+        ("encoder.layer", "blocks"),
+        ("attention.attention.", ""),
+        ("attention.output.dense", "proj"),
+        ("intermediate.dense", "fc1"),
+        ("output.dense", "fc2"),
+        ("layernorm_before", "norm1"),
+        ("layernorm_after", "norm2"),
+        ("classifier.layernorm", "head.0"),
+        ("classifier.dense", "head.1"),
+        ("layernorm", "norm"),
     ):
         name = name.replace(original, own)
     return name

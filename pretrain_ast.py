@@ -121,7 +121,7 @@ OPTIONS = {
         ("--task", TASKS, "pretrain", "guess patches, or rate (%(default)s)"),
         ("--data", "DIR", None, "MAESTRO; finetune: PercePiano (absent: built in, synthetic)"),
         ("--preset", AST_PRESETS, "base", "width, depth and heads (%(default)s)"),
-        ("--init", "FILE", None, "finetune: pre-training of this script, or of SSAST (none)"),
+        ("--init", "FILE", None, "finetune: a pre-training, or public weights (SSAST, AST) (none)"),
         ("--fold", [*"0123", "all"], "0", "finetune: fold that validates (%(default)s)"),
     ],
     "data": [
@@ -453,10 +453,16 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         return AST(**sizes, **shared)
     try:
         weights = torch.load(data.ordinary(args.init), map_location="cpu", weights_only=True)
+        foreign = any("patch_embed" in str(name) for name in weights.keys())
     except Exception as error:  # torch's own text suggests unsafe loading
-        raise data.DataError(f"{args.init}: unreadable; expected best.pt, or SSAST's weights") from error
-    if any("patch_embed" in str(name) for name in weights):
-        return ast_from_ssast(weights, args.frames, **shared)
+        raise data.DataError(
+            f"{args.init}: unreadable; expected best.pt, or public weights as a .pt, .pth, .bin"
+        ) from error
+    if foreign:
+        try:
+            return ast_from_ssast(weights, args.frames, **shared)
+        except data.DataError as error:
+            raise data.DataError(f"{args.init}: {error}") from error
     model, ckpt = load_checkpoint(args.init)
     if ckpt["task"] != "ast":
         raise data.DataError(f"{args.init}: task {ckpt['task']!r}; expected best.pt of a pre-training")

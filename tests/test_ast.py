@@ -93,6 +93,66 @@ def test_foreign_ssast_weights_are_refused(oracle, change, found):
         ast_from_ssast({k: v for k, v in weights.items() if v is not None}, frames=256)
 
 
+HUGGING_FACE = {  # its names, in the order in which they apply, of AST's
+    "v.pos_embed": "embeddings.position_embeddings",
+    "v.cls_token": "embeddings.cls_token",
+    "v.dist_token": "embeddings.distillation_token",
+    "v.patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "v.blocks": "encoder.layer",
+    "v.norm": "layernorm",
+    "attn.proj": "attention.output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def as_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in weights.items():
+        for original, own in HUGGING_FACE.items():
+            name = name.replace(original, own)
+        name = name if "classifier" in name else f"audio_spectrogram_transformer.{name}"
+        if "attn.qkv" in name:
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                found[name.replace("attn.qkv", f"attention.attention.{part}")] = third
+        else:
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize(("stride", "columns"), [(16, 4), (10, 4), (10, 3)])
+def test_public_ast_and_its_hugging_face_form_are_read(stride, columns):
+    """As published: no mask, a head of other outputs; positions of either stride."""
+    frames = (columns - 1) * stride + 16
+    known = {"frames": frames, "mel": 128, "width": 64, "depth": 2, "heads": 1, "stride": stride}
+    model = small_ast(**known, ssast_compat=True, num_outputs=5, pooling="cls")
+    state = model.state_dict()
+    weights = {"v.cls_token": state["extra"][:1, :1], "v.dist_token": state["extra"][:1, 1:]}
+    table = [state["extra"][1], state["position.freq"].flatten(0, 1)]
+    weights["v.pos_embed"] = torch.cat(table).unsqueeze(0)
+    for name, value in state.items():
+        name = re.sub(r"(qkv|proj)", r"attn.\1", re.sub(r"(fc\d)", r"mlp.\1", name))
+        if name.startswith(("blocks", "norm")):
+            weights[f"v.{name}"] = value
+        elif name.startswith("embed"):
+            weights[name.replace("embed", "v.patch_embed.proj")] = value
+    x = torch.randn(2, frames, 128)
+    for public in (weights, as_hugging_face(weights)):
+        head = {k.replace("head", "mlp_head"): v for k, v in state.items() if k.startswith("head.")}
+        same = ast_from_ssast(public | head, frames=frames, num_outputs=5, pooling="cls", dropout=0.0)
+        assert largest(same(x), model(x)) < 1e-6
+    classes = {"classifier.layernorm.weight": torch.ones(64), "classifier.layernorm.bias": torch.ones(64)}
+    classes |= {"classifier.dense.weight": torch.ones(7, 64), "classifier.dense.bias": torch.ones(7)}
+    other = ast_from_ssast(public | classes, frames=frames, num_outputs=5, pooling="cls", dropout=0.0)
+    assert largest(other.tokens(x, None)[0], model.tokens(x, None)[0]) < 1e-6
+    assert len(other.head[1].bias) == 5
+    if stride == 10:
+        with pytest.raises(DataError, match="stride 16 in pre-training"):
+            ast_from_ssast(public, frames=frames)
+
+
 def test_patches_are_numbered_frequency_major():
     x = make_fbank()
     found = patches(x)

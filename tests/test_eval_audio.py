@@ -235,7 +235,7 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_floor_hears_the_loudness(corpus, tmp_path):
+def test_floor_hears_the_loudness(corpus, tmp_path, monkeypatch):
     kernel = ["floor", "--task", "ast", "--fold", "1", "--model", "kernel"]
     assert evaluation.main(kernel)["valid"]["all"]["mean"]["r2"] > 0.5
     evaluation.main([*kernel, "--heads", "2", "--out", str(tmp_path / "k.pt"), "--save-results", "kernel"])
@@ -249,6 +249,19 @@ def test_floor_hears_the_loudness(corpus, tmp_path):
     assert (saved["model"], saved["audio"]) == ("ridge", "rendered")
     with pytest.raises(DataError, match="--heads of kernel"):
         evaluation.main([*kernel[:-1], "ridge", "--heads", "2"])
+    # recordings of what validates alone: the renderings train all the same
+    whole, valid = evaluation.percepiano_audio(), evaluation.percepiano_parts(corpus, "segment", 1)["valid"]
+    few = FbankStore("few", True, valid, np.zeros(len(valid), int), [], [], [])
+    few.item = lambda i: whole.item(whole.names.index(valid[i]))
+    monkeypatch.setattr(evaluation, "rated_store", lambda *_: few)
+    monkeypatch.setattr(evaluation, "_finish", lambda records, *_: records)
+    again = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--rate", "recorded"])
+    before, _ = evaluation.read_predictions("results/ast_floor_segment.csv")
+    rated = dict(zip(again[0]["names"], again[0]["p"], strict=True))
+    assert np.abs(np.stack([rated[name] for name in before["names"]]) - before["p"]).max() < 1e-4
+    monkeypatch.setattr(evaluation, "audio_store", lambda *_: few)
+    with pytest.raises(DataError, match="fold 1, 0 recordings"):
+        evaluation.main(["floor", "--task", "ast", "--fold", "1"])
 
 
 def test_a_kernel_weighs_what_a_piano_does_not_change():

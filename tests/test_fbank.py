@@ -117,32 +117,90 @@ def test_stored_energies_name_their_version():
 def test_every_kind_of_file(tmp_path, name, subtype, step):
     x = np.convolve(np.clip(noise(8000) * 3, -0.99, 0.99), np.ones(8) / 8, "same")
     soundfile.write(tmp_path / name, x, 16000, subtype)
-    found = data.read_wav(tmp_path / name)
+    found = data.read_sound(tmp_path / name)[0]
     assert found.dtype == np.float32
     assert np.abs(found[:8000] - x).max() <= step
 
 
+NOTE = b"bext" + (5000).to_bytes(4, "little") + b"the data".ljust(5000, b"\0")  # of a field recorder
+
+
 @pytest.mark.parametrize("size", [b"\xff" * 4, bytes(4)])
-def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path, size):
+@pytest.mark.parametrize("before", [b"", NOTE])
+def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path, size, before):
     path = write_wav(tmp_path / "a.wav")
     whole = path.read_bytes()
-    path.write_bytes(whole[:4] + size + whole[8:40] + size + whole[44:])
-    assert len(data.read_wav(path)) == 8000
+    path.write_bytes(whole[:4] + size + whole[8:36] + before + b"data" + size + whole[44:])
+    assert len(data.read_sound(path)[0]) == 8000
 
 
-def test_what_ffmpeg_reads_is_decoded_or_named(tmp_path, monkeypatch):
-    write_wav(tmp_path / "a.wav").rename(tmp_path / "a.m4a")
-    program = tmp_path / "ffmpeg"  # in its place: hands the file through
-    program.write_text('#!/bin/sh\nwhile [ "$1" != -i ]; do shift; done\ncat "$2"\n')
+@pytest.fixture
+def ffmpeg(tmp_path, monkeypatch):
+    """In its place a program that hands through what follows 9 bytes; a function that takes it away."""
+    program = tmp_path / "bin" / "ffmpeg"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nwhile [ "$1" != -i ]; do shift; done\ntail -c +10 "$2"\n')
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert (
-        len(data.read_wav(tmp_path / "a.m4a")) == len(data.read_wav_crop(tmp_path / "a.m4a", 0, 8000)) == 8000
-    )
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     data._decode.cache_clear()
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(DataError, match=r"a\.m4a: .*ffmpeg"):
-        data.read_wav(tmp_path / "a.m4a")
+    yield lambda: monkeypatch.setenv("PATH", "/nowhere")
+    data._decode.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "renamed.wav", "a.raw", "caf\udce9.wma"])
+def test_what_soundfile_cannot_open_is_decoded_by_ffmpeg_or_named(tmp_path, ffmpeg, name):
+    path = tmp_path / name
+    path.write_bytes(b"not sound" + write_wav(tmp_path / "x" / "a.wav").read_bytes())
+    assert len(data.read_sound(path)[0]) == len(data.read_wav_crop(path, 0, 8000)) == 8000
+    ffmpeg()
+    with pytest.raises(DataError, match=r": .*ffmpeg") as caught:
+        data.read_sound(path)
+    assert data.printable(path) in str(caught.value)
+
+
+def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, noise(32000), 16000)
+    tagged = path.read_bytes()
+    assert data._has_length(path)
+    path.write_bytes(b"ID3\3\0\0\0\0\2\0" + bytes(256) + tagged)
+    assert data._has_length(path)
+    path.write_bytes(tagged.replace(b"Xing", b"None").replace(b"Info", b"None"))
+    with pytest.raises(DataError, match="a.mp3"):  # to ffmpeg, here of no help
+        data.read_sound(path)
+    ffmpeg()
+    found, remarks = data.read_sound(path)
+    assert len(found) > 8000
+    assert [remark for remark in remarks if "ffmpeg" in remark]
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("a.wav", 0.49), ("a.aiff", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4)]
+)
+def test_a_file_that_was_cut_short_is_read_as_far_as_it_goes_and_that_is_said(tmp_path, capfd, name, share):
+    path = tmp_path / name
+    soundfile.write(path, noise(160000), 16000)
+    assert [r for r in data.read_sound(path)[1] if "cut short" in r] == []
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found, remarks = data.read_sound(path)
+    assert 160000 * share <= len(found) <= 80000
+    assert len([r for r in remarks if "cut short" in r]) == 1
+    data.main(["fbank", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"])
+    assert f"read with remarks: 1\n  {path}: cut short" in capfd.readouterr().out
+    if share == 0.4:  # its header tells of more than is there
+        assert data.open_audio(write_folder(tmp_path / "whole")).left_out == []
+        with pytest.raises(DataError, match=name):
+            data.open_audio(tmp_path, strict=True)
+    assert capfd.readouterr().err == ""  # of mpg123
+
+
+def test_sounds_under_a_name_in_latin_1(tmp_path):
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    write_wav(root / "a.wav").rename(root / f"{root.name}.wav")
+    write_wav(root / "b.wav")
+    store = data.build_fbank(root, tmp_path / "out", workers=1, quiet=True, copies=1)
+    assert store.frames.tolist() == [48] * 4
+    assert sorted(map(len, data.pretrain_parts(store).values())) == [1, 1]
 
 
 def test_what_is_wrong_with_a_sound_is_said(tmp_path):
@@ -151,6 +209,7 @@ def test_what_is_wrong_with_a_sound_is_said(tmp_path):
     for name, channels, said in (
         ("clean", [tone + 1e-4 * hiss], []),
         ("out of phase", [tone, -0.9 * tone], ["channels"]),
+        ("one of six", [tone, *[0 * tone] * 5], ["channels"]),
         ("clipped", [np.clip(9 * tone, -1, 1)], ["clipped"]),
         ("offset", [tone + 0.1], ["offset"]),
         ("half silent", [tone * (np.arange(16000) < 8000)], ["silence"]),
@@ -159,8 +218,19 @@ def test_what_is_wrong_with_a_sound_is_said(tmp_path):
         soundfile.write(tmp_path / "a.wav", np.stack(channels, 1), 16000, "FLOAT")
         found, remarks = data.read_sound(tmp_path / "a.wav")
         assert np.allclose(found, channels[0], atol=1e-6), name
+        remarks += data.sound_remarks(found)
         assert len(remarks) == len(said), (name, remarks)
         assert all(word in remark for word, remark in zip(said, remarks, strict=True)), remarks
+
+
+@pytest.mark.parametrize(("name", "level"), [("a.wav", 1), ("a.flac", 0.7), ("a.mp3", 1)])
+def test_clipping_is_counted_before_resampling(tmp_path, name, level):
+    loud = np.clip(np.stack([noise(88200) * 12, noise(88200, 1)], 1), -1, 1)
+    soundfile.write(tmp_path / name, loud * level, 44100)
+    (said,) = (r for r in data.read_sound(tmp_path / name)[1] if "clipped" in r)
+    share = np.mean(np.abs(loud) >= 0.999)
+    ways_off = 0.15 if name == "a.mp3" else 5e-5  # its waves swing over and under full scale
+    assert float(said.partition("%")[0]) / 100 == pytest.approx(share, abs=ways_off)
 
 
 def test_copies_sound_as_recorded_elsewhere():
@@ -195,7 +265,7 @@ def test_the_front_end_hides_digital_silence_and_level():
 def test_resampling_keeps_a_tone_and_a_crop_is_a_crop_of_the_whole(tmp_path, rate):
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
     soundfile.write(tmp_path / "a.wav", np.stack([tone * 1.5, tone * 0.5], 1), rate, "FLOAT")
-    found = data.read_wav(tmp_path / "a.wav")
+    found = data.read_sound(tmp_path / "a.wav")[0]
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     assert np.abs(found - expected)[200:-200].max() < 2e-3
     whole = np.rint(found * 32768)
@@ -205,16 +275,20 @@ def test_resampling_keeps_a_tone_and_a_crop_is_a_crop_of_the_whole(tmp_path, rat
         assert np.abs(crop - whole[start:stop]).max(initial=0) <= 1
 
 
-@pytest.mark.parametrize("broken", ["half a header", "text", "nan", "missing"])
+@pytest.mark.parametrize("broken", ["half a header", "text", "nan", "missing", "int16 as float", "1 Hz"])
 def test_broken_files_are_refused_in_one_line(tmp_path, broken):
     path = write_wav(tmp_path / "a.wav")
     if broken == "nan":
         wavfile.write(path, 16000, np.full(800, np.nan, np.float32))
+    elif broken == "int16 as float":
+        wavfile.write(path, 16000, np.full(800, 2000, np.float32))
+    elif broken == "1 Hz":
+        write_wav(path, rate=1)
     elif broken == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:30] if broken == "half a header" else b"plain text\n" * 60)
-    for read in (data.read_wav, lambda path: data.read_wav_crop(path, 0, 400)):
+    for read in (data.read_sound, lambda path: data.read_wav_crop(path, 0, 400)):
         with pytest.raises(DataError) as caught:
             read(path)
         assert str(path) in str(caught.value)
@@ -238,7 +312,7 @@ def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes
     assert store.names == [f"{i}/take {i}" for i in range(5)]
     assert store.frames.tolist() == [fbank_frames(int(16000 * s)) for s in SECONDS]
     for i, name in enumerate(store.names):
-        expected = data.heard_energies(data.read_wav(root / f"{name}.wav"), name).numpy()
+        expected = data.heard_energies(data.read_sound(root / f"{name}.wav")[0], name).numpy()
         assert np.abs(store.get(i) - expected).max() <= 2**-8  # float16 below 16
         item = store.item(i)
         assert np.array_equal(item["fbank"][3:20], store.get(i, 3, 20))
@@ -249,7 +323,7 @@ def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_aga
     root, out = write_folder(tmp_path / "wav"), tmp_path / "out"
     before = data.build_fbank(root, out, workers=1, quiet=True)
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
-    first = before.get(1)
+    before_0, first = before.get(0), before.get(1)
     path = write_wav(root / "1" / "take 1.wav", int(16000 * 1.2), 77)
     os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 10))
     (out / "3" / "take 3.v3.npy").unlink()
@@ -257,6 +331,9 @@ def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_aga
     assert not np.array_equal(first, after.get(1))
     changed = [path.stem for path, at in kept.items() if path.stat().st_mtime_ns != at]
     assert sorted(changed) == ["take 1.v3", "take 3.v3"]
+    os.utime(write_wav(root / "0" / "take 0.wav", 8000, 78), (1e9, 1e9))  # unpacked with an old date
+    os.utime(out / "0" / "take 0.v3.npy", (2e9, path.stat().st_ctime - 1))
+    assert not np.array_equal(data.build_fbank(root, out, workers=1, quiet=True).get(0), before_0)
     (out / "3" / "take 3.v3.npy").write_bytes(b"half a file")
     with pytest.raises(DataError, match="take 3.v3.npy"):
         data.open_fbank(out)
@@ -271,9 +348,11 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
     (root / "2" / "take 2.wav").write_bytes(b"RIFF")
     write_wav(root / "short.wav", 300)
     (root / ".hidden.wav").write_bytes(b"RIFF")
+    write_wav(root / ".Trash" / "old.wav")
+    (root / "2" / "linked").symlink_to(root / "1")
     (root / "notes.pdf").touch()
     os.mkfifo(root / "pipe.wav")
-    named = ("1 .pdf", "pipe.wav: not an ordinary file", "short.wav", "take 2.wav")
+    named = ("1 .pdf, 1 linked folder", "pipe.wav: not an ordinary file", "short.wav", "take 2.wav")
     for store in (data.build_fbank(root, tmp_path / "out", workers=1, quiet=True), data.open_audio(root)):
         assert store.names == [f"{i}/take {i}" for i in (0, 1, 3, 4)]
         assert [word in "\n".join(store.left_out) for word in named] == [True] * 4
@@ -282,6 +361,15 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
     for build in (data.open_audio, lambda *a, **k: data.build_fbank(root, tmp_path / "s", 1, **k)):
         with pytest.raises(DataError, match="take 2.wav"):
             build(root, strict=True)
+
+
+def test_a_name_that_looks_like_a_copy(tmp_path):
+    root = write_wav(tmp_path / "wav" / "take@copy1.wav").parent
+    store = data.build_fbank(root, tmp_path / "out", workers=1, quiet=True, copies=1)
+    assert store.names == ["take@copy1", "take@copy1@copy1"]
+    (tmp_path / "out" / "index.json").write_text("[]")
+    with pytest.raises(DataError, match="index.json"):
+        data.open_fbank(tmp_path / "out")
 
 
 def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, monkeypatch):
@@ -305,6 +393,9 @@ def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, mo
     assert np.abs(store.get(3) - expected).max() <= 2**-8
     monkeypatch.setattr(data, "render", None)  # stored
     assert np.array_equal(data.percepiano_audio(*arguments).get(3), store.get(3))
-    write_wav(tmp_path / f"wav/{names[1]}.wav")
+    for name in (names[1], "another"):
+        write_wav(tmp_path / f"wav/{name}.wav")
     recorded = data.percepiano_audio(tmp_path / "corpus", tmp_path / "cache", tmp_path / "wav", quiet=True)
-    assert (recorded.names, len(recorded.left_out)) == ([names[1]], 1)
+    assert (recorded.names, len(recorded.left_out)) == ([names[1]], 2)
+    with pytest.raises(DataError, match="gone.sf2"):
+        data.percepiano_audio(*arguments[:2], base=data.Version(soundfont="gone.sf2"))

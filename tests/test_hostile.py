@@ -36,7 +36,7 @@ def stop(problem):
 READERS = {  # name of a file of the kind, and what reads it
     "score": ("x.musicxml", data.read_musicxml),
     "midi": ("x.mid", data.read_midi),
-    "sound": ("x.wav", data.read_wav),
+    "sound": ("x.wav", data.read_sound),
     "labels": (data.MEAN_FILE, lambda path: data.read_labels(path.parent)),
     "run": ("metrics.jsonl", lambda path: evaluation.read_run(path.parent)),
     "trial": ("x.npy", lambda path: evaluation._npy_corpus([path], 2, False, stop)),

@@ -92,6 +92,7 @@ def test_rows_become_recordings(tmp_path):
         ({"midi_filename": "2018/take_0.midi"}, "take_0.midi"),
         ({"midi_filename": "2018/gone.midi", "audio_filename": "2018/gone.wav"}, "gone.midi"),
         ({"midi_filename": "../up.midi"}, "up.midi"),
+        ({"duration": "nan"}, "nan"),
     ],
 )
 def test_a_bad_row_is_left_out_and_told(tmp_path, fields, found):

@@ -153,6 +153,13 @@ def test_ratings_from_audio_are_those_of_evaluate(piano, tmp_path, capsys):
     assert (heard["name"], heard["path"]) == (chosen[0], str(wav))
     assert values(heard) == pytest.approx(values(records[0]), abs=0.02)  # 16 bits
     assert "other kind" in capsys.readouterr().out
+    for beside in ("day 2/b.wav", ".trash/c.wav", "d.mid"):
+        (wav.parent / beside).parent.mkdir(exist_ok=True)
+        (wav.parent / beside).write_bytes(wav.read_bytes())
+    heard = predict("--ckpt", *paths, "--audio", wav.parent)
+    assert sorted(record["name"] for record in heard) == sorted([chosen[0], "b"])
+    said = capsys.readouterr().out
+    assert ("1 .mid" in said, "2 predicted, 0 refused" in said) == (True, True)
 
 
 def evaluated(paths: list[str], speech, out: Path) -> dict[str, dict]:

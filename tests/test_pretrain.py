@@ -139,7 +139,7 @@ def test_normalisation_is_the_recordings_own(run, maestro):
         info = load_checkpoint(Path(run(f"--max-steps 1 {argv}")["folder"]) / "last.pt")[1]["data"]
         return info["mean"], info["std"]
 
-    waves = [torch.from_numpy(data.read_wav(maestro / f"2004/r{k}.wav")) for k in range(6)]
+    waves = [torch.from_numpy(data.read_sound(maestro / f"2004/r{k}.wav")[0]) for k in range(6)]
     x = np.concatenate([data.front_end(data.fbank(wave)).half().float().numpy() for wave in waves])
     assert norm("--name own --frames 1024") == pytest.approx((x.mean(), x.std()), abs=1e-3)
     assert norm("--name audioset --audioset-norm") == (data.FBANK_MEAN, data.FBANK_STD)
@@ -207,11 +207,13 @@ def test_init_takes_the_encoder(run, tmp_path, capsys):
     for name in ("embed.weight", "blocks.0.qkv.weight", "norm.bias"):
         assert torch.equal(before[name], after.state_dict()[name])
     (tmp_path / "bad.pt").write_bytes(b"no")
+    torch.save(torch.tensor(1.0), tmp_path / "one.pth")
     torch.save({"module.v.patch_embed.proj.bias": torch.ones(64)}, tmp_path / "ssast.pth")
     for argv, *names in (
         (f"--init {best}", best, "--resume"),
         (f"--task finetune --init {tmp_path / 'bad.pt'}", "bad.pt"),
-        (f"--task finetune --init {tmp_path / 'ssast.pth'}", "SSAST weights"),
+        (f"--task finetune --init {tmp_path / 'ssast.pth'}", "ssast.pth: SSAST weights"),
+        (f"--task finetune --init {tmp_path / 'one.pth'}", "one.pth"),
         ("--model mlp", "--model mlp"),
         ("--augment-groups tempo=nonsense", "tempo=nonsense"),
     ):

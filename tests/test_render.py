@@ -205,7 +205,13 @@ def test_a_soundfont_needs_the_program_and_a_file(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "which", lambda name, program=program: program)
         with pytest.raises(DataError, match="x.sf2: .*`fluidsynth`"):
             data.render_folder(tmp_path, soundfont=tmp_path / "x.sf2")
-    assert not list(tmp_path.glob("*.wav"))
+    (tmp_path / "y").mkdir()
+    fonts = [tmp_path / "x.sf2", tmp_path / "y" / "x.sf3"]
+    for font in fonts:
+        font.touch()
+    with pytest.raises(DataError, match="x.sf2: another"):  # their folders would be one
+        data.render_all(tmp_path, tmp_path / "out", fonts)
+    assert not list(tmp_path.rglob("*.wav"))
 
 
 @pytest.mark.slow
@@ -221,6 +227,9 @@ def test_fluidsynth_plays_what_the_piano_plays(tmp_path):
     sound = sound / 32768
     assert level(sound, 0.1, 0.45) < -80 < -45 < level(sound, 0.6, 1.0) < -10
     assert abs(np.argmax(np.abs(sound) > 0.02 * np.abs(sound).max()) / RATE - 0.5) < 0.02
+    (tmp_path / "none.mid").write_bytes(b"MThd")
+    with pytest.raises(DataError, match="none.mid: not a whole MIDI"):
+        data._fluidsynth(tmp_path / "none.mid", SOUNDFONTS[0])
     (tmp_path / "empty.sf2").write_bytes(b"RIFF\x04\x00\x00\x00sfbk")
     with pytest.raises(DataError, match="a.midi: .*empty.sf2"):
         data._fluidsynth(midi, tmp_path / "empty.sf2")
