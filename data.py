@@ -3739,7 +3739,7 @@ SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes
 ALL_PARTS = ("train", "valid", "test", "competition")  # the '25 data have a validation part of their own
 BIN = 0.02  # s
 _SPEECH_FILES = {
-    "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.mat$",
+    "mat": r"/(train|test|competitionHoldOut)/[^/.][^/]*\.(?i:mat)$",
     "pickle": r"/ptDecoder_ctc(\.pkl)?$",
     "hdf5": r"/data_(train|val|test)\.hdf5$",
 }
@@ -3782,22 +3782,22 @@ def new_folder(out: Path):
 def _speech_files(source):
     """Format (mat, pickle or hdf5) and files, by part, of a folder or of one file."""
     if source.is_file():
-        return {".mat": "mat", ".hdf5": "hdf5"}.get(source.suffix, "pickle"), [source]
+        kinds = {".mat": "mat", ".hdf5": "hdf5", ".h5": "hdf5"}
+        return kinds.get(source.suffix.lower(), "pickle"), [source]
     found = {}
     for kind, pattern in _SPEECH_FILES.items():
-        paths = [path for path in sorted(source.rglob("*")) if re.search(pattern, path.as_posix())]
+        paths = [path for path in source.rglob("*") if re.search(pattern, path.absolute().as_posix())]
         if paths:
-            found[kind] = sorted(paths, key=lambda path: ALL_PARTS.index(_part_of(path)))
+            found[kind] = sorted(paths, key=lambda path: (ALL_PARTS.index(_part_of(path)), path))
     if len(found) != 1:
-        raise DataError(
-            f"{source}: no such folder, or files of {len(found)} formats in it; expected competitionData, "
-            "ptDecoder_ctc, data_{train,val,test}.hdf5 or a converted folder"
-        )
+        told = f"files of {len(found)} formats in it" if source.is_dir() else "no such folder"
+        expected = "competitionData/{train,test}/*.mat, ptDecoder_ctc or data_{train,val,test}.hdf5"
+        raise DataError(f"{source}: {told}; expected {expected}, or a converted folder")
     return found.popitem()
 
 
-def _part_of(path):
-    return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.parent.name, "train")
+def _part_of(path, otherwise="train"):
+    return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.absolute().parent.name, otherwise)
 
 
 def _run_jobs(jobs):
@@ -3822,7 +3822,7 @@ def _run_jobs(jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def _one_line(error):
+def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -3840,13 +3840,15 @@ def speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
     length = arrays[0].shape[:1] if bins is None else (int(bins),)
     widths = [channels] if len(arrays) == 1 else [256, channels // 2]
     for array in arrays:
-        if array.ndim == 2 and array.shape[0] == widths[0] != array.shape[1]:
+        if array.ndim == 2 and array.shape[0] in widths and array.shape[1] not in widths:
             raise DataError("channels x bins, the other way round; expected bins x channels: transpose them")
         right = array.shape in [(*length, width) for width in widths]
         if not right or not array.size or array.dtype.kind not in "biuf":
-            expected = f"numbers, {bins or 'some'} bins x {widths[0]} channels"
+            expected = f"numbers, {max(length, default=0) or 'some'} bins x {widths[0]} channels"
             raise DataError(f"{array.dtype} of shape {array.shape}; expected {expected}")
     x = np.concatenate([array[:, : channels // len(arrays)] for array in arrays], axis=1)
+    if x.shape[1] != channels:
+        raise DataError(f"{x.shape[1]} channels to take, not {channels}; give another --channels")
     with np.errstate(invalid="ignore", over="ignore"):
         bad = (~(np.abs(x) < _LARGEST)).any(1).sum()
     if bad:
@@ -3860,7 +3862,7 @@ def speech_trial(channels, arrays, block=-1, text="", labels=None, bins=None):
 def _read_mat(path, channels, names, left_out):
     """The one session of a file of the '24 competition; outside its folders it needs no sentences. Features
     of area 6v are the first half of the channels of each kind: tx1[:, :128] beside spikePow[:, :128]."""
-    part = _FILE_PARTS.get(path.absolute().parent.name, "competition")
+    part = _part_of(path, "competition")
     fields = ["tx1", "spikePow"] if part == "competition" else ["tx1", "spikePow", "sentenceText"]
     try:
         _refuse_mat_bomb(path)
@@ -3869,7 +3871,7 @@ def _read_mat(path, channels, names, left_out):
         blocks = np.ravel(raw.get("blockIdx", ())).astype(float)
     except Exception as error:
         told = f"expected MATLAB 7 with {', '.join(fields)}, as many of each; fetch it again"
-        raise DataError(f"{path}: unreadable ({_one_line(error)}); {told}") from error
+        raise DataError(f"{path}: unreadable ({one_line(error)}); {told}") from error
     if len(blocks) != len(trials) or (blocks % 1 != 0).any():
         blocks = [-1] * len(trials)
 
@@ -3883,7 +3885,10 @@ def _refuse_mat_bomb(path):
     """ValueError where elements say that they unpack to 200 times their size, or end beyond the file."""
     size = ordinary(path).stat().st_size
     with path.open("rb") as file:
-        order = "<" if file.read(128)[126:] == b"IM" else ">"
+        head = file.read(128)
+        if head.startswith(b"MATLAB 7.3"):
+            raise ValueError("version 7.3: save it with -v7")
+        order = "<" if head[126:] == b"IM" else ">"
         while file.tell() < size:
             kind, length = struct.unpack(f"{order}II", file.read(8))
             start = file.tell()
@@ -3984,20 +3989,19 @@ def _load_pickle(path):
             content = load_plain_pickle(file, allowed)
         return {part: list(content[part]) for part in ALL_PARTS if content.get(part)}
     except Exception as error:
-        told = "expected the dictionary of the baseline's script, of containers and arrays alone"
-        raise DataError(f"{path}: refused or unreadable as a pickle ({_one_line(error)}); {told}") from error
+        told = "expected .mat, .hdf5 or the baseline's dictionary, of containers and arrays alone"
+        raise DataError(f"{path}: refused or unreadable as a pickle ({one_line(error)}); {told}") from error
 
 
 def _read_pickle(path, channels, names, left_out):
     """The sessions of the baseline's data set. Their names come from `names`, or are the '24 data's where the
     days are as many, or day00, day01 ...: days map by name, never by position."""
     for part, days in _load_pickle(path).items():
-        public = COMPETITION_24 if part == "competition" else SESSIONS_24
-        sessions = names.get(part) or names.get("train", ())
-        if not names and len(days) == len(public):
-            sessions = public
-        elif not names and part != "competition":
-            sessions = [f"day{i:02d}" for i in range(len(days))]
+        sessions = COMPETITION_24 if part == "competition" else SESSIONS_24
+        if names:
+            sessions = names.get(part) or names.get("train", ())
+        elif len(days) != len(sessions):
+            sessions = [f"day{i:02d}" for i in range(len(days)) if part != "competition"]
         if len(sessions) != len(days):
             count = f"{len(days)} days, names of {len(sessions)}"
             left_out.append(f"{path}: {part}: {count}; expected --sessions FILE.json with one a day")
@@ -4008,7 +4012,7 @@ def _read_pickle(path, channels, names, left_out):
                 columns = [day[name] for name in fields[: 2 if part == "competition" else None]]
                 trials = list(zip(*columns, strict=True))
             except (LookupError, TypeError, ValueError) as error:
-                left_out.append(f"{path}: {part} {session}: {_one_line(error)}; expected equal lengths")
+                left_out.append(f"{path}: {part} {session}: {one_line(error)}; expected equal lengths")
                 continue
 
             def trial(i, trials=trials):
@@ -4029,23 +4033,20 @@ def _read_hdf5(path, channels, names, left_out):
         told, group = file[name].attrs, file[name]
         if not told.get("session"):
             raise DataError("no trial of a session")
-        labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else []
-        block, text, bins = (
-            told.get("block_num", -1),
-            told.get("sentence_label", ""),
-            told.get("n_time_steps"),
-        )
-        return speech_trial(channels, [group["input_features"][()]], block, text, labels, bins)
+        labels = group["seq_class_ids"][: told["seq_len"]].tolist() if "seq_class_ids" in group else None
+        about = told.get("block_num", -1), told.get("sentence_label", ""), labels, told.get("n_time_steps")
+        return speech_trial(channels, [group["input_features"][()]], *about)
 
     try:
         sessions = {}
         with h5py.File(ordinary(path)) as file:
             for name in sorted(file, key=lambda name: (len(name), name)):
-                sessions.setdefault(_string(file[name].attrs.get("session", "")), []).append(name)
+                told = getattr(file.get(name), "attrs", {})  # a link may lead nowhere
+                sessions.setdefault(_string(told.get("session", "")), []).append(name)
             for session, members in sorted(sessions.items()):
                 yield _part_of(path), session, members, trial
     except Exception as error:
-        raise DataError(f"{path}: unreadable ({_one_line(error)}); expected HDF5; fetch it again") from error
+        raise DataError(f"{path}: unreadable ({one_line(error)}); expected HDF5; fetch it again") from error
 
 
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
@@ -4063,13 +4064,16 @@ def _convert_file(read, path, channels, names, target, dtype, standardise):
                     about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
                     session.append(about | read_trial(name))
                 except (OSError, LookupError, TypeError, ValueError) as error:
-                    problems.setdefault(_one_line(error), []).append(str(name))
+                    problems.setdefault(one_line(error), []).append(str(name))
             for problem, numbers in problems.items():
                 left_out.append(f"{path}: {day}: trial {', '.join(numbers)}: {problem}")
-            row = {"part": part, "day": day, "trials": len(session)}
-            row["standardised"] = "here" if standardise_blocks(session, standardise) else "as it came"
+            how = "here" if standardise_blocks(session, standardise) else "as it came"
+            row = {"part": part, "day": day, "trials": len(session), "standardised": how}
             for trial in session:
-                x = trial.pop("x").astype(dtype)
+                with np.errstate(over="ignore"):
+                    x = trial.pop("x").astype(dtype)
+                if not np.isfinite(x).all():
+                    raise DataError(f"{path}: {day}: values beyond {dtype}'s; give --dtype float32")
                 trial["bins"] = len(x)
                 x.tofile(file)
             row["bins"] = sum(trial["bins"] for trial in session)
@@ -4125,6 +4129,8 @@ def convert_speech(
     what g2p_en said. DataError if `out` is not empty, nothing can be used, or, `strict`, anything cannot."""
     source = Path(source)
     kind, files = _speech_files(source)
+    others = [path.name for path in source.rglob("[!.]*") if path.is_file() and path not in files]
+    others = sorted(name for name in others if name != "SYNTHETIC")
     channels = channels or (512 if kind == "hdf5" else 256)
     if kind == "hdf5" and standardise == "auto":
         standardise = "off"
@@ -4133,7 +4139,7 @@ def convert_speech(
         names = {part: [day.strip() for day in days] for part, days in given.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
-        raise DataError(f"{sessions}: {_one_line(error)}; {told}") from error
+        raise DataError(f"{sessions}: {one_line(error)}; {told}") from error
     with new_folder(Path(out)) as folder:
         jobs = []
         for number, path in enumerate(files):
@@ -4147,10 +4153,13 @@ def convert_speech(
         for trial, labels in zip(bare, phonemize_all([t["text"] for t in bare], cache), strict=True):
             trial["labels"] = labels
         days = sorted({trial["day"] for trial in trials})
-        notes = []
+        notes = [f"{len(others)} other files not read: {', '.join(others[:5])}"] if others else []
         if any(trial["block"] < 0 for trial in trials):
             notes.append("days without block numbers are one block each, whose last tenth validates")
-        if not bare:
+        mute = sum(trial["part"] in ("train", "valid") and not trial["labels"] for trial in trials)
+        if mute:
+            notes.append(f"{mute} trials without labels neither train nor validate")
+        if kind != "mat" and not any(trial["text"] for trial in bare):
             notes.append("labels are the file's own: labels not compared with sentences")
         if kind == "pickle" and not sessions and set(days) & set(SESSIONS_24):
             notes.append("days are named as the '24 data's, which are as many")
@@ -4171,8 +4180,8 @@ def _gather(folder, files, results, channels, dtype):
     for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
         left_out += lines
         by_id = {trial["id"]: trial for trial in found}
-        if by_id.keys() & trials.keys():
-            left_out.append(f"{path}: a second file of its session; expected one")
+        if len(by_id) < len(found) or by_id.keys() & trials.keys():
+            left_out.append(f"{path}: a second file of its session, or day of its name; expected one")
         elif found:
             trials |= by_id
             rows += counts
@@ -4219,6 +4228,11 @@ class SpeechCorpus:
         """(n,) int64 bins of 20 ms."""
         return np.diff(self.offsets)
 
+    def __getitem__(self, i: int) -> dict:
+        """Trial i as collate_speech takes it: x (T, C) float32, day, labels (L,) int64, id."""
+        x = np.array(self.features[self.offsets[i] : self.offsets[i + 1]], np.float32)
+        return {"x": x, "day": self.day[i], "labels": self.labels[i], "id": self.ids[i]}
+
     def __getstate__(self) -> dict:
         """For a worker process, which opens the file itself: a pickled memory map is a copy of it."""
         mapped = isinstance(self.features, np.memmap)
@@ -4237,7 +4251,8 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
     if (root / "trials.json").is_file():
         corpus = _open_converted(root)
     else:
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _speech_files(root)[1]]
+        files = filter(Path.exists, _speech_files(root)[1])
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha1(json.dumps([SPEECH_VERSION, speech_rules(), stats]).encode())
         root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
         with cache_lock(cache):
@@ -4258,9 +4273,13 @@ def _open_converted(root):
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
+        features = np.load(ordinary(root / "features.npy"), mmap_mode="r")
+        offsets = np.load(ordinary(root / "offsets.npy"))
+        if (len(offsets), offsets[-1]) != (len(info["trials"]) + 1, len(features)):
+            raise ValueError(f"{len(offsets)} offsets, {len(features)} bins, of other files than trials.json")
         return SpeechCorpus(
-            features=np.load(ordinary(root / "features.npy"), mmap_mode="r"),
-            offsets=np.load(ordinary(root / "offsets.npy")),
+            features=features,
+            offsets=offsets,
             labels=[np.array(ids, np.int64) for ids in column["labels"]],
             text=column["text"],
             ids=column["id"],
@@ -4271,7 +4290,7 @@ def _open_converted(root):
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         remedy = "`python data.py decoder-convert` makes one"
-        raise DataError(f"{root}: no converted corpus ({_one_line(error)}); {remedy}") from error
+        raise DataError(f"{root}: no converted corpus ({one_line(error)}); {remedy}") from error
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
@@ -4282,7 +4301,7 @@ def report_speech(corpus: SpeechCorpus) -> None:
     print(f"{corpus.channels} channels, {corpus.features.dtype}")
     rows = corpus.report["days"]
     for row in (rows[0], *(row.values() for row in rows)):
-        print("".join(f"{value:>16}" for value in row))
+        print("".join(f" {value:>15}" for value in row))
     for note in corpus.report["notes"]:
         print(note)
     print_left_out(corpus.left_out)
@@ -4300,28 +4319,29 @@ def frames_needed(labels) -> int:
     return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
 
-def speech_parts(corpus: SpeechCorpus, valid: str = "blocks", seed: int = 7) -> dict[str, np.ndarray]:
+def speech_parts(corpus: SpeechCorpus, valid: str = "blocks") -> dict[str, np.ndarray]:
     """Trial numbers of train, valid, test and competition. `valid` "blocks": the '25 data's own part, or
-    `validation_blocks`, and of a day without block numbers the last tenth of its trials. "test": the test
-    part validates too, the '24 baseline's habit. Unlabelled trials neither train nor validate."""
+    `validation_blocks`, and of a day without block numbers the last tenth of its trials; if all that is none
+    (days of one block), the `last_tenth` of every day. "test": the test part validates too, the '24
+    baseline's habit. Unlabelled trials neither train nor validate."""
     parts = {part: np.flatnonzero(corpus.part == part) for part in ALL_PARTS}
     labelled = {part: trials[corpus.labelled[trials]] for part, trials in parts.items()}
     train, held = labelled["train"], labelled["test" if valid == "test" else "valid"]
     if valid == "blocks" and not len(held):
-        held = _held_trials(corpus, train, seed)
+        held = _held_trials(corpus, train)
     if len(train) and not len(held):
         raise DataError(f"{corpus.root}: --valid {valid}: no labelled trial to validate on; use the other")
     return parts | {"train": np.setdiff1d(train, held), "valid": held}
 
 
-def validation_blocks(days: Iterable[tuple[str, Mapping[int, int]]], seed: int = 7) -> set:
+def validation_blocks(days: Iterable[tuple[str, Mapping[int, int]]]) -> set:
     """(session, block) that validate, of days (session, {block: trials}) in order: about a tenth of trials.
-    While less than a tenth of those so far is held out, a day gives its block of the smallest sha1 of (seed,
+    While less than a tenth of those so far is held out, a day gives its block of the smallest sha1 of (7,
     session, block); one block of a day always trains."""
     held, kept, seen = set(), 0, 0
     for session, sizes in days:
         seen += sum(sizes.values())
-        ranked = sorted(sizes, key=lambda k: hashlib.sha1(f"{seed}:{session}:{k}".encode()).hexdigest())
+        ranked = sorted(sizes, key=lambda k: hashlib.sha1(f"7:{session}:{k}".encode()).hexdigest())
         for block in ranked[:-1]:
             if kept < seen / 10:
                 held.add((session, block))
@@ -4329,38 +4349,20 @@ def validation_blocks(days: Iterable[tuple[str, Mapping[int, int]]], seed: int =
     return held
 
 
-def _held_trials(corpus, train, seed):
+def _held_trials(corpus, train):
     """Those of the training trials that `--valid blocks` holds out."""
-    counted, held = [], []
-    for day, session in enumerate(corpus.days):
-        trials = train[corpus.day[train] == day]
-        if (corpus.block[trials] < 0).any():
-            held += trials[len(trials) - len(trials) // 10 :].tolist()
-        else:
-            counted.append((session, Counter(corpus.block[trials].tolist())))
-    blocks = validation_blocks(counted, seed)
-    held += [i for i in train if (corpus.days[corpus.day[i]], int(corpus.block[i])) in blocks]
-    return np.array(sorted(held), np.int64)
+    of_day = [train[corpus.day[train] == day] for day in range(len(corpus.days))]
+    sizes = [Counter(corpus.block[trials].tolist()) for trials in of_day]
+    blocks = validation_blocks((day, n) for day, n in zip(corpus.days, sizes, strict=True) if -1 not in n)
+    held = [i for i in train if (corpus.days[corpus.day[i]], int(corpus.block[i])) in blocks]
+    whole = [trials for trials, n in zip(of_day, sizes, strict=True) if -1 in n and len(trials) > 9]
+    tenths = map(last_tenth, whole if held or whole else of_day)
+    return np.sort(np.concatenate([held, *tenths])).astype(np.int64)
 
 
-def speech_item(corpus: SpeechCorpus, i: int) -> dict:
-    """Trial i as collate_speech takes it: x (T, C) float32, day, labels (L,) int64, id."""
-    x = np.array(corpus.features[corpus.offsets[i] : corpus.offsets[i + 1]], np.float32)
-    return {"x": x, "day": int(corpus.day[i]), "labels": corpus.labels[i], "id": corpus.ids[i]}
-
-
-class SpeechTrials(torch.utils.data.Dataset):
-    """Trials `numbers` of the corpus, read when asked for. `days`: `map_days` to the model's."""
-
-    def __init__(self, corpus: SpeechCorpus, numbers: np.ndarray, days: np.ndarray):
-        self.corpus, self.numbers, self.days = corpus, numbers, days
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, k: int) -> dict:
-        item = speech_item(self.corpus, self.numbers[k])
-        return item | {"day": int(self.days[item["day"]])}
+def last_tenth(trials: np.ndarray) -> np.ndarray:
+    """The last tenth of trials, at least one; the first of them is never of it."""
+    return trials[1:][-max(1, len(trials) // 10) :]
 
 
 def collate_speech(items: list[dict]) -> dict:
@@ -4398,11 +4400,11 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     of two) or "mean" (-1: the mean of all day layers)."""
     index = {name: i for i, name in enumerate(days_of_model)}
     unknown = [name for name in days_of_corpus if name not in index]
-    if rule not in ("nearest", "mean") and (unknown or rule):
+    if unknown and rule not in ("nearest", "mean"):
         told = f"not of {', '.join(days_of_model)}; use --day nearest or --day mean"
-        raise DataError(f"session {', '.join(unknown)}, --day {rule}: {told}")
-    dates = list(map(_session_date, days_of_model)) if rule == "nearest" and unknown else []
-    for name in unknown if dates else ():
+        raise DataError(f"session {', '.join(unknown)}: {told}")
+    for name in unknown if rule == "nearest" else ():
+        dates = map(_session_date, days_of_model)
         far = [(abs(day - _session_date(name)), day) for day in dates]
         index[name] = far.index(min(far))
     return np.array([index.get(name, -1) for name in days_of_corpus], np.int64)
@@ -4418,14 +4420,14 @@ def _session_date(name):
 
 
 def add_noise(
-    x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, generator=None, walk: float = 0.0
+    x: torch.Tensor, lengths: torch.Tensor, white: float, offset: float, walk: float = 0.0
 ) -> torch.Tensor:
     """x (B, T, C) plus, on valid bins only, white noise of SD `white` per bin and channel, a constant of SD
     `offset` per trial and channel and a random walk of SD `walk` a bin; 0 turns each off. All come before the
     model's Gaussian smoothing, which scales white noise by .376 (.8 arrives as .30, .2 as .075) and leaves
     the constant as it is."""
     B, T, C = x.shape
-    draw = functools.partial(torch.randn, generator=generator, device=x.device)
+    draw = functools.partial(torch.randn, device=x.device)
     noise = torch.zeros_like(x)
     if white:
         noise = noise + white * draw(B, T, C)
@@ -4437,27 +4439,25 @@ def add_noise(
     return x + noise * valid[:, :, None]
 
 
-def random_gain(x: torch.Tensor, sd: float, generator=None) -> torch.Tensor:
+def random_gain(x: torch.Tensor, sd: float) -> torch.Tensor:
     """x (B, T, C) times 1 + a number of SD `sd` per trial and channel; 0: off."""
     if not sd:
         return x
-    return x * (1 + sd * torch.randn(len(x), 1, x.shape[2], generator=generator, device=x.device))
+    return x * (1 + sd * torch.randn(len(x), 1, x.shape[2], device=x.device))
 
 
-def mask_channels(x: torch.Tensor, electrodes: float, features: float, generator=None) -> torch.Tensor:
+def mask_channels(x: torch.Tensor, electrodes: float, features: float) -> torch.Tensor:
     """x (B, T, C) with a share of each trial's electrodes set to zero, in both halves of the features (counts
     and power of an electrode), and a share of its single features; 0: off."""
     B, _, C = x.shape
     for share, size in ((electrodes, C // 2), (features, C)):
         if share:
-            hidden = torch.rand(B, 1, size, generator=generator, device=x.device) < share
+            hidden = torch.rand(B, 1, size, device=x.device) < share
             x = x.masked_fill(hidden.repeat(1, 1, C // size), 0.0)
     return x
 
 
-def time_mask(
-    x: torch.Tensor, lengths: torch.Tensor, prob: float, width: float, most: int, generator=None
-) -> torch.Tensor:
+def time_mask(x: torch.Tensor, lengths: torch.Tensor, prob: float, width: float, most: int) -> torch.Tensor:
     """x (B, T, C) with spans of bins set to zero. Each of `most` spans a trial is placed with probability
     `prob`; its length is uniform over 1..width bins (a width under 1 is a share of the trial's length), its
     start over the places where it fits. 0 for any of the three: off.
@@ -4467,7 +4467,7 @@ def time_mask(
     if not (prob and width and most):
         return x
     B, T, C = x.shape
-    draw = torch.rand(3, B, most, generator=generator, device=x.device)
+    draw = torch.rand(3, B, most, device=x.device)
     length = lengths.to(x.device)[:, None]
     widest = (length * width if width < 1 else torch.full_like(length, width)).long()
     widest = torch.minimum(widest.clamp(min=1), length)
@@ -4567,8 +4567,7 @@ def _record(rate, rng):
     counts = np.minimum(rng.poisson(np.exp(np.minimum(rate, 2.5))), 255).astype(np.uint8)
     fields = {"tx1": counts}
     for name, kept in (("tx2", 0.5), ("tx3", 0.4), ("tx4", 0.4)):
-        counts = rng.binomial(counts, kept).astype(np.uint8)
-        fields[name] = counts
+        fields[name] = counts = rng.binomial(counts, kept).astype(np.uint8)
     power = np.exp(2.5 + 0.6 * rate + 0.5 * rng.standard_normal(rate.shape, np.float32)).astype(np.float32)
     # Three bits of mantissa are plenty beside the noise, and files shrink to a quarter.
     fields["spikePow"] = (power.view(np.uint32) & np.uint32(0xFFF00000)).view(np.float32)

@@ -92,7 +92,6 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     segment_of,
     shown,
     sound_remarks,
-    speech_item,
     speech_parts,
     speech_rules,
     speech_trial,
@@ -986,18 +985,18 @@ def part_scores(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tu
     return scores, refs, hyps
 
 
-def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int = 64) -> list:
+def speech_logits(model, corpus: SpeechCorpus, indices, days, batch: int = 64) -> list:
     """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
     window. days (corpus days,): the model's index of each, from data.map_days. Batches by length."""
     indices, training = np.asarray(indices, np.int64), model.training
     order = np.argsort(corpus.lengths[indices], kind="stable")
-    days = torch.as_tensor(days)
+    days, device = torch.as_tensor(days), next(model.parameters()).device
     result: list = [None] * len(indices)
     model.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            items = collate_speech([speech_item(corpus, i) for i in indices[chosen]])
+            items = collate_speech([corpus[i] for i in indices[chosen]])
             logits, frames = model(items["x"].to(device), items["lengths"], days[items["day"]].to(device))
             log_probs = logits.float().log_softmax(-1).cpu().numpy()
             for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
@@ -1009,23 +1008,19 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, device, batch: int
 def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> list:
     """`speech_logits`; of several checkpoints the logarithm of their mean probability. args: day, device.
     Says which day layer stands in for a session that a checkpoint does not know."""
-    total: list = []
+    each = []
     used = np.unique(corpus.day[trials])
     sessions = [corpus.days[day] for day in used]
     for path, model, ckpt in loaded:
         known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
         days[used] = map_days(sessions, known, args.day)
-        unknown = {
-            s: known[k] if k >= 0 else "mean"
-            for s, k in zip(sessions, days[used], strict=True)
-            if s not in known
-        }
+        layers = [*known, "mean"]
+        unknown = {s: layers[k] for s, k in zip(sessions, days[used], strict=True) if s not in known}
         if unknown:
             print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
-        each = speech_logits(model.to(args.device), corpus, trials, days, args.device)
-        total = [np.logaddexp(a, b) for a, b in zip(total, each, strict=True)] if total else each
-    return [row - np.float32(np.log(len(loaded))) for row in total]
+        each.append(speech_logits(model.to(args.device), corpus, trials, days))
+    return [np.logaddexp.reduce(rows) - np.float32(np.log(len(each))) for rows in zip(*each, strict=True)]
 
 
 def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean") -> Tensor:
@@ -1037,14 +1032,13 @@ def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean
 def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batch: int, search=None) -> dict:
     """Metrics of the present weights; days: the model's index of each day of the corpus. Trials too short for
     their labels count in every error rate, not in the loss. search: a WordSearch, for word errors as well."""
-    device = next(model.parameters()).device
-    log_probs = speech_logits(model, corpus, trials, days, device, batch)
+    log_probs = speech_logits(model, corpus, trials, days, batch)
     scores, refs, hyps = part_scores(log_probs, corpus, trials)
     metrics = {f"valid_{name}": value for name, value in scores.items()}
     losses = []
     for row, labels in zip(log_probs, refs, strict=True):
         counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
-        if len(row) >= max(1, frames_needed(labels)):
+        if len(row) >= frames_needed(labels):
             losses.append(float(ctc_losses(torch.as_tensor(row)[None], *counts)))
     if search:
         settings = word_settings(corpus.channels)
@@ -1120,6 +1114,15 @@ def _speech_parts(args, loaded):
     return corpus, speech_parts(corpus, data["valid"])
 
 
+def _labelled_part(args, loaded):
+    """`_speech_parts` with the labelled trials of args.part alone; these, and their log-probabilities."""
+    corpus, parts = _speech_parts(args, loaded)
+    trials = parts[args.part][corpus.labelled[parts[args.part]]]
+    if not len(trials):
+        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another")
+    return corpus, parts | {args.part: trials}, trials, mean_logits(loaded, corpus, trials, args)
+
+
 def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
     tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
@@ -1128,13 +1131,13 @@ def _say_circumstances(args, loaded, corpus):
         tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
 
 
-def substitutions(refs: list, hyps: list, most: int = 10) -> list[list]:
-    """The most frequent [reference phoneme, decoded phoneme, times]."""
+def substitutions(refs: list, hyps: list) -> list[list]:
+    """The thirty most frequent [reference phoneme, decoded phoneme, times]."""
     pairs: Counter = Counter()
     for ref, hyp in zip(refs, hyps, strict=True):
         edits = Levenshtein.editops(ref, hyp)
         pairs.update((ref[e.src_pos], hyp[e.dest_pos]) for e in edits if e.tag == "replace")
-    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in pairs.most_common(most)]
+    return [[PHONEMES[a], PHONEMES[b], times] for (a, b), times in pairs.most_common(30)]
 
 
 def spell(ids: Iterable[int]) -> str:
@@ -1168,20 +1171,23 @@ def spoken_words(text: str) -> list[str]:
 
 def read_lexicon(path: str | Path) -> Lexicon:
     """Lines "word PH PH ...", in order, each once; of the CMU dictionary's habits stress digits, variants
-    "word(2)" and comments after ";;;" are understood, and a SIL at the end."""
+    "word(2)" and comments after ";;;" or "# " are understood, and a SIL at the end."""
     entries: dict[tuple, None] = {}
     try:
-        for line in read_file(path).decode().splitlines():
-            line = line.partition(";;;")[0].strip().removesuffix(" SIL")
+        lines = read_file(path).decode("utf-8-sig", "replace").splitlines()  # transcripts are ASCII
+        for number, line in enumerate(lines, 1):
+            line = re.split(r";;;|(?:^|\s)#\s", line)[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
-                sounds = tuple(PHONEMES.index(name.rstrip("012")) for name in names)
-                if not sounds or 0 in sounds:
-                    raise ValueError(f"{word} has no phonemes")
-                entries[re.sub(r"\(\d+\)$", "", word).lower(), sounds] = None
+                names = [name.rstrip("012") for name in names]
+                if not names or not set(PHONEMES[1:]).issuperset(names):
+                    raise ValueError(f"line {number}: {line:.80}")
+                entries[re.sub(r"\(\d+\)$", "", word).lower(), tuple(map(PHONEMES.index, names))] = None
+        if not entries:
+            raise ValueError("no word")
     except (OSError, ValueError) as error:
-        expected = "expected lines of a word and its phonemes"
-        raise DataError(f"{path}: line {len(entries) + 1} or later: {error}; {expected}") from error
+        expected = "expected lines of a word and its phonemes, as THE DH AH0"
+        raise DataError(f"{path}: {error}; {expected}") from error
     return list(entries)
 
 
@@ -1205,7 +1211,7 @@ def split_at_silence(ids: Iterable[int]) -> list:
     return [tuple(piece) for silent, piece in itertools.groupby(map(int, ids), SIL.__eq__) if not silent]
 
 
-def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
+def witten_bell(sentences: Iterable[list[str]]) -> dict:
     """{n-gram: [probability, back-off weight]} of an interpolated Witten-Bell model (Witten & Bell 1991; Chen
     & Goodman 1999): P(w | h) = (c(h w) + t(h) P(w | h')) / (c(h) + t(h)), t(h) the number of different words
     after h, h' without h's first word, and 1 / V below the unigrams, V the words with </s> and <unk>."""
@@ -1213,7 +1219,7 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
     for sentence in sentences:
         padded = ("<s>", *sentence, "</s>")
         for i in range(1, len(padded)):
-            for first in range(max(0, i - order + 1), i + 1):
+            for first in range(max(0, i - 2), i + 1):
                 after.setdefault(padded[first:i], Counter())[padded[i]] += 1
     if not after:
         raise DataError("language model: no training transcript; expected at least one; give --lm FILE")
@@ -1234,9 +1240,9 @@ def witten_bell(sentences: Iterable[list[str]], order: int = 3) -> dict:
 
 def write_arpa(path: str | Path, model: dict) -> None:
     """Writes the model of `witten_bell` as ARPA: log10 probability, words, log10 back-off weight."""
-    sections: dict[int, list[str]] = {n: [] for n in range(1, max(map(len, model)) + 1)}
+    sections: dict[int, list[str]] = {1: [], 2: [], 3: []}
     for gram, (p, backoff) in sorted(model.items()):
-        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < len(sections) else ""
+        weight = f"\t{math.log10(backoff):.7f}" if len(gram) < 3 else ""
         sections[len(gram)].append(f"{math.log10(p):.7f}\t{' '.join(gram)}{weight}")
     lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
     for n, section in sections.items():
@@ -1261,7 +1267,8 @@ def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
     *scores, unknown = [lm.score(start, i)[1] for i in range(len(vocabulary) + 1)]
     known = len(scores) - scores.count(unknown)
     if not known:
-        raise DataError(f"{path}: knows none of {len(vocabulary)} words, such as {vocabulary[:1]}")
+        told = f"knows none of {len(vocabulary)} words, such as {vocabulary[:1]}"
+        raise DataError(f"{path}: {told}; expected an n-gram model of words in lower case")
     return lm, scores, known
 
 
@@ -1303,9 +1310,9 @@ class WordSearch:
 
     def decode(self, log_probs: np.ndarray, settings: dict) -> list[str]:
         """The best words of one trial: log_probs (F, 41), settings by WORD_OPTIONS. No frame, no word."""
-        return self.hypotheses(log_probs, settings, 1)[0]["words"]
+        return self.hypotheses(log_probs, settings)[0]["words"]
 
-    def hypotheses(self, log_probs: np.ndarray, settings: dict, most: int | None = None) -> list[dict]:
+    def hypotheses(self, log_probs: np.ndarray, settings: dict) -> list[dict]:
         """The beam's word strings, best first: words, acoustic (scaled), lm (log10) and total score."""
         if not len(log_probs):
             return [{"words": [], "acoustic": 0.0, "lm": 0.0, "total": 0.0}]
@@ -1320,7 +1327,7 @@ class WordSearch:
         )
         decoder = self.library.LexiconDecoder(options, self.trie, self.lm, SIL, 0, len(self.words), [], False)
         found: dict[tuple, dict] = {}
-        for one in decoder.decode(emissions.ctypes.data, *emissions.shape)[:most]:
+        for one in decoder.decode(emissions.ctypes.data, *emissions.shape):
             words = [self.words[i] for i in one.words if i >= 0]
             scores = {"acoustic": one.emittingModelScore, "lm": one.lmScore, "total": one.score}
             found.setdefault(tuple(words), {"words": words, **scores})
@@ -1429,9 +1436,10 @@ def words(
         references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
         heard = list(itertools.compress(valid[0], known))
         untuned = [search.decode(row, settings) for row in itertools.compress(log_probs, labelled)]
-        figures["wer_untuned"] = error_rate(word_counts(untuned, corpus, scored))
         settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
-        print(f"WER without it {figures['wer_untuned']:.4f}")
+        if untuned:
+            figures["wer_untuned"] = error_rate(word_counts(untuned, corpus, scored))
+            print(f"WER without it {figures['wer_untuned']:.4f}")
     beams = [search.hypotheses(row, settings) for row in log_probs]
     sentences = [beam[0]["words"] for beam in beams]
     if len(scored):
@@ -1640,7 +1648,7 @@ def pretrain_summary(figures: dict) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray | None = None) -> np.ndarray:
+def permutation_p(y, p, groups, n: int = 1000, folds: np.ndarray | None = None) -> np.ndarray:
     """One-sided p-value per dimension, (D,), of the Pearson correlation (mean over folds) if predictions knew
     nothing. Items of one of groups (n,) are alike, so each receives the predictions of a whole group of its
     fold, in random order, cut or repeated to its size; folds of the same groups are permuted alike.
@@ -1651,7 +1659,7 @@ def permutation_p(y, p, groups, n: int = 1000, seed: int = 7, folds: np.ndarray 
     rows_of = {(fold, k): np.flatnonzero((folds == fold) & (group == k)) for fold, k in takers}
     largest = max(map(len, rows_of.values()))
     observed, as_good = by_fold(pearson, folds, y, p), 0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(7)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
@@ -1768,14 +1776,11 @@ def _side(args, paths):
     loaded = _load_models(paths)
     items = {}
     if loaded[0][2]["task"] == "decoder":
-        corpus, parts = _speech_parts(args, loaded)
-        trials = parts[args.part]
-        trials = trials[corpus.labelled[trials]]
-        log_probs = mean_logits(loaded, corpus, trials, args)
+        corpus, parts, trials, log_probs = _labelled_part(args, loaded)
         for i, *strings in zip(trials, *greedy_strings(log_probs, corpus, trials), strict=True):
             items[corpus.ids[i]] = tuple(strings)
         if wants_words(args):
-            said = words_of_part(args, loaded, corpus, parts | {args.part: trials}, log_probs)["sentences"]
+            said = words_of_part(args, loaded, corpus, parts, log_probs)["sentences"]
             for i, sentence in zip(trials, said, strict=True):
                 items[corpus.ids[i]] += spoken_words(corpus.text[i]), sentence
         return items, {"decoder": True, "synthetic": corpus.synthetic}
@@ -2260,7 +2265,9 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
     kinds = MIDI_KINDS if args.midi else SOUND_KINDS if args.audio else (".npy",)
     inputs = _expand(args.midi or args.audio or args.speech, kinds)
-    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or [])):
+    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or args.speech)):
+        if args.speech and [folder] in inputs:
+            continue  # a corpus
         for line in other_kinds(folder, kinds):
             print(f"left out: {line}")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
@@ -2290,11 +2297,12 @@ def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
         found = files_below(path, kinds)
-        inside = [file for file in found if file.parent == path or file.suffix != ".npy"]
+        inside = [file for file in found if file.parent == path or file.suffix.lower() != ".npy"]
         if (path / "trials.json").exists() or not inside:
             inside = [path]
         for file in inside:
-            blocks.setdefault(file.parent if file.suffix == ".npy" else file, []).append(file)
+            is_npy = file.suffix.lower() == ".npy"
+            blocks.setdefault(file.parent if is_npy else file, []).append(file)
     return list(blocks.values())
 
 
@@ -2536,7 +2544,7 @@ def compare_takes(records: list[dict]) -> None:
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
-    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix == ".npy"
+    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix.lower() == ".npy"
     if is_npy:
         corpus = _npy_corpus(files, channels, args.raw, refuse)
     else:
@@ -2552,12 +2560,13 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
     log_probs = mean_logits(loaded, layers, trials, settings)
-    parts = {None: trials, "valid": trials, "train": []}
-    if wants_words(args) and not (args.lexicon and args.lm):
-        parts["train"] = speech_parts(corpus, loaded[0][2]["data"]["valid"])["train"]
-        if not len(parts["train"]):
+    said = None
+    if wants_words(args):
+        parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+        if not (len(parts["train"]) or (args.lexicon and args.lm)):
             raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
-    said = words_of_part(settings, loaded, corpus, parts, log_probs) if wants_words(args) else None
+        tuned_on = [log_probs[i] for i in parts["valid"]], parts["valid"]
+        said = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
     refs, hyps = greedy_strings(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     for i, (name, ref, hyp) in enumerate(zip(corpus.ids, refs, hyps, strict=True)):
@@ -2589,13 +2598,14 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
     for path in files:
         try:
             x = np.lib.format.open_memmap(ordinary(path), mode="r")
-            trials.append(speech_trial(channels, [x], text=printable(path)) | {"name": printable(path.stem)})
+            trials.append(speech_trial(channels, [x], text=printable(path)))
         except (OSError, ValueError, EOFError, ArithmeticError, MemoryError) as error:
             refuse(f"{path}: {error!s:.150}; expected bins × {channels} numbers")
     if not raw:
         standardise_blocks(trials)
     features = [np.zeros((0, channels)), *(trial["x"] for trial in trials)]
-    names, count = [trial["name"] for trial in trials], len(trials)
+    paths = [trial["text"] for trial in trials]
+    names, count = [Path(path).stem for path in paths], len(paths)
     return SpeechCorpus(
         features=np.concatenate(features).astype(np.float32),
         offsets=np.cumsum([len(x) for x in features]),
@@ -2603,7 +2613,7 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
         block=np.zeros(count, np.int64),
         part=np.full(count, ""),
         labels=[np.zeros(0, np.int64)] * count,
-        text=[trial["text"] for trial in trials],
+        text=paths,
         ids=names,
         days=names,
         channels=channels,
@@ -3000,11 +3010,7 @@ def draw_ratings(y: np.ndarray, p: np.ndarray):
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
     """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
-    corpus, split = _speech_parts(args, loaded)
-    trials = split[args.part][corpus.labelled[split[args.part]]]
-    if not len(trials):
-        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another, or --no-data")
-    log_probs = mean_logits(loaded, corpus, trials, args)
+    corpus, split, trials, log_probs = _labelled_part(args, loaded)
     figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     figures["interval"] = trial_bootstrap(counts)
@@ -3017,12 +3023,12 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
     parts = {
         "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
-        "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps, 30)),
+        "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     if wants_words(args):
-        found = words_of_part(args, loaded, corpus, split | {args.part: trials}, log_probs)
+        found = words_of_part(args, loaded, corpus, split, log_probs)
         said, rows = found.pop("sentences"), []
         for i in order:
             text = " ".join(spoken_words(corpus.text[trials[i]]))

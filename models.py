@@ -22,6 +22,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     load_plain_pickle,
     locked,
     on_stop,
+    one_line,
     ordinary,
     shown,
     speech_rules,
@@ -357,7 +358,7 @@ def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise DataError(f"{type(model).__name__} weights: {_one_line(error)}; expected others") from error
+        raise DataError(f"{type(model).__name__} weights: {one_line(error)}; expected others") from error
     return model.eval()
 
 
@@ -424,10 +425,8 @@ class GRUDecoder(nn.Module):
     ):
         super().__init__()
         self.model_args = _arguments(locals())
-        if (
-            min(channels, days, hidden, layers, classes, kernel, stride, smooth_taps) < 1
-            or aux_layer >= layers
-        ):
+        sizes = channels, days, hidden, layers - aux_layer, classes, kernel, stride, smooth_taps
+        if min(sizes) < 1:
             found = f"GRUDecoder: {self.model_args}"
             raise DataError(f"{found}; expected sizes of at least 1, aux_layer < layers")
         self.kernel, self.stride = kernel, stride
@@ -557,10 +556,8 @@ def gru_decoder_from_baseline(state_dict: Mapping, stride: int = 4) -> GRUDecode
     Sizes from the shapes, dropout as they were trained; the stride is not in the weights. Dead parameters
     (`inpLayer*`) are left out; any other unknown or missing name raises DataError.
     """
-    weights = {}
-    for name, value in state_dict.items():
-        if "inpLayer" not in name:
-            weights[_bare(name)] = torch.as_tensor(value).float()
+    alive = [name for name in state_dict if "inpLayer" not in name]
+    weights = {_bare(name): torch.as_tensor(state_dict[name]).float() for name in alive}
     of_25 = "day_weights.0" in weights
     try:
         if of_25:
@@ -628,15 +625,6 @@ def _float64(kind: _Float64, raw: bytes) -> float:
     return struct.unpack("<d", raw)[0]
 
 
-def _of_baseline(path):
-    """What to do with a file that is no checkpoint of ours but a public decoder baseline's; else ""."""
-    if read_baseline(path) is None:
-        return ""
-    return (
-        f"a public decoder baseline's weights: convert, python data.py decoder-weights --in {path} --out FILE"
-    )
-
-
 def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     """A file of either public trainer ('24: modelWeights, '25: best_checkpoint) as a decoder and its
     sessions; None where the file is none. Sessions of '25 stand in `args.yaml` beside it, those of '24 are
@@ -644,10 +632,7 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     stand_ins = [(_Float64, "numpy.dtype")]
     stand_ins += [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     content = None
-    with (
-        suppress(Exception),
-        torch.serialization.safe_globals(stand_ins),
-    ):  # of whatever a foreign file raises
+    with suppress(Exception), torch.serialization.safe_globals(stand_ins):  # of what a foreign file raises
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or "format" in content:
@@ -658,12 +643,15 @@ def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
         return None
     try:
         model = gru_decoder_from_baseline(weights)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        found = f"{path}: unlike a public baseline's weights ({one_line(error)})"
+        raise DataError(f"{found}; expected modelWeights or best_checkpoint, whole") from error
+    _check_finite(path, model)
     days, beside = model.model_args["days"], Path(path).with_name("args.yaml")
     sessions = [] if "day_weights.0" in names else SESSIONS_24
     if not sessions and beside.is_file():
-        sessions = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", beside.read_text(), re.MULTILINE)
+        text = beside.read_text(encoding="utf-8", errors="replace")
+        sessions = re.findall(r"^[ -]+['\"]?(t\d+\.\d{4}\.\d\d\.\d\d)\b", text, re.MULTILINE)
         sessions = list(dict.fromkeys(sessions))
     return model, sessions if len(sessions) == days else [f"day{i:02d}" for i in range(days)]
 
@@ -687,7 +675,7 @@ def decoder_info(days: list[str], channels: int, valid: str, synthetic: bool) ->
 
 def save_baseline(path: str | Path, out: str | Path) -> None:
     """`python data.py decoder-weights`: a checkpoint of ours of a public baseline's file."""
-    found = read_baseline(path)
+    found = read_baseline(ordinary(path))
     if found is None:
         raise DataError(f"{path}: no weights of a public baseline; expected modelWeights or best_checkpoint")
     model, sessions = found
@@ -1187,7 +1175,7 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
             model.load_state_dict(model.state_dict() | head)
     except (KeyError, RuntimeError) as error:
         raise DataError(
-            f"SSAST weights: {_one_line(error)}; expected patches of 16 x 16, stride 16 or 10, public names"
+            f"SSAST weights: {one_line(error)}; expected patches of 16 x 16, stride 16 or 10, public names"
         ) from error
     return model
 
@@ -1516,7 +1504,7 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
         write_atomic(path, write)
     except RuntimeError as error:  # torch's of a full disk
         raise DataError(
-            f"{path}: not written ({_one_line(error)}); make room; the earlier one is whole"
+            f"{path}: not written ({one_line(error)}); make room; the earlier one is whole"
         ) from error
 
 
@@ -1570,12 +1558,19 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
             model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(weights)
     except Exception as error:
-        advice = _of_baseline(path) or "expected a last.pt or best.pt of this repository"
-        found = _one_line(error).split("weights_only")[0]  # torch's own text suggests unsafe loading
+        advice = "expected a last.pt or best.pt of this repository"
+        if read_baseline(path):
+            how = f"python data.py decoder-weights --in {path} --out FILE"
+            advice = f"a public decoder baseline's weights: convert, {how}"
+        found = re.split("This file can|weights_only", one_line(error))[0]  # torch advises unsafe loading
         raise DataError(f"{path}: no checkpoint to read ({found}); {advice}") from error
+    _check_finite(path, model)
+    return model.eval(), ckpt
+
+
+def _check_finite(path, model):
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise DataError(f"{path}: weights that are not finite; give an earlier checkpoint")
-    return model.eval(), ckpt
 
 
 class _Anything:
@@ -1640,10 +1635,6 @@ class _Bounded(TorchFunctionMode):
         if min(self.calls, self.room) < 0:
             raise ValueError("its sizes make more than its weights")
         return made
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1945,7 +1936,7 @@ def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: in
             if device.type == "cuda" and states[rank]["cuda"] is not None:
                 torch.cuda.set_rng_state(states[rank]["cuda"], device)
     except (RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: does not fit this run ({_one_line(error)})") from error
+        raise DataError(f"{path}: does not fit this run ({one_line(error)})") from error
     return ckpt["ema"] and {name: value.to(device) for name, value in ckpt["ema"].items()}
 
 

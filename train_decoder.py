@@ -209,7 +209,7 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
 
 def fitting(corpus: data.SpeechCorpus, trials: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """(n,) bool: True where the frames of a trial can spell its labels; CTC has no finite loss elsewhere."""
-    needed = np.array([max(1, data.frames_needed(corpus.labels[i])) for i in trials])
+    needed = np.array([data.frames_needed(corpus.labels[i]) for i in trials])
     frames = output_frames(corpus.lengths[trials] - args.random_cut, args.kernel, args.stride)
     return frames - args.short_frames >= needed
 
@@ -288,6 +288,9 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
     if args.new_day:
         new = np.array([day not in known for day in corpus.days])
         parts = {part: trials[new[corpus.day[trials]]] for part, trials in parts.items()}
+        if not len(parts["valid"]):  # all the blocks held out are of known sessions
+            parts["valid"] = data.last_tenth(parts["train"])
+            parts["train"] = np.setdiff1d(parts["train"], parts["valid"])
         names = [*known, *(name for name in names if name not in known)]
     for part in ("valid", "train"):
         fits = fitting(corpus, parts[part], args)
@@ -295,8 +298,9 @@ def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, kn
         say(f"{part}: {len(fits)} trials, {len(short)} too short for their labels: no loss {short[:10]}")
     train = parts["train"][fits]
     if not (len(train) and len(parts["valid"])):
-        told = f"of a session to train, fits --stride {args.stride}, --kernel {args.kernel}"
-        raise data.DataError(f"{corpus.root}: no trial {told}; give other data or sizes")
+        told = "of a session that --init does not know" if args.new_day else "of part train"
+        sizes = f"--stride {args.stride}, --kernel {args.kernel}; give other data or sizes"
+        raise data.DataError(f"{corpus.root}: no labelled trial {told} fits {sizes}")
     info = decoder_info(names, corpus.channels, args.valid, corpus.synthetic)
     kind = "SYNTHETIC corpus" if corpus.synthetic else corpus.root
     say(f"{kind} of {len(corpus.days)} days, {len(names)} day layers")
@@ -316,6 +320,7 @@ def main(args: argparse.Namespace) -> dict:
     start, known = load_decoder(args.init) if args.init else (None, [])
     if start:
         vars(args).update({name: start.model_args[name] for name in NETWORK if "dropout" not in name})
+        say(f"{args.init}: its sizes stay, whatever the options: hidden {args.hidden}, layers {args.layers}")
     elif args.new_day:
         raise data.DataError("--new-day: without --init; give the checkpoint of the other days")
     if resumed:
@@ -329,8 +334,7 @@ def main(args: argparse.Namespace) -> dict:
     days = data.map_days(corpus.days, info["days"], "mean")
     lengths = corpus.lengths[train].tolist()
     batches: list[list[int]] = []  # of the epoch
-    trials = data.SpeechTrials(corpus, train, days)
-    loader = data_loader(trials, batches, data.collate_speech, args.workers, device)
+    loader = data_loader(corpus, batches, data.collate_speech, args.workers, device)
     drawn = (corpus.day[train], args.days_per_batch) if args.days_per_batch else ()
     steps_per_epoch = len(data.speech_batches(lengths, args.batch, args.seed, 0, world, *drawn))
     search = WordSearch(*word_model(corpus, train, args.cache)) if args.select == "wer" else None
@@ -389,9 +393,10 @@ def main(args: argparse.Namespace) -> dict:
         while step < last and not stopped:
             epoch = step // steps_per_epoch
             whole = data.speech_batches(lengths, args.batch, args.seed, epoch, world, *drawn)
-            batches[:] = [indices[rank::world] for indices in whole[step % steps_per_epoch :]]
+            batches[:] = [train[indices[rank::world]] for indices in whole[step % steps_per_epoch :]]
             for batch in loader:
                 moved = {key: batch[key].to(device, non_blocking=True) for key in ("x", "labels")}
+                moved["day"] = torch.as_tensor(days)[batch["day"]]
                 batch = augment(batch | moved, args)  # the model wants lengths on the CPU
 
                 lr = lr_at(step, args, planned) * rate

@@ -309,7 +309,8 @@ def test_public_files_are_read_as_they_are(tmp_path, capsys):
     torch.save({"model_state_dict": weights_of_25(), "val_loss": np.float64(3.5)}, path)
     line = refused(lambda: load_checkpoint(path), capsys, path)
     assert "decoder-weights" in line
-    (tmp_path / "args.yaml").write_text("dataset:\n  sessions:\n" + "".join(f"  - {s}\n" for s in sessions))
+    text = "# caf\xe9\ndataset:\n  sessions:\n" + "".join(f"  - {s}\n" for s in sessions)
+    (tmp_path / "args.yaml").write_bytes(text.encode("latin1"))
     data.main(["decoder-weights", "--in", str(path), "--out", str(out)])
     model, ckpt = load_checkpoint(out)
     assert ckpt["data"]["days"] == sessions
@@ -318,8 +319,18 @@ def test_public_files_are_read_as_they_are(tmp_path, capsys):
     first = torch.load(out, weights_only=True)["model"]["gru_decoder.weight_ih_l0"]
     bins = own.state_dict()["gru_decoder.weight_ih_l0"].unflatten(1, (C, 4))
     assert torch.equal(first.unflatten(1, (C, 4)), bins)
+    whole = weights_of_25()
+    for name, spoilt in (
+        ("_orig_mod.day_weights.1", torch.ones(3)),
+        ("_orig_mod.h0", torch.full((1, 1, 8), np.nan)),
+        ("_orig_mod.out.bias", "no tensor"),
+    ):
+        torch.save({"model_state_dict": whole | {name: spoilt}}, path)
+        refused(lambda: load_decoder(path), capsys, path)
     torch.save({"model_state_dict": {"day_weights.0": torch.ones(1)}}, path)
     refused(lambda: load_decoder(path), capsys, path)
+    with pytest.raises(OSError, match="nowhere"):
+        data.main(["decoder-weights", "--in", str(tmp_path / "nowhere"), "--out", str(out)])
 
 
 def test_a_second_head_and_a_first_state():

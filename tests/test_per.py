@@ -278,7 +278,7 @@ def test_decoders_are_compared_by_trial(tmp_path, capsys):
     for side, said in (("a", "the boat"), ("b", "a boat")):
         rows = [f"t{i},d,AA,AA,the boat,{said}" for i in range(8)]
         head = "trial,day,reference,hypothesis,words_reference,words_hypothesis"
-        (tmp_path / f"w{side}.csv").write_text("\n".join([head, *rows]))
+        (tmp_path / f"w{side}.csv").write_text("\ufeff" + "\n".join([head, *rows]))  # as a spreadsheet saves
     argv = ["compare", "--a", str(tmp_path / "wa.csv"), "--b", str(tmp_path / "wb.csv"), "--draws", "100"]
     result = evaluation.main(argv)
     assert (result["difference"], result["words"]["a"], result["words"]["b"]) == (0, 0, 0.5)

@@ -217,6 +217,19 @@ def test_words_of_other_files_need_a_lexicon_and_a_language_model(speech, tmp_pa
     assert "--lexicon" in line
 
 
+def test_words_of_a_corpus_are_tuned_on_its_validation_part(speech, tmp_path, monkeypatch):
+    def words(log_probs, corpus, trials, args, tuned_on, train):
+        parts = data.speech_parts(corpus)
+        for given, part in ((tuned_on[1], "valid"), (train, "train")):
+            assert given.tolist() == parts[part].tolist()
+        assert [row is log_probs[i] for row, i in zip(*tuned_on, strict=True)] == [True] * len(parts["valid"])
+        return {"sentences": [["boat"]] * len(trials)}
+
+    monkeypatch.setattr(evaluation, "words", words)
+    found = predict("--ckpt", decoder(tmp_path / "a.pt"), "--speech", speech.converted, "--tune")
+    assert [record["words"] for record in found] == ["boat"] * len(speech.corpus.ids)
+
+
 def test_day_layers_and_raw_features(tmp_path, capsys):
     path, x = decoder(tmp_path / "a.pt"), np.random.default_rng(0).normal(3, 2, (80, 256))
     source, short = tmp_path / "t12.2001.01.07.npy", tmp_path / "short.npy"
@@ -486,5 +499,8 @@ def test_npy_files_that_hold_no_trial_are_refused(tmp_path, capsys):
         np.save(bad, np.full(shape, value))
         assert str(bad) in refuse(capsys, "--ckpt", path, "--speech", bad)
     np.save(tmp_path / "good.npy", np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32))
+    (tmp_path / "good.npy").rename(tmp_path / "good.NPY")
     assert [record["id"] for record in predict("--ckpt", path, "--speech", tmp_path)] == ["good"]
-    assert "1 predicted, 1 refused" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 predicted, 1 refused" in out
+    assert "other kinds: 1 .pt" in out

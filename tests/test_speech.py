@@ -210,9 +210,36 @@ def test_float16_and_fewer_channels(mat, corpus, tmp_path):
     got, _ = convert(mat, tmp_path / "out", dtype="float16")
     np.testing.assert_array_equal(got.features, corpus.features.astype(np.float16))
     assert (tmp_path / "out" / "features.npy").stat().st_size == 128 + 2 * corpus.features.size
-    assert data.speech_item(got, 3)["x"].dtype == np.float32
+    assert got[3]["x"].dtype == np.float32
     got, _ = convert(mat, tmp_path / "few", channels=20)
     np.testing.assert_array_equal(got.features, corpus.features[:, [*range(10), *range(128, 138)]])
+
+
+def test_channels_and_numbers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    day = raw_day(1, 4)
+    day["spikePow"][0, 2] *= np.float32(1e5)
+    root = write_mat(tmp_path / "in", {("train", SESSIONS[0]): day})
+    for wrong in ({"channels": 255}, {"channels": 600}, {"dtype": "float16", "standardise": "off"}):
+        with pytest.raises(data.DataError, match=f"{SESSIONS[0]}.mat: .*(channels|float32)"):
+            convert(root, tmp_path / "out", **wrong)
+    monkeypatch.chdir(root / "competitionData")  # a folder named from within; other names
+    source, others = (
+        tmp_path / f"in/competitionData/train/{SESSIONS[0]}.mat",
+        ["Train/a.mat", "train/b.mat.part"],
+    )
+    source.rename(source.with_suffix(".MAT"))
+    for name in others:
+        path = source.parents[1] / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    for folder, unread in ((".", 2), ("train", 1), (f"train/{SESSIONS[0]}.MAT", 0)):
+        got, report = convert(folder, tmp_path / f"out{unread}")
+        assert got.part.tolist() == ["train"] * 4
+        assert [note.split(":")[0] for note in report["notes"]] == [f"{unread} other files not read"] * (
+            unread > 0
+        )
+    (source.with_name("b.mat")).write_bytes(b"MATLAB 7.3 MAT-file".ljust(126) + b"IM" + bytes(600))
+    assert "save it with -v7" in convert(".", tmp_path / "new")[1]["left_out"][0]
 
 
 @pytest.mark.parametrize("protocol", [0, 5])
@@ -244,7 +271,8 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
         convert(root, tmp_path / "out")
     with h5py.File(path, "a") as file:
         del file["trial_0004"].attrs["block_num"]
-        del file["trial_0005"].attrs["session"]
+        del file["trial_0005"].attrs["session"], file["trial_0003/seq_class_ids"]
+        file["trial_0008"] = h5py.SoftLink("/none")
         file["trial_0006"].attrs["n_time_steps"] = 5
         file["trial_0007/seq_class_ids"][0] = 41
         file["notes"] = 1
@@ -252,7 +280,15 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
     got, report = convert(root, tmp_path / "out", channels=256)
     assert [i[-4:] for i in got.ids] == ["0000", "0001", "0002", "0003", "0004"]
     assert got.block.tolist() == [3, 3, 3, 3, -1]
-    named(got, "data_val.hdf5: unreadable", "notes, trial_0005", "expected numbers, 5 bins", "[41, ")
+    assert got.labels[3].tolist() == ids_of(got.text[3])  # of its sentence
+    whole = (
+        "data_val.hdf5: unreadable",
+        "notes, trial_0005",
+        "trial_0008: ",
+        "expected numbers, 5 bins",
+        "[41, ",
+    )
+    named(got, *whole)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(data.DataError, match="hdf5: .*pip install h5py"):
         convert(root, tmp_path / "again")
@@ -302,7 +338,7 @@ def test_constant_channels_and_sentences_without_words(tmp_path):
     assert (got.features[: got.offsets[4]][:, [17, 131]] == 0).all()
     assert got.labelled[:4].tolist() == [True, False, False, True]
     assert not set(data.speech_parts(got)["train"]) & {1, 2}
-    assert report["left_out"] == []
+    assert (report["left_out"], report["notes"][0][:24]) == ([], "2 trials without labels ")
 
 
 def test_files_that_cannot_be_read_cost_themselves_alone(days, tmp_path, monkeypatch):
@@ -339,9 +375,14 @@ def test_pickle_days_are_not_mapped_by_position(days, tmp_path):
     got, _ = convert(write_pickle(tmp_path / "ptDecoder_ctc", content), tmp_path / "out")
     assert (got.days, len(got.ids)) == (["day00", "day02"], 14)
     named(got, "competition: 1 days, names of 0", "day01: 'timeSeriesLens'", "trial 3: float32", "trial 4")
-    for names in ('{"train": [1, 2, 3]}', "{"):
+    write_pickle(tmp_path / "ptDecoder_ctc", {"train": [content["train"][0]] * 2})
+    for names, found in (
+        ('{"train": [1, 2, 3]}', "names.json: [^\n]*expected JSON"),
+        ("{", "names.json: [^\n]*expected JSON"),
+        ('{"train": ["a", "a"]}', "ptDecoder_ctc: .*day of its name"),
+    ):
         (tmp_path / "names.json").write_text(names)
-        with pytest.raises(data.DataError, match="names.json: [^\n]*expected JSON"):
+        with pytest.raises(data.DataError, match=found):
             convert(tmp_path / "ptDecoder_ctc", tmp_path / "again", sessions=tmp_path / "names.json")
 
 
@@ -383,8 +424,11 @@ def test_public_folders_open_through_the_cache(days, corpus, tmp_path, monkeypat
     store.write_bytes(whole[: len(whole) // 2])
     assert len(data.open_speech(root, tmp_path / "cache", quiet=True).ids) == 16
     assert (len(calls), store.read_bytes()) == (2, whole)
+    (root / "competitionData/train/gone.mat").symlink_to(tmp_path / "nowhere")
     os.utime(root / "competitionData/train" / f"{SESSIONS[0]}.mat", (1, 1))
-    assert data.open_speech(root, tmp_path / "cache", quiet=True).root != first.root
+    again = data.open_speech(root, tmp_path / "cache", quiet=True)
+    assert (again.root != first.root, len(again.ids)) == (True, 16)
+    named(again, "gone.mat: unreadable")
 
 
 def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path):
@@ -393,6 +437,9 @@ def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path):
     info = json.loads((corpus.root / "trials.json").read_text())
     (tmp_path / "trials.json").write_text(json.dumps(info | {"rules": "0123456789ab"}))
     with pytest.raises(data.DataError, match=f"{tmp_path}: .*label rules 0123456789ab.*decoder-convert"):
+        data.open_speech(tmp_path)
+    (tmp_path / "trials.json").write_text(json.dumps(info | {"trials": info["trials"][1:]}))
+    with pytest.raises(data.DataError, match=f"{tmp_path}: .*57 offsets"):  # one of another conversion
         data.open_speech(tmp_path)
 
 
@@ -437,8 +484,10 @@ def test_days_without_blocks_and_the_test_part_validate():
     part, labelled = ["train"] * 3 + ["test"] * 2 + ["competition"], [True, False, True, True, False, False]
     parts = data.speech_parts(make_corpus([0] * 6, [1, 1, 2, 2, 3, 3], part, labelled), "test")
     assert [trials.tolist() for trials in parts.values()] == [[0, 2], [3], [3, 4], [5]]
+    alone = data.speech_parts(make_corpus([0] * 20 + [1] * 3, [1] * 20 + [-1] * 3, ["train"] * 23))
+    assert alone["valid"].tolist() == [18, 19, 22]  # days of one block, or of a few trials without a number
     with pytest.raises(data.DataError, match="--valid blocks: no labelled trial"):
-        data.speech_parts(make_corpus([0] * 3, [1] * 3, ["train"] * 3))
+        data.speech_parts(make_corpus([0, 1], [1, 1], ["train"] * 2))
     own = data.speech_parts(make_corpus([0] * 6, [1, 1, 2, 2, 3, 3], ["train"] * 4 + ["valid"] * 2))
     assert [trials.tolist() for trials in own.values()] == [[0, 1, 2, 3], [4, 5], [], []]
 
@@ -494,7 +543,7 @@ def test_days_map_by_name():
 
 def test_items_and_batches(corpus):
     trials = [0, 30, 50]
-    items = [data.speech_item(corpus, i) for i in trials]
+    items = [corpus[i] for i in trials]
     batch = data.collate_speech(items)
     assert batch["lengths"].tolist() == corpus.lengths[trials].tolist()
     assert batch["day"].tolist() == corpus.day[trials].tolist()
@@ -521,30 +570,31 @@ def test_frames_needed_equals_the_shortest_that_ctc_can_spell(labels):
 LENGTHS = torch.tensor([300, 120, 7, 1])
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+def seeded(seed, draw, *args):
+    torch.manual_seed(seed)
+    return draw(*args)
 
 
 def test_noise_has_its_two_scales_on_valid_bins_only():
     x = torch.zeros(4, 300, 64)
-    noise = data.add_noise(x, LENGTHS, 0.8, 0.2, seeded(1))
+    noise = seeded(1, data.add_noise, x, LENGTHS, 0.8, 0.2)
     assert not x.any()
     for b, T in enumerate(LENGTHS):
         assert not noise[b, T:].any()
     assert (noise[0] - noise[0].mean(0)).std() == pytest.approx(0.8, rel=0.03)
-    offset = data.add_noise(x, LENGTHS, 0.0, 0.2, seeded(1))
+    offset = seeded(1, data.add_noise, x, LENGTHS, 0.0, 0.2)
     assert torch.allclose(offset[0], offset[0, :1].expand(300, -1))
     assert offset[:, 0].std() == pytest.approx(0.2, rel=0.15)
-    assert torch.equal(data.add_noise(x, LENGTHS, 0.8, 0.2, seeded(1)), noise)
+    assert torch.equal(seeded(1, data.add_noise, x, LENGTHS, 0.8, 0.2), noise)
 
 
 def test_the_mask_hides_what_its_formula_says():
     lengths = torch.tensor([300, 120] * 300)
     x = torch.ones(600, 300, 1)
-    hidden = (data.time_mask(x, lengths, 0.1, 15, 2, seeded(3)) == 0).sum((1, 2)).float()
+    hidden = (seeded(3, data.time_mask, x, lengths, 0.1, 15, 2) == 0).sum((1, 2)).float()
     assert hidden.mean() == pytest.approx(1.6, abs=0.25)  # of the public re-tune: next to nothing
     assert hidden.max() <= 30
-    share = (data.time_mask(x, lengths, 1.0, 0.075, 20, seeded(3)) == 0).sum((1, 2)) / lengths
+    share = (seeded(3, data.time_mask, x, lengths, 1.0, 0.075, 20) == 0).sum((1, 2)) / lengths
     for one, T, widest in ((share[::2], 300, 22), (share[1::2], 120, 9)):
         expected = 1 - (1 - (widest + 1) / 2 / T) ** 20  # half of the bins: spans overlap
         assert one.mean() == pytest.approx(expected, abs=0.03)
@@ -554,6 +604,6 @@ def test_masks_are_off_at_zero_deterministic_and_fit_short_trials():
     x = torch.ones(4, 300, 3)
     for off in ((0, 15, 2), (0.5, 0, 2), (0.5, 15, 0)):
         assert torch.equal(data.time_mask(x, LENGTHS, *off), x)
-    first, second = (data.time_mask(x, LENGTHS, 0.5, 40, 6, seeded(4)) for _ in range(2))
+    first, second = (seeded(4, data.time_mask, x, LENGTHS, 0.5, 40, 6) for _ in range(2))
     assert torch.equal(first, second)
     assert not data.time_mask(x, LENGTHS, 1.0, 1000, 50)[3, :1].any()

@@ -108,7 +108,7 @@ def test_salad_takes_the_place_of_held_out_sentences_alone(tmp_path):
         assert (before == after) == (i in parts["train"] or not before)
         assert len(before.split()) == len(after.split())
         if before == after:  # whatever trains is as it was, to the bit
-            np.testing.assert_array_equal(data.speech_item(plain, i)["x"], data.speech_item(salad, i)["x"])
+            np.testing.assert_array_equal(plain[i]["x"], salad[i]["x"])
 
 
 def test_sentences_are_new_in_every_part_and_made_of_the_word_list(files):

@@ -509,6 +509,22 @@ def test_decoder_new_day_trains_its_layer_alone_and_a_resume_finds_its_data(run,
     assert last(folder)["step"] == 5
 
 
+def test_decoder_new_day_keeps_a_tenth_where_no_block_of_it_is_held_out(corpus):
+    _, folder, _, cache = corpus("train_decoder")
+    argv = f"--data {folder} --cache {cache} --init x.pt --new-day --kernel 4 --stride 2".split()
+    speech = data.open_speech(folder, cache)
+    of_new = np.flatnonzero((speech.part == "train") & (speech.day == 1))
+    speech.block[of_new] = 1  # all of one block, which is not held out beside another day's two
+    args = train_decoder.parse_args(argv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "open_speech", lambda *args, **kw: speech)
+        _, train, valid, info = train_decoder.load_data(args, 0, 1, print, speech.days[:1])
+        assert (valid.tolist(), train.tolist()) == (of_new[-1:].tolist(), of_new[:-1].tolist())
+        assert info["days"] == speech.days
+        with pytest.raises(data.DataError, match="--init does not know"):
+            train_decoder.load_data(args, 0, 1, print, speech.days)
+
+
 def test_decoder_loss_is_torchs_mean():
     torch.manual_seed(1)
     log_probs, labels = torch.randn(3, 30, 41).log_softmax(-1), torch.randint(1, 41, (3, 9))
@@ -520,15 +536,19 @@ def test_decoder_loss_is_torchs_mean():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12: torch's threads
-def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, monkeypatch):
+def test_decoder_epoch_is_one_pass_and_workers_change_nothing(run, corpus, monkeypatch):
+    _, folder, _, cache = corpus("train_decoder")
+    train = data.speech_parts(data.open_speech(folder, cache))["train"].tolist()
     two = last(run("train_decoder", "--max-steps 8 --name two --workers 2")["folder"])
-    read, whole = [], data.SpeechTrials.__getitem__
-    monkeypatch.setattr(data.SpeechTrials, "__getitem__", lambda self, k: read.append(k) or whole(self, k))
+    read, whole = [], data.SpeechCorpus.__getitem__
+    monkeypatch.setattr(data.SpeechCorpus, "__getitem__", lambda self, k: read.append(k) or whole(self, k))
     one = last(run("train_decoder", "--max-steps 8 --name none")["folder"])
     assert all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
     assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    read = [k for k in read if k in train]  # validation reads as well
+    assert len(train) == 16
     assert read[:16] != read[16:]
-    assert sorted(read[:16]) == sorted(read[16:]) == list(range(16))
+    assert sorted(read[:16]) == sorted(read[16:]) == train
 
 
 def torchrun(name, corpus, out, *options):

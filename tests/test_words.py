@@ -84,16 +84,20 @@ def test_a_file_that_is_no_language_model_is_named(tmp_path, capfd, text):
 
 def test_lexicon_files(tmp_path):
     path = tmp_path / "lexicon.txt"
-    path.write_text(";;; comment\nSEA\tS IY1\nread R EH D SIL\nread(2)  R IY1 D\n\nsea S IY\n")
+    text = "\ufeffSEA\tS IY1 # a place\n;;; comment\nread R EH D SIL\nread(2)  R IY1 D\n\nsea S IY\n"
+    path.write_bytes(text.encode() + b"caf\xe9 K AH F EY\n")  # with a mark, and a line of another encoding
     expected = [("sea", ids("S IY")), ("read", ids("R EH D")), ("read", ids("R IY D"))]
-    assert evaluation.read_lexicon(path) == expected
+    assert evaluation.read_lexicon(path) == [*expected, ("caf\ufffd", ids("K AH F EY"))]
 
 
-@pytest.mark.parametrize("text", ["boat B OA T", "sea"])
-def test_bad_lexicons_are_named(tmp_path, capsys, text):
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("sea S IY\nsea S IY\nboat B OA T", "line 3: boat B OA T"), ("sea", "line 1"), ("# of\n", "no word")],
+)
+def test_bad_lexicons_are_named(tmp_path, capsys, text, named):
     path = tmp_path / "lexicon.txt"
-    path.write_text(f"sea S IY\n{text}\n")
-    refused(lambda: evaluation.read_lexicon(path), capsys, path, "line 2")
+    path.write_text(text)
+    refused(lambda: evaluation.read_lexicon(path), capsys, path, named)
 
 
 def test_the_training_lexicon_takes_pronunciations_from_the_labels():
