@@ -126,6 +126,7 @@ def test_a_sound_or_a_midi_file_is_drawn(tmp_path, monkeypatch):
     assert drawn == [tmp_path / "a.svg"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
     wav(tmp_path / "a.wav", 0.5)
     wav(tmp_path / "short.wav", 0.17)

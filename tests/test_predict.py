@@ -251,6 +251,7 @@ def test_day_layers_and_raw_features(tmp_path, capsys):
     assert predict("--ckpt", path, "--speech", short)[0]["phonemes"] == ""
 
 
+@pytest.mark.slow
 def test_averages_and_outputs(piano, tmp_path, capsys):
     known = {"rating_mean": [0.4] * 19, "rating_std": [0.125] * 19}
     other = known | {"rating_mean": [0.6] * 19, "fold": 1}
@@ -427,6 +428,7 @@ def test_explanations_get_what_they_need(piano, speech, tmp_path, monkeypatch, c
     assert "nothing to see" in refuse(capsys, *heard, *pictures, "--strict")
 
 
+@pytest.mark.slow
 def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(
     piano, tmp_path, capsys, monkeypatch
 ):
@@ -453,6 +455,7 @@ def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(
     assert not (tmp_path / "a.json").exists()
 
 
+@pytest.mark.slow
 def test_long_pieces_are_rated_by_passages(piece, piano, tmp_path, capsys):  # noqa: F811
     pair = "--ckpt", han(tmp_path / "h.pt", piano), "--score", piece.score, "--midi", piece.midi
     piece(ONCE)

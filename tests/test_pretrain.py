@@ -115,6 +115,7 @@ def test_dynamic_weights_by_hand():
     assert second == pytest.approx(4 * share / share.sum())
 
 
+@pytest.mark.slow
 def test_figures_stand_beside_guessing_and_eval_repeats_them(run, maestro, tmp_path, capsys):
     out = run("--name report --lr 3e-3 --epochs 4")
     valid = [r for r in records(out) if "valid_loss" in r]

@@ -116,6 +116,7 @@ def scores():
     return {p.name: data.read_musicxml(p) for p in sorted(SCORES.glob("*.musicxml"))}
 
 
+@pytest.mark.slow
 @needs_scores
 def test_all_scores_read(scores):
     assert len(scores) == 99

@@ -40,6 +40,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
     assert found == (2, "9ad90b3fa98a"), "count SYNTHETIC_VERSION up and write both here"
 
 
+@pytest.mark.slow
 def test_the_built_in_corpus_is_written_once_and_old_ones_go(tmp_path, monkeypatch):
     (tmp_path / "synthetic-percepiano-1").mkdir()
     root = data.synthetic_percepiano(tmp_path)

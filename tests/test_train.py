@@ -111,7 +111,9 @@ CASES = {
 }
 # fmt: on
 TRAINERS = {name: case.module for name, case in CASES.items()}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("train_han", "pretrain_ast")]
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
+one_trainer = pytest.mark.parametrize("name", ["train_decoder", *SLOW])  # the others in CI
 
 
 def write_corpus(tmp_path_factory):
@@ -210,7 +212,7 @@ def test_six_steps_equal_three_and_three(name, run, options):
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
 
 
-@each_trainer
+@one_trainer
 def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
     (tmp_path / "foreign.pt").write_bytes(b"not a checkpoint")
     folder = run(name, "--max-steps 1 --name one")["folder"]
@@ -226,7 +228,7 @@ def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
             run(name, option, f"--resume {path}")
 
 
-@each_trainer
+@one_trainer
 def test_a_last_pt_that_another_process_writes_meanwhile_is_refused(name, run, monkeypatch):
     folder = Path(run(name, "--max-steps 1 --name one")["folder"])
     log, whole = (folder / "metrics.jsonl").read_bytes(), models.run_folder
@@ -242,7 +244,7 @@ def test_a_last_pt_that_another_process_writes_meanwhile_is_refused(name, run, m
     assert last(folder)["step"] == 1
 
 
-@each_trainer
+@one_trainer
 def test_resume_takes_its_options_from_the_checkpoint(name, run):
     options, kept = CASES[name].kept
     folder = run(name, options, "--max-steps 2 --name kept --max-skips 3")["folder"]
@@ -257,7 +259,7 @@ def test_resume_takes_its_options_from_the_checkpoint(name, run):
     assert (taken["max_skips"], taken["log_every"], taken["device"]) == (3, 2, "cpu")
 
 
-@each_trainer
+@one_trainer
 def test_nan_steps_leave_the_weights_advance_and_stop_in_a_row(name, run, monkeypatch):
     folder = run(name, "--max-steps 1 --name start")["folder"]
     before = last(folder)
@@ -271,10 +273,7 @@ def test_nan_steps_leave_the_weights_advance_and_stop_in_a_row(name, run, monkey
         run(name, "--max-skips 3")
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("train_han", "train_decoder")]
-
-
-@pytest.mark.parametrize("name", ["pretrain_ast", *SLOW])
+@one_trainer
 def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
     if name == "train_decoder":  # its network has no float16 path on a CPU: here the losses take one
         losses = train_decoder.ctc_losses
@@ -291,7 +290,7 @@ def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
     assert run(name, "--amp fp16 --max-steps 3 --name calm")["skipped"] == {"bad": 0, "overflow": 0}
 
 
-@each_trainer
+@one_trainer
 def test_log_keys_run_folder_and_eval_reproduces_the_score(name, run, corpus, capsys):
     out = run(name, "--name score --ema 0.9")
     folder = Path(out["folder"])
@@ -310,7 +309,12 @@ def test_log_keys_run_folder_and_eval_reproduces_the_score(name, run, corpus, ca
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [(name, options) for name, case in CASES.items() for options in case.switches]
+    ("name", "options"),
+    [
+        pytest.param(name, options, marks=[pytest.mark.slow] if name == "pretrain_ast" else [])
+        for name, case in CASES.items()
+        for options in case.switches
+    ],
 )
 def test_every_preset_and_switch_trains_one_step(name, run, options):
     assert math.isfinite(run(name, options, "--max-steps 1 --name switch")["valid_loss"])
@@ -412,6 +416,7 @@ def test_decoder_logs_what_an_evaluation_must_say(run):
         assert all(torch.equal(v, whole["ema"][k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_decoder_reduces_its_rate_after_bad_updates_and_a_resume_keeps_it(run, monkeypatch):
     with monkeypatch.context() as patch:
         spoil_steps(patch, "train_decoder")
@@ -488,6 +493,7 @@ def test_decoder_decays_matrices_only():
     assert len(kept["params"]) == len(parameters) - 3
 
 
+@pytest.mark.slow
 def test_decoder_new_day_trains_its_layer_alone_and_a_resume_finds_its_data(run, tmp_path):
     folder = Path(run("train_decoder", "--name start --max-steps 4 --lr 0.01")["folder"])
     start = torch.load(folder / "best.pt", weights_only=True)

@@ -129,6 +129,7 @@ def test_report_stands_alone(kind, made, tmp_path, monkeypatch):
     assert str(tmp_path) not in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_two_runs_are_compared(kind, made, capsys):
     compare = ["compare", *made.data(kind), *made.common, "--draws", "200", "--a", made.best(kind), "--b"]

@@ -55,6 +55,7 @@ def test_what_was_played_of_a_score(played, changes, bars, count, said, piece):
     assert reading.match_rate > (0.7 if "written" in str(said) else 0.99)
 
 
+@pytest.mark.slow
 def test_what_plays_something_else_is_refused(piece, capsys):
     score, other = data.read_musicxml(piece.score), piece(ONCE)
     other.pitch[:] = np.random.default_rng(3).permutation(other.pitch)
