@@ -49,6 +49,7 @@ def performance(pitch, velocity, onset, offset, sustain=()):
     return data.Performance("toy", *notes, pedal, pedal[:0])
 
 
+@pytest.mark.slow
 def test_synthetic_corpus_reads_whole(corpus):
     assert corpus.synthetic
     assert corpus.left_out == []

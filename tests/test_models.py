@@ -192,6 +192,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SMALL)
 def test_equals_the_plain_network(task):
     """Output and gradients of all three networks against those of the public code's manner."""

@@ -113,6 +113,7 @@ def test_page_of_ratings_holds_the_figures_of_evaluate(corpus):
     assert page.row("seed")[1:] == ["7", "8", "7"]
 
 
+@pytest.mark.slow
 def test_a_metric_added_to_the_table_is_on_the_page(corpus, monkeypatch):
     monkeypatch.setitem(evaluation.METRICS, "bias", lambda y, p: (p - y).mean(0))
     path = rating_run("f0")

@@ -605,7 +605,7 @@ BAD = {
 # fmt: on
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", [n if n != "x16" else pytest.param(n, marks=pytest.mark.slow) for n in BAD])
 def test_bad_files_are_refused_in_one_line(tmp_path, capsys, name):
     content, found = BAD[name]
     path = tmp_path / "piece.musicxml"

@@ -215,6 +215,7 @@ def test_float16_and_fewer_channels(mat, corpus, tmp_path):
     np.testing.assert_array_equal(got.features, corpus.features[:, [*range(10), *range(128, 138)]])
 
 
+@pytest.mark.slow
 def test_channels_and_numbers_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     day = raw_day(1, 4)
     day["spikePow"][0, 2] *= np.float32(1e5)

@@ -273,7 +273,10 @@ def test_nan_steps_leave_the_weights_advance_and_stop_in_a_row(name, run, monkey
         run(name, "--max-skips 3")
 
 
-@one_trainer
+@pytest.mark.parametrize(
+    "name",
+    ["pretrain_ast", *(pytest.param(n, marks=pytest.mark.slow) for n in ("train_han", "train_decoder"))],
+)
 def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
     if name == "train_decoder":  # its network has no float16 path on a CPU: here the losses take one
         losses = train_decoder.ctc_losses
@@ -337,6 +340,7 @@ def test_learning_rate_is_a_pure_function_of_the_step(name, options, steps, expe
     assert [TRAINERS[name].lr_at(step, args, 110) for step in steps] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_han_diagnoses_and_stops(run, capsys):
     """The reports of HAN.md: activations of the first batch, gradients by part of every step, of three."""
     run("train_han", "--diagnose --name look --fold all")
@@ -394,6 +398,7 @@ def test_decoder_presets_hold_the_published_values(preset):
     assert train_decoder.parse_args(["--preset", preset, "--adam-eps", "1e-3"]).adam_eps == 1e-3
 
 
+@pytest.mark.slow
 def test_decoder_logs_what_an_evaluation_must_say(run):
     out = run("train_decoder", "--name logs --ema 0.5 --lr 0.03")
     lines = records(out["folder"])
