@@ -273,10 +273,8 @@ def test_nan_steps_leave_the_weights_advance_and_stop_in_a_row(name, run, monkey
         run(name, "--max-skips 3")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["pretrain_ast", *(pytest.param(n, marks=pytest.mark.slow) for n in ("train_han", "train_decoder"))],
-)
+@pytest.mark.slow
+@each_trainer
 def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
     if name == "train_decoder":  # its network has no float16 path on a CPU: here the losses take one
         losses = train_decoder.ctc_losses
