@@ -4903,7 +4903,7 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int = 16000) 
 def _fluidsynth(midi, soundfont):
     """The file through the `fluidsynth` program, without reverb and chorus, to its last sound (it waits for
     the end of the track, in PercePiano's files often 15 s later): (samples,) float32, mono."""
-    patience = 60 + read_midi(midi).offset.max()  # s; it plays many times as fast
+    patience = 180 + read_midi(midi).offset.max()  # s; it plays many times as fast
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "sound.raw"
         options = "-n -i -q -R 0 -C 0 -g 1 -o synth.dynamic-sample-loading=1".split()
