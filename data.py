@@ -328,9 +328,9 @@ _JUMP = re.compile(  # but "d. c. on the beat" is none
     r"($|al|con\b|e\b|fin|ma\b|sin|senza|menu|minu|scherzo|trio)",
     re.IGNORECASE,
 )
-_SIGN_WORDS = {  # attribute of a <sound> where a jump ends or leaves: what is printed there and at the jump
-    "fine": re.compile(r"^\W*fine\W*$|\bal\W+fine\b", re.IGNORECASE),
-    "tocoda": re.compile(r"\bcoda\b", re.IGNORECASE),
+_SIGN_WORDS = {  # attribute of a <sound> where a jump ends or leaves: its word, alone or printed at the jump
+    "fine": re.compile(r"\W*fine\W*", re.IGNORECASE),
+    "tocoda": re.compile(r"\W*((to|al)\W+)?coda\W*", re.IGNORECASE),
 }
 _STEPS = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
 _COMPOUND = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}  # beats of a compound metre
@@ -808,10 +808,15 @@ def _play_order(measures, reader):
     if len(jumps) > 1:
         number = measures[sorted(jumps)[1]].get("number")
         raise reader.error(f"a second jump in measure {number!s:.10}; expected one, or the piece written out")
-    unsaid = [word for sign, word in _SIGN_WORDS.items() if sign not in signs] if jumps else [_JUMP]
+    unsaid = [sign for sign in _SIGN_WORDS if sign not in signs]
     for words in itertools.chain(*(measure.iter("words") for measure in measures)):
-        if any(word.search(words.text or "") for word in unsaid):
-            raise reader.error(f"{words.text!r:.40}; expected a <sound> that says where to jump")
+        text = words.text or ""
+        lost = said = _JUMP.search(text)
+        if jumps:
+            at_jump = said and any(sign.removeprefix("to") in text.lower() for sign in unsaid)
+            lost = at_jump or any(_SIGN_WORDS[sign].fullmatch(text) for sign in unsaid)
+        if lost:
+            raise reader.error(f"{text!r:.40}; expected a <sound> that says where to jump")
     for jump, name in jumps.items():
         target = 0 if signs.get("dacapo") == jump else signs.get(("segno", name), signs["segno"])
         again = [i for i in last_turns if i >= target]
@@ -2853,7 +2858,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # PercePiano: the corpus, from files to cached features
 # ------------------------------------------------------------------------------------------------------------
 
-FEATURES_VERSION = 3  # count up when what `_extract_all` gives changes: caches are made again
+FEATURES_VERSION = 4  # count up when what `_extract_all` gives changes: caches are made again
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
 NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
@@ -2980,11 +2985,12 @@ def load_percepiano(
 def _performance_files(root):
     """name -> MIDI file, and a line for every file whose name says nothing or is another's but for spaces."""
     files, left_out = {}, []
-    for path in files_below(root / MIDI_FOLDER, (".mid",)):
+    paths = files_below(root / MIDI_FOLDER, (".mid",))
+    for path in sorted(paths, key=lambda path: len(path.parts)):  # copies in subfolders come after
         name = path.stem.strip()
         if not _NAME.fullmatch(name) or name in files:
             left_out.append(
-                f"{path}: expected one <work>_<N>bars_<player>_<segment>.mid; rename or remove it"
+                f"{path}: expected <work>_<N>bars_<player>_<segment>.mid, once; rename or remove it"
             )
         else:
             files[name] = path
@@ -5179,7 +5185,11 @@ def _open_sound(path):
 @contextlib.contextmanager
 def _quiet_libraries():
     """Nothing on standard error: mpg123 writes there what it thinks of a file."""
-    kept = os.dup(2)
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
@@ -5224,7 +5234,7 @@ def _sound_source(path):
 def _has_length(path):
     """Whether an MP3 says in its first frame, behind tags and pictures, how many there are."""
     with path.open("rb") as file:
-        return re.search(b"Xing|Info|VBRI", file.read(2**20)) is not None
+        return re.search(rb"(Xing|Info)\0\0\0[\0-\x0f]|VBRI\0", file.read(2**20)) is not None
 
 
 def _cut_short(log):

@@ -797,6 +797,7 @@ class Clips:
             raise DataError(f"{found}; expected some of two segments or more; add recordings")
         described = torch.stack([self.train[name] for name in heard])
         ratings = torch.from_numpy(np.stack([y[item] for item in items]))
+        y = {item: y[item] for item in items}  # what was heard alone
         if kind != "kernel":
             model = _regression(kind, list(map(segment_of, items)))
             model.fit(described.double().numpy(), ratings.numpy())
@@ -2562,8 +2563,10 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     log_probs = mean_logits(loaded, layers, trials, settings)
     said = None
     if wants_words(args):
-        parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
-        if not (len(parts["train"]) or (args.lexicon and args.lm)):
+        parts, given = {"train": trials[:0], "valid": trials[:0]}, args.lexicon and args.lm
+        if args.tune or not given:
+            parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+        if not (len(parts["train"]) or given):
             raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
         tuned_on = [log_probs[i] for i in parts["valid"]], parts["valid"]
         said = words(log_probs, corpus, trials, args, tuned_on, parts["train"])

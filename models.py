@@ -1154,8 +1154,11 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
         table = weights.pop("pos_embed")[0]
         tokens = torch.cat([weights.pop("cls_token"), weights.pop("dist_token")], dim=1)[0]
         count, stride = len(table) - 2, PATCH
-        if "hidden" not in weights and count % ((mel - PATCH) // 10 + 1) == 0:  # no pre-training: AST's own
-            stride = 10
+        if "hidden" not in weights:  # AST's own, or fine-tuned: of both that fit the one of `frames`, else 10
+            of_stride = {s: ((mel - PATCH) // s + 1, (frames - PATCH) // s + 1) for s in (10, PATCH)}
+            fit = [s for s, (rows, _) in of_stride.items() if count % rows == 0]
+            told = [s for s in fit if count == math.prod(of_stride[s])]
+            stride = (told + fit + [PATCH])[0]
         columns = count // ((mel - PATCH) // stride + 1)
         long = int(weights.pop("p_input_tdim", (columns - 1) * stride + PATCH))
         width = len(weights["embed.weight"])

@@ -122,7 +122,7 @@ def as_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("stride", "columns"), [(16, 4), (10, 4), (10, 3)])
+@pytest.mark.parametrize(("stride", "columns"), [(16, 4), (16, 6), (10, 4), (10, 3)])
 def test_public_ast_and_its_hugging_face_form_are_read(stride, columns):
     """As published: no mask, a head of other outputs; positions of either stride."""
     frames = (columns - 1) * stride + 16

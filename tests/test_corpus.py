@@ -68,7 +68,7 @@ def test_other_features_have_another_version(corpus):
     for array in (item["x"], item["stats"], item["voice"], item["beat"], item["measure"], item["matched"]):
         key.update((np.round(array.astype(np.float64), 3) + 0.0).tobytes())
     found = (data.FEATURES_VERSION, data.SYNTHETIC_VERSION, key.hexdigest()[:12])
-    assert found == (3, 2, "1e45d3725839"), "count FEATURES_VERSION up and write both here"
+    assert found == (4, 2, "1e45d3725839"), "count FEATURES_VERSION up and write both here"
 
 
 def test_the_cache_is_read_until_a_file_or_the_version_changes(few, tmp_path, monkeypatch):
@@ -160,6 +160,17 @@ def test_the_real_corpus(tmp_path):
     sizes = [[len(p) for p in data.percepiano_parts(corpus, "segment", f).values()] for f in range(4)]
     assert sizes == [[628, 250, 182], [641, 235, 182], [651, 225, 182], [640, 238, 182]]
     assert all(np.isfinite(item["x"]).all() for item in corpus.items.values())
+
+
+def test_copies_in_subfolders_do_not_take_the_place_of_performances(few):
+    folder = few / data.MIDI_FOLDER
+    path = min(folder.glob("*.mid"))
+    older = folder / "Backup" / path.name
+    older.parent.mkdir()
+    shutil.copy(path, older)
+    files, left_out = data._performance_files(few)
+    assert files[path.stem] == path
+    assert [line.partition(": ")[0] for line in left_out] == [str(older)]
 
 
 def test_normalisation_is_fitted_on_training_names_only(corpus):

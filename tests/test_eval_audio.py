@@ -286,6 +286,18 @@ def test_a_kernel_weighs_what_a_piano_does_not_change():
     assert float((heads[0] - ratings[item]).square().mean()) < 0.8 * float(ratings.var())
 
 
+def test_a_kernel_is_fitted_on_what_was_heard(corpus):
+    """Training performances without a recording change nothing."""
+    args = argparse.Namespace(heads=1, audio=None, split="segment", keep_overlap=False)
+    clips = object.__new__(evaluation.Clips)
+    clips.corpus, clips.args, clips.info, clips.model = corpus, args, {}, ClipKernel(1)
+    names = evaluation.percepiano_parts(corpus, "segment", 0)["train"]
+    clips.train = clips.rated = {name: torch.randn(843) for name in names[1:-2]}
+    (whole, [(_, a)]), (heard, [(_, b)]) = (clips.fit("kernel", n, 0) for n in (names, names[1:-2]))
+    assert (whole(names[1:4]) == heard(names[1:4])).all()
+    assert a["data"]["rating_mean"] == b["data"]["rating_mean"]
+
+
 @pytest.mark.slow
 def test_probe_adds_the_tokens_of_a_frozen_encoder(corpus, tmp_path):
     """Of one depth: mean and deviation of the final tokens over all crops, here by one pass a crop."""

@@ -165,7 +165,10 @@ def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg):
     assert data._has_length(path)
     path.write_bytes(b"ID3\3\0\0\0\0\2\0" + bytes(256) + tagged)
     assert data._has_length(path)
-    path.write_bytes(tagged.replace(b"Xing", b"None").replace(b"Info", b"None"))
+    bare = tagged.replace(b"Xing", b"None").replace(b"Info", b"None")
+    path.write_bytes(b"ID3\3\0\0\0\0\2\0COMM" + b"More Information here".ljust(252, b"\0") + bare)
+    assert not data._has_length(path)
+    path.write_bytes(bare)
     with pytest.raises(DataError, match="a.mp3"):  # to ffmpeg, here of no help
         data.read_sound(path)
     ffmpeg()

@@ -228,6 +228,11 @@ def test_words_of_a_corpus_are_tuned_on_its_validation_part(speech, tmp_path, mo
     monkeypatch.setattr(evaluation, "words", words)
     found = predict("--ckpt", decoder(tmp_path / "a.pt"), "--speech", speech.converted, "--tune")
     assert [record["words"] for record in found] == ["boat"] * len(speech.corpus.ids)
+    asked: list = []  # with a lexicon and a model of one's own, no part is needed
+    monkeypatch.setattr(evaluation, "speech_parts", lambda *a: asked.append(a))
+    monkeypatch.setattr(evaluation, "words", lambda *a: {"sentences": [["boat"]] * len(speech.corpus.ids)})
+    predict("--ckpt", tmp_path / "a.pt", "--speech", speech.converted, *"--words --lexicon l --lm m".split())
+    assert not asked
 
 
 def test_day_layers_and_raw_features(tmp_path, capsys):

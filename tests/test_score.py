@@ -461,6 +461,7 @@ FINE_, DA_CAPO = '<sound fine="yes"/>', '<sound dacapo="yes"/>'
     ([A, volta("1-3", B) + BACKWARD, volta(4, C)], "ab ab ab ac"),
     ([A, volta("", B) + BACKWARD, volta("", C), D], "ab ac d"),
     ([A + words("d. c. on the beat"), B], "ab"),
+    ([A + words("dim. al fine"), B + words("D.C.") + DA_CAPO], "abab"),
     ([A, FIRST, SECOND, D + DA_CAPO], "ab ac d ac d"),
     ([FORWARD + A + FINE_ + BACKWARD, B + BACKWARD, C + DA_CAPO], "aa bb c a"),
 ])  # fmt: skip
