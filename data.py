@@ -328,7 +328,7 @@ _JUMP = re.compile(  # but "d. c. on the beat" is none
     r"($|al|con\b|e\b|fin|ma\b|sin|senza|menu|minu|scherzo|trio)",
     re.IGNORECASE,
 )
-_SIGN_WORDS = {  # attribute of a <sound> where a jump ends or leaves: its word, alone or printed at the jump
+_SIGN = {  # attribute of a <sound> where a jump ends or leaves: its word, which stands alone or in the jump's
     "fine": re.compile(r"\W*fine\W*", re.IGNORECASE),
     "tocoda": re.compile(r"\W*((to|al)\W+)?coda\W*", re.IGNORECASE),
 }
@@ -808,14 +808,14 @@ def _play_order(measures, reader):
     if len(jumps) > 1:
         number = measures[sorted(jumps)[1]].get("number")
         raise reader.error(f"a second jump in measure {number!s:.10}; expected one, or the piece written out")
-    unsaid = [sign for sign in _SIGN_WORDS if sign not in signs]
     for words in itertools.chain(*(measure.iter("words") for measure in measures)):
         text = words.text or ""
-        lost = said = _JUMP.search(text)
-        if jumps:
-            at_jump = said and any(sign.removeprefix("to") in text.lower() for sign in unsaid)
-            lost = at_jump or any(_SIGN_WORDS[sign].fullmatch(text) for sign in unsaid)
-        if lost:
+        unsaid = _JUMP.search(text)
+        if jumps:  # what it says of the way after the jump must stand in a <sound> too
+            told = [sign for sign, alone in _SIGN.items() if alone.fullmatch(text)]
+            told += [sign for sign in _SIGN if unsaid and sign.removeprefix("to") in text.lower()]
+            unsaid = {*told} - signs.keys()
+        if unsaid:
             raise reader.error(f"{text!r:.40}; expected a <sound> that says where to jump")
     for jump, name in jumps.items():
         target = 0 if signs.get("dacapo") == jump else signs.get(("segno", name), signs["segno"])
@@ -3665,7 +3665,7 @@ _SPOKEN: dict[str, list[int]] = {}  # what g2p_en made of cleaned texts, in this
 
 def speech_rules() -> str:
     """Hash of all that decides a sentence's labels but g2p_en itself; converted corpora carry it."""
-    return hashlib.sha1(json.dumps([PHONEMES, _UNSPOKEN.pattern, SPEECH_WORDS]).encode()).hexdigest()[:12]
+    return short_hash(json.dumps([PHONEMES, _UNSPOKEN.pattern, SPEECH_WORDS]), 12)
 
 
 def clean_sentence(text: str) -> str:
@@ -4259,8 +4259,7 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
     else:
         files = filter(Path.exists, _speech_files(root)[1])
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        key = hashlib.sha1(json.dumps([SPEECH_VERSION, speech_rules(), stats]).encode())
-        root = Path(cache) / f"speech-{key.hexdigest()[:16]}"
+        root = Path(cache) / f"speech-{short_hash(json.dumps([SPEECH_VERSION, speech_rules(), stats]))}"
         with cache_lock(cache):
             try:
                 corpus = _open_converted(root)
@@ -4347,7 +4346,7 @@ def validation_blocks(days: Iterable[tuple[str, Mapping[int, int]]]) -> set:
     held, kept, seen = set(), 0, 0
     for session, sizes in days:
         seen += sum(sizes.values())
-        ranked = sorted(sizes, key=lambda k: hashlib.sha1(f"7:{session}:{k}".encode()).hexdigest())
+        ranked = sorted(sizes, key=lambda k: short_hash(f"7:{session}:{k}", 40))
         for block in ranked[:-1]:
             if kept < seen / 10:
                 held.add((session, block))

@@ -90,6 +90,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     run_script,
     salad_trials,
     segment_of,
+    short_hash,
     shown,
     sound_remarks,
     speech_parts,
@@ -107,7 +108,6 @@ import base64
 import contextlib
 import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -685,10 +685,8 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
     of_sound = args.audio or args.rate or args.copies or args.soundfonts or args.probe or args.heads
-    of_kernel = args.out or args.heads
-    if (of_sound if args.task == "han" else args.features != "full") or (
-        of_kernel and args.model != "kernel"
-    ):
+    foreign = of_sound if args.task == "han" else args.features != "full"
+    if foreign or ((args.out or args.heads) and args.model != "kernel"):
         told = "--features is of --task han; --audio, --rate, --copies, --soundfonts, --probe, --heads of ast"
         raise DataError(f"{told}; --out, --heads of kernel; leave them out")
     corpus = _load_corpus(args)
@@ -700,11 +698,11 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         about["features"] = args.features
     else:
         about["audio"] = "wav" if args.audio else "rendered"
-        about |= {"copies": args.copies, "soundfonts": list(map(last_part, args.soundfonts))}
-        about["heads"] = args.heads
-        about |= {
-            key: value and last_part(value) for key, value in (("rate", args.rate), ("probe", args.probe))
-        }
+        about |= {"copies": args.copies, "heads": args.heads}
+        about["soundfonts"] = list(map(last_part, args.soundfonts))
+        for key in ("rate", "probe"):
+            path = getattr(args, key)
+            about[key] = path and last_part(path)
         clips = Clips(corpus, args)
     records, kernels = [], []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
@@ -1400,7 +1398,7 @@ def word_model(corpus: SpeechCorpus, train: Iterable[int], cache, lexicon=None, 
     texts = [corpus.text[i] for i in train]
     if lm is None:
         sentences = list(filter(None, map(spoken_words, texts)))
-        lm = f"{cache}/trigram-{hashlib.sha1(repr(sentences).encode()).hexdigest()[:12]}.arpa"
+        lm = f"{cache}/trigram-{short_hash(sentences, 12)}.arpa"
         write_arpa(lm, witten_bell(sentences))
     if lexicon:
         return read_lexicon(lexicon), lm

@@ -1153,13 +1153,14 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     try:
         table = weights.pop("pos_embed")[0]
         tokens = torch.cat([weights.pop("cls_token"), weights.pop("dist_token")], dim=1)[0]
-        count, stride = len(table) - 2, PATCH
-        if "hidden" not in weights:  # AST's own, or fine-tuned: of both that fit the one of `frames`, else 10
-            of_stride = {s: ((mel - PATCH) // s + 1, (frames - PATCH) // s + 1) for s in (10, PATCH)}
-            fit = [s for s, (rows, _) in of_stride.items() if count % rows == 0]
-            told = [s for s in fit if count == math.prod(of_stride[s])]
-            stride = (told + fit + [PATCH])[0]
-        columns = count // ((mel - PATCH) // stride + 1)
+        # SSAST's pre-training has stride 16; else the one that fits the table, of both that of `frames` or 10
+        grids = {s: ((mel - PATCH) // s + 1, (frames - PATCH) // s + 1) for s in (10, PATCH)}
+        fit = [
+            s for s, (rows, _) in grids.items() if (len(table) - 2) % rows == 0 and "hidden" not in weights
+        ]
+        exact = [s for s in fit if len(table) - 2 == math.prod(grids[s])]
+        stride = (exact + fit + [PATCH])[0]
+        columns = (len(table) - 2) // grids[stride][0]
         long = int(weights.pop("p_input_tdim", (columns - 1) * stride + PATCH))
         width = len(weights["embed.weight"])
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
