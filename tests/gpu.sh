@@ -68,8 +68,8 @@ finetune() {  # the probe of the frozen weights beside fine-tuning
     local fold small=() weights=$WORK/pretrain/runs/pretrain/best.pt
     [ -z "$TOY" ] || small=(--epochs 1 --frames 128 --batch 8 --workers 0 --amp off)
     for fold in 0 1 2 3; do
-        python pretrain_ast.py --task finetune "${rated[@]}" --init "$weights" --frames 1024 --amp bf16 \
-            --micro-batch 32 --epochs 15 --workers "$threads" --fold $fold --name f$fold \
+        within 85 python pretrain_ast.py --task finetune "${rated[@]}" --init "$weights" --frames 512 --crops 2 \
+            --amp bf16 --micro-batch 32 --epochs 15 --workers "$threads" --fold $fold --name f$fold \
             "${trainer[@]}" "${small[@]}" &
     done
     python eval.py floor --task ast --probe "$weights" "${rated[@]}" "${saved[@]}" --save-results probe &
@@ -85,7 +85,7 @@ decoder() {  # beside fine-tuning
         own=(--hidden 1024 --bidirectional)
         [ $preset != baseline25 ] || own=(--hidden 1024)  # one direction, by its learned start
         [ $preset != default ] || own+=(--warmup 50)  # its own takes 500 steps
-        python train_decoder.py --data "$SPEECH" --cache "$WORK/cache" --preset $preset \
+        within 100 python train_decoder.py --data "$SPEECH" --cache "$WORK/cache" --preset $preset \
             --steps 300 --eval-every 100 --log-every 10 --workers "$threads" --name $preset \
             "${own[@]}" "${trainer[@]}" "${small[@]}" &
     done
@@ -189,9 +189,9 @@ fi
 
 corpora >"$OUT/logs/corpora.log" 2>&1 &
 preparing=$!
-stage environment 60
+stage environment 90
 wait "$preparing" || echo "corpora: failed, see corpora.log"
-stage bench 60
+stage bench 90
 stage render 205 &
 rendering=$!
 stage han 205

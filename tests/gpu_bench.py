@@ -6,6 +6,7 @@ python tests/gpu_bench.py bench DEVICE OUT.json [toy]     the networks, and the 
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -132,7 +133,7 @@ def compare(task: str, batch: int, sizes: dict, steps: int, device: torch.device
 
 def measure(task: str, batches: list[int], amp: str, sizes: dict, steps: int, device: torch.device) -> dict:
     batch, case = first_that_fits(task, batches, amp, sizes, steps, device)
-    case["tflops"] = step_flops(task, batch, sizes) / case["seconds"] / 1e12
+    case["tflops"] = step_flops(task, batch, sizes, device) / case["seconds"] / 1e12
     case["gpu_waits"] = max(0.0, 1 - busy_seconds(task, batch, amp, sizes, device) / case["seconds"])
     return {"task": task, "batch": batch, "amp": amp, "sizes": sizes} | case
 
@@ -157,15 +158,20 @@ def first_that_fits(task, batches, amp, sizes, steps, device) -> tuple[int, dict
     raise RuntimeError(f"no batch of {batches} fits")
 
 
-def step_flops(task: str, batch: int, sizes: dict) -> int:
-    """Of a training step, three times a forward pass's; counted on the CPU; AST's clips all cost the same."""
+def step_flops(task: str, batch: int, sizes: dict, device: torch.device) -> int:
+    """Of a training step, three times a forward pass's; AST's clips all cost the same."""
     counted = 1 if task == "ast" else batch
     torch.manual_seed(7)  # the bench's own items
-    model, inputs, _ = evaluation.BENCHES[task][0](sizes, counted, torch.device("cpu"))
-    counter = FlopCounterMode(display=False)
+    model, inputs, _ = evaluation.BENCHES[task][0](sizes, counted, device)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._cudnn_rnn: cudnn_rnn_flops})
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), counter:
         model(*inputs)
     return 3 * counter.get_total_flops() * batch // counted
+
+
+def cudnn_rnn_flops(rows: tuple, weights: list, *_, **__) -> int:
+    """Of cuDNN's recurrent networks, from shapes: inputs (N, I) packed or (T, B, I), weights and biases."""
+    return 2 * math.prod(rows[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
 
 def busy_seconds(task: str, batch: int, amp: str, sizes: dict, device: torch.device) -> float:
