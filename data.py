@@ -5921,8 +5921,7 @@ def collate_ast(items: list[dict], info: dict) -> dict:
     items of K crops · lengths (B,) or (B, K) int64 frames · names · y (B, 19) standardised and weight (B, 19)
     if the items have them. items: fbank (frames, 128) or (K, frames, 128), name, ... For `on_device`."""
     crops = [item["fbank"].reshape(-1, *item["fbank"].shape[-2:]) for item in items]
-    x, lengths = pad_fbank([crop for each in crops for crop in each])
-    x = x.half()
+    x, lengths = pad_fbank([crop for each in crops for crop in each], dtype=np.float16)
     if items[0]["fbank"].ndim == 3:
         x, lengths = x.unflatten(0, (len(items), -1)), lengths.unflatten(0, (len(items), -1))
     batch = {"x": x, "lengths": lengths, "names": [item["name"] for item in items]}
@@ -5941,13 +5940,14 @@ def on_device(batch: dict, info: dict, device: torch.device) -> dict:
     return batch | moved | {"x": normalise_fbank(moved["x"].float(), info["mean"], info["std"])}
 
 
-def pad_fbank(crops: list[np.ndarray], shortest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energies (frames, 128) as (B, T, 128) float32, silence behind a crop, T >= `shortest`; lengths (B,)."""
+def pad_fbank(crops: list[np.ndarray], shortest: int = 0, dtype=np.float32) -> tuple[torch.Tensor, ...]:
+    """Energies (frames, 128) as (B, T, 128), silence behind a crop, T >= `shortest`; lengths (B,)."""
     lengths = torch.tensor([len(crop) for crop in crops])
-    x = torch.full((len(crops), max(int(lengths.max()), shortest), MELS), SILENCE)
+    x = np.empty((len(crops), max(int(lengths.max()), shortest), MELS), dtype)
     for row, crop in zip(x, crops, strict=True):
-        row[: len(crop)] = torch.as_tensor(np.asarray(crop, np.float32))
-    return x, lengths
+        row[: len(crop)] = crop
+        row[len(crop) :] = SILENCE
+    return torch.from_numpy(x), lengths
 
 
 def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:

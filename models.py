@@ -1928,7 +1928,8 @@ def same_data(path: str, saved: dict, found: dict) -> None:
 
 def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: int) -> dict | None:
     """Weights, optimizer, scaler and this process's random state as saved; returns the averaged weights, if
-    there are some. A process that was not there goes on from a state of its own."""
+    there are some. A process that was not there goes on from a state of its own. Not restored: on CUDA,
+    cuDNN's own random state, which makes the dropout between layers of nn.GRU."""
     device = next(model.parameters()).device
     states = [ckpt["rng"], *ckpt["rng"].get("others", [])]
     try:

@@ -31,15 +31,19 @@ from models import peak_memory
 TESTS = Path(__file__).parent
 
 PACKAGES = "numpy scipy scikit-learn tqdm g2p_en mido soundfile rapidfuzz ufal-flashlight-text matplotlib"
-AST = {"width": 768, "depth": 12, "heads": 12, "frames": 1024}
+AST = {"width": 768, "depth": 12, "heads": 12, "frames": 1024, "dropout": 0}
+VISIBLE = AST | {"visible_only": True}
 CASES = [  # task, batches of which the first that fits into memory is taken, precision, sizes
+    ("ast", [1024, 512, 256, 128], "bf16", VISIBLE),
+    ("ast", [512, 256, 128, 64], "bf16", AST),
     ("han", [8], "off", {}),
+    ("han", [8], "bf16", {}),
+    ("han", [8], "fp16", {}),
     ("han", [64], "bf16", {}),
     ("decoder", [64], "off", {}),
     ("decoder", [64], "bf16", {}),
     ("decoder", [64], "bf16", {"hidden": 1024}),
-    ("ast", [512, 256, 128, 64], "bf16", AST),
-    ("ast", [1024, 512, 256, 128], "bf16", AST | {"visible_only": 1}),
+    ("ast", [1024, 512, 256, 128], "bf16", VISIBLE | {"compile": True}),  # last: compiling takes long
 ]
 PLAIN = [("han", 8, {}), ("decoder", 64, {}), ("decoder", 64, {"hidden": 1024}), ("ast", 16, {})]
 TOY_SIZES = {
@@ -95,11 +99,11 @@ def bench(device: str, out: str, toy: str = "") -> int:
     device = torch.device(device)
     size, steps = (128, 2) if toy else (8192, 10)
     peak = {"off": matrix_tflops(torch.float32, size, device)}
-    peak["bf16"] = matrix_tflops(torch.bfloat16, size, device)
+    peak["bf16"] = peak["fp16"] = matrix_tflops(torch.bfloat16, size, device)
     found = {"hardware": evaluation.hardware(device), "matrix_tflops": peak}
     found |= {"cases": [], "plain": [], "failed": []}
-    rows = [("plain", compare, row) for row in (TOY_PLAIN if toy else PLAIN)]
-    rows += [("cases", measure, row) for row in (TOY_CASES if toy else CASES)]
+    rows = [("cases", measure, row) for row in (TOY_CASES if toy else CASES)]
+    rows[-1:-1] = [("plain", compare, row) for row in (TOY_PLAIN if toy else PLAIN)]
     for kind, function, row in rows:
         try:
             result = function(*row, steps, device)
@@ -145,9 +149,7 @@ def first_that_fits(task, batches, amp, sizes, steps, device) -> tuple[int, dict
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            torch.manual_seed(7)
-            model, inputs, loss = evaluation.BENCHES[task][0](sizes, batch, device)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+            model, inputs, loss, optimizer = prepared(task, batch, sizes, device)
             taken = [evaluation.timed_step(model, inputs, loss, optimizer, amp) for _ in range(3 + steps)]
         except torch.OutOfMemoryError:
             model = inputs = loss = optimizer = None
@@ -158,11 +160,20 @@ def first_that_fits(task, batches, amp, sizes, steps, device) -> tuple[int, dict
     raise RuntimeError(f"no batch of {batches} fits")
 
 
+def prepared(task: str, batch: int, sizes: dict, device: torch.device) -> tuple:
+    """A network, its inputs, its loss, its optimizer; sizes: its own, and whether to compile it."""
+    torch.manual_seed(7)
+    own = {name: size for name, size in sizes.items() if name != "compile"}
+    model, inputs, loss = evaluation.BENCHES[task][0](own, batch, device)
+    if sizes.get("compile"):
+        model.compile()
+    return model, inputs, loss, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
 def step_flops(task: str, batch: int, sizes: dict, device: torch.device) -> int:
     """Of a training step, three times a forward pass's; AST's clips all cost the same."""
     counted = 1 if task == "ast" else batch
-    torch.manual_seed(7)  # the bench's own items
-    model, inputs, _ = evaluation.BENCHES[task][0](sizes, counted, device)
+    model, inputs, *_ = prepared(task, counted, sizes | {"compile": False}, device)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._cudnn_rnn: cudnn_rnn_flops})
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), counter:
         model(*inputs)
@@ -176,14 +187,12 @@ def cudnn_rnn_flops(rows: tuple, weights: list, *_, **__) -> int:
 
 def busy_seconds(task: str, batch: int, amp: str, sizes: dict, device: torch.device) -> float:
     """The GPU's time in the kernels of a step; 0 on a CPU."""
-    model, inputs, loss = evaluation.BENCHES[task][0](sizes, batch, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model, inputs, loss, optimizer = prepared(task, batch, sizes | {"compile": False}, device)
     evaluation.timed_step(model, inputs, loss, optimizer, amp)
-    with torch.profiler.profile() as profile:
-        for _ in range(3):
-            evaluation.timed_step(model, inputs, loss, optimizer, amp)
+    with torch.profiler.profile() as profile:  # of one step: a recurrent network has 10,000 kernels
+        evaluation.timed_step(model, inputs, loss, optimizer, amp)
     kernels = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    return sum(kernel.self_device_time_total for kernel in kernels) / 3e6
+    return sum(kernel.self_device_time_total for kernel in kernels) / 1e6
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ python tests/gpu_table.py table OUT
 """
 
 import json
+import re
 import statistics
 import sys
 from datetime import datetime
 from pathlib import Path
 
+SAMPLE = re.compile(r"\d{4}/\d\d/\d\d [\d:.]+, \d+, \d+")  # no torn line
 FIGURES = ("loss", "valid_loss", "valid_r2", "valid_accuracy", "valid_chance", "valid_per")
 
 
@@ -21,7 +23,7 @@ def summary(folder: str, out: str, *pairs: str) -> int:
     about |= {"ok": about["exit"] == 0, "results": results, "runs": runs, "gpu": None}
     samples = Path(folder, "..", "gpu.csv")
     if samples.exists():
-        rows = [line.split(", ") for line in samples.read_text().splitlines() if line.count(", ") == 2]
+        rows = [line.split(", ") for line in samples.read_text().splitlines() if SAMPLE.fullmatch(line)]
         inside = [
             row for row in rows if about["start"] <= sample_time(row[0]) <= about["start"] + about["seconds"]
         ]
