@@ -3,7 +3,7 @@
     python eval.py --ckpt FILE ... [--data DIR]                  scores of checkpoints; folds: mean and std
     python eval.py --ckpt ... --part test --csv predictions.csv  test part; unlabelled: predicted only
     python eval.py --ckpt ... --data DIR --save-results full     results/han_full_<split>.json and .csv
-    python eval.py predict --ckpt FILE ... --score S --midi M    your own files; or --audio, or --speech
+    python eval.py predict --score S --midi M                    your own files; or --audio, or --speech
     python eval.py report --run DIR ... --out report.html        curves, scores, worst items, configuration
     python eval.py compare --a A.csv --b B.csv --data DIR        paired test of two results or models
     python eval.py ceiling --data DIR                            what the raters' disagreement leaves to reach
@@ -2089,6 +2089,7 @@ def attention(argv: list[str]) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 RATED = [f"valid_{metric}" for metric in METRICS]
 CURVES = ("valid_per", *RATED, "valid_accuracy", "loss", "valid_loss", "spread", "norm", "lr", "skipped")
+CURVE_TITLES = {"spread": "spread: SD of predictions / of ratings", "norm": "norm of gradient"}
 
 
 def read_run(run: str) -> tuple[dict, list[dict]]:
@@ -2134,7 +2135,8 @@ def draw_curves(runs: dict[str, tuple]):
         for run, (options, records) in runs.items():
             kind = ", SYNTHETIC data" if is_synthetic(options) else ""
             axes.plot(*history(records, key).T, ".-", label=last_part(run) + kind)
-        axes.set(title=key, xlabel="step")
+        axes.set(title=CURVE_TITLES.get(key, key), xlabel="step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if key == "norm":
             axes.set_yscale("log", subs=[2, 5])
             axes.yaxis.set_major_formatter("{x:g}")  # the scale's own writes TeX
@@ -2203,7 +2205,7 @@ def predict(argv: list[str]) -> list[dict]:
     """
     parser = _parser(
         "predict",
-        "--ckpt FILE ... INPUT [options]",
+        "[--ckpt FILE ...] INPUT [options]",
         """\
 Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, of your own. By checkpoint:
 
@@ -2211,7 +2213,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     sound            --audio PATH or --midi PATH       MIDI is played by the built-in piano
     decoder          --speech PATH                     bins of 20 ms
 
-    python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi takes/ --csv out.csv
+    python eval.py predict --score piece.mxl --midi takes/ --csv out.csv         # weights of results/
+    python eval.py predict --ckpt runs/han/full_s7_f?/best.pt --score piece.mxl --midi take.mid
     python eval.py predict --ckpt runs/decoder/NAME/best.pt --speech trials/ --day nearest --json out.json""",
     )
     add = parser.add_argument
@@ -2253,6 +2256,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
         print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
     args.written = read_musicxml(args.score) if args.score else None
+    if args.score and not about["synthetic"] and not heard_in_training(loaded, args.score):
+        print(say_unheard())
     predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
     records, refused, drawn = [], [], set()
 
@@ -2330,7 +2335,8 @@ def provenance(loaded: list[tuple]) -> str:
         files.append(f"{path} ({count} × {model.model_args.get('model', ckpt['task'])}{scored})")
     about = loaded[0][2]["data"]
     trained = f", split {about['split']}" if "split" in about else ""
-    return f"{' + '.join(files)}: {counted(loaded)}{trained}, git {loaded[0][2]['git_sha']}"
+    states = dict.fromkeys(str(ckpt["git_sha"])[:7] for _, _, ckpt in loaded)
+    return f"{' + '.join(files)}: {counted(loaded)}{trained}, git {' and '.join(states)}"
 
 
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
@@ -2481,17 +2487,17 @@ def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dic
 
 
 def heard_in_training(loaded: list[tuple], score: str) -> bool:
-    """Whether a score's name says that all models were trained on its work."""
+    """Whether a score's name says that most models were trained on its work; each fold holds some out."""
     try:
         work = parse_name(Path(score).stem)[0]
     except DataError:
         return False
-    return all(work in ckpt["data"].get("works", []) for _, _, ckpt in loaded)
+    return sum(work in ckpt["data"].get("works", []) for _, _, ckpt in loaded) > len(loaded) / 2
 
 
 def say_unheard() -> str:
     """What ratings of a work never heard in training are worth, as measured."""
-    said = "not heard in training: trust the order of several takes, not the ratings themselves"
+    said = "by its name not heard in training: trust the order of several takes, not the ratings themselves"
     if not measured_unheard():
         return said
     measured = " (such works: R² {r2:.2f}; takes of one passage: Pearson {within:.2f}, where raters' noise "
@@ -2508,8 +2514,6 @@ def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score:
     errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
     tqdm.write(f"\n{title}")
-    if not heard:
-        tqdm.write(say_unheard())
     head = "value  ± 80 %" if errors else "value"
     tqdm.write(f"{'0':>26} {head} {'1':<24}{'  training ratings: mean, SD' if known else ''}")
     for label, value in ratings.items():
@@ -2535,10 +2539,11 @@ def compare_takes(records: list[dict]) -> None:
     for count, record in enumerate(records, 1):
         print(f"{count:>4} {record['path']}, bars {record['bars']}")
         record["differs"] = dict(zip(LABELS, differs[count - 1].tolist(), strict=True))
+    mean = [f"± {x:.2f}" for x in error.mean(0)] if error.size else [""] * len(RATINGS)
     rows = []
-    for name, values, said in zip(RATINGS.values(), p.T, differs.T, strict=True):
-        rows.append([name, *(f"{x:.2f}{marks[word]}" for x, word in zip(values, said, strict=True))])
-    print_table(["0 … 1", *map(str, range(1, len(p) + 1))], rows)
+    for name, values, said, half in zip(RATINGS.values(), p.T, differs.T, mean, strict=True):
+        rows.append([name, *(f"{x:.2f}{marks[word]}" for x, word in zip(values, said, strict=True)), half])
+    print_table(["0 … 1", *map(str, range(1, len(p) + 1)), "± 80 %" if error.size else ""], rows)
 
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
@@ -2939,7 +2944,7 @@ def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
     for row in sorted(rows, key=lambda row: -row["metrics"]["valid"]["all"]["mean"]["r2"]):
         mean = row["metrics"]["valid"]["all"]["mean"]
         each = mean["per_dimension"]
-        withheld = test.get(row["stem"], ["", ""])[:2]
+        withheld = (test.get(row["stem"], []) + ["", ""])[:2]
         table.append(
             [row["row"], *(mean[key] for key in each), mean["r2_interval"], mean["folds"], *withheld]
         )

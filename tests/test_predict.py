@@ -379,6 +379,15 @@ def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
     assert min(held) > 0.74
 
 
+def test_a_work_is_heard_where_most_folds_trained_on_it():
+    folds = [(0, 0, {"data": {"works": works}}) for works in (["W_1"], ["W_1"], ["W_2"], ["W_1"])]
+    scores = [f"there/{work}_8bars_Score_3.mid" for work in ("W_1", "W_2", "W_3")]
+    assert [evaluation.heard_in_training(folds, score) for score in [*scores, "x.mxl"]] == [
+        True,
+        *[False] * 3,
+    ]
+
+
 def test_takes_stand_side_by_side_and_what_differs_is_marked(capsys):
     takes = []
     for name, value in (("a", 0.5), ("b", 0.5), ("c", 0.7)):
@@ -389,9 +398,9 @@ def test_takes_stand_side_by_side_and_what_differs_is_marked(capsys):
     evaluation.compare_takes(takes)
     lines = capsys.readouterr().out.splitlines()
     assert "b/take.mid, bars 1-8" in lines[-22]
-    assert lines[-20].split() == ["0", "…", "1", "1", "2", "3"]
-    assert lines[-19].split()[-3:] == ["0.50", "0.50", "0.70+"]
-    assert lines[-18].split()[-3:] == ["0.50", "0.50", "0.62"]
+    assert lines[-20].split() == ["0", "…", "1", "1", "2", "3", "±", "80", "%"]
+    assert lines[-19].split()[-5:] == ["0.50", "0.50", "0.70+", "±", "0.10"]
+    assert lines[-18].split()[-5:] == ["0.50", "0.50", "0.62", "±", "0.10"]
     head, *rows = evaluation.predictions_table(takes)
     assert [row[head.index(f"{LABELS[0]} differs")] for row in rows] == ["", "", "above"]
     evaluation.compare_takes([take | {"uncertainty": {}} for take in takes])
