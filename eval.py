@@ -2954,7 +2954,8 @@ def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
         shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
         details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
     published = PUBLISHED.get((row["task"], row["split"]), "")
-    table.append(["published", *["" for _ in table[0][3:]], published, ""])
+    if published:
+        table.append(["published", *["" for _ in table[0][3:]], published, ""])
     table.append(["raters' limit", *ceiling.get("mean", [])[:1]])
     return _table(["row", *each, "95 % of r2", "folds", "test r2", "within"], table) + details
 
