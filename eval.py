@@ -2847,7 +2847,7 @@ h2 { margin-top: 3rem; border-top: 3px solid #0072b2; }
 .said { background: #e6770022; border-left: 4px solid; padding: .2rem .6rem; } .scroll { overflow-x: auto; }
 img { width: 100%; min-width: 44rem; } table { border-collapse: collapse; font-size: .875rem; }
 td { padding: .2rem .6rem; white-space: nowrap; } td:first-child { white-space: normal; min-width: 11rem; }
-tr { border-bottom: 1px solid #8886; }
+tr { border-bottom: 1px solid #8886; } tr:first-child { font-weight: bold; }
 @media (prefers-color-scheme: dark) { img { filter: invert(1) hue-rotate(180deg); } }
 """
 
