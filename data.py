@@ -4272,6 +4272,9 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
     return corpus
 
 
+TRIAL = {"id": str, "part": str, "day": int, "block": int, "labels": list, "text": str}  # of trials.json
+
+
 def _open_converted(root):
     try:
         info = read_json(root / "trials.json")
@@ -4280,8 +4283,17 @@ def _open_converted(root):
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
         features = np.load(ordinary(root / "features.npy"), mmap_mode="r")
         offsets = np.load(ordinary(root / "offsets.npy"))
-        if (len(offsets), offsets[-1]) != (len(info["trials"]) + 1, len(features)):
-            raise ValueError(f"{len(offsets)} offsets, {len(features)} bins, of other files than trials.json")
+        shapes = (len(info["trials"]) + 1, (offsets[-1], info["channels"]))
+        if (len(offsets), features.shape) != shapes:
+            raise ValueError(
+                f"{len(offsets)} offsets, {features.shape} bins, of other files than trials.json"
+            )
+        for number, trial in enumerate(info["trials"]):
+            known = trial["day"] in range(len(info["days"])) and {*trial["labels"]} <= {
+                *range(1, len(PHONEMES))
+            }
+            if {name: type(value) for name, value in trial.items()} != TRIAL or not known:
+                raise ValueError(f"trial {number} is {trial!r:.90}")
         return SpeechCorpus(
             features=features,
             offsets=offsets,
@@ -4289,7 +4301,7 @@ def _open_converted(root):
             text=column["text"],
             ids=column["id"],
             root=root,
-            left_out=info["report"]["left_out"],
+            left_out=[*info["report"]["left_out"]],
             **{name: np.array(column[name]) for name in ("day", "block", "part")},
             **{name: info[name] for name in ("days", "channels", "synthetic", "report")},
         )
