@@ -200,6 +200,7 @@ def test_parts_of_a_plain_folder_hold_whole_segments():
     assert [names[i] for i in data.pretrain_parts(store)["valid"]] == names[1::4]
 
 
+@pytest.mark.slow
 def test_a_pretraining_in_half_the_size_scores_alike(run, tmp_path):
     folder = Path(run("--name first --max-steps 1 --ema 0.9")["folder"])
     data_of = json.loads((folder / "args.json").read_text())
