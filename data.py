@@ -4272,6 +4272,9 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
     return corpus
 
 
+TRIAL = {"id": str, "part": str, "day": int, "block": int, "labels": list, "text": str}  # of trials.json
+
+
 def _open_converted(root):
     try:
         info = read_json(root / "trials.json")
@@ -4280,8 +4283,17 @@ def _open_converted(root):
         column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
         features = np.load(ordinary(root / "features.npy"), mmap_mode="r")
         offsets = np.load(ordinary(root / "offsets.npy"))
-        if (len(offsets), offsets[-1]) != (len(info["trials"]) + 1, len(features)):
-            raise ValueError(f"{len(offsets)} offsets, {len(features)} bins, of other files than trials.json")
+        shapes = (len(info["trials"]) + 1, (offsets[-1], info["channels"]))
+        if (len(offsets), features.shape) != shapes:
+            raise ValueError(
+                f"{len(offsets)} offsets, {features.shape} bins, of other files than trials.json"
+            )
+        for number, trial in enumerate(info["trials"]):
+            known = trial["day"] in range(len(info["days"])) and {*trial["labels"]} <= {
+                *range(1, len(PHONEMES))
+            }
+            if {name: type(value) for name, value in trial.items()} != TRIAL or not known:
+                raise ValueError(f"trial {number} is {trial!r:.90}")
         return SpeechCorpus(
             features=features,
             offsets=offsets,
@@ -4289,7 +4301,7 @@ def _open_converted(root):
             text=column["text"],
             ids=column["id"],
             root=root,
-            left_out=info["report"]["left_out"],
+            left_out=[*info["report"]["left_out"]],
             **{name: np.array(column[name]) for name in ("day", "block", "part")},
             **{name: info[name] for name in ("days", "channels", "synthetic", "report")},
         )
@@ -5207,7 +5219,7 @@ def _sound_file(path):
         guessed = file.format == "MP3" and not _has_length(path)
         if file.frames < 2**62 and not (guessed and ffmpeg):
             said = ["it does not say how long it is, and may be longer: install the program ffmpeg"]
-            return file, said if guessed else _cut_short(file.extra_info)
+            return file, said if guessed else _cut_short(path, file)
         file.close()
         found = "a stream of unknown length"
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
@@ -5236,9 +5248,16 @@ def _has_length(path):
         return re.search(rb"(Xing|Info)\0\0\0[\0-\x0f]|VBRI\0", file.read(2**20)) is not None
 
 
-def _cut_short(log):
-    """A remark where soundfile's log of a header tells of more bytes than there are; a stream's of 2 GB."""
-    sizes = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log)
+def _cut_short(path, file):
+    """A remark where the last page of an OGG does not say that it is the last, or where soundfile's log of a
+    header tells of more bytes than there are; a stream's of 2 GB."""
+    if file.format == "OGG":
+        with path.open("rb") as pages:
+            pages.seek(max(0, path.stat().st_size - 2**17))
+            *_, last = pages.read().split(b"OggS")
+        ends = len(last) > 1 and last[1] & 4
+        return [] if ends else ["cut short, or the copy of a stream: its last page is not here"]
+    sizes = re.search(r"(?:data|SSND|riff|Riff size) : (\d+) \(should be (\d+)\)", file.extra_info)
     written, here = map(int, sizes.groups()) if sizes else (0, 0)
     return [f"cut short: {here / written:.0%} of it is here"] if here < 0.99 * written < 2e9 else []
 

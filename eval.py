@@ -152,6 +152,7 @@ from models import (
     load_checkpoint,
     peak_memory,
     save_ensemble,
+    save_half,
 )
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
@@ -577,14 +578,17 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     task = loaded[0][2]["task"]
     foreign = args.audio if task == "decoder" else args.day or args.logits or wants_words(args)
     foreign = foreign or (args.rate and task not in AUDIO_TASKS)
-    if args.out and (kind_of(task) != "han" or args.part != "valid"):
-        raise DataError(f"--out: of models of task han, on part valid; {args.ckpt[0]}: {task}")
+    pretraining = task == "ast" and loaded[0][1].model_args["num_outputs"] is None
+    if args.out and not pretraining and (kind_of(task) != "han" or args.part != "valid"):
+        raise DataError(
+            f"--out: of models of task han, on part valid, or a pre-training; {args.ckpt[0]}: {task}"
+        )
     if foreign:
         told = "--audio, --rate are of sound; --day, --logits and those of words of decoders; leave them out"
         raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
-    if task == "ast" and loaded[0][1].model_args["num_outputs"] is None:
+    if pretraining:
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
     records, corpus, data = _rate_parts(args, loaded, parts)
@@ -1630,6 +1634,8 @@ def evaluate_pretraining(args, loaded: list) -> dict:
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
     print(corpus_line(now["synthetic"], args.data))
     print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
+    if args.out:
+        save_half(args.out, ckpt)
     return figures
 
 
@@ -3124,7 +3130,7 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     add("--csv", help="write the predictions here (off)")
     add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", help="their folder (%(default)s)")
-    add("--out", metavar="FILE", help="han: write the models in one small file, scored on valid (off)")
+    add("--out", metavar="FILE", help="han, a pre-training: write the models in one small file (off)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:

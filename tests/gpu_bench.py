@@ -45,14 +45,20 @@ CASES = [  # task, batches of which the first that fits into memory is taken, pr
     ("decoder", [64], "bf16", {"hidden": 1024}),
     ("ast", [1024, 512, 256, 128], "bf16", VISIBLE | {"compile": True}),  # last: compiling takes long
 ]
-PLAIN = [("han", 8, {}), ("decoder", 64, {}), ("decoder", 64, {"hidden": 1024}), ("ast", 16, {})]
+PLAIN = [  # task, batch, precision, sizes
+    ("han", 8, "off", {}),
+    ("han", 64, "bf16", {}),
+    ("decoder", 64, "off", {}),
+    ("decoder", 64, "bf16", {"hidden": 1024}),
+    ("ast", 16, "bf16", {}),
+]
 TOY_SIZES = {
     "han": {"size": 16, "heads": 4},
     "decoder": {"hidden": 16, "layers": 2},
     "ast": {"width": 32, "depth": 1, "heads": 2, "frames": 128},
 }
 TOY_CASES = [(task, [4, 2], "off", sizes) for task, sizes in TOY_SIZES.items()]
-TOY_PLAIN = [(task, 2, sizes) for task, sizes in TOY_SIZES.items()]
+TOY_PLAIN = [(task, 2, "off", sizes) for task, sizes in TOY_SIZES.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -130,9 +136,9 @@ def matrix_tflops(dtype: torch.dtype, size: int, device: torch.device) -> float:
     return 2 * size**3 / statistics.median(taken[3:]) / 1e12
 
 
-def compare(task: str, batch: int, sizes: dict, steps: int, device: torch.device) -> dict:
-    times = plain_networks.compare(task, sizes, batch, steps, device)
-    return {"task": task, "batch": batch, "sizes": sizes} | times
+def compare(task: str, batch: int, amp: str, sizes: dict, steps: int, device: torch.device) -> dict:
+    times = plain_networks.compare(task, sizes, batch, steps, device, amp)
+    return {"task": task, "batch": batch, "amp": amp, "sizes": sizes} | times
 
 
 def measure(task: str, batches: list[int], amp: str, sizes: dict, steps: int, device: torch.device) -> dict:

@@ -78,9 +78,8 @@ def stage_lines(stage: dict) -> list[str]:
                 f"{result['gpu']}, torch {result['torch']}; tests: {counts}; missing {result['missing']}"
             )
         for row in result.get("plain", []):
-            lines.append(
-                f"{row['task']} batch {row['batch']} {row['sizes']}: plain / ours {row['ratio']:.1f}"
-            )
+            ran = f"{row['task']} batch {row['batch']} {row['amp']} {row['sizes']}"
+            lines.append(f"{ran}: plain / ours {row['ratio']:.1f}")
         for row in result.get("cases", []):
             lines.append(
                 f"{row['task']} batch {row['batch']} {row['amp']} {row['sizes']}: "

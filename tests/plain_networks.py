@@ -236,8 +236,8 @@ def largest_difference(ours: nn.Module, plain: nn.Module, inputs: tuple) -> floa
     return float((a - b).abs().max())
 
 
-def compare(task: str, sizes: dict, batch: int, steps: int, device: torch.device) -> dict:
-    """Median seconds of a training step of either network, in turn; ratio; output difference."""
+def compare(task: str, sizes: dict, batch: int, steps: int, device: torch.device, amp: str = "off") -> dict:
+    """Median seconds of a training step of either network, in turn; ratio; output difference in fp32."""
     torch.manual_seed(7)
     ours, inputs, loss = BENCHES[task][0](sizes, batch, device)
     networks = {"ours": ours, "plain": PLAIN[task](ours).to(device)}
@@ -246,7 +246,7 @@ def compare(task: str, sizes: dict, batch: int, steps: int, device: torch.device
     optimizers = {name: torch.optim.AdamW(net.parameters(), lr=1e-4) for name, net in networks.items()}
     for _ in range(1 + steps):
         for name, network in networks.items():
-            taken[name].append(timed_step(network, inputs, loss, optimizers[name]))
+            taken[name].append(timed_step(network, inputs, loss, optimizers[name], amp))
     seconds = {name: float(np.median(times[1:])) for name, times in taken.items()}
     return seconds | {"ratio": seconds["plain"] / seconds["ours"], "difference": difference}
 

@@ -178,7 +178,8 @@ def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg):
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("a.wav", 0.49), ("a.aiff", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4)]
+    ("name", "share"),
+    [("a.wav", 0.49), ("a.aiff", 0.49), ("a.w64", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4), ("a.ogg", 0.41)],
 )
 def test_a_file_that_was_cut_short_is_read_as_far_as_it_goes_and_that_is_said(tmp_path, capfd, name, share):
     path = tmp_path / name

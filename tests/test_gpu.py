@@ -115,9 +115,7 @@ def test_one_process_of_ddp_has_the_same_gradients(name, tmp_path):
 @each_job
 def test_six_steps_equal_three_and_three(name, job, run):
     """Up to the order of sums in atomic additions; the random states are equal to the bit."""
-    if (
-        name == "train_decoder"
-    ):  # cuDNN draws dropout between GRU layers from a state that PyTorch cannot save
+    if name == "train_decoder":  # cuDNN's dropout between GRU layers has a state that cannot be saved
         job += " --dropout 0"
     whole = run(name, job, "--max-steps 6 --name six")["folder"]
     half = run(name, job, "--max-steps 3 --name three")["folder"]

@@ -200,6 +200,20 @@ def test_parts_of_a_plain_folder_hold_whole_segments():
     assert [names[i] for i in data.pretrain_parts(store)["valid"]] == names[1::4]
 
 
+@pytest.mark.slow
+def test_a_pretraining_in_half_the_size_scores_alike(run, tmp_path):
+    folder = Path(run("--name first --max-steps 1 --ema 0.9")["folder"])
+    data_of = json.loads((folder / "args.json").read_text())
+    argv = ["--data", data_of["data"], "--cache", data_of["cache"], "--device", "cpu"]
+    small = str(tmp_path / "small.pt")
+    figures = evaluation.main(["--ckpt", str(folder / "best.pt"), *argv, "--out", small])
+    again = evaluation.main(["--ckpt", small, *argv])
+    assert again["valid_nce"] == pytest.approx(figures["valid_nce"], abs=1e-3)
+    assert Path(small).stat().st_size < 0.7 * (folder / "best.pt").stat().st_size
+    assert str(tmp_path).encode() not in Path(small).read_bytes()
+    assert pretrain_ast.build_model(options(f"--task finetune --frames 48 --init {small}"))
+
+
 def test_init_takes_the_encoder(run, tmp_path, capsys):
     best = str(Path(run("--name first --max-steps 1")["folder"]) / "best.pt")
     before = load_checkpoint(best)[0].state_dict()

@@ -442,6 +442,12 @@ def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path):
     (tmp_path / "trials.json").write_text(json.dumps(info | {"trials": info["trials"][1:]}))
     with pytest.raises(data.DataError, match=f"{tmp_path}: .*57 offsets"):  # one of another conversion
         data.open_speech(tmp_path)
+    first, *others = info["trials"]
+    for wrong in ({"day": 3}, {"labels": [41]}, {"labels": [0]}, {"block": "a"}, {"text": None}):
+        changed = info | {"trials": [first | wrong, *others]}
+        (tmp_path / "trials.json").write_text(json.dumps(changed))
+        with pytest.raises(data.DataError, match=f"{tmp_path}: .*trial 0"):  # edited by hand
+            data.open_speech(tmp_path)
 
 
 def test_the_command_prints_the_report(mat, capsys, tmp_path):
