@@ -4280,7 +4280,16 @@ def _open_converted(root):
         info = read_json(root / "trials.json")
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
-        column = {name: [trial[name] for trial in info["trials"]] for name in info["trials"][0]}
+        for number, trial in enumerate(info["trials"]):
+            day, labels = trial.get("day"), trial.get("labels")
+            typed = {name: type(value) for name, value in trial.items()} == TRIAL
+            if (
+                not typed
+                or day not in range(len(info["days"]))
+                or not {*labels} <= {*range(1, len(PHONEMES))}
+            ):
+                raise ValueError(f"trial {number} is {trial!r:.90}")
+        column = {name: [trial[name] for trial in info["trials"]] for name in TRIAL}
         features = np.load(ordinary(root / "features.npy"), mmap_mode="r")
         offsets = np.load(ordinary(root / "offsets.npy"))
         shapes = (len(info["trials"]) + 1, (offsets[-1], info["channels"]))
@@ -4288,12 +4297,6 @@ def _open_converted(root):
             raise ValueError(
                 f"{len(offsets)} offsets, {features.shape} bins, of other files than trials.json"
             )
-        for number, trial in enumerate(info["trials"]):
-            known = trial["day"] in range(len(info["days"])) and {*trial["labels"]} <= {
-                *range(1, len(PHONEMES))
-            }
-            if {name: type(value) for name, value in trial.items()} != TRIAL or not known:
-                raise ValueError(f"trial {number} is {trial!r:.90}")
         return SpeechCorpus(
             features=features,
             offsets=offsets,
@@ -4305,7 +4308,7 @@ def _open_converted(root):
             **{name: np.array(column[name]) for name in ("day", "block", "part")},
             **{name: info[name] for name in ("days", "channels", "synthetic", "report")},
         )
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         remedy = "`python data.py decoder-convert` makes one"
         raise DataError(f"{root}: no converted corpus ({one_line(error)}); {remedy}") from error
 
@@ -5255,8 +5258,9 @@ def _cut_short(path, file):
         with path.open("rb") as pages:
             pages.seek(max(0, path.stat().st_size - 2**17))
             *_, last = pages.read().split(b"OggS")
-        ends = len(last) > 1 and last[1] & 4
-        return [] if ends else ["cut short, or the copy of a stream: its last page is not here"]
+        sizes = last[23 : 23 + last[22]] if len(last) > 22 else b""  # of its segments
+        whole = sizes and last[1] & 4 and len(last) >= 23 + len(sizes) + sum(sizes)
+        return [] if whole else ["cut short, or the copy of a stream: its last page is not here"]
     sizes = re.search(r"(?:data|SSND|riff|Riff size) : (\d+) \(should be (\d+)\)", file.extra_info)
     written, here = map(int, sizes.groups()) if sizes else (0, 0)
     return [f"cut short: {here / written:.0%} of it is here"] if here < 0.99 * written < 2e9 else []

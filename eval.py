@@ -1631,6 +1631,8 @@ def evaluate_pretraining(args, loaded: list) -> dict:
     _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
+    if data.get("exclude_overlap") and not settings.exclude_overlap:
+        print("PercePiano's music was left out in the training, not here")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
     print(corpus_line(now["synthetic"], args.data))
     print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")

@@ -1532,11 +1532,13 @@ def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known
 
 
 def save_half(path: str | Path, ckpt: dict) -> None:
-    """A checkpoint for others: weights (the averaged ones) in float16, none of the paths of its run."""
+    """A checkpoint for others, like a best.pt: weights (the averaged ones) in float16, none of the paths of
+    its run."""
     weights = {name: value.half() for name, value in (ckpt.get("ema") or ckpt["model"]).items()}
     paths = "data audio cache out resume init exclude_overlap name".split()
     args = {key: None if key in paths else value for key, value in ckpt["args"].items()}
-    save_checkpoint(path, ckpt | {"model": weights, "ema": None, "args": args})
+    state = dict.fromkeys(("ema", "optimizer", "scheduler", "scaler", "rng"))
+    save_checkpoint(path, ckpt | state | {"model": weights, "args": args})
 
 
 def _plain(value: object, where: str) -> object:

@@ -119,7 +119,18 @@ corpora() {  # what DATA does not give; what several trainers will read is cache
 share_card() {  # NVIDIA's MPS: kernels of several trainings run at once instead of by turns; bench comes before
     export CUDA_MPS_PIPE_DIRECTORY=$WORK/mps CUDA_MPS_LOG_DIRECTORY=$WORK/mps
     mkdir -p "$WORK/mps"
-    nvidia-cuda-mps-control -d || unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    if nvidia-cuda-mps-control -d; then
+        shared=yes
+        timeout 30 python -c 'import torch; torch.ones(1, device="cuda")' || unshare_card
+    else
+        unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    fi
+}
+
+unshare_card() {
+    [ -z "$shared" ] || echo quit | nvidia-cuda-mps-control || true
+    shared=
+    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
 
 stage() {  # name, seconds: its log and JSON; never fails
@@ -141,7 +152,7 @@ finish() {  # the table, the archive; exit code 1 if a stage failed
     local failed=0
     [ -z "${sampler:-}" ] || kill "$sampler"
     cat "$WORK"/*/pid 2>/dev/null | xargs -r kill || true  # stages of an interrupted run
-    [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || echo quit | nvidia-cuda-mps-control || true
+    unshare_card
     python tests/gpu_table.py table "$OUT" >"$OUT/logs/table.txt" || failed=1
     (cd "$WORK" && find . -path './*/results/*' -o -path './*/runs/*/*.json*') \
         | tar -czf "$OUT/results.tar.gz" -C "$WORK" -T - -C "$OUT" logs
@@ -167,6 +178,7 @@ fi
 
 # ---- all of them ------------------------------------------------------------------------------------------
 keep=${WORK:-}
+shared=
 export WORK=$(realpath -m "${WORK:-$(mktemp -d)}")
 export TOY= DEVICE=cuda MAESTRO= PERCEPIANO=$WORK/percepiano SPEECH=$WORK/speech
 for folder in "$@"; do

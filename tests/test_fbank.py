@@ -177,6 +177,14 @@ def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg):
     assert [remark for remark in remarks if "ffmpeg" in remark]
 
 
+def test_an_ogg_that_ends_inside_its_last_page_is_said_to_be_short(tmp_path):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, noise(16000), 16000)
+    assert data.read_sound(path)[1] == []
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [r for r in data.read_sound(path)[1] if "cut short" in r]
+
+
 @pytest.mark.parametrize(
     ("name", "share"),
     [("a.wav", 0.49), ("a.aiff", 0.49), ("a.w64", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4), ("a.ogg", 0.41)],
