@@ -2284,6 +2284,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
             print(f"left out: {line}")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
+            if files[0].is_dir() and not args.speech:
+                raise DataError(f"{files[0]}: a folder without {', '.join(kinds)}; give the takes or theirs")
             for record, work in predict_file(loaded, args, files, refuse):
                 records.append(record)
                 if args.explain:

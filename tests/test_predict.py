@@ -467,6 +467,8 @@ def test_a_folder_is_rated_file_by_file_and_what_does_not_match_is_refused(
     unlike = f"{others[0]}.mid"
     assert unlike in refuse(capsys, *pair, folder / unlike, "--json", tmp_path / "a.json")
     assert not (tmp_path / "a.json").exists()
+    (tmp_path / "none").mkdir()
+    assert f"{tmp_path / 'none'}: a folder without .mid" in refuse(capsys, *pair, tmp_path / "none")
 
 
 @pytest.mark.slow
