@@ -4280,14 +4280,10 @@ def _open_converted(root):
         info = read_json(root / "trials.json")
         if (info["format"], info["rules"]) != (1, speech_rules()):
             raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
+        days, labels = range(len(info["days"])), {*range(1, len(PHONEMES))}
         for number, trial in enumerate(info["trials"]):
-            day, labels = trial.get("day"), trial.get("labels")
             typed = {name: type(value) for name, value in trial.items()} == TRIAL
-            if (
-                not typed
-                or day not in range(len(info["days"]))
-                or not {*labels} <= {*range(1, len(PHONEMES))}
-            ):
+            if not typed or trial["day"] not in days or not labels.issuperset(trial["labels"]):
                 raise ValueError(f"trial {number} is {trial!r:.90}")
         column = {name: [trial[name] for trial in info["trials"]] for name in TRIAL}
         features = np.load(ordinary(root / "features.npy"), mmap_mode="r")

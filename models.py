@@ -1531,14 +1531,19 @@ def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known
     save_checkpoint(path, made | git_state() | known)
 
 
+def for_inference(ckpt: dict) -> dict:
+    """A checkpoint with the averaged weights as its own, without what only goes on training."""
+    state = dict.fromkeys(("ema", "optimizer", "scheduler", "scaler", "rng"))
+    return ckpt | state | {"model": ckpt.get("ema") or ckpt["model"]}
+
+
 def save_half(path: str | Path, ckpt: dict) -> None:
-    """A checkpoint for others, like a best.pt: weights (the averaged ones) in float16, none of the paths of
-    its run."""
-    weights = {name: value.half() for name, value in (ckpt.get("ema") or ckpt["model"]).items()}
+    """A checkpoint for others: `for_inference`, weights in float16, none of the paths of its run."""
+    small = for_inference(ckpt)
+    weights = {name: value.half() for name, value in small["model"].items()}
     paths = "data audio cache out resume init exclude_overlap name".split()
     args = {key: None if key in paths else value for key, value in ckpt["args"].items()}
-    state = dict.fromkeys(("ema", "optimizer", "scheduler", "scaler", "rng"))
-    save_checkpoint(path, ckpt | state | {"model": weights, "args": args})
+    save_checkpoint(path, small | {"model": weights, "args": args})
 
 
 def _plain(value: object, where: str) -> object:
@@ -2025,11 +2030,8 @@ class Run(ExitStack):
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() or None,
         }
-        if name == "best.pt":  # what inference needs
-            made["model"] = state["ema"] or made["model"]
-            made |= {"optimizer": None, "scaler": None, "rng": None}
-            state |= {"ema": None, "scheduler": None}
-        save_checkpoint(self.folder / name, state | made)
+        made |= state
+        save_checkpoint(self.folder / name, for_inference(made) if name == "best.pt" else made)
 
 
 def cut_metrics(file: BinaryIO, step: int) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU in one go: tests, speed beside the plain networks, a short run of every task.
 #
-#   bash tests/gpu.sh [DATA ...]        about 9 minutes on an H100-class card with 16 cores
+#   bash tests/gpu.sh [DATA ...]        under 9 minutes on an H100-class card with 16 cores
 #   bash tests/gpu.sh --toy             the same commands at a tiny size on a CPU, 3 minutes on two cores
 #   STAGES="bench decoder" bash tests/gpu.sh [DATA ...]        these stages only
 #
@@ -11,12 +11,12 @@
 # (logs, predictions, curves, metrics; no weights). A table ends the run; exit code 1 if a stage failed.
 #
 # Variables: OUT results (out); WORK caches and runs, kept if given (a temporary folder), of one run at a time;
-# HAN_SECONDS and AST_SECONDS of training (150, 90).
+# HAN_SECONDS and AST_SECONDS of training (130, 85).
 set -euo pipefail
 
 export OUT=$(realpath -m "${OUT:-out}")
-export HAN_SECONDS=${HAN_SECONDS:-150}
-export AST_SECONDS=${AST_SECONDS:-90}
+export HAN_SECONDS=${HAN_SECONDS:-130}
+export AST_SECONDS=${AST_SECONDS:-85}
 export PYTHONUNBUFFERED=1
 cores=$(env -u OMP_NUM_THREADS nproc)
 threads=$((cores > 7 ? cores / 4 : 1))
@@ -210,13 +210,13 @@ corpora >"$OUT/logs/corpora.log" 2>&1 &
 preparing=$!
 stage environment 60
 wait "$preparing" || echo "corpora: failed, see corpora.log"
-stage bench 120
+stage bench 100
 [ -n "$TOY" ] || share_card
-stage render 180 &
+stage render 160 &
 rendering=$!
-stage han 180
+stage han 160
 wait "$rendering"
-stage pretrain 105
+stage pretrain 100
 stage decoder 120 &
 decoding=$!
 stage finetune 120

@@ -145,9 +145,6 @@ def compare(task: str, batch: int, amp: str, sizes: dict, steps: int, device: to
 def measure(task: str, batches: list[int], amp: str, sizes: dict, steps: int, device: torch.device) -> dict:
     batch, case = first_that_fits(task, batches, amp, sizes, steps, device)
     case["tflops"] = step_flops(task, batch, sizes, device) / case["seconds"] / 1e12
-    case["gpu_waits"] = math.nan  # kernels of a compiled network are others
-    if not sizes.get("compile"):
-        case["gpu_waits"] = max(0.0, 1 - busy_seconds(task, batch, amp, sizes, device) / case["seconds"])
     return {"task": task, "batch": batch, "amp": amp, "sizes": sizes} | case
 
 
@@ -164,8 +161,10 @@ def first_that_fits(task, batches, amp, sizes, steps, device) -> tuple[int, dict
             model = inputs = loss = optimizer = None
             print(f"{task}: a batch of {batch} does not fit")
             continue
-        seconds = statistics.median(taken[3:])
-        return batch, {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak_memory(device)}
+        seconds, peak = statistics.median(taken[3:]), peak_memory(device)
+        waits = max(0.0, 1 - busy_seconds(model, inputs, loss, optimizer, amp) / seconds)
+        found = {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak, "gpu_waits": waits}
+        return batch, found
     raise RuntimeError(f"no batch of {batches} fits")
 
 
@@ -194,10 +193,8 @@ def cudnn_rnn_flops(rows: tuple, weights: list, *_, **__) -> int:
     return 2 * math.prod(rows[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
 
-def busy_seconds(task: str, batch: int, amp: str, sizes: dict, device: torch.device) -> float:
+def busy_seconds(model, inputs, loss, optimizer, amp: str) -> float:
     """The GPU's time in the kernels of a step; 0 on a CPU."""
-    model, inputs, loss, optimizer = prepared(task, batch, sizes, device)
-    evaluation.timed_step(model, inputs, loss, optimizer, amp)
     with torch.profiler.profile() as profile:  # of one step: a recurrent network has 10,000 kernels
         evaluation.timed_step(model, inputs, loss, optimizer, amp)
     kernels = [e for e in profile.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
