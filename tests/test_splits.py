@@ -75,7 +75,8 @@ def test_player_indices():
     assert indices == [1, 13, 0, None]
 
 
-@CASES
+@pytest.mark.parametrize("fold", range(data.FOLDS))
+@pytest.mark.parametrize("split", data.SPLITS)
 def test_parts_hold_every_name_once_whatever_their_order_and_spaces(split, fold):
     names = small_corpus()
     parts = data.split_percepiano(names, split, fold)
