@@ -147,6 +147,20 @@ def on_stop(action) -> None:
             signal.signal(number, action)
 
 
+@contextlib.contextmanager
+def Interrupt() -> Iterable[list]:
+    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends
+    first."""
+    came = []
+    before = {number: signal.getsignal(number) for number in STOPS}
+    on_stop(lambda *caught: came.append(caught))
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 MOST_BYTES = 2**26  # of a file that is read as a whole, where nothing else is said
 
 
@@ -5619,7 +5633,10 @@ def _run_parallel(function: Callable, tasks: list, workers=None, label=None, qui
         return
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
     try:
-        futures = {pool.submit(function, task): task for task in tasks}
+        with Interrupt() as stop:  # a pool that stands half can neither work nor be shut down
+            futures = {pool.submit(function, task): task for task in tasks}
+        if stop:
+            raise KeyboardInterrupt
         for future in bar(as_completed(futures)):
             yield futures[future], future.result()
     except BrokenProcessPool as error:

@@ -15,7 +15,6 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     FOLDS,
     PHONEMES,
     SESSIONS_24,
-    STOPS,
     WHOLE,
     DataError,
     add_options,
@@ -1894,20 +1893,6 @@ def worker_processes(loader: DataLoader) -> Iterator[None]:
     finally:
         if loader._iterator is not None:
             loader._iterator._shutdown_workers()
-
-
-@contextmanager
-def Interrupt() -> Iterator[list]:
-    """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends
-    first."""
-    came = []
-    before = {number: signal.getsignal(number) for number in STOPS}
-    on_stop(lambda *caught: came.append(caught))
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_folder(args: Namespace, name: str) -> Path:

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import (
     lengths_if_unlike,
     predict_ast,
@@ -55,7 +55,6 @@ from models import (
     CNN,
     POOLINGS,
     Block,
-    Interrupt,
     PooledMLP,
     Run,
     adapt_ast,

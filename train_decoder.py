@@ -28,12 +28,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import WordSearch, ctc_losses, validate_decoder, word_model
 from models import (
     AMP_TYPES,
     GRUDecoder,
-    Interrupt,
     Run,
     averaged,
     data_loader,

@@ -28,14 +28,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE
+from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import predict_han, rating_summary, to_device, validation_metrics
 from models import (
     AMP_TYPES,
     FORMS,
     HAN,
     LEVELS,
-    Interrupt,
     Run,
     all_folds,
     averaged,

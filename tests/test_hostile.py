@@ -285,7 +285,7 @@ for module, names in {os: "sched_getaffinity fork register_at_fork mkfifo getuid
 sys.argv = ["train_han.py"]
 import data, eval, models, train_han, train_decoder, pretrain_ast
 data.on_stop(signal.default_int_handler)
-with models.Interrupt() as stop:
+with data.Interrupt() as stop:
     signal.raise_signal(signal.SIGTERM)
 print(len(data.STOPS), len(stop), models.peak_memory(models.torch.device("cpu")))
 """

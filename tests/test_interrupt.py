@@ -6,12 +6,14 @@ PYTHONPATH=. python tests/test_interrupt.py 60    kills a run at random: how man
 import ast
 import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -119,7 +121,7 @@ def random_kills(count: int, corpus, folder: Path, seed: int = 7) -> tuple[int, 
 def test_an_interrupt_is_noted_within_its_block_only():
     before = {number: signal.signal(number, signal.default_int_handler) for number in data.STOPS}
     try:
-        with models.Interrupt() as stop:
+        with data.Interrupt() as stop:
             assert not stop
             for number in data.STOPS:
                 signal.raise_signal(number)
@@ -128,6 +130,19 @@ def test_an_interrupt_is_noted_within_its_block_only():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_ctrl_c_while_worker_processes_start(monkeypatch):
+    """Between a pool's first process and its thread, such a stop left what could not be shut down."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda self: (signal.raise_signal(signal.SIGINT), start(self))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        [*data._run_parallel(str, [1, 2], 2, quiet=True)]
+    signal.signal(signal.SIGINT, before)
+    assert multiprocessing.active_children() == []
 
 
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
