@@ -501,10 +501,14 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
     ]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, frozen: bool) -> None:
-    """The rate of each group; of the encoder's none while the heads learn alone."""
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, frozen: bool, world: int) -> None:
+    """The rate of each group; of the encoder's none while the heads learn alone, and no gradient either,
+    unless processes wait for each other's gradients of every weight."""
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if frozen and group["encoder"] else lr * group["scale"]
+        still = frozen and group["encoder"]
+        group["lr"] = 0.0 if still else lr * group["scale"]
+        for parameter in group["params"]:
+            parameter.requires_grad_(world > 1 or not still)
 
 
 def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argparse.Namespace) -> dict:
@@ -604,7 +608,7 @@ def main(args: argparse.Namespace) -> dict:
                     batch = with_masks(batch, args.mask)
 
                 lr = lr_at(step, args, planned) * rate
-                set_rates(optimizer, lr, frozen=args.init and epoch < args.freeze)
+                set_rates(optimizer, lr, args.init and epoch < args.freeze, world)
                 loss, losses, figures = 0.0, [], {}
                 for part, share, exchange in micro_batches(batch, args.micro_batch, model):
                     with exchange:
