@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as data.py, which comes after torch here
 
+import io
 import itertools
 import json
 import signal
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +57,22 @@ def oracle_tensors(name: str) -> dict[str, torch.Tensor]:
         pytest.skip(f"{name} is not here")
     with np.load(path, allow_pickle=False) as file:
         return {key: torch.as_tensor(value) for key, value in file.items()}
+
+
+def zipped(entries: dict[str, bytes | str]) -> bytes:
+    """A ZIP archive of these {name: content}."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def performance(pitch, velocity, onset, offset, sustain=(), soft=()) -> data.Performance:
+    """Of played notes, a value each, and of pedals as (second, value)."""
+    notes = (np.array(values) for values in (pitch, velocity, onset, offset))
+    pedals = (np.array(events, float).reshape(-1, 2) for events in (sustain, soft))
+    return data.Performance("take.mid", *notes, *pedals)
 
 
 def leaves(tree: object, key: str = "") -> dict[str, object]:

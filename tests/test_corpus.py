@@ -5,17 +5,16 @@ import json
 import runpy
 import shutil
 import tracemalloc
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import SHARED, performance, refused
 from scipy.stats import norm, rankdata
 
 import data
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "percepiano"
+REAL = SHARED / "percepiano"
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +40,6 @@ def few(copy):
     for path in sorted((copy / data.MIDI_FOLDER).iterdir())[3:]:
         path.unlink()
     return copy
-
-
-def performance(pitch, velocity, onset, offset, sustain=()):
-    pedal = np.array(sustain, float).reshape(-1, 2)
-    notes = (np.array(values) for values in (pitch, velocity, onset, offset))
-    return data.Performance("toy", *notes, pedal, pedal[:0])
 
 
 @pytest.mark.slow
@@ -147,10 +140,10 @@ def test_misaligned_items_train_on_request_only(corpus):
     assert data.percepiano_parts(bad, "segment", 0, keep_misaligned=True) == whole
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real dataset is not beside the repository")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real dataset is not beside the repository")
 @pytest.mark.slow
 def test_the_real_corpus(tmp_path):
-    corpus = data.load_percepiano(SHARED, tmp_path, quiet=True)
+    corpus = data.load_percepiano(REAL, tmp_path, quiet=True)
     assert (len(corpus.items), corpus.left_out) == (1202, [])
     assert "Schubert_D935_no.3_4bars_2_1" in corpus.items
     assert sum("y" in item for item in corpus.items.values()) == 1020
@@ -304,12 +297,12 @@ def test_statistics_of_a_hand_made_score():
     assert late["held_long_mean"] == pytest.approx((3 * np.log(1 / 2) + 3 * np.log(2 / 2)) / 6)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no PercePiano beside the repository")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no PercePiano beside the repository")
 @pytest.mark.parametrize("name", ["Schubert_D960_mv2_8bars_4_05", "Beethoven_WoO80_var10_8bars_11_8"])
 def test_statistics_equal_the_prototype(name):
-    prototype = runpy.run_path(SHARED.parent / "prototypes" / "rating_statistics.py")
-    score = data.read_musicxml(SHARED / data.SCORE_FOLDER / f"{data.score_of(name)}.musicxml")
-    played = data.read_midi(SHARED / data.MIDI_FOLDER / f"{name}.mid")
+    prototype = runpy.run_path(SHARED / "prototypes" / "rating_statistics.py")
+    score = data.read_musicxml(REAL / data.SCORE_FOLDER / f"{data.score_of(name)}.musicxml")
+    played = data.read_midi(REAL / data.MIDI_FOLDER / f"{name}.mid")
     found = data.align(score, played)
     match, anchors = data._clean(score, played, found)
     assert data.harmony_statistics(score) == pytest.approx(prototype["harmony_statistics"](score), abs=1e-9)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from conftest import performance
+from test_score import back, document, note, quarters
 
 import data
 import eval as evaluation
@@ -44,24 +46,13 @@ def small_han(features: str = "full", pooled: bool = False, **args) -> tuple:
     return uneven(HAN(len(columns), **args)), {"path": "runs/a/best.pt", "task": "han", "data": info}
 
 
-def read_score(path, measures: int = 4) -> data.Score:
-    """4/4: a melody of quarters over whole notes."""
-
-    def note(k: int, octave: int, duration: int, voice: int) -> str:
-        pitch = f"<pitch><step>{'CDEFGAB'[k % 7]}</step><octave>{octave}</octave></pitch>"
-        return (
-            f"<note>{pitch}<duration>{duration}</duration><voice>{voice}</voice><staff>{voice}</staff></note>"
-        )
-
-    head = "<attributes><divisions>1</divisions><time><beats>4</beats><beat-type>4</beat-type></time>"
-    bars = ""
-    for m in range(measures):
-        sign = "" if m else f"{head}<staves>2</staves></attributes>"
-        melody = "".join(note(4 * m + k, 5, 1, 1) for k in range(4))
-        bass = f"<backup><duration>4</duration></backup>{note(m, 3, 4, 2)}"
-        bars += f'<measure number="{m + 1}">{sign}{melody}{bass}</measure>'
-    parts = '<part-list><score-part id="P1"><part-name>x</part-name></score-part></part-list>'
-    path.write_text(f'<score-partwise>{parts}<part id="P1">{bars}</part></score-partwise>')
+def read_score(path) -> data.Score:
+    """Four bars of 4/4: a melody of quarters over whole notes."""
+    scale, bars = [0, 2, 4, 5, 7, 9, 11], []
+    for m in range(4):
+        melody = quarters(*(72 + scale[(4 * m + k) % 7] for k in range(4)))
+        bars.append(melody + back(16) + note(48 + scale[m], 16, 2, 2))
+    path.write_text(document(bars))
     return data.read_musicxml(path)
 
 
@@ -72,21 +63,19 @@ def played(score, seconds, extra=(), left_out=()) -> tuple[Performance, np.ndarr
     pitch = np.concatenate([score.pitch[kept], [p for p, _ in extra]]).astype(np.int64)
     order = np.argsort(onset, kind="stable")
     velocity = (40 + np.arange(len(onset)) % 30).astype(np.int64)
-    onset, pedal = onset[order], np.zeros((0, 2))
-    performance = Performance("take.mid", pitch[order], velocity[order], onset, onset + 0.4, pedal, pedal)
     match = np.full(len(score.pitch), -1)
     match[kept] = np.argsort(order)[: len(kept)]
-    return performance, match
+    return performance(pitch[order], velocity[order], onset[order], onset[order] + 0.4), match
 
 
-def work_of(score, performance, match) -> dict:
-    stats = data.performance_statistics(performance)
-    item = data.note_table(score, performance, match) | {
+def work_of(score, played, match) -> dict:
+    stats = data.performance_statistics(played)
+    item = data.note_table(score, played, match) | {
         "stats": np.array([*stats.values()], np.float32),
         "stat_names": STAT_NAMES,
         "match_rate": float((match >= 0).mean()),
     }
-    return {"name": "take", "score": score, "performance": performance, "match": match, "item": item}
+    return {"name": "take", "score": score, "performance": played, "match": match, "item": item}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SHARED
+from conftest import SHARED, performance
 from scipy.io import wavfile
 
 import data
@@ -93,9 +93,8 @@ def test_cuda_agrees_with_cpu():
 
 def test_stored_energies_name_their_version():
     """Where this fails and the new values are right: count FBANK_FORMAT up; nobody trains on old energies."""
-    notes = np.array([[0.1, 0.9, 60, 64], [0.3, 0.5, 40, 100], [0.8, 1.2, 72, 30]]).T
-    pedal = np.array([[0.2, 100.0], [1.1, 0.0]])
-    played = data.Performance("x", notes[2].astype(int), notes[3].astype(int), *notes[:2], pedal, pedal[:0])
+    pedal = [(0.2, 100), (1.1, 0)]
+    played = performance([60, 40, 72], [64, 100, 30], [0.1, 0.3, 0.8], [0.9, 0.5, 1.2], pedal)
     x = data.heard_energies(data.render(played), "x").numpy()
     assert data.FBANK_FORMAT == 3
     assert x.shape == (156, 128)

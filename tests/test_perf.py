@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from conftest import SHARED, performance
 
 import data
 from data import Performance, read_midi
@@ -47,11 +47,11 @@ def toy_score(onset, duration=None, bar=4.0, tempo_qpm=120.0, **flags):
 
 
 def toy_performance(onset, offset=None, velocity=None, sustain=(), soft=()):
+    """Keys from 60 up; held for .4 s at velocity 64 unless told otherwise."""
     onset = np.array(onset, float)
     offset = onset + 0.4 if offset is None else np.array(offset, float)
-    velocity = np.full(len(onset), 64) if velocity is None else np.array(velocity)
-    pedals = [np.array(curve, float).reshape(-1, 2) for curve in (sustain, soft)]
-    return Performance("toy", np.arange(60, 60 + len(onset)), velocity, onset, offset, *pedals)
+    velocity = [64] * len(onset) if velocity is None else velocity
+    return performance(60 + np.arange(len(onset)), velocity, onset, offset, sustain, soft)
 
 
 def oracle_inputs(path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import performance
 from scipy.io import wavfile
 
 import data
@@ -22,8 +23,7 @@ def still_room(monkeypatch):
 def play(*notes, sustain=(), soft=()) -> Performance:
     """Notes are (onset, offset, pitch, velocity); pedals (second, value)."""
     onset, offset, pitch, velocity = np.array(sorted(notes), float).reshape(-1, 4).T
-    pedals = (np.array(events, float).reshape(-1, 2) for events in (sustain, soft))
-    return Performance("test", pitch.astype(np.int64), velocity.astype(np.int64), onset, offset, *pedals)
+    return performance(pitch.astype(np.int64), velocity.astype(np.int64), onset, offset, sustain, soft)
 
 
 def level(waveform, start, end) -> float:
@@ -139,7 +139,7 @@ def test_edges():
         assert 0 < np.abs(render(play((0, 1, key, 127)))).max() < 1
     assert len(render(play((0, 1, 60, 64)), 44100)) > 44100
     for bad in ((-1, 1, 60, 64), (0, 1, 128, 64)):
-        with pytest.raises(DataError, match="test: notes"):
+        with pytest.raises(DataError, match="take.mid: notes"):
             render(play(bad))
 
 

@@ -2,16 +2,15 @@
 
 import json
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import refused
+from conftest import SHARED, refused
 
 import data
 
-ROOT = Path(__file__).resolve().parents[2] / "shared" / "percepiano"
+ROOT = SHARED / "percepiano"
 needs_shared = pytest.mark.skipif(not ROOT.exists(), reason="PercePiano is not beside the repository")
 
 # fmt: off
