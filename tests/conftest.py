@@ -27,6 +27,7 @@ import data
 import eval as evaluation
 
 SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[2] / "shared"))  # real data, oracles
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared: real data, oracles")
 tqdm.monitor_interval = 0  # its thread and forks do not go together
 COLUMNS = data.column_names(data.FEATURES)
 DAYS = ["t12.2022.05.01", "t12.2022.05.03", "t12.2022.06.01"]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SHARED
+from conftest import SHARED, needs_shared
 
 import data
 
@@ -177,7 +177,7 @@ def test_degenerate_input(written, played, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared")
+@needs_shared
 def test_agrees_with_the_original_where_that_matched():
     same = total = 0
     for path in sorted(REFERENCE.glob("*.npz")):

@@ -1,6 +1,5 @@
 """eval.py --attention: the roll-out against plain arithmetic, the picture."""
 
-import mido
 import numpy as np
 import pytest
 import torch
@@ -117,9 +116,7 @@ def test_a_sound_or_a_midi_file_is_drawn(tmp_path, monkeypatch):
     assert result["share"].shape == (8, 4)  # the silent half is cut off
     drawn = []
     monkeypatch.setattr(evaluation, "save_figure", lambda figure, out: drawn.append(out))
-    track = mido.MidiTrack()
-    track += [mido.Message("note_on", note=69, velocity=80), mido.Message("note_off", note=69, time=240)]
-    mido.MidiFile(ticks_per_beat=480, tracks=[track]).save(tmp_path / "a.mid")
+    data._save_midi(tmp_path / "a.mid", [(0, 0.25, 69, 80)], [])
     result = evaluation.main([f"--attention={tmp_path / 'a.svg'}", "--midi", str(tmp_path / "a.mid"), *same])
     waveform = data.render(data.read_midi(tmp_path / "a.mid"))
     assert result["share"].shape == (8, data.fbank_frames(len(waveform)) // 16)

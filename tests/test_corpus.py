@@ -5,12 +5,12 @@ import json
 import runpy
 import shutil
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SHARED, performance, refused
+from conftest import SHARED, needs_shared, performance, refused
 from scipy.stats import norm, rankdata
+from test_perf import toy_score
 
 import data
 
@@ -40,19 +40,6 @@ def few(copy):
     for path in sorted((copy / data.MIDI_FOLDER).iterdir())[3:]:
         path.unlink()
     return copy
-
-
-@pytest.mark.slow
-def test_synthetic_corpus_reads_whole(corpus):
-    assert corpus.synthetic
-    assert corpus.left_out == []
-    assert len(corpus.items) == len(corpus.names) == 40
-    assert len(corpus.columns) == 98
-    for item in corpus.items.values():
-        assert {item[key].shape[0] for key in data.NOTE_ARRAYS} == {len(item["x"])}
-        assert np.isfinite(item["x"]).all()
-        assert (np.diff(item["beat"]) >= 0).all()
-        assert item["y"].shape == (19,)
 
 
 def test_other_features_have_another_version(corpus):
@@ -97,6 +84,7 @@ def test_the_cache_is_read_until_a_file_or_the_version_changes(few, tmp_path, mo
 def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus, tmp_path, capsys):
     midi = sorted((copy / data.MIDI_FOLDER).iterdir())
     midi[0].write_bytes(b"garbage")
+    midi[3].write_bytes(midi[3].read_bytes() + b"XFIH\0\0\0\1x")
     midi[2].rename(midi[2].with_name(f" {midi[2].stem}.MID"))  # a space, as in one public file's name
     midi[1].with_name("Thumbs.db").write_bytes(b"")
     foreign = shutil.copy(midi[1], midi[1].with_name("my own recording.mid"))
@@ -106,6 +94,9 @@ def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus,
     labels[midi[1].stem] = [0.5] * 7
     (copy / data.MEAN_FILE).write_text(json.dumps(labels))
     got = data.load_percepiano(copy, tmp_path / "cache", quiet=True)
+    assert got.repaired == [f"{midi[3]}: chunks of another kind left out (1)"]
+    data.report_percepiano(got)
+    assert f"read with repairs: 1\n  {midi[3]}" in capsys.readouterr().out
     lines = "\n".join(got.left_out)
     for path in (midi[0], foreign, midi[1].stem, "1 .db"):
         assert str(path) in lines
@@ -140,7 +131,7 @@ def test_misaligned_items_train_on_request_only(corpus):
     assert data.percepiano_parts(bad, "segment", 0, keep_misaligned=True) == whole
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real dataset is not beside the repository")
+@needs_shared
 @pytest.mark.slow
 def test_the_real_corpus(tmp_path):
     corpus = data.load_percepiano(REAL, tmp_path, quiet=True)
@@ -259,26 +250,12 @@ def test_statistics_of_a_hand_made_performance():
     np.testing.assert_allclose(data.sounding_offset(p), [1.2, 1.2, 1.4, 1.4, 2.0])
 
 
-NOTE_TYPE = {  # of a Score
-    "duration": float, "onset": float, "pitch": int, "staff": int, "measure": int,
-    "grace": bool, "trill": bool, "arpeggiate": bool,
-}  # fmt: skip
-
-
-def small_score(beats, measures, **notes):
-    n = len(notes["pitch"])
-    columns = {name: np.array(notes.get(name, [0] * n), kind) for name, kind in NOTE_TYPE.items()}
-    grids = {"beats": np.array(beats, float), "measures": np.array(measures, float), "tempo_qpm": 120.0}
-    return SimpleNamespace(**columns, **grids)
-
-
 def test_statistics_of_a_hand_made_score():
     # a bar of C major, then one of C minor, four quarters each; a grace note that does not count
     pitch, n = [61, 60, 64, 67, 60, 63, 67], 7
     onset, duration = [0, 0, 0, 0, 4, 4, 4], [0, 4, 4, 4, 4, 4, 4]
-    grace, measure = [1] + [0] * 6, [0] * 4 + [1] * 3
-    notes = {"onset": onset, "duration": duration, "grace": grace, "measure": measure}
-    score = small_score(range(9), (0, 4, 8), pitch=pitch, **notes)
+    grace = [1] + [0] * 6
+    score = toy_score(onset, duration, pitch=pitch, grace=grace, beats=range(9), measures=(0, 4, 8))
     found = data.harmony_statistics(score)
     assert len(found) == 35
     halves = ("chord_maj", "chord_min", "minor_of_triads", "bar_minor_share")
@@ -297,7 +274,7 @@ def test_statistics_of_a_hand_made_score():
     assert late["held_long_mean"] == pytest.approx((3 * np.log(1 / 2) + 3 * np.log(2 / 2)) / 6)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no PercePiano beside the repository")
+@needs_shared
 @pytest.mark.parametrize("name", ["Schubert_D960_mv2_8bars_4_05", "Beethoven_WoO80_var10_8bars_11_8"])
 def test_statistics_equal_the_prototype(name):
     prototype = runpy.run_path(SHARED / "prototypes" / "rating_statistics.py")
@@ -314,7 +291,7 @@ def test_statistics_equal_the_prototype(name):
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_statistics_of_almost_nothing_are_finite(n):
     played = performance([60] * n, [64] * n, [1.0] * n, [1.0] * n)
-    score = small_score([0, 1], [0, 4], pitch=[60] * n, grace=[1] * n)
+    score = toy_score([0] * n, [0] * n, pitch=[60] * n, grace=[1] * n, measures=[0, 4])
     found = data.performance_statistics(played) | data.harmony_statistics(score)
     for match in (np.arange(n), np.full(n, -1)):
         assert np.isfinite([*(found | data.timing_statistics(score, played, match)).values()]).all()
@@ -322,16 +299,14 @@ def test_statistics_of_almost_nothing_are_finite(n):
 
 @pytest.mark.slow
 def test_memory_of_the_statistics_is_linear():
-    n = 16_000
-    notes = {"pitch": 40 + np.arange(n) % 40, "onset": np.arange(n) / 4, "duration": [1] * n}
-    beats = np.arange(n // 4 + 1)
-    score = small_score(beats, beats[::4], **notes, measure=np.arange(n) // 16)
-    played = performance(notes["pitch"], [64] * n, score.onset / 2, score.onset / 2 + 0.2)
+    n = 4_000
+    score = toy_score(np.arange(n) / 4, pitch=40 + np.arange(n) % 40)
+    played = performance(score.pitch, [64] * n, score.onset / 2, score.onset / 2 + 0.2)
     tracemalloc.start()
     data.harmony_statistics(score)
     data.performance_statistics(played)
     data.timing_statistics(score, played, np.arange(n))
-    assert tracemalloc.get_traced_memory()[1] < 40e6
+    assert tracemalloc.get_traced_memory()[1] < 10e6  # n squared bytes are 16e6
     tracemalloc.stop()
 
 
@@ -346,14 +321,3 @@ def test_ringing_equals_all_pairs():
         rings = (onset < onset[i] - data.CHORD_GAP) & (sounding > onset[i] + 0.05)
         near = np.isin(np.abs(pitch - pitch[i]), (1, 2))
         assert (ringing[i], rubbing[i]) == (rings.sum(), (rings & near).sum())
-
-
-@pytest.mark.slow
-def test_the_report_names_what_was_repaired(copy, tmp_path, capsys):
-    midi = sorted((copy / data.MIDI_FOLDER).iterdir())
-    content = midi[0].read_bytes()
-    midi[0].write_bytes(content + b"XFIH\0\0\0\1x")
-    found = data.load_percepiano(copy, tmp_path / "cache", quiet=True)
-    assert found.repaired == [f"{midi[0]}: chunks of another kind left out (1)"]
-    data.report_percepiano(found)
-    assert f"read with repairs: 1\n  {midi[0]}" in capsys.readouterr().out

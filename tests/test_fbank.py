@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SHARED, performance
+from conftest import oracle_tensors, performance, refused
 from scipy.io import wavfile
 
 import data
-from data import DataError, fbank, fbank_frames
+from data import fbank, fbank_frames
 
-ORACLE = SHARED / "reference" / "fbank.npz"
 SECONDS = (0.5, 1.2, 0.8, 2.0, 1.5)
 
 
@@ -34,16 +33,15 @@ def write_folder(root: Path, seconds=SECONDS) -> Path:
     return root
 
 
-@pytest.mark.skipif(not ORACLE.is_file(), reason="no reference data")
 @pytest.mark.parametrize("name", ["noise", "chord", "quiet"])
 def test_agrees_with_kaldi(name):
-    with np.load(ORACLE) as z:
-        samples, expected = z[f"wav/{name}"], torch.from_numpy(z[f"fbank/{name}"])
-    found = fbank(torch.from_numpy(samples.astype(np.float32) / 32768))
+    oracle = oracle_tensors("fbank.npz")
+    samples, expected = oracle[f"wav/{name}"], oracle[f"fbank/{name}"]
+    found = fbank(samples.float() / 32768)
     difference = (found - expected).abs()
     assert difference.max() < 1.5e-3  # Kaldi's own float32 is 1.1e-3 from float64 here
     assert difference[expected > -10].max() < 3e-4
-    assert torch.equal(found, fbank(torch.from_numpy(samples)))  # int16
+    assert torch.equal(found, fbank(samples))  # int16
 
 
 def test_a_row_depends_neither_on_its_batch_nor_on_autocast():
@@ -74,12 +72,11 @@ def test_frames_of_every_length_and_silence_is_the_floor(samples, frames):
         (torch.tensor([0.1] * 500 + [float("nan")]), "nan"),
         (torch.full((800,), 20000.0), "20000"),
         (torch.zeros(800, dtype=torch.int64), "torch.int64"),
-        (torch.zeros(1, 2, 800), r"\(1, 2, 800\)"),
+        (torch.zeros(1, 2, 800), "(1, 2, 800)"),
     ],
 )
-def test_refuses_what_is_no_waveform(waveform, found):
-    with pytest.raises(DataError, match=found):
-        fbank(waveform)
+def test_refuses_what_is_no_waveform(waveform, found, capsys):
+    refused(lambda: fbank(waveform), capsys, found)
 
 
 @pytest.mark.gpu
@@ -147,17 +144,15 @@ def ffmpeg(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.m4a", "renamed.wav", "a.raw", "caf\udce9.wma"])
-def test_what_soundfile_cannot_open_is_decoded_by_ffmpeg_or_named(tmp_path, ffmpeg, name):
+def test_what_soundfile_cannot_open_is_decoded_by_ffmpeg_or_named(tmp_path, ffmpeg, name, capsys):
     path = tmp_path / name
     path.write_bytes(b"not sound" + write_wav(tmp_path / "x" / "a.wav").read_bytes())
     assert len(data.read_sound(path)[0]) == len(data.read_wav_crop(path, 0, 8000)) == 8000
     ffmpeg()
-    with pytest.raises(DataError, match=r": .*ffmpeg") as caught:
-        data.read_sound(path)
-    assert data.printable(path) in str(caught.value)
+    refused(lambda: data.read_sound(path), capsys, data.printable(path), "ffmpeg")
 
 
-def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg):
+def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg, capsys):
     path = tmp_path / "a.mp3"
     soundfile.write(path, noise(32000), 16000)
     tagged = path.read_bytes()
@@ -168,40 +163,32 @@ def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg):
     path.write_bytes(b"ID3\3\0\0\0\0\2\0COMM" + b"More Information here".ljust(252, b"\0") + bare)
     assert not data._has_length(path)
     path.write_bytes(bare)
-    with pytest.raises(DataError, match="a.mp3"):  # to ffmpeg, here of no help
-        data.read_sound(path)
+    refused(lambda: data.read_sound(path), capsys, "a.mp3")  # to ffmpeg, here of no help
     ffmpeg()
     found, remarks = data.read_sound(path)
     assert len(found) > 8000
     assert [remark for remark in remarks if "ffmpeg" in remark]
 
 
-def test_an_ogg_that_ends_inside_its_last_page_is_said_to_be_short(tmp_path):
-    path = tmp_path / "a.ogg"
-    soundfile.write(path, noise(16000), 16000)
-    assert data.read_sound(path)[1] == []
-    path.write_bytes(path.read_bytes()[:-20])
-    assert [r for r in data.read_sound(path)[1] if "cut short" in r]
-
-
 @pytest.mark.parametrize(
-    ("name", "share"),
-    [("a.wav", 0.49), ("a.aiff", 0.49), ("a.w64", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4), ("a.ogg", 0.41)],
+    ("name", "share"),  # of an Ogg file also what ends inside its last page
+    [("a.wav", 0.49), ("a.aiff", 0.49), ("a.w64", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4)]
+    + [("a.ogg", 0.41), ("last page.ogg", 0.9)],
 )
 def test_a_file_that_was_cut_short_is_read_as_far_as_it_goes_and_that_is_said(tmp_path, capfd, name, share):
     path = tmp_path / name
     soundfile.write(path, noise(160000), 16000)
     assert [r for r in data.read_sound(path)[1] if "cut short" in r] == []
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    kept = 0.9995 if name == "last page.ogg" else 0.5
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     found, remarks = data.read_sound(path)
-    assert 160000 * share <= len(found) <= 80000
+    assert 160000 * share <= len(found) <= 160000 * kept
     assert len([r for r in remarks if "cut short" in r]) == 1
     data.main(["fbank", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"])
     assert f"read with remarks: 1\n  {path}: cut short" in capfd.readouterr().out
     if share == 0.4:  # its header tells of more than is there
         assert data.open_audio(write_folder(tmp_path / "whole")).left_out == []
-        with pytest.raises(DataError, match=name):
-            data.open_audio(tmp_path, strict=True)
+        refused(lambda: data.open_audio(tmp_path, strict=True), capfd, name)
     assert capfd.readouterr().err == ""  # of mpg123
 
 
@@ -286,24 +273,22 @@ def test_resampling_keeps_a_tone_and_a_crop_is_a_crop_of_the_whole(tmp_path, rat
         assert np.abs(crop - whole[start:stop]).max(initial=0) <= 1
 
 
-@pytest.mark.parametrize("broken", ["half a header", "text", "nan", "missing", "int16 as float", "1 Hz"])
-def test_broken_files_are_refused_in_one_line(tmp_path, broken):
+BROKEN = {
+    "half a header": lambda path: path.write_bytes(path.read_bytes()[:30]),
+    "text": lambda path: path.write_bytes(b"plain text\n" * 60),
+    "missing": Path.unlink,
+    "nan": lambda path: wavfile.write(path, 16000, np.full(800, np.nan, np.float32)),
+    "int16 as float": lambda path: wavfile.write(path, 16000, np.full(800, 2000, np.float32)),
+    "1 Hz": lambda path: write_wav(path, rate=1),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_files_are_refused_in_one_line(tmp_path, capsys, broken):
     path = write_wav(tmp_path / "a.wav")
-    if broken == "nan":
-        wavfile.write(path, 16000, np.full(800, np.nan, np.float32))
-    elif broken == "int16 as float":
-        wavfile.write(path, 16000, np.full(800, 2000, np.float32))
-    elif broken == "1 Hz":
-        write_wav(path, rate=1)
-    elif broken == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:30] if broken == "half a header" else b"plain text\n" * 60)
-    for read in (data.read_sound, lambda path: data.read_wav_crop(path, 0, 400)):
-        with pytest.raises(DataError) as caught:
-            read(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
+    BROKEN[broken](path)
+    refused(lambda: data.read_sound(path), capsys, path)
+    refused(lambda: data.read_wav_crop(path, 0, 400), capsys, path)
 
 
 def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes(tmp_path, capsys):
@@ -330,7 +315,9 @@ def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes
         assert (item["name"], item["frames"]) == (name, len(expected))
 
 
-def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_again(tmp_path, monkeypatch):
+def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_again(
+    tmp_path, monkeypatch, capsys
+):
     root, out = write_folder(tmp_path / "wav"), tmp_path / "out"
     before = data.build_fbank(root, out, workers=1, quiet=True)
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
@@ -346,15 +333,13 @@ def test_what_is_stored_is_kept_and_what_is_newer_or_of_another_version_made_aga
     os.utime(out / "0" / "take 0.v3.npy", (2e9, path.stat().st_ctime - 1))
     assert not np.array_equal(data.build_fbank(root, out, workers=1, quiet=True).get(0), before_0)
     (out / "3" / "take 3.v3.npy").write_bytes(b"half a file")
-    with pytest.raises(DataError, match="take 3.v3.npy"):
-        data.open_fbank(out)
+    refused(lambda: data.open_fbank(out), capsys, "take 3.v3.npy")
     monkeypatch.setattr(data, "FBANK_FORMAT", 4)
-    with pytest.raises(DataError, match="v4.npy"):
-        data.open_fbank(out)
+    refused(lambda: data.open_fbank(out), capsys, "v4.npy")
     assert np.array_equal(data.build_fbank(root, out, workers=1, quiet=True).get(1), after.get(1))
 
 
-def test_a_bad_recording_is_left_out_and_listed(tmp_path):
+def test_a_bad_recording_is_left_out_and_listed(tmp_path, capsys):
     root = write_folder(tmp_path / "wav")
     (root / "2" / "take 2.wav").write_bytes(b"RIFF")
     write_wav(root / "short.wav", 300)
@@ -370,20 +355,18 @@ def test_a_bad_recording_is_left_out_and_listed(tmp_path):
         assert len(store.left_out) == 4
     (root / "pipe.wav").unlink()
     for build in (data.open_audio, lambda *a, **k: data.build_fbank(root, tmp_path / "s", 1, **k)):
-        with pytest.raises(DataError, match="take 2.wav"):
-            build(root, strict=True)
+        refused(lambda build=build: build(root, strict=True), capsys, "take 2.wav")
 
 
-def test_a_name_that_looks_like_a_copy(tmp_path):
+def test_a_name_that_looks_like_a_copy(tmp_path, capsys):
     root = write_wav(tmp_path / "wav" / "take@copy1.wav").parent
     store = data.build_fbank(root, tmp_path / "out", workers=1, quiet=True, copies=1)
     assert store.names == ["take@copy1", "take@copy1@copy1"]
     (tmp_path / "out" / "index.json").write_text("[]")
-    with pytest.raises(DataError, match="index.json"):
-        data.open_fbank(tmp_path / "out")
+    refused(lambda: data.open_fbank(tmp_path / "out"), capsys, "index.json")
 
 
-def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, monkeypatch):
+def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "corpus/virtuoso/data/all_2rounds"
     folder.mkdir(parents=True)
     names = [f"Schubert_D960_mv2_8bars_{player}_01" for player in (1, 2)]
@@ -408,5 +391,5 @@ def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, mo
         write_wav(tmp_path / f"wav/{name}.wav")
     recorded = data.percepiano_audio(tmp_path / "corpus", tmp_path / "cache", tmp_path / "wav", quiet=True)
     assert (recorded.names, len(recorded.left_out)) == ([names[1]], 2)
-    with pytest.raises(DataError, match="gone.sf2"):
-        data.percepiano_audio(*arguments[:2], base=data.Version(soundfont="gone.sf2"))
+    gone = data.Version(soundfont="gone.sf2")
+    refused(lambda: data.percepiano_audio(*arguments[:2], base=gone), capsys, "gone.sf2")

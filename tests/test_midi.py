@@ -3,7 +3,7 @@
 import mido
 import numpy as np
 import pytest
-from conftest import SHARED, refused
+from conftest import SHARED, needs_shared, refused
 
 import data
 
@@ -155,7 +155,7 @@ def test_what_other_readers_accept_is_read_and_said(tmp_path, name):
     assert not repair or repair in next(iter(played.repairs))
 
 
-@pytest.mark.skipif(not PERFORMANCES.is_dir(), reason="needs ../shared")
+@needs_shared
 def test_real_onsets_equal_the_reference():
     for path in sorted((SHARED / "reference/percepiano_features").glob("*.npz")):
         expected = np.load(path)["perfnote_onset_sec"]

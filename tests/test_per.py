@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DAYS, refusal
+from conftest import DAYS, oracle_tensors, refusal
 
 import data
 import eval as evaluation
@@ -16,7 +16,6 @@ from data import PHONEMES, speech_rules
 from models import GRUDecoder, save_checkpoint
 
 CPU = torch.device("cpu")
-ORACLE = Path(__file__).parents[2] / "shared" / "reference" / "gru_decoder.npz"
 SIZES = {"channels": 4, "days": 3, "hidden": 6, "layers": 1, "kernel": 6, "stride": 2, "smooth_taps": 5}
 
 
@@ -35,9 +34,8 @@ def test_greedy_by_hand():
     assert evaluation.ctc_greedy(torch.tensor(logits), torch.tensor([7, 3, 5])) == expected
 
 
-@pytest.mark.skipif(not ORACLE.is_file(), reason="reference numbers absent")
 def test_greedy_equals_the_original():
-    oracle = np.load(ORACLE)
+    oracle = oracle_tensors("gru_decoder.npz")
     assert evaluation.ctc_greedy(oracle["decode/logits"][None], [60]) == [oracle["decode/greedy"].tolist()]
     for trial in [f"{kind}/trial{i}/" for kind in ("bi", "uni") for i in range(3)]:
         for count in ("exact", "original"):
@@ -86,11 +84,6 @@ def test_scores_by_day_and_without_silence():
     assert days["wed"] == {"per": 2 / 6, "sub": 1, "del": 0, "ins": 1, "labels": 6, "trials": 2}
 
 
-@pytest.fixture
-def corpus(speech):
-    return speech
-
-
 def checkpoint(path: Path, seed: int = 7, sizes: dict | None = None, **changed) -> str:
     torch.manual_seed(seed)
     model = GRUDecoder(**{**SIZES, **(sizes or {})})
@@ -102,19 +95,19 @@ def checkpoint(path: Path, seed: int = 7, sizes: dict | None = None, **changed) 
     return str(path)
 
 
-def alone(path: str, corpus, trial: int, day: int | None = None) -> np.ndarray:
+def alone(path: str, speech, trial: int, day: int | None = None) -> np.ndarray:
     """Log-probabilities of one trial that never shared a batch."""
     model, _ = evaluation.load_checkpoint(path)
-    x = torch.tensor(corpus.features[corpus.offsets[trial] : corpus.offsets[trial + 1]])[None]
-    days = torch.tensor([corpus.day[trial] if day is None else day])
+    x = torch.tensor(speech.features[speech.offsets[trial] : speech.offsets[trial + 1]])[None]
+    days = torch.tensor([speech.day[trial] if day is None else day])
     with torch.no_grad():
         logits, frames = model(x, torch.tensor([x.shape[1]]), days)
     return logits.log_softmax(-1)[0, : int(frames)].numpy()
 
 
-def errors_of(corpus, trial: int, log_probs: np.ndarray) -> int:
+def errors_of(speech, trial: int, log_probs: np.ndarray) -> int:
     return distance(
-        corpus.labels[trial].tolist(), evaluation.ctc_greedy(log_probs[None], [len(log_probs)])[0]
+        speech.labels[trial].tolist(), evaluation.ctc_greedy(log_probs[None], [len(log_probs)])[0]
     )
 
 
@@ -122,11 +115,11 @@ def run(*argv: str) -> dict:
     return evaluation.main([*argv, "--device", "cpu"])
 
 
-def test_validation_part_is_scored(corpus, tmp_path, capsys):
+def test_validation_part_is_scored(speech, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
     figures = run("--ckpt", path)
-    trials = data.speech_parts(corpus, "blocks")["valid"]
-    errors = sum(errors_of(corpus, i, alone(path, corpus, i)) for i in trials)
+    trials = data.speech_parts(speech, "blocks")["valid"]
+    errors = sum(errors_of(speech, i, alone(path, speech, i)) for i in trials)
     assert 0 < len(trials) < 24
     assert figures["per"] == pytest.approx(errors / (6 * len(trials)))
     assert figures["sub"] + figures["del"] + figures["ins"] == errors
@@ -139,7 +132,7 @@ def test_validation_part_is_scored(corpus, tmp_path, capsys):
     assert f"{figures['too_short']} trials are too short" in said
 
 
-def test_test_part_that_chose_the_checkpoint(corpus, tmp_path, capsys):
+def test_test_part_that_chose_the_checkpoint(speech, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt", valid="test")
     figures = run("--ckpt", path, "--part", "test")
     assert (figures["trials"], figures["labels"]) == (3, 18)
@@ -147,29 +140,29 @@ def test_test_part_that_chose_the_checkpoint(corpus, tmp_path, capsys):
     assert run("--ckpt", path, "--part", "valid")["per"] == figures["per"]
 
 
-def test_checkpoints_average_their_probabilities(corpus, tmp_path, capsys):
+def test_checkpoints_average_their_probabilities(speech, tmp_path, capsys):
     paths = [checkpoint(tmp_path / "a.pt", 7), checkpoint(tmp_path / "b.pt", 8, days=DAYS[::-1])]
     errors = 0
     for i in (8, 18, 28):
-        each = [alone(paths[0], corpus, i), alone(paths[1], corpus, i, 2 - corpus.day[i])]
-        errors += errors_of(corpus, i, np.log(np.exp(np.float64(each)).mean(0)))
+        each = [alone(paths[0], speech, i), alone(paths[1], speech, i, 2 - speech.day[i])]
+        errors += errors_of(speech, i, np.log(np.exp(np.float64(each)).mean(0)))
     assert run("--ckpt", *paths, "--part", "test")["per"] == pytest.approx(errors / 18)
     assert "seeds [7, 8]" in capsys.readouterr().out
 
 
-def test_unknown_days_need_a_rule(corpus, tmp_path, capsys):
+def test_unknown_days_need_a_rule(speech, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt", sizes={"days": 2}, days=DAYS[:2])
     assert DAYS[2] in refusal(["--ckpt", path, "--part", "test"], capsys)
     for rule, layer, said in (("nearest", 1, "'t12.2022.05.03'"), ("mean", -1, "'mean'")):
         figures = run("--ckpt", path, "--part", "test", "--day", rule)
-        errors = errors_of(corpus, 28, alone(path, corpus, 28, layer))
+        errors = errors_of(speech, 28, alone(path, speech, 28, layer))
         assert figures["by_day"][DAYS[2]]["per"] == pytest.approx(errors / 6)
         assert said in capsys.readouterr().out
-    corpus.part[28] = "train"  # a day of no trial asked for needs no layer
+    speech.part[28] = "train"  # a day of no trial asked for needs no layer
     assert run("--ckpt", path, "--part", "test")["trials"] == 2
 
 
-def test_saved_results(corpus, tmp_path):
+def test_saved_results(speech, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
     figures = run("--ckpt", path, "--save-results", "tiny", "--results-dir", "out", "--csv", "t.csv")
     saved = json.loads((tmp_path / "out/decoder_tiny_valid.json").read_text())
@@ -184,7 +177,7 @@ def test_saved_results(corpus, tmp_path):
     counts = evaluation.per_counts(*spelt)
     assert evaluation.error_rate(counts) == pytest.approx(figures["per"])
     assert [[int(row[key]) for key in ("sub", "del", "ins", "labels")] for row in rows] == counts.tolist()
-    assert (rows[0]["trial"] in corpus.ids, rows[0]["day"]) == (True, DAYS[0])
+    assert (rows[0]["trial"] in speech.ids, rows[0]["day"]) == (True, DAYS[0])
     assert Path("t.csv").read_text() == Path("out/decoder_tiny_valid.csv").read_text()
 
 
@@ -197,42 +190,42 @@ def asked(monkeypatch) -> list:
     return calls
 
 
-def test_words_get_the_part_and_what_to_tune_on(corpus, asked, tmp_path):
+def test_words_get_the_part_and_what_to_tune_on(speech, asked, tmp_path):
     path = checkpoint(tmp_path / "a.pt")
-    parts = data.speech_parts(corpus, "blocks")
+    parts = data.speech_parts(speech, "blocks")
     assert "words" not in run("--ckpt", path)
     assert run("--ckpt", path, "--part", "test", "--tune", "--beam", "9")["words"] == {"wer": 0.5}
     log_probs, given, trials, args, valid, train = asked[0]
-    assert given is corpus
+    assert given is speech
     assert args.beam == 9
     assert (trials.tolist(), train.tolist()) == (parts["test"].tolist(), parts["train"].tolist())
     assert valid[1].tolist() == parts["valid"].tolist()
     for rows, numbers in ((log_probs, trials), valid):
         for row, i in zip(rows, numbers, strict=True):
-            assert row == pytest.approx(alone(path, corpus, i), abs=1e-5)
+            assert row == pytest.approx(alone(path, speech, i), abs=1e-5)
     run("--ckpt", path, "--tune")
     assert asked[1][4][0] is asked[1][0]  # tuned on the part itself: computed once
 
 
-def test_a_submission_needs_no_labels(corpus, asked, tmp_path, capsys):
+def test_a_submission_needs_no_labels(speech, asked, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
     argv = ["--ckpt", path, "--part", "competition", "--submission", "s.txt"]
     assert run(*argv) == {"words": {"wer": 0.5}}
     assert asked[0][2].tolist() == [9, 19, 29]
     assert "PER" not in capsys.readouterr().out
-    corpus.labelled[18] = False
+    speech.labelled[18] = False
     figures = run(
         "--ckpt", path, "--part", "test", "--submission", "s.txt", "--logits", "out", "--csv", "w.csv"
     )
     assert figures["trials"] == 2
     assert asked[1][2].tolist() == [8, 18, 28]
-    row = np.load(f"out/{corpus.ids[18]}.npy")  # unlabelled ones too
+    row = np.load(f"out/{speech.ids[18]}.npy")  # unlabelled ones too
     assert (row.dtype, row.shape[1]) == (np.float16, 41)
-    assert row == pytest.approx(alone(path, corpus, 18), abs=0.01)
-    assert evaluation.read_csv("w.csv")[corpus.ids[8]][2:] == (["the", "voice"],) * 2
+    assert row == pytest.approx(alone(path, speech, 18), abs=0.01)
+    assert evaluation.read_csv("w.csv")[speech.ids[8]][2:] == (["the", "voice"],) * 2
 
 
-def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):
+def test_bad_command_lines_are_refused(speech, tmp_path, capsys):
     path, real = checkpoint(tmp_path / "a.pt"), checkpoint(tmp_path / "b.pt", synthetic=False)
     bare = str(tmp_path / "c.pt")
     save_checkpoint(bare, {**torch.load(path, weights_only=True), "data": {"days": DAYS}})
@@ -241,7 +234,7 @@ def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):
     assert f"{other}: valid is " in refusal(["--ckpt", path, other], capsys)
     assert bare in refusal(["--ckpt", bare], capsys)
     assert "--part competition" in refusal(["--ckpt", path, "--part", "competition"], capsys)
-    corpus.channels = 5
+    speech.channels = 5
     assert "memory: 5 channels" in refusal(["--ckpt", path], capsys)
 
 

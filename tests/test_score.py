@@ -6,14 +6,13 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from conftest import SHARED, refused, zipped
+from conftest import SHARED, needs_shared, refused, zipped
 
 import data
 from data import DataError
 
 SCORES = SHARED / "percepiano/virtuoso/data/score_xml"
 ORACLE = sorted((SHARED / "reference/percepiano_features").glob("*.npz"))
-needs_scores = pytest.mark.skipif(not SCORES.is_dir(), reason="no ../shared/percepiano")
 STEPS = [*zip("CCDEEFFGABBB", (0, 1, 0, -1, 0, 0, 1, 0, -1, 0, -1, 0), strict=True)]
 STEPS[8], STEPS[9] = ("A", -1), ("A", 0)
 HIDDEN = 'print-object="no"'
@@ -112,7 +111,7 @@ def scores():
 
 
 @pytest.mark.slow
-@needs_scores
+@needs_shared
 def test_all_scores_read(scores):
     assert len(scores) == 99
     assert sum(len(s.pitch) for s in scores.values()) == 12508
@@ -135,7 +134,6 @@ ALIKE = {"voice": "loc_voice", "beat": "loc_beat", "measure": "loc_measure", "se
 # fmt: on
 
 
-@pytest.mark.skipif(not ORACLE, reason="no ../shared/reference")
 @pytest.mark.parametrize("path", ORACLE, ids=lambda p: p.stem)
 def test_equal_to_the_original_but_for_its_errors(path, scores):
     work, segment = re.fullmatch(r"(.*bars)_[^_]+_(\d+)", path.stem).groups()

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SHARED, refused
+from conftest import SHARED, needs_shared, refused
 
 import data
 
 ROOT = SHARED / "percepiano"
-needs_shared = pytest.mark.skipif(not ROOT.exists(), reason="PercePiano is not beside the repository")
 
 # fmt: off
 WHOLE = {  # sizes of the parts of the public performances, by fold

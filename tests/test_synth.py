@@ -1,69 +1,76 @@
-"""The synthetic PercePiano corpus: layout, determinism, and ratings that can be learnt from the notes."""
+"""The synthetic corpora: determinism, refusals; of PercePiano also its label files."""
 
 import csv
 import hashlib
 import json
+import time
 
 import numpy as np
 import pytest
+from conftest import refused
 
 import data
 
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    out = tmp_path_factory.mktemp("synth") / "corpus"
-    data.synth_percepiano(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def performances(corpus):
-    return {path.stem: data.read_midi(path) for path in sorted((corpus / data.MIDI_FOLDER).iterdir())}
+MAKERS = {"percepiano": data.synth_percepiano, "speech": data.synth_speech}
+SMALL = {"percepiano": {"segments": 8, "players": 4}, "speech": {"days": 1, "trials": 6}}
 
 
 def contents(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.slow
-def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path):
-    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
-        data.synth_percepiano(tmp_path / folder, seed=seed, segments=8, players=4)
+@pytest.mark.parametrize("kind", [pytest.param("percepiano", marks=pytest.mark.slow), "speech"])
+def test_same_seed_same_bytes_other_seed_other_bytes(kind, tmp_path, monkeypatch):
+    MAKERS[kind](tmp_path / "a", seed=3, **SMALL[kind])
+    monkeypatch.setattr(time, "asctime", lambda *args: "at another time")  # what SciPy writes into the header
+    for folder, seed in (("b", 3), ("c", 4)):
+        MAKERS[kind](tmp_path / folder, seed=seed, **SMALL[kind])
     a, b, c = (contents(tmp_path / folder) for folder in "abc")
     assert a == b
     assert a.keys() == c.keys()
     assert all(a[name] != c[name] for name in a)
+
+
+@pytest.mark.slow
+def test_a_changed_percepiano_needs_another_version(tmp_path):
     data.synth_percepiano(tmp_path / "d", segments=8, players=4)
     everything = b"".join(name.encode() + body for name, body in contents(tmp_path / "d").items())
     found = (data.SYNTHETIC_VERSION, hashlib.sha1(everything).hexdigest()[:12])
     assert found == (2, "9ad90b3fa98a"), "count SYNTHETIC_VERSION up and write both here"
 
 
-@pytest.mark.slow
 def test_the_built_in_corpus_is_written_once_and_old_ones_go(tmp_path, monkeypatch):
     (tmp_path / "synthetic-percepiano-1").mkdir()
-    root = data.synthetic_percepiano(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {root.name, ".lock"}
-    monkeypatch.setattr(data, "synth_percepiano", None)
-    assert data.synthetic_percepiano(tmp_path) == root
+    written = []
+
+    def write(root):
+        written.append(root)
+        root.mkdir()
+        (root / "SYNTHETIC").touch()
+
+    monkeypatch.setattr(data, "synth_percepiano", write)
+    assert [data.synthetic_percepiano(tmp_path) for _ in range(2)] == written * 2
+    assert {path.name for path in tmp_path.iterdir()} == {written[0].name, ".lock"}
 
 
-def test_refuses_full_folder_and_odd_sizes(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("percepiano", {"players": 13}), ("speech", {"days": 0}), ("speech", {"bins": np.nan})],
+)
+def test_full_folders_and_odd_sizes_are_refused(kind, sizes, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(data.DataError, match="not empty"):
-        data.synth_percepiano(tmp_path)
-    with pytest.raises(data.DataError, match="new"):
-        data.synth_percepiano(tmp_path / "new", players=13)
+    refused(lambda: MAKERS[kind](tmp_path), capsys, tmp_path, "--out")
+    refused(lambda: MAKERS[kind](tmp_path / "new", **sizes), capsys, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.slow
-def test_label_files_follow_from_the_votes_as_in_the_public_readme(corpus, performances):
+def test_label_files_follow_from_the_votes_as_in_the_public_readme(tmp_path):
+    corpus = tmp_path / "corpus"
+    data.synth_percepiano(corpus, segments=8, players=4)
     mean, std = (json.loads((corpus / file).read_text()) for file in (data.MEAN_FILE, data.STD_FILE))
-    assert len(mean) == 20 * 13
     assert list(mean) == list(std)
-    assert mean.keys() == performances.keys()
+    assert mean.keys() == {path.stem for path in (corpus / data.MIDI_FOLDER).iterdir()}
     with (corpus / data.RATINGS_FILE).open(newline="") as file:
         rows = list(csv.reader(file))[1:]
     votes = {name: [] for name in mean}
@@ -73,5 +80,5 @@ def test_label_files_follow_from_the_votes_as_in_the_public_readme(corpus, perfo
         table = np.array(table)
         np.testing.assert_allclose(mean[name][:19], [c[c > 0].mean() / 7 for c in table.T], atol=1e-12)
         np.testing.assert_allclose(std[name], table.std(0) / 7, atol=1e-12)
-    assert len(data.read_ratings(corpus)[0]) == len(rows) == 20 * 13 * 12
-    assert len(data.read_labels(corpus)) == len(mean)
+    assert len(data.read_ratings(corpus)[0]) == len(rows) == 8 * 5 * 12
+    assert len(data.read_labels(corpus)) == len(mean) == 8 * 5
