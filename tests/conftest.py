@@ -33,6 +33,11 @@ COLUMNS = data.column_names(data.FEATURES)
 DAYS = ["t12.2022.05.01", "t12.2022.05.03", "t12.2022.06.01"]
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def refused(function: Callable, capsys, *names: object, script: str = "x.py") -> str:
     """The one line with which a script refuses: exit code 2, nothing else on stderr, all `names` in it."""
     capsys.readouterr()

@@ -16,11 +16,6 @@ STATS = 158
 STAT_NAMES = [str(k) for k in range(STATS)]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def uneven(model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():

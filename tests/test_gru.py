@@ -21,11 +21,6 @@ DIRECTIONS = {"uni": False, "bi": True}
 C = 6
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def small_decoder(**args) -> GRUDecoder:
     sizes = {"channels": C, "days": 3, "hidden": 8, "layers": 2, "kernel": 8, "stride": 2, "smooth_taps": 21}
     return GRUDecoder(**(sizes | args)).eval()
@@ -315,12 +310,9 @@ def test_public_files_are_read_as_they_are(tmp_path, capsys):
     bins = own.state_dict()["gru_decoder.weight_ih_l0"].unflatten(1, (C, 4))
     assert torch.equal(first.unflatten(1, (C, 4)), bins)
     whole = weights_of_25()
-    for name, spoilt in (
-        ("_orig_mod.day_weights.1", torch.ones(3)),
-        ("_orig_mod.h0", torch.full((1, 1, 8), np.nan)),
-        ("_orig_mod.out.bias", "no tensor"),
-    ):
-        torch.save({"model_state_dict": whole | {name: spoilt}}, path)
+    spoilt = {"day_weights.1": torch.ones(3), "h0": torch.full((1, 1, 8), np.nan), "out.bias": "no tensor"}
+    for name, value in spoilt.items():
+        torch.save({"model_state_dict": whole | {f"_orig_mod.{name}": value}}, path)
         refused(lambda: load_decoder(path), capsys, path)
     torch.save({"model_state_dict": {"day_weights.0": torch.ones(1)}}, path)
     refused(lambda: load_decoder(path), capsys, path)

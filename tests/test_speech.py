@@ -217,27 +217,25 @@ def test_channels_and_numbers_that_do_not_fit_are_refused(tmp_path, monkeypatch,
     day = raw_day(1, 4)
     day["spikePow"][0, 2] *= np.float32(1e5)
     root = write_mat(tmp_path / "in", {("train", SESSIONS[0]): day})
-    for wrong in ({"channels": 255}, {"channels": 600}, {"dtype": "float16", "standardise": "off"}):
-        found = "float32" if "dtype" in wrong else "channels"
-        refused(
-            lambda wrong=wrong: convert(root, tmp_path / "out", **wrong), capsys, f"{SESSIONS[0]}.mat", found
-        )
+
+    def refuses(found, **options):
+        refused(lambda: convert(root, tmp_path / "out", **options), capsys, f"{SESSIONS[0]}.mat", found)
+
+    refuses("channels", channels=255)
+    refuses("channels", channels=600)
+    refuses("float32", dtype="float16", standardise="off")
     monkeypatch.chdir(root / "competitionData")  # a folder named from within; other names
-    source, others = (
-        tmp_path / f"in/competitionData/train/{SESSIONS[0]}.mat",
-        ["Train/a.mat", "train/b.mat.part"],
-    )
+    source = tmp_path / f"in/competitionData/train/{SESSIONS[0]}.mat"
     source.rename(source.with_suffix(".MAT"))
-    for name in others:
+    for name in ("Train/a.mat", "train/b.mat.part"):
         path = source.parents[1] / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     for folder, unread in ((".", 2), ("train", 1), (f"train/{SESSIONS[0]}.MAT", 0)):
         got, report = convert(folder, tmp_path / f"out{unread}")
         assert got.part.tolist() == ["train"] * 4
-        assert [note.split(":")[0] for note in report["notes"]] == [f"{unread} other files not read"] * (
-            unread > 0
-        )
+        notes = [note.split(":")[0] for note in report["notes"]]
+        assert notes == ([f"{unread} other files not read"] if unread else [])
     (source.with_name("b.mat")).write_bytes(b"MATLAB 7.3 MAT-file".ljust(126) + b"IM" + bytes(600))
     assert "save it with -v7" in convert(".", tmp_path / "new")[1]["left_out"][0]
 
@@ -280,14 +278,7 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
     assert [i[-4:] for i in got.ids] == ["0000", "0001", "0002", "0003", "0004"]
     assert got.block.tolist() == [3, 3, 3, 3, -1]
     assert got.labels[3].tolist() == ids_of(got.text[3])  # of its sentence
-    whole = (
-        "data_val.hdf5: unreadable",
-        "notes, trial_0005",
-        "trial_0008: ",
-        "expected numbers, 5 bins",
-        "[41, ",
-    )
-    named(got, *whole)
+    named(got, "data_val.hdf5: unreadable", "notes, trial_0005", "trial_0008: ", "numbers, 5 bins", "[41, ")
     monkeypatch.setitem(sys.modules, "h5py", None)
     refused(lambda: convert(root, tmp_path / "again"), capsys, "hdf5: ", "pip install h5py")
 
@@ -307,15 +298,8 @@ def test_bad_trials_are_reported_and_the_others_kept(tmp_path, capsys):
     power[7][2, 2] = 1e38
     got, report = one_day(tmp_path, day)
     path = tmp_path / "in/competitionData/train" / f"{SESSIONS[0]}.mat: {SESSIONS[0]}"
-    for found in (
-        "0, 7: 1 bins of NaN",
-        "1: 2 bins of NaN",
-        "3: uint8",
-        "4: float32",
-        "5: float32",
-        "6: ",
-        "8: channels x bins",
-    ):
+    faults = "0, 7: 1 bins of NaN|1: 2 bins of NaN|3: uint8|4: float32|5: float32|6: |8: channels x bins"
+    for found in faults.split("|"):
         assert sum(line.startswith(f"{path}: trial {found}") for line in got.left_out) == 1, found
     assert [report["days"][0][name] for name in ("trials", "left_out")] == [2, 8]
     assert [i[-4:] for i in got.ids] == ["0002", "0009", "0000", "0001", "0002", "0003"]

@@ -69,6 +69,9 @@ def test_a_run_ends_with_the_next_command(capsys):
     assert words[-4:] == ["--data", "PERCEPIANO", "--init", "runs/a/best.pt"]
 
 
+MORE = dict.fromkeys(("train_han", "pretrain_ast"), "--split random --keep-overlap")  # segments to draw from
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory)
@@ -80,7 +83,7 @@ def best(corpus, tmp_path_factory):
     out, found = tmp_path_factory.mktemp("runs"), {}
     for name, trainer in TRAINERS.items():
         for seed in (7, 8):
-            argv = command(name, corpus, out, f"--seed {seed} --name {name}{seed}")
+            argv = command(name, corpus, out, f"--seed {seed} --name {name}{seed}", MORE.get(name, ""))
             folder = trainer.main(trainer.parse_args(argv))["folder"]
             found[name, seed] = str(Path(folder) / "best.pt")
     return found

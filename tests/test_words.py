@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import refused
 
-import data
 import eval as evaluation
 from data import PHONEMES, SPEECH_WORDS, SpeechCorpus, phonemize
 
@@ -179,6 +178,9 @@ def test_search_refusals(capsys):
 
 # --- the whole ---
 
+CLAUSE = "we you they he she", "found brought pushed sold heard lost", "the my your his her"
+CLAUSE += ("boat book bridge cookie garden path song",)
+
 
 def heard(labels: list[int], rng, confusion: float) -> np.ndarray:
     """Posteriors as of a decoder: two frames a phoneme and blanks between, with confident mistakes."""
@@ -195,8 +197,10 @@ def heard(labels: list[int], rng, confusion: float) -> np.ndarray:
 def corpus(tmp_path_factory) -> tuple[SpeechCorpus, list[np.ndarray]]:
     """160 trials, 100 to train on, 20 to validate, 20 to test, 20 unlabelled; and what was heard of each."""
     rng = np.random.default_rng(7)
-    used = set()
-    text = [data._sentence(rng, used) for _ in range(160)]
+    text = []
+    for _ in range(160):
+        clauses = CLAUSE * (2 if rng.random() < 0.4 else 1)
+        text.append(" ".join(rng.choice(words.split()) for words in clauses))
     labels = [np.array(phonemize(sentence)) for sentence in text]
     log_probs = [heard(row.tolist(), rng, 0.25) for row in labels]
     part = np.array(["train"] * 120 + ["test"] * 20 + ["competition"] * 20)
@@ -225,7 +229,7 @@ def run_words(corpus, folder, *given: str) -> dict:
 
 def test_wer_is_far_under_the_phonemes_errors(corpus, tmp_path, capsys):
     figures = run_words(corpus, tmp_path, "--words")
-    assert figures["wer"] < 0.2  # a quarter of the phonemes are heard wrong
+    assert figures["wer"] < 0.1  # a quarter of the phonemes are heard wrong
     assert figures["wer_interval"][0] <= figures["wer"] <= figures["wer_interval"][1]
     assert figures["wer_counts"]["words"] == sum(len(text.split()) for text in corpus[0].text[120:140])
     assert figures["settings"]["blank_penalty"] == math.log(7)
@@ -273,9 +277,9 @@ def test_tuning_takes_the_best_and_keeps_what_is_as_good():
 
 
 def test_given_lexicon_and_lm_and_words_outside_them(corpus, tmp_path):
-    known = SPEECH_WORDS.items() - {("the", SPEECH_WORDS["the"])}
+    known = set(" ".join(CLAUSE).split()) - {"bridge"}
     lexicon = tmp_path / "lexicon.txt"
-    lexicon.write_text("".join(f"{word}\t{sounds}\n" for word, sounds in sorted(known)))
+    lexicon.write_text("".join(f"{word}\t{SPEECH_WORDS[word]}\n" for word in known))
     lm = arpa_of(tmp_path / "lm.arpa", [text.split() for text in corpus[0].text[:100]])
     given = ["--words", "--lexicon", str(lexicon), "--lm", lm]
     figures = run_words(corpus, tmp_path, *given)
