@@ -41,11 +41,6 @@ def largest(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
-@pytest.fixture(scope="module")
-def oracle() -> dict[str, Tensor]:
-    return oracle_tensors("gru_decoder.npz")
-
-
 def under(prefix: str, oracle: dict) -> dict[str, Tensor]:
     """The tensors whose names begin so, without the beginning."""
     return {key.removeprefix(prefix): value for key, value in oracle.items() if key.startswith(prefix)}
@@ -57,7 +52,8 @@ def original_batch(oracle: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("form", DIRECTIONS)
-def test_logits_losses_and_strings_equal_the_baselines(oracle, form):
+def test_logits_losses_and_strings_equal_the_baselines(form):
+    oracle = oracle_tensors("gru_decoder.npz")
     model = gru_decoder_from_baseline(under(f"{form}/w/", oracle))
     together, counts = model(*original_batch(oracle))
     for i in range(3):
@@ -79,7 +75,8 @@ def test_logits_losses_and_strings_equal_the_baselines(oracle, form):
             assert loss.item() == pytest.approx(trial[f"ctc_loss_{kind}"].item(), abs=1e-4)
 
 
-def test_three_steps_of_the_baselines_optimiser(oracle):
+def test_three_steps_of_the_baselines_optimiser():
+    oracle = oracle_tensors("gru_decoder.npz")
     model = gru_decoder_from_baseline(under("uni/w/", oracle))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02, eps=0.1, weight_decay=1e-5)
     (x, lengths, day), target = original_batch(oracle), oracle["uni/train/target_padded"]
@@ -233,12 +230,8 @@ def test_unknown_day_takes_the_mean_of_the_day_layers():
 # --- The '25 baseline ---
 
 
-@pytest.fixture(scope="module")
-def oracle25() -> dict[str, Tensor]:
-    return oracle_tensors("gru_baseline25.npz")
-
-
-def test_logits_and_strings_equal_the_25_baselines(oracle25):
+def test_logits_and_strings_equal_the_25_baselines():
+    oracle25 = oracle_tensors("gru_baseline25.npz")
     model = gru_decoder_from_baseline(under("w/", oracle25), int(oracle25["cfg/patch_stride"]))
     assert largest(model.smoothing, oracle25["smooth/kernel"]) < 1e-6
     assert (model.model_args["dropout"], model.model_args["input_dropout"]) == (0.4, 0.2)
@@ -250,7 +243,8 @@ def test_logits_and_strings_equal_the_25_baselines(oracle25):
         assert largest(logits, trial["logits_h0_zero"]) > 1
 
 
-def test_two_updates_of_the_25_baselines_trainer(oracle25):
+def test_two_updates_of_the_25_baselines_trainer():
+    oracle25 = oracle_tensors("gru_baseline25.npz")
     args = train_decoder.parse_args(["--data", "DIR", "--preset", "baseline25"])
     model = gru_decoder_from_baseline(under("w/", oracle25), int(oracle25["cfg/patch_stride"]))
     x = nn.utils.rnn.pad_sequence([oracle25[f"trial{i}/x"][0] for i in range(3)], batch_first=True)

@@ -31,19 +31,15 @@ GROUP_OF = {  # written out a second time on purpose, with plain string handling
     "performer": lambda name: ("Beethoven" in name, name.split("_")[-2]),
     "random": lambda name: name,
 }
-CASES = pytest.mark.parametrize(("split", "fold"), [(split, fold) for split in WHOLE for fold in range(4)])
+# two composers, five works, players 0 to 11 and the score
+WORKS = ("Beethoven_WoO80_var1", "Beethoven_WoO80_thema", *data.PIECES[1:])
+PLAYERS = *range(12), "Score"
+SMALL = [f"{work}_8bars_{p}_{segment}" for work in WORKS for p in PLAYERS for segment in ("01", "2", "13")]
 
 
 @pytest.fixture(scope="module")
 def names():
     return sorted(path.stem.strip() for path in (ROOT / data.MIDI_FOLDER).glob("*.mid"))
-
-
-def small_corpus():
-    """Two composers, five works, players 0..11 and the score."""
-    works = ("Beethoven_WoO80_var1", "Beethoven_WoO80_thema", *data.PIECES[1:])
-    segments = ("01", "2", "13")
-    return [f"{w}_8bars_{p}_{s}" for w in works for p in (*range(12), "Score") for s in segments]
 
 
 def lengths(parts):
@@ -76,25 +72,24 @@ def test_player_indices():
 @pytest.mark.parametrize("fold", range(data.FOLDS))
 @pytest.mark.parametrize("split", data.SPLITS)
 def test_parts_hold_every_name_once_whatever_their_order_and_spaces(split, fold):
-    names = small_corpus()
-    parts = data.split_percepiano(names, split, fold)
+    parts = data.split_percepiano(SMALL, split, fold)
     assert list(parts) == ["train", "valid", "test"]
-    assert sorted(sum(parts.values(), [])) == sorted(names)
+    assert sorted(sum(parts.values(), [])) == sorted(SMALL)
     assert all(part == sorted(part) for part in parts.values())
-    shuffled = random.Random(fold).sample(names, len(names))
+    shuffled = random.Random(fold).sample(SMALL, len(SMALL))
     assert data.split_percepiano(shuffled, split, fold) == parts
-    spaced = data.split_percepiano([f" {name}" for name in names], split, fold)
+    spaced = data.split_percepiano([f" {name}" for name in SMALL], split, fold)
     assert {part: [name.strip() for name in kept] for part, kept in spaced.items()} == parts
 
 
 @pytest.mark.parametrize("split", ["segment", "performer", "random"])
 def test_folds_validate_on_disjoint_items_and_share_one_test_part(split):
-    folds = [data.split_percepiano(small_corpus(), split, fold) for fold in range(4)]
+    folds = [data.split_percepiano(SMALL, split, fold) for fold in range(4)]
     assert all(fold["test"] == folds[0]["test"] for fold in folds)
     valid = [name for fold in folds for name in fold["valid"]]
     assert len(valid) == len(set(valid))
     if split != "performer":
-        assert sorted(valid + folds[0]["test"]) == sorted(small_corpus())
+        assert sorted(valid + folds[0]["test"]) == sorted(SMALL)
 
 
 def test_piece_uses_a_foreign_corpus_own_works():
@@ -103,7 +98,6 @@ def test_piece_uses_a_foreign_corpus_own_works():
     assert [{data.parse_name(name)[0] for name in test} for test in tests] == [{f"Etude_{w}"} for w in "abcd"]
 
 
-SMALL = small_corpus()
 UNSPLIT = [  # names, split, fold, what the line names
     (SMALL, "paper", 0, "paper"),
     (SMALL, "segment", 4, "fold 4"),
@@ -120,7 +114,8 @@ def test_what_cannot_be_split_is_refused(names, split, fold, named, capsys):
 
 
 @needs_shared
-@CASES
+@pytest.mark.parametrize("fold", range(4))
+@pytest.mark.parametrize("split", WHOLE)
 def test_sizes_and_groups_of_the_public_names(names, split, fold):
     parts = data.split_percepiano(names, split, fold)
     assert lengths(parts) == WHOLE[split][fold]
