@@ -10,6 +10,7 @@ python data.py decoder-convert --in DIR --out DIR   intracortical speech, any of
 python data.py decoder-weights --in FILE --out CKPT a checkpoint of a public decoder baseline's weights
 python data.py synth-speech --out DIR               synthetic speech in the competition's .mat layout
 """
+# ruff: noqa: E402 (what heeds a stop while torch loads stands above the imports)
 
 import os
 import signal
@@ -19,6 +20,16 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost peer torch pr
 if sys.platform == "darwin":  # what Apple's GPU lacks, such as CTC, goes to the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def on_stop(action) -> None:
+    """The action of Ctrl-C, SIGTERM and SIGHUP, but for those that nohup or a background job ignores."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
+
+
 # Ctrl-C while torch loads, which takes seconds: every script imports this file first
 if os.path.basename(sys.argv[0]) in "data.py eval.py train_han.py train_decoder.py pretrain_ast.py".split():
 
@@ -26,9 +37,7 @@ if os.path.basename(sys.argv[0]) in "data.py eval.py train_han.py train_decoder.
         os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted\n".encode())
         os._exit(130)
 
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, a background job
-            signal.signal(number, _interrupted)
+    on_stop(_interrupted)
 
 import argparse
 import contextlib
@@ -135,16 +144,6 @@ class PlainOutput:
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
-
-
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def on_stop(action) -> None:
-    """The action of Ctrl-C, SIGTERM and SIGHUP, but for those that nohup or a background job ignores."""
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, action)
 
 
 @contextlib.contextmanager
@@ -1548,7 +1547,7 @@ STEPS = 4  # furthest step without a jump, in chords
 MOST_OF_KEY = 1000  # notes of one key that are assigned together
 JUMPED = STEPS + 1
 RISES = np.array([*range(1, STEPS + 1), JUMPED, 0], np.int8)  # of the ways to a chord
-BLOCK = 4096  # played notes whose way back is in memory
+LATTICE_BLOCK = 4096  # played notes whose way back is in memory
 WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
@@ -1655,12 +1654,12 @@ class _Lattice:
         count = len(self.onset)
         front, blocks = self.front, []
         restart = np.zeros(count, bool)
-        for begin in range(1, count, BLOCK):
+        for begin in range(1, count, LATTICE_BLOCK):
             blocks.append((begin, front))
-            front, rises, leads, restart[begin : begin + BLOCK] = self.advance(*front, begin)
+            front, rises, leads, restart[begin : begin + LATTICE_BLOCK] = self.advance(*front, begin)
         state = np.full(count, front[0].argmin())
         for begin, front in reversed(blocks):
-            if begin + BLOCK < count:
+            if begin + LATTICE_BLOCK < count:
                 _, rises, leads, _ = self.advance(*front, begin)
             for j in reversed(range(len(leads))):
                 rise, place = rises[j, state[begin + j]], begin + j
@@ -1671,7 +1670,7 @@ class _Lattice:
         """The front (price of the best path to each chord; first and latest note of the chord on it) after a
         block of played notes; by how many chords the path rose (block, K), JUMPED: from the lead; the lead
         of each note; whether the opening starts anew."""
-        onset, pitch = self.onset[begin : begin + BLOCK], self.pitch[begin : begin + BLOCK]
+        onset, pitch = self.onset[begin : begin + LATTICE_BLOCK], self.pitch[begin : begin + LATTICE_BLOCK]
         rises = np.zeros((len(onset), len(best)), np.int8)
         leads = np.zeros(len(onset), np.int64)
         restart = np.zeros(len(onset), bool)
@@ -5174,7 +5173,7 @@ def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bo
 
 MOST_SAMPLES = 2**29  # of a sound file: two channels at 44.1 kHz for 100 minutes
 RATES = range(1000, 1_000_001)  # Hz, of sound files: others are damage
-BLOCK = 2**14  # samples read at once: what is damaged ends there
+SOUND_BLOCK = 2**14  # samples read at once: what is damaged ends there
 # fmt: off
 SOUND_KINDS = (
     ".wav", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
@@ -5295,8 +5294,8 @@ def _read_mono(path, file, count=MOST_SAMPLES):
     x = np.empty((count, file.channels), np.float32)
     read = 0
     with contextlib.suppress(soundfile.SoundFileError):
-        for start in range(0, count, BLOCK):
-            read += len(file.read(out=x[start : start + BLOCK]))
+        for start in range(0, count, SOUND_BLOCK):
+            read += len(file.read(out=x[start : start + SOUND_BLOCK]))
     x = x[:read]
     peak = np.abs(x).max(initial=0)
     if read < min(count, 1) or not peak <= LOUDEST:
@@ -5865,12 +5864,11 @@ LABEL_GROUPS = {
         Emotion_&_Mood_Optimistic/pleasant_Dark Emotion_&_Mood_Low_Energy_High_Energy
         Emotion_&_Mood_Honest_Imaginative Interpretation_Unsatisfactory/doubtful_Convincing""",
 }
-LABEL_GROUPS = {title: tuple(names.split()) for title, names in LABEL_GROUPS.items()}
 
 
 def label_groups() -> list[list[int]]:
     """LABEL_GROUPS as numbers of LABELS."""
-    return [[LABELS.index(name) for name in names] for names in LABEL_GROUPS.values()]
+    return [[LABELS.index(name) for name in names.split()] for names in LABEL_GROUPS.values()]
 
 
 def percepiano_audio(

@@ -4,6 +4,7 @@ PYTHONPATH=. python tests/test_interrupt.py 60    kills a run at random: how man
 """
 
 import ast
+import dis
 import functools
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -332,6 +334,18 @@ def test_every_script_imports_first_what_minds_an_interrupt(script):
     body = ast.parse((ROOT / script).read_text()).body
     first = next(node for node in body if isinstance(node, ast.Import | ast.ImportFrom))
     assert "data" in (getattr(first, "module", None), first.names[0].name)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "data.py", "models.py"])
+def test_what_a_file_names_is_named_once(script):
+    """A name set twice at the top level holds for every function of the file as it was set last."""
+    text = (ROOT / script).read_text()
+    code = dis.get_instructions(compile(text, script, "exec"))
+    stored = Counter(step.argval for step in code if step.opname == "STORE_NAME")
+    added_to = [node.target for node in ast.walk(ast.parse(text)) if isinstance(node, ast.AugAssign)]
+    stored -= Counter(target.id for target in added_to if isinstance(target, ast.Name))
+    imports = {"importlib", "urllib", "fcntl"}  # by several lines; or None
+    assert {name for name, count in stored.items() if count > 1} <= imports
 
 
 if __name__ == "__main__":
