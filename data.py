@@ -3595,11 +3595,16 @@ def _write_corpus(root, seed, segments, players):
 
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
     """The folder of the built-in synthetic corpus, written on first use."""
-    root = Path(cache) / f"synthetic-percepiano-{SYNTHETIC_VERSION}"
+    return _built_in(cache, "synthetic-percepiano", SYNTHETIC_VERSION, synth_percepiano)
+
+
+def _built_in(cache, kind, version, write):
+    """The folder of a built-in corpus, which `write` makes on first use; those of other versions go."""
+    root = Path(cache) / f"{kind}-{version}"
     with cache_lock(cache):
         if not (root / "SYNTHETIC").is_file():
-            synth_percepiano(root)
-        for stale in set(root.parent.glob("synthetic-percepiano-*")) - {root}:
+            write(root)
+        for stale in set(root.parent.glob(f"{kind}-*")) - {root}:
             shutil.rmtree(stale, ignore_errors=True)
     return root
 
@@ -4715,11 +4720,8 @@ def synth_speech(
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
-    root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
-    with cache_lock(cache):
-        if not root.is_dir():
-            synth_speech(root, days=4, trials=100, bins=6.0)
-    return root
+    small = functools.partial(synth_speech, days=4, trials=100, bins=6.0)
+    return _built_in(cache, "synthetic-speech", SPEECH_VERSION, small)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6085,12 +6087,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
 
 def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
     """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings."""
-    root = Path(args.data or synthetic_percepiano(args.cache))
-    if not args.data:
-        midi = root / "virtuoso/data/all_2rounds"
-        root = root.with_name(f"{root.name}-audio")
-        render_folder(midi, root, quiet=quiet)
-        (root / "SYNTHETIC").touch()
+    root = Path(args.data or _synthetic_audio(args.cache, quiet))
     if (root / "index.json").is_file() and not args.online:
         return open_fbank(root)
     stores = []
@@ -6102,6 +6099,17 @@ def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
         folder = Path(args.cache) / f"fbank-{key}"
         stores.append(build_fbank(root, folder, None, args.strict, quiet, audio, args.copies))
     return join_stores(stores)
+
+
+def _synthetic_audio(cache, quiet):
+    """The folder of the built-in corpus of PercePiano, rendered on first use."""
+    midi = synthetic_percepiano(cache) / MIDI_FOLDER
+
+    def write(folder):
+        render_folder(midi, folder, quiet=quiet)
+        (folder / "SYNTHETIC").touch()
+
+    return _built_in(cache, "synthetic-audio", f"{SYNTHETIC_VERSION}.{FBANK_FORMAT}", write)
 
 
 def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> dict[str, list[int]]:
