@@ -2904,22 +2904,24 @@ def column_names(features: dict[str, Column]) -> list[str]:
     return columns
 
 
-def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
-    """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its
-    performance and match, or the error line."""
+def extract_performances(task: tuple, strict: bool = False) -> tuple[dict[str, dict], list[str]]:
+    """Of all performances of one score (score path, MIDI paths): the arrays of the items with their
+    performance and match, by name, and a line for each that cannot be read. strict: raises the first."""
     score_path, midi_paths = task
-    score, harmony, results = None, None, []
+    score, harmony, items, problems = None, None, {}, []
     for path in midi_paths:
         try:
             score = score or read_musicxml(score_path)
             performance = read_midi(path)
             match = align(score, performance)
         except DataError as error:
-            results.append((path, str(error) if score else f"{path}: {error}"))
+            if strict:
+                raise
+            problems.append(str(error) if score else f"{path}: {error}")
             continue
         harmony = harmony or harmony_statistics(score)
-        results.append((path, describe_performance(score, performance, match, harmony)))
-    return results
+        items[path.stem.strip()] = describe_performance(score, performance, match, harmony)
+    return items, problems
 
 
 def describe_performance(
@@ -3056,19 +3058,15 @@ def _load_arrays(store):
 
 def _extract_all(files, scores, strict, workers, quiet):
     """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
-    tasks = _group(files.values(), lambda path: scores[path.stem.strip()])
-    items, left_out = {}, []
-    with tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
-        for _, results in _run_parallel(extract_performances, list(tasks.items()), workers):
-            for path, item in results:
-                if isinstance(item, str):
-                    left_out.append(item)
-                else:
-                    items[path.stem.strip()] = item
-            if strict and left_out:
-                break
-            bar.update(len(results))
-    if left_out and (strict or not items):
+    groups = _group(files.values(), lambda path: scores[path.stem.strip()])
+    tasks = [(score, tuple(paths)) for score, paths in groups.items()]
+    extract = functools.partial(extract_performances, strict=strict)
+    extracted, errors = _run_all(extract, tasks, workers, "scores", quiet, strict)
+    items, left_out = {}, [*errors.values()]
+    for found, problems in extracted.values():
+        items |= found
+        left_out += problems
+    if not items:
         raise DataError(min(left_out))
     names = sorted(items)
     columns = {key: [items[name][key] for name in names] for key in items[names[0]]}
@@ -3824,28 +3822,6 @@ def _part_of(path, otherwise="train"):
     return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.absolute().parent.name, otherwise)
 
 
-def _run_jobs(jobs):
-    """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
-    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, is one line."""
-    pool = ProcessPoolExecutor(
-        min(4, os.cpu_count() or 1), initializer=_start_worker, initargs=(os.getpid(),)
-    )
-    try:
-        futures = [pool.submit(job) for _, job in jobs]
-        for (path, job), future in zip(jobs, futures, strict=True):
-            try:
-                yield future.result()
-            except DataError as error:
-                yield [], [], [str(error)]
-            except BrokenProcessPool:
-                if len(jobs) > 1:  # some file ended its process, and the pool with it: this one by itself
-                    yield from _run_jobs([(path, job)])
-                else:
-                    yield [], [], [f"{path}: unreadable, the process that read it died; fetch it again"]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def one_line(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
@@ -4076,9 +4052,10 @@ def _read_hdf5(path, channels, names, left_out):
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read, path, channels, names, target, dtype, standardise):
-    """In a process of its own: writes the standardised features of the file's usable trials to `target`.
-    Returns the trials without them, the rows of the report, and lines on what is left out."""
+def _convert_file(read, channels, names, dtype, standardise, task):
+    """Writes the standardised features of the usable trials of a file to another, (path, target). Returns the
+    trials without them, the rows of the report, and lines on what is left out."""
+    path, target = task
     trials, rows, left_out = [], [], []
     with target.open("wb") as file:
         for part, day, found, read_trial in read(path, channels, names, left_out):
@@ -4165,12 +4142,10 @@ def convert_speech(
         told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
         raise DataError(f"{sessions}: {one_line(error)}; {told}") from error
     with new_folder(Path(out)) as folder:
-        jobs = []
-        for number, path in enumerate(files):
-            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype, standardise
-            jobs.append((path, functools.partial(_convert_file, *args)))
-        results = tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None)
-        trials, rows, left_out = _gather(folder, files, results, channels, dtype)
+        convert = functools.partial(_convert_file, _SPEECH_READERS[kind], channels, names, dtype, standardise)
+        tasks = [(path, folder / f"file{number}") for number, path in enumerate(files)]
+        results, errors = _run_all(convert, tasks, min(4, os.cpu_count() or 1), "files", quiet, apart=True)
+        trials, rows, left_out = _gather(folder, tasks, results, errors, channels, dtype)
         if not trials or (strict and left_out):
             raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
         bare = [trial for trial in trials if trial["labels"] is None]
@@ -4198,10 +4173,15 @@ def convert_speech(
     return info["report"]
 
 
-def _gather(folder, files, results, channels, dtype):
+def _gather(folder, tasks, results, errors, channels, dtype):
     """Writes offsets.npy and features.npy. Trials, rows of the report, and lines on what is left out."""
     trials, rows, left_out, parts = {}, [], [], []
-    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+    for task in tasks:
+        path, target = task
+        if task in errors:
+            left_out.append(errors[task])
+            continue
+        found, counts, lines = results[task]
         left_out += lines
         by_id = {trial["id"]: trial for trial in found}
         if len(by_id) < len(found) or by_id.keys() & trials.keys():
@@ -4209,7 +4189,7 @@ def _gather(folder, files, results, channels, dtype):
         elif found:
             trials |= by_id
             rows += counts
-            parts.append(folder / f"file{number}")
+            parts.append(target)
     bins = [trial.pop("bins") for trial in trials.values()]
     np.save(folder / "offsets.npy", np.cumsum([0, *bins], dtype=np.int64))
     about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(bins), channels)}
@@ -4218,8 +4198,8 @@ def _gather(folder, files, results, channels, dtype):
         for part in parts:
             with part.open("rb") as features:
                 shutil.copyfileobj(features, file)
-    for path in folder.glob("file*"):
-        path.unlink()
+    for _, target in tasks:
+        target.unlink(missing_ok=True)
     return list(trials.values()), rows, left_out
 
 
@@ -5603,11 +5583,12 @@ def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
     return front_end(fbank(torch.from_numpy(waveform)))
 
 
-def _run_all(function, tasks, workers, label, quiet, strict=False):
-    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised."""
+def _run_all(function, tasks, workers, label, quiet, strict=False, apart=False):
+    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised.
+    The rest as in `_run_parallel`."""
     results, errors = {}, {}
     guarded = functools.partial(_result_or_error, function)
-    for task, result in _run_parallel(guarded, tasks, workers, label, quiet):
+    for task, result in _run_parallel(guarded, tasks, workers, label, quiet, apart):
         if not isinstance(result, DataError):
             results[task] = result
         elif strict:
@@ -5624,26 +5605,46 @@ def _result_or_error(function, task):
         return error
 
 
-def _run_parallel(function: Callable, tasks: list, workers=None, label=None, quiet=False) -> Iterable:
-    """function(task) over processes (in this one where one is enough), one thread each; yields (task, result)
-    as they finish, with a progress bar under `label`."""
+def _run_parallel(
+    function: Callable, tasks: list, workers=None, label=None, quiet=False, apart=False
+) -> Iterable:
+    """function(task) over processes, one thread each; yields (task, result) as they finish, with a progress
+    bar under `label`. Where one process is enough it is this one, unless `apart`.
+
+    A process that ends early (of a file that SciPy or h5py cannot bear, or for want of memory) ends the pool:
+    what is undone then runs one by one. Of a task that ends its process by itself too the result is a
+    DataError on its file, which is the task or the first of its parts."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     bar = functools.partial(tqdm, total=len(tasks), desc=label, unit="file", disable=quiet or None)
-    if workers <= 1:
+    if workers <= 1 and not apart:
         yield from bar((task, function(task)) for task in tasks)
         return
+    undone = set(tasks)
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
     try:
+        futures = {}
         with Interrupt() as stop:  # a pool that stands half can neither work nor be shut down
-            futures = {pool.submit(function, task): task for task in tasks}
+            with contextlib.suppress(BrokenProcessPool):
+                for task in tasks:
+                    futures[pool.submit(function, task)] = task
         if stop:
             raise KeyboardInterrupt
         for future in bar(as_completed(futures)):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise DataError("a worker was killed, likely for want of memory; give fewer --workers") from error
+            if not isinstance(future.exception(), BrokenProcessPool):
+                undone.discard(futures[future])
+                yield futures[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+    if len(tasks) == 1:
+        for task in undone:
+            file = task[0] if isinstance(task, tuple) else task
+            found = "the process that read it ended early"
+            yield task, DataError(f"{file}: {found}; expected a whole file and free memory; fetch it again")
+    elif undone:
+        told = "a process ended early; the rest runs one by one. For want of memory? Give fewer --workers"
+        print(told, file=sys.stderr)
+        for task in bar(undone, total=len(undone)):
+            yield from _run_parallel(function, [task], quiet=True, apart=True)
 
 
 def _start_worker(parent: int) -> None:

@@ -147,6 +147,26 @@ def test_ctrl_c_while_worker_processes_start(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+def _square(task):
+    """Ends its process: of "damaged" always, of "short of memory" the first time."""
+    name, number, folder = task
+    if name == "damaged" or (name == "short of memory" and not (folder / "seen").exists()):
+        (folder / "seen").touch()
+        os._exit(1)
+    return number**2
+
+
+@pytest.mark.parametrize("bad", ["damaged", "short of memory"])
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_task_that_ends_its_process_costs_itself_alone(bad, count, tmp_path, capfd):
+    tasks = [(bad, 0, tmp_path), *(("good", k, tmp_path) for k in range(1, count))]
+    results, errors = data._run_all(_square, tasks, 2, "x", quiet=True, apart=True)
+    bad_alone = bad == "damaged" or count == 1
+    assert sorted(results.values()) == [k**2 for k in range(bad_alone, count)]
+    assert [line.split(":")[0] for line in errors.values()] == [bad] * bad_alone
+    assert ("--workers" in capfd.readouterr().err) == (count > 1)
+
+
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
     """Every output and every cache goes through write_atomic: the earlier file stays, nothing else does."""
     (tmp_path / "x.csv").write_bytes(b"earlier")
