@@ -80,6 +80,7 @@ import mido
 import numpy as np
 import soundfile
 import torch
+from mido.messages import SPEC_BY_STATUS
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.io import loadmat, savemat, wavfile
 from scipy.linalg import expm
@@ -106,6 +107,12 @@ def short_hash(about: object, digits: int = 16) -> str:
     """Of its text, the first digits of sha1."""
     content = str(about).encode(errors="surrogateescape")
     return hashlib.sha1(content, usedforsecurity=False).hexdigest()[:digits]
+
+
+def dated_key(about: list, paths: Iterable[Path]) -> str:
+    """A short hash of what a cache is made of: versions and the like, and files by name, size and date."""
+    dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return short_hash(json.dumps([*about, dates]))
 
 
 def printable(text: object, encoding: str = "utf-8") -> str:
@@ -394,11 +401,6 @@ class Score:
     repeat: np.ndarray  # of measures: the repeat (from 1) that is not taken where they are left out; 0: none
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
     repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
-
-    @property
-    def tempo_qpm(self):
-        """Quarters per minute at the first note."""
-        return float(self.qpm[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1245,11 +1247,14 @@ def read_musicxml(path: str | Path) -> Score:
 
 def _printed_numbers(measures):
     """Of each measure; where its number is no number, that of the one before."""
-    numbers = [0]
+    printed = 0
+    numbers = []
     for measure in measures:
         digits = re.match(r"\d{1,9}", measure.get("number", ""))
-        numbers.append(int(digits[0]) if digits else numbers[-1])
-    return np.array(numbers[1:])
+        if digits:
+            printed = int(digits[0])
+        numbers.append(printed)
+    return np.array(numbers)
 
 
 def _features_of(ticks, notes, rests, slurs, directions, bars, starts):
@@ -1361,9 +1366,6 @@ MOST_EVENTS = 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
 META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
-# Data bytes of each status; those from 0xF1 are messages between devices, which some recorders write down.
-DATA_BYTES = {status: 2 - (status >> 4 in (0xC, 0xD)) for status in range(0x80, 0xF0)}
-DATA_BYTES |= {0xF1: 1, 0xF2: 2, 0xF3: 1} | dict.fromkeys((0xF6, 0xF8, 0xFA, 0xFB, 0xFC, 0xFE), 0)
 
 
 @dataclass
@@ -1467,8 +1469,8 @@ def _track_events(track, most, repairs):
                 data = [next(left)]
             if status in (META, 0xF0, 0xF7):
                 size = _variable_number(left)
-            elif status in DATA_BYTES:
-                size = DATA_BYTES[status] - len(data)
+            elif status in SPEC_BY_STATUS:  # from 0xF1: between devices; some recorders write them down
+                size = SPEC_BY_STATUS[status]["length"] - 1 - len(data)
             else:
                 raise ValueError(f"status byte {status}")
             data += [next(left) for _ in range(size)]
@@ -2064,7 +2066,7 @@ def _clean(score, performance, match):
     if not anchors:
         anchors.append((score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
-        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.tempo_qpm))
+        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.qpm[0]))
     return match, np.array(anchors)
 
 
@@ -4165,10 +4167,17 @@ def convert_speech(
         for trial in trials:
             trial["day"] = days.index(trial["day"])
         near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
-        info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
-        info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
-        info |= {"channels": channels, "days": days, "trials": trials}
-        info["report"] = {"days": rows, "left_out": left_out, "notes": notes}
+        info = {
+            "format": 1,
+            "rules": speech_rules(),
+            "source": str(source),
+            "kind": kind,
+            "synthetic": any((top / "SYNTHETIC").is_file() for top in near),
+            "channels": channels,
+            "days": days,
+            "trials": trials,
+            "report": {"days": rows, "left_out": left_out, "notes": notes},
+        }
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
@@ -4256,8 +4265,7 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
         corpus = _open_converted(root)
     else:
         files = filter(Path.exists, _speech_files(root)[1])
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        root = Path(cache) / f"speech-{short_hash(json.dumps([SPEECH_VERSION, speech_rules(), stats]))}"
+        root = Path(cache) / f"speech-{dated_key([SPEECH_VERSION, speech_rules()], files)}"
         with cache_lock(cache):
             try:
                 corpus = _open_converted(root)
@@ -5685,12 +5693,11 @@ SAME_PIECE = 32
 
 @dataclass
 class Recording:
-    """One row of MAESTRO's table. `part`: the split, or "unknown": used for nothing."""
+    """One row of MAESTRO's table. `part`: its split, or "unknown": used for nothing."""
 
     name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
     composer: str
     title: str
-    split: str
     midi: Path
     audio: Path
     duration: float  # s
@@ -5753,7 +5760,7 @@ def _read_recording(root, audio, row):
         found = f"{midi}, {sound}, split {split!r}, {seconds} s"
         raise DataError(f"{found}; expected a file here, {MAESTRO_SPLITS}")
     about = row["canonical_composer"], row["canonical_title"]
-    return Recording(paths[0].with_suffix("").as_posix(), *about, split, midi, sound, seconds, split)
+    return Recording(paths[0].with_suffix("").as_posix(), *about, midi, sound, seconds, split)
 
 
 def _mark_unknown_splits(root, recordings):
@@ -5767,25 +5774,24 @@ def _mark_unknown_splits(root, recordings):
         pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
         if row["split_known"] != "1":
             unknown.add(name)
-    held = {pieces.get(r.name) for r in recordings if r.split != "train"}
+    held = {pieces.get(r.name) for r in recordings if r.part != "train"}
     for r in recordings:
-        if r.split == "train" and r.name in unknown and pieces[r.name] in held:
+        if r.part == "train" and r.name in unknown and pieces[r.name] in held:
             r.part = "unknown"
 
 
 def maestro_overlaps(
-    maestro: Maestro, percepiano: str | Path, pieces=False, cache="cache", workers=None, quiet=False
-) -> dict[str, list[str]]:
-    """Recordings that hold a performance of PercePiano (its folder): {recording name: sorted performance
+    maestro: Maestro, percepiano: str | Path, cache="cache", workers=None, quiet=False
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Recordings that hold a performance of PercePiano (its folder), {recording name: sorted performance
     names}, told by the notes alone: SHARED_RUN notes of the same pitches, in order of onset, whose intervals
-    agree within SHARED_INTERVALS. `pieces` adds the same music by another pianist: at least SAME_PIECE runs
-    of the pitches alone. What has no readable MIDI goes to `maestro.unchecked`. Cached by names, sizes and
-    dates of all MIDI files."""
+    agree within SHARED_INTERVALS; and those of the same music, whoever plays: at least SAME_PIECE runs of the
+    pitches alone. What has no readable MIDI goes to `maestro.unchecked`. Cached by names, sizes and dates of
+    all MIDI files."""
     segments = _performance_files(Path(percepiano))[0]
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
-    dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    kept = Path(cache) / f"maestro-overlaps-{short_hash(json.dumps([OVERLAP_FORMAT, dates]))}.json"
+    kept = Path(cache) / f"maestro-overlaps-{dated_key([OVERLAP_FORMAT], paths)}.json"
     try:
         same, alike, unreadable = read_json(kept)
     except (OSError, ValueError):
@@ -5795,7 +5801,7 @@ def maestro_overlaps(
         write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
     missing = [f"{r.midi}: missing" for r in maestro.recordings if r.name not in recordings]
     maestro.unchecked = missing + unreadable
-    return alike | same if pieces else same
+    return same, alike
 
 
 def _played_order(path):
@@ -5843,8 +5849,7 @@ def report_maestro(maestro: Maestro, percepiano=None, cache="cache", workers=Non
     print(f"without sound file: {silent}; python data.py render --midi-root {maestro.root}")
     print_left_out(maestro.left_out)
     if percepiano:
-        same = maestro_overlaps(maestro, percepiano, False, cache, workers)
-        alike = maestro_overlaps(maestro, percepiano, True, cache, workers)
+        same, alike = maestro_overlaps(maestro, percepiano, cache, workers)
         lines = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
         held = [f"{lines[name]}: {', '.join(segments)}" for name, segments in same.items()]
         print_left_out(held, "recordings that hold performances of PercePiano")
@@ -6006,12 +6011,6 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
 # ------------------------------------------------------------------------------------------------------------
 # Pre-training data
 # ------------------------------------------------------------------------------------------------------------
-def crop_start(frames: int, length: int, *key: int) -> int:
-    """First frame of a random crop, uniform over all places where `length` of `frames` fit, the same for the
-    same key (seed, epoch, number of the crop)."""
-    return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
-
-
 def versions_of(store: FbankStore) -> dict[int, list[int]]:
     """The numbers of all versions (NAME, NAME@...) of each recording, by the number of NAME."""
     number = {name: i for i, name in enumerate(store.names)}
@@ -6041,7 +6040,8 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, *key, 1))
         if self.vary:
             i = int(rng.choice(self.versions[i]))
-        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, *key)
+        latest = max(0, int(self.store.frames[i]) - self.frames)
+        start = int(np.random.default_rng((self.seed, *key)).integers(latest + 1))
         x = self.store.get(i, start, start + self.lengths[key[1]])
         if x.dtype == np.int16:
             wave = x / np.float32(32768)
@@ -6116,7 +6116,8 @@ def _synthetic_audio(cache, quiet):
 def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> dict[str, list[int]]:
     """The parts without recordings of music that the performances of --exclude-overlap play."""
     maestro = read_maestro(args.data or store.root, args.strict, audio_folders(args.audio)[0])
-    found = maestro_overlaps(maestro, args.exclude_overlap, pieces=True, cache=args.cache, quiet=quiet)
+    same, alike = maestro_overlaps(maestro, args.exclude_overlap, args.cache, quiet=quiet)
+    found = same.keys() | alike.keys()
     for line in maestro.unchecked:
         say(f"not compared: {line}")
     say(f"{len(found)} recordings of PercePiano's music left out: {', '.join(sorted(found))}")

@@ -275,7 +275,7 @@ NOTE_TYPE = {  # of a Score
 def small_score(beats, measures, **notes):
     n = len(notes["pitch"])
     columns = {name: np.array(notes.get(name, [0] * n), kind) for name, kind in NOTE_TYPE.items()}
-    grids = {"beats": np.array(beats, float), "measures": np.array(measures, float), "tempo_qpm": 120.0}
+    grids = {"beats": np.array(beats, float), "measures": np.array(measures, float), "qpm": np.full(n, 120.0)}
     return SimpleNamespace(**columns, **grids)
 
 

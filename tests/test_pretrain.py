@@ -178,8 +178,8 @@ def test_recipes_are_defaults():
 
 
 def test_exclude_overlap_leaves_recordings_out(tmp_path, maestro, monkeypatch, capsys):
-    def overlaps(maestro, folder, pieces, **_):
-        return {"2004/r5": ["x"], "2004/r7": ["y"]} if pieces and folder == "P" else {}
+    def overlaps(maestro, folder, *_, **__):
+        return ({"2004/r5": ["x"]}, {"2004/r7": ["y"]}) if folder == "P" else ({}, {})
 
     monkeypatch.setattr(data, "maestro_overlaps", overlaps)
     args = options(f"--exclude-overlap P --data {maestro} --cache {tmp_path}")
