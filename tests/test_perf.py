@@ -36,7 +36,11 @@ def toy_score(onset, duration=None, bar=4.0, **changes):
     }
     score |= {"staff": np.ones(n, int), "beats": beats, "beat": np.searchsorted(beats, onset, "right") - 1}
     score |= {"measures": measures, "measure": np.searchsorted(measures, onset, "right") - 1}
-    score |= {"sections": np.array([0.0, onset.max() + 0.025]), "tempo_qpm": 120.0, "features": features}
+    score |= {
+        "sections": np.array([0.0, onset.max() + 0.025]),
+        "qpm": np.full(n, 120.0),
+        "features": features,
+    }
     if duration is not None:
         changes["duration"] = duration
     for name, values in changes.items():
@@ -67,7 +71,7 @@ def oracle_inputs(path):
         beats=ref["grid_beats_quarter"],
         measures=ref["grid_measures_quarter"],
         sections=ref["grid_sections_quarter"],
-        tempo_qpm=10 ** float(ref["score_qpm_primo"]),
+        qpm=np.full(n, 10 ** float(ref["score_qpm_primo"])),
         features={name: np.zeros((n, width)) for name, (width, *_) in data.SCORE_FEATURES.items()},
     )
     played = [ref[f"perfnote_{name}"] for name in ("midi_pitch", "velocity", "onset_sec", "offset_sec")]
@@ -106,7 +110,7 @@ def test_cleaning_by_hand(case):
 
 
 def test_fewer_than_two_anchors_fall_back_on_the_score_tempo():
-    score = toy_score([2, 3, 4], tempo_qpm=90.0)
+    score = toy_score([2, 3, 4], qpm=[90.0] * 3)
     performance = toy_performance([1.0, 2.0, 3.0])
     for match in ([-1, -1, -1], [-1, 1, -1]):
         features = data.note_features(score, performance, np.array(match))
