@@ -244,35 +244,33 @@ def is_rendering(name: str) -> bool:
     return player_of(name).startswith("Score")
 
 
-def _stacked(records, truth, part, view):
+def _stacked(predictions, truth, part, view):
     """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view."""
     names, y, p, folds = [], [], [], []
-    for record in records:
-        for name, predicted in zip(record["names"], record["p"], strict=True):
-            wanted = record["part"] == part and name in truth
-            if wanted and (view == "all" or not is_rendering(name)):
-                names.append(name)
-                y.append(truth[name])
-                p.append(predicted)
-                folds.append(record["fold"])
+    for (its_part, fold, name), predicted in predictions.items():
+        if its_part == part and name in truth and (view == "all" or not is_rendering(name)):
+            names.append(name)
+            y.append(truth[name])
+            p.append(predicted)
+            folds.append(fold)
     return names, np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
 
-def of_views(function: Callable, records: list, truth: dict) -> dict:
+def of_views(function: Callable, predictions: dict, truth: dict) -> dict:
     """{part: {view: function(*_stacked), or None where nothing is rated}}."""
-    result: dict = {record["part"]: {} for record in records}
+    result: dict = {part: {} for part, *_ in predictions}
     for part, view in itertools.product(result, VIEWS):
-        names, *arrays = _stacked(records, truth, part, view)
+        names, *arrays = _stacked(predictions, truth, part, view)
         result[part][view] = function(names, *arrays) if names else None
     return result
 
 
-def measure(records: list, truth: dict) -> dict:
+def measure(predictions: dict, truth: dict) -> dict:
     """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
 
-    records: dicts of part, fold, names, p (n, D); truth: name -> (D,); a view without truth is None. "mean":
-    mean and (population) std over folds, and the interval of the mean."""
-    return of_views(_measure_folds, records, truth)
+    predictions: (part, fold, name) -> (D,), in the order of sums; truth: name -> (D,); a view without truth
+    is None. "mean": mean and (population) std over folds, and the interval of the mean."""
+    return of_views(_measure_folds, predictions, truth)
 
 
 def _measure_folds(names, y, p, folds):
@@ -297,12 +295,12 @@ def scores(y, p, groups) -> dict:
     return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
 
-def _measure_humans(records, truth, root):
+def _measure_humans(predictions, spread, truth, root):
     """`human_figures` by part, printed, with what the raters' noise allows."""
-    parts = {record["part"]: None for record in records}
+    parts = {part: None for part, *_ in predictions}
     ceiling = within_ceiling(root)
     for part in parts:
-        figures = human_figures(records, truth, part)
+        figures = human_figures(predictions, truth, part, spread)
         if figures:
             parts[part] = figures | {"ceiling": ceiling}
             allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
@@ -316,11 +314,11 @@ def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
     return values - group_means(values, group)[group]
 
 
-def human_figures(records: list, truth: dict, part: str) -> dict | None:
+def human_figures(predictions: dict, truth: dict, part: str, spread: dict | None = None) -> dict | None:
     """Of human players in a part: Pearson correlation within segments (players of the same bars; mean over
     folds), and error80 (19,): the half-width of an interval that holds 80 % of the errors once that of the
-    spread over models is in it; None where nothing is rated."""
-    names, y, p, folds = _stacked(records, truth, part, "no_renderings")
+    spread over models (SD by the keys of predictions; None: 0) is in it; None where nothing is rated."""
+    names, y, p, folds = _stacked(predictions, truth, part, "no_renderings")
     if not names:
         return None
     segments = np.array([segment_of(name) for name in names])
@@ -329,9 +327,8 @@ def human_figures(records: list, truth: dict, part: str) -> dict | None:
         return pearson(within_segments(y, segments), within_segments(p, segments))
 
     each = by_fold(within, folds, y, p, segments)
-    spreads = [record | {"p": record.get("spread", 0 * record["p"])} for record in records]
-    spread = _stacked(spreads, truth, part, "no_renderings")[2]
-    rest = ((y - p) ** 2 - (NORMAL_80 * spread) ** 2).clip(0)
+    over_models = _stacked(spread, truth, part, "no_renderings")[2] if spread else 0
+    rest = ((y - p) ** 2 - (NORMAL_80 * over_models) ** 2).clip(0)
     error = np.sqrt(np.quantile(rest, 0.8, axis=0))
     return {"within": float(each.mean()), "within_per_dimension": each.tolist(), "error80": error.tolist()}
 
@@ -376,23 +373,14 @@ def read_csv(path: str | Path) -> dict:
     return items
 
 
-def write_predictions(path: str | Path, records: list) -> None:
-    """CSV of columns name, part, fold and the 19 labels; one line per item, part and fold; four decimals."""
+def write_predictions(path: str | Path, predictions: dict) -> None:
+    """CSV of columns name, part, fold and the 19 labels, four decimals; a line of each (part, fold, name), by
+    fold, validation first."""
     rows: list = [["name", "part", "fold", *LABELS]]
-    for record in records:
-        for name, p in sorted(zip(record["names"], record["p"], strict=True), key=lambda item: item[0]):
-            rows.append([name.strip(), record["part"], record["fold"], *(f"{value:.4f}" for value in p)])
+    for part, fold, name in sorted(predictions, key=lambda key: (key[1], key[0] == "test", key[2])):
+        ratings = [f"{value:.4f}" for value in predictions[part, fold, name]]
+        rows.append([name.strip(), part, fold, *ratings])
     write_csv(path, rows)
-
-
-def read_predictions(path: str | Path) -> list:
-    """What `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19)."""
-    records: dict = {}
-    for (part, fold, name), p in read_csv(path).items():
-        record = records.setdefault((part, fold), {"part": part, "fold": fold, "names": [], "p": []})
-        record["names"].append(name)
-        record["p"].append(p)
-    return [record | {"p": np.array(record["p"])} for record in records.values()]
 
 
 def hardware(device: torch.device) -> dict:
@@ -455,31 +443,30 @@ def _print_figures(title, figures, tests):
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
-def _finish(records, corpus, args, about, models=()):
+def _finish(predictions, corpus, args, about, models=(), spread=None):
     """Measures, prints and writes predictions, of task ast with significance, and --out: the models (network,
-    checkpoint); returns the metrics."""
+    checkpoint); returns the metrics. spread: as of `human_figures`."""
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
-    if args.save_results:
-        for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
-            record["p"] = np.round(record["p"], 4)
-    figures = {"metrics": measure(records, truth)}
+    if args.save_results:  # rounded first, so that the JSON is exactly what the CSV gives
+        predictions = {key: np.round(p, 4) for key, p in predictions.items()}
+    figures = {"metrics": measure(predictions, truth)}
     print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
     if about["task"] == "ast" or args.save_results:
-        figures["significance"] = significance(records, truth)
+        figures["significance"] = significance(predictions, truth)
     for part, view in itertools.product(figures["metrics"], VIEWS):
         tests = figures["significance"][part][view] if "significance" in figures else {}
         _print_figures(f"{part}, {VIEWS[view]}", figures["metrics"][part][view], tests)
     if about["task"] == "han":
-        figures["humans"] = _measure_humans(records, truth, corpus.root)
+        figures["humans"] = _measure_humans(predictions, spread, truth, corpus.root)
     if args.out:
         known = {"valid_r2": figures["metrics"]["valid"]["all"]["mean"]["r2"]}
         if about["task"] == "han":
             known["error80"] = figures["humans"]["valid"]["error80"]
         save_ensemble(args.out, models, known)
-    unrated = {name for record in records for name in record["names"]} - truth.keys()
+    unrated = {name for *_, name in predictions} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
     about["synthetic"] = corpus.synthetic
-    save_results(lambda path: write_predictions(path, records), args, about, figures)
+    save_results(lambda path: write_predictions(path, predictions), args, about, figures)
     return figures["metrics"]
 
 
@@ -591,11 +578,11 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     if pretraining:
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
-    records, corpus, data = _rate_parts(args, loaded, parts)
+    predictions, spread, corpus, data = _rate_parts(args, loaded, parts)
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     about |= {"rate": args.rate} if args.rate else {}
-    return _finish(records, corpus, args, about, [member[1:] for member in loaded])
+    return _finish(predictions, corpus, args, about, [member[1:] for member in loaded], spread)
 
 
 def _load_corpus(args, speech=False):
@@ -620,17 +607,19 @@ def _corpus_of(data, args):
 
 
 def _rate_parts(args, loaded, parts):
-    """Predictions of checkpoints that rate, as `measure` takes them; their corpus; their data settings."""
+    """`fold_predictions` of checkpoints that rate, their corpus and their data settings."""
     folds, data = _load_fold_models(loaded)
     if "competition" in parts:
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} rates")
     corpus = _corpus_of(data, args)
-    return fold_records(folds, corpus, args, parts), corpus, data
+    return *fold_predictions(folds, corpus, args, parts), corpus, data
 
 
-def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> list:
-    """Predictions of models of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
-    records: list[dict] = []
+def fold_predictions(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> tuple[dict, dict]:
+    """Of models of `_load_fold_models`: predictions averaged within a fold, as `measure` takes them, and
+    their standard deviation over models."""
+    predictions: dict[tuple, np.ndarray] = {}
+    spread: dict[tuple, np.ndarray] = {}
     _, first = next(iter(folds.values()))[0]
     store = rated_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
@@ -641,10 +630,11 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
             each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
-            p = average(each, [ckpt["task"] for _, ckpt in members])
-            spread = np.std(each, axis=0)
-            records.append({"part": part, "fold": fold, "names": names, "p": p, "spread": spread})
-    return records
+            keys = [(part, fold, name) for name in names]
+            mean = average(each, [ckpt["task"] for _, ckpt in members])
+            predictions |= zip(keys, mean, strict=True)
+            spread |= zip(keys, np.std(each, axis=0), strict=True)
+    return predictions, spread
 
 
 def average(each: list[np.ndarray], tasks: list[str]) -> np.ndarray:
@@ -708,7 +698,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
             path = getattr(args, key)
             about[key] = path and last_part(path)
         clips = Clips(corpus, args)
-    records, kernels = [], []
+    predictions, kernels = {}, []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         if clips:
@@ -721,10 +711,10 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         else:
             rate = _fit_regression(kind, corpus, names_of["train"], args.features)
         for part in ("valid", "test"):
-            names = names_of[part]
-            p = rate(names=names) if names else np.zeros((0, len(LABELS)))
-            records.append({"part": part, "fold": fold, "names": names, "p": p})
-    return _finish(records, corpus, args, about, kernels)
+            keys = [(part, fold, name) for name in names_of[part]]
+            if keys:
+                predictions |= zip(keys, rate(names=names_of[part]), strict=True)
+    return _finish(predictions, corpus, args, about, kernels)
 
 
 def _fit_kernel(corpus, train, args, fold):
@@ -1706,7 +1696,7 @@ def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 500
     return difference, np.percentile(draws, [2.5, 97.5], axis=0), p
 
 
-def significance(records: list, truth: dict, n: int = 1000) -> dict:
+def significance(predictions: dict, truth: dict, n: int = 1000) -> dict:
     """{part: {view: {"pearson_interval", "r2_interval" (19 pairs, cluster bootstrap over segments), "p",
     "p_holm" (19, `permutation_p`)}, means over folds, or None where too few segments are rated}}."""
 
@@ -1720,7 +1710,7 @@ def significance(records: list, truth: dict, n: int = 1000) -> dict:
         tests = {"pearson_interval": of_pearson, "r2_interval": of_r2}
         return tests | {"p": chance.tolist(), "p_holm": holm(chance).tolist()}
 
-    return of_views(test, records, truth)
+    return of_views(test, predictions, truth)
 
 
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
@@ -1791,11 +1781,8 @@ def _side(args, paths):
             for i, sentence in zip(trials, said, strict=True):
                 items[corpus.ids[i]] += spoken_words(corpus.text[i]), sentence
         return items, {"decoder": True, "synthetic": corpus.synthetic}
-    records, _, data = _rate_parts(args, loaded, [args.part])
-    for record in records:
-        for name, p in zip(record["names"], record["p"], strict=True):
-            items[args.part, record["fold"], name] = p
-    return items, {"decoder": False, "split": data["split"]}
+    predictions, _, _, data = _rate_parts(args, loaded, [args.part])
+    return predictions, {"decoder": False, "split": data["split"]}
 
 
 def _paired_ratings(a, b, args, synthetic):
@@ -2985,10 +2972,10 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     """Runs that rate, measured as `evaluate` does: corpus, verdict, figures, parts of the page."""
     folds, data = _load_fold_models(loaded)
     corpus = _corpus_of(data, args)
-    records = fold_records(folds, corpus, args, (args.part,))
+    predictions, _ = fold_predictions(folds, corpus, args, (args.part,))
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
-    views = measure(records, truth)[args.part]
-    if views["all"] is None:
+    views = measure(predictions, truth).get(args.part)
+    if not views or views["all"] is None:
         return corpus, f"no item of part {args.part} has ratings here", views, {}
     mean = views["all"]["mean"]
     shown = ", ".join(f"{metric} {mean[metric]:.4f}" for metric in METRICS)
@@ -2999,7 +2986,7 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
             for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
                 totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
     each = mean["per_dimension"]
-    names, y, p, fold_of = _stacked(records, truth, args.part, "all")
+    names, y, p, fold_of = _stacked(predictions, truth, args.part, "all")
     error = ((p - y) ** 2).mean(1)
     ranked = [[names[i], str(fold_of[i]), error[i]] for i in error.argsort()[::-1]]
     parts = {
