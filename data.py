@@ -3039,6 +3039,11 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """`write_atomic` of text; what no encoding holds (surrogates in names of files) as escapes."""
+    write_atomic(Path(path), lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
 def repair_lines(items: Iterable[dict]) -> list[str]:
     """A line for each repaired file of items' `repairs` (file -> kind -> number)."""
     repairs = {file: counts for item in items for file, counts in item.items() if counts}
@@ -3713,7 +3718,7 @@ def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[i
     known = len(_SPOKEN)
     labels = [phonemize(text) for text in texts]
     if len(_SPOKEN) > known:
-        write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
+        write_text(store, json.dumps(_SPOKEN, sort_keys=True))
     return labels
 
 
@@ -5524,7 +5529,7 @@ def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, 
     index = {"split": split, "left_out": left_out + list(dict.fromkeys(errors.values()))}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
-    write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
+    write_text(out / "index.json", json.dumps(index, indent=1))
     return open_fbank(out)
 
 
@@ -5790,7 +5795,7 @@ def maestro_overlaps(
         played, errors = _run_all(_played_order, paths, workers, "overlap", quiet)
         same, alike = _find_overlaps(segments, recordings, played)
         unreadable = [*errors.values()]
-        write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
+        write_text(kept, json.dumps([same, alike, unreadable]))
     missing = [f"{r.midi}: missing" for r in maestro.recordings if r.name not in recordings]
     maestro.unchecked = missing + unreadable
     return alike | same if pieces else same

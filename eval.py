@@ -100,6 +100,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     synthetic_percepiano,
     synthetic_speech,
     write_atomic,
+    write_text,
 )
 
 # isort: split
@@ -148,11 +149,12 @@ from models import (
     crop_starts,
     git_state,
     group_softmax,
-    json_ready,
     load_checkpoint,
     peak_memory,
     save_ensemble,
     save_half,
+    whole_crops,
+    write_json,
 )
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
@@ -342,7 +344,7 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
     """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
-    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))
+    write_text(path, text.getvalue())
 
 
 def _quoted(cell):
@@ -401,9 +403,8 @@ def save_results(write: Callable, args, about: dict, figures: dict) -> None:
         stem = f"{args.results_dir}/{about['task']}_{args.save_results}_{about.get('split') or about['part']}"
         made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
         made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
         write(f"{stem}.csv")
-        write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
+        write_json(f"{stem}.json", {**made, **git_state(), **about, **figures})
         print(f"saved {stem}.json and .csv")
 
 
@@ -547,6 +548,22 @@ def seeds_of(loaded):
     return [ckpt["args"].get("seed") for *_, ckpt in loaded]
 
 
+ONLY_FOR = {  # tasks of models -> options that they alone take
+    (*AUDIO_TASKS, "pretraining"): "audio",
+    AUDIO_TASKS: "rate copies soundfonts probe heads",
+    ("han", "kernel"): "features bars transpose",
+    ("decoder",): "day raw logits words tune submission nbest",
+}
+
+
+def refuse_foreign(args: argparse.Namespace, task: str, who: str) -> None:
+    """DataError where an option is given that no model of this task takes."""
+    for tasks, names in ONLY_FOR.items():
+        for name in names.split():
+            if task not in tasks and getattr(args, name, None):
+                raise DataError(f"{who}: of task {task}, which takes no --{name}; leave it out")
+
+
 def evaluate(argv: list[str]) -> dict:
     """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split."""
     about = """\
@@ -563,16 +580,12 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
-    foreign = args.audio if task == "decoder" else args.day or args.logits or wants_words(args)
-    foreign = foreign or (args.rate and task not in AUDIO_TASKS)
     pretraining = task == "ast" and loaded[0][1].model_args["num_outputs"] is None
+    refuse_foreign(args, "pretraining" if pretraining else task, args.ckpt[0])
     if args.out and not pretraining and (kind_of(task) != "han" or args.part != "valid"):
         raise DataError(
             f"--out: of models of task han, on part valid, or a pre-training; {args.ckpt[0]}: {task}"
         )
-    if foreign:
-        told = "--audio, --rate are of sound; --day, --logits and those of words of decoders; leave them out"
-        raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
     if pretraining:
@@ -668,7 +681,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     add("--model", choices=REGRESSIONS, help="regression (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
-    add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
+    add("--features", choices=FEATURE_SETS, help="han: statistics of what (full)")
     add = parser.more.add_argument
     add("--audio", nargs="+", metavar="DIR", help=AUDIO_HELP)
     add("--rate", metavar="HOW", help=RATE_HELP)
@@ -678,11 +691,10 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     add("--heads", type=number(int, 0), default=0, help="ast kernel: networks averaged with it (0)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    of_sound = args.audio or args.rate or args.copies or args.soundfonts or args.probe or args.heads
-    foreign = of_sound if args.task == "han" else args.features != "full"
-    if foreign or ((args.out or args.heads) and args.model != "kernel"):
-        told = "--features is of --task han; --audio, --rate, --copies, --soundfonts, --probe, --heads of ast"
-        raise DataError(f"{told}; --out, --heads of kernel; leave them out")
+    refuse_foreign(args, args.task, "floor")
+    if (args.out or args.heads) and args.model != "kernel":
+        raise DataError("--out, --heads of kernel; leave them out")
+    args.features = args.features or "full"
     corpus = _load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
@@ -774,8 +786,8 @@ class Clips:
     def _rows(self, store):
         rows = {}
         for i, name in enumerate(tqdm(store.names, desc="statistics", unit="file", disable=None)):
-            (x,) = crop_batches(store.item(i), self.info, WHOLE_CLIP, 1)
-            rows[name] = self.model.describe(x.to(self.args.device))[0].cpu()
+            clip = whole_clip(store.item(i), self.info)
+            rows[name] = self.model.describe(clip.to(self.args.device))[0].cpu()
         return rows
 
     def fit(self, kind: str, names: list[str], fold: int) -> tuple:
@@ -1240,8 +1252,7 @@ def write_arpa(path: str | Path, model: dict) -> None:
     lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
     for n, section in sections.items():
         lines += ["", f"\\{n}-grams:", *section]
-    text = "\n".join([*lines, "", "\\end\\", ""])
-    write_atomic(Path(path), lambda file: file.write(text.encode()))
+    write_text(path, "\n".join([*lines, "", "\\end\\", ""]))
 
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
@@ -1361,7 +1372,7 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     if str(path).endswith(".csv"):
         write_csv(path, [("id", "text"), *enumerate(texts)])
     else:
-        write_atomic(Path(path), lambda file: file.write("".join(f"{text}\n" for text in texts).encode()))
+        write_text(path, "".join(f"{text}\n" for text in texts))
     print(f"{path}: {size} sentences and days, {texts.count('')} sentences empty")
 
 
@@ -1476,7 +1487,7 @@ def write_nbest(path: str | Path, beams: list[list[dict]], names: list[str], mos
         for rank, one in enumerate(beam[:most], 1):
             about = {"trial": name, "rank": rank, "text": " ".join(one["words"])}
             lines.append(json.dumps(about | {key: one[key] for key in ("acoustic", "lm", "total")}) + "\n")
-    write_atomic(Path(path), lambda file: file.write("".join(lines).encode()))
+    write_text(path, "".join(lines))
     print(f"{path}: {len(lines)} hypotheses of {len(names)} trials")
 
 
@@ -1494,30 +1505,27 @@ def write_logits(folder: str | Path, log_probs: list, names: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[Tensor]:
-    """All crops of an item (frames, fbank (frames, 128)), at most `batch` at once: (B, T, 128), normalised by
-    info's mean and std. They are equally long, so no batch needs a mask."""
-    starts = crop_starts(item["frames"], longest)
-    for first in range(0, len(starts), batch):
-        parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
-        yield normalise_fbank(pad_fbank(parts, PATCH)[0], info["mean"], info["std"])
+def whole_clip(item: dict, info: dict) -> Tensor:
+    """An item's fbank (frames, 128), normalised by info's mean and std: (1, T, 128), at least a patch."""
+    return normalise_fbank(pad_fbank([item["fbank"][:]], PATCH)[0], info["mean"], info["std"])
 
 
 def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given. Of an item
     longer than the model's frames an AST pools the tokens of all crops; of other models it is the mean. info:
-    the checkpoint's data (mean, std, frames; target_mean, target_std where ratings were standardised)."""
+    the checkpoint's data (mean, std, frames; target_mean, target_std where ratings were standardised). batch:
+    crops at once; they are equally long, so none needs a mask."""
     longest = model.model_args.get("frames") or info["frames"]
     training = model.training
     model = model.to(device).eval()
     rows = []
     with torch.no_grad():
         for item in items:
-            crops = [x.to(device) for x in crop_batches(item, info, longest, batch)]
+            crops = whole_crops(whole_clip(item, info).to(device), longest)
             if isinstance(model, AST):
-                rated = model(torch.cat(crops)[None])
+                rated = model(crops)
             else:
-                rated = torch.cat([model(x) for x in crops])
+                rated = torch.cat([model(x) for x in crops[0].split(batch)])
             rows.append(rated.cpu().double().mean(0).numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
@@ -2239,12 +2247,10 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     loaded = _load_models(args.ckpt)
     task, about = kind_of(loaded[0][2]["task"]), _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
-    names = ["score", "midi", "audio", "speech"]
-    if kind != "han":
-        names += ["bars", "transpose"]  # of scores
-    given = " ".join(f"--{name}" for name in names if getattr(args, name))
+    given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
+    refuse_foreign(args, task, args.ckpt[0])
     print(provenance(loaded))
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
@@ -2288,8 +2294,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         write_csv(args.csv, predictions_table(records))
     if args.json:
         saved = predictions_summary(records, loaded) | {"refused": refused, "command": args.command}
-        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
-        write_atomic(Path(args.json), lambda file: file.write(f"{text}\n".encode()))
+        write_json(args.json, saved)
     return records
 
 
@@ -2873,7 +2878,7 @@ Without --run: the results that come with this repository, which needs neither a
     check_output(args.out, ".html")
     title, lines, parts, figures = about_runs(args) if args.run else about_results(RESULTS)
     page = _page(title, lines, parts, args.command)
-    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
+    write_text(args.out, page)
     print(*lines, f"saved {args.out}", sep="\n")
     return {"verdict": lines[0], "figures": figures}
 

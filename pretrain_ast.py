@@ -567,7 +567,7 @@ def main(args: argparse.Namespace) -> dict:
     ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
 
     # ---- resume
-    step, in_a_row, waited = 0, 0, 0
+    step, waited = 0, 0
     rate = 1.0
     best = {"valid_loss": math.inf, "step": 0}
     skipped = {"bad": 0, "overflow": 0}
@@ -631,23 +631,14 @@ def main(args: argparse.Namespace) -> dict:
                 stopped = on_any(bool(stop), world)
 
                 if finite:
-                    in_a_row = 0
+                    run.skips_in_a_row = 0
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                     if args.balance == "dwa":
                         sums = np.array(balance["sums"]) + figures["groups"].tolist()
                         balance = balance | {"sums": sums.tolist(), "count": balance["count"] + 1}
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    names, bad_loss = suspects(batch["names"], torch.cat(losses), world)
-                    overflow = scaler.is_enabled() and not bad_loss and scaler.get_scale() > 1
-                    kind = "overflow" if overflow else "bad"
-                    skipped[kind] += 1
-                    in_a_row += not overflow
-                    run.log(step, epoch, skip=kind, names=names, skipped=skipped)
-                    if in_a_row >= args.max_skips:
-                        raise data.DataError(
-                            f"step {step}: {in_a_row} non-finite updates in a row, the last with "
-                            f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
-                        )
+                    names, overflow = suspects(batch["names"], torch.cat(losses), scaler, world)
+                    run.skip(step, epoch, names, overflow, skipped)
                 if step % args.log_every == 0:
                     shown = {key: value.tolist() for key, value in figures.items()}
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **shown)
@@ -682,16 +673,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stopped or not patient:
                     break
 
-    if stopped:
-        say(f"interrupted after step {step}; go on: python pretrain_ast.py --resume {run.folder / 'last.pt'}")
-        raise KeyboardInterrupt
-    if "epoch" not in best:
-        raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
-    say(
-        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: step {best['step']}, valid {summary(best)}; "
-        f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
-    )
-    return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
+    return run.end("pretrain_ast.py", step, stopped, best, skipped, summary)
 
 
 def one_block(args: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, tuple]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+import models
 
 SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[2] / "shared"))  # real data, oracles
 tqdm.monitor_interval = 0  # its thread and forks do not go together
@@ -72,7 +73,7 @@ def check_results(path: str | Path, truth: dict[str, np.ndarray]) -> int:
     """Recomputes a results JSON from the CSV beside it and truth; gives how many figures were compared."""
     saved = leaves(json.loads(Path(path).read_text())["metrics"])
     predictions = evaluation.read_csv(Path(path).with_suffix(".csv"))
-    computed = leaves(evaluation.json_ready(evaluation.measure(predictions, truth)))
+    computed = leaves(models.json_ready(evaluation.measure(predictions, truth)))
     assert saved.keys() == computed.keys()
     for key, value in computed.items():
         assert saved[key] == pytest.approx(value, abs=2e-6), key

@@ -18,7 +18,7 @@ from test_whole import ONCE, piece  # noqa: F401
 import data
 import eval as evaluation
 from data import LABELS, PHONEMES
-from models import AST, CNN, HAN, GRUDecoder, KernelRidge, save_checkpoint
+from models import AST, CNN, HAN, GRUDecoder, KernelRidge, json_ready, save_checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "percepiano"
 DAYS = ["t12.2001.01.02", "t12.2001.01.09"]
@@ -278,7 +278,7 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert (len(table), max(map(len, table)) <= 100) == (19, True)
     assert "SYNTHETIC" in said
     saved = json.loads((tmp_path / "new/a.json").read_text())
-    assert saved["predictions"] == evaluation.json_ready(records)
+    assert saved["predictions"] == json_ready(records)
     keys = "name path score bars start end match_rate extra notes repairs ratings uncertainty warnings"
     assert list(records[0]) == [*keys.split(), "passages"]
     # of the networks' validation errors and their spread
