@@ -5671,6 +5671,11 @@ def report_fbank(store: FbankStore) -> None:
     print_left_out(store.left_out)
 
 
+def say_left_out(lines: Iterable[str], say: Callable = print) -> None:
+    for line in lines:
+        say(f"left out: {printable(line)}")
+
+
 def print_left_out(lines: list[str], what: str = "left out") -> None:
     print(f"{what}: {len(lines)}", *map(printable, lines), sep="\n  ")
 
@@ -6067,8 +6072,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     parts = pretrain_parts(store)
     if args.exclude_overlap:
         parts = without_percepiano(store, parts, args, quiet, say)
-    for line in store.left_out:
-        say(f"left out: {line}")
+    say_left_out(store.left_out, say)
     train = Crops(store, parts["train"], args.frames, args.seed, vary=True)
     fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
     info = {

@@ -89,6 +89,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     repair_lines,
     run_script,
     salad_trials,
+    say_left_out,
     segment_of,
     short_hash,
     shown,
@@ -598,14 +599,16 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     return _finish(predictions, corpus, args, about, [member[1:] for member in loaded], spread)
 
 
-def _load_corpus(args, speech=False):
+def load_corpus(args, speech: bool = False, quiet: bool = False, say: Callable = print):
     """PercePiano or a corpus of speech trials: --data, or the synthetic one; says what it left out."""
-    read, made = (open_speech, synthetic_speech) if speech else (load_percepiano, synthetic_percepiano)
+    read, made, source = load_percepiano, synthetic_percepiano, "python data.py fetch percepiano"
+    if speech:
+        read, made, source = open_speech, synthetic_speech, "doi 10.5061/dryad.x69p8czpq"
     if not args.data:
-        print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
-    corpus = read(args.data or made(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
+        say(f"no --data: the built-in SYNTHETIC corpus; the real one: {source}")
+    strict = getattr(args, "strict", False)
+    corpus = read(args.data or made(args.cache), args.cache, strict, quiet=quiet)
+    say_left_out(corpus.left_out, say)
     return corpus
 
 
@@ -613,7 +616,7 @@ def _corpus_of(data, args):
     """The corpus of --data, which must be given for checkpoints (of data settings `data`) of real data."""
     if args.data is None and not data["synthetic"]:
         raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
-    corpus = _load_corpus(args, "phonemes" in data)
+    corpus = load_corpus(args, "phonemes" in data)
     if corpus.synthetic != data["synthetic"]:
         print("trained on the other kind of data")
     return corpus
@@ -695,7 +698,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     if (args.out or args.heads) and args.model != "kernel":
         raise DataError("--out, --heads of kernel; leave them out")
     args.features = args.features or "full"
-    corpus = _load_corpus(args)
+    corpus = load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
     about |= {"seeds": list(range(7, 7 + (args.heads or 1))), "model": kind}
@@ -704,11 +707,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         about["features"] = args.features
     else:
         about["audio"] = "wav" if args.audio else "rendered"
-        about |= {"copies": args.copies, "heads": args.heads}
-        about["soundfonts"] = list(map(last_part, args.soundfonts))
-        for key in ("rate", "probe"):
-            path = getattr(args, key)
-            about[key] = path and last_part(path)
+        about["probe"] = args.probe and last_part(args.probe)
         clips = Clips(corpus, args)
     predictions, kernels = {}, []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
@@ -1557,8 +1556,7 @@ def audio_store(corpus: Corpus, args) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered, and the versions of --copies, --soundfonts."""
     versions = heard_versions(args.copies, args.soundfonts)
     store = percepiano_audio(corpus.root, args.cache, args.audio, versions)
-    for line in store.left_out:
-        print(f"left out: {printable(line)}")
+    say_left_out(store.left_out)
     return store
 
 
@@ -1573,8 +1571,7 @@ def rated_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankSto
     elif args.rate:
         audio, heard = None, Version(soundfont=args.rate)
     store = percepiano_audio(corpus.root, args.cache, audio, base=heard)
-    for line in store.left_out:
-        print(f"left out: {printable(line)}")
+    say_left_out(store.left_out)
     kind = "wav" if audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
@@ -1629,8 +1626,6 @@ def evaluate_pretraining(args, loaded: list) -> dict:
     _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
-    if data.get("exclude_overlap") and not settings.exclude_overlap:
-        print("PercePiano's music was left out in the training, not here")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
     print(corpus_line(now["synthetic"], args.data))
     print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
@@ -2057,12 +2052,14 @@ def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     return {"share": share}
 
 
-def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str]]:
+def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str], dict]:
     """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it, as
-    networks see them; and remarks on the sound."""
-    waveform, remarks = (render(read_midi(path)), []) if rendered else read_sound(path)
-    energies = heard_energies(waveform, path).numpy()
-    return energies, remarks if rendered else remarks + sound_remarks(waveform)
+    networks see them; remarks on the sound; repairs of the MIDI file, as `say_repairs` takes them."""
+    if rendered:
+        performance = read_midi(path)
+        return heard_energies(render(performance), path).numpy(), [], {str(path): performance.repairs}
+    waveform, remarks = read_sound(path)
+    return heard_energies(waveform, path).numpy(), remarks + sound_remarks(waveform), {}
 
 
 def attention(argv: list[str]) -> dict:
@@ -2078,7 +2075,7 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    energies, remarks = read_piece(path, rendered=not args.audio)
+    energies, remarks, _ = read_piece(path, rendered=not args.audio)
     for remark in remarks:
         print(remark)
     work = {"name": printable(Path(path).name), "energies": energies}
@@ -2273,8 +2270,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or args.speech)):
         if args.speech and [folder] in inputs:
             continue  # a corpus
-        for line in other_kinds(folder, kinds):
-            print(f"left out: {line}")
+        say_left_out(other_kinds(folder, kinds))
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             if files[0].is_dir() and not args.speech:
@@ -2443,7 +2439,7 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, remarks = read_piece(files[0], rendered=not args.audio)
+    energies, remarks, repairs = read_piece(files[0], rendered=not args.audio)
     name = printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
@@ -2454,9 +2450,8 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
     for remark in remarks:
         tqdm.write(f"{name}: {remark}")
     seconds = len(energies) * HOP / SAMPLE_RATE
-    repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
-    record = {"name": name, "path": printable(files[0]), "seconds": seconds, "repairs": repairs}
-    record["sound"] = "; ".join(remarks)
+    record = {"name": name, "path": printable(files[0]), "seconds": seconds}
+    record |= {"repairs": say_repairs(repairs), "sound": "; ".join(remarks)}
     record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
@@ -2889,7 +2884,7 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
     args.audio, args.rate = own.get("audio"), None
-    args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
+    args.ckpt, args.day = args.run, None
     verdict, figures, scored = "nothing was scored: see the curves of validation", None, {}
     synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
@@ -3080,16 +3075,7 @@ def _page(title: str, lines: list[str], parts: dict[str, str], command: str) -> 
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {
-    "evaluate": evaluate,
-    "predict": predict,
-    "report": report,
-    "compare": compare,
-    "ceiling": ceiling,
-    "floor": floor,
-    "curves": curves,
-    "bench": bench,
-}
+COMMANDS = {f.__name__: f for f in (evaluate, predict, report, compare, ceiling, floor, curves, bench)}
 
 
 def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:

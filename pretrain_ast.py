@@ -40,6 +40,7 @@ from tqdm import tqdm
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import (
     lengths_if_unlike,
+    load_corpus,
     predict_ast,
     pretrain_figures,
     pretrain_summary,
@@ -371,17 +372,15 @@ def reweigh(balance: dict) -> dict:
 
 def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple[Clips, list[dict], dict]:
     """Training clips, validation items, and what inference needs to know of the data."""
-    root = args.data or data.synthetic_percepiano(args.cache)
-    corpus = data.load_percepiano(root, args.cache, args.strict, quiet=quiet)
+    corpus = load_corpus(args, quiet=quiet, say=say)
     rng = np.random.default_rng(args.seed)
     variants = []
     for _ in range(args.variants):
         tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
         variants.append(data.Version(tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
     heard = data.heard_versions(args.copies, args.soundfonts)
-    store = data.percepiano_audio(root, args.cache, args.audio, [*heard, *variants], quiet=quiet)
-    for line in corpus.left_out + store.left_out:
-        say(f"left out: {line}")
+    store = data.percepiano_audio(corpus.root, args.cache, args.audio, [*heard, *variants], quiet=quiet)
+    data.say_left_out(store.left_out, say)
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
     info = {
         "task": "finetune",
@@ -417,9 +416,10 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     crops = args.crops if args.model == "ast" else 1
     train = Clips([*versions.values()], args.frames, args.seed, crops)
     info |= data.fit_fbank(train, args.audioset_norm)
+    kind = " (SYNTHETIC)" if corpus.synthetic else ""
     say(
-        f"{root}{' (SYNTHETIC)' if corpus.synthetic else ''}, {info['audio']}, split {args.split}, fold "
-        f"{args.fold}: {len(train)} train, {len(valid)} valid items; variants {variants}"
+        f"{corpus.root}{kind}, {info['audio']}, split {args.split}, fold {args.fold}: {len(train)} train, "
+        f"{len(valid)} valid items; variants {variants}"
     )
     return train, valid, info
 
@@ -531,8 +531,8 @@ def main(args: argparse.Namespace) -> dict:
     # ---- data
     pretraining = args.task == "pretrain"
     resumed = load_training(args.resume, ("ast", "cnn", "mlp")) if args.resume else None
-    if not args.data:
-        say("no --data: built-in SYNTHETIC corpus; the real ones: MAESTRO; python data.py fetch percepiano")
+    if pretraining and not args.data:
+        say("no --data: built-in SYNTHETIC corpus; the real one: MAESTRO, see README.md")
     load_data, loss_of = (
         (data.pretrain_data, pretrain_loss) if pretraining else (finetune_data, finetune_loss)
     )

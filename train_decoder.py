@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
-from eval import WordSearch, ctc_losses, validate_decoder, word_model
+from eval import WordSearch, ctc_losses, load_corpus, validate_decoder, word_model
 from models import (
     AMP_TYPES,
     GRUDecoder,
@@ -275,13 +275,8 @@ def evaluate(model: GRUDecoder, ema: dict | None, search: WordSearch | None, *ab
 def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, known: list) -> tuple:
     """The corpus, the trials that train and validate, and what inference needs to know of the data. known:
     sessions of --init, beside which --new-day trains others."""
-    if not args.data:
-        say("no --data: built-in SYNTHETIC corpus; the real one: doi 10.5061/dryad.x69p8czpq")
     with main_first(rank, world):
-        root = args.data or data.synthetic_speech(args.cache)
-        corpus = data.open_speech(root, args.cache, args.strict, quiet=rank > 0)
-    for line in corpus.left_out:
-        say(f"left out: {data.printable(line)}")
+        corpus = load_corpus(args, speech=True, quiet=rank > 0, say=say)
     parts = data.speech_parts(corpus, args.valid)
     names = [corpus.days[day] for day in np.unique(corpus.day[parts["train"]])]  # others would stay identity
     if args.new_day:

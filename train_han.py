@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
-from eval import predict_han, rating_summary, to_device, validation_metrics
+from eval import load_corpus, predict_han, rating_summary, to_device, validation_metrics
 from models import (
     AMP_TYPES,
     FORMS,
@@ -144,13 +144,8 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
 
 def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: int, say: Callable) -> tuple:
     """Training items, validation items, and what inference needs to know: info, a resumed run's own."""
-    if not args.data:
-        say("no --data: built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano")
     with main_first(rank, world):
-        root = args.data or data.synthetic_percepiano(args.cache)
-        corpus = data.load_percepiano(root, args.cache, args.strict, quiet=rank > 0)
-    for line in corpus.left_out:
-        say(f"left out: {data.printable(line)}")
+        corpus = load_corpus(args, quiet=rank > 0, say=say)
     fold = int(args.fold)
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
     given = args.features, args.pooled, args.split, fold, args.keep_overlap
