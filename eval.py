@@ -353,7 +353,7 @@ def _quoted(cell):
     return f"'{cell}" if formula else cell
 
 
-def read_csv(path: str | Path) -> dict:
+def read_predictions(path: str | Path) -> dict:
     """{item: prediction} of a CSV of --csv or --save-results: (part, fold, name): ratings (19,), or trial:
     (reference, hypothesis), phoneme ids, and words where there are any. DataError names the line."""
     items: dict = {}
@@ -395,6 +395,12 @@ def hardware(device: torch.device) -> dict:
     return made | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def circumstances(args) -> dict:
+    """How figures were made: command, hardware, date and state of the repository."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"command": args.command, "hardware": hardware(args.device), "date": date, **git_state()}
+
+
 def save_results(write: Callable, args, about: dict, figures: dict) -> None:
     """--csv and --save-results: write(path) makes a CSV; beside it stand the figures, what they are about and
     how they were made, as JSON."""
@@ -402,10 +408,8 @@ def save_results(write: Callable, args, about: dict, figures: dict) -> None:
         write(args.csv)
     if args.save_results:
         stem = f"{args.results_dir}/{about['task']}_{args.save_results}_{about.get('split') or about['part']}"
-        made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
-        made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write(f"{stem}.csv")
-        write_json(f"{stem}.json", {**made, **git_state(), **about, **figures})
+        write_json(f"{stem}.json", {"row": args.save_results, **circumstances(args), **about, **figures})
         print(f"saved {stem}.json and .csv")
 
 
@@ -762,6 +766,19 @@ def _fit_regression(kind, corpus, train, features):
     return lambda names: model.predict(all_statistics(corpus, names, info)).clip(0, 1)
 
 
+def clip_info(corpus: Corpus, args, fold: int) -> dict:
+    """What a checkpoint that rates sound holds of its data, but for frames and fitted values."""
+    return {
+        "labels": list(LABELS),
+        "split": args.split,
+        "fold": fold,
+        "keep_overlap": args.keep_overlap,
+        "synthetic": corpus.synthetic,
+        "fbank": FBANK_FORMAT,
+        "audio": "wav" if args.audio else "rendered",
+    }
+
+
 class Clips:
     """Descriptions (`ClipKernel.describe`) of all versions that train, and of what is rated: rows by name."""
 
@@ -820,18 +837,8 @@ class Clips:
     def _about(self, y, fold):
         """What `predict` and `evaluate` need to know of a kernel's data; y: ratings by training name."""
         targets = fit_targets(self.corpus, y)
-        return self.info | {
-            "frames": WHOLE_CLIP,
-            "fbank": FBANK_FORMAT,
-            "audio": "wav" if self.args.audio else "rendered",
-            "split": self.args.split,
-            "fold": fold,
-            "keep_overlap": self.args.keep_overlap,
-            "synthetic": self.corpus.synthetic,
-            "labels": list(LABELS),
-            "rating_mean": targets["target_mean"],
-            "rating_std": targets["target_std"],
-        }
+        fitted = {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
+        return self.info | clip_info(self.corpus, self.args, fold) | fitted | {"frames": WHOLE_CLIP}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1760,12 +1767,12 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
 
 
 def _side(args, paths):
-    """Items as of `read_csv`, of a CSV or of checkpoints; what is known: decoder, synthetic, split."""
+    """Items as of `read_predictions`, of a CSV or of checkpoints; what is known: decoder, synthetic, split."""
     args.ckpt = paths
     if paths[0].endswith(".csv"):
         if len(paths) > 1:
             raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
-        items = read_csv(paths[0])
+        items = read_predictions(paths[0])
         beside = Path(paths[0]).with_suffix(".json")
         try:
             saved = dict(read_json(beside)) if beside.exists() else {}
@@ -2289,8 +2296,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     if args.csv:
         write_csv(args.csv, predictions_table(records))
     if args.json:
-        saved = predictions_summary(records, loaded) | {"refused": refused, "command": args.command}
-        write_json(args.json, saved)
+        saved = circumstances(args) | predictions_summary(records, loaded)
+        write_json(args.json, saved | {"refused": refused})
     return records
 
 
@@ -2627,14 +2634,12 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
 
 
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
-    """Predictions and circumstances: what --json writes."""
+    """What --json writes beside the `circumstances`."""
     used = []
     for path, _, ckpt in loaded:
         about = {"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
         used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
     saved = {
-        **git_state(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
         "checkpoints": used,
         "predictions": records,
@@ -2970,9 +2975,7 @@ def decoder_rows(rows: list[dict]) -> str:
 
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
     """Runs that rate, measured as `evaluate` does: corpus, verdict, figures, parts of the page."""
-    folds, data = _load_fold_models(loaded)
-    corpus = _corpus_of(data, args)
-    predictions, _ = fold_predictions(folds, corpus, args, (args.part,))
+    predictions, _, corpus, data = _rate_parts(args, loaded, [args.part])
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     views = measure(predictions, truth).get(args.part)
     if not views or views["all"] is None:
@@ -2986,6 +2989,7 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
             for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
                 totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
     each = mean["per_dimension"]
+    about = f"part {args.part}, {data['split']}, folds {sorted({fold for _, fold, _ in predictions})}"
     names, y, p, fold_of = _stacked(predictions, truth, args.part, "all")
     error = ((p - y) ** 2).mean(1)
     ranked = [[names[i], str(fold_of[i]), error[i]] for i in error.argsort()[::-1]]
@@ -2995,7 +2999,7 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
         "Prediction over rating, calibration": inline_figure(draw_ratings(y, p), "Prediction over rating"),
         "Worst and best items": _table(["item", "fold", "mse"], [*ranked[:10], *ranked[10:][-5:]]),
     }
-    return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
+    return corpus, f"{shown}; {interval}; {about}", views, parts
 
 
 def draw_ratings(y: np.ndarray, p: np.ndarray):

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import (
+    clip_info,
     lengths_if_unlike,
     load_corpus,
     predict_ast,
@@ -384,15 +385,9 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
     info = {
         "task": "finetune",
-        "labels": list(data.LABELS),
-        "split": args.split,
-        "fold": int(args.fold),
-        "keep_overlap": args.keep_overlap,
-        "synthetic": corpus.synthetic,
         "frames": args.frames,
-        "fbank": data.FBANK_FORMAT,
-        "audio": "wav" if args.audio else "rendered",
         "recordings": data.fingerprint(corpus.names, [len(corpus.items)]),
+        **clip_info(corpus, args, int(args.fold)),
     }
     info |= data.fit_targets(corpus, parts["train"], args.standardise)
     limits = augmentation_limits(args)

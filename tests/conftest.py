@@ -72,7 +72,7 @@ def leaves(tree: object, key: str = "") -> dict[str, object]:
 def check_results(path: str | Path, truth: dict[str, np.ndarray]) -> int:
     """Recomputes a results JSON from the CSV beside it and truth; gives how many figures were compared."""
     saved = leaves(json.loads(Path(path).read_text())["metrics"])
-    predictions = evaluation.read_csv(Path(path).with_suffix(".csv"))
+    predictions = evaluation.read_predictions(Path(path).with_suffix(".csv"))
     computed = leaves(models.json_ready(evaluation.measure(predictions, truth)))
     assert saved.keys() == computed.keys()
     for key, value in computed.items():

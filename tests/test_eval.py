@@ -106,12 +106,12 @@ def test_unlabelled_test_items_are_predicted_only(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
     argv = ["--ckpt", path, "--part", "test", "--device", "cpu", "--csv", "p.csv"]
     assert evaluation.main(argv)["test"]["all"]["folds"]["0"]["items"] == 4
-    saved = evaluation.read_csv("p.csv")
+    saved = evaluation.read_predictions("p.csv")
     names = [name for *_, name in saved]
     assert sorted(names) == sorted(of_part(corpus, (8, 9)))
     table = tmp_path / "p.csv"
     table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())  # as Excel saves it
-    assert list(evaluation.read_csv("p.csv")) == list(saved) == [("test", 0, name) for name in names]
+    assert list(evaluation.read_predictions("p.csv")) == list(saved) == [("test", 0, name) for name in names]
     assert np.stack([*saved.values()]) == pytest.approx(predicted(path, corpus, names), abs=6e-5)
     for name in of_part(corpus, (8,)):
         del corpus.items[name]["y"]
@@ -140,7 +140,7 @@ def test_saved_results(corpus, tmp_path):
 def test_bad_predictions_are_refused(tmp_path, capsys, text):
     path = tmp_path / "p.csv"
     path.write_text(text.format(head=",".join(["name", "part", "fold", *LABELS])))
-    refused(lambda: evaluation.read_csv(path), capsys, path)
+    refused(lambda: evaluation.read_predictions(path), capsys, path)
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     assert np.shape(tests["pearson_interval"]) == np.shape(tests["r2_interval"]) == (19, 2)
     assert tests["p_holm"] == approx(evaluation.holm(tests["p"]))
     assert saved["significance"]["test"]["all"] is None  # one rated segment
-    found = evaluation.read_csv("results/ast_scratch_segment.csv")
+    found = evaluation.read_predictions("results/ast_scratch_segment.csv")
     held = {name: p for (part, fold, name), p in found.items() if (part, fold) == ("valid", 1)}
     store = evaluation.percepiano_audio()
     items = [store.item(store.names.index(name)) for name in held]
@@ -240,7 +240,7 @@ def test_floor_hears_the_loudness(corpus, tmp_path, monkeypatch):
     assert evaluation.main(kernel)["valid"]["all"]["mean"]["r2"] > 0.5
     evaluation.main([*kernel, "--heads", "2", "--out", str(tmp_path / "k.pt"), "--save-results", "kernel"])
     evaluation.main(["--ckpt", str(tmp_path / "k.pt"), "--device", "cpu", "--csv", "again.csv"])
-    again, before = (evaluation.read_csv(f) for f in ("again.csv", "results/ast_kernel_segment.csv"))
+    again, before = (evaluation.read_predictions(f) for f in ("again.csv", "results/ast_kernel_segment.csv"))
     assert max(np.abs(p - before[key]).max() for key, p in again.items()) < 0.01  # float16
     result = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--save-results", "floor"])
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
@@ -256,7 +256,7 @@ def test_floor_hears_the_loudness(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "rated_store", lambda *_: few)
     monkeypatch.setattr(evaluation, "_finish", lambda predictions, *_: predictions)
     again = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--rate", "recorded"])
-    before = evaluation.read_csv("results/ast_floor_segment.csv")
+    before = evaluation.read_predictions("results/ast_floor_segment.csv")
     assert sorted(again) == sorted(key for key in before if key[0] == "valid")
     assert max(np.abs(p - before[key]).max() for key, p in again.items()) < 1e-4
     monkeypatch.setattr(evaluation, "audio_store", lambda *_: few)

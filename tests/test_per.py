@@ -229,7 +229,7 @@ def test_a_submission_needs_no_labels(corpus, asked, tmp_path, capsys):
     row = np.load(f"out/{corpus.ids[18]}.npy")  # unlabelled ones too
     assert (row.dtype, row.shape[1]) == (np.float16, 41)
     assert row == pytest.approx(alone(path, corpus, 18), abs=0.01)
-    assert evaluation.read_csv("w.csv")[corpus.ids[8]][2:] == (["the", "voice"],) * 2
+    assert evaluation.read_predictions("w.csv")[corpus.ids[8]][2:] == (["the", "voice"],) * 2
 
 
 def test_bad_command_lines_are_refused(corpus, tmp_path, capsys):

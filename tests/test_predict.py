@@ -308,7 +308,7 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     evaluation.main(["--ckpt", *networks, *data_of, "--out", together])
     kernel = str(tmp_path / "kernel.pt")
     alone = fold_predictions(networks, piano), fold_predictions([kernel], piano)
-    direct = evaluation.read_csv(tmp_path / "kernel.csv")
+    direct = evaluation.read_predictions(tmp_path / "kernel.csv")
     mixed = fold_predictions([together, kernel], piano)
     for name, p in ((name, p) for (part, _, name), p in direct.items() if part == "valid"):
         assert alone[1][name] == pytest.approx(p, abs=0.02)  # rounded
@@ -367,7 +367,7 @@ def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
     if not SHARED.is_dir():
         pytest.skip("no labels beside the repository")
     truth = data.read_labels(SHARED, [])
-    predictions = evaluation.read_csv(evaluation.RESULTS / "han_ensemble_segment.csv")
+    predictions = evaluation.read_predictions(evaluation.RESULTS / "han_ensemble_segment.csv")
     held = []
     for fold in range(4):
         others = {key: p for key, p in predictions.items() if key[1] != fold}
