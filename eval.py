@@ -1767,7 +1767,7 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
 
 
 def _side(args, paths):
-    """Items as of `read_predictions`, of a CSV or of checkpoints; what is known: decoder, synthetic, split."""
+    """Items as of `read_predictions`, of a CSV or checkpoints; what is known: decoder, synthetic, split."""
     args.ckpt = paths
     if paths[0].endswith(".csv"):
         if len(paths) > 1:
