@@ -435,17 +435,22 @@ def brackets(interval: Iterable[float]) -> str:
     return f"[{', '.join(map(shown, interval))}]"
 
 
-def _print_figures(title, figures, tests):
-    if not figures:
-        print(f"{title}: no label: predicted only, no metric")
-        return
+def fold_table(title: str, figures: dict) -> tuple[list, list]:
+    """Head and rows of a view of `measure`: metrics of each fold, their mean and deviation."""
     mean = figures["mean"]
     rows = []
     for fold, s in (figures["folds"] | {"mean": mean}).items():
         rows.append([fold, *(s[key] for key in METRICS), s["r2_interval"], s.get("items", "")])
     rows.append(["std", *(mean[f"{key}_std"] for key in METRICS), "", ""])
-    print_table([f"{title}: fold", *METRICS, "95 % of r2", "items"], rows)
-    each = mean["per_dimension"] | (tests or {})
+    return [f"{title}: fold", *METRICS, "95 % of r2", "items"], rows
+
+
+def _print_figures(title, figures, tests):
+    if not figures:
+        print(f"{title}: no label: predicted only, no metric")
+        return
+    print_table(*fold_table(title, figures))
+    each = figures["mean"]["per_dimension"] | (tests or {})
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
@@ -2983,18 +2988,14 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     mean = views["all"]["mean"]
     shown = ", ".join(f"{metric} {mean[metric]:.4f}" for metric in METRICS)
     interval = f"95 % interval of r2 {brackets(mean['r2_interval'])}"
-    totals = []
-    for view, figures in views.items():
-        if figures:
-            for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
-                totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
+    tables = [_table(*fold_table(VIEWS[view], figures)) for view, figures in views.items() if figures]
     each = mean["per_dimension"]
     about = f"part {args.part}, {data['split']}, folds {sorted({fold for _, fold, _ in predictions})}"
     names, y, p, fold_of = _stacked(predictions, truth, args.part, "all")
     error = ((p - y) ** 2).mean(1)
     ranked = [[names[i], str(fold_of[i]), error[i]] for i in error.argsort()[::-1]]
     parts = {
-        "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
+        "Results": "".join(tables) + CHOSEN[args.part],
         "By rating": _table(["rating", *each], zip(RATINGS.values(), *each.values(), strict=True)),
         "Prediction over rating, calibration": inline_figure(draw_ratings(y, p), "Prediction over rating"),
         "Worst and best items": _table(["item", "fold", "mse"], [*ranked[:10], *ranked[10:][-5:]]),
