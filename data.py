@@ -10,6 +10,7 @@ python data.py decoder-convert --in DIR --out DIR   intracortical speech, any of
 python data.py decoder-weights --in FILE --out CKPT a checkpoint of a public decoder baseline's weights
 python data.py synth-speech --out DIR               synthetic speech in the competition's .mat layout
 """
+# ruff: noqa: E402 (what heeds a stop while torch loads stands above the imports)
 
 import os
 import signal
@@ -19,6 +20,16 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost peer torch pr
 if sys.platform == "darwin":  # what Apple's GPU lacks, such as CTC, goes to the CPU
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def on_stop(action) -> None:
+    """The action of Ctrl-C, SIGTERM and SIGHUP, but for those that nohup or a background job ignores."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
+
+
 # Ctrl-C while torch loads, which takes seconds: every script imports this file first
 if os.path.basename(sys.argv[0]) in "data.py eval.py train_han.py train_decoder.py pretrain_ast.py".split():
 
@@ -26,9 +37,7 @@ if os.path.basename(sys.argv[0]) in "data.py eval.py train_han.py train_decoder.
         os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted\n".encode())
         os._exit(130)
 
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, a background job
-            signal.signal(number, _interrupted)
+    on_stop(_interrupted)
 
 import argparse
 import contextlib
@@ -71,6 +80,7 @@ import mido
 import numpy as np
 import soundfile
 import torch
+from mido.messages import SPEC_BY_STATUS
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.io import loadmat, savemat, wavfile
 from scipy.linalg import expm
@@ -97,6 +107,12 @@ def short_hash(about: object, digits: int = 16) -> str:
     """Of its text, the first digits of sha1."""
     content = str(about).encode(errors="surrogateescape")
     return hashlib.sha1(content, usedforsecurity=False).hexdigest()[:digits]
+
+
+def dated_key(about: list, paths: Iterable[Path]) -> str:
+    """A short hash of what a cache is made of: versions and the like, and files by name, size and date."""
+    dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return short_hash(json.dumps([*about, dates]))
 
 
 def printable(text: object, encoding: str = "utf-8") -> str:
@@ -135,16 +151,6 @@ class PlainOutput:
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
-
-
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def on_stop(action) -> None:
-    """The action of Ctrl-C, SIGTERM and SIGHUP, but for those that nohup or a background job ignores."""
-    for number in STOPS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, action)
 
 
 @contextlib.contextmanager
@@ -395,11 +401,6 @@ class Score:
     repeat: np.ndarray  # of measures: the repeat (from 1) that is not taken where they are left out; 0: none
     features: dict = field(repr=False)  # name -> (n,) or (n, width) float64
     repairs: Counter = field(default_factory=Counter)  # what was wrong in the file and read all the same
-
-    @property
-    def tempo_qpm(self):
-        """Quarters per minute at the first note."""
-        return float(self.qpm[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1246,11 +1247,14 @@ def read_musicxml(path: str | Path) -> Score:
 
 def _printed_numbers(measures):
     """Of each measure; where its number is no number, that of the one before."""
-    numbers = [0]
+    printed = 0
+    numbers = []
     for measure in measures:
         digits = re.match(r"\d{1,9}", measure.get("number", ""))
-        numbers.append(int(digits[0]) if digits else numbers[-1])
-    return np.array(numbers[1:])
+        if digits:
+            printed = int(digits[0])
+        numbers.append(printed)
+    return np.array(numbers)
 
 
 def _features_of(ticks, notes, rests, slurs, directions, bars, starts):
@@ -1362,9 +1366,6 @@ MOST_EVENTS = 500_000  # of a MIDI file
 NOTE_OFF, NOTE_ON, CONTROL = 0x8, 0x9, 0xB
 ALL_OFF = 120, 123  # controllers: all sound off, all notes off
 META, TEMPO, KEY, END_OF_TRACK = 0xFF, 0x51, 0x59, 0x2F
-# Data bytes of each status; those from 0xF1 are messages between devices, which some recorders write down.
-DATA_BYTES = {status: 2 - (status >> 4 in (0xC, 0xD)) for status in range(0x80, 0xF0)}
-DATA_BYTES |= {0xF1: 1, 0xF2: 2, 0xF3: 1} | dict.fromkeys((0xF6, 0xF8, 0xFA, 0xFB, 0xFC, 0xFE), 0)
 
 
 @dataclass
@@ -1468,8 +1469,8 @@ def _track_events(track, most, repairs):
                 data = [next(left)]
             if status in (META, 0xF0, 0xF7):
                 size = _variable_number(left)
-            elif status in DATA_BYTES:
-                size = DATA_BYTES[status] - len(data)
+            elif status in SPEC_BY_STATUS:  # from 0xF1: between devices; some recorders write them down
+                size = SPEC_BY_STATUS[status]["length"] - 1 - len(data)
             else:
                 raise ValueError(f"status byte {status}")
             data += [next(left) for _ in range(size)]
@@ -1548,7 +1549,7 @@ STEPS = 4  # furthest step without a jump, in chords
 MOST_OF_KEY = 1000  # notes of one key that are assigned together
 JUMPED = STEPS + 1
 RISES = np.array([*range(1, STEPS + 1), JUMPED, 0], np.int8)  # of the ways to a chord
-BLOCK = 4096  # played notes whose way back is in memory
+LATTICE_BLOCK = 4096  # played notes whose way back is in memory
 WINDOW = 7  # intervals in the running median of the pace
 PACES = 0.02, 10.0  # s per quarter: fastest, slowest
 TOGETHER = 0.08  # s: keys of a chord this close confirm each other; a time this far off is a slip
@@ -1655,12 +1656,12 @@ class _Lattice:
         count = len(self.onset)
         front, blocks = self.front, []
         restart = np.zeros(count, bool)
-        for begin in range(1, count, BLOCK):
+        for begin in range(1, count, LATTICE_BLOCK):
             blocks.append((begin, front))
-            front, rises, leads, restart[begin : begin + BLOCK] = self.advance(*front, begin)
+            front, rises, leads, restart[begin : begin + LATTICE_BLOCK] = self.advance(*front, begin)
         state = np.full(count, front[0].argmin())
         for begin, front in reversed(blocks):
-            if begin + BLOCK < count:
+            if begin + LATTICE_BLOCK < count:
                 _, rises, leads, _ = self.advance(*front, begin)
             for j in reversed(range(len(leads))):
                 rise, place = rises[j, state[begin + j]], begin + j
@@ -1671,7 +1672,7 @@ class _Lattice:
         """The front (price of the best path to each chord; first and latest note of the chord on it) after a
         block of played notes; by how many chords the path rose (block, K), JUMPED: from the lead; the lead
         of each note; whether the opening starts anew."""
-        onset, pitch = self.onset[begin : begin + BLOCK], self.pitch[begin : begin + BLOCK]
+        onset, pitch = self.onset[begin : begin + LATTICE_BLOCK], self.pitch[begin : begin + LATTICE_BLOCK]
         rises = np.zeros((len(onset), len(best)), np.int8)
         leads = np.zeros(len(onset), np.int64)
         restart = np.zeros(len(onset), bool)
@@ -2065,7 +2066,7 @@ def _clean(score, performance, match):
     if not anchors:
         anchors.append((score.onset[0], performance.onset[0]))
     if len(anchors) == 1:
-        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.tempo_qpm))
+        anchors.append((anchors[0][0] + 1, anchors[0][1] + 60 / score.qpm[0]))
     return match, np.array(anchors)
 
 
@@ -2905,22 +2906,24 @@ def column_names(features: dict[str, Column]) -> list[str]:
     return columns
 
 
-def extract_performances(task: tuple) -> list[tuple[str | Path, dict | str]]:
-    """All performances of one score (score path, MIDI paths): MIDI path and the arrays of the item with its
-    performance and match, or the error line."""
+def extract_performances(task: tuple, strict: bool = False) -> tuple[dict[str, dict], list[str]]:
+    """Of all performances of one score (score path, MIDI paths): the arrays of the items with their
+    performance and match, by name, and a line for each that cannot be read. strict: raises the first."""
     score_path, midi_paths = task
-    score, harmony, results = None, None, []
+    score, harmony, items, problems = None, None, {}, []
     for path in midi_paths:
         try:
             score = score or read_musicxml(score_path)
             performance = read_midi(path)
             match = align(score, performance)
         except DataError as error:
-            results.append((path, str(error) if score else f"{path}: {error}"))
+            if strict:
+                raise
+            problems.append(str(error) if score else f"{path}: {error}")
             continue
         harmony = harmony or harmony_statistics(score)
-        results.append((path, describe_performance(score, performance, match, harmony)))
-    return results
+        items[path.stem.strip()] = describe_performance(score, performance, match, harmony)
+    return items, problems
 
 
 def describe_performance(
@@ -3062,19 +3065,15 @@ def _load_arrays(store):
 
 def _extract_all(files, scores, strict, workers, quiet):
     """Features of all files, parallel over scores, as the flat arrays that the cache holds."""
-    tasks = _group(files.values(), lambda path: scores[path.stem.strip()])
-    items, left_out = {}, []
-    with tqdm(total=len(files), desc="features", unit="file", disable=quiet or None) as bar:
-        for _, results in _run_parallel(extract_performances, list(tasks.items()), workers):
-            for path, item in results:
-                if isinstance(item, str):
-                    left_out.append(item)
-                else:
-                    items[path.stem.strip()] = item
-            if strict and left_out:
-                break
-            bar.update(len(results))
-    if left_out and (strict or not items):
+    groups = _group(files.values(), lambda path: scores[path.stem.strip()])
+    tasks = [(score, tuple(paths)) for score, paths in groups.items()]
+    extract = functools.partial(extract_performances, strict=strict)
+    extracted, errors = _run_all(extract, tasks, workers, "scores", quiet, strict)
+    items, left_out = {}, [*errors.values()]
+    for found, problems in extracted.values():
+        items |= found
+        left_out += problems
+    if not items:
         raise DataError(min(left_out))
     names = sorted(items)
     columns = {key: [items[name][key] for name in names] for key in items[names[0]]}
@@ -3601,11 +3600,16 @@ def _write_corpus(root, seed, segments, players):
 
 def synthetic_percepiano(cache: str | Path = "cache") -> Path:
     """The folder of the built-in synthetic corpus, written on first use."""
-    root = Path(cache) / f"synthetic-percepiano-{SYNTHETIC_VERSION}"
+    return _built_in(cache, "synthetic-percepiano", SYNTHETIC_VERSION, synth_percepiano)
+
+
+def _built_in(cache, kind, version, write):
+    """The folder of a built-in corpus, which `write` makes on first use; those of other versions go."""
+    root = Path(cache) / f"{kind}-{version}"
     with cache_lock(cache):
         if not (root / "SYNTHETIC").is_file():
-            synth_percepiano(root)
-        for stale in set(root.parent.glob("synthetic-percepiano-*")) - {root}:
+            write(root)
+        for stale in set(root.parent.glob(f"{kind}-*")) - {root}:
             shutil.rmtree(stale, ignore_errors=True)
     return root
 
@@ -3823,28 +3827,6 @@ def _speech_files(source):
 
 def _part_of(path, otherwise="train"):
     return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.absolute().parent.name, otherwise)
-
-
-def _run_jobs(jobs):
-    """Results of the jobs (file, function) in their order, from processes of their own: the readers of SciPy
-    and h5py end theirs on some damaged files. A job that raises DataError, or ends so, is one line."""
-    pool = ProcessPoolExecutor(
-        min(4, os.cpu_count() or 1), initializer=_start_worker, initargs=(os.getpid(),)
-    )
-    try:
-        futures = [pool.submit(job) for _, job in jobs]
-        for (path, job), future in zip(jobs, futures, strict=True):
-            try:
-                yield future.result()
-            except DataError as error:
-                yield [], [], [str(error)]
-            except BrokenProcessPool:
-                if len(jobs) > 1:  # some file ended its process, and the pool with it: this one by itself
-                    yield from _run_jobs([(path, job)])
-                else:
-                    yield [], [], [f"{path}: unreadable, the process that read it died; fetch it again"]
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def one_line(error):
@@ -4077,9 +4059,10 @@ def _read_hdf5(path, channels, names, left_out):
 _SPEECH_READERS = {"mat": _read_mat, "pickle": _read_pickle, "hdf5": _read_hdf5}
 
 
-def _convert_file(read, path, channels, names, target, dtype, standardise):
-    """In a process of its own: writes the standardised features of the file's usable trials to `target`.
-    Returns the trials without them, the rows of the report, and lines on what is left out."""
+def _convert_file(read, channels, names, dtype, standardise, task):
+    """Writes the standardised features of the usable trials of a file to another, (path, target). Returns the
+    trials without them, the rows of the report, and lines on what is left out."""
+    path, target = task
     trials, rows, left_out = [], [], []
     with target.open("wb") as file:
         for part, day, found, read_trial in read(path, channels, names, left_out):
@@ -4166,12 +4149,10 @@ def convert_speech(
         told = 'expected JSON {"train": ["t12.2022.04.28", ...], ...}'
         raise DataError(f"{sessions}: {one_line(error)}; {told}") from error
     with new_folder(Path(out)) as folder:
-        jobs = []
-        for number, path in enumerate(files):
-            args = _SPEECH_READERS[kind], path, channels, names, folder / f"file{number}", dtype, standardise
-            jobs.append((path, functools.partial(_convert_file, *args)))
-        results = tqdm(_run_jobs(jobs), "files", len(jobs), unit="file", disable=quiet or None)
-        trials, rows, left_out = _gather(folder, files, results, channels, dtype)
+        convert = functools.partial(_convert_file, _SPEECH_READERS[kind], channels, names, dtype, standardise)
+        tasks = [(path, folder / f"file{number}") for number, path in enumerate(files)]
+        results, errors = _run_all(convert, tasks, min(4, os.cpu_count() or 1), "files", quiet, apart=True)
+        trials, rows, left_out = _gather(folder, tasks, results, errors, channels, dtype)
         if not trials or (strict and left_out):
             raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
         bare = [trial for trial in trials if trial["labels"] is None]
@@ -4191,18 +4172,30 @@ def convert_speech(
         for trial in trials:
             trial["day"] = days.index(trial["day"])
         near = [source, *source.absolute().parents[:3]]  # the mark may lie above competitionData/test/*.mat
-        info = {"format": 1, "rules": speech_rules(), "source": str(source), "kind": kind}
-        info |= {"synthetic": any((top / "SYNTHETIC").is_file() for top in near)}
-        info |= {"channels": channels, "days": days, "trials": trials}
-        info["report"] = {"days": rows, "left_out": left_out, "notes": notes}
+        info = {
+            "format": 1,
+            "rules": speech_rules(),
+            "source": str(source),
+            "kind": kind,
+            "synthetic": any((top / "SYNTHETIC").is_file() for top in near),
+            "channels": channels,
+            "days": days,
+            "trials": trials,
+            "report": {"days": rows, "left_out": left_out, "notes": notes},
+        }
         (folder / "trials.json").write_text(json.dumps(info), encoding="utf-8")
     return info["report"]
 
 
-def _gather(folder, files, results, channels, dtype):
+def _gather(folder, tasks, results, errors, channels, dtype):
     """Writes offsets.npy and features.npy. Trials, rows of the report, and lines on what is left out."""
     trials, rows, left_out, parts = {}, [], [], []
-    for number, (path, (found, counts, lines)) in enumerate(zip(files, results, strict=True)):
+    for task in tasks:
+        path, target = task
+        if task in errors:
+            left_out.append(errors[task])
+            continue
+        found, counts, lines = results[task]
         left_out += lines
         by_id = {trial["id"]: trial for trial in found}
         if len(by_id) < len(found) or by_id.keys() & trials.keys():
@@ -4210,7 +4203,7 @@ def _gather(folder, files, results, channels, dtype):
         elif found:
             trials |= by_id
             rows += counts
-            parts.append(folder / f"file{number}")
+            parts.append(target)
     bins = [trial.pop("bins") for trial in trials.values()]
     np.save(folder / "offsets.npy", np.cumsum([0, *bins], dtype=np.int64))
     about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(bins), channels)}
@@ -4219,8 +4212,8 @@ def _gather(folder, files, results, channels, dtype):
         for part in parts:
             with part.open("rb") as features:
                 shutil.copyfileobj(features, file)
-    for path in folder.glob("file*"):
-        path.unlink()
+    for _, target in tasks:
+        target.unlink(missing_ok=True)
     return list(trials.values()), rows, left_out
 
 
@@ -4277,8 +4270,7 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
         corpus = _open_converted(root)
     else:
         files = filter(Path.exists, _speech_files(root)[1])
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        root = Path(cache) / f"speech-{short_hash(json.dumps([SPEECH_VERSION, speech_rules(), stats]))}"
+        root = Path(cache) / f"speech-{dated_key([SPEECH_VERSION, speech_rules()], files)}"
         with cache_lock(cache):
             try:
                 corpus = _open_converted(root)
@@ -4721,11 +4713,8 @@ def synth_speech(
 
 def synthetic_speech(cache: str | Path = "cache") -> Path:
     """The folder of the small built-in synthetic corpus, written on first use."""
-    root = Path(cache) / f"synthetic-speech-{SPEECH_VERSION}"
-    with cache_lock(cache):
-        if not root.is_dir():
-            synth_speech(root, days=4, trials=100, bins=6.0)
-    return root
+    small = functools.partial(synth_speech, days=4, trials=100, bins=6.0)
+    return _built_in(cache, "synthetic-speech", SPEECH_VERSION, small)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5179,7 +5168,7 @@ def change_waveform(waveform: np.ndarray, rng: np.random.Generator, recorded: bo
 
 MOST_SAMPLES = 2**29  # of a sound file: two channels at 44.1 kHz for 100 minutes
 RATES = range(1000, 1_000_001)  # Hz, of sound files: others are damage
-BLOCK = 2**14  # samples read at once: what is damaged ends there
+SOUND_BLOCK = 2**14  # samples read at once: what is damaged ends there
 # fmt: off
 SOUND_KINDS = (
     ".wav", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au",
@@ -5300,8 +5289,8 @@ def _read_mono(path, file, count=MOST_SAMPLES):
     x = np.empty((count, file.channels), np.float32)
     read = 0
     with contextlib.suppress(soundfile.SoundFileError):
-        for start in range(0, count, BLOCK):
-            read += len(file.read(out=x[start : start + BLOCK]))
+        for start in range(0, count, SOUND_BLOCK):
+            read += len(file.read(out=x[start : start + SOUND_BLOCK]))
     x = x[:read]
     peak = np.abs(x).max(initial=0)
     if read < min(count, 1) or not peak <= LOUDEST:
@@ -5607,11 +5596,12 @@ def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
     return front_end(fbank(torch.from_numpy(waveform)))
 
 
-def _run_all(function, tasks, workers, label, quiet, strict=False):
-    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised."""
+def _run_all(function, tasks, workers, label, quiet, strict=False, apart=False):
+    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised.
+    The rest as in `_run_parallel`."""
     results, errors = {}, {}
     guarded = functools.partial(_result_or_error, function)
-    for task, result in _run_parallel(guarded, tasks, workers, label, quiet):
+    for task, result in _run_parallel(guarded, tasks, workers, label, quiet, apart):
         if not isinstance(result, DataError):
             results[task] = result
         elif strict:
@@ -5628,26 +5618,46 @@ def _result_or_error(function, task):
         return error
 
 
-def _run_parallel(function: Callable, tasks: list, workers=None, label=None, quiet=False) -> Iterable:
-    """function(task) over processes (in this one where one is enough), one thread each; yields (task, result)
-    as they finish, with a progress bar under `label`."""
+def _run_parallel(
+    function: Callable, tasks: list, workers=None, label=None, quiet=False, apart=False
+) -> Iterable:
+    """function(task) over processes, one thread each; yields (task, result) as they finish, with a progress
+    bar under `label`. Where one process is enough it is this one, unless `apart`.
+
+    A process that ends early (of a file that SciPy or h5py cannot bear, or for want of memory) ends the pool:
+    what is undone then runs one by one. Of a task that ends its process by itself too the result is a
+    DataError on its file, which is the task or the first of its parts."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     bar = functools.partial(tqdm, total=len(tasks), desc=label, unit="file", disable=quiet or None)
-    if workers <= 1:
+    if workers <= 1 and not apart:
         yield from bar((task, function(task)) for task in tasks)
         return
+    undone = set(tasks)
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
     try:
+        futures = {}
         with Interrupt() as stop:  # a pool that stands half can neither work nor be shut down
-            futures = {pool.submit(function, task): task for task in tasks}
+            with contextlib.suppress(BrokenProcessPool):
+                for task in tasks:
+                    futures[pool.submit(function, task)] = task
         if stop:
             raise KeyboardInterrupt
         for future in bar(as_completed(futures)):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise DataError("a worker was killed, likely for want of memory; give fewer --workers") from error
+            if not isinstance(future.exception(), BrokenProcessPool):
+                undone.discard(futures[future])
+                yield futures[future], future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+    if len(tasks) == 1:
+        for task in undone:
+            file = task[0] if isinstance(task, tuple) else task
+            found = "the process that read it ended early"
+            yield task, DataError(f"{file}: {found}; expected a whole file and free memory; fetch it again")
+    elif undone:
+        told = "a process ended early; the rest runs one by one. For want of memory? Give fewer --workers"
+        print(told, file=sys.stderr)
+        for task in bar(undone, total=len(undone)):
+            yield from _run_parallel(function, [task], quiet=True, apart=True)
 
 
 def _start_worker(parent: int) -> None:
@@ -5693,12 +5703,11 @@ SAME_PIECE = 32
 
 @dataclass
 class Recording:
-    """One row of MAESTRO's table. `part`: the split, or "unknown": used for nothing."""
+    """One row of MAESTRO's table. `part`: its split, or "unknown": used for nothing."""
 
     name: str  # the MIDI file's without ending, e.g. 2018/MIDI-Unprocessed_..._wav--1
     composer: str
     title: str
-    split: str
     midi: Path
     audio: Path
     duration: float  # s
@@ -5761,7 +5770,7 @@ def _read_recording(root, audio, row):
         found = f"{midi}, {sound}, split {split!r}, {seconds} s"
         raise DataError(f"{found}; expected a file here, {MAESTRO_SPLITS}")
     about = row["canonical_composer"], row["canonical_title"]
-    return Recording(paths[0].with_suffix("").as_posix(), *about, split, midi, sound, seconds, split)
+    return Recording(paths[0].with_suffix("").as_posix(), *about, midi, sound, seconds, split)
 
 
 def _mark_unknown_splits(root, recordings):
@@ -5775,25 +5784,24 @@ def _mark_unknown_splits(root, recordings):
         pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
         if row["split_known"] != "1":
             unknown.add(name)
-    held = {pieces.get(r.name) for r in recordings if r.split != "train"}
+    held = {pieces.get(r.name) for r in recordings if r.part != "train"}
     for r in recordings:
-        if r.split == "train" and r.name in unknown and pieces[r.name] in held:
+        if r.part == "train" and r.name in unknown and pieces[r.name] in held:
             r.part = "unknown"
 
 
 def maestro_overlaps(
-    maestro: Maestro, percepiano: str | Path, pieces=False, cache="cache", workers=None, quiet=False
-) -> dict[str, list[str]]:
-    """Recordings that hold a performance of PercePiano (its folder): {recording name: sorted performance
+    maestro: Maestro, percepiano: str | Path, cache="cache", workers=None, quiet=False
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Recordings that hold a performance of PercePiano (its folder), {recording name: sorted performance
     names}, told by the notes alone: SHARED_RUN notes of the same pitches, in order of onset, whose intervals
-    agree within SHARED_INTERVALS. `pieces` adds the same music by another pianist: at least SAME_PIECE runs
-    of the pitches alone. What has no readable MIDI goes to `maestro.unchecked`. Cached by names, sizes and
-    dates of all MIDI files."""
+    agree within SHARED_INTERVALS; and those of the same music, whoever plays: at least SAME_PIECE runs of the
+    pitches alone. What has no readable MIDI goes to `maestro.unchecked`. Cached by names, sizes and dates of
+    all MIDI files."""
     segments = _performance_files(Path(percepiano))[0]
     recordings = {r.name: r.midi for r in maestro.recordings if r.midi.is_file()}
     paths = [*segments.values(), *recordings.values()]
-    dates = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    kept = Path(cache) / f"maestro-overlaps-{short_hash(json.dumps([OVERLAP_FORMAT, dates]))}.json"
+    kept = Path(cache) / f"maestro-overlaps-{dated_key([OVERLAP_FORMAT], paths)}.json"
     try:
         same, alike, unreadable = read_json(kept)
     except (OSError, ValueError):
@@ -5803,7 +5811,7 @@ def maestro_overlaps(
         write_text(kept, json.dumps([same, alike, unreadable]))
     missing = [f"{r.midi}: missing" for r in maestro.recordings if r.name not in recordings]
     maestro.unchecked = missing + unreadable
-    return alike | same if pieces else same
+    return same, alike
 
 
 def _played_order(path):
@@ -5851,8 +5859,7 @@ def report_maestro(maestro: Maestro, percepiano=None, cache="cache", workers=Non
     print(f"without sound file: {silent}; python data.py render --midi-root {maestro.root}")
     print_left_out(maestro.left_out)
     if percepiano:
-        same = maestro_overlaps(maestro, percepiano, False, cache, workers)
-        alike = maestro_overlaps(maestro, percepiano, True, cache, workers)
+        same, alike = maestro_overlaps(maestro, percepiano, cache, workers)
         lines = {r.name: f"{r.name} ({r.composer}, {r.title}; {r.part})" for r in found}
         held = [f"{lines[name]}: {', '.join(segments)}" for name, segments in same.items()]
         print_left_out(held, "recordings that hold performances of PercePiano")
@@ -5875,12 +5882,11 @@ LABEL_GROUPS = {
         Emotion_&_Mood_Optimistic/pleasant_Dark Emotion_&_Mood_Low_Energy_High_Energy
         Emotion_&_Mood_Honest_Imaginative Interpretation_Unsatisfactory/doubtful_Convincing""",
 }
-LABEL_GROUPS = {title: tuple(names.split()) for title, names in LABEL_GROUPS.items()}
 
 
 def label_groups() -> list[list[int]]:
     """LABEL_GROUPS as numbers of LABELS."""
-    return [[LABELS.index(name) for name in names] for names in LABEL_GROUPS.values()]
+    return [[LABELS.index(name) for name in names.split()] for names in LABEL_GROUPS.values()]
 
 
 def percepiano_audio(
@@ -6015,12 +6021,6 @@ def pretrain_parts(store: FbankStore) -> dict[str, list[int]]:
 # ------------------------------------------------------------------------------------------------------------
 # Pre-training data
 # ------------------------------------------------------------------------------------------------------------
-def crop_start(frames: int, length: int, *key: int) -> int:
-    """First frame of a random crop, uniform over all places where `length` of `frames` fit, the same for the
-    same key (seed, epoch, number of the crop)."""
-    return int(np.random.default_rng(key).integers(max(0, frames - length) + 1))
-
-
 def versions_of(store: FbankStore) -> dict[int, list[int]]:
     """The numbers of all versions (NAME, NAME@...) of each recording, by the number of NAME."""
     number = {name: i for i, name in enumerate(store.names)}
@@ -6050,7 +6050,8 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, *key, 1))
         if self.vary:
             i = int(rng.choice(self.versions[i]))
-        start = crop_start(int(self.store.frames[i]), self.frames, self.seed, *key)
+        latest = max(0, int(self.store.frames[i]) - self.frames)
+        start = int(np.random.default_rng((self.seed, *key)).integers(latest + 1))
         x = self.store.get(i, start, start + self.lengths[key[1]])
         if x.dtype == np.int16:
             wave = x / np.float32(32768)
@@ -6096,12 +6097,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
 
 def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
     """The store of --data; without it, of the synthetic corpus, rendered. --online: the recordings."""
-    root = Path(args.data or synthetic_percepiano(args.cache))
-    if not args.data:
-        midi = root / "virtuoso/data/all_2rounds"
-        root = root.with_name(f"{root.name}-audio")
-        render_folder(midi, root, quiet=quiet)
-        (root / "SYNTHETIC").touch()
+    root = Path(args.data or _synthetic_audio(args.cache, quiet))
     if (root / "index.json").is_file() and not args.online:
         return open_fbank(root)
     stores = []
@@ -6115,10 +6111,22 @@ def open_recordings(args, quiet: bool) -> FbankStore | AudioStore:
     return join_stores(stores)
 
 
+def _synthetic_audio(cache, quiet):
+    """The folder of the built-in corpus of PercePiano, rendered on first use."""
+    midi = synthetic_percepiano(cache) / MIDI_FOLDER
+
+    def write(folder):
+        render_folder(midi, folder, quiet=quiet)
+        (folder / "SYNTHETIC").touch()
+
+    return _built_in(cache, "synthetic-audio", f"{SYNTHETIC_VERSION}.{FBANK_FORMAT}", write)
+
+
 def without_percepiano(store, parts: dict, args, quiet: bool, say: Callable) -> dict[str, list[int]]:
     """The parts without recordings of music that the performances of --exclude-overlap play."""
     maestro = read_maestro(args.data or store.root, args.strict, audio_folders(args.audio)[0])
-    found = maestro_overlaps(maestro, args.exclude_overlap, pieces=True, cache=args.cache, quiet=quiet)
+    same, alike = maestro_overlaps(maestro, args.exclude_overlap, args.cache, quiet=quiet)
+    found = same.keys() | alike.keys()
     for line in maestro.unchecked:
         say(f"not compared: {line}")
     say(f"{len(found)} recordings of PercePiano's music left out: {', '.join(sorted(found))}")

@@ -138,7 +138,7 @@ def test_the_way_back_is_the_same_from_blocks(monkeypatch):
     score = written_score(1)
     performance, _ = perform(score, 1, **PERTURBATIONS["everything"])
     whole = data.align(score, performance)
-    monkeypatch.setattr(data, "BLOCK", 37)
+    monkeypatch.setattr(data, "LATTICE_BLOCK", 37)
     assert data.align(score, performance).tolist() == whole.tolist()
 
 

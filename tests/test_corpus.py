@@ -126,6 +126,21 @@ def test_bad_files_are_reported_left_out_and_do_not_move_the_split(copy, corpus,
     refused(lambda: data.load_percepiano(copy, tmp_path / "new", strict=True, quiet=True), capsys, copy)
 
 
+def test_strict_stops_at_the_first_bad_file(few, tmp_path, monkeypatch):
+    read = []
+
+    def unreadable(path):
+        read.append(path)
+        raise data.DataError(f"{path}: torn")
+
+    monkeypatch.setattr(data, "read_midi", unreadable)
+    for strict, count in ((True, 1), (False, len([*(few / data.MIDI_FOLDER).iterdir()]))):
+        read.clear()
+        with pytest.raises(data.DataError, match=": torn"):
+            data.load_percepiano(few, tmp_path / "cache", strict, workers=1, quiet=True)
+        assert len(read) == count
+
+
 def unrated(corpus, names):
     items = {name: dict(item) for name, item in corpus.items.items()}
     for name in names:
@@ -275,7 +290,7 @@ NOTE_TYPE = {  # of a Score
 def small_score(beats, measures, **notes):
     n = len(notes["pitch"])
     columns = {name: np.array(notes.get(name, [0] * n), kind) for name, kind in NOTE_TYPE.items()}
-    grids = {"beats": np.array(beats, float), "measures": np.array(measures, float), "tempo_qpm": 120.0}
+    grids = {"beats": np.array(beats, float), "measures": np.array(measures, float), "qpm": np.full(n, 120.0)}
     return SimpleNamespace(**columns, **grids)
 
 

@@ -4,6 +4,7 @@ PYTHONPATH=. python tests/test_interrupt.py 60    kills a run at random: how man
 """
 
 import ast
+import dis
 import functools
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,26 @@ def test_ctrl_c_while_worker_processes_start(monkeypatch):
         [*data._run_parallel(str, [1, 2], 2, quiet=True)]
     signal.signal(signal.SIGINT, before)
     assert multiprocessing.active_children() == []
+
+
+def _square(task):
+    """Ends its process: of "damaged" always, of "short of memory" the first time."""
+    name, number, folder = task
+    if name == "damaged" or (name == "short of memory" and not (folder / "seen").exists()):
+        (folder / "seen").touch()
+        os._exit(1)
+    return number**2
+
+
+@pytest.mark.parametrize("bad", ["damaged", "short of memory"])
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_task_that_ends_its_process_costs_itself_alone(bad, count, tmp_path, capfd):
+    tasks = [(bad, 0, tmp_path), *(("good", k, tmp_path) for k in range(1, count))]
+    results, errors = data._run_all(_square, tasks, 2, "x", quiet=True, apart=True)
+    bad_alone = bad == "damaged" or count == 1
+    assert sorted(results.values()) == [k**2 for k in range(bad_alone, count)]
+    assert [line.split(":")[0] for line in errors.values()] == [bad] * bad_alone
+    assert ("--workers" in capfd.readouterr().err) == (count > 1)
 
 
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
@@ -332,6 +354,18 @@ def test_every_script_imports_first_what_minds_an_interrupt(script):
     body = ast.parse((ROOT / script).read_text()).body
     first = next(node for node in body if isinstance(node, ast.Import | ast.ImportFrom))
     assert "data" in (getattr(first, "module", None), first.names[0].name)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "data.py", "models.py"])
+def test_what_a_file_names_is_named_once(script):
+    """A name set twice at the top level holds for every function of the file as it was set last."""
+    text = (ROOT / script).read_text()
+    code = dis.get_instructions(compile(text, script, "exec"))
+    stored = Counter(step.argval for step in code if step.opname == "STORE_NAME")
+    added_to = [node.target for node in ast.walk(ast.parse(text)) if isinstance(node, ast.AugAssign)]
+    stored -= Counter(target.id for target in added_to if isinstance(target, ast.Name))
+    imports = {"importlib", "urllib", "fcntl"}  # by several lines; or None
+    assert {name for name, count in stored.items() if count > 1} <= imports
 
 
 if __name__ == "__main__":

@@ -74,10 +74,10 @@ def test_rows_become_recordings(tmp_path):
     (root / "2018/take_1.midi").unlink()
     write_wav(root / "2018/take_1.wav")
     maestro = read_maestro(root)
-    assert [(r.name, r.split, r.part, r.duration) for r in maestro.recordings] == [
-        ("2018/take_0", "train", "train", 90.5),
-        ("2018/take_1", "validation", "validation", 90.5),
-        ("2018/take_2", "test", "test", 12.0),
+    assert [(r.name, r.part, r.duration) for r in maestro.recordings] == [
+        ("2018/take_0", "train", 90.5),
+        ("2018/take_1", "validation", 90.5),
+        ("2018/take_2", "test", 12.0),
     ]
     first, second, _ = maestro.recordings
     assert (first.composer, first.title) == ("Frédéric Chopin", "Étude, No. 0")
@@ -154,12 +154,13 @@ def test_overlap_is_told_by_the_notes(tmp_path, monkeypatch):
     root, percepiano = make_overlap(tmp_path)
     maestro, names = read_maestro(root), ["Schubert_D960_mv2_8bars_1_09", "Schubert_D960_mv2_8bars_1_10"]
     here = {"cache": tmp_path / "cache", "workers": 1, "quiet": True}
-    assert maestro_overlaps(maestro, percepiano, **here) == {"2018/take_0": names}
+    same, _ = maestro_overlaps(maestro, percepiano, **here)
+    assert same == {"2018/take_0": names}
     assert [line.split("/")[-1].split(":")[0] for line in maestro.unchecked] == ["take_4.midi", "take_3.midi"]
     monkeypatch.setattr(data, "_find_overlaps", None)  # from the cache
-    shared = maestro_overlaps(maestro, percepiano, pieces=True, **here)
-    assert sorted(shared) == ["2018/take_0", "2018/take_1"]
-    assert shared["2018/take_0"] == names
+    same, alike = maestro_overlaps(maestro, percepiano, **here)
+    assert sorted(alike | same) == ["2018/take_0", "2018/take_1"]
+    assert same["2018/take_0"] == names
     assert len(maestro.unchecked) == 2
     play(root / "2018/take_2.midi", 7, 61)
     with pytest.raises(TypeError):  # a changed file is compared again
@@ -195,7 +196,7 @@ def test_the_real_overlap(tmp_path):
         (folder / path.name).symlink_to(path)
     maestro = read_maestro(REAL)
     maestro.recordings = [r for r in maestro.recordings if "142" in r.title]  # No. 1 and 3
-    shared = maestro_overlaps(maestro, tmp_path, cache=tmp_path, quiet=True)
+    shared, alike = maestro_overlaps(maestro, tmp_path, cache=tmp_path, quiet=True)
     players = {name[:4]: Counter(data.player_of(s) for s in segments) for name, segments in shared.items()}
     assert players == {"2013": {"1": 13}, "2015": {"3": 13}, "2017": {"6": 13}}
-    assert len(maestro_overlaps(maestro, tmp_path, pieces=True, cache=tmp_path, quiet=True)) == 5
+    assert len(alike | shared) == 5

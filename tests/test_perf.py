@@ -40,7 +40,7 @@ def toy_score(onset, duration=None, bar=4.0, tempo_qpm=120.0, **flags):
         beats=beats,
         measures=measures,
         sections=np.array([0.0, onset.max() + 0.025]),
-        tempo_qpm=tempo_qpm,
+        qpm=np.full(n, tempo_qpm),
         features=features,
         **flags,
     )
@@ -69,7 +69,7 @@ def oracle_inputs(path):
         beats=ref["grid_beats_quarter"],
         measures=ref["grid_measures_quarter"],
         sections=ref["grid_sections_quarter"],
-        tempo_qpm=10 ** float(ref["score_qpm_primo"]),
+        qpm=np.full(n, 10 ** float(ref["score_qpm_primo"])),
         features={name: np.zeros((n, width)) for name, (width, *_) in data.SCORE_FEATURES.items()},
     )
     played = [ref[f"perfnote_{name}"] for name in ("midi_pitch", "velocity", "onset_sec", "offset_sec")]

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,39 @@ def test_the_built_in_corpus_is_written_once_and_old_ones_go(tmp_path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {root.name, ".lock"}
     monkeypatch.setattr(data, "synth_percepiano", None)
     assert data.synthetic_percepiano(tmp_path) == root
+
+
+def recordings(cache):
+    args = SimpleNamespace(data=None, cache=cache, online=True, audio=None, strict=False)
+    return data.open_recordings(args, quiet=True)
+
+
+CALLS = {  # what gives the folder of a built-in corpus; what writes it
+    "synthetic-percepiano": (data.synthetic_percepiano, "synth_percepiano"),
+    "synthetic-speech": (data.synthetic_speech, "synth_speech"),
+    "synthetic-audio": (recordings, "render_folder"),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_built_in_corpora_stay_and_those_of_other_versions_go(kind, tmp_path, monkeypatch):
+    """All corpora share one cache: what one of them calls stale must be its own."""
+    made = []
+
+    def write(name, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "SYNTHETIC").touch()
+        made.append(name)
+
+    for name in ("synth_percepiano", "synth_speech"):
+        monkeypatch.setattr(data, name, lambda folder, name=name, **_: write(name, folder))
+    monkeypatch.setattr(data, "render_folder", lambda midi, folder, **_: write("render_folder", folder))
+    monkeypatch.setattr(data, "open_audio", lambda root, *_: root)
+    (tmp_path / f"{kind}-0").mkdir()
+    roots = [[call(tmp_path) for call, _ in CALLS.values()] for _ in (1, 2)]
+    assert roots[0] == roots[1]
+    assert made == [name for _, name in CALLS.values()]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", *(root.name for root in roots[0])}
 
 
 def test_refuses_full_folder_and_odd_sizes(tmp_path):
