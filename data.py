@@ -103,6 +103,10 @@ class DataError(ValueError):
         return printable(super().__str__())
 
 
+class ProcessEnded(DataError):
+    """The process that read a file ended early: no more than a suspicion against the file."""
+
+
 def short_hash(about: object, digits: int = 16) -> str:
     """Of its text, the first digits of sha1."""
     content = str(about).encode(errors="surrogateescape")
@@ -5597,14 +5601,14 @@ def heard_energies(waveform: np.ndarray, path: str | Path) -> torch.Tensor:
 
 
 def _run_all(function, tasks, workers, label, quiet, strict=False, apart=False):
-    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised.
-    The rest as in `_run_parallel`."""
+    """Results of function(task), and lines of its DataErrors, by task. strict: the first error is raised;
+    without `apart` a process's end too, since a cache would keep it. The rest as in `_run_parallel`."""
     results, errors = {}, {}
     guarded = functools.partial(_result_or_error, function)
     for task, result in _run_parallel(guarded, tasks, workers, label, quiet, apart):
         if not isinstance(result, DataError):
             results[task] = result
-        elif strict:
+        elif strict or (isinstance(result, ProcessEnded) and not apart):
             raise result
         else:
             errors[task] = str(result)
@@ -5625,8 +5629,8 @@ def _run_parallel(
     bar under `label`. Where one process is enough it is this one, unless `apart`.
 
     A process that ends early (of a file that SciPy or h5py cannot bear, or for want of memory) ends the pool:
-    what is undone then runs one by one. Of a task that ends its process by itself too the result is a
-    DataError on its file, which is the task or the first of its parts."""
+    what is undone then runs one by one. Of a task that ends its process by itself too the result is
+    ProcessEnded of its file, which is the task or the first of its parts."""
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     bar = functools.partial(tqdm, total=len(tasks), desc=label, unit="file", disable=quiet or None)
     if workers <= 1 and not apart:
@@ -5652,7 +5656,10 @@ def _run_parallel(
         for task in undone:
             file = task[0] if isinstance(task, tuple) else task
             found = "the process that read it ended early"
-            yield task, DataError(f"{file}: {found}; expected a whole file and free memory; fetch it again")
+            yield (
+                task,
+                ProcessEnded(f"{file}: {found}; expected a whole file and free memory; fetch it again"),
+            )
     elif undone:
         told = "a process ended early; the rest runs one by one. For want of memory? Give fewer --workers"
         print(told, file=sys.stderr)

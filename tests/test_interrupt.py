@@ -165,6 +165,9 @@ def test_a_task_that_ends_its_process_costs_itself_alone(bad, count, tmp_path, c
     assert sorted(results.values()) == [k**2 for k in range(bad_alone, count)]
     assert [line.split(":")[0] for line in errors.values()] == [bad] * bad_alone
     assert ("--workers" in capfd.readouterr().err) == (count > 1)
+    if bad_alone and count > 1:  # what a cache would keep
+        with pytest.raises(data.DataError, match="damaged"):
+            data._run_all(_square, tasks, 2, "x", quiet=True)
 
 
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):
