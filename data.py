@@ -3046,6 +3046,11 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """`write_atomic` of text; what no encoding holds (surrogates in names of files) as escapes."""
+    write_atomic(Path(path), lambda file: file.write(text.encode(errors="backslashreplace")))
+
+
 def repair_lines(items: Iterable[dict]) -> list[str]:
     """A line for each repaired file of items' `repairs` (file -> kind -> number)."""
     repairs = {file: counts for item in items for file, counts in item.items() if counts}
@@ -3721,7 +3726,7 @@ def phonemize_all(texts: Iterable[str], cache: str | Path | None) -> list[list[i
     known = len(_SPOKEN)
     labels = [phonemize(text) for text in texts]
     if len(_SPOKEN) > known:
-        write_atomic(store, lambda file: file.write(json.dumps(_SPOKEN, sort_keys=True).encode()))
+        write_text(store, json.dumps(_SPOKEN, sort_keys=True))
     return labels
 
 
@@ -5517,7 +5522,7 @@ def build_fbank(root, out, workers=None, strict=False, quiet=False, audio=None, 
     index = {"split": split, "left_out": left_out + list(dict.fromkeys(errors.values()))}
     if (Path(root) / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
-    write_atomic(out / "index.json", lambda file: file.write(json.dumps(index, indent=1).encode()))
+    write_text(out / "index.json", json.dumps(index, indent=1))
     return open_fbank(out)
 
 
@@ -5683,6 +5688,11 @@ def report_fbank(store: FbankStore) -> None:
     print_left_out(store.left_out)
 
 
+def say_left_out(lines: Iterable[str], say: Callable = print) -> None:
+    for line in lines:
+        say(f"left out: {printable(line)}")
+
+
 def print_left_out(lines: list[str], what: str = "left out") -> None:
     print(f"{what}: {len(lines)}", *map(printable, lines), sep="\n  ")
 
@@ -5805,7 +5815,7 @@ def maestro_overlaps(
         played, errors = _run_all(_played_order, paths, workers, "overlap", quiet)
         same, alike = _find_overlaps(segments, recordings, played)
         unreadable = [*errors.values()]
-        write_atomic(kept, lambda file: file.write(json.dumps([same, alike, unreadable]).encode()))
+        write_text(kept, json.dumps([same, alike, unreadable]))
     missing = [f"{r.midi}: missing" for r in maestro.recordings if r.name not in recordings]
     maestro.unchecked = missing + unreadable
     return same, alike
@@ -6070,8 +6080,7 @@ def pretrain_data(args, quiet: bool, say: Callable, norm: dict | None = None) ->
     parts = pretrain_parts(store)
     if args.exclude_overlap:
         parts = without_percepiano(store, parts, args, quiet, say)
-    for line in store.left_out:
-        say(f"left out: {line}")
+    say_left_out(store.left_out, say)
     train = Crops(store, parts["train"], args.frames, args.seed, vary=True)
     fixed = spread_crops(Crops(store, parts["valid"], args.frames, args.seed), 256)
     info = {

@@ -89,6 +89,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     repair_lines,
     run_script,
     salad_trials,
+    say_left_out,
     segment_of,
     short_hash,
     shown,
@@ -100,6 +101,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     synthetic_percepiano,
     synthetic_speech,
     write_atomic,
+    write_text,
 )
 
 # isort: split
@@ -148,11 +150,12 @@ from models import (
     crop_starts,
     git_state,
     group_softmax,
-    json_ready,
     load_checkpoint,
     peak_memory,
     save_ensemble,
     save_half,
+    whole_crops,
+    write_json,
 )
 
 VIEWS = {"all": "all", "no_renderings": "without score renderings"}
@@ -244,35 +247,33 @@ def is_rendering(name: str) -> bool:
     return player_of(name).startswith("Score")
 
 
-def _stacked(records, truth, part, view):
+def _stacked(predictions, truth, part, view):
     """(names, truth (n, D), predictions (n, D), folds (n,)) of the rated items of a part and view."""
     names, y, p, folds = [], [], [], []
-    for record in records:
-        for name, predicted in zip(record["names"], record["p"], strict=True):
-            wanted = record["part"] == part and name in truth
-            if wanted and (view == "all" or not is_rendering(name)):
-                names.append(name)
-                y.append(truth[name])
-                p.append(predicted)
-                folds.append(record["fold"])
+    for (its_part, fold, name), predicted in predictions.items():
+        if its_part == part and name in truth and (view == "all" or not is_rendering(name)):
+            names.append(name)
+            y.append(truth[name])
+            p.append(predicted)
+            folds.append(fold)
     return names, np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
 
-def of_views(function: Callable, records: list, truth: dict) -> dict:
+def of_views(function: Callable, predictions: dict, truth: dict) -> dict:
     """{part: {view: function(*_stacked), or None where nothing is rated}}."""
-    result: dict = {record["part"]: {} for record in records}
+    result: dict = {part: {} for part, *_ in predictions}
     for part, view in itertools.product(result, VIEWS):
-        names, *arrays = _stacked(records, truth, part, view)
+        names, *arrays = _stacked(predictions, truth, part, view)
         result[part][view] = function(names, *arrays) if names else None
     return result
 
 
-def measure(records: list, truth: dict) -> dict:
+def measure(predictions: dict, truth: dict) -> dict:
     """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
 
-    records: dicts of part, fold, names, p (n, D); truth: name -> (D,); a view without truth is None. "mean":
-    mean and (population) std over folds, and the interval of the mean."""
-    return of_views(_measure_folds, records, truth)
+    predictions: (part, fold, name) -> (D,), in the order of sums; truth: name -> (D,); a view without truth
+    is None. "mean": mean and (population) std over folds, and the interval of the mean."""
+    return of_views(_measure_folds, predictions, truth)
 
 
 def _measure_folds(names, y, p, folds):
@@ -297,12 +298,12 @@ def scores(y, p, groups) -> dict:
     return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
 
-def _measure_humans(records, truth, root):
+def _measure_humans(predictions, spread, truth, root):
     """`human_figures` by part, printed, with what the raters' noise allows."""
-    parts = {record["part"]: None for record in records}
+    parts = {part: None for part, *_ in predictions}
     ceiling = within_ceiling(root)
     for part in parts:
-        figures = human_figures(records, truth, part)
+        figures = human_figures(predictions, truth, part, spread)
         if figures:
             parts[part] = figures | {"ceiling": ceiling}
             allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
@@ -316,11 +317,11 @@ def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
     return values - group_means(values, group)[group]
 
 
-def human_figures(records: list, truth: dict, part: str) -> dict | None:
+def human_figures(predictions: dict, truth: dict, part: str, spread: dict | None = None) -> dict | None:
     """Of human players in a part: Pearson correlation within segments (players of the same bars; mean over
     folds), and error80 (19,): the half-width of an interval that holds 80 % of the errors once that of the
-    spread over models is in it; None where nothing is rated."""
-    names, y, p, folds = _stacked(records, truth, part, "no_renderings")
+    spread over models (SD by the keys of predictions; None: 0) is in it; None where nothing is rated."""
+    names, y, p, folds = _stacked(predictions, truth, part, "no_renderings")
     if not names:
         return None
     segments = np.array([segment_of(name) for name in names])
@@ -329,9 +330,8 @@ def human_figures(records: list, truth: dict, part: str) -> dict | None:
         return pearson(within_segments(y, segments), within_segments(p, segments))
 
     each = by_fold(within, folds, y, p, segments)
-    spreads = [record | {"p": record.get("spread", 0 * record["p"])} for record in records]
-    spread = _stacked(spreads, truth, part, "no_renderings")[2]
-    rest = ((y - p) ** 2 - (NORMAL_80 * spread) ** 2).clip(0)
+    over_models = _stacked(spread, truth, part, "no_renderings")[2] if spread else 0
+    rest = ((y - p) ** 2 - (NORMAL_80 * over_models) ** 2).clip(0)
     error = np.sqrt(np.quantile(rest, 0.8, axis=0))
     return {"within": float(each.mean()), "within_per_dimension": each.tolist(), "error80": error.tolist()}
 
@@ -345,7 +345,7 @@ def write_csv(path: str | Path, rows: Iterable[Iterable]) -> None:
     """Text that a spreadsheet would run as a formula starts with an apostrophe, which makes it text there."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([list(map(_quoted, row)) for row in rows])
-    write_atomic(Path(path), lambda file: file.write(text.getvalue().encode(errors="backslashreplace")))
+    write_text(path, text.getvalue())
 
 
 def _quoted(cell):
@@ -353,7 +353,7 @@ def _quoted(cell):
     return f"'{cell}" if formula else cell
 
 
-def read_csv(path: str | Path) -> dict:
+def read_predictions(path: str | Path) -> dict:
     """{item: prediction} of a CSV of --csv or --save-results: (part, fold, name): ratings (19,), or trial:
     (reference, hypothesis), phoneme ids, and words where there are any. DataError names the line."""
     items: dict = {}
@@ -376,23 +376,14 @@ def read_csv(path: str | Path) -> dict:
     return items
 
 
-def write_predictions(path: str | Path, records: list) -> None:
-    """CSV of columns name, part, fold and the 19 labels; one line per item, part and fold; four decimals."""
+def write_predictions(path: str | Path, predictions: dict) -> None:
+    """CSV of columns name, part, fold and the 19 labels, four decimals; a line of each (part, fold, name), by
+    fold, validation first."""
     rows: list = [["name", "part", "fold", *LABELS]]
-    for record in records:
-        for name, p in sorted(zip(record["names"], record["p"], strict=True), key=lambda item: item[0]):
-            rows.append([name.strip(), record["part"], record["fold"], *(f"{value:.4f}" for value in p)])
+    for part, fold, name in sorted(predictions, key=lambda key: (key[1], key[0] == "test", key[2])):
+        ratings = [f"{value:.4f}" for value in predictions[part, fold, name]]
+        rows.append([name.strip(), part, fold, *ratings])
     write_csv(path, rows)
-
-
-def read_predictions(path: str | Path) -> list:
-    """What `write_predictions` wrote: a list of dicts of part, fold, names and p (n, 19)."""
-    records: dict = {}
-    for (part, fold, name), p in read_csv(path).items():
-        record = records.setdefault((part, fold), {"part": part, "fold": fold, "names": [], "p": []})
-        record["names"].append(name)
-        record["p"].append(p)
-    return [record | {"p": np.array(record["p"])} for record in records.values()]
 
 
 def hardware(device: torch.device) -> dict:
@@ -404,6 +395,12 @@ def hardware(device: torch.device) -> dict:
     return made | {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def circumstances(args) -> dict:
+    """How figures were made: command, hardware, date and state of the repository."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"command": args.command, "hardware": hardware(args.device), "date": date, **git_state()}
+
+
 def save_results(write: Callable, args, about: dict, figures: dict) -> None:
     """--csv and --save-results: write(path) makes a CSV; beside it stand the figures, what they are about and
     how they were made, as JSON."""
@@ -411,11 +408,8 @@ def save_results(write: Callable, args, about: dict, figures: dict) -> None:
         write(args.csv)
     if args.save_results:
         stem = f"{args.results_dir}/{about['task']}_{args.save_results}_{about.get('split') or about['part']}"
-        made = {"row": args.save_results, "command": args.command, "hardware": hardware(args.device)}
-        made["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        text = json.dumps(json_ready({**made, **git_state(), **about, **figures}), indent=1, allow_nan=False)
         write(f"{stem}.csv")
-        write_atomic(Path(f"{stem}.json"), lambda file: file.write(f"{text}\n".encode()))
+        write_json(f"{stem}.json", {"row": args.save_results, **circumstances(args), **about, **figures})
         print(f"saved {stem}.json and .csv")
 
 
@@ -441,45 +435,49 @@ def brackets(interval: Iterable[float]) -> str:
     return f"[{', '.join(map(shown, interval))}]"
 
 
-def _print_figures(title, figures, tests):
-    if not figures:
-        print(f"{title}: no label: predicted only, no metric")
-        return
+def fold_table(title: str, figures: dict) -> tuple[list, list]:
+    """Head and rows of a view of `measure`: metrics of each fold, their mean and deviation."""
     mean = figures["mean"]
     rows = []
     for fold, s in (figures["folds"] | {"mean": mean}).items():
         rows.append([fold, *(s[key] for key in METRICS), s["r2_interval"], s.get("items", "")])
     rows.append(["std", *(mean[f"{key}_std"] for key in METRICS), "", ""])
-    print_table([f"{title}: fold", *METRICS, "95 % of r2", "items"], rows)
-    each = mean["per_dimension"] | (tests or {})
+    return [f"{title}: fold", *METRICS, "95 % of r2", "items"], rows
+
+
+def _print_figures(title, figures, tests):
+    if not figures:
+        print(f"{title}: no label: predicted only, no metric")
+        return
+    print_table(*fold_table(title, figures))
+    each = figures["mean"]["per_dimension"] | (tests or {})
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
-def _finish(records, corpus, args, about, models=()):
+def _finish(predictions, corpus, args, about, models=(), spread=None):
     """Measures, prints and writes predictions, of task ast with significance, and --out: the models (network,
-    checkpoint); returns the metrics."""
+    checkpoint); returns the metrics. spread: as of `human_figures`."""
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
-    if args.save_results:
-        for record in records:  # rounded first, so that the JSON is exactly what the CSV gives
-            record["p"] = np.round(record["p"], 4)
-    figures = {"metrics": measure(records, truth)}
+    if args.save_results:  # rounded first, so that the JSON is exactly what the CSV gives
+        predictions = {key: np.round(p, 4) for key, p in predictions.items()}
+    figures = {"metrics": measure(predictions, truth)}
     print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
     if about["task"] == "ast" or args.save_results:
-        figures["significance"] = significance(records, truth)
+        figures["significance"] = significance(predictions, truth)
     for part, view in itertools.product(figures["metrics"], VIEWS):
         tests = figures["significance"][part][view] if "significance" in figures else {}
         _print_figures(f"{part}, {VIEWS[view]}", figures["metrics"][part][view], tests)
     if about["task"] == "han":
-        figures["humans"] = _measure_humans(records, truth, corpus.root)
+        figures["humans"] = _measure_humans(predictions, spread, truth, corpus.root)
     if args.out:
         known = {"valid_r2": figures["metrics"]["valid"]["all"]["mean"]["r2"]}
         if about["task"] == "han":
             known["error80"] = figures["humans"]["valid"]["error80"]
         save_ensemble(args.out, models, known)
-    unrated = {name for record in records for name in record["names"]} - truth.keys()
+    unrated = {name for *_, name in predictions} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
     about["synthetic"] = corpus.synthetic
-    save_results(lambda path: write_predictions(path, records), args, about, figures)
+    save_results(lambda path: write_predictions(path, predictions), args, about, figures)
     return figures["metrics"]
 
 
@@ -560,6 +558,22 @@ def seeds_of(loaded):
     return [ckpt["args"].get("seed") for *_, ckpt in loaded]
 
 
+ONLY_FOR = {  # tasks of models -> options that they alone take
+    (*AUDIO_TASKS, "pretraining"): "audio",
+    AUDIO_TASKS: "rate copies soundfonts probe heads",
+    ("han", "kernel"): "features bars transpose",
+    ("decoder",): "day raw logits words tune submission nbest",
+}
+
+
+def refuse_foreign(args: argparse.Namespace, task: str, who: str) -> None:
+    """DataError where an option is given that no model of this task takes."""
+    for tasks, names in ONLY_FOR.items():
+        for name in names.split():
+            if task not in tasks and getattr(args, name, None):
+                raise DataError(f"{who}: of task {task}, which takes no --{name}; leave it out")
+
+
 def evaluate(argv: list[str]) -> dict:
     """`python eval.py --ckpt ...`: metrics of checkpoints, those that rate each on its own fold and split."""
     about = """\
@@ -576,36 +590,34 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     task = loaded[0][2]["task"]
-    foreign = args.audio if task == "decoder" else args.day or args.logits or wants_words(args)
-    foreign = foreign or (args.rate and task not in AUDIO_TASKS)
     pretraining = task == "ast" and loaded[0][1].model_args["num_outputs"] is None
+    refuse_foreign(args, "pretraining" if pretraining else task, args.ckpt[0])
     if args.out and not pretraining and (kind_of(task) != "han" or args.part != "valid"):
         raise DataError(
             f"--out: of models of task han, on part valid, or a pre-training; {args.ckpt[0]}: {task}"
         )
-    if foreign:
-        told = "--audio, --rate are of sound; --day, --logits and those of words of decoders; leave them out"
-        raise DataError(f"{args.ckpt[0]}: of task {task}, but {told}")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
     if pretraining:
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
-    records, corpus, data = _rate_parts(args, loaded, parts)
+    predictions, spread, corpus, data = _rate_parts(args, loaded, parts)
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     about |= {"rate": args.rate} if args.rate else {}
-    return _finish(records, corpus, args, about, [member[1:] for member in loaded])
+    return _finish(predictions, corpus, args, about, [member[1:] for member in loaded], spread)
 
 
-def _load_corpus(args, speech=False):
+def load_corpus(args, speech: bool = False, quiet: bool = False, say: Callable = print):
     """PercePiano or a corpus of speech trials: --data, or the synthetic one; says what it left out."""
-    read, made = (open_speech, synthetic_speech) if speech else (load_percepiano, synthetic_percepiano)
+    read, made, source = load_percepiano, synthetic_percepiano, "python data.py fetch percepiano"
+    if speech:
+        read, made, source = open_speech, synthetic_speech, "doi 10.5061/dryad.x69p8czpq"
     if not args.data:
-        print("no --data: the built-in SYNTHETIC corpus; where to get the real one: README.md")
-    corpus = read(args.data or made(args.cache), args.cache)
-    for line in corpus.left_out:
-        print(f"left out: {line}")
+        say(f"no --data: the built-in SYNTHETIC corpus; the real one: {source}")
+    strict = getattr(args, "strict", False)
+    corpus = read(args.data or made(args.cache), args.cache, strict, quiet=quiet)
+    say_left_out(corpus.left_out, say)
     return corpus
 
 
@@ -613,24 +625,26 @@ def _corpus_of(data, args):
     """The corpus of --data, which must be given for checkpoints (of data settings `data`) of real data."""
     if args.data is None and not data["synthetic"]:
         raise DataError(f"{args.ckpt[0]}: trained on real data, not the synthetic; give --data DIR")
-    corpus = _load_corpus(args, "phonemes" in data)
+    corpus = load_corpus(args, "phonemes" in data)
     if corpus.synthetic != data["synthetic"]:
         print("trained on the other kind of data")
     return corpus
 
 
 def _rate_parts(args, loaded, parts):
-    """Predictions of checkpoints that rate, as `measure` takes them; their corpus; their data settings."""
+    """`fold_predictions` of checkpoints that rate, their corpus and their data settings."""
     folds, data = _load_fold_models(loaded)
     if "competition" in parts:
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} rates")
     corpus = _corpus_of(data, args)
-    return fold_records(folds, corpus, args, parts), corpus, data
+    return *fold_predictions(folds, corpus, args, parts), corpus, data
 
 
-def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> list:
-    """Predictions of models of `_load_fold_models`, averaged within a fold, as `measure` takes them."""
-    records: list[dict] = []
+def fold_predictions(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> tuple[dict, dict]:
+    """Of models of `_load_fold_models`: predictions averaged within a fold, as `measure` takes them, and
+    their standard deviation over models."""
+    predictions: dict[tuple, np.ndarray] = {}
+    spread: dict[tuple, np.ndarray] = {}
     _, first = next(iter(folds.values()))[0]
     store = rated_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
     for fold, members in folds.items():
@@ -641,10 +655,11 @@ def fold_records(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> lis
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
             each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
-            p = average(each, [ckpt["task"] for _, ckpt in members])
-            spread = np.std(each, axis=0)
-            records.append({"part": part, "fold": fold, "names": names, "p": p, "spread": spread})
-    return records
+            keys = [(part, fold, name) for name in names]
+            mean = average(each, [ckpt["task"] for _, ckpt in members])
+            predictions |= zip(keys, mean, strict=True)
+            spread |= zip(keys, np.std(each, axis=0), strict=True)
+    return predictions, spread
 
 
 def average(each: list[np.ndarray], tasks: list[str]) -> np.ndarray:
@@ -678,7 +693,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     add("--model", choices=REGRESSIONS, help="regression (han: forest, ast: ridge)")
     add("--split", choices=SPLITS, default="segment", help="what parts never share (%(default)s)")
     add("--fold", choices=[*"0123", "all"], default="all", help="fold that validates (%(default)s)")
-    add("--features", choices=FEATURE_SETS, default="full", help="han: statistics of what (%(default)s)")
+    add("--features", choices=FEATURE_SETS, help="han: statistics of what (full)")
     add = parser.more.add_argument
     add("--audio", nargs="+", metavar="DIR", help=AUDIO_HELP)
     add("--rate", metavar="HOW", help=RATE_HELP)
@@ -688,12 +703,11 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     add("--heads", type=number(int, 0), default=0, help="ast kernel: networks averaged with it (0)")
     add("--keep-overlap", action="store_true", help="train also on notes that validation or test holds (off)")
     args = _parse(parser, argv, data_options, result_options)
-    of_sound = args.audio or args.rate or args.copies or args.soundfonts or args.probe or args.heads
-    foreign = of_sound if args.task == "han" else args.features != "full"
-    if foreign or ((args.out or args.heads) and args.model != "kernel"):
-        told = "--features is of --task han; --audio, --rate, --copies, --soundfonts, --probe, --heads of ast"
-        raise DataError(f"{told}; --out, --heads of kernel; leave them out")
-    corpus = _load_corpus(args)
+    refuse_foreign(args, args.task, "floor")
+    if (args.out or args.heads) and args.model != "kernel":
+        raise DataError("--out, --heads of kernel; leave them out")
+    args.features = args.features or "full"
+    corpus = load_corpus(args)
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
     about |= {"seeds": list(range(7, 7 + (args.heads or 1))), "model": kind}
@@ -702,13 +716,9 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         about["features"] = args.features
     else:
         about["audio"] = "wav" if args.audio else "rendered"
-        about |= {"copies": args.copies, "heads": args.heads}
-        about["soundfonts"] = list(map(last_part, args.soundfonts))
-        for key in ("rate", "probe"):
-            path = getattr(args, key)
-            about[key] = path and last_part(path)
+        about["probe"] = args.probe and last_part(args.probe)
         clips = Clips(corpus, args)
-    records, kernels = [], []
+    predictions, kernels = {}, []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
         if clips:
@@ -721,10 +731,10 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         else:
             rate = _fit_regression(kind, corpus, names_of["train"], args.features)
         for part in ("valid", "test"):
-            names = names_of[part]
-            p = rate(names=names) if names else np.zeros((0, len(LABELS)))
-            records.append({"part": part, "fold": fold, "names": names, "p": p})
-    return _finish(records, corpus, args, about, kernels)
+            keys = [(part, fold, name) for name in names_of[part]]
+            if keys:
+                predictions |= zip(keys, rate(names=names_of[part]), strict=True)
+    return _finish(predictions, corpus, args, about, kernels)
 
 
 def _fit_kernel(corpus, train, args, fold):
@@ -761,6 +771,19 @@ def _fit_regression(kind, corpus, train, features):
     return lambda names: model.predict(all_statistics(corpus, names, info)).clip(0, 1)
 
 
+def clip_info(corpus: Corpus, args, fold: int) -> dict:
+    """What a checkpoint that rates sound holds of its data, but for frames and fitted values."""
+    return {
+        "labels": list(LABELS),
+        "split": args.split,
+        "fold": fold,
+        "keep_overlap": args.keep_overlap,
+        "synthetic": corpus.synthetic,
+        "fbank": FBANK_FORMAT,
+        "audio": "wav" if args.audio else "rendered",
+    }
+
+
 class Clips:
     """Descriptions (`ClipKernel.describe`) of all versions that train, and of what is rated: rows by name."""
 
@@ -784,8 +807,8 @@ class Clips:
     def _rows(self, store):
         rows = {}
         for i, name in enumerate(tqdm(store.names, desc="statistics", unit="file", disable=None)):
-            (x,) = crop_batches(store.item(i), self.info, WHOLE_CLIP, 1)
-            rows[name] = self.model.describe(x.to(self.args.device))[0].cpu()
+            clip = whole_clip(store.item(i), self.info)
+            rows[name] = self.model.describe(clip.to(self.args.device))[0].cpu()
         return rows
 
     def fit(self, kind: str, names: list[str], fold: int) -> tuple:
@@ -819,18 +842,8 @@ class Clips:
     def _about(self, y, fold):
         """What `predict` and `evaluate` need to know of a kernel's data; y: ratings by training name."""
         targets = fit_targets(self.corpus, y)
-        return self.info | {
-            "frames": WHOLE_CLIP,
-            "fbank": FBANK_FORMAT,
-            "audio": "wav" if self.args.audio else "rendered",
-            "split": self.args.split,
-            "fold": fold,
-            "keep_overlap": self.args.keep_overlap,
-            "synthetic": self.corpus.synthetic,
-            "labels": list(LABELS),
-            "rating_mean": targets["target_mean"],
-            "rating_std": targets["target_std"],
-        }
+        fitted = {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
+        return self.info | clip_info(self.corpus, self.args, fold) | fitted | {"frames": WHOLE_CLIP}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1250,8 +1263,7 @@ def write_arpa(path: str | Path, model: dict) -> None:
     lines = ["\\data\\", *(f"ngram {n}={len(section)}" for n, section in sections.items())]
     for n, section in sections.items():
         lines += ["", f"\\{n}-grams:", *section]
-    text = "\n".join([*lines, "", "\\end\\", ""])
-    write_atomic(Path(path), lambda file: file.write(text.encode()))
+    write_text(path, "\n".join([*lines, "", "\\end\\", ""]))
 
 
 def load_lm(path: str | Path, vocabulary: list[str]) -> tuple:
@@ -1371,7 +1383,7 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     if str(path).endswith(".csv"):
         write_csv(path, [("id", "text"), *enumerate(texts)])
     else:
-        write_atomic(Path(path), lambda file: file.write("".join(f"{text}\n" for text in texts).encode()))
+        write_text(path, "".join(f"{text}\n" for text in texts))
     print(f"{path}: {size} sentences and days, {texts.count('')} sentences empty")
 
 
@@ -1486,7 +1498,7 @@ def write_nbest(path: str | Path, beams: list[list[dict]], names: list[str], mos
         for rank, one in enumerate(beam[:most], 1):
             about = {"trial": name, "rank": rank, "text": " ".join(one["words"])}
             lines.append(json.dumps(about | {key: one[key] for key in ("acoustic", "lm", "total")}) + "\n")
-    write_atomic(Path(path), lambda file: file.write("".join(lines).encode()))
+    write_text(path, "".join(lines))
     print(f"{path}: {len(lines)} hypotheses of {len(names)} trials")
 
 
@@ -1504,30 +1516,27 @@ def write_logits(folder: str | Path, log_probs: list, names: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def crop_batches(item: dict, info: dict, longest: int, batch: int) -> Iterator[Tensor]:
-    """All crops of an item (frames, fbank (frames, 128)), at most `batch` at once: (B, T, 128), normalised by
-    info's mean and std. They are equally long, so no batch needs a mask."""
-    starts = crop_starts(item["frames"], longest)
-    for first in range(0, len(starts), batch):
-        parts = [item["fbank"][start : start + longest] for start in starts[first : first + batch]]
-        yield normalise_fbank(pad_fbank(parts, PATCH)[0], info["mean"], info["std"])
+def whole_clip(item: dict, info: dict) -> Tensor:
+    """An item's fbank (frames, 128), normalised by info's mean and std: (1, T, 128), at least a patch."""
+    return normalise_fbank(pad_fbank([item["fbank"][:]], PATCH)[0], info["mean"], info["std"])
 
 
 def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given. Of an item
     longer than the model's frames an AST pools the tokens of all crops; of other models it is the mean. info:
-    the checkpoint's data (mean, std, frames; target_mean, target_std where ratings were standardised)."""
+    the checkpoint's data (mean, std, frames; target_mean, target_std where ratings were standardised). batch:
+    crops at once; they are equally long, so none needs a mask."""
     longest = model.model_args.get("frames") or info["frames"]
     training = model.training
     model = model.to(device).eval()
     rows = []
     with torch.no_grad():
         for item in items:
-            crops = [x.to(device) for x in crop_batches(item, info, longest, batch)]
+            crops = whole_crops(whole_clip(item, info).to(device), longest)
             if isinstance(model, AST):
-                rated = model(torch.cat(crops)[None])
+                rated = model(crops)
             else:
-                rated = torch.cat([model(x) for x in crops])
+                rated = torch.cat([model(x) for x in crops[0].split(batch)])
             rows.append(rated.cpu().double().mean(0).numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
@@ -1559,8 +1568,7 @@ def audio_store(corpus: Corpus, args) -> FbankStore:
     """Log-mel energies of the corpus, of --audio or rendered, and the versions of --copies, --soundfonts."""
     versions = heard_versions(args.copies, args.soundfonts)
     store = percepiano_audio(corpus.root, args.cache, args.audio, versions)
-    for line in store.left_out:
-        print(f"left out: {printable(line)}")
+    say_left_out(store.left_out)
     return store
 
 
@@ -1575,8 +1583,7 @@ def rated_store(corpus: Corpus, args, trained_on: str | None = None) -> FbankSto
     elif args.rate:
         audio, heard = None, Version(soundfont=args.rate)
     store = percepiano_audio(corpus.root, args.cache, audio, base=heard)
-    for line in store.left_out:
-        print(f"left out: {printable(line)}")
+    say_left_out(store.left_out)
     kind = "wav" if audio else "rendered"
     if trained_on not in (None, kind):
         print(f"trained on audio of kind {trained_on}, evaluated on {kind}; recordings: --audio DIR")
@@ -1631,8 +1638,6 @@ def evaluate_pretraining(args, loaded: list) -> dict:
     _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
-    if data.get("exclude_overlap") and not settings.exclude_overlap:
-        print("PercePiano's music was left out in the training, not here")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
     print(corpus_line(now["synthetic"], args.data))
     print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
@@ -1706,7 +1711,7 @@ def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 500
     return difference, np.percentile(draws, [2.5, 97.5], axis=0), p
 
 
-def significance(records: list, truth: dict, n: int = 1000) -> dict:
+def significance(predictions: dict, truth: dict, n: int = 1000) -> dict:
     """{part: {view: {"pearson_interval", "r2_interval" (19 pairs, cluster bootstrap over segments), "p",
     "p_holm" (19, `permutation_p`)}, means over folds, or None where too few segments are rated}}."""
 
@@ -1720,7 +1725,7 @@ def significance(records: list, truth: dict, n: int = 1000) -> dict:
         tests = {"pearson_interval": of_pearson, "r2_interval": of_r2}
         return tests | {"p": chance.tolist(), "p_holm": holm(chance).tolist()}
 
-    return of_views(test, records, truth)
+    return of_views(test, predictions, truth)
 
 
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
@@ -1767,12 +1772,12 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
 
 
 def _side(args, paths):
-    """Items as of `read_csv`, of a CSV or of checkpoints; what is known: decoder, synthetic, split."""
+    """Items as of `read_predictions`, of a CSV or checkpoints; what is known: decoder, synthetic, split."""
     args.ckpt = paths
     if paths[0].endswith(".csv"):
         if len(paths) > 1:
             raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
-        items = read_csv(paths[0])
+        items = read_predictions(paths[0])
         beside = Path(paths[0]).with_suffix(".json")
         try:
             saved = dict(read_json(beside)) if beside.exists() else {}
@@ -1791,11 +1796,8 @@ def _side(args, paths):
             for i, sentence in zip(trials, said, strict=True):
                 items[corpus.ids[i]] += spoken_words(corpus.text[i]), sentence
         return items, {"decoder": True, "synthetic": corpus.synthetic}
-    records, _, data = _rate_parts(args, loaded, [args.part])
-    for record in records:
-        for name, p in zip(record["names"], record["p"], strict=True):
-            items[args.part, record["fold"], name] = p
-    return items, {"decoder": False, "split": data["split"]}
+    predictions, _, _, data = _rate_parts(args, loaded, [args.part])
+    return predictions, {"decoder": False, "split": data["split"]}
 
 
 def _paired_ratings(a, b, args, synthetic):
@@ -2062,12 +2064,14 @@ def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     return {"share": share}
 
 
-def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str]]:
+def read_piece(path: str | Path, rendered: bool) -> tuple[np.ndarray, list[str], dict]:
     """Log-mel energies (frames, 128) of a sound file, or of a MIDI file as the built-in piano plays it, as
-    networks see them; and remarks on the sound."""
-    waveform, remarks = (render(read_midi(path)), []) if rendered else read_sound(path)
-    energies = heard_energies(waveform, path).numpy()
-    return energies, remarks if rendered else remarks + sound_remarks(waveform)
+    networks see them; remarks on the sound; repairs of the MIDI file, as `say_repairs` takes them."""
+    if rendered:
+        performance = read_midi(path)
+        return heard_energies(render(performance), path).numpy(), [], {str(path): performance.repairs}
+    waveform, remarks = read_sound(path)
+    return heard_energies(waveform, path).numpy(), remarks + sound_remarks(waveform), {}
 
 
 def attention(argv: list[str]) -> dict:
@@ -2083,7 +2087,7 @@ def attention(argv: list[str]) -> dict:
     args = _parse(parser, argv)
     path = args.audio or args.midi
     model, ckpt = load_checkpoint(args.ckpt)
-    energies, remarks = read_piece(path, rendered=not args.audio)
+    energies, remarks, _ = read_piece(path, rendered=not args.audio)
     for remark in remarks:
         print(remark)
     work = {"name": printable(Path(path).name), "energies": energies}
@@ -2252,12 +2256,10 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     loaded = _load_models(args.ckpt)
     task, about = kind_of(loaded[0][2]["task"]), _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
-    names = ["score", "midi", "audio", "speech"]
-    if kind != "han":
-        names += ["bars", "transpose"]  # of scores
-    given = " ".join(f"--{name}" for name in names if getattr(args, name))
+    given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
+    refuse_foreign(args, task, args.ckpt[0])
     print(provenance(loaded))
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
@@ -2280,8 +2282,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or args.speech)):
         if args.speech and [folder] in inputs:
             continue  # a corpus
-        for line in other_kinds(folder, kinds):
-            print(f"left out: {line}")
+        say_left_out(other_kinds(folder, kinds))
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             if files[0].is_dir() and not args.speech:
@@ -2300,9 +2301,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     if args.csv:
         write_csv(args.csv, predictions_table(records))
     if args.json:
-        saved = predictions_summary(records, loaded) | {"refused": refused, "command": args.command}
-        text = json.dumps(json_ready(saved), indent=1, allow_nan=False)
-        write_atomic(Path(args.json), lambda file: file.write(f"{text}\n".encode()))
+        saved = circumstances(args) | predictions_summary(records, loaded)
+        write_json(args.json, saved | {"refused": refused})
     return records
 
 
@@ -2451,7 +2451,7 @@ def say_repairs(repairs: dict[str, dict[str, int]]) -> str:
 
 def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tuple[dict, dict]]:
     """One recording, or MIDI file as it sounds: its record, and what explains it."""
-    energies, remarks = read_piece(files[0], rendered=not args.audio)
+    energies, remarks, repairs = read_piece(files[0], rendered=not args.audio)
     name = printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
@@ -2462,9 +2462,8 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
     for remark in remarks:
         tqdm.write(f"{name}: {remark}")
     seconds = len(energies) * HOP / SAMPLE_RATE
-    repairs = say_repairs({} if args.audio else {str(files[0]): read_midi(files[0]).repairs})
-    record = {"name": name, "path": printable(files[0]), "seconds": seconds, "repairs": repairs}
-    record["sound"] = "; ".join(remarks)
+    record = {"name": name, "path": printable(files[0]), "seconds": seconds}
+    record |= {"repairs": say_repairs(repairs), "sound": "; ".join(remarks)}
     record |= show_ratings(f"{name}, {seconds:.1f} s", each, loaded)
     yield record, {"name": name, "energies": energies}
 
@@ -2640,14 +2639,12 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
 
 
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
-    """Predictions and circumstances: what --json writes."""
+    """What --json writes beside the `circumstances`."""
     used = []
     for path, _, ckpt in loaded:
         about = {"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
         used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
     saved = {
-        **git_state(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
         "checkpoints": used,
         "predictions": records,
@@ -2886,7 +2883,7 @@ Without --run: the results that come with this repository, which needs neither a
     check_output(args.out, ".html")
     title, lines, parts, figures = about_runs(args) if args.run else about_results(RESULTS)
     page = _page(title, lines, parts, args.command)
-    write_atomic(args.out, lambda file: file.write(page.encode("utf-8", "replace")))
+    write_text(args.out, page)
     print(*lines, f"saved {args.out}", sep="\n")
     return {"verdict": lines[0], "figures": figures}
 
@@ -2897,7 +2894,7 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
     own = runs[args.run[0]][0]
     args.data = args.data or own.get("data")
     args.audio, args.rate = own.get("audio"), None
-    args.ckpt, args.crops, args.batch, args.day = args.run, None, None, None
+    args.ckpt, args.day = args.run, None
     verdict, figures, scored = "nothing was scored: see the curves of validation", None, {}
     synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
@@ -2983,32 +2980,27 @@ def decoder_rows(rows: list[dict]) -> str:
 
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
     """Runs that rate, measured as `evaluate` does: corpus, verdict, figures, parts of the page."""
-    folds, data = _load_fold_models(loaded)
-    corpus = _corpus_of(data, args)
-    records = fold_records(folds, corpus, args, (args.part,))
+    predictions, _, corpus, data = _rate_parts(args, loaded, [args.part])
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
-    views = measure(records, truth)[args.part]
-    if views["all"] is None:
+    views = measure(predictions, truth).get(args.part)
+    if not views or views["all"] is None:
         return corpus, f"no item of part {args.part} has ratings here", views, {}
     mean = views["all"]["mean"]
     shown = ", ".join(f"{metric} {mean[metric]:.4f}" for metric in METRICS)
     interval = f"95 % interval of r2 {brackets(mean['r2_interval'])}"
-    totals = []
-    for view, figures in views.items():
-        if figures:
-            for fold, s in (figures["folds"] | {"mean": figures["mean"]}).items():
-                totals.append([f"{fold}, {VIEWS[view]}", *(s[metric] for metric in METRICS)])
+    tables = [_table(*fold_table(VIEWS[view], figures)) for view, figures in views.items() if figures]
     each = mean["per_dimension"]
-    names, y, p, fold_of = _stacked(records, truth, args.part, "all")
+    about = f"part {args.part}, {data['split']}, folds {sorted({fold for _, fold, _ in predictions})}"
+    names, y, p, fold_of = _stacked(predictions, truth, args.part, "all")
     error = ((p - y) ** 2).mean(1)
     ranked = [[names[i], str(fold_of[i]), error[i]] for i in error.argsort()[::-1]]
     parts = {
-        "Results": _table(["fold, view", *METRICS], totals) + CHOSEN[args.part],
+        "Results": "".join(tables) + CHOSEN[args.part],
         "By rating": _table(["rating", *each], zip(RATINGS.values(), *each.values(), strict=True)),
         "Prediction over rating, calibration": inline_figure(draw_ratings(y, p), "Prediction over rating"),
         "Worst and best items": _table(["item", "fold", "mse"], [*ranked[:10], *ranked[10:][-5:]]),
     }
-    return corpus, f"{shown}; {interval}; part {args.part}, {data['split']}, folds {[*folds]}", views, parts
+    return corpus, f"{shown}; {interval}; {about}", views, parts
 
 
 def draw_ratings(y: np.ndarray, p: np.ndarray):
@@ -3088,16 +3080,7 @@ def _page(title: str, lines: list[str], parts: dict[str, str], command: str) -> 
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
-COMMANDS = {
-    "evaluate": evaluate,
-    "predict": predict,
-    "report": report,
-    "compare": compare,
-    "ceiling": ceiling,
-    "floor": floor,
-    "curves": curves,
-    "bench": bench,
-}
+COMMANDS = {f.__name__: f for f in (evaluate, predict, report, compare, ceiling, floor, curves, bench)}
 
 
 def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from data import (  # first: while torch loads, Ctrl-C is one line
     speech_rules,
     to_normal,
     write_atomic,
+    write_text,
 )
 
 # isort: split
@@ -1331,7 +1332,8 @@ class ClipKernel(nn.Module):
         precision, in which a saved model keeps its quantiles."""
         seen = self.statistics.values(fbank)
         if self.encoder is not None:
-            moments = self.encoder.token_moments(whole_crops(fbank, self.encoder))
+            longest = self.encoder.model_args["frames"]
+            moments = self.encoder.token_moments(whole_crops(fbank, longest))
             seen = torch.cat([seen, moments], dim=1)
         return seen.half().float()
 
@@ -1408,9 +1410,8 @@ def crop_starts(frames: int, length: int) -> list[int]:
     return torch.linspace(0, last, count).round().long().tolist()
 
 
-def whole_crops(fbank: Tensor, model: AST) -> Tensor:
-    """A clip (1, frames, mel) as the crops (1, K, T, mel) of the model's length that cover it."""
-    longest = model.model_args["frames"]
+def whole_crops(fbank: Tensor, longest: int) -> Tensor:
+    """A clip (1, frames, mel) as the crops (1, K, T, mel) of at most `longest` frames that cover it."""
     starts = crop_starts(fbank.shape[1], longest)
     return torch.stack([fbank[:, start : start + longest] for start in starts], dim=1)
 
@@ -1851,15 +1852,17 @@ def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
     model.train()
 
 
-def suspects(names: list[str], losses: Tensor, world: int) -> tuple[list[str], bool]:
-    """Items of this step, over all processes, whose loss is not finite, and True; without such all, False."""
+def suspects(names: list[str], losses: Tensor, scaler, world: int) -> tuple[list[str], bool]:
+    """Why a step's gradient is not finite: the items, over all processes, whose loss is not finite, or all
+    where every loss is; and whether float16 overflowed, which is no fault of theirs."""
     mine = list(zip(map(str, names), losses.isfinite().tolist(), strict=True))
     gathered = [mine] * world
     if world > 1:
         dist.all_gather_object(gathered, mine)
     items = list(itertools.chain(*gathered))
     bad = [name for name, finite in items if not finite]
-    return bad or [name for name, _ in items], bool(bad)
+    overflow = scaler.is_enabled() and not bad and scaler.get_scale() > 1
+    return bad or [name for name, _ in items], overflow
 
 
 def quiet_worker(_: int) -> None:
@@ -1952,7 +1955,9 @@ class Run(ExitStack):
     def __init__(self, args: Namespace, name: str, rank: int, world: int, resumed: dict | None):
         super().__init__()
         self.args, self.main, self.world = args, rank == 0, world
+        self.say = tqdm.write if self.main else lambda line: None
         self.start = time.time()
+        self.skips_in_a_row = 0  # back to 0 with every update
         self.board = None
         folder = None
         if self.main:
@@ -1964,8 +1969,7 @@ class Run(ExitStack):
         if self.main:
             if resumed:
                 cut_metrics(self.metrics, resumed["step"])
-            text = json.dumps(vars(args) | git_state(), indent=1)
-            write_atomic(folder / "args.json", lambda file: file.write(text.encode()))
+            write_text(folder / "args.json", json.dumps(vars(args) | git_state(), indent=1))
             self.board = tensorboard(folder) if args.tensorboard else None
 
     def seconds(self) -> float:
@@ -1993,6 +1997,37 @@ class Run(ExitStack):
                 if isinstance(value, int | float):
                     self.board.add_scalar(name, value, step)
             self.board.flush()
+
+    def skip(self, step: int, epoch: int, names: list[str], overflow: bool, skipped: dict, **values) -> None:
+        """Counts in `skipped`, and logs, an update that was left out, its `suspects` and values. DataError at
+        --max-skips in a row, overflows apart."""
+        kind = "overflow" if overflow else "bad"
+        skipped[kind] += 1
+        self.skips_in_a_row += not overflow
+        self.log(step, epoch, skip=kind, names=names, skipped=skipped, **values)
+        if self.skips_in_a_row >= self.args.max_skips:
+            raise DataError(
+                f"step {step}: {self.skips_in_a_row} non-finite updates in a row, the last with "
+                f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
+            )
+
+    def end(
+        self, script: str, step: int, stopped: bool, best: dict, skipped: dict, summary: Callable
+    ) -> dict:
+        """Says how the run ended, and gives the best metrics with its folder; summary(best): them in a line.
+        KeyboardInterrupt of a run that was stopped; DataError where no evaluation was ever the best."""
+        if stopped:
+            resume = f"python {script} --resume {self.folder / 'last.pt'}"
+            self.say(f"interrupted after step {step}; go on: {resume}")
+            raise KeyboardInterrupt
+        if not {"epoch", "step"} <= best.keys():
+            advice = "lower --lr, see metrics.jsonl; validation trials need labels"
+            raise DataError(f"{self.folder}: no evaluation had a finite figure to choose by; {advice}")
+        synthetic = self.args.synthetic
+        kind = "best (SYNTHETIC)" if synthetic else "best"
+        about = f"{sum(skipped.values())} updates skipped; {self.seconds():.0f} s; {self.folder / 'best.pt'}"
+        self.say(f"{kind}: epoch {best['epoch']}, step {best['step']}, valid {summary(best)}; {about}")
+        return best | {"synthetic": synthetic, "folder": str(self.folder), "skipped": skipped}
 
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
         """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data). All
@@ -2050,6 +2085,10 @@ def json_ready(tree: object) -> object:
     return json.loads(
         text, parse_float=lambda digits: float(f"{float(digits):.7g}"), parse_constant=lambda _: None
     )
+
+
+def write_json(path: str | Path, tree: object) -> None:
+    write_text(path, json.dumps(json_ready(tree), indent=1, allow_nan=False) + "\n")
 
 
 def git_state() -> dict:

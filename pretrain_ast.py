@@ -39,7 +39,9 @@ from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import (
+    clip_info,
     lengths_if_unlike,
+    load_corpus,
     predict_ast,
     pretrain_figures,
     pretrain_summary,
@@ -371,29 +373,21 @@ def reweigh(balance: dict) -> dict:
 
 def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple[Clips, list[dict], dict]:
     """Training clips, validation items, and what inference needs to know of the data."""
-    root = args.data or data.synthetic_percepiano(args.cache)
-    corpus = data.load_percepiano(root, args.cache, args.strict, quiet=quiet)
+    corpus = load_corpus(args, quiet=quiet, say=say)
     rng = np.random.default_rng(args.seed)
     variants = []
     for _ in range(args.variants):
         tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
         variants.append(data.Version(tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
     heard = data.heard_versions(args.copies, args.soundfonts)
-    store = data.percepiano_audio(root, args.cache, args.audio, [*heard, *variants], quiet=quiet)
-    for line in corpus.left_out + store.left_out:
-        say(f"left out: {line}")
+    store = data.percepiano_audio(corpus.root, args.cache, args.audio, [*heard, *variants], quiet=quiet)
+    data.say_left_out(store.left_out, say)
     parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
     info = {
         "task": "finetune",
-        "labels": list(data.LABELS),
-        "split": args.split,
-        "fold": int(args.fold),
-        "keep_overlap": args.keep_overlap,
-        "synthetic": corpus.synthetic,
         "frames": args.frames,
-        "fbank": data.FBANK_FORMAT,
-        "audio": "wav" if args.audio else "rendered",
         "recordings": data.fingerprint(corpus.names, [len(corpus.items)]),
+        **clip_info(corpus, args, int(args.fold)),
     }
     info |= data.fit_targets(corpus, parts["train"], args.standardise)
     limits = augmentation_limits(args)
@@ -417,9 +411,10 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     crops = args.crops if args.model == "ast" else 1
     train = Clips([*versions.values()], args.frames, args.seed, crops)
     info |= data.fit_fbank(train, args.audioset_norm)
+    kind = " (SYNTHETIC)" if corpus.synthetic else ""
     say(
-        f"{root}{' (SYNTHETIC)' if corpus.synthetic else ''}, {info['audio']}, split {args.split}, fold "
-        f"{args.fold}: {len(train)} train, {len(valid)} valid items; variants {variants}"
+        f"{corpus.root}{kind}, {info['audio']}, split {args.split}, fold {args.fold}: {len(train)} train, "
+        f"{len(valid)} valid items; variants {variants}"
     )
     return train, valid, info
 
@@ -531,8 +526,8 @@ def main(args: argparse.Namespace) -> dict:
     # ---- data
     pretraining = args.task == "pretrain"
     resumed = load_training(args.resume, ("ast", "cnn", "mlp")) if args.resume else None
-    if not args.data:
-        say("no --data: built-in SYNTHETIC corpus; the real ones: MAESTRO; python data.py fetch percepiano")
+    if pretraining and not args.data:
+        say("no --data: built-in SYNTHETIC corpus; the real one: MAESTRO, see README.md")
     load_data, loss_of = (
         (data.pretrain_data, pretrain_loss) if pretraining else (finetune_data, finetune_loss)
     )
@@ -567,7 +562,7 @@ def main(args: argparse.Namespace) -> dict:
     ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
 
     # ---- resume
-    step, in_a_row, waited = 0, 0, 0
+    step, waited = 0, 0
     rate = 1.0
     best = {"valid_loss": math.inf, "step": 0}
     skipped = {"bad": 0, "overflow": 0}
@@ -631,23 +626,14 @@ def main(args: argparse.Namespace) -> dict:
                 stopped = on_any(bool(stop), world)
 
                 if finite:
-                    in_a_row = 0
+                    run.skips_in_a_row = 0
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                     if args.balance == "dwa":
                         sums = np.array(balance["sums"]) + figures["groups"].tolist()
                         balance = balance | {"sums": sums.tolist(), "count": balance["count"] + 1}
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    names, bad_loss = suspects(batch["names"], torch.cat(losses), world)
-                    overflow = scaler.is_enabled() and not bad_loss and scaler.get_scale() > 1
-                    kind = "overflow" if overflow else "bad"
-                    skipped[kind] += 1
-                    in_a_row += not overflow
-                    run.log(step, epoch, skip=kind, names=names, skipped=skipped)
-                    if in_a_row >= args.max_skips:
-                        raise data.DataError(
-                            f"step {step}: {in_a_row} non-finite updates in a row, the last with "
-                            f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
-                        )
+                    names, overflow = suspects(batch["names"], torch.cat(losses), scaler, world)
+                    run.skip(step, epoch, names, overflow, skipped)
                 if step % args.log_every == 0:
                     shown = {key: value.tolist() for key, value in figures.items()}
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **shown)
@@ -682,16 +668,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stopped or not patient:
                     break
 
-    if stopped:
-        say(f"interrupted after step {step}; go on: python pretrain_ast.py --resume {run.folder / 'last.pt'}")
-        raise KeyboardInterrupt
-    if "epoch" not in best:
-        raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
-    say(
-        f"best{' (SYNTHETIC)' if info['synthetic'] else ''}: step {best['step']}, valid {summary(best)}; "
-        f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
-    )
-    return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
+    return run.end("pretrain_ast.py", step, stopped, best, skipped, summary)
 
 
 def one_block(args: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, tuple]:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
-from eval import WordSearch, ctc_losses, validate_decoder, word_model
+from eval import WordSearch, ctc_losses, load_corpus, validate_decoder, word_model
 from models import (
     AMP_TYPES,
     GRUDecoder,
@@ -275,13 +275,8 @@ def evaluate(model: GRUDecoder, ema: dict | None, search: WordSearch | None, *ab
 def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, known: list) -> tuple:
     """The corpus, the trials that train and validate, and what inference needs to know of the data. known:
     sessions of --init, beside which --new-day trains others."""
-    if not args.data:
-        say("no --data: built-in SYNTHETIC corpus; the real one: doi 10.5061/dryad.x69p8czpq")
     with main_first(rank, world):
-        root = args.data or data.synthetic_speech(args.cache)
-        corpus = data.open_speech(root, args.cache, args.strict, quiet=rank > 0)
-    for line in corpus.left_out:
-        say(f"left out: {data.printable(line)}")
+        corpus = load_corpus(args, speech=True, quiet=rank > 0, say=say)
     parts = data.speech_parts(corpus, args.valid)
     names = [corpus.days[day] for day in np.unique(corpus.day[parts["train"]])]  # others would stay identity
     if args.new_day:
@@ -367,7 +362,7 @@ def main(args: argparse.Namespace) -> dict:
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
-    step, in_a_row, rate = 0, 0, 1.0
+    step, rate = 0, 1.0
     chosen_by = f"valid_{args.select}"
     best = {chosen_by: math.inf, "step": 0}
     skipped = {"bad": 0, "overflow": 0}
@@ -420,22 +415,13 @@ def main(args: argparse.Namespace) -> dict:
                 stopped = on_any(bool(stop), world)
 
                 if finite:
-                    in_a_row = 0
+                    run.skips_in_a_row = 0
                     recent.append(loss.detach())
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    names, bad_loss = suspects(batch["ids"], losses, world)
-                    overflow = scaler.is_enabled() and not bad_loss and scaler.get_scale() > 1
-                    kind = "overflow" if overflow else "bad"
-                    skipped[kind] += 1
-                    in_a_row += not overflow
+                    names, overflow = suspects(batch["ids"], losses, scaler, world)
                     rate *= 1 if overflow else args.reduce_on_nan
-                    run.log(step, epoch, skip=kind, names=names, skipped=skipped, rate=rate)
-                    if in_a_row >= args.max_skips:
-                        raise data.DataError(
-                            f"step {step}: {in_a_row} non-finite updates in a row, the last with "
-                            f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
-                        )
+                    run.skip(step, epoch, names, overflow, skipped, rate=rate)
                 if step % args.log_every == 0:
                     average = float(np.mean([x.item() for x in recent])) if recent else math.nan
                     report = {"loss_of_200": average, "memory": peak_memory(device)}
@@ -462,20 +448,10 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stopped:
                     break
 
-    if stopped:
-        say(
-            f"interrupted after step {step}; go on: python train_decoder.py --resume {run.folder / 'last.pt'}"
-        )
-        raise KeyboardInterrupt
-    if "valid_loss" not in best:
-        raise data.DataError(f"{run.folder}: no evaluation had an error rate; validation trials need labels")
-    for sample in best["samples"]:
-        say(f"{sample['id']}\n  reference  {sample['reference']}\n  decoded    {sample['hypothesis']}")
-    say(
-        f"best{' (SYNTHETIC)' if corpus.synthetic else ''}: step {best['step']}, validation {summary(best)}; "
-        f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
-    )
-    return best | {"synthetic": corpus.synthetic, "folder": str(run.folder), "skipped": skipped}
+    if not stopped:
+        for sample in best.get("samples", []):
+            say(f"{sample['id']}\n  reference  {sample['reference']}\n  decoded    {sample['hypothesis']}")
+    return run.end("train_decoder.py", step, stopped, best, skipped, summary)
 
 
 def summary(metrics: dict) -> str:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
-from eval import predict_han, rating_summary, to_device, validation_metrics
+from eval import load_corpus, predict_han, rating_summary, to_device, validation_metrics
 from models import (
     AMP_TYPES,
     FORMS,
@@ -144,13 +144,8 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
 
 def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: int, say: Callable) -> tuple:
     """Training items, validation items, and what inference needs to know: info, a resumed run's own."""
-    if not args.data:
-        say("no --data: built-in SYNTHETIC corpus; the real one: python data.py fetch percepiano")
     with main_first(rank, world):
-        root = args.data or data.synthetic_percepiano(args.cache)
-        corpus = data.load_percepiano(root, args.cache, args.strict, quiet=rank > 0)
-    for line in corpus.left_out:
-        say(f"left out: {data.printable(line)}")
+        corpus = load_corpus(args, quiet=rank > 0, say=say)
     fold = int(args.fold)
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
     given = args.features, args.pooled, args.split, fold, args.keep_overlap
@@ -263,7 +258,7 @@ def main(args: argparse.Namespace) -> dict:
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
-    step, in_a_row = 0, 0
+    step = 0
     best = {"valid_loss": math.inf, "epoch": 0}
     skipped = {"bad": 0, "overflow": 0}
     if resumed:
@@ -316,20 +311,11 @@ def main(args: argparse.Namespace) -> dict:
                 stopped = on_any(bool(stop), world)
 
                 if finite:
-                    in_a_row = 0
+                    run.skips_in_a_row = 0
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    names, bad_loss = suspects(batch["names"], losses, world)
-                    overflow = scaler.is_enabled() and not bad_loss and scaler.get_scale() > 1
-                    kind = "overflow" if overflow else "bad"
-                    skipped[kind] += 1
-                    in_a_row += not overflow
-                    run.log(step, epoch, skip=kind, names=names, skipped=skipped)
-                    if in_a_row >= args.max_skips:
-                        raise data.DataError(
-                            f"step {step}: {in_a_row} non-finite updates in a row, the last with "
-                            f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
-                        )
+                    names, overflow = suspects(batch["names"], losses, scaler, world)
+                    run.skip(step, epoch, names, overflow, skipped)
                 if report:
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
@@ -358,17 +344,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stopped:
                     break
 
-    if stopped:
-        say(f"interrupted after step {step}; go on: python train_han.py --resume {run.folder / 'last.pt'}")
-        raise KeyboardInterrupt
-    if "step" not in best:
-        raise data.DataError(f"{run.folder}: no evaluation had a finite loss; lower --lr, see metrics.jsonl")
-    kind = " (SYNTHETIC)" if info["synthetic"] else ""
-    say(
-        f"best{kind}: epoch {best['epoch']}, valid {rating_summary(best)}; "
-        f"{sum(skipped.values())} updates skipped; {run.seconds():.0f} s; {run.folder / 'best.pt'}"
-    )
-    return best | {"synthetic": info["synthetic"], "folder": str(run.folder), "skipped": skipped}
+    return run.end("train_han.py", step, stopped, best, skipped, rating_summary)
 
 
 def one_layer(device: torch.device) -> tuple[torch.nn.Module, tuple]:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+import models
 
 SHARED = Path(os.environ.get("SHARED", Path(__file__).resolve().parents[2] / "shared"))  # real data, oracles
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder ../shared: real data, oracles")
@@ -95,8 +96,8 @@ def leaves(tree: object, key: str = "") -> dict[str, object]:
 def check_results(path: str | Path, truth: dict[str, np.ndarray]) -> int:
     """Recomputes a results JSON from the CSV beside it and truth; gives how many figures were compared."""
     saved = leaves(json.loads(Path(path).read_text())["metrics"])
-    records = evaluation.read_predictions(Path(path).with_suffix(".csv"))
-    computed = leaves(evaluation.json_ready(evaluation.measure(records, truth)))
+    predictions = evaluation.read_predictions(Path(path).with_suffix(".csv"))
+    computed = leaves(models.json_ready(evaluation.measure(predictions, truth)))
     assert saved.keys() == computed.keys()
     for key, value in computed.items():
         assert saved[key] == pytest.approx(value, abs=2e-6), key

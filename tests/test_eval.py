@@ -106,12 +106,13 @@ def test_unlabelled_test_items_are_predicted_only(corpus, tmp_path, capsys):
     path = checkpoint(tmp_path / "a.pt")
     argv = ["--ckpt", path, "--part", "test", "--device", "cpu", "--csv", "p.csv"]
     assert evaluation.main(argv)["test"]["all"]["folds"]["0"]["items"] == 4
-    record = evaluation.read_predictions("p.csv")[0]
-    assert sorted(record["names"]) == sorted(of_part(corpus, (8, 9)))
+    saved = evaluation.read_predictions("p.csv")
+    names = [name for *_, name in saved]
+    assert sorted(names) == sorted(of_part(corpus, (8, 9)))
     table = tmp_path / "p.csv"
     table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())  # as Excel saves it
-    assert evaluation.read_predictions("p.csv")[0]["names"] == record["names"]
-    assert record["p"] == pytest.approx(predicted(path, corpus, record["names"]), abs=6e-5)
+    assert list(evaluation.read_predictions("p.csv")) == list(saved) == [("test", 0, name) for name in names]
+    assert np.stack([*saved.values()]) == pytest.approx(predicted(path, corpus, names), abs=6e-5)
     for name in of_part(corpus, (8,)):
         del corpus.items[name]["y"]
     assert evaluation.main(argv)["test"]["all"] is None

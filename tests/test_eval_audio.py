@@ -225,12 +225,12 @@ def test_checkpoints_are_scored_saved_and_tested(corpus, tmp_path, capsys):
     assert np.shape(tests["pearson_interval"]) == np.shape(tests["r2_interval"]) == (19, 2)
     assert tests["p_holm"] == approx(evaluation.holm(tests["p"]))
     assert saved["significance"]["test"]["all"] is None  # one rated segment
-    records = evaluation.read_predictions("results/ast_scratch_segment.csv")
-    record = next(r for r in records if (r["part"], r["fold"]) == ("valid", 1))
+    found = evaluation.read_predictions("results/ast_scratch_segment.csv")
+    held = {name: p for (part, fold, name), p in found.items() if (part, fold) == ("valid", 1)}
     store = evaluation.percepiano_audio()
-    items = [store.item(store.names.index(name)) for name in record["names"]]
+    items = [store.item(store.names.index(name)) for name in held]
     members = [evaluation.predict_ast(network(seed=seed), items, INFO, CPU) for seed in (7, 8)]
-    assert record["p"] == approx(np.mean(members, axis=0), abs=6e-5)
+    assert np.stack([*held.values()]) == approx(np.mean(members, axis=0), abs=6e-5)
     assert metrics["valid"]["all"]["folds"]["1"]["items"] == 8
 
 
@@ -241,7 +241,7 @@ def test_floor_hears_the_loudness(corpus, tmp_path, monkeypatch):
     evaluation.main([*kernel, "--heads", "2", "--out", str(tmp_path / "k.pt"), "--save-results", "kernel"])
     evaluation.main(["--ckpt", str(tmp_path / "k.pt"), "--device", "cpu", "--csv", "again.csv"])
     again, before = (evaluation.read_predictions(f) for f in ("again.csv", "results/ast_kernel_segment.csv"))
-    assert np.abs(again[0]["p"] - before[0]["p"]).max() < 0.01  # float16
+    assert max(np.abs(p - before[key]).max() for key, p in again.items()) < 0.01  # float16
     result = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--save-results", "floor"])
     assert result["valid"]["all"]["mean"]["r2"] > 0.5
     assert result["test"]["no_renderings"]["folds"]["1"]["items"] == 3
@@ -254,11 +254,11 @@ def test_floor_hears_the_loudness(corpus, tmp_path, monkeypatch):
     few = FbankStore("few", True, valid, np.zeros(len(valid), int), [], [], [])
     few.item = lambda i: whole.item(whole.names.index(valid[i]))
     monkeypatch.setattr(evaluation, "rated_store", lambda *_: few)
-    monkeypatch.setattr(evaluation, "_finish", lambda records, *_: records)
+    monkeypatch.setattr(evaluation, "_finish", lambda predictions, *_: predictions)
     again = evaluation.main(["floor", "--task", "ast", "--fold", "1", "--rate", "recorded"])
-    before, _ = evaluation.read_predictions("results/ast_floor_segment.csv")
-    rated = dict(zip(again[0]["names"], again[0]["p"], strict=True))
-    assert np.abs(np.stack([rated[name] for name in before["names"]]) - before["p"]).max() < 1e-4
+    before = evaluation.read_predictions("results/ast_floor_segment.csv")
+    assert sorted(again) == sorted(key for key in before if key[0] == "valid")
+    assert max(np.abs(p - before[key]).max() for key, p in again.items()) < 1e-4
     monkeypatch.setattr(evaluation, "audio_store", lambda *_: few)
     with pytest.raises(DataError, match="fold 1, 0 recordings"):
         evaluation.main(["floor", "--task", "ast", "--fold", "1"])
@@ -327,7 +327,8 @@ def results_file(path, corpus, noise: float, split: str = "segment", segments=ra
     rng = np.random.default_rng(int(1000 * noise))
     names = [n for n in corpus.items if int(n[-2:]) in segments]
     p = np.stack([corpus.items[n]["y"] for n in names]) + noise * rng.normal(size=(len(names), 19))
-    evaluation.write_predictions(path, [{"part": "valid", "fold": 0, "names": names, "p": p}])
+    keys = [("valid", 0, name) for name in names]
+    evaluation.write_predictions(path, dict(zip(keys, p, strict=True)))
     path.with_suffix(".json").write_text(json.dumps({"split": split}))
     return str(path)
 

@@ -42,7 +42,7 @@ READERS = {  # name of a file of the kind, and what reads it
     "trial": ("x.npy", lambda path: evaluation._npy_corpus([path], 2, False, stop)),
     "mat": ("t12.2022.01.01.mat", lambda path: [*data._read_mat(path, 2, {}, [])]),
     "pickle": ("ptDecoder_ctc", data._load_pickle),
-    "predictions": ("x.csv", evaluation.read_csv),
+    "predictions": ("x.csv", evaluation.read_predictions),
     "checkpoint": ("x.pt", models.load_checkpoint),
 }
 SHAPES = {  # of no file that any reader wants

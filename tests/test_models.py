@@ -323,8 +323,11 @@ def test_amp_takes_what_works(kind, device, seconds, chosen, monkeypatch):
 
 def test_suspects_are_the_items_without_a_finite_loss_or_all():
     losses = torch.tensor([1.0, math.nan, math.inf])
-    assert models.suspects(["a", "b", "c"], losses, 1) == (["b", "c"], True)
-    assert models.suspects(["a", "b", "c"], torch.ones(3), 1) == (["a", "b", "c"], False)
+    names, scaler = ["a", "b", "c"], torch.amp.GradScaler("cpu")
+    assert models.suspects(names, losses, scaler, 1) == (["b", "c"], False)
+    assert models.suspects(names, torch.ones(3), scaler, 1) == (names, True)
+    for kind in ({"enabled": False}, {"init_scale": 1.0}):
+        assert models.suspects(names, torch.ones(3), torch.amp.GradScaler("cpu", **kind), 1) == (names, False)
 
 
 def test_a_log_without_nan_and_a_board(tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def test_a_submission_needs_no_labels(speech, asked, tmp_path, capsys):
     row = np.load(f"out/{speech.ids[18]}.npy")  # unlabelled ones too
     assert (row.dtype, row.shape[1]) == (np.float16, 41)
     assert row == pytest.approx(alone(path, speech, 18), abs=0.01)
-    assert evaluation.read_csv("w.csv")[speech.ids[8]][2:] == (["the", "voice"],) * 2
+    assert evaluation.read_predictions("w.csv")[speech.ids[8]][2:] == (["the", "voice"],) * 2
 
 
 def test_bad_command_lines_are_refused(speech, tmp_path, capsys):

@@ -18,7 +18,7 @@ from test_whole import ONCE, piece  # noqa: F401
 import data
 import eval as evaluation
 from data import LABELS, PHONEMES
-from models import AST, CNN, HAN, GRUDecoder, KernelRidge, save_checkpoint
+from models import AST, CNN, HAN, GRUDecoder, KernelRidge, json_ready, save_checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "percepiano"
 DAYS = ["t12.2001.01.02", "t12.2001.01.09"]
@@ -113,8 +113,8 @@ def fold_predictions(paths: list[str], piano) -> dict[str, np.ndarray]:
     folds, _ = evaluation._load_fold_models(evaluation._load_models(paths))
     args = SimpleNamespace(device=torch.device("cpu"), batch=None, crops=None, cache=piano.cache, audio=None)
     args.rate = None
-    records = evaluation.fold_records(folds, piano.corpus, args, ("valid", "test"))
-    return {name: p for record in records for name, p in zip(record["names"], record["p"], strict=True)}
+    predictions, _ = evaluation.fold_predictions(folds, piano.corpus, args, ("valid", "test"))
+    return {name: p for (*_, name), p in predictions.items()}
 
 
 def values(record: dict) -> np.ndarray:
@@ -278,7 +278,7 @@ def test_averages_and_outputs(piano, tmp_path, capsys):
     assert (len(table), max(map(len, table)) <= 100) == (19, True)
     assert "SYNTHETIC" in said
     saved = json.loads((tmp_path / "new/a.json").read_text())
-    assert saved["predictions"] == evaluation.json_ready(records)
+    assert saved["predictions"] == json_ready(records)
     keys = "name path score bars start end match_rate extra notes repairs ratings uncertainty warnings"
     assert list(records[0]) == [*keys.split(), "passages"]
     # of the networks' validation errors and their spread
@@ -308,9 +308,9 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     evaluation.main(["--ckpt", *networks, *data_of, "--out", together])
     kernel = str(tmp_path / "kernel.pt")
     alone = fold_predictions(networks, piano), fold_predictions([kernel], piano)
-    (direct,) = [r for r in evaluation.read_predictions(tmp_path / "kernel.csv") if r["part"] == "valid"]
+    direct = evaluation.read_predictions(tmp_path / "kernel.csv")
     mixed = fold_predictions([together, kernel], piano)
-    for name, p in zip(direct["names"], direct["p"], strict=True):
+    for name, p in ((name, p) for (part, _, name), p in direct.items() if part == "valid"):
         assert alone[1][name] == pytest.approx(p, abs=0.02)  # rounded
         assert mixed[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, abs=0.02)
     name = piano.names[0]
@@ -367,12 +367,13 @@ def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
     if not SHARED.is_dir():
         pytest.skip("no labels beside the repository")
     truth = data.read_labels(SHARED, [])
-    records = evaluation.read_predictions(evaluation.RESULTS / "han_ensemble_segment.csv")
+    predictions = evaluation.read_predictions(evaluation.RESULTS / "han_ensemble_segment.csv")
     held = []
-    for record in [record for record in records if record["part"] == "valid"]:
-        others = [r for r in records if r["part"] == "valid" and r["fold"] != record["fold"]]
+    for fold in range(4):
+        others = {key: p for key, p in predictions.items() if key[1] != fold}
         half = np.array(evaluation.human_figures(others, truth, "valid")["error80"])
-        _, y, p, _ = evaluation._stacked([record], truth, "valid", "no_renderings")
+        own = {key: p for key, p in predictions.items() if key[1] == fold}
+        _, y, p, _ = evaluation._stacked(own, truth, "valid", "no_renderings")
         held.append((np.abs(y - p) <= half).mean())
     assert len(held) == 4
     assert np.mean(held) == pytest.approx(0.8, abs=0.02)

@@ -526,7 +526,7 @@ def test_decoder_new_day_keeps_a_tenth_where_no_block_of_it_is_held_out(corpus):
     speech.block[of_new] = 1  # all of one block, which is not held out beside another day's two
     args = train_decoder.parse_args(argv)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "open_speech", lambda *args, **kw: speech)
+        patch.setattr(evaluation, "open_speech", lambda *args, **kw: speech)
         _, train, valid, info = train_decoder.load_data(args, 0, 1, print, speech.days[:1])
         assert (valid.tolist(), train.tolist()) == (of_new[-1:].tolist(), of_new[:-1].tolist())
         assert info["days"] == speech.days
