@@ -470,7 +470,12 @@ def _finish(predictions, corpus, args, about, models=(), spread=None):
     if about["task"] == "han":
         figures["humans"] = _measure_humans(predictions, spread, truth, corpus.root)
     if args.out:
-        known = {"valid_r2": figures["metrics"]["valid"]["all"]["mean"]["r2"]}
+        valid = figures["metrics"].get("valid", {}).get("all")
+        if valid is None:
+            raise DataError(
+                f"{args.out}: keeps figures of part valid, of which no item is rated; leave out --out"
+            )
+        known = {"valid_r2": valid["mean"]["r2"]}
         if about["task"] == "han":
             known["error80"] = figures["humans"]["valid"]["error80"]
         save_ensemble(args.out, models, known)

@@ -305,7 +305,9 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     evaluation.main([*fit, "--out", str(tmp_path / "kernel.pt"), "--csv", str(tmp_path / "kernel.csv")])
     networks = [han(tmp_path / f"{seed}.pt", piano, seed=seed) for seed in (7, 8)]
     together = str(tmp_path / "networks.pt")
-    evaluation.main(["--ckpt", *networks, *data_of, "--out", together])
+    of_networks = ["--ckpt", *networks, *data_of, "--out", together]
+    assert together in refusal([*of_networks, "--part", "test"], capsys)  # without figures of part valid
+    evaluation.main(of_networks)
     kernel = str(tmp_path / "kernel.pt")
     alone = fold_predictions(networks, piano), fold_predictions([kernel], piano)
     direct = evaluation.read_predictions(tmp_path / "kernel.csv")
