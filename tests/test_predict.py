@@ -305,9 +305,7 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     evaluation.main([*fit, "--out", str(tmp_path / "kernel.pt"), "--csv", str(tmp_path / "kernel.csv")])
     networks = [han(tmp_path / f"{seed}.pt", piano, seed=seed) for seed in (7, 8)]
     together = str(tmp_path / "networks.pt")
-    of_networks = ["--ckpt", *networks, *data_of, "--out", together]
-    assert together in refusal([*of_networks, "--part", "test"], capsys)  # without figures of part valid
-    evaluation.main(of_networks)
+    evaluation.main(["--ckpt", *networks, *data_of, "--out", together])
     kernel = str(tmp_path / "kernel.pt")
     alone = fold_predictions(networks, piano), fold_predictions([kernel], piano)
     direct = evaluation.read_predictions(tmp_path / "kernel.csv")
@@ -327,6 +325,13 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     assert f"{kernel} (1 × kernel, validation R² " in said
     ckpts = [evaluation.load_checkpoint(path)[1] for path in (together, kernel)]
     assert min(record["uncertainty"].values()) > 0.5 * np.mean([ckpt["error80"] for ckpt in ckpts], 0).min()
+
+
+def test_out_needs_rated_items_of_the_validation_part():
+    nothing = SimpleNamespace(items={}, synthetic=True, root="corpus")
+    args = SimpleNamespace(save_results=None, csv=None, out="all.pt")
+    with pytest.raises(data.DataError, match="all.pt"):
+        evaluation._finish({("valid", 0, "a"): np.zeros(19)}, nothing, args, {"split": "x", "task": "ast"})
 
 
 def test_kernel_is_scikit_learns():
