@@ -162,6 +162,9 @@ def Interrupt() -> Iterable[list]:
     """Ctrl-C, SIGTERM and SIGHUP within the block: noted in a list, so that the step in progress ends
     first."""
     came = []
+    if threading.current_thread() is not threading.main_thread():  # which alone heeds signals
+        yield came
+        return
     before = {number: signal.getsignal(number) for number in STOPS}
     on_stop(lambda *caught: came.append(caught))
     try:
@@ -5631,6 +5634,8 @@ def _run_parallel(
     A process that ends early (of a file that SciPy or h5py cannot bear, or for want of memory) ends the pool:
     what is undone then runs one by one. Of a task that ends its process by itself too the result is
     ProcessEnded of its file, which is the task or the first of its parts."""
+    if not tasks:
+        return
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     bar = functools.partial(tqdm, total=len(tasks), desc=label, unit="file", disable=quiet or None)
     if workers <= 1 and not apart:
@@ -5661,8 +5666,8 @@ def _run_parallel(
                 ProcessEnded(f"{file}: {found}; expected a whole file and free memory; fetch it again"),
             )
     elif undone:
-        told = "a process ended early; the rest runs one by one. For want of memory? Give fewer --workers"
-        print(told, file=sys.stderr)
+        advice = "" if apart else ". For want of memory? Give fewer --workers"
+        print(f"a process ended early; the rest runs one by one{advice}", file=sys.stderr)
         for task in bar(undone, total=len(undone)):
             yield from _run_parallel(function, [task], quiet=True, apart=True)
 

@@ -259,21 +259,22 @@ def _stacked(predictions, truth, part, view):
     return names, np.array(y, np.float64), np.array(p, np.float64), np.array(folds)
 
 
-def of_views(function: Callable, predictions: dict, truth: dict) -> dict:
-    """{part: {view: function(*_stacked), or None where nothing is rated}}."""
-    result: dict = {part: {} for part, *_ in predictions}
+def of_views(function: Callable, predictions: dict, truth: dict, parts: Iterable[str]) -> dict:
+    """{part: {view: function(*_stacked), or None where nothing is rated}}, of parts (none: of predictions)."""
+    result: dict = {part: {} for part in parts or [part for part, *_ in predictions]}
     for part, view in itertools.product(result, VIEWS):
         names, *arrays = _stacked(predictions, truth, part, view)
         result[part][view] = function(names, *arrays) if names else None
     return result
 
 
-def measure(predictions: dict, truth: dict) -> dict:
-    """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS.
+def measure(predictions: dict, truth: dict, parts: Iterable[str] = ()) -> dict:
+    """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS,
+    of parts (none: of predictions).
 
     predictions: (part, fold, name) -> (D,), in the order of sums; truth: name -> (D,); a view without truth
     is None. "mean": mean and (population) std over folds, and the interval of the mean."""
-    return of_views(_measure_folds, predictions, truth)
+    return of_views(_measure_folds, predictions, truth, parts)
 
 
 def _measure_folds(names, y, p, folds):
@@ -298,17 +299,17 @@ def scores(y, p, groups) -> dict:
     return figures | {"per_dimension": {key: values.tolist() for key, values in each.items()}}
 
 
-def _measure_humans(predictions, spread, truth, root):
+def _measure_humans(predictions, spread, truth, root, parts):
     """`human_figures` by part, printed, with what the raters' noise allows."""
-    parts = {part: None for part, *_ in predictions}
+    humans: dict = dict.fromkeys(parts)
     ceiling = within_ceiling(root)
     for part in parts:
         figures = human_figures(predictions, truth, part, spread)
         if figures:
-            parts[part] = figures | {"ceiling": ceiling}
+            humans[part] = figures | {"ceiling": ceiling}
             allowed = f", raters' noise allows {brackets(ceiling)}" if ceiling else ""
             print(f"{part}, human players within a segment: Pearson {shown(figures['within'])}{allowed}")
-    return parts
+    return humans
 
 
 def within_segments(values: np.ndarray, groups: Iterable) -> np.ndarray:
@@ -454,30 +455,31 @@ def _print_figures(title, figures, tests):
     print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
 
 
-def _finish(predictions, corpus, args, about, models=(), spread=None):
+def _finish(predictions, corpus, args, parts, about, models=(), spread=None):
     """Measures, prints and writes predictions, of task ast with significance, and --out: the models (network,
     checkpoint); returns the metrics. spread: as of `human_figures`."""
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
     if args.save_results:  # rounded first, so that the JSON is exactly what the CSV gives
         predictions = {key: np.round(p, 4) for key, p in predictions.items()}
-    figures = {"metrics": measure(predictions, truth)}
+    figures = {"metrics": measure(predictions, truth, parts)}
     print(f"split {about['split']}, {corpus_line(corpus.synthetic, corpus.root)}")
     if about["task"] == "ast" or args.save_results:
-        figures["significance"] = significance(predictions, truth)
+        figures["significance"] = significance(predictions, truth, parts)
     for part, view in itertools.product(figures["metrics"], VIEWS):
         tests = figures["significance"][part][view] if "significance" in figures else {}
         _print_figures(f"{part}, {VIEWS[view]}", figures["metrics"][part][view], tests)
     if about["task"] == "han":
-        figures["humans"] = _measure_humans(predictions, spread, truth, corpus.root)
+        figures["humans"] = _measure_humans(predictions, spread, truth, corpus.root, parts)
     if args.out:
-        valid = figures["metrics"].get("valid", {}).get("all")
-        if valid is None:
-            raise DataError(
-                f"{args.out}: keeps figures of part valid, of which no item is rated; leave out --out"
-            )
-        known = {"valid_r2": valid["mean"]["r2"]}
+        of_valid = [figures["metrics"]["valid"]["all"]]
         if about["task"] == "han":
-            known["error80"] = figures["humans"]["valid"]["error80"]
+            of_valid.append(figures["humans"]["valid"])
+        if None in of_valid:
+            told = "keeps figures of human players of part valid, of whom none is rated; leave out --out"
+            raise DataError(f"{args.out}: {told}")
+        known = {"valid_r2": of_valid[0]["mean"]["r2"]}
+        if about["task"] == "han":
+            known["error80"] = of_valid[1]["error80"]
         save_ensemble(args.out, models, known)
     unrated = {name for *_, name in predictions} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
@@ -610,7 +612,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     about |= {"rate": args.rate} if args.rate else {}
-    return _finish(predictions, corpus, args, about, [member[1:] for member in loaded], spread)
+    return _finish(predictions, corpus, args, parts, about, [member[1:] for member in loaded], spread)
 
 
 def load_corpus(args, speech: bool = False, quiet: bool = False, say: Callable = print):
@@ -721,8 +723,13 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         about["features"] = args.features
     else:
         about["audio"] = "wav" if args.audio else "rendered"
-        about["probe"] = args.probe and last_part(args.probe)
+        about |= {"copies": args.copies, "heads": args.heads}
+        about["soundfonts"] = list(map(last_part, args.soundfonts))
+        about |= {
+            key: given and last_part(given) for key, given in (("rate", args.rate), ("probe", args.probe))
+        }
         clips = Clips(corpus, args)
+    parts = ("valid", "test")
     predictions, kernels = {}, []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
@@ -735,11 +742,11 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
             rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
         else:
             rate = _fit_regression(kind, corpus, names_of["train"], args.features)
-        for part in ("valid", "test"):
+        for part in parts:
             keys = [(part, fold, name) for name in names_of[part]]
             if keys:
                 predictions |= zip(keys, rate(names=names_of[part]), strict=True)
-    return _finish(predictions, corpus, args, about, kernels)
+    return _finish(predictions, corpus, args, parts, about, kernels)
 
 
 def _fit_kernel(corpus, train, args, fold):
@@ -1530,7 +1537,7 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given. Of an item
     longer than the model's frames an AST pools the tokens of all crops; of other models it is the mean. info:
     the checkpoint's data (mean, std, frames; target_mean, target_std where ratings were standardised). batch:
-    crops at once; they are equally long, so none needs a mask."""
+    crops at once, not of an AST; they are equally long, so none needs a mask."""
     longest = model.model_args.get("frames") or info["frames"]
     training = model.training
     model = model.to(device).eval()
@@ -1643,6 +1650,8 @@ def evaluate_pretraining(args, loaded: list) -> dict:
     _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
+    if data.get("exclude_overlap") and not settings.exclude_overlap:
+        print("PercePiano's music was left out in the training, not here")
     figures = validate_pretraining(model.to(args.device), batches, args.device, settings)
     print(corpus_line(now["synthetic"], args.data))
     print(f"{path}, step {ckpt['step']}: {pretrain_summary(figures)}")
@@ -1716,7 +1725,7 @@ def paired_bootstrap(y, pa, pb, groups, statistic: Callable, folds, n: int = 500
     return difference, np.percentile(draws, [2.5, 97.5], axis=0), p
 
 
-def significance(predictions: dict, truth: dict, n: int = 1000) -> dict:
+def significance(predictions: dict, truth: dict, parts: Iterable[str] = (), n: int = 1000) -> dict:
     """{part: {view: {"pearson_interval", "r2_interval" (19 pairs, cluster bootstrap over segments), "p",
     "p_holm" (19, `permutation_p`)}, means over folds, or None where too few segments are rated}}."""
 
@@ -1730,7 +1739,7 @@ def significance(predictions: dict, truth: dict, n: int = 1000) -> dict:
         tests = {"pearson_interval": of_pearson, "r2_interval": of_r2}
         return tests | {"p": chance.tolist(), "p_holm": holm(chance).tolist()}
 
-    return of_views(test, predictions, truth)
+    return of_views(test, predictions, truth, parts)
 
 
 # With fewer independent items a bootstrap promises too much: that five all differ one way has a chance of
@@ -2987,8 +2996,8 @@ def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpu
     """Runs that rate, measured as `evaluate` does: corpus, verdict, figures, parts of the page."""
     predictions, _, corpus, data = _rate_parts(args, loaded, [args.part])
     truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
-    views = measure(predictions, truth).get(args.part)
-    if not views or views["all"] is None:
+    views = measure(predictions, truth, [args.part])[args.part]
+    if views["all"] is None:
         return corpus, f"no item of part {args.part} has ratings here", views, {}
     mean = views["all"]["mean"]
     shown = ", ".join(f"{metric} {mean[metric]:.4f}" for metric in METRICS)

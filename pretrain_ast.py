@@ -506,6 +506,14 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, frozen: bool, world: 
             parameter.requires_grad_(world > 1 or not still)
 
 
+def forget_encoder(optimizer: torch.optim.Optimizer) -> None:
+    """Drops the encoder's gradients, so that processes clip and step by the heads' alone, as one does."""
+    for group in optimizer.param_groups:
+        if group["encoder"]:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
 def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argparse.Namespace) -> dict:
     """Metrics of the present weights: pretrain on fixed crops and masks, finetune on whole items."""
     device = next(model.parameters()).device
@@ -603,7 +611,8 @@ def main(args: argparse.Namespace) -> dict:
                     batch = with_masks(batch, args.mask)
 
                 lr = lr_at(step, args, planned) * rate
-                set_rates(optimizer, lr, args.init and epoch < args.freeze, world)
+                frozen = bool(args.init) and epoch < args.freeze
+                set_rates(optimizer, lr, frozen, world)
                 loss, losses, figures = 0.0, [], {}
                 for part, share, exchange in micro_batches(batch, args.micro_batch, model):
                     with exchange:
@@ -614,6 +623,8 @@ def main(args: argparse.Namespace) -> dict:
                     losses.append(by_clip)
                     for name, value in by_name.items():
                         figures[name] = figures.get(name, 0) + value * share
+                if frozen:
+                    forget_encoder(optimizer)
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(bare_model.parameters(), args.clip).item()
                 finite = math.isfinite(norm)

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,10 +165,18 @@ def test_a_task_that_ends_its_process_costs_itself_alone(bad, count, tmp_path, c
     bad_alone = bad == "damaged" or count == 1
     assert sorted(results.values()) == [k**2 for k in range(bad_alone, count)]
     assert [line.split(":")[0] for line in errors.values()] == [bad] * bad_alone
-    assert ("--workers" in capfd.readouterr().err) == (count > 1)
+    assert ("one by one" in capfd.readouterr().err) == (count > 1)
     if bad_alone and count > 1:  # what a cache would keep
         with pytest.raises(data.DataError, match="damaged"):
             data._run_all(_square, tasks, 2, "x", quiet=True)
+        assert "--workers" in capfd.readouterr().err
+
+
+def test_a_pool_of_another_thread_than_the_main_one(capfd):
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(lambda: sorted(data._run_parallel(str, [1, 2], 2, quiet=True))).result()
+    assert found == [(1, "1"), (2, "2")]
+    assert [*data._run_parallel(str, [], apart=True)] == []
 
 
 def test_ctrl_c_before_a_file_is_in_its_place(tmp_path, monkeypatch):

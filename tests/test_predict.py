@@ -111,7 +111,7 @@ def refuse(capsys, *argv) -> str:
 def fold_predictions(paths: list[str], piano) -> dict[str, np.ndarray]:
     """name -> what evaluate writes for that item."""
     folds, _ = evaluation._load_fold_models(evaluation._load_models(paths))
-    args = SimpleNamespace(device=torch.device("cpu"), batch=None, crops=None, cache=piano.cache, audio=None)
+    args = SimpleNamespace(device=torch.device("cpu"), cache=piano.cache, audio=None)
     args.rate = None
     predictions, _ = evaluation.fold_predictions(folds, piano.corpus, args, ("valid", "test"))
     return {name: p for (*_, name), p in predictions.items()}
@@ -327,11 +327,15 @@ def test_one_file_of_networks_and_kernels(piano, tmp_path, capsys):
     assert min(record["uncertainty"].values()) > 0.5 * np.mean([ckpt["error80"] for ckpt in ckpts], 0).min()
 
 
-def test_out_needs_rated_items_of_the_validation_part():
-    nothing = SimpleNamespace(items={}, synthetic=True, root="corpus")
+@pytest.mark.parametrize(
+    ("task", "items"), [("ast", {}), ("han", {"Op_8bars_Score_01": {"y": np.zeros(19)}})]
+)
+def test_out_needs_rated_players_of_the_validation_part(task, items):
+    corpus = SimpleNamespace(items=items, synthetic=True, root="corpus")
     args = SimpleNamespace(save_results=None, csv=None, out="all.pt")
+    predictions = {("valid", 0, "Op_8bars_Score_01"): np.zeros(19)}
     with pytest.raises(data.DataError, match="all.pt"):
-        evaluation._finish({("valid", 0, "a"): np.zeros(19)}, nothing, args, {"split": "x", "task": "ast"})
+        evaluation._finish(predictions, corpus, args, ["valid"], {"split": "x", "task": task})
 
 
 def test_kernel_is_scikit_learns():

@@ -253,6 +253,11 @@ def test_layer_decay_scales_from_the_head_down():
         assert rates["blocks.0.qkv.weight"] == (0 if frozen else 0.5)
         assert model.head.read[0].weight.requires_grad
         assert model.blocks[0].qkv.weight.requires_grad == (not frozen or world > 1)  # DDP waits for all
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    pretrain_ast.forget_encoder(optimizer)
+    left = {names[id(p)] for p in model.parameters() if p.grad is not None}
+    assert left == {name for name in names.values() if name.split(".")[0] in ("norm", "head")}
 
 
 def test_augmentation_counts_for_its_groups_only():
