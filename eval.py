@@ -260,7 +260,7 @@ def _stacked(predictions, truth, part, view):
 
 
 def of_views(function: Callable, predictions: dict, truth: dict, parts: Iterable[str]) -> dict:
-    """{part: {view: function(*_stacked), or None where nothing is rated}}, of parts (none: of predictions)."""
+    """{part: {view: function(*_stacked), or None where nothing is rated}}, of parts, else of all."""
     result: dict = {part: {} for part in parts or [part for part, *_ in predictions]}
     for part, view in itertools.product(result, VIEWS):
         names, *arrays = _stacked(predictions, truth, part, view)
