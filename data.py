@@ -5660,11 +5660,8 @@ def _run_parallel(
     if len(tasks) == 1:
         for task in undone:
             file = task[0] if isinstance(task, tuple) else task
-            found = "the process that read it ended early"
-            yield (
-                task,
-                ProcessEnded(f"{file}: {found}; expected a whole file and free memory; fetch it again"),
-            )
+            found = "the process that read it ended early; expected a whole file and free memory"
+            yield task, ProcessEnded(f"{file}: {found}; fetch it again")
     elif undone:
         advice = "" if apart else ". For want of memory? Give fewer --workers"
         print(f"a process ended early; the rest runs one by one{advice}", file=sys.stderr)

@@ -471,15 +471,14 @@ def _finish(predictions, corpus, args, parts, about, models=(), spread=None):
     if about["task"] == "han":
         figures["humans"] = _measure_humans(predictions, spread, truth, corpus.root, parts)
     if args.out:
-        of_valid = [figures["metrics"]["valid"]["all"]]
-        if about["task"] == "han":
-            of_valid.append(figures["humans"]["valid"])
-        if None in of_valid:
+        rated = figures["metrics"]["valid"]["all"]
+        players = figures["humans"]["valid"] if about["task"] == "han" else {}
+        if rated is None or players is None:
             told = "keeps figures of human players of part valid, of whom none is rated; leave out --out"
             raise DataError(f"{args.out}: {told}")
-        known = {"valid_r2": of_valid[0]["mean"]["r2"]}
-        if about["task"] == "han":
-            known["error80"] = of_valid[1]["error80"]
+        known = {"valid_r2": rated["mean"]["r2"]}
+        if players:
+            known["error80"] = players["error80"]
         save_ensemble(args.out, models, known)
     unrated = {name for *_, name in predictions} - truth.keys()
     print(f"{len(unrated)} unlabelled items predicted; --csv FILE writes all predictions")
@@ -725,9 +724,9 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
         about["audio"] = "wav" if args.audio else "rendered"
         about |= {"copies": args.copies, "heads": args.heads}
         about["soundfonts"] = list(map(last_part, args.soundfonts))
-        about |= {
-            key: given and last_part(given) for key, given in (("rate", args.rate), ("probe", args.probe))
-        }
+        for key in ("rate", "probe"):
+            given = getattr(args, key)
+            about[key] = given and last_part(given)
         clips = Clips(corpus, args)
     parts = ("valid", "test")
     predictions, kernels = {}, []
