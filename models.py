@@ -755,21 +755,13 @@ def sinusoids(count: int, width: int) -> Tensor:
 
 class GroupedHead(nn.Module):
     """One head per group of outputs: LayerNorm, linear and GELU make the group's query; a linear layer reads
-    it.
+    it."""
 
-    cross: in between, a transformer block over the queries lets the groups see each other.
-    """
-
-    def __init__(
-        self, size: int, width: int, heads: int, groups: list[list[int]], cross: bool, dropout: float
-    ):
+    def __init__(self, size: int, width: int, groups: list[list[int]], dropout: float):
         super().__init__()
         self.query = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(size), nn.Linear(size, width), nn.GELU()) for _ in groups
         )
-        self.cross = nn.Identity()
-        if cross:
-            self.cross = nn.Sequential(Block(width, heads, dropout), nn.LayerNorm(width))
         self.dropout = nn.Dropout(dropout)
         self.read = nn.ModuleList(nn.Linear(width, len(group)) for group in groups)
         self.register_buffer("place", torch.tensor(sum(groups, [])).argsort(), persistent=False)
@@ -777,7 +769,7 @@ class GroupedHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled (B, size) -> (B, outputs) in the outputs' own order."""
         queries = torch.stack([query(pooled) for query in self.query], dim=1)  # (B, G, width)
-        queries = self.dropout(self.cross(queries))
+        queries = self.dropout(queries)
         rated = torch.cat([read(queries[:, g]) for g, read in enumerate(self.read)], dim=1)
         return rated.index_select(1, self.place)
 
@@ -807,7 +799,6 @@ class AST(nn.Module):
         depths: int = 1,  # tokens after so many evenly spaced blocks, the last included, are pooled
         statistics: bool = False,  # the heads see the clip's ClipStatistics too
         groups: list[list[int]] | None = None,  # outputs of each head (GroupedHead); None: one linear layer
-        cross: bool = False,  # heads of groups see each other
         balance: str | None = None,  # "uncertainty": log_variance (G,) of the groups, for the trainer's loss
     ):
         super().__init__()
@@ -844,7 +835,7 @@ class AST(nn.Module):
                 size += self.statistics.size
             self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, num_outputs))
             if groups:
-                self.head = GroupedHead(size, width, heads, groups, cross, dropout)
+                self.head = GroupedHead(size, width, groups, dropout)
             if balance:
                 self.log_variance = nn.Parameter(torch.zeros(len(groups)))
         for module in self.modules():
@@ -1020,7 +1011,7 @@ def _check_ast(frames, mel, width, heads, stride, ssast_compat, num_outputs, poo
         "heads that divide the width, with visible_only half of it": narrowest % heads == width % heads == 0,
         f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
         "each output in one group": not groups or outputs == [*range(num_outputs)],
-        "groups, for cross or balance": groups or not (args["cross"] or args["balance"]),
+        "groups, for balance": groups or not args["balance"],
         f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
     }
     broken = [rule for rule, kept in rules.items() if not kept]
@@ -1573,6 +1564,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
+        ckpt["model_args"].pop("cross", None)  # of ASTs until 2026-11-27: an experiment
         with _Bounded(weights, ckpt["model_args"], Path(path).stat().st_size):
             model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(weights)

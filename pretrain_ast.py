@@ -160,7 +160,6 @@ OPTIONS = {
         ("--depths", WHOLE, 1, "finetune: of so many depths (%(default)s)"),
         ("--grouped", bool, True, "finetune: a head a group (on)"),
         ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
-        ("--cross-groups", bool, False, "finetune: heads attend to each other (off)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
     ],
     "optimiser": [
@@ -440,7 +439,6 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         "depths": args.depths,
         "statistics": args.statistics,
         "groups": data.label_groups() if args.grouped else None,
-        "cross": args.cross_groups,
         "balance": "uncertainty" if args.balance == "uncertainty" else None,
     }
     if not args.init:

@@ -167,7 +167,7 @@ def test_patches_are_numbered_frequency_major():
 
 @pytest.mark.parametrize(
     "args",
-    [{}, {"ssast_compat": True}, {"pooling": "meanstd", "stride": 10}, {"groups": GROUPS, "cross": True}],
+    [{}, {"ssast_compat": True}, {"pooling": "meanstd", "stride": 10}, {"groups": GROUPS}],
 )
 def test_ratings_do_not_see_padding_or_batch_mates(args):
     model = small_ast(num_outputs=5, **args)
@@ -205,12 +205,10 @@ def test_groups_rate_their_own_outputs():
     before = model(x)
     model.head.read[0].bias += torch.tensor([1.0, 2.0])
     assert (model(x) - before)[0].tolist() == pytest.approx([2, 0, 0, 0, 1], abs=1e-5)
-    for cross, others in ((False, [0, 1, 3, 4]), (True, [])):
-        model = small_ast(num_outputs=5, groups=GROUPS, cross=cross)
-        before = model(x)
-        model.head.query[1][1].weight *= -1
-        moved = (model(x) - before).abs().amax(0)
-        assert [d for d in range(5) if moved[d] < 1e-6] == others
+    before = model(x)
+    model.head.query[1][1].weight *= -1
+    moved = (model(x) - before).abs().amax(0)
+    assert [d for d in range(5) if moved[d] < 1e-6] == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +230,7 @@ VARIANTS = [
     {"ssast_compat": True},
     {"visible_only": True, "ssast_compat": True},
     {"num_outputs": 5},
-    {"num_outputs": 5, "groups": GROUPS, "cross": True, "pooling": "meanstd"},
+    {"num_outputs": 5, "groups": GROUPS, "pooling": "meanstd"},
     {"num_outputs": 5, "stride": 10, "ssast_compat": True},
 ]
 

@@ -100,7 +100,7 @@ CASES = {
         kept=("--fold 1 --lr 5e-4",
               {"fold": "1", "lr": 5e-4, "width": 16, "epochs": 2, "task": "finetune", "pooling": "meanstd"}),
         switches=("--model cnn", "--model mlp --standardise none",
-                  "--cross-groups --balance uncertainty --pooling mean --standardise group",
+                  "--balance uncertainty --pooling mean --standardise group",
                   "--ssast-compat --pooling cls",
                   "--variants 2 --augment-groups tempo=timbre pitch=timing,expression",
                   "--task pretrain --online", "--task pretrain --checkpointing --amp bf16"),
