@@ -452,7 +452,7 @@ def _print_figures(title, figures, tests):
         return
     print_table(*fold_table(title, figures))
     each = figures["mean"]["per_dimension"] | (tests or {})
-    print_table(["mean of folds", *each], zip(LABELS, *each.values(), strict=True))
+    print_table(["mean of folds", *each], zip(RATINGS.values(), *each.values(), strict=True))
 
 
 def _finish(predictions, corpus, args, parts, about, models=(), spread=None):
@@ -1773,7 +1773,7 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
         question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
-        question = f"mean {args.metric}", LABELS, METRICS[args.metric]
+        question = f"mean {args.metric}", RATINGS.values(), METRICS[args.metric]
     if len(set(pairs[3])) < 2:
         found = f"{len(pairs[0])} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
@@ -1945,7 +1945,7 @@ performance's true rating."""
         figures = views[view] = rater_ceiling(raters[chosen], names[chosen], ratings[chosen] / 7)
         print(f"{VIEWS[view]}: {figures['items']} items, {figures['per_item']:.1f} ratings each")
         columns = [np.append(figures[key], figures[key].mean()) for key in ("r2", "pearson")]
-        print_table(["ceiling", "r2", "pearson"], zip([*LABELS, "mean"], *columns, strict=True))
+        print_table(["ceiling", "r2", "pearson"], zip([*RATINGS.values(), "mean"], *columns, strict=True))
     print(f"human players within a segment: Pearson {brackets(within_ceiling(root))}")
     return views
 
@@ -2279,7 +2279,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
         print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
     args.written = read_musicxml(args.score) if args.score else None
-    if args.score and not about["synthetic"] and not heard_in_training(loaded, args.score):
+    args.heard = not args.score or about["synthetic"] or heard_in_training(loaded, args.score)
+    if not args.heard:
         print(say_unheard())
     predict_file = {"han": rate_performance, "ast": rate_audio, "decoder": decode}[kind]
     records, refused, drawn = [], [], set()
@@ -2396,9 +2397,12 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     if len(parts) > 1:
         title += f"\nlonger than what it was trained on: mean of {len(parts)} passages"
     mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
-    rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.score)
-    for line in reading.warnings():
+    rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.heard)
+    warnings = reading.warnings()
+    for line in warnings:
         tqdm.write(f"warning: {line}")
+    if not args.heard:  # printed once, above all takes
+        warnings.append(say_unheard())
     record = {
         "name": name,
         "path": path,
@@ -2408,7 +2412,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "notes": sum(len(item["x"]) for item in items.values()),
         "repairs": say_repairs(item["repairs"]),
         **rated,
-        "warnings": printable("; ".join(reading.warnings())),
+        "warnings": printable("; ".join(warnings)),
         "passages": passage_ratings(parts, mean) if len(parts) > 1 else [],
     }
     yield record, item | {"name": name, "item": item, "score": reading.score, "passages": record["passages"]}
@@ -2527,12 +2531,10 @@ def say_unheard() -> str:
     return said + measured.format(**measured_unheard()) + noise
 
 
-def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], score: str | None = None) -> dict:
+def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], heard: bool = True) -> dict:
     """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
     mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
     ratings = dict(zip(LABELS, mean[0].tolist(), strict=True))
-    synthetic = loaded[0][2]["data"]["synthetic"]
-    heard = score is None or synthetic or heard_in_training(loaded, score)
     errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
     tqdm.write(f"\n{title}")

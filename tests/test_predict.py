@@ -366,6 +366,7 @@ def test_shipped_models_rate_without_being_named(piano, capsys):
         assert f"{path} (" in said.splitlines()[0]
         assert Path(path).stat().st_size <= 1e6 * megabytes
     assert len(record["uncertainty"]) == 19
+    assert (evaluation.say_unheard() in record["warnings"]) == (evaluation.say_unheard() in said)
     sound = Path(piano.midi(name)).with_suffix(".wav")
     data.write_wav(sound, data.render(data.read_midi(piano.midi(name))))
     (record,) = predict("--audio", str(sound))
