@@ -40,12 +40,11 @@ import os
 import re
 import shlex
 import signal
-import struct
 import subprocess
 import sys
 import time
 import zipfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
@@ -186,15 +185,9 @@ class HAN(nn.Module):
             layers = [sum(layers), 0, 0, 0]
         self.level = level
         width = 2 * size  # both directions of an LSTM
-        if model != "head":
-            self._make_encoder(input_size, size, heads, layers, dropout)
-        seen = stats_size + (0 if model == "head" else width)
-        self.head = rating_head(seen, head_size or width, num_label, dropout)
-
-    def _make_encoder(
-        self, input_size: int, size: int, heads: int, layers: list[int], dropout: float
-    ) -> None:
-        level, width = self.level, 2 * size
+        if model == "head":
+            self.head = rating_head(stats_size, head_size or width, num_label, dropout)
+            return
         self.embedding = nn.Linear(input_size, size)
         self.note = BiLSTM(size, size, layers[0], dropout)
         if level != "note":
@@ -208,6 +201,7 @@ class HAN(nn.Module):
         if level in ("note", "total_note_cat"):
             self.contractor = nn.Linear(4 * width if level == "total_note_cat" else width, width)
         self.attention = ContextAttention(width, heads)
+        self.head = rating_head(width + stats_size, head_size or width, num_label, dropout)
 
     def forward(self, batch: dict) -> Tensor:
         """batch of data.collate_han -> logits (B, 19)."""
@@ -610,27 +604,22 @@ def _by_names_of_24(weights):
     return renamed | {"gru_decoder.weight_ih_l0": by_channels, "gaussianSmoother.weight": smoothing}
 
 
-class _Float64:
-    """Stands for numpy.dtype in a '25 checkpoint, whose one scalar is read without calling NumPy."""
+class _Scalar:
+    """Stands for the NumPy scalar of a '25 checkpoint, which is not needed: NumPy is not called."""
 
-    def __init__(self, name: str, *flags):
-        if name != "f8":
-            raise ValueError(f"a number of type {name}")
+    def __init__(self, *about):
+        pass
 
     def __setstate__(self, state) -> None:
         pass
-
-
-def _float64(kind: _Float64, raw: bytes) -> float:
-    return struct.unpack("<d", raw)[0]
 
 
 def read_baseline(path: str | Path) -> tuple[GRUDecoder, list[str]] | None:
     """A file of either public trainer ('24: modelWeights, '25: best_checkpoint) as a decoder and its
     sessions; None where the file is none. Sessions of '25 stand in `args.yaml` beside it, those of '24 are
     known where they are 24; otherwise day00, day01 ... DataError for weights that are incomplete."""
-    stand_ins = [(_Float64, "numpy.dtype")]
-    stand_ins += [(_float64, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    names = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    stand_ins = [(_Scalar, name) for name in names]
     content = None
     with suppress(Exception), torch.serialization.safe_globals(stand_ins):  # of what a foreign file raises
         _check_archive(path)
@@ -882,48 +871,40 @@ class AST(nn.Module):
         return torch.cat([self.pool(tokens, None, fbank.shape[1], "meanstd") for tokens in levels], dim=1)
 
     def tokens_of(self, fbank, lengths):
-        """Tokens (B, extra + patches, width) after the blocks `levels`, the last after the norm, and which
-        patches are valid."""
+        """What `encode` makes of them, and which patches are valid."""
         tokens, valid = self.tokens(fbank, lengths)
-        return self.encode(tokens + self.position(self.grid(fbank)), valid, self.levels), valid
-
-    def grid(self, fbank):
-        """Time columns of a batch; refuses one that this model cannot take."""
-        frames, mel = fbank.shape[1:]
-        if self.count(mel) != self.rows or not 1 <= self.count(frames) <= self.columns:
-            expected = f"{PATCH} to {self.model_args['frames']} frames of {self.model_args['mel']} mel bins"
-            raise DataError(f"AST: input of {frames} frames, {mel} mel bins; expected {expected}")
-        return self.count(frames)
+        return self.encode(tokens + self.position(tokens.shape[1] // self.rows), valid), valid
 
     def tokens(self, fbank, lengths):
         """Patch projections (B, patches, width) and, of given lengths, which ones lie inside (B, patches)."""
-        columns = self.grid(fbank)
+        frames, mel = fbank.shape[1:]
+        columns = self.count(frames)
+        if self.count(mel) != self.rows or not 1 <= columns <= self.columns:
+            expected = f"{PATCH} to {self.model_args['frames']} frames of {self.model_args['mel']} mel bins"
+            raise DataError(f"AST: input of {frames} frames, {mel} mel bins; expected {expected}")
         x = self.embed(fbank.transpose(1, 2).unsqueeze(1)).flatten(2).transpose(1, 2)
         if lengths is None:
             return x, None
         return x, _inside(columns, self.count(lengths.to(x.device))).repeat(1, self.rows)
 
-    def encode(self, x, valid, levels=()):
-        """Patches with their positions (B, T, width), valid (B, T) -> (B, extra + T, width) after the last
-        norm; or the tokens after each of these blocks."""
+    def encode(self, x, valid):
+        """Patches with their positions (B, T, width), valid (B, T) -> tokens (B, extra + T, width) after each
+        of the blocks `levels`, the last after the norm."""
         if self.extra is not None:
-            x = torch.cat([self.extra.sum(0).expand(len(x), -1, -1), x], dim=1)
-            valid = None if valid is None else nn.functional.pad(valid, (2, 0), value=True)
+            x, valid = _behind(self.extra.sum(0).expand(len(x), -1, -1), x, valid)
         x = self.dropout(x)
         found = []
-        for first, last in itertools.pairwise([0, *(levels or [len(self.blocks)])]):
-            x = self.through(self.blocks[first:last], x, valid)
-            found.append(x)
+        for number, block in enumerate(self.blocks, 1):
+            x = self.through(block, x, valid)
+            if number in self.levels:
+                found.append(x)
         found[-1] = self.norm(x)
-        return found if levels else found[0]
+        return found
 
-    def through(self, blocks, x, valid):
-        for block in blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, valid, use_reentrant=False)
-            else:
-                x = block(x, valid)
-        return x
+    def through(self, block, x, valid):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, valid, use_reentrant=False)
+        return block(x, valid)
 
     def pool(self, tokens, valid, crops=1, pooling=None):
         """Tokens (B * crops, extra + T, width) of the encoder, valid (B * crops, T) -> (B, width), or twice
@@ -953,7 +934,7 @@ class AST(nn.Module):
         weight = there.float() / there.sum(1, keepdim=True) / len(fbank)
         error = (self.generate(hidden).float() - target).square().mean(2)
         mean = (target * weight.unsqueeze(2)).sum((0, 1))
-        losses = contrast(self.discriminate(hidden).float(), target, there, compat)
+        losses = contrast(self.discriminate(hidden).float(), target, there, weight, compat)
         losses["mse"] = (error * weight).sum()
         losses["mse_mean"] = ((target - mean).square().mean(2) * weight).sum()
         return losses
@@ -966,10 +947,10 @@ class AST(nn.Module):
         ids = mask.clip(min=0)
         hide = torch.zeros(B, T + 1, dtype=torch.bool, device=x.device)
         hide = hide.scatter(1, mask.remainder(T + 1), True)[:, :T]  # -1 marks the last, which is cut off
-        position = self.position(self.grid(fbank))
+        position = self.position(T // self.rows)
         if self.decoder is None:
             x = torch.where(hide.unsqueeze(2), self.hidden.to(x.dtype), x)
-            tokens = self.encode(x + position, valid)[:, -T:]
+            tokens = self.encode(x + position, valid)[-1][:, -T:]
         else:
             tokens = self.fill_in(x + position, hide, valid, T - mask.shape[1])
         return gather_patches(tokens, ids), gather_patches(patches(fbank), ids), mask >= 0
@@ -979,19 +960,25 @@ class AST(nn.Module):
         seen = ~hide if valid is None else ~hide & valid
         if valid is not None:
             visible = int(seen.sum(1).max())
-        order = seen.to(torch.uint8).argsort(
-            dim=1, descending=True, stable=True
-        )  # (B, T): visible ones first
+        order = seen.byte().argsort(dim=1, descending=True, stable=True)  # (B, T): visible ones first
         real = None if valid is None else seen.gather(1, order)[:, :visible]
-        encoded = self.encode(gather_patches(x, order[:, :visible]), real)
+        encoded = self.encode(gather_patches(x, order[:, :visible]), real)[-1]
         encoded = self.narrow(encoded)  # (B, extra + visible, decoder width)
         extra = encoded.shape[1] - visible
         x = gather_patches(encoded[:, extra:], order.argsort(dim=1).clip(max=visible - 1))
         x = torch.where(seen.unsqueeze(2), x, self.hidden.to(x.dtype))
         x = x + self.decoder_position(x.shape[1] // self.rows)
-        x = torch.cat([encoded[:, :extra], x], dim=1)
-        valid = None if valid is None else nn.functional.pad(valid, (extra, 0), value=True)
-        return self.decoder_norm(self.through(self.decoder, x, valid))[:, extra:]
+        x, valid = _behind(encoded[:, :extra], x, valid)
+        for block in self.decoder:
+            x = self.through(block, x, valid)
+        return self.decoder_norm(x)[:, extra:]
+
+
+def _behind(extra, x, valid):
+    """Tokens that are always valid and behind them x, of which those `valid` are, or all (None)."""
+    if valid is not None:
+        valid = nn.functional.pad(valid, (extra.shape[1], 0), value=True)
+    return torch.cat([extra, x], dim=1), valid
 
 
 def _pixel_head(width):
@@ -1031,14 +1018,15 @@ def patches(fbank: Tensor) -> Tensor:
     return x.permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
 
 
-def contrast(predicted: Tensor, target: Tensor, there: Tensor, compat: bool) -> dict[str, Tensor]:
-    """InfoNCE among the masked patches of each clip: predicted, target (B, N, C), there (B, N) -> nce,
-    accuracy, chance.
+def contrast(
+    predicted: Tensor, target: Tensor, there: Tensor, weight: Tensor, compat: bool
+) -> dict[str, Tensor]:
+    """InfoNCE among the masked patches of each clip: predicted, target (B, N, C); which of the N there are,
+    and their weight in the averages, (B, N) -> nce, accuracy, chance.
 
     Scores are plain dot products. compat: see AST.pretrain_losses.
     """
     both = there.unsqueeze(1) & there.unsqueeze(2)
-    weight = there.float() / there.sum(1, keepdim=True) / len(there)
     with torch.autocast(target.device.type, enabled=False):
         score = torch.einsum("bic,bjc->bij", target, predicted)  # patch i, prediction j
     score = score.masked_fill(~both, -1e30)
@@ -1144,14 +1132,15 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     try:
         table = weights.pop("pos_embed")[0]
         tokens = torch.cat([weights.pop("cls_token"), weights.pop("dist_token")], dim=1)[0]
+        count = len(table) - 2
+
+        def fits(stride: int) -> tuple[bool, bool]:
+            rows = (mel - PATCH) // stride + 1
+            return count == rows * ((frames - PATCH) // stride + 1), count % rows == 0
+
         # SSAST's pre-training has stride 16; else the one that fits the table, of both that of `frames` or 10
-        grids = {s: ((mel - PATCH) // s + 1, (frames - PATCH) // s + 1) for s in (10, PATCH)}
-        fit = [
-            s for s, (rows, _) in grids.items() if (len(table) - 2) % rows == 0 and "hidden" not in weights
-        ]
-        exact = [s for s in fit if len(table) - 2 == math.prod(grids[s])]
-        stride = (exact + fit + [PATCH])[0]
-        columns = (len(table) - 2) // grids[stride][0]
+        stride = PATCH if "hidden" in weights else max((10, PATCH), key=fits)
+        columns = count // ((mel - PATCH) // stride + 1)
         long = int(weights.pop("p_input_tdim", (columns - 1) * stride + PATCH))
         width = len(weights["embed.weight"])
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -1652,6 +1641,7 @@ class _Bounded(TorchFunctionMode):
 # Runs: what every trainer needs beside its control flow
 # ---------------------------------------------------------------------------------------------------------
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 # what a resumed run may be given otherwise than its checkpoint says
 FREE_ON_RESUME = set(
     "data audio cache out name resume init device max_steps patience log_every eval_every save_every "
@@ -1672,6 +1662,17 @@ RUN_OPTIONS = [
     ("--tensorboard", bool, False, "mirror the metrics (off)"),
     ("--debug", bool, False, "show the traceback of an error (off)"),
 ]
+
+
+def option_parser(manual: str, options: dict[str, list[tuple]]) -> ArgumentParser:
+    """The parser of a trainer's own options, by group as `data.add_options` takes them."""
+    parser = ArgumentParser(
+        formatter_class=RawDescriptionHelpFormatter,
+        usage="python %(prog)s [--data DIR] [options]",
+        description=f"{manual}\nIn brackets: defaults, as the other options given make them.",
+    )
+    add_options(parser, options)
+    return parser
 
 
 def run_options(parser: ArgumentParser, **defaults) -> None:
@@ -1714,6 +1715,17 @@ def parse_options(
     return args
 
 
+def main_process() -> bool:
+    """Whether this is the one process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """A line of the main process, above its progress bar."""
+    if main_process():
+        tqdm.write(line)
+
+
 def set_up(device: str, seed: int, exact: bool) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; seeds torch, joins the process group under torchrun. Unless
     exact, float32 products on a GPU are of TF32."""
@@ -1734,27 +1746,36 @@ def set_up(device: str, seed: int, exact: bool) -> tuple[torch.device, int, int]
 
 
 @contextmanager
-def main_first(rank: int, world: int) -> Iterator[None]:
+def main_first() -> Iterator[None]:
     """The main process goes through the block first and makes a cache there; the others then find it made."""
-    if rank:
+    if not main_process():
         dist.barrier()
     yield
-    if world > 1 and rank == 0:
+    if main_process() and dist.is_initialized():
         dist.barrier()
 
 
-def from_main(value: object, world: int) -> object:
+def from_main(value: object) -> object:
     """The main process's value on every process: all must take the same decisions."""
     box = [value]
-    if world > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
 
 
-def on_any(flag: bool, world: int) -> bool:
+def from_all(value: object) -> list:
+    """The value of every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_any(flag: bool) -> bool:
     """Whether the flag is set on any process."""
     count = torch.tensor(int(flag))
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(count)
     return bool(count)
 
@@ -1762,61 +1783,58 @@ def on_any(flag: bool, world: int) -> bool:
 def all_folds(train_fold: Callable[[Namespace], dict], args: Namespace) -> dict:
     """One run a fold, in turn; prints mean and deviation of their best validation figures."""
     finals, start = [], time.time()
-    main_process = os.environ.get("RANK", "0") == "0"
     for fold in range(FOLDS):
         name = args.name and f"{args.name}_f{fold}"
         finals.append(train_fold(Namespace(**vars(args) | {"fold": str(fold), "name": name})))
         left = (time.time() - start) / len(finals) * (FOLDS - len(finals))
-        if main_process:
-            print(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
+        say(f"{len(finals)} of {FOLDS} folds done, {tqdm.format_interval(left)} left")
     said = []
     for key, value in finals[0].items():
         if key.startswith("valid_") and isinstance(value, float):
-            scores = torch.tensor([final[key] for final in finals], dtype=torch.float64)
-            mean, deviation = scores.mean().item(), scores.std(correction=0).item()
-            said.append(f"{key[6:]} {shown(mean)} ± {shown(deviation)}")
-    if main_process:
-        print(f"four folds{' (SYNTHETIC)' if finals[0]['synthetic'] else ''}: validation", ", ".join(said))
+            scores = [final[key] for final in finals]
+            said.append(f"{key[6:]} {shown(np.mean(scores))} ± {shown(np.std(scores))}")
+    kind = " (SYNTHETIC)" if finals[0]["synthetic"] else ""
+    say(f"four folds{kind}: validation {', '.join(said)}")
     return {"folds": finals}
 
 
 def launch(train: Callable[[Namespace], dict], args: Namespace, then: str = "eval.py --ckpt") -> None:
     """Trains, and says what to type next: `then` with the best.pt of every run."""
     result = train(args)
-    if os.environ.get("RANK", "0") == "0":
-        files = [f"{final['folder']}/best.pt" for final in result.get("folds", [result])]
-        where = ["--data", args.data] if args.data and "--data" not in then else []
-        print("next: python", shlex.join([*then.split(), *files, *where]))
+    files = [f"{final['folder']}/best.pt" for final in result.get("folds", [result])]
+    where = ["--data", args.data] if args.data and "--data" not in then else []
+    say(f"next: python {shlex.join([*then.split(), *files, *where])}")
 
 
-def working_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> str:
+def working_amp(kind: str, device: torch.device, make: Callable[[], nn.Module], *shape: int) -> str:
     """The precision to train in. auto: on a GPU bf16 where it works, else fp16, else off; on a CPU bf16 where
-    it is faster than float32 by a fifth or more. make() -> (module, its arguments): what is tried."""
+    it is faster than float32 by a fifth or more. Tried with make(), a layer, on input of this shape."""
     if kind == "off":
         return kind
     if kind == "auto" and device.type == "cpu":
-        faster = 1.2 * probe_amp("bf16", device, make) < probe_amp("off", device, make)
+        faster = 1.2 * probe_amp("bf16", device, make, shape) < probe_amp("off", device, make, shape)
         return "bf16" if faster else "off"
     tried = [*AMP_TYPES] if kind == "auto" else [kind]
-    works = [each for each in tried if probe_amp(each, device, make) < math.inf]
+    works = [each for each in tried if probe_amp(each, device, make, shape) < math.inf]
     if not works and kind != "auto":
         raise DataError(f"--amp {kind}: fails on {device}; expected a type that works; use auto")
     return works[0] if works else "off"
 
 
-def probe_amp(kind: str, device: torch.device, make: Callable[[], tuple[nn.Module, tuple]]) -> float:
-    """Processor seconds of a step of make()'s module under autocast, the fastest of three; inf where that
+def probe_amp(kind: str, device: torch.device, make: Callable[[], nn.Module], shape: Sequence[int]) -> float:
+    """Processor seconds of a step of the module make() under autocast, the fastest of three; inf where that
     raises or is not finite: what a device claims to support is no evidence. On one thread: threads that wait
     for each other on a busy machine would decide the comparison."""
     taken, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            module, inputs = make()
+            module = make().to(device)
+            x = torch.randn(shape, device=device)
             for _ in range(3):
                 start = time.process_time()
                 with torch.autocast(device.type, AMP_TYPES.get(kind), enabled=kind != "off"):
-                    output = module(*inputs)
+                    output = module(x)
                 output = output[0] if isinstance(output, tuple) else output
                 output.float().square().mean().backward()
                 taken.append(time.process_time() - start)
@@ -1844,14 +1862,11 @@ def averaged(model: nn.Module, ema: dict | None) -> Iterator[None]:
     model.train()
 
 
-def suspects(names: list[str], losses: Tensor, scaler, world: int) -> tuple[list[str], bool]:
+def suspects(names: list[str], losses: Tensor, scaler) -> tuple[list[str], bool]:
     """Why a step's gradient is not finite: the items, over all processes, whose loss is not finite, or all
     where every loss is; and whether float16 overflowed, which is no fault of theirs."""
     mine = list(zip(map(str, names), losses.isfinite().tolist(), strict=True))
-    gathered = [mine] * world
-    if world > 1:
-        dist.all_gather_object(gathered, mine)
-    items = list(itertools.chain(*gathered))
+    items = list(itertools.chain(*from_all(mine)))
     bad = [name for name, finite in items if not finite]
     overflow = scaler.is_enabled() and not bad and scaler.get_scale() > 1
     return bad or [name for name, _ in items], overflow
@@ -1944,21 +1959,25 @@ class Run(ExitStack):
     """A run's folder: args.json, metrics.jsonl, checkpoints. Written by the main process alone, which holds a
     lock on metrics.jsonl: one run, one writer. For a `with`."""
 
-    def __init__(self, args: Namespace, name: str, rank: int, world: int, resumed: dict | None):
+    def __init__(self, args: Namespace, name: str, resumed: dict | None):
         super().__init__()
-        self.args, self.main, self.world = args, rank == 0, world
-        self.say = tqdm.write if self.main else lambda line: None
+        self.args = args
         self.start = time.time()
+        self.began = 0
+        self.skipped = {"bad": 0, "overflow": 0}  # updates left out
         self.skips_in_a_row = 0  # back to 0 with every update
+        if resumed:
+            self.began, self.skipped = resumed["step"], resumed["skipped"]
+            say(f"resumed {args.resume} at step {self.began}")
         self.board = None
         folder = None
-        if self.main:
+        if main_process():
             folder = run_folder(args, name)
             self.metrics = self.enter_context(locked(folder / "metrics.jsonl", wait=False))
-        self.folder = from_main(folder, world)
+        self.folder = from_main(folder)
         if resumed and resumed["written"] != os.path.getmtime(args.resume):
             raise DataError(f"{args.resume}: another process wrote it meanwhile; give the command again")
-        if self.main:
+        if main_process():
             if resumed:
                 cut_metrics(self.metrics, resumed["step"])
             write_text(folder / "args.json", json.dumps(vars(args) | git_state(), indent=1))
@@ -1967,13 +1986,13 @@ class Run(ExitStack):
     def seconds(self) -> float:
         return time.time() - self.start
 
-    def left(self, taken: int, ahead: int) -> str:
-        """How long the steps ahead will take, if they go on like those taken since the start."""
-        return f"{tqdm.format_interval(self.seconds() * ahead / taken)} left"
+    def left(self, step: int, last: int) -> str:
+        """How long the steps up to the last will take, if they go on like those since the start."""
+        return f"{tqdm.format_interval(self.seconds() * (last - step) / (step - self.began))} left"
 
     def log(self, step: int, epoch: int, **values) -> None:
         """One object in metrics.jsonl, on the disk before the next step begins."""
-        if not self.main:
+        if not main_process():
             return
         record = {"step": step, "epoch": epoch, "time": round(self.seconds(), 2), **values}
         try:
@@ -1990,59 +2009,57 @@ class Run(ExitStack):
                     self.board.add_scalar(name, value, step)
             self.board.flush()
 
-    def skip(self, step: int, epoch: int, names: list[str], overflow: bool, skipped: dict, **values) -> None:
-        """Counts in `skipped`, and logs, an update that was left out, its `suspects` and values. DataError at
+    def skip(self, step: int, epoch: int, names: list[str], overflow: bool, **values) -> None:
+        """Counts, and logs, an update that was left out, its `suspects` and values. DataError at
         --max-skips in a row, overflows apart."""
         kind = "overflow" if overflow else "bad"
-        skipped[kind] += 1
+        self.skipped[kind] += 1
         self.skips_in_a_row += not overflow
-        self.log(step, epoch, skip=kind, names=names, skipped=skipped, **values)
+        self.log(step, epoch, skip=kind, names=names, skipped=self.skipped, **values)
         if self.skips_in_a_row >= self.args.max_skips:
             raise DataError(
                 f"step {step}: {self.skips_in_a_row} non-finite updates in a row, the last with "
                 f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
             )
 
-    def end(
-        self, script: str, step: int, stopped: bool, best: dict, skipped: dict, summary: Callable
-    ) -> dict:
+    def end(self, script: str, step: int, stopped: bool, best: dict, summary: Callable) -> dict:
         """Says how the run ended, and gives the best metrics with its folder; summary(best): them in a line.
         KeyboardInterrupt of a run that was stopped; DataError where no evaluation was ever the best."""
         if stopped:
             resume = f"python {script} --resume {self.folder / 'last.pt'}"
-            self.say(f"interrupted after step {step}; go on: {resume}")
+            say(f"interrupted after step {step}; go on: {resume}")
             raise KeyboardInterrupt
         if not {"epoch", "step"} <= best.keys():
             advice = "lower --lr, see metrics.jsonl; validation trials need labels"
             raise DataError(f"{self.folder}: no evaluation had a finite figure to choose by; {advice}")
-        synthetic = self.args.synthetic
-        kind = "best (SYNTHETIC)" if synthetic else "best"
-        about = f"{sum(skipped.values())} updates skipped; {self.seconds():.0f} s; {self.folder / 'best.pt'}"
-        self.say(f"{kind}: epoch {best['epoch']}, step {best['step']}, valid {summary(best)}; {about}")
-        return best | {"synthetic": synthetic, "folder": str(self.folder), "skipped": skipped}
+        kind = "best (SYNTHETIC)" if self.args.synthetic else "best"
+        said = f"{kind}: epoch {best['epoch']}, step {best['step']}, valid {summary(best)}"
+        left_out = f"{sum(self.skipped.values())} updates skipped"
+        say(f"{said}; {left_out}; {self.seconds():.0f} s; {self.folder / 'best.pt'}")
+        about = {"synthetic": self.args.synthetic, "folder": str(self.folder), "skipped": self.skipped}
+        return best | about
 
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
-        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, skipped, data). All
+        """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, data). All
         processes take part: each has a random state."""
         device = next(model.parameters()).device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
-        states = [rng] * self.world
-        if self.world > 1:
-            dist.all_gather_object(states, rng)
-        if not self.main:
+        states = from_all({"cpu": torch.get_rng_state(), "cuda": cuda})
+        if not main_process():
             return
         made = {
             "task": task,
             "args": vars(self.args),
             "git_sha": git_state()["git_sha"],
-            "rng": rng | {"others": states[1:]},
+            "skipped": self.skipped,
+            "rng": states[0] | {"others": states[1:]},
             "model_args": model.model_args,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() or None,
+            "scheduler": None,
+            **state,
         }
-        made |= state
         save_checkpoint(self.folder / name, for_inference(made) if name == "best.pt" else made)
 
 

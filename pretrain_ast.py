@@ -26,9 +26,10 @@ import data  # first: while torch loads, Ctrl-C is one line
 # isort: split
 import argparse
 import contextlib
+import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -55,6 +56,7 @@ from models import (
     AST,
     AST_PRESETS,
     CNN,
+    OPTIMIZERS,
     POOLINGS,
     Block,
     PooledMLP,
@@ -70,10 +72,12 @@ from models import (
     load_training,
     main_first,
     on_any,
+    option_parser,
     parse_options,
     restore,
     run_options,
     same_data,
+    say,
     set_up,
     suspects,
     update_ema,
@@ -163,7 +167,7 @@ OPTIONS = {
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
     ],
     "optimiser": [
-        ("--optimizer", ["adam", "adamw"], "adamw", "adam: coupled decay (%(default)s)"),
+        ("--optimizer", OPTIMIZERS, "adamw", "adam: coupled decay (%(default)s)"),
         ("--lr", POSITIVE, 1e-4, "peak learning rate (%(default)s)"),
         ("--beta1", BELOW_ONE, 0.9, "decay of the mean gradient (%(default)s)"),
         ("--weight-decay", POSITIVE, 0.01, "of matrices (%(default)s; 0: off)"),
@@ -189,12 +193,7 @@ OPTIONS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python %(prog)s [--data DIR] [options]",
-        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
-    )
-    data.add_options(p, OPTIONS)
+    p = option_parser(__doc__, OPTIONS)
     add = p.add_argument_group("sound").add_argument
     about = "sound files, several renderings of the same (beside the MIDI; finetune: rendered into --cache)"
     add("--audio", nargs="+", metavar="DIR", help=about)
@@ -309,6 +308,11 @@ def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tu
         yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
 
 
+def clip_batch(train: Dataset, numbers: Iterable[int], info: dict, device: torch.device) -> dict:
+    """These training clips, as epoch 0 shows them."""
+    return data.on_device(data.collate_ast([train[0, k] for k in numbers], info), info, device)
+
+
 def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
     """--micro-batch; 0: on a GPU the largest half, quarter, ... of the batch whose gradients it can hold with
     a quarter of its memory free, on a CPU 16."""
@@ -320,7 +324,7 @@ def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, 
         held = torch.empty(torch.cuda.mem_get_info()[0] // 4, dtype=torch.uint8, device=device)
         try:
             numbers = sorted(range(len(train)), key=lambda k: -train.lengths[k])[:size]
-            batch = data.on_device(data.collate_ast([train[0, k] for k in numbers], info), info, device)
+            batch = clip_batch(train, numbers, info, device)
             batch = with_masks(batch, args.mask) if args.task == "pretrain" else batch
             with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
                 mean, *_ = loss_of(model, batch, args, [1.0] * len(GROUPS))
@@ -420,9 +424,9 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
 
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
     """The network to train: new, or with the encoder of --init, whose sizes it takes."""
-    baseline = args.model != "ast"
-    foreign = args.task == "pretrain" or (baseline and args.balance == "uncertainty")
-    if (args.init and (baseline or foreign)) or (baseline and foreign):
+    pretraining, baseline = args.task == "pretrain", args.model != "ast"
+    foreign = baseline and (pretraining or args.init or args.balance == "uncertainty")
+    if foreign or (pretraining and args.init):
         raise data.DataError(
             f"--model {args.model}, --init {args.init}: only with --task finetune; a baseline takes neither "
             "--init nor --balance uncertainty; to go on with a run: --resume"
@@ -431,7 +435,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         return {"cnn": CNN, "mlp": PooledMLP}[args.model](num_outputs=len(data.LABELS))
     sizes = {name: getattr(args, name) for name in ("frames", "width", "depth", "heads", "ssast_compat")}
     shared = {"dropout": args.dropout, "checkpointing": args.checkpointing}
-    if args.task == "pretrain":
+    if pretraining:
         return AST(visible_only=args.visible_only, **sizes, **shared)
     shared |= {
         "num_outputs": len(data.LABELS),
@@ -465,7 +469,7 @@ def clip_batches(train: Dataset, info: dict, device: torch.device) -> Iterator[t
     """Every training clip of epoch 0, in order: fbank (32, T, 128) normalised, and lengths."""
     for start in range(0, len(train), 32):
         numbers = range(start, min(start + 32, len(train)))
-        batch = data.on_device(data.collate_ast([train[0, k] for k in numbers], info), info, device)
+        batch = clip_batch(train, numbers, info, device)
         yield batch["x"].flatten(0, -3), batch["lengths"].flatten()
 
 
@@ -494,24 +498,6 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
     ]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, frozen: bool, world: int) -> None:
-    """The rate of each group; of the encoder's none while the heads learn alone, and no gradient either,
-    unless processes wait for each other's gradients of every weight."""
-    for group in optimizer.param_groups:
-        still = frozen and group["encoder"]
-        group["lr"] = 0.0 if still else lr * group["scale"]
-        for parameter in group["params"]:
-            parameter.requires_grad_(world > 1 or not still)
-
-
-def forget_encoder(optimizer: torch.optim.Optimizer) -> None:
-    """Drops the encoder's gradients, so that processes clip and step by the heads' alone, as one does."""
-    for group in optimizer.param_groups:
-        if group["encoder"]:
-            for parameter in group["params"]:
-                parameter.grad = None
-
-
 def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argparse.Namespace) -> dict:
     """Metrics of the present weights: pretrain on fixed crops and masks, finetune on whole items."""
     device = next(model.parameters()).device
@@ -525,7 +511,6 @@ def main(args: argparse.Namespace) -> dict:
     """Pre-train, or fine-tune one fold or all; returns the validation metrics of the best weights."""
     # ---- device, process group, seed
     device, rank, world = set_up(args.device, args.seed, args.ssast_compat)
-    say = tqdm.write if rank == 0 else lambda line: None
     if args.task == "finetune" and args.fold == "all":
         return all_folds(main, args)
 
@@ -537,7 +522,7 @@ def main(args: argparse.Namespace) -> dict:
     load_data, loss_of = (
         (data.pretrain_data, pretrain_loss) if pretraining else (finetune_data, finetune_loss)
     )
-    with main_first(rank, world):
+    with main_first():
         train, valid, info = load_data(args, rank > 0, say)
     if resumed:
         same_data(args.resume, resumed["data"], info)
@@ -555,37 +540,36 @@ def main(args: argparse.Namespace) -> dict:
         bare_model.statistics.fit(clip_batches(train, info, device))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
-    args.amp = from_main(working_amp(args.amp, device, lambda: one_block(args, device)), world)
+    one_block = partial(Block, args.width, args.heads, 0.0)
+    args.amp = from_main(working_amp(args.amp, device, one_block, 4, 128, args.width))
     parameters = sum(p.numel() for p in bare_model.parameters())
     args.loss, args.synthetic = "nce_and_mse" if pretraining else LOSS.__name__, info["synthetic"]
     say(f"{args.task} {args.model}: {parameters:,} parameters on {device}, amp {args.amp}, from {args.init}")
 
     # ---- optimiser
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     options = {"lr": args.lr, "betas": (args.beta1, 0.999), "fused": device.type == "cuda"}
-    optimizer = optimizer_class(parameter_groups(bare_model, args), **options)
+    groups = parameter_groups(bare_model, args)
+    encoder = [parameter for group in groups if group["encoder"] for parameter in group["params"]]
+    optimizer = OPTIMIZERS[args.optimizer](groups, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ema = {k: v.detach().clone() for k, v in bare_model.state_dict().items()} if args.ema else None
+    ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
     step, waited = 0, 0
     rate = 1.0
     best = {"valid_loss": math.inf, "step": 0}
-    skipped = {"bad": 0, "overflow": 0}
     balance = {"weights": [1.0] * len(GROUPS), "sums": [0.0] * len(GROUPS), "count": 0, "before": []}
     if resumed:
         ema = restore(args.resume, resumed, bare_model, optimizer, scaler, rank)
-        step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
+        step, best = resumed["step"], resumed["best"]
         rate, waited, balance = (resumed["scheduler"][key] for key in ("rate", "waited", "balance"))
-        say(f"resumed {args.resume} at step {step}")
-    args.micro_batch = from_main(micro_batch_that_fits(bare_model, train, info, loss_of, args), world)
+    args.micro_batch = from_main(micro_batch_that_fits(bare_model, train, info, loss_of, args))
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
-    began = step
-    run = Run(args, name, rank, world, resumed)
+    run = Run(args, name, resumed)
 
     def save(file: str) -> None:
-        state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
+        state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "data": info}
         state["scheduler"] = {"rate": rate, "waited": waited, "balance": balance}
         run.save(file, args.model, bare_model, optimizer, scaler, **state)
 
@@ -594,23 +578,26 @@ def main(args: argparse.Namespace) -> dict:
     eval_every = args.eval_every or steps_per_epoch
     saved_at = time.time()
     patient = True
-    bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=None if rank == 0 else True)
+    bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
     with run, Interrupt() as stop, bar, worker_processes(loader):
         while step < last and not stopped and patient:
             epoch = step // steps_per_epoch
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:
-                balance = from_main(reweigh(balance), world)
+                balance = from_main(reweigh(balance))
             whole = data.length_batches(train.lengths, args.batch, args.seed, epoch, world)
             rest = whole[step % steps_per_epoch :]
             batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in rest]
+            frozen = bool(args.init) and epoch < args.freeze
+            for parameter in encoder:  # processes wait for each other's gradients of every weight
+                parameter.requires_grad = world > 1 or not frozen
             for batch in loader:
                 batch = augment(data.on_device(batch, info, device), args)
                 if pretraining:
                     batch = with_masks(batch, args.mask)
 
                 lr = lr_at(step, args, planned) * rate
-                frozen = bool(args.init) and epoch < args.freeze
-                set_rates(optimizer, lr, frozen, world)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["scale"]
                 loss, losses, figures = 0.0, [], {}
                 for part, share, exchange in micro_batches(batch, args.micro_batch, model):
                     with exchange:
@@ -621,8 +608,9 @@ def main(args: argparse.Namespace) -> dict:
                     losses.append(by_clip)
                     for name, value in by_name.items():
                         figures[name] = figures.get(name, 0) + value * share
-                if frozen:
-                    forget_encoder(optimizer)
+                if frozen:  # clip and step by the heads' gradients alone
+                    for parameter in encoder:
+                        parameter.grad = None
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(bare_model.parameters(), args.clip).item()
                 finite = math.isfinite(norm)
@@ -632,7 +620,7 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad(set_to_none=True)
                 step += 1
                 bar.update()
-                stopped = on_any(bool(stop), world)
+                stopped = on_any(bool(stop))
 
                 if finite:
                     run.skips_in_a_row = 0
@@ -641,31 +629,31 @@ def main(args: argparse.Namespace) -> dict:
                         sums = np.array(balance["sums"]) + figures["groups"].tolist()
                         balance = balance | {"sums": sums.tolist(), "count": balance["count"] + 1}
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    names, overflow = suspects(batch["names"], torch.cat(losses), scaler, world)
-                    run.skip(step, epoch, names, overflow, skipped)
+                    names, overflow = suspects(batch["names"], torch.cat(losses), scaler)
+                    run.skip(step, epoch, names, overflow)
                 if step % args.log_every == 0:
                     shown = {key: value.tolist() for key, value in figures.items()}
-                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **shown)
+                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **shown)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 minutes = (time.time() - saved_at) / 60
                 due = (args.save_every and step % args.save_every == 0) or 0 < args.save_minutes < minutes
-                due = on_any(due, world)
+                due = on_any(due)
                 if step % eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
                         with averaged(bare_model, ema):
                             metrics = validate(bare_model, valid, info, args)
-                    metrics = from_main(metrics, world) | {"epoch": epoch, "step": step}
+                    metrics = from_main(metrics) | {"epoch": epoch, "step": step}
                     is_best = metrics["valid_loss"] < best["valid_loss"]
                     best = metrics if is_best else best
                     waited = 0 if is_best else waited + 1
                     patient = not args.patience or waited < args.patience
                     if args.lr_schedule == "plateau" and waited and waited % 3 == 0:
                         rate *= 0.5
-                    run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
+                    run.log(loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **metrics)
                     say(
                         f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
-                        f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"valid {summary(metrics)}  {run.left(step, last)}"
                         f"{data.mark(summary(metrics), is_best)}"
                     )
                     if is_best:
@@ -677,13 +665,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stopped or not patient:
                     break
 
-    return run.end("pretrain_ast.py", step, stopped, best, skipped, summary)
-
-
-def one_block(args: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, tuple]:
-    """A transformer block of the model's sizes, and an input, to try a precision with."""
-    block = Block(args.width, args.heads, 0.0).to(device)
-    return block, (torch.randn(4, 128, args.width, device=device),)
+    return run.end("pretrain_ast.py", step, stopped, best, summary)
 
 
 def summary(metrics: dict) -> str:

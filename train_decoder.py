@@ -21,7 +21,7 @@ import argparse
 import copy
 import math
 from collections import deque
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import WordSearch, ctc_losses, load_corpus, validate_decoder, word_model
 from models import (
     AMP_TYPES,
+    OPTIMIZERS,
     GRUDecoder,
     Run,
     averaged,
@@ -42,13 +43,16 @@ from models import (
     load_decoder,
     load_training,
     main_first,
+    main_process,
     on_any,
+    option_parser,
     output_frames,
     parse_options,
     peak_memory,
     restore,
     run_options,
     same_data,
+    say,
     set_up,
     suspects,
     update_ema,
@@ -138,7 +142,7 @@ OPTIONS = {
         ("--aux-weight", POSITIVE, 0.3, "of its loss (%(default)s)"),
     ],
     "optimiser": [
-        ("--optimizer", ["adam", "adamw"], "adamw", "adam: coupled decay (%(default)s)"),
+        ("--optimizer", OPTIMIZERS, "adamw", "adam: coupled decay (%(default)s)"),
         ("--adam-eps", POSITIVE, 1e-8, "beside the root of the second moment (%(default)s)"),
         ("--weight-decay", POSITIVE, 1e-4, "of weight matrices, 0: off (%(default)s)"),
         ("--decay-all", bool, False, "of biases, norms and day layers too (off)"),
@@ -163,12 +167,7 @@ OPTIONS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python %(prog)s [--data DIR] [options]",
-        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
-    )
-    data.add_options(p, OPTIONS)
+    p = option_parser(__doc__, OPTIONS)
     run_options(p, out="runs/decoder")
 
     def preset(known: argparse.Namespace) -> dict:
@@ -227,12 +226,6 @@ def batch_losses(outputs: tuple, batch: dict, args: argparse.Namespace) -> torch
     return each[0] + args.aux_weight * each[1] if auxiliary else each[0]
 
 
-def one_layer(model: GRUDecoder, device: torch.device) -> tuple[torch.nn.Module, tuple]:
-    """A GRU layer of the model's sizes, and an input, to try a precision with."""
-    inputs, hidden = model.gru_decoder.input_size, model.gru_decoder.hidden_size
-    return torch.nn.GRU(inputs, min(hidden, 256)).to(device), (torch.randn(32, 16, inputs, device=device),)
-
-
 def parameter_groups(model: GRUDecoder, args: argparse.Namespace, days: list | None = None) -> list[dict]:
     """Weight matrices decay; biases, norms, day layers (whose start is the identity) only by --decay-all.
     days: of --still-days, `separate_days`, which stand for the day layers in one piece."""
@@ -253,7 +246,7 @@ def start_days(known: list, days: list, rule: str = "nearest") -> np.ndarray:
         return data.map_days(days, known, "mean")
 
 
-def start_new_day(model, start, known: list, info: dict, corpus, parts: tuple, *about, say: Callable) -> None:
+def start_new_day(model, start, known: list, info: dict, corpus, parts: tuple, *about) -> None:
     """Says what unknown sessions reach with the nearest and the mean day layer, and starts from the better in
     training."""
     reached = {}
@@ -272,11 +265,11 @@ def evaluate(model: GRUDecoder, ema: dict | None, search: WordSearch | None, *ab
     return metrics | {"valid_per_raw": own["valid_per"], "valid_loss_raw": own["valid_loss"]}
 
 
-def load_data(args: argparse.Namespace, rank: int, world: int, say: Callable, known: list) -> tuple:
+def load_data(args: argparse.Namespace, known: list) -> tuple:
     """The corpus, the trials that train and validate, and what inference needs to know of the data. known:
     sessions of --init, beside which --new-day trains others."""
-    with main_first(rank, world):
-        corpus = load_corpus(args, speech=True, quiet=rank > 0, say=say)
+    with main_first():
+        corpus = load_corpus(args, speech=True, quiet=not main_process(), say=say)
     parts = data.speech_parts(corpus, args.valid)
     names = [corpus.days[day] for day in np.unique(corpus.day[parts["train"]])]  # others would stay identity
     if args.new_day:
@@ -307,7 +300,6 @@ def main(args: argparse.Namespace) -> dict:
     """Train one decoder; returns the metrics of the best weights on the validation part."""
     # ---- device, process group, seed
     device, rank, world = set_up(args.device, args.seed, args.preset.startswith("baseline"))
-    say = tqdm.write if rank == 0 else lambda line: None
 
     # ---- data
     resumed = load_training(args.resume, ("decoder",)) if args.resume else None
@@ -319,7 +311,7 @@ def main(args: argparse.Namespace) -> dict:
         raise data.DataError("--new-day: without --init; give the checkpoint of the other days")
     if resumed:
         args.data = args.data or resumed["args"]["data"]
-    corpus, train, valid, info = load_data(args, rank, world, say, known)
+    corpus, train, valid, info = load_data(args, known)
     if start and start.model_args["channels"] != corpus.channels:
         found = f"{args.init}: {start.model_args['channels']} channels, {corpus.root} {corpus.channels}"
         raise data.DataError(f"{found}; convert it anew with --channels")
@@ -341,14 +333,15 @@ def main(args: argparse.Namespace) -> dict:
     bare_model = GRUDecoder(**sizes).to(device)
     if args.new_day and not resumed:
         parts = train, valid
-        start_new_day(bare_model, start, known, info, corpus, parts, days, args.batch, say=say)
+        start_new_day(bare_model, start, known, info, corpus, parts, days, args.batch)
     elif start:
         bare_model.start_from(start, start_days(known, info["days"]))
     if args.new_day:
         for name, parameter in bare_model.named_parameters():
             parameter.requires_grad = name.startswith("day")
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
-    args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(bare_model, device)), world)
+    one_layer = partial(torch.nn.GRU, corpus.channels * args.kernel, min(args.hidden, 256))
+    args.amp = from_main(working_amp(args.amp, device, one_layer, 32, 16, corpus.channels * args.kernel))
     parameters = sum(p.numel() for p in bare_model.parameters())
     args.loss, args.synthetic = LOSS.__name__, corpus.synthetic
     say(f"GRU decoder: {parameters:,} parameters on {device}, amp {args.amp}; {planned} steps planned")
@@ -356,8 +349,7 @@ def main(args: argparse.Namespace) -> dict:
     # ---- optimiser
     layers = bare_model.separate_days() if args.still_days else None
     groups = parameter_groups(bare_model, args, layers)
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(groups, lr=args.lr, eps=args.adam_eps, fused=device.type == "cuda")
+    optimizer = OPTIMIZERS[args.optimizer](groups, lr=args.lr, eps=args.adam_eps, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
@@ -365,18 +357,15 @@ def main(args: argparse.Namespace) -> dict:
     step, rate = 0, 1.0
     chosen_by = f"valid_{args.select}"
     best = {chosen_by: math.inf, "step": 0}
-    skipped = {"bad": 0, "overflow": 0}
     if resumed:
         ema = restore(args.resume, resumed, bare_model, optimizer, scaler, rank)
-        step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
+        step, best = resumed["step"], resumed["best"]
         rate = resumed["scheduler"]["rate"]
-        say(f"resumed {args.resume} at step {step}")
     name = f"{args.preset}_h{args.hidden}_s{args.seed}"
-    began = step
-    run = Run(args, name, rank, world, resumed)
+    run = Run(args, name, resumed)
 
     def save(file: str) -> None:
-        state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
+        state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "data": info}
         run.save(file, "decoder", bare_model, optimizer, scaler, scheduler={"rate": rate}, **state)
 
     # ---- loop
@@ -412,32 +401,32 @@ def main(args: argparse.Namespace) -> dict:
                 bare_model.zero_grad()
                 step += 1
                 bar.update()
-                stopped = on_any(bool(stop), world)
+                stopped = on_any(bool(stop))
 
                 if finite:
                     run.skips_in_a_row = 0
                     recent.append(loss.detach())
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    names, overflow = suspects(batch["ids"], losses, scaler, world)
+                    names, overflow = suspects(batch["ids"], losses, scaler)
                     rate *= 1 if overflow else args.reduce_on_nan
-                    run.skip(step, epoch, names, overflow, skipped, rate=rate)
+                    run.skip(step, epoch, names, overflow, rate=rate)
                 if step % args.log_every == 0:
                     average = float(np.mean([x.item() for x in recent])) if recent else math.nan
                     report = {"loss_of_200": average, "memory": peak_memory(device)}
-                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **report)
+                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 if step % args.eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
                         metrics = evaluate(bare_model, ema, search, corpus, valid, days, args.batch)
-                    metrics = from_main(metrics, world) | {"epoch": epoch, "step": step}
+                    metrics = from_main(metrics) | {"epoch": epoch, "step": step}
                     is_best = metrics[chosen_by] < best[chosen_by]  # NaN is never best
                     best = metrics if is_best else best
-                    run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
+                    run.log(loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **metrics)
                     say(
                         f"step {step:6d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
-                        f"valid {summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"valid {summary(metrics)}  {run.left(step, last)}"
                         f"{data.mark(summary(metrics), is_best)}"
                     )
                     if is_best:
@@ -451,7 +440,7 @@ def main(args: argparse.Namespace) -> dict:
     if not stopped:
         for sample in best.get("samples", []):
             say(f"{sample['id']}\n  reference  {sample['reference']}\n  decoded    {sample['hypothesis']}")
-    return run.end("train_decoder.py", step, stopped, best, skipped, summary)
+    return run.end("train_decoder.py", step, stopped, best, summary)
 
 
 def summary(metrics: dict) -> str:

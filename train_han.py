@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from models import (
     FORMS,
     HAN,
     LEVELS,
+    OPTIMIZERS,
     Run,
     all_folds,
     averaged,
@@ -42,11 +42,14 @@ from models import (
     launch,
     load_training,
     main_first,
+    main_process,
     on_any,
+    option_parser,
     parse_options,
     restore,
     run_options,
     same_data,
+    say,
     set_up,
     suspects,
     update_ema,
@@ -96,7 +99,7 @@ OPTIONS = {
         ("--mixup", POSITIVE, 0.0, "mixes pooled vectors and ratings, Beta(a, a), 0: off (%(default)s)"),
     ],
     "optimiser": [
-        ("--optimizer", ["adam", "adamw"], "adam", "adam: coupled decay (%(default)s)"),
+        ("--optimizer", OPTIMIZERS, "adam", "adam: coupled decay (%(default)s)"),
         ("--lr", POSITIVE, 2.5e-5, "peak learning rate (%(default)s)"),
         ("--weight-decay", POSITIVE, 1e-5, "towards 0, 0: off (%(default)s)"),
         ("--batch", WHOLE, 8, "performances a step and process (%(default)s)"),
@@ -117,12 +120,7 @@ OPTIONS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python %(prog)s [--data DIR] [options]",
-        description=f"{__doc__}\nIn brackets: defaults, as the other options given make them.",
-    )
-    data.add_options(p, OPTIONS)
+    p = option_parser(__doc__, OPTIONS)
     run_options(p, out="runs/han", amp="off")
     args = parse_options(p, argv, ("han",), lambda known: PRESETS[known.preset])
     if args.model == "bilstm":
@@ -142,10 +140,10 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
     return args.lr
 
 
-def load_data(args: argparse.Namespace, resumed: dict | None, rank: int, world: int, say: Callable) -> tuple:
+def load_data(args: argparse.Namespace, resumed: dict | None) -> tuple:
     """Training items, validation items, and what inference needs to know: info, a resumed run's own."""
-    with main_first(rank, world):
-        corpus = load_corpus(args, quiet=rank > 0, say=say)
+    with main_first():
+        corpus = load_corpus(args, quiet=not main_process(), say=say)
     fold = int(args.fold)
     parts = data.percepiano_parts(corpus, args.split, fold, args.keep_overlap, args.keep_misaligned)
     given = args.features, args.pooled, args.split, fold, args.keep_overlap
@@ -227,13 +225,12 @@ def main(args: argparse.Namespace) -> dict:
     """Train one fold, or all four; returns the metrics of the best weights on the validation part."""
     # ---- device, process group, seed
     device, rank, world = set_up(args.device, args.seed, args.preset == "paper")
-    say = tqdm.write if rank == 0 else lambda line: None
     if args.fold == "all":
         return all_folds(main, args)
 
     # ---- data
     resumed = load_training(args.resume, ("han",)) if args.resume else None
-    train, valid, info = load_data(args, resumed, rank, world, say)
+    train, valid, info = load_data(args, resumed)
     lengths = [len(item["x"]) for item in train]
     steps_per_epoch = len(data.length_batches(lengths, args.batch, args.seed, 0, world))
     planned = (args.epochs or (12 if info["synthetic"] else 100)) * steps_per_epoch
@@ -244,14 +241,13 @@ def main(args: argparse.Namespace) -> dict:
     sizes |= {"input_size": len(info["columns"]), "stats_size": len(train[0]["stats"]) if args.pooled else 0}
     bare_model = HAN(**sizes).to(device)
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
-    args.amp = from_main(working_amp(args.amp, device, lambda: one_layer(device)), world)
+    args.amp = from_main(working_amp(args.amp, device, lambda: torch.nn.Linear(256, 256), 1024, 256))
     parameters = sum(p.numel() for p in bare_model.parameters())
     args.loss, args.synthetic = LOSS.__name__, info["synthetic"]
     say(f"{args.model}, {args.level}: {parameters:,} parameters on {device}; {planned} steps planned")
 
     # ---- optimiser
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    optimizer = optimizer_class(
+    optimizer = OPTIMIZERS[args.optimizer](
         bare_model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -260,18 +256,15 @@ def main(args: argparse.Namespace) -> dict:
     # ---- resume
     step = 0
     best = {"valid_loss": math.inf, "epoch": 0}
-    skipped = {"bad": 0, "overflow": 0}
     if resumed:
         ema = restore(args.resume, resumed, bare_model, optimizer, scaler, rank)
-        step, best, skipped = resumed["step"], resumed["best"], resumed["skipped"]
-        say(f"resumed {args.resume} at step {step}")
+        step, best = resumed["step"], resumed["best"]
     name = f"{args.preset}_{args.model}_{args.features}_{args.split}_f{args.fold}_s{args.seed}"
-    began = step
-    run = Run(args, name, rank, world, resumed)
+    run = Run(args, name, resumed)
 
     def save(file: str) -> None:
-        state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "skipped": skipped, "data": info}
-        run.save(file, "han", bare_model, optimizer, scaler, scheduler=None, **state)
+        state = {"ema": ema, "step": step, "epoch": epoch, "best": best, "data": info}
+        run.save(file, "han", bare_model, optimizer, scaler, **state)
 
     # ---- loop
     stopped = False
@@ -308,16 +301,16 @@ def main(args: argparse.Namespace) -> dict:
                 optimizer.zero_grad()
                 step += 1
                 bar.update()
-                stopped = on_any(bool(stop), world)
+                stopped = on_any(bool(stop))
 
                 if finite:
                     run.skips_in_a_row = 0
                     update_ema(ema, bare_model, min(args.ema, step / (10 + step)))
                 else:  # the weights stay; the step counter and the learning rate have gone on
-                    names, overflow = suspects(batch["names"], losses, scaler, world)
-                    run.skip(step, epoch, names, overflow, skipped)
+                    names, overflow = suspects(batch["names"], losses, scaler)
+                    run.skip(step, epoch, names, overflow)
                 if report:
-                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **report)
+                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 if args.diagnose:
                     say(json.dumps(report, indent=1))
@@ -326,14 +319,14 @@ def main(args: argparse.Namespace) -> dict:
                     if rank == 0:
                         with averaged(bare_model, ema):
                             metrics = validate(bare_model, valid, device)
-                    metrics = from_main(metrics, world) | {"epoch": epoch, "step": step}
+                    metrics = from_main(metrics) | {"epoch": epoch, "step": step}
                     is_best = metrics["valid_loss"] < best["valid_loss"]
                     best = metrics if is_best else best
                     patient = not args.patience or epoch - best["epoch"] < args.patience
-                    run.log(loss=loss.item(), lr=lr, norm=norm, skipped=skipped, **metrics)
+                    run.log(loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **metrics)
                     say(
                         f"epoch {epoch:3d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
-                        f"valid {rating_summary(metrics)}  {run.left(step - began, last - step)}"
+                        f"valid {rating_summary(metrics)}  {run.left(step, last)}"
                         f"{data.mark(rating_summary(metrics), is_best)}"
                     )
                     if is_best:
@@ -344,12 +337,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stopped:
                     break
 
-    return run.end("train_han.py", step, stopped, best, skipped, rating_summary)
-
-
-def one_layer(device: torch.device) -> tuple[torch.nn.Module, tuple]:
-    """A layer and an input, to try a precision with."""
-    return torch.nn.Linear(256, 256).to(device), (torch.randn(1024, 256, device=device),)
+    return run.end("train_han.py", step, stopped, best, rating_summary)
 
 
 if __name__ == "__main__":

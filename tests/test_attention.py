@@ -36,7 +36,7 @@ def wav(path, seconds: float) -> str:
 def by_hand(model: AST, clip: Tensor) -> np.ndarray:
     """Roll-out of one clip, token by token."""
     tokens, _ = model.tokens(clip[None], None)
-    x, extra = tokens + model.position(model.grid(clip[None])), 0
+    x, extra = tokens + model.position(len(tokens[0]) // model.rows), 0
     if model.extra is not None:
         x, extra = torch.cat([model.extra.sum(0)[None], x], dim=1), 2
     T, rolled = x.shape[1], np.eye(x.shape[1])

@@ -324,10 +324,10 @@ def test_amp_takes_what_works(kind, device, seconds, chosen, monkeypatch):
 def test_suspects_are_the_items_without_a_finite_loss_or_all():
     losses = torch.tensor([1.0, math.nan, math.inf])
     names, scaler = ["a", "b", "c"], torch.amp.GradScaler("cpu")
-    assert models.suspects(names, losses, scaler, 1) == (["b", "c"], False)
-    assert models.suspects(names, torch.ones(3), scaler, 1) == (names, True)
+    assert models.suspects(names, losses, scaler) == (["b", "c"], False)
+    assert models.suspects(names, torch.ones(3), scaler) == (names, True)
     for kind in ({"enabled": False}, {"init_scale": 1.0}):
-        assert models.suspects(names, torch.ones(3), torch.amp.GradScaler("cpu", **kind), 1) == (names, False)
+        assert models.suspects(names, torch.ones(3), torch.amp.GradScaler("cpu", **kind)) == (names, False)
 
 
 def test_a_log_without_nan_and_a_board(tmp_path, monkeypatch):
@@ -335,7 +335,7 @@ def test_a_log_without_nan_and_a_board(tmp_path, monkeypatch):
     board = argparse.Namespace(add_scalar=lambda *a: written.append(a), flush=lambda: None)
     monkeypatch.setattr(models, "tensorboard", lambda folder: board)
     args = argparse.Namespace(tensorboard=True, out=str(tmp_path), name="run", resume=None)
-    run = models.Run(args, "", 0, 1, None)
+    run = models.Run(args, "", None)
     run.log(3, 1, loss=math.nan, norms={"a": 1.23456789}, lr=0.5)
     record = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert record.keys() == {"step", "epoch", "time", "loss", "norms", "lr"}
@@ -343,13 +343,13 @@ def test_a_log_without_nan_and_a_board(tmp_path, monkeypatch):
     assert [(name, step) for name, _, step in written] == [("loss", 3), ("lr", 3)]
     args.resume = str(tmp_path / "run/last.pt")
     Path(args.resume).touch()
-    resumed = {"step": 5, "written": Path(args.resume).stat().st_mtime}
+    resumed = {"step": 5, "skipped": {}, "written": Path(args.resume).stat().st_mtime}
     with pytest.raises(DataError, match="metrics.jsonl: another process"):
-        models.Run(args, "", 0, 1, {"step": 3})
+        models.Run(args, "", {"step": 3, "skipped": {}})
     run.log(6, 1, loss=1.0)
     with run:
         run.metrics.write(b'{"step": 3, "to')  # a crash
-    with models.Run(args, "", 0, 1, resumed) as again:
+    with models.Run(args, "", resumed) as again:
         again.log(6, 1, loss=2.0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 6]

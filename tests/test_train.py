@@ -20,7 +20,7 @@ import models
 import pretrain_ast
 import train_decoder
 import train_han
-from models import GRUDecoder, load_checkpoint, save_checkpoint
+from models import AST, GRUDecoder, load_checkpoint, save_checkpoint
 
 WRONG = ("--batch 0", "--dropout 3", "--ema 1", "--lr nan", "--seed -1", "--max-steps 0")
 LOG_KEYS = {"step", "epoch", "time", "loss", "lr", "norm", "skipped"}
@@ -527,11 +527,11 @@ def test_decoder_new_day_keeps_a_tenth_where_no_block_of_it_is_held_out(corpus):
     args = train_decoder.parse_args(argv)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "open_speech", lambda *args, **kw: speech)
-        _, train, valid, info = train_decoder.load_data(args, 0, 1, print, speech.days[:1])
+        _, train, valid, info = train_decoder.load_data(args, speech.days[:1])
         assert (valid.tolist(), train.tolist()) == (of_new[-1:].tolist(), of_new[:-1].tolist())
         assert info["days"] == speech.days
         with pytest.raises(data.DataError, match="--init does not know"):
-            train_decoder.load_data(args, 0, 1, print, speech.days)
+            train_decoder.load_data(args, speech.days)
 
 
 def test_decoder_loss_is_torchs_mean():
@@ -579,6 +579,31 @@ def test_two_processes_equal_one_on_the_joined_batch(name, run, corpus, tmp_path
     one = last(run(name, *options, "--batch 4 --name one")["folder"])["model"]
     two = last(tmp_path / "two")["model"]
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_at_first_the_heads_learn_alone_also_in_two_processes(run, corpus, tmp_path, monkeypatch):
+    name, start = "pretrain_ast", tmp_path / "start.pt"
+    model = AST(frames=512, width=16, depth=1, heads=2)
+    known = {"task": "ast", "model_args": model.model_args, "model": model.state_dict()}
+    save_checkpoint(start, known | {"args": {}, "data": {}})
+    options = (CASES[name].plain, f"--init {start} --lr-schedule constant --weight-decay 0.1")
+    train_on(monkeypatch, name, 12)
+    torchrun(name, corpus, tmp_path, *options, "--freeze 9 --max-steps 4 --batch 2 --name two")
+    one = last(run(name, *options, "--freeze 9 --max-steps 4 --batch 4 --name one")["folder"])["model"]
+    two = last(tmp_path / "two")["model"]
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5
+    before = load_checkpoint(start)[0].state_dict()
+
+    def moved(weights):
+        return {
+            k.split(".")[0] for k in before.keys() & weights.keys() if not torch.equal(before[k], weights[k])
+        }
+
+    assert moved(one) == {"norm"}
+    thawed = run(name, *options, "--freeze 1 --max-steps 4 --batch 4 --name thawed")["folder"]
+    assert moved(last(thawed)["model"]) == {"embed", "position", "blocks", "norm"}
 
 
 @pytest.mark.slow
