@@ -597,7 +597,7 @@ def main(args: argparse.Namespace) -> dict:
 
                 lr = lr_at(step, args, planned) * rate
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * group["scale"]
+                    group["lr"] = 0.0 if frozen and group["encoder"] else lr * group["scale"]
                 loss, losses, figures = 0.0, [], {}
                 for part, share, exchange in micro_batches(batch, args.micro_batch, model):
                     with exchange:
