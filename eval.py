@@ -510,15 +510,16 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
 
 
 def _load_models(paths):
-    """[(path, model, checkpoint), ...]; a file of several models gives each."""
+    """[(model, checkpoint with its path), ...]; a file of several models gives each."""
     loaded = []
     for path in paths:
         model, ckpt = load_checkpoint(path)
+        ckpt["path"] = path
         if ckpt["task"] == "ensemble":
             each = zip(model.members, ckpt["members"], strict=True)
-            loaded += [(path, member, {**ckpt, **about}) for member, about in each]
+            loaded += [(member, ckpt | about) for member, about in each]
         else:
-            loaded.append((path, model, ckpt))
+            loaded.append((model, ckpt))
     return loaded
 
 
@@ -530,7 +531,8 @@ def kind_of(task: str) -> str:
 def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
     or differs there from the first or from this version."""
-    task = kind_of(loaded[0][2]["task"])
+    first = loaded[0][1]
+    task = kind_of(first["task"])
     expected = {"task": task, "labels": list(LABELS)}
     keys = ["task", "synthetic"]
     if task == "decoder":
@@ -541,27 +543,19 @@ def _check_alike(loaded):
     if task in AUDIO_TASKS:
         keys += ["audio", "fbank"]
         expected["fbank"] = FBANK_FORMAT
-    for path, model, ckpt in loaded:
+    for model, ckpt in loaded:
         known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
             value = known.get(key)
             if key not in known or value != expected.setdefault(key, value):
-                wanted = f"{expected.get(key)!r:.60}, as in {loaded[0][0]} or this version"
-                raise DataError(f"{path}: {key} is {value!r:.60}; expected {wanted}; evaluate them apart")
-    return loaded[0][2]["data"]
-
-
-def _load_fold_models(loaded):
-    """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
-    data = _check_alike(loaded)
-    folds: dict[int, list] = {}
-    for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
-        folds.setdefault(ckpt["data"]["fold"], []).append((model, {**ckpt, "path": str(path)}))
-    return folds, data
+                wanted = f"{expected.get(key)!r:.60}, as in {first['path']} or this version"
+                found = f"{ckpt['path']}: {key} is {value!r:.60}"
+                raise DataError(f"{found}; expected {wanted}; evaluate them apart")
+    return first["data"]
 
 
 def seeds_of(loaded):
-    return [ckpt["args"].get("seed") for *_, ckpt in loaded]
+    return [ckpt["args"].get("seed") for _, ckpt in loaded]
 
 
 ONLY_FOR = {  # tasks of models -> options that they alone take
@@ -595,8 +589,9 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     )
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
-    task = loaded[0][2]["task"]
-    pretraining = task == "ast" and loaded[0][1].model_args["num_outputs"] is None
+    model, ckpt = loaded[0]
+    task = ckpt["task"]
+    pretraining = task == "ast" and model.model_args["num_outputs"] is None
     refuse_foreign(args, "pretraining" if pretraining else task, args.ckpt[0])
     if args.out and not pretraining and (kind_of(task) != "han" or args.part != "valid"):
         raise DataError(
@@ -611,7 +606,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     about |= {"rate": args.rate} if args.rate else {}
-    return _finish(predictions, corpus, args, parts, about, [member[1:] for member in loaded], spread)
+    return _finish(predictions, corpus, args, parts, about, loaded, spread)
 
 
 def load_corpus(args, speech: bool = False, quiet: bool = False, say: Callable = print):
@@ -639,46 +634,46 @@ def _corpus_of(data, args):
 
 def _rate_parts(args, loaded, parts):
     """`fold_predictions` of checkpoints that rate, their corpus and their data settings."""
-    folds, data = _load_fold_models(loaded)
+    data = _check_alike(loaded)
     if "competition" in parts:
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} rates")
     corpus = _corpus_of(data, args)
-    return *fold_predictions(folds, corpus, args, parts), corpus, data
+    return *fold_predictions(loaded, corpus, args, parts), corpus, data
 
 
-def fold_predictions(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> tuple[dict, dict]:
-    """Of models of `_load_fold_models`: predictions averaged within a fold, as `measure` takes them, and
-    their standard deviation over models."""
+def fold_predictions(loaded: list, corpus: Corpus, args, parts: Iterable[str]) -> tuple[dict, dict]:
+    """Of models of `_load_models`: predictions averaged within a fold, as `measure` takes them, and their
+    standard deviation over models."""
     predictions: dict[tuple, np.ndarray] = {}
     spread: dict[tuple, np.ndarray] = {}
-    _, first = next(iter(folds.values()))[0]
+    first = loaded[0][1]
     store = rated_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
-    for fold, members in folds.items():
+    for fold in sorted({ckpt["data"]["fold"] for _, ckpt in loaded}):
+        members = [(model, ckpt) for model, ckpt in loaded if ckpt["data"]["fold"] == fold]
         data, options = members[0][1]["data"], members[0][1]["args"]
         misaligned = options.get("keep_misaligned", False)
         names_of = percepiano_parts(corpus, data["split"], fold, data["keep_overlap"], misaligned)
         print(f"fold {fold}: {counted(members)}, seeds {seeds_of(members)}")
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
-            each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
+            each = []
+            for model, ckpt in members:
+                info = ckpt["data"]
+                if store is None:
+                    each.append(predict_han(model, prepare_han(corpus, names, info), args.device))
+                else:
+                    items = prepare_ast(corpus, store, names, info)
+                    each.append(predict_ast(model, items, info, args.device))
             keys = [(part, fold, name) for name in names]
-            mean = average(each, [ckpt["task"] for _, ckpt in members])
-            predictions |= zip(keys, mean, strict=True)
+            predictions |= zip(keys, average(each, members), strict=True)
             spread |= zip(keys, np.std(each, axis=0), strict=True)
     return predictions, spread
 
 
-def average(each: list[np.ndarray], tasks: list[str]) -> np.ndarray:
+def average(each: list[np.ndarray], loaded: list) -> np.ndarray:
     """Mean of predictions, every task (networks, kernels) with the same weight however many models it has."""
-    tasks = np.array(tasks)
+    tasks = np.array([ckpt["task"] for _, ckpt in loaded])
     return np.mean([np.mean(np.array(each)[tasks == task], axis=0) for task in np.unique(tasks)], axis=0)
-
-
-def _predict(model, ckpt, names, corpus, store, args):
-    """Ratings of these items by one model, (n, 19), of their audio where there is a store."""
-    if store is None:
-        return predict_han(model, prepare_han(corpus, names, ckpt["data"]), args.device)
-    return predict_ast(model, prepare_ast(corpus, store, names, ckpt["data"]), ckpt["data"], args.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -717,7 +712,7 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
     about |= {"seeds": list(range(7, 7 + (args.heads or 1))), "model": kind}
-    clips = None
+    fit, rated = functools.partial(_fit_notes, corpus, args), corpus.items
     if args.task == "han":
         about["features"] = args.features
     else:
@@ -728,58 +723,59 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
             given = getattr(args, key)
             about[key] = given and last_part(given)
         clips = Clips(corpus, args)
+        fit, rated = clips.fit, clips.rated
     parts = ("valid", "test")
     predictions, kernels = {}, []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
-        if clips:
-            rate, fitted = clips.fit(kind, names_of["train"], fold)
-            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
-            kernels += fitted
-        elif kind == "kernel":
-            kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
-            rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
-        else:
-            rate = _fit_regression(kind, corpus, names_of["train"], args.features)
+        rate, fitted = fit(kind, names_of["train"], fold)
+        kernels += fitted
         for part in parts:
-            keys = [(part, fold, name) for name in names_of[part]]
-            if keys:
-                predictions |= zip(keys, rate(names=names_of[part]), strict=True)
+            names = [name for name in names_of[part] if name in rated]
+            if names:
+                keys = [(part, fold, name) for name in names]
+                predictions |= zip(keys, rate(names), strict=True)
     return _finish(predictions, corpus, args, parts, about, kernels)
-
-
-def _fit_kernel(corpus, train, args, fold):
-    """A kernel ridge of a fold, and its checkpoint."""
-    info = han_info(corpus, train, args.features, True, args.split, fold, args.keep_overlap)
-    items = prepare_han(corpus, train, info)
-    stats, y = (torch.from_numpy(np.stack([item[key] for item in items])) for key in ("stats", "y"))
-    made = {"task": "kernel", "data": info, "args": {"seed": None}, "step": None, **git_state()}
-    return KernelRidge.fit(stats, y), made
 
 
 REGRESSIONS = ("kernel", "forest", "ridge")
 
 
-def _regression(kind, groups):
-    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
+def _regression(kind, x, y, names):
+    """A function of statistics (n, S) -> ratings, fitted to x and y of these names: a forest, or ridge on
+    standardised columns, its strength cross-validated over whole segments."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if kind == "forest":
-        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
-    folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
-    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
+    model = ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
+    if kind == "ridge":
+        groups = [segment_of(name) for name in names]
+        folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
+        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
+    model.fit(x, y)
+    return lambda x: model.predict(x).clip(0, 1)
 
 
-def _fit_regression(kind, corpus, train, features):
-    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes alone."""
-    info = fit_normalisation(corpus, train, features) | {"statistics": []}
-    model = _regression(kind, list(map(segment_of, train)))
-    model.fit(all_statistics(corpus, train, info), [corpus.items[name]["y"] for name in train])
-    return lambda names: model.predict(all_statistics(corpus, names, info)).clip(0, 1)
+def _kernel_checkpoint(task, info):
+    return {"task": task, "data": info, "args": {"seed": None}, "step": None, **git_state()}
+
+
+def _fit_notes(corpus, args, kind, names, fold):
+    """As `Clips.fit`, on statistics of the notes; of a kernel also on those that --pooled takes."""
+    if kind == "kernel":
+        info = han_info(corpus, names, args.features, True, args.split, fold, args.keep_overlap)
+        items = prepare_han(corpus, names, info)
+        stats, y = (torch.from_numpy(np.stack([item[key] for item in items])) for key in ("stats", "y"))
+        model = KernelRidge.fit(stats, y)
+        fitted = [(model, _kernel_checkpoint("kernel", info))]
+        return lambda names: predict_han(model, prepare_han(corpus, names, info), args.device), fitted
+    info = fit_normalisation(corpus, names, args.features) | {"statistics": []}
+    y = [corpus.items[name]["y"] for name in names]
+    rate = _regression(kind, all_statistics(corpus, names, info), y, names)
+    return lambda names: rate(all_statistics(corpus, names, info)), []
 
 
 def clip_info(corpus: Corpus, args, fold: int) -> dict:
@@ -825,36 +821,31 @@ class Clips:
     def fit(self, kind: str, names: list[str], fold: int) -> tuple:
         """A function names -> ratings, of a regression on all versions of these names; and a kernel with its
         checkpoint, in a list."""
-        y = {name: self.corpus.items[name]["y"] for name in names}
-        heard = [name for name in self.train if name.partition("@")[0] in y]
-        items = [name.partition("@")[0] for name in heard]
+        known = set(names)
+        heard = [version for version in self.train if version.partition("@")[0] in known]
+        items = [version.partition("@")[0] for version in heard]
         if len(set(map(segment_of, items))) < 2:
             found = f"{self.corpus.root}: fold {fold}, {len(items)} recordings to train with"
             raise DataError(f"{found}; expected some of two segments or more; add recordings")
-        described = torch.stack([self.train[name] for name in heard])
-        ratings = torch.from_numpy(np.stack([y[item] for item in items]))
-        y = {item: y[item] for item in items}  # what was heard alone
+        described = torch.stack([self.train[version] for version in heard])
+        y = np.stack([self.corpus.items[item]["y"] for item in items])
+
+        def describe(names: list[str]) -> Tensor:
+            return torch.stack([self.rated[name] for name in names])
+
         if kind != "kernel":
-            model = _regression(kind, list(map(segment_of, items)))
-            model.fit(described.double().numpy(), ratings.numpy())
-            return lambda names: model.predict(self._table(names).double().numpy()).clip(0, 1), []
+            rate = _regression(kind, described.double().numpy(), y, items)
+            return lambda names: rate(describe(names).double().numpy()), []
         encoder = self.model.model_args["encoder"]
         model = ClipKernel(len(heard), encoder=encoder, heads=self.args.heads)
         model.encoder = self.model.encoder
-        number = {name: i for i, name in enumerate(y)}
-        model.fit(described, ratings, torch.tensor([number[item] for item in items]))
-        made = {"task": "clip_kernel", "args": {"seed": None}, "step": None, **git_state()}
-        made["data"] = self._about(y, fold)
-        return lambda names: model.rate(self._table(names)).double().numpy(), [(model, made)]
-
-    def _table(self, names):
-        return torch.stack([self.rated[name] for name in names])
-
-    def _about(self, y, fold):
-        """What `predict` and `evaluate` need to know of a kernel's data; y: ratings by training name."""
-        targets = fit_targets(self.corpus, y)
-        fitted = {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
-        return self.info | clip_info(self.corpus, self.args, fold) | fitted | {"frames": WHOLE_CLIP}
+        number = {item: i for i, item in enumerate(dict.fromkeys(items))}
+        model.fit(described, torch.from_numpy(y), torch.tensor([number[item] for item in items]))
+        targets = fit_targets(self.corpus, number)
+        info = self.info | clip_info(self.corpus, self.args, fold) | {"frames": WHOLE_CLIP}
+        info |= {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
+        fitted = [(model, _kernel_checkpoint("clip_kernel", info))]
+        return lambda names: model.rate(describe(names)).double().numpy(), fitted
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1038,14 +1029,15 @@ def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) ->
     each = []
     used = np.unique(corpus.day[trials])
     sessions = [corpus.days[day] for day in used]
-    for path, model, ckpt in loaded:
+    for model, ckpt in loaded:
         known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
         days[used] = map_days(sessions, known, args.day)
         layers = [*known, "mean"]
         unknown = {s: layers[k] for s, k in zip(sessions, days[used], strict=True) if s not in known}
         if unknown:
-            print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
+            told = "sessions that it does not know, and whose day layer they get"
+            print(f"{ckpt['path']}: {told}: {unknown}")
         each.append(speech_logits(model.to(args.device), corpus, trials, days))
     return [np.logaddexp.reduce(rows) - np.float32(np.log(len(each))) for rows in zip(*each, strict=True)]
 
@@ -1106,7 +1098,7 @@ def evaluate_decoder(args, loaded: list) -> dict:
         for row, i, sentence in zip(rows[1:], scored, said, strict=True):
             row += [" ".join(spoken_words(corpus.text[i])), " ".join(sentence)]
     about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "seeds": seeds_of(loaded)}
-    about["valid"] = loaded[0][2]["data"]["valid"]
+    about["valid"] = loaded[0][1]["data"]["valid"]
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
     return figures
 
@@ -1154,7 +1146,7 @@ def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
     tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
     tqdm.write(corpus_line(corpus.synthetic, corpus.root))
-    if loaded[0][2]["data"]["valid"] == "test" and args.part in ("valid", "test"):
+    if loaded[0][1]["data"]["valid"] == "test" and args.part in ("valid", "test"):
         tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
 
 
@@ -1639,8 +1631,8 @@ def validate_pretraining(model: nn.Module, batches: list, device: torch.device, 
 
 def evaluate_pretraining(args, loaded: list) -> dict:
     """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
-    path, model, ckpt = loaded[0]
-    data = ckpt["data"]
+    model, ckpt = loaded[0]
+    path, data = ckpt.pop("path"), ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or (args.data is None and not data["synthetic"]):
         raise DataError(f"{path}: a pre-training; give it alone, with its --data, without result files")
     settings = argparse.Namespace(
@@ -1800,7 +1792,7 @@ def _side(args, paths):
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
     items = {}
-    if loaded[0][2]["task"] == "decoder":
+    if loaded[0][1]["task"] == "decoder":
         corpus, parts, trials, log_probs = _labelled_part(args, loaded)
         for i, *strings in zip(trials, *greedy_strings(log_probs, corpus, trials), strict=True):
             items[corpus.ids[i]] = tuple(strings)
@@ -2099,12 +2091,13 @@ def attention(argv: list[str]) -> dict:
     add("--ckpt", required=True, help="best.pt of pretrain_ast.py, of either task (required)")
     args = _parse(parser, argv)
     path = args.audio or args.midi
-    model, ckpt = load_checkpoint(args.ckpt)
+    loaded = _load_models([args.ckpt])
+    loaded[0][0].to(args.device)
     energies, remarks, _ = read_piece(path, rendered=not args.audio)
     for remark in remarks:
         print(remark)
     work = {"name": printable(Path(path).name), "energies": energies}
-    drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
+    drawn = explain("ast", args.attention, loaded, work)
     print(f"saved {args.attention}")
     return drawn
 
@@ -2267,7 +2260,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         check_output(Path(path))
     args.ckpt = args.ckpt or (SHIPPED_FOR_SOUND if args.audio else SHIPPED)
     loaded = _load_models(args.ckpt)
-    task, about = kind_of(loaded[0][2]["task"]), _check_alike(loaded)
+    task, about = kind_of(loaded[0][1]["task"]), _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if given not in INPUTS[kind]:
@@ -2342,7 +2335,7 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, 
     drawn.add(name)
     picture = Path(args.explain, f"{name}.png")
     try:
-        explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
+        explain(kind, picture, loaded, work)
     except DataError as error:
         if args.strict:
             raise
@@ -2352,21 +2345,21 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, 
 def provenance(loaded: list[tuple]) -> str:
     """In a line: the files, what they hold, on what it was trained and how it scored there."""
     files = []
-    for path, (_, model, ckpt) in {member[0]: member for member in loaded}.items():
-        count = sum(member[0] == path for member in loaded)
+    counts = Counter(ckpt["path"] for _, ckpt in loaded)
+    for path, (model, ckpt) in {member[1]["path"]: member for member in loaded}.items():
         score = ckpt.get("valid_r2") or (ckpt.get("best") or {}).get("valid_r2")
         scored = f", validation R² {score:.3f}" if score else ""
-        files.append(f"{path} ({count} × {model.model_args.get('model', ckpt['task'])}{scored})")
-    about = loaded[0][2]["data"]
+        files.append(f"{path} ({counts[path]} × {model.model_args.get('model', ckpt['task'])}{scored})")
+    about = loaded[0][1]["data"]
     trained = f", split {about['split']}" if "split" in about else ""
-    states = dict.fromkeys(str(ckpt["git_sha"])[:7] for _, _, ckpt in loaded)
+    states = dict.fromkeys(str(ckpt["git_sha"])[:7] for _, ckpt in loaded)
     return f"{' + '.join(files)}: {counted(loaded)}{trained}, git {' and '.join(states)}"
 
 
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
-    for _, _, ckpt in loaded:
+    for _, ckpt in loaded:
         kind = "target" if ckpt["args"].get("standardise") == "dimension" else "rating"
         if f"{kind}_mean" in ckpt["data"]:
             rows.append([ckpt["data"][f"{kind}_mean"], ckpt["data"][f"{kind}_std"]])
@@ -2389,14 +2382,14 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         items[f"{name} {len(items)}"] = item | {"name": name}
     corpus = Corpus(args.score, False, items, list(items), column_names(FEATURES), item["stat_names"], {})
     each = []
-    for _, model, ckpt in loaded:
+    for model, ckpt in loaded:
         each.append(predict_han(model, prepare_han(corpus, list(items), ckpt["data"]), args.device))
     unwritten = 1 - reading.played_rate
     title = f"{name}: {reading.match_rate:.1%} of the notes of bars {reading.bars} of {args.score}; "
     title += f"{unwritten:.1%} of the played are not in it"
     if len(parts) > 1:
         title += f"\nlonger than what it was trained on: mean of {len(parts)} passages"
-    mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
+    mean = average(each, loaded)
     rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.heard)
     warnings = reading.warnings()
     for line in warnings:
@@ -2472,8 +2465,8 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
     name = printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
-    each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
-    unlike = max(unlike_training(model, energies, ckpt["data"]) for _, model, ckpt in loaded)
+    each = [predict_ast(model, [item], ckpt["data"], args.device) for model, ckpt in loaded]
+    unlike = max(unlike_training(model, energies, ckpt["data"]) for model, ckpt in loaded)
     if unlike > 0.02:
         remarks.append(f"{unlike:.0%} of its statistics lie far outside the training's")
     for remark in remarks:
@@ -2501,7 +2494,7 @@ def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dic
     and the errors on validation (`error80`), or for a work not heard in training those of the row
     `kernel` on such works; {} where neither is known."""
     errors = []
-    for _, _, ckpt in loaded:
+    for _, ckpt in loaded:
         squares = (ckpt.get("best") or {}).get("valid_mse_per_dimension", [])
         errors.append(ckpt.get("error80") or (NORMAL_80 * np.sqrt(squares)).tolist())
     if not heard and measured_unheard():
@@ -2518,7 +2511,7 @@ def heard_in_training(loaded: list[tuple], score: str) -> bool:
         work = parse_name(Path(score).stem)[0]
     except DataError:
         return False
-    return sum(work in ckpt["data"].get("works", []) for _, _, ckpt in loaded) > len(loaded) / 2
+    return sum(work in ckpt["data"].get("works", []) for _, ckpt in loaded) > len(loaded) / 2
 
 
 def say_unheard() -> str:
@@ -2533,7 +2526,7 @@ def say_unheard() -> str:
 
 def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], heard: bool = True) -> dict:
     """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
-    mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
+    mean = average(each, loaded)
     ratings = dict(zip(LABELS, mean[0].tolist(), strict=True))
     errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
@@ -2572,7 +2565,8 @@ def compare_takes(records: list[dict]) -> None:
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
-    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix.lower() == ".npy"
+    model, ckpt = loaded[0]
+    channels, is_npy = ckpt["data"]["channels"], files[0].suffix.lower() == ".npy"
     if is_npy:
         corpus = _npy_corpus(files, channels, args.raw, refuse)
     else:
@@ -2592,7 +2586,7 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
     if wants_words(args):
         parts, given = {"train": trials[:0], "valid": trials[:0]}, args.lexicon and args.lm
         if args.tune or not given:
-            parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+            parts = speech_parts(corpus, ckpt["data"]["valid"])
         if not (len(parts["train"]) or given):
             raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
         tuned_on = [log_probs[i] for i in parts["valid"]], parts["valid"]
@@ -2616,7 +2610,7 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         if ref:
             tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
         work = {"name": name, "log_probs": log_probs[i], "labels": ref or None}
-        yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
+        yield record, work | {"seconds per frame": model.stride * BIN}
     if corpus.labelled.any():
         rate, count = error_rate(counts[corpus.labelled]), corpus.labelled.sum()
         tqdm.write(f"PER of {count} labelled trials {rate:.4f}: no result where they trained the model")
@@ -2656,11 +2650,11 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
     """What --json writes beside the `circumstances`."""
     used = []
-    for path, _, ckpt in loaded:
-        about = {"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
+    for _, ckpt in loaded:
+        about = {"path": ckpt["path"], "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
         used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
     saved = {
-        "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
+        "trained_on_synthetic": loaded[0][1]["data"]["synthetic"],
         "checkpoints": used,
         "predictions": records,
     }
@@ -2914,7 +2908,7 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
     synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
         loaded = _load_models([f"{run}/best.pt" for run in args.run])
-        score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
+        score = decoder_section if loaded[0][1]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
         synthetic = synthetic or corpus.synthetic
     names = [last_part(run) for run in runs]
@@ -3044,7 +3038,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     samples = [
         [corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])] for i in order[[0, len(order) // 2, -1]]
     ]
-    chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
+    chosen = "valid" if loaded[0][1]["data"]["valid"] == "test" else args.part
     parts = {
         "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps)),

@@ -110,10 +110,10 @@ def refuse(capsys, *argv) -> str:
 
 def fold_predictions(paths: list[str], piano) -> dict[str, np.ndarray]:
     """name -> what evaluate writes for that item."""
-    folds, _ = evaluation._load_fold_models(evaluation._load_models(paths))
+    loaded = evaluation._load_models(paths)
     args = SimpleNamespace(device=torch.device("cpu"), cache=piano.cache, audio=None)
     args.rate = None
-    predictions, _ = evaluation.fold_predictions(folds, piano.corpus, args, ("valid", "test"))
+    predictions, _ = evaluation.fold_predictions(loaded, piano.corpus, args, ("valid", "test"))
     return {name: p for (*_, name), p in predictions.items()}
 
 
@@ -393,7 +393,7 @@ def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
 
 
 def test_a_work_is_heard_where_most_folds_trained_on_it():
-    folds = [(0, 0, {"data": {"works": works}}) for works in (["W_1"], ["W_1"], ["W_2"], ["W_1"])]
+    folds = [(0, {"data": {"works": works}}) for works in (["W_1"], ["W_1"], ["W_2"], ["W_1"])]
     scores = [f"there/{work}_8bars_Score_3.mid" for work in ("W_1", "W_2", "W_3")]
     assert [evaluation.heard_in_training(folds, score) for score in [*scores, "x.mxl"]] == [
         True,
