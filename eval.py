@@ -716,12 +716,14 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     if args.task == "han":
         about["features"] = args.features
     else:
-        about["audio"] = "wav" if args.audio else "rendered"
-        about |= {"copies": args.copies, "heads": args.heads}
-        about["soundfonts"] = list(map(last_part, args.soundfonts))
-        for key in ("rate", "probe"):
-            given = getattr(args, key)
-            about[key] = given and last_part(given)
+        about |= {
+            "audio": "wav" if args.audio else "rendered",
+            "copies": args.copies,
+            "heads": args.heads,
+            "soundfonts": list(map(last_part, args.soundfonts)),
+            "rate": args.rate and last_part(args.rate),
+            "probe": args.probe and last_part(args.probe),
+        }
         clips = Clips(corpus, args)
         fit, rated = clips.fit, clips.rated
     parts = ("valid", "test")
@@ -842,8 +844,9 @@ class Clips:
         number = {item: i for i, item in enumerate(dict.fromkeys(items))}
         model.fit(described, torch.from_numpy(y), torch.tensor([number[item] for item in items]))
         targets = fit_targets(self.corpus, number)
-        info = self.info | clip_info(self.corpus, self.args, fold) | {"frames": WHOLE_CLIP}
+        info = self.info | clip_info(self.corpus, self.args, fold)
         info |= {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
+        info["frames"] = WHOLE_CLIP
         fitted = [(model, _kernel_checkpoint("clip_kernel", info))]
         return lambda names: model.rate(describe(names)).double().numpy(), fitted
 
@@ -1062,7 +1065,7 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
     if search:
         settings = word_settings(corpus.channels)
         sentences = [search.decode(row, settings) for row in log_probs]
-        metrics["valid_wer"] = error_rate(word_counts(sentences, corpus, trials))
+        metrics["valid_wer"] = error_rate(per_counts(said_in(corpus, trials), sentences))
     metrics["valid_loss"] = float(np.mean(losses)) if losses else math.nan
     metrics["valid_blank_fraction"] = float((np.concatenate(log_probs).argmax(1) == 0).mean())
     metrics["samples"] = [
@@ -1075,13 +1078,12 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
 def evaluate_decoder(args, loaded: list) -> dict:
     """Phoneme error rate of the mean probabilities of decoders on args.part: `part_scores`, their 95 %
     interval over trials; "words" where these were asked for."""
-    corpus, parts = _speech_parts(args, loaded)
+    unlabelled = bool(args.submission or args.logits or args.nbest)
+    corpus, parts, log_probs = _heard_part(args, loaded, unlabelled)
     trials = parts[args.part]
     labelled = corpus.labelled[trials]
     scored = trials[labelled]
-    if not len(scored) and not ((args.submission or args.logits or args.nbest) and len(trials)):
-        raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
-    log_probs, figures, refs, hyps = mean_logits(loaded, corpus, trials, args), {}, [], []
+    figures, refs, hyps = {}, [], []
     if len(scored):
         figures, refs, hyps = part_scores(list(itertools.compress(log_probs, labelled)), corpus, scored)
         figures["interval"] = trial_bootstrap(per_counts(refs, hyps))
@@ -1093,10 +1095,10 @@ def evaluate_decoder(args, loaded: list) -> dict:
         rows.append([corpus.ids[i], corpus.days[corpus.day[i]], spell(ref), spell(hyp), *counts])
     if wants_words(args):
         figures["words"] = words_of_part(args, loaded, corpus, parts, log_probs)
-        said = itertools.compress(figures["words"].pop("sentences"), labelled)
+        sentences = itertools.compress(figures["words"].pop("sentences"), labelled)
         rows[0] += ["words_reference", "words_hypothesis"]
-        for row, i, sentence in zip(rows[1:], scored, said, strict=True):
-            row += [" ".join(spoken_words(corpus.text[i])), " ".join(sentence)]
+        for row, said, sentence in zip(rows[1:], said_in(corpus, scored), sentences, strict=True):
+            row += [" ".join(said), " ".join(sentence)]
     about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "seeds": seeds_of(loaded)}
     about["valid"] = loaded[0][1]["data"]["valid"]
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
@@ -1123,23 +1125,21 @@ def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_pro
     return words(log_probs, corpus, parts[args.part], args, tuned_on, parts["train"])
 
 
-def _speech_parts(args, loaded):
-    """The corpus of --data, which must fit the decoders, and its trials by part."""
+def _heard_part(args, loaded, unlabelled=False):
+    """The corpus of --data, which must fit the decoders; its trials by part, of args.part without labels only
+    where asked for; and the log-probabilities of that part."""
     data = _check_alike(loaded)
     corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
     _say_circumstances(args, loaded, corpus)
-    return corpus, speech_parts(corpus, data["valid"])
-
-
-def _labelled_part(args, loaded):
-    """`_speech_parts` with the labelled trials of args.part alone; these, and their log-probabilities."""
-    corpus, parts = _speech_parts(args, loaded)
-    trials = parts[args.part][corpus.labelled[parts[args.part]]]
-    if not len(trials):
-        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another")
-    return corpus, parts | {args.part: trials}, trials, mean_logits(loaded, corpus, trials, args)
+    parts = speech_parts(corpus, data["valid"])
+    if not unlabelled:
+        parts[args.part] = parts[args.part][corpus.labelled[parts[args.part]]]
+    if not len(parts[args.part]):
+        told = "no trial" if unlabelled else "no labelled trial"
+        raise DataError(f"--part {args.part}: {told} in {corpus.root}; give another")
+    return corpus, parts, mean_logits(loaded, corpus, parts[args.part], args)
 
 
 def _say_circumstances(args, loaded, corpus):
@@ -1431,9 +1431,9 @@ def word_settings(channels: int, args=None) -> dict:
     return settings | {name: value for name, value in given.items() if value is not None}
 
 
-def word_counts(sentences: Iterable[list[str]], corpus: SpeechCorpus, trials: Iterable[int]) -> np.ndarray:
-    """`per_counts` of the words of trials."""
-    return per_counts([spoken_words(corpus.text[i]) for i in trials], sentences)
+def said_in(corpus: SpeechCorpus, trials: Iterable[int]) -> list[list[str]]:
+    """Words of the transcripts of trials."""
+    return [spoken_words(corpus.text[i]) for i in trials]
 
 
 def words(
@@ -1447,21 +1447,22 @@ def words(
     lexicon, lm = word_model(corpus, train, args.cache, args.lexicon, args.lm)
     search = WordSearch(lexicon, lm)
     labelled = corpus.labelled[indices]
-    scored = indices[labelled]
+    said = said_in(corpus, indices[labelled])
     print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
     if args.tune:
         known = corpus.labelled[valid[1]]
-        references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
         heard = list(itertools.compress(valid[0], known))
         untuned = [search.decode(row, settings) for row in itertools.compress(log_probs, labelled)]
+        references = said_in(corpus, valid[1][known])
         settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
-        if untuned:
-            figures["wer_untuned"] = error_rate(word_counts(untuned, corpus, scored))
+        if said:
+            figures["wer_untuned"] = error_rate(per_counts(said, untuned))
             print(f"WER without it {figures['wer_untuned']:.4f}")
     beams = [search.hypotheses(row, settings) for row in log_probs]
     sentences = [beam[0]["words"] for beam in beams]
-    if len(scored):
-        figures |= _word_scores(list(itertools.compress(beams, labelled)), corpus, scored)
+    if said:
+        salad = salad_trials(corpus)[indices[labelled]]
+        figures |= _word_scores(said, list(itertools.compress(beams, labelled)), salad)
     if args.nbest:
         write_nbest(args.nbest_file, beams, [corpus.ids[i] for i in indices], args.nbest)
     if args.submission:
@@ -1469,28 +1470,22 @@ def words(
     return figures | {"settings": settings, "sentences": sentences}
 
 
-def _word_scores(beams, corpus, trials):
-    """Figures of `words` of labelled trials, printed."""
-    counts = word_counts([beam[0]["words"] for beam in beams], corpus, trials)
+def _word_scores(said, beams, salad):
+    """Figures of `words`, printed, of trials: what was said, its beam, whether random words."""
+    counts = per_counts(said, [beam[0]["words"] for beam in beams])
+    nearest = []  # of each beam to what was said
+    for words, beam in zip(said, beams, strict=True):
+        distance = functools.partial(Levenshtein.distance, words)
+        nearest.append(min((one["words"] for one in beam), key=distance))
     figures = {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
     figures["wer_counts"] = dict(zip((*EDITS, "words"), counts.sum(0).tolist(), strict=True))
-    figures["oracle_wer"] = oracle_wer(beams, corpus, trials)
+    figures["oracle_wer"] = error_rate(per_counts(said, nearest))
     print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
-    salad = salad_trials(corpus)[trials]
     if salad.any():
         figures["wer_salad"] = error_rate(counts[salad])
         print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
     print(f"best string of the beam: WER {figures['oracle_wer']:.4f}")
     return figures
-
-
-def oracle_wer(beams: Iterable[list[dict]], corpus: SpeechCorpus, trials: Iterable[int]) -> float:
-    """Error rate of the string of each trial's beam that is nearest to what was said."""
-    best = []
-    for i, beam in zip(trials, beams, strict=True):
-        counts = word_counts([one["words"] for one in beam], corpus, [i] * len(beam))
-        best.append(counts[counts[:, :3].sum(1).argmin()])
-    return error_rate(np.array(best))
 
 
 def write_nbest(path: str | Path, beams: list[list[dict]], names: list[str], most: int) -> None:
@@ -1793,13 +1788,13 @@ def _side(args, paths):
     loaded = _load_models(paths)
     items = {}
     if loaded[0][1]["task"] == "decoder":
-        corpus, parts, trials, log_probs = _labelled_part(args, loaded)
-        for i, *strings in zip(trials, *greedy_strings(log_probs, corpus, trials), strict=True):
-            items[corpus.ids[i]] = tuple(strings)
+        corpus, parts, log_probs = _heard_part(args, loaded)
+        trials = parts[args.part]
+        columns = greedy_strings(log_probs, corpus, trials)
         if wants_words(args):
-            said = words_of_part(args, loaded, corpus, parts, log_probs)["sentences"]
-            for i, sentence in zip(trials, said, strict=True):
-                items[corpus.ids[i]] += spoken_words(corpus.text[i]), sentence
+            found = words_of_part(args, loaded, corpus, parts, log_probs)
+            columns += said_in(corpus, trials), found["sentences"]
+        items = {corpus.ids[i]: strings for i, *strings in zip(trials, *columns, strict=True)}
         return items, {"decoder": True, "synthetic": corpus.synthetic}
     predictions, _, _, data = _rate_parts(args, loaded, [args.part])
     return predictions, {"decoder": False, "split": data["split"]}
@@ -3028,7 +3023,8 @@ def draw_ratings(y: np.ndarray, p: np.ndarray):
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
     """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
-    corpus, split, trials, log_probs = _labelled_part(args, loaded)
+    corpus, split, log_probs = _heard_part(args, loaded)
+    trials = split[args.part]
     figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     figures["interval"] = trial_bootstrap(counts)
@@ -3047,10 +3043,9 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     if wants_words(args):
         found = words_of_part(args, loaded, corpus, split, log_probs)
-        said, rows = found.pop("sentences"), []
+        sentences, said, rows = found.pop("sentences"), said_in(corpus, trials), []
         for i in order:
-            text = " ".join(spoken_words(corpus.text[trials[i]]))
-            rows.append([corpus.ids[trials[i]], text, " ".join(said[i])])
+            rows.append([corpus.ids[trials[i]], " ".join(said[i]), " ".join(sentences[i])])
         parts["Words, fewest phoneme errors first"] = _table(["trial", "said", "decoded"], rows)
         figures["words"] = found
         rate += f", word error rate {found['wer']:.4f} {brackets(found['wer_interval'])}"
