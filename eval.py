@@ -282,7 +282,7 @@ def _measure_folds(names, y, p, folds):
     each = {}
     for fold in dict.fromkeys(folds.tolist()):
         rows = folds == fold
-        each[str(fold)] = scores(y[rows], p[rows], groups[rows])
+        each[str(fold)] = _measure_fold(y[rows], p[rows], groups[rows])
     mean: dict = {"folds": len(each), "r2_interval": cluster_bootstrap(y, p, groups, folds=folds)}
     mean["per_dimension"] = {key: by_fold(METRICS[key], folds, y, p).tolist() for key in METRICS}
     for key in METRICS:
@@ -291,7 +291,7 @@ def _measure_folds(names, y, p, folds):
     return {"folds": each, "mean": mean}
 
 
-def scores(y, p, groups) -> dict:
+def _measure_fold(y, p, groups):
     """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
     figures = {"items": len(y), "segments": len(set(groups)), "r2_interval": cluster_bootstrap(y, p, groups)}
     each = {key: metric(y, p) for key, metric in METRICS.items()}
@@ -988,36 +988,36 @@ def _error_figures(counts):
     return {"per": error_rate(counts), **totals, "trials": len(counts)}
 
 
-def greedy_strings(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[list, list]:
-    """Phoneme ids of trials, as labelled and as decoded from log_probs (F, 41) each."""
-    decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
+def greedy_strings(log_probs: dict, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[list, list]:
+    """Phoneme ids of trials, as labelled and as decoded from log_probs (F, 41) by trial."""
+    decoded = [ctc_greedy(log_probs[i][None], [len(log_probs[i])])[0] for i in trials]
     return [corpus.labels[i].tolist() for i in trials], decoded
 
 
-def part_scores(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[dict, list, list]:
+def part_scores(log_probs: dict, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[dict, list, list]:
     """Of labelled trials: `decoder_scores` with too_short and, of sentences of random words, per_salad and
     trials_salad; and their `greedy_strings`."""
     refs, hyps = greedy_strings(log_probs, corpus, trials)
     scores = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
-    scores["too_short"] = sum(len(row) < frames_needed(ref) for row, ref in zip(log_probs, refs, strict=True))
+    scores["too_short"] = sum(len(log_probs[i]) < frames_needed(corpus.labels[i]) for i in trials)
     salad = salad_trials(corpus)[trials]
     if salad.any():
         scores |= {"per_salad": error_rate(per_counts(refs, hyps)[salad]), "trials_salad": int(salad.sum())}
     return scores, refs, hyps
 
 
-def speech_logits(model, corpus: SpeechCorpus, indices, days, batch: int = 64) -> list:
-    """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
-    window. days (corpus days,): the model's index of each, from data.map_days. Batches by length."""
-    indices, training = np.asarray(indices, np.int64), model.training
-    order = np.argsort(corpus.lengths[indices], kind="stable")
+def speech_logits(model, corpus: SpeechCorpus, trials: np.ndarray, days, batch: int = 64) -> dict:
+    """Log-probabilities (F, 41) float32 by trial; (0, 41) where shorter than a window. days (corpus days,):
+    the model's index of each, from data.map_days. Batches by length."""
+    training = model.training
+    order = trials[np.argsort(corpus.lengths[trials], kind="stable")]
     days, device = torch.as_tensor(days), next(model.parameters()).device
-    result: list = [None] * len(indices)
+    result = {}
     model.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            items = collate_speech([corpus[i] for i in indices[chosen]])
+            items = collate_speech([corpus[i] for i in chosen])
             logits, frames = model(items["x"].to(device), items["lengths"], days[items["day"]].to(device))
             log_probs = logits.float().log_softmax(-1).cpu().numpy()
             for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
@@ -1026,7 +1026,7 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, batch: int = 64) -
     return result
 
 
-def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> list:
+def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> dict:
     """`speech_logits`; of several checkpoints the logarithm of their mean probability. args: day, device.
     Says which day layer stands in for a session that a checkpoint does not know."""
     each = []
@@ -1042,7 +1042,8 @@ def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) ->
             told = "sessions that it does not know, and whose day layer they get"
             print(f"{ckpt['path']}: {told}: {unknown}")
         each.append(speech_logits(model.to(args.device), corpus, trials, days))
-    return [np.logaddexp.reduce(rows) - np.float32(np.log(len(each))) for rows in zip(*each, strict=True)]
+    count = np.float32(np.log(len(each)))
+    return {i: np.logaddexp.reduce([rows[i] for rows in each]) - count for i in trials}
 
 
 def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean") -> Tensor:
@@ -1058,16 +1059,17 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
     scores, refs, hyps = part_scores(log_probs, corpus, trials)
     metrics = {f"valid_{name}": value for name, value in scores.items()}
     losses = []
-    for row, labels in zip(log_probs, refs, strict=True):
-        counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
-        if len(row) >= frames_needed(labels):
-            losses.append(float(ctc_losses(torch.as_tensor(row)[None], *counts)))
+    for i, labels in zip(trials, refs, strict=True):
+        frames = len(log_probs[i])
+        counts = torch.tensor([frames]), torch.tensor([labels]), torch.tensor([len(labels)])
+        if frames >= frames_needed(labels):
+            losses.append(float(ctc_losses(torch.as_tensor(log_probs[i])[None], *counts)))
     if search:
         settings = word_settings(corpus.channels)
-        sentences = [search.decode(row, settings) for row in log_probs]
+        sentences = [search.decode(log_probs[i], settings) for i in trials]
         metrics["valid_wer"] = error_rate(per_counts(said_in(corpus, trials), sentences))
     metrics["valid_loss"] = float(np.mean(losses)) if losses else math.nan
-    metrics["valid_blank_fraction"] = float((np.concatenate(log_probs).argmax(1) == 0).mean())
+    metrics["valid_blank_fraction"] = float((np.concatenate([*log_probs.values()]).argmax(1) == 0).mean())
     metrics["samples"] = [
         {"id": corpus.ids[trials[k]], "reference": spell(refs[k]), "hypothesis": spell(hyps[k])}
         for k in sorted({0, len(trials) // 2, len(trials) - 1})
@@ -1081,24 +1083,23 @@ def evaluate_decoder(args, loaded: list) -> dict:
     unlabelled = bool(args.submission or args.logits or args.nbest)
     corpus, parts, log_probs = _heard_part(args, loaded, unlabelled)
     trials = parts[args.part]
-    labelled = corpus.labelled[trials]
-    scored = trials[labelled]
+    scored = trials[corpus.labelled[trials]]
     figures, refs, hyps = {}, [], []
     if len(scored):
-        figures, refs, hyps = part_scores(list(itertools.compress(log_probs, labelled)), corpus, scored)
+        figures, refs, hyps = part_scores(log_probs, corpus, scored)
         figures["interval"] = trial_bootstrap(per_counts(refs, hyps))
         _print_scores(args.part, figures)
     if args.logits:
-        write_logits(args.logits, log_probs, [corpus.ids[i] for i in trials])
+        write_logits(args.logits, [(corpus.ids[i], log_probs[i]) for i in trials])
     rows: list = [["trial", "day", "reference", "hypothesis", *EDITS, "labels"]]
     for i, ref, hyp, counts in zip(scored, refs, hyps, per_counts(refs, hyps).tolist(), strict=True):
         rows.append([corpus.ids[i], corpus.days[corpus.day[i]], spell(ref), spell(hyp), *counts])
     if wants_words(args):
         figures["words"] = words_of_part(args, loaded, corpus, parts, log_probs)
-        sentences = itertools.compress(figures["words"].pop("sentences"), labelled)
+        sentences = figures["words"].pop("sentences")
         rows[0] += ["words_reference", "words_hypothesis"]
-        for row, said, sentence in zip(rows[1:], said_in(corpus, scored), sentences, strict=True):
-            row += [" ".join(said), " ".join(sentence)]
+        for row, i, said in zip(rows[1:], scored, said_in(corpus, scored), strict=True):
+            row += [" ".join(said), " ".join(sentences[i])]
     about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "seeds": seeds_of(loaded)}
     about["valid"] = loaded[0][1]["data"]["valid"]
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
@@ -1117,12 +1118,11 @@ def _print_scores(part, figures):
     print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
 
 
-def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: list) -> dict:
+def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: dict) -> dict:
     """`words` of the trials of args.part, --tune on those that validate."""
-    tuned_on = log_probs, parts[args.part]
-    if args.tune and parts["valid"] is not tuned_on[1]:
-        tuned_on = mean_logits(loaded, corpus, parts["valid"], args), parts["valid"]
-    return words(log_probs, corpus, parts[args.part], args, tuned_on, parts["train"])
+    if args.tune and args.part != "valid":
+        log_probs = log_probs | mean_logits(loaded, corpus, parts["valid"], args)
+    return words(log_probs, corpus, parts[args.part], args, parts["valid"], parts["train"])
 
 
 def _heard_part(args, loaded, unlabelled=False):
@@ -1437,36 +1437,35 @@ def said_in(corpus: SpeechCorpus, trials: Iterable[int]) -> list[list[str]]:
 
 
 def words(
-    log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
+    log_probs: dict, corpus: SpeechCorpus, trials: np.ndarray, args, valid: np.ndarray, train: Iterable[int]
 ) -> dict:
-    """Decodes trials into words, prints and returns "sentences", settings and, of labelled trials, WER (0 to
-    1), that of the settings before --tune and of the beam's best string; writes --submission and --nbest.
-    log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
-    --tune; train: trials whose transcripts make the lexicon and the LM."""
+    """Decodes trials into words, prints and returns "sentences" (by trial), settings and, of labelled trials,
+    WER (0 to 1), that of the settings before --tune and of the beam's best string; writes --submission and
+    --nbest. log_probs: (F, 41) by trial; valid: trials for --tune; train: trials whose transcripts make the
+    lexicon and the LM."""
     settings, figures = word_settings(corpus.channels, args), {}
     lexicon, lm = word_model(corpus, train, args.cache, args.lexicon, args.lm)
     search = WordSearch(lexicon, lm)
-    labelled = corpus.labelled[indices]
-    said = said_in(corpus, indices[labelled])
+    scored = trials[corpus.labelled[trials]]
+    said = said_in(corpus, scored)
     print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
     if args.tune:
-        known = corpus.labelled[valid[1]]
-        heard = list(itertools.compress(valid[0], known))
-        untuned = [search.decode(row, settings) for row in itertools.compress(log_probs, labelled)]
-        references = said_in(corpus, valid[1][known])
+        known = valid[corpus.labelled[valid]]
+        untuned = [search.decode(log_probs[i], settings) for i in scored]
+        heard, references = [log_probs[i] for i in known], said_in(corpus, known)
         settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
         if said:
             figures["wer_untuned"] = error_rate(per_counts(said, untuned))
             print(f"WER without it {figures['wer_untuned']:.4f}")
-    beams = [search.hypotheses(row, settings) for row in log_probs]
-    sentences = [beam[0]["words"] for beam in beams]
+    beams = {i: search.hypotheses(log_probs[i], settings) for i in trials}
+    sentences = {i: beam[0]["words"] for i, beam in beams.items()}
     if said:
-        salad = salad_trials(corpus)[indices[labelled]]
-        figures |= _word_scores(said, list(itertools.compress(beams, labelled)), salad)
+        figures |= _word_scores(said, [beams[i] for i in scored], salad_trials(corpus)[scored])
     if args.nbest:
-        write_nbest(args.nbest_file, beams, [corpus.ids[i] for i in indices], args.nbest)
+        write_nbest(args.nbest_file, [(corpus.ids[i], beam) for i, beam in beams.items()], args.nbest)
     if args.submission:
-        write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
+        texts = [" ".join(sentence) for sentence in sentences.values()]
+        write_submission(args.submission, texts, corpus, trials)
     return figures | {"settings": settings, "sentences": sentences}
 
 
@@ -1488,25 +1487,25 @@ def _word_scores(said, beams, salad):
     return figures
 
 
-def write_nbest(path: str | Path, beams: list[list[dict]], names: list[str], most: int) -> None:
+def write_nbest(path: str | Path, beams: list[tuple[str, list[dict]]], most: int) -> None:
     """An object a line: trial, rank from 1, text, acoustic score (scaled, blank penalty in it), LM score
     (log10) and total, of a trial's `most` best hypotheses."""
     lines = []
-    for name, beam in zip(names, beams, strict=True):
+    for name, beam in beams:
         for rank, one in enumerate(beam[:most], 1):
             about = {"trial": name, "rank": rank, "text": " ".join(one["words"])}
             lines.append(json.dumps(about | {key: one[key] for key in ("acoustic", "lm", "total")}) + "\n")
     write_text(path, "".join(lines))
-    print(f"{path}: {len(lines)} hypotheses of {len(names)} trials")
+    print(f"{path}: {len(lines)} hypotheses of {len(beams)} trials")
 
 
-def write_logits(folder: str | Path, log_probs: list, names: list[str]) -> None:
+def write_logits(folder: str | Path, log_probs: list[tuple[str, np.ndarray]]) -> None:
     """A float16 array (frames, 41) a trial, natural logarithms of probabilities, for a search elsewhere."""
-    for name, row in zip(names, log_probs, strict=True):
+    for name, row in log_probs:
         write_atomic(
             Path(folder, f"{name.replace('/', '_')}.npy"), lambda f, x=row: np.save(f, np.float16(x))
         )
-    print(f"{folder}: {len(names)} arrays, columns blank {spell(range(1, len(PHONEMES)))}")
+    print(f"{folder}: {len(log_probs)} arrays, columns blank {spell(range(1, len(PHONEMES)))}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1757,18 +1756,19 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
-        question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
+        name, labels, metric = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
-        question = f"mean {args.metric}", RATINGS.values(), METRICS[args.metric]
-    if len(set(pairs[3])) < 2:
-        found = f"{len(pairs[0])} rated items or trials that both predict"
+        name, labels, metric = f"mean {args.metric}", RATINGS.values(), METRICS[args.metric]
+    *_, groups, _ = pairs
+    if len(set(groups)) < 2:
+        found = f"{len(groups)} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
     told = {}
     if about["decoder"] and all(len(item) == 4 for item in (*a.values(), *b.values())):
-        told["words"] = _answer("word error rate", *question[1:], *_paired_trials(a, b, 2), args.draws)
-    return _answer(*question, *pairs, args.draws) | told
+        told["words"] = _answer("word error rate", labels, metric, *_paired_trials(a, b, 2), args.draws)
+    return _answer(name, labels, metric, *pairs, args.draws) | told
 
 
 def _side(args, paths):
@@ -1793,7 +1793,7 @@ def _side(args, paths):
         columns = greedy_strings(log_probs, corpus, trials)
         if wants_words(args):
             found = words_of_part(args, loaded, corpus, parts, log_probs)
-            columns += said_in(corpus, trials), found["sentences"]
+            columns += said_in(corpus, trials), found["sentences"].values()
         items = {corpus.ids[i]: strings for i, *strings in zip(trials, *columns, strict=True)}
         return items, {"decoder": True, "synthetic": corpus.synthetic}
     predictions, _, _, data = _rate_parts(args, loaded, [args.part])
@@ -2281,10 +2281,6 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
     kinds = MIDI_KINDS if args.midi else SOUND_KINDS if args.audio else (".npy",)
     inputs = _expand(args.midi or args.audio or args.speech, kinds)
-    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or args.speech)):
-        if args.speech and [folder] in inputs:
-            continue  # a corpus
-        say_left_out(other_kinds(folder, kinds))
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             if files[0].is_dir() and not args.speech:
@@ -2309,14 +2305,17 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
 
 def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
-    """Files, and those of these kinds below folders: each alone, but .npy files of one folder together."""
+    """Files, and those of these kinds below folders, of which it says what is of other kinds: each alone, but
+    .npy files of one folder together. A corpus of speech stays one folder."""
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
         found = files_below(path, kinds)
         inside = [file for file in found if file.parent == path or file.suffix.lower() != ".npy"]
-        if (path / "trials.json").exists() or not inside:
-            inside = [path]
-        for file in inside:
+        if (path / "trials.json").exists():
+            inside = []
+        if path.is_dir() and (inside or ".npy" not in kinds):
+            say_left_out(other_kinds(path, kinds))
+        for file in inside or [path]:
             is_npy = file.suffix.lower() == ".npy"
             blocks.setdefault(file.parent if is_npy else file, []).append(file)
     return list(blocks.values())
@@ -2375,7 +2374,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     for part in parts:
         item = describe_performance(part.score, part.performance, part.match)
         items[f"{name} {len(items)}"] = item | {"name": name}
-    corpus = Corpus(args.score, False, items, list(items), column_names(FEATURES), item["stat_names"], {})
+    corpus = described(items)
     each = []
     for model, ckpt in loaded:
         each.append(predict_han(model, prepare_han(corpus, list(items), ckpt["data"]), args.device))
@@ -2384,8 +2383,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     title += f"{unwritten:.1%} of the played are not in it"
     if len(parts) > 1:
         title += f"\nlonger than what it was trained on: mean of {len(parts)} passages"
-    mean = average(each, loaded)
-    rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.heard)
+    rated = show_ratings(title, each, loaded, args.heard)
     warnings = reading.warnings()
     for line in warnings:
         tqdm.write(f"warning: {line}")
@@ -2401,9 +2399,15 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "repairs": say_repairs(item["repairs"]),
         **rated,
         "warnings": printable("; ".join(warnings)),
-        "passages": passage_ratings(parts, mean) if len(parts) > 1 else [],
+        "passages": passage_ratings(parts, average(each, loaded)) if len(parts) > 1 else [],
     }
     yield record, item | {"name": name, "item": item, "score": reading.score, "passages": record["passages"]}
+
+
+def described(items: dict[str, dict]) -> Corpus:
+    """Items of `describe_performance` as `prepare_han` takes them."""
+    names = list(items)
+    return Corpus("", False, items, names, column_names(FEATURES), items[names[0]]["stat_names"], {})
 
 
 def _whereabouts(reading: Reading) -> dict:
@@ -2485,9 +2489,9 @@ def measured_unheard() -> dict:
 
 
 def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
-    """{label: half-width of an 80 % interval} of the mean of ratings `each` (1, 19): the spread over models
-    and the errors on validation (`error80`), or for a work not heard in training those of the row
-    `kernel` on such works; {} where neither is known."""
+    """{label: half-width of an 80 % interval} of the mean of ratings `each` (19,): the spread over models and
+    the errors on validation (`error80`), or for a work not heard in training those of the row `kernel` on
+    such works; {} where neither is known."""
     errors = []
     for _, ckpt in loaded:
         squares = (ckpt.get("best") or {}).get("valid_mse_per_dimension", [])
@@ -2496,7 +2500,7 @@ def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dic
         errors = [measured_unheard()["error80"]]
     if not all(map(len, errors)):
         return {}
-    half = np.hypot(np.mean(errors, axis=0), NORMAL_80 * np.std(each, axis=0)[0])
+    half = np.hypot(np.mean(errors, axis=0), NORMAL_80 * np.std(each, axis=0))
     return dict(zip(LABELS, half.tolist(), strict=True))
 
 
@@ -2512,17 +2516,19 @@ def heard_in_training(loaded: list[tuple], score: str) -> bool:
 def say_unheard() -> str:
     """What ratings of a work never heard in training are worth, as measured."""
     said = "by its name not heard in training: trust the order of several takes, not the ratings themselves"
-    if not measured_unheard():
-        return said
-    measured = " (such works: R² {r2:.2f}; takes of one passage: Pearson {within:.2f}, where raters' noise "
-    noise = "allows {:.2f} to {:.2f})".format(*measured_unheard()["ceiling"])
-    return said + measured.format(**measured_unheard()) + noise
+    known = measured_unheard()
+    if known:
+        low, high = known["ceiling"]
+        said += f" (such works: R² {known['r2']:.2f}; takes of one passage: Pearson {known['within']:.2f}, "
+        said += f"where raters' noise allows {low:.2f} to {high:.2f})"
+    return said
 
 
 def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], heard: bool = True) -> dict:
-    """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
-    mean = average(each, loaded)
-    ratings = dict(zip(LABELS, mean[0].tolist(), strict=True))
+    """Prints the mean of each model's ratings (passages, 19) between their poles; gives it and its
+    `uncertainty` by label."""
+    each = [p.mean(0) for p in each]
+    ratings = dict(zip(LABELS, average(each, loaded).tolist(), strict=True))
     errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
     tqdm.write(f"\n{title}")
@@ -2539,23 +2545,25 @@ def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], heard:
 def compare_takes(records: list[dict]) -> None:
     """Prints takes of one score side by side, and adds to each record which ratings differ: above or below
     the mean of the others by more than 80 % of the errors of such a difference."""
-    p, error = (
-        np.array([[*record[key].values()] for record in records]) for key in ("ratings", "uncertainty")
-    )
-    others = len(p) - 1
-    gap = p - (p.sum(0) - p) / others
-    allowed = error * math.sqrt(1 + 1 / others) if error.size else np.inf
-    differs = np.where(gap > allowed, "above", np.where(-gap > allowed, "below", ""))
-    marks = {"above": "+", "below": "-", "": ""}
+    others = len(records) - 1
+    known = bool(records[0]["uncertainty"])
     print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
     for count, record in enumerate(records, 1):
         print(f"{count:>4} {record['path']}, bars {record['bars']}")
-        record["differs"] = dict(zip(LABELS, differs[count - 1].tolist(), strict=True))
-    mean = [f"± {x:.2f}" for x in error.mean(0)] if error.size else [""] * len(RATINGS)
+        record["differs"] = {}
     rows = []
-    for name, values, said, half in zip(RATINGS.values(), p.T, differs.T, mean, strict=True):
-        rows.append([name, *(f"{x:.2f}{marks[word]}" for x, word in zip(values, said, strict=True)), half])
-    print_table(["0 … 1", *map(str, range(1, len(p) + 1)), "± 80 %" if error.size else ""], rows)
+    for label, title in RATINGS.items():
+        p = np.array([record["ratings"][label] for record in records])
+        error = np.array([record["uncertainty"].get(label, np.inf) for record in records])
+        gap = p - (p.sum() - p) / others
+        beyond = np.sign(gap) * (np.abs(gap) > error * math.sqrt(1 + 1 / others))
+        cells = [title]
+        for record, value, side in zip(records, p, beyond, strict=True):
+            word, mark = {1: ("above", "+"), -1: ("below", "-"), 0: ("", "")}[side]
+            record["differs"][label] = word
+            cells.append(f"{value:.2f}{mark}")
+        rows.append([*cells, f"± {error.mean():.2f}" if known else ""])
+    print_table(["0 … 1", *map(str, range(1, len(records) + 1)), "± 80 %" if known else ""], rows)
 
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
@@ -2570,22 +2578,24 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         raise DataError(f"{files[0]}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
     for line in corpus.left_out:
         refuse(line)
-    rule, layers = args.day or ("mean" if is_npy else None), corpus
+    rule = args.day or ("mean" if is_npy else None)
+    layers = corpus
     if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
-        layers, rule = replace(corpus, days=[rule] * len(corpus.days)), None
+        layers = replace(corpus, days=[rule] * len(corpus.days))
+        rule = None
     settings = argparse.Namespace(**vars(args) | {"day": rule, "part": None})
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
     log_probs = mean_logits(loaded, layers, trials, settings)
-    said = None
+    said = {}
     if wants_words(args):
-        parts, given = {"train": trials[:0], "valid": trials[:0]}, args.lexicon and args.lm
+        given = args.lexicon and args.lm
+        parts = {"train": trials[:0], "valid": trials[:0]}
         if args.tune or not given:
             parts = speech_parts(corpus, ckpt["data"]["valid"])
         if not (len(parts["train"]) or given):
             raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
-        tuned_on = [log_probs[i] for i in parts["valid"]], parts["valid"]
-        said = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
+        said = words(log_probs, corpus, trials, args, parts["valid"], parts["train"])["sentences"]
     refs, hyps = greedy_strings(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     for i, (name, ref, hyp) in enumerate(zip(corpus.ids, refs, hyps, strict=True)):
@@ -2600,7 +2610,7 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         }
         tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {record['phonemes'] or '(nothing)'}")
         if said:
-            record["words"] = " ".join(said["sentences"][i])
+            record["words"] = " ".join(said[i])
             tqdm.write(f"  words      {record['words'] or '(none)'}")
         if ref:
             tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
@@ -2659,15 +2669,15 @@ def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
 
 
 def predictions_table(records: list[dict]) -> list[list]:
-    """Head and rows of what --csv writes: a line a prediction."""
+    """Head and rows of what --csv writes: a line a prediction, and a line a passage of it."""
     rows = []
     for record in records:
         apart = ("ratings", "uncertainty", "errors", "differs", "passages")
-        for part in [record, *record.get("passages", [])]:
+        passages = [{"name": record["name"], **passage} for passage in record.get("passages", [])]
+        for part in [record, *passages]:
             row = {key: part.get(key, "") for key in record if key not in apart}
-            if "name" in record:
-                row["name"] = record["name"]
-            row |= record["errors"] or dict.fromkeys(EDITS) if "errors" in record else {}
+            if "errors" in record:
+                row |= record["errors"] or dict.fromkeys(EDITS)
             for label, value in part.get("ratings", {}).items():
                 row["{}: {} ... {}".format(label, *LABEL_POLES[label])] = value
             for key, title in (("uncertainty", "± 80 %"), ("differs", "differs")):
@@ -2705,8 +2715,7 @@ def even_shares(attention: ContextAttention, x: Tensor, group: Tensor, groups: i
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     """What HANs weigh in one un-normalised item: `even_shares` of "note in beat" and "beat in measure" where
     they have such, and of "note", "beat" and "measure" in the piece; averaged over members."""
-    names, statistics = [item["name"]], item.get("stat_names", [])
-    corpus = Corpus("", False, {item["name"]: item}, names, column_names(FEATURES), statistics, {})
+    corpus = described({item["name"]: item})
     levels: dict[str, list] = {}
     for model, kept in members:
         batch = collate_han(prepare_han(corpus, [item["name"]], kept["data"]))
@@ -3031,9 +3040,9 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     keys = ("per", "trials", "labels", *EDITS)
     days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
-    samples = [
-        [corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])] for i in order[[0, len(order) // 2, -1]]
-    ]
+    samples = []
+    for i in order[[0, len(order) // 2, -1]]:
+        samples.append([corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])])
     chosen = "valid" if loaded[0][1]["data"]["valid"] == "test" else args.part
     parts = {
         "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
@@ -3045,7 +3054,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
         found = words_of_part(args, loaded, corpus, split, log_probs)
         sentences, said, rows = found.pop("sentences"), said_in(corpus, trials), []
         for i in order:
-            rows.append([corpus.ids[trials[i]], " ".join(said[i]), " ".join(sentences[i])])
+            rows.append([corpus.ids[trials[i]], " ".join(said[i]), " ".join(sentences[trials[i]])])
         parts["Words, fewest phoneme errors first"] = _table(["trial", "said", "decoded"], rows)
         figures["words"] = found
         rate += f", word error rate {found['wer']:.4f} {brackets(found['wer_interval'])}"
