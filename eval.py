@@ -1137,8 +1137,8 @@ def _heard_part(args, loaded, unlabelled=False):
     if not unlabelled:
         parts[args.part] = parts[args.part][corpus.labelled[parts[args.part]]]
     if not len(parts[args.part]):
-        told = "no trial" if unlabelled else "no labelled trial"
-        raise DataError(f"--part {args.part}: {told} in {corpus.root}; give another")
+        found = f"--part {args.part}: no labelled trial in {corpus.root}"
+        raise DataError(f"{found}; give another, or evaluate --submission")
     return corpus, parts, mean_logits(loaded, corpus, parts[args.part], args)
 
 
@@ -1666,19 +1666,23 @@ def permutation_p(y, p, groups, n: int = 1000, folds: np.ndarray | None = None) 
     p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     folds = np.zeros(len(y), int) if folds is None else folds
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    takers = sorted(set(zip(folds.tolist(), group.tolist(), strict=True)))
-    rows_of = {(fold, k): np.flatnonzero((folds == fold) & (group == k)) for fold, k in takers}
+    groups_of, rows_of = {}, {}
+    for fold in np.unique(folds):
+        groups_of[fold] = np.unique(group[folds == fold])
+        for k in groups_of[fold]:
+            rows_of[fold, k] = np.flatnonzero((folds == fold) & (group == k))
     largest = max(map(len, rows_of.values()))
-    observed, as_good = by_fold(pearson, folds, y, p), 0
+    observed = by_fold(pearson, folds, y, p)
+    as_good = 0
     rng = np.random.default_rng(7)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
-        donors = sorted(takers, key=lambda key: (key[0], order[key[1]]))
-        for taker, donor in zip(takers, donors, strict=True):
-            given = rows_of[donor]
-            shuffled = given[np.argsort(within[donor[1], : len(given)])]
-            source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
+        for fold, takers in groups_of.items():
+            for taker, donor in zip(takers, takers[order[takers].argsort()], strict=True):
+                rows, given = rows_of[fold, taker], rows_of[fold, donor]
+                shuffled = given[within[donor, : len(given)].argsort()]
+                source[rows] = np.resize(shuffled, len(rows))
         as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
     return (1 + as_good) / (1 + n)
 
@@ -2964,15 +2968,17 @@ def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
     for row in sorted(rows, key=lambda row: -row["metrics"]["valid"]["all"]["mean"]["r2"]):
         mean = row["metrics"]["valid"]["all"]["mean"]
         each = mean["per_dimension"]
-        withheld = (test.get(row["stem"], []) + ["", ""])[:2]
-        table.append(
-            [row["row"], *(mean[key] for key in each), mean["r2_interval"], mean["folds"], *withheld]
-        )
+        withheld = [*test.get(row["stem"], []), "", ""][:2]
+        figures = [mean[key] for key in each]
+        table.append([row["row"], *figures, mean["r2_interval"], mean["folds"], *withheld])
         tests = row.get("significance", {}).get("valid", {}).get("all") or {}
-        columns = each | {f"95 % of {key[:-9]}": tests[key] for key in tests if key.endswith("_interval")}
+        columns = dict(each)
+        for key in ("pearson", "r2"):
+            if f"{key}_interval" in tests:
+                columns[f"95 % of {key}"] = tests[f"{key}_interval"]
         columns["raters' limit of r2"] = [ceiling.get(label, [""])[0] for label in LABELS]
-        shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
-        details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
+        by_rating = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
+        details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{by_rating}</details>"
     published = PUBLISHED.get((row["task"], row["split"]), "")
     if published:
         table.append(["published", *["" for _ in table[0][3:]], published, ""])
