@@ -282,7 +282,7 @@ def _measure_folds(names, y, p, folds):
     each = {}
     for fold in dict.fromkeys(folds.tolist()):
         rows = folds == fold
-        each[str(fold)] = scores(y[rows], p[rows], groups[rows])
+        each[str(fold)] = _measure_fold(y[rows], p[rows], groups[rows])
     mean: dict = {"folds": len(each), "r2_interval": cluster_bootstrap(y, p, groups, folds=folds)}
     mean["per_dimension"] = {key: by_fold(METRICS[key], folds, y, p).tolist() for key in METRICS}
     for key in METRICS:
@@ -291,7 +291,7 @@ def _measure_folds(names, y, p, folds):
     return {"folds": each, "mean": mean}
 
 
-def scores(y, p, groups) -> dict:
+def _measure_fold(y, p, groups):
     """Of one part and fold: counts, each metric's mean and values per dimension, and the interval of R²."""
     figures = {"items": len(y), "segments": len(set(groups)), "r2_interval": cluster_bootstrap(y, p, groups)}
     each = {key: metric(y, p) for key, metric in METRICS.items()}
@@ -510,15 +510,16 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
 
 
 def _load_models(paths):
-    """[(path, model, checkpoint), ...]; a file of several models gives each."""
+    """[(model, checkpoint with its path), ...]; a file of several models gives each."""
     loaded = []
     for path in paths:
         model, ckpt = load_checkpoint(path)
+        ckpt["path"] = path
         if ckpt["task"] == "ensemble":
             each = zip(model.members, ckpt["members"], strict=True)
-            loaded += [(path, member, {**ckpt, **about}) for member, about in each]
+            loaded += [(member, ckpt | about) for member, about in each]
         else:
-            loaded.append((path, model, ckpt))
+            loaded.append((model, ckpt))
     return loaded
 
 
@@ -530,7 +531,8 @@ def kind_of(task: str) -> str:
 def _check_alike(loaded):
     """The data settings of checkpoints that are evaluated together. DataError names the first that lacks one
     or differs there from the first or from this version."""
-    task = kind_of(loaded[0][2]["task"])
+    first = loaded[0][1]
+    task = kind_of(first["task"])
     expected = {"task": task, "labels": list(LABELS)}
     keys = ["task", "synthetic"]
     if task == "decoder":
@@ -541,27 +543,19 @@ def _check_alike(loaded):
     if task in AUDIO_TASKS:
         keys += ["audio", "fbank"]
         expected["fbank"] = FBANK_FORMAT
-    for path, model, ckpt in loaded:
+    for model, ckpt in loaded:
         known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
             value = known.get(key)
             if key not in known or value != expected.setdefault(key, value):
-                wanted = f"{expected.get(key)!r:.60}, as in {loaded[0][0]} or this version"
-                raise DataError(f"{path}: {key} is {value!r:.60}; expected {wanted}; evaluate them apart")
-    return loaded[0][2]["data"]
-
-
-def _load_fold_models(loaded):
-    """{fold: [(model, checkpoint), ...]} and the data settings that all must share."""
-    data = _check_alike(loaded)
-    folds: dict[int, list] = {}
-    for path, model, ckpt in sorted(loaded, key=lambda member: member[2]["data"]["fold"]):
-        folds.setdefault(ckpt["data"]["fold"], []).append((model, {**ckpt, "path": str(path)}))
-    return folds, data
+                wanted = f"{expected.get(key)!r:.60}, as in {first['path']} or this version"
+                found = f"{ckpt['path']}: {key} is {value!r:.60}"
+                raise DataError(f"{found}; expected {wanted}; evaluate them apart")
+    return first["data"]
 
 
 def seeds_of(loaded):
-    return [ckpt["args"].get("seed") for *_, ckpt in loaded]
+    return [ckpt["args"].get("seed") for _, ckpt in loaded]
 
 
 ONLY_FOR = {  # tasks of models -> options that they alone take
@@ -595,8 +589,9 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     )
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
-    task = loaded[0][2]["task"]
-    pretraining = task == "ast" and loaded[0][1].model_args["num_outputs"] is None
+    model, ckpt = loaded[0]
+    task = ckpt["task"]
+    pretraining = task == "ast" and model.model_args["num_outputs"] is None
     refuse_foreign(args, "pretraining" if pretraining else task, args.ckpt[0])
     if args.out and not pretraining and (kind_of(task) != "han" or args.part != "valid"):
         raise DataError(
@@ -611,7 +606,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     about |= {"rate": args.rate} if args.rate else {}
-    return _finish(predictions, corpus, args, parts, about, [member[1:] for member in loaded], spread)
+    return _finish(predictions, corpus, args, parts, about, loaded, spread)
 
 
 def load_corpus(args, speech: bool = False, quiet: bool = False, say: Callable = print):
@@ -639,46 +634,46 @@ def _corpus_of(data, args):
 
 def _rate_parts(args, loaded, parts):
     """`fold_predictions` of checkpoints that rate, their corpus and their data settings."""
-    folds, data = _load_fold_models(loaded)
+    data = _check_alike(loaded)
     if "competition" in parts:
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} rates")
     corpus = _corpus_of(data, args)
-    return *fold_predictions(folds, corpus, args, parts), corpus, data
+    return *fold_predictions(loaded, corpus, args, parts), corpus, data
 
 
-def fold_predictions(folds: dict, corpus: Corpus, args, parts: Iterable[str]) -> tuple[dict, dict]:
-    """Of models of `_load_fold_models`: predictions averaged within a fold, as `measure` takes them, and
-    their standard deviation over models."""
+def fold_predictions(loaded: list, corpus: Corpus, args, parts: Iterable[str]) -> tuple[dict, dict]:
+    """Of models of `_load_models`: predictions averaged within a fold, as `measure` takes them, and their
+    standard deviation over models."""
     predictions: dict[tuple, np.ndarray] = {}
     spread: dict[tuple, np.ndarray] = {}
-    _, first = next(iter(folds.values()))[0]
+    first = loaded[0][1]
     store = rated_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
-    for fold, members in folds.items():
+    for fold in sorted({ckpt["data"]["fold"] for _, ckpt in loaded}):
+        members = [(model, ckpt) for model, ckpt in loaded if ckpt["data"]["fold"] == fold]
         data, options = members[0][1]["data"], members[0][1]["args"]
         misaligned = options.get("keep_misaligned", False)
         names_of = percepiano_parts(corpus, data["split"], fold, data["keep_overlap"], misaligned)
         print(f"fold {fold}: {counted(members)}, seeds {seeds_of(members)}")
         for part in parts:
             names = [name for name in names_of[part] if store is None or name in store.names]
-            each = [_predict(model, ckpt, names, corpus, store, args) for model, ckpt in members]
+            each = []
+            for model, ckpt in members:
+                info = ckpt["data"]
+                if store is None:
+                    each.append(predict_han(model, prepare_han(corpus, names, info), args.device))
+                else:
+                    items = prepare_ast(corpus, store, names, info)
+                    each.append(predict_ast(model, items, info, args.device))
             keys = [(part, fold, name) for name in names]
-            mean = average(each, [ckpt["task"] for _, ckpt in members])
-            predictions |= zip(keys, mean, strict=True)
+            predictions |= zip(keys, average(each, members), strict=True)
             spread |= zip(keys, np.std(each, axis=0), strict=True)
     return predictions, spread
 
 
-def average(each: list[np.ndarray], tasks: list[str]) -> np.ndarray:
+def average(each: list[np.ndarray], loaded: list) -> np.ndarray:
     """Mean of predictions, every task (networks, kernels) with the same weight however many models it has."""
-    tasks = np.array(tasks)
+    tasks = np.array([ckpt["task"] for _, ckpt in loaded])
     return np.mean([np.mean(np.array(each)[tasks == task], axis=0) for task in np.unique(tasks)], axis=0)
-
-
-def _predict(model, ckpt, names, corpus, store, args):
-    """Ratings of these items by one model, (n, 19), of their audio where there is a store."""
-    if store is None:
-        return predict_han(model, prepare_han(corpus, names, ckpt["data"]), args.device)
-    return predict_ast(model, prepare_ast(corpus, store, names, ckpt["data"]), ckpt["data"], args.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -717,69 +712,72 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     kind = args.model or ("forest" if args.task == "han" else "ridge")
     about = {key: getattr(args, key) for key in ("task", "split", "keep_overlap")}
     about |= {"seeds": list(range(7, 7 + (args.heads or 1))), "model": kind}
-    clips = None
+    fit, rated = functools.partial(_fit_notes, corpus, args), corpus.items
     if args.task == "han":
         about["features"] = args.features
     else:
-        about["audio"] = "wav" if args.audio else "rendered"
-        about |= {"copies": args.copies, "heads": args.heads}
-        about["soundfonts"] = list(map(last_part, args.soundfonts))
-        for key in ("rate", "probe"):
-            given = getattr(args, key)
-            about[key] = given and last_part(given)
+        about |= {
+            "audio": "wav" if args.audio else "rendered",
+            "copies": args.copies,
+            "heads": args.heads,
+            "soundfonts": list(map(last_part, args.soundfonts)),
+            "rate": args.rate and last_part(args.rate),
+            "probe": args.probe and last_part(args.probe),
+        }
         clips = Clips(corpus, args)
+        fit, rated = clips.fit, clips.rated
     parts = ("valid", "test")
     predictions, kernels = {}, []
     for fold in range(4) if args.fold == "all" else [int(args.fold)]:
         names_of = percepiano_parts(corpus, args.split, fold, args.keep_overlap)
-        if clips:
-            rate, fitted = clips.fit(kind, names_of["train"], fold)
-            names_of = {part: [n for n in names if n in clips.rated] for part, names in names_of.items()}
-            kernels += fitted
-        elif kind == "kernel":
-            kernels.append(_fit_kernel(corpus, names_of["train"], args, fold))
-            rate = functools.partial(_predict, *kernels[-1], corpus=corpus, store=None, args=args)
-        else:
-            rate = _fit_regression(kind, corpus, names_of["train"], args.features)
+        rate, fitted = fit(kind, names_of["train"], fold)
+        kernels += fitted
         for part in parts:
-            keys = [(part, fold, name) for name in names_of[part]]
-            if keys:
-                predictions |= zip(keys, rate(names=names_of[part]), strict=True)
+            names = [name for name in names_of[part] if name in rated]
+            if names:
+                keys = [(part, fold, name) for name in names]
+                predictions |= zip(keys, rate(names), strict=True)
     return _finish(predictions, corpus, args, parts, about, kernels)
-
-
-def _fit_kernel(corpus, train, args, fold):
-    """A kernel ridge of a fold, and its checkpoint."""
-    info = han_info(corpus, train, args.features, True, args.split, fold, args.keep_overlap)
-    items = prepare_han(corpus, train, info)
-    stats, y = (torch.from_numpy(np.stack([item[key] for item in items])) for key in ("stats", "y"))
-    made = {"task": "kernel", "data": info, "args": {"seed": None}, "step": None, **git_state()}
-    return KernelRidge.fit(stats, y), made
 
 
 REGRESSIONS = ("kernel", "forest", "ridge")
 
 
-def _regression(kind, groups):
-    """A forest, or ridge on standardised columns, its strength cross-validated over whole groups."""
+def _regression(kind, x, y, names):
+    """A function of statistics (n, S) -> ratings, fitted to x and y of these names: a forest, or ridge on
+    standardised columns, its strength cross-validated over whole segments."""
     from sklearn.ensemble import ExtraTreesRegressor  # takes a second to import, and only the floor needs it
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if kind == "forest":
-        return ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
-    folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
-    return make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
+    model = ExtraTreesRegressor(150, min_samples_leaf=3, max_features=0.3, random_state=7, n_jobs=-1)
+    if kind == "ridge":
+        groups = [segment_of(name) for name in names]
+        folds = GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups)
+        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 5, 13), cv=list(folds)))
+    model.fit(x, y)
+    return lambda x: model.predict(x).clip(0, 1)
 
 
-def _fit_regression(kind, corpus, train, features):
-    """A function names -> ratings (n, 19): a forest or a ridge on statistics of the notes alone."""
-    info = fit_normalisation(corpus, train, features) | {"statistics": []}
-    model = _regression(kind, list(map(segment_of, train)))
-    model.fit(all_statistics(corpus, train, info), [corpus.items[name]["y"] for name in train])
-    return lambda names: model.predict(all_statistics(corpus, names, info)).clip(0, 1)
+def _kernel_checkpoint(task, info):
+    return {"task": task, "data": info, "args": {"seed": None}, "step": None, **git_state()}
+
+
+def _fit_notes(corpus, args, kind, names, fold):
+    """As `Clips.fit`, on statistics of the notes; of a kernel also on those that --pooled takes."""
+    if kind == "kernel":
+        info = han_info(corpus, names, args.features, True, args.split, fold, args.keep_overlap)
+        items = prepare_han(corpus, names, info)
+        stats, y = (torch.from_numpy(np.stack([item[key] for item in items])) for key in ("stats", "y"))
+        model = KernelRidge.fit(stats, y)
+        fitted = [(model, _kernel_checkpoint("kernel", info))]
+        return lambda names: predict_han(model, prepare_han(corpus, names, info), args.device), fitted
+    info = fit_normalisation(corpus, names, args.features) | {"statistics": []}
+    y = [corpus.items[name]["y"] for name in names]
+    rate = _regression(kind, all_statistics(corpus, names, info), y, names)
+    return lambda names: rate(all_statistics(corpus, names, info)), []
 
 
 def clip_info(corpus: Corpus, args, fold: int) -> dict:
@@ -825,36 +823,32 @@ class Clips:
     def fit(self, kind: str, names: list[str], fold: int) -> tuple:
         """A function names -> ratings, of a regression on all versions of these names; and a kernel with its
         checkpoint, in a list."""
-        y = {name: self.corpus.items[name]["y"] for name in names}
-        heard = [name for name in self.train if name.partition("@")[0] in y]
-        items = [name.partition("@")[0] for name in heard]
+        known = set(names)
+        heard = [version for version in self.train if version.partition("@")[0] in known]
+        items = [version.partition("@")[0] for version in heard]
         if len(set(map(segment_of, items))) < 2:
             found = f"{self.corpus.root}: fold {fold}, {len(items)} recordings to train with"
             raise DataError(f"{found}; expected some of two segments or more; add recordings")
-        described = torch.stack([self.train[name] for name in heard])
-        ratings = torch.from_numpy(np.stack([y[item] for item in items]))
-        y = {item: y[item] for item in items}  # what was heard alone
+        described = torch.stack([self.train[version] for version in heard])
+        y = np.stack([self.corpus.items[item]["y"] for item in items])
+
+        def describe(names: list[str]) -> Tensor:
+            return torch.stack([self.rated[name] for name in names])
+
         if kind != "kernel":
-            model = _regression(kind, list(map(segment_of, items)))
-            model.fit(described.double().numpy(), ratings.numpy())
-            return lambda names: model.predict(self._table(names).double().numpy()).clip(0, 1), []
+            rate = _regression(kind, described.double().numpy(), y, items)
+            return lambda names: rate(describe(names).double().numpy()), []
         encoder = self.model.model_args["encoder"]
         model = ClipKernel(len(heard), encoder=encoder, heads=self.args.heads)
         model.encoder = self.model.encoder
-        number = {name: i for i, name in enumerate(y)}
-        model.fit(described, ratings, torch.tensor([number[item] for item in items]))
-        made = {"task": "clip_kernel", "args": {"seed": None}, "step": None, **git_state()}
-        made["data"] = self._about(y, fold)
-        return lambda names: model.rate(self._table(names)).double().numpy(), [(model, made)]
-
-    def _table(self, names):
-        return torch.stack([self.rated[name] for name in names])
-
-    def _about(self, y, fold):
-        """What `predict` and `evaluate` need to know of a kernel's data; y: ratings by training name."""
-        targets = fit_targets(self.corpus, y)
-        fitted = {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
-        return self.info | clip_info(self.corpus, self.args, fold) | fitted | {"frames": WHOLE_CLIP}
+        number = {item: i for i, item in enumerate(dict.fromkeys(items))}
+        model.fit(described, torch.from_numpy(y), torch.tensor([number[item] for item in items]))
+        targets = fit_targets(self.corpus, number)
+        info = self.info | clip_info(self.corpus, self.args, fold)
+        info |= {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
+        info["frames"] = WHOLE_CLIP
+        fitted = [(model, _kernel_checkpoint("clip_kernel", info))]
+        return lambda names: model.rate(describe(names)).double().numpy(), fitted
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -994,36 +988,36 @@ def _error_figures(counts):
     return {"per": error_rate(counts), **totals, "trials": len(counts)}
 
 
-def greedy_strings(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[list, list]:
-    """Phoneme ids of trials, as labelled and as decoded from log_probs (F, 41) each."""
-    decoded = [ctc_greedy(row[None], [len(row)])[0] for row in log_probs]
+def greedy_strings(log_probs: dict, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[list, list]:
+    """Phoneme ids of trials, as labelled and as decoded from log_probs (F, 41) by trial."""
+    decoded = [ctc_greedy(log_probs[i][None], [len(log_probs[i])])[0] for i in trials]
     return [corpus.labels[i].tolist() for i in trials], decoded
 
 
-def part_scores(log_probs: list, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[dict, list, list]:
+def part_scores(log_probs: dict, corpus: SpeechCorpus, trials: np.ndarray) -> tuple[dict, list, list]:
     """Of labelled trials: `decoder_scores` with too_short and, of sentences of random words, per_salad and
     trials_salad; and their `greedy_strings`."""
     refs, hyps = greedy_strings(log_probs, corpus, trials)
     scores = decoder_scores(refs, hyps, corpus.day[trials], corpus.days)
-    scores["too_short"] = sum(len(row) < frames_needed(ref) for row, ref in zip(log_probs, refs, strict=True))
+    scores["too_short"] = sum(len(log_probs[i]) < frames_needed(corpus.labels[i]) for i in trials)
     salad = salad_trials(corpus)[trials]
     if salad.any():
         scores |= {"per_salad": error_rate(per_counts(refs, hyps)[salad]), "trials_salad": int(salad.sum())}
     return scores, refs, hyps
 
 
-def speech_logits(model, corpus: SpeechCorpus, indices, days, batch: int = 64) -> list:
-    """Log-probabilities (F, 41) float32 of trials by number, in the order given; (0, 41) where shorter than a
-    window. days (corpus days,): the model's index of each, from data.map_days. Batches by length."""
-    indices, training = np.asarray(indices, np.int64), model.training
-    order = np.argsort(corpus.lengths[indices], kind="stable")
+def speech_logits(model, corpus: SpeechCorpus, trials: np.ndarray, days, batch: int = 64) -> dict:
+    """Log-probabilities (F, 41) float32 by trial; (0, 41) where shorter than a window. days (corpus days,):
+    the model's index of each, from data.map_days. Batches by length."""
+    training = model.training
+    order = trials[np.argsort(corpus.lengths[trials], kind="stable")]
     days, device = torch.as_tensor(days), next(model.parameters()).device
-    result: list = [None] * len(indices)
+    result = {}
     model.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            items = collate_speech([corpus[i] for i in indices[chosen]])
+            items = collate_speech([corpus[i] for i in chosen])
             logits, frames = model(items["x"].to(device), items["lengths"], days[items["day"]].to(device))
             log_probs = logits.float().log_softmax(-1).cpu().numpy()
             for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
@@ -1032,22 +1026,24 @@ def speech_logits(model, corpus: SpeechCorpus, indices, days, batch: int = 64) -
     return result
 
 
-def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> list:
+def mean_logits(loaded: list, corpus: SpeechCorpus, trials: np.ndarray, args) -> dict:
     """`speech_logits`; of several checkpoints the logarithm of their mean probability. args: day, device.
     Says which day layer stands in for a session that a checkpoint does not know."""
     each = []
     used = np.unique(corpus.day[trials])
     sessions = [corpus.days[day] for day in used]
-    for path, model, ckpt in loaded:
+    for model, ckpt in loaded:
         known = ckpt["data"]["days"]
         days = np.full(len(corpus.days), -1)
         days[used] = map_days(sessions, known, args.day)
         layers = [*known, "mean"]
         unknown = {s: layers[k] for s, k in zip(sessions, days[used], strict=True) if s not in known}
         if unknown:
-            print(f"{path}: sessions that it does not know, and whose day layer they get: {unknown}")
+            told = "sessions that it does not know, and whose day layer they get"
+            print(f"{ckpt['path']}: {told}: {unknown}")
         each.append(speech_logits(model.to(args.device), corpus, trials, days))
-    return [np.logaddexp.reduce(rows) - np.float32(np.log(len(each))) for rows in zip(*each, strict=True)]
+    count = np.float32(np.log(len(each)))
+    return {i: np.logaddexp.reduce([rows[i] for rows in each]) - count for i in trials}
 
 
 def ctc_losses(log_probs: Tensor, frames, labels, label_lengths, reduction="mean") -> Tensor:
@@ -1063,16 +1059,17 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
     scores, refs, hyps = part_scores(log_probs, corpus, trials)
     metrics = {f"valid_{name}": value for name, value in scores.items()}
     losses = []
-    for row, labels in zip(log_probs, refs, strict=True):
-        counts = torch.tensor([len(row)]), torch.tensor([labels]), torch.tensor([len(labels)])
-        if len(row) >= frames_needed(labels):
-            losses.append(float(ctc_losses(torch.as_tensor(row)[None], *counts)))
+    for i, labels in zip(trials, refs, strict=True):
+        frames = len(log_probs[i])
+        counts = torch.tensor([frames]), torch.tensor([labels]), torch.tensor([len(labels)])
+        if frames >= frames_needed(labels):
+            losses.append(float(ctc_losses(torch.as_tensor(log_probs[i])[None], *counts)))
     if search:
         settings = word_settings(corpus.channels)
-        sentences = [search.decode(row, settings) for row in log_probs]
-        metrics["valid_wer"] = error_rate(word_counts(sentences, corpus, trials))
+        sentences = [search.decode(log_probs[i], settings) for i in trials]
+        metrics["valid_wer"] = error_rate(per_counts(said_in(corpus, trials), sentences))
     metrics["valid_loss"] = float(np.mean(losses)) if losses else math.nan
-    metrics["valid_blank_fraction"] = float((np.concatenate(log_probs).argmax(1) == 0).mean())
+    metrics["valid_blank_fraction"] = float((np.concatenate([*log_probs.values()]).argmax(1) == 0).mean())
     metrics["samples"] = [
         {"id": corpus.ids[trials[k]], "reference": spell(refs[k]), "hypothesis": spell(hyps[k])}
         for k in sorted({0, len(trials) // 2, len(trials) - 1})
@@ -1083,30 +1080,28 @@ def validate_decoder(model, corpus: SpeechCorpus, trials: np.ndarray, days, batc
 def evaluate_decoder(args, loaded: list) -> dict:
     """Phoneme error rate of the mean probabilities of decoders on args.part: `part_scores`, their 95 %
     interval over trials; "words" where these were asked for."""
-    corpus, parts = _speech_parts(args, loaded)
+    unlabelled = bool(args.submission or args.logits or args.nbest)
+    corpus, parts, log_probs = _heard_part(args, loaded, unlabelled)
     trials = parts[args.part]
-    labelled = corpus.labelled[trials]
-    scored = trials[labelled]
-    if not len(scored) and not ((args.submission or args.logits or args.nbest) and len(trials)):
-        raise DataError(f"--part {args.part}: {len(trials)} trials without labels; give --submission alone")
-    log_probs, figures, refs, hyps = mean_logits(loaded, corpus, trials, args), {}, [], []
+    scored = trials[corpus.labelled[trials]]
+    figures, refs, hyps = {}, [], []
     if len(scored):
-        figures, refs, hyps = part_scores(list(itertools.compress(log_probs, labelled)), corpus, scored)
+        figures, refs, hyps = part_scores(log_probs, corpus, scored)
         figures["interval"] = trial_bootstrap(per_counts(refs, hyps))
         _print_scores(args.part, figures)
     if args.logits:
-        write_logits(args.logits, log_probs, [corpus.ids[i] for i in trials])
+        write_logits(args.logits, [(corpus.ids[i], log_probs[i]) for i in trials])
     rows: list = [["trial", "day", "reference", "hypothesis", *EDITS, "labels"]]
     for i, ref, hyp, counts in zip(scored, refs, hyps, per_counts(refs, hyps).tolist(), strict=True):
         rows.append([corpus.ids[i], corpus.days[corpus.day[i]], spell(ref), spell(hyp), *counts])
     if wants_words(args):
         figures["words"] = words_of_part(args, loaded, corpus, parts, log_probs)
-        said = itertools.compress(figures["words"].pop("sentences"), labelled)
+        sentences = figures["words"].pop("sentences")
         rows[0] += ["words_reference", "words_hypothesis"]
-        for row, i, sentence in zip(rows[1:], scored, said, strict=True):
-            row += [" ".join(spoken_words(corpus.text[i])), " ".join(sentence)]
+        for row, i, said in zip(rows[1:], scored, said_in(corpus, scored), strict=True):
+            row += [" ".join(said), " ".join(sentences[i])]
     about = {"task": "decoder", "part": args.part, "synthetic": corpus.synthetic, "seeds": seeds_of(loaded)}
-    about["valid"] = loaded[0][2]["data"]["valid"]
+    about["valid"] = loaded[0][1]["data"]["valid"]
     save_results(lambda path: write_csv(path, rows), args, about, {"metrics": figures})
     return figures
 
@@ -1123,38 +1118,35 @@ def _print_scores(part, figures):
     print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
 
 
-def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: list) -> dict:
+def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: dict) -> dict:
     """`words` of the trials of args.part, --tune on those that validate."""
-    tuned_on = log_probs, parts[args.part]
-    if args.tune and parts["valid"] is not tuned_on[1]:
-        tuned_on = mean_logits(loaded, corpus, parts["valid"], args), parts["valid"]
-    return words(log_probs, corpus, parts[args.part], args, tuned_on, parts["train"])
+    if args.tune and args.part != "valid":
+        log_probs = log_probs | mean_logits(loaded, corpus, parts["valid"], args)
+    return words(log_probs, corpus, parts[args.part], args, parts["valid"], parts["train"])
 
 
-def _speech_parts(args, loaded):
-    """The corpus of --data, which must fit the decoders, and its trials by part."""
+def _heard_part(args, loaded, unlabelled=False):
+    """The corpus of --data, which must fit the decoders; its trials by part, of args.part without labels only
+    where asked for; and the log-probabilities of that part."""
     data = _check_alike(loaded)
     corpus = _corpus_of(data, args)
     if corpus.channels != data["channels"]:
         raise DataError(f"{corpus.root}: {corpus.channels} channels; {args.ckpt[0]} has {data['channels']}")
     _say_circumstances(args, loaded, corpus)
-    return corpus, speech_parts(corpus, data["valid"])
-
-
-def _labelled_part(args, loaded):
-    """`_speech_parts` with the labelled trials of args.part alone; these, and their log-probabilities."""
-    corpus, parts = _speech_parts(args, loaded)
-    trials = parts[args.part][corpus.labelled[parts[args.part]]]
-    if not len(trials):
-        raise DataError(f"--part {args.part}: no labelled trial in {corpus.root}; give another")
-    return corpus, parts | {args.part: trials}, trials, mean_logits(loaded, corpus, trials, args)
+    parts = speech_parts(corpus, data["valid"])
+    if not unlabelled:
+        parts[args.part] = parts[args.part][corpus.labelled[parts[args.part]]]
+    if not len(parts[args.part]):
+        found = f"--part {args.part}: no labelled trial in {corpus.root}"
+        raise DataError(f"{found}; give another, or evaluate --submission")
+    return corpus, parts, mean_logits(loaded, corpus, parts[args.part], args)
 
 
 def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
     tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
     tqdm.write(corpus_line(corpus.synthetic, corpus.root))
-    if loaded[0][2]["data"]["valid"] == "test" and args.part in ("valid", "test"):
+    if loaded[0][1]["data"]["valid"] == "test" and args.part in ("valid", "test"):
         tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
 
 
@@ -1439,52 +1431,55 @@ def word_settings(channels: int, args=None) -> dict:
     return settings | {name: value for name, value in given.items() if value is not None}
 
 
-def word_counts(sentences: Iterable[list[str]], corpus: SpeechCorpus, trials: Iterable[int]) -> np.ndarray:
-    """`per_counts` of the words of trials."""
-    return per_counts([spoken_words(corpus.text[i]) for i in trials], sentences)
+def said_in(corpus: SpeechCorpus, trials: Iterable[int]) -> list[list[str]]:
+    """Words of the transcripts of trials."""
+    return [spoken_words(corpus.text[i]) for i in trials]
 
 
 def words(
-    log_probs: list, corpus: SpeechCorpus, indices: np.ndarray, args, valid: tuple, train: Iterable[int]
+    log_probs: dict, corpus: SpeechCorpus, trials: np.ndarray, args, valid: np.ndarray, train: Iterable[int]
 ) -> dict:
-    """Decodes trials into words, prints and returns "sentences", settings and, of labelled trials, WER (0 to
-    1), that of the settings before --tune and of the beam's best string; writes --submission and --nbest.
-    log_probs: (F, 41) of each trial of indices; valid: the same of the validation part, and its trials, for
-    --tune; train: trials whose transcripts make the lexicon and the LM."""
+    """Decodes trials into words, prints and returns "sentences" (by trial), settings and, of labelled trials,
+    WER (0 to 1), that of the settings before --tune and of the beam's best string; writes --submission and
+    --nbest. log_probs: (F, 41) by trial; valid: trials for --tune; train: trials whose transcripts make the
+    lexicon and the LM."""
     settings, figures = word_settings(corpus.channels, args), {}
     lexicon, lm = word_model(corpus, train, args.cache, args.lexicon, args.lm)
     search = WordSearch(lexicon, lm)
-    labelled = corpus.labelled[indices]
-    scored = indices[labelled]
+    scored = trials[corpus.labelled[trials]]
+    said = said_in(corpus, scored)
     print(f"{len(search.words)} words, {search.known} known to {lm}; {search.dropped} homophones left out")
     if args.tune:
-        known = corpus.labelled[valid[1]]
-        references = [spoken_words(corpus.text[i]) for i in valid[1][known]]
-        heard = list(itertools.compress(valid[0], known))
-        untuned = [search.decode(row, settings) for row in itertools.compress(log_probs, labelled)]
+        known = valid[corpus.labelled[valid]]
+        untuned = [search.decode(log_probs[i], settings) for i in scored]
+        heard, references = [log_probs[i] for i in known], said_in(corpus, known)
         settings, figures["tuned"] = tune_words(search.decode, heard, references, settings)
-        if untuned:
-            figures["wer_untuned"] = error_rate(word_counts(untuned, corpus, scored))
+        if said:
+            figures["wer_untuned"] = error_rate(per_counts(said, untuned))
             print(f"WER without it {figures['wer_untuned']:.4f}")
-    beams = [search.hypotheses(row, settings) for row in log_probs]
-    sentences = [beam[0]["words"] for beam in beams]
-    if len(scored):
-        figures |= _word_scores(list(itertools.compress(beams, labelled)), corpus, scored)
+    beams = {i: search.hypotheses(log_probs[i], settings) for i in trials}
+    sentences = {i: beam[0]["words"] for i, beam in beams.items()}
+    if said:
+        figures |= _word_scores(said, [beams[i] for i in scored], salad_trials(corpus)[scored])
     if args.nbest:
-        write_nbest(args.nbest_file, beams, [corpus.ids[i] for i in indices], args.nbest)
+        write_nbest(args.nbest_file, [(corpus.ids[i], beam) for i, beam in beams.items()], args.nbest)
     if args.submission:
-        write_submission(args.submission, [" ".join(sentence) for sentence in sentences], corpus, indices)
+        texts = [" ".join(sentence) for sentence in sentences.values()]
+        write_submission(args.submission, texts, corpus, trials)
     return figures | {"settings": settings, "sentences": sentences}
 
 
-def _word_scores(beams, corpus, trials):
-    """Figures of `words` of labelled trials, printed."""
-    counts = word_counts([beam[0]["words"] for beam in beams], corpus, trials)
+def _word_scores(said, beams, salad):
+    """Figures of `words`, printed, of trials: what was said, its beam, whether random words."""
+    counts = per_counts(said, [beam[0]["words"] for beam in beams])
+    nearest = []  # of each beam to what was said
+    for words, beam in zip(said, beams, strict=True):
+        distance = functools.partial(Levenshtein.distance, words)
+        nearest.append(min((one["words"] for one in beam), key=distance))
     figures = {"wer": error_rate(counts), "wer_interval": trial_bootstrap(counts)}
     figures["wer_counts"] = dict(zip((*EDITS, "words"), counts.sum(0).tolist(), strict=True))
-    figures["oracle_wer"] = oracle_wer(beams, corpus, trials)
+    figures["oracle_wer"] = error_rate(per_counts(said, nearest))
     print(f"WER {figures['wer']:.4f} 95 % {brackets(figures['wer_interval'])} {figures['wer_counts']}")
-    salad = salad_trials(corpus)[trials]
     if salad.any():
         figures["wer_salad"] = error_rate(counts[salad])
         print(f"WER of {salad.sum()} sentences of random words {figures['wer_salad']:.4f}")
@@ -1492,34 +1487,25 @@ def _word_scores(beams, corpus, trials):
     return figures
 
 
-def oracle_wer(beams: Iterable[list[dict]], corpus: SpeechCorpus, trials: Iterable[int]) -> float:
-    """Error rate of the string of each trial's beam that is nearest to what was said."""
-    best = []
-    for i, beam in zip(trials, beams, strict=True):
-        counts = word_counts([one["words"] for one in beam], corpus, [i] * len(beam))
-        best.append(counts[counts[:, :3].sum(1).argmin()])
-    return error_rate(np.array(best))
-
-
-def write_nbest(path: str | Path, beams: list[list[dict]], names: list[str], most: int) -> None:
+def write_nbest(path: str | Path, beams: list[tuple[str, list[dict]]], most: int) -> None:
     """An object a line: trial, rank from 1, text, acoustic score (scaled, blank penalty in it), LM score
     (log10) and total, of a trial's `most` best hypotheses."""
     lines = []
-    for name, beam in zip(names, beams, strict=True):
+    for name, beam in beams:
         for rank, one in enumerate(beam[:most], 1):
             about = {"trial": name, "rank": rank, "text": " ".join(one["words"])}
             lines.append(json.dumps(about | {key: one[key] for key in ("acoustic", "lm", "total")}) + "\n")
     write_text(path, "".join(lines))
-    print(f"{path}: {len(lines)} hypotheses of {len(names)} trials")
+    print(f"{path}: {len(lines)} hypotheses of {len(beams)} trials")
 
 
-def write_logits(folder: str | Path, log_probs: list, names: list[str]) -> None:
+def write_logits(folder: str | Path, log_probs: list[tuple[str, np.ndarray]]) -> None:
     """A float16 array (frames, 41) a trial, natural logarithms of probabilities, for a search elsewhere."""
-    for name, row in zip(names, log_probs, strict=True):
+    for name, row in log_probs:
         write_atomic(
             Path(folder, f"{name.replace('/', '_')}.npy"), lambda f, x=row: np.save(f, np.float16(x))
         )
-    print(f"{folder}: {len(names)} arrays, columns blank {spell(range(1, len(PHONEMES)))}")
+    print(f"{folder}: {len(log_probs)} arrays, columns blank {spell(range(1, len(PHONEMES)))}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1639,8 +1625,8 @@ def validate_pretraining(model: nn.Module, batches: list, device: torch.device, 
 
 def evaluate_pretraining(args, loaded: list) -> dict:
     """The trainer's own figures of a pre-training: its crops and masks, of --data, normalised as it knows."""
-    path, model, ckpt = loaded[0]
-    data = ckpt["data"]
+    model, ckpt = loaded[0]
+    path, data = ckpt.pop("path"), ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or (args.data is None and not data["synthetic"]):
         raise DataError(f"{path}: a pre-training; give it alone, with its --data, without result files")
     settings = argparse.Namespace(
@@ -1680,19 +1666,23 @@ def permutation_p(y, p, groups, n: int = 1000, folds: np.ndarray | None = None) 
     p = (1 + draws as good) / (1 + n) (Phipson & Smyth, 2010)."""
     folds = np.zeros(len(y), int) if folds is None else folds
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    takers = sorted(set(zip(folds.tolist(), group.tolist(), strict=True)))
-    rows_of = {(fold, k): np.flatnonzero((folds == fold) & (group == k)) for fold, k in takers}
+    groups_of, rows_of = {}, {}
+    for fold in np.unique(folds):
+        groups_of[fold] = np.unique(group[folds == fold])
+        for k in groups_of[fold]:
+            rows_of[fold, k] = np.flatnonzero((folds == fold) & (group == k))
     largest = max(map(len, rows_of.values()))
-    observed, as_good = by_fold(pearson, folds, y, p), 0
+    observed = by_fold(pearson, folds, y, p)
+    as_good = 0
     rng = np.random.default_rng(7)
     for _ in range(n):
         order, within = rng.random(len(names)), rng.random((len(names), largest))
         source = np.empty(len(y), int)
-        donors = sorted(takers, key=lambda key: (key[0], order[key[1]]))
-        for taker, donor in zip(takers, donors, strict=True):
-            given = rows_of[donor]
-            shuffled = given[np.argsort(within[donor[1], : len(given)])]
-            source[rows_of[taker]] = np.resize(shuffled, len(rows_of[taker]))
+        for fold, takers in groups_of.items():
+            for taker, donor in zip(takers, takers[order[takers].argsort()], strict=True):
+                rows, given = rows_of[fold, taker], rows_of[fold, donor]
+                shuffled = given[within[donor, : len(given)].argsort()]
+                source[rows] = np.resize(shuffled, len(rows))
         as_good += by_fold(pearson, folds, y, p[source]) >= observed - 1e-12
     return (1 + as_good) / (1 + n)
 
@@ -1770,18 +1760,19 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     if about["decoder"]:
         print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
-        question = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
+        name, labels, metric = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
         pairs = _paired_ratings(a, b, args, synthetic)
-        question = f"mean {args.metric}", RATINGS.values(), METRICS[args.metric]
-    if len(set(pairs[3])) < 2:
-        found = f"{len(pairs[0])} rated items or trials that both predict"
+        name, labels, metric = f"mean {args.metric}", RATINGS.values(), METRICS[args.metric]
+    *_, groups, _ = pairs
+    if len(set(groups)) < 2:
+        found = f"{len(groups)} rated items or trials that both predict"
         raise DataError(f"{args.a[0]}, {args.b[0]}: {found} in part {args.part}; expected more; give --data")
     print(f"{len(a.keys() ^ b.keys())} items that only one side predicts left out")
     told = {}
     if about["decoder"] and all(len(item) == 4 for item in (*a.values(), *b.values())):
-        told["words"] = _answer("word error rate", *question[1:], *_paired_trials(a, b, 2), args.draws)
-    return _answer(*question, *pairs, args.draws) | told
+        told["words"] = _answer("word error rate", labels, metric, *_paired_trials(a, b, 2), args.draws)
+    return _answer(name, labels, metric, *pairs, args.draws) | told
 
 
 def _side(args, paths):
@@ -1800,14 +1791,14 @@ def _side(args, paths):
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
     items = {}
-    if loaded[0][2]["task"] == "decoder":
-        corpus, parts, trials, log_probs = _labelled_part(args, loaded)
-        for i, *strings in zip(trials, *greedy_strings(log_probs, corpus, trials), strict=True):
-            items[corpus.ids[i]] = tuple(strings)
+    if loaded[0][1]["task"] == "decoder":
+        corpus, parts, log_probs = _heard_part(args, loaded)
+        trials = parts[args.part]
+        columns = greedy_strings(log_probs, corpus, trials)
         if wants_words(args):
-            said = words_of_part(args, loaded, corpus, parts, log_probs)["sentences"]
-            for i, sentence in zip(trials, said, strict=True):
-                items[corpus.ids[i]] += spoken_words(corpus.text[i]), sentence
+            found = words_of_part(args, loaded, corpus, parts, log_probs)
+            columns += said_in(corpus, trials), found["sentences"].values()
+        items = {corpus.ids[i]: strings for i, *strings in zip(trials, *columns, strict=True)}
         return items, {"decoder": True, "synthetic": corpus.synthetic}
     predictions, _, _, data = _rate_parts(args, loaded, [args.part])
     return predictions, {"decoder": False, "split": data["split"]}
@@ -2099,12 +2090,13 @@ def attention(argv: list[str]) -> dict:
     add("--ckpt", required=True, help="best.pt of pretrain_ast.py, of either task (required)")
     args = _parse(parser, argv)
     path = args.audio or args.midi
-    model, ckpt = load_checkpoint(args.ckpt)
+    loaded = _load_models([args.ckpt])
+    loaded[0][0].to(args.device)
     energies, remarks, _ = read_piece(path, rendered=not args.audio)
     for remark in remarks:
         print(remark)
     work = {"name": printable(Path(path).name), "energies": energies}
-    drawn = explain("ast", args.attention, [(model.to(args.device), ckpt | {"path": args.ckpt})], work)
+    drawn = explain("ast", args.attention, loaded, work)
     print(f"saved {args.attention}")
     return drawn
 
@@ -2267,7 +2259,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         check_output(Path(path))
     args.ckpt = args.ckpt or (SHIPPED_FOR_SOUND if args.audio else SHIPPED)
     loaded = _load_models(args.ckpt)
-    task, about = kind_of(loaded[0][2]["task"]), _check_alike(loaded)
+    task, about = kind_of(loaded[0][1]["task"]), _check_alike(loaded)
     kind = "ast" if task in AUDIO_TASKS else task
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if given not in INPUTS[kind]:
@@ -2293,10 +2285,6 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
     kinds = MIDI_KINDS if args.midi else SOUND_KINDS if args.audio else (".npy",)
     inputs = _expand(args.midi or args.audio or args.speech, kinds)
-    for folder in filter(Path.is_dir, map(Path, args.midi or args.audio or args.speech)):
-        if args.speech and [folder] in inputs:
-            continue  # a corpus
-        say_left_out(other_kinds(folder, kinds))
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             if files[0].is_dir() and not args.speech:
@@ -2321,14 +2309,17 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
 
 def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
-    """Files, and those of these kinds below folders: each alone, but .npy files of one folder together."""
+    """Files, and those of these kinds below folders, of which it says what is of other kinds: each alone, but
+    .npy files of one folder together. A corpus of speech stays one folder."""
     blocks: dict[Path, list[Path]] = {}
     for path in map(Path, paths):
         found = files_below(path, kinds)
         inside = [file for file in found if file.parent == path or file.suffix.lower() != ".npy"]
-        if (path / "trials.json").exists() or not inside:
-            inside = [path]
-        for file in inside:
+        if (path / "trials.json").exists():
+            inside = []
+        if path.is_dir() and (inside or ".npy" not in kinds):
+            say_left_out(other_kinds(path, kinds))
+        for file in inside or [path]:
             is_npy = file.suffix.lower() == ".npy"
             blocks.setdefault(file.parent if is_npy else file, []).append(file)
     return list(blocks.values())
@@ -2342,7 +2333,7 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, 
     drawn.add(name)
     picture = Path(args.explain, f"{name}.png")
     try:
-        explain(kind, picture, [(model, {"path": path, **ckpt}) for path, model, ckpt in loaded], work)
+        explain(kind, picture, loaded, work)
     except DataError as error:
         if args.strict:
             raise
@@ -2352,21 +2343,21 @@ def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, 
 def provenance(loaded: list[tuple]) -> str:
     """In a line: the files, what they hold, on what it was trained and how it scored there."""
     files = []
-    for path, (_, model, ckpt) in {member[0]: member for member in loaded}.items():
-        count = sum(member[0] == path for member in loaded)
+    counts = Counter(ckpt["path"] for _, ckpt in loaded)
+    for path, (model, ckpt) in {member[1]["path"]: member for member in loaded}.items():
         score = ckpt.get("valid_r2") or (ckpt.get("best") or {}).get("valid_r2")
         scored = f", validation R² {score:.3f}" if score else ""
-        files.append(f"{path} ({count} × {model.model_args.get('model', ckpt['task'])}{scored})")
-    about = loaded[0][2]["data"]
+        files.append(f"{path} ({counts[path]} × {model.model_args.get('model', ckpt['task'])}{scored})")
+    about = loaded[0][1]["data"]
     trained = f", split {about['split']}" if "split" in about else ""
-    states = dict.fromkeys(str(ckpt["git_sha"])[:7] for _, _, ckpt in loaded)
+    states = dict.fromkeys(str(ckpt["git_sha"])[:7] for _, ckpt in loaded)
     return f"{' + '.join(files)}: {counted(loaded)}{trained}, git {' and '.join(states)}"
 
 
 def _training_ratings(loaded: list[tuple]) -> dict[str, dict]:
     """{label: mean and sd of the ratings that trained the models}, empty where they are unknown."""
     rows = []
-    for _, _, ckpt in loaded:
+    for _, ckpt in loaded:
         kind = "target" if ckpt["args"].get("standardise") == "dimension" else "rating"
         if f"{kind}_mean" in ckpt["data"]:
             rows.append([ckpt["data"][f"{kind}_mean"], ckpt["data"][f"{kind}_std"]])
@@ -2387,17 +2378,16 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     for part in parts:
         item = describe_performance(part.score, part.performance, part.match)
         items[f"{name} {len(items)}"] = item | {"name": name}
-    corpus = Corpus(args.score, False, items, list(items), column_names(FEATURES), item["stat_names"], {})
+    corpus = described(items)
     each = []
-    for _, model, ckpt in loaded:
+    for model, ckpt in loaded:
         each.append(predict_han(model, prepare_han(corpus, list(items), ckpt["data"]), args.device))
     unwritten = 1 - reading.played_rate
     title = f"{name}: {reading.match_rate:.1%} of the notes of bars {reading.bars} of {args.score}; "
     title += f"{unwritten:.1%} of the played are not in it"
     if len(parts) > 1:
         title += f"\nlonger than what it was trained on: mean of {len(parts)} passages"
-    mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
-    rated = show_ratings(title, [p.mean(0, keepdims=True) for p in each], loaded, args.heard)
+    rated = show_ratings(title, each, loaded, args.heard)
     warnings = reading.warnings()
     for line in warnings:
         tqdm.write(f"warning: {line}")
@@ -2413,9 +2403,15 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
         "repairs": say_repairs(item["repairs"]),
         **rated,
         "warnings": printable("; ".join(warnings)),
-        "passages": passage_ratings(parts, mean) if len(parts) > 1 else [],
+        "passages": passage_ratings(parts, average(each, loaded)) if len(parts) > 1 else [],
     }
     yield record, item | {"name": name, "item": item, "score": reading.score, "passages": record["passages"]}
+
+
+def described(items: dict[str, dict]) -> Corpus:
+    """Items of `describe_performance` as `prepare_han` takes them."""
+    names = list(items)
+    return Corpus("", False, items, names, column_names(FEATURES), items[names[0]]["stat_names"], {})
 
 
 def _whereabouts(reading: Reading) -> dict:
@@ -2472,8 +2468,8 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
     name = printable(files[0].stem)
     # Rounded as those that trained the model.
     item = {"name": name, "frames": len(energies), "fbank": energies.astype(np.float16)}
-    each = [predict_ast(model, [item], ckpt["data"], args.device) for _, model, ckpt in loaded]
-    unlike = max(unlike_training(model, energies, ckpt["data"]) for _, model, ckpt in loaded)
+    each = [predict_ast(model, [item], ckpt["data"], args.device) for model, ckpt in loaded]
+    unlike = max(unlike_training(model, energies, ckpt["data"]) for model, ckpt in loaded)
     if unlike > 0.02:
         remarks.append(f"{unlike:.0%} of its statistics lie far outside the training's")
     for remark in remarks:
@@ -2497,18 +2493,18 @@ def measured_unheard() -> dict:
 
 
 def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
-    """{label: half-width of an 80 % interval} of the mean of ratings `each` (1, 19): the spread over models
-    and the errors on validation (`error80`), or for a work not heard in training those of the row
-    `kernel` on such works; {} where neither is known."""
+    """{label: half-width of an 80 % interval} of the mean of ratings `each` (19,): the spread over models and
+    the errors on validation (`error80`), or for a work not heard in training those of the row `kernel` on
+    such works; {} where neither is known."""
     errors = []
-    for _, _, ckpt in loaded:
+    for _, ckpt in loaded:
         squares = (ckpt.get("best") or {}).get("valid_mse_per_dimension", [])
         errors.append(ckpt.get("error80") or (NORMAL_80 * np.sqrt(squares)).tolist())
     if not heard and measured_unheard():
         errors = [measured_unheard()["error80"]]
     if not all(map(len, errors)):
         return {}
-    half = np.hypot(np.mean(errors, axis=0), NORMAL_80 * np.std(each, axis=0)[0])
+    half = np.hypot(np.mean(errors, axis=0), NORMAL_80 * np.std(each, axis=0))
     return dict(zip(LABELS, half.tolist(), strict=True))
 
 
@@ -2518,23 +2514,25 @@ def heard_in_training(loaded: list[tuple], score: str) -> bool:
         work = parse_name(Path(score).stem)[0]
     except DataError:
         return False
-    return sum(work in ckpt["data"].get("works", []) for _, _, ckpt in loaded) > len(loaded) / 2
+    return sum(work in ckpt["data"].get("works", []) for _, ckpt in loaded) > len(loaded) / 2
 
 
 def say_unheard() -> str:
     """What ratings of a work never heard in training are worth, as measured."""
     said = "by its name not heard in training: trust the order of several takes, not the ratings themselves"
-    if not measured_unheard():
-        return said
-    measured = " (such works: R² {r2:.2f}; takes of one passage: Pearson {within:.2f}, where raters' noise "
-    noise = "allows {:.2f} to {:.2f})".format(*measured_unheard()["ceiling"])
-    return said + measured.format(**measured_unheard()) + noise
+    known = measured_unheard()
+    if known:
+        low, high = known["ceiling"]
+        said += f" (such works: R² {known['r2']:.2f}; takes of one passage: Pearson {known['within']:.2f}, "
+        said += f"where raters' noise allows {low:.2f} to {high:.2f})"
+    return said
 
 
 def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], heard: bool = True) -> dict:
-    """Prints the mean of ratings (1, 19) between their poles; gives it and its `uncertainty` by label."""
-    mean = average(each, [ckpt["task"] for *_, ckpt in loaded])
-    ratings = dict(zip(LABELS, mean[0].tolist(), strict=True))
+    """Prints the mean of each model's ratings (passages, 19) between their poles; gives it and its
+    `uncertainty` by label."""
+    each = [p.mean(0) for p in each]
+    ratings = dict(zip(LABELS, average(each, loaded).tolist(), strict=True))
     errors = uncertainty(each, loaded, heard)
     known = _training_ratings(loaded)
     tqdm.write(f"\n{title}")
@@ -2551,28 +2549,31 @@ def show_ratings(title: str, each: list[np.ndarray], loaded: list[tuple], heard:
 def compare_takes(records: list[dict]) -> None:
     """Prints takes of one score side by side, and adds to each record which ratings differ: above or below
     the mean of the others by more than 80 % of the errors of such a difference."""
-    p, error = (
-        np.array([[*record[key].values()] for record in records]) for key in ("ratings", "uncertainty")
-    )
-    others = len(p) - 1
-    gap = p - (p.sum(0) - p) / others
-    allowed = error * math.sqrt(1 + 1 / others) if error.size else np.inf
-    differs = np.where(gap > allowed, "above", np.where(-gap > allowed, "below", ""))
-    marks = {"above": "+", "below": "-", "": ""}
+    others = len(records) - 1
+    known = bool(records[0]["uncertainty"])
     print("\nTakes side by side; + or -: above or below the mean of the others by more than the ± allows")
     for count, record in enumerate(records, 1):
         print(f"{count:>4} {record['path']}, bars {record['bars']}")
-        record["differs"] = dict(zip(LABELS, differs[count - 1].tolist(), strict=True))
-    mean = [f"± {x:.2f}" for x in error.mean(0)] if error.size else [""] * len(RATINGS)
+        record["differs"] = {}
     rows = []
-    for name, values, said, half in zip(RATINGS.values(), p.T, differs.T, mean, strict=True):
-        rows.append([name, *(f"{x:.2f}{marks[word]}" for x, word in zip(values, said, strict=True)), half])
-    print_table(["0 … 1", *map(str, range(1, len(p) + 1)), "± 80 %" if error.size else ""], rows)
+    for label, title in RATINGS.items():
+        p = np.array([record["ratings"][label] for record in records])
+        error = np.array([record["uncertainty"].get(label, np.inf) for record in records])
+        gap = p - (p.sum() - p) / others
+        beyond = np.sign(gap) * (np.abs(gap) > error * math.sqrt(1 + 1 / others))
+        cells = [title]
+        for record, value, side in zip(records, p, beyond, strict=True):
+            word, mark = {1: ("above", "+"), -1: ("below", "-"), 0: ("", "")}[side]
+            record["differs"][label] = word
+            cells.append(f"{value:.2f}{mark}")
+        rows.append([*cells, f"± {error.mean():.2f}" if known else ""])
+    print_table(["0 … 1", *map(str, range(1, len(records) + 1)), "± 80 %" if known else ""], rows)
 
 
 def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> Iterator[tuple[dict, dict]]:
     """All trials of a corpus, of a .mat file, or of .npy files: records, and what explains them."""
-    channels, is_npy = loaded[0][2]["data"]["channels"], files[0].suffix.lower() == ".npy"
+    model, ckpt = loaded[0]
+    channels, is_npy = ckpt["data"]["channels"], files[0].suffix.lower() == ".npy"
     if is_npy:
         corpus = _npy_corpus(files, channels, args.raw, refuse)
     else:
@@ -2581,22 +2582,24 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         raise DataError(f"{files[0]}: {corpus.channels} channels; {args.ckpt[0]} expects {channels}")
     for line in corpus.left_out:
         refuse(line)
-    rule, layers = args.day or ("mean" if is_npy else None), corpus
+    rule = args.day or ("mean" if is_npy else None)
+    layers = corpus
     if rule not in (None, "nearest", "mean"):  # the day layer of that session for every trial
-        layers, rule = replace(corpus, days=[rule] * len(corpus.days)), None
+        layers = replace(corpus, days=[rule] * len(corpus.days))
+        rule = None
     settings = argparse.Namespace(**vars(args) | {"day": rule, "part": None})
     trials = np.arange(len(corpus.ids))
     _say_circumstances(settings, loaded, layers)
     log_probs = mean_logits(loaded, layers, trials, settings)
-    said = None
+    said = {}
     if wants_words(args):
-        parts, given = {"train": trials[:0], "valid": trials[:0]}, args.lexicon and args.lm
+        given = args.lexicon and args.lm
+        parts = {"train": trials[:0], "valid": trials[:0]}
         if args.tune or not given:
-            parts = speech_parts(corpus, loaded[0][2]["data"]["valid"])
+            parts = speech_parts(corpus, ckpt["data"]["valid"])
         if not (len(parts["train"]) or given):
             raise DataError(f"{files[0]}: no training sentences; --words needs --lexicon FILE and --lm FILE")
-        tuned_on = [log_probs[i] for i in parts["valid"]], parts["valid"]
-        said = words(log_probs, corpus, trials, args, tuned_on, parts["train"])
+        said = words(log_probs, corpus, trials, args, parts["valid"], parts["train"])["sentences"]
     refs, hyps = greedy_strings(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     for i, (name, ref, hyp) in enumerate(zip(corpus.ids, refs, hyps, strict=True)):
@@ -2611,12 +2614,12 @@ def decode(loaded: list[tuple], args, files: list[Path], refuse: Callable) -> It
         }
         tqdm.write(f"{name}: {record['seconds']:.2f} s\n  decoded    {record['phonemes'] or '(nothing)'}")
         if said:
-            record["words"] = " ".join(said["sentences"][i])
+            record["words"] = " ".join(said[i])
             tqdm.write(f"  words      {record['words'] or '(none)'}")
         if ref:
             tqdm.write(f"  reference  {record['reference']}\n  errors     {record['errors']}")
         work = {"name": name, "log_probs": log_probs[i], "labels": ref or None}
-        yield record, work | {"seconds per frame": loaded[0][1].stride * BIN}
+        yield record, work | {"seconds per frame": model.stride * BIN}
     if corpus.labelled.any():
         rate, count = error_rate(counts[corpus.labelled]), corpus.labelled.sum()
         tqdm.write(f"PER of {count} labelled trials {rate:.4f}: no result where they trained the model")
@@ -2656,11 +2659,11 @@ def _npy_corpus(files: list[Path], channels: int, raw: bool, refuse: Callable) -
 def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
     """What --json writes beside the `circumstances`."""
     used = []
-    for path, _, ckpt in loaded:
-        about = {"path": str(path), "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
+    for _, ckpt in loaded:
+        about = {"path": ckpt["path"], "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
         used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
     saved = {
-        "trained_on_synthetic": loaded[0][2]["data"]["synthetic"],
+        "trained_on_synthetic": loaded[0][1]["data"]["synthetic"],
         "checkpoints": used,
         "predictions": records,
     }
@@ -2670,15 +2673,15 @@ def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
 
 
 def predictions_table(records: list[dict]) -> list[list]:
-    """Head and rows of what --csv writes: a line a prediction."""
+    """Head and rows of what --csv writes: a line a prediction, and a line a passage of it."""
     rows = []
     for record in records:
         apart = ("ratings", "uncertainty", "errors", "differs", "passages")
-        for part in [record, *record.get("passages", [])]:
+        passages = [{"name": record["name"], **passage} for passage in record.get("passages", [])]
+        for part in [record, *passages]:
             row = {key: part.get(key, "") for key in record if key not in apart}
-            if "name" in record:
-                row["name"] = record["name"]
-            row |= record["errors"] or dict.fromkeys(EDITS) if "errors" in record else {}
+            if "errors" in record:
+                row |= record["errors"] or dict.fromkeys(EDITS)
             for label, value in part.get("ratings", {}).items():
                 row["{}: {} ... {}".format(label, *LABEL_POLES[label])] = value
             for key, title in (("uncertainty", "± 80 %"), ("differs", "differs")):
@@ -2716,8 +2719,7 @@ def even_shares(attention: ContextAttention, x: Tensor, group: Tensor, groups: i
 def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
     """What HANs weigh in one un-normalised item: `even_shares` of "note in beat" and "beat in measure" where
     they have such, and of "note", "beat" and "measure" in the piece; averaged over members."""
-    names, statistics = [item["name"]], item.get("stat_names", [])
-    corpus = Corpus("", False, {item["name"]: item}, names, column_names(FEATURES), statistics, {})
+    corpus = described({item["name"]: item})
     levels: dict[str, list] = {}
     for model, kept in members:
         batch = collate_han(prepare_han(corpus, [item["name"]], kept["data"]))
@@ -2914,7 +2916,7 @@ def about_runs(args: argparse.Namespace) -> tuple[str, list[str], dict, dict]:
     synthetic = is_synthetic(own)
     if own.get("task") != "pretrain" and not args.no_data:
         loaded = _load_models([f"{run}/best.pt" for run in args.run])
-        score = decoder_section if loaded[0][2]["task"] == "decoder" else rating_section
+        score = decoder_section if loaded[0][1]["task"] == "decoder" else rating_section
         corpus, verdict, figures, scored = score(loaded, args)
         synthetic = synthetic or corpus.synthetic
     names = [last_part(run) for run in runs]
@@ -2966,15 +2968,17 @@ def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
     for row in sorted(rows, key=lambda row: -row["metrics"]["valid"]["all"]["mean"]["r2"]):
         mean = row["metrics"]["valid"]["all"]["mean"]
         each = mean["per_dimension"]
-        withheld = (test.get(row["stem"], []) + ["", ""])[:2]
-        table.append(
-            [row["row"], *(mean[key] for key in each), mean["r2_interval"], mean["folds"], *withheld]
-        )
+        withheld = [*test.get(row["stem"], []), "", ""][:2]
+        figures = [mean[key] for key in each]
+        table.append([row["row"], *figures, mean["r2_interval"], mean["folds"], *withheld])
         tests = row.get("significance", {}).get("valid", {}).get("all") or {}
-        columns = each | {f"95 % of {key[:-9]}": tests[key] for key in tests if key.endswith("_interval")}
+        columns = dict(each)
+        for key in ("pearson", "r2"):
+            if f"{key}_interval" in tests:
+                columns[f"95 % of {key}"] = tests[f"{key}_interval"]
         columns["raters' limit of r2"] = [ceiling.get(label, [""])[0] for label in LABELS]
-        shown = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
-        details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{shown}</details>"
+        by_rating = _table(["rating", *columns], zip(RATINGS.values(), *columns.values(), strict=True))
+        details += f"<details><summary>{_text(row['row'])}: 19 ratings</summary>{by_rating}</details>"
     published = PUBLISHED.get((row["task"], row["split"]), "")
     if published:
         table.append(["published", *["" for _ in table[0][3:]], published, ""])
@@ -3034,17 +3038,18 @@ def draw_ratings(y: np.ndarray, p: np.ndarray):
 
 def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[SpeechCorpus, str, dict, dict]:
     """Decoders, probabilities averaged: corpus, verdict, figures, parts of the page."""
-    corpus, split, trials, log_probs = _labelled_part(args, loaded)
+    corpus, split, log_probs = _heard_part(args, loaded)
+    trials = split[args.part]
     figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     figures["interval"] = trial_bootstrap(counts)
     keys = ("per", "trials", "labels", *EDITS)
     days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
-    samples = [
-        [corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])] for i in order[[0, len(order) // 2, -1]]
-    ]
-    chosen = "valid" if loaded[0][2]["data"]["valid"] == "test" else args.part
+    samples = []
+    for i in order[[0, len(order) // 2, -1]]:
+        samples.append([corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])])
+    chosen = "valid" if loaded[0][1]["data"]["valid"] == "test" else args.part
     parts = {
         "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps)),
@@ -3053,10 +3058,9 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     rate = f"phoneme error rate {figures['per']:.4f} {brackets(figures['interval'])}"
     if wants_words(args):
         found = words_of_part(args, loaded, corpus, split, log_probs)
-        said, rows = found.pop("sentences"), []
+        sentences, said, rows = found.pop("sentences"), said_in(corpus, trials), []
         for i in order:
-            text = " ".join(spoken_words(corpus.text[trials[i]]))
-            rows.append([corpus.ids[trials[i]], text, " ".join(said[i])])
+            rows.append([corpus.ids[trials[i]], " ".join(said[i]), " ".join(sentences[trials[i]])])
         parts["Words, fewest phoneme errors first"] = _table(["trial", "said", "decoded"], rows)
         figures["words"] = found
         rate += f", word error rate {found['wer']:.4f} {brackets(found['wer_interval'])}"

@@ -110,10 +110,10 @@ def refuse(capsys, *argv) -> str:
 
 def fold_predictions(paths: list[str], piano) -> dict[str, np.ndarray]:
     """name -> what evaluate writes for that item."""
-    folds, _ = evaluation._load_fold_models(evaluation._load_models(paths))
+    loaded = evaluation._load_models(paths)
     args = SimpleNamespace(device=torch.device("cpu"), cache=piano.cache, audio=None)
     args.rate = None
-    predictions, _ = evaluation.fold_predictions(folds, piano.corpus, args, ("valid", "test"))
+    predictions, _ = evaluation.fold_predictions(loaded, piano.corpus, args, ("valid", "test"))
     return {name: p for (*_, name), p in predictions.items()}
 
 
@@ -218,19 +218,19 @@ def test_words_of_other_files_need_a_lexicon_and_a_language_model(speech, tmp_pa
 
 
 def test_words_of_a_corpus_are_tuned_on_its_validation_part(speech, tmp_path, monkeypatch):
-    def words(log_probs, corpus, trials, args, tuned_on, train):
+    def words(log_probs, corpus, trials, args, valid, train):
         parts = data.speech_parts(corpus)
-        for given, part in ((tuned_on[1], "valid"), (train, "train")):
+        for given, part in ((valid, "valid"), (train, "train")):
             assert given.tolist() == parts[part].tolist()
-        assert [row is log_probs[i] for row, i in zip(*tuned_on, strict=True)] == [True] * len(parts["valid"])
-        return {"sentences": [["boat"]] * len(trials)}
+        assert {*valid} <= log_probs.keys() == set(trials)
+        return {"sentences": dict.fromkeys(trials, ["boat"])}
 
     monkeypatch.setattr(evaluation, "words", words)
     found = predict("--ckpt", decoder(tmp_path / "a.pt"), "--speech", speech.converted, "--tune")
     assert [record["words"] for record in found] == ["boat"] * len(speech.corpus.ids)
     asked: list = []  # with a lexicon and a model of one's own, no part is needed
     monkeypatch.setattr(evaluation, "speech_parts", lambda *a: asked.append(a))
-    monkeypatch.setattr(evaluation, "words", lambda *a: {"sentences": [["boat"]] * len(speech.corpus.ids)})
+    monkeypatch.setattr(evaluation, "words", lambda *a: {"sentences": dict.fromkeys(a[2], ["boat"])})
     predict("--ckpt", tmp_path / "a.pt", "--speech", speech.converted, *"--words --lexicon l --lm m".split())
     assert not asked
 
@@ -393,7 +393,7 @@ def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
 
 
 def test_a_work_is_heard_where_most_folds_trained_on_it():
-    folds = [(0, 0, {"data": {"works": works}}) for works in (["W_1"], ["W_1"], ["W_2"], ["W_1"])]
+    folds = [(0, {"data": {"works": works}}) for works in (["W_1"], ["W_1"], ["W_2"], ["W_1"])]
     scores = [f"there/{work}_8bars_Score_3.mid" for work in ("W_1", "W_2", "W_3")]
     assert [evaluation.heard_in_training(folds, score) for score in [*scores, "x.mxl"]] == [
         True,

@@ -221,10 +221,8 @@ def run_words(corpus, folder, *given: str) -> dict:
     evaluation.word_options(parser)
     parser.set_defaults(cache=str(folder), ckpt=[str(folder / "best.pt")])
     (made, heard), trials = corpus, np.arange(160)
-    valid = heard[100:120], trials[100:120]
-    return evaluation.words(
-        heard[120:140], made, trials[120:140], parser.parse_args(given), valid, trials[:100]
-    )
+    log_probs, args = dict(zip(trials, heard, strict=True)), parser.parse_args(given)
+    return evaluation.words(log_probs, made, trials[120:140], args, trials[100:120], trials[:100])
 
 
 def test_wer_is_far_under_the_phonemes_errors(corpus, tmp_path, capsys):
@@ -243,7 +241,7 @@ def test_nbest_lists_the_beam_and_its_best_string_is_the_oracle(corpus, tmp_path
     figures = run_words(corpus, tmp_path, "--tune", "--nbest", "5", "--nbest-file", str(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     first = [line for line in lines if line["rank"] == 1]
-    assert [line["text"] for line in first] == [" ".join(words) for words in figures["sentences"]]
+    assert [line["text"] for line in first] == [" ".join(words) for words in figures["sentences"].values()]
     assert [line["trial"] for line in first] == corpus[0].ids[120:140]
     assert 20 < len(lines) <= 100
     weight, score = (figures["settings"][name] for name in ("lm_weight", "word_score"))
