@@ -2752,8 +2752,11 @@ def explain_han(figure, members: list[tuple], work: dict) -> dict:
     members = [member for member in members if hasattr(member[0], "attention")]
     if not members:
         raise DataError(f"{work['name']}: rated from statistics; give --ckpt of `train_han.py --model han`")
+    features = sorted({ckpt["data"]["features"] for _, ckpt in members})
+    if len(features) > 1:
+        raise DataError(f"{work['name']}: networks of --features {features}; give --ckpt of one kind")
     score, item = work["score"], work["item"] | {"name": work["name"]}
-    if members[0][1]["data"]["features"] == "score":  # reads no row without a voice
+    if features == ["score"]:  # reads no row without a voice
         rows = item["voice"] > 0
         item |= {key: item[key][rows] for key in NOTE_ARRAYS}
     levels = han_attention(members, item)
@@ -2973,7 +2976,7 @@ def rating_rows(rows: list[dict], test: dict, ceiling: dict) -> str:
         table.append([row["row"], *figures, mean["r2_interval"], mean["folds"], *withheld])
         tests = row.get("significance", {}).get("valid", {}).get("all") or {}
         columns = dict(each)
-        for key in ("pearson", "r2"):
+        for key in METRICS:
             if f"{key}_interval" in tests:
                 columns[f"95 % of {key}"] = tests[f"{key}_interval"]
         columns["raters' limit of r2"] = [ceiling.get(label, [""])[0] for label in LABELS]

@@ -178,6 +178,7 @@ def test_what_cannot_be_explained_is_refused(work, tmp_path, capsys):
     for kind, members, what, name in (
         ("han", [small_han()], work | {"item": item}, "take: "),
         ("han", [mlp], work, "take: "),
+        ("han", [small_han(), small_han("score")], work, "take: "),
         ("ast", [mlp], {"name": "take", "energies": np.zeros((150, 128), np.float32)}, "runs/m/best.pt"),
         ("decoder", DECODER, trial(np.zeros((0, 41)), None), "trial"),
     ):
