@@ -67,12 +67,13 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from fractions import Fraction
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 from unittest import mock
 
@@ -5645,13 +5646,17 @@ def _run_parallel(
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(os.getpid(),))
     try:
         futures = {}
+        done = SimpleQueue()  # a stop may be raised inside its get; inside as_completed it breaks a lock
         with Interrupt() as stop:  # a pool that stands half can neither work nor be shut down
             with contextlib.suppress(BrokenProcessPool):
                 for task in tasks:
                     futures[pool.submit(function, task)] = task
+            for future in futures:
+                future.add_done_callback(done.put)
         if stop:
             raise KeyboardInterrupt
-        for future in bar(as_completed(futures)):
+        for _ in bar(futures):
+            future = done.get()
             if not isinstance(future.exception(), BrokenProcessPool):
                 undone.discard(futures[future])
                 yield futures[future], future.result()

@@ -148,6 +148,28 @@ def test_ctrl_c_while_worker_processes_start(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+def test_ctrl_c_while_worker_processes_work(monkeypatch):
+    """Where a condition that was waited for takes its lock again, a stop broke that lock."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    take, armed = threading.Condition._acquire_restore, []
+
+    def interrupted(self, state):
+        if armed and threading.current_thread() is threading.main_thread():
+            armed.clear()
+            signal.raise_signal(signal.SIGINT)
+        take(self, state)
+
+    def stop_soon():
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        armed.append(True)
+
+    monkeypatch.setattr(threading.Condition, "_acquire_restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        [stop_soon() for _ in data._run_parallel(time.sleep, [0.1, 1.0], 2, quiet=True)]
+    signal.signal(signal.SIGINT, before)
+    assert multiprocessing.active_children() == []
+
+
 def _square(task):
     """Ends its process: of "damaged" always, of "short of memory" the first time."""
     name, number, folder = task
