@@ -605,7 +605,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     predictions, spread, corpus, data = _rate_parts(args, loaded, parts)
     about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
-    about |= {"rate": args.rate} if args.rate else {}
+    about |= {"rate": last_part(args.rate)} if args.rate else {}
     return _finish(predictions, corpus, args, parts, about, loaded, spread)
 
 
