@@ -5984,14 +5984,17 @@ def fit_targets(corpus: Corpus, names: Iterable[str], by: str = "dimension") -> 
 
 def collate_ast(items: list[dict], info: dict) -> dict:
     """Joins clips into one batch: x (B, T, 128) float16 as stored, padded with silence, or (B, K, T, 128) of
-    items of K crops · lengths (B,) or (B, K) int64 frames · names · y (B, 19) standardised and weight (B, 19)
-    if the items have them. items: fbank (frames, 128) or (K, frames, 128), name, ... For `on_device`."""
-    crops = [item["fbank"].reshape(-1, *item["fbank"].shape[-2:]) for item in items]
-    x, lengths = pad_fbank([crop for each in crops for crop in each], dtype=np.float16)
-    if items[0]["fbank"].ndim == 3:
-        x, lengths = x.unflatten(0, (len(items), -1)), lengths.unflatten(0, (len(items), -1))
-    batch = {"x": x, "lengths": lengths, "names": [item["name"] for item in items]}
-    for key in items[0].keys() & {"y", "weight"}:
+    items of K crops · lengths (B,) or (B, K) int64 frames · names · where the items have them, y (B, 19)
+    standardised, weight (B, 19), statistics (B, S). items: fbank (frames, 128) or (K, frames, 128), name, ...
+    For `on_device`."""
+    batch = {"names": [item["name"] for item in items]}
+    if "fbank" in items[0]:
+        crops = [item["fbank"].reshape(-1, *item["fbank"].shape[-2:]) for item in items]
+        x, lengths = pad_fbank([crop for each in crops for crop in each], dtype=np.float16)
+        if items[0]["fbank"].ndim == 3:
+            x, lengths = x.unflatten(0, (len(items), -1)), lengths.unflatten(0, (len(items), -1))
+        batch |= {"x": x, "lengths": lengths}
+    for key in items[0].keys() & {"y", "weight", "statistics", "described"}:
         batch[key] = torch.as_tensor(np.stack([item[key] for item in items]))
     if "y" in batch:
         batch["y"] = (batch["y"] - torch.tensor(info["target_mean"])) / torch.tensor(info["target_std"])
@@ -6001,9 +6004,11 @@ def collate_ast(items: list[dict], info: dict) -> dict:
 def on_device(batch: dict, info: dict, device: torch.device) -> dict:
     """A batch of `collate_ast` on its device, but for the lengths, x normalised there by info's mean and
     std."""
-    names = batch.keys() & {"x", "y", "weight"}
+    names = batch.keys() & {"x", "y", "weight", "statistics", "described"}
     moved = {name: batch[name].to(device, non_blocking=True) for name in names}
-    return batch | moved | {"x": normalise_fbank(moved["x"].float(), info["mean"], info["std"])}
+    if "x" in moved:
+        moved["x"] = normalise_fbank(moved["x"].float(), info["mean"], info["std"])
+    return batch | moved
 
 
 def pad_fbank(crops: list[np.ndarray], shortest: int = 0, dtype=np.float32) -> tuple[torch.Tensor, ...]:

@@ -1518,6 +1518,15 @@ def whole_clip(item: dict, info: dict) -> Tensor:
     return normalise_fbank(pad_fbank([item["fbank"][:]], PATCH)[0], info["mean"], info["std"])
 
 
+@torch.no_grad()
+def describe_clip(model: AST, item: dict, info: dict) -> Tensor:
+    """What the heads of an AST see of a whole item, in crops that cover it: (1, size)."""
+    clip = whole_clip(item, info).to(next(model.parameters()).device)
+    table = model.statistics
+    of_clip = None if table is None else table.values(clip)
+    return model.describe(whole_crops(clip, model.model_args["frames"]), statistics=of_clip)
+
+
 def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given. Of an item
     longer than the model's frames an AST pools the tokens of all crops; of other models it is the mean. info:
@@ -1529,10 +1538,10 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
     rows = []
     with torch.no_grad():
         for item in items:
-            crops = whole_crops(whole_clip(item, info).to(device), longest)
             if isinstance(model, AST):
-                rated = model(crops)
+                rated = model(describe_clip(model, item, info))
             else:
+                crops = whole_crops(whole_clip(item, info).to(device), longest)
                 rated = torch.cat([model(x) for x in crops[0].split(batch)])
             rows.append(rated.cpu().double().mean(0).numpy())
     model.train(training)

@@ -45,7 +45,7 @@ import sys
 import time
 import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -786,7 +786,7 @@ class AST(nn.Module):
         num_outputs: int | None = None,  # ratings; None: pre-training
         pooling: str = "mean",  # or meanstd (and deviation over the patches), cls (mean of both tokens)
         depths: int = 1,  # tokens after so many evenly spaced blocks, the last included, are pooled
-        statistics: bool = False,  # the heads see the clip's ClipStatistics too
+        clip_statistics: bool = False,  # the heads see the whole clip's ClipStatistics too
         groups: list[list[int]] | None = None,  # outputs of each head (GroupedHead); None: one linear layer
         balance: str | None = None,  # "uncertainty": log_variance (G,) of the groups, for the trainer's loss
     ):
@@ -819,7 +819,7 @@ class AST(nn.Module):
             self.generate = _pixel_head(width)
         else:
             size = (2 if pooling == "meanstd" else 1) * width * len(self.levels)
-            if statistics:
+            if clip_statistics:
                 self.statistics = ClipStatistics(mel)
                 size += self.statistics.size
             self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, num_outputs))
@@ -839,10 +839,17 @@ class AST(nn.Module):
         return count.clip(min=1) if isinstance(count, Tensor) else count
 
     def forward(
-        self, fbank: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, compat: bool = False
+        self,
+        fbank: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        compat: bool = False,
+        statistics: Tensor | None = None,
     ) -> Tensor | dict:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid. Or K crops of each item:
-        (B, K, frames, mel) and (B, K): their tokens are pooled together before the heads.
+        (B, K, frames, mel) and (B, K): their tokens are pooled together before the heads. statistics: of
+        each whole clip, `ClipStatistics.values`, where the heads see them; None: mean of the crops' own. Or
+        what `describe` made of items, (B, size), for the heads alone.
 
         With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or
         without num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
@@ -851,9 +858,10 @@ class AST(nn.Module):
             return self.pretrain_losses(fbank, mask, compat, lengths)
         if self.model_args["num_outputs"] is None:
             return self.tokens_of(fbank, lengths)[0][-1]
-        return self.head(self.describe(fbank, lengths)).float()
+        described = fbank if fbank.dim() == 2 else self.describe(fbank, lengths, statistics)
+        return self.head(described).float()
 
-    def describe(self, fbank, lengths=None):
+    def describe(self, fbank, lengths=None, statistics=None):
         """What the heads see of items, (B, size), arguments as `forward`."""
         crops = fbank.shape[1] if fbank.dim() == 4 else 1
         fbank = fbank.flatten(0, -3)
@@ -861,7 +869,9 @@ class AST(nn.Module):
         levels, valid = self.tokens_of(fbank, lengths)
         pooled = [self.pool(tokens, valid, crops) for tokens in levels]
         if self.statistics is not None:
-            pooled.append(self.statistics(fbank, lengths).unflatten(0, (-1, crops)).mean(1))
+            if statistics is None:
+                statistics = self.statistics.values(fbank, lengths).unflatten(0, (-1, crops)).mean(1)
+            pooled.append(self.statistics.standardise(statistics))
         return torch.cat(pooled, dim=1)
 
     def token_moments(self, fbank: Tensor) -> Tensor:
@@ -1248,9 +1258,8 @@ class ClipStatistics(nn.Module):
         self.register_buffer("mean", torch.zeros(self.size))
         self.register_buffer("std", torch.ones(self.size))
 
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Mean and deviation of the values of some batches of (fbank, lengths)."""
-        values = torch.cat([self.values(x, lengths) for x, lengths in batches])
+    def fit(self, values: Tensor) -> None:
+        """Mean and deviation of `values` (n, size) of the training clips."""
         self.mean.copy_(values.mean(0))
         self.std.copy_(values.std(0).clip(min=1e-3))
 
@@ -1273,9 +1282,9 @@ class ClipStatistics(nn.Module):
         seconds = (inside.sum(1, keepdim=True) / 100).log()
         return torch.cat([mean, deviation, largest, change, rise, fall, spread, modulation, seconds], dim=1)
 
-    def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """As `values`, standardised and cut at eight deviations."""
-        return ((self.values(fbank, lengths) - self.mean) / self.std).clip(-8, 8)
+    def standardise(self, values: Tensor) -> Tensor:
+        """(B, size) as the networks see them, cut at eight deviations."""
+        return ((values - self.mean) / self.std).clip(-8, 8)
 
 
 class ClipKernel(nn.Module):
@@ -1409,7 +1418,8 @@ class PooledMLP(nn.Module):
     def forward(self, fbank: Tensor, lengths: Tensor | None = None) -> Tensor:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
         float32."""
-        return self.head(self.statistics(fbank, lengths)).float()
+        values = self.statistics.values(fbank, lengths)
+        return self.head(self.statistics.standardise(values)).float()
 
 
 def _inside(frames, lengths):

@@ -31,6 +31,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from tqdm import tqdm
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
 from eval import (
     clip_info,
+    describe_clip,
     lengths_if_unlike,
     load_corpus,
     predict_ast,
@@ -49,6 +51,7 @@ from eval import (
     rating_summary,
     validate_pretraining,
     validation_metrics,
+    whole_clip,
     with_masks,
 )
 from models import (
@@ -59,6 +62,7 @@ from models import (
     OPTIMIZERS,
     POOLINGS,
     Block,
+    ClipStatistics,
     PooledMLP,
     Run,
     adapt_ast,
@@ -163,7 +167,7 @@ OPTIONS = {
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
         ("--depths", WHOLE, 1, "finetune: of so many depths (%(default)s)"),
         ("--grouped", bool, True, "finetune: a head a group (on)"),
-        ("--statistics", bool, False, "finetune: heads see mel statistics too (off)"),
+        ("--statistics", bool, False, "finetune: heads see the whole clip's mel statistics too (off)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
     ],
     "optimiser": [
@@ -227,11 +231,13 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
 
 class Clips(Dataset):
     """Rated performances by (epoch, number): one version of each (as played, by another piano, in another
-    tempo, ...), and of it `crops` pieces of at most `frames`, each at random within its share of the whole.
-    versions: items of each performance."""
+    tempo, ...), and of it `crops` pieces of at most `frames`, each at random within its share of the whole;
+    in the first `freeze` epochs what `described`, by name, holds of the whole. versions: items of each
+    performance."""
 
-    def __init__(self, versions: list[list[dict]], frames: int, seed: int, crops: int = 1):
+    def __init__(self, versions: list[list[dict]], frames: int, seed: int, crops: int = 1, freeze: int = 0):
         self.versions, self.frames, self.seed, self.crops = versions, frames, seed, crops
+        self.freeze, self.described = freeze, {}
         self.lengths = [min(items[0]["frames"], frames) for items in versions]
 
     def __len__(self) -> int:
@@ -241,6 +247,9 @@ class Clips(Dataset):
         items = self.versions[key[1]]
         rng = np.random.default_rng((self.seed, *key))
         item = items[int(rng.integers(len(items)))]
+        if key[0] < self.freeze and self.described:
+            rated = {name: item[name] for name in ("name", "y", "weight")}
+            return rated | {"described": self.described[item["name"]]}
         room = max(0, item["frames"] - self.frames)
         starts = (np.arange(self.crops) + rng.random(self.crops)) / self.crops * (room + 1)
         crops = [item["fbank"][start : start + self.frames] for start in starts.astype(int)]
@@ -263,7 +272,7 @@ def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 def augment(batch: dict, args: argparse.Namespace) -> dict:
     """The batch as this step shows it; noise, masks, pairs from torch's generator, which a resume restores.
     Pre-training needs none: its crops and masks are random enough (AST.md)."""
-    if args.task == "pretrain" or not (args.noise or any(args.spec_augment) or args.mixup):
+    if "y" not in batch or "described" in batch or not (args.noise or any(args.spec_augment) or args.mixup):
         return batch
     x, y, weight = batch["x"].flatten(1, -2), batch["y"], batch["weight"]  # crops one behind the other
     B, T, M = x.shape
@@ -285,6 +294,9 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
         share = torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)).to(x.device)
         x = torch.lerp(x[other], x, share[:, :, None])
         y = torch.lerp(y[other], y, share)
+        if "statistics" in batch:
+            values = batch["statistics"]
+            batch = batch | {"statistics": torch.lerp(values[other], values, share)}
         weight = weight * weight[other] * limits["mixup"]
         whole = torch.maximum(whole, whole[other])
     return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole.cpu()}
@@ -351,7 +363,11 @@ def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
 def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, weights: list) -> tuple:
     """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
     exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
-    rated = model(batch["x"], lengths_if_unlike(batch))
+    if "described" in batch:
+        rated = model(batch["described"])
+    else:
+        of_clip = {key: batch[key] for key in batch.keys() & {"statistics"}}
+        rated = model(batch["x"], lengths_if_unlike(batch), **of_clip)
     error = LOSS(rated, batch["y"], reduction="none") * batch["weight"]  # (B, 19)
     groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
     losses = error.mean(1)
@@ -412,8 +428,12 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     if not versions or not valid:
         raise data.DataError(f"{corpus.root}: no audio of training or validation items; add it to --audio")
     crops = args.crops if args.model == "ast" else 1
-    train = Clips([*versions.values()], args.frames, args.seed, crops)
+    freeze = args.freeze if args.init else 0
+    train = Clips([*versions.values()], args.frames, args.seed, crops, freeze)
     info |= data.fit_fbank(train, args.audioset_norm)
+    if args.statistics and args.model == "ast":
+        for item in chain(*versions.values()):
+            item["statistics"] = ClipStatistics().values(whole_clip(item, info))[0].numpy()
     kind = " (SYNTHETIC)" if corpus.synthetic else ""
     say(
         f"{corpus.root}{kind}, {info['audio']}, split {args.split}, fold {args.fold}: {len(train)} train, "
@@ -441,7 +461,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         "num_outputs": len(data.LABELS),
         "pooling": args.pooling,
         "depths": args.depths,
-        "statistics": args.statistics,
+        "clip_statistics": args.statistics,
         "groups": data.label_groups() if args.grouped else None,
         "balance": "uncertainty" if args.balance == "uncertainty" else None,
     }
@@ -465,12 +485,28 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     return adapt_ast(model, frames=args.frames, visible_only=False, **shared)
 
 
-def clip_batches(train: Dataset, info: dict, device: torch.device) -> Iterator[tuple]:
-    """Every training clip of epoch 0, in order: fbank (32, T, 128) normalised, and lengths."""
+def statistics_of(train: Dataset, table: ClipStatistics, info: dict, device: torch.device) -> torch.Tensor:
+    """(n, size): of every whole training clip where the items hold it, else of what epoch 0 shows of it."""
+    values = []
     for start in range(0, len(train), 32):
         numbers = range(start, min(start + 32, len(train)))
         batch = clip_batch(train, numbers, info, device)
-        yield batch["x"].flatten(0, -3), batch["lengths"].flatten()
+        whole = batch.get("statistics")
+        values.append(table.values(batch["x"], batch["lengths"]) if whole is None else whole)
+    return torch.cat(values)
+
+
+def frozen_descriptions(
+    model: torch.nn.Module, train: Clips, info: dict, quiet: bool
+) -> dict[str, np.ndarray]:
+    """By name, what the heads see of every version of every clip as long as the encoder does not learn."""
+    model.eval()
+    items = tqdm(
+        [*chain(*train.versions)], desc="frozen tokens", unit="clip", leave=False, disable=quiet or None
+    )
+    described = {item["name"]: describe_clip(model, item, info)[0].cpu().numpy() for item in items}
+    model.train()
+    return described
 
 
 def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
@@ -537,7 +573,8 @@ def main(args: argparse.Namespace) -> dict:
     # ---- model
     bare_model = build_model(args).to(device).train()
     if getattr(bare_model, "statistics", None) is not None and not resumed:
-        bare_model.statistics.fit(clip_batches(train, info, device))
+        table = bare_model.statistics
+        table.fit(statistics_of(train, table, info, device))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
     one_block = partial(Block, args.width, args.heads, 0.0)
@@ -564,6 +601,9 @@ def main(args: argparse.Namespace) -> dict:
         step, best = resumed["step"], resumed["best"]
         rate, waited, balance = (resumed["scheduler"][key] for key in ("rate", "waited", "balance"))
     args.micro_batch = from_main(micro_batch_that_fits(bare_model, train, info, loss_of, args))
+    freeze = getattr(train, "freeze", 0)
+    if step < freeze * steps_per_epoch:
+        train.described = frozen_descriptions(bare_model, train, info, quiet=rank > 0)
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
     run = Run(args, name, resumed)
@@ -587,7 +627,7 @@ def main(args: argparse.Namespace) -> dict:
             whole = data.length_batches(train.lengths, args.batch, args.seed, epoch, world)
             rest = whole[step % steps_per_epoch :]
             batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in rest]
-            frozen = bool(args.init) and epoch < args.freeze
+            frozen = epoch < freeze
             for parameter in encoder:  # processes wait for each other's gradients of every weight
                 parameter.requires_grad = world > 1 or not frozen
             for batch in loader:
@@ -603,6 +643,8 @@ def main(args: argparse.Namespace) -> dict:
                     with exchange:
                         with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
                             mean, by_clip, by_name = loss_of(model, part, args, balance["weights"])
+                        if frozen and world > 1:
+                            mean = mean + 0 * sum(parameter.sum() for parameter in encoder)
                         scaler.scale(mean * share).backward()
                     loss = loss + mean.detach() * share
                     losses.append(by_clip)
