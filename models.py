@@ -1564,7 +1564,10 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
-        ckpt["model_args"].pop("cross", None)  # of ASTs until 2026-11-27: an experiment
+        for args in (ckpt["model_args"], ckpt["model_args"].get("encoder") or {}):
+            for older in {"cross", "statistics"} & args.keys():  # of ASTs until 2026-11-27, where off
+                if not args[older]:
+                    del args[older]
         with _Bounded(weights, ckpt["model_args"], Path(path).stat().st_size):
             model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(weights)
