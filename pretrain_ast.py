@@ -519,6 +519,8 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
         level = depth + 1
         if part == "blocks":
             level = int(rest[0]) + 1
+        elif part == "norm":
+            level = depth
         elif part in ("embed", "position", "extra"):
             level = 0
         decays = parameter.ndim > 1 and part not in ("position", "decoder_position", "extra")

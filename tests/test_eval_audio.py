@@ -65,6 +65,20 @@ def test_predictions_are_of_all_crops_and_do_not_depend_on_the_batch(model):
     assert together[3] == approx((0.5 + 0.1 * rated.double().mean(0).numpy()).clip(0, 1), abs=1e-6)
 
 
+def test_heads_see_the_statistics_of_the_whole_item():
+    model = network(clip_statistics=True)
+    [item] = clips(150)
+    x = normalise_fbank(torch.from_numpy(item["fbank"].astype(np.float32)), INFO["mean"], INFO["std"])[None]
+    model.statistics.fit(torch.cat([model.statistics.values(x), model.statistics.values(x.flip(1) / 2)]))
+    described = evaluation.describe_clip(model, item, INFO)
+    z = (model.statistics.values(x) - model.statistics.mean) / model.statistics.std
+    assert (described[:, 16:] - z).abs().max() < 1e-5
+    found = evaluation.predict_ast(model, [item], INFO, CPU)
+    with torch.no_grad():
+        rated = model(described)
+    assert found == approx((0.5 + 0.1 * rated.double().numpy()).clip(0, 1), abs=1e-6)
+
+
 def test_a_short_item_is_filled_with_silence_before_normalisation():
     seen = []
 

@@ -601,7 +601,7 @@ def test_at_first_the_heads_learn_alone_also_in_two_processes(run, corpus, tmp_p
             k.split(".")[0] for k in before.keys() & weights.keys() if not torch.equal(before[k], weights[k])
         }
 
-    assert moved(one) == {"norm"}
+    assert moved(one) == set()
     thawed = run(name, *options, "--freeze 1 --max-steps 4 --batch 4 --name thawed")["folder"]
     assert moved(last(thawed)["model"]) == {"embed", "position", "blocks", "norm"}
 
