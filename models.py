@@ -786,7 +786,7 @@ class AST(nn.Module):
         num_outputs: int | None = None,  # ratings; None: pre-training
         pooling: str = "mean",  # or meanstd (and deviation over the patches), cls (mean of both tokens)
         depths: int = 1,  # tokens after so many evenly spaced blocks, the last included, are pooled
-        clip_statistics: bool = False,  # the heads see the whole clip's ClipStatistics too
+        statistics: bool = False,  # the heads see the whole clip's ClipStatistics too
         groups: list[list[int]] | None = None,  # outputs of each head (GroupedHead); None: one linear layer
         balance: str | None = None,  # "uncertainty": log_variance (G,) of the groups, for the trainer's loss
     ):
@@ -819,9 +819,10 @@ class AST(nn.Module):
             self.generate = _pixel_head(width)
         else:
             size = (2 if pooling == "meanstd" else 1) * width * len(self.levels)
-            if clip_statistics:
+            if statistics:
                 self.statistics = ClipStatistics(mel)
                 size += self.statistics.size
+            self.standardise = Standardise(size)
             self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, num_outputs))
             if groups:
                 self.head = GroupedHead(size, width, groups, dropout)
@@ -859,7 +860,7 @@ class AST(nn.Module):
         if self.model_args["num_outputs"] is None:
             return self.tokens_of(fbank, lengths)[0][-1]
         described = fbank if fbank.dim() == 2 else self.describe(fbank, lengths, statistics)
-        return self.head(described).float()
+        return self.head(self.standardise(described)).float()
 
     def describe(self, fbank, lengths=None, statistics=None):
         """What the heads see of items, (B, size), arguments as `forward`."""
@@ -871,7 +872,7 @@ class AST(nn.Module):
         if self.statistics is not None:
             if statistics is None:
                 statistics = self.statistics.values(fbank, lengths).unflatten(0, (-1, crops)).mean(1)
-            pooled.append(self.statistics.standardise(statistics))
+            pooled.append(self.statistics(statistics))
         return torch.cat(pooled, dim=1)
 
     def token_moments(self, fbank: Tensor) -> Tensor:
@@ -1090,7 +1091,7 @@ def adapt_ast(model: AST, **changes) -> AST:
     """
     new = AST(**(model.model_args | changes))
     old, state = model.state_dict(), new.state_dict()
-    head = ("head.", "log_variance", "statistics.")
+    head = ("head.", "log_variance", "statistics.", "standardise.")
     sizes = ("width", "depth", "heads", "ssast_compat")
     unlike = [size for size in sizes if model.model_args[size] != new.model_args[size]]
     unlike += [name for name in state if name not in old and not name.startswith(head)]
@@ -1246,22 +1247,32 @@ CLIP_HEAD = {"hidden": 128, "dropout": 0.1}  # of ClipKernel's heads
 SPANS = (3, 8, 20, 50, 125, 312)  # frames: half a period of a modulation of 16 to 0.16 Hz
 
 
-class ClipStatistics(nn.Module):
+class Standardise(nn.Module):
+    """Columns (B, size) of mean 0 and deviation 1 over what `fit` saw; until then as they are."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def fit(self, values: Tensor) -> None:
+        """values (n, size) of the training part."""
+        self.mean.copy_(values.mean(0))
+        self.std.copy_(values.std(0).clip(min=1e-3))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values - self.mean) / self.std
+
+
+class ClipStatistics(Standardise):
     """Statistics of a whole clip, whatever its order: of every mel band mean, standard deviation, largest
     value, and mean absolute change from frame to frame; of 32 bands mean rise and fall, and quantiles over
     time, as of the level and the spectral centroid; modulation of 16 bands; logarithm of the seconds. 843 of
     128 mel bands, standardised once `fit` has seen the training clips."""
 
     def __init__(self, mel: int = 128):
-        super().__init__()
-        self.size = 4 * mel + 2 * 32 + len(QUANTILES) * 34 + len(SPANS) * 16 + 1
-        self.register_buffer("mean", torch.zeros(self.size))
-        self.register_buffer("std", torch.ones(self.size))
-
-    def fit(self, values: Tensor) -> None:
-        """Mean and deviation of `values` (n, size) of the training clips."""
-        self.mean.copy_(values.mean(0))
-        self.std.copy_(values.std(0).clip(min=1e-3))
+        super().__init__(4 * mel + 2 * 32 + len(QUANTILES) * 34 + len(SPANS) * 16 + 1)
 
     def values(self, fbank, lengths=None):
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, size), not
@@ -1282,9 +1293,9 @@ class ClipStatistics(nn.Module):
         seconds = (inside.sum(1, keepdim=True) / 100).log()
         return torch.cat([mean, deviation, largest, change, rise, fall, spread, modulation, seconds], dim=1)
 
-    def standardise(self, values: Tensor) -> Tensor:
-        """(B, size) as the networks see them, cut at eight deviations."""
-        return ((values - self.mean) / self.std).clip(-8, 8)
+    def forward(self, values: Tensor) -> Tensor:
+        """`values` as networks see them: standardised, cut at eight deviations."""
+        return super().forward(values).clip(-8, 8)
 
 
 class ClipKernel(nn.Module):
@@ -1419,7 +1430,7 @@ class PooledMLP(nn.Module):
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid -> (B, num_outputs)
         float32."""
         values = self.statistics.values(fbank, lengths)
-        return self.head(self.statistics.standardise(values)).float()
+        return self.head(self.statistics(values)).float()
 
 
 def _inside(frames, lengths):
@@ -1564,10 +1575,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
-        for args in (ckpt["model_args"], ckpt["model_args"].get("encoder") or {}):
-            for older in {"cross", "statistics"} & args.keys():  # of ASTs until 2026-11-27, where off
-                if not args[older]:
-                    del args[older]
+        ckpt["model_args"].pop("cross", None)  # of ASTs until 2026-11-27: an experiment
         with _Bounded(weights, ckpt["model_args"], Path(path).stat().st_size):
             model = MODELS[ckpt["task"]](**ckpt["model_args"])
         model.load_state_dict(weights)

@@ -321,8 +321,9 @@ def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tu
 
 
 def clip_batch(train: Dataset, numbers: Iterable[int], info: dict, device: torch.device) -> dict:
-    """These training clips, as epoch 0 shows them."""
-    return data.on_device(data.collate_ast([train[0, k] for k in numbers], info), info, device)
+    """These training clips, as the first epoch that is not frozen shows them."""
+    first = getattr(train, "freeze", 0)
+    return data.on_device(data.collate_ast([train[first, k] for k in numbers], info), info, device)
 
 
 def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
@@ -430,7 +431,10 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     crops = args.crops if args.model == "ast" else 1
     freeze = args.freeze if args.init else 0
     train = Clips([*versions.values()], args.frames, args.seed, crops, freeze)
-    info |= data.fit_fbank(train, args.audioset_norm)
+    ckpt = read_init(args.init) if args.init else {}
+    known = ckpt["data"] if ckpt.get("task") == "ast" else {}
+    norm = known or data.fit_fbank(train, args.audioset_norm)
+    info |= {key: norm[key] for key in ("mean", "std")}  # an encoder's own
     if args.statistics and args.model == "ast":
         for item in chain(*versions.values()):
             item["statistics"] = ClipStatistics().values(whole_clip(item, info))[0].numpy()
@@ -440,6 +444,16 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
         f"{len(valid)} valid items; variants {variants}"
     )
     return train, valid, info
+
+
+def read_init(path: str) -> dict:
+    """What --init holds: a checkpoint of ours, or public weights by name."""
+    try:
+        return dict(torch.load(data.ordinary(path), map_location="cpu", weights_only=True))
+    except Exception as error:  # torch's own text suggests unsafe loading
+        raise data.DataError(
+            f"{path}: unreadable; expected best.pt, or public weights as a .pt, .pth, .bin"
+        ) from error
 
 
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -461,20 +475,14 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         "num_outputs": len(data.LABELS),
         "pooling": args.pooling,
         "depths": args.depths,
-        "clip_statistics": args.statistics,
+        "statistics": args.statistics,
         "groups": data.label_groups() if args.grouped else None,
         "balance": "uncertainty" if args.balance == "uncertainty" else None,
     }
     if not args.init:
         return AST(**sizes, **shared)
-    try:
-        weights = torch.load(data.ordinary(args.init), map_location="cpu", weights_only=True)
-        foreign = any("patch_embed" in str(name) for name in weights.keys())
-    except Exception as error:  # torch's own text suggests unsafe loading
-        raise data.DataError(
-            f"{args.init}: unreadable; expected best.pt, or public weights as a .pt, .pth, .bin"
-        ) from error
-    if foreign:
+    weights = read_init(args.init)
+    if any("patch_embed" in str(name) for name in weights):
         try:
             return ast_from_ssast(weights, args.frames, **shared)
         except data.DataError as error:
@@ -486,7 +494,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def statistics_of(train: Dataset, table: ClipStatistics, info: dict, device: torch.device) -> torch.Tensor:
-    """(n, size): of every whole training clip where the items hold it, else of what epoch 0 shows of it."""
+    """(n, size): of every whole training clip where the items hold it, else of what one epoch shows of it."""
     values = []
     for start in range(0, len(train), 32):
         numbers = range(start, min(start + 32, len(train)))
@@ -577,6 +585,10 @@ def main(args: argparse.Namespace) -> dict:
     if getattr(bare_model, "statistics", None) is not None and not resumed:
         table = bare_model.statistics
         table.fit(statistics_of(train, table, info, device))
+    freeze = getattr(train, "freeze", 0)
+    if (resumed["step"] if resumed else 0) < freeze * steps_per_epoch:
+        train.described = frozen_descriptions(bare_model, train, info, quiet=rank > 0)
+        bare_model.standardise.fit(torch.tensor(np.stack([*train.described.values()])))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
     one_block = partial(Block, args.width, args.heads, 0.0)
@@ -603,9 +615,6 @@ def main(args: argparse.Namespace) -> dict:
         step, best = resumed["step"], resumed["best"]
         rate, waited, balance = (resumed["scheduler"][key] for key in ("rate", "waited", "balance"))
     args.micro_batch = from_main(micro_batch_that_fits(bare_model, train, info, loss_of, args))
-    freeze = getattr(train, "freeze", 0)
-    if step < freeze * steps_per_epoch:
-        train.described = frozen_descriptions(bare_model, train, info, quiet=rank > 0)
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
     run = Run(args, name, resumed)

@@ -66,7 +66,7 @@ def test_predictions_are_of_all_crops_and_do_not_depend_on_the_batch(model):
 
 
 def test_heads_see_the_statistics_of_the_whole_item():
-    model = network(clip_statistics=True)
+    model = network(statistics=True)
     [item] = clips(150)
     x = normalise_fbank(torch.from_numpy(item["fbank"].astype(np.float32)), INFO["mean"], INFO["std"])[None]
     model.statistics.fit(torch.cat([model.statistics.values(x), model.statistics.values(x.flip(1) / 2)]))

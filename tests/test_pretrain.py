@@ -240,7 +240,7 @@ def test_frozen_heads_learn_from_whole_clips():
     """While the encoder is frozen, what `describe_clip` made of a version; then its crops."""
     torch.manual_seed(1)
     sizes = {"frames": 64, "width": 16, "depth": 1, "heads": 2}
-    model = AST(**sizes, num_outputs=19, clip_statistics=True, dropout=0.5)
+    model = AST(**sizes, num_outputs=19, statistics=True, dropout=0.5)
     rng, info = np.random.default_rng(1), {"mean": -4.0, "std": 3.0, "target_mean": [0.0] * 19}
     info["target_std"] = [1.0] * 19
     versions = [[{"name": f"{k}{at}", "frames": 150} for at in ("", "@copy1")] for k in range(3)]
@@ -262,7 +262,7 @@ def test_frozen_heads_learn_from_whole_clips():
     for name, seen in zip(batch["names"], batch["described"], strict=True):
         assert (seen - evaluation.describe_clip(model, chosen[name], info)[0]).abs().max() < 1e-5
     loss, by_clip, _ = pretrain_ast.finetune_loss(model, batch, tuning(), [])
-    expected = (model.head(batch["described"]) - 1).square().mean(1)
+    expected = (model(batch["described"]) - 1).square().mean(1)
     assert torch.allclose(by_clip, expected)
     assert loss == by_clip.mean()
     assert train[1, 0]["fbank"].shape == (2, 64, 128)
