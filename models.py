@@ -1162,7 +1162,7 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
         if "hidden" in weights:
             weights["hidden"] = weights["hidden"].flatten()
         if num_outputs is not None:  # what only pre-training needs may be absent
-            needed = ("hidden", "discriminate.", "generate.", "head.")
+            needed = ("hidden", "discriminate.", "generate.", "head.", "standardise.")
             weights = {k: v for k, v in model.state_dict().items() if k.startswith(needed)} | weights
         model.load_state_dict(weights)
         model = adapt_ast(model, frames=frames, num_outputs=num_outputs, **{"stride": stride} | kw)

@@ -94,8 +94,8 @@ from models import (
 TASKS = {
     "pretrain": {},
     "finetune": {
-        "batch": 32, "lr": 2e-4, "epochs": 50, "patience": 10, "layer_decay": 0.8, "pooling": "meanstd",
-        "crops": 4, "depths": 4, "freeze": 5, "ema": 0.99,
+        "batch": 16, "lr": 1e-3, "weight_decay": 1.0, "epochs": 20, "patience": 10, "layer_decay": 0.75,
+        "pooling": "meanstd", "crops": 4, "depths": 4, "freeze": 16, "ema": 0.99, "statistics": True,
     },
 }
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
@@ -103,7 +103,7 @@ BUILT_IN = {
     "pretrain": {
         "preset": "tiny", "frames": 128, "batch": 16, "epochs": 1, "lr": 1e-3, "visible_only": True,
     },
-    "finetune": {"preset": "tiny", "frames": 256, "batch": 16, "epochs": 6},
+    "finetune": {"preset": "tiny", "frames": 256, "epochs": 6},
 }
 # --ssast-compat: the original's recipe (its run scripts and traintest_mask.py), and its head in fine-tuning.
 COMPAT = {
@@ -112,7 +112,10 @@ COMPAT = {
         "lr_schedule": "plateau", "warmup": 1000, "epochs": 10, "eval_every": 4000, "amp": "off",
         "visible_only": False,
     },
-    "finetune": {"pooling": "mean", "grouped": False, "crops": 1, "depths": 1, "freeze": 0, "ema": 0.0},
+    "finetune": {
+        "pooling": "mean", "grouped": False, "crops": 1, "depths": 1, "freeze": 0, "ema": 0.0,
+        "statistics": False, "lr": 2e-4, "weight_decay": 0.01,
+    },
 }
 # fmt: on
 AUGMENTATIONS = ("tempo", "pitch", "noise", "spec", "mixup")
@@ -167,7 +170,7 @@ OPTIONS = {
         ("--pooling", POOLINGS, "mean", "finetune: of the tokens (%(default)s)"),
         ("--depths", WHOLE, 1, "finetune: of so many depths (%(default)s)"),
         ("--grouped", bool, True, "finetune: a head a group (on)"),
-        ("--statistics", bool, False, "finetune: heads see the whole clip's mel statistics too (off)"),
+        ("--statistics", bool, False, "finetune: heads see the whole clip's mel statistics too (on)"),
         ("--balance", ["none", "uncertainty", "dwa"], "none", "finetune: weights of groups (%(default)s)"),
     ],
     "optimiser": [
