@@ -524,8 +524,8 @@ def _load_models(paths):
 
 
 def kind_of(task: str) -> str:
-    """The task whose files a model reads: a kernel those of a HAN."""
-    return "han" if task == "kernel" else task
+    """The task whose files a model reads: a kernel those of a HAN, all that rate sound those of an AST."""
+    return "ast" if task in AUDIO_TASKS else {"kernel": "han"}.get(task, task)
 
 
 def _check_alike(loaded):
@@ -540,7 +540,7 @@ def _check_alike(loaded):
         expected |= {"phonemes": list(PHONEMES), "rules": speech_rules()}
     else:
         keys += ["split", "keep_overlap", "labels"]
-    if task in AUDIO_TASKS:
+    if task == "ast":
         keys += ["audio", "fbank"]
         expected["fbank"] = FBANK_FORMAT
     for model, ckpt in loaded:
@@ -593,9 +593,9 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     task = ckpt["task"]
     pretraining = task == "ast" and model.model_args["num_outputs"] is None
     refuse_foreign(args, "pretraining" if pretraining else task, args.ckpt[0])
-    if args.out and not pretraining and (kind_of(task) != "han" or args.part != "valid"):
+    if args.out and not pretraining and (task == "decoder" or args.part != "valid"):
         raise DataError(
-            f"--out: of models of task han, on part valid, or a pre-training; {args.ckpt[0]}: {task}"
+            f"--out: of models that rate, on part valid, or a pre-training; {args.ckpt[0]}: {task}"
         )
     if task == "decoder":
         return evaluate_decoder(args, loaded)
@@ -603,7 +603,7 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
         return evaluate_pretraining(args, loaded)
     parts = ["valid", "test"] if args.save_results else [args.part]
     predictions, spread, corpus, data = _rate_parts(args, loaded, parts)
-    about = {"task": "ast" if task in AUDIO_TASKS else "han", "model": task, "seeds": seeds_of(loaded)}
+    about = {"task": kind_of(task), "model": task, "seeds": seeds_of(loaded)}
     about |= {key: data[key] for key in ("split", "features", "audio", "keep_overlap") if key in data}
     about |= {"rate": last_part(args.rate)} if args.rate else {}
     return _finish(predictions, corpus, args, parts, about, loaded, spread)
@@ -647,7 +647,7 @@ def fold_predictions(loaded: list, corpus: Corpus, args, parts: Iterable[str]) -
     predictions: dict[tuple, np.ndarray] = {}
     spread: dict[tuple, np.ndarray] = {}
     first = loaded[0][1]
-    store = rated_store(corpus, args, first["data"]["audio"]) if first["task"] in AUDIO_TASKS else None
+    store = rated_store(corpus, args, first["data"]["audio"]) if kind_of(first["task"]) == "ast" else None
     for fold in sorted({ckpt["data"]["fold"] for _, ckpt in loaded}):
         members = [(model, ckpt) for model, ckpt in loaded if ckpt["data"]["fold"] == fold]
         data, options = members[0][1]["data"], members[0][1]["args"]
@@ -2051,16 +2051,18 @@ def roll_out_file(model: AST, energies: Tensor) -> np.ndarray:
 
 def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     """The spectrogram, and below it the mean roll-out of ASTs; work: name, energies (frames, 128)."""
-    energies, stride, shares = work["energies"], getattr(members[0][0], "stride", None), []
-    for model, kept in members:
-        if not isinstance(model, AST) or model.stride != stride:
-            raise DataError(f"{kept['path']}: expected ASTs of one stride; give best.pt of pretrain_ast.py")
+    asts = [(model, kept) for model, kept in members if isinstance(model, AST)]
+    if len({model.stride for model, _ in asts}) != 1:
+        found = f"{members[0][1]['path']}: no AST, or of several strides"
+        raise DataError(f"{found}; expected one; give best.pt of pretrain_ast.py")
+    energies, stride, shares = work["energies"], asts[0][0].stride, []
+    for model, kept in asts:
         x = torch.from_numpy(normalise_fbank(energies, kept["data"]["mean"], kept["data"]["std"])).float()
         shares.append(roll_out_file(model, x.to(next(model.parameters()).device)))
     share = np.mean(shares, axis=0)
     row, column = (PATCH / 2 + stride * np.arange(count) for count in share.shape)
     frame = HOP / SAMPLE_RATE
-    picture_title(figure, f"AST\n{ONE_FOR_ALL}", members, work)
+    picture_title(figure, f"AST\n{ONE_FOR_ALL}", asts, work)
     loudness, attention = figure.subplots(2, sharex=True, sharey=True)
     extent = (0, frame * len(energies), -0.5, MELS - 0.5)
     dark = loudness.imshow(energies.T, cmap="gray_r", origin="lower", aspect="auto", extent=extent)
@@ -2268,12 +2270,11 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
         check_output(Path(path))
     args.ckpt = args.ckpt or (SHIPPED_FOR_SOUND if args.audio else SHIPPED)
     loaded = _load_models(args.ckpt)
-    task, about = kind_of(loaded[0][1]["task"]), _check_alike(loaded)
-    kind = "ast" if task in AUDIO_TASKS else task
+    kind, about = kind_of(loaded[0][1]["task"]), _check_alike(loaded)
     given = " ".join(f"--{name}" for name in ("score", "midi", "audio", "speech") if getattr(args, name))
     if given not in INPUTS[kind]:
         raise DataError(f"{args.ckpt[0]}: takes {' or '.join(INPUTS[kind])}; given {given or 'nothing'}")
-    refuse_foreign(args, task, args.ckpt[0])
+    refuse_foreign(args, kind, args.ckpt[0])
     print(provenance(loaded))
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
@@ -3148,7 +3149,9 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     add("--csv", help="write the predictions here (off)")
     add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", help="their folder (%(default)s)")
-    add("--out", metavar="FILE", help="han, a pre-training: write the models in one small file (off)")
+    add(
+        "--out", metavar="FILE", help="write the models that rate, or a pre-training, in one small file (off)"
+    )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:
