@@ -9,7 +9,7 @@ from torch import Tensor
 
 import data
 import eval as evaluation
-from models import AST, GRUDecoder, save_checkpoint
+from models import AST, GRUDecoder, PooledMLP, save_checkpoint
 
 FORMS = [
     {},
@@ -87,7 +87,9 @@ def test_the_picture_shows_the_mean_of_asts_where_the_patches_are(tmp_path, monk
         model = small_ast(mel=128, frames=frames, stride=10, num_outputs=19)
         members.append((model, {"path": "best.pt", "task": "ast", "data": info}))
     energies = np.random.default_rng(0).normal(-4, 4, (134, 128)).astype(np.float32)
-    drawn = evaluation.explain("ast", tmp_path / "a.png", members, {"name": "$a_{", "energies": energies})
+    mlp = PooledMLP(), {"path": "mlp.pt", "task": "mlp", "data": info}  # rates with them, has no attention
+    work = {"name": "$a_{", "energies": energies}
+    drawn = evaluation.explain("ast", tmp_path / "a.png", [mlp, *members], work)
     x = torch.from_numpy(data.normalise_fbank(energies, data.FBANK_MEAN, data.FBANK_STD)).float()
     each = [evaluation.roll_out_file(model, x) for model, _ in members]
     assert drawn["share"] == pytest.approx((each[0] + each[1]) / 2)
