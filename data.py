@@ -5986,7 +5986,7 @@ def collate_ast(items: list[dict], info: dict) -> dict:
     """Joins clips into one batch: x (B, T, 128) float16 as stored, padded with silence, or (B, K, T, 128) of
     items of K crops · lengths (B,) or (B, K) int64 frames · names · where the items have them, y (B, 19)
     standardised, weight (B, 19), statistics (B, S). items: fbank (frames, 128) or (K, frames, 128), name, ...
-    For `on_device`."""
+    Without fbank described (B, size) stands for x and lengths. For `on_device`."""
     batch = {"names": [item["name"] for item in items]}
     if "fbank" in items[0]:
         crops = [item["fbank"].reshape(-1, *item["fbank"].shape[-2:]) for item in items]

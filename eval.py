@@ -1539,7 +1539,7 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
     with torch.no_grad():
         for item in items:
             if isinstance(model, AST):
-                rated = model(describe_clip(model, item, info))
+                rated = model(described=describe_clip(model, item, info))
             else:
                 crops = whole_crops(whole_clip(item, info).to(device), longest)
                 rated = torch.cat([model(x) for x in crops[0].split(batch)])

@@ -841,16 +841,17 @@ class AST(nn.Module):
 
     def forward(
         self,
-        fbank: Tensor,
+        fbank: Tensor | None = None,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         compat: bool = False,
         statistics: Tensor | None = None,
+        described: Tensor | None = None,
     ) -> Tensor | dict:
         """fbank (B, frames, mel) normalised, lengths (B,) frames; None: all valid. Or K crops of each item:
         (B, K, frames, mel) and (B, K): their tokens are pooled together before the heads. statistics: of
         each whole clip, `ClipStatistics.values`, where the heads see them; None: mean of the crops' own. Or
-        what `describe` made of items, (B, size), for the heads alone.
+        described (B, size) alone, of `describe`, for the heads.
 
         With a mask: pretrain_losses, so that DDP sees it. Otherwise ratings (B, num_outputs) float32, or
         without num_outputs the tokens (B, extra + patches, width). Padding and batch-mates have no influence.
@@ -859,7 +860,8 @@ class AST(nn.Module):
             return self.pretrain_losses(fbank, mask, compat, lengths)
         if self.model_args["num_outputs"] is None:
             return self.tokens_of(fbank, lengths)[0][-1]
-        described = fbank if fbank.dim() == 2 else self.describe(fbank, lengths, statistics)
+        if described is None:
+            described = self.describe(fbank, lengths, statistics)
         return self.head(self.standardise(described)).float()
 
     def describe(self, fbank, lengths=None, statistics=None):
@@ -1257,7 +1259,8 @@ class Standardise(nn.Module):
         self.register_buffer("std", torch.ones(size))
 
     def fit(self, values: Tensor) -> None:
-        """values (n, size) of the training part."""
+        """values (n, size) of the training part; rows that are not finite tell nothing."""
+        values = values[values.isfinite().all(1)]
         self.mean.copy_(values.mean(0))
         self.std.copy_(values.std(0).clip(min=1e-3))
 

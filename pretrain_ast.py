@@ -94,16 +94,18 @@ from models import (
 TASKS = {
     "pretrain": {},
     "finetune": {
-        "batch": 16, "lr": 1e-3, "weight_decay": 1.0, "epochs": 20, "patience": 10, "layer_decay": 0.75,
-        "pooling": "meanstd", "crops": 4, "depths": 4, "freeze": 16, "ema": 0.99, "statistics": True,
+        "batch": 32, "lr": 2e-4, "epochs": 50, "patience": 10, "layer_decay": 0.8, "pooling": "meanstd",
+        "crops": 4, "depths": 4, "ema": 0.99, "statistics": True,
     },
 }
+# Fine-tuning from --init: the heads alone, which rate best (results/README.md); --freeze 10: then all of it.
+FROM_INIT = {"batch": 16, "lr": 1e-3, "weight_decay": 1.0, "dropout": 0.4, "epochs": 40, "freeze": 40}
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
 BUILT_IN = {
     "pretrain": {
         "preset": "tiny", "frames": 128, "batch": 16, "epochs": 1, "lr": 1e-3, "visible_only": True,
     },
-    "finetune": {"preset": "tiny", "frames": 256, "epochs": 6},
+    "finetune": {"preset": "tiny", "frames": 256, "batch": 16, "epochs": 6},
 }
 # --ssast-compat: the original's recipe (its run scripts and traintest_mask.py), and its head in fine-tuning.
 COMPAT = {
@@ -114,7 +116,7 @@ COMPAT = {
     },
     "finetune": {
         "pooling": "mean", "grouped": False, "crops": 1, "depths": 1, "freeze": 0, "ema": 0.0,
-        "statistics": False, "lr": 2e-4, "weight_decay": 0.01,
+        "statistics": False,
     },
 }
 # fmt: on
@@ -139,7 +141,7 @@ OPTIONS = {
     "data": [
         ("--copies", COUNT, 0, "copies of a recording: room, level, noise; one a step (0: off)"),
         ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s)"),
-        ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's)"),
+        ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's; those of --init)"),
         ("--workers", COUNT, 4, "processes that read crops (%(default)s; 0: none)"),
         ("--cache", "DIR", "cache", "filter banks, audio, features (%(default)s)"),
         ("--strict", bool, False, "stop at the first unreadable file (off: leave it out)"),
@@ -178,7 +180,7 @@ OPTIONS = {
         ("--lr", POSITIVE, 1e-4, "peak learning rate (%(default)s)"),
         ("--beta1", BELOW_ONE, 0.9, "decay of the mean gradient (%(default)s)"),
         ("--weight-decay", POSITIVE, 0.01, "of matrices (%(default)s; 0: off)"),
-        ("--freeze", COUNT, 0, "finetune --init: epochs in which the heads learn alone (%(default)s)"),
+        ("--freeze", COUNT, 0, "finetune --init: first epochs, of heads alone on whole clips (%(default)s)"),
         ("--layer-decay", SHARE, 1.0, "of the rate, by layer (%(default)s; 1: off)"),
         ("--batch", WHOLE, 128, "clips a step and process (%(default)s)"),
         ("--micro-batch", COUNT, 0, "of these, so many at a time (0: as fit a GPU's memory; CPU: 16)"),
@@ -214,7 +216,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     def recipe(known: argparse.Namespace) -> dict:
         built_in = {} if known.data else BUILT_IN[known.task]
-        return TASKS[known.task] | built_in | (COMPAT[known.task] if known.ssast_compat else {})
+        from_init = FROM_INIT if known.init and not known.ssast_compat else {}
+        compat = COMPAT[known.task] if known.ssast_compat else {}
+        return TASKS[known.task] | from_init | built_in | compat
 
     args = parse_options(p, argv, ("ast", "cnn", "mlp"), recipe, lambda known: AST_PRESETS[known.preset])
     augmentation_limits(args)
@@ -274,7 +278,8 @@ def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 def augment(batch: dict, args: argparse.Namespace) -> dict:
     """The batch as this step shows it; noise, masks, pairs from torch's generator, which a resume restores.
-    Pre-training needs none: its crops and masks are random enough (AST.md)."""
+    Pre-training needs none: its crops and masks are random enough (AST.md). Descriptions of frozen epochs
+    stay as they are; of the statistics of whole clips only pairs are mixed."""
     if "y" not in batch or "described" in batch or not (args.noise or any(args.spec_augment) or args.mixup):
         return batch
     x, y, weight = batch["x"].flatten(1, -2), batch["y"], batch["weight"]  # crops one behind the other
@@ -368,7 +373,7 @@ def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
     """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
     exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
     if "described" in batch:
-        rated = model(batch["described"])
+        rated = model(described=batch["described"])
     else:
         of_clip = {key: batch[key] for key in batch.keys() & {"statistics"}}
         rated = model(batch["x"], lengths_if_unlike(batch), **of_clip)
@@ -522,7 +527,7 @@ def frozen_descriptions(
 
 def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
     """Weight matrices decay, the rest does not; `scale`, on the rate, falls by --layer-decay from the head
-    (level depth + 1) through the blocks to the patch embedding (level 0)."""
+    (level depth + 1) through the blocks, the norm with the last, to the patch embedding (level 0)."""
     depth = len(getattr(model, "blocks", ()))
     groups: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
@@ -588,10 +593,6 @@ def main(args: argparse.Namespace) -> dict:
     if getattr(bare_model, "statistics", None) is not None and not resumed:
         table = bare_model.statistics
         table.fit(statistics_of(train, table, info, device))
-    freeze = getattr(train, "freeze", 0)
-    if (resumed["step"] if resumed else 0) < freeze * steps_per_epoch:
-        train.described = frozen_descriptions(bare_model, train, info, quiet=rank > 0)
-        bare_model.standardise.fit(torch.tensor(np.stack([*train.described.values()])))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
     one_block = partial(Block, args.width, args.heads, 0.0)
@@ -606,7 +607,6 @@ def main(args: argparse.Namespace) -> dict:
     encoder = [parameter for group in groups if group["encoder"] for parameter in group["params"]]
     optimizer = OPTIMIZERS[args.optimizer](groups, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
     step, waited = 0, 0
@@ -617,6 +617,15 @@ def main(args: argparse.Namespace) -> dict:
         ema = restore(args.resume, resumed, bare_model, optimizer, scaler, rank)
         step, best = resumed["step"], resumed["best"]
         rate, waited, balance = (resumed["scheduler"][key] for key in ("rate", "waited", "balance"))
+    freeze = getattr(train, "freeze", 0)
+    if step < freeze * steps_per_epoch:
+        train.described = frozen_descriptions(bare_model, train, info, quiet=rank > 0)
+    if freeze >= args.epochs:
+        say("the heads alone learn; with a --freeze under --epochs the encoder does after it")
+    if not resumed:
+        if freeze:
+            bare_model.standardise.fit(torch.tensor(np.stack([*train.described.values()])))
+        ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
     args.micro_batch = from_main(micro_batch_that_fits(bare_model, train, info, loss_of, args))
     part = "" if pretraining else f"_{args.model}_{args.split}_f{args.fold}"
     name = f"{args.task}_{args.preset}{part}_s{args.seed}"
@@ -702,7 +711,7 @@ def main(args: argparse.Namespace) -> dict:
                     metrics = from_main(metrics) | {"epoch": epoch, "step": step}
                     is_best = metrics["valid_loss"] < best["valid_loss"]
                     best = metrics if is_best else best
-                    waited = 0 if is_best else waited + 1
+                    waited = 0 if is_best or frozen else waited + 1
                     patient = not args.patience or waited < args.patience
                     if args.lr_schedule == "plateau" and waited and waited % 3 == 0:
                         rate *= 0.5

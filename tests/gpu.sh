@@ -69,7 +69,7 @@ finetune() {  # the probe of the frozen weights beside fine-tuning
     [ -z "$TOY" ] || small=(--epochs 2 --freeze 1 --frames 128 --batch 8 --workers 0 --amp off)
     for fold in 0 1 2 3; do
         within 85 python pretrain_ast.py --task finetune "${rated[@]}" --init "$weights" --frames 512 --crops 2 \
-            --amp bf16 --micro-batch 16 --epochs 15 --freeze 10 --workers "$threads" --fold $fold --name f$fold \
+            --amp bf16 --micro-batch 16 --epochs 15 --freeze 10 --dropout .1 --workers "$threads" --fold $fold --name f$fold \
             "${trainer[@]}" "${small[@]}" &
     done
     python eval.py floor --task ast --probe "$weights" "${rated[@]}" "${saved[@]}" --save-results probe &

@@ -75,7 +75,7 @@ def test_heads_see_the_statistics_of_the_whole_item():
     assert (described[:, 16:] - z).abs().max() < 1e-5
     found = evaluation.predict_ast(model, [item], INFO, CPU)
     with torch.no_grad():
-        rated = model(described)
+        rated = model(described=described)
     assert found == approx((0.5 + 0.1 * rated.double().numpy()).clip(0, 1), abs=1e-6)
 
 

@@ -262,7 +262,7 @@ def test_frozen_heads_learn_from_whole_clips():
     for name, seen in zip(batch["names"], batch["described"], strict=True):
         assert (seen - evaluation.describe_clip(model, chosen[name], info)[0]).abs().max() < 1e-5
     loss, by_clip, _ = pretrain_ast.finetune_loss(model, batch, tuning(), [])
-    expected = (model(batch["described"]) - 1).square().mean(1)
+    expected = (model(described=batch["described"]) - 1).square().mean(1)
     assert torch.allclose(by_clip, expected)
     assert loss == by_clip.mean()
     assert train[1, 0]["fbank"].shape == (2, 64, 128)
@@ -349,6 +349,10 @@ def test_statistics_are_numpys_and_standardised():
     table.fit(table.values(x, lengths))
     z = (table.values(x, lengths) - table.mean) / table.std
     assert float(z.mean(0).abs().max()) < 1e-3
+    broken = torch.cat([table.values(x, lengths), torch.full((1, table.size), torch.nan)])
+    other = ClipStatistics()
+    other.fit(broken)
+    assert torch.equal(other.std, table.std)
 
 
 def test_batches_go_to_the_device_as_stored():

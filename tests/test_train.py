@@ -23,6 +23,7 @@ import train_han
 from models import AST, GRUDecoder, load_checkpoint, save_checkpoint
 
 WRONG = ("--batch 0", "--dropout 3", "--ema 1", "--lr nan", "--seed -1", "--max-steps 0")
+ENCODER = Path(__file__).parents[1] / "results/ast_encoder.pt"
 LOG_KEYS = {"step", "epoch", "time", "loss", "lr", "norm", "skipped"}
 
 
@@ -94,6 +95,7 @@ CASES = {
         exact=("",
                "--ema 0.9 --variants 1 --noise 0.1 --spec-augment 8 8 --mixup 0.4 --balance dwa"
                " --eval-every 2 --batch 8",
+               f"--init {ENCODER} --freeze 1 --epochs 2 --dropout 0.1 --crops 2",
                "--task pretrain --visible-only --micro-batch 3",
                "--task pretrain --ssast-compat --save-every 1 --eval-every 2"),
         refused=("--width 32", "--fold all", "--task pretrain"),
