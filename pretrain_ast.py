@@ -99,7 +99,7 @@ TASKS = {
     },
 }
 # Fine-tuning from --init: the heads alone, which rate best (results/README.md); --freeze 10: then all of it.
-FROM_INIT = {"batch": 16, "lr": 1e-3, "weight_decay": 1.0, "dropout": 0.4, "epochs": 40, "freeze": 40}
+FROM_INIT = {"batch": 16, "lr": 1e-3, "weight_decay": 1.0, "dropout": 0.2, "epochs": 40, "freeze": 40}
 # Defaults without --data, for minutes on two cores instead of hours on a GPU.
 BUILT_IN = {
     "pretrain": {
