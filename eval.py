@@ -2221,7 +2221,7 @@ def _in_words(label: str) -> str:
 RATINGS = {label: _in_words(label) for label in LABELS}  # for readers
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = [str(RESULTS / "han_network.pt"), str(RESULTS / "han_kernel.pt")]
-SHIPPED_FOR_SOUND = [str(RESULTS / "ast_kernel.pt")]
+SHIPPED_FOR_SOUND = [str(RESULTS / "ast_network.pt"), str(RESULTS / "ast_kernel.pt")]
 
 
 def predict(argv: list[str]) -> list[dict]:

@@ -140,7 +140,7 @@ OPTIONS = {
     ],
     "data": [
         ("--copies", COUNT, 0, "copies of a recording: room, level, noise; one a step (0: off)"),
-        ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s)"),
+        ("--frames", WHOLE, 1024, "longest input, 10 ms frames (%(default)s; --init: its own)"),
         ("--audioset-norm", bool, False, "AudioSet's mean and deviation (off: the data's; those of --init)"),
         ("--workers", COUNT, 4, "processes that read crops (%(default)s; 0: none)"),
         ("--cache", "DIR", "cache", "filter banks, audio, features (%(default)s)"),
@@ -216,9 +216,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     def recipe(known: argparse.Namespace) -> dict:
         built_in = {} if known.data else BUILT_IN[known.task]
-        from_init = FROM_INIT if known.init and not known.ssast_compat else {}
         compat = COMPAT[known.task] if known.ssast_compat else {}
-        return TASKS[known.task] | from_init | built_in | compat
+        if not known.init or known.task == "pretrain":
+            return TASKS[known.task] | built_in | compat
+        ckpt = read_init(known.init)
+        frames = {"frames": ckpt["model_args"]["frames"]} if ckpt.get("task") == "ast" else {}
+        heads_first = {} if known.ssast_compat else FROM_INIT
+        return TASKS[known.task] | heads_first | built_in | frames | compat
 
     args = parse_options(p, argv, ("ast", "cnn", "mlp"), recipe, lambda known: AST_PRESETS[known.preset])
     augmentation_limits(args)
