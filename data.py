@@ -6011,6 +6011,14 @@ def on_device(batch: dict, info: dict, device: torch.device) -> dict:
     return batch | moved
 
 
+def random_span(size: int, widest: int, lengths: torch.Tensor) -> torch.Tensor:
+    """(B, size) True in one span of each row: up to `widest` long, anywhere in its first `lengths` places."""
+    width = (torch.rand(len(lengths), device=lengths.device) * (widest + 1)).long().minimum(lengths)
+    start = (torch.rand(len(lengths), device=lengths.device) * (lengths - width + 1)).long()
+    place = torch.arange(size, device=lengths.device)
+    return (place >= start[:, None]) & (place < (start + width)[:, None])
+
+
 def pad_fbank(crops: list[np.ndarray], shortest: int = 0, dtype=np.float32) -> tuple[torch.Tensor, ...]:
     """Energies (frames, 128) as (B, T, 128), silence behind a crop, T >= `shortest`; lengths (B,)."""
     lengths = torch.tensor([len(crop) for crop in crops])

@@ -1566,6 +1566,16 @@ def _plain(value: object, where: str) -> object:
     )
 
 
+def read_weights(path: str | Path) -> dict:
+    """A checkpoint of ours, or public weights by name, as the file holds them."""
+    try:
+        return dict(torch.load(ordinary(path), map_location="cpu", weights_only=True))
+    except Exception as error:  # torch's own text suggests unsafe loading
+        raise DataError(
+            f"{path}: unreadable; expected best.pt, or public weights as a .pt, .pth, .bin"
+        ) from error
+
+
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """A model rebuilt from its checkpoint alone, on CPU, in eval mode, and the checkpoint itself.
 

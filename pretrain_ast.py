@@ -29,7 +29,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 
@@ -78,6 +78,7 @@ from models import (
     on_any,
     option_parser,
     parse_options,
+    read_weights,
     restore,
     run_options,
     same_data,
@@ -219,7 +220,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         compat = COMPAT[known.task] if known.ssast_compat else {}
         if not known.init or known.task == "pretrain":
             return TASKS[known.task] | built_in | compat
-        ckpt = read_init(known.init)
+        ckpt = read_weights(known.init)
         frames = {"frames": ckpt["model_args"]["frames"]} if ckpt.get("task") == "ast" else {}
         heads_first = {} if known.ssast_compat else FROM_INIT
         return TASKS[known.task] | heads_first | built_in | frames | compat
@@ -297,8 +298,8 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
         weight = torch.where(hit, weight * limits["noise"], weight)
     if any(args.spec_augment):
         hit = torch.rand(B, 1, device=x.device) < 0.5
-        bands = random_span(M, args.spec_augment[0], torch.full_like(lengths, M))
-        frames = random_span(T, args.spec_augment[1], lengths)
+        bands = data.random_span(M, args.spec_augment[0], torch.full_like(lengths, M))
+        frames = data.random_span(T, args.spec_augment[1], lengths)
         x = x.masked_fill((bands[:, None] | frames[:, :, None]) & hit[:, :, None], 0.0)
         weight = torch.where(hit, weight * limits["spec"], weight)
     if args.mixup:
@@ -314,14 +315,6 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
     return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole.cpu()}
 
 
-def random_span(size: int, widest: int, lengths: torch.Tensor) -> torch.Tensor:
-    """(B, size) True in one span of each row: up to `widest` long, anywhere in its first `lengths` places."""
-    width = (torch.rand(len(lengths), device=lengths.device) * (widest + 1)).long().minimum(lengths)
-    start = (torch.rand(len(lengths), device=lengths.device) * (lengths - width + 1)).long()
-    place = torch.arange(size, device=lengths.device)
-    return (place >= start[:, None]) & (place < (start + width)[:, None])
-
-
 def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tuple[dict, float, object]]:
     """Parts of at most `size` clips, the share of each in the batch, and the context of its pass: processes
     exchange gradients at the last one only."""
@@ -330,12 +323,6 @@ def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tu
         part = {key: value[first : first + size] for key, value in batch.items()}
         wait = isinstance(model, DistributedDataParallel) and first + size < count
         yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
-
-
-def clip_batch(train: Dataset, numbers: Iterable[int], info: dict, device: torch.device) -> dict:
-    """These training clips, as the first epoch that is not frozen shows them."""
-    first = getattr(train, "freeze", 0)
-    return data.on_device(data.collate_ast([train[first, k] for k in numbers], info), info, device)
 
 
 def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
@@ -349,7 +336,8 @@ def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, 
         held = torch.empty(torch.cuda.mem_get_info()[0] // 4, dtype=torch.uint8, device=device)
         try:
             numbers = sorted(range(len(train)), key=lambda k: -train.lengths[k])[:size]
-            batch = clip_batch(train, numbers, info, device)
+            items = [train[getattr(train, "freeze", 0), k] for k in numbers]
+            batch = data.on_device(data.collate_ast(items, info), info, device)
             batch = with_masks(batch, args.mask) if args.task == "pretrain" else batch
             with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
                 mean, *_ = loss_of(model, batch, args, [1.0] * len(GROUPS))
@@ -379,7 +367,8 @@ def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace,
     if "described" in batch:
         rated = model(described=batch["described"])
     else:
-        of_clip = {key: batch[key] for key in batch.keys() & {"statistics"}}
+        whole = args.model == "ast" and "statistics" in batch
+        of_clip = {"statistics": batch["statistics"]} if whole else {}
         rated = model(batch["x"], lengths_if_unlike(batch), **of_clip)
     error = LOSS(rated, batch["y"], reduction="none") * batch["weight"]  # (B, 19)
     groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
@@ -443,11 +432,11 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     crops = args.crops if args.model == "ast" else 1
     freeze = args.freeze if args.init else 0
     train = Clips([*versions.values()], args.frames, args.seed, crops, freeze)
-    ckpt = read_init(args.init) if args.init else {}
+    ckpt = read_weights(args.init) if args.init else {}
     known = ckpt["data"] if ckpt.get("task") == "ast" else {}
     norm = known or data.fit_fbank(train, args.audioset_norm)
     info |= {key: norm[key] for key in ("mean", "std")}  # an encoder's own
-    if args.statistics and args.model == "ast":
+    if args.model == "mlp" or (args.statistics and args.model == "ast"):
         for item in chain(*versions.values()):
             item["statistics"] = ClipStatistics().values(whole_clip(item, info))[0].numpy()
     kind = " (SYNTHETIC)" if corpus.synthetic else ""
@@ -456,16 +445,6 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
         f"{len(valid)} valid items; variants {variants}"
     )
     return train, valid, info
-
-
-def read_init(path: str) -> dict:
-    """What --init holds: a checkpoint of ours, or public weights by name."""
-    try:
-        return dict(torch.load(data.ordinary(path), map_location="cpu", weights_only=True))
-    except Exception as error:  # torch's own text suggests unsafe loading
-        raise data.DataError(
-            f"{path}: unreadable; expected best.pt, or public weights as a .pt, .pth, .bin"
-        ) from error
 
 
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -493,7 +472,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     }
     if not args.init:
         return AST(**sizes, **shared)
-    weights = read_init(args.init)
+    weights = read_weights(args.init)
     if any("patch_embed" in str(name) for name in weights):
         try:
             return ast_from_ssast(weights, args.frames, **shared)
@@ -503,17 +482,6 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     if ckpt["task"] != "ast":
         raise data.DataError(f"{args.init}: task {ckpt['task']!r}; expected best.pt of a pre-training")
     return adapt_ast(model, frames=args.frames, visible_only=False, **shared)
-
-
-def statistics_of(train: Dataset, table: ClipStatistics, info: dict, device: torch.device) -> torch.Tensor:
-    """(n, size): of every whole training clip where the items hold it, else of what one epoch shows of it."""
-    values = []
-    for start in range(0, len(train), 32):
-        numbers = range(start, min(start + 32, len(train)))
-        batch = clip_batch(train, numbers, info, device)
-        whole = batch.get("statistics")
-        values.append(table.values(batch["x"], batch["lengths"]) if whole is None else whole)
-    return torch.cat(values)
 
 
 def frozen_descriptions(
@@ -596,7 +564,7 @@ def main(args: argparse.Namespace) -> dict:
     bare_model = build_model(args).to(device).train()
     if getattr(bare_model, "statistics", None) is not None and not resumed:
         table = bare_model.statistics
-        table.fit(statistics_of(train, table, info, device))
+        table.fit(torch.tensor(np.stack([item["statistics"] for item in chain(*train.versions)])))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
     one_block = partial(Block, args.width, args.heads, 0.0)

@@ -250,7 +250,8 @@ def test_frozen_heads_learn_from_whole_clips():
         clip = evaluation.whole_clip(item, info)
         item["statistics"] = model.statistics.values(clip)[0].numpy()
     train = pretrain_ast.Clips(versions, 64, seed=7, crops=2, freeze=1)
-    model.statistics.fit(pretrain_ast.statistics_of(train, model.statistics, info, torch.device("cpu")))
+    values = [item["statistics"] for item in itertools.chain(*versions)]
+    model.statistics.fit(torch.tensor(np.stack(values)))
     train.described = pretrain_ast.frozen_descriptions(model, train, info, quiet=True)
     assert model.training
     assert len(train.described) == 6
