@@ -1522,8 +1522,10 @@ def whole_clip(item: dict, info: dict) -> Tensor:
 def describe_clip(model: AST, item: dict, info: dict) -> Tensor:
     """What the heads of an AST see of a whole item, in crops that cover it: (1, size)."""
     clip = whole_clip(item, info).to(next(model.parameters()).device)
-    table = model.statistics
-    of_clip = None if table is None else table.values(clip)
+    of_clip = None
+    if model.statistics is not None:
+        known = item.get("statistics")  # of an item that trains
+        of_clip = model.statistics.values(clip) if known is None else torch.tensor(known[None]).to(clip)
     return model.describe(whole_crops(clip, model.model_args["frames"]), statistics=of_clip)
 
 

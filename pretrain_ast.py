@@ -437,8 +437,9 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     norm = known or data.fit_fbank(train, args.audioset_norm)
     info |= {key: norm[key] for key in ("mean", "std")}  # an encoder's own
     if args.model == "mlp" or (args.statistics and args.model == "ast"):
+        values = ClipStatistics().values
         for item in chain(*versions.values()):
-            item["statistics"] = ClipStatistics().values(whole_clip(item, info))[0].numpy()
+            item["statistics"] = values(whole_clip(item, info))[0].numpy()
     kind = " (SYNTHETIC)" if corpus.synthetic else ""
     say(
         f"{corpus.root}{kind}, {info['audio']}, split {args.split}, fold {args.fold}: {len(train)} train, "
@@ -489,9 +490,7 @@ def frozen_descriptions(
 ) -> dict[str, np.ndarray]:
     """By name, what the heads see of every version of every clip as long as the encoder does not learn."""
     model.eval()
-    items = tqdm(
-        [*chain(*train.versions)], desc="frozen tokens", unit="clip", leave=False, disable=quiet or None
-    )
+    items = tqdm([*chain(*train.versions)], desc="frozen tokens", unit="clip", disable=quiet or None)
     described = {item["name"]: describe_clip(model, item, info)[0].cpu().numpy() for item in items}
     model.train()
     return described
