@@ -989,8 +989,7 @@ def _split_words(directions, absolute, relative, whole):
 def _dynamics(directions):
     """Absolute marks, relative marks with ends, by position; position -> [(column, value)] of accents."""
     absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
-    accents, opened = {}, []
-    wedges = {}  # number -> kind of the last one
+    accents, opened = {}, {}  # opened: (number, staff) -> hairpin that no stop has ended yet
     for d in directions:
         if d.kind == "dynamics":
             # Unlike the original: an fp is f at the mark and p from .1 division later (there p, then f from
@@ -1004,14 +1003,10 @@ def _dynamics(directions):
             if then:
                 absolute.append(replace(d, text=then, delay=0.1 * d.step))
         elif d.kind in _HAIRPINS:
-            wedges[d.number] = d.kind
-            opened.append(replace(d, text=d.kind))
-            relative.append(opened[-1])
-        elif d.kind == "stop":
-            for mark in opened:
-                if (mark.kind, mark.staff) == (wedges.get(d.number), d.staff):
-                    mark.end = d.onset
-            opened = [mark for mark in opened if mark.end == math.inf]
+            hairpin = opened[d.number, d.staff] = replace(d, text=d.kind)
+            relative.append(hairpin)
+        elif d.kind == "stop" and (d.number, d.staff) in opened:  # unlike the original: by number too
+            opened.pop((d.number, d.staff)).end = d.onset
     absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
     starts = [a.start for a in absolute]
@@ -1046,16 +1041,22 @@ def _tempi(directions):
 
 
 def _active(marks, notes):
-    """Per note the relative marks over it; of both kinds of hairpin the lower ones count for staff 2 only.
-    Marks and notes by position."""
+    """Per note the relative marks over it; of both kinds of hairpin those written at its staff, or, where all
+    are written at one, the upper ones for staff 1 and the lower ones for staff 2. Marks, notes by position.
+    """
     marks, active = deque(marks), []
     for note in notes:
         while marks and marks[0].onset <= note.onset:
             active.append(marks.popleft())
         active = [m for m in active if note.onset < m.end]
-        foreign = {1: "below", 2: "above"}.get(note.staff, "")
-        both = set(_HAIRPINS) <= {m.kind for m in active}
-        yield [m for m in active if not both or m.kind == "words" or m.placement != foreign]
+        hairpins = [m for m in active if m.kind in _HAIRPINS]
+        foreign = []
+        if len({m.kind for m in hairpins}) > 1:
+            other_side = {1: "below", 2: "above"}.get(note.staff, "")
+            foreign = [m for m in hairpins if m.placement == other_side]
+            if len({m.staff for m in hairpins}) > 1:  # unlike the original
+                foreign = [m for m in hairpins if m.staff != note.staff]
+        yield [m for m in active if m not in foreign]
 
 
 # ------------------------------------------------------------------------------------------------------------
