@@ -5274,7 +5274,8 @@ def _cut_short(path, file):
         sizes = last[23 : 23 + last[22]] if len(last) > 22 else b""  # of its segments
         whole = sizes and last[1] & 4 and len(last) >= 23 + len(sizes) + sum(sizes)
         return [] if whole else ["cut short, or the copy of a stream: its last page is not here"]
-    sizes = re.search(r"(?:data|SSND|riff|Riff size) : (\d+) \(should be (\d+)\)", file.extra_info)
+    told = r"(?:data|SSND|riff|Riff size|Data Size) +: (\d+) \(should be (\d+)\)"
+    sizes = re.search(told, file.extra_info)
     written, here = map(int, sizes.groups()) if sizes else (0, 0)
     return [f"cut short: {here / written:.0%} of it is here"] if here < 0.99 * written < 2e9 else []
 
