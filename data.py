@@ -4292,27 +4292,53 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
     return corpus
 
 
-TRIAL = {"id": str, "part": str, "day": int, "block": int, "labels": list, "text": str}  # of trials.json
+REPORT = {"days": [{"part": str, "left_out": int}], "left_out": [str], "notes": [str]}  # what is read of it
+
+
+def _check_layout(value, layout, field):
+    """ValueError, by field, where a JSON value is not laid out so: a type, the values that it may have (a
+    tuple or range), [layout of every entry] or {key: layout of its value}; other keys are free."""
+    kind = layout if isinstance(layout, type) else type(layout)
+    expected = kind.__name__
+    right = type(value) is kind
+    if kind in (tuple, range):
+        expected = f"one of {layout}"
+        right = type(value) in map(type, layout[:1]) and value in layout
+    if not right:
+        found = "missing" if value is None else f"{value!r:.60}"
+        raise ValueError(f"{field}: {found}; expected {expected}".lstrip(": "))
+    if kind is dict:
+        for name, inner in layout.items():
+            _check_layout(value.get(name), inner, f"{field}.{name}".strip("."))
+    elif kind is list:
+        for number, entry in enumerate(value):
+            _check_layout(entry, layout[0], f"{field}[{number}]")
 
 
 def _open_converted(root):
+    path = root / "trials.json"
     try:
-        info = read_json(root / "trials.json")
-        if (info["format"], info["rules"]) != (1, speech_rules()):
-            raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
-        days, labels = range(len(info["days"])), {*range(1, len(PHONEMES))}
-        for number, trial in enumerate(info["trials"]):
-            typed = {name: type(value) for name, value in trial.items()} == TRIAL
-            if not typed or trial["day"] not in days or not labels.issuperset(trial["labels"]):
-                raise ValueError(f"trial {number} is {trial!r:.90}")
-        column = {name: [trial[name] for trial in info["trials"]] for name in TRIAL}
-        features = np.load(ordinary(root / "features.npy"), mmap_mode="r")
-        offsets = np.load(ordinary(root / "offsets.npy"))
-        shapes = (len(info["trials"]) + 1, (offsets[-1], info["channels"]))
-        if (len(offsets), features.shape) != shapes:
-            raise ValueError(
-                f"{len(offsets)} offsets, {features.shape} bins, of other files than trials.json"
-            )
+        info = read_json(path)
+        about = {"format": (1,), "rules": (speech_rules(),), "synthetic": bool, "channels": int}
+        _check_layout(info, about | {"days": [str], "report": REPORT}, "")
+        trial = {"id": str, "part": ALL_PARTS, "day": range(len(info["days"])), "text": str}
+        trial |= {"block": range(-(2**63), 2**63), "labels": [range(1, len(PHONEMES))]}
+        _check_layout(info.get("trials"), [trial], "trials")
+        column = {name: [entry[name] for entry in info["trials"]] for name in trial}
+        path = root / "offsets.npy"
+        offsets = np.load(ordinary(path))
+        if offsets.shape != (len(info["trials"]) + 1,) or offsets.dtype.kind != "i":
+            found = f"{offsets.dtype} of shape {offsets.shape}"
+            raise ValueError(f"{found}; expected {len(info['trials'])} + 1 integers, as trials.json says")
+        if offsets[0] or (np.diff(offsets) < 1).any():
+            found = f"starts at {offsets[0]}, its shortest trial has {np.diff(offsets).min()} bins"
+            raise ValueError(f"{found}; expected 0, and 1 or more")
+        path = root / "features.npy"
+        features = np.load(ordinary(path), mmap_mode="r")
+        shape = int(offsets[-1]), info["channels"]
+        if features.shape != shape or features.dtype.kind != "f":
+            found = f"{features.dtype} of shape {features.shape}"
+            raise ValueError(f"{found}; expected floats of shape {shape}, as the other two files say")
         return SpeechCorpus(
             features=features,
             offsets=offsets,
@@ -4320,13 +4346,13 @@ def _open_converted(root):
             text=column["text"],
             ids=column["id"],
             root=root,
-            left_out=[*info["report"]["left_out"]],
+            left_out=list(info["report"]["left_out"]),
             **{name: np.array(column[name]) for name in ("day", "block", "part")},
             **{name: info[name] for name in ("days", "channels", "synthetic", "report")},
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-        remedy = "`python data.py decoder-convert` makes one"
-        raise DataError(f"{root}: no converted corpus ({one_line(error)}); {remedy}") from error
+    except (OSError, ValueError, EOFError) as error:
+        remedy = "`python data.py decoder-convert` makes all three files"
+        raise DataError(f"{path}: {one_line(error)}; {remedy}") from error
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
@@ -4336,8 +4362,8 @@ def report_speech(corpus: SpeechCorpus) -> None:
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}")
     rows = corpus.report["days"]
-    for row in (rows[0], *(row.values() for row in rows)):
-        print("".join(f" {value:>15}" for value in row))
+    for row in (*rows[:1], *(row.values() for row in rows)):
+        print("".join(f" {value!s:>15}" for value in row))
     for note in corpus.report["notes"]:
         print(note)
     print_left_out(corpus.left_out)

@@ -1,5 +1,6 @@
 """Intracortical speech: three public formats into one converted corpus, parts, batches and augmentation."""
 
+import io
 import json
 import math
 import os
@@ -408,22 +409,37 @@ def test_public_folders_open_through_the_cache(days, corpus, tmp_path, monkeypat
     named(again, "gone.mat: unreadable")
 
 
-def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path, capsys):
-    for name in ("features.npy", "offsets.npy"):
-        os.link(corpus.root / name, tmp_path / name)
-    info = json.loads((corpus.root / "trials.json").read_text())
-    (tmp_path / "trials.json").write_text(json.dumps(info | {"rules": "0123456789ab"}))
-    rules = "label rules 0123456789ab", "decoder-convert"
-    refused(lambda: data.open_speech(tmp_path), capsys, f"{tmp_path}: ", *rules)
-    (tmp_path / "trials.json").write_text(json.dumps(info | {"trials": info["trials"][1:]}))
-    refused(
-        lambda: data.open_speech(tmp_path), capsys, f"{tmp_path}: ", "57 offsets"
-    )  # of another conversion
+def test_a_converted_folder_edited_by_hand_is_refused_by_its_field(corpus, tmp_path, capsys):
+    source, out = corpus.root, tmp_path / "edited"
+    out.mkdir()
+    info = json.loads((source / "trials.json").read_text())
     first, *others = info["trials"]
-    for wrong in ({"day": 3}, {"labels": [41]}, {"labels": [0]}, {"block": "a"}, {"text": None}):
-        changed = info | {"trials": [first | wrong, *others]}
-        (tmp_path / "trials.json").write_text(json.dumps(changed))
-        refused(lambda: data.open_speech(tmp_path), capsys, f"{tmp_path}: ", "trial 0")  # edited by hand
+
+    def refuses(name, content, *found):
+        for file in ("features.npy", "offsets.npy", "trials.json"):
+            (out / file).unlink(missing_ok=True)
+            os.link(source / file, out / file)
+        (out / name).unlink()
+        (out / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        refused(lambda: data.open_speech(out), capsys, f"{out / name}: ", "decoder-convert", *found)
+
+    for name, wrong in (("day", 3), ("labels", [41]), ("labels", [True]), ("block", "a"), ("block", 2**70)):
+        refuses("trials.json", info | {"trials": [first | {name: wrong}, *others]}, f"trials[0].{name}")
+    for name, wrong in (("text", None), ("part", "trian"), ("part", []), ("id", 5), ("labels", 0)):
+        refuses("trials.json", info | {"trials": [first | {name: wrong}, *others]}, f"trials[0].{name}")
+    for name, wrong in (("rules", "0123456789ab"), ("format", True), ("days", [1]), ("channels", "a")):
+        refuses("trials.json", info | {name: wrong}, name)
+    for wrong in (None, {}, {"days": [{}], "left_out": [], "notes": []}, info["report"] | {"notes": "x"}):
+        refuses("trials.json", info | {"report": wrong}, "report")
+    for content in (b"", b"[", b"[]", b"null", b'{"format": 1', b"\xff"):
+        refuses("trials.json", content)
+    refuses("trials.json", {name: info[name] for name in info if name != "trials"}, "trials: missing")
+    for values in (np.array(["a"] * 57), np.arange(57.0), corpus.offsets[1:], corpus.offsets[::-1], [[0]]):
+        file = io.BytesIO()
+        np.save(file, values)
+        refuses("offsets.npy", file.getvalue())
+    refuses("features.npy", (source / "offsets.npy").read_bytes(), "int64 of shape (57,)")
+    refuses("features.npy", (source / "features.npy").read_bytes()[:5000])
 
 
 def test_the_command_prints_the_report(mat, capsys, tmp_path):
