@@ -42,6 +42,7 @@ if os.path.basename(sys.argv[0]) in "data.py eval.py train_han.py train_decoder.
 import argparse
 import contextlib
 import csv
+import filecmp
 import functools
 import glob
 import hashlib
@@ -3834,6 +3835,16 @@ def _speech_files(source):
     return found.popitem()
 
 
+def _copies(files):
+    """Of files with the same bytes: {file: the one with the shortest name, or else the first}."""
+    copies = {}
+    for path, other in itertools.combinations(sorted(files, key=lambda path: len(path.name)), 2):
+        with contextlib.suppress(OSError):  # said where it is read
+            if filecmp.cmp(path, other, shallow=False):
+                copies.setdefault(other, path)
+    return copies
+
+
 def _part_of(path, otherwise="train"):
     return _FILE_PARTS.get(path.stem) or _FILE_PARTS.get(path.absolute().parent.name, otherwise)
 
@@ -4159,9 +4170,11 @@ def convert_speech(
         raise DataError(f"{sessions}: {one_line(error)}; {told}") from error
     with new_folder(Path(out)) as folder:
         convert = functools.partial(_convert_file, _SPEECH_READERS[kind], channels, names, dtype, standardise)
-        tasks = [(path, folder / f"file{number}") for number, path in enumerate(files)]
+        copies = _copies(files)
+        tasks = [(path, folder / f"file{n}") for n, path in enumerate(files) if path not in copies]
         results, errors = _run_all(convert, tasks, min(4, os.cpu_count() or 1), "files", quiet, apart=True)
         trials, rows, left_out = _gather(folder, tasks, results, errors, channels, dtype)
+        left_out += [f"{copy}: a copy of {path}, which is used; remove one" for copy, path in copies.items()]
         if not trials or (strict and left_out):
             raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
         bare = [trial for trial in trials if trial["labels"] is None]

@@ -329,22 +329,25 @@ def test_files_that_cannot_be_read_cost_themselves_alone(days, tmp_path, monkeyp
     bad = {
         "no_tx1": {name: good[name] for name in good if name != "tx1"},
         "few_texts": good | {"sentenceText": good["sentenceText"][:5]},
-        f" {SESSIONS[0]}": good,  # a second file of its session
+        f" {SESSIONS[0]}": good | {"blockIdx": good["blockIdx"] + 1},  # a second file of its session
     }
     files = {("train", SESSIONS[0]): good, ("test", SESSIONS[2]): other}
     root = write_mat(tmp_path / "in", files | {("train", name): day for name, day in bad.items()})
     folder = root / "competitionData"
     whole = (folder / "test" / f"{SESSIONS[2]}.mat").read_bytes()
     (folder / "train" / "truncated.mat").write_bytes(whole[: len(whole) // 2])
-    (folder / "test" / "killer.mat").write_bytes(whole)  # SciPy's reader may crash
+    for name in (f"{SESSIONS[2]} (1).mat", f"{SESSIONS[2]} - Kopie.mat"):
+        (folder / "test" / name).write_bytes(whole)  # of a browser, of a desktop
+    savemat(folder / "test" / "killer.mat", good | {"blockIdx": good["blockIdx"] + 2})
     read = data.loadmat
     monkeypatch.setattr(
         data, "loadmat", lambda path, **kw: os._exit(1) if path.stem == "killer" else read(path, **kw)
     )
-    got, report = convert(root, tmp_path / "out")
+    got, report = convert(root, tmp_path / "out")  # SciPy's reader may crash
     assert (len(got.ids), got.days) == (16, [SESSIONS[0], SESSIONS[2]])
     np.testing.assert_array_equal(got.features[: got.offsets[8]], np.concatenate(standardised(good)))
-    named(got, "no_tx1.mat", "few_texts.mat", "truncated.mat", "killer.mat", "a second file of its session")
+    second = "a second file of its session"
+    named(got, "no_tx1.mat", "few_texts.mat", "truncated.mat", "killer.mat", second, "(1).mat", "Kopie.mat")
 
 
 def test_pickle_days_are_not_mapped_by_position(days, tmp_path, capsys):
