@@ -1435,7 +1435,8 @@ def _midi_tracks(content, repairs):
         content = content[max(content.find(b"MThd"), 0) :]
         repairs["RIFF wrappings taken off"] += 1
     name, size, kind, count, division = struct.unpack_from(">4sLHHh", content)
-    if name != b"MThd" or kind not in (0, 1) or division <= 0 and not division & 0xFF:
+    timeless = division == 0 or division < 0 and not division & 0xFF  # SMPTE: ticks a frame in the low byte
+    if name != b"MThd" or kind not in (0, 1) or timeless:
         raise ValueError(f"{name}, type {kind}, division {division}")
     tracks = []
     place = 8 + size
@@ -1650,7 +1651,8 @@ class _Lattice:
     block's begin: memory grows with the chords and the blocks, not with their product."""
 
     def __init__(self, position, pace, holds, pitch, onset):
-        """holds (128, K): whether the chord holds the key; pace (K,): seconds per quarter; played notes."""
+        """position (K,): quarters; pace (K,): seconds per quarter; holds (128, K): whether the chord holds
+        the key; of P played notes pitch and onset (P,), s."""
         clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
         steps = np.arange(1, STEPS + 1)[:, None]
         self.columns = np.arange(len(position))
@@ -2081,9 +2083,9 @@ def _clean(score, performance, match):
 
 
 def _tempo_of_notes(grid, anchors):
-    """Tempo objects of a list of positions: start (quarters), start (seconds), quarters per minute.
-    A tempo runs from anchor to anchor: the neighbouring pairs of the list chain up over its distinct anchors.
-    """
+    """Tempi between the positions of a grid (quarters): start (quarters), start (seconds), quarters per
+    minute, (k,) each. anchors (n, 2): quarter, second; a tempo runs from the last anchor at or before one
+    position to that of the next, and positions with the same anchor share one."""
     ends = np.unique(_index_at_or_before(anchors[:, 0], grid))
     if len(ends) < 2:
         ends = np.array([0, len(anchors) - 1])
@@ -2132,7 +2134,8 @@ def _value_held_at(events, times):
 
 
 def _lowest(curve, start, stop, since):
-    """Lowest value of entries start..stop-1 and its time after `since`, 0 where it is the start's own."""
+    """Pedal depth of the lowest of entries start..stop-1 of a curve (k, 2) of (second, value), and its time
+    after `since` (s), 0 where it is the start's own; start, stop, since, results (n,)."""
     # One number orders by value and then by index, which makes the minimum the first lowest entry; where
     # stop = start reduceat gives the start's own.
     key = np.unique(curve[:, 1], return_inverse=True)[1] * len(curve) + np.arange(len(curve))
@@ -2299,7 +2302,8 @@ def sounding_offset(performance) -> np.ndarray:
 
 
 def _ringing_at(times, onset, sounding):
-    """At each time: number of the notes that began earlier (by CHORD_GAP) and ring on."""
+    """At each time (s): number of the notes that began earlier (by CHORD_GAP) and ring on. onset, sounding:
+    begin and end of notes' sound, s."""
     lasting = sounding - onset > CHORD_GAP + 0.05
     begun = np.searchsorted(onset[lasting], times - CHORD_GAP)
     return begun - np.searchsorted(np.sort(sounding[lasting]), times + 0.05, side="right")
@@ -3215,9 +3219,10 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """(n, S) values to standard-normal scores of their rank among `quantiles` (101, S), within +-2.6."""
     levels = np.linspace(0, 1, len(quantiles))
     ranks = []
-    for v, q in zip(values.T, quantiles.T, strict=True):
+    for column, steps in zip(values.T, quantiles.T, strict=True):
         # Where quantiles are equal, the middle of the lowest and the highest rank.
-        ranks.append((np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2)
+        highest, lowest = np.interp(column, steps, levels), 1 - np.interp(-column, -steps[::-1], levels)
+        ranks.append((highest + lowest) / 2)
     return ndtri(np.stack(ranks, 1).clip(0.005, 0.995)).astype(np.float32)
 
 
@@ -3483,8 +3488,8 @@ def _musicxml(piece):
 
 def _notes_xml(piece, bar, voice):
     names, xml = "C C# D D# E F F# G G# A A# B".split(), []
-    for onset, duration, pitches, part in piece.chords:
-        if (onset // piece.beats, part) == (bar, voice):
+    for onset, duration, pitches, own_voice in piece.chords:
+        if (onset // piece.beats, own_voice) == (bar, voice):
             for k, pitch in enumerate(pitches):
                 name = names[pitch % 12]
                 xml.append(
@@ -4043,7 +4048,7 @@ def _read_pickle(path, channels, names, left_out):
                 continue
 
             def trial(i, trials=trials):
-                x, bins, text, labels, count = (*trials[i], "", (), 0)[:5]
+                x, bins, text, labels, count = (*trials[i], "", (), 0)[:5]  # competition: no text, labels
                 return speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
 
             yield part, session, range(len(trials)), trial
@@ -4628,9 +4633,12 @@ def _day_tunings(seed, days):
     rng = np.random.default_rng([seed, 2])
     channels = sum(_AREAS)
     weights = rng.normal(size=(_TRAJECTORIES, channels)) * np.repeat(_DEPTHS, _AREAS)
-    base, rotation, tunings = rng.normal(-0.9, 0.6, channels), np.eye(_TRAJECTORIES), []
+    base = rng.normal(-0.9, 0.6, channels)
+    rotation = np.eye(_TRAJECTORIES)
+    tunings = []
     for _ in range(days):
-        gain, offset = rng.lognormal(0, 0.2, channels), rng.normal(0, 0.3, channels)
+        gain = rng.lognormal(0, 0.2, channels)
+        offset = rng.normal(0, 0.3, channels)
         tunings.append((rotation @ weights * gain, base + offset))
         step = rng.normal(size=(_TRAJECTORIES, _TRAJECTORIES)) * 0.3 / math.sqrt(2 * _TRAJECTORIES)
         rotation = rotation @ expm(step - step.T)
