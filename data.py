@@ -211,6 +211,26 @@ def _unique(pairs):
     return found
 
 
+def check_layout(value, layout, field):
+    """ValueError, by field, where a JSON value is not laid out so: a type, the values that it may have (a
+    tuple or range), [layout of every entry] or {key: layout of its value}; other keys are free."""
+    kind = layout if isinstance(layout, type) else type(layout)
+    expected = kind.__name__
+    right = type(value) is kind
+    if kind in (tuple, range):
+        expected = f"one of {layout}"
+        right = type(value) in map(type, layout[:1]) and value in layout
+    if not right:
+        found = "missing" if value is None else f"{value!r:.60}"
+        raise ValueError(f"{field}: {found}; expected {expected}".lstrip(": "))
+    if kind is dict:
+        for name, inner in layout.items():
+            check_layout(value.get(name), inner, f"{field}.{name}".strip("."))
+    elif kind is list:
+        for number, entry in enumerate(value):
+            check_layout(entry, layout[0], f"{field}[{number}]")
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True):
     """The file, open to append; one process at a time is inside, and a crash leaves no lock behind. Without
@@ -2836,10 +2856,10 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
     for name, row in entries:
         try:
             parse_name(name)
-            *row, _ = np.array(row, np.float64)
+            *row, _ = np.array(row, np.float64).tolist()
             if given[name] > 1:
                 raise ValueError("given twice")
-            outside = [float(rating) for rating in row if not 0 <= rating <= 1]
+            outside = [rating for rating in row if not 0 <= rating <= 1]
             if len(row) != len(LABELS) or outside:
                 raise ValueError(f"{len(row)} ratings, outside are {outside[:3]}")
             means[name] = np.array(row)
@@ -2870,12 +2890,12 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 if len(values) < len(LABELS) or not all(value >= 0 for value in values):
                     raise ValueError(f"{row[3:22]}")
                 if max(values) <= 7:
-                    raters.append(int(row[0]))
+                    raters.append(np.int64(row[0]))
                     names.append(row[2].strip().removesuffix(".wav").strip())
                     ratings.append(values)
         if not names:
             raise ValueError("no rating")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         expected = f"expected user, dataID, filename, 19 ratings from 0 to 7; {_FETCH_HINT}"
         raise DataError(f"{path}: line {line}: {error}; {expected}") from error
     table = np.array(ratings)
@@ -3809,8 +3829,10 @@ def cache_lock(cache: str | Path):
 @contextlib.contextmanager
 def new_folder(out: Path):
     """A folder to fill, which replaces the new or empty `out` when all is written; else nothing is left."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not free or not out.name:
+        found = "exists and is not empty" if not free else "the folder that you are in"
+        raise DataError(f"{out}: {found}; expected a new or empty folder; give another --out")
     remove_leftovers(out.parent.glob(f".{glob.escape(out.name)}.*"))
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -4313,35 +4335,15 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
 REPORT = {"days": [{"part": str, "left_out": int}], "left_out": [str], "notes": [str]}  # what is read of it
 
 
-def _check_layout(value, layout, field):
-    """ValueError, by field, where a JSON value is not laid out so: a type, the values that it may have (a
-    tuple or range), [layout of every entry] or {key: layout of its value}; other keys are free."""
-    kind = layout if isinstance(layout, type) else type(layout)
-    expected = kind.__name__
-    right = type(value) is kind
-    if kind in (tuple, range):
-        expected = f"one of {layout}"
-        right = type(value) in map(type, layout[:1]) and value in layout
-    if not right:
-        found = "missing" if value is None else f"{value!r:.60}"
-        raise ValueError(f"{field}: {found}; expected {expected}".lstrip(": "))
-    if kind is dict:
-        for name, inner in layout.items():
-            _check_layout(value.get(name), inner, f"{field}.{name}".strip("."))
-    elif kind is list:
-        for number, entry in enumerate(value):
-            _check_layout(entry, layout[0], f"{field}[{number}]")
-
-
 def _open_converted(root):
     path = root / "trials.json"
     try:
         info = read_json(path)
         about = {"format": (1,), "rules": (speech_rules(),), "synthetic": bool, "channels": int}
-        _check_layout(info, about | {"days": [str], "report": REPORT}, "")
+        check_layout(info, about | {"days": [str], "report": REPORT}, "")
         trial = {"id": str, "part": ALL_PARTS, "day": range(len(info["days"])), "text": str}
         trial |= {"block": range(-(2**63), 2**63), "labels": [range(1, len(PHONEMES))]}
-        _check_layout(info.get("trials"), [trial], "trials")
+        check_layout(info.get("trials"), [trial], "trials")
         column = {name: [entry[name] for entry in info["trials"]] for name in trial}
         path = root / "offsets.npy"
         offsets = np.load(ordinary(path))
@@ -5436,7 +5438,11 @@ class StoredEnergies:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         try:
-            return np.load(ordinary(self.path), mmap_mode="r")[where]
+            energies = np.load(ordinary(self.path), mmap_mode="r")
+            if energies.shape[1:] != (MELS,) or energies.dtype.kind != "f":
+                found = f"{energies.dtype} of shape {energies.shape}"
+                raise ValueError(f"{found}; expected floats, frames x {MELS}")
+            return energies[where]
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{self.path}: {error}; delete it and run the same command again") from error
 
@@ -5526,7 +5532,7 @@ def _frames_of_sound(path):
 def _make_store(kind, root, found, frames, left_out):
     """A store of the (name, split, file) found, frames by file; refuses an empty one."""
     if not found:
-        raise DataError(left_out[0])
+        raise DataError([*left_out, f"{root}: no recording; expected some"][0])
     names, split, files = (list(column) for column in zip(*found, strict=True))
     synthetic = (Path(root) / "SYNTHETIC").is_file()
     return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
@@ -5584,8 +5590,9 @@ def open_fbank(folder: str | Path) -> FbankStore:
     path = Path(folder) / "index.json"
     try:
         index = read_json(path)
+        check_layout(index, {"split": {}, "left_out": [str]}, "")
         return _open_energies(folder, index["split"], index["left_out"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
 
 
@@ -5829,7 +5836,8 @@ def _read_recording(root, audio, row):
     outside = any(path.is_absolute() or ".." in path.parts for path in paths)
     midi, sound = root / paths[0], audio / paths[1]
     split, seconds = row["split"], float(row["duration"])
-    if outside or split not in MAESTRO_SPLITS or not (midi.is_file() or sound.is_file()) or not seconds > 0:
+    told = split in MAESTRO_SPLITS and 0 < seconds < math.inf
+    if outside or not told or not (midi.is_file() or sound.is_file()):
         found = f"{midi}, {sound}, split {split!r}, {seconds} s"
         raise DataError(f"{found}; expected a file here, {MAESTRO_SPLITS}")
     about = row["canonical_composer"], row["canonical_title"]
@@ -5842,11 +5850,15 @@ def _mark_unknown_splits(root, recordings):
     then their part is "unknown"."""
     sources = root / "asap_sources.csv"
     pieces, unknown = {}, set()
-    for _, row in _read_table(sources) if sources.is_file() else []:
-        name = Path(row["midi_filename"]).with_suffix("").as_posix()
-        pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
-        if row["split_known"] != "1":
-            unknown.add(name)
+    for line, row in _read_table(sources) if sources.is_file() else []:
+        try:
+            name = Path(row["midi_filename"]).with_suffix("").as_posix()
+            pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
+            if row["split_known"] != "1":
+                unknown.add(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = "expected midi_filename, asap_path, asap_title, split_known; take the subset's own"
+            raise DataError(f"{sources}: line {line}: {error}; {expected}") from error
     held = {pieces.get(r.name) for r in recordings if r.part != "train"}
     for r in recordings:
         if r.part == "train" and r.name in unknown and pieces[r.name] in held:

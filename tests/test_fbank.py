@@ -1,5 +1,6 @@
 """Log-mel energies against Kaldi's numbers, sound files of all kinds, energies on disk."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -363,8 +364,15 @@ def test_a_name_that_looks_like_a_copy(tmp_path, capsys):
     root = write_wav(tmp_path / "wav" / "take@copy1.wav").parent
     store = data.build_fbank(root, tmp_path / "out", workers=1, quiet=True, copies=1)
     assert store.names == ["take@copy1", "take@copy1@copy1"]
-    (tmp_path / "out" / "index.json").write_text("[]")
-    refused(lambda: data.open_fbank(tmp_path / "out"), capsys, "index.json")
+    out = tmp_path / "out"
+    whole = (out / "index.json").read_text()
+    for index in ([], {"split": {}}, {"split": {}, "left_out": [5]}, {"split": {}, "left_out": []}):
+        (out / "index.json").write_text(json.dumps(index))
+        refused(lambda: data.open_fbank(out), capsys, out)
+    (out / "index.json").write_text(whole)
+    for wrong in (np.zeros(5), np.zeros((50, 127)), np.zeros((50, 128), complex), np.array("x")):
+        np.save(out / "take@copy1.v3.npy", wrong)
+        refused(lambda: data.open_fbank(out), capsys, "take@copy1.v3.npy", wrong.dtype)
 
 
 def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, monkeypatch, capsys):
