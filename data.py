@@ -689,6 +689,7 @@ class _Reader:
         for sound in element.iter("sound"):
             if "tempo" in sound.attrib:
                 yield _Direction(onset, "tempo", self.number(sound.get("tempo"), "tempo", 1, 2000))
+        onset += self.number(element.findtext("offset") or "0", "offset", -1e9, 1e9) * self.division
         place = dict(staff=self.staff(element), placement=element.get("placement"), step=self.division)
         for words in element.iterfind("direction-type/words"):
             yield _Direction(onset, "words", words.text or "", **place)

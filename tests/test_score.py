@@ -65,6 +65,10 @@ def wedge(kind, number=1, placement="below", staff=None):
     return direction(f'<wedge type="{kind}" number="{number}"/>', staff or number, placement)
 
 
+def offset(mark, divisions):
+    return mark.replace("<staff>", f"<offset>{divisions}</offset><staff>")
+
+
 def repeat(way, times=2):
     return f'<barline><repeat direction="{way}" times="{times}"/></barline>'
 
@@ -371,6 +375,9 @@ BARS = {
         ([wedge("crescendo") + note(60) + note(61) + wedge("stop") + note(62) + note(63)],
          [note(None) + wedge("diminuendo") + note(50, 8) + wedge("stop") + note(51)]),
         {"pitch": [60, 61, 50, 62, 63, 51], "dynamic:1": [0.7, 0.7, -0.7, -0.7, 0, 0]}),
+    "marks stand by their offset, in the bar before too": (
+        ([mark("p") + offset(mark("f"), 8) + FOUR, offset(wedge("crescendo"), -4) + FOUR],),
+        {"dynamic:0": [-0.4] * 2 + [0.4] * 6, "dynamic:1": [0] * 3 + [0.7] * 5}),
     "tempo words are whole words": (
         ([words("Allegro assai") + FOUR, words("sempre staccato") + FOUR, words("riten.") + FOUR,
           words("a tempo") + FOUR],),
