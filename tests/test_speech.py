@@ -274,12 +274,23 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
         file["trial_0006"].attrs["n_time_steps"] = 5
         file["trial_0007/seq_class_ids"][0] = 41
         file["notes"] = 1
-    (root / "data_val.hdf5").write_bytes(path.read_bytes()[:3000])
+    whole = path.read_bytes()
+    (root / "data_val.hdf5").write_bytes(whole[:3000])
+    where = whole.index(b"HEAP", whole.index(b"HEAP") + 1)  # the first trial's, behind the root's
+    path.write_bytes(whole[:where] + b"PAEH" + whole[where + 4 :])
     got, report = convert(root, tmp_path / "out", channels=256)
-    assert [i[-4:] for i in got.ids] == ["0000", "0001", "0002", "0003", "0004"]
-    assert got.block.tolist() == [3, 3, 3, 3, -1]
-    assert got.labels[3].tolist() == ids_of(got.text[3])  # of its sentence
-    named(got, "data_val.hdf5: unreadable", "notes, trial_0005", "trial_0008: ", "numbers, 5 bins", "[41, ")
+    assert [i[-4:] for i in got.ids] == ["0001", "0002", "0003", "0004"]
+    assert got.block.tolist() == [3, 3, 3, -1]
+    assert got.labels[2].tolist() == ids_of(got.text[2])  # of its sentence
+    named(
+        got,
+        "data_val.hdf5: unreadable",
+        "notes, trial_0005",
+        "trial_0008: ",
+        "numbers, 5 bins",
+        "[41, ",
+        "trial_0000: ",
+    )
     monkeypatch.setitem(sys.modules, "h5py", None)
     refused(lambda: convert(root, tmp_path / "again"), capsys, "hdf5: ", "pip install h5py")
 
