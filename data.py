@@ -5345,7 +5345,7 @@ def _decode(path, _):
 def _read_mono(path, file, count=MOST_SAMPLES):
     """The next `count` samples (n,) float32, integers scaled to [-1, 1): the mean over the channels, or the
     loudest one where they cancel each other; and remarks."""
-    count = min(count, file.frames - file.tell())
+    count = max(0, min(count, file.frames - file.tell()))  # in a damaged MP3 one may stand behind the end
     x = np.empty((count, file.channels), np.float32)
     read = 0
     with contextlib.suppress(soundfile.SoundFileError):
@@ -5523,7 +5523,7 @@ def _frames_of_sound(path):
     with _open_sound(path) as (file, _):
         up, down = _ratio(file.samplerate)
         file.seek(file.frames - 1)
-        if not len(file.read(1)):
+        if file.tell() >= file.frames or not len(file.read(1)):
             raise DataError(
                 f"{path}: ends earlier than its header says; expected a whole file; write it again"
             )

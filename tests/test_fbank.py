@@ -293,6 +293,13 @@ def test_broken_files_are_refused_in_one_line(tmp_path, capsys, broken):
     refused(lambda: data.read_wav_crop(path, 0, 400), capsys, path)
 
 
+def test_a_file_that_stands_behind_its_end_is_refused(tmp_path, capsys, monkeypatch):
+    path = write_wav(tmp_path / "a.wav")
+    monkeypatch.setattr(soundfile.SoundFile, "tell", lambda file: file.frames + 5)  # a damaged MP3's
+    refused(lambda: data.read_wav_crop(path, 0, 400), capsys, path)
+    refused(lambda: data.open_audio(tmp_path), capsys, path)
+
+
 def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes(tmp_path, capsys):
     root = write_folder(tmp_path / "wav")
     (root / "SYNTHETIC").touch()
