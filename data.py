@@ -4119,7 +4119,7 @@ def _convert_file(read, channels, names, dtype, standardise, task):
                 try:
                     about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
                     session.append(about | read_trial(name))
-                except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:  # h5py's, too
+                except (OSError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
                     problems.setdefault(one_line(error), []).append(str(name))
             for problem, numbers in problems.items():
                 left_out.append(f"{path}: {day}: trial {', '.join(numbers)}: {problem}")

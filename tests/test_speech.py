@@ -367,11 +367,14 @@ def test_pickle_days_are_not_mapped_by_position(days, tmp_path, capsys):
         "competition": [pickle_day(days["competitionHoldOut", SESSIONS[1]], False)],
     }
     content["train"][1] = {"sentenceDat": []}
+    content["train"][2]["timeSeriesLens"] = [*content["train"][2]["timeSeriesLens"]]
     content["train"][2]["timeSeriesLens"][3] += 1
+    content["train"][2]["timeSeriesLens"][5] = math.inf
     content["train"][2]["phonemes"][4] = [[1], [2, 3]]
     got, _ = convert(write_pickle(tmp_path / "ptDecoder_ctc", content), tmp_path / "out")
-    assert (got.days, len(got.ids)) == (["day00", "day02"], 14)
-    named(got, "competition: 1 days, names of 0", "day01: 'timeSeriesLens'", "trial 3: float32", "trial 4")
+    assert (got.days, len(got.ids)) == (["day00", "day02"], 13)
+    faults = "day01: 'timeSeriesLens'", "trial 3: float32", "trial 4", "trial 5: cannot convert float inf"
+    named(got, "competition: 1 days, names of 0", *faults)
     write_pickle(tmp_path / "ptDecoder_ctc", {"train": [content["train"][0]] * 2})
     path, names = tmp_path / "ptDecoder_ctc", tmp_path / "names.json"
     for content, bad in (('{"train": [1, 2, 3]}', names), ("{", names), ('{"train": ["a", "a"]}', path)):
