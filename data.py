@@ -1896,7 +1896,10 @@ def _without_repeats(reading):
     score = reading.score
     bar, shares = bars_of(score), {}
     for repeat in np.unique(score.repeat[score.repeat > 0]):
-        rows = np.isin(score.numbers, score.numbers[score.repeat == repeat])[bar]
+        turns = np.flatnonzero(score.repeat == repeat)  # all but the last, which follows and is no longer
+        alike = np.isin(score.numbers, score.numbers[turns])
+        alike[: turns[0]] = alike[turns[-1] + 1 + len(turns) :] = False  # numbered anew, or a da capo
+        rows = alike[bar]
         shares[repeat] = np.append(reading.match[rows] >= 0, False).mean()
     played = [repeat for repeat, share in shares.items() if share > TAKEN[0]]
     once = [repeat for repeat in played if shares[repeat] < TAKEN[1]]
