@@ -2911,7 +2911,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # PercePiano: the corpus, from files to cached features
 # ------------------------------------------------------------------------------------------------------------
 
-FEATURES_VERSION = 4  # count up when what `_extract_all` gives changes: caches are made again
+FEATURES_VERSION = 5  # count up when what `_extract_all` gives changes: caches are made again
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
 NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
@@ -3803,7 +3803,7 @@ def _load_g2p():
 # ------------------------------------------------------------------------------------------------------------
 # Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
 # trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
-SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
+SPEECH_VERSION = 3  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 ALL_PARTS = ("train", "valid", "test", "competition")  # the '25 data have a validation part of their own
 BIN = 0.02  # s
 _SPEECH_FILES = {
