@@ -42,6 +42,7 @@ if os.path.basename(sys.argv[0]) in "data.py eval.py train_han.py train_decoder.
 import argparse
 import contextlib
 import csv
+import filecmp
 import functools
 import glob
 import hashlib
@@ -208,6 +209,26 @@ def _unique(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice!r} is given twice")
     return found
+
+
+def check_layout(value, layout, field):
+    """ValueError, by field, where a JSON value is not laid out so: a type, the values that it may have (a
+    tuple or range), [layout of every entry] or {key: layout of its value}; other keys are free."""
+    kind = layout if isinstance(layout, type) else type(layout)
+    expected = kind.__name__
+    right = type(value) is kind
+    if kind in (tuple, range):
+        expected = f"one of {layout}"
+        right = type(value) in map(type, layout[:1]) and value in layout
+    if not right:
+        found = "missing" if value is None else f"{value!r:.60}"
+        raise ValueError(f"{field}: {found}; expected {expected}".lstrip(": "))
+    if kind is dict:
+        for name, inner in layout.items():
+            check_layout(value.get(name), inner, f"{field}.{name}".strip("."))
+    elif kind is list:
+        for number, entry in enumerate(value):
+            check_layout(entry, layout[0], f"{field}[{number}]")
 
 
 @contextlib.contextmanager
@@ -668,6 +689,7 @@ class _Reader:
         for sound in element.iter("sound"):
             if "tempo" in sound.attrib:
                 yield _Direction(onset, "tempo", self.number(sound.get("tempo"), "tempo", 1, 2000))
+        onset += self.number(element.findtext("offset") or "0", "offset", -1e9, 1e9) * self.division
         place = dict(staff=self.staff(element), placement=element.get("placement"), step=self.division)
         for words in element.iterfind("direction-type/words"):
             yield _Direction(onset, "words", words.text or "", **place)
@@ -989,8 +1011,7 @@ def _split_words(directions, absolute, relative, whole):
 def _dynamics(directions):
     """Absolute marks, relative marks with ends, by position; position -> [(column, value)] of accents."""
     absolute, relative = _split_words(directions, _DYNAMIC_ABSOLUTE, _DYNAMIC_RELATIVE, whole=False)
-    accents, opened = {}, []
-    wedges = {}  # number -> kind of the last one
+    accents, opened = {}, {}  # opened: (number, staff) -> hairpin that no stop has ended yet
     for d in directions:
         if d.kind == "dynamics":
             # Unlike the original: an fp is f at the mark and p from .1 division later (there p, then f from
@@ -1004,14 +1025,10 @@ def _dynamics(directions):
             if then:
                 absolute.append(replace(d, text=then, delay=0.1 * d.step))
         elif d.kind in _HAIRPINS:
-            wedges[d.number] = d.kind
-            opened.append(replace(d, text=d.kind))
-            relative.append(opened[-1])
-        elif d.kind == "stop":
-            for mark in opened:
-                if (mark.kind, mark.staff) == (wedges.get(d.number), d.staff):
-                    mark.end = d.onset
-            opened = [mark for mark in opened if mark.end == math.inf]
+            hairpin = opened[d.number, d.staff] = replace(d, text=d.kind)
+            relative.append(hairpin)
+        elif d.kind == "stop" and (d.number, d.staff) in opened:  # unlike the original: by number too
+            opened.pop((d.number, d.staff)).end = d.onset
     absolute.sort(key=lambda m: m.start)
     relative.sort(key=lambda m: m.onset)
     starts = [a.start for a in absolute]
@@ -1046,16 +1063,22 @@ def _tempi(directions):
 
 
 def _active(marks, notes):
-    """Per note the relative marks over it; of both kinds of hairpin the lower ones count for staff 2 only.
-    Marks and notes by position."""
+    """Per note the relative marks over it; of both kinds of hairpin those written at its staff, or, where all
+    are written at one, the upper ones for staff 1 and the lower ones for staff 2. Marks, notes by position.
+    """
     marks, active = deque(marks), []
     for note in notes:
         while marks and marks[0].onset <= note.onset:
             active.append(marks.popleft())
         active = [m for m in active if note.onset < m.end]
-        foreign = {1: "below", 2: "above"}.get(note.staff, "")
-        both = set(_HAIRPINS) <= {m.kind for m in active}
-        yield [m for m in active if not both or m.kind == "words" or m.placement != foreign]
+        hairpins = [m for m in active if m.kind in _HAIRPINS]
+        foreign = []
+        if len({m.kind for m in hairpins}) > 1:
+            other_side = {1: "below", 2: "above"}.get(note.staff, "")
+            foreign = [m for m in hairpins if m.placement == other_side]
+            if len({m.staff for m in hairpins}) > 1:  # unlike the original
+                foreign = [m for m in hairpins if m.staff != note.staff]
+        yield [m for m in active if m not in foreign]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1433,7 +1456,8 @@ def _midi_tracks(content, repairs):
         content = content[max(content.find(b"MThd"), 0) :]
         repairs["RIFF wrappings taken off"] += 1
     name, size, kind, count, division = struct.unpack_from(">4sLHHh", content)
-    if name != b"MThd" or kind not in (0, 1) or division <= 0 and not division & 0xFF:
+    timeless = division == 0 or division < 0 and not division & 0xFF  # SMPTE: ticks a frame in the low byte
+    if name != b"MThd" or kind not in (0, 1) or timeless:
         raise ValueError(f"{name}, type {kind}, division {division}")
     tracks = []
     place = 8 + size
@@ -1648,7 +1672,8 @@ class _Lattice:
     block's begin: memory grows with the chords and the blocks, not with their product."""
 
     def __init__(self, position, pace, holds, pitch, onset):
-        """holds (128, K): whether the chord holds the key; pace (K,): seconds per quarter; played notes."""
+        """position (K,): quarters; pace (K,): seconds per quarter; holds (128, K): whether the chord holds
+        the key; of P played notes pitch and onset (P,), s."""
         clock = np.append(0, np.cumsum(np.diff(position) * (pace[1:] + pace[:-1]) / 2))
         steps = np.arange(1, STEPS + 1)[:, None]
         self.columns = np.arange(len(position))
@@ -1871,7 +1896,10 @@ def _without_repeats(reading):
     score = reading.score
     bar, shares = bars_of(score), {}
     for repeat in np.unique(score.repeat[score.repeat > 0]):
-        rows = np.isin(score.numbers, score.numbers[score.repeat == repeat])[bar]
+        turns = np.flatnonzero(score.repeat == repeat)  # all but the last, which follows and is no longer
+        alike = np.isin(score.numbers, score.numbers[turns])
+        alike[: turns[0]] = alike[turns[-1] + 1 + len(turns) :] = False  # numbered anew, or a da capo
+        rows = alike[bar]
         shares[repeat] = np.append(reading.match[rows] >= 0, False).mean()
     played = [repeat for repeat, share in shares.items() if share > TAKEN[0]]
     once = [repeat for repeat in played if shares[repeat] < TAKEN[1]]
@@ -2079,9 +2107,9 @@ def _clean(score, performance, match):
 
 
 def _tempo_of_notes(grid, anchors):
-    """Tempo objects of a list of positions: start (quarters), start (seconds), quarters per minute.
-    A tempo runs from anchor to anchor: the neighbouring pairs of the list chain up over its distinct anchors.
-    """
+    """Tempi between the positions of a grid (quarters): start (quarters), start (seconds), quarters per
+    minute, (k,) each. anchors (n, 2): quarter, second; a tempo runs from the last anchor at or before one
+    position to that of the next, and positions with the same anchor share one."""
     ends = np.unique(_index_at_or_before(anchors[:, 0], grid))
     if len(ends) < 2:
         ends = np.array([0, len(anchors) - 1])
@@ -2130,7 +2158,8 @@ def _value_held_at(events, times):
 
 
 def _lowest(curve, start, stop, since):
-    """Lowest value of entries start..stop-1 and its time after `since`, 0 where it is the start's own."""
+    """Pedal depth of the lowest of entries start..stop-1 of a curve (k, 2) of (second, value), and its time
+    after `since` (s), 0 where it is the start's own; start, stop, since, results (n,)."""
     # One number orders by value and then by index, which makes the minimum the first lowest entry; where
     # stop = start reduceat gives the start's own.
     key = np.unique(curve[:, 1], return_inverse=True)[1] * len(curve) + np.arange(len(curve))
@@ -2297,7 +2326,8 @@ def sounding_offset(performance) -> np.ndarray:
 
 
 def _ringing_at(times, onset, sounding):
-    """At each time: number of the notes that began earlier (by CHORD_GAP) and ring on."""
+    """At each time (s): number of the notes that began earlier (by CHORD_GAP) and ring on. onset, sounding:
+    begin and end of notes' sound, s."""
     lasting = sounding - onset > CHORD_GAP + 0.05
     begun = np.searchsorted(onset[lasting], times - CHORD_GAP)
     return begun - np.searchsorted(np.sort(sounding[lasting]), times + 0.05, side="right")
@@ -2830,10 +2860,10 @@ def read_labels(root: str | Path, problems: list[str] | None = None) -> dict[str
     for name, row in entries:
         try:
             parse_name(name)
-            *row, _ = np.array(row, np.float64)
+            *row, _ = np.array(row, np.float64).tolist()
             if given[name] > 1:
                 raise ValueError("given twice")
-            outside = [float(rating) for rating in row if not 0 <= rating <= 1]
+            outside = [rating for rating in row if not 0 <= rating <= 1]
             if len(row) != len(LABELS) or outside:
                 raise ValueError(f"{len(row)} ratings, outside are {outside[:3]}")
             means[name] = np.array(row)
@@ -2864,12 +2894,12 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 if len(values) < len(LABELS) or not all(value >= 0 for value in values):
                     raise ValueError(f"{row[3:22]}")
                 if max(values) <= 7:
-                    raters.append(int(row[0]))
+                    raters.append(np.int64(row[0]))
                     names.append(row[2].strip().removesuffix(".wav").strip())
                     ratings.append(values)
         if not names:
             raise ValueError("no rating")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         expected = f"expected user, dataID, filename, 19 ratings from 0 to 7; {_FETCH_HINT}"
         raise DataError(f"{path}: line {line}: {error}; {expected}") from error
     table = np.array(ratings)
@@ -2881,7 +2911,7 @@ def read_ratings(root: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # PercePiano: the corpus, from files to cached features
 # ------------------------------------------------------------------------------------------------------------
 
-FEATURES_VERSION = 4  # count up when what `_extract_all` gives changes: caches are made again
+FEATURES_VERSION = 5  # count up when what `_extract_all` gives changes: caches are made again
 MIDI_FOLDER = "virtuoso/data/all_2rounds"
 SCORE_FOLDER = "virtuoso/data/score_xml"
 NOTE_ARRAYS = ("x", "voice", "beat", "measure", "matched")
@@ -3213,9 +3243,10 @@ def to_normal(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """(n, S) values to standard-normal scores of their rank among `quantiles` (101, S), within +-2.6."""
     levels = np.linspace(0, 1, len(quantiles))
     ranks = []
-    for v, q in zip(values.T, quantiles.T, strict=True):
+    for column, steps in zip(values.T, quantiles.T, strict=True):
         # Where quantiles are equal, the middle of the lowest and the highest rank.
-        ranks.append((np.interp(v, q, levels) + 1 - np.interp(-v, -q[::-1], levels)) / 2)
+        highest, lowest = np.interp(column, steps, levels), 1 - np.interp(-column, -steps[::-1], levels)
+        ranks.append((highest + lowest) / 2)
     return ndtri(np.stack(ranks, 1).clip(0.005, 0.995)).astype(np.float32)
 
 
@@ -3481,8 +3512,8 @@ def _musicxml(piece):
 
 def _notes_xml(piece, bar, voice):
     names, xml = "C C# D D# E F F# G G# A A# B".split(), []
-    for onset, duration, pitches, part in piece.chords:
-        if (onset // piece.beats, part) == (bar, voice):
+    for onset, duration, pitches, own_voice in piece.chords:
+        if (onset // piece.beats, own_voice) == (bar, voice):
             for k, pitch in enumerate(pitches):
                 name = names[pitch % 12]
                 xml.append(
@@ -3772,7 +3803,7 @@ def _load_g2p():
 # ------------------------------------------------------------------------------------------------------------
 # Every file is converted in a process of its own. A reader yields its sessions (part, day, names of the
 # trials, function that reads one by its name) and appends a line to `left_out` for what it cannot yield.
-SPEECH_VERSION = 2  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
+SPEECH_VERSION = 3  # raise it when a conversion or the synthetic corpus changes: cached ones carry it
 ALL_PARTS = ("train", "valid", "test", "competition")  # the '25 data have a validation part of their own
 BIN = 0.02  # s
 _SPEECH_FILES = {
@@ -3802,8 +3833,10 @@ def cache_lock(cache: str | Path):
 @contextlib.contextmanager
 def new_folder(out: Path):
     """A folder to fill, which replaces the new or empty `out` when all is written; else nothing is left."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; expected a new or empty folder; give another --out")
+    free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not free or not out.name:
+        found = "exists and is not empty" if not free else "the folder that you are in"
+        raise DataError(f"{out}: {found}; expected a new or empty folder; give another --out")
     remove_leftovers(out.parent.glob(f".{glob.escape(out.name)}.*"))
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -3831,6 +3864,16 @@ def _speech_files(source):
         expected = "competitionData/{train,test}/*.mat, ptDecoder_ctc or data_{train,val,test}.hdf5"
         raise DataError(f"{source}: {told}; expected {expected}, or a converted folder")
     return found.popitem()
+
+
+def _copies(files):
+    """Of files with the same bytes: {file: the one with the shortest name, or else the first}."""
+    copies = {}
+    for path, other in itertools.combinations(sorted(files, key=lambda path: len(path.name)), 2):
+        with contextlib.suppress(OSError):  # said where it is read
+            if filecmp.cmp(path, other, shallow=False):
+                copies.setdefault(other, path)
+    return copies
 
 
 def _part_of(path, otherwise="train"):
@@ -4031,7 +4074,7 @@ def _read_pickle(path, channels, names, left_out):
                 continue
 
             def trial(i, trials=trials):
-                x, bins, text, labels, count = (*trials[i], "", (), 0)[:5]
+                x, bins, text, labels, count = (*trials[i], "", (), 0)[:5]  # competition: no text, labels
                 return speech_trial(channels, [x], -1, text, list(labels)[:count], bins)
 
             yield part, session, range(len(trials)), trial
@@ -4079,7 +4122,7 @@ def _convert_file(read, channels, names, dtype, standardise, task):
                 try:
                     about = {"id": f"{part}/{day}/{number:04d}", "part": part, "day": day}
                     session.append(about | read_trial(name))
-                except (OSError, LookupError, TypeError, ValueError) as error:
+                except (OSError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
                     problems.setdefault(one_line(error), []).append(str(name))
             for problem, numbers in problems.items():
                 left_out.append(f"{path}: {day}: trial {', '.join(numbers)}: {problem}")
@@ -4158,9 +4201,11 @@ def convert_speech(
         raise DataError(f"{sessions}: {one_line(error)}; {told}") from error
     with new_folder(Path(out)) as folder:
         convert = functools.partial(_convert_file, _SPEECH_READERS[kind], channels, names, dtype, standardise)
-        tasks = [(path, folder / f"file{number}") for number, path in enumerate(files)]
+        copies = _copies(files)
+        tasks = [(path, folder / f"file{n}") for n, path in enumerate(files) if path not in copies]
         results, errors = _run_all(convert, tasks, min(4, os.cpu_count() or 1), "files", quiet, apart=True)
         trials, rows, left_out = _gather(folder, tasks, results, errors, channels, dtype)
+        left_out += [f"{copy}: a copy of {path}, which is used; remove one" for copy, path in copies.items()]
         if not trials or (strict and left_out):
             raise DataError(left_out[0] if left_out else f"{source}: no trials; expected some")
         bare = [trial for trial in trials if trial["labels"] is None]
@@ -4291,27 +4336,33 @@ def open_speech(path: str | Path, cache="cache", strict=False, quiet=False) -> S
     return corpus
 
 
-TRIAL = {"id": str, "part": str, "day": int, "block": int, "labels": list, "text": str}  # of trials.json
+REPORT = {"days": [{"part": str, "left_out": int}], "left_out": [str], "notes": [str]}  # what is read of it
 
 
 def _open_converted(root):
+    path = root / "trials.json"
     try:
-        info = read_json(root / "trials.json")
-        if (info["format"], info["rules"]) != (1, speech_rules()):
-            raise ValueError(f"format {info['format']}, label rules {info['rules']} not {speech_rules()}")
-        days, labels = range(len(info["days"])), {*range(1, len(PHONEMES))}
-        for number, trial in enumerate(info["trials"]):
-            typed = {name: type(value) for name, value in trial.items()} == TRIAL
-            if not typed or trial["day"] not in days or not labels.issuperset(trial["labels"]):
-                raise ValueError(f"trial {number} is {trial!r:.90}")
-        column = {name: [trial[name] for trial in info["trials"]] for name in TRIAL}
-        features = np.load(ordinary(root / "features.npy"), mmap_mode="r")
-        offsets = np.load(ordinary(root / "offsets.npy"))
-        shapes = (len(info["trials"]) + 1, (offsets[-1], info["channels"]))
-        if (len(offsets), features.shape) != shapes:
-            raise ValueError(
-                f"{len(offsets)} offsets, {features.shape} bins, of other files than trials.json"
-            )
+        info = read_json(path)
+        about = {"format": (1,), "rules": (speech_rules(),), "synthetic": bool, "channels": int}
+        check_layout(info, about | {"days": [str], "report": REPORT}, "")
+        trial = {"id": str, "part": ALL_PARTS, "day": range(len(info["days"])), "text": str}
+        trial |= {"block": range(-(2**63), 2**63), "labels": [range(1, len(PHONEMES))]}
+        check_layout(info.get("trials"), [trial], "trials")
+        column = {name: [entry[name] for entry in info["trials"]] for name in trial}
+        path = root / "offsets.npy"
+        offsets = np.load(ordinary(path))
+        if offsets.shape != (len(info["trials"]) + 1,) or offsets.dtype.kind != "i":
+            found = f"{offsets.dtype} of shape {offsets.shape}"
+            raise ValueError(f"{found}; expected {len(info['trials'])} + 1 integers, as trials.json says")
+        if offsets[0] or (np.diff(offsets) < 1).any():
+            found = f"starts at {offsets[0]}, its shortest trial has {np.diff(offsets).min()} bins"
+            raise ValueError(f"{found}; expected 0, and 1 or more")
+        path = root / "features.npy"
+        features = np.load(ordinary(path), mmap_mode="r")
+        shape = int(offsets[-1]), info["channels"]
+        if features.shape != shape or features.dtype.kind != "f":
+            found = f"{features.dtype} of shape {features.shape}"
+            raise ValueError(f"{found}; expected floats of shape {shape}, as the other two files say")
         return SpeechCorpus(
             features=features,
             offsets=offsets,
@@ -4319,13 +4370,13 @@ def _open_converted(root):
             text=column["text"],
             ids=column["id"],
             root=root,
-            left_out=[*info["report"]["left_out"]],
+            left_out=list(info["report"]["left_out"]),
             **{name: np.array(column[name]) for name in ("day", "block", "part")},
             **{name: info[name] for name in ("days", "channels", "synthetic", "report")},
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-        remedy = "`python data.py decoder-convert` makes one"
-        raise DataError(f"{root}: no converted corpus ({one_line(error)}); {remedy}") from error
+    except (OSError, ValueError, EOFError) as error:
+        remedy = "`python data.py decoder-convert` makes all three files"
+        raise DataError(f"{path}: {one_line(error)}; {remedy}") from error
 
 
 def report_speech(corpus: SpeechCorpus) -> None:
@@ -4335,8 +4386,8 @@ def report_speech(corpus: SpeechCorpus) -> None:
     print(f"{corpus.root}: {kind}{len(corpus.ids)} trials of {len(corpus.days)} days, {hours:.2f} h")
     print(f"{corpus.channels} channels, {corpus.features.dtype}")
     rows = corpus.report["days"]
-    for row in (rows[0], *(row.values() for row in rows)):
-        print("".join(f" {value:>15}" for value in row))
+    for row in (*rows[:1], *(row.values() for row in rows)):
+        print("".join(f" {value!s:>15}" for value in row))
     for note in corpus.report["notes"]:
         print(note)
     print_left_out(corpus.left_out)
@@ -4588,9 +4639,12 @@ def _day_tunings(seed, days):
     rng = np.random.default_rng([seed, 2])
     channels = sum(_AREAS)
     weights = rng.normal(size=(_TRAJECTORIES, channels)) * np.repeat(_DEPTHS, _AREAS)
-    base, rotation, tunings = rng.normal(-0.9, 0.6, channels), np.eye(_TRAJECTORIES), []
+    base = rng.normal(-0.9, 0.6, channels)
+    rotation = np.eye(_TRAJECTORIES)
+    tunings = []
     for _ in range(days):
-        gain, offset = rng.lognormal(0, 0.2, channels), rng.normal(0, 0.3, channels)
+        gain = rng.lognormal(0, 0.2, channels)
+        offset = rng.normal(0, 0.3, channels)
         tunings.append((rotation @ weights * gain, base + offset))
         step = rng.normal(size=(_TRAJECTORIES, _TRAJECTORIES)) * 0.3 / math.sqrt(2 * _TRAJECTORIES)
         rotation = rotation @ expm(step - step.T)
@@ -5273,7 +5327,8 @@ def _cut_short(path, file):
         sizes = last[23 : 23 + last[22]] if len(last) > 22 else b""  # of its segments
         whole = sizes and last[1] & 4 and len(last) >= 23 + len(sizes) + sum(sizes)
         return [] if whole else ["cut short, or the copy of a stream: its last page is not here"]
-    sizes = re.search(r"(?:data|SSND|riff|Riff size) : (\d+) \(should be (\d+)\)", file.extra_info)
+    told = r"(?:data|SSND|riff|Riff size|Data Size) +: (\d+) \(should be (\d+)\)"
+    sizes = re.search(told, file.extra_info)
     written, here = map(int, sizes.groups()) if sizes else (0, 0)
     return [f"cut short: {here / written:.0%} of it is here"] if here < 0.99 * written < 2e9 else []
 
@@ -5293,7 +5348,7 @@ def _decode(path, _):
 def _read_mono(path, file, count=MOST_SAMPLES):
     """The next `count` samples (n,) float32, integers scaled to [-1, 1): the mean over the channels, or the
     loudest one where they cancel each other; and remarks."""
-    count = min(count, file.frames - file.tell())
+    count = max(0, min(count, file.frames - file.tell()))  # in a damaged MP3 one may stand behind the end
     x = np.empty((count, file.channels), np.float32)
     read = 0
     with contextlib.suppress(soundfile.SoundFileError):
@@ -5387,7 +5442,11 @@ class StoredEnergies:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         try:
-            return np.load(ordinary(self.path), mmap_mode="r")[where]
+            energies = np.load(ordinary(self.path), mmap_mode="r")
+            if energies.shape[1:] != (MELS,) or energies.dtype.kind != "f":
+                found = f"{energies.dtype} of shape {energies.shape}"
+                raise ValueError(f"{found}; expected floats, frames x {MELS}")
+            return energies[where]
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{self.path}: {error}; delete it and run the same command again") from error
 
@@ -5467,7 +5526,7 @@ def _frames_of_sound(path):
     with _open_sound(path) as (file, _):
         up, down = _ratio(file.samplerate)
         file.seek(file.frames - 1)
-        if not len(file.read(1)):
+        if file.tell() >= file.frames or not len(file.read(1)):
             raise DataError(
                 f"{path}: ends earlier than its header says; expected a whole file; write it again"
             )
@@ -5477,7 +5536,7 @@ def _frames_of_sound(path):
 def _make_store(kind, root, found, frames, left_out):
     """A store of the (name, split, file) found, frames by file; refuses an empty one."""
     if not found:
-        raise DataError(left_out[0])
+        raise DataError([*left_out, f"{root}: no recording; expected some"][0])
     names, split, files = (list(column) for column in zip(*found, strict=True))
     synthetic = (Path(root) / "SYNTHETIC").is_file()
     return kind(str(root), synthetic, names, np.array([frames[f] for f in files]), split, left_out, files)
@@ -5535,8 +5594,9 @@ def open_fbank(folder: str | Path) -> FbankStore:
     path = Path(folder) / "index.json"
     try:
         index = read_json(path)
+        check_layout(index, {"split": {}, "left_out": [str]}, "")
         return _open_energies(folder, index["split"], index["left_out"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}; run `python data.py fbank` to its end") from error
 
 
@@ -5780,7 +5840,8 @@ def _read_recording(root, audio, row):
     outside = any(path.is_absolute() or ".." in path.parts for path in paths)
     midi, sound = root / paths[0], audio / paths[1]
     split, seconds = row["split"], float(row["duration"])
-    if outside or split not in MAESTRO_SPLITS or not (midi.is_file() or sound.is_file()) or not seconds > 0:
+    told = split in MAESTRO_SPLITS and 0 < seconds < math.inf
+    if outside or not told or not (midi.is_file() or sound.is_file()):
         found = f"{midi}, {sound}, split {split!r}, {seconds} s"
         raise DataError(f"{found}; expected a file here, {MAESTRO_SPLITS}")
     about = row["canonical_composer"], row["canonical_title"]
@@ -5793,11 +5854,15 @@ def _mark_unknown_splits(root, recordings):
     then their part is "unknown"."""
     sources = root / "asap_sources.csv"
     pieces, unknown = {}, set()
-    for _, row in _read_table(sources) if sources.is_file() else []:
-        name = Path(row["midi_filename"]).with_suffix("").as_posix()
-        pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
-        if row["split_known"] != "1":
-            unknown.add(name)
+    for line, row in _read_table(sources) if sources.is_file() else []:
+        try:
+            name = Path(row["midi_filename"]).with_suffix("").as_posix()
+            pieces[name] = row["asap_path"].split("/")[0], row["asap_title"].removesuffix("_repeat")
+            if row["split_known"] != "1":
+                unknown.add(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = "expected midi_filename, asap_path, asap_title, split_known; take the subset's own"
+            raise DataError(f"{sources}: line {line}: {error}; {expected}") from error
     held = {pieces.get(r.name) for r in recordings if r.part != "train"}
     for r in recordings:
         if r.part == "train" and r.name in unknown and pieces[r.name] in held:

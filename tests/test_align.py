@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import SHARED, needs_shared
+from conftest import SHARED, needs_shared, performance
+from test_score import document, quarters, repeat
 
 import data
 
@@ -193,3 +194,21 @@ def test_agrees_with_the_original_where_that_matched():
         known = (other >= 0) & (performance.pitch[other] == score.pitch)
         same, total = same + np.sum(match[known] == other[known]), total + np.sum(known)
     assert same / total > 0.99
+
+
+@pytest.mark.parametrize("left_out", [(), (1, 3), (2,), (1, 2, 3)])
+def test_repeats_of_sections_that_are_numbered_anew_are_told_apart(left_out, tmp_path):
+    rng, bars = np.random.default_rng(3), []
+    for _ in range(3):
+        first, *others = (quarters(*rng.integers(55, 80, 4).tolist()) for _ in range(6))
+        bars += [repeat("forward") + first, *others[:-1], others[-1] + repeat("backward")]
+    text = document(bars)
+    for number in range(7, 19):
+        text = text.replace(f'number="{number}"', f'number="{(number - 1) % 6 + 1}"')
+    (tmp_path / "x.musicxml").write_text(text)
+    score = data.read_musicxml(tmp_path / "x.musicxml")
+    played = data.cut_score(score, ~np.isin(score.repeat, left_out))
+    notes = performance(played.pitch, [64] * len(played.pitch), played.onset / 2, played.onset / 2 + 0.4)
+    reading = data.follow(score, notes)
+    assert reading.score.repeat.tolist() == played.repeat.tolist()
+    assert (reading.match_rate, len(reading.said)) == (1, len(left_out))

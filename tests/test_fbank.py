@@ -1,5 +1,6 @@
 """Log-mel energies against Kaldi's numbers, sound files of all kinds, energies on disk."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -172,12 +173,13 @@ def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path, ffmpeg, capsys):
 
 @pytest.mark.parametrize(
     ("name", "share"),  # of an Ogg file also what ends inside its last page
-    [("a.wav", 0.49), ("a.aiff", 0.49), ("a.w64", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4)]
-    + [("a.ogg", 0.41), ("last page.ogg", 0.9)],
+    [("a.wav", 0.49), ("a.aiff", 0.49), ("a.w64", 0.49), ("a.au", 0.49), ("a.flac", 0.4), ("a.mp3", 0.4)]
+    + [("a.ogg", 0.41), ("last page.ogg", 0.9), ("a.opus", 0.38)],
 )
 def test_a_file_that_was_cut_short_is_read_as_far_as_it_goes_and_that_is_said(tmp_path, capfd, name, share):
     path = tmp_path / name
-    soundfile.write(path, noise(160000), 16000)
+    opus = {"format": "OGG", "subtype": "OPUS"} if path.suffix == ".opus" else {}
+    soundfile.write(path, noise(160000), 16000, **opus)
     assert [r for r in data.read_sound(path)[1] if "cut short" in r] == []
     kept = 0.9995 if name == "last page.ogg" else 0.5
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
@@ -291,6 +293,13 @@ def test_broken_files_are_refused_in_one_line(tmp_path, capsys, broken):
     refused(lambda: data.read_wav_crop(path, 0, 400), capsys, path)
 
 
+def test_a_file_that_stands_behind_its_end_is_refused(tmp_path, capsys, monkeypatch):
+    path = write_wav(tmp_path / "a.wav")
+    monkeypatch.setattr(soundfile.SoundFile, "tell", lambda file: file.frames + 5)  # a damaged MP3's
+    refused(lambda: data.read_wav_crop(path, 0, 400), capsys, path)
+    refused(lambda: data.open_audio(tmp_path), capsys, path)
+
+
 def test_stored_energies_are_those_of_the_files_whatever_the_number_of_processes(tmp_path, capsys):
     root = write_folder(tmp_path / "wav")
     (root / "SYNTHETIC").touch()
@@ -362,8 +371,15 @@ def test_a_name_that_looks_like_a_copy(tmp_path, capsys):
     root = write_wav(tmp_path / "wav" / "take@copy1.wav").parent
     store = data.build_fbank(root, tmp_path / "out", workers=1, quiet=True, copies=1)
     assert store.names == ["take@copy1", "take@copy1@copy1"]
-    (tmp_path / "out" / "index.json").write_text("[]")
-    refused(lambda: data.open_fbank(tmp_path / "out"), capsys, "index.json")
+    out = tmp_path / "out"
+    whole = (out / "index.json").read_text()
+    for index in ([], {"split": {}}, {"split": {}, "left_out": [5]}, {"split": {}, "left_out": []}):
+        (out / "index.json").write_text(json.dumps(index))
+        refused(lambda: data.open_fbank(out), capsys, out)
+    (out / "index.json").write_text(whole)
+    for wrong in (np.zeros(5), np.zeros((50, 127)), np.zeros((50, 128), complex), np.array("x")):
+        np.save(out / "take@copy1.v3.npy", wrong)
+        refused(lambda: data.open_fbank(out), capsys, "take@copy1.v3.npy", wrong.dtype)
 
 
 def test_renderings_of_a_corpus_and_of_its_variants_are_stored_once(tmp_path, monkeypatch, capsys):

@@ -111,7 +111,7 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path, content, capsys):
     refused(lambda: read_maestro(tmp_path), capsys, tmp_path)
 
 
-def test_unknown_splits_train_unless_their_piece_is_held_out(tmp_path):
+def test_unknown_splits_train_unless_their_piece_is_held_out(tmp_path, capsys):
     root = write_maestro(tmp_path, [row(0), row(1, "test"), row(2), row(3), row(4)])
     pieces = "Chopin/Scherzo_1 Chopin/Etude_2 Chopin/Etude_2_repeat Chopin/Etude_2 Liszt/Etude_2".split()
     rows = []
@@ -122,6 +122,9 @@ def test_unknown_splits_train_unless_their_piece_is_held_out(tmp_path):
     write_table(root / "asap_sources.csv", rows)
     maestro = read_maestro(root)
     assert [r.part for r in maestro.recordings] == ["train", "test", "unknown", "train", "train"]
+    for broken in ("midi_filename", "midi_filename,asap_path,asap_title,split_known"):
+        (root / "asap_sources.csv").write_text(f"{broken}\n2018/take_0.midi\n")
+        refused(lambda: read_maestro(root), capsys, root / "asap_sources.csv", "line 2")
 
 
 def make_overlap(tmp_path: Path) -> tuple[Path, Path]:

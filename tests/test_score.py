@@ -61,8 +61,12 @@ def mark(name):
     return direction(f"<dynamics><{name}/></dynamics>")
 
 
-def wedge(kind, number=1, placement="below"):
-    return direction(f'<wedge type="{kind}" number="{number}"/>', number, placement)
+def wedge(kind, number=1, placement="below", staff=None):
+    return direction(f'<wedge type="{kind}" number="{number}"/>', staff or number, placement)
+
+
+def offset(mark, divisions):
+    return mark.replace("<staff>", f"<offset>{divisions}</offset><staff>")
 
 
 def repeat(way, times=2):
@@ -351,14 +355,29 @@ BARS = {
         ([note(60, notations="<dynamics><p/></dynamics>"), note(61, notations="<dynamics><f/></dynamics>")],),
         {"dynamic:0": [-0.4, 0.4]}),
     "rfz is a relative mark": (([note(60) + mark("rfz") + note(61)],), {"dynamic:2,3": [[0, 0], [0, 0.3]]}),
-    "hairpins end at their own stop; of two the one below counts for staff 2 only": (
+    "hairpins end at their own stop; of two the one of the note's staff counts": (
         ([wedge("crescendo") + note(60) + wedge("diminuendo", 2, "above") + note(61) + wedge("stop")
           + note(62) + wedge("stop", 2, "above") + note(63)],),
+        {"dynamic:1": [0.7, 0.7, -0.7, 0]}),
+    "of one staff's two hairpins the one below counts for staff 2 only": (
+        ([wedge("crescendo") + note(60) + wedge("diminuendo", 2, "above", staff=1) + note(61)
+          + wedge("stop") + note(62) + wedge("stop", 2, "above", staff=1) + note(63)],),
         {"dynamic:1": [0.7, -0.7, -0.7, 0]}),
+    "the number of a hairpin is free on another staff": (
+        ([wedge("crescendo") + note(60) + wedge("diminuendo", 1, staff=2) + note(61)
+          + wedge("stop", 1, staff=2) + note(62) + wedge("stop") + note(63)],),
+        {"dynamic:1": [0.7, 0.7, 0.7, 0]}),
+    "two crescendos of a staff end each at its own stop": (
+        ([wedge("crescendo") + note(60) + wedge("crescendo", 2, staff=1) + note(61)
+          + wedge("stop") + note(62) + wedge("stop", 2, staff=1) + note(63)],),
+        {"dynamic:1": [0.7, 0.7, 0.7, 0]}),
     "hairpins of two parts": (
         ([wedge("crescendo") + note(60) + note(61) + wedge("stop") + note(62) + note(63)],
          [note(None) + wedge("diminuendo") + note(50, 8) + wedge("stop") + note(51)]),
-        {"pitch": [60, 61, 50, 62, 63, 51], "dynamic:1": [0.7, 0, -0.7, -0.7, 0, 0]}),
+        {"pitch": [60, 61, 50, 62, 63, 51], "dynamic:1": [0.7, 0.7, -0.7, -0.7, 0, 0]}),
+    "marks stand by their offset, in the bar before too": (
+        ([mark("p") + offset(mark("f"), 8) + FOUR, offset(wedge("crescendo"), -4) + FOUR],),
+        {"dynamic:0": [-0.4] * 2 + [0.4] * 6, "dynamic:1": [0] * 3 + [0.7] * 5}),
     "tempo words are whole words": (
         ([words("Allegro assai") + FOUR, words("sempre staccato") + FOUR, words("riten.") + FOUR,
           words("a tempo") + FOUR],),

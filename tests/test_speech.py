@@ -1,5 +1,6 @@
 """Intracortical speech: three public formats into one converted corpus, parts, batches and augmentation."""
 
+import io
 import json
 import math
 import os
@@ -273,12 +274,23 @@ def test_hdf5_faults_cost_what_has_them_and_h5py_is_named(days, tmp_path, monkey
         file["trial_0006"].attrs["n_time_steps"] = 5
         file["trial_0007/seq_class_ids"][0] = 41
         file["notes"] = 1
-    (root / "data_val.hdf5").write_bytes(path.read_bytes()[:3000])
+    whole = path.read_bytes()
+    (root / "data_val.hdf5").write_bytes(whole[:3000])
+    where = whole.index(b"HEAP", whole.index(b"HEAP") + 1)  # the first trial's, behind the root's
+    path.write_bytes(whole[:where] + b"PAEH" + whole[where + 4 :])
     got, report = convert(root, tmp_path / "out", channels=256)
-    assert [i[-4:] for i in got.ids] == ["0000", "0001", "0002", "0003", "0004"]
-    assert got.block.tolist() == [3, 3, 3, 3, -1]
-    assert got.labels[3].tolist() == ids_of(got.text[3])  # of its sentence
-    named(got, "data_val.hdf5: unreadable", "notes, trial_0005", "trial_0008: ", "numbers, 5 bins", "[41, ")
+    assert [i[-4:] for i in got.ids] == ["0001", "0002", "0003", "0004"]
+    assert got.block.tolist() == [3, 3, 3, -1]
+    assert got.labels[2].tolist() == ids_of(got.text[2])  # of its sentence
+    named(
+        got,
+        "data_val.hdf5: unreadable",
+        "notes, trial_0005",
+        "trial_0008: ",
+        "numbers, 5 bins",
+        "[41, ",
+        "trial_0000: ",
+    )
     monkeypatch.setitem(sys.modules, "h5py", None)
     refused(lambda: convert(root, tmp_path / "again"), capsys, "hdf5: ", "pip install h5py")
 
@@ -328,22 +340,25 @@ def test_files_that_cannot_be_read_cost_themselves_alone(days, tmp_path, monkeyp
     bad = {
         "no_tx1": {name: good[name] for name in good if name != "tx1"},
         "few_texts": good | {"sentenceText": good["sentenceText"][:5]},
-        f" {SESSIONS[0]}": good,  # a second file of its session
+        f" {SESSIONS[0]}": good | {"blockIdx": good["blockIdx"] + 1},  # a second file of its session
     }
     files = {("train", SESSIONS[0]): good, ("test", SESSIONS[2]): other}
     root = write_mat(tmp_path / "in", files | {("train", name): day for name, day in bad.items()})
     folder = root / "competitionData"
     whole = (folder / "test" / f"{SESSIONS[2]}.mat").read_bytes()
     (folder / "train" / "truncated.mat").write_bytes(whole[: len(whole) // 2])
-    (folder / "test" / "killer.mat").write_bytes(whole)  # SciPy's reader may crash
+    for name in (f"{SESSIONS[2]} (1).mat", f"{SESSIONS[2]} - Kopie.mat"):
+        (folder / "test" / name).write_bytes(whole)  # of a browser, of a desktop
+    savemat(folder / "test" / "killer.mat", good | {"blockIdx": good["blockIdx"] + 2})
     read = data.loadmat
     monkeypatch.setattr(
         data, "loadmat", lambda path, **kw: os._exit(1) if path.stem == "killer" else read(path, **kw)
     )
-    got, report = convert(root, tmp_path / "out")
+    got, report = convert(root, tmp_path / "out")  # SciPy's reader may crash
     assert (len(got.ids), got.days) == (16, [SESSIONS[0], SESSIONS[2]])
     np.testing.assert_array_equal(got.features[: got.offsets[8]], np.concatenate(standardised(good)))
-    named(got, "no_tx1.mat", "few_texts.mat", "truncated.mat", "killer.mat", "a second file of its session")
+    second = "a second file of its session"
+    named(got, "no_tx1.mat", "few_texts.mat", "truncated.mat", "killer.mat", second, "(1).mat", "Kopie.mat")
 
 
 def test_pickle_days_are_not_mapped_by_position(days, tmp_path, capsys):
@@ -352,11 +367,14 @@ def test_pickle_days_are_not_mapped_by_position(days, tmp_path, capsys):
         "competition": [pickle_day(days["competitionHoldOut", SESSIONS[1]], False)],
     }
     content["train"][1] = {"sentenceDat": []}
+    content["train"][2]["timeSeriesLens"] = [*content["train"][2]["timeSeriesLens"]]
     content["train"][2]["timeSeriesLens"][3] += 1
+    content["train"][2]["timeSeriesLens"][5] = math.inf
     content["train"][2]["phonemes"][4] = [[1], [2, 3]]
     got, _ = convert(write_pickle(tmp_path / "ptDecoder_ctc", content), tmp_path / "out")
-    assert (got.days, len(got.ids)) == (["day00", "day02"], 14)
-    named(got, "competition: 1 days, names of 0", "day01: 'timeSeriesLens'", "trial 3: float32", "trial 4")
+    assert (got.days, len(got.ids)) == (["day00", "day02"], 13)
+    faults = "day01: 'timeSeriesLens'", "trial 3: float32", "trial 4", "trial 5: cannot convert float inf"
+    named(got, "competition: 1 days, names of 0", *faults)
     write_pickle(tmp_path / "ptDecoder_ctc", {"train": [content["train"][0]] * 2})
     path, names = tmp_path / "ptDecoder_ctc", tmp_path / "names.json"
     for content, bad in (('{"train": [1, 2, 3]}', names), ("{", names), ('{"train": ["a", "a"]}', path)):
@@ -408,22 +426,37 @@ def test_public_folders_open_through_the_cache(days, corpus, tmp_path, monkeypat
     named(again, "gone.mat: unreadable")
 
 
-def test_a_converted_folder_of_other_rules_is_refused(corpus, tmp_path, capsys):
-    for name in ("features.npy", "offsets.npy"):
-        os.link(corpus.root / name, tmp_path / name)
-    info = json.loads((corpus.root / "trials.json").read_text())
-    (tmp_path / "trials.json").write_text(json.dumps(info | {"rules": "0123456789ab"}))
-    rules = "label rules 0123456789ab", "decoder-convert"
-    refused(lambda: data.open_speech(tmp_path), capsys, f"{tmp_path}: ", *rules)
-    (tmp_path / "trials.json").write_text(json.dumps(info | {"trials": info["trials"][1:]}))
-    refused(
-        lambda: data.open_speech(tmp_path), capsys, f"{tmp_path}: ", "57 offsets"
-    )  # of another conversion
+def test_a_converted_folder_edited_by_hand_is_refused_by_its_field(corpus, tmp_path, capsys):
+    source, out = corpus.root, tmp_path / "edited"
+    out.mkdir()
+    info = json.loads((source / "trials.json").read_text())
     first, *others = info["trials"]
-    for wrong in ({"day": 3}, {"labels": [41]}, {"labels": [0]}, {"block": "a"}, {"text": None}):
-        changed = info | {"trials": [first | wrong, *others]}
-        (tmp_path / "trials.json").write_text(json.dumps(changed))
-        refused(lambda: data.open_speech(tmp_path), capsys, f"{tmp_path}: ", "trial 0")  # edited by hand
+
+    def refuses(name, content, *found):
+        for file in ("features.npy", "offsets.npy", "trials.json"):
+            (out / file).unlink(missing_ok=True)
+            os.link(source / file, out / file)
+        (out / name).unlink()
+        (out / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        refused(lambda: data.open_speech(out), capsys, f"{out / name}: ", "decoder-convert", *found)
+
+    for name, wrong in (("day", 3), ("labels", [41]), ("labels", [True]), ("block", "a"), ("block", 2**70)):
+        refuses("trials.json", info | {"trials": [first | {name: wrong}, *others]}, f"trials[0].{name}")
+    for name, wrong in (("text", None), ("part", "trian"), ("part", []), ("id", 5), ("labels", 0)):
+        refuses("trials.json", info | {"trials": [first | {name: wrong}, *others]}, f"trials[0].{name}")
+    for name, wrong in (("rules", "0123456789ab"), ("format", True), ("days", [1]), ("channels", "a")):
+        refuses("trials.json", info | {name: wrong}, name)
+    for wrong in (None, {}, {"days": [{}], "left_out": [], "notes": []}, info["report"] | {"notes": "x"}):
+        refuses("trials.json", info | {"report": wrong}, "report")
+    for content in (b"", b"[", b"[]", b"null", b'{"format": 1', b"\xff"):
+        refuses("trials.json", content)
+    refuses("trials.json", {name: info[name] for name in info if name != "trials"}, "trials: missing")
+    for values in (np.array(["a"] * 57), np.arange(57.0), corpus.offsets[1:], corpus.offsets[::-1], [[0]]):
+        file = io.BytesIO()
+        np.save(file, values)
+        refuses("offsets.npy", file.getvalue())
+    refuses("features.npy", (source / "offsets.npy").read_bytes(), "int64 of shape (57,)")
+    refuses("features.npy", (source / "features.npy").read_bytes()[:5000])
 
 
 def test_the_command_prints_the_report(mat, capsys, tmp_path):

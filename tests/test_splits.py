@@ -235,6 +235,7 @@ ENTRIES = [
     ([1.01] + [0.5] * 19, "1.01"),
     (["x"] * 20, "'x'"),
     ([0.5] * 19, "18 ratings"),
+    ([[0.5]] * 20, ""),
 ]
 
 
@@ -256,7 +257,7 @@ def test_bad_label_files_are_refused(tmp_path, content, read, path, capsys):
 
 
 ROWS = [[7, 1], ["x", 1, NAME, *[3] * 19], *([7, 1, NAME, bad, *[3] * 18] for bad in ("a", "nan", -1))]
-ROWS.append([7, 1, NAME, *[3] * 18, "nan"])
+ROWS += [[7, 1, NAME, *[3] * 18, "nan"], [10**20, 1, NAME, *[3] * 19]]
 
 
 @pytest.mark.parametrize("row", ROWS)

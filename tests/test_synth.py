@@ -77,11 +77,14 @@ def test_built_in_corpora_stay_and_those_of_other_versions_go(kind, tmp_path, mo
     ("kind", "sizes"),
     [("percepiano", {"players": 13}), ("speech", {"days": 0}), ("speech", {"bins": np.nan})],
 )
-def test_full_folders_and_odd_sizes_are_refused(kind, sizes, tmp_path, capsys):
+def test_full_folders_and_odd_sizes_are_refused(kind, sizes, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.txt").write_text("keep")
     refused(lambda: MAKERS[kind](tmp_path), capsys, tmp_path, "--out")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")  # which cannot be replaced while one is in it
+    refused(lambda: MAKERS[kind]("."), capsys, "--out")
     refused(lambda: MAKERS[kind](tmp_path / "new", **sizes), capsys, tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine.txt"]
 
 
 @pytest.mark.slow
