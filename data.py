@@ -382,6 +382,7 @@ _SIGN = {  # attribute of a <sound> where a jump ends or leaves: its word, which
     "tocoda": re.compile(r"\W*((to|al)\W+)?coda\W*", re.IGNORECASE),
 }
 _STEPS = dict(C=0, D=2, E=4, F=5, G=7, A=9, B=11)
+_BEAT_UNITS = {"whole": 4.0, "half": 2.0, "quarter": 1.0, "eighth": 0.5, "16th": 0.25}  # in quarters
 _COMPOUND = {6: 2, 9: 3, 12: 4, 18: 3, 24: 4}  # beats of a compound metre
 _STRONG_BEATS = {3: (1 / 3,), 9: (1 / 3,), 7: (2 / 7, 2 / 5)}  # beats per bar -> positions of weight 2
 _HALVES = (4, 1.0), (8, 0.5)  # parts of the bar, weight of a position at one of them
@@ -686,9 +687,11 @@ class _Reader:
 
     def directions(self, element, onset):
         """Tempi, words, hairpins and dynamics of a <direction>, <sound> or <note>."""
-        for sound in element.iter("sound"):
-            if "tempo" in sound.attrib:
-                yield _Direction(onset, "tempo", self.number(sound.get("tempo"), "tempo", 1, 2000))
+        for tempo in self.tempi(element):
+            if 1 <= tempo <= 2000:
+                yield _Direction(onset, "tempo", tempo)
+            else:
+                self.repairs["tempi that are no number from 1 to 2000, left out"] += 1
         onset += self.number(element.findtext("offset") or "0", "offset", -1e9, 1e9) * self.division
         place = dict(staff=self.staff(element), placement=element.get("placement"), step=self.division)
         for words in element.iterfind("direction-type/words"):
@@ -698,6 +701,18 @@ class _Reader:
             yield _Direction(onset, wedge.get("type") or "", number=number, **place)
         for mark in element.iterfind("*/dynamics/*"):  # of a direction, or a note's own
             yield _Direction(onset, "dynamics", mark.tag, **place)
+
+    def tempi(self, element):
+        """Quarters per minute that a <direction>, <sound> or <note> tells, NaN where it is no number: of
+        <sound tempo>, or else of metronome marks."""
+        told = [(sound.get("tempo"), 1.0) for sound in element.iter("sound") if "tempo" in sound.attrib]
+        for mark in [] if told else element.iterfind("direction-type/metronome[per-minute]"):
+            dots = len(mark.findall("beat-unit-dot"))
+            quarters = _BEAT_UNITS.get(mark.findtext("beat-unit", "").strip(), math.nan) * (2 - 0.5**dots)
+            told.append((mark.findtext("per-minute"), quarters))
+        for text, quarters in told:
+            number = re.search(r"-?\d+(?:[.,]\d+)?", text)  # also of "c. 96", "96,5"
+            yield quarters * float(number[0].replace(",", ".")) if number else math.nan
 
 
 def _note_marks(element):
