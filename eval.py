@@ -510,16 +510,21 @@ def predict_han(model: nn.Module, items: list, device: torch.device, batch: int 
 
 
 def _load_models(paths):
-    """[(model, checkpoint with its path), ...]; a file of several models gives each."""
+    """[(model, checkpoint with its path), ...]; a file of several models gives each. Its data also names the
+    copies and soundfonts that trained a model of sound, where its options alone do."""
     loaded = []
     for path in paths:
         model, ckpt = load_checkpoint(path)
-        ckpt["path"] = path
+        members = [(model, {})]
         if ckpt["task"] == "ensemble":
-            each = zip(model.members, ckpt["members"], strict=True)
-            loaded += [(member, ckpt | about) for member, about in each]
-        else:
-            loaded.append((model, ckpt))
+            members = zip(model.members, ckpt["members"], strict=True)
+        for member, about in members:
+            about = ckpt | about | {"path": path}
+            heard, options = {}, about["args"]
+            if "copies" in options:
+                fonts = list(map(last_part, options.get("soundfonts", [])))
+                heard = {"copies": options["copies"], "soundfonts": fonts}
+            loaded.append((member, about | {"data": heard | (about["data"] or {})}))
     return loaded
 
 
@@ -845,6 +850,7 @@ class Clips:
         model.fit(described, torch.from_numpy(y), torch.tensor([number[item] for item in items]))
         targets = fit_targets(self.corpus, number)
         info = self.info | clip_info(self.corpus, self.args, fold)
+        info |= {"copies": self.args.copies, "soundfonts": list(map(last_part, self.args.soundfonts))}
         info |= {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
         info["frames"] = WHOLE_CLIP
         fitted = [(model, _kernel_checkpoint("clip_kernel", info))]
@@ -2281,7 +2287,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
-        print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
+        print(say_other_sound(loaded))
     args.written = read_musicxml(args.score) if args.score else None
     args.heard = not args.score or about["synthetic"] or heard_in_training(loaded, args.score)
     if not args.heard:
@@ -2494,14 +2500,39 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
 
 
 @functools.cache
+def saved_row(stem: str) -> dict:
+    """What --save-results wrote of a row in results/; {} where that row is missing."""
+    path = RESULTS / f"{stem}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def measured_unheard() -> dict:
     """What the row `kernel` reached on works that it had not heard, human players: r2, and of
     `_measure_humans`; {} where that row is missing."""
-    path = RESULTS / "han_kernel_piece.json"
-    if not path.exists():
+    saved = saved_row("han_kernel_piece")
+    if not saved:
         return {}
-    saved = json.loads(path.read_text(encoding="utf-8"))
     return saved["humans"]["test"] | {"r2": saved["metrics"]["test"]["no_renderings"]["mean"]["r2"]}
+
+
+def say_other_sound(loaded: list[tuple]) -> str:
+    """What ratings of recordings are worth by models of rendered sound, as measured on such as trained on
+    copies and pianos like theirs; or, not measured, the other way round."""
+    if loaded[0][1]["data"]["audio"] == "wav":
+        return "trained on recordings, given the built-in piano: not measured how well it rates that"
+    copies = all(ckpt["data"].get("copies") for _, ckpt in loaded)
+    pianos = all(ckpt["data"].get("soundfonts") for _, ckpt in loaded)
+    said = "trained on rendered sound"
+    said += " and copies of it in rooms, with hiss" if copies else ", by its record on no copies in rooms"
+    said += ", of several pianos" if pianos else ", of one piano"
+    measured = {(True, True): "ensemble", (True, False): "ensemble_copies", (False, False): "kernel"}
+    row = measured.get((copies, pianos))
+    rows = [saved_row(f"ast_{row}{sound}_segment") for sound in ("", "_recorded", "_unheard")]
+    if all(rows):
+        reached = (row["metrics"]["valid"]["all"]["mean"]["r2"] for row in rows)
+        told = "{:.2f} as rendered, {:.2f} as if recorded, {:.2f} on another piano".format(*reached)
+        said += f"; such models: validation R² {told}"
+    return said
 
 
 def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
