@@ -1150,7 +1150,7 @@ def _heard_part(args, loaded, unlabelled=False):
 
 def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
-    tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
+    tqdm.write(f"{args.ckpt[0]}: {counted(loaded)}, seeds {seeds_of(loaded)}")
     tqdm.write(corpus_line(corpus.synthetic, corpus.root))
     if loaded[0][1]["data"]["valid"] == "test" and args.part in ("valid", "test"):
         tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
@@ -1383,7 +1383,7 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     left_out = [row["left_out"] for row in corpus.report.get("days", ()) if row["part"] == part]
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
     size = len(rows), len({day for day, *_ in rows})
-    expected = (corpus.part == part).sum() + sum(left_out), size[1]
+    expected = int((corpus.part == part).sum()) + sum(left_out), size[1]
     if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
         expected = COMPETITION_SIZE
     if size != expected:
@@ -1566,7 +1566,7 @@ def unlike_training(model: nn.Module, energies: np.ndarray, info: dict) -> float
     table = getattr(model, "statistics", None)
     if table is None:
         return 0.0
-    x = torch.from_numpy(energies.astype(np.float16)).float()[None]
+    x = torch.from_numpy(energies.astype(np.float16))[None].to(table.mean)  # its type and device
     seen = table.values(normalise_fbank(x, info["mean"], info["std"]))[0]
     mean, std = table.mean, table.std
     if isinstance(model, ClipKernel):
@@ -1775,7 +1775,8 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
         raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
     synthetic = (about | other).get("synthetic")
     if about["decoder"]:
-        print(corpus_line(synthetic, "the files named"))
+        if synthetic is not None:
+            print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
         name, labels, metric = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
@@ -1865,7 +1866,7 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
         verdict = f"A is {'better' if abs(a - perfect)[-1] < abs(b - perfect)[-1] else 'worse'} than B"
-    verdict += f": {name} {difference[-1]:+.4f} {brackets(interval[:, -1])}, p = {p[-1]:.4f}"
+    verdict += f": {name} {difference[-1]:+.4f} {brackets(interval[:, -1])}, p = {shown(p[-1])}"
     print(verdict)
     figures = {"items": len(y), "clusters": clusters, "a": a[-1], "b": b[-1], "difference": difference[-1]}
     figures |= {"interval": interval[:, -1].tolist(), "p": p[-1], "verdict": verdict}
@@ -2010,8 +2011,10 @@ def check_output(path: Path, *suffixes: str) -> None:
     """Refuses, before anything is computed, what cannot be written or is of another kind."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     known = not suffixes or path.suffix.lower() in suffixes
-    if not (known and folder.is_dir() and os.access(folder, os.W_OK)):
-        raise DataError(f"{path}: expected a file {' or '.join(suffixes)} in a folder that can be written")
+    if path.is_dir() or not (known and folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DataError(
+            f"{path}: expected a {' or '.join(suffixes) or 'file'} in a folder that can be written"
+        )
 
 
 @torch.no_grad()
@@ -2303,6 +2306,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
     kinds = MIDI_KINDS if args.midi else SOUND_KINDS if args.audio else (".npy",)
     inputs = _expand(args.midi or args.audio or args.speech, kinds)
+    if len(inputs) > 1 and (args.nbest or args.submission):
+        raise DataError(f"--nbest, --submission: given {len(inputs)} inputs; expected one, whose file it is")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             if files[0].is_dir() and not args.speech:
@@ -2391,7 +2396,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     reading = follow(args.written, read_midi(files[0]), args.transpose)
     parts = rated_parts(reading, args.bars)
     if len(parts) == 1:
-        (reading,) = parts
+        reading = replace(parts[0], said=reading.said)
     items = {}
     for part in parts:
         item = describe_performance(part.score, part.performance, part.match)

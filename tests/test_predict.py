@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import refusal
 from sklearn.gaussian_process.kernels import Matern
+from test_score import document, quarters
 from test_whole import ONCE, piece  # noqa: F401
 
 import data
@@ -532,6 +533,24 @@ def test_long_pieces_are_rated_by_passages(piece, piano, tmp_path, capsys):  # n
     assert "20-27" in refuse(capsys, *pair, "--bars", "20-27")
 
 
+def test_what_is_left_out_is_said_where_one_passage_remains(piano, tmp_path):
+    keys = np.random.default_rng(7).integers(45, 85, (28, 4))
+    (tmp_path / "p.musicxml").write_text(document([quarters(*bar) for bar in keys.tolist()]))
+    played = [(k / 2, k / 2 + 0.4, key, 60) for k, key in enumerate(keys.ravel().tolist()) if k < 56 or k % 2]
+    data._save_midi(tmp_path / "p.mid", played, [(0.1, 64, 90)])
+    pair = "--score", tmp_path / "p.musicxml", "--midi", tmp_path / "p.mid"
+    (record,) = predict("--ckpt", han(tmp_path / "h.pt", piano), *pair)
+    assert (record["bars"], "bars 13-28 hardly played" in record["warnings"]) == ("1-16", True)
+
+
+@pytest.mark.gpu
+def test_shipped_models_of_sound_rate_on_a_gpu(piano, capsys):
+    argv = ["predict", "--ckpt", *evaluation.SHIPPED_FOR_SOUND, "--midi", piano.midi(piano.names[0])]
+    here, there = (evaluation.main([*argv, "--device", device])[0] for device in ("cpu", "cuda"))
+    assert values(there) == pytest.approx(values(here), abs=0.01)
+    assert there["sound"] == here["sound"]
+
+
 def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_path, capsys):
     rates, hears = han(tmp_path / "h.pt", piano), audio(tmp_path / "a.pt")
     decodes = decoder(tmp_path / "d.pt")
@@ -543,6 +562,8 @@ def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_pa
         (rates, f"--score {score} --midi {tmp_path}/none", "none"),
         (hears, f"--audio {midi} --midi {midi}", "--audio"),
         (decodes, f"--speech {score}", score),
+        (decodes, f"--speech {tmp_path}/x.npy {score} --nbest 2", "given 2 inputs"),  # of one --nbest-file
+        (decodes, f"--speech {tmp_path}/none --csv {tmp_path}", f"{tmp_path}: expected a file"),
         (decodes, f"--speech {tmp_path}/x.npy --day t12.1999.01.01", "t12.1999.01.01"),
         (f"{rates} {hears}", f"--midi {midi}", hears),
         (rates, f"--score {score} --midi {midi} --json {tmp_path}", tmp_path),
