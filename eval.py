@@ -559,8 +559,10 @@ def _check_alike(loaded):
         known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
             value = known.get(key)
-            if key not in known or value != expected.setdefault(key, value):
-                wanted = f"{expected.get(key)!r:.60}, as in {first['path']} or this version"
+            if key not in known:
+                raise DataError(f"{ckpt['path']}: holds no {key}; expected a model that rates or decodes")
+            if value != expected.setdefault(key, value):
+                wanted = f"{expected[key]!r:.60}, as in {first['path']} or this version"
                 found = f"{ckpt['path']}: {key} is {value!r:.60}"
                 raise DataError(f"{found}; expected {wanted}; evaluate them apart")
     return first["data"]
@@ -1771,6 +1773,8 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     add = parser.more.add_argument
     add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
     args = _parse(parser, argv, part_options, word_options, data_options)
+    if args.nbest or args.submission:
+        raise DataError("compare: takes no --nbest, --submission, files of one side; leave them out")
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
     if any(about[key] != other[key] for key in about.keys() & other.keys()):
@@ -1810,6 +1814,7 @@ def _side(args, paths):
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
+    refuse_foreign(args, loaded[0][1]["task"], paths[0])
     items = {}
     if loaded[0][1]["task"] == "decoder":
         corpus, parts, log_probs = _heard_part(args, loaded)

@@ -388,6 +388,12 @@ def test_refusals(corpus, tmp_path):
         (["compare", "--a", synthetic, "--b", synthetic], "corpus"),  # performances of the same names
         (["--ckpt", path, checkpoint(tmp_path / "b.pt", audio="wav")], "'wav'"),
         (["--ckpt", checkpoint(tmp_path / "e.pt", synthetic=False)], "--data"),
+        (["compare", "--a", path, "--b", path, "--words"], "no --words"),
+        (["compare", "--a", path, "--b", path, "--nbest", "2"], "no --nbest"),  # of both in one file
+        (
+            ["predict", "--audio", "x.wav", "--ckpt", str(evaluation.RESULTS / "ast_encoder.pt")],
+            "holds no split",
+        ),
     ):
         with pytest.raises(DataError, match=found):
             evaluation.main(argv)
