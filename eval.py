@@ -269,11 +269,11 @@ def of_views(function: Callable, predictions: dict, truth: dict, parts: Iterable
 
 
 def measure(predictions: dict, truth: dict, parts: Iterable[str] = ()) -> dict:
-    """Metrics of predictions: {part: {view: {"folds": {fold: scores}, "mean": ...} or None}}, view of VIEWS,
-    of parts (none: of predictions).
+    """Metrics of predictions by part and view of VIEWS: {"folds": {fold: scores}, "mean": ...}, or None where
+    nothing is rated. parts: those wanted (none: all of the predictions).
 
-    predictions: (part, fold, name) -> (D,), in the order of sums; truth: name -> (D,); a view without truth
-    is None. "mean": mean and (population) std over folds, and the interval of the mean."""
+    predictions: (part, fold, name) -> (D,), whose order is that of sums; truth: name -> (D,). "mean": mean
+    and (population) standard deviation over folds, and the interval of the mean."""
     return of_views(_measure_folds, predictions, truth, parts)
 
 
@@ -440,8 +440,9 @@ def fold_table(title: str, figures: dict) -> tuple[list, list]:
     """Head and rows of a view of `measure`: metrics of each fold, their mean and deviation."""
     mean = figures["mean"]
     rows = []
-    for fold, s in (figures["folds"] | {"mean": mean}).items():
-        rows.append([fold, *(s[key] for key in METRICS), s["r2_interval"], s.get("items", "")])
+    for fold, scores in (figures["folds"] | {"mean": mean}).items():
+        values = (scores[key] for key in METRICS)
+        rows.append([fold, *values, scores["r2_interval"], scores.get("items", "")])
     rows.append(["std", *(mean[f"{key}_std"] for key in METRICS), "", ""])
     return [f"{title}: fold", *METRICS, "95 % of r2", "items"], rows
 
@@ -455,10 +456,16 @@ def _print_figures(title, figures, tests):
     print_table(["mean of folds", *each], zip(RATINGS.values(), *each.values(), strict=True))
 
 
+def _ratings_of(corpus):
+    """{name: ratings (19,)} of the rated items."""
+    return {name: item["y"] for name, item in corpus.items.items() if "y" in item}
+
+
 def _finish(predictions, corpus, args, parts, about, models=(), spread=None):
-    """Measures, prints and writes predictions, of task ast with significance, and --out: the models (network,
-    checkpoint); returns the metrics. spread: as of `human_figures`."""
-    truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
+    """Measures and prints predictions, keyed as `measure` takes them; writes --csv, --save-results and, of
+    models [(network, checkpoint), ...], --out. Significance, which takes a minute, is tested of sound and of
+    what is saved. about: facts for the JSON; spread: as of `human_figures`. Returns the metrics."""
+    truth = _ratings_of(corpus)
     if args.save_results:  # rounded first, so that the JSON is exactly what the CSV gives
         predictions = {key: np.round(p, 4) for key, p in predictions.items()}
     figures = {"metrics": measure(predictions, truth, parts)}
@@ -496,30 +503,35 @@ def to_device(batch: dict, device: torch.device) -> dict:
     return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
+@torch.no_grad()
 def predict_han(model: nn.Module, items: list, device: torch.device, batch: int = 16) -> np.ndarray:
     """Ratings in [0, 1] of prepared items, (n, 19) float64 in the order given."""
     order = np.argsort([len(item["x"]) for item in items], kind="stable")
     p = np.zeros((len(items), len(LABELS)))
     model = model.to(device).eval()
-    with torch.no_grad():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            logits = model(to_device(collate_han([items[i] for i in chosen]), device))
-            p[chosen] = torch.sigmoid(logits.float()).cpu().double().numpy()
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        logits = model(to_device(collate_han([items[i] for i in chosen]), device))
+        p[chosen] = torch.sigmoid(logits.float()).cpu().double().numpy()
     return p
 
 
 def _load_models(paths):
-    """[(model, checkpoint with its path), ...]; a file of several models gives each."""
+    """[(model, checkpoint with its path), ...]; a file of several models gives each. Its data also names the
+    copies and soundfonts that trained a model of sound, where its options alone do."""
     loaded = []
     for path in paths:
         model, ckpt = load_checkpoint(path)
-        ckpt["path"] = path
+        members = [(model, {})]
         if ckpt["task"] == "ensemble":
-            each = zip(model.members, ckpt["members"], strict=True)
-            loaded += [(member, ckpt | about) for member, about in each]
-        else:
-            loaded.append((model, ckpt))
+            members = zip(model.members, ckpt["members"], strict=True)
+        for member, about in members:
+            about = ckpt | about | {"path": path}
+            heard, options = {}, about["args"]
+            if "copies" in options:
+                fonts = list(map(last_part, options.get("soundfonts", [])))
+                heard = {"copies": options["copies"], "soundfonts": fonts}
+            loaded.append((member, about | {"data": heard | (about["data"] or {})}))
     return loaded
 
 
@@ -547,8 +559,10 @@ def _check_alike(loaded):
         known = {**(ckpt["data"] or {}), **model.model_args, "task": kind_of(ckpt["task"])}
         for key in keys:
             value = known.get(key)
-            if key not in known or value != expected.setdefault(key, value):
-                wanted = f"{expected.get(key)!r:.60}, as in {first['path']} or this version"
+            if key not in known:
+                raise DataError(f"{ckpt['path']}: holds no {key}; expected a model that rates or decodes")
+            if value != expected.setdefault(key, value):
+                wanted = f"{expected[key]!r:.60}, as in {first['path']} or this version"
                 found = f"{ckpt['path']}: {key} is {value!r:.60}"
                 raise DataError(f"{found}; expected {wanted}; evaluate them apart")
     return first["data"]
@@ -582,11 +596,9 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     python eval.py --ckpt runs/han/*_f?_s7/best.pt --data data/percepiano     four folds, each on its own part
     python eval.py --ckpt runs/decoder/NAME/best.pt --data DIR --words --tune  phonemes and words"""
     parser = _parser("evaluate", "--ckpt FILE ... [--data DIR] [options]", about)
-    help_of_ckpt = "best.pt of folds or seeds (required)"
-    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help=help_of_ckpt)
-    parser.add_argument(
-        "--logits", metavar="DIR", help="decoder: write log-probabilities, a trial a file (off)"
-    )
+    add = parser.add_argument
+    add("--ckpt", nargs="+", required=True, metavar="FILE", help="best.pt of folds or seeds (required)")
+    add("--logits", metavar="DIR", help="decoder: write log-probabilities, a trial a file (off)")
     args = _parse(parser, argv, part_options, word_options, data_options, result_options)
     loaded = _load_models(args.ckpt)
     model, ckpt = loaded[0]
@@ -594,9 +606,8 @@ Scores checkpoints on data that they did not learn from. Seeds of a fold are ave
     pretraining = task == "ast" and model.model_args["num_outputs"] is None
     refuse_foreign(args, "pretraining" if pretraining else task, args.ckpt[0])
     if args.out and not pretraining and (task == "decoder" or args.part != "valid"):
-        raise DataError(
-            f"--out: of models that rate, on part valid, or a pre-training; {args.ckpt[0]}: {task}"
-        )
+        found = f"{args.ckpt[0]}: {task}, part {args.part}"
+        raise DataError(f"{found}; --out: of models that rate, on part valid, or a pre-training")
     if task == "decoder":
         return evaluate_decoder(args, loaded)
     if pretraining:
@@ -633,7 +644,7 @@ def _corpus_of(data, args):
 
 
 def _rate_parts(args, loaded, parts):
-    """`fold_predictions` of checkpoints that rate, their corpus and their data settings."""
+    """Of checkpoints that rate: the two of `fold_predictions`, their corpus and their data settings."""
     data = _check_alike(loaded)
     if "competition" in parts:
         raise DataError(f"--part competition: of decoders; {args.ckpt[0]} rates")
@@ -716,14 +727,9 @@ ridge of han, on all statistics that --pooled takes, is a model like the network
     if args.task == "han":
         about["features"] = args.features
     else:
-        about |= {
-            "audio": "wav" if args.audio else "rendered",
-            "copies": args.copies,
-            "heads": args.heads,
-            "soundfonts": list(map(last_part, args.soundfonts)),
-            "rate": args.rate and last_part(args.rate),
-            "probe": args.probe and last_part(args.probe),
-        }
+        about |= {"audio": "wav" if args.audio else "rendered", "copies": args.copies, "heads": args.heads}
+        about["soundfonts"] = list(map(last_part, args.soundfonts))
+        about |= {key: path and last_part(path) for key, path in (("rate", args.rate), ("probe", args.probe))}
         clips = Clips(corpus, args)
         fit, rated = clips.fit, clips.rated
     parts = ("valid", "test")
@@ -766,7 +772,7 @@ def _kernel_checkpoint(task, info):
 
 
 def _fit_notes(corpus, args, kind, names, fold):
-    """As `Clips.fit`, on statistics of the notes; of a kernel also on those that --pooled takes."""
+    """As `Clips.fit`, on pooled statistics of the notes; a kernel also on those of whole performances."""
     if kind == "kernel":
         info = han_info(corpus, names, args.features, True, args.split, fold, args.keep_overlap)
         items = prepare_han(corpus, names, info)
@@ -841,10 +847,11 @@ class Clips:
         encoder = self.model.model_args["encoder"]
         model = ClipKernel(len(heard), encoder=encoder, heads=self.args.heads)
         model.encoder = self.model.encoder
-        number = {item: i for i, item in enumerate(dict.fromkeys(items))}
-        model.fit(described, torch.from_numpy(y), torch.tensor([number[item] for item in items]))
-        targets = fit_targets(self.corpus, number)
+        number_of = {item: i for i, item in enumerate(dict.fromkeys(items))}
+        model.fit(described, torch.from_numpy(y), torch.tensor([number_of[item] for item in items]))
+        targets = fit_targets(self.corpus, number_of)
         info = self.info | clip_info(self.corpus, self.args, fold)
+        info |= {"copies": self.args.copies, "soundfonts": list(map(last_part, self.args.soundfonts))}
         info |= {"rating_mean": targets["target_mean"], "rating_std": targets["target_std"]}
         info["frames"] = WHOLE_CLIP
         fitted = [(model, _kernel_checkpoint("clip_kernel", info))]
@@ -855,7 +862,8 @@ class Clips:
 # Bench
 # ---------------------------------------------------------------------------------------------------------
 def bench_han(sizes: dict, batch: int, device: torch.device) -> tuple:
-    """HAN, its arguments, loss of its output: PercePiano's lengths, voices 0 (extra notes) to 4."""
+    """HAN, its arguments, loss of its output: PercePiano's lengths, voices 0 (extra notes) to 4. sizes: as of
+    all benches, arguments of the network that differ from the trainer's."""
     model = HAN(**{"input_size": len(column_names(FEATURES))} | sizes).to(device)
     rng = np.random.default_rng(7)
     items = []
@@ -937,6 +945,7 @@ def timed_step(model: nn.Module, inputs: tuple, loss: Callable, optimizer, amp: 
 # ------------------------------------------------------------------------------------------------------------
 
 SIL = PHONEMES.index("SIL")
+EDITS = ("sub", "del", "ins")  # substitutions, deletions, insertions
 AUDIO_HELP = "audio: folder of recordings NAME.wav; of a pre-training: MAESTRO's (off: rendered)"
 RATE_HELP = f"audio: rate {RECORDED} (copies: -6 dB, hiss, a room), SOUNDFONT or DIR (off: as --audio)"
 
@@ -1006,6 +1015,7 @@ def part_scores(log_probs: dict, corpus: SpeechCorpus, trials: np.ndarray) -> tu
     return scores, refs, hyps
 
 
+@torch.no_grad()
 def speech_logits(model, corpus: SpeechCorpus, trials: np.ndarray, days, batch: int = 64) -> dict:
     """Log-probabilities (F, 41) float32 by trial; (0, 41) where shorter than a window. days (corpus days,):
     the model's index of each, from data.map_days. Batches by length."""
@@ -1014,14 +1024,13 @@ def speech_logits(model, corpus: SpeechCorpus, trials: np.ndarray, days, batch: 
     days, device = torch.as_tensor(days), next(model.parameters()).device
     result = {}
     model.eval()
-    with torch.no_grad():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            items = collate_speech([corpus[i] for i in chosen])
-            logits, frames = model(items["x"].to(device), items["lengths"], days[items["day"]].to(device))
-            log_probs = logits.float().log_softmax(-1).cpu().numpy()
-            for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
-                result[i] = row[:n].copy()
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        items = collate_speech([corpus[i] for i in chosen])
+        logits, frames = model(items["x"].to(device), items["lengths"], days[items["day"]].to(device))
+        log_probs = logits.float().log_softmax(-1).cpu().numpy()
+        for i, row, n in zip(chosen, log_probs, frames.tolist(), strict=True):
+            result[i] = row[:n].copy()
     model.train(training)
     return result
 
@@ -1113,9 +1122,14 @@ def _print_scores(part, figures):
         told = f"{figures['trials_salad']} sentences of random words"
         print(f"PER of {told} {figures['per_salad']:.4f}")
     print(f"{figures['too_short']} trials are too short for their labels: counted, never right")
-    columns = ["per", *EDITS, "labels", "trials"]
+    print_table(*day_table(figures))
+
+
+def day_table(figures: dict) -> tuple[list, list]:
+    """Head and rows of `decoder_scores` by session."""
+    keys = ("per", *EDITS, "labels", "trials")
     days = figures["by_day"] | {"all": figures}
-    print_table(["session", *columns], [[day, *(f[key] for key in columns)] for day, f in days.items()])
+    return ["session", *keys], [[day, *(scores[key] for key in keys)] for day, scores in days.items()]
 
 
 def words_of_part(args, loaded: list, corpus: SpeechCorpus, parts: dict, log_probs: dict) -> dict:
@@ -1144,7 +1158,7 @@ def _heard_part(args, loaded, unlabelled=False):
 
 def _say_circumstances(args, loaded, corpus):
     """Which checkpoints, and what a reader must know before believing the figures."""
-    tqdm.write(f"{args.ckpt[0]}: {len(loaded)} checkpoints, probabilities averaged, seeds {seeds_of(loaded)}")
+    tqdm.write(f"{args.ckpt[0]}: {counted(loaded)}, seeds {seeds_of(loaded)}")
     tqdm.write(corpus_line(corpus.synthetic, corpus.root))
     if loaded[0][1]["data"]["valid"] == "test" and args.part in ("valid", "test"):
         tqdm.write("the checkpoint was chosen on the test part (--valid test): its score there is no result")
@@ -1194,13 +1208,13 @@ def read_lexicon(path: str | Path) -> Lexicon:
     entries: dict[tuple, None] = {}
     try:
         lines = read_file(path).decode("utf-8-sig", "replace").splitlines()  # transcripts are ASCII
-        for number, line in enumerate(lines, 1):
+        for place, line in enumerate(lines, 1):
             line = re.split(r";;;|(?:^|\s)#\s", line)[0].strip().removesuffix(" SIL")
             if line:
                 word, *names = line.split()
                 names = [name.rstrip("012") for name in names]
                 if not names or not set(PHONEMES[1:]).issuperset(names):
-                    raise ValueError(f"line {number}: {line:.80}")
+                    raise ValueError(f"line {place}: {line:.80}")
                 entries[re.sub(r"\(\d+\)$", "", word).lower(), tuple(map(PHONEMES.index, names))] = None
         if not entries:
             raise ValueError("no word")
@@ -1376,8 +1390,8 @@ def write_submission(path: str | Path, sentences: list[str], corpus: SpeechCorpu
     part = corpus.part[indices[0]]
     left_out = [row["left_out"] for row in corpus.report.get("days", ()) if row["part"] == part]
     rows = sorted(zip((corpus.days[corpus.day[i]] for i in indices), indices, sentences, strict=True))
-    size = len(rows), len({day for day, *_ in rows})
-    expected = (corpus.part == part).sum() + sum(left_out), size[1]
+    size = len(rows), len({day for day, *_ in rows})  # rows, days
+    expected = int((corpus.part == part).sum()) + sum(left_out), size[1]  # any number of days
     if part == "competition" and not corpus.synthetic and rows[0][0].startswith("t12."):
         expected = COMPETITION_SIZE
     if size != expected:
@@ -1502,9 +1516,8 @@ def write_nbest(path: str | Path, beams: list[tuple[str, list[dict]]], most: int
 def write_logits(folder: str | Path, log_probs: list[tuple[str, np.ndarray]]) -> None:
     """A float16 array (frames, 41) a trial, natural logarithms of probabilities, for a search elsewhere."""
     for name, row in log_probs:
-        write_atomic(
-            Path(folder, f"{name.replace('/', '_')}.npy"), lambda f, x=row: np.save(f, np.float16(x))
-        )
+        path = Path(folder, f"{name.replace('/', '_')}.npy")
+        write_atomic(path, lambda file, row=row: np.save(file, np.float16(row)))
     print(f"{folder}: {len(log_probs)} arrays, columns blank {spell(range(1, len(PHONEMES)))}")
 
 
@@ -1529,6 +1542,7 @@ def describe_clip(model: AST, item: dict, info: dict) -> Tensor:
     return model.describe(whole_crops(clip, model.model_args["frames"]), statistics=of_clip)
 
 
+@torch.no_grad()
 def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device, batch=8) -> np.ndarray:
     """Ratings in [0, 1] of prepared items (data.prepare_ast), (n, 19) float64 in the order given. Of an item
     longer than the model's frames an AST pools the tokens of all crops; of other models it is the mean. info:
@@ -1538,14 +1552,13 @@ def predict_ast(model: nn.Module, items: list, info: dict, device: torch.device,
     training = model.training
     model = model.to(device).eval()
     rows = []
-    with torch.no_grad():
-        for item in items:
-            if isinstance(model, AST):
-                rated = model(described=describe_clip(model, item, info))
-            else:
-                crops = whole_crops(whole_clip(item, info).to(device), longest)
-                rated = torch.cat([model(x) for x in crops[0].split(batch)])
-            rows.append(rated.cpu().double().mean(0).numpy())
+    for item in items:
+        if isinstance(model, AST):
+            rated = model(described=describe_clip(model, item, info))
+        else:
+            crops = whole_crops(whole_clip(item, info).to(device), longest)
+            rated = torch.cat([model(x) for x in crops[0].split(batch)])
+        rows.append(rated.cpu().double().mean(0).numpy())
     model.train(training)
     p = np.array(rows).reshape(-1, len(LABELS))
     if info.get("target_mean") is not None:
@@ -1560,7 +1573,7 @@ def unlike_training(model: nn.Module, energies: np.ndarray, info: dict) -> float
     table = getattr(model, "statistics", None)
     if table is None:
         return 0.0
-    x = torch.from_numpy(energies.astype(np.float16)).float()[None]
+    x = torch.from_numpy(energies.astype(np.float16))[None].to(table.mean)  # its type and device
     seen = table.values(normalise_fbank(x, info["mean"], info["std"]))[0]
     mean, std = table.mean, table.std
     if isinstance(model, ClipKernel):
@@ -1602,10 +1615,11 @@ def with_masks(batch: dict, masked: int, generator: torch.Generator | None = Non
     """The batch and `mask`, ids of patches to hide: `masked` of 512 at 1024 frames, a like share of fewer."""
     x, lengths = batch["x"], lengths_if_unlike(batch)
     columns = None if lengths is None else (lengths // PATCH).clip(min=1).to(x.device)
-    T = x.shape[1] // PATCH
+    T = x.shape[1] // PATCH  # columns of 8 patches
     count = max(1, round(masked / 512 * 8 * T))
-    where = "cpu" if x.is_mps else x.device  # no float64 there
-    return batch | {"mask": cluster_mask(len(x), 8, T, count, where, generator, columns=columns).to(x.device)}
+    where = "cpu" if x.is_mps else x.device  # MPS has no float64
+    mask = cluster_mask(len(x), 8, T, count, where, generator, columns=columns)
+    return batch | {"mask": mask.to(x.device)}
 
 
 def lengths_if_unlike(batch):
@@ -1620,16 +1634,16 @@ def pretrain_figures(model: nn.Module, batch: dict, compat: bool) -> dict:
     return figures | {"loss": figures["nce"] + 10 * figures["mse"]}
 
 
+@torch.no_grad()
 def validate_pretraining(model: nn.Module, batches: list, device: torch.device, args) -> dict:
     """Mean figures over fixed crops: valid_loss, valid_nce, ... args: the trainer's; its seed fixes masks."""
     generator = torch.Generator().manual_seed(args.seed)
     sums: Counter[str] = Counter()
     model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            batch = to_device(with_masks(batch, args.mask, generator), device)
-            for name, value in pretrain_figures(model, batch, args.ssast_compat).items():
-                sums[f"valid_{name}"] += float(value) * len(batch["names"])
+    for batch in batches:
+        batch = to_device(with_masks(batch, args.mask, generator), device)
+        for name, value in pretrain_figures(model, batch, args.ssast_compat).items():
+            sums[f"valid_{name}"] += float(value) * len(batch["names"])
     count = sum(len(batch["names"]) for batch in batches)
     return {name: total / count for name, total in sums.items()}
 
@@ -1640,9 +1654,8 @@ def evaluate_pretraining(args, loaded: list) -> dict:
     path, data = ckpt.pop("path"), ckpt["data"]
     if len(loaded) > 1 or args.csv or args.save_results or (args.data is None and not data["synthetic"]):
         raise DataError(f"{path}: a pre-training; give it alone, with its --data, without result files")
-    settings = argparse.Namespace(
-        **ckpt["args"] | {key: getattr(args, key) for key in ("data", "audio", "cache")}
-    )
+    given = {key: getattr(args, key) for key in ("data", "audio", "cache")}
+    settings = argparse.Namespace(**ckpt["args"] | given)
     _, batches, now = pretrain_data(settings, False, print, {key: data[key] for key in ("mean", "std")})
     if now["recordings"] != data["recordings"]:
         print("other recordings than the model was trained with: some that validate here may have trained it")
@@ -1658,11 +1671,9 @@ def evaluate_pretraining(args, loaded: list) -> dict:
 
 def pretrain_summary(figures: dict) -> str:
     """Validation figures in a line, each beside what guessing reaches."""
-    shown = {name: f"{value:.4f}" for name, value in figures.items()}
-    return (
-        f"loss {shown['valid_loss']}  NCE {shown['valid_nce']}  accuracy {shown['valid_accuracy']} "
-        f"(chance {shown['valid_chance']})  MSE {shown['valid_mse']} (mean patch {shown['valid_mse_mean']})"
-    )
+    told = "loss {valid_loss:.4f}  NCE {valid_nce:.4f}  accuracy {valid_accuracy:.4f} "
+    told += "(chance {valid_chance:.4f})  MSE {valid_mse:.4f} (mean patch {valid_mse_mean:.4f})"
+    return told.format(**figures)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1757,19 +1768,21 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     add = parser.add_argument
     for side in ("--a", "--b"):
         add(side, nargs="+", required=True, metavar="FILE", help="CSV, or best.pt files (required)")
-    parser.more.add_argument(
-        "--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)"
-    )
     add("--metric", choices=METRICS, default="pearson", help="ratings: what is compared (%(default)s)")
     add("--cluster", choices=CLUSTERS, default="segment", help="ratings: drawn as a whole (%(default)s)")
+    add = parser.more.add_argument
+    add("--draws", type=number(int, 100), default=5000, help="of the bootstrap (%(default)s)")
     args = _parse(parser, argv, part_options, word_options, data_options)
+    if args.nbest or args.submission:
+        raise DataError("compare: takes no --nbest, --submission, files of one side; leave them out")
     (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
     if any(about[key] != other[key] for key in about.keys() & other.keys()):
         raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
     synthetic = (about | other).get("synthetic")
     if about["decoder"]:
-        print(corpus_line(synthetic, "the files named"))
+        if synthetic is not None:
+            print(corpus_line(synthetic, "the files named"))
         pairs = _paired_trials(a, b)
         name, labels, metric = "phoneme error rate", (), lambda _, counts: np.array([error_rate(counts)])
     else:
@@ -1801,6 +1814,7 @@ def _side(args, paths):
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
     loaded = _load_models(paths)
+    refuse_foreign(args, loaded[0][1]["task"], paths[0])
     items = {}
     if loaded[0][1]["task"] == "decoder":
         corpus, parts, log_probs = _heard_part(args, loaded)
@@ -1831,8 +1845,8 @@ def _paired_ratings(a, b, args, synthetic):
 
 
 def _paired_trials(a, b, first=0):
-    """The same of trials of one reference on both sides: `per_counts` (n, 4); the truth has no error. first:
-    where in an item the reference stands, 0 of phonemes, 2 of words."""
+    """As `_paired_ratings`, of trials with one reference on both sides: `per_counts` (n, 4), of the truth
+    without errors. first: where in an item the reference stands, 0 of phonemes, 2 of words."""
     both = [trial for trial in a if trial in b and a[trial][0] == b[trial][0]]
     refs = [a[trial][first] for trial in both]
     of_a, of_b = (per_counts(refs, [side[trial][first + 1] for trial in both]) for side in (a, b))
@@ -1859,7 +1873,7 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
     verdict = "A cannot be told from B"
     if p[-1] < 0.05:
         verdict = f"A is {'better' if abs(a - perfect)[-1] < abs(b - perfect)[-1] else 'worse'} than B"
-    verdict += f": {name} {difference[-1]:+.4f} {brackets(interval[:, -1])}, p = {p[-1]:.4f}"
+    verdict += f": {name} {difference[-1]:+.4f} {brackets(interval[:, -1])}, p = {shown(p[-1])}"
     print(verdict)
     figures = {"items": len(y), "clusters": clusters, "a": a[-1], "b": b[-1], "difference": difference[-1]}
     figures |= {"interval": interval[:, -1].tolist(), "p": p[-1], "verdict": verdict}
@@ -1867,7 +1881,7 @@ def _answer(name, labels, metric, y, pa, pb, groups, folds, draws):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Audio: rater ceiling
+# Rater ceiling
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -2004,8 +2018,10 @@ def check_output(path: Path, *suffixes: str) -> None:
     """Refuses, before anything is computed, what cannot be written or is of another kind."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     known = not suffixes or path.suffix.lower() in suffixes
-    if not (known and folder.is_dir() and os.access(folder, os.W_OK)):
-        raise DataError(f"{path}: expected a file {' or '.join(suffixes)} in a folder that can be written")
+    if path.is_dir() or not (known and folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DataError(
+            f"{path}: expected a {' or '.join(suffixes) or 'file'} in a folder that can be written"
+        )
 
 
 @torch.no_grad()
@@ -2071,9 +2087,8 @@ def explain_ast(figure, members: list[tuple], work: dict) -> dict:
     loudness.set(title="What sounds", ylabel="mel band")
     figure.colorbar(dark, ax=loudness, label="log energy", pad=0.01)
     # fixed, so that an undecided network looks undecided; pre-trained ones give single patches many shares
-    shades = attention.pcolormesh(
-        frame * column, row - 0.5, share, cmap=SHARES["cmap"], norm="log", vmin=1 / 8, vmax=8
-    )
+    scale = {"cmap": SHARES["cmap"], "norm": "log", "vmin": 1 / 8, "vmax": 8}
+    shades = attention.pcolormesh(frame * column, row - 0.5, share, **scale)
     attention.set(title="What of it reaches the output (attention roll-out)", ylabel="mel band")
     attention.set_xlabel("time (s)")
     bar = SHARES_BAR | {"format": "{x:g}", "label": "in even shares"}
@@ -2195,7 +2210,6 @@ def curves(argv: list[str]) -> dict:
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
-EDITS = ("sub", "del", "ins")
 INPUTS = {"han": ["--score --midi"], "ast": ["--audio", "--midi"], "decoder": ["--speech"]}
 _GROUP = re.compile("Music_Making|Emotion_&_Mood|[^_]+")
 
@@ -2259,11 +2273,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     add("--json", help="write predictions and circumstances (off)")
     add("--csv", help="write a line a prediction (off)")
     add("--bars", help="rate these bars of the score alone, by their printed numbers, as 5-12 (all)")
-    add(
-        "--transpose",
-        action="store_true",
-        help="rate what is played in another key than the score's too (off)",
-    )
+    add("--transpose", action="store_true", help="rate what is played in another key, too (off)")
     add("--explain", help="draw what each prediction rests on, into this folder (off)")
     add("--strict", action="store_true", help="stop at the first refused input (off: reported, counted)")
     add("--cache", default="cache", help="folder of converted speech corpora (%(default)s)")
@@ -2281,7 +2291,7 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
     if about["synthetic"]:
         print("trained on the SYNTHETIC corpus: says nothing about real performances and speech")
     if kind == "ast" and (about["audio"] == "rendered") == bool(args.audio):
-        print(f"trained on audio of kind {about['audio']}, given the other kind: its ratings say little")
+        print(say_other_sound(loaded))
     args.written = read_musicxml(args.score) if args.score else None
     args.heard = not args.score or about["synthetic"] or heard_in_training(loaded, args.score)
     if not args.heard:
@@ -2297,6 +2307,8 @@ Ratings (19, from 0 to 1) of piano performances, or phonemes of speech trials, o
 
     kinds = MIDI_KINDS if args.midi else SOUND_KINDS if args.audio else (".npy",)
     inputs = _expand(args.midi or args.audio or args.speech, kinds)
+    if len(inputs) > 1 and (args.nbest or args.submission):
+        raise DataError(f"--nbest, --submission: given {len(inputs)} inputs; expected one, whose file it is")
     for files in tqdm(inputs, desc="predict", unit="file", leave=False, disable=None):
         try:
             if files[0].is_dir() and not args.speech:
@@ -2338,7 +2350,7 @@ def _expand(paths: list[str], kinds: tuple[str, ...]) -> list[list[Path]]:
 
 
 def _draw(kind: str, loaded: list[tuple], args: argparse.Namespace, work: dict, drawn: set) -> None:
-    """Draws a picture named by the input, unlike those already `drawn`."""
+    """Draws a picture named by the input, under another name than those `drawn`, to which it adds its own."""
     name = re.sub(r"[^\w.@+-]", "_", work["name"])
     while name in drawn:
         name += "_"
@@ -2385,7 +2397,7 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
     reading = follow(args.written, read_midi(files[0]), args.transpose)
     parts = rated_parts(reading, args.bars)
     if len(parts) == 1:
-        (reading,) = parts
+        reading = replace(parts[0], said=reading.said)
     items = {}
     for part in parts:
         item = describe_performance(part.score, part.performance, part.match)
@@ -2423,7 +2435,8 @@ def rate_performance(loaded: list[tuple], args, files: list[Path], _) -> Iterato
 def described(items: dict[str, dict]) -> Corpus:
     """Items of `describe_performance` as `prepare_han` takes them."""
     names = list(items)
-    return Corpus("", False, items, names, column_names(FEATURES), items[names[0]]["stat_names"], {})
+    known = {"columns": column_names(FEATURES), "stat_names": items[names[0]]["stat_names"], "shared": {}}
+    return Corpus("", synthetic=False, items=items, names=names, **known)
 
 
 def _whereabouts(reading: Reading) -> dict:
@@ -2494,14 +2507,39 @@ def rate_audio(loaded: list[tuple], args, files: list[Path], _) -> Iterator[tupl
 
 
 @functools.cache
+def saved_row(stem: str) -> dict:
+    """What --save-results wrote of a row in results/; {} where that row is missing."""
+    path = RESULTS / f"{stem}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def measured_unheard() -> dict:
     """What the row `kernel` reached on works that it had not heard, human players: r2, and of
     `_measure_humans`; {} where that row is missing."""
-    path = RESULTS / "han_kernel_piece.json"
-    if not path.exists():
+    saved = saved_row("han_kernel_piece")
+    if not saved:
         return {}
-    saved = json.loads(path.read_text(encoding="utf-8"))
     return saved["humans"]["test"] | {"r2": saved["metrics"]["test"]["no_renderings"]["mean"]["r2"]}
+
+
+def say_other_sound(loaded: list[tuple]) -> str:
+    """What ratings of recordings are worth by models of rendered sound, as measured on such as trained on
+    copies and pianos like theirs; or, not measured, the other way round."""
+    if loaded[0][1]["data"]["audio"] == "wav":
+        return "trained on recordings, given the built-in piano: not measured how well it rates that"
+    copies = all(ckpt["data"].get("copies") for _, ckpt in loaded)
+    pianos = all(ckpt["data"].get("soundfonts") for _, ckpt in loaded)
+    said = "trained on rendered sound"
+    said += " and copies of it in rooms, with hiss" if copies else ", by its record on no copies in rooms"
+    said += ", of several pianos" if pianos else ", of one piano"
+    measured = {(True, True): "ensemble", (True, False): "ensemble_copies", (False, False): "kernel"}
+    row = measured.get((copies, pianos))
+    rows = [saved_row(f"ast_{row}{sound}_segment") for sound in ("", "_recorded", "_unheard")]
+    if all(rows):
+        reached = (row["metrics"]["valid"]["all"]["mean"]["r2"] for row in rows)
+        told = "{:.2f} as rendered, {:.2f} as if recorded, {:.2f} on another piano".format(*reached)
+        said += f"; such models: validation R² {told}"
+    return said
 
 
 def uncertainty(each: list[np.ndarray], loaded: list[tuple], heard: bool) -> dict[str, float]:
@@ -2674,11 +2712,8 @@ def predictions_summary(records: list[dict], loaded: list[tuple]) -> dict:
     for _, ckpt in loaded:
         about = {"path": ckpt["path"], "fold": ckpt["data"].get("fold"), "seed": ckpt["args"].get("seed")}
         used.append(about | {key: ckpt[key] for key in ("task", "step", "git_sha")})
-    saved = {
-        "trained_on_synthetic": loaded[0][1]["data"]["synthetic"],
-        "checkpoints": used,
-        "predictions": records,
-    }
+    synthetic = loaded[0][1]["data"]["synthetic"]
+    saved = {"trained_on_synthetic": synthetic, "checkpoints": used, "predictions": records}
     if "ratings" in records[0]:
         saved |= {"poles": LABEL_POLES, "training": _training_ratings(loaded) or None}
     return saved
@@ -2747,13 +2782,15 @@ def han_attention(members: list[tuple], item: dict) -> dict[str, np.ndarray]:
 
 
 def seconds_of(score, item: dict, onset: np.ndarray) -> Callable:
-    """The function from quarters to seconds, by the chords that were found; onset: of the rows, seconds."""
+    """The function from quarters of the score to seconds, between the chords that were found. onset: seconds
+    of the item's rows, of which those with a voice are the score's notes in their order."""
     written = item["voice"] > 0
-    chords = item["matched"][written] & ~score.grace
-    if not chords.any():
+    found = item["matched"][written] & ~score.grace  # of the score's notes
+    if not found.any():
         raise DataError(f"{item['name']}: no note of {score.path} in it; give a take of it")
-    second = group_means(onset[written][chords], score.onset[chords])
-    return functools.partial(np.interp, xp=np.unique(score.onset[chords]), fp=second)
+    quarters = score.onset[found]
+    seconds = group_means(onset[written][found], quarters)
+    return functools.partial(np.interp, xp=np.unique(quarters), fp=seconds)
 
 
 def explain_han(figure, members: list[tuple], work: dict) -> dict:
@@ -3015,7 +3052,7 @@ def decoder_rows(rows: list[dict]) -> str:
 def rating_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Corpus, str, dict, dict]:
     """Runs that rate, measured as `evaluate` does: corpus, verdict, figures, parts of the page."""
     predictions, _, corpus, data = _rate_parts(args, loaded, [args.part])
-    truth = {name: item["y"] for name, item in corpus.items.items() if "y" in item}
+    truth = _ratings_of(corpus)
     views = measure(predictions, truth, [args.part])[args.part]
     if views["all"] is None:
         return corpus, f"no item of part {args.part} has ratings here", views, {}
@@ -3058,15 +3095,13 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
     figures, refs, hyps = part_scores(log_probs, corpus, trials)
     counts = per_counts(refs, hyps)
     figures["interval"] = trial_bootstrap(counts)
-    keys = ("per", "trials", "labels", *EDITS)
-    days = [[day, *(f[key] for key in keys)] for day, f in (figures["by_day"] | {"all": figures}).items()]
     order = np.argsort(counts[:, :3].sum(1) / counts[:, 3])
     samples = []
     for i in order[[0, len(order) // 2, -1]]:
         samples.append([corpus.ids[trials[i]], spell(refs[i]), spell(hyps[i])])
     chosen = "valid" if loaded[0][1]["data"]["valid"] == "test" else args.part
     parts = {
-        "Error rate by day": _table(["day", *keys], days) + CHOSEN[chosen],
+        "Error rate by day": _table(*day_table(figures)) + CHOSEN[chosen],
         "Confusions": _table(["reference", "decoded", "times"], substitutions(refs, hyps)),
         "Transcripts: best, median, worst": _table(["trial", "reference", "decoded"], samples),
     }
@@ -3083,7 +3118,7 @@ def decoder_section(loaded: list[tuple], args: argparse.Namespace) -> tuple[Spee
 
 
 def last_part(text: object) -> str:
-    """Of an absolute path, also behind --option=, the last part: results show no folders of their machine."""
+    """Of an absolute path the last part, --data=/a/b: --data=b; else the text: results name no machine."""
     return re.sub(r"^(--[\w-]+=)?(?:/|~|[A-Za-z]:[\\/])(?:.*[\\/])?(?=.)", lambda m: m[1] or "", str(text))
 
 
@@ -3130,15 +3165,15 @@ def _parser(command: str, usage: str, about: str) -> argparse.ArgumentParser:
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", help="data set in its public layout (absent: the built-in synthetic corpus)"
-    )
+    add = parser.add_argument
+    add("--data", help="data set in its public layout (absent: the built-in synthetic corpus)")
     parser.more.add_argument("--cache", default="cache", help="folder of extracted features (%(default)s)")
 
 
 def part_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    parts, named = ["valid", "test", "competition"], lambda part: {"val": "valid"}.get(part, part)
+    parts = ["valid", "test", "competition"]
+    named = functools.partial(re.sub, "^val$", "valid")  # as '25 calls it
     add("--part", type=named, choices=parts, default="valid", help="scored (%(default)s)")
     add = parser.more.add_argument
     add("--audio", metavar="DIR", help=AUDIO_HELP)
@@ -3151,9 +3186,7 @@ def result_options(parser: argparse.ArgumentParser) -> None:
     add("--csv", help="write the predictions here (off)")
     add("--save-results", help="write TASK_ROW_<split>.json, .csv into --results-dir (off)")
     add("--results-dir", default="results", help="their folder (%(default)s)")
-    add(
-        "--out", metavar="FILE", help="write the models that rate, or a pre-training, in one small file (off)"
-    )
+    add("--out", metavar="FILE", help="write models that rate, or a pre-training, in one small file (off)")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str], *shared: Callable) -> argparse.Namespace:

@@ -302,7 +302,8 @@ def test_a_kernel_weighs_what_a_piano_does_not_change():
 
 def test_a_kernel_is_fitted_on_what_was_heard(corpus):
     """Training performances without a recording change nothing."""
-    args = argparse.Namespace(heads=1, audio=None, split="segment", keep_overlap=False)
+    heard = {"audio": None, "copies": 1, "soundfonts": ["/x/a.sf2"]}
+    args = argparse.Namespace(heads=1, split="segment", keep_overlap=False, **heard)
     clips = object.__new__(evaluation.Clips)
     clips.corpus, clips.args, clips.info, clips.model = corpus, args, {}, ClipKernel(1)
     names = evaluation.percepiano_parts(corpus, "segment", 0)["train"]
@@ -310,6 +311,7 @@ def test_a_kernel_is_fitted_on_what_was_heard(corpus):
     (whole, [(_, a)]), (heard, [(_, b)]) = (clips.fit("kernel", n, 0) for n in (names, names[1:-2]))
     assert (whole(names[1:4]) == heard(names[1:4])).all()
     assert a["data"]["rating_mean"] == b["data"]["rating_mean"]
+    assert (a["data"]["copies"], a["data"]["soundfonts"]) == (1, ["a.sf2"])
 
 
 @pytest.mark.slow
@@ -386,6 +388,12 @@ def test_refusals(corpus, tmp_path):
         (["compare", "--a", synthetic, "--b", synthetic], "corpus"),  # performances of the same names
         (["--ckpt", path, checkpoint(tmp_path / "b.pt", audio="wav")], "'wav'"),
         (["--ckpt", checkpoint(tmp_path / "e.pt", synthetic=False)], "--data"),
+        (["compare", "--a", path, "--b", path, "--words"], "no --words"),
+        (["compare", "--a", path, "--b", path, "--nbest", "2"], "no --nbest"),  # of both in one file
+        (
+            ["predict", "--audio", "x.wav", "--ckpt", str(evaluation.RESULTS / "ast_encoder.pt")],
+            "holds no split",
+        ),
     ):
         with pytest.raises(DataError, match=found):
             evaluation.main(argv)

@@ -264,7 +264,9 @@ def test_decoders_are_compared_by_trial(tmp_path, capsys):
     assert result["interval"] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist(), abs=1e-12)
     assert result["p"] == pytest.approx(2 / 401)
     assert (result["items"], result["a"]) == (20, errors[0].sum() / 80)
-    assert result["verdict"] == capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out
+    assert result["verdict"] == said.splitlines()[-1]
+    assert "real data" not in said  # a CSV alone does not tell
     assert result["verdict"].startswith(f"A is better than B: phoneme error rate {result['difference']:.4f}")
     swapped = evaluation.main(["compare", "--a", paths[1], "--b", paths[0], "--draws", "100"])
     assert "A is worse than B" in swapped["verdict"]

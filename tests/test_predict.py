@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import refusal
 from sklearn.gaussian_process.kernels import Matern
+from test_score import document, quarters
 from test_whole import ONCE, piece  # noqa: F401
 
 import data
 import eval as evaluation
 from data import LABELS, PHONEMES
-from models import AST, CNN, HAN, GRUDecoder, KernelRidge, json_ready, save_checkpoint
+from models import AST, CNN, HAN, GRUDecoder, KernelRidge, json_ready, save_checkpoint, save_ensemble
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "percepiano"
 DAYS = ["t12.2001.01.02", "t12.2001.01.09"]
@@ -145,14 +146,14 @@ def test_ratings_from_audio_are_those_of_evaluate(piano, tmp_path, capsys):
     for record, name in zip(records, chosen, strict=True):
         assert values(record) == pytest.approx(expected[name], abs=1e-6)
     said = capsys.readouterr().out
-    assert ("other kind" in said, "mean, SD" in said) == (False, True)
+    assert ("such models" in said, "mean, SD" in said) == (False, True)
     wav = tmp_path / "wav" / f"{chosen[0]}.WAV"
     wav.parent.mkdir()
     data.write_wav(wav, data.render(data.read_midi(piano.midi(chosen[0]))))
     (heard,) = predict("--ckpt", *paths, "--audio", wav.parent)
     assert (heard["name"], heard["path"]) == (chosen[0], str(wav))
     assert values(heard) == pytest.approx(values(records[0]), abs=0.02)  # 16 bits
-    assert "other kind" in capsys.readouterr().out
+    assert "no copies in rooms, of one piano; such models: validation R² 0.41 as" in capsys.readouterr().out
     for beside in ("day 2/b.wav", ".trash/c.wav", "d.mid"):
         (wav.parent / beside).parent.mkdir(exist_ok=True)
         (wav.parent / beside).write_bytes(wav.read_bytes())
@@ -370,8 +371,34 @@ def test_shipped_models_rate_without_being_named(piano, capsys):
     sound = Path(piano.midi(name)).with_suffix(".wav")
     data.write_wav(sound, data.render(data.read_midi(piano.midi(name))))
     (record,) = predict("--audio", str(sound))
-    assert f"{evaluation.SHIPPED_FOR_SOUND[0]} (" in capsys.readouterr().out.splitlines()[0]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{evaluation.SHIPPED_FOR_SOUND[0]} (")
+    assert said[1].endswith("R² 0.45 as rendered, 0.38 as if recorded, 0.32 on another piano")
     assert 0 < min(record["ratings"].values()) < max(record["ratings"].values()) < 1
+
+
+@pytest.mark.parametrize(
+    ("copies", "fonts", "told"),
+    [
+        (None, None, "by its record on no copies in rooms, of one piano; such models: validation R² 0.41"),
+        (0, [], "by its record on no copies in rooms, of one piano; such models: validation R² 0.41"),
+        (1, [], "with hiss, of one piano; such models: validation R² 0.42 as rendered, 0.37 as if recorded"),
+        (2, ["/x/a.sf2"], "with hiss, of several pianos; such models: validation R² 0.45"),
+        (0, ["/x/a.sf2"], "no copies in rooms, of several pianos"),  # of which nothing was measured
+    ],
+)
+def test_worth_of_ratings_of_recordings(copies, fonts, told, tmp_path):
+    """As training records it: in a trainer's options, which a file of --out does not keep, and in that."""
+    options = {} if copies is None else {"copies": copies, "soundfonts": fonts}
+    path = save(tmp_path / "a.pt", "cnn", CNN(width=4), ABOUT | {"audio": "rendered"}, **options)
+    loaded = evaluation._load_models([path])
+    save_ensemble(tmp_path / "b.pt", loaded, {})
+    for members in (loaded, evaluation._load_models([tmp_path / "b.pt"])):
+        said = evaluation.say_other_sound(members)
+        assert told in said
+        assert ("R²" in said) == ("R²" in told)
+    members[0][1]["data"]["audio"] = "wav"
+    assert "not measured" in evaluation.say_other_sound(members)
 
 
 def test_intervals_hold_80_percent_of_what_they_were_not_fitted_on():
@@ -506,6 +533,24 @@ def test_long_pieces_are_rated_by_passages(piece, piano, tmp_path, capsys):  # n
     assert "20-27" in refuse(capsys, *pair, "--bars", "20-27")
 
 
+def test_what_is_left_out_is_said_where_one_passage_remains(piano, tmp_path):
+    keys = np.random.default_rng(7).integers(45, 85, (28, 4))
+    (tmp_path / "p.musicxml").write_text(document([quarters(*bar) for bar in keys.tolist()]))
+    played = [(k / 2, k / 2 + 0.4, key, 60) for k, key in enumerate(keys.ravel().tolist()) if k < 56 or k % 2]
+    data._save_midi(tmp_path / "p.mid", played, [(0.1, 64, 90)])
+    pair = "--score", tmp_path / "p.musicxml", "--midi", tmp_path / "p.mid"
+    (record,) = predict("--ckpt", han(tmp_path / "h.pt", piano), *pair)
+    assert (record["bars"], "bars 13-28 hardly played" in record["warnings"]) == ("1-16", True)
+
+
+@pytest.mark.gpu
+def test_shipped_models_of_sound_rate_on_a_gpu(piano, capsys):
+    argv = ["predict", "--ckpt", *evaluation.SHIPPED_FOR_SOUND, "--midi", piano.midi(piano.names[0])]
+    here, there = (evaluation.main([*argv, "--device", device])[0] for device in ("cpu", "cuda"))
+    assert values(there) == pytest.approx(values(here), abs=0.01)
+    assert there["sound"] == here["sound"]
+
+
 def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_path, capsys):
     rates, hears = han(tmp_path / "h.pt", piano), audio(tmp_path / "a.pt")
     decodes = decoder(tmp_path / "d.pt")
@@ -517,6 +562,8 @@ def test_inputs_that_do_not_fit_the_checkpoint_are_refused(piano, speech, tmp_pa
         (rates, f"--score {score} --midi {tmp_path}/none", "none"),
         (hears, f"--audio {midi} --midi {midi}", "--audio"),
         (decodes, f"--speech {score}", score),
+        (decodes, f"--speech {tmp_path}/x.npy {score} --nbest 2", "given 2 inputs"),  # of one --nbest-file
+        (decodes, f"--speech {tmp_path}/none --csv {tmp_path}", f"{tmp_path}: expected a file"),
         (decodes, f"--speech {tmp_path}/x.npy --day t12.1999.01.01", "t12.1999.01.01"),
         (f"{rates} {hears}", f"--midi {midi}", hears),
         (rates, f"--score {score} --midi {midi} --json {tmp_path}", tmp_path),

@@ -169,7 +169,7 @@ def test_page_of_a_decoder_holds_the_figures_of_evaluate(speech):
     assert figures == {key: expected[key] for key in figures}
     page = Page()
     for day, f in figures["by_day"].items():
-        counts = [str(f[key]) for key in ("trials", "labels", "sub", "del", "ins")]
+        counts = [str(f[key]) for key in ("sub", "del", "ins", "labels", "trials")]
         assert page.row(day)[1:] == [f"{f['per']:.4f}", *counts]
     with open("t.csv", newline="") as file:
         decoded = {row["trial"]: row for row in csv.DictReader(file)}
