@@ -4500,7 +4500,7 @@ def map_days(days_of_corpus: list[str], days_of_model: list[str], rule: str | No
     that the model has not seen is refused, unless `rule` is "nearest" (by the date in the name, the earlier
     of two) or "mean" (-1: the mean of all day layers)."""
     index = {name: i for i, name in enumerate(days_of_model)}
-    unknown = [name for name in days_of_corpus if name not in index]
+    unknown = [name for name in dict.fromkeys(days_of_corpus) if name not in index]
     if unknown and rule not in ("nearest", "mean"):
         told = f"not of {', '.join(days_of_model)}; use --day nearest or --day mean"
         raise DataError(f"session {', '.join(unknown)}: {told}")
