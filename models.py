@@ -1566,25 +1566,18 @@ def _plain(value: object, where: str) -> object:
     )
 
 
-def read_weights(path: str | Path) -> dict:
-    """A checkpoint of ours, or public weights by name, as the file holds them."""
-    try:
-        return dict(torch.load(ordinary(path), map_location="cpu", weights_only=True))
-    except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(
-            f"{path}: unreadable; expected best.pt, or public weights as a .pt, .pth, .bin"
-        ) from error
-
-
-def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
+def load_checkpoint(path: str | Path, public: bool = False) -> tuple[nn.Module | None, dict]:
     """A model rebuilt from its checkpoint alone, on CPU, in eval mode, and the checkpoint itself.
 
-    Averaged weights (ckpt["ema"]) are used where there are any. DataError for a file that is missing, cut
-    short or no checkpoint of ours.
+    Averaged weights (ckpt["ema"]) are used where there are any. public: of a file that holds nothing but
+    weights by name, None and these. DataError for a file that is missing, cut short or of another kind.
     """
     try:
-        _check_archive(path)
+        if not public or zipfile.is_zipfile(ordinary(path)):  # torch wrote no archives before 1.6
+            _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if public and all(isinstance(value, Tensor) for value in ckpt.values()):
+            return None, dict(ckpt)
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
@@ -1594,6 +1587,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model.load_state_dict(weights)
     except Exception as error:
         advice = "expected a last.pt or best.pt of this repository"
+        if public:
+            advice += ", or public weights as a .pt, .pth, .bin"
         if read_baseline(path):
             how = f"python data.py decoder-weights --in {path} --out FILE"
             advice = f"a public decoder baseline's weights: convert, {how}"

@@ -59,6 +59,7 @@ from models import (
     AST,
     AST_PRESETS,
     CNN,
+    MODELS,
     OPTIMIZERS,
     POOLINGS,
     Block,
@@ -78,7 +79,6 @@ from models import (
     on_any,
     option_parser,
     parse_options,
-    read_weights,
     restore,
     run_options,
     same_data,
@@ -220,10 +220,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         compat = COMPAT[known.task] if known.ssast_compat else {}
         if not known.init or known.task == "pretrain":
             return TASKS[known.task] | built_in | compat
-        ckpt = read_weights(known.init)
-        frames = {"frames": ckpt["model_args"]["frames"]} if ckpt.get("task") == "ast" else {}
         heads_first = {} if known.ssast_compat else FROM_INIT
-        return TASKS[known.task] | heads_first | built_in | frames | compat
+        return TASKS[known.task] | heads_first | built_in | {"frames": None} | compat  # load_start sets them
 
     args = parse_options(p, argv, ("ast", "cnn", "mlp"), recipe, lambda known: AST_PRESETS[known.preset])
     augmentation_limits(args)
@@ -392,8 +390,27 @@ def reweigh(balance: dict) -> dict:
     return {"weights": weights, "sums": [0.0] * len(mean), "count": 0, "before": mean.tolist()}
 
 
-def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple[Clips, list[dict], dict]:
-    """Training clips, validation items, and what inference needs to know of the data."""
+def load_start(args: argparse.Namespace) -> tuple[AST | None, dict]:
+    """What --init names: a network and its checkpoint, or None and public weights by name; {} without --init.
+    Sets --frames where the network's own are wanted."""
+    pretraining, baseline = args.task == "pretrain", args.model != "ast"
+    foreign = baseline and (pretraining or args.init or args.balance == "uncertainty")
+    if foreign or (pretraining and args.init):
+        raise data.DataError(
+            f"--model {args.model}, --init {args.init}: only with --task finetune; a baseline takes neither "
+            "--init nor --balance uncertainty; to go on with a run: --resume"
+        )
+    network, start = load_checkpoint(args.init, public=True) if args.init else (None, {})
+    if network and start["task"] != "ast":
+        raise data.DataError(f"{args.init}: task {start['task']!r}; expected best.pt of a pre-training")
+    if args.frames is None:
+        args.frames = network.model_args["frames"] if network else 1024
+    return network, start
+
+
+def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable, norm: dict | None) -> tuple:
+    """Training clips, validation items, and what inference needs to know of the data. norm: mean and std to
+    normalise by, an encoder's own; None: the clips'."""
     corpus = load_corpus(args, quiet=quiet, say=say)
     rng = np.random.default_rng(args.seed)
     variants = []
@@ -432,10 +449,7 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     crops = args.crops if args.model == "ast" else 1
     freeze = args.freeze if args.init else 0
     train = Clips([*versions.values()], args.frames, args.seed, crops, freeze)
-    ckpt = read_weights(args.init) if args.init else {}
-    known = ckpt["data"] if ckpt.get("task") == "ast" else {}
-    norm = known or data.fit_fbank(train, args.audioset_norm)
-    info |= {key: norm[key] for key in ("mean", "std")}  # an encoder's own
+    info |= norm or data.fit_fbank(train, args.audioset_norm)
     if args.model == "mlp" or (args.statistics and args.model == "ast"):
         values = ClipStatistics().values
         for item in chain(*versions.values()):
@@ -448,20 +462,13 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple
     return train, valid, info
 
 
-def build_model(args: argparse.Namespace) -> torch.nn.Module:
-    """The network to train: new, or with the encoder of --init, whose sizes it takes."""
-    pretraining, baseline = args.task == "pretrain", args.model != "ast"
-    foreign = baseline and (pretraining or args.init or args.balance == "uncertainty")
-    if foreign or (pretraining and args.init):
-        raise data.DataError(
-            f"--model {args.model}, --init {args.init}: only with --task finetune; a baseline takes neither "
-            "--init nor --balance uncertainty; to go on with a run: --resume"
-        )
-    if baseline:
+def build_model(args: argparse.Namespace, network: AST | None, start: dict) -> torch.nn.Module:
+    """The network to train: new, or from what `load_start` gave, whose sizes it takes."""
+    if args.model != "ast":
         return {"cnn": CNN, "mlp": PooledMLP}[args.model](num_outputs=len(data.LABELS))
     sizes = {name: getattr(args, name) for name in ("frames", "width", "depth", "heads", "ssast_compat")}
     shared = {"dropout": args.dropout, "checkpointing": args.checkpointing}
-    if pretraining:
+    if args.task == "pretrain":
         return AST(visible_only=args.visible_only, **sizes, **shared)
     shared |= {
         "num_outputs": len(data.LABELS),
@@ -471,23 +478,17 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         "groups": data.label_groups() if args.grouped else None,
         "balance": "uncertainty" if args.balance == "uncertainty" else None,
     }
-    if not args.init:
+    if not start:
         return AST(**sizes, **shared)
-    weights = read_weights(args.init)
-    if any("patch_embed" in str(name) for name in weights):
-        try:
-            return ast_from_ssast(weights, args.frames, **shared)
-        except data.DataError as error:
-            raise data.DataError(f"{args.init}: {error}") from error
-    model, ckpt = load_checkpoint(args.init)
-    if ckpt["task"] != "ast":
-        raise data.DataError(f"{args.init}: task {ckpt['task']!r}; expected best.pt of a pre-training")
-    return adapt_ast(model, frames=args.frames, visible_only=False, **shared)
+    if network:
+        return adapt_ast(network, frames=args.frames, visible_only=False, **shared)
+    try:
+        return ast_from_ssast(start, args.frames, **shared)
+    except data.DataError as error:
+        raise data.DataError(f"{args.init}: {error}") from error
 
 
-def frozen_descriptions(
-    model: torch.nn.Module, train: Clips, info: dict, quiet: bool
-) -> dict[str, np.ndarray]:
+def frozen_descriptions(model: AST, train: Clips, info: dict, quiet: bool) -> dict[str, np.ndarray]:
     """By name, what the heads see of every version of every clip as long as the encoder does not learn."""
     model.eval()
     items = tqdm([*chain(*train.versions)], desc="frozen tokens", unit="clip", disable=quiet or None)
@@ -542,13 +543,15 @@ def main(args: argparse.Namespace) -> dict:
     # ---- data
     pretraining = args.task == "pretrain"
     resumed = load_training(args.resume, ("ast", "cnn", "mlp")) if args.resume else None
+    network, start = (None, {}) if resumed else load_start(args)
+    known = (resumed or start).get("data")
+    norm = known and {key: known[key] for key in ("mean", "std")}
     if pretraining and not args.data:
         say("no --data: built-in SYNTHETIC corpus; the real one: MAESTRO, see README.md")
-    load_data, loss_of = (
-        (data.pretrain_data, pretrain_loss) if pretraining else (finetune_data, finetune_loss)
-    )
+    load_data = data.pretrain_data if pretraining else finetune_data
+    loss_of = pretrain_loss if pretraining else finetune_loss
     with main_first():
-        train, valid, info = load_data(args, rank > 0, say)
+        train, valid, info = load_data(args, rank > 0, say, norm)
     if resumed:
         same_data(args.resume, resumed["data"], info)
         info = resumed["data"]
@@ -560,7 +563,12 @@ def main(args: argparse.Namespace) -> dict:
     say(f"fbank {info['mean']:.3f} ± {info['std']:.3f}; {steps_per_epoch} steps an epoch, {planned} planned")
 
     # ---- model
-    bare_model = build_model(args).to(device).train()
+    if resumed:
+        bare_model = MODELS[args.model](**resumed["model_args"])
+        bare_model.checkpointing = args.checkpointing
+    else:
+        bare_model = build_model(args, network, start)
+    bare_model = bare_model.to(device).train()
     if getattr(bare_model, "statistics", None) is not None and not resumed:
         table = bare_model.statistics
         table.fit(torch.tensor(np.stack([item["statistics"] for item in chain(*train.versions)])))

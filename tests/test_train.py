@@ -583,13 +583,32 @@ def test_two_processes_equal_one_on_the_joined_batch(name, run, corpus, tmp_path
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5
 
 
+def write_encoder(path, frames, info):
+    """A small AST that has learnt nothing; info: what its checkpoint says of the data."""
+    model = AST(frames=frames, width=16, depth=1, heads=2)
+    known = {"task": "ast", "model_args": model.model_args, "model": model.state_dict()}
+    save_checkpoint(path, known | {"args": {}, "data": info})
+
+
+def test_init_is_read_once_and_no_more_on_resume(run, tmp_path, monkeypatch):
+    start, read, load = tmp_path / "start.pt", [], torch.load
+    write_encoder(start, 48, {"mean": -5.0, "std": 3.0})
+    args = pretrain_ast.parse_args(f"--task finetune --data DIR --init {start}".split())
+    pretrain_ast.load_start(args)
+    assert args.frames == 48
+    monkeypatch.setattr(torch, "load", lambda path, **kw: read.append(path) or load(path, **kw))
+    folder = run("pretrain_ast", f"--init {start} --freeze 0 --max-steps 1 --name init")["folder"]
+    assert read == [str(start)]
+    start.unlink()
+    run("pretrain_ast", resume(folder), "--max-steps 2")
+    assert (last(folder)["data"]["mean"], last(folder)["model_args"]["width"]) == (-5.0, 16)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_at_first_the_heads_learn_alone_also_in_two_processes(run, corpus, tmp_path, monkeypatch):
     name, start = "pretrain_ast", tmp_path / "start.pt"
-    model = AST(frames=512, width=16, depth=1, heads=2)
-    known = {"task": "ast", "model_args": model.model_args, "model": model.state_dict()}
-    save_checkpoint(start, known | {"args": {}, "data": {}})
+    write_encoder(start, 512, {})
     options = (CASES[name].plain, f"--init {start} --lr-schedule constant --weight-decay 0.1")
     train_on(monkeypatch, name, 12)
     torchrun(name, corpus, tmp_path, *options, "--freeze 9 --max-steps 4 --batch 2 --name two")
