@@ -1992,7 +1992,7 @@ class Run(ExitStack):
     def __init__(self, args: Namespace, name: str, resumed: dict | None):
         super().__init__()
         self.args = args
-        self.start = time.time()
+        self.start = self.saved = time.time()
         self.began = 0
         self.skipped = {"bad": 0, "overflow": 0}  # updates left out
         self.skips_in_a_row = 0  # back to 0 with every update
@@ -2015,6 +2015,9 @@ class Run(ExitStack):
 
     def seconds(self) -> float:
         return time.time() - self.start
+
+    def minutes_unsaved(self) -> float:
+        return (time.time() - self.saved) / 60
 
     def left(self, step: int, last: int) -> str:
         """How long the steps up to the last will take, if they go on like those since the start."""
@@ -2072,6 +2075,7 @@ class Run(ExitStack):
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
         """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, data). All
         processes take part: each has a random state."""
+        self.saved = time.time()
         device = next(model.parameters()).device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         states = from_all({"cpu": torch.get_rng_state(), "cuda": cuda})

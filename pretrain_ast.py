@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -239,6 +238,19 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
     return args.lr
 
 
+def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """For each augmentation the weights (19,) of the ratings of an item that it changed: --augment-groups."""
+    limits = {kind: torch.ones(len(data.LABELS)) for kind in AUGMENTATIONS}
+    for option in args.augment_groups:
+        kind, _, names = option.partition("=")
+        if kind not in limits or not GROUPS.keys() >= set(names.split(",")):
+            raise data.DataError(f"--augment-groups {option}: unknown; see --help for kinds and groups")
+        limits[kind].zero_()
+        for name in names.split(","):
+            limits[kind][GROUPS[name]] = 1
+    return limits
+
+
 class Clips(Dataset):
     """Rated performances by (epoch, number): one version of each (as played, by another piano, in another
     tempo, ...), and of it `crops` pieces of at most `frames`, each at random within its share of the whole;
@@ -264,130 +276,6 @@ class Clips(Dataset):
         starts = (np.arange(self.crops) + rng.random(self.crops)) / self.crops * (room + 1)
         crops = [item["fbank"][start : start + self.frames] for start in starts.astype(int)]
         return item | {"fbank": np.stack(crops) if self.crops > 1 else np.asarray(crops[0])}
-
-
-def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """For each augmentation the weights (19,) of the ratings of an item that it changed: --augment-groups."""
-    limits = {kind: torch.ones(len(data.LABELS)) for kind in AUGMENTATIONS}
-    for option in args.augment_groups:
-        kind, _, names = option.partition("=")
-        if kind not in limits or not GROUPS.keys() >= set(names.split(",")):
-            raise data.DataError(f"--augment-groups {option}: unknown; see --help for kinds and groups")
-        limits[kind].zero_()
-        for name in names.split(","):
-            limits[kind][GROUPS[name]] = 1
-    return limits
-
-
-def augment(batch: dict, args: argparse.Namespace) -> dict:
-    """The batch as this step shows it; noise, masks, pairs from torch's generator, which a resume restores.
-    Pre-training needs none: its crops and masks are random enough (AST.md). Descriptions of frozen epochs
-    stay as they are; of the statistics of whole clips only pairs are mixed."""
-    if "y" not in batch or "described" in batch or not (args.noise or any(args.spec_augment) or args.mixup):
-        return batch
-    x, y, weight = batch["x"].flatten(1, -2), batch["y"], batch["weight"]  # crops one behind the other
-    B, T, M = x.shape
-    whole = batch["lengths"].to(x.device)
-    lengths = whole.view(B, -1).sum(1)
-    limits = {kind: limit.to(x.device) for kind, limit in augmentation_limits(args).items()}
-    if args.noise:
-        hit = torch.rand(B, 1, device=x.device) < 0.5
-        x = x + args.noise * hit[:, :, None] * torch.randn_like(x)
-        weight = torch.where(hit, weight * limits["noise"], weight)
-    if any(args.spec_augment):
-        hit = torch.rand(B, 1, device=x.device) < 0.5
-        bands = data.random_span(M, args.spec_augment[0], torch.full_like(lengths, M))
-        frames = data.random_span(T, args.spec_augment[1], lengths)
-        x = x.masked_fill((bands[:, None] | frames[:, :, None]) & hit[:, :, None], 0.0)
-        weight = torch.where(hit, weight * limits["spec"], weight)
-    if args.mixup:
-        other = torch.randperm(B, device=x.device)
-        share = torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)).to(x.device)
-        x = torch.lerp(x[other], x, share[:, :, None])
-        y = torch.lerp(y[other], y, share)
-        if "statistics" in batch:
-            values = batch["statistics"]
-            batch = batch | {"statistics": torch.lerp(values[other], values, share)}
-        weight = weight * weight[other] * limits["mixup"]
-        whole = torch.maximum(whole, whole[other])
-    return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole.cpu()}
-
-
-def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tuple[dict, float, object]]:
-    """Parts of at most `size` clips, the share of each in the batch, and the context of its pass: processes
-    exchange gradients at the last one only."""
-    count = len(batch["names"])
-    for first in range(0, count, size):
-        part = {key: value[first : first + size] for key, value in batch.items()}
-        wait = isinstance(model, DistributedDataParallel) and first + size < count
-        yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
-
-
-def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
-    """--micro-batch; 0: on a GPU the largest half, quarter, ... of the batch whose gradients it can hold with
-    a quarter of its memory free, on a CPU 16."""
-    device = next(model.parameters()).device
-    if args.micro_batch or device.type != "cuda":
-        return args.micro_batch or min(16, args.batch)
-    size = args.batch
-    while size > 1:
-        held = torch.empty(torch.cuda.mem_get_info()[0] // 4, dtype=torch.uint8, device=device)
-        try:
-            numbers = sorted(range(len(train)), key=lambda k: -train.lengths[k])[:size]
-            items = [train[getattr(train, "freeze", 0), k] for k in numbers]
-            batch = data.on_device(data.collate_ast(items, info), info, device)
-            batch = with_masks(batch, args.mask) if args.task == "pretrain" else batch
-            with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
-                mean, *_ = loss_of(model, batch, args, [1.0] * len(GROUPS))
-            mean.backward()
-            return size
-        except torch.cuda.OutOfMemoryError:
-            size = (size + 1) // 2
-        finally:
-            del held
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-    return size
-
-
-def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, _) -> tuple:
-    """NCE + 10 MSE of the masked patches; the same by clip, NaN where a clip is not finite; the figures."""
-    figures = pretrain_figures(model, batch, args.ssast_compat)
-    loss = figures.pop("loss")
-    sound = batch["x"].isfinite().flatten(1).all(1)
-    losses = torch.where(sound, loss.detach().nan_to_num(), torch.nan)
-    return loss, losses, {name: value.detach() for name, value in figures.items()}
-
-
-def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, weights: list) -> tuple:
-    """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
-    exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
-    if "described" in batch:
-        rated = model(described=batch["described"])
-    else:
-        whole = args.model == "ast" and "statistics" in batch
-        of_clip = {"statistics": batch["statistics"]} if whole else {}
-        rated = model(batch["x"], lengths_if_unlike(batch), **of_clip)
-    error = LOSS(rated, batch["y"], reduction="none") * batch["weight"]  # (B, 19)
-    groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
-    losses = error.mean(1)
-    if args.balance == "uncertainty":
-        s = getattr(model, "module", model).log_variance
-        losses = (torch.exp(-s) * groups + s).mean(1)
-    elif args.balance == "dwa":
-        losses = (groups * torch.tensor(weights, device=groups.device)).mean(1)
-    return losses.mean(), losses.detach(), {"groups": groups.detach().mean(0)}
-
-
-def reweigh(balance: dict) -> dict:
-    """Dynamic weight averaging, temperature 2 (Liu et al., 2019, section 3.3): groups whose error fell least
-    from the epoch before the last to the last weigh most."""
-    mean = np.array(balance["sums"]) / max(balance["count"], 1)
-    weights = np.ones(len(mean))
-    if balance["before"]:
-        weights = np.exp(mean / np.maximum(balance["before"], 1e-12) / 2)
-    weights = (weights / weights.mean()).tolist()
-    return {"weights": weights, "sums": [0.0] * len(mean), "count": 0, "before": mean.tolist()}
 
 
 def load_start(args: argparse.Namespace) -> tuple[AST | None, dict]:
@@ -436,9 +324,8 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable, norm: di
         weights[version.name("")] = torch.ones(len(data.LABELS)) * tempo * pitch
     trained = {*parts["train"]}
     versions: dict[str, list[dict]] = {}
-    for item in data.prepare_ast(
-        corpus, store, [name for name in store.names if name.partition("@")[0] in trained], info
-    ):
+    names = [name for name in store.names if name.partition("@")[0] in trained]
+    for item in data.prepare_ast(corpus, store, names, info):
         name, at, version = item["name"].partition("@")
         weight = weights.get(at + version, torch.ones(len(data.LABELS)))
         versions.setdefault(name, []).append(item | {"weight": weight.numpy()})
@@ -460,6 +347,80 @@ def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable, norm: di
         f"{len(valid)} valid items; variants {variants}"
     )
     return train, valid, info
+
+
+def augment(batch: dict, args: argparse.Namespace) -> dict:
+    """The batch as this step shows it; noise, masks, pairs from torch's generator, which a resume restores.
+    Pre-training needs none: its crops and masks are random enough (AST.md). Descriptions of frozen epochs
+    stay as they are; of the statistics of whole clips only pairs are mixed."""
+    if "y" not in batch or "described" in batch or not (args.noise or any(args.spec_augment) or args.mixup):
+        return batch
+    x, y, weight = batch["x"].flatten(1, -2), batch["y"], batch["weight"]  # crops one behind the other
+    B, T, M = x.shape
+    whole = batch["lengths"].to(x.device)
+    lengths = whole.view(B, -1).sum(1)
+    limits = {kind: limit.to(x.device) for kind, limit in augmentation_limits(args).items()}
+    if args.noise:
+        hit = torch.rand(B, 1, device=x.device) < 0.5
+        x = x + args.noise * hit[:, :, None] * torch.randn_like(x)
+        weight = torch.where(hit, weight * limits["noise"], weight)
+    if any(args.spec_augment):
+        hit = torch.rand(B, 1, device=x.device) < 0.5
+        bands = data.random_span(M, args.spec_augment[0], torch.full_like(lengths, M))
+        frames = data.random_span(T, args.spec_augment[1], lengths)
+        x = x.masked_fill((bands[:, None] | frames[:, :, None]) & hit[:, :, None], 0.0)
+        weight = torch.where(hit, weight * limits["spec"], weight)
+    if args.mixup:
+        other = torch.randperm(B, device=x.device)
+        share = torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)).to(x.device)
+        x = torch.lerp(x[other], x, share[:, :, None])
+        y = torch.lerp(y[other], y, share)
+        if "statistics" in batch:
+            values = batch["statistics"]
+            batch = batch | {"statistics": torch.lerp(values[other], values, share)}
+        weight = weight * weight[other] * limits["mixup"]
+        whole = torch.maximum(whole, whole[other])
+    return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole.cpu()}
+
+
+def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, _) -> tuple:
+    """NCE + 10 MSE of the masked patches; the same by clip, NaN where a clip is not finite; the figures."""
+    figures = pretrain_figures(model, batch, args.ssast_compat)
+    loss = figures.pop("loss")
+    sound = batch["x"].isfinite().flatten(1).all(1)
+    losses = torch.where(sound, loss.detach().nan_to_num(), torch.nan)
+    return loss, losses, {name: value.detach() for name, value in figures.items()}
+
+
+def finetune_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, weights: list) -> tuple:
+    """Squared error of the standardised ratings; the same by clip; by group of ratings. Balance uncertainty:
+    exp(-s) error + s, s learned (Kendall et al., 2018, eq. 7, times a factor); dwa: `weights` of groups."""
+    if "described" in batch:
+        rated = model(described=batch["described"])
+    else:
+        whole = args.model == "ast" and "statistics" in batch
+        of_clip = {"statistics": batch["statistics"]} if whole else {}
+        rated = model(batch["x"], lengths_if_unlike(batch), **of_clip)
+    error = LOSS(rated, batch["y"], reduction="none") * batch["weight"]  # (B, 19)
+    groups = torch.stack([error[:, members].mean(1) for members in GROUPS.values()], dim=1)  # (B, G)
+    losses = error.mean(1)
+    if args.balance == "uncertainty":
+        s = getattr(model, "module", model).log_variance
+        losses = (torch.exp(-s) * groups + s).mean(1)
+    elif args.balance == "dwa":
+        losses = (groups * torch.tensor(weights, device=groups.device)).mean(1)
+    return losses.mean(), losses.detach(), {"groups": groups.detach().mean(0)}
+
+
+def reweigh(balance: dict) -> dict:
+    """Dynamic weight averaging, temperature 2 (Liu et al., 2019, section 3.3): groups whose error fell least
+    from the epoch before the last to the last weigh most."""
+    mean = np.array(balance["sums"]) / max(balance["count"], 1)
+    weights = np.ones(len(mean))
+    if balance["before"]:
+        weights = np.exp(mean / np.maximum(balance["before"], 1e-12) / 2)
+    weights = (weights / weights.mean()).tolist()
+    return {"weights": weights, "sums": [0.0] * len(mean), "count": 0, "before": mean.tolist()}
 
 
 def build_model(args: argparse.Namespace, network: AST | None, start: dict) -> torch.nn.Module:
@@ -524,6 +485,43 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
     ]
 
 
+def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tuple[dict, float, object]]:
+    """Parts of at most `size` clips, the share of each in the batch, and the context of its pass: processes
+    exchange gradients at the last one only."""
+    count = len(batch["names"])
+    for first in range(0, count, size):
+        part = {key: value[first : first + size] for key, value in batch.items()}
+        wait = isinstance(model, DistributedDataParallel) and first + size < count
+        yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
+
+
+def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
+    """--micro-batch; 0: on a GPU the largest half, quarter, ... of the batch whose gradients it can hold with
+    a quarter of its memory free, on a CPU 16."""
+    device = next(model.parameters()).device
+    if args.micro_batch or device.type != "cuda":
+        return args.micro_batch or min(16, args.batch)
+    size = args.batch
+    while size > 1:
+        held = torch.empty(torch.cuda.mem_get_info()[0] // 4, dtype=torch.uint8, device=device)
+        try:
+            numbers = sorted(range(len(train)), key=lambda k: -train.lengths[k])[:size]
+            items = [train[getattr(train, "freeze", 0), k] for k in numbers]
+            batch = data.on_device(data.collate_ast(items, info), info, device)
+            batch = with_masks(batch, args.mask) if args.task == "pretrain" else batch
+            with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
+                mean, *_ = loss_of(model, batch, args, [1.0] * len(GROUPS))
+            mean.backward()
+            return size
+        except torch.cuda.OutOfMemoryError:
+            size = (size + 1) // 2
+        finally:
+            del held
+            model.zero_grad()
+            torch.cuda.empty_cache()
+    return size
+
+
 def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argparse.Namespace) -> dict:
     """Metrics of the present weights: pretrain on fixed crops and masks, finetune on whole items."""
     device = next(model.parameters()).device
@@ -574,8 +572,8 @@ def main(args: argparse.Namespace) -> dict:
         table.fit(torch.tensor(np.stack([item["statistics"] for item in chain(*train.versions)])))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
-    one_block = partial(Block, args.width, args.heads, 0.0)
-    args.amp = from_main(working_amp(args.amp, device, one_block, 4, 128, args.width))
+    one_layer = partial(Block, args.width, args.heads, 0.0)
+    args.amp = from_main(working_amp(args.amp, device, one_layer, 4, 128, args.width))
     parameters = sum(p.numel() for p in bare_model.parameters())
     args.loss, args.synthetic = "nce_and_mse" if pretraining else LOSS.__name__, info["synthetic"]
     say(f"{args.task} {args.model}: {parameters:,} parameters on {device}, amp {args.amp}, from {args.init}")
@@ -588,9 +586,9 @@ def main(args: argparse.Namespace) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- resume
-    step, waited = 0, 0
+    step = waited = 0
     rate = 1.0
-    best = {"valid_loss": math.inf, "step": 0}
+    best = {"valid_loss": math.inf}
     balance = {"weights": [1.0] * len(GROUPS), "sums": [0.0] * len(GROUPS), "count": 0, "before": []}
     if resumed:
         ema = restore(args.resume, resumed, bare_model, optimizer, scaler, rank)
@@ -618,7 +616,6 @@ def main(args: argparse.Namespace) -> dict:
     # ---- loop
     stopped = False
     eval_every = args.eval_every or steps_per_epoch
-    saved_at = time.time()
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
     with run, Interrupt() as stop, bar, worker_processes(loader):
@@ -627,8 +624,8 @@ def main(args: argparse.Namespace) -> dict:
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:
                 balance = from_main(reweigh(balance))
             whole = data.length_batches(train.lengths, args.batch, args.seed, epoch, world)
-            rest = whole[step % steps_per_epoch :]
-            batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in rest]
+            whole = whole[step % steps_per_epoch :]
+            batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in whole]
             frozen = epoch < freeze
             for parameter in encoder:  # processes wait for each other's gradients of every weight
                 parameter.requires_grad = world > 1 or not frozen
@@ -661,7 +658,7 @@ def main(args: argparse.Namespace) -> dict:
                 if finite:
                     scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                bare_model.zero_grad()
                 step += 1
                 bar.update()
                 stopped = on_any(bool(stop))
@@ -676,19 +673,17 @@ def main(args: argparse.Namespace) -> dict:
                     names, overflow = suspects(batch["names"], torch.cat(losses), scaler)
                     run.skip(step, epoch, names, overflow)
                 if step % args.log_every == 0:
-                    shown = {key: value.tolist() for key, value in figures.items()}
-                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **shown)
+                    report = {key: value.tolist() for key, value in figures.items()}
+                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
-                minutes = (time.time() - saved_at) / 60
-                due = (args.save_every and step % args.save_every == 0) or 0 < args.save_minutes < minutes
-                due = on_any(due)
+                overdue = on_any(0 < args.save_minutes < run.minutes_unsaved())
                 if step % eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
                         with averaged(bare_model, ema):
                             metrics = validate(bare_model, valid, info, args)
                     metrics = from_main(metrics) | {"epoch": epoch, "step": step}
-                    is_best = metrics["valid_loss"] < best["valid_loss"]
+                    is_best = metrics["valid_loss"] < best["valid_loss"]  # NaN is never best
                     best = metrics if is_best else best
                     waited = 0 if is_best or frozen else waited + 1
                     patient = not args.patience or waited < args.patience
@@ -703,9 +698,8 @@ def main(args: argparse.Namespace) -> dict:
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stopped or due:
+                elif stopped or overdue or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                    saved_at = time.time()
                 if step == last or stopped or not patient:
                     break
 
