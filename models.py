@@ -973,6 +973,8 @@ class AST(nn.Module):
         seen = ~hide if valid is None else ~hide & valid
         if valid is not None:
             visible = int(seen.sum(1).max())
+        if visible < 1:
+            raise DataError("AST: every patch is masked; expected some for visible_only; lower --mask")
         order = seen.byte().argsort(dim=1, descending=True, stable=True)  # (B, T): visible ones first
         real = None if valid is None else seen.gather(1, order)[:, :visible]
         encoded = self.encode(gather_patches(x, order[:, :visible]), real)[-1]
@@ -1262,7 +1264,8 @@ class Standardise(nn.Module):
         """values (n, size) of the training part; rows that are not finite tell nothing."""
         values = values[values.isfinite().all(1)]
         self.mean.copy_(values.mean(0))
-        self.std.copy_(values.std(0).clip(min=1e-3))
+        if len(values) > 1:  # one has no deviation
+            self.std.copy_(values.std(0).clip(min=1e-3))
 
     def forward(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std
@@ -1960,8 +1963,8 @@ def load_training(path: str, tasks: tuple[str, ...]) -> dict:
 
 
 def same_data(path: str, saved: dict, found: dict) -> None:
-    """DataError unless a resumed run finds the data that it was trained on; fitted values apart."""
-    for key in found.keys() - {"mean", "std", "target_mean", "target_std"}:
+    """DataError unless a resumed run finds the data that it was trained on; fitted features apart."""
+    for key in found.keys() - {"mean", "std", "target_mean", "target_std", "quantiles"}:
         if saved.get(key) != found[key]:
             raise DataError(f"{path}: trained on data of another {key}; give the same with --data")
 
@@ -2010,7 +2013,8 @@ class Run(ExitStack):
         if main_process():
             if resumed:
                 cut_metrics(self.metrics, resumed["step"])
-            write_text(folder / "args.json", json.dumps(vars(args) | git_state(), indent=1))
+            self.code = git_state()  # what runs, whatever is committed meanwhile
+            write_text(folder / "args.json", json.dumps(vars(args) | self.code, indent=1))
             self.board = tensorboard(folder) if args.tensorboard else None
 
     def seconds(self) -> float:
@@ -2084,7 +2088,7 @@ class Run(ExitStack):
         made = {
             "task": task,
             "args": vars(self.args),
-            "git_sha": git_state()["git_sha"],
+            "git_sha": self.code["git_sha"],
             "skipped": self.skipped,
             "rng": states[0] | {"others": states[1:]},
             "model_args": model.model_args,

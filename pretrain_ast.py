@@ -357,30 +357,31 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
         return batch
     x, y, weight = batch["x"].flatten(1, -2), batch["y"], batch["weight"]  # crops one behind the other
     B, T, M = x.shape
-    whole = batch["lengths"].to(x.device)
-    lengths = whole.view(B, -1).sum(1)
-    limits = {kind: limit.to(x.device) for kind, limit in augmentation_limits(args).items()}
+    move = partial(torch.Tensor.to, device=x.device, non_blocking=True)
+    whole = batch["lengths"]  # stay on the CPU, else a GPU must wait for them
+    limits = {kind: move(limit) for kind, limit in augmentation_limits(args).items()}
     if args.noise:
         hit = torch.rand(B, 1, device=x.device) < 0.5
         x = x + args.noise * hit[:, :, None] * torch.randn_like(x)
         weight = torch.where(hit, weight * limits["noise"], weight)
     if any(args.spec_augment):
         hit = torch.rand(B, 1, device=x.device) < 0.5
-        bands = data.random_span(M, args.spec_augment[0], torch.full_like(lengths, M))
-        frames = data.random_span(T, args.spec_augment[1], lengths)
+        bands = data.random_span(M, args.spec_augment[0], torch.full((B,), M, device=x.device))
+        frames = data.random_span(T, args.spec_augment[1], move(whole.view(B, -1).sum(1)))
         x = x.masked_fill((bands[:, None] | frames[:, :, None]) & hit[:, :, None], 0.0)
         weight = torch.where(hit, weight * limits["spec"], weight)
     if args.mixup:
-        other = torch.randperm(B, device=x.device)
-        share = torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)).to(x.device)
+        other = torch.randperm(B)
+        whole = torch.maximum(whole, whole[other])
+        other = move(other)
+        share = move(torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)))
         x = torch.lerp(x[other], x, share[:, :, None])
         y = torch.lerp(y[other], y, share)
         if "statistics" in batch:
             values = batch["statistics"]
             batch = batch | {"statistics": torch.lerp(values[other], values, share)}
         weight = weight * weight[other] * limits["mixup"]
-        whole = torch.maximum(whole, whole[other])
-    return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole.cpu()}
+    return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole}
 
 
 def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, _) -> tuple:
@@ -561,15 +562,12 @@ def main(args: argparse.Namespace) -> dict:
     say(f"fbank {info['mean']:.3f} ± {info['std']:.3f}; {steps_per_epoch} steps an epoch, {planned} planned")
 
     # ---- model
-    if resumed:
-        bare_model = MODELS[args.model](**resumed["model_args"])
-        bare_model.checkpointing = args.checkpointing
-    else:
-        bare_model = build_model(args, network, start)
+    bare_model = MODELS[args.model](**resumed["model_args"]) if resumed else build_model(args, network, start)
+    bare_model.checkpointing = args.checkpointing  # a resume may change it
     bare_model = bare_model.to(device).train()
     if getattr(bare_model, "statistics", None) is not None and not resumed:
-        table = bare_model.statistics
-        table.fit(torch.tensor(np.stack([item["statistics"] for item in chain(*train.versions)])))
+        values = [item["statistics"] for item in chain(*train.versions)]
+        bare_model.statistics.fit(torch.tensor(np.stack(values)))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
     one_layer = partial(Block, args.width, args.heads, 0.0)

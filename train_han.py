@@ -151,7 +151,7 @@ def load_data(args: argparse.Namespace, resumed: dict | None) -> tuple:
     given = args.features, args.pooled, args.split, fold, args.keep_overlap
     info = data.han_info(corpus, parts["train"], *given)
     if resumed:
-        same_data(args.resume, resumed["data"], {"synthetic": corpus.synthetic})
+        same_data(args.resume, resumed["data"], info)
         info = resumed["data"]
     train = data.prepare_han(corpus, parts["train"], info)
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
@@ -178,7 +178,7 @@ def mixup(batch: dict, alpha: float) -> None:
     one share of Beta(alpha, alpha) a batch, drawn from torch's generator, which checkpoints hold."""
     if alpha:
         share = torch.distributions.Beta(alpha, alpha).sample().item()
-        partner = torch.randperm(len(batch["y"])).to(batch["y"].device)
+        partner = torch.randperm(len(batch["y"])).to(batch["y"].device, non_blocking=True)
         batch["mix"] = share, partner
         batch["y"] = share * batch["y"] + (1 - share) * batch["y"][partner]
 

@@ -360,6 +360,10 @@ def test_statistics_are_numpys_and_standardised():
     other = ClipStatistics()
     other.fit(broken)
     assert torch.equal(other.std, table.std)
+    other = ClipStatistics()
+    other.fit(broken[-2:])  # one clip is left
+    assert (other.forward(broken[-2:-1]) == 0).all()
+    assert (other.std == 1).all()
 
 
 def test_batches_go_to_the_device_as_stored():
