@@ -236,9 +236,8 @@ class HAN(nn.Module):
             out["voice"] = voice.masked_fill(~batch["voiced"].unsqueeze(1), 0.0)
             hidden = torch.cat([out["note"], out["voice"]], dim=1)
             piece = batch["beat_piece"]
-            out["beat"] = self.beat(
-                self.beat_attention(hidden, batch["note_beat"], len(piece)), batch, "beat"
-            )
+            beats = self.beat_attention(hidden, batch["note_beat"], len(piece))
+            out["beat"] = self.beat(beats, batch, "beat")
         if self.level in ("measure", "total_note_cat"):
             piece = batch["measure_piece"]
             measures = self.measure_attention(out["beat"], batch["beat_measure"], len(piece))
@@ -528,9 +527,8 @@ class GRUDecoder(nn.Module):
             first = self.h0.expand(states, len(x), -1).contiguous().to(x.dtype)
         if not gru.bidirectional:
             return gru(x, first)[0]
-        packed = nn.utils.rnn.pack_padded_sequence(
-            x, frames.cpu().clamp(min=1), batch_first=True, enforce_sorted=False
-        )
+        counts = frames.cpu().clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, counts, batch_first=True, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(gru(packed, first)[0], True)[0]
 
 
@@ -867,7 +865,7 @@ class AST(nn.Module):
     def describe(self, fbank, lengths=None, statistics=None):
         """What the heads see of items, (B, size), arguments as `forward`."""
         crops = fbank.shape[1] if fbank.dim() == 4 else 1
-        fbank = fbank.flatten(0, -3)
+        fbank = fbank.flatten(0, -3)  # (B * crops, frames, mel)
         lengths = None if lengths is None else lengths.flatten()
         levels, valid = self.tokens_of(fbank, lengths)
         pooled = [self.pool(tokens, valid, crops) for tokens in levels]
@@ -924,11 +922,12 @@ class AST(nn.Module):
         the width, float32."""
         pooling = pooling or self.pooling
         tokens = tokens.float()
-        if pooling == "cls":
+        if pooling == "cls":  # the first two: cls and distillation token
             return tokens[:, :2].unflatten(0, (-1, crops)).mean((1, 2))
         tokens = tokens if self.extra is None else tokens[:, 2:]
         valid = tokens.new_ones(tokens.shape[:2]) if valid is None else valid
-        tokens, valid = (x.unflatten(0, (-1, crops)).flatten(1, 2) for x in (tokens, valid))
+        tokens = tokens.unflatten(0, (-1, crops)).flatten(1, 2)  # (B, crops * T, width)
+        valid = valid.unflatten(0, (-1, crops)).flatten(1, 2)
         mean, deviation = _mean_and_deviation(tokens, valid)
         return mean if pooling == "mean" else torch.cat([mean, deviation], dim=1)
 
@@ -969,7 +968,9 @@ class AST(nn.Module):
         return gather_patches(tokens, ids), gather_patches(patches(fbank), ids), mask >= 0
 
     def fill_in(self, x, hide, valid, visible):
-        """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width)."""
+        """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width). hide,
+        valid (B, T): masked patches, and those inside their clips; visible: how many are left where valid is
+        None."""
         seen = ~hide if valid is None else ~hide & valid
         if valid is not None:
             visible = int(seen.sum(1).max())
@@ -980,7 +981,8 @@ class AST(nn.Module):
         encoded = self.encode(gather_patches(x, order[:, :visible]), real)[-1]
         encoded = self.narrow(encoded)  # (B, extra + visible, decoder width)
         extra = encoded.shape[1] - visible
-        x = gather_patches(encoded[:, extra:], order.argsort(dim=1).clip(max=visible - 1))
+        back = order.argsort(dim=1).clip(max=visible - 1)  # (B, T): where each patch stands in the order
+        x = gather_patches(encoded[:, extra:], back)
         x = torch.where(seen.unsqueeze(2), x, self.hidden.to(x.dtype))
         x = x + self.decoder_position(x.shape[1] // self.rows)
         x, valid = _behind(encoded[:, :extra], x, valid)
@@ -1011,7 +1013,8 @@ def _check_ast(frames, mel, width, heads, stride, ssast_compat, num_outputs, poo
     rules = {
         f"{PATCH} or more frames and mel bins": min(frames, mel) >= PATCH,
         "heads that divide the width, with visible_only half of it": narrowest % heads == width % heads == 0,
-        f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
+        f"pooling one of {POOLINGS}": pooling in POOLINGS,
+        "pooling cls only with ssast_compat": pooling != "cls" or ssast_compat,
         "each output in one group": not groups or outputs == [*range(num_outputs)],
         "groups, for balance": groups or not args["balance"],
         f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
@@ -1134,14 +1137,12 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     shapes, heads are 64 wide. Unknown, missing or misshapen weights raise DataError; ImageNet's heads
     (`v.head*`) are left out.
     """
-    weights = {
-        _public_name(k): torch.as_tensor(v).float() for k, v in state_dict.items() if "v.head" not in k
-    }
-    for name in [name for name in weights if ".query." in name]:
-        parts = [
-            weights.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")
-        ]
-        weights[name.replace("query", "qkv")] = torch.cat(parts)
+    kept = [name for name in state_dict if "v.head" not in name]
+    weights = {_public_name(name): torch.as_tensor(state_dict[name]).float() for name in kept}
+    for query in [name for name in weights if ".query." in name]:
+        names = [query.replace("query", part) for part in ("query", "key", "value")]
+        parts = [weights.pop(name, torch.empty(0)) for name in names]
+        weights[query.replace("query", "qkv")] = torch.cat(parts)
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("head.")}
     mel = int(weights.pop("p_input_fdim", 128))
     try:
@@ -1173,9 +1174,8 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
         if head and len(head["head.1.bias"]) == num_outputs and not kw.get("groups"):
             model.load_state_dict(model.state_dict() | head)
     except (KeyError, RuntimeError) as error:
-        raise DataError(
-            f"SSAST weights: {one_line(error)}; expected patches of 16 x 16, stride 16 or 10, public names"
-        ) from error
+        expected = "patches of 16 x 16, stride 16 or 10, public names"
+        raise DataError(f"SSAST weights: {one_line(error)}; expected {expected}") from error
     return model
 
 
@@ -1354,10 +1354,11 @@ class ClipKernel(nn.Module):
         to the power 1.5; those under a twentieth are left out. Heads: seeds 7, 8, ..."""
         quantiles = np.quantile(described.cpu().numpy(), np.linspace(0, 1, 101), axis=0)
         self.quantiles.copy_(torch.from_numpy(quantiles))
-        ranks, items = self.ranks(described), int(item.max()) + 1
+        ranks = self.ranks(described)
+        items = int(item.max()) + 1
         if len(ranks) > items:
             mean = ranks.new_zeros(items, ranks.shape[1]).index_add(0, item, ranks)
-            mean /= item.bincount().unsqueeze(1)
+            mean /= item.bincount().unsqueeze(1)  # of each performance's versions
             within = (ranks - mean[item]).square().sum(0) / (len(ranks) - items)
             share = (1 - within / ranks.var(0).clip(min=1e-6)).clip(0, 1)
             self.seen.copy_(share > 0.05)
@@ -1515,15 +1516,14 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     try:
         write_atomic(path, write)
     except RuntimeError as error:  # torch's of a full disk
-        raise DataError(
-            f"{path}: not written ({one_line(error)}); make room; the earlier one is whole"
-        ) from error
+        told = "make room; the earlier one is whole"
+        raise DataError(f"{path}: not written ({one_line(error)}); {told}") from error
 
 
 def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
     """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights in float16,
-    but dual ones, which cancel; every second quantile, those of a fold once. known: further keys."""
-    once: dict[bytes, Tensor] = {}
+    but a kernel's dual ones, large terms that nearly cancel; every second quantile. known: further keys."""
+    once: dict[bytes, Tensor] = {}  # quantiles by their bytes: models of a fold share theirs
     forms, about, weights = [], [], {}
     for i, (model, ckpt) in enumerate(members):
         forms.append([ckpt["task"], model.model_args])
@@ -1564,9 +1564,8 @@ def _plain(value: object, where: str) -> object:
     if type(value) in (bool, int, float, str, type(None)):
         return value
     kind = f"{type(value).__module__}.{type(value).__name__}"
-    raise TypeError(
-        f"{where}: {kind} in a checkpoint; expected tensors, numbers, strings, None, lists, dicts"
-    )
+    expected = "expected tensors, numbers, strings, None, lists, dicts"
+    raise TypeError(f"{where}: {kind} in a checkpoint; {expected}")
 
 
 def load_checkpoint(path: str | Path, public: bool = False) -> tuple[nn.Module | None, dict]:
@@ -1607,7 +1606,8 @@ def _check_finite(path, model):
 
 
 class _Anything:
-    """Stands for whatever a checkpoint's pickle names: torch itself decides what it may name."""
+    """Stands for every object that a checkpoint's pickle makes, and for the table of those that it may make:
+    here its keys alone are looked at; torch itself decides what it may name."""
 
     def __call__(self, *args):
         return _Anything()
@@ -1647,12 +1647,12 @@ class _Bounded(TorchFunctionMode):
 
     def __init__(self, weights: dict, model_args: dict, file_size: int):
         super().__init__()
-        self.calls = 100 * (len(weights) + 10)
+        self.calls = 100 * (len(weights) + 10)  # of torch's functions, left
         held = sum(value.nbytes for value in weights.values())
         longest = max((max(value.shape, default=1) for value in weights.values()), default=1)
         if held > file_size:
             raise ValueError(f"weights of {held} bytes in a file of {file_size}")
-        self.room = held + 10**6
+        self.room = held + 10**6  # values that it may still allocate
 
         def check(digits: str) -> None:
             if not 0 <= int(digits) <= 1000 + 16 * longest:
@@ -1730,9 +1730,8 @@ def parse_options(
     if not resume:
         return parser.parse_args(argv)
     ckpt = load_training(resume, tasks)
-    saved = {
-        name: value for name, value in ckpt["args"].items() if name not in ("resume", "debug", "diagnose")
-    }
+    of_a_start = ("resume", "debug", "diagnose")
+    saved = {name: value for name, value in ckpt["args"].items() if name not in of_a_start}
     if (saved["max_steps"] or 0) <= ckpt["step"]:  # that was for then
         del saved["max_steps"]
     if saved["device"] not in DEVICES:
@@ -1996,7 +1995,7 @@ class Run(ExitStack):
         super().__init__()
         self.args = args
         self.start = self.saved = time.time()
-        self.began = 0
+        self.began = 0  # the step of --resume
         self.skipped = {"bad": 0, "overflow": 0}  # updates left out
         self.skips_in_a_row = 0  # back to 0 with every update
         if resumed:

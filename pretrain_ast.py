@@ -266,10 +266,11 @@ class Clips(Dataset):
         return len(self.versions)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        items = self.versions[key[1]]
-        rng = np.random.default_rng((self.seed, *key))
-        item = items[int(rng.integers(len(items)))]
-        if key[0] < self.freeze and self.described:
+        epoch, number = key
+        versions = self.versions[number]
+        rng = np.random.default_rng((self.seed, epoch, number))
+        item = versions[int(rng.integers(len(versions)))]
+        if epoch < self.freeze and self.described:
             rated = {name: item[name] for name in ("name", "y", "weight")}
             return rated | {"described": self.described[item["name"]]}
         room = max(0, item["frames"] - self.frames)
