@@ -57,13 +57,11 @@ from models import (
     AMP_TYPES,
     AST,
     AST_PRESETS,
-    CNN,
     MODELS,
     OPTIMIZERS,
     POOLINGS,
     Block,
     ClipStatistics,
-    PooledMLP,
     Run,
     adapt_ast,
     all_folds,
@@ -428,7 +426,7 @@ def reweigh(balance: dict) -> dict:
 def build_model(args: argparse.Namespace, network: AST | None, start: dict) -> torch.nn.Module:
     """The network to train: new, or from what `load_start` gave, whose sizes it takes."""
     if args.model != "ast":
-        return {"cnn": CNN, "mlp": PooledMLP}[args.model](num_outputs=len(data.LABELS))
+        return MODELS[args.model](num_outputs=len(data.LABELS))
     sizes = {name: getattr(args, name) for name in ("frames", "width", "depth", "heads", "ssast_compat")}
     shared = {"dropout": args.dropout, "checkpointing": args.checkpointing}
     if args.task == "pretrain":
@@ -571,8 +569,9 @@ def main(args: argparse.Namespace) -> dict:
         bare_model.statistics.fit(torch.tensor(np.stack(values)))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
-    one_layer = partial(Block, args.width, args.heads, 0.0)
-    args.amp = from_main(working_amp(args.amp, device, one_layer, 4, 128, args.width))
+    sizes = vars(args) if args.model != "ast" else bare_model.model_args  # of --init: its own
+    one_layer = partial(Block, sizes["width"], sizes["heads"], 0.0)
+    args.amp = from_main(working_amp(args.amp, device, one_layer, 4, 128, sizes["width"]))
     parameters = sum(p.numel() for p in bare_model.parameters())
     args.loss, args.synthetic = "nce_and_mse" if pretraining else LOSS.__name__, info["synthetic"]
     say(f"{args.task} {args.model}: {parameters:,} parameters on {device}, amp {args.amp}, from {args.init}")
@@ -614,7 +613,6 @@ def main(args: argparse.Namespace) -> dict:
 
     # ---- loop
     stopped = False
-    eval_every = args.eval_every or steps_per_epoch
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
     with run, Interrupt() as stop, bar, worker_processes(loader):
@@ -676,7 +674,7 @@ def main(args: argparse.Namespace) -> dict:
                     run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
                 overdue = on_any(0 < args.save_minutes < run.minutes_unsaved())
-                if step % eval_every == 0 or step == last:
+                if step % (args.eval_every or steps_per_epoch) == 0 or step == last:
                     metrics = None
                     if rank == 0:
                         with averaged(bare_model, ema):
