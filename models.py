@@ -1578,7 +1578,7 @@ def load_checkpoint(path: str | Path, public: bool = False) -> tuple[nn.Module |
         if not public or zipfile.is_zipfile(ordinary(path)):  # torch wrote no archives before 1.6
             _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if public and all(isinstance(value, Tensor) for value in ckpt.values()):
+        if public and ckpt and all(isinstance(value, Tensor) for value in ckpt.values()):
             return None, dict(ckpt)
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")

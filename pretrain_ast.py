@@ -517,6 +517,7 @@ def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, 
             size = (size + 1) // 2
         finally:
             del held
+            batch = mean = None  # of a failed try: its graph would take the next one's room
             model.zero_grad()
             torch.cuda.empty_cache()
     return size
