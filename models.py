@@ -969,8 +969,7 @@ class AST(nn.Module):
 
     def fill_in(self, x, hide, valid, visible):
         """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width). hide,
-        valid (B, T): masked patches, and those inside their clips; visible: how many are left where valid is
-        None."""
+        valid (B, T): masked patches, and those inside their clips (None: all; `visible` are not masked)."""
         seen = ~hide if valid is None else ~hide & valid
         if valid is not None:
             visible = int(seen.sum(1).max())
@@ -1107,8 +1106,7 @@ def adapt_ast(model: AST, **changes) -> AST:
     covered = model.columns if model.extra is not None else model.count(new.model_args["frames"])
     for name in old.keys() & state.keys():
         if "position." in name:
-            grid = fit_grid(old[name][:, :covered], *state[name].shape[:2])
-            state[name].copy_(grid)
+            state[name].copy_(fit_grid(old[name][:, :covered], *state[name].shape[:2]))
         elif old[name].shape == state[name].shape:
             state[name].copy_(old[name])
     return new.eval()
@@ -2053,10 +2051,8 @@ class Run(ExitStack):
         self.skips_in_a_row += not overflow
         self.log(step, epoch, skip=kind, names=names, skipped=self.skipped, **values)
         if self.skips_in_a_row >= self.args.max_skips:
-            raise DataError(
-                f"step {step}: {self.skips_in_a_row} non-finite updates in a row, the last with "
-                f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
-            )
+            found = f"{self.skips_in_a_row} non-finite updates in a row, the last with {', '.join(names)}"
+            raise DataError(f"step {step}: {found}; look at these items, lower --lr, or use --amp off")
 
     def end(self, script: str, step: int, stopped: bool, best: dict, summary: Callable) -> dict:
         """Says how the run ended, and gives the best metrics with its folder; summary(best): them in a line.
