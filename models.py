@@ -236,9 +236,8 @@ class HAN(nn.Module):
             out["voice"] = voice.masked_fill(~batch["voiced"].unsqueeze(1), 0.0)
             hidden = torch.cat([out["note"], out["voice"]], dim=1)
             piece = batch["beat_piece"]
-            out["beat"] = self.beat(
-                self.beat_attention(hidden, batch["note_beat"], len(piece)), batch, "beat"
-            )
+            beats = self.beat_attention(hidden, batch["note_beat"], len(piece))
+            out["beat"] = self.beat(beats, batch, "beat")
         if self.level in ("measure", "total_note_cat"):
             piece = batch["measure_piece"]
             measures = self.measure_attention(out["beat"], batch["beat_measure"], len(piece))
@@ -528,9 +527,8 @@ class GRUDecoder(nn.Module):
             first = self.h0.expand(states, len(x), -1).contiguous().to(x.dtype)
         if not gru.bidirectional:
             return gru(x, first)[0]
-        packed = nn.utils.rnn.pack_padded_sequence(
-            x, frames.cpu().clamp(min=1), batch_first=True, enforce_sorted=False
-        )
+        counts = frames.cpu().clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, counts, batch_first=True, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(gru(packed, first)[0], True)[0]
 
 
@@ -867,7 +865,7 @@ class AST(nn.Module):
     def describe(self, fbank, lengths=None, statistics=None):
         """What the heads see of items, (B, size), arguments as `forward`."""
         crops = fbank.shape[1] if fbank.dim() == 4 else 1
-        fbank = fbank.flatten(0, -3)
+        fbank = fbank.flatten(0, -3)  # (B * crops, frames, mel)
         lengths = None if lengths is None else lengths.flatten()
         levels, valid = self.tokens_of(fbank, lengths)
         pooled = [self.pool(tokens, valid, crops) for tokens in levels]
@@ -924,11 +922,12 @@ class AST(nn.Module):
         the width, float32."""
         pooling = pooling or self.pooling
         tokens = tokens.float()
-        if pooling == "cls":
+        if pooling == "cls":  # the first two: cls and distillation token
             return tokens[:, :2].unflatten(0, (-1, crops)).mean((1, 2))
         tokens = tokens if self.extra is None else tokens[:, 2:]
         valid = tokens.new_ones(tokens.shape[:2]) if valid is None else valid
-        tokens, valid = (x.unflatten(0, (-1, crops)).flatten(1, 2) for x in (tokens, valid))
+        tokens = tokens.unflatten(0, (-1, crops)).flatten(1, 2)  # (B, crops * T, width)
+        valid = valid.unflatten(0, (-1, crops)).flatten(1, 2)
         mean, deviation = _mean_and_deviation(tokens, valid)
         return mean if pooling == "mean" else torch.cat([mean, deviation], dim=1)
 
@@ -969,16 +968,20 @@ class AST(nn.Module):
         return gather_patches(tokens, ids), gather_patches(patches(fbank), ids), mask >= 0
 
     def fill_in(self, x, hide, valid, visible):
-        """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width)."""
+        """Encoder over the visible ones of x (B, T, width), decoder over all -> (B, T, decoder width). hide,
+        valid (B, T): masked patches, and those inside their clips (None: all; `visible` are not masked)."""
         seen = ~hide if valid is None else ~hide & valid
         if valid is not None:
             visible = int(seen.sum(1).max())
+        if visible < 1:
+            raise DataError("AST: every patch is masked; expected some for visible_only; lower --mask")
         order = seen.byte().argsort(dim=1, descending=True, stable=True)  # (B, T): visible ones first
         real = None if valid is None else seen.gather(1, order)[:, :visible]
         encoded = self.encode(gather_patches(x, order[:, :visible]), real)[-1]
         encoded = self.narrow(encoded)  # (B, extra + visible, decoder width)
         extra = encoded.shape[1] - visible
-        x = gather_patches(encoded[:, extra:], order.argsort(dim=1).clip(max=visible - 1))
+        back = order.argsort(dim=1).clip(max=visible - 1)  # (B, T): where each patch stands in the order
+        x = gather_patches(encoded[:, extra:], back)
         x = torch.where(seen.unsqueeze(2), x, self.hidden.to(x.dtype))
         x = x + self.decoder_position(x.shape[1] // self.rows)
         x, valid = _behind(encoded[:, :extra], x, valid)
@@ -1009,7 +1012,8 @@ def _check_ast(frames, mel, width, heads, stride, ssast_compat, num_outputs, poo
     rules = {
         f"{PATCH} or more frames and mel bins": min(frames, mel) >= PATCH,
         "heads that divide the width, with visible_only half of it": narrowest % heads == width % heads == 0,
-        f"pooling one of {POOLINGS}, cls only with ssast_compat": pooling in POOLINGS[: 2 + ssast_compat],
+        f"pooling one of {POOLINGS}": pooling in POOLINGS,
+        "pooling cls only with ssast_compat": pooling != "cls" or ssast_compat,
         "each output in one group": not groups or outputs == [*range(num_outputs)],
         "groups, for balance": groups or not args["balance"],
         f"stride {PATCH} in pre-training": num_outputs or stride == PATCH,
@@ -1102,8 +1106,7 @@ def adapt_ast(model: AST, **changes) -> AST:
     covered = model.columns if model.extra is not None else model.count(new.model_args["frames"])
     for name in old.keys() & state.keys():
         if "position." in name:
-            grid = fit_grid(old[name][:, :covered], *state[name].shape[:2])
-            state[name].copy_(grid)
+            state[name].copy_(fit_grid(old[name][:, :covered], *state[name].shape[:2]))
         elif old[name].shape == state[name].shape:
             state[name].copy_(old[name])
     return new.eval()
@@ -1132,14 +1135,12 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
     shapes, heads are 64 wide. Unknown, missing or misshapen weights raise DataError; ImageNet's heads
     (`v.head*`) are left out.
     """
-    weights = {
-        _public_name(k): torch.as_tensor(v).float() for k, v in state_dict.items() if "v.head" not in k
-    }
-    for name in [name for name in weights if ".query." in name]:
-        parts = [
-            weights.pop(name.replace("query", part), torch.empty(0)) for part in ("query", "key", "value")
-        ]
-        weights[name.replace("query", "qkv")] = torch.cat(parts)
+    kept = [name for name in state_dict if "v.head" not in name]
+    weights = {_public_name(name): torch.as_tensor(state_dict[name]).float() for name in kept}
+    for query in [name for name in weights if ".query." in name]:
+        names = [query.replace("query", part) for part in ("query", "key", "value")]
+        parts = [weights.pop(name, torch.empty(0)) for name in names]
+        weights[query.replace("query", "qkv")] = torch.cat(parts)
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("head.")}
     mel = int(weights.pop("p_input_fdim", 128))
     try:
@@ -1171,9 +1172,8 @@ def ast_from_ssast(state_dict: Mapping, frames: int = 1024, num_outputs: int | N
         if head and len(head["head.1.bias"]) == num_outputs and not kw.get("groups"):
             model.load_state_dict(model.state_dict() | head)
     except (KeyError, RuntimeError) as error:
-        raise DataError(
-            f"SSAST weights: {one_line(error)}; expected patches of 16 x 16, stride 16 or 10, public names"
-        ) from error
+        expected = "patches of 16 x 16, stride 16 or 10, public names"
+        raise DataError(f"SSAST weights: {one_line(error)}; expected {expected}") from error
     return model
 
 
@@ -1262,7 +1262,8 @@ class Standardise(nn.Module):
         """values (n, size) of the training part; rows that are not finite tell nothing."""
         values = values[values.isfinite().all(1)]
         self.mean.copy_(values.mean(0))
-        self.std.copy_(values.std(0).clip(min=1e-3))
+        if len(values) > 1:  # one has no deviation
+            self.std.copy_(values.std(0).clip(min=1e-3))
 
     def forward(self, values: Tensor) -> Tensor:
         return (values - self.mean) / self.std
@@ -1351,10 +1352,11 @@ class ClipKernel(nn.Module):
         to the power 1.5; those under a twentieth are left out. Heads: seeds 7, 8, ..."""
         quantiles = np.quantile(described.cpu().numpy(), np.linspace(0, 1, 101), axis=0)
         self.quantiles.copy_(torch.from_numpy(quantiles))
-        ranks, items = self.ranks(described), int(item.max()) + 1
+        ranks = self.ranks(described)
+        items = int(item.max()) + 1
         if len(ranks) > items:
             mean = ranks.new_zeros(items, ranks.shape[1]).index_add(0, item, ranks)
-            mean /= item.bincount().unsqueeze(1)
+            mean /= item.bincount().unsqueeze(1)  # of each performance's versions
             within = (ranks - mean[item]).square().sum(0) / (len(ranks) - items)
             share = (1 - within / ranks.var(0).clip(min=1e-6)).clip(0, 1)
             self.seen.copy_(share > 0.05)
@@ -1512,15 +1514,14 @@ def save_checkpoint(path: str | Path, ckpt: dict) -> None:
     try:
         write_atomic(path, write)
     except RuntimeError as error:  # torch's of a full disk
-        raise DataError(
-            f"{path}: not written ({one_line(error)}); make room; the earlier one is whole"
-        ) from error
+        told = "make room; the earlier one is whole"
+        raise DataError(f"{path}: not written ({one_line(error)}); {told}") from error
 
 
 def save_ensemble(path: str | Path, members: list[tuple[nn.Module, dict]], known: dict) -> None:
     """Models that rate and their checkpoints (of `load_checkpoint`) in one small file: weights in float16,
-    but dual ones, which cancel; every second quantile, those of a fold once. known: further keys."""
-    once: dict[bytes, Tensor] = {}
+    but a kernel's dual ones, large terms that nearly cancel; every second quantile. known: further keys."""
+    once: dict[bytes, Tensor] = {}  # quantiles by their bytes: models of a fold share theirs
     forms, about, weights = [], [], {}
     for i, (model, ckpt) in enumerate(members):
         forms.append([ckpt["task"], model.model_args])
@@ -1561,30 +1562,22 @@ def _plain(value: object, where: str) -> object:
     if type(value) in (bool, int, float, str, type(None)):
         return value
     kind = f"{type(value).__module__}.{type(value).__name__}"
-    raise TypeError(
-        f"{where}: {kind} in a checkpoint; expected tensors, numbers, strings, None, lists, dicts"
-    )
+    expected = "expected tensors, numbers, strings, None, lists, dicts"
+    raise TypeError(f"{where}: {kind} in a checkpoint; {expected}")
 
 
-def read_weights(path: str | Path) -> dict:
-    """A checkpoint of ours, or public weights by name, as the file holds them."""
-    try:
-        return dict(torch.load(ordinary(path), map_location="cpu", weights_only=True))
-    except Exception as error:  # torch's own text suggests unsafe loading
-        raise DataError(
-            f"{path}: unreadable; expected best.pt, or public weights as a .pt, .pth, .bin"
-        ) from error
-
-
-def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
+def load_checkpoint(path: str | Path, public: bool = False) -> tuple[nn.Module | None, dict]:
     """A model rebuilt from its checkpoint alone, on CPU, in eval mode, and the checkpoint itself.
 
-    Averaged weights (ckpt["ema"]) are used where there are any. DataError for a file that is missing, cut
-    short or no checkpoint of ours.
+    Averaged weights (ckpt["ema"]) are used where there are any. public: of a file that holds nothing but
+    weights by name, None and these. DataError for a file that is missing, cut short or of another kind.
     """
     try:
-        _check_archive(path)
+        if not public or zipfile.is_zipfile(ordinary(path)):  # torch wrote no archives before 1.6
+            _check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if public and ckpt and all(isinstance(value, Tensor) for value in ckpt.values()):
+            return None, dict(ckpt)
         if ckpt["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {ckpt['format']} instead of {CHECKPOINT_FORMAT}")
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
@@ -1594,6 +1587,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         model.load_state_dict(weights)
     except Exception as error:
         advice = "expected a last.pt or best.pt of this repository"
+        if public:
+            advice += ", or public weights as a .pt, .pth, .bin"
         if read_baseline(path):
             how = f"python data.py decoder-weights --in {path} --out FILE"
             advice = f"a public decoder baseline's weights: convert, {how}"
@@ -1609,7 +1604,8 @@ def _check_finite(path, model):
 
 
 class _Anything:
-    """Stands for whatever a checkpoint's pickle names: torch itself decides what it may name."""
+    """Stands for every object that a checkpoint's pickle makes, and for the table of those that it may make:
+    here its keys alone are looked at; torch itself decides what it may name."""
 
     def __call__(self, *args):
         return _Anything()
@@ -1649,12 +1645,12 @@ class _Bounded(TorchFunctionMode):
 
     def __init__(self, weights: dict, model_args: dict, file_size: int):
         super().__init__()
-        self.calls = 100 * (len(weights) + 10)
+        self.calls = 100 * (len(weights) + 10)  # of torch's functions, left
         held = sum(value.nbytes for value in weights.values())
         longest = max((max(value.shape, default=1) for value in weights.values()), default=1)
         if held > file_size:
             raise ValueError(f"weights of {held} bytes in a file of {file_size}")
-        self.room = held + 10**6
+        self.room = held + 10**6  # values that it may still allocate
 
         def check(digits: str) -> None:
             if not 0 <= int(digits) <= 1000 + 16 * longest:
@@ -1732,9 +1728,8 @@ def parse_options(
     if not resume:
         return parser.parse_args(argv)
     ckpt = load_training(resume, tasks)
-    saved = {
-        name: value for name, value in ckpt["args"].items() if name not in ("resume", "debug", "diagnose")
-    }
+    of_a_start = ("resume", "debug", "diagnose")
+    saved = {name: value for name, value in ckpt["args"].items() if name not in of_a_start}
     if (saved["max_steps"] or 0) <= ckpt["step"]:  # that was for then
         del saved["max_steps"]
     if saved["device"] not in DEVICES:
@@ -1965,8 +1960,8 @@ def load_training(path: str, tasks: tuple[str, ...]) -> dict:
 
 
 def same_data(path: str, saved: dict, found: dict) -> None:
-    """DataError unless a resumed run finds the data that it was trained on; fitted values apart."""
-    for key in found.keys() - {"mean", "std", "target_mean", "target_std"}:
+    """DataError unless a resumed run finds the data that it was trained on; fitted features apart."""
+    for key in found.keys() - {"mean", "std", "target_mean", "target_std", "quantiles"}:
         if saved.get(key) != found[key]:
             raise DataError(f"{path}: trained on data of another {key}; give the same with --data")
 
@@ -1997,8 +1992,8 @@ class Run(ExitStack):
     def __init__(self, args: Namespace, name: str, resumed: dict | None):
         super().__init__()
         self.args = args
-        self.start = time.time()
-        self.began = 0
+        self.start = self.saved = time.time()
+        self.began = 0  # the step of --resume
         self.skipped = {"bad": 0, "overflow": 0}  # updates left out
         self.skips_in_a_row = 0  # back to 0 with every update
         if resumed:
@@ -2015,11 +2010,15 @@ class Run(ExitStack):
         if main_process():
             if resumed:
                 cut_metrics(self.metrics, resumed["step"])
-            write_text(folder / "args.json", json.dumps(vars(args) | git_state(), indent=1))
+            self.code = git_state()  # what runs, whatever is committed meanwhile
+            write_text(folder / "args.json", json.dumps(vars(args) | self.code, indent=1))
             self.board = tensorboard(folder) if args.tensorboard else None
 
     def seconds(self) -> float:
         return time.time() - self.start
+
+    def minutes_unsaved(self) -> float:
+        return (time.time() - self.saved) / 60
 
     def left(self, step: int, last: int) -> str:
         """How long the steps up to the last will take, if they go on like those since the start."""
@@ -2052,10 +2051,8 @@ class Run(ExitStack):
         self.skips_in_a_row += not overflow
         self.log(step, epoch, skip=kind, names=names, skipped=self.skipped, **values)
         if self.skips_in_a_row >= self.args.max_skips:
-            raise DataError(
-                f"step {step}: {self.skips_in_a_row} non-finite updates in a row, the last with "
-                f"{', '.join(names)}; look at these items, lower --lr, or use --amp off"
-            )
+            found = f"{self.skips_in_a_row} non-finite updates in a row, the last with {', '.join(names)}"
+            raise DataError(f"step {step}: {found}; look at these items, lower --lr, or use --amp off")
 
     def end(self, script: str, step: int, stopped: bool, best: dict, summary: Callable) -> dict:
         """Says how the run ended, and gives the best metrics with its folder; summary(best): them in a line.
@@ -2077,6 +2074,7 @@ class Run(ExitStack):
     def save(self, name: str, task: str, model: nn.Module, optimizer, scaler, **state) -> None:
         """A checkpoint; state: the other keys (scheduler, ema, step, epoch, best, data). All
         processes take part: each has a random state."""
+        self.saved = time.time()
         device = next(model.parameters()).device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         states = from_all({"cpu": torch.get_rng_state(), "cuda": cuda})
@@ -2085,7 +2083,7 @@ class Run(ExitStack):
         made = {
             "task": task,
             "args": vars(self.args),
-            "git_sha": git_state()["git_sha"],
+            "git_sha": self.code["git_sha"],
             "skipped": self.skipped,
             "rng": states[0] | {"others": states[1:]},
             "model_args": model.model_args,

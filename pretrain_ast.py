@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
@@ -58,12 +57,11 @@ from models import (
     AMP_TYPES,
     AST,
     AST_PRESETS,
-    CNN,
+    MODELS,
     OPTIMIZERS,
     POOLINGS,
     Block,
     ClipStatistics,
-    PooledMLP,
     Run,
     adapt_ast,
     all_folds,
@@ -78,7 +76,6 @@ from models import (
     on_any,
     option_parser,
     parse_options,
-    read_weights,
     restore,
     run_options,
     same_data,
@@ -220,10 +217,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         compat = COMPAT[known.task] if known.ssast_compat else {}
         if not known.init or known.task == "pretrain":
             return TASKS[known.task] | built_in | compat
-        ckpt = read_weights(known.init)
-        frames = {"frames": ckpt["model_args"]["frames"]} if ckpt.get("task") == "ast" else {}
         heads_first = {} if known.ssast_compat else FROM_INIT
-        return TASKS[known.task] | heads_first | built_in | frames | compat
+        return TASKS[known.task] | heads_first | built_in | {"frames": None} | compat  # load_start sets them
 
     args = parse_options(p, argv, ("ast", "cnn", "mlp"), recipe, lambda known: AST_PRESETS[known.preset])
     augmentation_limits(args)
@@ -241,6 +236,19 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
     return args.lr
 
 
+def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """For each augmentation the weights (19,) of the ratings of an item that it changed: --augment-groups."""
+    limits = {kind: torch.ones(len(data.LABELS)) for kind in AUGMENTATIONS}
+    for option in args.augment_groups:
+        kind, _, names = option.partition("=")
+        if kind not in limits or not GROUPS.keys() >= set(names.split(",")):
+            raise data.DataError(f"--augment-groups {option}: unknown; see --help for kinds and groups")
+        limits[kind].zero_()
+        for name in names.split(","):
+            limits[kind][GROUPS[name]] = 1
+    return limits
+
+
 class Clips(Dataset):
     """Rated performances by (epoch, number): one version of each (as played, by another piano, in another
     tempo, ...), and of it `crops` pieces of at most `frames`, each at random within its share of the whole;
@@ -256,10 +264,11 @@ class Clips(Dataset):
         return len(self.versions)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        items = self.versions[key[1]]
-        rng = np.random.default_rng((self.seed, *key))
-        item = items[int(rng.integers(len(items)))]
-        if key[0] < self.freeze and self.described:
+        epoch, number = key
+        versions = self.versions[number]
+        rng = np.random.default_rng((self.seed, epoch, number))
+        item = versions[int(rng.integers(len(versions)))]
+        if epoch < self.freeze and self.described:
             rated = {name: item[name] for name in ("name", "y", "weight")}
             return rated | {"described": self.described[item["name"]]}
         room = max(0, item["frames"] - self.frames)
@@ -268,17 +277,75 @@ class Clips(Dataset):
         return item | {"fbank": np.stack(crops) if self.crops > 1 else np.asarray(crops[0])}
 
 
-def augmentation_limits(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """For each augmentation the weights (19,) of the ratings of an item that it changed: --augment-groups."""
-    limits = {kind: torch.ones(len(data.LABELS)) for kind in AUGMENTATIONS}
-    for option in args.augment_groups:
-        kind, _, names = option.partition("=")
-        if kind not in limits or not GROUPS.keys() >= set(names.split(",")):
-            raise data.DataError(f"--augment-groups {option}: unknown; see --help for kinds and groups")
-        limits[kind].zero_()
-        for name in names.split(","):
-            limits[kind][GROUPS[name]] = 1
-    return limits
+def load_start(args: argparse.Namespace) -> tuple[AST | None, dict]:
+    """What --init names: a network and its checkpoint, or None and public weights by name; {} without --init.
+    Sets --frames where the network's own are wanted."""
+    pretraining, baseline = args.task == "pretrain", args.model != "ast"
+    foreign = baseline and (pretraining or args.init or args.balance == "uncertainty")
+    if foreign or (pretraining and args.init):
+        raise data.DataError(
+            f"--model {args.model}, --init {args.init}: only with --task finetune; a baseline takes neither "
+            "--init nor --balance uncertainty; to go on with a run: --resume"
+        )
+    network, start = load_checkpoint(args.init, public=True) if args.init else (None, {})
+    if network and start["task"] != "ast":
+        raise data.DataError(f"{args.init}: task {start['task']!r}; expected best.pt of a pre-training")
+    if args.frames is None:
+        args.frames = network.model_args["frames"] if network else 1024
+    return network, start
+
+
+def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable, norm: dict | None) -> tuple:
+    """Training clips, validation items, and what inference needs to know of the data. norm: mean and std to
+    normalise by, an encoder's own; None: the clips'."""
+    corpus = load_corpus(args, quiet=quiet, say=say)
+    rng = np.random.default_rng(args.seed)
+    variants = []
+    for _ in range(args.variants):
+        tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
+        variants.append(data.Version(tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
+    heard = data.heard_versions(args.copies, args.soundfonts)
+    store = data.percepiano_audio(corpus.root, args.cache, args.audio, [*heard, *variants], quiet=quiet)
+    data.say_left_out(store.left_out, say)
+    parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
+    info = {
+        "task": "finetune",
+        "frames": args.frames,
+        "recordings": data.fingerprint(corpus.names, [len(corpus.items)]),
+        **clip_info(corpus, args, int(args.fold)),
+    }
+    info |= data.fit_targets(corpus, parts["train"], args.standardise)
+    limits = augmentation_limits(args)
+    weights = {}
+    for version in variants:
+        tempo = limits["tempo"] if version.tempo != 1 else 1.0
+        pitch = limits["pitch"] if version.semitones else 1.0
+        weights[version.name("")] = torch.ones(len(data.LABELS)) * tempo * pitch
+    trained = {*parts["train"]}
+    versions: dict[str, list[dict]] = {}
+    names = [name for name in store.names if name.partition("@")[0] in trained]
+    for item in data.prepare_ast(corpus, store, names, info):
+        name, at, version = item["name"].partition("@")
+        weight = weights.get(at + version, torch.ones(len(data.LABELS)))
+        versions.setdefault(name, []).append(item | {"weight": weight.numpy()})
+    rated = [name for name in parts["valid"] if "y" in corpus.items[name]]
+    valid = data.prepare_ast(corpus, store, rated, info)
+    if not versions or not valid:
+        raise data.DataError(f"{corpus.root}: no audio of training or validation items; add it to --audio")
+    crops = args.crops if args.model == "ast" else 1
+    freeze = args.freeze if args.init else 0
+    train = Clips([*versions.values()], args.frames, args.seed, crops, freeze)
+    info |= norm or data.fit_fbank(train, args.audioset_norm)
+    if args.model == "mlp" or (args.statistics and args.model == "ast"):
+        values = ClipStatistics().values
+        for item in chain(*versions.values()):
+            item["statistics"] = values(whole_clip(item, info))[0].numpy()
+    kind = " (SYNTHETIC)" if corpus.synthetic else ""
+    say(
+        f"{corpus.root}{kind}, {info['audio']}, split {args.split}, fold {args.fold}: {len(train)} train, "
+        f"{len(valid)} valid items; variants {variants}"
+    )
+    return train, valid, info
 
 
 def augment(batch: dict, args: argparse.Namespace) -> dict:
@@ -289,67 +356,31 @@ def augment(batch: dict, args: argparse.Namespace) -> dict:
         return batch
     x, y, weight = batch["x"].flatten(1, -2), batch["y"], batch["weight"]  # crops one behind the other
     B, T, M = x.shape
-    whole = batch["lengths"].to(x.device)
-    lengths = whole.view(B, -1).sum(1)
-    limits = {kind: limit.to(x.device) for kind, limit in augmentation_limits(args).items()}
+    move = partial(torch.Tensor.to, device=x.device, non_blocking=True)
+    whole = batch["lengths"]  # stay on the CPU, else a GPU must wait for them
+    limits = {kind: move(limit) for kind, limit in augmentation_limits(args).items()}
     if args.noise:
         hit = torch.rand(B, 1, device=x.device) < 0.5
         x = x + args.noise * hit[:, :, None] * torch.randn_like(x)
         weight = torch.where(hit, weight * limits["noise"], weight)
     if any(args.spec_augment):
         hit = torch.rand(B, 1, device=x.device) < 0.5
-        bands = data.random_span(M, args.spec_augment[0], torch.full_like(lengths, M))
-        frames = data.random_span(T, args.spec_augment[1], lengths)
+        bands = data.random_span(M, args.spec_augment[0], torch.full((B,), M, device=x.device))
+        frames = data.random_span(T, args.spec_augment[1], move(whole.view(B, -1).sum(1)))
         x = x.masked_fill((bands[:, None] | frames[:, :, None]) & hit[:, :, None], 0.0)
         weight = torch.where(hit, weight * limits["spec"], weight)
     if args.mixup:
-        other = torch.randperm(B, device=x.device)
-        share = torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)).to(x.device)
+        other = torch.randperm(B)
+        whole = torch.maximum(whole, whole[other])
+        other = move(other)
+        share = move(torch.distributions.Beta(args.mixup, args.mixup).sample((B, 1)))
         x = torch.lerp(x[other], x, share[:, :, None])
         y = torch.lerp(y[other], y, share)
         if "statistics" in batch:
             values = batch["statistics"]
             batch = batch | {"statistics": torch.lerp(values[other], values, share)}
         weight = weight * weight[other] * limits["mixup"]
-        whole = torch.maximum(whole, whole[other])
-    return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole.cpu()}
-
-
-def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tuple[dict, float, object]]:
-    """Parts of at most `size` clips, the share of each in the batch, and the context of its pass: processes
-    exchange gradients at the last one only."""
-    count = len(batch["names"])
-    for first in range(0, count, size):
-        part = {key: value[first : first + size] for key, value in batch.items()}
-        wait = isinstance(model, DistributedDataParallel) and first + size < count
-        yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
-
-
-def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
-    """--micro-batch; 0: on a GPU the largest half, quarter, ... of the batch whose gradients it can hold with
-    a quarter of its memory free, on a CPU 16."""
-    device = next(model.parameters()).device
-    if args.micro_batch or device.type != "cuda":
-        return args.micro_batch or min(16, args.batch)
-    size = args.batch
-    while size > 1:
-        held = torch.empty(torch.cuda.mem_get_info()[0] // 4, dtype=torch.uint8, device=device)
-        try:
-            numbers = sorted(range(len(train)), key=lambda k: -train.lengths[k])[:size]
-            items = [train[getattr(train, "freeze", 0), k] for k in numbers]
-            batch = data.on_device(data.collate_ast(items, info), info, device)
-            batch = with_masks(batch, args.mask) if args.task == "pretrain" else batch
-            with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
-                mean, *_ = loss_of(model, batch, args, [1.0] * len(GROUPS))
-            mean.backward()
-            return size
-        except torch.cuda.OutOfMemoryError:
-            size = (size + 1) // 2
-        finally:
-            del held
-            model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-    return size
+    return batch | {"x": x.view_as(batch["x"]), "y": y, "weight": weight, "lengths": whole}
 
 
 def pretrain_loss(model: torch.nn.Module, batch: dict, args: argparse.Namespace, _) -> tuple:
@@ -392,76 +423,13 @@ def reweigh(balance: dict) -> dict:
     return {"weights": weights, "sums": [0.0] * len(mean), "count": 0, "before": mean.tolist()}
 
 
-def finetune_data(args: argparse.Namespace, quiet: bool, say: Callable) -> tuple[Clips, list[dict], dict]:
-    """Training clips, validation items, and what inference needs to know of the data."""
-    corpus = load_corpus(args, quiet=quiet, say=say)
-    rng = np.random.default_rng(args.seed)
-    variants = []
-    for _ in range(args.variants):
-        tempo = round(1 + float(rng.uniform(-args.tempo, args.tempo)), 3)
-        variants.append(data.Version(tempo, int(rng.integers(-args.pitch, args.pitch + 1))))
-    heard = data.heard_versions(args.copies, args.soundfonts)
-    store = data.percepiano_audio(corpus.root, args.cache, args.audio, [*heard, *variants], quiet=quiet)
-    data.say_left_out(store.left_out, say)
-    parts = data.percepiano_parts(corpus, args.split, int(args.fold), args.keep_overlap)
-    info = {
-        "task": "finetune",
-        "frames": args.frames,
-        "recordings": data.fingerprint(corpus.names, [len(corpus.items)]),
-        **clip_info(corpus, args, int(args.fold)),
-    }
-    info |= data.fit_targets(corpus, parts["train"], args.standardise)
-    limits = augmentation_limits(args)
-    weights = {}
-    for version in variants:
-        tempo = limits["tempo"] if version.tempo != 1 else 1.0
-        pitch = limits["pitch"] if version.semitones else 1.0
-        weights[version.name("")] = torch.ones(len(data.LABELS)) * tempo * pitch
-    trained = {*parts["train"]}
-    versions: dict[str, list[dict]] = {}
-    for item in data.prepare_ast(
-        corpus, store, [name for name in store.names if name.partition("@")[0] in trained], info
-    ):
-        name, at, version = item["name"].partition("@")
-        weight = weights.get(at + version, torch.ones(len(data.LABELS)))
-        versions.setdefault(name, []).append(item | {"weight": weight.numpy()})
-    rated = [name for name in parts["valid"] if "y" in corpus.items[name]]
-    valid = data.prepare_ast(corpus, store, rated, info)
-    if not versions or not valid:
-        raise data.DataError(f"{corpus.root}: no audio of training or validation items; add it to --audio")
-    crops = args.crops if args.model == "ast" else 1
-    freeze = args.freeze if args.init else 0
-    train = Clips([*versions.values()], args.frames, args.seed, crops, freeze)
-    ckpt = read_weights(args.init) if args.init else {}
-    known = ckpt["data"] if ckpt.get("task") == "ast" else {}
-    norm = known or data.fit_fbank(train, args.audioset_norm)
-    info |= {key: norm[key] for key in ("mean", "std")}  # an encoder's own
-    if args.model == "mlp" or (args.statistics and args.model == "ast"):
-        values = ClipStatistics().values
-        for item in chain(*versions.values()):
-            item["statistics"] = values(whole_clip(item, info))[0].numpy()
-    kind = " (SYNTHETIC)" if corpus.synthetic else ""
-    say(
-        f"{corpus.root}{kind}, {info['audio']}, split {args.split}, fold {args.fold}: {len(train)} train, "
-        f"{len(valid)} valid items; variants {variants}"
-    )
-    return train, valid, info
-
-
-def build_model(args: argparse.Namespace) -> torch.nn.Module:
-    """The network to train: new, or with the encoder of --init, whose sizes it takes."""
-    pretraining, baseline = args.task == "pretrain", args.model != "ast"
-    foreign = baseline and (pretraining or args.init or args.balance == "uncertainty")
-    if foreign or (pretraining and args.init):
-        raise data.DataError(
-            f"--model {args.model}, --init {args.init}: only with --task finetune; a baseline takes neither "
-            "--init nor --balance uncertainty; to go on with a run: --resume"
-        )
-    if baseline:
-        return {"cnn": CNN, "mlp": PooledMLP}[args.model](num_outputs=len(data.LABELS))
+def build_model(args: argparse.Namespace, network: AST | None, start: dict) -> torch.nn.Module:
+    """The network to train: new, or from what `load_start` gave, whose sizes it takes."""
+    if args.model != "ast":
+        return MODELS[args.model](num_outputs=len(data.LABELS))
     sizes = {name: getattr(args, name) for name in ("frames", "width", "depth", "heads", "ssast_compat")}
     shared = {"dropout": args.dropout, "checkpointing": args.checkpointing}
-    if pretraining:
+    if args.task == "pretrain":
         return AST(visible_only=args.visible_only, **sizes, **shared)
     shared |= {
         "num_outputs": len(data.LABELS),
@@ -471,23 +439,17 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
         "groups": data.label_groups() if args.grouped else None,
         "balance": "uncertainty" if args.balance == "uncertainty" else None,
     }
-    if not args.init:
+    if not start:
         return AST(**sizes, **shared)
-    weights = read_weights(args.init)
-    if any("patch_embed" in str(name) for name in weights):
-        try:
-            return ast_from_ssast(weights, args.frames, **shared)
-        except data.DataError as error:
-            raise data.DataError(f"{args.init}: {error}") from error
-    model, ckpt = load_checkpoint(args.init)
-    if ckpt["task"] != "ast":
-        raise data.DataError(f"{args.init}: task {ckpt['task']!r}; expected best.pt of a pre-training")
-    return adapt_ast(model, frames=args.frames, visible_only=False, **shared)
+    if network:
+        return adapt_ast(network, frames=args.frames, visible_only=False, **shared)
+    try:
+        return ast_from_ssast(start, args.frames, **shared)
+    except data.DataError as error:
+        raise data.DataError(f"{args.init}: {error}") from error
 
 
-def frozen_descriptions(
-    model: torch.nn.Module, train: Clips, info: dict, quiet: bool
-) -> dict[str, np.ndarray]:
+def frozen_descriptions(model: AST, train: Clips, info: dict, quiet: bool) -> dict[str, np.ndarray]:
     """By name, what the heads see of every version of every clip as long as the encoder does not learn."""
     model.eval()
     items = tqdm([*chain(*train.versions)], desc="frozen tokens", unit="clip", disable=quiet or None)
@@ -523,6 +485,44 @@ def parameter_groups(model: torch.nn.Module, args: argparse.Namespace) -> list[d
     ]
 
 
+def micro_batches(batch: dict, size: int, model: torch.nn.Module) -> Iterator[tuple[dict, float, object]]:
+    """Parts of at most `size` clips, the share of each in the batch, and the context of its pass: processes
+    exchange gradients at the last one only."""
+    count = len(batch["names"])
+    for first in range(0, count, size):
+        part = {key: value[first : first + size] for key, value in batch.items()}
+        wait = isinstance(model, DistributedDataParallel) and first + size < count
+        yield part, len(part["names"]) / count, model.no_sync() if wait else contextlib.nullcontext()
+
+
+def micro_batch_that_fits(model, train: Dataset, info: dict, loss_of: Callable, args) -> int:
+    """--micro-batch; 0: on a GPU the largest half, quarter, ... of the batch whose gradients it can hold with
+    a quarter of its memory free, on a CPU 16."""
+    device = next(model.parameters()).device
+    if args.micro_batch or device.type != "cuda":
+        return args.micro_batch or min(16, args.batch)
+    size = args.batch
+    while size > 1:
+        held = torch.empty(torch.cuda.mem_get_info()[0] // 4, dtype=torch.uint8, device=device)
+        try:
+            numbers = sorted(range(len(train)), key=lambda k: -train.lengths[k])[:size]
+            items = [train[getattr(train, "freeze", 0), k] for k in numbers]
+            batch = data.on_device(data.collate_ast(items, info), info, device)
+            batch = with_masks(batch, args.mask) if args.task == "pretrain" else batch
+            with torch.autocast(device.type, AMP_TYPES.get(args.amp), enabled=args.amp != "off"):
+                mean, *_ = loss_of(model, batch, args, [1.0] * len(GROUPS))
+            mean.backward()
+            return size
+        except torch.cuda.OutOfMemoryError:
+            size = (size + 1) // 2
+        finally:
+            del held
+            batch = mean = None  # of a failed try: its graph would take the next one's room
+            model.zero_grad()
+            torch.cuda.empty_cache()
+    return size
+
+
 def validate(model: torch.nn.Module, valid: list[dict], info: dict, args: argparse.Namespace) -> dict:
     """Metrics of the present weights: pretrain on fixed crops and masks, finetune on whole items."""
     device = next(model.parameters()).device
@@ -542,13 +542,15 @@ def main(args: argparse.Namespace) -> dict:
     # ---- data
     pretraining = args.task == "pretrain"
     resumed = load_training(args.resume, ("ast", "cnn", "mlp")) if args.resume else None
+    network, start = (None, {}) if resumed else load_start(args)
+    known = (resumed or start).get("data")
+    norm = known and {key: known[key] for key in ("mean", "std")}
     if pretraining and not args.data:
         say("no --data: built-in SYNTHETIC corpus; the real one: MAESTRO, see README.md")
-    load_data, loss_of = (
-        (data.pretrain_data, pretrain_loss) if pretraining else (finetune_data, finetune_loss)
-    )
+    load_data = data.pretrain_data if pretraining else finetune_data
+    loss_of = pretrain_loss if pretraining else finetune_loss
     with main_first():
-        train, valid, info = load_data(args, rank > 0, say)
+        train, valid, info = load_data(args, rank > 0, say, norm)
     if resumed:
         same_data(args.resume, resumed["data"], info)
         info = resumed["data"]
@@ -560,14 +562,17 @@ def main(args: argparse.Namespace) -> dict:
     say(f"fbank {info['mean']:.3f} ± {info['std']:.3f}; {steps_per_epoch} steps an epoch, {planned} planned")
 
     # ---- model
-    bare_model = build_model(args).to(device).train()
+    bare_model = MODELS[args.model](**resumed["model_args"]) if resumed else build_model(args, network, start)
+    bare_model.checkpointing = args.checkpointing  # a resume may change it
+    bare_model = bare_model.to(device).train()
     if getattr(bare_model, "statistics", None) is not None and not resumed:
-        table = bare_model.statistics
-        table.fit(torch.tensor(np.stack([item["statistics"] for item in chain(*train.versions)])))
+        values = [item["statistics"] for item in chain(*train.versions)]
+        bare_model.statistics.fit(torch.tensor(np.stack(values)))
     model = torch.compile(bare_model) if args.compile else bare_model
     model = DistributedDataParallel(model) if world > 1 else model
-    one_block = partial(Block, args.width, args.heads, 0.0)
-    args.amp = from_main(working_amp(args.amp, device, one_block, 4, 128, args.width))
+    sizes = vars(args) if args.model != "ast" else bare_model.model_args  # of --init: its own
+    one_layer = partial(Block, sizes["width"], sizes["heads"], 0.0)
+    args.amp = from_main(working_amp(args.amp, device, one_layer, 4, 128, sizes["width"]))
     parameters = sum(p.numel() for p in bare_model.parameters())
     args.loss, args.synthetic = "nce_and_mse" if pretraining else LOSS.__name__, info["synthetic"]
     say(f"{args.task} {args.model}: {parameters:,} parameters on {device}, amp {args.amp}, from {args.init}")
@@ -580,9 +585,9 @@ def main(args: argparse.Namespace) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- resume
-    step, waited = 0, 0
+    step = waited = 0
     rate = 1.0
-    best = {"valid_loss": math.inf, "step": 0}
+    best = {"valid_loss": math.inf}
     balance = {"weights": [1.0] * len(GROUPS), "sums": [0.0] * len(GROUPS), "count": 0, "before": []}
     if resumed:
         ema = restore(args.resume, resumed, bare_model, optimizer, scaler, rank)
@@ -609,8 +614,6 @@ def main(args: argparse.Namespace) -> dict:
 
     # ---- loop
     stopped = False
-    eval_every = args.eval_every or steps_per_epoch
-    saved_at = time.time()
     patient = True
     bar = tqdm(total=last, initial=step, unit="step", leave=False, disable=rank > 0 or None)
     with run, Interrupt() as stop, bar, worker_processes(loader):
@@ -619,8 +622,8 @@ def main(args: argparse.Namespace) -> dict:
             if args.balance == "dwa" and step and step % steps_per_epoch == 0:
                 balance = from_main(reweigh(balance))
             whole = data.length_batches(train.lengths, args.batch, args.seed, epoch, world)
-            rest = whole[step % steps_per_epoch :]
-            batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in rest]
+            whole = whole[step % steps_per_epoch :]
+            batches[:] = [[(epoch, k) for k in indices[rank::world]] for indices in whole]
             frozen = epoch < freeze
             for parameter in encoder:  # processes wait for each other's gradients of every weight
                 parameter.requires_grad = world > 1 or not frozen
@@ -653,7 +656,7 @@ def main(args: argparse.Namespace) -> dict:
                 if finite:
                     scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                bare_model.zero_grad()
                 step += 1
                 bar.update()
                 stopped = on_any(bool(stop))
@@ -668,19 +671,17 @@ def main(args: argparse.Namespace) -> dict:
                     names, overflow = suspects(batch["names"], torch.cat(losses), scaler)
                     run.skip(step, epoch, names, overflow)
                 if step % args.log_every == 0:
-                    shown = {key: value.tolist() for key, value in figures.items()}
-                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **shown)
+                    report = {key: value.tolist() for key, value in figures.items()}
+                    run.log(step, epoch, loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **report)
                     bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}")
-                minutes = (time.time() - saved_at) / 60
-                due = (args.save_every and step % args.save_every == 0) or 0 < args.save_minutes < minutes
-                due = on_any(due)
-                if step % eval_every == 0 or step == last:
+                overdue = on_any(0 < args.save_minutes < run.minutes_unsaved())
+                if step % (args.eval_every or steps_per_epoch) == 0 or step == last:
                     metrics = None
                     if rank == 0:
                         with averaged(bare_model, ema):
                             metrics = validate(bare_model, valid, info, args)
                     metrics = from_main(metrics) | {"epoch": epoch, "step": step}
-                    is_best = metrics["valid_loss"] < best["valid_loss"]
+                    is_best = metrics["valid_loss"] < best["valid_loss"]  # NaN is never best
                     best = metrics if is_best else best
                     waited = 0 if is_best or frozen else waited + 1
                     patient = not args.patience or waited < args.patience
@@ -695,9 +696,8 @@ def main(args: argparse.Namespace) -> dict:
                     if is_best:
                         save("best.pt")
                     save("last.pt")
-                elif stopped or due:
+                elif stopped or overdue or (args.save_every and step % args.save_every == 0):
                     save("last.pt")
-                    saved_at = time.time()
                 if step == last or stopped or not patient:
                     break
 

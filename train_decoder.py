@@ -92,6 +92,7 @@ BUILT_IN = {"hidden": 128, "layers": 2, "batch": 16, "steps": 200, "eval_every":
 # wide, 2 layers); .390 with the mask and noise of `default`.
 NEW_DAY = {"lr": 3e-3, "warmup": 0, "batch": 16, "steps": 100, "eval_every": 20, "ema": 0.0}
 NEW_DAY |= {"time_mask_prob": 0.0, "white_noise": 0.4}
+LOSS = ctc_losses  # of each trial; named in the log
 NETWORK = (
     "hidden layers kernel stride dropout input_dropout bidirectional layer_norm smooth_width smooth_taps h0 "
     "whole_start aux_layer"
@@ -195,74 +196,11 @@ def lr_at(step: int, args: argparse.Namespace, total: int) -> float:
     return args.lr
 
 
-def augment(batch: dict, args: argparse.Namespace) -> dict:
-    """The batch as this step shows it; noise and masks from torch's generator, which a resume restores."""
-    x, lengths = data.random_gain(batch["x"], args.static_gain), batch["lengths"]
-    x = data.add_noise(x, lengths, args.white_noise, args.offset_noise, walk=args.random_walk)
-    x = data.mask_channels(x, args.channel_mask, args.feature_mask)
-    x = data.time_mask(x, lengths, args.time_mask_prob, args.time_mask_width, args.time_mask_max)
-    cut = int(torch.randint(args.random_cut + 1, ())) if args.random_cut else 0
-    return batch | {"x": x[:, cut:], "lengths": lengths - cut}
-
-
 def fitting(corpus: data.SpeechCorpus, trials: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """(n,) bool: True where the frames of a trial can spell its labels; CTC has no finite loss elsewhere."""
     needed = np.array([data.frames_needed(corpus.labels[i]) for i in trials])
     frames = output_frames(corpus.lengths[trials] - args.random_cut, args.kernel, args.stride)
     return frames - args.short_frames >= needed
-
-
-LOSS = ctc_losses  # what is minimised; named in the log
-
-
-def batch_losses(outputs: tuple, batch: dict, args: argparse.Namespace) -> torch.Tensor:
-    """Loss of each trial, (B,), of what the model gave: logits, frames and, with --aux-layer, more logits."""
-    logits, frames, *auxiliary = outputs
-    frames = (frames - int(args.short_frames)).clamp(min=0)
-    labels = batch["labels"], batch["label_lengths"]
-    each = []
-    for scores in (logits, *auxiliary):
-        each.append(LOSS(scores.float().log_softmax(-1), frames, *labels, args.ctc_reduction))
-    return each[0] + args.aux_weight * each[1] if auxiliary else each[0]
-
-
-def parameter_groups(model: GRUDecoder, args: argparse.Namespace, days: list | None = None) -> list[dict]:
-    """Weight matrices decay; biases, norms, day layers (whose start is the identity) only by --decay-all.
-    days: of --still-days, `separate_days`, which stand for the day layers in one piece."""
-    groups = {args.weight_decay: [], 0.0: list(days or ())}
-    for name, parameter in model.named_parameters():
-        of_day = name.startswith("day")
-        if parameter.requires_grad and not (of_day and days):
-            decays = args.decay_all or (parameter.ndim > 1 and not of_day)
-            groups[args.weight_decay if decays else 0.0].append(parameter)
-    return [{"params": found, "weight_decay": decay} for decay, found in groups.items() if found]
-
-
-def start_days(known: list, days: list, rule: str = "nearest") -> np.ndarray:
-    """Of each session the day of --init whose layer it starts from: its own, by the rule, or the mean."""
-    try:
-        return data.map_days(days, known, rule)
-    except data.DataError:  # names without dates
-        return data.map_days(days, known, "mean")
-
-
-def start_new_day(model, start, known: list, info: dict, corpus, parts: tuple, *about) -> None:
-    """Says what unknown sessions reach with the nearest and the mean day layer, and starts from the better in
-    training."""
-    reached = {}
-    for rule in ("nearest", "mean"):
-        model.start_from(start, start_days(known, info["days"], rule))
-        reached[rule], held = (validate_decoder(model, corpus, p, *about)["valid_per"] for p in parts)
-        say(f"new day, {rule} day layer: PER {reached[rule]:.4f} in training, {held:.4f} in validation")
-    model.start_from(start, start_days(known, info["days"], min(reached, key=reached.get)))
-
-
-def evaluate(model: GRUDecoder, ema: dict | None, search: WordSearch | None, *about) -> dict:
-    """`validate` of the weights that will be used, averaged where there are such; `_raw`: the model's own."""
-    own = validate_decoder(model, *about, None if ema else search)
-    with averaged(model, ema):
-        metrics = validate_decoder(model, *about, search) if ema else own
-    return metrics | {"valid_per_raw": own["valid_per"], "valid_loss_raw": own["valid_loss"]}
 
 
 def load_data(args: argparse.Namespace, known: list) -> tuple:
@@ -296,6 +234,66 @@ def load_data(args: argparse.Namespace, known: list) -> tuple:
     return corpus, train, parts["valid"], info
 
 
+def augment(batch: dict, args: argparse.Namespace) -> dict:
+    """The batch as this step shows it; noise and masks from torch's generator, which a resume restores."""
+    x, lengths = data.random_gain(batch["x"], args.static_gain), batch["lengths"]
+    x = data.add_noise(x, lengths, args.white_noise, args.offset_noise, walk=args.random_walk)
+    x = data.mask_channels(x, args.channel_mask, args.feature_mask)
+    x = data.time_mask(x, lengths, args.time_mask_prob, args.time_mask_width, args.time_mask_max)
+    cut = int(torch.randint(args.random_cut + 1, ())) if args.random_cut else 0
+    return batch | {"x": x[:, cut:], "lengths": lengths - cut}
+
+
+def batch_losses(outputs: tuple, batch: dict, args: argparse.Namespace) -> torch.Tensor:
+    """Loss of each trial, (B,), of what the model gave: logits, frames and, with --aux-layer, more logits."""
+    logits, frames, *auxiliary = outputs
+    frames = (frames - int(args.short_frames)).clamp(min=0)
+    labels = batch["labels"], batch["label_lengths"]
+    each = []
+    for scores in (logits, *auxiliary):
+        each.append(LOSS(scores.float().log_softmax(-1), frames, *labels, args.ctc_reduction))
+    return each[0] + args.aux_weight * each[1] if auxiliary else each[0]
+
+
+def start_days(known: list, days: list, rule: str = "nearest") -> np.ndarray:
+    """Of each session the day of --init whose layer it starts from: its own, by the rule, or the mean."""
+    try:
+        return data.map_days(days, known, rule)
+    except data.DataError:  # names without dates
+        return data.map_days(days, known, "mean")
+
+
+def start_new_day(model, start, known: list, info: dict, corpus, parts: tuple, *about) -> None:
+    """Says what unknown sessions reach with the nearest and the mean day layer, and starts from the better in
+    training."""
+    reached = {}
+    for rule in ("nearest", "mean"):
+        model.start_from(start, start_days(known, info["days"], rule))
+        reached[rule], held = (validate_decoder(model, corpus, p, *about)["valid_per"] for p in parts)
+        say(f"new day, {rule} day layer: PER {reached[rule]:.4f} in training, {held:.4f} in validation")
+    model.start_from(start, start_days(known, info["days"], min(reached, key=reached.get)))
+
+
+def parameter_groups(model: GRUDecoder, args: argparse.Namespace, days: list | None = None) -> list[dict]:
+    """Weight matrices decay; biases, norms, day layers (whose start is the identity) only by --decay-all.
+    days: of --still-days, `separate_days`, which stand for the day layers in one piece."""
+    groups = {args.weight_decay: [], 0.0: list(days or ())}
+    for name, parameter in model.named_parameters():
+        of_day = name.startswith("day")
+        if parameter.requires_grad and not (of_day and days):
+            decays = args.decay_all or (parameter.ndim > 1 and not of_day)
+            groups[args.weight_decay if decays else 0.0].append(parameter)
+    return [{"params": found, "weight_decay": decay} for decay, found in groups.items() if found]
+
+
+def validate(model: GRUDecoder, ema: dict | None, search: WordSearch | None, *about) -> dict:
+    """Metrics of the weights that will be used, averaged where there are such; `_raw`: of the model's own."""
+    own = validate_decoder(model, *about, None if ema else search)
+    with averaged(model, ema):
+        metrics = validate_decoder(model, *about, search) if ema else own
+    return metrics | {"valid_per_raw": own["valid_per"], "valid_loss_raw": own["valid_loss"]}
+
+
 def main(args: argparse.Namespace) -> dict:
     """Train one decoder; returns the metrics of the best weights on the validation part."""
     # ---- device, process group, seed
@@ -323,9 +321,11 @@ def main(args: argparse.Namespace) -> dict:
     loader = data_loader(corpus, batches, data.collate_speech, args.workers, device)
     drawn = (corpus.day[train], args.days_per_batch) if args.days_per_batch else ()
     steps_per_epoch = len(data.speech_batches(lengths, args.batch, args.seed, 0, world, *drawn))
-    search = WordSearch(*word_model(corpus, train, args.cache)) if args.select == "wer" else None
     planned = args.steps
     last = min(planned, args.max_steps or planned)
+    search = None
+    if args.select == "wer" and main_process():  # which alone evaluates
+        search = WordSearch(*word_model(corpus, train, args.cache))
 
     # ---- model
     sizes = {name: getattr(args, name) for name in NETWORK}
@@ -354,9 +354,10 @@ def main(args: argparse.Namespace) -> dict:
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
-    step, rate = 0, 1.0
+    step = 0
+    rate = 1.0
     chosen_by = f"valid_{args.select}"
-    best = {chosen_by: math.inf, "step": 0}
+    best = {chosen_by: math.inf}
     if resumed:
         ema = restore(args.resume, resumed, bare_model, optimizer, scaler, rank)
         step, best = resumed["step"], resumed["best"]
@@ -419,7 +420,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step % args.eval_every == 0 or step == last:
                     metrics = None
                     if rank == 0:
-                        metrics = evaluate(bare_model, ema, search, corpus, valid, days, args.batch)
+                        metrics = validate(bare_model, ema, search, corpus, valid, days, args.batch)
                     metrics = from_main(metrics) | {"epoch": epoch, "step": step}
                     is_best = metrics[chosen_by] < best[chosen_by]  # NaN is never best
                     best = metrics if is_best else best

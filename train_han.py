@@ -20,6 +20,7 @@ import argparse
 import copy
 import json
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import BELOW_ONE, COUNT, POSITIVE, SHARE, WHOLE, Interrupt
-from eval import load_corpus, predict_han, rating_summary, to_device, validation_metrics
+from eval import load_corpus, predict_han, to_device, validation_metrics
+from eval import rating_summary as summary
 from models import (
     AMP_TYPES,
     FORMS,
@@ -149,7 +151,7 @@ def load_data(args: argparse.Namespace, resumed: dict | None) -> tuple:
     given = args.features, args.pooled, args.split, fold, args.keep_overlap
     info = data.han_info(corpus, parts["train"], *given)
     if resumed:
-        same_data(args.resume, resumed["data"], {"synthetic": corpus.synthetic})
+        same_data(args.resume, resumed["data"], info)
         info = resumed["data"]
     train = data.prepare_han(corpus, parts["train"], info)
     valid = data.prepare_han(corpus, [name for name in parts["valid"] if "y" in corpus.items[name]], info)
@@ -176,7 +178,7 @@ def mixup(batch: dict, alpha: float) -> None:
     one share of Beta(alpha, alpha) a batch, drawn from torch's generator, which checkpoints hold."""
     if alpha:
         share = torch.distributions.Beta(alpha, alpha).sample().item()
-        partner = torch.randperm(len(batch["y"])).to(batch["y"].device)
+        partner = torch.randperm(len(batch["y"])).to(batch["y"].device, non_blocking=True)
         batch["mix"] = share, partner
         batch["y"] = share * batch["y"] + (1 - share) * batch["y"][partner]
 
@@ -241,10 +243,11 @@ def main(args: argparse.Namespace) -> dict:
     sizes |= {"input_size": len(info["columns"]), "stats_size": len(train[0]["stats"]) if args.pooled else 0}
     bare_model = HAN(**sizes).to(device)
     model = DistributedDataParallel(bare_model) if world > 1 else bare_model
-    args.amp = from_main(working_amp(args.amp, device, lambda: torch.nn.Linear(256, 256), 1024, 256))
+    one_layer = partial(torch.nn.Linear, 256, 256)
+    args.amp = from_main(working_amp(args.amp, device, one_layer, 1024, 256))
     parameters = sum(p.numel() for p in bare_model.parameters())
     args.loss, args.synthetic = LOSS.__name__, info["synthetic"]
-    say(f"{args.model}, {args.level}: {parameters:,} parameters on {device}; {planned} steps planned")
+    say(f"HAN {args.model}: {parameters:,} parameters on {device}, amp {args.amp}; {planned} steps planned")
 
     # ---- optimiser
     optimizer = OPTIMIZERS[args.optimizer](
@@ -298,7 +301,7 @@ def main(args: argparse.Namespace) -> dict:
                 if finite:
                     scaler.step(optimizer)
                 scaler.update()
-                optimizer.zero_grad()
+                bare_model.zero_grad()
                 step += 1
                 bar.update()
                 stopped = on_any(bool(stop))
@@ -320,14 +323,14 @@ def main(args: argparse.Namespace) -> dict:
                         with averaged(bare_model, ema):
                             metrics = validate(bare_model, valid, device)
                     metrics = from_main(metrics) | {"epoch": epoch, "step": step}
-                    is_best = metrics["valid_loss"] < best["valid_loss"]
+                    is_best = metrics["valid_loss"] < best["valid_loss"]  # NaN is never best
                     best = metrics if is_best else best
                     patient = not args.patience or epoch - best["epoch"] < args.patience
                     run.log(loss=loss.item(), lr=lr, norm=norm, skipped=run.skipped, **metrics)
                     say(
                         f"epoch {epoch:3d}  lr {lr:.2e}  {args.loss} {loss.item():.4f}  "
-                        f"valid {rating_summary(metrics)}  {run.left(step, last)}"
-                        f"{data.mark(rating_summary(metrics), is_best)}"
+                        f"valid {summary(metrics)}  {run.left(step, last)}"
+                        f"{data.mark(summary(metrics), is_best)}"
                     )
                     if is_best:
                         save("best.pt")
@@ -337,7 +340,7 @@ def main(args: argparse.Namespace) -> dict:
                 if step == last or stopped:
                     break
 
-    return run.end("train_han.py", step, stopped, best, rating_summary)
+    return run.end("train_han.py", step, stopped, best, summary)
 
 
 if __name__ == "__main__":

@@ -288,6 +288,13 @@ def test_masked_patches_are_hidden(visible_only):
     assert sizes == [6 if visible_only else 18] * 2
 
 
+def test_a_patch_must_be_left_to_see():
+    everything = torch.arange(ROWS * COLUMNS).expand(2, -1)
+    with pytest.raises(DataError, match="--mask"):
+        small_ast(visible_only=True).pretrain_losses(make_fbank(), everything)
+    assert small_ast().pretrain_losses(make_fbank(), everything)["nce"].isfinite()
+
+
 def test_mean_patch_by_hand():
     model, x, mask = small_ast(), make_fbank(), cluster_mask(2, ROWS, COLUMNS, 9)
     target = model.masked(x, mask, None)[1].flatten(0, 1)

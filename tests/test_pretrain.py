@@ -29,6 +29,12 @@ def options(argv):
     return pretrain_ast.parse_args(["--data", "X", *TINY, *argv.split()])
 
 
+def built(argv):
+    """The network that the trainer starts from."""
+    args = options(argv)
+    return pretrain_ast.build_model(args, *pretrain_ast.load_start(args))
+
+
 def tuning(argv=""):
     return pretrain_ast.parse_args(["--data", "X", "--task", "finetune", *argv.split()])
 
@@ -73,7 +79,7 @@ def clips(B, T, value=0.0):
 def test_accumulated_gradients_equal_one_batch(argv, lengths):
     torch.manual_seed(1)
     args = options(argv)
-    model = pretrain_ast.build_model(args)
+    model = built(argv)
     batch = {"x": torch.randn(5, 64, 128), "lengths": torch.tensor(lengths), "names": [*"abcde"]}
     batch |= {"y": torch.randn(5, 19), "weight": (torch.rand(5, 19) < 0.7).float()}
     loss_of = pretrain_ast.finetune_loss
@@ -212,13 +218,13 @@ def test_a_pretraining_in_half_the_size_scores_alike(run, tmp_path):
     assert again["valid_nce"] == pytest.approx(figures["valid_nce"], abs=1e-3)
     assert Path(small).stat().st_size < 0.7 * (folder / "best.pt").stat().st_size
     assert str(tmp_path).encode() not in Path(small).read_bytes()
-    assert pretrain_ast.build_model(options(f"--task finetune --frames 48 --init {small}"))
+    assert built(f"--task finetune --init {small}").model_args["frames"] == 64
 
 
 def test_init_takes_the_encoder(run, tmp_path, capsys):
     best = str(Path(run("--name first --max-steps 1")["folder"]) / "best.pt")
     before = load_checkpoint(best)[0].state_dict()
-    after = pretrain_ast.build_model(options(f"--task finetune --frames 48 --init {best}"))
+    after = built(f"--task finetune --frames 48 --init {best}")
     assert after.model_args["num_outputs"] == 19
     for name in ("embed.weight", "blocks.0.qkv.weight", "norm.bias"):
         assert torch.equal(before[name], after.state_dict()[name])
@@ -233,7 +239,7 @@ def test_init_takes_the_encoder(run, tmp_path, capsys):
         ("--model mlp", "--model mlp"),
         ("--augment-groups tempo=nonsense", "tempo=nonsense"),
     ):
-        refused(lambda: pretrain_ast.build_model(options(argv)), capsys, *names)  # noqa: B023
+        refused(lambda: built(argv), capsys, *names)  # noqa: B023
 
 
 def test_frozen_heads_learn_from_whole_clips():
@@ -270,8 +276,8 @@ def test_frozen_heads_learn_from_whole_clips():
 
 
 def test_layer_decay_scales_from_the_head_down():
-    args = options("--task finetune --depth 2 --layer-decay 0.5 --weight-decay 0.1")
-    model = pretrain_ast.build_model(args)
+    argv = "--task finetune --depth 2 --layer-decay 0.5 --weight-decay 0.1"
+    args, model = options(argv), built(argv)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = pretrain_ast.parameter_groups(model, args)
     found = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -354,6 +360,10 @@ def test_statistics_are_numpys_and_standardised():
     other = ClipStatistics()
     other.fit(broken)
     assert torch.equal(other.std, table.std)
+    other = ClipStatistics()
+    other.fit(broken[-2:])  # one clip is left
+    assert (other.forward(broken[-2:-1]) == 0).all()
+    assert (other.std == 1).all()
 
 
 def test_batches_go_to_the_device_as_stored():
@@ -372,9 +382,7 @@ def test_batches_go_to_the_device_as_stored():
     assert np.abs(x.numpy() - expected).max() < 1e-6
     assert evaluation.lengths_if_unlike(batch) is None
     torch.manual_seed(1)
-    model = pretrain_ast.build_model(
-        options("--task finetune --pooling meanstd --depths 1 --no-statistics")
-    ).eval()
+    model = built("--task finetune --pooling meanstd --depths 1 --no-statistics").eval()
     with torch.no_grad():
         assert torch.allclose(model(x), model(x, batch["lengths"]), atol=1e-5)
         tokens = model.tokens_of(x[1], None)[0][-1].flatten(0, 1)

@@ -1,6 +1,7 @@
 """The trainers on small synthetic corpora: what every one of them must do (parametrised over the scripts)."""
 
 import inspect
+import itertools
 import json
 import math
 import os
@@ -39,8 +40,9 @@ def quick_percepiano(folder):
 
 # Of each trainer: `corpus` writes one, `parts` of data.py deals it out; `small`: seconds, two evaluations;
 # `plain`: nothing random in a step; `overfit`: 40 steps or more on a batch of four; `exact`: options of the
-# resume test; `refused` must not change on resume, `kept` comes from the checkpoint; `switches`: a step each;
-# `score`: its key, and where eval.main returns it; `main_job`: README's first command, its key, its bound.
+# resume test; `refused`, and `found` of the data, must not change on resume, `kept` is the checkpoint's;
+# `switches`: a step each; `score`: its key, and where eval.main returns it; `main_job`: README's first
+# command, its key, its bound.
 # fmt: off
 CASES = {
     "train_han": SimpleNamespace(
@@ -52,6 +54,7 @@ CASES = {
         overfit="--epochs 60 --patience 0 --lr 5e-3",
         exact=("", "--ema 0.9 --optimizer adamw --schedule cosine --warmup 2 --augment --pooled --mixup 0.4"),
         refused=("--size 32", "--fold all", "--lr 3"),
+        found="works",
         kept=("--fold 1 --lr 5e-4", {"fold": "1", "lr": 5e-4, "size": 16, "epochs": 2}),
         switches=("--preset tuned", "--preset tuned --model han --mixup 0.4", "--model bilstm",
                   "--model bilstm_sa --level note",
@@ -72,6 +75,7 @@ CASES = {
         exact=("", "--ema 0 --lr-schedule step --reduce-on-nan 0.5 --bidirectional",
                "--amp bf16 --preset log --save-every 1"),
         refused=("--hidden 32", "--valid test", "--no-layer-norm"),
+        found="days",
         kept=("--preset log --lr 5e-4",
               {"lr": 5e-4, "hidden": 16, "steps": 8, "lr_schedule": "constant", "time_mask_max": 2}),
         switches=("--preset baseline --adam-eps 1e-8 --hidden 8",
@@ -99,6 +103,7 @@ CASES = {
                "--task pretrain --visible-only --micro-batch 3",
                "--task pretrain --ssast-compat --save-every 1 --eval-every 2"),
         refused=("--width 32", "--fold all", "--task pretrain"),
+        found="recordings",
         kept=("--fold 1 --lr 5e-4",
               {"fold": "1", "lr": 5e-4, "width": 16, "epochs": 2, "task": "finetune", "pooling": "meanstd"}),
         switches=("--model cnn", "--model mlp --standardise none",
@@ -224,8 +229,10 @@ def test_resume_refuses_missing_foreign_and_other_runs(name, run, tmp_path):
     for key in ("optimizer", "rng", "args", "data"):
         torch.save(ckpt | {key: None}, tmp_path / f"{key}.pt")
         refused.append(("", tmp_path / f"{key}.pt", key))
-    torch.save(ckpt | {"data": ckpt["data"] | {"synthetic": False}}, tmp_path / "other.pt")
-    for option, path, named in [*refused, ("", tmp_path / "other.pt", "other.pt")]:
+    for key in ("synthetic", CASES[name].found):
+        torch.save(ckpt | {"data": ckpt["data"] | {key: "other"}}, tmp_path / f"{key}.pt")
+        refused.append(("", tmp_path / f"{key}.pt", f"another {key}"))
+    for option, path, named in refused:
         with pytest.raises(data.DataError, match=named.replace("--no-", "--")):
             run(name, option, f"--resume {path}")
 
@@ -294,9 +301,12 @@ def test_fp16_overflow_is_counted_apart_from_bad_data(name, run, monkeypatch):
 
 
 @one_trainer
-def test_log_keys_run_folder_and_eval_reproduces_the_score(name, run, corpus, capsys):
+def test_log_keys_run_folder_and_eval_reproduces_the_score(name, run, corpus, capsys, monkeypatch):
+    commits = itertools.count()  # made while it runs
+    monkeypatch.setattr(models, "git_state", lambda: {"git_sha": next(commits), "git_dirty": False})
     out = run(name, "--name score --ema 0.9")
     folder = Path(out["folder"])
+    assert last(folder)["git_sha"] == json.loads((folder / "args.json").read_text())["git_sha"] == 0
     lines = records(folder)
     steps = [r for r in lines if "loss" in r]
     assert len(steps) > 2
@@ -583,13 +593,32 @@ def test_two_processes_equal_one_on_the_joined_batch(name, run, corpus, tmp_path
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5
 
 
+def write_encoder(path, frames, info):
+    """A small AST that has learnt nothing; info: what its checkpoint says of the data."""
+    model = AST(frames=frames, width=16, depth=1, heads=2)
+    known = {"task": "ast", "model_args": model.model_args, "model": model.state_dict()}
+    save_checkpoint(path, known | {"args": {}, "data": info})
+
+
+def test_init_is_read_once_and_no_more_on_resume(run, tmp_path, monkeypatch):
+    start, read, load = tmp_path / "start.pt", [], torch.load
+    write_encoder(start, 48, {"mean": -5.0, "std": 3.0})
+    args = pretrain_ast.parse_args(f"--task finetune --data DIR --init {start}".split())
+    pretrain_ast.load_start(args)
+    assert args.frames == 48
+    monkeypatch.setattr(torch, "load", lambda path, **kw: read.append(path) or load(path, **kw))
+    folder = run("pretrain_ast", f"--init {start} --freeze 0 --max-steps 1 --name init")["folder"]
+    assert read == [str(start)]
+    start.unlink()
+    run("pretrain_ast", resume(folder), "--max-steps 2")
+    assert (last(folder)["data"]["mean"], last(folder)["model_args"]["width"]) == (-5.0, 16)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_at_first_the_heads_learn_alone_also_in_two_processes(run, corpus, tmp_path, monkeypatch):
     name, start = "pretrain_ast", tmp_path / "start.pt"
-    model = AST(frames=512, width=16, depth=1, heads=2)
-    known = {"task": "ast", "model_args": model.model_args, "model": model.state_dict()}
-    save_checkpoint(start, known | {"args": {}, "data": {}})
+    write_encoder(start, 512, {})
     options = (CASES[name].plain, f"--init {start} --lr-schedule constant --weight-decay 0.1")
     train_on(monkeypatch, name, 12)
     torchrun(name, corpus, tmp_path, *options, "--freeze 9 --max-steps 4 --batch 2 --name two")
