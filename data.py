@@ -4536,7 +4536,7 @@ def add_noise(
         noise = noise + offset * draw(B, 1, C)
     if walk:
         noise = noise + walk * draw(B, T, C).cumsum(1)
-    valid = torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]
+    valid = torch.arange(T, device=x.device) < lengths.to(x.device, non_blocking=True)[:, None]
     return x + noise * valid[:, :, None]
 
 
@@ -4569,7 +4569,7 @@ def time_mask(x: torch.Tensor, lengths: torch.Tensor, prob: float, width: float,
         return x
     B, T, C = x.shape
     draw = torch.rand(3, B, most, device=x.device)
-    length = lengths.to(x.device)[:, None]
+    length = lengths.to(x.device, non_blocking=True)[:, None]
     widest = (length * width if width < 1 else torch.full_like(length, width)).long()
     widest = torch.minimum(widest.clamp(min=1), length)
     span = torch.minimum((draw[1] * widest).long() + 1, widest)  # float32 can round a draw up to its bound

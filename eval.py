@@ -500,7 +500,8 @@ def _finish(predictions, corpus, args, parts, about, models=(), spread=None):
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    """Without waiting for what is copied from pinned memory."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @torch.no_grad()

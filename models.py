@@ -1975,7 +1975,8 @@ def restore(path: str, ckpt: dict, model: nn.Module, optimizer, scaler, rank: in
     try:
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        scaler.load_state_dict(ckpt["scaler"] or {})
+        if ckpt["scaler"]:  # none of a run that had no scaled loss
+            scaler.load_state_dict(ckpt["scaler"])
         if rank < len(states):
             torch.set_rng_state(states[rank]["cpu"])
             if device.type == "cuda" and states[rank]["cuda"] is not None:

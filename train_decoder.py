@@ -350,7 +350,9 @@ def main(args: argparse.Namespace) -> dict:
     layers = bare_model.separate_days() if args.still_days else None
     groups = parameter_groups(bare_model, args, layers)
     optimizer = OPTIMIZERS[args.optimizer](groups, lr=args.lr, eps=args.adam_eps, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    # under bf16, too, PyTorch has cuDNN compute recurrent networks in float16, which needs a scaled loss
+    half = args.amp == "fp16" or (args.amp == "bf16" and device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume

@@ -253,7 +253,9 @@ def main(args: argparse.Namespace) -> dict:
     optimizer = OPTIMIZERS[args.optimizer](
         bare_model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    # under bf16, too, PyTorch has cuDNN compute recurrent networks in float16, which needs a scaled loss
+    half = args.amp == "fp16" or (args.amp == "bf16" and device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume

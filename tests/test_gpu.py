@@ -166,7 +166,10 @@ def test_auto_takes_half_precision_and_the_cpu_scores_alike(name, run, corpus):
         expected = ["bf16"] if torch.cuda.get_device_capability() >= (8, 0) else ["fp16"]
         if name != "pretrain_ast":  # recurrent networks, for which cuDNN's autocast may know float16 alone
             expected = ["bf16", "fp16"]
-    assert last(out["folder"])["args"]["amp"] in expected
+    amp = last(out["folder"])["args"]["amp"]
+    assert amp in expected
+    scaled = amp == "fp16" or (amp == "bf16" and DEVICE == "cuda" and name != "pretrain_ast")
+    assert bool(last(out["folder"])["scaler"]) == scaled
     key, figure = CASES[name].score
     argv = ["--ckpt", str(Path(out["folder"]) / "best.pt"), *corpus(name), "--device", "cpu"]
     assert figure(evaluation.main(argv)) == pytest.approx(out[key], abs=0.02)
