@@ -581,11 +581,11 @@ ONLY_FOR = {  # tasks of models -> options that they alone take
 }
 
 
-def refuse_foreign(args: argparse.Namespace, task: str, who: str) -> None:
-    """DataError where an option is given that no model of this task takes."""
+def refuse_foreign(args: argparse.Namespace, task: str, who: str, beside: Iterable[str] = ()) -> None:
+    """DataError where an option is given that no model of this task takes, nor of those compared with it."""
     for tasks, names in ONLY_FOR.items():
         for name in names.split():
-            if task not in tasks and getattr(args, name, None):
+            if not {task, *beside} & {*tasks} and getattr(args, name, None):
                 raise DataError(f"{who}: of task {task}, which takes no --{name}; leave it out")
 
 
@@ -1776,7 +1776,12 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     args = _parse(parser, argv, part_options, word_options, data_options)
     if args.nbest or args.submission:
         raise DataError("compare: takes no --nbest, --submission, files of one side; leave them out")
-    (a, about), (b, other) = (_side(args, paths) for paths in (args.a, args.b))
+    models = [[] if paths[0].endswith(".csv") else _load_models(paths) for paths in (args.a, args.b)]
+    sides = list(zip((args.a, args.b), models, strict=True))
+    tasks = {paths[0]: loaded[0][1]["task"] for paths, loaded in sides if loaded}
+    for path, task in tasks.items():
+        refuse_foreign(args, task, path, tasks.values())
+    (a, about), (b, other) = (_side(args, *side) for side in sides)
     print(f"A {' '.join(args.a)}\nB {' '.join(args.b)}")
     if any(about[key] != other[key] for key in about.keys() & other.keys()):
         raise DataError(f"{args.a[0]}, {args.b[0]}: {about} and {other}; expected predictions of one kind")
@@ -1800,10 +1805,10 @@ Paired bootstrap over segments, or a decoder's trials; of the 19 ratings with Ho
     return _answer(name, labels, metric, *pairs, args.draws) | told
 
 
-def _side(args, paths):
-    """Items as of `read_predictions`, of a CSV or checkpoints; what is known: decoder, synthetic, split."""
+def _side(args, paths, loaded):
+    """Items as of `read_predictions`, of a CSV or models; what is known: decoder, synthetic, split."""
     args.ckpt = paths
-    if paths[0].endswith(".csv"):
+    if not loaded:
         if len(paths) > 1:
             raise DataError(f"{paths[1]}: beside {paths[0]}; expected one CSV, which holds all folds")
         items = read_predictions(paths[0])
@@ -1814,8 +1819,6 @@ def _side(args, paths):
             raise DataError(f"{beside}: {error}; expected what --save-results wrote; remove it") from error
         about = {key: saved[key] for key in ("split", "synthetic") if key in saved}
         return items, about | {"decoder": isinstance(next(iter(items)), str)}
-    loaded = _load_models(paths)
-    refuse_foreign(args, loaded[0][1]["task"], paths[0])
     items = {}
     if loaded[0][1]["task"] == "decoder":
         corpus, parts, log_probs = _heard_part(args, loaded)

@@ -397,3 +397,7 @@ def test_refusals(corpus, tmp_path):
     ):
         with pytest.raises(DataError, match=found):
             evaluation.main(argv)
+    sound = argparse.Namespace(audio="dir")
+    evaluation.refuse_foreign(sound, "han", path, ["han", "mlp"])  # compared with a model of sound
+    with pytest.raises(DataError, match="no --audio"):
+        evaluation.refuse_foreign(sound, "han", path, ["han", "kernel"])
