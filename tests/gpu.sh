@@ -47,7 +47,7 @@ render() {  # beside HAN, which goes first; PercePiano's filter banks, for the f
     local failed=0
     renice -n 19 $$
     python eval.py floor --task ast "${rated[@]}" "${saved[@]}" --save-results floor &
-    within 80 python data.py render --midi-root "$MIDI" --out "$WORK/wav" --workers "$cores"
+    within 80 python data.py render --midi-root "$MIDI" --out "$WORK/wav" --workers "$cores" || failed=1
     python -c 'import sys, data, models, pretrain_ast
 args = pretrain_ast.parse_args(sys.argv[2:])
 store = data.pretrain_data(args, False, print)[0].store
