@@ -279,7 +279,7 @@ class Clips(Dataset):
 
 def load_start(args: argparse.Namespace) -> tuple[AST | None, dict]:
     """What --init names: a network and its checkpoint, or None and public weights by name; {} without --init.
-    Sets --frames where the network's own are wanted."""
+    Sets --frames, if not given: the network's own, or the usual ones."""
     pretraining, baseline = args.task == "pretrain", args.model != "ast"
     foreign = baseline and (pretraining or args.init or args.balance == "uncertainty")
     if foreign or (pretraining and args.init):
@@ -291,7 +291,8 @@ def load_start(args: argparse.Namespace) -> tuple[AST | None, dict]:
     if network and start["task"] != "ast":
         raise data.DataError(f"{args.init}: task {start['task']!r}; expected best.pt of a pre-training")
     if args.frames is None:
-        args.frames = network.model_args["frames"] if network else 1024
+        usual = 1024 if args.data else BUILT_IN["finetune"]["frames"]
+        args.frames = network.model_args["frames"] if network else usual
     return network, start
 
 
