@@ -1875,6 +1875,12 @@ def probe_amp(kind: str, device: torch.device, make: Callable[[], nn.Module], sh
     return min(taken) if all(p.grad.isfinite().all() for p in module.parameters()) else math.inf
 
 
+def scales_loss(amp: str, device: torch.device) -> bool:
+    """Whether a recurrent network trains in float16, and so with a scaled loss: on CUDA under bf16, too,
+    since PyTorch's autocast hands cuDNN's recurrent networks float16."""
+    return amp == "fp16" or (amp == "bf16" and device.type == "cuda")
+
+
 def update_ema(ema: dict | None, model: nn.Module, decay: float) -> None:
     """Move the averaged weights, where there are some, towards the model's."""
     if ema is not None:

@@ -53,6 +53,7 @@ from models import (
     run_options,
     same_data,
     say,
+    scales_loss,
     set_up,
     suspects,
     update_ema,
@@ -350,9 +351,7 @@ def main(args: argparse.Namespace) -> dict:
     layers = bare_model.separate_days() if args.still_days else None
     groups = parameter_groups(bare_model, args, layers)
     optimizer = OPTIMIZERS[args.optimizer](groups, lr=args.lr, eps=args.adam_eps, fused=device.type == "cuda")
-    # under bf16, too, PyTorch has cuDNN compute recurrent networks in float16, which needs a scaled loss
-    half = args.amp == "fp16" or (args.amp == "bf16" and device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    scaler = torch.amp.GradScaler(device.type, enabled=scales_loss(args.amp, device))
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume

@@ -52,6 +52,7 @@ from models import (
     run_options,
     same_data,
     say,
+    scales_loss,
     set_up,
     suspects,
     update_ema,
@@ -253,9 +254,7 @@ def main(args: argparse.Namespace) -> dict:
     optimizer = OPTIMIZERS[args.optimizer](
         bare_model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True
     )
-    # under bf16, too, PyTorch has cuDNN compute recurrent networks in float16, which needs a scaled loss
-    half = args.amp == "fp16" or (args.amp == "bf16" and device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    scaler = torch.amp.GradScaler(device.type, enabled=scales_loss(args.amp, device))
     ema = copy.deepcopy(bare_model.state_dict()) if args.ema else None
 
     # ---- resume
